@@ -5,8 +5,8 @@
     python train_accelerate.py --config configs/capivara.yaml --model MODEL --dataset DATA --resume auto
 
 The first two commands need the model and data that `python -m examples.openmoji.prepare` creates.
-Flags override the configuration file. An unfinished run is in the folder `<output_dir>.partial`;
-`--resume auto` resumes it.
+Flags override the configuration file. While a run is unfinished, its files are in the folder
+`<output_dir>.partial`; `--resume auto` resumes it.
 """
 
 import capivara_common.interrupt  # isort: skip # noqa: F401, before slow imports, so that Ctrl-C ends them cleanly
@@ -57,7 +57,8 @@ from training.inputs import TrainingInputs, load_inputs
 from training.loop import TrainingLoop
 from training.trainable import fixed_settings, interpolate_weights, merge_adapters, prepare_trainable
 
-# How long processes wait for each other: the main process alone reads the data, evaluates and saves.
+# How long processes wait for each other. It must be long, because the main process evaluates and saves on its own while
+# the other processes wait.
 PROCESS_TIMEOUT = timedelta(hours=24)
 logger = logging.getLogger("capivara")
 
@@ -69,11 +70,13 @@ def main(argv: list[str] | None = None) -> Path:
         argv: Command-line arguments; `sys.argv[1:]` if None.
 
     Returns:
-        The folder of the run.
+        The folder of the finished run.
 
     Raises:
-        ValueError, OSError, ImportError: If arguments, data, a file or a package prevent the run; the message says why.
-        SystemExit: If the run was interrupted, or a loss or gradient was not finite; a message has been printed.
+        ValueError: If an argument or the data are invalid.
+        OSError: If a file can't be read or written.
+        ImportError: If a required package is not installed.
+        SystemExit: If the run was interrupted, or a loss or gradient was not finite. The user sees a message.
     """
     args = parse_arguments(RunArguments, __doc__, argv, config=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -107,7 +110,10 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 def join_processes() -> PartialState:
-    """Initialize Accelerate's process group.
+    """Connect the processes that a launcher such as `accelerate launch` has started.
+
+    Returns:
+        Accelerate's state, with the number of processes and the index of this process.
 
     Raises:
         ValueError: If the launcher has started more processes than Accelerate has connected.
@@ -123,7 +129,13 @@ def join_processes() -> PartialState:
 
 
 def create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
-    """Create the accelerator of the run: device, precision, processes and tracker. No file is written.
+    """Create the `Accelerator` of the run, which holds device, precision, processes and experiment tracker.
+
+    Also sets the number of CPU threads. No file is written.
+
+    Args:
+        args: Arguments of the run.
+        output_dir: Folder of the finished run. The tracker writes into the working folder `output_dir.partial`.
 
     Raises:
         ImportError: If peft or the tracker's package is not installed.
@@ -142,16 +154,19 @@ def create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
 
 
 def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, resume: Path | None) -> None:
-    """Train, and save the model, its adapters and `run.json` in the folder of the run.
+    """Train the model, and save it with its LoRA adapters and `run.json` in the working folder of the run.
 
     Args:
         args: Arguments of the run.
-        inputs: Data and embeddings.
-        checkpoints: Checkpoints of the run; their folder is inside the folder of the run.
-        resume: Checkpoint to resume from, or None.
+        inputs: Data and image embeddings.
+        checkpoints: Checkpoints of the run. Their folder is inside of the working folder of the run.
+        resume: Folder of the checkpoint to resume from, or None to start at step 0.
 
     Raises:
-        KeyboardInterrupt, FloatingPointError, ValueError, OSError: As `TrainingLoop.train` raises them.
+        KeyboardInterrupt: If the run was interrupted.
+        FloatingPointError: If a loss, a gradient or an embedding is not finite.
+        ValueError: If the checkpoint does not belong to this run, or too many images can't be used.
+        OSError: If a file can't be written.
     """
     accelerator, folder = checkpoints.accelerator, checkpoints.folder.parent
     settings = args.to_dict()
@@ -177,14 +192,15 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
 def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Accelerator, folder: Path) -> None:
     """Evaluate the base model and the trained model on the test split of every language.
 
-    Result files, `table.md` and an image with example queries, `retrieval.png`, are written into `folder`. The time is
-    added to `run.json`.
+    Writes three outputs into `folder`: result files in `results/`, a table of all results (`table.md`), and an image of
+    example queries with the images that both models find (`retrieval.png`). The duration of the evaluation is added to
+    `run.json`.
 
     Args:
         args: Arguments of the run.
-        inputs: Data and embeddings.
-        accelerator: Device of the evaluation.
-        folder: Folder of the run, with the trained model and `run.json`.
+        inputs: Data and image embeddings.
+        accelerator: Accelerator of the run; its device is used.
+        folder: Working folder of the run, which has the trained model and `run.json`.
     """
     started, run = time.perf_counter(), read_json(folder / "run.json", seconds=dict)
     folders = {"baseline": args.model, "capivara": folder}
@@ -224,15 +240,15 @@ def write_run_files(
     origins: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Write the training curves, `curves.png`, and `run.json`, the complete description of the run.
+    """Write `curves.png`, a plot of the training curves, and `run.json`, the complete description of the run.
 
     Args:
         args: Arguments of the run.
         model: Trained model.
-        state: State after the last step.
-        inputs: Data and embeddings.
+        state: State of the run after the last step.
+        inputs: Data and image embeddings.
         origins: Licenses and origins of base model and data, from `hub_upload.origins.read_origins`.
-        folder: Folder of the run.
+        folder: Working folder of the run.
     """
     plot_training_curves(state.curve, args.language, folder / "curves.png", label_language=args.language)
     pairs = state.step * args.effective_batch_size
@@ -260,7 +276,7 @@ def write_run_files(
 def finish_run(args: RunArguments, output_dir: Path) -> Path:
     """Write the model card of a complete run, and push the run if `args.push_to_hub` is set.
 
-    A failure of either is logged; the run itself is kept.
+    If the card can't be written or the push fails, the reason is logged and the run is kept.
 
     Args:
         args: Arguments of the run.
@@ -271,7 +287,9 @@ def finish_run(args: RunArguments, output_dir: Path) -> Path:
     """
     if PartialState().is_main_process:
         language = "pt" if args.language == "pt" else "en"
-        if (output_dir / RUN_MARKER).is_file():  # removed last, so that a killed process writes the card when resumed
+        # The marker is removed only after the card is written. If the process is killed before, a resumed run writes
+        # it.
+        if (output_dir / RUN_MARKER).is_file():
             try:
                 write_card(output_dir, language=language)
             except (ValueError, OSError) as error:

@@ -1,7 +1,7 @@
 """Zero-shot evaluation: metrics, benchmark commands, result files, tables and plots.
 
-Import names from its modules, for example `from eval.capivara_metrics.metrics import recall_at_k`. `import eval` would
-hide the builtin function of that name.
+Import names from the modules of this package, for example `from eval.capivara_metrics.metrics import recall_at_k`. Do
+not write `import eval`, because it would hide Python's builtin function `eval`.
 """
 
 import capivara_common.interrupt  # noqa: F401

@@ -5,8 +5,9 @@ r"""Zero-shot classification: assign each image the class whose text embedding i
     python -m eval.classification --model MODEL --benchmark food-101 --images DATA --protocol authors \
         --authors_file portuguese_prompts.py --output results/food_authors.json
 
-The embedding of a class is the normalized mean of the normalized embeddings of its prompts, the templates filled with
-the class name (prompt ensembling: CLIP, arXiv 2103.00020, section 3.1.4; CAPIVARA, arXiv 2310.13683, section 4).
+The prompts of a class are templates filled with the name of the class. The embedding of a class is the normalized mean
+of the normalized embeddings of its prompts. This is called prompt ensembling (CLIP, arXiv 2103.00020, section 3.1.4;
+CAPIVARA, arXiv 2310.13683, section 4).
 """
 
 import math
@@ -31,9 +32,10 @@ from eval.embeddings import EmbeddingStore, ModelArguments, open_store, run_eval
 from eval.prompts import Prompts, load_prompts
 from eval.records.schema import Record
 
-# Factor of the cosines before the softmax: the limit of CLIP's learned logit scale (arXiv 2103.00020, section 2.5).
+# Factor by which cosines are multiplied before the softmax. It is the upper limit of CLIP's learned logit scale (arXiv
+# 2103.00020, section 2.5).
 CLIP_LOGIT_SCALE = 100
-CHANCE_DRAWS = 20  # sets of random scores whose mean estimates the 11-point mAP of chance
+CHANCE_DRAWS = 20  # number of random score matrices; the mean of their 11-point mAPs estimates the chance level
 
 
 @dataclass
@@ -70,13 +72,14 @@ class ClassificationArguments(LabeledImageArguments):
 def load_split(
     args: LabeledImageArguments, split: str, class_names: Sequence[str], class_indices: Sequence[int] | None = None
 ) -> LabeledImages:
-    """Load a split of the labeled images that the arguments name.
+    """Load a split of the dataset of labeled images that the arguments name.
 
     Args:
         args: Command-line arguments: the dataset, its columns and the options for reading image files.
         split: Name of the split.
         class_names: English names of all classes, in the order of the labels.
-        class_indices: Indices into `class_names` of the classes to keep, for prompts that name only some classes.
+        class_indices: Indices into `class_names` of the classes to keep. Given if the prompts name only some of the
+            classes; None keeps all classes.
 
     Returns:
         The images, which are decoded when they are needed, with their labels.
@@ -88,6 +91,10 @@ def load_split(
 def embed_classes(store: EmbeddingStore, prompts: Prompts) -> Tensor:
     """Embed the classes of a zero-shot classifier.
 
+    Args:
+        store: The model with its embedding cache.
+        prompts: Prompts of each class.
+
     Returns:
         Unit-length embeddings (classes, width): the normalized mean of each class's prompt embeddings.
     """
@@ -98,18 +105,21 @@ def embed_classes(store: EmbeddingStore, prompts: Prompts) -> Tensor:
 
 
 def compute_classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[str, float]:
-    """Compute the dataset's own metric, then top-1 and top-5 accuracy if they apply.
+    """Compute the metric that is usual for the dataset, and also top-1 and top-5 accuracy.
+
+    Accuracies are only computed if each image has one label, and top-5 accuracy only for more than five classes.
 
     Args:
         scores: Cosine similarities (images, classes).
-        labels: For each image its class index, or a list of class indices.
-        metric: Metric of the dataset, from `eval.prompts.DATASET_METRICS`.
+        labels: For each image its class index, or for images with several classes a list of class indices.
+        metric: Metric of the dataset: "accuracy", "mean-per-class", "11point_mAP" or "roc_auc".
 
     Returns:
-        Metric name, as in `Record.metric` -> value from 0 to 1.
+        Metric name, as in `Record.metric` -> value from 0 to 1. The dataset's metric comes first.
 
     Raises:
-        ValueError: If the metric needs one label per image and there are lists, or the other way around.
+        ValueError: If labels are lists and the metric is not "11point_mAP", or if the metric is "11point_mAP" and
+            labels are not lists.
     """
     is_multilabel = isinstance(labels[0], list)
     if is_multilabel != (metric == "11point_mAP"):
@@ -134,11 +144,11 @@ def compute_classification_metrics(scores: Tensor, labels: list, metric: str) ->
 
 
 def compute_chance(metric: str, labels: list, class_count: int) -> float:
-    """Return the value that random scores are expected to reach.
+    """Return the chance level of a metric: the value that random scores are expected to reach.
 
     Args:
         metric: A metric name that `compute_classification_metrics` returns.
-        labels: For each image its class index, or a list of class indices.
+        labels: For each image its class index, or for images with several classes a list of class indices.
         class_count: Number of classes.
 
     Returns:
@@ -152,7 +162,17 @@ def compute_chance(metric: str, labels: list, class_count: int) -> float:
 
 
 def evaluate(args: ClassificationArguments) -> list[Record]:
-    """Measure zero-shot classification, write the result file, and return the records."""
+    """Measure zero-shot classification, and write the result file.
+
+    Args:
+        args: Command-line arguments.
+
+    Returns:
+        One record per metric.
+
+    Raises:
+        ValueError: If the data, the prompts, the model or an argument is invalid.
+    """
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
     data = load_split(args, args.split, prompts.english_names, prompts.class_indices)

@@ -1,15 +1,16 @@
-"""Cached embeddings, and the command line shared by all evaluation commands.
+"""Compute and cache embeddings, and run the command line that all evaluation commands share.
 
     store = EmbeddingStore(load_embedder("data/openmoji/base"), cache_home(), batch_size=32)
     images = store.embed_images(open_split("data/openmoji/dataset", "test", "image"))
     text_embeds = store.embed_texts(["uma foto de um gato"])
 
-The cache is divided into shards, files with the embeddings of some hundreds of rows. An interrupted run computes only
-the shards that are missing or damaged, and the processes of a distributed launch divide the shards among themselves. No
-batch crosses the border of a shard, so a shard has the same bits whichever process computes it.
+The cache is divided into shards. A shard is a file with the embeddings of up to 256 images or 2048 texts. If an
+interrupted run is repeated, only the shards that are missing or damaged are computed. The processes of a distributed
+launch divide the shards among themselves. All rows of a batch are in one shard, so a shard has the same bits whichever
+process computes it.
 
-In evaluation, the name of a shard is a digest of its images or texts: if rows are appended to a dataset, its full
-shards stay valid. Training (`training.inputs`) uses `EmbeddingCache` with names of its own.
+In evaluation, the file name of a shard is a digest of its images or texts. If rows are appended to a dataset, the
+shards that were full before stay valid. Training (`training.inputs`) uses `EmbeddingCache` with other file names.
 """
 
 import logging
@@ -43,22 +44,24 @@ from modeling_capivara.two_towers import Embedder, load_embedder
 # Rows of a shard. An interruption loses at most one shard per process.
 IMAGES_PER_SHARD = 256
 TEXTS_PER_SHARD = 2048
-EMBEDDING_FORMAT_VERSION = 2  # part of the cache key; increase it if the same inputs give other embeddings
+EMBEDDING_FORMAT_VERSION = 2  # part of the cache key; increase it when a code change alters the embeddings
 BadRows = dict[int, tuple[str, str]]  # position of a row in its shard -> reason and detail
 logger = logging.getLogger("capivara")
 
 
 class EmbeddingCache:
-    """Embeddings of the rows of a dataset, stored as one Arrow table per shard.
+    """Embeddings of the rows of a dataset, stored as one Arrow file per shard (consecutive rows).
 
-    A table has the columns `vectors` (an empty list if the row is bad), `reason` and `detail` (both empty unless it is
-    bad). The names of the folder and of the files must identify everything that the embeddings depend on. A file ends
-    with a digest and is written atomically, so an incomplete or damaged file is detected.
+    A table has the columns `vectors`, `reason` and `detail`. A bad row, for example one with an unreadable image, has
+    an empty list in `vectors`; its `reason` and `detail` say what is wrong. Both are empty for all other rows. A file
+    ends with a digest and is written atomically, so an incomplete or damaged file is detected. Existing files are used
+    without comparing them with the data, so the names of folder and files must identify everything that the embeddings
+    depend on.
 
     Args:
         folder: Folder of the shards.
-        shards: Rows of each shard.
-        shard_names: File names without extension. Default: `shard-00000`, `shard-00001` and so on.
+        shards: Row numbers of each shard, as a range.
+        shard_names: File name of each shard without extension. Default: `shard-00000`, `shard-00001` and so on.
     """
 
     def __init__(self, folder: Path, shards: list[range], shard_names: Sequence[str] | None = None):
@@ -68,7 +71,11 @@ class EmbeddingCache:
         ]
 
     def find_missing(self) -> list[int]:
-        """Return the numbers of the shards that are missing or damaged, the same on all processes of a launch."""
+        """Return the numbers of all shards whose file is missing or damaged.
+
+        The main process checks the files. All processes of a distributed launch must call the method, and get the same
+        list.
+        """
         missing: list[int] | None = None
         if process_state().is_main_process:
             with ThreadPoolExecutor(DECODER_THREADS) as threads:
@@ -83,14 +90,14 @@ class EmbeddingCache:
     def make_shards(
         self, shard_numbers: Sequence[int], embed: Callable[[list[int]], Iterator[tuple[np.ndarray, BadRows]]]
     ) -> None:
-        """Compute and write shards, divided among the processes of a launch.
+        """Compute and write shards, divided among the processes of a distributed launch.
 
-        Each process gets consecutive shards, since some sources can only be read in order.
+        Each process gets consecutive shards, because some datasets can only be read in order.
 
         Args:
-            shard_numbers: Numbers of all shards to make.
-            embed: Function that gets the shard numbers of this process. It yields, for each shard, its embeddings
-                (rows, …) and its bad rows.
+            shard_numbers: Numbers of all shards to compute.
+            embed: Function that gets the numbers of the shards that this process must compute. For each of them, it
+                yields the embeddings (rows, …) and the bad rows (position in the shard -> reason and detail).
         """
         state = process_state()
         chunks = np.array_split(np.array(shard_numbers, dtype=int), state.num_processes)
@@ -118,7 +125,7 @@ class EmbeddingCache:
             append_digest(path)
 
     def load_table(self) -> pa.Table:
-        """Load all shards as one memory-mapped table.
+        """Load all shards as one memory-mapped table with the columns `vectors`, `reason` and `detail`.
 
         Raises:
             ValueError: If a file is not an Arrow table, or has another number of rows than its shard.
@@ -136,14 +143,21 @@ class EmbeddingCache:
 
 
 def vectors_to_array(table: pa.Table) -> np.ndarray:
-    """Return the `vectors` of a table as a read-only array (rows, values per row). Every row must have a vector."""
+    """Return the column `vectors` of a table as an array.
+
+    Args:
+        table: Table from `EmbeddingCache.load_table`, without bad rows, because these have no vector.
+
+    Returns:
+        Read-only array (rows, values per row).
+    """
     vectors = table.column("vectors").combine_chunks()
     return vectors.flatten().to_numpy().reshape(len(vectors), -1)
 
 
 @dataclass(kw_only=True)
 class EmbeddingArguments(ImageFileArguments):
-    """Command-line arguments for embedding images and texts."""
+    """Command-line arguments for embedding images and texts: batch size, precision, cache, device and image files."""
 
     batch_size: int = flag(32, "Images in a batch. A batch of texts is twice as large.")
     precision: Literal["float32", "bf16"] = flag("float32", "Precision. bf16 is faster; its figures differ slightly.")
@@ -157,7 +171,7 @@ class EmbeddingArguments(ImageFileArguments):
 
 @dataclass(kw_only=True)
 class ModelArguments(EmbeddingArguments):
-    """Command-line arguments shared by all evaluation commands."""
+    """Command-line arguments shared by the commands that measure one model on one dataset split."""
 
     role: Literal["baseline", "capivara"] = flag(
         "capivara", "Role in tables. A baseline may also be open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
@@ -167,16 +181,16 @@ class ModelArguments(EmbeddingArguments):
 
 @dataclass(frozen=True)
 class EmbeddedImages:
-    """Embeddings of the readable images of a dataset."""
+    """Embeddings of all readable images of a dataset split, and the reasons why other images can't be read."""
 
     embeds: Tensor  # (readable images, width), unit length, float32
-    rows: Tensor  # (readable images,), row of each image in the dataset, ascending
-    skipped: dict[int, str]  # row of each unreadable image -> reason
+    rows: Tensor  # (readable images,), row number of each image in the split, ascending
+    skipped: dict[int, str]  # row number of each unreadable image -> reason
 
 
 @dataclass
 class EmbeddingStore:
-    """A model with a cache of its embeddings on disk."""
+    """A model that computes embeddings, with a cache on disk for them."""
 
     embedder: Embedder
     cache_folder: Path | None = None  # folder of all caches; None: a temporary folder that is deleted with this object
@@ -195,7 +209,7 @@ class EmbeddingStore:
             description: Label of the progress bar.
 
         Returns:
-            Embeddings of the images that can be read, and the reasons why others can't.
+            Embeddings of the images that can be read, and the reasons why other images can't be read.
 
         Raises:
             ValueError: If no image can be read.
@@ -203,7 +217,7 @@ class EmbeddingStore:
 
         def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, BadRows]:
             embeds, bad_rows, decoded = np.zeros((len(rows), 0), dtype=np.float32), {}, images.decode_images(rows)
-            # Batches are cut by row, so that a bad image does not move the others to other batches.
+            # A batch is a fixed range of rows, so that a bad image does not move other images to other batches.
             while batch := list(islice(decoded, self.batch_size)):
                 good = {row - rows.start: image for row, image in batch if not isinstance(image, BadImage)}
                 for row, error in batch:
@@ -226,14 +240,14 @@ class EmbeddingStore:
         return EmbeddedImages(torch.from_numpy(embeds.copy()), torch.from_numpy(good), skipped)
 
     def embed_texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
-        """Embed texts, or load their embeddings from the cache. Equal texts are embedded once.
+        """Embed texts, or load their embeddings from the cache. A text that occurs several times is embedded once.
 
         Args:
             texts: The texts.
             description: Label of the progress bar.
 
         Returns:
-            Unit-length embeddings (texts, width), float32.
+            Unit-length embeddings (texts, width), float32, in the order of `texts`.
         """
         # Texts of similar length are in one batch, so that they need little padding.
         distinct = sorted(set(texts), key=lambda text: (len(text), text))
@@ -256,15 +270,19 @@ class EmbeddingStore:
         embed: Callable,
         description: str,
     ) -> pa.Table:
-        """Load the cached embeddings of all items, after making the shards that are missing.
+        """Load the cached embeddings of all items, after computing the missing shards.
 
         Args:
-            kind: "images" or "texts".
+            kind: "images" or "texts"; part of the file names.
             model_fingerprint: Digest of the weights and settings of the encoder.
             items: The texts, or the digests of the images.
             rows_per_shard: Number of items per shard.
-            embed: Function that embeds a range of items, updates the progress bar, and returns embeddings and bad rows.
+            embed: Function that gets a range of positions in `items` and a progress bar, which it updates. It returns
+                the embeddings and the bad rows of this range.
             description: Label of the progress bar.
+
+        Returns:
+            A table with a row per item and the columns `vectors`, `reason` and `detail`.
         """
         key = {"version": EMBEDDING_FORMAT_VERSION, "model": model_fingerprint, "batch_size": self.batch_size}
         key = json_digest(key, sort_keys=True)
@@ -285,10 +303,10 @@ class EmbeddingStore:
 
 
 def open_store(args: ModelArguments) -> EmbeddingStore:
-    """Load the model that the arguments name, with its embedding cache.
+    """Load the model that the command-line arguments name, and open its embedding cache.
 
     Raises:
-        ValueError, OSError, ImportError: If `load_embedder` can't load the model.
+        ValueError, OSError, ImportError: If the model can't be loaded, as `load_embedder` raises them.
     """
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision)
     if args.cache_dir == "off":
@@ -299,15 +317,15 @@ def open_store(args: ModelArguments) -> EmbeddingStore:
 def write_result(
     args: ModelArguments, records: list[Record], store: EmbeddingStore, start_time: float, **metadata: Any
 ) -> None:
-    """Write the result file of an evaluation command.
+    """Write the result file of an evaluation command to `args.output`.
 
     Args:
-        args: Command-line arguments, among them the path of the file.
-        records: The measured figures.
-        store: The model that was measured.
+        args: Command-line arguments.
+        records: The measured values.
+        store: The model that was measured, with its cache.
         start_time: Value of `time.perf_counter()` before the first embedding.
-        metadata: Other arguments of `write_records`, such as dataset, fingerprint and skipped, and further keys of the
-            result file.
+        metadata: Other arguments of `write_records`, such as `dataset`, `fingerprint` and `skipped`. All further names
+            become keys of the result file.
     """
     seconds, device = time.perf_counter() - start_time, describe_device(store.embedder.device)
     shared = {"model": args.model, "device": device, "precision": args.precision, "seconds": seconds}
@@ -320,13 +338,13 @@ def run_evaluation(
     evaluate: Callable[[Any], list[Record]],
     argv: list[str] | None = None,
 ) -> None:
-    """Run an evaluation command: parse the arguments, measure, and print figures and notes.
+    """Run an evaluation command: parse the arguments, measure, and print results and notes.
 
     Args:
         arguments_type: Dataclass of the command's arguments.
-        doc: Module docstring, shown by --help.
-        evaluate: Function that measures and writes the result file.
-        argv: Command-line arguments. Default: those of the program.
+        doc: Docstring of the command's module, shown by --help.
+        evaluate: Function that gets the parsed arguments, measures, writes the result file, and returns the records.
+        argv: Command-line arguments; the arguments of the program if None.
     """
     args = parse_arguments(arguments_type, doc, argv)
     records = evaluate(args)

@@ -4,8 +4,9 @@
     python -m eval.linear_probe --model MODEL --benchmark cifar-10 --images DATASET --shots 1 2 4 8 16 --output p.json
 
 The strength of the L2 penalty is selected on the validation split, or on a fifth of the training images if there is no
-such split. Then the regression is fitted to training and validation images together (ELEVATER, arXiv 2204.08790,
-section 4). Few-shot figures are means over several random draws of training images, and ignore the validation split.
+validation split. Then the regression is fitted to training and validation images together (ELEVATER, arXiv 2204.08790,
+section 4). Few-shot results are means over several random draws of training images. They do not use the validation
+split.
 """
 
 import time
@@ -47,11 +48,12 @@ class LinearProbeArguments(LabeledImageArguments):
             raise ValueError(f"--shots and --draws must be at least 1, got {self.shots} and {self.draws}.")
 
 
-LabeledFeatures = tuple[np.ndarray, np.ndarray]  # image embeddings (images, width) and class indices (images,)
+# Image embeddings (images, width), and the class index of each image (images,).
+LabeledFeatures = tuple[np.ndarray, np.ndarray]
 
 
 def sample_few_shot(labels: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw the rows of `shots` images per class, or of all images of a class that has fewer.
+    """Draw `shots` random images of each class. A class with fewer images contributes all of them.
 
     Args:
         labels: Class index of each image (images,).
@@ -59,16 +61,16 @@ def sample_few_shot(labels: np.ndarray, shots: int, rng: np.random.Generator) ->
         rng: Random generator.
 
     Returns:
-        Row numbers, grouped by class.
+        Row numbers of the drawn images, grouped by class.
     """
     rows_by_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     return np.concatenate([rng.permutation(rows)[:shots] for rows in rows_by_class])
 
 
 def make_validation_fold(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a stratified 20 % validation fold for scikit-learn's `PredefinedSplit`.
+    """Draw a random 20 % of the images of each class for validation, in the format of scikit-learn's `PredefinedSplit`.
 
-    A class with a single image stays in training.
+    A class with two to four images contributes one image; the only image of a class stays in training.
 
     Args:
         labels: Class index of each image (images,).
@@ -91,14 +93,14 @@ def fit_and_score(
     class_count: int,
     rng: np.random.Generator,
 ) -> tuple[torch.Tensor, float]:
-    """Fit the regression and score the test images.
+    """Fit the logistic regression and score the test images.
 
-    Selects the C (inverse penalty) with the highest accuracy on the validation images, of equal ones the smallest. If
-    nothing can be selected, since there are too few training images, C is 1.
+    Selects the inverse penalty C with the highest accuracy on the validation images. If several values have the same
+    accuracy, the smallest is selected. C is 1 if there are too few training images to hold out validation images.
 
     Args:
         train: Embeddings and labels of the training images.
-        validation: Embeddings and labels of the validation images. None: a fifth of the training images.
+        validation: Embeddings and labels of the validation images. If None, a fifth of the training images is used.
         test: Embeddings and labels of the test images.
         class_count: Number of classes of the dataset, including those without training images.
         rng: Random generator that draws the validation fold.
@@ -131,7 +133,17 @@ def fit_and_score(
 
 
 def evaluate(args: LinearProbeArguments) -> list[Record]:
-    """Measure linear probes, write the result file, and return the records."""
+    """Measure linear probes with all training images or with each number of `shots`, and write the result file.
+
+    Args:
+        args: Command-line arguments.
+
+    Returns:
+        One record per metric and number of training images on the main process; an empty list on other processes.
+
+    Raises:
+        ValueError: If images have several labels, two splits hold the same images, or an argument is invalid.
+    """
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark)
     names = [args.train_split, args.split, *([args.validation_split] if args.validation_split else [])]

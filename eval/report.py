@@ -4,7 +4,8 @@
     python -m eval.report runs/openmoji-pt-001/ --output report/ --overwrite_output_dir
 
 The report is a folder with index.html and its images. If the input folder contains a training run, the report also
-shows the training curves from its `run.json`. Input files are not trusted: text is escaped, images are encoded again.
+shows the training curves from its `run.json`. Input files are not trusted: text is escaped, and images are decoded and
+encoded again.
 """
 
 import os
@@ -58,12 +59,15 @@ class ReportArguments:
 
 @dataclass
 class ResultsFolder:
-    """Result files and runs in a folder. Their content is not trusted."""
+    """Content of the results folder that a report shows: result files, training runs, and files that are not shown.
+
+    The content of the files is not trusted.
+    """
 
     folder: Path  # absolute, with links resolved
     results: list[ResultFile] = field(default_factory=list)  # ordered by name
     runs: list[tuple[str, dict]] = field(default_factory=list)  # name and content of each run.json
-    faults: list[tuple[str, str]] = field(default_factory=list)  # file, and reason why (a part of) it is not shown
+    faults: list[tuple[str, str]] = field(default_factory=list)  # file, and why it is not shown, or only partly
     image_count: int = 0  # images written so far next to the page
 
 
@@ -71,6 +75,9 @@ def read_results_folder(folder: Path) -> ResultsFolder:
     """Read all JSON files in a folder and its subfolders.
 
     Skips hidden files and unfinished runs (`NAME.partial`). Files that can't be read are listed in `faults`.
+
+    Returns:
+        The result files and training runs.
 
     Raises:
         ValueError: If the folder does not exist or contains no result file.
@@ -110,10 +117,11 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
         overwrite: Whether to replace an output folder that is not empty.
 
     Returns:
-        What was read, with `faults` for all files that are not shown.
+        The result files and training runs that were read. `faults` lists all files that are not shown, with reasons.
 
     Raises:
-        ValueError: If there is no result file, or if writing would overwrite something.
+        ValueError: If there is no result file, if the output folder is not empty and `overwrite` is False, or if the
+            output folder contains the results.
     """
     check_output_folder(output, overwrite)
     check_inputs_outside(output, results)
@@ -138,9 +146,16 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
 
 
 def group_into_tables(frame: pandas.DataFrame) -> list[pandas.DataFrame]:
-    """Group records into tables: one per dataset for retrieval, one for all classification datasets.
+    """Group records into tables: one per dataset for retrieval, one for all datasets of any other task.
 
-    Each table has a single split, language, embedding width and protocol. Portuguese tables come first.
+    All records of a table have the same split, language, embedding width and protocol; other values start a further
+    table. Tables are sorted by task; within a task, Portuguese tables come first.
+
+    Args:
+        frame: Result of `build_records_frame`.
+
+    Returns:
+        The rows of each table.
     """
     dataset = frame["dataset"].where(frame["task"] == "retrieval", "")
     order = [frame["task"].map(TASKS.index), frame["language"] != "pt", dataset, "split", "language", "dim", "protocol"]
@@ -148,7 +163,16 @@ def group_into_tables(frame: pandas.DataFrame) -> list[pandas.DataFrame]:
 
 
 def _build_block(rows: pandas.DataFrame, results_folder: ResultsFolder, output: Path) -> dict[str, Any]:
-    """Build the template variables of one table, and draw its chart."""
+    """Build the template variables of one table of the report, and draw its chart.
+
+    Args:
+        rows: Records of the table, from `group_into_tables`.
+        results_folder: The results folder. Records that contradict an earlier file are added to its `faults`.
+        output: Folder of the report.
+
+    Returns:
+        Variable of `report.html.j2` -> value.
+    """
     first, measured = rows.iloc[0], rows[rows["metric"] != GAIN_METRIC]
     is_retrieval = first["task"] == "retrieval"
     conflicts = find_conflicts(measured, "folder", REPORT_TOLERANCE)
@@ -189,17 +213,17 @@ def _build_block(rows: pandas.DataFrame, results_folder: ResultsFolder, output: 
 def _draw_chart(
     title: str, results_folder: ResultsFolder, output: Path, plot: Callable, *plot_arguments: Any
 ) -> tuple[str, str]:
-    """Draw a chart next to the page.
+    """Draw a chart as a PNG file in the folder of the report.
 
     Args:
         title: Title of the chart.
-        results_folder: Counts the images of the page.
-        output: Folder of the page.
-        plot: Function that gets `plot_arguments` and the path of the file to write.
-        plot_arguments: First arguments of `plot`.
+        results_folder: The results folder; its `image_count` gives the number in the file name.
+        output: Folder of the report.
+        plot: Function that draws the chart. It gets `plot_arguments`, then the path of the file to write.
+        plot_arguments: All arguments of `plot` except the path.
 
     Returns:
-        File name and title.
+        File name and title of the chart.
     """
     results_folder.image_count += 1
     plot(*plot_arguments, output / f"{results_folder.image_count:03d}.png")
@@ -209,24 +233,25 @@ def _draw_chart(
 def _copy_images(
     sheets: list[Path], title: str, results_folder: ResultsFolder, output: Path
 ) -> list[tuple[str | None, str]]:
-    """Copy images of the results folder next to the page, on a white background.
+    """Copy images from the results folder into the folder of the report, as JPEG files on a white background.
 
-    An image that can't be read, or that is a link out of the folder, is added to the faults.
+    An image that can't be read, or that is a link to a file outside of the results folder, is added to the `faults` of
+    `results_folder`.
 
     Args:
-        sheets: Paths of the images relative to the results folder; missing ones are ignored.
+        sheets: Paths of the images relative to the results folder. Missing files are ignored.
         title: Title of all images.
         results_folder: The results folder.
-        output: Folder of the page.
+        output: Folder of the report.
 
     Returns:
-        File name (None for an image that can't be shown) and title of each copy.
+        File name and title of each copy. The file name is None if the image can't be shown.
     """
     copies, files = [], ImageAccess(AllowedFolders(results_folder.folder))
     for inside in (sheet for sheet in sheets if os.path.lexists(results_folder.folder / sheet)):
         try:
             image = decode_image({"bytes": None, "path": str(results_folder.folder / inside)}, files).convert("RGBA")
-        except BadImage as error:  # the detail of the error may name folders of this machine
+        except BadImage as error:  # only the reason is shown, because the detail may name folders of this machine
             results_folder.faults.append((to_one_line(str(inside), 120), f"the image is not shown: {error.reason}"))
             copies.append((None, title))
         else:
@@ -240,17 +265,21 @@ def _copy_images(
 
 
 def _to_safe_line(text: object) -> str:
-    """Return a value as one line of text without private paths."""
+    """Convert a value to one line of at most 300 characters, in which private paths are hidden."""
     return to_one_line(hide_paths(str(text)), 300)
 
 
 def _to_words(name: str) -> str:
-    """Turn an identifier into words, for example "text_to_image" into "text → image"."""
+    """Convert an identifier to words for a label, for example "text_to_image" to "text → image"."""
     return name.replace("_to_", " → ").replace("_", " ")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: write the report, and print its path and the files that are not shown."""
+    """Run the command line: write the report, and print its path and the names of the files that are not shown.
+
+    Args:
+        argv: Command-line arguments; the arguments of the program if None.
+    """
     args = parse_arguments(ReportArguments, __doc__, argv)
     content = write_report(args.results, args.output, args.overwrite_output_dir)
     for name, reason in content.faults:

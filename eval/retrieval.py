@@ -1,10 +1,10 @@
-r"""Cross-modal retrieval: find the image of each caption, and a caption of each image.
+r"""Measure cross-modal retrieval: find the image of each caption, and a caption of each image.
 
     python -m eval.retrieval --model data/openmoji/base --dataset data/openmoji/dataset --split test --language pt \
         --output retrieval_pt.json
 
-Several processes can embed a large dataset together, on one machine or on a cluster (docs/cluster.md). The figures are
-bit-identical to those of a single process.
+Several processes can embed a large dataset together, on one machine or on a cluster (docs/cluster.md). The results
+are bit-identical to the results of a single process.
 
     accelerate launch --multi_gpu --num_processes 8 -m eval.retrieval …
 """
@@ -76,8 +76,11 @@ class RetrievalEmbeddings:
         Args:
             dim: Number of dimensions to keep. None keeps all.
 
+        Returns:
+            The truncated embeddings, of unit length again, or this object if nothing is truncated.
+
         Raises:
-            ValueError: If dim is not from 1 to the width.
+            ValueError: If `dim` is below 1 or above the width of the embeddings.
         """
         width = self.text_embeds.shape[1]
         check_truncate_dim(dim, width, "dim")
@@ -87,17 +90,32 @@ class RetrievalEmbeddings:
         return RetrievalEmbeddings(text_embeds, image_embeds, self.image_of_text, self.full_width or width)
 
     def query_groups(self, direction: str) -> Tensor:
-        """Return the index of the image that each query of a direction belongs to, as (queries,)."""
+        """Return the image index of each query, which says which items are relevant to the query.
+
+        Args:
+            direction: "text_to_image" (captions are the queries) or "image_to_text" (images are the queries).
+
+        Returns:
+            For each query the index of its image, (queries,). A query and an item with the same index are a match.
+        """
         return self.image_of_text if direction == "text_to_image" else torch.arange(len(self.image_embeds))
 
     def chance_recall(self, direction: str, k: int) -> float:
-        """Return the recall@k, from 0 to 1, that random scores are expected to reach in a direction."""
+        """Return the expected recall@k of random scores.
+
+        Args:
+            direction: "text_to_image" (captions are the queries) or "image_to_text" (images are the queries).
+            k: Number of highest-scored items in which a relevant item counts as a hit.
+
+        Returns:
+            Expected recall, from 0 to 1.
+        """
         opposite = DIRECTIONS[1 - DIRECTIONS.index(direction)]
         return metrics.chance_recall(self.query_groups(direction), self.query_groups(opposite), k)
 
     @cached_property
     def ranks(self) -> dict[str, Tensor]:
-        """Direction -> rank of each query's best relevant item (queries,), from 0."""
+        """Ranks of the best relevant item of each query, as a dict: direction -> ranks (queries,), counted from 0."""
         groups = (self.query_groups(direction) for direction in DIRECTIONS)
         ranks = metrics.cross_modal_ranks(self.text_embeds, self.image_embeds, *groups)
         return dict(zip(DIRECTIONS, ranks, strict=True))
@@ -107,10 +125,10 @@ def flatten_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
     """Flatten the captions of all images into one list.
 
     Args:
-        captions: Captions of each image.
+        captions: For each image, the list of its captions.
 
     Returns:
-        All texts, and the index of the image of each text (texts,).
+        All captions, and for each caption the index of its image (texts,), int64.
 
     Raises:
         ValueError: If an image has no caption, or an empty caption.
@@ -125,13 +143,16 @@ def flatten_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
 def embed_captions(
     model: PreTrainedModel, processor: ProcessorMixin, captions: list[list[str]], image_embeds: Tensor
 ) -> RetrievalEmbeddings:
-    """Embed the captions of images whose embeddings exist already.
+    """Embed captions, and combine them with image embeddings that have already been computed.
 
     Args:
         model: A model with `get_text_features`.
-        processor: Its processor.
-        captions: Captions of each image.
-        image_embeds: Unit-length embeddings of the images (images, width).
+        processor: The processor of the model; its tokenizer is used.
+        captions: For each image, the list of its captions.
+        image_embeds: Unit-length embeddings of the images (images, width), in the order of `captions`.
+
+    Returns:
+        The embeddings of all captions and images.
 
     Raises:
         ValueError: If an image has no caption, or an empty caption.
@@ -145,16 +166,18 @@ def compute_retrieval_records(
 ) -> list[Record]:
     """Compute the retrieval metrics in both directions, with their chance levels.
 
-    These are recall@1, @5 and @10, their mean, and the median rank. Recall@k is omitted if there are at most k images,
-    since then every query is a hit; the mean is omitted if a recall is.
+    The metrics are recall@1, recall@5, recall@10, the mean of these three, and the median rank. If there are at most k
+    images, every query would be a hit, so recall@k is omitted. The mean is omitted if any of the three recalls is
+    omitted.
 
     Args:
         embeddings: The embedded split.
-        protocol: Description of what is compared with what, stored in the records.
+        protocol: Description of the measurement, stored in the records. Only records with equal protocols are
+            comparable.
         record_fields: Other fields of `Record`: dataset, split, language, model, model_folder and seed.
 
     Returns:
-        The figures as records.
+        One record per direction and metric.
     """
     records, cutoffs = [], [k for k in RECALL_CUTOFFS if k < len(embeddings.image_embeds)]
     record_fields |= describe_truncation(embeddings, protocol)
@@ -173,7 +196,18 @@ def compute_retrieval_records(
 
 
 def describe_truncation(embeddings: RetrievalEmbeddings, protocol: str) -> dict[str, Any]:
-    """Return the `protocol` and `dim` of records, which mark figures of truncated embeddings as not comparable."""
+    """Return the fields of `Record` that say whether the embeddings were truncated.
+
+    Results of truncated and of full embeddings are not comparable, so they must differ in these fields.
+
+    Args:
+        embeddings: The embeddings that are measured.
+        protocol: Description of the measurement for full embeddings.
+
+    Returns:
+        The fields `protocol` and `dim`. For full embeddings, `protocol` is unchanged and `dim` is None. For truncated
+        embeddings, `dim` is their width, and `protocol` ends with a text such as "first 64 of 512 dimensions".
+    """
     if embeddings.full_width is None:
         return {"protocol": protocol, "dim": None}
     dim = embeddings.text_embeds.shape[1]
@@ -188,11 +222,11 @@ def compute_validation_metrics(
 
     Args:
         embeddings: The embedded split.
-        loss: Function of text and image embeddings, both (images, width), that returns a scalar.
+        loss: Function that gets text embeddings and image embeddings, both (images, width), and returns a scalar.
 
     Returns:
-        Mean recall per direction and `mean_recall`, their mean, all from 0 to 1; and `loss`, over all images, each with
-        its first caption.
+        A dict with four keys. `text_to_image` and `image_to_text` hold the mean recall of each direction, from 0 to 1.
+        `mean_recall` is the mean of these two. `loss` is the loss of all images, each paired with its first caption.
     """
     measures = pd.Series({direction: metrics.mean_recall(embeddings.ranks[direction]) for direction in DIRECTIONS})
     first = torch.searchsorted(embeddings.image_of_text, torch.arange(len(embeddings.image_embeds)))
@@ -201,15 +235,16 @@ def compute_validation_metrics(
 
 
 def compute_gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **record_fields) -> list[Record]:
-    """Compute the gain in mean recall through training, with 95 % bootstrap intervals.
+    """Compute by how much training raised the mean recall, with 95 % bootstrap intervals.
 
     Args:
-        before: Embeddings of the baseline.
+        before: Embeddings of the baseline, the model before training.
         after: Embeddings of the trained model for the same split.
         record_fields: Other fields of `Record`: dataset, split, language, model, model_folder and seed.
 
     Returns:
-        One record per direction. Empty if the split has too few images for the mean recall.
+        One record per direction. The list is empty if the split has at most 10 images, which are too few for recall@10
+        and so for the mean recall.
     """
     if len(after.image_embeds) <= max(RECALL_CUTOFFS):
         return []
@@ -232,8 +267,12 @@ class RetrievalData:
     def embed(self, store: EmbeddingStore) -> tuple[RetrievalEmbeddings, EmbeddedImages]:
         """Embed all readable images and their captions.
 
+        Args:
+            store: The model with its embedding cache.
+
         Returns:
-            The embeddings, and the images alone, with the reasons why others could not be read.
+            The embeddings of captions and images, and the result of `EmbeddingStore.embed_images`. The latter lists the
+            images that could not be read, with reasons; their captions are left out of the embeddings.
         """
         images = store.embed_images(self.images)
         texts, row_of_text = flatten_captions(self.captions)
@@ -244,12 +283,12 @@ class RetrievalData:
         return RetrievalEmbeddings(text_embeds, images.embeds, image_of_text), images
 
     def fingerprint(self) -> str:
-        """Return the digest of images and captions, equal to that of a training run on the same data."""
+        """Return a digest of all images and captions. Training computes the same digest for the same data."""
         return rows_fingerprint(zip(self.images.image_digests, self.captions, strict=True))
 
 
 def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
-    """Open the dataset split that the arguments name, and read its captions.
+    """Open the dataset split that the arguments name, and read its captions. No image is decoded yet.
 
     Raises:
         ValueError: If a column is missing, a caption is missing, empty or not text, or an archive is damaged.
@@ -272,10 +311,11 @@ def evaluate(args: RetrievalArguments, draw_sheet: bool = True) -> list[Record]:
 
     Args:
         args: Command-line arguments.
-        draw_sheet: Whether to draw the best and worst queries with the images found for them, OUTPUT.queries.png.
+        draw_sheet: Whether to draw OUTPUT.queries.png, an image that shows the best and worst queries, each with the
+            images that the model ranks first.
 
     Returns:
-        The figures as records.
+        The results as records.
 
     Raises:
         ValueError: If the data, the model or an argument is invalid.
@@ -310,7 +350,17 @@ def evaluate(args: RetrievalArguments, draw_sheet: bool = True) -> list[Record]:
 
 
 def _select_captions(value: Any, column: str, positions: str, row: int) -> list[str]:
-    """Return the captions of a row at the selected positions."""
+    """Return the captions of a row at the selected positions.
+
+    Args:
+        value: Content of the caption column in this row: a text or a list of texts.
+        column: Name of the caption column, for error messages.
+        positions: A key of `CAPTION_POSITIONS`: "all", "first", "even" or "odd".
+        row: Number of the row, for error messages.
+
+    Raises:
+        ValueError: If the value is not text, or the row has captions but none at these positions.
+    """
     try:
         captions = normalize_captions(value, column)
     except BadRow as bad:

@@ -1,14 +1,15 @@
-r"""Run all benchmarks of the paper with one command and compare the figures with the published ones.
+r"""Run all benchmarks of the paper with one command and compare the results with the published results.
 
     python -m eval.suite paper --model capivara --baseline open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k \
         --data_dir data/benchmarks --output results/paper
     python -m eval.suite elevater --runs runs/a runs/b runs/c --protocol authors --authors_file portuguese_prompts.py
     python -m eval.suite beyond --model capivara --only xm3600 --languages pt hi --data_dir data/benchmarks
 
-The suite "paper" contains all benchmarks, also some that the paper does not have (XM3600, Flickr30k-200,
-Babel-ImageNet). The other suites are subsets of it. Data are searched in --data_dir under the benchmark's key, then on
-the Hub if the id is known; `local_layout` in the benchmark's file in eval/benchmarks describes the layout. Benchmarks
-without data are listed as not run.
+A suite is a set of benchmarks. The suite "paper" contains all benchmarks, including three that the paper does not have
+(XM3600, Flickr30k-200, Babel-ImageNet). The other suites are subsets of "paper". The data of a benchmark are first
+looked up in the folder --data_dir/KEY, then on the Hub if the Hub id is known. Each benchmark has a file
+eval/benchmarks/KEY.json, whose field `local_layout` describes the layout of the local folder. Benchmarks without data
+are listed as not run.
 
 To continue an interrupted suite, repeat the command: embeddings are taken from --cache_dir. Use a separate output
 folder for each protocol.
@@ -47,7 +48,8 @@ from eval.retrieval import evaluate as evaluate_retrieval
 from modeling_capivara.two_towers import load_embedder
 
 SUMMARY_VERSION = 1
-GROUP_COLUMNS = ["benchmark", "language", "direction", "role"]  # a table cell is the mean over runs with equal values
+# A cell of the table is the mean over all runs that have equal values in these columns.
+GROUP_COLUMNS = ["benchmark", "language", "direction", "role"]
 TABLE_TEMPLATE = Path(__file__).parent / "suite.md.j2"
 
 
@@ -70,7 +72,7 @@ class SuiteArguments(EmbeddingArguments):
 
 
 def select_benchmarks(args: SuiteArguments) -> list[Benchmark]:
-    """Return the benchmarks that the arguments select: the members of the suite, or the list in --only.
+    """Return the benchmarks to run: the benchmarks in --only if it is given, otherwise all members of the suite.
 
     Raises:
         UsageError: If a name is unknown (the message lists the known names), or if arguments contradict each other.
@@ -93,12 +95,15 @@ def select_benchmarks(args: SuiteArguments) -> list[Benchmark]:
 
 
 def load_models(args: SuiteArguments) -> list[dict[str, Any]]:
-    """Load all models once, so that a model that can't be loaded ends the suite before the long work.
+    """Describe all models of the suite: the baseline, if there is one, then the models to compare with it.
+
+    Each model is loaded once, so that a model that can't be loaded ends the suite before the long work starts.
 
     Returns:
-        Entries of suite.json: `run` is the number of the model among those of its role, `seed` comes from its run.json,
-        `published` and `base_published` are the names under which figures of the model and of its base were published
-        (see `find_published_name`), or None.
+        One dict per model, to be stored in suite.json. Its main keys are `name` (folder or Hub id), `role` ("baseline"
+        or "capivara"), `run` (number of the model, counted from 0 for each role), `seed` (from the model's run.json, or
+        None) and `fingerprint`. `published` and `base_published` are the names under which results of the model and
+        of its base model were published, see `find_published_name`; None if there are no published results.
 
     Raises:
         UsageError: If no model is given.
@@ -131,9 +136,11 @@ def plan_measurements(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[
     """Plan the measurements: one for each benchmark, language and model.
 
     Returns:
-        The models (see `load_models`), and the measurements as entries of suite.json: `status` is "planned", "measured"
-        or "not run" (with a `reason`); `data` is the path or Hub id; `local` says that the data are in --data_dir, so
-        that "not run" is an error; `skipped` is the number of images that could not be read.
+        The models (see `load_models`), and one dict per measurement, to be stored in suite.json. `benchmark`,
+        `language`, `role` and `run` identify the measurement. `file` is the name of its result file. `status` is
+        "planned" or "not run", with a `reason`; after a successful measurement it becomes "measured". `data` is the
+        path or Hub id of the data. `local` is True if the data are in --data_dir; the status "not run" is then an
+        error. `skipped` is the number of images that could not be read.
     """
     benchmarks, requested = select_benchmarks(args), args.languages
     models, measurements = load_models(args), []
@@ -158,13 +165,13 @@ def plan_measurements(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[
 def run_measurement(
     args: SuiteArguments, benchmark: Benchmark, model: dict[str, Any], measurement: dict[str, Any]
 ) -> list[Record]:
-    """Run one planned measurement, which writes its result file, and return its records.
+    """Run one planned measurement, write its result file, and return its records.
 
     Args:
         args: Arguments of the suite.
         benchmark: The benchmark.
-        model: Entry of `load_models`.
-        measurement: Entry of `plan_measurements`.
+        model: The model's dict from `load_models`.
+        measurement: The measurement's dict from `plan_measurements`.
     """
     options = {field.name: getattr(args, field.name) for field in fields(EmbeddingArguments)}
     options |= {"model": model["name"], "output": args.output / measurement["file"], "split": benchmark.split}
@@ -183,10 +190,11 @@ def run_measurement(
 def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
     """Run the suite and write suite.json and table.md.
 
-    All processes of a launch work on each measurement together. If a measurement fails, the suite continues.
+    If the command was started by a distributed launcher, all processes work on each measurement together. If a
+    measurement fails, the suite records the reason and continues.
 
     Returns:
-        The summary, as in suite.json, on the main process; None on others.
+        On the main process the summary, which is the content of suite.json; None on the other processes.
     """
     models, measurements = plan_measurements(args)
     is_main, benchmarks = process_state().is_main_process, load_benchmarks()
@@ -219,7 +227,14 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
 def _build_summary(
     args: SuiteArguments, models: list[dict[str, Any]], measurements: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the content of suite.json: settings, models, measurements, and all figures of the table."""
+    """Return the content of suite.json: settings, models, measurements, and the rows of the table.
+
+    Args:
+        args: Arguments of the suite.
+        models: The models, see `load_models`.
+        measurements: All measurements, see `plan_measurements`. Results are read from the files of those with the
+            status "measured".
+    """
     values = []
     for measurement in measurements:
         if measurement["status"] == "measured":
@@ -248,22 +263,22 @@ def build_suite_rows(
     protocol: str = "ours",
     published: dict[str, str | None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Build the rows of a suite's table, in percent.
+    """Build the rows of a suite's table: measured and published results, in percent.
 
     Args:
-        pairs: Benchmarks with the language to show.
-        values: Measured figures: the fields of a `Record`, with `benchmark`, `role` and `run` (number of the model
-            among those of its role).
+        pairs: Benchmarks, each with a language. Each pair gets a row, or for retrieval a row per direction.
+        values: Measured results as dicts: the fields of a `Record`, and `benchmark` (key), `role` ("baseline" or
+            "capivara") and `run` (number of the model, counted from 0 for each role).
         model_counts: Role -> number of models.
         protocol: Source of class names and prompts, "ours" or "authors".
         published: Role -> name for `Benchmark.get_published_figure`. Default: the role itself.
 
     Returns:
-        The rows, and a remark for each average that is omitted because a dataset is missing.
+        The rows (see `_build_row`), and a remark for each average that is omitted because a dataset is missing.
     """
     metrics = [(benchmark.key, language, benchmark.metric) for benchmark, language in pairs]
     metrics = pandas.DataFrame(metrics, columns=["benchmark", "language", "metric"])
-    # The merge keeps only the figures in the published metric of each benchmark.
+    # The merge keeps only results in the metric that was published for the benchmark.
     frame = pandas.DataFrame(values, columns=[*GROUP_COLUMNS, "metric", "run", "value", "n"]).merge(metrics)
     frame["value"] = 100 * frame["value"].astype(float)
     average, averages_left_out = read_benchmark(BENCHMARKS_FOLDER / "elevater.json"), []
@@ -280,7 +295,8 @@ def build_suite_rows(
         complete = (run_counts == model_counts["capivara"]).sum()
         averages_left_out.append(f"{average.title}: omitted, since only {complete} of {average.count} datasets ran.")
     means = compute_means(frame, GROUP_COLUMNS).reset_index()
-    means = means[means["seeds"] == means["role"].map(model_counts)]  # a mean of fewer runs would mislead
+    # A mean is shown only if all models of the role were measured, because a mean of fewer models would mislead.
+    means = means[means["seeds"] == means["role"].map(model_counts)]
     published = published or {role: role for role in model_counts}
     cells = [
         {
@@ -302,7 +318,17 @@ def build_suite_rows(
 
 
 def _build_row(cells: pandas.DataFrame, protocol: str) -> dict[str, Any]:
-    """Build a table row: for each role the published and measured figure, and measured minus published in points."""
+    """Build a table row for a benchmark, language and direction.
+
+    Args:
+        cells: One line per role, with the benchmark, its published result, and mean and deviation of the measurements.
+        protocol: Source of class names and prompts, "ours" or "authors".
+
+    Returns:
+        A dict that describes the benchmark. `like_for_like` says whether measured and published results are comparable.
+        For each role it has a dict with `published` and `measured` (both in percent, or None) and `difference`,
+        measured minus published in percentage points.
+    """
     first = cells.iloc[0]
     benchmark: Benchmark = first["data"]
     title = benchmark.title + ("" if benchmark.languages == (first["language"],) else f" ({first['language']})")
@@ -327,7 +353,18 @@ def _build_row(cells: pandas.DataFrame, protocol: str) -> dict[str, Any]:
 
 
 def render_suite_table(summary: dict[str, Any]) -> str:
-    """Render the summary of a suite as Markdown: a table per section, and remarks on what was not run or differs."""
+    """Render the summary of a suite as Markdown.
+
+    There is a table for the benchmarks of the paper and a table for the other benchmarks. Remarks below the tables list
+    three things: benchmarks that were not run, with the reasons; images that could not be read; and benchmarks whose
+    data or protocol differ from those of the published results.
+
+    Args:
+        summary: The content of suite.json, see `_build_summary`.
+
+    Returns:
+        The Markdown text.
+    """
     rows, titles, measurements = summary["rows"], summary["notes"], pandas.DataFrame(summary["measurements"])
     remarks = [
         f"{row['title']}: {row['images']:,} images were measured; the published split has {row['test_images']:,}."
@@ -351,7 +388,14 @@ def render_suite_table(summary: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
+    """Run the command line: run the suite and print its table.
+
+    Args:
+        argv: Command-line arguments; the arguments of the program if None.
+
+    Raises:
+        SystemExit: If a benchmark could not be measured although its data are in --data_dir.
+    """
     if summary := run_suite(parse_arguments(SuiteArguments, __doc__, argv)):
         print(render_suite_table(summary))
         entries = summary["measurements"]

@@ -1,6 +1,6 @@
-"""Command-line arguments of a training run, in the groups that `--help` shows.
+"""Define the command-line arguments of a training run, one dataclass for each group that `--help` shows.
 
-`train_accelerate.py` reads them from a YAML file (`--config`) and from flags, which override the file.
+`train_accelerate.py` reads the arguments from a YAML file (`--config`) and from flags. A flag overrides the file.
 """
 
 import json
@@ -15,7 +15,7 @@ from caption_data.rows import DATASET_HELP, CaptionChoice
 
 @dataclass
 class RequiredArguments:
-    """Arguments that every run needs, from a flag or from the configuration file."""
+    """Arguments that every training run needs: the base model and the training data."""
 
     _argument_group_name = "required, as flags or in --config"
 
@@ -25,7 +25,7 @@ class RequiredArguments:
 
 @dataclass
 class DataArguments:
-    """Language, splits and columns of the datasets."""
+    """Arguments for languages, splits and columns of the training and evaluation data."""
 
     _argument_group_name = "data"
 
@@ -46,14 +46,17 @@ class DataArguments:
 
 @dataclass
 class PairArguments(ImageFileArguments, CaptionChoice):
-    """Which captions of an image are trained on, and which image files may be read."""
+    """Arguments that select the captions to train on and the image files that may be read.
+
+    The fields are inherited from `CaptionChoice` and `ImageFileArguments`.
+    """
 
     _argument_group_name = "captions and images"
 
 
 @dataclass
 class BatchArguments:
-    """Size and number of the steps, and how a step fits into memory."""
+    """Arguments for the batch size, the number of steps, image augmentation, and the memory that a step needs."""
 
     _argument_group_name = "batch"
 
@@ -77,7 +80,7 @@ class BatchArguments:
 
 @dataclass
 class OptimizationArguments:
-    """Optimizer, schedule, seed and precision, and which parameters are trained."""
+    """Arguments for optimizer, learning-rate schedule, seed, precision, and the choice of trainable parameters."""
 
     _argument_group_name = "optimization"
 
@@ -115,7 +118,7 @@ class OptimizationArguments:
 
 @dataclass
 class OutputArguments:
-    """What the run writes, how often it evaluates and saves, and whether it is pushed to the Hub."""
+    """Arguments for output folder, evaluation and checkpoint intervals, resuming, tracking and pushing to the Hub."""
 
     _argument_group_name = "output"
 
@@ -146,10 +149,10 @@ class OutputArguments:
 class RunArguments(
     OutputArguments, OptimizationArguments, BatchArguments, PairArguments, DataArguments, RequiredArguments
 ):
-    """All arguments of a training run.
+    """All arguments of a training run, validated on creation.
 
     Raises:
-        ValueError: If `model` or `dataset` is missing, or a value breaks its rule.
+        ValueError: If `model` or `dataset` is missing, a value is out of range, or arguments contradict each other.
     """
 
     groups = (RequiredArguments, DataArguments, PairArguments, BatchArguments, OptimizationArguments, OutputArguments)
@@ -191,5 +194,5 @@ class RunArguments(
         self.eval_languages = list(dict.fromkeys([self.language, *self.eval_languages]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the arguments as JSON-compatible values; paths become strings."""
+        """Return the arguments as a dict of JSON-compatible values: argument name -> value. Paths become strings."""
         return json.loads(json.dumps(asdict(self), default=str))

@@ -1,8 +1,9 @@
 """Plan the batches of a training run: which pairs, captions and image views each optimizer step uses.
 
-Everything random is a function of the seed and the step number alone, so a run can resume at any step and every process
-of a distributed run computes the same plan. `BatchPlanner` turns a step number into a `StepPlan`, whose micro-batches
-`training.whole_batch.WholeBatch` reads.
+A pair is an image with its captions. A view of an image is the image itself or one of its augmentations. Everything
+random depends only on the seed and the step number, so a run can resume at any step, and every process of a distributed
+run computes the same plan. `BatchPlanner` returns the `StepPlan` of a step number. A plan holds micro-batches, from
+which `training.whole_batch.WholeBatch` computes the gradients.
 """
 
 from collections import Counter
@@ -20,10 +21,10 @@ from modeling_capivara.two_towers import pad_batch, tokenize
 
 @dataclass
 class MicroBatch:
-    """Texts that go through the text encoder together, with the pixels of their images if these are embedded, too."""
+    """Texts that go through the text encoder together, with their images' pixels if the image encoder is trained."""
 
-    index: int  # position in the list of all micro-batches of the step, over all processes; seeds its dropout
-    start: int  # position of its first text in the whole batch, which is sorted by length
+    index: int  # position in the list of all micro-batches of the step, over all processes; seeds the dropout
+    start: int  # position of the first text in the whole batch, which is sorted by text length
     input_ids: Tensor  # (texts, tokens)
     attention_mask: Tensor | None = None  # (texts, tokens); None if the model reads padding like any other token
     pixel_values: Tensor | None = None  # (texts, 3, height, width) if the image encoder is trained, otherwise None
@@ -35,14 +36,14 @@ class MicroBatch:
 
     @property
     def positions(self) -> Tensor:
-        """Positions of its texts in the whole batch, (texts,)."""
+        """Positions of the micro-batch's texts in the whole batch, (texts,)."""
         return torch.arange(self.start, self.start + len(self.input_ids))
 
 
 def make_micro_batches(
     processor: ProcessorMixin, captions: Sequence[str], size: int
 ) -> tuple[list[MicroBatch], list[int]]:
-    """Tokenize captions, sort them by length and cut them into micro-batches.
+    """Tokenize captions, sort them by number of tokens, and divide them into micro-batches.
 
     Args:
         processor: Processor of the model; its tokenizer is used.
@@ -50,8 +51,8 @@ def make_micro_batches(
         size: Maximum number of captions in a micro-batch.
 
     Returns:
-        The micro-batches, each padded to its longest caption, and the sort order: the caption at position i of the
-        whole batch is `captions[order[i]]`.
+        The micro-batches and the sort order. Each micro-batch is padded to the length of its longest caption. With the
+        sort order `order`, the caption at position i of the whole batch is `captions[order[i]]`.
     """
     tokens = tokenize(processor, captions)
     order = sorted(range(len(captions)), key=lambda i: len(tokens[i]["input_ids"]))
@@ -73,8 +74,8 @@ def apportion_batch(batch_size: int, dataset_sizes: Sequence[int]) -> list[int]:
         Pairs that each dataset contributes to every batch; they sum to `batch_size`.
 
     Raises:
-        ValueError: If all datasets together have fewer than 2 pairs or fewer than a batch, or a dataset is too small to
-            contribute a pair to every batch.
+        ValueError: If all datasets together have fewer than 2 pairs or fewer than `batch_size` pairs, or if a dataset
+            is too small to contribute a pair to every batch.
     """
     pairs = sum(dataset_sizes)
     if pairs < 2:
@@ -104,8 +105,9 @@ def apportion_batch(batch_size: int, dataset_sizes: Sequence[int]) -> list[int]:
 def batch_indices(step: int, batch_size: int, dataset_size: int, seed: int) -> np.ndarray:
     """Return the row numbers that a step uses from a dataset.
 
-    Each epoch shuffles the rows anew and cuts the permutation into whole batches. The incomplete batch at the end of an
-    epoch is dropped: filled up from the next epoch, it could hold an image twice, which would be its own negative.
+    The rows are shuffled again in each epoch and divided into batches. An incomplete batch at the end of an epoch is
+    dropped. If it were filled up with rows of the next epoch, it could hold an image twice, and the image would be its
+    own negative.
 
     Args:
         step: Optimizer step, counted from 0.
@@ -122,20 +124,23 @@ def batch_indices(step: int, batch_size: int, dataset_size: int, seed: int) -> n
 
 
 def replacement_index(step: int, batch_size: int, dataset_size: int, seed: int, attempt: int) -> int:
-    """Return the row that replaces a row of the step's batch whose image cannot be used.
+    """Return the row that replaces a row of a batch whose image can't be used.
 
-    Replacements are the rows that follow the batch in the permutation of its epoch, wrapping around at the end, so none
-    of them is in the batch already.
+    Replacements are the rows that follow the batch in the shuffled order of its epoch. After the last row, they
+    continue with the first. A replacement is therefore never in the batch already.
 
     Args:
         step: Optimizer step, counted from 0.
         batch_size: Rows of this dataset in each batch.
         dataset_size: Rows of the dataset.
         seed: Seed of the permutations, as in `batch_indices`.
-        attempt: Number of replacements already used in this step from this dataset.
+        attempt: Number of replacements that this step has already used from this dataset.
+
+    Returns:
+        Row number of the replacement.
 
     Raises:
-        ValueError: If every row outside the batch has been used.
+        ValueError: If every row outside the batch has already been used as a replacement.
     """
     if attempt >= dataset_size - batch_size:
         raise ValueError(
@@ -148,12 +153,15 @@ def replacement_index(step: int, batch_size: int, dataset_size: int, seed: int, 
 
 @lru_cache(maxsize=8)
 def _epoch_permutation(seed: int, epoch: int, dataset_size: int) -> np.ndarray:
-    """Return the order of a dataset's rows in an epoch, (dataset_size,)."""
+    """Return the row numbers of a dataset in the shuffled order of an epoch, (dataset_size,).
+
+    The last results are cached, because an epoch has many steps.
+    """
     return np.random.default_rng([seed, epoch]).permutation(dataset_size)
 
 
 def sample_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, seed: int) -> list[str]:
-    """Draw one caption at random for each row, again at every step (CAPIVARA, arXiv 2310.13683, section 3).
+    """Draw one random caption for each row of a step (CAPIVARA, arXiv 2310.13683, section 3).
 
     Args:
         captions: The captions of every row of a dataset: a list, or a column of a `datasets.Dataset`.
@@ -164,7 +172,7 @@ def sample_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, 
     Returns:
         One caption for each of `rows`, in their order.
     """
-    # The third number, 1, makes the stream independent of the one that shuffles rows in `batch_indices`.
+    # The third number, 1, makes these random numbers independent of those that shuffle rows in `batch_indices`.
     draws = np.random.default_rng([seed, step, 1]).random(len(rows))
     # A column of `datasets` is read in one call for all rows, which is much faster than row by row.
     choices = [captions[row] for row in rows] if isinstance(captions, list) else captions[rows.tolist()]
@@ -172,16 +180,17 @@ def sample_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, 
 
 
 def sample_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
-    """Draw the augmented view of each image of a step.
+    """Draw the number of the view to use for each image of a step.
 
     Args:
-        views: Fixed views of every image; 0 means a fresh augmentation at every step.
-        number: Images in the step.
+        views: Number of fixed views of every image; 0 means a new augmentation at every step.
+        number: Number of images in the step.
         step: Optimizer step, counted from 0.
         seed: Seed of the draws.
 
     Returns:
-        View numbers below `views`, (number,). If `views` is 0, the step number serves as the view of every image.
+        View numbers below `views`, (number,). If `views` is 0, the step number for every image, so that the
+        augmentation is new at every step.
     """
     if views == 0:
         return np.full(number, step)
@@ -189,40 +198,47 @@ def sample_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
 
 
 def derive_seed(*numbers: int) -> int:
-    """Hash non-negative integers into one 63-bit seed, the same on every machine."""
+    """Hash non-negative integers to one 63-bit seed. The result is the same on every machine."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @dataclass
 class StepPlan:
-    """Everything drawn for one optimizer step, in the order of its micro-batches (sorted by caption length)."""
+    """Pairs, captions and views of one optimizer step, in the order of its micro-batches (sorted by caption length)."""
 
     step: int  # counted from 0
     dataset_indices: np.ndarray  # (pairs,), position of each pair's dataset in the list of training datasets
-    rows: np.ndarray  # (pairs,), row number in that dataset
-    views: np.ndarray  # (pairs,), view of the image
-    texts: list[str]  # captions
+    rows: np.ndarray  # (pairs,), row number of each pair in its dataset
+    views: np.ndarray  # (pairs,), number of each image's view, see `sample_views`
+    texts: list[str]  # caption of each pair
     batches: list[MicroBatch]  # the micro-batches of all processes
     replacement_counts: Counter[int] = field(default_factory=Counter)  # dataset index -> replacements used so far
 
     def items(self, places: Tensor) -> list[tuple[int, int, int]]:
-        """Return dataset index, row and view of the images at these positions of the batch."""
+        """Return the images at some positions of the batch, in the form that `training.inputs.prefetch_pixels` takes.
+
+        Args:
+            places: Positions in the batch, (images,).
+
+        Returns:
+            A tuple for each image: index of its dataset, row number in the dataset, and number of the view.
+        """
         return [(self.dataset_indices[place], self.rows[place], self.views[place]) for place in places.tolist()]
 
 
 @dataclass
 class BatchPlanner:
-    """Plans the batches of a run. The plan of a step does not depend on the steps planned before it."""
+    """Callable that plans the batches of a run. The plan of a step does not depend on the steps planned before it."""
 
     captions: list[Sequence[list[str]]]  # for each dataset, the captions of each of its pairs
     pairs_per_dataset: list[int]  # pairs that each dataset contributes to a batch, see `apportion_batch`
     processor: ProcessorMixin
     micro_batch_size: int  # captions per micro-batch
-    augmented_views: int  # views of every image, see `sample_views`
+    augmented_views: int  # number of fixed views of every image, or 0, see `sample_views`
     seed: int
 
     def __call__(self, step: int) -> StepPlan:
-        """Plan a step, counted from 0."""
+        """Plan an optimizer step. Steps count from 0."""
         drawn, texts = [], []
         for number, count in enumerate(self.pairs_per_dataset):
             seed = self.seed + (number << 32)  # the first dataset is sampled exactly as if it were the only one
@@ -241,11 +257,11 @@ class BatchPlanner:
         )
 
     def replace_pairs(self, plan: StepPlan, places: Sequence[int]) -> StepPlan:
-        """Replace pairs whose images cannot be used, and tokenize the affected micro-batches again.
+        """Replace pairs whose images can't be used, and tokenize the affected micro-batches again.
 
         Args:
-            plan: Plan of a step; it is not changed.
-            places: Positions in the batch whose pairs are replaced.
+            plan: Plan of a step. It is not changed.
+            places: Positions in the batch of the pairs to replace.
 
         Returns:
             A new plan. Each replacement comes from the same dataset as the pair that it replaces.

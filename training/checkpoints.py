@@ -1,10 +1,11 @@
-"""Checkpoints of a training run, and the folder that the run works in.
+"""Save and load checkpoints of a training run, and manage the folder that the run works in.
 
-A checkpoint is the state that Accelerate saves, in a folder that gets its name only when it is complete. SHA-256
-checksums of all files are stored with it and compared before anything is loaded. Weights, optimizer state, fp16 scaler
-and training curve are enough to resume with the same bits, because everything random derives from the seed and the step
-number. Accelerate's own `ProjectConfiguration(automatic_checkpoint_naming=True)` is not used: it does not keep the best
-checkpoint, and a killed process would leave a half-written one.
+A checkpoint is a folder with the state that Accelerate saves. The folder gets its final name only when the checkpoint
+is complete. SHA-256 checksums of all files are stored in the folder, and compared before a file is loaded. A checkpoint
+holds weights, optimizer state, fp16 scaler and training curve. They are enough to resume with bit-identical results,
+because everything random depends only on the seed and the step number. Accelerate's own
+`ProjectConfiguration(automatic_checkpoint_naming=True)` is not used, because it does not keep the best checkpoint, and
+a killed process would leave an incomplete checkpoint.
 """
 
 import hashlib
@@ -44,21 +45,24 @@ STATE_FILE = "trainer.json"
 # make it faster than BLAKE2 here.
 CHECKSUM_FILE = "SHA256SUMS"
 LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # files that loading a checkpoint may read
-# Settings that may differ between a run and its continuation, because they do not affect the weights. Runs on disk may
-# still have the last two, which are no longer settings.
+# Settings that may differ between a run and its continuation, because they do not affect the weights. `hub_strategy`
+# and `carbon_country` no longer exist, but runs of earlier versions still have them.
 CHANGEABLE_SETTINGS = {
     *("output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker"),
     *("loading_workers", "num_threads", "max_bad_share", "push_to_hub", "hub_model_id", "hub_private"),
     *("hub_strategy", "carbon_country"),
 }
-# A run that was started before a setting existed has used the setting's default.
+# Default of every setting. If a run was started before a setting existed, it is compared with this default.
 SETTING_DEFAULTS = {setting.name: setting.default for setting in fields(RunArguments)}
 logger = logging.getLogger("capivara")
 
 
 @dataclass
 class TrainingState:
-    """Progress of a run, and the settings and data that it started with. Field names are the keys of trainer.json."""
+    """Progress of a training run, and the settings and data that the run started with.
+
+    It is stored in the checkpoint's file trainer.json, with the names of the fields as keys.
+    """
 
     step: int = 0  # optimizer steps completed
     curve: list[dict] = field(default_factory=list)  # one entry per step, see `eval.records.plots.plot_training_curves`
@@ -68,15 +72,18 @@ class TrainingState:
     best_step: int | None = None  # step of the highest validation recall so far; None before the first evaluation
     best_recall: float | None = None  # mean recall of both directions at `best_step`, from 0 to 1
     seconds: float = 0.0  # training time so far
-    threads: int = 0  # CPU threads; another number changes the last bits of the result
-    device: str = ""  # description of the device and the number of processes, which also affect the last bits
+    threads: int = 0  # number of CPU threads; it affects the last bits of the result
+    device: str = ""  # device and number of processes as a text; both affect the last bits of the result
 
 
 @dataclass
 class Checkpoints:
-    """Checkpoints of a run, in folders `step-00000100` and so on. The latest and the best are kept."""
+    """Checkpoints of a training run, in folders named `step-00000100` and so on.
 
-    folder: Path
+    The latest checkpoints and the checkpoint with the best validation recall are kept; other checkpoints are deleted.
+    """
+
+    folder: Path  # folder that holds the folders of all checkpoints
     keep_last: int  # number of latest checkpoints to keep
     accelerator: Accelerator  # holds the model and the optimizer that are saved and loaded
 
@@ -89,7 +96,14 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def find_resume_checkpoint(self, args: RunArguments) -> Path | None:
-        """Return the checkpoint that `args.resume` selects, or None for a new run.
+        """Return the folder of the checkpoint to resume from.
+
+        Args:
+            args: Arguments of the run. `args.resume` is None for a new run, "auto" for the latest checkpoint, or the
+                folder of a checkpoint.
+
+        Returns:
+            The folder. None for a new run, and for "auto" if there is no checkpoint.
 
         Raises:
             ValueError: If the checkpoint is damaged, or was written with other settings.
@@ -102,9 +116,12 @@ class Checkpoints:
         return path
 
     def save(self, state: TrainingState) -> None:
-        """Write a checkpoint of the current step if there is none, then delete checkpoints that are no longer kept.
+        """Write a checkpoint of the current step, then delete old checkpoints except the best one.
 
-        All processes must call it.
+        Does nothing if the step already has a checkpoint. All processes must call this method.
+
+        Args:
+            state: State of the run after the current step.
 
         Raises:
             OSError: If the checkpoint can't be written. Earlier checkpoints are not changed.
@@ -121,7 +138,7 @@ class Checkpoints:
                 write_bytes(temporary / CHECKSUM_FILE, _compute_checksums(temporary))
                 temporary.rename(path)
                 for old in {*self.steps()[: -self.keep_last]} - {state.best_step}:
-                    # Renamed first, so that a kill does not leave half a checkpoint under a valid name.
+                    # Renamed first, so that a process killed during deletion leaves no checkpoint that looks valid.
                     outdated = self.folder / f"tmp-old-{old:08d}"
                     self.path(old).rename(outdated)
                     shutil.rmtree(outdated, ignore_errors=True)
@@ -189,8 +206,8 @@ def check_checkpoint_files(path: Path) -> None:
     """Compare the files of a checkpoint with its checksums.
 
     Raises:
-        ValueError: If a file is missing or changed, or there is an additional file that would be loaded. The message
-            names these files.
+        ValueError: If a file is missing or has changed, or if the folder has an additional file that loading the
+            checkpoint would read. The message names these files.
     """
     listed = (path / CHECKSUM_FILE).read_bytes() if (path / CHECKSUM_FILE).is_file() else b""
     expected, actual = ({*sums.split(b"\n")} for sums in (listed, _compute_checksums(path)))
@@ -211,12 +228,13 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
     Args:
         state: State of the checkpoint or the finished run.
         config: Settings of the current run, as `RunArguments.to_dict()` returns them.
-        data: Fingerprints of the current run, keyed by name. Names that are missing here are not compared.
+        data: Fingerprints of the current run: name of a dataset split or model -> fingerprint. Names that are missing
+            here are not compared.
         path: Folder of the checkpoint or the finished run, for messages.
 
     Raises:
-        ValueError: If a setting that affects the weights or a fingerprint differs, or the run has settings that this
-            version does not know. The message names each of them.
+        ValueError: If a fingerprint or a setting that affects the weights differs, or if the checkpoint or finished run
+            has settings that this version does not know. The message names all of them.
     """
     if unknown := sorted(state.config.keys() - SETTING_DEFAULTS.keys() - CHANGEABLE_SETTINGS):
         raise ValueError(
@@ -244,10 +262,11 @@ def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str
     Args:
         folder: Folder of the finished run.
         config: Settings of the current run, as `RunArguments.to_dict()` returns them.
-        data: Fingerprints of the current run, keyed by name. An empty dict compares the settings only.
+        data: Fingerprints of the current run: name of a dataset split or model -> fingerprint. With an empty dict, only
+            the settings are compared.
 
     Raises:
-        ValueError: If a setting that affects the weights or a fingerprint differs.
+        ValueError: If a fingerprint or a setting that affects the weights differs.
     """
     finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
     check_same_run(
@@ -256,16 +275,19 @@ def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str
 
 
 def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
-    """Choose and check the output folder of a run, the same on all processes, without creating it.
+    """Choose and check the output folder of a run, without creating it. All processes get the same folder.
 
     Args:
-        args: Arguments of the run. Without `output_dir`, the next free folder `runs/NAME-001` is chosen; with
-            `--resume auto`, the latest unfinished one.
+        args: Arguments of the run. If `output_dir` is None, the next free folder such as `runs/NAME-001` is chosen. If
+            there are unfinished runs and `resume` is "auto", the folder of the latest unfinished run is chosen instead.
         state: Processes of the run.
 
+    Returns:
+        Folder that the finished run will have.
+
     Raises:
-        ValueError: If the folder is not empty, contains files that the run reads, or has an unfinished run next to it
-            that would be lost.
+        ValueError: If the folder is not empty or holds finished runs of several seeds, if it would be overwritten but
+            contains files that the run reads, or if the new run would replace an unfinished run.
     """
     if args.output_dir is None:
         name = f"{Path(args.dataset[0]).parent.name or 'capivara'}-{args.language}"
@@ -297,24 +319,42 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
 
 
 def next_numbered_folder(parent: Path, name: str) -> Path:
-    """Return the first of `parent/name-001`, `parent/name-002`, … that holds neither a run nor an unfinished one."""
+    """Return the first free folder of the sequence `parent/name-001`, `parent/name-002`, and so on.
+
+    A folder is free if it does not exist and there is no unfinished run for it (`parent/name-001.partial`).
+    """
     folders = (parent / f"{name}-{number:03d}" for number in itertools.count(1))
     return next(folder for folder in folders if not folder.exists() and not partial_folder(folder).exists())
 
 
 def is_run_complete(args: RunArguments, output_dir: Path) -> bool:
-    """Return whether `--resume auto` finds a complete run, and no unfinished run that is meant to replace it."""
+    """Return whether there is nothing to resume, because the run in `output_dir` is complete.
+
+    Args:
+        args: Arguments of the run. The result is False unless `args.resume` is "auto".
+        output_dir: Folder of the run.
+
+    Returns:
+        True if the folder holds a complete run, and there is no unfinished run that will replace it.
+    """
     return args.resume == "auto" and (output_dir / "run.json").is_file() and not partial_folder(output_dir).exists()
 
 
 def can_resume(folder: Path) -> bool:
-    """Return whether an unfinished run has left a checkpoint or a trained model that `--resume` can start from."""
+    """Return whether the folder of an unfinished run has a checkpoint or a trained model to resume from."""
     return any(folder.glob("checkpoints/step-*")) or (folder / "run.json").is_file()
 
 
 @contextmanager
 def handle_signals(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
-    """Handle these signals with `handler` inside the block. Does nothing outside of the main thread, as in Python."""
+    """Handle signals with `handler` inside of the `with` block, then restore the previous handlers.
+
+    Does nothing in other threads than the main thread, because Python sets signal handlers only there.
+
+    Args:
+        handler: Function that gets the number of the signal and the current stack frame.
+        numbers: Numbers of the signals.
+    """
     try:
         previous_handlers = {number: signal.signal(number, handler) for number in numbers}
     except ValueError:
@@ -328,11 +368,13 @@ def handle_signals(handler: Callable[[int, Any], None], *numbers: int) -> Iterat
 
 @contextmanager
 def locked_run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -> Iterator[Path]:
-    """Create and lock the folder that a run works in, and delete it at the end if there is nothing to resume from.
+    """Create and lock the folder that a run works in.
+
+    At the end of the `with` block, the folder is unlocked. It is also deleted if it has nothing to resume from.
 
     Args:
-        output_dir: Folder of the finished run; the run works in the folder `output_dir.partial`.
-        args: Arguments of the run. Without `resume`, leftovers in the folder are deleted.
+        output_dir: Folder of the finished run. The run works in the folder `output_dir.partial`.
+        args: Arguments of the run. If `resume` is None, files of an earlier unfinished run are deleted from the folder.
         accelerator: Processes of the run; the main process holds the lock.
 
     Yields:
@@ -340,7 +382,8 @@ def locked_run_folder(output_dir: Path, args: RunArguments, accelerator: Acceler
 
     Raises:
         ValueError: If another process works in the folder, or it holds files that do not belong to a run.
-        SystemExit: If the run was interrupted, or a loss, gradient or file was invalid; a message has been printed.
+        SystemExit: If the run was interrupted, a loss or gradient was not finite, or a weights file was damaged. The
+            user sees a message.
     """
     folder, lock = partial_folder(output_dir), None
     try:
@@ -370,7 +413,7 @@ def locked_run_folder(output_dir: Path, args: RunArguments, accelerator: Acceler
 
 
 def _lock_run_folder(folder: Path) -> int:
-    """Lock the folder that a run works in, creating it if necessary, and return the lock's file descriptor.
+    """Lock the folder that a run works in, and return the file descriptor of the lock. Creates the folder if necessary.
 
     Raises:
         ValueError: If another process has the lock, or the folder holds files that do not belong to a run.
@@ -390,14 +433,17 @@ def _lock_run_folder(folder: Path) -> int:
 
 
 def _raise_interrupt(number: int, frame: object) -> None:
-    """Handle SIGTERM like Ctrl-C, so that temporary files are removed. The training loop has its own handler."""
+    """Raise KeyboardInterrupt for SIGTERM, so that temporary files are removed as after Ctrl-C.
+
+    During training, the training loop replaces this handler.
+    """
     raise KeyboardInterrupt(number, "Stopped.")
 
 
 def _compute_checksums(folder: Path) -> bytes:
     """Return the checksums of all files of a checkpoint in the format of `sha256sum`: digest, two spaces, file name.
 
-    Hidden files are left out: they belong to file managers or network drives.
+    Hidden files are left out, because file managers and network drives create them.
     """
     lines = []
     for path in sorted(folder.rglob("*")):

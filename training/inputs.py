@@ -1,8 +1,9 @@
 """Load what a training run needs: datasets, model, and the embeddings or pixels of the images.
 
-`load_inputs` does the checks that fail fast first. A view of an image is the image itself (`augmented_views` 1), one of
-V fixed augmentations (V above 1), or a fresh augmentation at every step (0), as in the paper. The frozen image tower
-embeds fixed views once, and the embeddings are cached on disk.
+`load_inputs` does quick checks first, so that wrong arguments fail before long work starts. A view of an image is what
+the model sees of the image at a training step. The setting `augmented_views` selects the views: 1 is the image itself;
+V above 1 is V fixed augmentations of the image; 0 is a new augmentation at every step, as in the paper (arXiv
+2310.13683). The frozen image tower embeds fixed views once, and the embeddings are cached on disk.
 """
 
 import copy
@@ -57,7 +58,7 @@ from training.trainable import prepare_trainable
 
 PIXELS_VERSION = 1  # part of the cache key; increase it when preprocessing or augmentation changes the pixels
 AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4
-SHARD_ROWS = 2048  # images per file of the cache; a killed process loses at most one unfinished file
+SHARD_ROWS = 2048  # images per file of the cache; a process that is killed loses at most one unfinished file
 logger = logging.getLogger("capivara")
 DATA_FLAGS_HINT = (
     "--dataset and --train_split choose the training data; --evaluation_dataset, --validation_split and --test_split "
@@ -69,24 +70,25 @@ Splits = dict[tuple[str, str], Split]  # (dataset, split name) -> opened split
 
 @dataclass
 class PairDataset:
-    """Image-caption pairs of one dataset split, as a sequence of decoded images."""
+    """Pairs of one dataset split, each an image with its captions. Indexing with a pair's number decodes its image."""
 
-    source: Split
-    # One row for each pair, with the columns `row`, `digest` and `captions`, and `reason` and `detail` if it can't be
-    # used. With a cache also `vectors`, (views x width,), float16.
+    source: Split  # the opened split, which reads and decodes images
+    # One row for each pair. `row` is its row number in the split, `digest` identifies the image, and `captions` is a
+    # list of texts. `reason` and `detail` say why the pair can't be used; they are empty for usable pairs. With an
+    # embedding cache, the column `vectors` has the embeddings of all views, (views x width,), float16.
     table: Dataset
-    processor: ProcessorMixin | None  # None if pairs are only counted
-    augmented_views: int = 1  # see the module docstring
-    seed: int = 0  # of the augmentation
+    processor: ProcessorMixin | None  # processor of the model; None if pairs are only counted
+    augmented_views: int = 1  # number of fixed views, or 0, see the module docstring
+    seed: int = 0  # seed of the augmentation
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, pair: int) -> PIL.Image.Image:
-        """Decode the image of a pair of an evaluation split.
+        """Decode the image of a pair. Only for evaluation splits, because an unusable image is an error.
 
         Raises:
-            ValueError: If the image can't be used.
+            ValueError: If the image can't be used. The message names the row.
         """
         row = self.table[pair]["row"]
         try:
@@ -95,18 +97,18 @@ class PairDataset:
             raise _bad_row_error(self.source, row, bad.reason, bad.detail) from bad
 
     def captions(self) -> list[list[str]]:
-        """Return the captions of each pair."""
+        """Return a list with the captions of each pair."""
         return self.table["captions"][:]
 
     def load_pixels(self, pair: int, view: int) -> Tensor:
-        """Load and preprocess a view of an image.
+        """Load a view of an image, and preprocess it for the model.
 
-        The augmentation depends on the digest of the image, because the number of a pair changes when other rows are
-        skipped.
+        The random augmentation depends on the digest of the image instead of the number of its pair, because this
+        number changes when other rows are skipped.
 
         Args:
-            pair: Number of the pair.
-            view: Number of the view; 0 if there are no augmentations.
+            pair: Number of the pair in this dataset.
+            view: Number of the view; ignored if `augmented_views` is 1.
 
         Returns:
             Pixels, (3, height, width).
@@ -125,26 +127,26 @@ class PairDataset:
 
     @cached_property
     def vectors(self) -> Dataset | None:
-        """The column `vectors` in Arrow format, or None without a cache."""
+        """Column `vectors` of the table in Arrow format, or None if there is no embedding cache."""
         names = self.table.column_names
         return self.table.select_columns("vectors").with_format("arrow") if "vectors" in names else None
 
 
 @dataclass
 class TrainingInputs:
-    """Data and embeddings that a training run needs."""
+    """Data and image embeddings that a training run needs."""
 
-    processor: ProcessorMixin
+    processor: ProcessorMixin  # processor of the base model
     training: list[PairDataset]  # usable pairs of each training dataset
-    validation: PairDataset  # evaluated during training
+    validation: PairDataset  # validation split, which is evaluated during training
     validation_embeds: Tensor  # image embeddings of the validation split, (images, width)
-    test: dict[str, PairDataset]  # language -> test split, for the final evaluation
+    test: dict[str, PairDataset]  # language code -> test split with captions in this language, for the final evaluation
     test_embeds: Tensor  # image embeddings of the test split, (images, width), float32
     skipped: list[SkippedRow]  # training rows that can't be used
     base_digest: str  # digest of the base model's weights
 
     def make_planner(self, args: RunArguments) -> BatchPlanner:
-        """Create the planner that draws the batches of the run."""
+        """Create the planner that selects pairs, captions and views for every step of the run."""
         captions = [pairs.table["captions"] for pairs in self.training]
         counts = apportion_batch(args.effective_batch_size, list(map(len, self.training)))
         # A copy, because the planner runs in a thread, and a tokenizer stores padding and length of its last call.
@@ -152,7 +154,12 @@ class TrainingInputs:
         return BatchPlanner(captions, counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
 
     def fingerprints(self, args: RunArguments) -> dict[str, str]:
-        """Return the fingerprints of base model and data, keyed by a name such as "DATASET SPLIT"."""
+        """Return the fingerprints of base model and data, so that a resumed run can be compared with them.
+
+        Returns:
+            Name -> fingerprint. Names are "base model", "DATASET SPLIT" for the training and validation splits, and
+            "DATASET SPLIT LANGUAGE" for the test split.
+        """
         tables = {f"{pairs.source.name} {args.train_split}": pairs.table for pairs in self.training}
         tables[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.table
         for code, pairs in self.test.items():
@@ -161,7 +168,11 @@ class TrainingInputs:
 
 
 def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
-    """Load everything that a training run needs, and embed the images unless they are cached.
+    """Load the data and the image embeddings of a training run. Embeddings that are not cached are computed.
+
+    Args:
+        args: Arguments of the run.
+        accelerator: Device, precision and processes of the run.
 
     Raises:
         ValueError: If data, columns or model are missing or invalid, or the usable pairs do not fill a batch.
@@ -207,14 +218,14 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
 
 
 def drop_invalid_pairs(training: list[PairDataset], args: RunArguments) -> tuple[list[PairDataset], list[SkippedRow]]:
-    """Separate usable pairs from rows that can't be used.
+    """Divide the rows of the training datasets into usable pairs and skipped rows.
 
     Args:
         training: All pairs of each training dataset.
         args: Arguments of the run.
 
     Returns:
-        The datasets with their usable pairs, and the skipped rows of all datasets.
+        The datasets with only their usable pairs, and the skipped rows of all datasets with reasons.
 
     Raises:
         ValueError: If more than `args.max_bad_share` of the rows can't be used, or too few pairs are left for a batch.
@@ -227,11 +238,17 @@ def drop_invalid_pairs(training: list[PairDataset], args: RunArguments) -> tuple
 
 
 def open_splits(args: RunArguments) -> Splits:
-    """Open every split that the run uses, each once, and check its columns. No image is read.
+    """Open each dataset split that the run uses, and check that it has the required columns. No image is read.
+
+    Args:
+        args: Arguments of the run.
+
+    Returns:
+        (dataset, split name) -> opened split.
 
     Raises:
-        ValueError: If a split or column is missing, or there are too few rows for a batch. The message names the flags
-            that choose splits and columns.
+        ValueError: If a split or column is missing, or there are too few rows for a batch. The message about a missing
+            split or column names the flags that choose splits and columns.
     """
     requested = [(name, args.train_split, _training_columns(args)) for name in args.dataset]
     evaluated = [(args.validation_split, args.language), *((args.test_split, code) for code in args.eval_languages)]
@@ -254,7 +271,7 @@ def open_splits(args: RunArguments) -> Splits:
 
 
 def _training_columns(args: RunArguments) -> list[str]:
-    """Return the columns that the choice of training captions reads."""
+    """Return the names of the columns that are needed to choose the training captions, such as similarities."""
     _, *others = args.strategy_columns(args.language)
     similarities = [] if args.min_pair_similarity is None else [f"similarities-{args.language}"]
     return list(dict.fromkeys([get_caption_column(args, args.language), *others, *similarities]))
@@ -263,15 +280,15 @@ def _training_columns(args: RunArguments) -> list[str]:
 def load_training_pairs(
     args: RunArguments, splits: Splits, processor: ProcessorMixin | None = None
 ) -> list[PairDataset]:
-    """Load all rows of every training dataset, with the captions that are trained on.
+    """Load all rows of every training dataset, and choose the captions to train on.
 
     Args:
         args: Arguments of the run.
         splits: Opened splits, see `open_splits`.
-        processor: Processor of the model. Without it, the pairs can be counted but not trained on.
+        processor: Processor of the model. If it is None, the pairs can be counted but not trained on.
 
     Returns:
-        One dataset for each of `args.dataset`, in the same order. Unusable rows are still in them.
+        The datasets in the order of `args.dataset`. They still contain unusable rows, see `drop_invalid_pairs`.
     """
     columns = _training_columns(args)
     caption_column, standard_column = get_caption_column(args, args.language), f"captions-{args.language}"
@@ -292,7 +309,7 @@ def load_training_pairs(
 def load_evaluation_pairs(
     args: RunArguments, split: Split, languages: list[str], processor: ProcessorMixin
 ) -> dict[str, PairDataset]:
-    """Load the pairs of an evaluation split. No row is skipped, because results would depend on the rows that are left.
+    """Load the pairs of an evaluation split. No row may be unusable, because skipping rows would change the results.
 
     Args:
         args: Arguments of the run.
@@ -316,25 +333,37 @@ def load_evaluation_pairs(
 
 
 def get_caption_column(args: RunArguments, language: str) -> str:
-    """Return the name of the column that holds the captions of a language."""
+    """Return the name of the column that holds the captions of a language.
+
+    Args:
+        args: Arguments of the run. In `args.caption_column`, {language} is replaced by the language code.
+        language: Language code, such as "pt".
+    """
     return args.caption_column.replace("{language}", language)
 
 
 def _check_complete(texts: list[str]) -> list[str]:
-    """Return the captions of a row unchanged. Raises ValueError if a caption is empty."""
+    """Return the captions of a row unchanged. Raises ValueError if a caption is empty or not a text."""
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"an empty caption in {texts!r}")  # becomes the detail of an error that names the row
+        raise ValueError(f"an empty caption in {texts!r}")  # the caller adds the row to the message
     return texts
 
 
 def _check_no_bad_rows(pairs: PairDataset) -> None:
-    """Raise ValueError if a row of an evaluation split can't be used."""
+    """Raise ValueError if an evaluation split has a row that can't be used. The message names the first such row."""
     for skipped in list_skipped_rows(pairs.table, pairs.source):
         raise _bad_row_error(pairs.source, skipped.row, skipped.reason, skipped.detail)
 
 
 def _bad_row_error(split: Split, row: int, reason: str, detail: str) -> ValueError:
-    """Create the error for a row of an evaluation split that can't be used."""
+    """Create the error for a row of an evaluation split that can't be used.
+
+    Args:
+        split: The evaluation split.
+        row: Number of the row.
+        reason: Short reason, such as "unreadable image".
+        detail: Further information for the user, such as the message of the image decoder.
+    """
     return ValueError(
         f"{split.display_name}: row {row} can't be used, {reason} ({detail}). Every row of an evaluation split must be "
         "usable. Repair the row, or remove it."
@@ -362,13 +391,13 @@ def load_cached_embeds(training: list[PairDataset], plan: StepPlan) -> Tensor:
 
 @dataclass
 class _ViewDataset:
-    """Views of images, as a dataset for `DataLoader`.
+    """Dataset for PyTorch's `DataLoader` that loads and preprocesses views of training images.
 
-    A bad image is returned as a `BadImage` instead of raised, because exceptions from worker processes lose their
-    attributes.
+    An item is selected by (dataset index, pair, view). If an image can't be used, the item is a `BadImage` object. The
+    `BadImage` is not raised, because exceptions lose their attributes on the way out of a worker process.
     """
 
-    training: list[PairDataset]
+    training: list[PairDataset]  # training datasets
 
     def __getitem__(self, item: tuple[int, int, int]) -> Tensor | BadImage:
         number, pair, view = map(int, item)
@@ -381,15 +410,16 @@ class _ViewDataset:
 def prefetch_pixels(
     training: list[PairDataset], items: Iterable[list[tuple[int, int, int]]], workers: int
 ) -> Iterator[list[Tensor | BadImage]]:
-    """Load images in worker processes, ahead of their use.
+    """Load and preprocess images in worker processes, several batches ahead of their use.
 
     Args:
         training: Training datasets.
-        items: Batches of images, each a list of (dataset index, pair, view).
-        workers: Worker processes; 0 loads in this process.
+        items: Batches of images. A batch is a list of tuples: dataset index, number of the pair, number of the view.
+        workers: Number of worker processes. With 0, this process loads each batch when it is needed.
 
     Returns:
-        An iterator over the batches, with the pixels of each image, (3, height, width), or the `BadImage`.
+        An iterator over the batches. A batch is a list that has for each image the pixels, (3, height, width), or a
+        `BadImage` if the image can't be used.
     """
     options = {}
     if workers:  # spawn: a forked process would inherit the locks of torch's threads, and can hang
@@ -399,9 +429,10 @@ def prefetch_pixels(
 
 
 def resolve_loading_workers(args: RunArguments, accelerator: Accelerator) -> int:
-    """Return the number of processes that decode images: `args.loading_workers`, or by default 0 on a CPU, 12 on a GPU.
+    """Return the number of worker processes that decode images.
 
-    The default is never above the number of cores. On a CPU, the model itself needs all cores.
+    It is `args.loading_workers` if this is set. Otherwise, it is 12 on a GPU, but at most the number of CPU cores. On a
+    CPU it is 0, which means no worker process, because the model itself needs all cores.
     """
     if args.loading_workers is not None:
         return args.loading_workers
@@ -409,9 +440,10 @@ def resolve_loading_workers(args: RunArguments, accelerator: Accelerator) -> int
 
 
 def augment_image(image: PIL.Image.Image, seed: int) -> PIL.Image.Image:
-    """Augment an image: resize to 250 pixels, crop 90 to 100 % of it to 224 pixels, apply AugMix with severity 2.
+    """Augment an image as in CAPIVARA (arXiv 2310.13683), section 4.
 
-    Source: CAPIVARA (arXiv 2310.13683), section 4.
+    The image is resized to 250 pixels on its shorter side. A random crop with 90 to 100 % of the area is then resized
+    to 224 x 224 pixels, and AugMix with severity 2 is applied.
 
     Args:
         image: Decoded image.
@@ -437,10 +469,10 @@ def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerato
     Args:
         model: The model.
         pixels: Preprocessed images, (images, 3, height, width).
-        accelerator: Device and precision.
+        accelerator: Device and precision of the run.
 
     Returns:
-        Embeddings of unit length, (images, width), float32, on the device.
+        Embeddings of unit length, (images, width), float32, on the device of the run.
 
     Raises:
         ValueError: If an embedding is not finite.
@@ -451,13 +483,13 @@ def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerato
 
 
 def open_image_cache(model: PreTrainedModel, pairs: PairDataset, root: Path, precision: str) -> EmbeddingCache:
-    """Open the cache for the image embeddings of a dataset; its folder is created if it does not exist.
+    """Open the cache for the image embeddings of a dataset. The cache folder is created if it does not exist.
 
-    The name of the folder is a hash of everything that the embeddings depend on, so a cache is never out of date.
+    The name of the cache folder is a hash of everything that the embeddings depend on, so a cache is never out of date.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
-        pairs: All rows of the dataset.
+        pairs: Dataset with all rows, including unusable rows.
         root: Folder that holds all caches.
         precision: Mixed precision, as named by Accelerate: "no", "bf16" or "fp16".
 
@@ -488,20 +520,20 @@ def open_image_cache(model: PreTrainedModel, pairs: PairDataset, root: Path, pre
 def add_vectors(
     model: PreTrainedModel, pairs: PairDataset, root: Path, batch_size: int, workers: int, accelerator: Accelerator
 ) -> PairDataset:
-    """Add the image embeddings of a dataset as the column `vectors`, and mark images that can't be read as unusable.
+    """Add the column `vectors` with image embeddings to a dataset, and mark rows with unreadable images as unusable.
 
-    The embeddings are read from the cache. All processes together compute the ones that are missing.
+    The embeddings are read from the cache. If embeddings are missing, all processes compute a share of them.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
-        pairs: All rows of the dataset.
+        pairs: Dataset with all rows, including unusable rows.
         root: Folder that holds all caches.
         batch_size: Images that go through the image tower together.
         workers: Processes that decode images.
-        accelerator: Device, precision and processes.
+        accelerator: Device, precision and processes of the run.
 
     Returns:
-        The dataset with the new column; unusable images have a `reason` and `detail`.
+        A copy of the dataset with the new column. Rows with unusable images have a `reason` and a `detail`.
     """
     cache = open_image_cache(model, pairs, root, accelerator.mixed_precision)
     views, width = pairs.augmented_views, embedding_width(model.config)
@@ -543,7 +575,8 @@ def add_vectors(
 
     cache.make_shards(missing, embed_shards)
     cached, table = cache.load_table(), pairs.table.data.table
-    for name in ("reason", "detail"):  # a row has a reason in one of the two tables at most
+    # A row has a reason in at most one of the two tables, so joining the texts keeps this reason.
+    for name in ("reason", "detail"):
         joined = pc.binary_join_element_wise(table[name], cached[name], "")
         table = table.set_column(table.column_names.index(name), name, joined)
     table = Dataset(table.append_column("vectors", cached["vectors"]), fingerprint=cache.folder.name)

@@ -2,8 +2,9 @@
 
     python -m training.interpolate models/base runs/pt --share 0.7 --output models/between
 
-The new model keeps more of the base's other languages than the fine-tuned one. docs/recipe.md recommends a share of
-0.7; compare others with `python -m eval.retrieval`. Processor and configuration are copied from the fine-tuned model.
+In languages that were not trained on, the new model keeps more of the base model's quality than the fine-tuned model
+does. docs/recipe.md recommends a share of 0.7. Compare other shares with `python -m eval.retrieval`. Processor and
+configuration are copied from the fine-tuned model.
 """
 
 from dataclasses import dataclass
@@ -31,11 +32,14 @@ class InterpolateArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command.
+    """Run the command: write the interpolated model to a new folder.
+
+    Args:
+        argv: Command-line arguments; the arguments of the program if None.
 
     Raises:
-        ValueError: If the models differ in the names or shapes of their tensors, or the trained model was rotated and
-            the file of its rotation is missing.
+        ValueError: If the models differ in the names or shapes of their tensors, or if `training.rotate` was applied to
+            the trained model and the file rotation.safetensors is missing from its folder.
     """
     args = parse_arguments(InterpolateArguments, __doc__, argv)
     check_output_folder(args.output)

@@ -1,4 +1,8 @@
-"""Training loop: plan a step, load its images, compute gradients, update the weights, evaluate, save a checkpoint."""
+"""Run the training loop.
+
+Each optimizer step is planned, its images are loaded, the gradients are computed, and the weights are updated. At
+regular intervals, the model is evaluated on the validation split and a checkpoint is saved.
+"""
 
 import logging
 import math
@@ -30,37 +34,38 @@ from training.trainable import build_optimizer, clamp_logit_scale, learning_rate
 from training.whole_batch import WholeBatch, select_loss
 
 logger = logging.getLogger("capivara")
-# Steps in a row whose gradients may overflow in fp16. The scaler halves its scale at each of them; if gradients still
-# overflow after 20 steps, the loss itself has diverged.
+# Number of consecutive steps whose gradients may overflow in fp16. The gradient scaler halves its scale at each of
+# these steps. If gradients still overflow after 20 steps, the loss itself has diverged.
 MAX_CONSECUTIVE_OVERFLOWS = 20
-# Plans kept in memory: workers read the images of several future steps, and the loop needs the same plans again.
+# Number of step plans to keep in memory. Workers load the images of several future steps, and the loop needs the plans
+# of these steps again.
 CACHED_PLANS = 16
 
 
 @dataclass
 class TrainingLoop:
-    """Training of one model from the first or a resumed step to the last."""
+    """Loop that trains one model, from the first step or the step of a checkpoint to the last step."""
 
-    args: RunArguments
+    args: RunArguments  # arguments of the run
     inputs: TrainingInputs  # pairs with their images, and the validation split
-    model: PreTrainedModel  # the model itself; if there are adapters, its linear layers contain them
-    wrapped_model: nn.Module  # peft's wrapper around the model if there are adapters, otherwise the model
-    checkpoints: Checkpoints  # also gives access to device, precision and processes
+    model: PreTrainedModel  # the model without peft's wrapper; LoRA adapters, if any, are inside of its linear layers
+    wrapped_model: nn.Module  # peft's wrapper around the model if there are LoRA adapters, otherwise `model` itself
+    checkpoints: Checkpoints  # checkpoints of the run; their accelerator also has device, precision and processes
     state: TrainingState  # progress of the run
-    overflows: int = field(default=0, init=False)  # steps in a row whose gradients overflowed in fp16
+    overflows: int = field(default=0, init=False)  # number of consecutive steps whose gradients have overflowed in fp16
 
     def train(self, resume: Path | None = None) -> TrainingState:
-        """Train until `args.max_steps`.
+        """Train until `args.max_steps` optimizer steps are complete.
 
         Args:
-            resume: Checkpoint to resume from, or None to start from the model as it is.
+            resume: Folder of the checkpoint to resume from. None: start at step 0 with the current weights.
 
         Returns:
-            The state after the last step.
+            The state of the run after the last step.
 
         Raises:
-            KeyboardInterrupt: After SIGTERM or Ctrl-C, once the step is complete and saved. Its arguments are the
-                number of the signal and a message.
+            KeyboardInterrupt: After SIGTERM or Ctrl-C, when the current step is complete and saved. The arguments of
+                the exception are the number of the signal and a message.
             FloatingPointError: If the loss, a gradient or an embedding is not finite. The message names the step.
             ValueError: If the checkpoint does not belong to this run, or too many images can't be used.
             OSError: If a checkpoint can't be written.
@@ -115,10 +120,17 @@ class TrainingLoop:
         return state
 
     def _handle_stop_signal(self, number: int, frame: object) -> None:
-        """Stop the run after the current step; a second Ctrl-C stops it immediately.
+        """Request a stop after the current step. A second Ctrl-C stops the run immediately.
 
-        Ctrl-C in a terminal reaches a process twice, from the terminal and from its launcher. A second signal within
-        one second of the first is therefore ignored.
+        A second signal within one second of the first is ignored, because a single Ctrl-C can reach a process twice:
+        from the terminal and from the launcher of the process.
+
+        Args:
+            number: Number of the signal.
+            frame: Not used; Python passes the current stack frame.
+
+        Raises:
+            KeyboardInterrupt: At the second Ctrl-C.
         """
         self.received_signals.append((number, time.monotonic()))
         if len(self.received_signals) == 1:
@@ -131,18 +143,21 @@ class TrainingLoop:
 
         Args:
             plan: Plan of the step.
-            pixels: Iterator over preloaded images, see `_prefetch_steps`; None with a cache.
-            started: Value of `time.perf_counter()` from before the plan was requested.
+            pixels: Iterator over preloaded images, see `_prefetch_steps`. None if image embeddings are cached.
+            started: Value of `time.perf_counter()` before the plan was requested.
 
         Returns:
-            The entry of the step in the training curve.
+            The entry of this step for the training curve: `step` (counted from 1), `loss`, `learning_rate`, and
+            measurements of gradient, speed and memory.
 
         Raises:
             FloatingPointError: If the loss, a gradient or an embedding is not finite.
         """
         plan, image_embeds = self._load_image_embeds(plan, pixels)
         waited = time.perf_counter() - started
-        self.wrapped_model.train()  # only now: the image tower, which may have batch norms, must run in evaluation mode
+        # Only after the images are embedded, because the image tower may have batch norms and must run in evaluation
+        # mode.
+        self.wrapped_model.train()
         self.optimizer.zero_grad(set_to_none=False)
         learning_rate = learning_rate_at(plan.step, self.args)
         report = self.compute_gradients(plan.step, self._local_batches(plan), len(plan.rows), image_embeds)
@@ -157,7 +172,7 @@ class TrainingLoop:
             "gradient_norm": norm,
             "pairs_per_second": len(plan.rows) / seconds,
             "data_share_of_time": waited / seconds,
-            # On a GPU, the maximum so far; on a CPU, the memory of this process now.
+            # On a GPU, the largest memory that was allocated so far; on a CPU, the current memory of this process.
             "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes,
         }
 
@@ -168,10 +183,12 @@ class TrainingLoop:
             learning_rate: Learning rate of this step.
 
         Returns:
-            The norm of the gradient, or None if fp16 overflowed and the scaler skipped the step.
+            The norm of the gradient of all parameters. None if it overflowed in fp16, so that the scaler skipped the
+            step.
 
         Raises:
-            FloatingPointError: If the norm is not finite without fp16, or for too many steps in a row with fp16.
+            FloatingPointError: If the norm is not finite. With fp16, this is raised only after more than
+                `MAX_CONSECUTIVE_OVERFLOWS` such steps in a row.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -190,13 +207,17 @@ class TrainingLoop:
         return None if self.overflows else norm
 
     def _finish_step(self, point: dict) -> None:
-        """Evaluate if it is due, append `point` to the training curve, and save a checkpoint if it is due.
+        """Update the state of the run after a step, with an evaluation and a checkpoint if they are due.
+
+        An evaluation is due every `args.eval_steps` steps, a checkpoint every `args.save_steps` steps. Both are due
+        after the last step. A new best validation recall also saves a checkpoint. Runs of at most `args.save_steps`
+        steps write no checkpoints.
 
         Args:
-            point: Entry of the step in the training curve; results of an evaluation are added to it.
+            point: Entry of the step for the training curve. The results of an evaluation are added as `validation`.
 
         Raises:
-            FloatingPointError: If the evaluation fails because embeddings are not finite.
+            FloatingPointError: If the model's embeddings of the validation split are not finite.
             OSError: If a checkpoint can't be written.
         """
         args, state = self.args, self.state
@@ -222,16 +243,16 @@ class TrainingLoop:
             self.checkpoints.save(state)
 
     def _load_image_embeds(self, plan: StepPlan, pixels: Iterator[list] | None) -> tuple[StepPlan, Tensor]:
-        """Get the image embeddings of a step from the cache, or by the frozen image tower.
+        """Load the image embeddings of a step from the cache, or compute them with the frozen image tower.
 
-        Pairs whose image can't be used are replaced until every image of the batch is usable.
+        If they are computed, pairs whose image can't be used are replaced until all images of the batch are usable.
 
         Args:
             plan: Plan of the step.
-            pixels: Iterator over preloaded images; None with a cache.
+            pixels: Iterator over preloaded images, see `_prefetch_steps`. None if image embeddings are cached.
 
         Returns:
-            The plan with its replacements, and the embeddings, (pairs, width), on the device.
+            The plan, in which unusable pairs have been replaced, and the embeddings, (pairs, width), on the device.
 
         Raises:
             ValueError: If more than `max_bad_share` of the images can't be used, or no replacement is left.
@@ -250,10 +271,10 @@ class TrainingLoop:
                     embeds[[*images]] = embed_pixels(
                         self.prepared_model, torch.stack([*images.values()]), self.accelerator
                     )
-            # Sorted by place, so that replacements do not depend on the number of processes.
+            # Sorted by position in the batch, so that replacements do not depend on the number of processes.
             bad = dict(sorted(gather_object(bad), key=lambda item: item[0]))
             if not bad:
-                # Each process has filled its own rows; all other rows are zero.
+                # Each process has filled the rows of its own images. All other rows are zero, so the sum is complete.
                 return plan, self.accelerator.reduce(embeds, "sum")
             self._record_bad_images(plan, bad)
             plan = self.executor.submit(self.planner.replace_pairs, plan, [*bad]).result()
@@ -261,14 +282,15 @@ class TrainingLoop:
             pixels = prefetch_pixels(self.inputs.training, map(plan.items, parts), 0)
 
     def _record_bad_images(self, plan: StepPlan, bad: dict[int, BadImage]) -> None:
-        """List bad rows in skipped.jsonl, each once per run.
+        """Record the rows of unusable images in the state of the run and in skipped.jsonl. A row is listed only once.
 
         Args:
             plan: Plan of the step.
-            bad: Position in the batch -> bad image.
+            bad: Position in the batch -> reason why the image can't be used.
 
         Raises:
-            ValueError: If more than `max_bad_share` of the rows are bad. The run is saved before.
+            ValueError: If more than `max_bad_share` of the training rows are unusable. If a step is complete, a
+                checkpoint is saved first, so that the run can be resumed.
         """
         inputs, recorded = self.inputs, self.state.skipped
         for place, image in bad.items():
@@ -293,7 +315,7 @@ class TrainingLoop:
             ) from error
 
     def _write_skipped(self) -> None:
-        """Write skipped.jsonl into the folder of the run."""
+        """Write skipped.jsonl, the list of all training rows that can't be used, into the folder of the run."""
         if self.accelerator.is_main_process:
             write_skipped_rows(self.checkpoints.folder.parent / "skipped.jsonl", self.inputs.skipped)
 
@@ -301,10 +323,11 @@ class TrainingLoop:
         """Start loading the images of all remaining steps.
 
         Args:
-            plans: Function that returns the future plan of a step.
+            plans: Function that gets the number of a step and returns a `Future` with the step's plan.
 
         Returns:
-            An iterator over batches of images, or None if the embeddings are cached.
+            An iterator over the batches of images that this process embeds, see `prefetch_pixels`. None if image
+            embeddings are cached.
         """
         if self.inputs.training[0].vectors is not None:
             return None
@@ -317,10 +340,11 @@ class TrainingLoop:
 
         Args:
             plan: Plan of the step.
-            among: If given, only positions in this container are returned.
+            among: Positions to choose from. None: all positions of the batch.
 
         Returns:
-            Positions in groups of `embedding_batch_size`, which go through the image tower together.
+            Tensors of at most `embedding_batch_size` positions. The images of a tensor go through the image tower
+            together.
         """
         local = [place for batch in self._local_batches(plan) for place in batch.positions.tolist()]
         if among is not None:
@@ -328,14 +352,18 @@ class TrainingLoop:
         return torch.tensor(local).split(self.args.embedding_batch_size) if local else []
 
     def _local_batches(self, plan: StepPlan) -> list[MicroBatch]:
-        """Return the micro-batches of this process: every n-th, so that all processes get short and long texts."""
+        """Return the micro-batches of this process.
+
+        With n processes, each gets every n-th micro-batch, so that all processes get short and long texts.
+        """
         return plan.batches[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _measure_validation(self) -> dict[str, float]:
-        """Evaluate the model on the validation split, in the main process.
+        """Evaluate the model on the validation split in the main process, and send the results to all processes.
 
         Returns:
-            Mean recall of each direction and of both, from 0 to 1, and the loss in nats; the same on all processes.
+            A dict with `text_to_image`, `image_to_text` (mean recall of each direction, from 0 to 1), `mean_recall`
+            (the mean of both) and `loss` (in nats).
         """
         measures, inputs = [None], self.inputs
         if self.accelerator.is_main_process:

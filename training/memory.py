@@ -1,4 +1,8 @@
-"""Memory of a training step: size of an autograd graph, free memory of a device, and hints to glibc's allocator."""
+"""Measure and manage the memory of a training step.
+
+Functions measure the size of an autograd graph and the free memory of a device, and tell glibc's allocator when to keep
+and when to return freed memory.
+"""
 
 import ctypes
 import os
@@ -12,8 +16,8 @@ from torch import Tensor, nn
 
 # Memory limit of a Linux container (cgroup v2) in bytes, or "max". Other kinds of limits are not detected.
 CONTAINER_MEMORY_FILE = Path("/sys/fs/cgroup/memory.max")
-# glibc's options for `mallopt` (see mallopt(3)) and our values in bytes: freed memory is never returned to the system,
-# and blocks below 32 MiB, glibc's upper limit, are taken from the heap that is kept.
+# Options of glibc's function `mallopt`, see mallopt(3): name -> (number of the option, value in bytes). The first makes
+# glibc keep freed memory of the heap. The second makes it take blocks below 32 MiB, its upper limit, from the heap.
 MALLOC_OPTIONS = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_MMAP_THRESHOLD": (-3, 2**25)}
 
 
@@ -21,8 +25,9 @@ def measure_graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
     """Measure how many bytes autograd saves for the backward pass of `run()`.
 
     Args:
-        run: Forward pass; it is called twice. It returns what keeps its graph alive, such as the embeddings.
-        model: Model that `run` uses. Its parameters and buffers, and their casts under autocast, are not counted.
+        run: Function that runs a forward pass. It is called twice. It must return tensors that keep the autograd graph
+            alive, such as the embeddings.
+        model: Model that `run` uses. Parameters, buffers and their copies in autocast's precision are not counted.
 
     Returns:
         Bytes of the saved tensors of one call.
@@ -38,7 +43,8 @@ def measure_graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        # Both results stay alive until the end: the address of freed storage would be used again and not be counted.
+        # Both results stay alive until the end. Otherwise new storage could get the address of freed storage, and would
+        # not be counted.
         results = [run()]
         shared = sum(sizes)  # includes the casts of the weights, which autocast caches: the second run reuses them
         results.append(run())
@@ -46,10 +52,10 @@ def measure_graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for the process.
+    """Tell glibc to keep freed memory for the process, which makes training steps faster.
 
-    Otherwise the memory of a step's graphs would go back to the system, and be mapped again page by page at the next
-    step. Does nothing on systems without glibc.
+    By default, glibc returns the memory of a step's autograd graphs to the operating system, which must map the memory
+    again page by page at the next step. Does nothing on systems without glibc.
     """
     with suppress(OSError, AttributeError):
         for option, value in MALLOC_OPTIONS.values():
@@ -57,9 +63,10 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Tell glibc to return free pages to the system, because the next allocations have other sizes.
+    """Tell glibc to return free memory pages to the operating system.
 
-    Does nothing on systems without glibc.
+    Useful if the next allocations have other sizes, so that they would not fit into the free pages. Does nothing on
+    systems without glibc.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -68,8 +75,8 @@ def return_freed_memory() -> None:
 def available_memory(device: torch.device) -> int:
     """Return how many bytes this process can still allocate on `device`.
 
-    On a GPU, memory that PyTorch has reserved but does not use counts as free. On a CPU, the limit of a container is
-    respected, and the processes on this machine get equal shares.
+    On a GPU, memory that PyTorch has reserved but does not use counts as free. On a CPU, the memory limit of a Linux
+    container is respected, and the free memory is divided equally among the training processes on this machine.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

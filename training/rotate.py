@@ -2,10 +2,10 @@
 
     python -m training.rotate runs/pt --dataset DATA --dims 256 128 64 --output runs/pt-rotated
 
-The rotation maps the space to the principal axes of a dataset's image embeddings, and is folded into the projections of
-both towers. Cosines of whole embeddings stay the same, and the first dimensions carry most of them (docs/recipe.md).
-The rotation is saved next to the weights, as `rotation.safetensors`. Embeddings that were stored before must be rotated
-(`stored @ rotation.T`) or computed again, and indexes must be built again.
+The new axes of the embedding space are the principal axes of a dataset's image embeddings. The rotation is multiplied
+into the projections of both towers. Cosines of whole embeddings stay the same, and the first dimensions contribute most
+to them (docs/recipe.md). The rotation is saved next to the weights, as `rotation.safetensors`. Embeddings that were
+computed before the rotation must be rotated (`stored @ rotation.T`) or computed again, and indexes must be built again.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,9 @@ from modeling_capivara.configuration_capivara import normalize_matryoshka_dims
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images
 
-ROTATION_FILE = "rotation.safetensors"  # in the folder of the rotated model
-MAX_ROTATION_IMAGES = 2**14  # images used for the axes: enough for the second moments of a thousand dimensions
+ROTATION_FILE = "rotation.safetensors"  # name of the file in the folder of the rotated model
+# Largest number of images from which the axes are computed. It is enough for the second moments of 1000 dimensions.
+MAX_ROTATION_IMAGES = 2**14
 
 
 @dataclass
@@ -45,11 +46,17 @@ class RotateArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command on at most `MAX_ROTATION_IMAGES` evenly spaced images; images that can't be read are skipped.
+    """Run the command: compute the rotation, and write the rotated model to a new folder.
+
+    The rotation is computed from at most `MAX_ROTATION_IMAGES` evenly spaced images of the dataset. Images that can't
+    be read are skipped.
+
+    Args:
+        argv: Command-line arguments; the arguments of the program if None.
 
     Raises:
-        ValueError: If the model has been rotated before or has no projections, or the images are not more than the
-            dimensions of an embedding.
+        ValueError: If the model has been rotated before, if it has no projections, or if there are not more usable
+            images than embedding dimensions.
     """
     args = parse_arguments(RotateArguments, __doc__, argv)
     check_output_folder(args.output)
@@ -86,15 +93,15 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def compute_principal_rotation(image_embeds: Tensor) -> Tensor:
-    """Compute the rotation to the principal axes of image embeddings by uncentered PCA, largest axis first.
+    """Compute the rotation to the principal axes of image embeddings by uncentered PCA.
 
-    The axes are the eigenvectors of the matrix of second moments. Among all orthogonal bases, they keep the largest
-    part of the embeddings' squared length in every prefix (Eckart-Young theorem). The mean is not subtracted, because
-    cosines are measured from the origin. The sign of each axis is chosen so that its largest coordinate is positive;
-    the same images therefore always give the same matrix.
+    The axes are the eigenvectors of the matrix of second moments, sorted by falling eigenvalue. For any k, the first k
+    axes keep at least as much of the embeddings' squared length as any other k orthogonal axes (Eckart-Young theorem).
+    The mean is not subtracted, because cosines are measured from the origin. The sign of each axis is chosen so that
+    the coordinate with the largest absolute value is positive; the same images therefore always give the same matrix.
 
     Args:
-        image_embeds: Embeddings of more images than dimensions, (images, width), unit length.
+        image_embeds: Unit-length embeddings, (images, width). There should be more images than dimensions.
 
     Returns:
         An orthogonal matrix, (width, width), float32; `embeds @ rotation.T` rotates embeddings.
@@ -114,7 +121,7 @@ def compute_principal_rotation(image_embeds: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rotate_model_(model: PreTrainedModel, rotation: Tensor) -> None:
-    """Rotate the embedding space of a model in place, by multiplying the rotation into its two projections.
+    """Rotate the embedding space of a model in place, by multiplying its text and visual projections by the rotation.
 
     Args:
         model: Model with a text and a visual projection, without LoRA adapters.
@@ -132,7 +139,7 @@ def rotate_model_(model: PreTrainedModel, rotation: Tensor) -> None:
 
 
 def save_rotation(rotation: Tensor, folder: Path) -> None:
-    """Write a rotation into the folder of a model."""
+    """Write a rotation, (width, width), to the file `rotation.safetensors` in the folder of a model."""
     write_bytes(folder / ROTATION_FILE, save({"rotation": rotation}))
 
 

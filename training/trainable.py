@@ -1,4 +1,8 @@
-"""Trainable parameters of a model, LoRA adapters, optimizer, learning-rate schedule and weight interpolation."""
+"""Prepare the weights of a model for training, and update them.
+
+Functions select the trainable parameters, add and merge LoRA adapters, build the optimizer, compute the learning-rate
+schedule, and interpolate weights between base and trained model.
+"""
 
 import math
 import re
@@ -14,23 +18,26 @@ from training.arguments import RunArguments
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are multiplied by at most 100
 ADAM_BETAS = (0.9, 0.98)  # in every recipe of CAPIVARA (arXiv 2310.13683)
-# Modules trained in full next to adapters: the text projection, as in CAPIVARA (arXiv 2310.13683), and SigLIP's
-# counterpart.
+# Modules that are trained in full while LoRA adapters are trained in other layers: the text projection, as in CAPIVARA
+# (arXiv 2310.13683), and `text_model.head`, which is the text projection of SigLIP.
 FULLY_TRAINED_MODULES = ["text_projection", "text_model.head"]
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-# What peft inserts into the parameter names of a model that it wraps.
+# Parts that peft inserts into the names of parameters. Without them, a name is the same as before wrapping.
 _PEFT_INFIX_RE = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")
 
 
 def prepare_trainable(model: PreTrainedModel, args: RunArguments) -> nn.Module:
     """Freeze the image encoder and `args.frozen_parameters`, and add LoRA adapters if `args.lora_rank` is above 0.
 
+    With a sigmoid loss (SigLIP), the logit scale and the logit bias are frozen, too, unless `args.frozen_parameters`
+    contains "none".
+
     Args:
-        model: Model with two encoders; it is changed in place.
+        model: Model with a text encoder and an image encoder. It is changed in place.
         args: Arguments of the run.
 
     Returns:
-        The model, or peft's wrapper around it if it has adapters.
+        peft's wrapper around the model if adapters were added, otherwise the model itself.
 
     Raises:
         ValueError: If a regular expression is invalid or matches no parameter, or no parameter is left to train.
@@ -56,7 +63,14 @@ def prepare_trainable(model: PreTrainedModel, args: RunArguments) -> nn.Module:
 
 
 def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the fixed hyperparameters that run.json records next to the settings, under the names used there."""
+    """Return the hyperparameters that no argument of the run changes, for the key `fixed` of run.json.
+
+    Args:
+        model: The model; it decides which modules are trained in full next to LoRA adapters.
+
+    Returns:
+        Name in run.json -> value.
+    """
     return {
         "adam_beta1": ADAM_BETAS[0],
         "adam_beta2": ADAM_BETAS[1],
@@ -66,13 +80,13 @@ def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def interpolate_weights(model: PreTrainedModel, base: dict[str, Tensor], share: float) -> None:
-    """Interpolate the weights of a trained model with those of its base, in place (WiSE-FT).
+    """Set the weights of a trained model to the weighted mean of trained and base weights (WiSE-FT).
 
     Source: Wortsman et al., Robust fine-tuning of zero-shot models (arXiv 2109.01903), section 3.
 
     Args:
-        model: Trained model.
-        base: State dict of the base model, with the same names and shapes.
+        model: Trained model. It is changed in place.
+        base: State dict of the base model, with the same names and shapes as the state dict of `model`.
         share: Weight of the trained model, from 0 (base) to 1 (unchanged).
     """
     for name, tensor in model.state_dict().items():
@@ -81,7 +95,14 @@ def interpolate_weights(model: PreTrainedModel, base: dict[str, Tensor], share: 
 
 
 def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
-    """Add LoRA adapters to the text encoder, and return peft's wrapper. The image encoder never gets adapters.
+    """Add LoRA adapters to linear layers of the text encoder. The image encoder never gets adapters.
+
+    Args:
+        model: The model. It is changed in place.
+        args: Arguments of the run; `lora_rank`, `lora_alpha` and `lora_targets` are used.
+
+    Returns:
+        peft's wrapper around the model.
 
     Raises:
         ValueError: If `args.lora_targets` matches no linear layer of the text encoder.
@@ -102,12 +123,21 @@ def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
 
 
 def find_fully_trained_modules(model: PreTrainedModel) -> list[str]:
-    """Return the names of the modules that are trained in full when the rest of the model has adapters."""
+    """Return the names of the model's modules that are trained in full while other layers get LoRA adapters."""
     return [name for name, _ in model.named_modules() if name in FULLY_TRAINED_MODULES]
 
 
 def _match_names(expression: str, names: list[str], key: str) -> list[str]:
-    """Return the names that a regular expression matches in full. `key` is the argument that an error names."""
+    """Return the names that a regular expression matches in full.
+
+    Args:
+        expression: The regular expression.
+        names: Names of parameters or modules.
+        key: Command-line argument that the expression comes from, for the error message.
+
+    Raises:
+        ValueError: If the regular expression is invalid.
+    """
     try:
         return [name for name in names if re.fullmatch(expression, name)]
     except re.error as error:
@@ -118,11 +148,11 @@ def merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> PreTrained
     """Merge LoRA adapters into the weights of the model.
 
     Args:
-        wrapped: peft's wrapper, or a model without adapters.
-        folder: If given, the adapters are also saved in `folder/adapter`, in peft's format.
+        wrapped: peft's wrapper around a model with adapters, or a model without adapters.
+        folder: Folder of the run. If it is given, the adapters are first saved in `folder/adapter`, in peft's format.
 
     Returns:
-        The plain model.
+        The model without peft's wrapper. A model without adapters is returned unchanged.
     """
     if not hasattr(wrapped, "peft_config"):
         return wrapped
@@ -134,8 +164,10 @@ def merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> PreTrained
 def build_optimizer(model: nn.Module, args: RunArguments) -> torch.optim.Optimizer:
     """Build the optimizer for all trainable parameters.
 
-    "adam" is Adam with coupled L2 regularization, as in the appendix of CAPIVARA (arXiv 2310.13683); "adamw" decouples
-    the weight decay.
+    Args:
+        model: Model whose parameters with `requires_grad` are trained.
+        args: Arguments of the run. The optimizer "adam" is Adam with coupled L2 regularization, as in the appendix of
+            CAPIVARA (arXiv 2310.13683). "adamw" is Adam with decoupled weight decay.
     """
     return OPTIMIZERS[args.optimizer](
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -148,9 +180,14 @@ def build_optimizer(model: nn.Module, args: RunArguments) -> torch.optim.Optimiz
 
 
 def learning_rate_at(step: int, args: RunArguments) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up to the peak, then cosine decay.
+    """Return the learning rate of an optimizer step.
 
-    Both start and end at `args.min_learning_rate`.
+    The learning rate rises linearly from `args.min_learning_rate` to `args.learning_rate` in the first
+    `args.warmup_steps` steps. It then falls along a cosine, back to `args.min_learning_rate` at `args.max_steps`.
+
+    Args:
+        step: Optimizer step, counted from 0.
+        args: Arguments of the run.
     """
     low, high = args.min_learning_rate, args.learning_rate
     if step < args.warmup_steps:
@@ -161,5 +198,9 @@ def learning_rate_at(step: int, args: RunArguments) -> float:
 
 @torch.no_grad()
 def clamp_logit_scale(logit_scale: Tensor) -> None:
-    """Clamp the logarithm of the logit scale to the range 0 to ln 100, in place. Called after every optimizer step."""
+    """Clamp the logit scale to the range from 0 to ln 100, in place, as CLIP does after every optimizer step.
+
+    Args:
+        logit_scale: Natural logarithm of the factor by which logits are multiplied, a scalar.
+    """
     logit_scale.clamp_(0, MAX_LOGIT_SCALE)

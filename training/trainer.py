@@ -1,7 +1,8 @@
-"""`transformers.Trainer` with an exact contrastive batch, for projects that already train with `Trainer`.
+"""Train with `transformers.Trainer` on exact contrastive batches, in projects that already use `Trainer`.
 
-`Trainer` computes a loss for every micro-batch: with `gradient_accumulation_steps`, each text is compared only with the
-images of its own micro-batch. `ExactBatchTrainer` computes one loss over all micro-batches of an optimizer step.
+`Trainer` computes a separate loss for every micro-batch. With `gradient_accumulation_steps`, each text is therefore
+compared only with the images of its own micro-batch. `ExactBatchTrainer` computes one loss over all micro-batches of an
+optimizer step.
 """
 
 from collections.abc import Sequence
@@ -21,12 +22,13 @@ REQUIRED_INPUTS = ("input_ids", "attention_mask", "pixel_values")
 
 
 class ExactBatchTrainer(Trainer):
-    """`transformers.Trainer` for `CapivaraModel` on a single device. Arguments are those of `Trainer`.
+    """`transformers.Trainer` for `CapivaraModel` with one contrastive loss per optimizer step, on a single device.
 
-    A contrastive batch has `per_device_train_batch_size` times `gradient_accumulation_steps` pairs, of which
-    `per_device_train_batch_size` go through the model together. The logged loss is that of the whole batch. The data
-    collator must return what `CapivaraProcessor` returns for texts and images; each batch may have its own padding. If
-    there is an evaluation, the collator must add `return_loss=True`.
+    It takes the same arguments as `Trainer`. A contrastive batch has `per_device_train_batch_size` times
+    `gradient_accumulation_steps` pairs. A micro-batch of `per_device_train_batch_size` pairs goes through the model
+    together. The logged loss is the loss of the whole batch. The data collator must return what `CapivaraProcessor`
+    returns for texts and images; each micro-batch may be padded to another length. If there is an evaluation, the
+    collator must also return `return_loss=True`.
 
     Raises:
         ValueError: If there are several processes or GPUs. Use `train_accelerate.py` there.
@@ -42,13 +44,17 @@ class ExactBatchTrainer(Trainer):
         self._whole_batch, self._step_batches, self._micro_step = None, [], 0
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:
-        """Get the micro-batches of an optimizer step as `Trainer` does, and store them for `training_step`."""
+        """Get the micro-batches of an optimizer step as `Trainer` does, and store them for `training_step`.
+
+        Returns:
+            The result of `Trainer.get_batch_samples`: the micro-batches, and the number of items in them or None.
+        """
         self._step_batches, items = super().get_batch_samples(*args, **kwargs)
         self._micro_step = 0
         return self._step_batches, items
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
-        """Compute the gradients of the whole batch when its last micro-batch arrives.
+        """Compute the gradients of the whole batch when `Trainer` passes its last micro-batch.
 
         Args:
             model: The model.
@@ -56,7 +62,8 @@ class ExactBatchTrainer(Trainer):
             num_items_in_batch: Not used.
 
         Returns:
-            The loss of the whole batch for the last micro-batch, and zero for the others, because `Trainer` sums them.
+            For the last micro-batch, the loss of the whole batch. For all other micro-batches zero, because `Trainer`
+            sums the losses of all micro-batches.
 
         Raises:
             ValueError: If a micro-batch lacks one of `REQUIRED_INPUTS`.
@@ -79,7 +86,14 @@ class ExactBatchTrainer(Trainer):
 
 
 def _micro_batches(samples: Sequence[dict]) -> list[MicroBatch]:
-    """Convert the batches of a data collator. Raises ValueError if one lacks a required input."""
+    """Convert the batches that a data collator returned to micro-batches.
+
+    Args:
+        samples: Batches of the data collator: input name -> tensor.
+
+    Raises:
+        ValueError: If a batch lacks one of `REQUIRED_INPUTS`.
+    """
     batches, start = [], 0
     for sample in samples:
         if missing := [name for name in REQUIRED_INPUTS if name not in sample]:

@@ -1,13 +1,13 @@
-"""Exact gradients of a contrastive loss over the whole batch, in the memory of a few micro-batches.
+"""Compute the exact gradients of a contrastive loss over a whole batch, in the memory of a few micro-batches.
 
     step = WholeBatch(model, accelerator, seed=0)
     report = step(0, batches, pairs=2816, image_embeds=embeds)  # the gradients are in the parameters
 
 The method is gradient caching (GradCache, arXiv 2101.06983): embed every micro-batch, compute the loss of all
-embeddings together, and run one backward pass per micro-batch from the gradients of its embeddings. Unlike GradCache,
-a micro-batch is embedded a second time (by `torch.utils.checkpoint`) only if its autograd graph does not fit into
-memory. It then gets the random state of the first time, so the gradients are the same to the bit whichever graphs were
-kept. With several processes, the loss covers the pairs of all of them.
+embeddings together, and run one backward pass per micro-batch, starting from the gradients of its embeddings. GradCache
+embeds each micro-batch twice. Here, a micro-batch is embedded a second time (by `torch.utils.checkpoint`) only if its
+autograd graph does not fit into memory. Both times it has the same random state, so the gradients are bit-identical
+whichever graphs were kept. With several processes, the loss covers the pairs of all processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,24 +33,24 @@ from training.memory import available_memory, keep_freed_memory, measure_graph_b
 
 # Logits computed at once by a loss: 64 MiB in float32. Larger batches are processed in tiles of this size.
 MAX_TILE_LOGITS = 2**24
-# Share of the free memory, after gradients and optimizer state, that kept graphs may use. The rest is for the
-# micro-batch that is being recomputed.
+# Share of the memory that kept autograd graphs may use. It is a share of the memory that is free after gradients and
+# optimizer state are allocated. The rest is for the micro-batch that is being recomputed.
 GRAPH_MEMORY_SHARE = 0.6
-# Called with text embeddings, image embeddings, logit scale and the rows of this process; returns a scalar.
+# Function of text embeddings, image embeddings, logit scale and the row numbers of this process that returns a scalar.
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Figures of one step; the gradients themselves are in the parameters."""
+    """Measurements of one step. The gradients are not part of it: they are in the parameters of the model."""
 
-    loss: float  # of the whole batch, in nats
-    graphs_kept: int  # micro-batches of this process whose graph was kept instead of recomputed
+    loss: float  # loss of the whole batch, in nats
+    graphs_kept: int  # number of micro-batches of this process whose autograd graph was kept instead of recomputed
 
 
 @dataclass
 class WholeBatch:
-    """Computes the gradients of one optimizer step for all trained parameters of a model.
+    """Callable that computes the gradients of one optimizer step for all trained parameters of a model.
 
     Do not wrap the model in `DistributedDataParallel`. The wrapper would average gradients at every micro-batch, and
     wait forever if one process has fewer micro-batches than another. `WholeBatch` sums the gradients of all processes
@@ -77,27 +77,30 @@ class WholeBatch:
         torch.Size([12, 16])
     """
 
-    model: nn.Module  # in training mode; a model with two encoders, see `modeling_capivara.two_towers`
+    model: nn.Module  # model with two encoders, in training mode, see `modeling_capivara.two_towers`
     accelerator: Accelerator  # device, precision and processes
-    seed: int  # of dropout
-    budget: float | None = None  # bytes that kept graphs may use; None: decided by the free memory at the first step
-    _bytes_per_token: float = 0.0  # size of a graph, measured on the first micro-batch
-    _bytes_per_text: float = 1.0
+    seed: int  # seed of dropout
+    budget: float | None = None  # bytes that kept graphs may use; None: a share of the free memory at the first step
+    _bytes_per_token: float = 0.0  # size of a graph divided by its number of tokens, measured on the first micro-batch
+    _bytes_per_text: float = 1.0  # size of a graph divided by its number of texts, measured on the first micro-batch
 
     def __call__(
         self, step: int, batches: Sequence[MicroBatch], pairs: int, image_embeds: Tensor | None = None
     ) -> StepReport:
-        """Compute the gradients of a step and add them to those in the parameters, which should be None or zero.
+        """Compute the gradients of a step, and add them to the gradients of the parameters.
+
+        The gradients of the parameters should be None or zero before the call.
 
         Args:
-            step: Optimizer step, counted from 0; it seeds dropout.
-            batches: Micro-batches of this process. The processes may have different numbers of them, also none.
-            pairs: Pairs of the whole batch, over all processes.
-            image_embeds: Embeddings of all images of the batch, (pairs, width), unit length, in the order of the
-                micro-batches. None if the micro-batches hold pixels; the image encoder then gets gradients, too.
+            step: Optimizer step, counted from 0. It is part of the seed of dropout.
+            batches: Micro-batches of this process. Each process may have another number of micro-batches, also none.
+            pairs: Number of pairs in the whole batch, over all processes.
+            image_embeds: Unit-length embeddings of all images of the batch, (pairs, width), in the order of the
+                micro-batches. If it is None, the micro-batches must hold pixels, and the image encoder gets gradients,
+                too.
 
         Returns:
-            Loss of the whole batch, and how many graphs were kept.
+            Loss of the whole batch, and the number of autograd graphs that were kept.
 
         Raises:
             ValueError: If `pairs` is below 2.
@@ -114,7 +117,8 @@ class WholeBatch:
             parts, graphs_kept = self._embed_batches(step, batches)
             if graphs_kept == len(batches):
                 keep_freed_memory()
-            # The loss is computed of detached copies, whose gradients then start the backward passes of the encoders.
+            # The loss is computed from detached copies of the embeddings. Their gradients are then the start of the
+            # backward passes through the encoders.
             leaves = [[embeds.detach().requires_grad_(embeds.requires_grad) for embeds in part] for part in parts]
             texts = self._gather([leaf[0] for leaf in leaves], local_rows, pairs)
             if image_embeds is None:
@@ -140,10 +144,16 @@ class WholeBatch:
         return StepReport(whole.item(), graphs_kept)
 
     def _embed_batches(self, step: int, batches: Sequence[MicroBatch]) -> tuple[list[list[Tensor]], int]:
-        """Embed all micro-batches, and keep the graphs of as many as fit, starting with the longest texts.
+        """Embed all micro-batches, and keep the autograd graphs that fit into memory.
+
+        Micro-batches with the longest texts come first. A graph that is not kept is recomputed in the backward pass.
+
+        Args:
+            step: Optimizer step, counted from 0.
+            batches: Micro-batches of this process, sorted by text length.
 
         Returns:
-            The result of `_embed` for each micro-batch, and the number of graphs that are kept.
+            The result of `_embed` for each micro-batch, in the order of `batches`, and the number of graphs kept.
         """
         parts, graphs_kept, bytes_used = [], 0, 0.0
         if self.budget is None and batches:
@@ -152,7 +162,7 @@ class WholeBatch:
             self._bytes_per_token, self._bytes_per_text = size / first_ids.numel(), size / len(first_ids)
             free = available_memory(self.accelerator.device) - self._pending_state_bytes()
             self.budget = GRAPH_MEMORY_SHARE * max(free, 0)
-        for batch in reversed(batches):  # longest texts first: shorter ones fit into the memory that these free
+        for batch in reversed(batches):  # longest texts first, so that shorter texts fit into the memory they free
             ids = batch.input_ids
             size = max(self._bytes_per_token * ids.numel(), self._bytes_per_text * len(ids))
             if bytes_used + size <= self.budget:
@@ -164,7 +174,16 @@ class WholeBatch:
         return parts[::-1], graphs_kept
 
     def _embed(self, step: int, batch: MicroBatch) -> list[Tensor]:
-        """Return the text embeddings, (texts, width), followed by the image embeddings if `batch` has pixels."""
+        """Embed a micro-batch.
+
+        Args:
+            step: Optimizer step, counted from 0. It is part of the seed of dropout.
+            batch: The micro-batch.
+
+        Returns:
+            A list with the text embeddings, (texts, width). If the micro-batch has pixels, the list also has the image
+            embeddings, (texts, width).
+        """
         # Dropout must be the same when a micro-batch is embedded again, and for any number of processes.
         torch.manual_seed(derive_seed(self.seed, step, batch.index))
         inputs = batch.model_inputs(self.accelerator.device)
@@ -173,12 +192,12 @@ class WholeBatch:
         return embeds if pixels is None else [*embeds, compute_image_embeds(self.model, pixels)]
 
     def _gather(self, parts: Sequence[Tensor], local_rows: Tensor, pairs: int) -> Tensor:
-        """Collect the embeddings of all processes; gradients flow back to those of this process.
+        """Collect the embeddings of all processes. Gradients flow back to the embeddings of this process.
 
         Args:
-            parts: Embeddings of the micro-batches of this process, each (rows, width).
-            local_rows: Positions of these embeddings in the whole batch.
-            pairs: Pairs of the whole batch.
+            parts: Embeddings of the micro-batches of this process, each (texts, width).
+            local_rows: Positions of the embeddings in the whole batch, (rows,).
+            pairs: Number of pairs in the whole batch.
 
         Returns:
             Embeddings of the whole batch, (pairs, width).
@@ -194,7 +213,10 @@ class WholeBatch:
         return all_reduce(whole)
 
     def _sum_gradients(self) -> None:
-        """Sum the gradients of all processes, in place. A process without a gradient contributes zeros."""
+        """Replace the gradient of each parameter with the sum over all processes.
+
+        If a process has no gradient for a parameter, it contributes zeros.
+        """
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 if parameter.grad is None:
@@ -202,25 +224,26 @@ class WholeBatch:
                 torch.distributed.all_reduce(parameter.grad)
 
     def _pending_state_bytes(self) -> int:
-        """Return the bytes of gradients and of Adam's two moments that the first step still has to allocate."""
+        """Return the number of bytes that the first step will allocate for Adam's two moments and missing gradients."""
         return sum(p.nbytes * (2 + (p.grad is None)) for p in self.model.parameters() if p.requires_grad)
 
 
 def select_loss(model: nn.Module) -> LossFunction:
-    """Return the loss of a model: SigLIP's if the model has a logit bias, otherwise CLIP's."""
+    """Return the loss function of a model: SigLIP's loss if the model has a logit bias, otherwise CLIP's loss."""
     return partial(sigmoid_loss, logit_bias=model.logit_bias) if uses_sigmoid_loss(model) else contrastive_loss
 
 
 def contrastive_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, local_rows: Tensor) -> Tensor:
-    """Compute this process's share of CLIP's loss. Summed over all processes, it is `clip_loss` of the whole batch.
+    """Compute this process's share of CLIP's contrastive loss.
 
+    The sum of the shares of all processes is the loss of the whole batch, as `modeling_capivara.clip_loss` computes it.
     Source: CLIP (arXiv 2103.00020), section 2.3, figure 3.
 
     Args:
         text_embeds: Text embeddings of the whole batch, (pairs, width), unit length.
         image_embeds: Image embeddings of the whole batch, (pairs, width), unit length; row i belongs to text i.
         logit_scale: Natural logarithm of the scale, a scalar.
-        local_rows: Rows whose cross-entropies this process computes, (rows,).
+        local_rows: Row numbers of the pairs whose cross-entropies this process computes, (rows,).
 
     Returns:
         A scalar in nats, in float32 or the higher precision of the inputs.
@@ -235,16 +258,17 @@ def contrastive_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Ten
 def sigmoid_loss(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, local_rows: Tensor, logit_bias: Tensor
 ) -> Tensor:
-    """Compute this process's share of SigLIP's loss. Summed over all processes, it is the loss of the whole batch.
+    """Compute this process's share of SigLIP's sigmoid loss.
 
-    The sum equals the loss that `transformers.SiglipModel` computes with `return_loss=True`.
+    The sum of the shares of all processes is the loss of the whole batch. It equals the loss that
+    `transformers.SiglipModel` computes with `return_loss=True`.
     Source: SigLIP (arXiv 2303.15343), section 3.1, algorithm 1.
 
     Args:
         text_embeds: Text embeddings of the whole batch, (pairs, width), unit length.
         image_embeds: Image embeddings of the whole batch, (pairs, width), unit length; row i belongs to text i.
         logit_scale: Natural logarithm of the scale, a scalar.
-        local_rows: Rows of the texts that this process compares with all images, (rows,).
+        local_rows: Row numbers of the texts that this process compares with all images, (rows,).
         logit_bias: Number added to every scaled cosine, a scalar.
 
     Returns:
@@ -262,20 +286,30 @@ def sigmoid_loss(
 
 
 def _upcast(*tensors: Tensor) -> list[Tensor]:
-    """Move all tensors to the device of the first, in the precision of the first but at least float32."""
+    """Convert all tensors to the device and precision of the first tensor. The precision is at least float32."""
     first = tensors[0]
     return [tensor.to(first.device, torch.promote_types(first.dtype, torch.float32)) for tensor in tensors]
 
 
 def _cross_entropy(queries: Tensor, items: Tensor, target_rows: Tensor) -> Tensor:
-    """Sum the cross-entropies of queries against all items; `target_rows` holds the matching item of each query."""
+    """Sum the cross-entropies of all queries.
+
+    Args:
+        queries: Scaled embeddings, (queries, width).
+        items: Embeddings that each query is compared with, (items, width).
+        target_rows: Row of `items` that belongs to each query, (queries,).
+
+    Returns:
+        A scalar in nats.
+    """
     return F.cross_entropy(queries @ items.T, target_rows, reduction="sum")
 
 
 def _sum_tiles(loss: Callable[..., Tensor], queries: Tensor, items: Tensor, target_rows: Tensor) -> Tensor:
-    """Sum a loss over queries, in tiles of at most `MAX_TILE_LOGITS` logits.
+    """Sum a loss over all queries, in tiles of at most `MAX_TILE_LOGITS` logits.
 
-    If there are several tiles, the backward pass computes the logits of each again, so only one tile is in memory.
+    If there are several tiles, the backward pass recomputes the logits of each tile, so that only one tile is in
+    memory.
 
     Args:
         loss: Function of queries, items and target rows that returns the summed loss of the queries.
@@ -296,17 +330,18 @@ def _sum_tiles(loss: Callable[..., Tensor], queries: Tensor, items: Tensor, targ
 
 @contextmanager
 def cached_word_rows(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None]:
-    """Look up the token embeddings of a step once, and serve all lookups within the context from these rows.
+    """Look up the token embeddings of a step once, and use them for all lookups inside of the `with` block.
 
-    The table then gets one sparse gradient instead of a dense one for every micro-batch, which takes 768 MB for the
-    250,002 tokens of XLM-RoBERTa. Run the backward passes within the context, too.
+    The embedding table then gets one sparse gradient per step. Without this, every micro-batch would compute a dense
+    gradient, which takes 768 MB for the 250,002 tokens of XLM-RoBERTa. Run the backward passes inside of the block,
+    too.
 
     Args:
         table: Token embeddings of the text encoder.
-        input_ids: Token ids of all micro-batches. Only these tokens can be looked up within the context.
+        input_ids: Token ids of all micro-batches. Only these tokens can be looked up inside of the block.
 
     Raises:
-        RuntimeError: If a backward pass through these rows runs after the context has ended.
+        RuntimeError: If a backward pass through the token embeddings runs after the block has ended.
     """
     ids = torch.cat([torch.empty(0, dtype=torch.long, device=table.weight.device), *map(torch.flatten, input_ids)])
     ids = ids.unique()

@@ -1,10 +1,13 @@
-"""Benchmarks as JSON files: where each dataset comes from, how it is measured, and which figures were published.
+"""Load benchmarks from the JSON files of this folder.
+
+Each file says where the dataset comes from, how it is measured, and which results were published for it.
 
     flickr = load_benchmarks()["flickr30k-pt"]
     flickr.get_published_figure("baseline", "text_to_image")  # {"mean": 76.23}, in percent
 
-Published figures are in percent. They come from CAPIVARA's model card and paper, unless `protocol_note` names another
-source; a figure that was not published is absent. A dataset whose `hub_id` is null is only read from a local folder.
+Published results ("figures") are in percent. They come from CAPIVARA's model card and paper, unless `protocol_note`
+names another source. A file has no entry for a result that was not published. A dataset whose `hub_id` is null is only
+read from a local folder.
 """
 
 from dataclasses import dataclass, field
@@ -16,27 +19,30 @@ from capivara_common.files import read_json
 from eval.records.schema import DIRECTIONS
 
 BENCHMARKS_FOLDER = Path(__file__).resolve().parent
-# Model classes to which CAPIVARA's published figures apply: ours, and open_clip's class with the same two towers.
+# Classes of models that CAPIVARA's published results apply to: this project's class, and open_clip's class for the same
+# two towers.
 CAPIVARA_CLASSES = ("CapivaraModel", "CustomTextCLIP")
 SUITES = ("paper", "elevater", "beyond", "retrieval", "classification")  # "paper" includes all benchmarks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A dataset with its protocol and published figures, or, for task "average", a published mean over benchmarks."""
+    """A dataset with its protocol and published results. With the task "average", a published mean over benchmarks."""
 
     key: str  # name of the JSON file, and of the folder in --data_dir
     title: str  # name that tables show
     task: str  # "retrieval", "classification" or "average"
     suite: tuple[str, ...]  # suites that include the benchmark, from `SUITES`
-    metric: str  # metric of the published figures, as in `Record.metric`; "average" for a mean over benchmarks
-    protocol_note: str  # what a reader of the figures must know
-    # "baseline", "capivara" or "capivara_opt" -> `mean` and `std` in percent; for retrieval, direction -> these two
+    metric: str  # metric of the published results, as in `Record.metric`; "average" for a mean over benchmarks
+    protocol_note: str  # remark that tables show with the results, for example on their source
+    # Published results: "baseline", "capivara" or "capivara_opt" -> dict with `mean` and `std` in percent. For
+    # retrieval, each model has a dict that maps the direction to such a dict.
     published: dict[str, dict[str, Any]]
-    # Published figures of other base models, as in `published`: last part of the model's Hub id, lowercase -> figures.
+    # Published results of other base models, with the same values as `published`. The keys are the repository names of
+    # the models (the last part of the Hub id) in lowercase.
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
     bases_from: str = ""  # URL of the source of `bases`
-    language: str = "pt"  # language of the published figures
+    language: str = "pt"  # language code of the published results
     # `hub_id` (None if unknown), `local_layout` (description of the local folder) and `url` (download page)
     source: dict[str, str | None] = field(default_factory=dict)
     split: str = ""  # split to measure
@@ -49,8 +55,8 @@ class Benchmark:
     prompts: str | None = None  # classification: name of the file in `eval/prompts/pt`
     other_languages: tuple[str, ...] = ()  # languages that are measured by default besides `language`
     known_languages: tuple[str, ...] = ()  # languages that --languages accepts; empty: `languages`
-    data_of: str | None = None  # key of the benchmark whose local folder is used if this one has none
-    like_for_like: bool = True  # whether the published figures were measured on the same texts and images
+    data_of: str | None = None  # key of another benchmark; its local folder is used if this benchmark has none
+    like_for_like: bool = True  # whether the published results were measured on the same texts and images
     count: int = 0  # task "average": number of benchmarks that must be measured before the mean is shown
 
     @property
@@ -65,18 +71,19 @@ class Benchmark:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """Values of `Record.direction` that have a figure: both directions for retrieval, otherwise only ""."""
+        """Values of `Record.direction` in the results: both directions for retrieval, only "" for other tasks."""
         return DIRECTIONS if self.task == "retrieval" else ("",)
 
     def get_published_figure(self, model: str, direction: str = "") -> dict[str, float] | None:
-        """Return the published figure of a model, in percent, for the benchmark's metric and language.
+        """Return the published result of a model for the benchmark's metric and language.
 
         Args:
             model: "baseline", "capivara", "capivara_opt", or a key of `bases`.
-            direction: Retrieval direction; ignored for classification.
+            direction: "text_to_image" or "image_to_text" for retrieval; ignored for classification.
 
         Returns:
-            `mean`, and `std` if it was published. None if the figure was not published.
+            A dict with `mean` and, if it was published, `std` (standard deviation), both in percent. None if no result
+            was published.
         """
         figure = (self.published | self.bases).get(model)
         return figure.get(direction) if figure and self.task == "retrieval" else figure
@@ -84,10 +91,13 @@ class Benchmark:
 
 @cache
 def load_benchmarks() -> dict[str, Benchmark]:
-    """Read all benchmarks, in the order of tables: retrieval, ELEVATER, ImageNet, then those beyond the paper.
+    """Read all benchmarks, in the order in which tables show them.
+
+    Benchmarks of the paper come first: retrieval, then ELEVATER, then ImageNet. Benchmarks that the paper does not have
+    follow.
 
     Returns:
-        Key -> benchmark. The average (`elevater.json`) is not included.
+        Key -> benchmark. The mean over the ELEVATER benchmarks (`elevater.json`) is not included.
     """
 
     def table_order(benchmark: Benchmark) -> tuple:
@@ -99,7 +109,7 @@ def load_benchmarks() -> dict[str, Benchmark]:
 
 
 def find_published_name(name: str, role: str, model_class: str, loss: str) -> str | None:
-    """Return the name under which the figures of a model were published, for `get_published_figure`.
+    """Return the name under which results of a model were published, as `get_published_figure` expects it.
 
     Args:
         name: Folder or Hub id of the model.
@@ -108,8 +118,8 @@ def find_published_name(name: str, role: str, model_class: str, loss: str) -> st
         loss: "contrastive" or "sigmoid".
 
     Returns:
-        The model's own name in lowercase if a benchmark lists it in `bases`; the role for a model of CAPIVARA's
-        architecture with a contrastive loss; otherwise None.
+        The last part of the model's name in lowercase if a benchmark lists it in `bases`. Otherwise the role, if the
+        model has CAPIVARA's architecture and a contrastive loss. Otherwise None.
     """
     base = Path(name).name.casefold()
     if any(base in benchmark.bases for benchmark in load_benchmarks().values()):
@@ -118,14 +128,14 @@ def find_published_name(name: str, role: str, model_class: str, loss: str) -> st
 
 
 def get_published_base(pair: dict[str, Any]) -> tuple[float, str] | None:
-    """Return the published figure of a pair's baseline model.
+    """Return the published result of the baseline model in a pair of results.
 
     Args:
-        pair: An element of the result of `eval.records.tables.pair_with_baselines`.
+        pair: Dict for a baseline and a model, from `eval.records.tables.pair_with_baselines`.
 
     Returns:
-        The figure, from 0 to 1, and the URL of its source. None if nothing was published for this model, or if the
-        published figure has another language, metric, number of images or embedding width.
+        The published value, from 0 to 1, and the URL of its source. None if nothing was published for the baseline, or
+        if language, metric, number of images or embedding width of the published result differ from the measured one.
     """
     value, benchmark = pair["baseline"], load_benchmarks().get(pair["dataset"])
     if not value or not benchmark or pair["dim"]:
@@ -139,7 +149,7 @@ def get_published_base(pair: dict[str, Any]) -> tuple[float, str] | None:
 
 
 def read_benchmark(path: Path) -> Benchmark:
-    """Read one benchmark, or average, from a JSON file.
+    """Read one benchmark from a JSON file of this folder, or the mean over benchmarks in `elevater.json`.
 
     Raises:
         ValueError: If the file is not JSON, lacks a required field of `Benchmark`, or has an unknown field.
@@ -159,7 +169,8 @@ def locate_data(benchmark: Benchmark, folder: Path | None) -> dict[str, Any]:
         folder: Folder with one entry per benchmark key (--data_dir), or None.
 
     Returns:
-        `data` (a path or Hub id), `local` (whether it is a path), and `reason` (why there are no data, otherwise "").
+        A dict with three keys: `data`, the path or Hub id ("" if there is neither); `local`, whether `data` is a path;
+        and `reason`, why no data were found ("" if data were found).
     """
     for key in filter(None, (benchmark.key, benchmark.data_of)):
         if folder and (folder / key).exists():

@@ -4,8 +4,8 @@ The second argument of `evaluate.load` selects the metric, a key of `METRIC_DEFI
 
     evaluate.load("/path/to/eval/capivara_metrics", "recall_at_k").compute(predictions=..., references=..., k=5)
 
-The folder depends on no other file of the project. It can be copied anywhere, or uploaded to a Space, if it keeps its
-name.
+The folder `capivara_metrics` needs no other file of the project. It can be copied anywhere, or uploaded to a Space on
+the Hub, but it must keep its name.
 """
 
 from collections.abc import Callable
@@ -33,14 +33,23 @@ LABELS_FEATURE = datasets.Sequence(LABEL_FEATURE)
 
 
 def _recall_at_k(scores: Tensor, relevant_items: list[list[int]], k: int = 1) -> float:
-    """Return recall@k of scores, with k at most the number of items."""
+    """Compute recall@k from scores.
+
+    Args:
+        scores: Similarities (queries, items).
+        relevant_items: For each query, the indices of its relevant items.
+        k: Number of highest-scored items in which a relevant item counts as a hit.
+
+    Raises:
+        ValueError: If k is larger than the number of items, because recall@k would always be 1.
+    """
     if k > scores.shape[1]:
         raise ValueError(f"k must be at most the number of items, {scores.shape[1]}, got {k}.")
     return recall_at_k(ranks_from_scores(scores, relevant_items), k)
 
 
 def _with_label_tensor(metric: Callable[..., float]) -> Callable[..., float]:
-    """Wrap a metric so that it takes labels as a list, which is what `evaluate` passes."""
+    """Wrap a metric so that it accepts labels as a list, because `evaluate` passes lists instead of tensors."""
     return lambda scores, labels, **options: metric(scores, torch.tensor(labels), **options)
 
 
@@ -88,7 +97,7 @@ METRIC_DEFINITIONS = {
 
 
 class CapivaraMetrics(evaluate.Metric):
-    """Retrieval and classification metrics of CAPIVARA. Ties count against the query; in `roc_auc` they count half."""
+    """Retrieval and classification metrics of CAPIVARA. Ties count against the query; in `roc_auc`, ties count half."""
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in METRIC_DEFINITIONS:

@@ -1,7 +1,8 @@
 """Metrics of cross-modal retrieval and of classification, as pure functions of embeddings, scores and ranks.
 
-Ranks count from 0: rank 0 means that a relevant item has the highest score. A tie always counts against the query, so
-that a model that gives every item the same score does not look perfect.
+A query is an embedding that is compared with all items: a text with all images, or an image with all texts. Ranks count
+from 0: rank 0 means that a relevant item has the highest score. A tie always counts against the query, so that a model
+that gives every item the same score does not look perfect.
 
 Example:
     >>> import torch
@@ -21,7 +22,7 @@ import torch
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 from torch import Tensor
 
-RECALL_CUTOFFS = (1, 5, 10)  # CAPIVARA (arXiv 2310.13683) reports the mean of these three
+RECALL_CUTOFFS = (1, 5, 10)  # values of k; CAPIVARA (arXiv 2310.13683) reports the mean of these three recall@k
 # Scores that `retrieval_ranks` computes at a time: 16 MiB in float32, which the allocator reuses for the next block.
 BLOCK_SCORES = 2**22
 # Largest score matrix that `cross_modal_ranks` stores: 512 MiB in float32. A larger one is computed once per direction.
@@ -32,17 +33,17 @@ MIN_BLOCK_QUERIES = 32
 
 
 def ranks_from_mask(scores: Tensor, is_relevant: Tensor) -> Tensor:
-    """Return the rank of each query's best relevant item, from 0, the rank of a hit at k = 1.
+    """Return the rank of each query's best relevant item.
 
     The rank is the number of wrong items that score at least as high as the best relevant item, so a tie counts against
-    the query.
+    the query. Rank 0 is the best.
 
     Args:
         scores: Similarities (queries, items).
-        is_relevant: Which items are right for each query, bool (queries, items).
+        is_relevant: Whether an item is relevant to a query, bool (queries, items).
 
     Returns:
-        Ranks (queries,), int64.
+        Ranks (queries,), int64, from 0.
     """
     is_wrong = ~is_relevant
     best = scores.masked_fill(is_wrong, -torch.inf).amax(dim=1, keepdim=True)
@@ -87,13 +88,15 @@ def cross_modal_ranks(
         query_embeds: Unit-length embeddings (queries, width), for example of texts.
         item_embeds: Unit-length embeddings (items, width), for example of images.
         query_groups: Group of each query (queries,). An image and its captions form a group.
-        item_groups: Group of each item (items,).
+        item_groups: Group of each item (items,). An item is relevant to the queries of its group.
 
     Returns:
-        Ranks of the queries among the items (queries,), and of the items among the queries (items,).
+        Two tensors, int64, from 0. The first has for each query the rank of its best relevant item (queries,). The
+        second has for each item the rank of its best relevant query (items,).
 
     Raises:
-        ValueError: If a query or an item has no relevant counterpart, or if an embedding is not finite.
+        ValueError: If a query has no item of its group, an item has no query of its group, or an embedding is not
+            finite.
     """
     forward = query_embeds, item_embeds, query_groups, item_groups
     backward = item_embeds, query_embeds, item_groups, query_groups
@@ -104,7 +107,7 @@ def cross_modal_ranks(
     scores, block_size = query_embeds @ item_embeds.T, max(1, COMPARISON_BLOCK_SCORES // len(item_embeds))
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of rows of the score matrix, and which of their items are relevant."""
+        """Yield blocks of rows of the score matrix, each with a mask of the relevant items, (rows, items)."""
         for block, groups in zip(scores.split(block_size), query_groups.split(block_size), strict=True):
             yield block, groups[:, None] == item_groups
 
@@ -117,7 +120,7 @@ def cross_modal_ranks(
 
 
 def _check_embeddings(query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor) -> None:
-    """Raise ValueError if an embedding is not finite, or if a query has no relevant item."""
+    """Raise ValueError if an embedding is NaN or infinite, or if the group of a query has no item."""
     for name, embeds in (("query", query_embeds), ("item", item_embeds)):
         # aminmax propagates NaN and, unlike isfinite on all elements, allocates no mask.
         if embeds.numel() and not torch.stack(embeds.aminmax()).isfinite().all():
@@ -156,12 +159,30 @@ def recall_at_k(ranks: Tensor, k: int) -> float:
 
 
 def mean_recall(ranks: Tensor) -> float:
-    """Return the mean of recall@1, recall@5 and recall@10 (0 to 1), which CAPIVARA's paper reports per direction."""
+    """Return the mean of recall@1, recall@5 and recall@10, which CAPIVARA's paper reports per direction.
+
+    Args:
+        ranks: Rank of each query's best relevant item (queries,), from 0.
+
+    Returns:
+        Mean recall, from 0 to 1.
+    """
     return mean_hits(ranks).mean().item()
 
 
 def hits_at_k(ranks: Tensor, k: int) -> Tensor:
-    """Return 1.0 for each query with a relevant item among its k highest-scored items, else 0.0, as (queries,)."""
+    """Return for each query whether a relevant item is among its k highest-scored items.
+
+    Args:
+        ranks: Rank of each query's best relevant item (queries,), from 0.
+        k: Number of highest-scored items in which a relevant item counts as a hit.
+
+    Returns:
+        1.0 for a hit, 0.0 otherwise, (queries,), float64.
+
+    Raises:
+        ValueError: If k is below 1, or if there is no query.
+    """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
     if not len(ranks):
@@ -170,7 +191,14 @@ def hits_at_k(ranks: Tensor, k: int) -> Tensor:
 
 
 def mean_hits(ranks: Tensor) -> Tensor:
-    """Return each query's contribution to the mean recall (queries,): the mean of its hits at 1, 5 and 10."""
+    """Return the contribution of each query to the mean recall: the mean of `hits_at_k` for k = 1, 5 and 10.
+
+    Args:
+        ranks: Rank of each query's best relevant item (queries,), from 0.
+
+    Returns:
+        Values from 0 to 1, (queries,), float64.
+    """
     return torch.stack([hits_at_k(ranks, k) for k in RECALL_CUTOFFS]).mean(dim=0)
 
 
@@ -197,20 +225,22 @@ def chance_recall(query_groups: Tensor, item_groups: Tensor, k: int) -> float:
 def paired_bootstrap(
     baseline: Tensor, model: Tensor, groups: Tensor, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Return the mean gain of a model over a baseline on the same queries, and its 95 % confidence interval.
+    """Compute the mean gain of a model over a baseline on the same queries, with its 95 % confidence interval.
 
-    Computes a percentile bootstrap interval over pairs (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-    chapter 13). Draws whole groups with replacement, since the captions of one image are not independent.
+    The interval is a percentile bootstrap interval of the differences between model and baseline (Efron and Tibshirani,
+    An Introduction to the Bootstrap, 1993, chapter 13). Whole groups are drawn with replacement, because the captions
+    of one image are not independent.
 
     Args:
-        baseline: The baseline's value for each query (queries,).
-        model: The model's value for each query (queries,).
+        baseline: The baseline's value of the metric for each query (queries,).
+        model: The model's value of the metric for each query (queries,).
         groups: Group of each query (queries,). An image and its captions form a group.
         resamples: Number of bootstrap samples.
         seed: Seed of the random draws.
 
     Returns:
-        Mean of model - baseline, then the low and high end of its interval (2.5th and 97.5th percentile).
+        Three numbers: the mean of model minus baseline, then the low and the high end of its interval (2.5th and 97.5th
+        percentile).
 
     Raises:
         ValueError: If the three tensors differ in length.
@@ -243,8 +273,8 @@ def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -
         Ranks (queries,), int64, from 0.
 
     Raises:
-        ValueError: If a score is not finite, if scores and queries differ in number, or if a query has no relevant item
-            or an index that is out of range.
+        ValueError: If a score is not finite, `scores` and `relevant_items` differ in length, a query has no relevant
+            item, or an index is out of range.
     """
     _check_finite(scores)
     if len(scores) != len(relevant_items):
@@ -260,7 +290,11 @@ def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -
 
 
 def median_rank(ranks: Tensor) -> float:
-    """Return the median over the queries of the rank of the best relevant item, counted from 1."""
+    """Return the median rank over all queries, counted from 1 as papers report it.
+
+    Args:
+        ranks: Rank of each query's best relevant item (queries,), from 0.
+    """
     return ranks.double().quantile(0.5).item() + 1
 
 
@@ -287,14 +321,31 @@ def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
 
 
 def mean_per_class_accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Return the mean of the accuracies of all classes that occur: small classes count as much as large ones."""
+    """Return the mean of the top-1 accuracies of all classes that have images.
+
+    Every class has the same weight, however many images it has. Ties count against the image.
+
+    Args:
+        scores: Finite scores (images, classes).
+        labels: Index of the right class of each image (images,).
+
+    Returns:
+        Mean accuracy, from 0 to 1.
+    """
     return per_class_accuracy(scores, labels).nanmean().item()
 
 
 def per_class_accuracy(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the top-1 accuracy of each class (classes,), NaN for a class without images.
+    """Return the top-1 accuracy of each class.
 
-    Ties count against the image, as in `top_k_accuracy`.
+    A tie with a wrong class counts against the image.
+
+    Args:
+        scores: Finite scores (images, classes).
+        labels: Index of the right class of each image (images,).
+
+    Returns:
+        Accuracies from 0 to 1, (classes,); NaN for a class without images.
     """
     matrix = confusion_matrix(scores, labels).double()
     return matrix.diag() / matrix.sum(dim=1)
@@ -324,8 +375,8 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
     """Return the 11-point interpolated mean average precision (mAP) for images with several classes.
 
     The average precision of a class is the mean of the interpolated precision at the recalls 0, 0.1, …, 1 (Everingham
-    et al., The PASCAL Visual Object Classes Challenge, 2010, section 4.2). Images with equal scores enter together.
-    Classes without images are left out of the mean.
+    et al., The PASCAL Visual Object Classes Challenge, 2010, section 4.2). Images with equal scores share one point of
+    the precision-recall curve. Classes without images are left out of the mean.
 
     Args:
         scores: Finite scores (images, classes).
@@ -351,7 +402,9 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
 
 
 def roc_auc(scores: Tensor, labels: Tensor) -> float:
-    """Return the area under the ROC curve: the probability that a positive scores above a negative, with ties as half.
+    """Return the area under the ROC curve of a binary classifier.
+
+    It equals the probability that a random positive image scores above a random negative image; a tie counts half.
 
     Args:
         scores: Finite scores (images,), higher for the positive class.
@@ -371,7 +424,18 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
 
 
 def _class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return how many wrong classes score at least as high as the right class, as (images,)."""
+    """Return the rank of each image's right class: the number of wrong classes that score at least as high.
+
+    Args:
+        scores: Scores (images, classes).
+        labels: Index of the right class of each image (images,).
+
+    Returns:
+        Ranks from 0, (images,).
+
+    Raises:
+        ValueError: If scores and labels differ in length, a score is not finite, or a label is out of range.
+    """
     if len(scores) != len(labels):
         raise ValueError(f"scores must have a row per label, got {len(scores)} for {len(labels)} labels.")
     _check_finite(scores)

@@ -1,13 +1,13 @@
-"""Class names and prompt templates of zero-shot classification, from four sources.
+"""Load class names and prompt templates for zero-shot classification, from four sources.
 
-A protocol names the source:
+A protocol is the name of a source:
 
 - `ours`: this project's Portuguese names and templates, in `pt/`.
 - `authors`: the names and templates of CAPIVARA's authors, read from their `portuguese_prompts.py`.
 - `babel`: the class names of Babel-ImageNet, from the package `clip-benchmark`, in any of its languages.
 - `own`: a user's JSON file, in any language.
 
-Figures of different protocols are not comparable.
+Results that were measured with different protocols are not comparable.
 """
 
 import ast
@@ -23,6 +23,7 @@ from capivara_common.cli import unknown_name_message
 from capivara_common.files import read_json
 
 PROMPTS_FOLDER = Path(__file__).resolve().parent
+# (gender, number) -> indefinite and definite article. Gender is "m" or "f", number is "s" (singular) or "p" (plural).
 PORTUGUESE_ARTICLES = {
     ("m", "s"): ("um", "o"),
     ("f", "s"): ("uma", "a"),
@@ -42,22 +43,22 @@ FOOD_101_NOTE = (
 
 @dataclass(frozen=True)
 class Prompts:
-    """Class names and prompts of a zero-shot classifier."""
+    """Class names and prompts of a zero-shot classifier. A prompt is a template filled with the name of a class."""
 
     benchmark: str  # key of the dataset, such as "cifar-10"
     protocol: str  # "ours", "authors", "babel" or "own"
-    names: list[str]  # names of the classes, in the order of the labels, as results show them
-    english_names: list[str]  # names of all classes of the dataset, to be matched with the class names in the data
-    class_prompts: list[list[str]]  # prompts of each class
+    names: list[str]  # names of the classes in the language of the prompts, in the order of the labels
+    english_names: list[str]  # names of all classes of the dataset, as the data have them (usually English)
+    class_prompts: list[list[str]]  # for each class in `names`, its prompts
     metric: str  # metric of the dataset, from `DATASET_METRICS`
     language: str = "pt"  # language code of `class_prompts`
-    notes: tuple[str, ...] = ()  # what a reader of the figure must know
+    notes: tuple[str, ...] = ()  # remarks to show with the results
     # Index in `english_names` of each class in `names`. None: `names` has the same classes in the same order.
     class_indices: list[int] | None = None
 
 
 def list_benchmarks() -> list[str]:
-    """Return the keys of the benchmarks that have prompts in `pt/`."""
+    """Return the keys of all benchmarks that have Portuguese prompts: the names of the JSON files in `pt/`."""
     return sorted(path.stem for path in (PROMPTS_FOLDER / "pt").glob("*.json") if path.stem != "review")
 
 
@@ -102,14 +103,19 @@ def load_prompts(
 def fill_template(template: str, class_entry: dict, language: str = "pt") -> str:
     """Fill the placeholders of a template with a class name.
 
-    In any language, {} is the name. In Portuguese, {nome} is the name, too, and {um}, {o}, {do} and {no} are the name
-    with an article, or a contraction of preposition and article, that agrees in gender and number.
+    In all languages, the placeholder {} becomes the name. Portuguese templates have more placeholders: {nome} also
+    becomes the name. {um} and {o} become the name with its indefinite or definite article, as in "um gato" or "o gato".
+    {do} and {no} become the name with the preposition "de" or "em" and the definite article, as in "do gato". Articles
+    agree with the name in gender and number.
 
     Args:
         template: The template.
-        class_entry: The name under the key `language`. For Portuguese also `gender` ("m" or "f"), `number` ("s" or
-            "p") and `article` (false for a name that is used without an article).
+        class_entry: Dict with the name under the key `language`. For Portuguese also `gender` ("m" or "f"), `number`
+            ("s" for singular or "p" for plural), and `article` (False for a name that is used without an article).
         language: Language code of the template.
+
+    Returns:
+        The prompt.
 
     Raises:
         ValueError: If the template has no placeholder, or an unknown placeholder.
@@ -130,7 +136,11 @@ def fill_template(template: str, class_entry: dict, language: str = "pt") -> str
 
 
 def _load_classes_file(path: Path) -> Prompts:
-    """Read and validate a user's JSON file of classes."""
+    """Load prompts from a JSON file with a user's own classes and templates, see `CLASSES_FILE_EXAMPLE`.
+
+    Raises:
+        ValueError: If the file does not exist, or its content is invalid. The message shows a valid example.
+    """
     if not path.is_file():
         raise ValueError(f"The classes file {path} does not exist.")
     try:
@@ -161,7 +171,14 @@ def _load_classes_file(path: Path) -> Prompts:
 
 
 def _build_prompts(benchmark: str, protocol: str, data: dict[str, Any]) -> Prompts:
-    """Fill all templates with all class names of a JSON file."""
+    """Fill all templates with all class names.
+
+    Args:
+        benchmark: Key of the dataset.
+        protocol: "ours" or "own".
+        data: Content of a JSON file with the keys `language`, `metric`, `templates` and `classes`. Each class is a dict
+            with its name under the language code and under "en".
+    """
     classes, language = data["classes"], data["language"]
     class_prompts = [[fill_template(template, entry, language) for template in data["templates"]] for entry in classes]
     names, english_names = ([entry[key] for entry in classes] for key in (language, "en"))
@@ -170,14 +187,29 @@ def _build_prompts(benchmark: str, protocol: str, data: dict[str, Any]) -> Promp
 
 
 def _describe_shared_names(names: list[str]) -> tuple[str, ...]:
-    """Return a note on names that several classes share, which no prompt can tell apart; empty if there are none."""
+    """Return a note for the reader if several classes have the same name, because prompts can't tell them apart.
+
+    Args:
+        names: Names of all classes.
+
+    Returns:
+        A tuple with the note, or an empty tuple if all names are distinct.
+    """
     shared = sorted(name for name, count in Counter(names).items() if count > 1)
     note = f"{len(shared)} names are shared by several classes, whose images count as wrong: {', '.join(shared)}."
     return (note,) if shared else ()
 
 
 def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Prompts:
-    """Load the prompts of CAPIVARA's authors; `our_prompts` provides the English class names and the metric."""
+    """Load the prompts of CAPIVARA's authors.
+
+    Args:
+        our_prompts: This project's prompts for the same dataset, from which English class names and metric are taken.
+        authors_file: Path of the authors' `portuguese_prompts.py`. The file is parsed, never executed.
+
+    Raises:
+        ValueError: If the file does not exist, or has no valid class names and templates for the dataset.
+    """
     if not authors_file or not Path(authors_file).is_file():
         raise ValueError(f"--authors_file must be the path of portuguese_prompts.py, got {authors_file}.")
     values, key, lists = parse_assignments(Path(authors_file).read_text(encoding="utf-8")), our_prompts.benchmark, []
@@ -204,15 +236,16 @@ def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Pro
 
 
 def parse_assignments(text: str) -> dict:
-    """Parse a Python file of plain assignments without executing it.
+    """Parse the assignments of a Python file without executing it.
 
-    Names, texts, numbers, lists, tuples, dicts and lambdas with an f-string (templates) are understood.
+    An assigned value may be a text, a number, a list, a tuple, a dict, the name of an earlier variable, or a template,
+    which is a lambda that returns an f-string.
 
     Args:
         text: Source code of the file.
 
     Returns:
-        Variable -> value. A template lambda becomes a text with {} for its argument.
+        Name of each variable -> value. A template becomes a text in which {} stands for the argument of the lambda.
 
     Raises:
         ValueError: If an assigned value is anything else, such as a call, or if the text is not valid Python.
@@ -242,7 +275,18 @@ def parse_assignments(text: str) -> dict:
 
 
 def _load_babel_prompts(our_prompts: Prompts, language: str) -> Prompts:
-    """Load the class names of Babel-ImageNet; `our_prompts` provides the English names of all classes."""
+    """Load the class names of Babel-ImageNet, with the templates that clip-benchmark has for the language.
+
+    If there are no templates in the language, the English templates are used.
+
+    Args:
+        our_prompts: This project's prompts for ImageNet, from which the English names of all classes are taken.
+        language: Language code, such as "pt".
+
+    Raises:
+        ValueError: If `our_prompts` is not for ImageNet, or Babel-ImageNet does not have the language.
+        ImportError: If clip-benchmark is not installed.
+    """
     if our_prompts.benchmark != "imagenet-1k":
         raise ValueError(f"Protocol babel is only for the benchmark imagenet-1k, got {our_prompts.benchmark}.")
     try:

@@ -1,1 +1,1 @@
-"""Result files, and the tables, plots and HTML pages that show them."""
+"""Read and write result files, and show their records as tables, plots and HTML pages."""

@@ -1,4 +1,7 @@
-"""Charts of measured values, and sheets of queries with the images found for them, as PNG files."""
+"""Draw PNG files: charts of measured values, and sheets of example queries.
+
+A sheet is a grid of images with a row per query. It shows the images that a model ranks first for each query.
+"""
 
 import io
 import warnings
@@ -33,15 +36,16 @@ PLOT_LABELS = read_json(Path(__file__).with_name("words.json"))  # labels of cur
 RELEVANT_COLOR = "#1b7f5c"
 OTHER_COLOR = "#d0d3d8"
 IMAGES_PER_QUERY = 5  # highest-scored images that a sheet shows for a query
-QUERIES_PER_END = 4  # best queries, and as many worst queries, on the sheet of one model
-# For the sheet of two models: sign of the change in rank (model minus baseline), and number of such queries to show.
+QUERIES_PER_END = 4  # number of best queries, and also of worst queries, on the sheet of one model
+# For the sheet of two models: kind of change -> sign of the change in rank (model minus baseline), and number of such
+# queries to show.
 QUERY_CHANGES = {"gain": (-1, 3), "tie": (0, 1), "loss": (1, 1)}
 # Matplotlib's default font lacks most scripts. It takes missing letters from these fonts if they are installed.
 FALLBACK_FONTS = ("Noto Sans", "Noto Serif", "FreeSans", "Lohit", "Nirmala UI", "Mangal", "Arial Unicode", "WenQuanYi")
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
-    """Write a figure atomically to a PNG file of 130 dots per inch, and close it."""
+    """Write a matplotlib figure to a PNG file with 130 dots per inch, and close the figure. The write is atomic."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from font")  # no installed font has the script
@@ -51,12 +55,12 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 
 def style_axis(axis: plt.Axes, grid: str, *hidden_sides: str) -> None:
-    """Draw a faint grid behind the data and hide the frame on some sides.
+    """Draw a faint grid behind the data of a plot, and hide the frame on some sides.
 
     Args:
-        axis: The axis.
-        grid: Lines of the grid: "x", "y" or "both".
-        hidden_sides: Sides without frame: "top", "right", "bottom" or "left".
+        axis: Axes of the plot.
+        grid: Axis whose ticks get grid lines: "x", "y" or "both".
+        hidden_sides: Sides of the plot that get no frame: "top", "right", "bottom" or "left".
     """
     axis.spines[list(hidden_sides)].set_visible(False)
     axis.grid(axis=grid, alpha=0.25)
@@ -64,10 +68,11 @@ def style_axis(axis: plt.Axes, grid: str, *hidden_sides: str) -> None:
 
 
 def plot_training_curves(curve: list[dict], language: str, path: Path, label_language: str = "en") -> None:
-    """Plot loss and learning rate per step, and the recall on the validation split.
+    """Plot loss and learning rate per step on the left, and the recall on the validation split on the right.
 
     Args:
-        curve: The `curve` of run.json.
+        curve: The list `curve` of a run.json file, with one dict per step. Training steps have the keys `step`, `loss`
+            and `learning_rate`; steps with an evaluation have `validation`, the mean recall per direction.
         language: Language code of the validation captions.
         path: PNG file to write.
         label_language: Language of the labels, "pt" or "en"; any other is treated as "en".
@@ -93,10 +98,10 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, label_lan
 
 
 def plot_bars(pairs: list[dict[str, Any]], path: Path) -> None:
-    """Plot baseline against model as pairs of horizontal bars, with a mark at the chance level.
+    """Plot the results of baseline and model as pairs of horizontal bars, with a mark at the chance level.
 
     Args:
-        pairs: Elements of the result of `pair_with_baselines`, each with a label in `short`.
+        pairs: Pairs of results from `pair_with_baselines`. The caller has added the key `short`, the label of the pair.
         path: PNG file to write.
     """
     figure, axis = plt.subplots(figsize=(BARS_WIDTH_INCHES, 1.2 + 0.46 * len(pairs)), layout="constrained")
@@ -126,19 +131,23 @@ def plot_bars(pairs: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-# Images by falling score (None if one can't be shown), each with whether it is the right one.
+# Images with the highest scores, best first. Each is a tuple of the image (None if it can't be shown) and whether it is
+# the image that the query describes.
 RankedImages = list[tuple[Image.Image | None, bool]]
 
 
 def plot_gallery(
     rows: list[list[tuple[str, RankedImages]]], path: Path, headings: Sequence[str] = (), note: str = ""
 ) -> None:
-    """Draw a grid of images: a row per query, and in it a block per model. The right image is framed.
+    """Draw a grid of images with a row per query. Each row has a block of adjacent images per model.
+
+    The image that the query describes has a thick green frame.
 
     Args:
-        rows: For each query and model, a title and the images with the highest scores.
+        rows: For each query, a list with one entry per model. An entry is a title, and the images with the highest
+            scores.
         path: PNG file to write.
-        headings: Headings of the blocks.
+        headings: Heading above the block of each model. Empty: no headings.
         note: Text below the grid.
     """
     columns, blocks = max(len(images) for row in rows for _, images in row), len(rows[0])
@@ -175,16 +184,16 @@ def plot_gallery(
 def select_sheet_queries(before: "Tensor", after: "Tensor", seed: int) -> list[tuple[int, str]]:
     """Select the queries that illustrate the change from baseline to trained model, without cherry-picking.
 
-    Draws a random order of the queries, and takes from it the first three that the trained model ranks better, the
-    first with an equal rank, and the first that it ranks worse.
+    The queries are put into random order. The function then takes the first three queries whose rank is better with the
+    trained model, the first query with an equal rank, and the first query with a worse rank.
 
     Args:
-        before: Rank of each query with the baseline (queries,).
-        after: Rank of each query with the trained model (queries,).
+        before: Rank of the right image for each query with the baseline (queries,).
+        after: Rank of the right image for each query with the trained model (queries,).
         seed: Seed of the random order.
 
     Returns:
-        Indices of the queries, each with "gain", "tie" or "loss".
+        Tuples of a query's index and the kind of its change: "gain", "tie" or "loss".
     """
     order, change = _random_order(len(before), seed), (after - before).sign()
     return [
@@ -202,16 +211,18 @@ def plot_retrieval_sheet(
     seed: int = 0,
     language: str = "en",
 ) -> None:
-    """Draw queries, each with the five images that a model ranks first.
+    """Draw example queries of text-to-image retrieval, each with the five images that a model ranks first.
 
-    For two models, the queries are those of `select_sheet_queries`. For one model, they are its four best and four
-    worst queries (at equal ranks in random order), and the right image is added if it is not among the five.
+    With two models, `select_sheet_queries` selects the queries. With one model, the sheet shows the four queries with
+    the best ranks and the four with the worst ranks; queries with equal ranks are in random order. The sheet of one
+    model also shows the right image of a query if it is not among the five.
 
     Args:
         path: PNG file to write.
-        open_image: Function that opens an image by its index. An image for which it raises BadImage is shown as gray.
+        open_image: Function that opens an image by its index. If it raises BadImage, a gray square is drawn instead.
         queries: Texts of all queries.
-        embeddings: Role ("baseline", "capivara" or both) -> `eval.retrieval.RetrievalEmbeddings`.
+        embeddings: Role -> embeddings of the same split (`eval.retrieval.RetrievalEmbeddings`), for the role
+            "baseline", the role "capivara", or both.
         seed: Seed of the random order.
         language: Language of the labels, "pt" or "en"; any other is treated as "en".
     """
@@ -241,7 +252,7 @@ def plot_retrieval_sheet(
             for index in best:
                 try:
                     images.append((_shrink(open_image(index)), index == relevant))
-                except BadImage:  # a file that changed after it was embedded must not end a finished measurement
+                except BadImage:  # the file changed after it was embedded; this must not end a finished measurement
                     images.append((None, index == relevant))
             row.append((title, images))
         rows.append(row)
@@ -249,14 +260,17 @@ def plot_retrieval_sheet(
 
 
 def _shrink(image: Image.Image) -> Image.Image:
-    """Return a small RGB copy. A sheet holds up to 48 images and draws each about 200 pixels wide."""
+    """Return an RGB copy of an image, at most 400 pixels wide and high, to save memory.
+
+    A sheet has up to 48 images, and each is drawn only about 200 pixels wide.
+    """
     image = image.convert("RGB")
     image.thumbnail((400, 400))
     return image
 
 
 def _random_order(query_count: int, seed: int) -> "Tensor":
-    """Return the indices of all queries in random order (queries,)."""
+    """Return the numbers from 0 to `query_count` - 1 in a random order that depends only on `seed`, (queries,)."""
     import torch
 
     return torch.randperm(query_count, generator=torch.Generator().manual_seed(seed))

@@ -1,9 +1,10 @@
-"""Result files: JSON files with the measured figures, which tables, plots, pages and model cards read.
+"""Read, validate and write result files. Tables, plots, HTML pages and model cards are made from these JSON files.
 
     records = read_records(Path("results/retrieval_pt.json"))
     records[0].value, records[0].interval_95
 
-A `Record` validates itself, so a figure that is out of range is neither written nor read.
+A `Record` is one measured value with the conditions of its measurement. It validates itself, so a value that is out of
+range is neither written nor read.
 """
 
 import json
@@ -32,16 +33,16 @@ METRIC_TASKS = {  # metric -> "retrieval", or "classes" for other tasks; `recall
     **dict.fromkeys(("mean_recall", "median_rank", GAIN_METRIC), "retrieval"),
     **dict.fromkeys(("accuracy", "mean_per_class_accuracy", "top_5_accuracy", "11point_mAP", "roc_auc"), "classes"),
 }
-LARGEST_RECALL_CUTOFF = 10  # largest k of the recalls that the mean recall averages
-ROUNDING_TOLERANCE = 1e-9  # by this much, rounding errors may move a share out of its range
+LARGEST_RECALL_CUTOFF = 10  # the mean recall is the mean of recall@k for k = 1, 5 and 10; this is the largest k
+ROUNDING_TOLERANCE = 1e-9  # rounding errors may move a share out of its range by at most this much
 
-# Fields of `Record` that must be equal for two figures to be comparable.
+# Two records are comparable only if all of these fields of `Record` are equal.
 Condition = namedtuple("Condition", "task dataset split language protocol direction metric dim", defaults=(None,))
 
 
 @dataclass(frozen=True)
 class Record:
-    """One measured figure.
+    """One measured value, with the conditions of the measurement.
 
     Raises:
         ValueError: If a field has the wrong type or is out of range. The message starts with the name of the field.
@@ -51,14 +52,14 @@ class Record:
     dataset: str
     split: str
     language: str  # language code of the captions or prompts, such as "pt"; "" for the linear probe
-    protocol: str  # what is compared with what; figures of different protocols are not comparable
+    protocol: str  # how the value was measured; records of different protocols are not comparable
     direction: str  # "text_to_image" or "image_to_text" for retrieval, otherwise ""
     metric: str  # such as "recall@1", "mean_recall", "accuracy", or "mean_recall_gain" (model minus baseline)
     value: float  # a share from 0 to 1; for "median_rank" a rank from 1; for a gain a difference from -1 to 1
-    n: int  # number of queries or images averaged over
+    n: int  # number of queries (retrieval) or images (other tasks) that the value averages over
     model: str  # role of the model, "baseline" or "capivara"
-    model_folder: str  # folder or Hub id of the model; in a run's own results relative to the run
-    seed: int | None = None  # seed of the training run; None for a model that the run did not train
+    model_folder: str  # folder or Hub id of the model; "." in the results that a training run writes about itself
+    seed: int | None = None  # seed of the training run; None if unknown, or if the model was not fine-tuned
     chance: float | None = None  # expected value for random scores; None if it is not defined
     interval_95: tuple[float, float] | None = None  # for a gain: low and high end of the 95 % confidence interval
     dim: int | None = None  # dimensions of truncated embeddings (`protocol` names them, too); None: not truncated
@@ -100,7 +101,7 @@ class Record:
 
     @property
     def condition(self) -> Condition:
-        """Values that another figure must share to be comparable with this one."""
+        """Fields that must be equal in another record for the two values to be comparable."""
         return Condition(*(getattr(self, name) for name in Condition._fields))
 
     @property
@@ -110,21 +111,28 @@ class Record:
 
     @property
     def is_gain(self) -> bool:
-        """Whether the value is the difference between two models."""
+        """Whether the value is a gain: the mean recall of a model minus the mean recall of its baseline."""
         return self.metric == GAIN_METRIC
 
     def _check(self, name: str, is_valid: bool, rule: str, suffix: str = "") -> None:
-        """Raise ValueError with the field's name, rule and value unless it is valid."""
+        """Raise ValueError unless a field is valid.
+
+        Args:
+            name: Name of the field.
+            is_valid: Whether the value of the field is valid.
+            rule: What the value must be, such as "at least 1". It is part of the message, after "must be".
+            suffix: End of the message.
+        """
         if not is_valid:
             raise ValueError(f"{name} must be {rule}, got {reprlib.repr(getattr(self, name))}{suffix}")
 
 
 @dataclass(frozen=True)
 class ResultFile:
-    """Content of a valid result file."""
+    """A valid result file, with its records and its whole content."""
 
     name: str  # path of the file relative to the folder that is read
-    records: tuple[Record, ...]  # the figures, at least one
+    records: tuple[Record, ...]  # the measured values, at least one
     content: dict[str, Any]  # the whole JSON object, with the keys that `write_records` writes
 
 
@@ -136,12 +144,12 @@ def write_records(
 
     Args:
         path: JSON file to write.
-        records: The measured figures.
+        records: The measured values.
         dataset: Folder, file pattern or Hub id of the images.
-        fingerprint: Digest of the data; None if there is none.
+        fingerprint: Digest of the data that were measured; None if it was not computed.
         model: Folder or Hub id of the model.
         name: Name of the dataset in the records, if it differs from `dataset`.
-        skipped: Row -> reason why the row is in no figure.
+        skipped: Row number -> reason why the row was not measured, for example an unreadable image.
         metadata: Further keys of the file, such as `device`, `precision` ("float32" or the autocast type) and `seconds`
             (duration of the measurement).
     """
@@ -169,7 +177,8 @@ def read_records(path: Path) -> list[Record]:
     """Read the records of a result file.
 
     Raises:
-        ValueError: If the file has the wrong form. The message names the file, the place in it, the value and the rule.
+        ValueError: If the content of the file is invalid. The message names the file, the JSON path of the wrong value,
+            the value and the rule that it breaks.
     """
     try:
         content, _ = read_json_object(path)
@@ -186,10 +195,10 @@ def parse_result(content: dict[str, Any], name: str) -> ResultFile:
 
     Args:
         content: The JSON object.
-        name: Path of the file relative to the folder that is read.
+        name: Path of the file relative to the folder that is read; it becomes `ResultFile.name`.
 
     Raises:
-        ValueError: If the object has the wrong form. The message starts with the place in it, such as
+        ValueError: If the object is invalid. The message starts with the JSON path of the wrong value, such as
             `records/3/value`.
     """
     version, listed, records = content.get("schema_version"), content.get("records"), []
@@ -214,11 +223,12 @@ def read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
     """Read a JSON object from a file that is not trusted.
 
     Returns:
-        The object, and the bytes of the file, for a digest or a text search.
+        The object, and the bytes of the file, from which callers compute a digest or which they search for a text.
 
     Raises:
         ValueError: If the path is not a regular file, the file is too large or not a JSON object in UTF-8, a number is
-            NaN or infinite, or an object has a duplicate key. The message is meant to follow the file's name.
+            NaN or infinite, or an object has a duplicate key. The message starts with a verb, so that callers can put
+            the name of the file before it.
     """
     if not path.is_file():  # reading a pipe could block forever
         raise ValueError("is not a regular file")
@@ -238,12 +248,15 @@ def read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a JSON value is a finite number (not a bool) below 1e18, which is safe to compute with."""
+    """Return whether a JSON value is a number, not a bool, whose absolute value is below 1e18.
+
+    The limit excludes NaN, infinity and integers that are too large for float arithmetic.
+    """
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
 
 
 def find_hub_revision(name: str, repo_type: str) -> str | None:
-    """Look up in the local Hub cache which commit of a model or dataset is in use.
+    """Look up in the local Hub cache which commit of a model or dataset was downloaded.
 
     Args:
         name: Hub id, or a path.
@@ -260,12 +273,12 @@ def find_hub_revision(name: str, repo_type: str) -> str | None:
 
 
 def _refuse_constant(name: str) -> None:
-    """Raise ValueError for NaN and Infinity, which Python's JSON parser would accept."""
+    """Raise ValueError. `json.loads` calls this function for NaN and Infinity, which JSON does not allow."""
     raise ValueError(f"it contains {name}")
 
 
 def _check_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a dict from the pairs of a JSON object; raise ValueError if a key occurs twice."""
+    """Build a dict from the (key, value) pairs of a JSON object. Raises ValueError if a key occurs twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("an object has a duplicate key")

@@ -1,4 +1,4 @@
-"""Tables of records: means and standard deviations over seeds, gains over a baseline, and their Markdown and HTML.
+"""Compute means over seeds and gains over a baseline from records, and show them as Markdown and HTML tables.
 
 frame = build_records_frame(files)  # one row per record
 values = average_over_seeds(frame, "folder")  # one mean per model and condition
@@ -33,9 +33,13 @@ def build_records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
         files: Result files.
 
     Returns:
-        Columns: the fields of `Record` (`dim` is 0 instead of None); `folder` and `seed` of the model (see
-        `get_folder_and_seed`); `name`, `precision`, `fingerprint` and `skipped_rows` of the file; `source`, the file's
-        name with a JSON pointer to the record; `record` and `file`, the objects themselves.
+        A table with these columns:
+
+        - the fields of `Record`, with `dim` 0 instead of None;
+        - `folder` and `seed`, which identify the model, see `get_folder_and_seed`;
+        - `name`, `precision`, `fingerprint` and `skipped_rows` of the result file;
+        - `source`, the name of the file with a JSON pointer to the record;
+        - `record` and `file`, the `Record` and `ResultFile` objects.
     """
     rows = []
     for file in files:
@@ -56,9 +60,14 @@ def build_records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
 
 
 def average_recalls(recalls: Sequence[Record]) -> Record:
-    """Return the record of the mean recall from the records of recall@1, @5 and @10 of one direction.
+    """Compute the record of the mean recall.
 
-    Averages the value and the chance level; the other fields are those of the first record.
+    Args:
+        recalls: Records of recall@1, recall@5 and recall@10 of one model and direction.
+
+    Returns:
+        A copy of the first record with the metric "mean_recall". Its value and chance level are the means over
+        `recalls`.
     """
     frame = pandas.DataFrame([vars(record) for record in recalls])
     return replace(recalls[0], metric="mean_recall", **frame[["value", "chance"]].mean().to_dict())
@@ -67,16 +76,16 @@ def average_recalls(recalls: Sequence[Record]) -> Record:
 def get_folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
     """Return the folder that identifies a model, and its training seed.
 
-    Runs with several seeds are in the subfolders `seed-0`, `seed-1` and so on of one folder, which identifies the
-    model. The results of a run itself name the model "." or "seed-N"; then the folder of the result file identifies
-    the run.
+    Runs with several seeds are in the subfolders `seed-0`, `seed-1` and so on of a common folder. The common folder
+    identifies the model. The results that a run writes about itself name the model "." or "seed-N"; then the folder of
+    the result file identifies the model.
 
     Args:
         record: The record.
-        file_name: Path of its result file relative to the folder that is read.
+        file_name: Path of the record's result file, relative to the folder that is read.
 
     Returns:
-        The folder ("this run" for a file without a folder), and the seed or None.
+        The folder, and the seed or None. The folder is "this run" if neither the model nor the file has one.
     """
     folder, seed = PurePosixPath(record.model_folder), record.seed
     number = folder.name.removeprefix("seed-")
@@ -96,11 +105,12 @@ def find_conflicts(
 
     Args:
         frame: Result of `build_records_frame`.
-        group_column: Column that identifies the model: "folder", or "precision" for the results of one run.
-        tolerance: Largest difference of values that is no conflict, one number or one per row.
+        group_column: Column that tells models apart: "folder". For the results of a single run, "precision".
+        tolerance: Values that differ by at most this much are no conflict. One number, or a number per row.
 
     Returns:
-        The later rows, with the columns `first` (value of the earlier record) and `first_source` (its source).
+        The rows that contradict an earlier row. The column `first` has the value of the earlier record, `first_source`
+        its file and JSON pointer.
     """
     groups = frame.groupby([*Condition._fields, "model", group_column, "seed"], sort=False, dropna=False)
     frame = frame.assign(first=groups["value"].transform("first"), first_source=groups["source"].transform("first"))
@@ -108,36 +118,39 @@ def find_conflicts(
 
 
 def compute_means(frame: pandas.DataFrame, group_columns: list[str]) -> pandas.DataFrame:
-    """Average the column `value` over all rows that agree in some columns.
+    """Average the column `value` over all rows with equal values in `group_columns`.
 
     Args:
         frame: Table with the columns `value` and `n`.
-        group_columns: Columns that must agree.
+        group_columns: Names of the columns.
 
     Returns:
-        Indexed by the group columns: `mean`, sample standard `deviation` (NaN for one row), `seeds` (number of rows)
-        and `n` (of the first row).
+        A table indexed by the group columns. Its columns are `mean`, `deviation` (sample standard deviation; NaN for a
+        single row), `seeds` (number of rows) and `n` (from the first row).
     """
     groups = frame.groupby(group_columns, sort=False, dropna=False)
     return groups.agg(mean=("value", "mean"), deviation=("value", "std"), seeds=("value", "count"), n=("n", "first"))
 
 
 def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
-    """Average the figures of each model over its seeds.
+    """Average the results of each model over its seeds.
 
     Args:
         frame: Result of `build_records_frame`.
-        group_column: Column that identifies the model: "folder", or "precision" for the results of one run.
+        group_column: Column that tells models apart: "folder". For the results of a single run, "precision".
 
     Returns:
-        One named tuple per model and condition, in the order of files and records: the fields of `Condition`; `model`
-        (role); the group column; `mean`, sample standard `deviation` (None for one seed) and number of `seeds`; `n`;
-        `chance` or None; `data`, the set of dataset fingerprints; and `measured`, the rows of the frame in the order of
-        seeds.
+        One named tuple per model and condition, in the order of files and records. Its fields are:
+
+        - the fields of `Condition`, `model` (role: "baseline" or "capivara") and the group column;
+        - `mean`, `deviation` (sample standard deviation; None for a single seed) and `seeds` (number of seeds);
+        - `n` and `chance` of the first record; `chance` may be None;
+        - `data`, the set of all dataset fingerprints;
+        - `measured`, the rows of the frame, sorted by seed.
     """
     keys = [*Condition._fields, "model", group_column]
     frame = frame.assign(row=pandas.Series([*frame.itertuples(index=False, name="Measured")], frame.index, object))
-    distinct = frame[~frame.duplicated([*keys, "seed"])]  # a figure in two files is not a further seed
+    distinct = frame[~frame.duplicated([*keys, "seed"])]  # a record that is in two files counts only once
     columns = frame.groupby(keys, sort=False, dropna=False).agg(
         chance=("chance", "first"), data=("fingerprint", lambda fingerprints: frozenset(fingerprints.dropna()))
     )
@@ -147,7 +160,7 @@ def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
 
 
 def _sort_by_seed(rows: pandas.Series) -> tuple:
-    """Return rows of `build_records_frame` in the order of their seeds, rows without a seed first."""
+    """Sort rows of `build_records_frame` by their seed. Rows without a seed come first."""
     return tuple(sorted(rows, key=lambda row: -1 if row.seed is None else row.seed))
 
 
@@ -161,9 +174,13 @@ def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
         values: Result of `average_over_seeds`.
 
     Returns:
-        One dict per pair: the fields of `Condition`; `baseline` and `capivara`, elements of `values` or None; `gain`,
-        the model's mean minus the baseline's, in shares or ranks; `chance`, `n`, `seeds`, `is_rank`; and `doubts`,
-        reasons why the two may not be comparable.
+        One dict per pair, with these keys:
+
+        - the fields of `Condition`;
+        - `baseline` and `capivara`, the paired elements of `values`, or None;
+        - `gain`, the mean of the model minus the mean of the baseline, as a share or in ranks; None if one is missing;
+        - `chance`, `n`, `seeds` (the larger number of seeds) and `is_rank` (whether the values are ranks);
+        - `doubts`, a list of reasons why baseline and model may not be comparable.
     """
     by_condition: dict[tuple, dict[str, list]] = {}
     for value in values:
@@ -184,7 +201,15 @@ def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _find_doubts(baseline: Any | None, model: Any | None) -> list[str]:
-    """Return reasons to doubt that baseline and model were measured on the same data."""
+    """Return the reasons to doubt that baseline and model were measured on the same data.
+
+    Args:
+        baseline: Result of the baseline from `average_over_seeds`, or None.
+        model: Result of the model from `average_over_seeds`, or None.
+
+    Returns:
+        Reasons as texts for the reader of a report. The list is empty if there is no doubt, or only one of the two.
+    """
     doubts = []
     if model and baseline and baseline.n != model.n:
         doubts.append(f"the baseline was measured on {baseline.n:g} queries or images, the model on {model.n:g}")
@@ -194,7 +219,13 @@ def _find_doubts(baseline: Any | None, model: Any | None) -> list[str]:
 
 
 def _make_pair(baseline: Any | None, model: Any | None, gain: float | None) -> dict[str, Any]:
-    """Build an element of the result of `pair_with_baselines`."""
+    """Build the dict for one pair of baseline and model; `pair_with_baselines` describes its keys.
+
+    Args:
+        baseline: Result of the baseline from `average_over_seeds`. It or `model` may be None.
+        model: Result of the model from `average_over_seeds`.
+        gain: Mean of the model minus mean of the baseline; None if one of them is missing.
+    """
     sides = [value for value in (model, baseline) if value]
     return {
         **{name: getattr(sides[0], name) for name in Condition._fields},
@@ -210,9 +241,13 @@ def _make_pair(baseline: Any | None, model: Any | None, gain: float | None) -> d
 
 
 def format_percent(values: Sequence[float]) -> str:
-    """Format shares in percent: "12.3" for one value, "12.3 ± 0.4" (mean ± sample standard deviation) for several.
+    """Format shares in percent.
 
-    No value gives a dash.
+    Args:
+        values: Shares from 0 to 1, one per seed.
+
+    Returns:
+        "12.3" for one value; "12.3 ± 0.4" (mean ± sample standard deviation) for several values; a dash for no value.
     """
     if not len(values):
         return "–"
@@ -221,9 +256,14 @@ def format_percent(values: Sequence[float]) -> str:
 
 
 def format_points(difference: float | None, is_rank: bool = False) -> str:
-    """Format the difference of two shares in percentage points, or of two ranks, with its sign.
+    """Format a difference with its sign, such as "+1.2".
 
-    None and NaN give a dash.
+    Args:
+        difference: Difference of two shares (from -1 to 1), or of two ranks.
+        is_rank: Whether it is a difference of ranks. Otherwise, it is shown in percentage points.
+
+    Returns:
+        The text. A dash for None and NaN.
     """
     if difference is None or math.isnan(difference):
         return "–"
@@ -232,7 +272,7 @@ def format_points(difference: float | None, is_rank: bool = False) -> str:
 
 
 def to_one_line(text: str, limit: int) -> str:
-    """Shorten untrusted text to one line without control characters and marks that reverse its direction.
+    """Shorten untrusted text to one line. Removes control characters and marks that change the direction of text.
 
     Args:
         text: The text.
@@ -247,7 +287,7 @@ def write_html_page(template: Path, file: Path, **values: object) -> None:
     """Render an HTML page and write it atomically. All values are escaped.
 
     Args:
-        template: Jinja template that extends `page.html.j2`, which is next to this module.
+        template: Path of a Jinja template that extends `page.html.j2` (in the folder of this module).
         file: HTML file to write.
         values: Variables of the template.
     """
@@ -259,7 +299,7 @@ def write_html_page(template: Path, file: Path, **values: object) -> None:
 
 
 def escape_markdown(text: str, limit: int = 300) -> str:
-    """Turn untrusted text into Markdown that shows it literally on one line, also in a table cell.
+    """Escape untrusted text so that Markdown shows it literally. The result is one line and can be put in a table cell.
 
     Args:
         text: The text.
@@ -271,11 +311,19 @@ def escape_markdown(text: str, limit: int = 300) -> str:
 
 
 def render_retrieval_table(records: Sequence[Record]) -> str:
-    """Render recall figures as the Markdown table of the paper, in percent.
+    """Render recalls as a Markdown table like the one in CAPIVARA's paper, in percent.
 
-    There is a row per language and model, with mean ± sample standard deviation if there are several seeds. Figures of
-    truncated embeddings have separate rows. Below the table are the gains, one per seed, each with its 95 % paired
-    bootstrap interval over the images of the split.
+    The table has a row per language and model, and a row with the chance level. If there are several seeds, cells show
+    mean ± sample standard deviation. Results of truncated embeddings have separate rows. Below the table is a list of
+    the gains, one for each language, direction and seed, with 95 % paired bootstrap intervals over the images of the
+    split.
+
+    Args:
+        records: Retrieval records of baseline and trained model. Records with the metric "mean_recall_gain" go into the
+            list of gains.
+
+    Returns:
+        The Markdown text.
     """
     head = ["Language", "Model"]
     for direction in ("Text-to-image", "Image-to-text"):
