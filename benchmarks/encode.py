@@ -47,7 +47,7 @@ class EncodeArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure both programs and print the results."""
+    """Run the command: measure this project and open_clip, and print the results as JSON."""
     args = parse_arguments(EncodeArguments, __doc__, argv)
     encoders = build_encoders(args)
     measured = {

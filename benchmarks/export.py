@@ -34,7 +34,7 @@ class ExportBenchmarkArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the results."""
+    """Run the command: measure memory and time of the export, and print the results as JSON."""
     args = parse_arguments(ExportBenchmarkArguments, __doc__, argv)
     if args.worker:
         before, target = peak_resident_bytes(), args.worker.with_name("repository")

@@ -128,7 +128,7 @@ def measure_feedback(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the results."""
+    """Run the command: measure separation and feedback, and print the results as JSON."""
     args = parse_arguments(NothingFitsArguments, __doc__, argv)
     sentences = yaml.safe_load(args.sentences.read_text(encoding="utf-8"))
     files = [Path(file.path) for file in find_pictures([args.pictures])[0]]

@@ -107,7 +107,7 @@ def format_number(number: float, digits: int = 0) -> str:
 
 
 def format_milliseconds(percentiles: dict[str, float], digits: int = 0) -> list[str]:
-    """Return the table cells of a median and a 95th percentile."""
+    """Format the median ("p50") and the 95th percentile ("p95") of a time in milliseconds as two table cells."""
     return [format_number(percentiles["p50"], digits), format_number(percentiles["p95"], digits)]
 
 
@@ -163,7 +163,7 @@ def save_small_image(source: Path, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Fill the blocks of all pages, or check them."""
+    """Run the command: fill the marked blocks of all pages or, with `--check`, fail if a block is outdated."""
     args = parse_arguments(ReadmeArguments, __doc__, argv)
     if args.demo:
         import_demo_runs(args.demo)

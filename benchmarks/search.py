@@ -59,7 +59,7 @@ class SearchArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the results."""
+    """Run the command: measure the requested part, and print the results as JSON."""
     args = parse_arguments(SearchArguments, __doc__, argv)
     if args.worker:
         timing.write_results({"fill": fill_index, "index": measure_index}[args.worker](args))
@@ -105,7 +105,7 @@ def time_first_searches(args: SearchArguments, rows: int) -> list[float]:
 
 
 def index_path(work: Path, rows: int) -> Path:
-    """Return the folder of the index with so many rows."""
+    """Return the folder of the index that has `rows` rows, inside the work folder `work`."""
     return work / f"index-{rows}.lance"
 
 
@@ -139,7 +139,7 @@ def l2_normalize(vectors: np.ndarray) -> np.ndarray:
 
 
 def picture_path(row: int) -> str:
-    """Return the path of a generated row; no such file exists."""
+    """Return the path that is stored in row number `row` of a generated index. No such file exists."""
     return f"/fotos/{row // 1000:04d}/IMG_{row:07d}.jpg"
 
 
@@ -147,7 +147,11 @@ def picture_path(row: int) -> str:
 
 
 def fill_index(args: SearchArguments) -> dict[str, Any]:
-    """Write the rows of an index and optimize it, as the search would for this number of rows."""
+    """Create an index of `args.rows` rows and optimize it, as the search would for this number of rows.
+
+    Returns:
+        Seconds to write the rows, seconds to optimize the index, and the size of the index in bytes.
+    """
     where, model = index_path(args.work, args.rows), args.work / "model"
     shutil.rmtree(where, ignore_errors=True)
     index = PictureIndex.open(where, model=str(model))
@@ -221,7 +225,7 @@ def measure_index(args: SearchArguments) -> dict[str, Any]:
 
 
 def time_add(args: SearchArguments, index: PictureIndex, count: int) -> float:
-    """Return the seconds to add so many pictures of 640 x 480 pixels; they are removed again."""
+    """Return the seconds to add `count` pictures of 640 x 480 pixels to an index; they are removed again afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted((args.work / "photographs").iterdir())[:count]:
             shutil.copy(path, folder)

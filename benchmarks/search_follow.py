@@ -44,7 +44,7 @@ WAIT_TIMEOUT_S = 120
 
 
 def measure_following(work: Path, number: int, runs: int) -> dict[str, Any]:
-    """Run all measurements.
+    """Measure indexing runs, changes of the followed folder, and searches of the page.
 
     Args:
         work: Folder for photographs and index; it contains the folder `model`.
@@ -118,7 +118,12 @@ def copy_photos(paths: list[Path], folder: Path) -> None:
 
 
 def start_command(words: list[str], stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
-    """Start the command `capivara` with these words in a new process."""
+    """Start the command `capivara` in a new process and return the process.
+
+    Args:
+        words: Arguments of the command, such as `["index", "FOLDER"]`.
+        stderr: Where the error output goes, as for `subprocess.Popen`. By default, it is discarded.
+    """
     words = [sys.executable, "-m", "capivara_search", *words]
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=stderr, text=True)
 

@@ -43,7 +43,7 @@ def restart_peak_memory() -> int:
 
 
 def time_call(call: Callable[[], Any]) -> float:
-    """Return the wall-clock seconds of one call."""
+    """Call a function once and return how many seconds the call took (wall-clock time)."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
@@ -73,7 +73,10 @@ def time_alternating(steps: dict[str, Callable[[], Any]], runs: int, title: str)
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Return the median of the ratios of each run, in which effects that slow down both programs cancel out."""
+    """Return the median of `numerators[i] / denominators[i]` over the runs `i`.
+
+    A slow phase of the machine slows down both programs in the same run, so its effect cancels out in the ratio.
+    """
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 

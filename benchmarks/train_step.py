@@ -108,7 +108,7 @@ class TrainStepArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the results."""
+    """Run the command: measure the requested parts, and print the results as JSON."""
     args = parse_arguments(TrainStepArguments, __doc__, argv)
     if args.worker:
         timing.write_results(measure_open_clip(args) if args.worker == PEER_PROGRAM else measure_ours(args))

@@ -1,6 +1,7 @@
-"""Parse command lines: a dataclass of flags, YAML config files with the same names, `--help`, and one-line errors.
+"""Parse the command line of a command into a dataclass, and report user errors in one line.
 
-transformers' `HfArgumentParser` turns the fields of the dataclass into flags and checks the types of their values.
+The fields of the dataclass define the flags. A YAML config file may set the same names. transformers'
+`HfArgumentParser` turns the fields into flags, checks the types of the values and prints `--help`.
 
 Example:
     @dataclass
@@ -30,22 +31,22 @@ T = TypeVar("T")
 
 
 class UsageError(ValueError):
-    """A wrong command line: an unknown flag, or a value that breaks its type or rule. The exit code is 2."""
+    """Error of a command line: an unknown flag, or a value of the wrong type or out of range. The exit code is 2."""
 
 
 def coded_error(
     error_type: Callable[[str], Exception], code: str | None, template: str, /, **values: object
 ) -> Exception:
-    """Create an error that the search can translate.
+    """Create an exception whose message `capivara_search` can show in the user's language.
 
     Args:
         error_type: Exception class.
-        code: Key of the translated message in the message file of `capivara_search`; None if it is not translated.
-        template: English message with `{name}` for each value.
-        **values: Values of the message.
+        code: Key of the message in the translations of `capivara_search`; None if the message is not translated.
+        template: English message. It contains `{name}` where the value `name` is inserted.
+        **values: Values to insert into the message, by name.
 
     Returns:
-        The exception, with the attributes `code` and `values`.
+        The exception, with the attributes `code` and `values` for the translation.
     """
     error = error_type(template.format(**values))
     error.code, error.values = code, values
@@ -53,14 +54,15 @@ def coded_error(
 
 
 def run_command(main: Callable[[], object], resumable: bool = False) -> None:
-    """Run the `main` function of a process and report user errors in one line instead of a traceback.
+    """Run the `main` function of a command and report user errors in one line instead of a traceback.
 
-    Wrong values, unreadable files and missing packages (ValueError, OSError, ImportError) end the process with exit
-    code 1, or 2 for a `UsageError`. Ctrl-C ends it with 130 after `main` has cleaned up.
+    User errors are wrong values, unreadable files and missing packages (ValueError, OSError, ImportError). They end the
+    process with exit code 1; a `UsageError` ends it with exit code 2. Ctrl-C raises KeyboardInterrupt in `main`, so
+    that `main` can clean up, and then ends the process with exit code 130.
 
     Args:
         main: Function that does the work.
-        resumable: Whether the same command continues after Ctrl-C; if so, the last line says it.
+        resumable: Whether the same command can continue after Ctrl-C. If True, the last line of output says so.
     """
     raise_on_interrupt()
     configure_progress_bars()
@@ -80,18 +82,20 @@ def parse_arguments(
     """Parse a command line into a dataclass.
 
     Args:
-        arguments_type: Dataclass with one `flag` per argument. If it inherits from several dataclasses, the class
-            attribute `groups` may list them; each is a group of the help, titled by its `_argument_group_name`.
-        description: Text of `--help`.
+        arguments_type: Dataclass whose fields are created by `flag`. If it inherits from several dataclasses, the class
+            attribute `groups` may list these dataclasses. `--help` then shows the flags of each dataclass under a
+            title, the value of its attribute `_argument_group_name`.
+        description: Text that `--help` shows above the flags.
         argv: Words of the command line. Default: `sys.argv[1:]`.
-        config: Whether `--config FILE.yaml` may provide values. Flags override the file.
+        config: Whether the command has the flag `--config FILE.yaml`, which reads values from a file. Values on the
+            command line override the file.
 
     Returns:
         An instance of `arguments_type`.
 
     Raises:
         UsageError: If a key or flag is unknown (the message suggests the most similar name), a required flag is
-            missing, or a value breaks its type or rule.
+            missing, or a value is of the wrong type or out of range.
         SystemExit: After `--help`.
     """
     words = sys.argv[1:] if argv is None else list(argv)
@@ -100,8 +104,8 @@ def parse_arguments(
         if config:
             parser.add_argument("--config", help="YAML file with the names of the flags below. Flags override it.")
             if file := parser.parse_known_args(words)[0].config:
-                # The file becomes flags before the others, so that the same code checks and converts both. PyYAML
-                # alone would read `1e-4` as text.
+                # The values of the file are placed as flags before the words of the command line, so that the same code
+                # checks and converts both. PyYAML alone would read `1e-4` as text.
                 words = config_to_flags(read_yaml_config(Path(file)), arguments_type, file) + words
         values = vars(parser.parse_args(words))
         return arguments_type(**{known.name: values[known.name] for known in fields(arguments_type)})
@@ -110,8 +114,17 @@ def parse_arguments(
 
 
 def _build_parser(arguments_type: Any, description: str | None) -> argparse.ArgumentParser:
-    """Build an `HfArgumentParser` that accepts positional arguments and `null`, and raises ValueError for errors."""
-    from transformers import HfArgumentParser  # takes half a second, which `capivara` must not spend
+    """Build an `HfArgumentParser` for the fields of a dataclass.
+
+    In contrast to the base class, the parser accepts positional arguments, reads the word `null` as None, and raises
+    ValueError for a wrong command line instead of ending the process.
+
+    Args:
+        arguments_type: Dataclass whose fields are created by `flag`.
+        description: Text that `--help` shows above the flags.
+    """
+    # Imported here because the import takes half a second, too long for commands that don't need it.
+    from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
         def add_argument(
@@ -147,10 +160,10 @@ def _build_parser(arguments_type: Any, description: str | None) -> argparse.Argu
 
 
 class CommandHelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with required flags first, default values, and the line breaks of the description."""
+    """Formatter for `--help` that lists required flags first, shows default values, and keeps line breaks."""
 
     def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
-        """Add the flags of a group, required flags first."""
+        """Add the flags of a group to the help, required flags first."""
         super().add_arguments(sorted(actions, key=lambda action: not action.required))
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -162,12 +175,13 @@ def flag(default: Any, help: str, **options: Any) -> Any:
 
     Args:
         default: Default value; `...` makes the flag required.
-        help: Text of `--help`.
-        **options: Options of `argparse.ArgumentParser.add_argument`, `positional=True` for an argument without a flag,
-            or `group="title"` to list the flag in a group of its own after the others.
+        help: Description of the flag for `--help`.
+        **options: Options of `argparse.ArgumentParser.add_argument`. In addition, `positional=True` makes a positional
+            argument instead of a flag, and `group="title"` lists the flag in `--help` under that title, after the flags
+            without a group.
 
     Returns:
-        A dataclass field.
+        A dataclass field. `help` and `options` are its metadata.
     """
     metadata = {"help": help, **options}
     if default is ...:
@@ -178,30 +192,52 @@ def flag(default: Any, help: str, **options: Any) -> Any:
 
 
 def check_at_least(arguments: Any, minimum: float, *names: str) -> None:
-    """Raise ValueError if one of the named attributes of `arguments` is below `minimum` or NaN. None is allowed."""
+    """Check that attributes of an object are at least `minimum`.
+
+    Args:
+        arguments: Object with the attributes, such as a dataclass of command-line arguments.
+        minimum: Smallest allowed value.
+        *names: Names of the attributes to check. An attribute may be None.
+
+    Raises:
+        ValueError: If an attribute is below `minimum` or NaN.
+    """
     for name in names:
         if (value := getattr(arguments, name)) is not None and not value >= minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}.")
 
 
 def check_between(arguments: Any, low: float, high: float, *names: str) -> None:
-    """Raise ValueError if one of the named attributes of `arguments` is outside `low` to `high`. None is allowed."""
+    """Check that attributes of an object are between `low` and `high`.
+
+    Args:
+        arguments: Object with the attributes, such as a dataclass of command-line arguments.
+        low: Smallest allowed value.
+        high: Largest allowed value.
+        *names: Names of the attributes to check. An attribute may be None.
+
+    Raises:
+        ValueError: If an attribute is below `low`, above `high` or NaN.
+    """
     for name in names:
         if (value := getattr(arguments, name)) is not None and not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {value}.")
 
 
 def read_yaml_config(path: Path) -> dict[str, Any]:
-    """Read a YAML config file. All scalars are returned as text.
+    """Read a YAML config file.
+
+    Returns:
+        The keys and values of the file. Numbers, booleans and other scalars are returned as text, such as "1e-4".
 
     Raises:
         OSError: If the file can't be read.
-        ValueError: If it is not valid YAML, or not a mapping.
+        ValueError: If the file is not valid YAML, or its content is not a mapping.
     """
     import yaml
 
     try:
-        # BaseLoader keeps all scalars as text, so that `no` and `1e-4` are converted like values of flags.
+        # BaseLoader keeps all scalars as text, so that the parser converts `no` and `1e-4` like values of flags.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
@@ -211,15 +247,16 @@ def read_yaml_config(path: Path) -> dict[str, Any]:
 
 
 def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str) -> list[str]:
-    """Convert the content of a config file to flags.
+    """Convert the content of a config file to the words of a command line.
 
     Args:
-        content: Keys and values of the file.
+        content: Keys and values of the file, from `read_yaml_config`.
         arguments_type: Dataclass whose fields are the allowed keys.
-        subject: Name of the file; error messages begin with it.
+        subject: Name of the file for error messages.
 
     Returns:
-        Words of a command line. Keys with an empty value are left out.
+        Words such as `["--steps=100", "--seeds", "0", "1"]`. Keys without a value (empty, `~`, `null` or an empty list)
+        are left out, so that the default value applies.
 
     Raises:
         ValueError: If a key is unknown, a value is a mapping, or a list contains a word that looks like a flag.
@@ -233,7 +270,7 @@ def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str)
         if value in ("", "~", "null", []):
             continue
         if not isinstance(value, list):
-            flags.append(f"--{key}={value}")  # a single word, because a value may begin with "-"
+            flags.append(f"--{key}={value}")  # flag and value are a single word, because a value may begin with "-"
             continue
         for word in map(str, value):
             if word.startswith("-") and not re.fullmatch(
@@ -247,12 +284,12 @@ def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str)
 
 
 def unknown_name_message(name: str, kind: str, known: list[str], advice: str = "`--help` lists all flags.") -> str:
-    """Return the error message for an unknown flag or key.
+    """Return the error message for an unknown name, such as "Unknown flag: `--step`. Did you mean `--steps`? …".
 
     Args:
         name: The unknown name.
-        kind: What it is, for example "flag".
-        known: All known names; the most similar one is suggested.
+        kind: What the name stands for, for example "flag".
+        known: All known names. If a known name is similar, the message suggests the most similar name.
         advice: Last sentence of the message.
     """
     known_by_bare_name = {key.lstrip("-"): key for key in known}

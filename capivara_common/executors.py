@@ -3,10 +3,12 @@
 Example:
     run_phases(PhaseStep.from_phases(args, PHASES, "score"), args)
 
-Each phase (`Phase` in `tasks.py`) becomes a datatrove pipeline with a single step, `PhaseStep`, and starts when the
-previous phase is complete. Progress is defined by the files on disk: a task whose share is finished returns at once,
-so a run can be resumed with any number of tasks. A task without a completion file from the current start has failed
-or is still running; the reason is in `failures/RANK.txt` next to its log.
+A command consists of phases (`Phase` in `tasks.py`), for example first scoring rows and then merging the scores. The
+rows of a phase are split into tasks, numbered by rank. Each phase becomes a datatrove pipeline with a single step,
+`PhaseStep`, and starts when the previous phase is complete. The output files on disk define the progress: a task whose
+rows are finished returns at once, so a run can be resumed with any number of tasks. datatrove writes a completion file
+for each task that ends successfully. If the completion file of a task is missing, the task has failed or is still
+running; the reason is in `failures/RANK.txt` next to the log of the task.
 """
 
 import itertools
@@ -39,25 +41,25 @@ from capivara_common.files import write_text
 from capivara_common.progress import configure_progress_bars, disable_progress_bars
 from capivara_common.tasks import ExecutorArguments, Phase
 
-CODE_ROOT = Path(__file__).resolve().parents[1]  # tasks on other machines import the code from this folder
-MAX_NAMED_FAILURES = 8  # failed tasks that an error message lists
+CODE_ROOT = Path(__file__).resolve().parents[1]  # folder from which tasks on other machines import the code
+MAX_NAMED_FAILURES = 8  # number of failed tasks that an error message lists
 NOT_FINISHED_MESSAGE = "has not ended: it is still running, or it was killed (out of memory?)"
 UNKNOWN_OUTCOME_MESSAGE = "has not started, or could not report how it ended"
-START_METHOD = (
-    "forkserver"  # how local worker processes are started: a fork of this process would copy its threads' locks
-)
+# How local worker processes are started. "fork" would be unsafe, because it copies the locks that threads hold.
+START_METHOD = "forkserver"
 
 
 class PhaseStep(PipelineStep):
-    """Pipeline step that runs one phase of a command.
+    """Step of a datatrove pipeline that runs one phase of a command.
 
-    Tasks on other machines look up the function of the phase by its module name, so the module must not be `__main__`.
+    Tasks on other machines import the function of the phase by the name of its module, so the function must not be
+    defined in `__main__`.
 
     Args:
         phase: Phase to run.
-        args: The command's arguments, passed to the phase.
+        args: Command-line arguments of the command; they are passed to the function of the phase.
         log_folder: Folder for the logs and failure reasons of all tasks.
-        title: Name for logs and error messages.
+        title: Name of the step for logs and error messages, such as "score: merge".
     """
 
     def __init__(self, phase: Phase, args: Any, log_folder: Path, title: str):
@@ -70,17 +72,27 @@ class PhaseStep(PipelineStep):
 
     @classmethod
     def from_phases(cls, args: ExecutorArguments, phases: dict[str, Phase], title: str) -> "list[PhaseStep]":
-        """Create the steps of a command.
+        """Create one step for each phase of a command.
 
         Args:
-            args: The command's arguments.
-            phases: Phases by name, in order. Each gets a log folder of its name.
-            title: Name of the command, for logs and error messages.
+            args: Command-line arguments of the command.
+            phases: Phases by name, in the order in which they run. The logs of a phase are written to the subfolder of
+                `args.log_folder` with the name of the phase.
+            title: Name of the command for logs and error messages.
         """
         return [cls(phase, args, args.log_folder / name, f"{title}: {name}") for name, phase in phases.items()]
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        """Run the task of one rank; if it raises, also write the reason to the folder `failures`."""
+        """Run one task of the phase.
+
+        While the task runs, the file `failures/RANK.txt` in the log folder says that the task has not ended. If the
+        task raises an exception, the file contains the reason; otherwise the file is removed.
+
+        Args:
+            data: Not used; datatrove passes the output of the previous step of the pipeline.
+            rank: Number of the task, from 0.
+            world_size: Number of tasks.
+        """
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         failure_file = self.log_folder / "failures" / f"{rank:05d}.txt"
         write_text(failure_file, NOT_FINISHED_MESSAGE)
@@ -96,28 +108,37 @@ class PhaseStep(PipelineStep):
 
 
 def failure_reasons(log_folder: Path) -> dict[int, str]:
-    """Return the failure reason of each task that failed or has not ended, keyed by rank."""
+    """Return why tasks have failed or not ended.
+
+    Args:
+        log_folder: Log folder of a phase, which contains the folder `failures`.
+
+    Returns:
+        The reason in one line for each task that has failed or not ended, keyed by the rank of the task.
+    """
     paths = sorted((log_folder / "failures").glob("*.txt"))
     return {int(path.stem): path.read_text(encoding="utf-8").split("\n\n")[0] for path in paths}
 
 
 def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
-    """Run phases one after another.
+    """Run the phases of a command one after another.
 
     Args:
-        steps: Steps in order. A step starts only if the previous one is complete.
-        args: Executor flags, used for steps whose own arguments have no executor flags.
+        steps: One step per phase, in order. A step starts only if the previous step is complete.
+        args: Command-line arguments with the executor flags. Steps whose own arguments (`step.args`) have executor
+            flags use their own flags instead.
 
     Returns:
-        True if all phases are complete. False if jobs were submitted to Slurm and are still to run.
+        True if all phases are complete. False if the phases were submitted to Slurm as jobs that run later.
 
     Raises:
-        ValueError: If several tasks failed; the message lists them with their reasons. Later phases are not started.
-        ValueError, OSError, ImportError: If the only task of a phase failed; its own error.
+        ValueError: If tasks of a phase with several tasks fail. The message lists the failed tasks with their reasons.
+            Later phases are not started.
+        ValueError, OSError, ImportError: If the only task of a phase fails; the error is the one that the task raised.
     """
     previous = None
     for step in steps:
-        for folder in ("failures", "completions"):  # left by an earlier start, maybe with another number of tasks
+        for folder in ("failures", "completions"):  # an earlier start, maybe with other ranks, has left these folders
             shutil.rmtree(step.log_folder / folder, ignore_errors=True)
         step_args = step.args if isinstance(step.args, ExecutorArguments) else args
         if args.executor == "slurm":
@@ -139,15 +160,16 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
 def run_local(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor:
     """Run all tasks of a step on this machine.
 
-    Starts `args.workers` processes, each pinned to one GPU; a single worker runs in this process. If a worker is
-    killed, the others continue (datatrove's own pool would wait for it forever).
+    The function starts `args.workers` worker processes, each pinned to one GPU. A single worker runs in the current
+    process. If a worker is killed, the other workers continue (datatrove's own process pool would wait for the killed
+    worker forever).
 
     Args:
-        step: The step.
-        args: Executor flags; `workers` and `tasks` are used.
+        step: The step to run.
+        args: Command-line arguments with the executor flags `workers` and `tasks`.
 
     Returns:
-        datatrove's executor, which knows the incomplete ranks.
+        datatrove's executor. Its `get_incomplete_ranks` returns the ranks of the tasks that have failed.
     """
     loguru.logger.disable("datatrove")  # the terminal is for progress bars and errors
     gpus = _visible_gpus()
@@ -159,8 +181,8 @@ def run_local(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor
         return executor
     context, main = multiprocessing.get_context(START_METHOD), getattr(sys.modules["__main__"].__spec__, "name", "")
     context.set_forkserver_preload([name for name in sys.modules if name.startswith(step.package) and name != main])
-    # Workers are daemons, so that Ctrl-C ends them. The fork server may be older than this start, so the environment is
-    # passed explicitly.
+    # Workers are daemons, so that Ctrl-C ends them. The environment is passed explicitly, because the fork server may
+    # have been started earlier, with other environment variables.
     processes = [
         context.Process(target=_run_worker, args=(executor, index, workers, gpu, dict(os.environ)), daemon=True)
         for index, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False)
@@ -173,13 +195,22 @@ def run_local(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor
 
 
 def _run_rank_sequence(executor: LocalPipelineExecutor, ranks: range) -> None:
-    """Run ranks one after another in this process. If one of several tasks fails, the others still run.
+    """Run tasks one after another in this process.
 
-    Replaces `LocalPipelineExecutor.run`, which forks a Manager process for each call: the Manager takes 0.2 s, survives
-    if this process is killed, and forking is unsafe once lancedb has started its threads.
+    If the executor has several tasks and a task fails, the remaining tasks still run. The error of a single task is
+    raised.
+
+    This function replaces `LocalPipelineExecutor.run`, which forks a Manager process for each call. Starting the
+    Manager takes 0.2 s, the Manager survives if this process is killed, and forking is unsafe after lancedb has started
+    threads.
+
+    Args:
+        executor: datatrove's executor with the step and the number of tasks.
+        ranks: Ranks of the tasks to run.
     """
     for rank in ranks:
-        log = add_task_logger(executor.logging_dir, rank, local_rank=1)  # only rank 0 would log to the terminal
+        # local_rank=1, because local rank 0 would also log to the terminal.
+        log = add_task_logger(executor.logging_dir, rank, local_rank=1)
         try:
             executor.pipeline[0].run(None, rank, executor.tasks)
             executor.mark_rank_as_completed(rank)
@@ -193,14 +224,22 @@ def _run_rank_sequence(executor: LocalPipelineExecutor, ranks: range) -> None:
 def _run_worker(
     executor: LocalPipelineExecutor, worker_index: int, worker_count: int, gpu: str, environment: dict[str, str]
 ) -> None:
-    """Run every `worker_count`-th rank from `worker_index` on; the entry point of a worker process.
+    """Run the tasks of one worker; this is the main function of a worker process.
 
-    The process ends when its parent ends. `gpu` is the value for CUDA_VISIBLE_DEVICES, or "" without GPUs.
+    The worker runs the ranks `worker_index`, `worker_index + worker_count`, and so on. The process ends when its parent
+    process ends.
+
+    Args:
+        executor: datatrove's executor with the step and the number of tasks.
+        worker_index: Number of this worker, from 0. Only worker 0 shows progress bars.
+        worker_count: Number of workers.
+        gpu: Value for CUDA_VISIBLE_DEVICES; "" if the machine has no GPU.
+        environment: Environment variables of the parent process.
     """
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
-    # If the parent is killed, this worker must not go on writing files that a new start also writes.
+    # If the parent is killed, this worker must end, because a new start of the command writes the same files.
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     loguru.logger.disable("datatrove")
     logging.basicConfig(format="%(message)s")  # warnings only; tasks report progress in their logs
@@ -215,7 +254,7 @@ def _run_worker(
 
 
 def _visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the numbers or ids of the GPUs that this process may use, in the format of CUDA_VISIBLE_DEVICES."""
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return visible.split(",")
     import torch  # imported here because it takes seconds
@@ -224,7 +263,12 @@ def _visible_gpus() -> list[str]:
 
 
 def _executor_options(step: PhaseStep, args: ExecutorArguments) -> dict[str, Any]:
-    """Return the options that datatrove's Slurm and Ray executors share."""
+    """Return the keyword arguments that are the same for datatrove's Slurm executor and its Ray executor.
+
+    Args:
+        step: The step to run.
+        args: Command-line arguments with the executor flags.
+    """
     return {
         "pipeline": [step],
         "tasks": args.tasks if step.phase.is_parallel else 1,
@@ -238,17 +282,17 @@ def _executor_options(step: PhaseStep, args: ExecutorArguments) -> dict[str, Any
 
 
 def run_on_ray(step: PhaseStep, args: ExecutorArguments) -> RayPipelineExecutor:
-    """Run all tasks of a step on Ray.
+    """Run all tasks of a step on a Ray cluster.
 
-    Uses the cluster of the environment variable RAY_ADDRESS or one that runs on this machine; otherwise starts a
-    cluster on this machine.
+    The cluster is the one at the address in the environment variable RAY_ADDRESS, or a cluster that already runs on
+    this machine. If there is neither, the function starts a cluster on this machine.
 
     Args:
-        step: The step.
-        args: Executor flags.
+        step: The step to run.
+        args: Command-line arguments with the executor flags.
 
     Returns:
-        datatrove's executor, which knows the incomplete ranks.
+        datatrove's executor. Its `get_incomplete_ranks` returns the ranks of the tasks that have failed.
     """
     require_packages("--executor ray", "ray", "ray")
     import ray
@@ -266,15 +310,16 @@ def submit_to_slurm(
     """Submit a step to Slurm as a job array.
 
     Args:
-        step: The step.
-        args: Executor flags.
-        previous: Executor of the previous step; the job starts when that step is complete.
+        step: The step to run.
+        args: Command-line arguments with the executor flags.
+        previous: Executor that this function returned for the previous step. The new job starts when the previous step
+            is complete. None for the first step.
 
     Returns:
-        datatrove's executor, to be passed as `previous` of the next step.
+        datatrove's executor. Pass it as `previous` when you submit the next step.
 
     Raises:
-        ValueError: If this machine has no sbatch, or sbatch refuses the job.
+        ValueError: If the command `sbatch` is missing on this machine, or sbatch refuses the job.
     """
     if shutil.which("sbatch") is None:
         raise ValueError("--executor slurm needs sbatch, which this machine lacks. Run the command on a login node.")
@@ -285,7 +330,7 @@ def submit_to_slurm(
         qos="",
         job_name=re.sub(r"[^\w.-]+", "-", f"{step.package}-{step}"),
         env_command="; ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()),
-        # Without this option, a job whose predecessor failed would wait forever.
+        # Without this option, a job would wait forever if the job of the previous step has failed.
         sbatch_args={"kill-on-invalid-dep": "yes"} | dict(option.partition("=")[::2] for option in args.sbatch),
         mail_type="NONE",
         depends=previous,

@@ -262,7 +262,15 @@ def check_output_file(path: Path) -> None:
 
 
 def _check_writable(path: Path, kind: str) -> None:
-    """Raise ValueError if `path` can't be written. Tests by writing, because permissions alone don't decide."""
+    """Check that a file or folder can be created at `path`, by writing a temporary file to the nearest existing folder.
+
+    Args:
+        path: Path of the output.
+        kind: "file" or "folder", for the error message.
+
+    Raises:
+        ValueError: If the output can't be written. Permissions alone don't tell, for example on a read-only disk.
+    """
     existing = next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
     try:
         tempfile.TemporaryFile(dir=existing).close()

@@ -1,9 +1,10 @@
-"""Find models of the Hub on this machine, download them once, and convert open_clip models once.
+"""Find Hub models in the cache of this machine, download missing models, and convert open_clip models.
 
-A converted model lies in `cache_home()/open_clip/OWNER--NAME/COMMIT`; `refs/BRANCH` next to the commits names the
-commit of a branch. Conversions are written atomically. Cached models are used without a request to the Hub, unless a
-revision is requested that is a branch or tag. Of a local open_clip model, only the conversion of its last state is
-kept.
+A model is downloaded and converted only once. The converted copy of a Hub model lies in the folder
+`cache_home()/open_clip/OWNER--NAME/COMMIT`. The file `refs/BRANCH` in the folder `OWNER--NAME` contains the commit of a
+branch. Conversions are written atomically. A cached model is used without a request to the Hub; only if the caller
+requests a branch or tag, the Hub is asked whether the branch or tag has moved. If the files of a local open_clip model
+change, the model is converted again and the previous conversion is removed.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHT_FILES = tuple(  # in order of preference
     f"open_clip_{name}" for name in ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 )
-# Two-tower models that all tools support: `model_type` in config.json -> name for messages
+# Two-tower models that all tools of this project support: `model_type` in config.json -> name for messages
 SUPPORTED_MODEL_TYPES = {
     "capivara": "CAPIVARA",
     "siglip": "SigLIP and SigLIP 2 of fixed resolution",
@@ -37,32 +38,36 @@ SUPPORTED_MODEL_TYPES = {
     "altclip": "AltCLIP",
     "metaclip_2": "MetaCLIP 2",
 }
-# Older versions of transformers wrote the second file.
+# transformers writes the first file; older versions of transformers wrote the second file.
 PROCESSOR_CONFIG_FILES = ("processor_config.json", "preprocessor_config.json")
 SMALL_FILE_PATTERNS = ["*.json", "*.model", "*.txt"]
 MODEL_FILE_PATTERNS = [*SMALL_FILE_PATTERNS, "model*.safetensors"]
 HUB_TIMEOUT_S = 5  # seconds for each network operation of the request that tests whether the Hub has a model
 DEFAULT_BRANCH = "main"
 COMMIT_RE = re.compile(r"[0-9a-f]{40}")
-CONVERSION_FILE = "conversion.json"  # records in a converted folder which model it was made from
-# Called with source, target folder and revision; writes the converted model and returns the digest of its weights.
+CONVERSION_FILE = "conversion.json"  # file in a converted folder that names the model it was made from
+# Function that converts a model. Its arguments are the source, the target folder and the revision (None for a local
+# model). It writes the converted model and returns the digest of its weights.
 Converter = Callable[[str, Path, str | None], str]
 logger = logging.getLogger("capivara")
 
 
 def resolve_model_folder(source: str, convert: Converter, revision: str | None = None) -> Path:
-    """Return a folder with a supported model in transformers' format; download or convert the model if necessary.
+    """Return a folder with a model in transformers' format; download or convert the model if necessary.
 
     Args:
-        source: Folder, Hub id, or open_clip checkpoint file, optionally with the prefix `hf-hub:` or `local-dir:`.
-        convert: Function that converts open_clip models. Called only for such models, because it imports torch.
-        revision: Branch, tag or commit of a Hub id. Default: the cached version if there is one, else the main branch.
+        source: Model folder, Hub id, or open_clip checkpoint file. A Hub id may have the prefix `hf-hub:`, a path the
+            prefix `local-dir:`.
+        convert: Function that converts an open_clip model. It is called only for open_clip models, because it imports
+            torch.
+        revision: Branch, tag or commit of a Hub model. Default: the cached version if the model is cached, otherwise
+            the main branch.
 
     Returns:
-        The folder.
+        Path of the model folder.
 
     Raises:
-        ValueError: If there is no such model, its type is not in `SUPPORTED_MODEL_TYPES`, or it can't be downloaded.
+        ValueError: If the model does not exist, its type is not in `SUPPORTED_MODEL_TYPES`, or it can't be downloaded.
         OSError: If the disk is full.
     """
     name = source.removeprefix("local-dir:")
@@ -81,7 +86,15 @@ def resolve_model_folder(source: str, convert: Converter, revision: str | None =
 
 
 def find_cached_model(repo_id: str, revision: str | None = None) -> Path | None:
-    """Return the folder of a Hub model that is cached on this machine, downloaded or converted; otherwise None."""
+    """Return the folder of a Hub model that is cached on this machine, without a request to the Hub.
+
+    Args:
+        repo_id: Hub id, OWNER/NAME.
+        revision: Branch, tag or commit. Default: the main branch.
+
+    Returns:
+        Folder of the downloaded model or of its converted copy; None if the model is not cached completely.
+    """
     snapshot = _cached_snapshot(repo_id, "config.json", revision)
     if snapshot and is_complete_model(snapshot):
         return snapshot
@@ -90,7 +103,14 @@ def find_cached_model(repo_id: str, revision: str | None = None) -> Path | None:
 
 
 def is_reachable(repo_id: str) -> bool:
-    """Return whether the model is cached or the Hub has it. Takes seconds; `HF_HUB_OFFLINE` suppresses the request."""
+    """Return whether a model is cached on this machine or exists on the Hub.
+
+    If the model is not cached, a request is sent to the Hub, which may take up to `HUB_TIMEOUT_S` seconds. With the
+    environment variable HF_HUB_OFFLINE, no request is sent.
+
+    Args:
+        repo_id: Hub id, OWNER/NAME.
+    """
     with suppress(ValueError):
         check_reachable(repo_id)
         return True
@@ -98,36 +118,46 @@ def is_reachable(repo_id: str) -> bool:
 
 
 def check_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
-    """Check with a single short request that a model exists, before libraries retry for minutes.
+    """Check that a model exists, with a single short request to the Hub.
+
+    Loading functions of other libraries retry for minutes if the Hub can't be reached. This check fails early.
 
     Args:
-        source: Folder or Hub id. Names of local files and folders pass without a check.
-        *names: Files of the model; if one of them is in the Hub's cache, no request is sent. Default: config.json.
-        revision: Branch, tag or commit.
+        source: Folder or Hub id. Local files and folders are not checked.
+        *names: Names of files of the model. If one of these files is in the Hub's cache, no request is sent. Default:
+            config.json.
+        revision: Branch, tag or commit. Default: the main branch.
 
     Raises:
         ValueError: If the model is not cached, and the Hub has no such model or can't be reached.
     """
     source, names = str(source), names or ("config.json",)
-    is_local = Path(source).exists() or not is_hub_id(source)  # the loader reports errors of local models
+    is_local = Path(source).exists() or not is_hub_id(source)  # loading a local model reports its errors
     if is_local or any(_cached_snapshot(source, name, revision) for name in names):
         return
     try:
         get_hf_file_metadata(hf_hub_url(source, names[0], revision=revision), timeout=HUB_TIMEOUT_S)
     except (HfHubHTTPError, HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
-            return  # the Hub is reachable: the loader reports what is missing or refused
+            return  # the Hub was reached: the function that loads the model reports the error
         raise hub_access_error(source, error) from error
 
 
 def is_hub_id(source: str) -> bool:
-    """Return whether a source looks like a repository id, OWNER/NAME."""
+    """Return whether the name of a model has the form of a Hub id, OWNER/NAME, optionally with the prefix `hf-hub:`."""
     name = source.removeprefix("hf-hub:")
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def unsupported_reason(model_type: str | None) -> str | None:
-    """Return why a `model_type` is not supported, with a list of the supported types; None if it is supported."""
+    """Explain why a type of model is not supported.
+
+    Args:
+        model_type: Value of `model_type` in config.json; None if it is missing.
+
+    Returns:
+        The explanation for an error message, with a list of the supported types; None if the type is supported.
+    """
     if model_type in SUPPORTED_MODEL_TYPES:
         return None
     supported = ", ".join(f"{name} ({title})" for name, title in SUPPORTED_MODEL_TYPES.items())
@@ -136,7 +166,7 @@ def unsupported_reason(model_type: str | None) -> str | None:
 
 
 def is_complete_model(folder: Path) -> bool:
-    """Return whether a folder contains a complete supported model: config, processor and weights."""
+    """Return whether a folder contains the config, processor and weights of a model of a supported type."""
     with suppress(ValueError):
         check_model(folder, folder)
         return True
@@ -144,10 +174,10 @@ def is_complete_model(folder: Path) -> bool:
 
 
 def check_model(folder: Path, name: str | Path) -> None:
-    """Check that a folder contains a complete supported model.
+    """Check that a folder contains the config, processor and weights of a model of a supported type.
 
     Args:
-        folder: The folder.
+        folder: Model folder.
         name: Name of the model for error messages.
 
     Raises:
@@ -159,7 +189,15 @@ def check_model(folder: Path, name: str | Path) -> None:
 
 
 def _model_error(folder: Path, name: str | Path) -> ValueError | None:
-    """Return the error of a model whose config or processor is missing or unsupported, else None."""
+    """Check the config and the processor of a model, but not its weights.
+
+    Args:
+        folder: Model folder.
+        name: Name of the model for error messages.
+
+    Returns:
+        The error to raise if a file is missing or the type of the model is not supported; otherwise None.
+    """
     file = "config.json"
     if (folder / file).is_file():
         model_type = None
@@ -180,11 +218,15 @@ def _model_error(folder: Path, name: str | Path) -> ValueError | None:
 
 
 def hub_access_error(source: str | Path, error: Exception) -> ValueError:
-    """Return the error to raise for a model that could not be requested from the Hub.
+    """Return the error to raise if a model could not be fetched from the Hub.
 
     Args:
-        source: The model.
-        error: Exception of huggingface_hub or of the network.
+        source: Name of the model as the user gave it.
+        error: Exception that huggingface_hub or the network library raised.
+
+    Returns:
+        ValueError whose message says whether the model does not exist, the Hub refused the request, or the Hub can't be
+        reached.
     """
     if isinstance(error, RepositoryNotFoundError):
         text = (
@@ -204,7 +246,19 @@ def hub_access_error(source: str | Path, error: Exception) -> ValueError:
 
 
 def _fetch_model(repo_id: str, convert: Converter, revision: str | None) -> Path:
-    """Download a model, convert it if it is in open_clip's format, and return its folder."""
+    """Download a Hub model, and convert it if it is in open_clip's format.
+
+    Args:
+        repo_id: Hub id, OWNER/NAME.
+        convert: Function that converts an open_clip model.
+        revision: Branch, tag or commit. Default: the main branch.
+
+    Returns:
+        Folder of the downloaded model, or of its converted copy.
+
+    Raises:
+        ValueError: If the model can't be downloaded, is incomplete, or its type is not supported.
+    """
     try:  # without a network, snapshot_download returns the cached files
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=SMALL_FILE_PATTERNS))
         logger.info("Downloading the model %s from the Hub, once …", repo_id, extra={"code": "downloading"})
@@ -226,7 +280,14 @@ def _fetch_model(repo_id: str, convert: Converter, revision: str | None) -> Path
 
 
 def _convert_model(source: str, folder: Path, convert: Converter, revision: str | None = None) -> None:
-    """Convert an open_clip model into `folder`, and record its source."""
+    """Convert an open_clip model, and record its source in the file `CONVERSION_FILE`.
+
+    Args:
+        source: Model to convert: `hf-hub:OWNER/NAME`, `local-dir:FOLDER`, or the path of a checkpoint file.
+        folder: Folder of the converted model. It is replaced if it exists.
+        convert: Function that converts an open_clip model.
+        revision: Commit of a Hub model; None for a local model.
+    """
     logger.info("Converting %s from open_clip's format, once …", source, extra={"code": "converting"})
     with atomic_folder(folder, overwrite=True) as new:
         digest = convert(source, new, revision)
@@ -234,7 +295,15 @@ def _convert_model(source: str, folder: Path, convert: Converter, revision: str 
 
 
 def _convert_local_model(path: Path, convert: Converter) -> Path:
-    """Return the converted copy of a local open_clip folder or checkpoint file; convert again if its files changed."""
+    """Convert a local open_clip model, unless a conversion of its current files is cached.
+
+    Args:
+        path: Folder or checkpoint file of the model.
+        convert: Function that converts an open_clip model.
+
+    Returns:
+        Folder of the converted model in the cache. Conversions of earlier states of the files are removed.
+    """
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     metadata = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     state = hashlib.blake2b(json.dumps(metadata).encode(), digest_size=16).hexdigest()
@@ -250,7 +319,12 @@ def _convert_local_model(path: Path, convert: Converter) -> Path:
 
 
 def _conversion_folder(repo_id: str, revision: str) -> Path:
-    """Return the cache folder of a converted commit; a branch stands for the commit of its last conversion."""
+    """Return the cache folder for the converted copy of a Hub model. The folder need not exist.
+
+    Args:
+        repo_id: Hub id, OWNER/NAME.
+        revision: Commit, branch or tag. A branch or tag means the commit at which it was last converted.
+    """
     folder = cache_home() / "open_clip" / repo_id.replace("/", "--")
     with suppress(OSError, ValueError):
         revision = (folder / "refs" / revision).read_text(encoding="utf-8")
@@ -258,7 +332,16 @@ def _conversion_folder(repo_id: str, revision: str) -> Path:
 
 
 def _cached_snapshot(repo_id: str, name: str, revision: str | None = None) -> Path | None:
-    """Return the snapshot folder of a revision in the Hub's cache if it contains the file `name`, else None."""
+    """Return the folder in the Hub's cache that contains a downloaded file of a model.
+
+    Args:
+        repo_id: Hub id, OWNER/NAME.
+        name: Name of the file, such as "config.json".
+        revision: Branch, tag or commit. Default: the main branch.
+
+    Returns:
+        Folder with the files of the revision; None if the file is not in the cache.
+    """
     path = try_to_load_from_cache(repo_id, name, revision=revision)
     return Path(path).parent if isinstance(path, str) else None
 

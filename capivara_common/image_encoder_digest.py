@@ -83,7 +83,10 @@ def _image_encoder_settings(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read_processor_settings(folder: Path) -> dict[str, Any]:
-    """Return the image processor's settings from the file that transformers reads."""
+    """Return the settings of a model folder's image processor.
+
+    transformers reads them from processor_config.json, or from preprocessor_config.json of older models.
+    """
     path = folder / "processor_config.json"
     nested = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     older = folder / "preprocessor_config.json"
@@ -93,7 +96,19 @@ def _read_processor_settings(folder: Path) -> dict[str, Any]:
 
 
 def _normalize_setting(name: str, value: Any) -> Any:
-    """Return a setting in the form in which it is saved: a size given as one number becomes an object of its sides."""
+    """Return a setting of the image processor in a canonical form: sizes that are one number become an object.
+
+    Args:
+        name: Name of the setting. Only "size" and "crop_size" are changed.
+        value: Value of the setting.
+
+    Returns:
+        For example `{"shortest_edge": 224}` for the size 224, and `{"height": 224, "width": 224}` for the crop size
+        224.
+
+    Raises:
+        TypeError: If a size is neither a whole number, an object nor None.
+    """
     if name not in ("size", "crop_size") or isinstance(value, dict | None):
         return value
     if type(value) is not int:

@@ -1,8 +1,9 @@
-"""Open untrusted images safely: for dataset rows, for folders of the search, and for visitors of its page.
+"""Open untrusted images safely: images in dataset rows, in indexed folders, and in uploads to the search page.
 
-Rows may come from anybody, and so may the paths in them. `open_regular_file` opens a file only in the dataset's
-folder or in folders that the user allows, with links resolved; URLs are never followed. `open_image` checks format
-and size from the header, before `decode_upright` decodes the pixels.
+A dataset may come from anybody, and its rows may contain paths of image files. A file is opened only if it lies in the
+folder of the dataset or in a folder that the user allows, after all links are resolved (`open_regular_file`). URLs are
+never downloaded. `open_image` checks the format and size in the header of an image before `decode_upright` decodes its
+pixels.
 """
 
 import io
@@ -30,12 +31,12 @@ with suppress(ImportError):
 
     pillow_heif.register_heif_opener()
 
-# There is no minimum side: the image processor accepts one pixel, and the aspect ratio excludes thin lines.
+# There is no minimum side length: the image processor accepts one pixel, and `MAX_ASPECT_RATIO` excludes thin lines.
 MAX_IMAGE_SIDE = 30_000  # pixels; photographs and scans are smaller, and JPEG allows at most 65,535
 MAX_IMAGE_PIXELS = 50_000_000  # default of --max_pixels; 0.15 GB as RGB, and few cameras have more pixels
 MAX_ASPECT_RATIO = 50  # long side / short side; above it, the square crop would show less than 2 % of the image
-MAX_IMAGE_BYTES = 100_000_000  # size of a file; photographs have under 50 MB, and every file is read into memory
-# Formats of photographs. Not all formats of PIL are safe: for EPS it starts Ghostscript.
+MAX_IMAGE_BYTES = 100_000_000  # per file, because every file is read into memory; photographs have under 50 MB
+# Allowed formats. Not all formats that PIL reads are safe: for EPS, PIL starts Ghostscript.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "HEIF")
 # File name extensions of images in folders
 IMAGE_SUFFIXES = (
@@ -44,19 +45,21 @@ IMAGE_SUFFIXES = (
 TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF tags
 TIFF_INTEGER_FORMATS = {3: "H", 4: "I"}  # type of a TIFF tag, SHORT or LONG -> its `struct` format
 DECODER_THREADS = 4
-DECODE_CHUNK_IMAGES = 64  # images in memory at once; a photograph of 12 megapixels takes 36 MB
+DECODE_CHUNK_IMAGES = 64  # decoded images in memory at the same time; a photograph of 12 megapixels takes 36 MB
 EXIF_TRANSPOSES = {  # EXIF orientation -> operation that makes the image upright
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
 
-# Flags to open the parent folders of a file. O_PATH, on Linux, also opens folders that may be entered but not listed.
+# Flags for `os.open` that open the parent folders of a file without following links. O_PATH, which only Linux has, also
+# opens folders that may be entered but not listed.
 _FOLDER_OPEN_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_DETAIL_CHARACTERS = 300  # limit for error details, which may quote texts of any length
-# Held while a large image is decoded, so that only one takes hundreds of megabytes. Callers may hold it for longer.
+# Held while a large image is decoded, so that only one image at a time takes hundreds of megabytes. Callers may keep
+# the lock until they have processed the image.
 LARGE_IMAGE_LOCK = threading.RLock()
 PIL.Image.init()
-# Some builds of PIL lack AVIF.
+# Some builds of PIL lack AVIF, and HEIF needs the package pillow-heif.
 _AVAILABLE_FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)
 
 
@@ -64,12 +67,13 @@ class BadRow(ValueError):
     """Error of a dataset row that can't be used.
 
     Args:
-        reason: Short reason from a fixed list, such as "unreadable image"; it is written to skipped.jsonl.
-        detail: Explanation, cut after `MAX_DETAIL_CHARACTERS` characters.
+        reason: Short reason from a fixed list, such as "unreadable image". Commands that skip the row write the reason
+            to skipped.jsonl.
+        detail: Explanation; only the first `MAX_DETAIL_CHARACTERS` characters are kept.
     """
 
     def __init__(self, reason: str, detail: str):
-        # Both go to the base class, because worker processes return errors by pickling `args`.
+        # Both arguments are passed to the base class, because worker processes return errors by pickling `args`.
         super().__init__(reason, detail[:MAX_DETAIL_CHARACTERS])
         self.reason, self.detail = self.args
 
@@ -78,7 +82,7 @@ class BadRow(ValueError):
 
 
 class BadImage(BadRow):
-    """Error of an image that can't be used."""
+    """Error of an image that can't be used, for example because it is missing, damaged, too large or not allowed."""
 
     @property
     def code(self) -> str:
@@ -88,9 +92,14 @@ class BadImage(BadRow):
 
 @dataclass(frozen=True)
 class ImageAccess:
-    """Which images the rows of a dataset may open."""
+    """Rules for the image files that rows of a dataset may refer to. Other files are not opened.
 
-    # Folders in which local files may lie. None: paths are refused, and rows must contain the bytes.
+    Attributes:
+        allowed_folders: Folders in which image files may lie. None: paths are refused, and rows must contain the bytes
+            of the image file.
+        max_pixels: Limit for width x height of an image.
+    """
+
     allowed_folders: AllowedFolders | None = None
     max_pixels: int = MAX_IMAGE_PIXELS
 
@@ -100,13 +109,17 @@ BYTES_ONLY = ImageAccess()
 
 @dataclass(kw_only=True)
 class ImageFileArguments:
-    """Flags of all commands that read images of a dataset."""
+    """Command-line flags that are shared by all commands that read the images of a dataset."""
 
     image_roots: list[Path] = flag([], "Folders outside the dataset that its image paths and links may lead to.")
     max_pixels: int = flag(MAX_IMAGE_PIXELS, "Skip images with more pixels (width x height).")
 
     def check_image_files(self) -> None:
-        """Raise ValueError if a root is not a folder, or `max_pixels` is below 1."""
+        """Validate the flags, and expand `~` in `image_roots`.
+
+        Raises:
+            ValueError: If an entry of `image_roots` is not an existing folder, or `max_pixels` is below 1.
+        """
         self.image_roots = [Path(root).expanduser() for root in self.image_roots]
         for root in self.image_roots:
             if not root.is_dir():
@@ -118,21 +131,24 @@ class ImageFileArguments:
         return {"image_roots": self.image_roots, "max_pixels": self.max_pixels}
 
     def image_settings(self) -> dict[str, Any]:
-        """Return the flags that differ from the defaults, for records. Folders are reduced to their names."""
+        """Return the flags that differ from their defaults, by name, to be stored with results.
+
+        Only the last part of each folder in `image_roots` is returned, because a full path may reveal a person's name.
+        """
         roots = {"image_roots": [root.name for root in self.image_roots]} if self.image_roots else {}
         return roots | ({"max_pixels": self.max_pixels} if self.max_pixels != MAX_IMAGE_PIXELS else {})
 
 
 def read_image_bytes(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> bytes:
-    """Return the encoded image file of a row, after checking its header.
+    """Return the content of the image file of a dataset row, after checking its header.
 
     Args:
-        row_image: `{"bytes", "path"}`, or `{"path", "archive", "offset", "size"}` for a member of an uncompressed tar
-            file.
-        access: Which files may be opened.
+        row_image: Image entry of the row: a dict with the keys "bytes" and "path"; or, for a file inside an
+            uncompressed tar archive, a dict with the keys "path", "archive", "offset" and "size".
+        access: Rules for the files that may be opened.
 
     Returns:
-        Content of the file. It begins as an image within the limits; its pixels may still be damaged.
+        Content of the file. Its header describes an image within the limits, but its pixels may be damaged.
 
     Raises:
         BadImage: If there is no image, it may not be opened or can't be read, it is not an image, or it is too large.
@@ -141,12 +157,15 @@ def read_image_bytes(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -
 
 
 def decode_image(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> PIL.Image.Image:
-    """Decode the image of a row: upright, 8 bits per channel, its mode (such as RGB or L) unchanged.
+    """Decode the image of a dataset row.
 
     Args:
-        row_image: `{"bytes", "path"}`, or `{"path", "archive", "offset", "size"}` for a member of an uncompressed tar
-            file.
-        access: Which files may be opened.
+        row_image: Image entry of the row: a dict with the keys "bytes" and "path"; or, for a file inside an
+            uncompressed tar archive, a dict with the keys "path", "archive", "offset" and "size".
+        access: Rules for the files that may be opened.
+
+    Returns:
+        The upright image with 8 bits per channel, in the mode of the file (such as RGB or L).
 
     Raises:
         BadImage: If there is no image, it may not be opened or can't be read, it is not an image, it is too large, or
@@ -156,7 +175,18 @@ def decode_image(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> PI
 
 
 def _open_row_image(row_image: dict | None, access: ImageAccess) -> tuple[bytes, PIL.Image.Image, str]:
-    """Return the content of a row's image file, the opened image, and its name for messages."""
+    """Read and open the image of a dataset row without decoding its pixels.
+
+    Args:
+        row_image: Image entry of the row, as for `decode_image`.
+        access: Rules for the files that may be opened.
+
+    Returns:
+        The content of the image file, the opened image, and its name for error messages.
+
+    Raises:
+        BadImage: If there is no image, it may not be opened or can't be read, it is not an image, or it is too large.
+    """
     image = row_image or {}
     kinds = {"bytes": bytes, "path": str, "archive": str, "offset": int, "size": int}
     if not isinstance(image, dict) or not all(isinstance(image.get(name), kind | None) for name, kind in kinds.items()):
@@ -175,15 +205,16 @@ def _open_row_image(row_image: dict | None, access: ImageAccess) -> tuple[bytes,
 def decode_images(
     rows: range, row_image: Callable[[int], dict | None], access: ImageAccess
 ) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
-    """Decode the images of rows with a few threads.
+    """Decode the images of dataset rows with up to eight threads.
 
     Args:
         rows: Row numbers.
-        row_image: Function that returns the image entry of a row, as for `decode_image`.
-        access: Which files may be opened.
+        row_image: Function that returns the image entry of a row number, as for `decode_image`.
+        access: Rules for the files that may be opened.
 
     Yields:
-        Row number and image, or the error of the row, in the order of `rows`.
+        Pairs in the order of `rows`: the row number, and the decoded image. If an image can't be used, the pair
+        contains its `BadImage` error instead of the image.
     """
 
     def read(row: int) -> PIL.Image.Image | BadImage:
@@ -204,15 +235,20 @@ def open_image(
     """Open an image and check its format and size. Only the header is decoded.
 
     Args:
-        data: Content of the file.
-        name: Name for error messages.
+        data: Content of the image file.
+        name: Name of the image for error messages.
         max_pixels: Limit for width x height.
-        hint: What to do if the image has too many pixels; part of the error message.
+        hint: Advice for an image that has too many pixels; inserted into the error message after the limit.
+
+    Returns:
+        The opened image. Pass it to `decode_upright` to decode its pixels.
 
     Raises:
-        BadImage: If it is not an image of `IMAGE_FORMATS`, its header is damaged, or it exceeds a limit.
+        BadImage: If the data are not an image in a format of `IMAGE_FORMATS`, the header is damaged, or the image
+            exceeds a limit.
     """
-    # PIL's own limit must not be lower than ours. It is set here because worker processes don't run the flag checks.
+    # PIL's own pixel limit must not be lower than `max_pixels`. It is set here, and not where the command-line flags
+    # are checked, because worker processes don't run that check.
     PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=_AVAILABLE_FORMATS)
@@ -230,24 +266,25 @@ def open_image(
 
 
 def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -> PIL.Image.Image:
-    """Decode the pixels of an image from `open_image`: upright by its EXIF orientation, with 8 bits per channel.
+    """Decode the pixels of an image that `open_image` has opened, and rotate it upright by its EXIF orientation.
 
-    Images of more than `MAX_IMAGE_PIXELS` and AVIF images are decoded one at a time in a process. Damaged EXIF data is
-    ignored.
+    A process decodes only one image at a time if the image has more than `MAX_IMAGE_PIXELS` pixels or is in AVIF
+    format, to limit memory. Damaged EXIF data is ignored.
 
     Args:
         image: The opened image.
-        name: Name for error messages.
+        name: Name of the image for error messages.
         min_short_side: If positive, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its short side
             keeps at least this many pixels.
 
     Returns:
-        The image in its own mode, such as RGB or L.
+        The upright image with 8 bits per channel, in the mode of the file (such as RGB or L).
 
     Raises:
         BadImage: If the pixels can't be decoded.
     """
-    # libavif allocates memory for the AV1 stream, up to 268 megapixels, whatever size the `ispe` box declares.
+    # The size in the header of an AVIF file (its `ispe` box) is no limit: libavif allocates memory for the frame in the
+    # AV1 stream, which may have up to 268 megapixels.
     is_large = image.format == "AVIF" or image.width * image.height > MAX_IMAGE_PIXELS
     try:
         with LARGE_IMAGE_LOCK if is_large else nullcontext():
@@ -255,7 +292,7 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
                 image.draft(None, (min_short_side, min_short_side))
             image.load()
             if image.format == "AVIF":
-                image._decoder = None  # frees the full frame, which it would keep as long as the image
+                image._decoder = None  # frees the full frame, which the image would otherwise keep
         transpose = EXIF_TRANSPOSES.get(exif_orientation(image))
         image = to_8_bit(image)
         return image if transpose is None else image.transpose(transpose)
@@ -265,7 +302,10 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
 
 
 def exif_orientation(image: PIL.Image.Image) -> int:
-    """Return the EXIF orientation of a loaded image, 1 to 8; 1 if there is none. PIL itself rotates TIFF images."""
+    """Return the EXIF orientation of a loaded image, 1 (upright) to 8.
+
+    The result is 1 if the orientation is missing, damaged or out of range. PIL rotates TIFF images itself.
+    """
     try:
         orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation)
     except Exception:  # PIL raises many types of errors
@@ -276,9 +316,9 @@ def exif_orientation(image: PIL.Image.Image) -> int:
 def to_8_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     """Convert an image with 16-bit, 32-bit or float pixels to 8 bits; return any other image unchanged.
 
-    32-bit integers are read as 0 to 255 if no pixel exceeds 255, otherwise as 0 to 65,535. Floats are read as 0 to 1 if
-    no pixel exceeds 1, otherwise as 0 to 255. The model's image processor, which is published without this package, has
-    the same rules.
+    The range of 16-bit integers is 0 to 65,535. The range of 32-bit integers is 0 to 255 if no pixel exceeds 255,
+    otherwise 0 to 65,535. The range of floats is 0 to 1 if no pixel exceeds 1, otherwise 0 to 255. The model's image
+    processor, which is published without this package, has the same rules.
 
     Raises:
         ValueError: If a pixel is negative, too large or not finite.
@@ -298,7 +338,15 @@ def to_8_bit(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def check_byte_count(data: bytes, name: str) -> bytes:
-    """Return `data`. Raises BadImage if it is empty or has more than `MAX_IMAGE_BYTES` bytes."""
+    """Return `data` unchanged if it is neither empty nor too large.
+
+    Args:
+        data: Content of an image file.
+        name: Name of the image for error messages.
+
+    Raises:
+        BadImage: If `data` is empty or has more than `MAX_IMAGE_BYTES` bytes.
+    """
     if not data:
         raise BadImage("no image", f"{name} has 0 bytes")
     if len(data) > MAX_IMAGE_BYTES:
@@ -309,10 +357,19 @@ def check_byte_count(data: bytes, name: str) -> bytes:
 def _read_file_bytes(
     allowed_folders: AllowedFolders | None, path: str, offset: int = 0, size: int = MAX_IMAGE_BYTES + 1
 ) -> bytes:
-    """Read a file, or a part of it, that lies in the allowed folders.
+    """Read a file, or a range of its bytes, if the file lies in the allowed folders.
 
-    Reads at most one byte more than the limit, which `check_byte_count` then reports. A relative path is looked up in
-    the allowed folders first, then in the current folder. Raises BadImage for every failure.
+    At most `MAX_IMAGE_BYTES` + 1 bytes are read: one byte above the limit suffices for `check_byte_count` to detect a
+    file that is too large.
+
+    Args:
+        allowed_folders: Folders in which the file may lie. None: every path is refused.
+        path: Path of the file. A relative path is looked up in the allowed folders first, then in the current folder.
+        offset: Position of the first byte to read.
+        size: Number of bytes to read.
+
+    Raises:
+        BadImage: If the path is a URL or lies outside the allowed folders, or the file can't be read.
     """
     try:
         if allowed_folders is None:
@@ -330,7 +387,7 @@ def _read_file_bytes(
         with open_regular_file(existing, "it", allowed_folders.folders) as file:
             file.seek(offset)
             return file.read(max(0, min(size, MAX_IMAGE_BYTES + 1)))
-    except Exception as error:  # paths from rows are untrusted and can fail in many ways
+    except Exception as error:  # a path from a row is untrusted, and opening it can fail in many ways
         raise BadImage("unreadable image", f"{path!r}: {getattr(error, 'detail', error)}") from error
 
 
@@ -342,14 +399,19 @@ def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path]
 
     Args:
         path: The file.
-        name: Name for error messages.
-        folders: Real paths of folders; the file must lie in one of them after resolving links. None: no restriction,
-            because the user has named the file.
+        name: Name of the file for error messages.
+        folders: Real paths of folders. The file must lie in one of these folders after all links are resolved. None:
+            the file may lie anywhere, because the user has named it.
+
+    Returns:
+        The file, opened in binary mode.
 
     Raises:
-        BadImage: If it is not a regular file (reason "no regular file"), or lies elsewhere ("link out of the folder").
-        OSError: If it does not exist or can't be opened, or a part of its real path has become a link.
-        ValueError: If the name contains a NUL character.
+        BadImage: If the path does not lead to a regular file (reason "no regular file"), or leads out of `folders`
+            (reason "link out of the folder").
+        OSError: If the file does not exist or can't be opened, or a folder on its real path has been replaced by a link
+            in the meantime.
+        ValueError: If the path contains a NUL character.
     """
     real = Path(os.path.realpath(path))
     if folders is not None and not any(real.is_relative_to(folder) for folder in folders):
@@ -370,17 +432,21 @@ def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path]
 
 
 def _read_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
-    """Return the width and height of the tiles of a TIFF image; zeros if the image has no tiles or another format.
+    """Return the width and height of the tiles of a TIFF image in pixels.
 
-    The directory is parsed here because PIL skips entries that libtiff, which decodes the tiles, reads.
+    The function parses the TIFF directory itself, because libtiff decodes the tiles and PIL skips directory entries
+    that libtiff reads.
 
     Args:
         data: Content of the whole file.
-        image: The image that PIL opened from it.
+        image: The image that PIL has opened from `data`.
+
+    Returns:
+        (width, height) of a tile; (0, 0) if the image has no tiles or is not a TIFF image.
 
     Raises:
         ValueError: If the tile width or height is not a single SHORT or LONG, the types that TIFF 6.0 allows.
-        struct.error: If the directory lies outside of the file.
+        struct.error: If the TIFF directory lies outside of the file.
     """
     if image.format != "TIFF":
         return 0, 0
@@ -400,7 +466,16 @@ def _read_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
 
 
 def _check_dimensions(image: PIL.Image.Image, tile: tuple[int, int], name: str, max_pixels: int, hint: str) -> None:
-    """Raise BadImage if an image exceeds the limits. A tile counts, too, because libtiff decodes it as a whole."""
+    """Raise BadImage if an image or its tiles exceed the limits of this module.
+
+    Args:
+        image: The opened image.
+        tile: Width and height of the tiles of a TIFF image; (0, 0) without tiles. libtiff decodes a whole tile at once,
+            so a tile must not have too many pixels either.
+        name: Name of the image for error messages.
+        max_pixels: Limit for width x height.
+        hint: Advice for an image that has too many pixels; inserted into the error message after the limit.
+    """
     (short, long), (width, height) = sorted(image.size), tile
     if width * height > max_pixels:
         detail = f"{name} has tiles of {width} x {height} pixels; at most {max_pixels:,} pixels are allowed"
@@ -413,6 +488,13 @@ def _check_dimensions(image: PIL.Image.Image, tile: tuple[int, int], name: str, 
 
 
 def image_display_path(row_image: dict | None) -> str:
-    """Return the path of a row's image for messages; empty if the row contains only bytes."""
+    """Return the path of a dataset row's image for messages.
+
+    Args:
+        row_image: Image entry of the row, as for `decode_image`.
+
+    Returns:
+        The path; for a file inside a tar archive, ARCHIVE/PATH; "" if the row contains only bytes.
+    """
     image = row_image or {}
     return "/".join(filter(None, (image.get("archive"), image.get("path"))))

@@ -1,6 +1,7 @@
 """Handle Ctrl-C while a command imports torch and other large libraries: print one line instead of a traceback.
 
-Importing this module from a command activates `exit_on_interrupt`; `capivara_common.cli.run_command` ends it.
+If a command was started by `python -m`, importing this module calls `exit_on_interrupt`. After the imports,
+`capivara_common.cli.run_command` calls `raise_on_interrupt`.
 """
 
 import os
@@ -11,9 +12,10 @@ message = "Stopped."
 
 
 def exit_immediately(*_: object) -> None:
-    """Print `message` and end the process at once.
+    """Print `message` and end the process at once; a signal handler for Ctrl-C.
 
-    C extensions can swallow a KeyboardInterrupt while they are imported. Nothing has been written at that time.
+    The handler does not raise KeyboardInterrupt, because C extensions can suppress the exception while they are
+    imported. Ending at once is safe, because the command has not written any file at that time.
     """
     print(f"\n{message}", file=sys.stderr, flush=True)
     os._exit(128 + signal.SIGINT)
@@ -22,7 +24,7 @@ def exit_immediately(*_: object) -> None:
 def exit_on_interrupt() -> None:
     """Let Ctrl-C end the process at once, until `raise_on_interrupt` is called.
 
-    A handler that is already installed, or a shell that ignores Ctrl-C, is respected.
+    Nothing changes if another handler for Ctrl-C is already installed, or if the shell ignores Ctrl-C for this process.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, exit_immediately)
@@ -34,6 +36,6 @@ def raise_on_interrupt() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# `python -m` sets argv[0] to "-m" until it has located the module's own file.
+# While `python -m` imports the packages of a module, sys.argv[0] is "-m".
 if os.path.basename(sys.argv[0]) in ("-m", "train_accelerate.py"):
     exit_on_interrupt()

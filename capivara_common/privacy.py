@@ -1,6 +1,7 @@
-"""Find and hide what must not be published or logged: access tokens, keys and absolute paths of this machine.
+"""Find and hide text that must not be published or logged: access tokens, keys and absolute paths of this machine.
 
-The whole project uses these rules: error messages, run records, cards and the checks before an upload.
+The whole project uses the functions of this module: for error messages, for the records of runs, for model and dataset
+cards, and for the checks before an upload to the Hub.
 """
 
 import mmap
@@ -13,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-# Prefix of a secret -> pattern of the rest. The patterns are valid in both `re` and RE2; Arrow searches the columns of
-# parquet files with RE2.
+# Prefix of a secret -> regular expression for the characters after the prefix. The expressions must be valid in both
+# Python's `re` and RE2, because Arrow searches the columns of parquet files with RE2.
 _TOKEN_PATTERNS = {
     "hf_": r"(?:oauth_[\w.-]{20,}|jwt_[\w.-]{20,}|[A-Za-z0-9]{20,})",
     "api_org_": r"[A-Za-z0-9]{16,}",
@@ -26,7 +27,8 @@ _TOKEN_PATTERNS = {
     "GOCSPX-": r"[\w-]{28}",
     "ya29.": r"[\w-]{20,}",
 }
-# The name of an AWS key or a PEM header identifies these secrets, whatever character precedes it.
+# These secrets follow the name of an AWS key or a PEM header. In contrast to the tokens above, any character may
+# precede them.
 _AWS_KEY_NAMES = """aws_secret_access_key AWS_SECRET_ACCESS_KEY aws_secret_key AWS_SECRET_KEY
           SecretAccessKey secretAccessKey secret_access_key SECRET_ACCESS_KEY"""
 _LABELED_SECRET_PATTERNS = {
@@ -34,7 +36,7 @@ _LABELED_SECRET_PATTERNS = {
     "-----BEGIN ": r"(?:[A-Z0-9]+ )*PRIVATE KEY",
 }
 _SECRET_PREFIXES = [*_TOKEN_PATTERNS, *_LABELED_SECRET_PATTERNS]
-_ESCAPED_UNDERSCORES = (r"\u005f", r"\u005F", "%5f", "%5F")  # "_" as JSON and as URLs may write it
+_ESCAPED_UNDERSCORES = (r"\u005f", r"\u005F", "%5f", "%5F")  # spellings of "_" in JSON and in URLs
 _ESCAPED = "|".join(map(re.escape, _ESCAPED_UNDERSCORES))
 _TOKEN_PATTERN, _LABELED_SECRET_PATTERN = (
     "|".join(re.escape(start) + rest for start, rest in forms.items())
@@ -42,14 +44,16 @@ _TOKEN_PATTERN, _LABELED_SECRET_PATTERN = (
     .replace(r"\w{20,}", rf"(?:\w|{_ESCAPED}){{20,}}")
     for forms in (_TOKEN_PATTERNS, _LABELED_SECRET_PATTERNS)
 )
-# A token must not follow a letter or digit, unless these end an escape: `\n` or `\u201c` in JSON, `%3D` in a URL.
+# A token must not follow a letter or digit, because it would then be part of a longer word. Letters and digits of an
+# escape sequence are allowed: `\n` or `\u201c` in JSON, `%3D` in a URL.
 SECRET_RE2 = (
     rf"(?:^|[^A-Za-z0-9]|\\[bfnrt]|\\u[0-9A-Fa-f]{{4}}|%[0-9A-Fa-f]{{2}})(?:{_TOKEN_PATTERN})|{_LABELED_SECRET_PATTERN}"
 )
 _WORD_START = r"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt])|(?<=\\u[0-9A-Fa-f]{4})|(?<=%[0-9A-Fa-f]{2}))"
 SECRET_RE = re.compile(rf"{_WORD_START}(?:{_TOKEN_PATTERN})|{_LABELED_SECRET_PATTERN}", re.ASCII)
 _SECRET_BYTES_RE = re.compile(SECRET_RE.pattern.encode())
-# Secrets in URLs and HTTP headers, which occur in logs and messages only. A password in a URL may contain slashes.
+# Secrets in URLs and HTTP headers. They are searched for only in logs and messages, because they occur only there. A
+# password in a URL may contain slashes.
 _USER_INFO = re.compile(r"(?<=://)(?:[^\s?#@/:]{0,300}:\S{0,300}|[^/\s]+)(?=@)")
 _SECRET_CHARACTER = r"""[^\s"'&,;]"""
 # The word after "bearer" or "basic" is a secret only if it looks random: 16 characters with a capital, a digit or "="
@@ -58,7 +62,7 @@ _LOOKS_RANDOM = (
     rf"(?:(?={_SECRET_CHARACTER}{{16}})(?={_SECRET_CHARACTER}{{0,200}}[a-z0-9][A-Z0-9=])"
     rf"|(?={_SECRET_CHARACTER}{{8}})(?={_SECRET_CHARACTER}{{0,200}}[0-9])(?={_SECRET_CHARACTER}{{0,200}}[A-Za-z]))"
 )
-# Group 1 announces a secret, for example "Authorization: Bearer "; the secret follows it.
+# Group 1 matches the text before a secret, for example "Authorization: Bearer ". The secret follows group 1.
 _REQUEST_SECRET_RE = re.compile(
     r"""((?i:\bauthorization\\?["']?\s*[:=]\s*\\?["']?(?:(?:aws4-[\w-]+|[a-z]+)\s+)?)"""
     rf"""|\b(?i:bearer|basic)(?:\s+|%20|:\s*){_LOOKS_RANDOM}"""
@@ -81,8 +85,9 @@ _SITE_PATH = (
     r"(?:\b(?:GET|HEAD|POST|PUT|PATCH|DELETE) (?=/)"
     rf"|(?:\]\(|(?:href|src)=\\?[\"']?)(?=/(?:{_HUB_PAGES})[/)\"']))(?!\S{{0,400}}/\.\.)"
 )
-# Characters that may precede a path. A letter, a dot or a slash would make it part of a longer name. Markdown signs
-# count only at the beginning of a word, because they occur within glob patterns such as `data/**/x`.
+# Characters that may precede a path. After a letter, a dot or a slash, the text would be part of a longer name.
+# Markdown signs such as `*` count only at the beginning of a word, because they also occur within glob patterns
+# (`data/**/x`).
 _BOUNDARY_CHARACTERS = r"""\s"'`“”‘’«=:(\[{<>,;|!@&–—→·"""
 _PATH_START = (
     rf"(?:(?<=://)|(?<=:///)|(?<![^{_BOUNDARY_CHARACTERS}])|"
@@ -91,7 +96,7 @@ _PATH_START = (
     )
     + ")"
 )
-_FOLDER_PATTERN = r"(?=[\d/._~+-]*[^\W\d_])[\w.@+%~-]+/"  # needs a letter: fractions and dates are not folders
+_FOLDER_PATTERN = r"(?=[\d/._~+-]*[^\W\d_])[\w.@+%~-]+/"  # needs a letter, because fractions and dates are not folders
 _HOST_PATTERN = r"[A-Za-z0-9][\w.$-]+"
 _DOMAIN_PATTERN = r"[\w-]+(?:\.[\w-]+)*\.(?!local/|lan/|home/|internal/)[A-Za-z]{2,}/"  # as in `//cdn.example.org/x`
 _PATH_PATTERNS = (
@@ -104,9 +109,10 @@ _PATH_PATTERNS = (
 )
 _ABSOLUTE_START = rf"/[^\s/]|(?<!:)//[\w-]+/|\\{{2}}{_HOST_PATTERN}\\(?!\\)|[A-Za-z]:[\\/][^\\/\n]"
 _WHOLE_PATH_RE = re.compile(rf"((?:[\w-]+[=:])*)((?:{_ABSOLUTE_START})[^\n]*)")  # `--flag=` may precede the path
-# Characters that a terminal obeys or hides: control and format characters (writing direction marks, soft hyphens, tag
-# letters), line separators, and lone surrogates, by which Python represents the bytes of a file name that is not UTF-8.
-# Format characters that names need are not included: joiners (Arabic, Indic scripts, emoji), Arabic number signs.
+# Characters that a terminal obeys or hides: control characters, format characters (writing direction marks, soft
+# hyphens, tag letters), line separators, and lone surrogates. Python represents the bytes of a file name that is not
+# valid UTF-8 by lone surrogates. Format characters that names need are not included: joiners (in Arabic, Indic scripts
+# and emoji) and Arabic number signs.
 UNSAFE_CHARACTER_RE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f]"
@@ -114,13 +120,15 @@ UNSAFE_CHARACTER_RE = re.compile(
 
 
 def find_secret(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
-    """Find the first secret in a text or a memory-mapped file.
+    """Find a secret, such as an access token or a private key, in a text or a file.
 
     Args:
-        content: Text, bytes or memory map to search.
+        content: Text, bytes or memory-mapped file to search.
 
     Returns:
-        A description that does not repeat the secret, and its position in `content`; None if there is no secret.
+        A description of the secret for messages, which does not contain the secret itself, and the position of the
+        secret in `content` (in characters or bytes). None if `content` has no secret. If there are several secrets, any
+        one of them is returned.
     """
     encode = str if isinstance(content, str) else str.encode
     for token in find_hub_tokens():
@@ -133,14 +141,14 @@ def find_secret(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
                 return f"what looks like an access token or key ({prefix}…)", position
     for escape in _ESCAPED_UNDERSCORES:
         for position in _find_all(content, encode(escape)):
-            # The name of an AWS key, up to 30 characters, may precede the escape.
+            # The search starts 30 characters before the escape, because the name of an AWS key may precede it.
             if match := secret_pattern.search(content, max(0, position - 30), position + 300):
                 return f"what looks like an access token or key (with {escape})", match.start()
     return None
 
 
 def _find_all(content: str | bytes | mmap.mmap, part: str | bytes) -> Iterator[int]:
-    """Yield the positions of all occurrences of `part`."""
+    """Yield the positions of all occurrences of `part` in `content`, in ascending order."""
     position = content.find(part)
     while position >= 0:
         yield position
@@ -148,7 +156,7 @@ def _find_all(content: str | bytes | mmap.mmap, part: str | bytes) -> Iterator[i
 
 
 def redact(text: str) -> str:
-    """Replace the tokens of this machine, and everything that looks like a secret, by `***`."""
+    """Return `text` with secrets replaced by `***`: the Hub tokens of this machine, and text that looks like a key."""
     for secret in find_hub_tokens():
         text = text.replace(secret, "hf_***")
     text = SECRET_RE.sub(lambda match: "hf_***" if match[0].startswith("hf_") else "***", text)
@@ -156,21 +164,28 @@ def redact(text: str) -> str:
 
 
 def escape_control_characters(text: str) -> str:
-    r"""Escape line breaks and all characters that a terminal would obey or hide, for example ESC as `\x1b`."""
-    # Python represents the byte 0xXX of a name that is not UTF-8 by the surrogate \udcXX; it is shown as \xXX.
+    r"""Return `text` with line breaks, and all characters that a terminal obeys or hides, escaped (ESC as `\x1b`)."""
+    # Python represents a byte 0xXX of a file name that is not valid UTF-8 by the surrogate \udcXX. It is shown as \xXX.
     return UNSAFE_CHARACTER_RE.sub(
         lambda match: match[0].encode("unicode_escape").decode().replace("\\udc", "\\x"), text
     )
 
 
 def make_printable(text: str) -> str:
-    """Make text from an untrusted source safe to print: redact secrets and escape control characters in each line."""
+    """Make text from an untrusted source safe to print: redact secrets and escape control characters in each line.
+
+    Line breaks are kept.
+    """
     return "\n".join(map(escape_control_characters, redact(text).split("\n")))
 
 
 def find_hub_tokens() -> list[str]:
-    """Return the Hub tokens of this machine, from the environment and the file that huggingface_hub reads."""
-    from huggingface_hub import constants  # imported here because `capivara --help` must not load the Hub's library
+    """Return the Hugging Face access tokens of this machine.
+
+    Tokens are read from the environment variables HF_TOKEN and HUGGING_FACE_HUB_TOKEN, and from the token file of
+    huggingface_hub.
+    """
+    from huggingface_hub import constants  # imported here because `capivara --help` must not load huggingface_hub
 
     tokens = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
     with suppress(OSError, ValueError):
@@ -179,9 +194,10 @@ def find_hub_tokens() -> list[str]:
 
 
 def find_machine_path(text: str) -> str | None:
-    """Return the first absolute path in a text, or None.
+    """Return the first absolute path in a text; None if the text contains no absolute path.
 
-    A path has at least two parts or is in quotes. URLs, Hub ids, fractions and dates are not paths.
+    A path counts if it has at least two parts (`/folder/file`), or one part in quotes (`"/folder"`). URLs, Hub ids,
+    fractions and dates are not paths.
     """
     return next((match[0] for match in _path_pattern().finditer(text) if match["path"]), None)
 
@@ -189,17 +205,17 @@ def find_machine_path(text: str) -> str | None:
 def hide_paths(value: Any) -> Any:
     """Shorten the absolute paths in a text, or in all texts of a JSON value.
 
-    A path inside the current folder becomes relative to it. Of any other path only the last part is kept, because the
-    folders above may be named after a person.
+    A path inside the current folder becomes relative to the current folder. Any other path is reduced to its last part
+    (the name of the file or folder), because the folders above may be named after a person.
 
     Args:
-        value: Text or JSON value; keys of objects are shortened, too.
+        value: A text, or a JSON value that contains texts. Paths in the keys of objects are shortened, too.
 
     Returns:
-        A value of the same structure.
+        A value of the same structure with shortened paths.
 
     Raises:
-        ValueError: If two keys of an object become the same.
+        ValueError: If two keys of an object become equal by shortening.
     """
     if isinstance(value, dict):
         cleaned = {hide_paths(key): hide_paths(item) for key, item in value.items()}
@@ -210,29 +226,42 @@ def hide_paths(value: Any) -> Any:
         return [hide_paths(item) for item in value]
     if not isinstance(value, str) or not ("/" in value or "\\" in value):
         return value
-    if whole := _WHOLE_PATH_RE.fullmatch(value):  # a path that is the whole text may contain spaces
+    if whole := _WHOLE_PATH_RE.fullmatch(value):  # if the whole text is a path, the path may contain spaces
         return whole[1] + _hide_path(whole[2])
     return _path_pattern().sub(lambda match: _hide_path(match[0]) if match["path"] else match[0], value)
 
 
 def short_name(name: str) -> str:
-    """Return the name of a model or dataset for records and cards.
+    """Return a name of a model or dataset that can be published in records and cards.
 
-    A Hub id stays as it is. Of a local path, the last two parts of the result of `hide_paths` are kept.
+    Args:
+        name: Hub id or local path.
+
+    Returns:
+        A Hub id is returned unchanged. A local path is shortened as by `hide_paths`, and at most its last two parts are
+        returned.
     """
     is_local = name.startswith(("/", "~", "\\\\")) or ".." in Path(name).parts or Path(name).exists()
     return "/".join(PurePosixPath(_hide_path(name) if is_local else name).parts[-2:]) or "."
 
 
 def local_paths() -> list[str]:
-    """Return the folders of this machine that no published file should name, longest first."""
+    """Return the folders of this machine that published files must not mention, longest path first.
+
+    These are the home folder, the current folder, the folder for temporary files, the Python environment, and the
+    checkout of this project.
+    """
     checkout = Path(__file__).resolve().parents[1]
     folders = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), Path(sys.prefix), checkout}
     return sorted({str(folder) for folder in folders if len(folder.parts) > 1}, key=len, reverse=True)
 
 
 def _path_pattern() -> re.Pattern[str]:
-    """Compile the pattern of everything with slashes; its group `path` matches only if it is an absolute path."""
+    """Compile a regular expression that finds absolute paths, and also URLs and other texts with slashes.
+
+    Its group `path` matches only for an absolute path. The other texts match as a whole, so that their ends are not
+    mistaken for paths.
+    """
     local_folder = rf"(?:{'|'.join(map(re.escape, local_paths()))})(?![\w.-])"
     site_path = rf"{_SITE_PATH}(?!{local_folder})[^\s\"'<>`|;,)\]]*"
     path = rf"(?P<path>{_PATH_START}{local_folder}{_PATH_TAIL}|{'|'.join(_PATH_PATTERNS)})"
@@ -240,10 +269,10 @@ def _path_pattern() -> re.Pattern[str]:
 
 
 def _hide_path(path: str) -> str:
-    """Make a path relative to the current folder; return its last part if it lies elsewhere."""
+    """Return a path relative to the current folder; only its last part if the path lies outside the current folder."""
     current = Path.cwd()
     target = Path(os.path.normpath(current / path))
-    # A current folder above the home folder, such as `/`, does not count: the folders below it are named after people.
+    # If the current folder is above the home folder, such as `/`, relative paths would show the user's name.
     is_inside = target.is_relative_to(current) and current not in Path.home().parents
     if is_inside and not re.match(r"~|\\\\|[A-Za-z]:[\\/]", path):
         return target.relative_to(current).as_posix()

@@ -1,4 +1,7 @@
-"""Configure progress bars: in a terminal after one second of work, in a log file one line per 30 seconds."""
+"""Configure tqdm's progress bars.
+
+In a terminal, a bar appears after one second of work. If the output is a log file, a line is written every 30 seconds.
+"""
 
 import math
 import sys
@@ -7,16 +10,17 @@ from typing import Any
 
 from tqdm.std import tqdm
 
-BAR_DELAY_S = 1  # shorter work, such as reading weights, needs no bar
-LOG_INTERVAL_S = 30  # between two lines if the output is a file or a pipe
+BAR_DELAY_S = 1  # a bar appears after this time, because shorter work, such as reading weights, needs no bar
+LOG_INTERVAL_S = 30  # time between two lines if the output is a file or a pipe
 
 _init, _set_postfix, _display = tqdm.__init__, tqdm.set_postfix, tqdm.display
 
 
 def configure_progress_bars() -> None:
-    """Apply the delay and the interval to all progress bars of this process, including those of libraries.
+    """Apply `BAR_DELAY_S` (terminal) or `LOG_INTERVAL_S` (file, pipe) to all progress bars of this process.
 
-    datasets, transformers, huggingface_hub and accelerate all show tqdm's bars, so the class itself is changed.
+    The function changes the class `tqdm` itself, because datasets, transformers, huggingface_hub and accelerate also
+    create progress bars of this class.
     """
     log_options = dict.fromkeys(("mininterval", "maxinterval", "delay"), LOG_INTERVAL_S)
     tqdm.__init__ = partialmethod(_init, **{"delay": BAR_DELAY_S} if sys.stderr.isatty() else log_options)
@@ -25,13 +29,22 @@ def configure_progress_bars() -> None:
 
 
 def _display_after_delay(bar: tqdm, *args: Any, **options: Any) -> bool:
-    """Draw a bar only after its delay.
+    """Draw a progress bar if its delay has passed; replaces `tqdm.display`.
 
-    `tqdm.write` redraws bars at any time, and `close` would leave a bar that was drawn too early without a line end.
+    The check is needed because `tqdm.write` redraws all bars at any time, and `tqdm.close` writes no line end after a
+    bar that was drawn before its delay.
+
+    Args:
+        bar: The progress bar.
+        *args: Arguments of `tqdm.display`.
+        **options: Keyword arguments of `tqdm.display`.
+
+    Returns:
+        The result of `tqdm.display`; False if the bar was not drawn.
     """
     return bar._time() >= getattr(bar, "start_t", math.inf) + bar.delay and _display(bar, *args, **options)
 
 
 def disable_progress_bars() -> None:
-    """Draw no bars in this process, because another worker shows them."""
+    """Turn off progress bars in this process. Worker processes except the first call this function."""
     tqdm.display = tqdm.close = lambda bar, *args, **options: None

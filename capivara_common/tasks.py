@@ -87,7 +87,7 @@ class ExecutorArguments:
 
 @dataclass(frozen=True)
 class Phase:
-    """One step of a command, executed by every task of a datatrove pipeline. Commands run their phases in order."""
+    """One step of a command, such as scoring rows. A command runs its phases in order, each as one or more tasks."""
 
     # Called with the command's arguments, rank and world size; returns at once if the share of the rank is finished.
     run: Callable[[Any, int, int], Any]

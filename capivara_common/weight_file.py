@@ -1,6 +1,7 @@
-"""Read tensors of safetensors files through a memory map, without torch and without copying them first.
+"""Read tensors of safetensors files through a memory map, without torch and without loading whole files.
 
-Only the parts that are used are read from the disk, for example the rows of a vocabulary that a text contains.
+The operating system reads only the bytes that are used from the disk, for example the rows of the token embedding
+matrix that belong to the tokens of a text.
 """
 
 import json
@@ -17,9 +18,13 @@ from capivara_common.files import read_json
 
 
 class TensorInfo(NamedTuple):
-    """Type, shape and position of a tensor in its file.
+    """Type, shape and position of a tensor in a safetensors file.
 
-    `dtype` is safetensors' name, such as "F32"; `start` and `end` are byte offsets from the beginning of the file.
+    Attributes:
+        dtype: Name of the type in safetensors, such as "F32".
+        shape: Shape of the tensor.
+        start: Offset of the first byte of the tensor from the beginning of the file.
+        end: Offset of the byte after the last byte of the tensor from the beginning of the file.
     """
 
     dtype: str
@@ -33,7 +38,7 @@ class WeightFile:
 
     Attributes:
         path: Path of the file.
-        tensors: `TensorInfo` of each tensor, by name.
+        tensors: `TensorInfo` of each tensor, by the name of the tensor.
 
     Raises:
         ValueError: If the file is missing, truncated or not a safetensors file.
@@ -43,9 +48,8 @@ class WeightFile:
         self.path = path
         try:
             with safe_open(path, "np"), path.open("rb") as file:  # safe_open checks all sizes and offsets
-                start = 8 + int.from_bytes(
-                    file.read(8), "little"
-                )  # the file begins with the header's length in 8 bytes
+                # The file begins with the length of its JSON header, as an integer of 8 bytes.
+                start = 8 + int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(start - 8))
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, SafetensorError) as error:
@@ -61,17 +65,28 @@ class WeightFile:
         }
 
     def raw_bytes(self, name: str) -> memoryview:
-        """Return the bytes of a tensor, without copying them."""
+        """Return the bytes of the tensor `name` as a view of the memory map, without copying them."""
         info = self.tensors[name]
         return memoryview(self._bytes)[info.start : info.end]
 
     def array(self, name: str) -> np.ndarray:
-        """Return a tensor as a float32 array, maybe read-only. Raises ValueError unless it is F32, F16 or BF16."""
+        """Return a tensor as a float32 array.
+
+        Args:
+            name: Name of the tensor.
+
+        Returns:
+            Array with the shape of the tensor. It is read-only if the tensor is stored as float32, because it is then a
+            view of the memory map.
+
+        Raises:
+            ValueError: If the type of the tensor is not F32, F16 or BF16.
+        """
         info = self.tensors[name]
         return _to_float32(self.raw_bytes(name), info.dtype, name).reshape(info.shape)
 
     def rows(self, name: str, indices: np.ndarray) -> np.ndarray:
-        """Return rows of a matrix as float32. Other rows are not read from the disk.
+        """Return rows of a matrix as a float32 array. Other rows are not read from the disk.
 
         Args:
             name: Name of the tensor, of shape (rows, width).
@@ -81,7 +96,7 @@ class WeightFile:
             Array of shape (n, width).
 
         Raises:
-            ValueError: If an index is out of range, or the tensor is not F32, F16 or BF16.
+            ValueError: If a row number is out of range, or the type of the tensor is not F32, F16 or BF16.
         """
         info = self.tensors[name]
         if len(indices) and not 0 <= indices.min() <= indices.max() < info.shape[0]:
@@ -91,14 +106,18 @@ class WeightFile:
 
 
 def read_scalar(folder: Path, name: str) -> float | None:
-    """Return a weight that is a single number, or None if the model folder has no weight of that name.
+    """Return a weight of a model that is a single number.
 
     Args:
-        folder: Model folder.
+        folder: Model folder with safetensors files.
         name: Name of the weight, for example "logit_scale".
 
+    Returns:
+        The number; None if the model has no weight of this name.
+
     Raises:
-        ValueError: If the weight is not a single number, or the weight files are missing or damaged.
+        ValueError: If the weight is not a single number, its type is not F32, F16 or BF16, or a weight file is missing
+            or damaged.
     """
     for weights in map(WeightFile, find_weight_files(folder)):
         if name in weights.tensors:
@@ -111,18 +130,35 @@ def read_scalar(folder: Path, name: str) -> float | None:
 
 
 def _to_float32(raw: memoryview, dtype: str, name: str) -> np.ndarray:
-    """Return the bytes of a tensor as a flat float32 array."""
+    """Convert the bytes of a tensor to a float32 array of shape (elements,).
+
+    Args:
+        raw: Bytes of the tensor in little-endian order.
+        dtype: Name of its type in safetensors.
+        name: Name of the tensor for the error message.
+
+    Raises:
+        ValueError: If `dtype` is not F32, F16 or BF16.
+    """
     if dtype == "F32":
         return np.frombuffer(raw, "<f4")
     if dtype == "F16":
         return np.frombuffer(raw, "<f2").astype(np.float32)
-    if dtype == "BF16":  # the upper half of a float32
+    if dtype == "BF16":  # a bfloat16 number is the upper half of a float32 number
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     raise ValueError(f"{name} must be of type F32, F16 or BF16, got {dtype}.")
 
 
 def find_weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder. Raises ValueError if a file or their index is missing."""
+    """Find the safetensors files of a model folder.
+
+    Returns:
+        The path of model.safetensors or, if the weights are split, of the files that model.safetensors.index.json
+        lists.
+
+    Raises:
+        ValueError: If the folder has neither of the two files, the index is invalid, or a file of the index is missing.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
