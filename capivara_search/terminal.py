@@ -236,7 +236,7 @@ def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], mes
     """Print search hits as a table. If the terminal supports pictures, draw as many thumbnails as fit above the table.
 
     Args:
-        hits: Hits, best first.
+        hits: Search hits, best first.
         thumbnail: Function that takes the path of a picture and returns the content of its thumbnail file, or None if
             the picture has no thumbnail.
         messages: Texts of the user's language.

@@ -299,15 +299,18 @@ class PageSite:
         return image
 
     async def thumbnail(self, request: Request) -> Response:
-        """Return the thumbnail of a picture of the index."""
+        """Return the thumbnail of the picture whose path is the URL parameter `path`."""
         return _cached_response(await run_in_threadpool(self._load_thumbnail, _path_parameter(request)), "image/webp")
 
     async def picture(self, request: Request) -> Response:
-        """Return a large view of a picture of the index, or its thumbnail if the file is missing or can't be read."""
+        """Return a large view of the picture whose path is the URL parameter `path`.
+
+        If the original file is missing or can't be shown, the thumbnail is returned instead.
+        """
         return _cached_response(*await self._view_queue.ask(partial(self._render_view, _path_parameter(request))))
 
     async def download(self, request: Request) -> Response:
-        """Return the original file of a picture of the index."""
+        """Return the original file of the picture whose path is the URL parameter `path`."""
         path = _path_parameter(request)
         file, _ = await self._view_queue.ask(lambda: self._open_original(path))
         file.seek(0)
