@@ -151,8 +151,8 @@ def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callab
         leave: Whether the last state of the bar stays on the screen.
 
     Yields:
-        A function `(done, total)` for the argument `on_progress` of `PictureIndex.add`. It takes the number of finished
-        pictures and the total number of pictures.
+        A function `(done, total)` that can be passed to `PictureIndex.add` as `on_progress`. It takes the number of
+        finished pictures and the total number of pictures.
     """
     from capivara_search.estimates import RateEstimator
 

@@ -175,8 +175,8 @@ class LocalizedCommand(click.Command):
             The words that were not parsed. A group passes them to its subcommand.
 
         Raises:
-            click.UsageError: If a word is left over after the arguments of a command, or both `--json` and `--csv` are
-                given.
+            click.UsageError: If a word is neither a flag nor a value that the command takes, or both `--json` and
+                `--csv` are given.
         """
         words, in_labels = list[str](), False
         for word in args:
