@@ -1,4 +1,7 @@
-"""Search your own pictures by a sentence: an index that grows with your folders, the command `capivara` and its page.
+"""Search your own pictures with a sentence.
+
+The package has an index of pictures that is updated when your folders change (`PictureIndex`), the command `capivara`,
+and a search page for the browser.
 
 Example:
     index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")
@@ -26,7 +29,17 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name of the package on first use, so that `capivara --help` does not wait for the imports."""
+    """Import a public name of this package on first use, so that `capivara --help` does not wait for slow imports.
+
+    Args:
+        name: One of the names in `__all__`.
+
+    Returns:
+        The class or function.
+
+    Raises:
+        AttributeError: If the name is not in `__all__`.
+    """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from capivara_search import index, models, results

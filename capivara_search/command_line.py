@@ -1,11 +1,12 @@
-"""The bilingual command line of `capivara`, built on click: command names, shared flags, help and usage errors.
+"""Parts of the bilingual command line of `capivara`, built on click: types of values, shared flags, help, usage errors.
 
-`obj` of a click context is a `Messages` object. Its keys for this module:
+The attribute `obj` of a click context is the `Messages` object of the user's language. This module uses these keys of
+`messages.yaml`:
 
-    about.COMMAND                      description of a command; the list of commands has its first paragraph
+    about.COMMAND                      description of a command; its first paragraph is also in the list of commands
     flag.COMMAND.FLAG or flag.FLAG     help of a flag, for one command or for all commands
-    metavar.KEY                        placeholder of a value in the help; KEY is the flag's metavar or its type
-    bad.TYPE                           error of a value that the type rejects
+    metavar.KEY                        placeholder of a value in the help; KEY is the click metavar or type of the flag
+    bad.TYPE                           error message for a value that the type rejects
 """
 
 import os
@@ -30,7 +31,15 @@ CONTEXT_SETTINGS = {
 
 
 def localized_type(param_type: click.ParamType) -> click.ParamType:
-    """Make a click type report rejected values in the user's language (`bad.TYPE`); changes and returns the type."""
+    """Make a click type report rejected values in the user's language.
+
+    Args:
+        param_type: Type to change in place. The error message is the text `bad.TYPE`, where TYPE is the name of the
+            type.
+
+    Returns:
+        The same type.
+    """
     convert = param_type.convert
 
     def convert_value(value: Any, param: click.Parameter | None, ctx: click.Context) -> Any:
@@ -53,10 +62,13 @@ def localized_type(param_type: click.ParamType) -> click.ParamType:
 
 
 class DateType(click.DateTime):
-    """A day. A month or year stands for its first day, or for its last day if the flag is `--until`."""
+    """Type of the flags `--since` and `--until`: a day, a month or a year.
+
+    A month or a year is converted to its first day for `--since`, and to its last day for `--until`.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> date:
-        """Parse a date.
+        """Convert the text of a flag to a date.
 
         Args:
             value: Text of the flag, such as "2024-06".
@@ -90,10 +102,17 @@ DATE = localized_type(DateType(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
 
 
 def add_switches(*names: str) -> Callable[[Callable], Callable]:
-    """Return a decorator that adds flags without a value, such as `--json`, to the function of a command."""
+    """Return a decorator that adds flags without a value to a command.
+
+    Args:
+        *names: Flags, such as "--json", in the order of the help.
+
+    Returns:
+        Decorator for the function of a command.
+    """
 
     def add(function: Callable) -> Callable:
-        for name in reversed(names):  # click shows flags in the reverse order of their decorators
+        for name in reversed(names):  # click lists flags in the reverse order of the decorator calls
             function = click.option(name, is_flag=True)(function)
         return function
 
@@ -101,13 +120,23 @@ def add_switches(*names: str) -> Callable[[Callable], Callable]:
 
 
 def _store_global_value(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Store the value of a flag that may stand before or after the command name; the later one wins."""
+    """Store the value of a shared flag in `ctx.meta` under the name of the flag (a click callback).
+
+    Shared flags may stand before or after the name of the command. If a flag is given twice, the later value is used.
+    """
     if value is not None:
         ctx.meta[param.name] = value
 
 
 def get_global_value(name: str) -> str | None:
-    """Return the value of a flag that all commands have (`index`, `model` or `device`); None if it was not given."""
+    """Return the value of a flag that all commands share.
+
+    Args:
+        name: "index", "model" or "device".
+
+    Returns:
+        The value, or None if the flag was not given.
+    """
     return click.get_current_context().meta.get(name)
 
 
@@ -116,7 +145,7 @@ GLOBAL_OPTIONS = [
     click.Option(["--index"], expose_value=False, callback=_store_global_value, **_folder_option_kwargs),
     click.Option(["--model"], expose_value=False, callback=_store_global_value, **_folder_option_kwargs),
     click.Option(["--device"], expose_value=False, callback=_store_global_value),
-    # `command.detect_language` has read its value before click parses the command line.
+    # The value of `--lang` is not stored: `command.detect_language` reads it before click parses the command line.
     click.Option(["--lang"], expose_value=False, type=localized_type(click.Choice(("pt", "en")))),
 ]
 
@@ -136,17 +165,18 @@ class LocalizedCommand(click.Command):
         self.params += GLOBAL_OPTIONS
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse a command line, in which `--labels a b` means `--labels a --labels b`.
+        """Parse a command line. `--labels a b` is a short form of `--labels a --labels b`.
 
         Args:
             ctx: Context of the command.
-            args: Words of the command line.
+            args: Words of the command line after the name of the command.
 
         Returns:
-            The words that are left for a subcommand.
+            The words that were not parsed. A group passes them to its subcommand.
 
         Raises:
-            click.UsageError: If a word is left over, or both `--json` and `--csv` are given.
+            click.UsageError: If a word is neither a flag nor a value that the command takes, or both `--json` and
+                `--csv` are given.
         """
         words, in_labels = list[str](), False
         for word in args:
@@ -163,11 +193,13 @@ class LocalizedCommand(click.Command):
         return rest
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the help: usage, description, flags, and for the group its commands and the exit codes.
+        """Write the help of a command: usage, description and flags.
+
+        The help of the group `capivara` also lists its commands and the exit codes.
 
         Args:
             ctx: Context of the command.
-            formatter: Receives the text.
+            formatter: click object that the text is written to.
         """
         messages, is_group = ctx.obj, isinstance(self, click.Group)
         arguments, flags = [], []
@@ -182,7 +214,7 @@ class LocalizedCommand(click.Command):
         with formatter.section(messages("options")):
             formatter.write_dl(flags)
         if is_group:
-            order = 1 if messages.language == "en" else -1  # the user's language first
+            order = 1 if messages.language == "en" else -1  # the name in the user's language comes first
             entries = [
                 (", ".join(names[::order]), messages(f"about.{names[0]}").partition("\n\n")[0])
                 for names in COMMAND_NAMES.items()
@@ -193,23 +225,23 @@ class LocalizedCommand(click.Command):
 
 
 class LocalizedGroup(LocalizedCommand, click.Group):
-    """The group `capivara`, which holds all commands."""
+    """The click group `capivara`, which has all commands as subcommands."""
 
     command_class = LocalizedCommand
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Find the command that the first word names.
+        """Find the command for the first word of a command line.
 
         Args:
             ctx: Context of the group.
             args: Words of the command line.
 
         Returns:
-            Name, command and remaining words, as click expects them.
+            Tuple of the name, the command and the remaining words, as in `click.Group.resolve_command`.
 
         Raises:
-            click.UsageError: If no command has this name. The error suggests the nearest name or, for a sentence, the
-                search for it.
+            click.UsageError: If no command has this name. The error suggests the most similar name. If the word is a
+                sentence, the error suggests `capivara search` with this sentence.
         """
         if not self.get_command(ctx, args[0]) and not ctx.resilient_parsing:
             error = click.NoSuchOption(args[0], possibilities=self.list_commands(ctx))
@@ -221,14 +253,15 @@ class LocalizedGroup(LocalizedCommand, click.Group):
 
 
 def describe_parameter(param: click.Parameter, ctx: click.Context) -> tuple[str, str]:
-    """Describe a flag or an argument for the help.
+    """Return the name and the description of a flag or an argument for the help.
 
     Args:
         param: Flag or argument.
-        ctx: Context of its command.
+        ctx: Context of the command that has the flag or argument.
 
     Returns:
-        Its name with a placeholder for its value, such as "--index FOLDER", and the help of a flag, "" for an argument.
+        The name with a placeholder for the value, such as "--index FOLDER", and the description. An argument has the
+        description "".
     """
     messages, name = ctx.obj, param.opts[0].lstrip("-").replace("-", "_")
     placeholder = ""
@@ -244,14 +277,14 @@ def describe_parameter(param: click.Parameter, ctx: click.Context) -> tuple[str,
 
 
 def describe_usage_error(error: click.UsageError, messages: Messages) -> str:
-    """Describe an error of the command line in the user's language.
+    """Return the message for a wrong command line in the user's language.
 
     Args:
-        error: Error of click, or of a command.
-        messages: Texts of the language.
+        error: Error that click or a command has raised.
+        messages: Texts of the user's language.
 
     Returns:
-        One line, with the name of the flag if a flag is wrong.
+        One line of text. It begins with the name of the flag if the value of a flag is wrong.
     """
     option = isinstance(getattr(error, "param", None), click.Option) and error.param.opts[-1]
     match error:

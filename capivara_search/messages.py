@@ -1,7 +1,7 @@
-r"""Texts for users, in Brazilian Portuguese and English: the entries of `messages.yaml`, looked up by their keys.
+r"""Look up the texts for users in `messages.yaml`, in Brazilian Portuguese and English, and format their values.
 
-Names of files come from other people. Characters in them that a terminal would act on are shown as an escape such as
-`\x1b`.
+File names may come from other people and may contain control characters, which a terminal would act on. Such characters
+are shown as an escape such as `\x1b`.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import Any
 from capivara_common.cli import coded_error
 from capivara_common.privacy import escape_control_characters, redact
 
-# English name of a command -> its Portuguese name; both work in both languages.
+# Maps the English name of each command to its Portuguese name. Both names work, whatever the language of the user.
 COMMAND_NAMES = dict(
     index="indexar", watch="seguir", search="buscar", classify="classificar", app="abrir", status="estado",
     forget="esquecer", move="mover", export="exportar", duplicates="duplicatas", completion="completar",
@@ -23,7 +23,10 @@ COMMAND_NAMES = dict(
 
 
 class Messages:
-    """The texts of `messages.yaml` in one language, with numbers and dates as that language writes them.
+    """The texts of `messages.yaml` in one language, and the number and date formats of this language.
+
+    Example:
+        Messages("en")("port_in_use")  # "The port is in use. Choose another port with --port."
 
     Args:
         language: "pt" or "en".
@@ -34,22 +37,29 @@ class Messages:
         self._messages = _load_messages()
 
     def raw(self, key: str) -> str | list[str]:
-        """Return an unformatted text of the file. A list holds the singular and the plural."""
+        """Return a text of `messages.yaml` without formatting it.
+
+        Args:
+            key: Key of the text.
+
+        Returns:
+            The text with its placeholders, or a list of two texts: the singular and the plural.
+        """
         return self._messages[key][self.language]
 
     def has(self, key: str) -> bool:
-        """Return whether the file has a text with this key."""
+        """Return whether `messages.yaml` has a text with this key."""
         return key in self._messages
 
     def skip_reason(self, code: str | None, text: object = None) -> str:
-        """Describe why a file was skipped.
+        """Return the reason why a file was skipped, in the language of this object.
 
         Args:
-            code: Code of the reason, such as "read error"; Portuguese texts are found by it.
-            text: English description. It is used in English, and if the code has no Portuguese text.
+            code: Code of the reason, such as "read error". The key of the Portuguese text is `reason.CODE`.
+            text: English description. It is used if the language is English or the code has no Portuguese text.
 
         Returns:
-            The description, or the code if there is no description.
+            The description. If `text` is needed but is None, the code is returned.
         """
         key = f"reason.{code}"
         return (
@@ -59,12 +69,12 @@ class Messages:
         )
 
     def __call__(self, key: str, *places: object, **values: object) -> str:
-        """Return a text with its `{0}` or `{name}` placeholders filled in.
+        """Return a text of `messages.yaml` and fill in its placeholders.
 
         Args:
             key: Key of the text in `messages.yaml`.
-            *places: Values of the numbered placeholders.
-            **values: Values of the named placeholders.
+            *places: Values of the numbered placeholders, such as `{0}`.
+            **values: Values of the named placeholders, such as `{path}`.
 
         Returns:
             The formatted text.
@@ -72,11 +82,11 @@ class Messages:
         return self.raw(key).format(*places, **values)
 
     def format_count(self, key: str, number: int, **values: Any) -> str:
-        """Return the singular or plural of a text.
+        """Return the singular or the plural of a text and fill in its placeholders.
 
         Args:
-            key: Key of a text with two forms.
-            number: Number that chooses the form and replaces `{n}`.
+            key: Key of a text that has a singular and a plural.
+            number: Selects the singular (1) or the plural (any other number), and replaces the placeholder `{n}`.
             **values: Values of the other placeholders.
 
         Returns:
@@ -98,16 +108,26 @@ class Messages:
         return text if self.language == "en" else text.translate(str.maketrans(",.", ".,"))
 
     def format_score(self, value: float) -> str:
-        """Format a score with three decimals, or a very small probability of SigLIP with two significant digits."""
+        """Format a score with three decimals.
+
+        Scores between 1e-12 and 0.01 are formatted with two significant digits, because the probabilities of SigLIP
+        models are often very small.
+
+        Args:
+            value: Cosine similarity, or probability of a SigLIP model.
+
+        Returns:
+            The formatted score.
+        """
         return self.format_number(value, 1 - math.floor(math.log10(value)) if 1e-12 < value < 0.01 else 3)
 
     def format_size(self, number: int) -> str:
-        """Format a number of bytes in megabytes or gigabytes, such as 1.2 MB."""
+        """Format a number of bytes in megabytes, or from 1e9 bytes on in gigabytes, such as "1.2 MB"."""
         unit, divisor = ("GB", 1e9) if number >= 1e9 else ("MB", 1e6)
         return f"{self.format_number(number / divisor, 1)} {unit}"
 
     def format_date(self, moment: datetime) -> str:
-        """Format the day of a date as 24/06/2024 (Portuguese) or 2024-06-24 (English)."""
+        """Format the date of a moment as "24/06/2024" (Portuguese) or "2024-06-24" (English); the time is left out."""
         return moment.strftime("%d/%m/%Y" if self.language == "pt" else "%Y-%m-%d")
 
 
@@ -115,22 +135,24 @@ class Messages:
 def _load_messages() -> dict[str, dict[str, str | list[str]]]:
     import yaml
 
-    # PyYAML's C loader takes a tenth of the time of the Python one.
+    # The C loader of PyYAML takes a tenth of the time of its Python loader.
     content = Path(__file__).with_name("messages.yaml").read_text(encoding="utf-8")
     return yaml.load(content, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
 
 
 def localized_error(error_type: Callable[[str], Exception], code: str, **values: object) -> Exception:
-    """Create an error whose message the command can show in both languages.
+    """Create an error whose message the command `capivara` can show in Portuguese or English.
 
     Args:
         error_type: Class of the error, such as ValueError.
-        code: The text is `error.CODE` of `messages.yaml`; the error's own message is the English text.
-        **values: Values of the placeholders. Secrets in them are redacted in the message.
+        code: Code of the error. `messages.yaml` has its text under the key `error.CODE`. `str` of the error is the
+            English text.
+        **values: Values of the placeholders. Secrets in the values, such as API keys, are redacted in the
+            message.
 
     Returns:
-        The error, with the attributes `code` and `values`. The values are not redacted, because code compares them with
-        paths, which may look like secrets.
+        The error with the attributes `code` and `values`. The attribute `values` is not redacted, because callers
+        compare the values with paths, and a path may look like a secret.
     """
 
     def create_redacted(text: str) -> Exception:
@@ -140,12 +162,13 @@ def localized_error(error_type: Callable[[str], Exception], code: str, **values:
 
 
 def log_message(code: str, *values: object, level: int = logging.INFO) -> None:
-    """Log a message for users, which the command `capivara` shows in the user's language.
+    """Log a message for users with the logger "capivara". The command `capivara` prints it in the user's language.
 
     Args:
-        code: The text is `note.CODE` of `messages.yaml`; the log record holds the English text.
-        *values: Values of the numbered placeholders. Secrets in them are redacted.
-        level: Level of the log record.
+        code: Code of the message. `messages.yaml` has its text under the key `note.CODE`. The log record has the
+            English text.
+        *values: Values of the numbered placeholders. Secrets in strings, such as API keys, are redacted.
+        level: Level of the log record, such as `logging.WARNING`.
     """
     values = tuple(redact(value) if isinstance(value, str) else value for value in values)
     text, extra = Messages("en")(f"note.{code}", *values), {"code": code, "values": values}

@@ -1,8 +1,8 @@
-"""The model of an index: find it, download and convert it once, and embed texts and pictures.
+"""Find, download and convert the model of an index, and embed texts and pictures with it.
 
-Any model with two towers that `capivara_common.hub_cache` supports can be used; a model of open_clip is converted when
-it is downloaded. Texts are embedded by NumPy if possible (`text_tower.py`), because the imports of torch and
-transformers take longer than a search should.
+Any model with an image encoder and a text encoder (two towers) that `capivara_common.hub_cache` supports can be used. A
+model in open_clip format is converted when it is downloaded. If possible, texts are embedded with NumPy
+(`text_tower.py`), because a search would take too long if it had to import torch and transformers.
 """
 
 import math
@@ -30,18 +30,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 DEFAULT_MODEL = "hiaac-nlp/CAPIVARA"
-MINIATURE_NAME = "miniature"  # name of the small model that is built from PyPI packages, without network
-MAX_NUMPY_TEXTS = 256  # for more texts, torch is faster than NumPy in spite of its import
+MINIATURE_NAME = "miniature"  # name of the small model that is built from PyPI packages, without a download
+MAX_NUMPY_TEXTS = 256  # for more texts, torch is faster than NumPy, even with the time of its import
 
 
 @dataclass
 class SearchModel:
-    """A model with two towers in a folder of this machine.
+    """A model with an image encoder and a text encoder, whose files are in a folder of this machine.
+
+    `find_model` creates objects of this class. Weights are loaded on first use.
 
     Attributes:
-        name: Name for people: the Hub id, or the name of the folder.
-        source: Name by which `find_model` finds the model again: the Hub id, or the absolute path of the folder.
-        folder: Folder with the files of the model.
+        name: Name to show to users: the Hub id, or the name of the folder.
+        source: Argument with which `find_model` finds the model again: the Hub id, or the absolute path of the folder.
+        folder: Folder that has `config.json`, the weights and the processor files.
         device: Device that embeds pictures, such as "cuda"; None for the GPU if there is one, else the CPU.
     """
 
@@ -51,12 +53,22 @@ class SearchModel:
     device: str | None = None
 
     def get_notice(self, language: str) -> str | None:
-        """Return what users must know about the model in "en" or "pt": that a miniature is a toy. Otherwise None."""
+        """Return a notice for users if the model is the miniature, which is only a toy.
+
+        Args:
+            language: Language of the notice, "en" or "pt".
+
+        Returns:
+            The notice, or None for any other model.
+        """
         return Messages(language)("miniature") if self.source == MINIATURE_NAME else None
 
     @cached_property
     def image_digest(self) -> str:
-        """Hex digest of everything that image embeddings depend on; models with equal digests can share embeddings."""
+        """Hex digest of the image encoder and the image processor.
+
+        Models with equal digests compute equal image embeddings, so an index can be used with each of them.
+        """
         with wrap_model_errors(self.name):
             return image_encoder_digest(self.folder)
 
@@ -70,12 +82,12 @@ class SearchModel:
 
     @cached_property
     def image_size(self) -> int:
-        """Side in pixels of the square image that the image encoder takes.
+        """Height and width, in pixels, of the square image that the image encoder takes.
 
         Raises:
             ValueError: If the processor in the folder belongs to another type of model, or produces another size.
         """
-        if self._model_type == "capivara":  # its image encoder comes from timm and has no size of its own
+        if self._model_type == "capivara":  # its config.json has no size, because the image encoder comes from timm
             return self._check_size("crop_size", (self._processor_settings["crop_size"] or {}).get("height"))
         for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
             path = self.folder / name
@@ -97,7 +109,10 @@ class SearchModel:
 
     @cached_property
     def resize_filter(self) -> int | None:
-        """PIL filter with which the processor squeezes pictures into a square, as SigLIP's does; None if it crops."""
+        """PIL resampling filter of a processor that resizes pictures to a square regardless of their aspect ratio.
+
+        The processor of SigLIP is an example. None for a processor that keeps the aspect ratio and crops.
+        """
         return self._processor_settings["resample"] if "height" in (self._processor_settings["size"] or {}) else None
 
     @cached_property
@@ -118,19 +133,19 @@ class SearchModel:
 
     @cached_property
     def logit_scale(self) -> float:
-        """Factor of the cosines before the softmax, or before SigLIP's sigmoid."""
+        """Factor that cosine similarities are multiplied by before the softmax, or before the sigmoid of SigLIP."""
         return math.exp(self._read_scalar("logit_scale"))
 
     @cached_property
     def logit_bias(self) -> float | None:
-        """Bias that SigLIP's sigmoid adds to the scaled cosines; None for a model that was trained with a softmax."""
+        """Bias that SigLIP adds to the scaled cosines before its sigmoid; None for a model trained with a softmax."""
         return self._read_scalar("logit_bias")
 
     def _read_scalar(self, name: str) -> float | None:
-        """Return a weight that is a single number, None if the model has none of this name.
+        """Return the value of a weight with a single element, or None if the model has no weight with this name.
 
         Raises:
-            ValueError: If the weight is not a single number, or the weights are damaged.
+            ValueError: If the weight has several elements, or the weights are damaged.
         """
         with wrap_model_errors(self.name):
             if (number := read_scalar(self.folder, name)) is not None:
@@ -138,17 +153,21 @@ class SearchModel:
             return number
 
     def scale_scores(self, cosines: np.ndarray) -> np.ndarray:
-        """Convert cosines of texts with pictures to scores.
+        """Convert the cosine similarities of texts and pictures to scores.
 
-        They stay cosines, except for a SigLIP model, whose scores are the probabilities, 0 to 1, that text and picture
-        match.
+        Args:
+            cosines: Cosine similarities, of any shape.
+
+        Returns:
+            Scores of the same shape. The score of a SigLIP model is the probability, 0 to 1, that text and picture
+            match. The score of any other model is the cosine similarity.
         """
         if self.logit_bias is None:
             return cosines
         return np.exp(-np.logaddexp(0, -(self.logit_scale * cosines + self.logit_bias)))  # the sigmoid
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed texts.
+        """Embed texts with the text encoder, in NumPy if possible, otherwise in PyTorch.
 
         Args:
             texts: Texts, at least one.
@@ -160,8 +179,8 @@ class SearchModel:
             ValueError: If there is no text, a text is not a string, or the model is damaged.
         """
         texts = check_texts(list(texts))
-        if self._model_type != "capivara":  # CAPIVARA cleans its texts itself
-            # A tokenizer fails at half a surrogate pair.
+        if self._model_type != "capivara":  # the tokenizer of CAPIVARA cleans its texts itself
+            # A tokenizer raises an error for half of a surrogate pair.
             texts = [text.encode("utf-8", "replace").decode() for text in texts]
         with wrap_model_errors(self.name):
             is_loaded = "_loaded" in self.__dict__
@@ -174,11 +193,11 @@ class SearchModel:
             return embed_texts(model, processor, texts).numpy()
 
     def embed_images(self, images: Sequence["Image.Image"], batch_size: int = 32) -> np.ndarray:
-        """Embed images.
+        """Embed images with the image encoder, in PyTorch.
 
         Args:
             images: PIL images.
-            batch_size: Images that go through the model at a time.
+            batch_size: Number of images per forward pass.
 
         Returns:
             Embeddings (images, width) in float32, of unit length.
@@ -219,7 +238,15 @@ class SearchModel:
 
 @contextmanager
 def wrap_model_errors(model: str) -> Iterator[None]:
-    """Add the name of the model and a code to a ValueError about its files, unless the error has a code already."""
+    """Convert a ValueError about the files of a model to an error with the name of the model.
+
+    Args:
+        model: Name of the model.
+
+    Raises:
+        ValueError: If the block raises a ValueError. An error that has a code (`localized_error`) is not changed; any
+            other ValueError becomes the reason of an error with the code "unusable_model".
+    """
     try:
         yield
     except ValueError as error:
@@ -229,13 +256,14 @@ def wrap_model_errors(model: str) -> Iterator[None]:
 
 
 def find_model(model: str | None = None, device: str | None = None) -> SearchModel:
-    """Find a model for search; download and convert it if that has not been done before.
+    """Find a model for search. Download and convert the model if this has not been done before.
 
     Args:
-        model: Folder or Hub id of a model with two towers (`hub_cache.SUPPORTED_MODEL_TYPES`) or of an open_clip model
-            with an XLM-RoBERTa text encoder, or "miniature". None for the value of the environment variable
-            `CAPIVARA_MODEL`; without it `DEFAULT_MODEL` if it is in the cache or the Hub can be reached, else the
-            miniature.
+        model: Folder or Hub id of a model with an image encoder and a text encoder. Its type is one of
+            `hub_cache.SUPPORTED_MODEL_TYPES`, or it is an open_clip model with an XLM-RoBERTa text encoder. "miniature"
+            stands for the small model that is built from PyPI packages. None stands for the value of the environment
+            variable `CAPIVARA_MODEL`. If the variable is not set, None stands for `DEFAULT_MODEL` if this model is in
+            the cache or the Hub can be reached, otherwise for the miniature.
         device: Device that embeds pictures, such as "cuda"; None for the GPU if there is one, else the CPU.
 
     Returns:
@@ -243,7 +271,7 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
 
     Raises:
         ValueError: If the model does not exist or is of another type, or the Hub can't be reached.
-        ImportError: If a package that the miniature is made of is not installed.
+        ImportError: If a package that the miniature is built from is not installed.
         OSError: If the disk is full.
     """
     model = model or os.environ.get("CAPIVARA_MODEL") or None
@@ -262,15 +290,15 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
 
 
 def convert_with_torch(source: str, folder: Path, revision: str | None) -> str:
-    """Convert a model of open_clip; torch is imported only when a model has to be converted.
+    """Convert a model from open_clip format, and import torch only then.
 
     Args:
-        source: Folder, checkpoint file or Hub id of the open_clip model.
+        source: Folder, checkpoint file or Hub id of the model in open_clip format.
         folder: Empty folder for the converted model.
         revision: Branch, tag or commit of a Hub id; None for the main branch.
 
     Returns:
-        Digest of the converted weights.
+        Hex digest of the converted weights.
     """
     from modeling_capivara.convert_open_clip import convert_to_folder
 

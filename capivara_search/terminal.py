@@ -1,4 +1,4 @@
-"""Terminal output of `capivara`: paths, tables, links, CSV, and pictures drawn with colored characters.
+"""Terminal output of `capivara`: tables of paths, links to files, CSV, and pictures drawn with colored characters.
 
 Example:
     print(render_contact_sheet(thumbnails, ["1 praia.jpg", "2 mar.jpg"], 80), end="")
@@ -23,26 +23,33 @@ from capivara_common.privacy import escape_control_characters
 from capivara_search.messages import Messages, localized_error
 from capivara_search.results import Hit
 
-# First characters of a cell that a spreadsheet would compute as a formula. A single quote before them makes it a text.
+# A spreadsheet would compute a cell that begins with one of these characters as a formula. A single quote before the
+# character makes the cell a text.
 FORMULA_PATTERN = r"^([=+\-@\t\r])"
-MAX_OPENED_PICTURES = 12  # of --open, as its help says: nobody can look at more windows at once
+MAX_OPENED_PICTURES = 12  # limit of --open, whose help states this number; nobody can look at more windows at once
 print_notice = partial(click.echo, err=True)  # stdout holds results only; everything else goes to stderr
-MIN_TILE_COLUMNS = 34  # characters; a character shows two pixels, one above the other
-TILE_ROWS_PER_COLUMN = 0.375  # tiles of 4:3, with characters that are twice as high as wide
+MIN_TILE_COLUMNS = 34  # least width of a drawn picture in characters; a character shows two pixels, upper and lower
+TILE_ROWS_PER_COLUMN = 0.375  # aspect ratio 4:3 of a drawn picture, because characters are twice as high as wide
 
 
 def escape_csv_cell(text: str) -> str:
-    """Return a text as a CSV cell that neither a terminal nor a spreadsheet acts on."""
+    """Escape a text for a CSV cell.
+
+    Control characters are escaped, so that a terminal does not act on them. A text that a spreadsheet would compute as
+    a formula gets a single quote in front.
+    """
     return re.sub(FORMULA_PATTERN, r"'\1", escape_control_characters(text))
 
 
 def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write rows as CSV with a header. Texts are escaped by `escape_csv_cell`, and times are in ISO 8601.
+    """Write rows as CSV with a header.
+
+    Texts are escaped by `escape_csv_cell`. Times are written in ISO 8601.
 
     Args:
         file: Open text file.
-        columns: Keys of the cells, in the order of the columns.
-        rows: Rows by column; further keys are ignored.
+        columns: Names of the columns, in order.
+        rows: Rows as dictionaries from column name to value. Keys that are not in `columns` are ignored.
 
     Returns:
         Number of rows written.
@@ -53,12 +60,20 @@ def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, 
         row_count += 1
         cells = [row[name].isoformat() if isinstance(row[name], datetime) else row[name] for name in columns]
         writer.writerow([escape_csv_cell(cell) if isinstance(cell, str) else cell for cell in cells])
-    file.flush()  # raises here, rather than at the exit of Python, if the reader of a pipe has gone
+    file.flush()  # a closed pipe raises its error here, rather than when Python exits
     return row_count
 
 
 def shorten_path(path: str) -> str:
-    """Return a path relative to the current folder, or from `~`, or absolute, with control characters escaped."""
+    """Return a short form of a path for display.
+
+    Args:
+        path: Absolute path.
+
+    Returns:
+        The path relative to the current folder if it is inside this folder, otherwise with `~` for the home folder if
+        it is inside the home folder, otherwise the absolute path. Control characters are escaped.
+    """
     for folder, prefix in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
         if folder != "/" and path.startswith(folder.rstrip("/") + "/"):
             return escape_control_characters(prefix + path[len(folder.rstrip("/")) + 1 :])
@@ -66,20 +81,23 @@ def shorten_path(path: str) -> str:
 
 
 def display_width(text: str) -> int:
-    """Return the columns that a text takes on a terminal: combining marks take none, wide East Asian letters two."""
+    """Return the number of terminal columns that a text takes.
+
+    A combining mark takes no column, a wide East Asian character takes two columns, and any other character takes one.
+    """
     drawn = (c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
     return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in drawn)
 
 
 def fit_to_columns(text: str, columns: int) -> str:
-    """Pad a text with blanks to a width on the terminal, or shorten it to that width with "…" at the end.
+    """Pad a text with spaces, or shorten it and add "…", so that it takes a given number of terminal columns.
 
     Args:
         text: Text without control characters.
-        columns: Width in columns of the terminal.
+        columns: Number of terminal columns.
 
     Returns:
-        A text of exactly this width.
+        A text that takes exactly `columns` columns.
     """
     if display_width(text) > columns:
         while text and display_width(text) >= columns:
@@ -89,14 +107,14 @@ def fit_to_columns(text: str, columns: int) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()) -> Iterator[str]:
-    """Format a table with aligned columns.
+    """Format rows of texts as a table with aligned columns.
 
     Args:
         rows: Cells of each row. The last column is not padded.
-        right_aligned: Numbers of the columns that are aligned to the right.
+        right_aligned: Indices, from 0, of the columns that are aligned to the right.
 
     Yields:
-        One line per row.
+        One line of text per row.
     """
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -110,14 +128,14 @@ def format_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = (
 
 
 def format_link(path: str, text: str) -> str:
-    """Return a text that terminals show as a link to a file (escape sequence OSC 8).
+    """Return a text that a terminal shows as a link to a file (escape sequence OSC 8).
 
     Args:
         path: Absolute path of the file.
         text: Text of the link.
 
     Returns:
-        The link, or the plain text if the path holds control characters.
+        The text with escape sequences, or the plain text if the path contains control characters.
     """
     if escape_control_characters(path) != path:
         return text
@@ -125,21 +143,21 @@ def format_link(path: str, text: str) -> str:
 
 
 def supports_true_color(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether a stream is a terminal with 24-bit colors; such terminals also support links.
+    """Return whether a stream is a terminal with 24-bit colors. Such terminals also support links.
 
     Args:
         stream: Output stream.
         environment: Environment variables; TERM and COLORTERM are used.
 
     Returns:
-        True if the stream is a terminal and its variables announce 24-bit colors.
+        True if the stream is a terminal and the environment variables announce 24-bit colors.
     """
     has_colors = environment.get("TERM", "dumb") != "dumb" and environment.get("COLORTERM") in ("truecolor", "24bit")
     return stream.isatty() and has_colors
 
 
 def supports_pictures(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether pictures can be drawn on a stream.
+    """Return whether pictures can be drawn on a stream with colored characters.
 
     Args:
         stream: Output stream.
@@ -156,13 +174,14 @@ def supports_pictures(stream: TextIO, environment: Mapping[str, str] = os.enviro
 def render_contact_sheet(
     pictures: Sequence[bytes | None], captions: Sequence[str], width: int, max_lines: int = 10**9
 ) -> str:
-    """Draw pictures side by side in rows, each above its caption, as text for a terminal.
+    """Draw pictures in rows as text for a terminal, with a caption below each picture.
 
     Args:
-        pictures: Image files. None or a damaged file leaves an empty place.
+        pictures: Content of image files. For None or a damaged file, the space of the picture stays blank.
         captions: One caption per picture.
-        width: Columns of the terminal.
-        max_lines: Lines that the text may take. Further rows of pictures are left out, except for the first row.
+        width: Number of columns of the terminal.
+        max_lines: Maximum number of lines of the result. Rows of pictures beyond this number are left out, but the
+            first row is always drawn.
 
     Returns:
         Text with escape sequences for 24-bit colors.
@@ -181,9 +200,18 @@ def render_contact_sheet(
 
 
 def _render_picture(data: bytes | None, columns: int, rows: int) -> list[str]:
-    """Draw a picture as large as fits into `columns` x `rows` characters.
+    """Draw a picture as large as fits into a block of characters.
 
-    Each character is an upper half block: its foreground color is the upper pixel and its background the lower one.
+    Each character is an upper half block (▀). Its foreground color shows one pixel, and its background color shows the
+    pixel below.
+
+    Args:
+        data: Content of an image file. None or a damaged file gives a blank block.
+        columns: Width of the block in characters.
+        rows: Height of the block in characters.
+
+    Returns:
+        One text per row of the block, with escape sequences for 24-bit colors.
     """
     import numpy as np
     import PIL.Image
@@ -201,15 +229,16 @@ def _render_picture(data: bytes | None, columns: int, rows: int) -> list[str]:
     for upper, lower in np.asarray(picture).reshape(-1, 2, width, 3).tolist():
         cells = ("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*a, *b) for a, b in zip(upper, lower, strict=True))
         lines.append(f" {''.join(cells)}\x1b[0m{' ' * (columns - 1 - width)}")
-    return [" " * columns] * (rows - len(lines)) + lines  # at the bottom of its place, next to its caption
+    return [" " * columns] * (rows - len(lines)) + lines  # the blank rows are above; the caption is below
 
 
 def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], messages: Messages) -> None:
-    """Print hits as a table, and above it, if the terminal supports pictures, as many thumbnails as fit.
+    """Print search hits as a table. If the terminal supports pictures, draw as many thumbnails as fit above the table.
 
     Args:
-        hits: Hits, best first.
-        thumbnail: Function that returns the thumbnail file of a path, None if there is none.
+        hits: Search hits, best first.
+        thumbnail: Function that takes the path of a picture and returns the content of its thumbnail file, or None if
+            the picture has no thumbnail.
         messages: Texts of the user's language.
     """
     if supports_pictures(sys.stdout):
@@ -237,8 +266,9 @@ def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], mes
 def open_pictures(paths: Sequence[str], messages: Messages) -> None:
     """Open the first `MAX_OPENED_PICTURES` pictures in the system's viewer.
 
-    An index may come from other people, and its paths may lead to any file. The system would start a program that it
-    finds there. So a file is opened only if it has the name of a picture and can be read as a picture.
+    An index may come from other people, and its paths may lead to any file. If such a file were a program, the system
+    would start it. Therefore a file is opened only if its extension is an extension of pictures and its content can be
+    read as a picture. A notice is printed for every other file.
 
     Args:
         paths: Absolute paths of pictures.

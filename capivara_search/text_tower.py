@@ -1,7 +1,8 @@
-"""Text encoders in NumPy: embed texts without torch and transformers.
+"""Text encoders in NumPy, which embed texts without torch and transformers.
 
-Their imports take longer than a search should. The embeddings differ by less than 1e-5 from those of `CapivaraModel`
-with XLM-RoBERTa and of SigLIP in PyTorch. Weights are read from `model.safetensors` by memory mapping.
+A search would take too long if it had to import torch and transformers. The embeddings differ by less than 1e-5 from
+the embeddings that `CapivaraModel` (with XLM-RoBERTa as text encoder) and SigLIP compute in PyTorch. Weights are read
+from `model.safetensors` by memory mapping.
 """
 
 import json
@@ -22,29 +23,30 @@ from capivara_common.weight_file import WeightFile
 from capivara_search.model_files.checks_capivara import NOT_FINITE_MESSAGE, check_sizes, wrap_tokenizer_errors
 from capivara_search.model_files.text_cleaning_capivara import CONTEXT_LENGTH, clean_text
 
-# Texts per batch. Each thread computes one batch; several threads within one matrix product would wait for each other
-# on a busy machine.
+# Number of texts per batch. Each thread computes a whole batch. If several threads shared a matrix product, they would
+# wait for each other on a busy machine.
 TEXTS_PER_BATCH = 8
-WEIGHT_DTYPES = {"F32", "F16", "BF16"}  # safetensors' names of the supported types of weights
-EMBEDDINGS_PREFIX = "text_model.embeddings."  # of the names of tensors
+WEIGHT_DTYPES = {"F32", "F16", "BF16"}  # supported types of weights, as safetensors names them
+EMBEDDINGS_PREFIX = "text_model.embeddings."  # prefix of the names of all embedding tensors
 
 
 @dataclass
 class TextTower:
-    """The text encoder of a `CapivaraModel`: XLM-RoBERTa, mean pooling and projection.
+    """The text encoder of a `CapivaraModel` in NumPy: XLM-RoBERTa, mean pooling and projection.
 
-    Class attributes describe the supported architecture; subclasses override them.
+    The class attributes (in capitals) describe the supported architecture. Subclasses override them.
 
     Attributes:
-        CONFIG_DEFAULTS: Values of `text_config` that a published config.json leaves out.
-        REQUIRED_CONFIG: The only supported values of `text_config`; a missing value counts as supported.
-        OTHER_TENSOR_COUNTS: Possible numbers of text tensors besides the 16 tensors of each layer.
+        CONFIG_DEFAULTS: Values of keys that `text_config` in a published config.json may leave out.
+        REQUIRED_CONFIG: Keys of `text_config` for which only one value is supported, with this value. A missing key
+            counts as supported.
+        OTHER_TENSOR_COUNTS: Possible numbers of text tensors in addition to the 16 tensors of each layer.
         CLEAN_TEXT: Function that cleans a text before tokenization.
         weights: Memory-mapped weights of the model.
-        tokenizer: Tokenizer that truncates, and pads if the encoder expects padding.
+        tokenizer: Tokenizer that truncates texts. It also pads them if the encoder expects texts of fixed length.
         layer_count: Number of transformer layers.
-        head_count: Attention heads of a layer.
-        epsilon: Epsilon of the layer norms.
+        head_count: Number of attention heads of each layer.
+        epsilon: Small number that the layer norms add to the variance.
         pad_token_id: Id of the padding token; None for SigLIP, which has no attention mask.
     """
 
@@ -64,7 +66,7 @@ class TextTower:
     def prepare_tokenizer(
         cls, tokenizer: Tokenizer, settings: dict[str, Any], text_config: dict[str, Any]
     ) -> Tokenizer | None:
-        """Set up a tokenizer as transformers would.
+        """Configure a tokenizer so that it encodes texts like the tokenizer that transformers would load.
 
         Args:
             tokenizer: Tokenizer of `tokenizer.json`.
@@ -72,11 +74,11 @@ class TextTower:
             text_config: `text_config` of the model.
 
         Returns:
-            The same tokenizer, or None if transformers would load another class of tokenizer, or the padding token
-            differs from the one of the model.
+            The same tokenizer. None if transformers would not load a `CapivaraTokenizer`, or if the padding token of
+            the tokenizer is not the padding token of the model.
         """
         is_capivara = settings.get("tokenizer_class") == "CapivaraTokenizer"
-        pad = tokenizer.token_to_id(_token_text(settings["pad_token"]))  # None if it is not in the vocabulary
+        pad = tokenizer.token_to_id(_token_text(settings["pad_token"]))  # None if the token is not in the vocabulary
         if not is_capivara or pad is None or pad != text_config["pad_token_id"]:
             return None
         tokenizer.no_padding()
@@ -84,7 +86,7 @@ class TextTower:
         return tokenizer
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed texts.
+        """Embed texts, which are cleaned, tokenized and encoded in batches of similar length.
 
         Args:
             texts: Texts, at least one.
@@ -98,7 +100,7 @@ class TextTower:
         with wrap_tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
             encodings = self.tokenizer.encode_batch_fast([self.CLEAN_TEXT(text) for text in texts])
             ids = [encoding.ids for encoding in encodings]
-        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # batches of texts of similar length
+        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # texts of a batch get similar lengths
         batches = [
             [ids[n] for n in order[start : start + TEXTS_PER_BATCH]] for start in range(0, len(ids), TEXTS_PER_BATCH)
         ]
@@ -109,14 +111,24 @@ class TextTower:
         return embeds / np.maximum(np.linalg.norm(embeds, axis=-1, keepdims=True), 1e-12)
 
     def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:
-        """Return embeddings (texts, width), not normalized, of texts given as token ids."""
+        """Encode texts that are given as token ids.
+
+        Args:
+            ids: Token ids of each text, without padding.
+
+        Returns:
+            Embeddings (texts, width) that are not normalized.
+
+        Raises:
+            ValueError: If a text has no token except padding tokens.
+        """
         tokens = np.full((len(ids), max(map(len, ids))), self.pad_token_id)
         for row, text_ids in zip(tokens, ids, strict=True):
             row[: len(text_ids)] = text_ids
-        mask = tokens != self.pad_token_id  # (texts, tokens); False also where a text itself spells the padding token
+        mask = tokens != self.pad_token_id  # (texts, tokens); also False if a text itself contains the padding token
         if not mask.any(axis=1).all():
             raise ValueError("Every text needs at least one token; the tokenizer gives none for an empty text.")
-        # XLM-RoBERTa numbers the positions from `pad_token_id` + 1 on.
+        # In XLM-RoBERTa, positions of tokens begin at `pad_token_id` + 1, and padding has the position `pad_token_id`.
         positions = np.where(mask, mask.cumsum(axis=1) + self.pad_token_id, self.pad_token_id)
         hidden = self._embed_tokens(f"{EMBEDDINGS_PREFIX}word_embeddings.weight", tokens)
         hidden = hidden + self.weights.array(f"{EMBEDDINGS_PREFIX}token_type_embeddings.weight")[0]
@@ -137,12 +149,29 @@ class TextTower:
         return inner @ self.weights.array("text_projection.2.weight").T
 
     def _embed_tokens(self, name: str, tokens: np.ndarray) -> np.ndarray:
-        """Look up token embeddings; each row of the vocabulary matrix is read once."""
+        """Look up token embeddings. Each row of the embedding matrix is read from the file only once.
+
+        Args:
+            name: Name of the embedding matrix.
+            tokens: Token ids (texts, tokens).
+
+        Returns:
+            Embeddings (texts, tokens, hidden size).
+        """
         distinct, inverse = np.unique(tokens, return_inverse=True)
         return self.weights.rows(name, distinct)[inverse.reshape(tokens.shape)]
 
     def _attention(self, hidden: np.ndarray, mask: np.ndarray, names: list[str]) -> np.ndarray:
-        """Apply multi-head attention; `names` are the prefixes of the query, key and value layers."""
+        """Apply multi-head self-attention without the output projection.
+
+        Args:
+            hidden: Hidden states (texts, tokens, hidden size).
+            mask: True for tokens that may be attended to (texts, tokens).
+            names: Prefixes of the tensor names of the query, key and value layers, in this order.
+
+        Returns:
+            Attended values (texts, tokens, hidden size).
+        """
         texts, tokens, width = hidden.shape
         query, key, value = (
             self._linear(hidden, name).reshape(texts, tokens, self.head_count, -1).swapaxes(1, 2) for name in names
@@ -154,7 +183,7 @@ class TextTower:
         return (shares @ value).swapaxes(1, 2).reshape(hidden.shape)
 
     def _linear(self, hidden: np.ndarray, name: str) -> np.ndarray:
-        flat = hidden.reshape(-1, hidden.shape[-1])  # a single matrix product instead of one per text
+        flat = hidden.reshape(-1, hidden.shape[-1])  # so that NumPy computes one matrix product instead of one per text
         result = flat @ self.weights.array(f"{name}weight").T + self.weights.array(f"{name}bias")
         return result.reshape(*hidden.shape[:-1], -1)
 
@@ -166,7 +195,7 @@ class TextTower:
 
 @dataclass
 class SiglipTextTower(TextTower):
-    """The text encoder of SigLIP with the tokenizer of SigLIP 2."""
+    """The text encoder of a SigLIP model in NumPy, for models with the tokenizer of SigLIP 2."""
 
     CONFIG_DEFAULTS = {  # defaults of transformers' `SiglipTextConfig`
         **{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-6},
@@ -180,7 +209,7 @@ class SiglipTextTower(TextTower):
     def prepare_tokenizer(
         cls, tokenizer: Tokenizer, settings: dict[str, Any], text_config: dict[str, Any]
     ) -> Tokenizer | None:
-        """Set up a tokenizer as transformers' `Siglip2Tokenizer` would: lowercase, padded to a fixed length.
+        """Configure a tokenizer like `Siglip2Tokenizer` of transformers: lowercase texts, padded to a fixed length.
 
         Args:
             tokenizer: Tokenizer of `tokenizer.json`.
@@ -188,7 +217,8 @@ class SiglipTextTower(TextTower):
             text_config: `text_config` of the model.
 
         Returns:
-            The same tokenizer, or None if transformers would load another class of tokenizer.
+            The same tokenizer, or None if transformers would load a tokenizer of a class other than Gemma's or SigLIP
+            2's.
         """
         if settings.get("tokenizer_class") not in ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast"):
             return None
@@ -202,7 +232,14 @@ class SiglipTextTower(TextTower):
         return tokenizer
 
     def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:
-        """Return embeddings (texts, width), not normalized: the projected last token, without an attention mask."""
+        """Encode texts that are given as token ids. The embedding is the projected hidden state of the last token.
+
+        Args:
+            ids: Token ids of each text, padded to the same length. Padding is attended to like any other token.
+
+        Returns:
+            Embeddings (texts, width) that are not normalized.
+        """
         tokens = np.array(ids)
         hidden = self._embed_tokens(f"{EMBEDDINGS_PREFIX}token_embedding.weight", tokens)
         hidden = hidden + self.weights.array(f"{EMBEDDINGS_PREFIX}position_embedding.weight")[: tokens.shape[1]]
@@ -218,16 +255,20 @@ class SiglipTextTower(TextTower):
 
 
 def load_text_tower(folder: str | Path) -> TextTower | None:
-    """Load the text encoder of a model folder, if its architecture is one of those that this module implements.
+    """Load the text encoder of a model if this module implements its architecture.
 
     Adapters, other encoders, other tokenizers, quantized weights and weights in several files are not supported. A
-    folder with damaged JSON files counts as not supported, so that transformers reports what is wrong with it.
+    folder with damaged JSON files counts as not supported, so that transformers loads the model and reports the error.
+
+    Args:
+        folder: Folder of the model, with `config.json`, `model.safetensors` and the tokenizer files.
 
     Returns:
-        The text encoder, or None if the folder is not supported.
+        The text encoder, or None if the model is not supported.
 
     Raises:
-        ValueError: If the weights or the tokenizer can't be read, or a size is outside of a model's limits.
+        ValueError: If the weights or the tokenizer can't be read, or a size in `config.json` is outside of the range
+            that `check_sizes` allows.
     """
     names = ("config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors")
     config_file, settings_file, tokenizer_file, weights_file = paths = [Path(folder, name) for name in names]
@@ -256,25 +297,33 @@ def load_text_tower(folder: str | Path) -> TextTower | None:
 
 
 def _token_text(token: Any) -> Any:
-    """Return the text of a special token, which `tokenizer_config.json` writes as a string or as a dictionary."""
+    """Return the text of a special token of `tokenizer_config.json`.
+
+    Args:
+        token: The text, or a dictionary that has the text under the key "content".
+
+    Returns:
+        The text.
+    """
     return token["content"] if isinstance(token, dict) else token
 
 
 def gelu(values: np.ndarray) -> np.ndarray:
-    """Compute the exact GELU, x times the standard normal distribution function at x, not its tanh approximation."""
+    """Compute the exact GELU of each element x: x times the standard normal distribution function at x."""
     return values * np.float32(0.5) * (1 + erf(values * np.float32(0.5**0.5)))
 
 
 def gelu_tanh(values: np.ndarray) -> np.ndarray:
-    """Compute the tanh approximation of GELU, like PyTorch's `gelu_pytorch_tanh`."""
+    """Compute the tanh approximation of GELU of each element, as the activation `gelu_pytorch_tanh` of transformers."""
     inner = np.float32((2 / np.pi) ** 0.5) * (values + np.float32(0.044715) * values**3)
     return np.float32(0.5) * values * (1 + np.tanh(inner))
 
 
 def erf(values: np.ndarray) -> np.ndarray:
-    """Compute the error function with an error of at most 6e-7, a few units in the last place of float32.
+    """Compute the Gauss error function of each element, with an error of at most 6e-7.
 
-    Formula 7.1.26 of Abramowitz and Stegun, Handbook of Mathematical Functions.
+    This error is a few units in the last place of float32. The approximation is formula 7.1.26 of Abramowitz and
+    Stegun, Handbook of Mathematical Functions.
     """
     size = np.abs(values)
     t = 1 / (1 + np.float32(0.3275911) * size)

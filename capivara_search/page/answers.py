@@ -1,11 +1,12 @@
-"""Answer the questions of the search page with plain values for JSON.
+"""Compute the responses to the requests of the search page, as dictionaries that are sent as JSON.
 
 Example:
     answers = PageAnswers(index)
     hits = answers.search(Question.parse({"text": "um gato", "k": 12}), None)["hits"]
 
-Every question is a POST request of the page; `server.py` receives it and `guard.py` protects it. A question that is not
-answered raises RequestRefusedError, whose code has a text in `page/words`.
+A question is a POST request of the page, such as a search. `server.py` receives it, and `guard.py` checks and limits
+it. If a question is refused, RequestRefusedError is raised. The JSON files in `page/words` have a text for each of its
+codes.
 """
 
 import contextlib
@@ -27,29 +28,30 @@ if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
 MAX_TEXT_CHARACTERS = 10_000  # a longer text is refused
-MODEL_TEXT_CHARACTERS = 400  # about 77 tokens; the model does not read what follows
+MODEL_TEXT_CHARACTERS = 400  # about 77 tokens, the context length of the model; further text is ignored
 MAX_ANSWER_PICTURES = 240
 MAX_LABELS, MIN_LABELS = 50, 2
-MAX_FEEDBACK_PICTURES = 20  # in each of `more` and `less`
-YEAR_LIMIT = 9999  # dates must be before this year, because its last day has no next day in Python
+MAX_FEEDBACK_PICTURES = 20  # limit for `Question.more` and for `Question.less`
+YEAR_LIMIT = 9999  # dates must be before this year, because Python has no date after its last day
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a visitor asks. Every field is optional.
+    """The checked values of a request of the page. Every field is optional; a request uses only some of them.
 
     Attributes:
         text: Text of the query.
-        like: Path of a picture of the index: the query, or the picture whose near-duplicates are wanted.
-        k: Number of pictures of the answer.
-        folder: Folder that pictures must be in; "" for all folders.
-        since: First day; None for no limit.
-        until: Last day; None for no limit.
-        labels: Labels of a classification.
-        template: Sentence of a classification, with {} in place of the label.
+        like: Path of a picture of the index. In a search, it is the query picture. In a request for near-duplicates, it
+            is the picture whose near-duplicates are returned.
+        k: Maximum number of pictures in the response.
+        folder: Return only pictures in this folder and its subfolders; "" for all folders.
+        since: Return only pictures from this day on; None for no limit.
+        until: Return only pictures up to and including this day; None for no limit.
+        labels: Labels for classification.
+        template: Sentence for classification, with {} in place of the label.
         more: Paths of pictures of the index that the search is moved towards.
         less: Paths of pictures of the index that the search is moved away from.
-        language: "pt" or "en", for the notice about the model.
+        language: "pt" or "en": language of the notice about the model.
     """
 
     text: str = ""
@@ -66,10 +68,16 @@ class Question:
 
     @classmethod
     def parse(cls, values: object) -> "Question":
-        """Check the JSON value that a visitor has sent, and convert it to a question.
+        """Check the JSON value of a request and convert it to a question.
+
+        Args:
+            values: Parsed JSON. It must be a dictionary from field names of this class to values.
+
+        Returns:
+            The question.
 
         Raises:
-            RequestRefusedError: If a name or value is not allowed, the text is too long, or `since` is after `until`.
+            RequestRefusedError: If a key or value is not allowed, the text is too long, or `since` is after `until`.
         """
         if not isinstance(values, dict) or not values.keys() <= {field.name for field in fields(cls)}:
             raise RequestRefusedError("bad_question")
@@ -81,11 +89,14 @@ class Question:
         return question
 
     def filters(self) -> dict[str, Any]:
-        """Return the folder and the dates as keyword arguments of the searches of `PictureIndex`."""
+        """Return `folder`, `since` and `until` as keyword arguments for the search methods of `PictureIndex`."""
         return {"folder": self.folder or None, "since": self.since, "until": self.until}
 
     def check_labels_and_template(self) -> tuple[list[str], str]:
-        """Return the distinct labels and the sentence of a classification; an empty sentence becomes "{}".
+        """Check the labels and the sentence of a classification.
+
+        Returns:
+            Tuple of the distinct labels and the sentence. An empty sentence is replaced by "{}".
 
         Raises:
             RequestRefusedError: If there are fewer than `MIN_LABELS` or more than `MAX_LABELS` labels, or the sentence
@@ -105,15 +116,22 @@ class Question:
 
 
 def _check_value(name: str, value: object) -> Any:
-    """Convert a JSON value to the type of a field of `Question`.
+    """Check a JSON value and convert it to the type of a field of `Question`.
+
+    Args:
+        name: Name of the field.
+        value: Value from the request.
+
+    Returns:
+        The value of the field.
 
     Raises:
         RequestRefusedError: If the value is not allowed for this field.
     """
     match name, value:
         case (("text" | "like" | "template" | "folder"), str()) if _is_encodable(value):
-            # Only absolute folders without "..": answers to "~ana" or ".." would tell a visitor which users and folders
-            # this machine has.
+            # A folder must be an absolute path without "..", because the responses for "~ana" or ".." would tell a
+            # client which users and folders this machine has.
             if name != "folder" or not value or (os.path.isabs(value) and ".." not in Path(value).parts):
                 return value
         case "k", int() if not isinstance(value, bool) and 1 <= value <= MAX_ANSWER_PICTURES:
@@ -135,36 +153,40 @@ def _check_value(name: str, value: object) -> Any:
 
 
 def _is_encodable(text: str) -> bool:
-    """Return whether a text is valid UTF-8. JSON can hold half a surrogate pair, which can't be stored or searched."""
+    """Return whether a text can be encoded as UTF-8.
+
+    Strings in JSON may contain half of a surrogate pair, which has no UTF-8 encoding.
+    """
     return text.isprintable() or text.encode("utf-8", "ignore").decode() == text
 
 
 class PageAnswers:
-    """The answers of an index to all questions of the page.
+    """Computes the responses to the requests of the page with an index.
 
-    Its methods may run in any thread, but only one at a time.
+    Each public method answers one type of request. The methods may be called from any thread, but only one at a time.
 
     Args:
-        index: The index.
+        index: Index that is searched.
     """
 
     def __init__(self, index: "PictureIndex"):
         self.index = index
-        self._video_count = (-1, 0)  # version of the index, number of videos that are left out
+        self._video_count = (-1, 0)  # version of the index, and number of videos that are left out of this version
 
     def search(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
         """Find the pictures that are most similar to the query, or the newest pictures if the query is empty.
 
         Args:
-            question: Text, picture of the index, feedback and filters.
-            image: Picture that the visitor has sent; None for none.
+            question: The query: `text`, `like`, `more` and `less`, the filters `folder`, `since` and `until`, and `k`.
+            image: Uploaded picture of the query, or None.
 
         Returns:
-            `hits` (`hit_to_dict`), `version` and `count` of the index, and `cut`: whether the text is longer than what
-            the model reads. The scores of hits are None if the query is empty or has only `less`.
+            Dictionary with the keys "hits" (dictionaries of `hit_to_dict`, best first), "version" (version of the
+            index), "count" (number of pictures in the index) and "cut" (whether the text is longer than the context
+            length of the model). The scores of hits are None if the query is empty or has only `less`.
 
         Raises:
-            RequestRefusedError: If a picture of the query is not in the index, or has no vector of the model yet.
+            RequestRefusedError: If a picture of the query is not in the index or was not embedded by the model yet.
         """
         filters = question.filters()
         vector = self._query_vector(question, image) if len(self.index) else None
@@ -172,7 +194,7 @@ class PageAnswers:
             hits = self.index.newest(question.k, group_duplicates=True, **filters)
         else:
             is_text_query = image is None and not (question.like or question.more or question.less)
-            k = question.k + bool(question.like)  # the query picture is found as well, and left out below
+            k = question.k + bool(question.like)  # the query picture is found, too, and removed below
             hits = self.index.search_vector(vector, k, is_text_query=is_text_query, group_duplicates=True, **filters)
         has_target = question.text.strip() or image is not None or question.like or question.more
         with_score = vector is not None and bool(has_target)
@@ -184,43 +206,46 @@ class PageAnswers:
         """Find the near-duplicates of the picture `question.like`.
 
         Args:
-            question: Picture of the index, and filters.
+            question: The picture `like`, and the filters `folder`, `since` and `until`.
             image: Not used.
 
         Returns:
-            `hits` without scores, at most `MAX_ANSWER_PICTURES`.
+            Dictionary with the key "hits": at most `MAX_ANSWER_PICTURES` dictionaries of `hit_to_dict`, without scores.
 
         Raises:
-            RequestRefusedError: If the picture is not in the index, or has no vector of the model yet.
+            RequestRefusedError: If the picture is not in the index or was not embedded by the model yet.
         """
         self._require_vectors([question.like])
         hits = self.index.copies(question.like, MAX_ANSWER_PICTURES, **question.filters())
         return {"hits": [hit_to_dict(hit, with_score=False) for hit in hits]}
 
     def folders(self, question: Question, image: object = None) -> dict[str, Any]:
-        """List all folders of the index.
+        """Return all folders of the index with their numbers of pictures.
 
         Args:
             question: Not used.
             image: Not used.
 
         Returns:
-            `folders`: path -> number of pictures in the folder and its subfolders.
+            Dictionary with the key "folders". Its value maps the path of each folder to the number of pictures in the
+            folder and its subfolders.
         """
         return {"folders": self.index.all_folders()}
 
     def classify(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
-        """Classify a picture that the visitor has sent.
+        """Find the label that describes an uploaded picture best.
 
         Args:
-            question: Labels and sentence.
-            image: The picture.
+            question: `labels` and `template`.
+            image: Uploaded picture.
 
         Returns:
-            `label`, the best one or None if none fits, and `shares`: pairs of label and share, the largest share first.
+            Dictionary with the keys "label" (the best label, or None if a neutral sentence, which describes nothing in
+            particular, fits better than every label) and "shares" (list of pairs of a label and its share, 0 to 1, the
+            largest share first).
 
         Raises:
-            RequestRefusedError: If labels or sentence are not allowed, or there is no picture.
+            RequestRefusedError: If the labels or the sentence are not allowed, or `image` is None.
         """
         labels, template = question.check_labels_and_template()
         if image is None:
@@ -230,11 +255,20 @@ class PageAnswers:
         return {"label": result.label, "shares": [[label, float(share)] for label, share in shares]}
 
     def prepare_images(self) -> None:
-        """Load the model and embed a small image, so that the first picture of a visitor is embedded quickly."""
+        """Load the model and embed a small image, so that the first uploaded picture is embedded quickly."""
         self.index.model.embed_images([PIL.Image.new("RGB", (8, 8))])
 
     def status(self, question: Question) -> dict[str, Any]:
-        """Describe the index: version, number of pictures and videos, model, and progress of a running update."""
+        """Return the state of the index for the page.
+
+        Args:
+            question: `language` selects the language of the notice about the model.
+
+        Returns:
+            Dictionary with the keys "version" (version of the index), "count" (number of pictures), "model" (name),
+            "note" (notice about the model, or None), "videos" (number of videos that are left out) and "progress"
+            (progress of a running update of the index, or None).
+        """
         state, model = self._index_state(), self.index.model
         if self._video_count[0] != state["version"]:
             self._video_count = state["version"], self.index.status().ignored_counts.get("video", 0)
@@ -245,10 +279,17 @@ class PageAnswers:
         return {"version": self.index.version(), "count": len(self.index)}
 
     def _query_vector(self, question: Question, image: PIL.Image.Image | None) -> np.ndarray | None:
-        """Return the mean vector (width,) of text, pictures and feedback; None if the query is empty.
+        """Compute the query vector: the mean of the vectors of the text and the query pictures, moved by feedback.
+
+        Args:
+            question: `text`, `like`, and the feedback `more` and `less`.
+            image: Uploaded picture of the query, or None.
+
+        Returns:
+            The vector (width,), or None if the query is empty.
 
         Raises:
-            RequestRefusedError: If a picture of the query is not in the index, or has no vector of the model yet.
+            RequestRefusedError: If a picture of the query is not in the index or was not embedded by the model yet.
         """
         vectors = []
         if question.text.strip():
@@ -260,17 +301,24 @@ class PageAnswers:
         feedback = [(1.0, self._require_vectors([path])[0]) for path in question.more]
         feedback += [(-1.0, self._require_vectors([path])[0]) for path in question.less]
         if question.more and not vectors:
-            # The first picture of `more` becomes the query itself, relative to which `less` has half the weight.
+            # The first picture of `more` becomes the query. The pictures of `less` then have half the weight of the
+            # query.
             vectors = [feedback.pop(0)[1]]
         vector = np.mean(vectors, axis=0) if vectors else None
         return self.index.apply_feedback(vector, feedback) if feedback else vector
 
     def _require_vectors(self, paths: list[str]) -> np.ndarray:
-        """Return the vectors (paths, width) of pictures of the index.
+        """Return the embeddings of pictures of the index.
+
+        Args:
+            paths: Paths of the pictures.
+
+        Returns:
+            Embeddings (paths, width).
 
         Raises:
-            RequestRefusedError: If the first picture is not in the index ("gone"), or the model has not embedded all of
-                them yet ("not_ready").
+            RequestRefusedError: With the code "gone" if the first picture is not in the index. With the code
+                "not_ready" if the model has not embedded all of the pictures yet.
         """
         try:
             return self.index.vectors(paths)
@@ -280,15 +328,16 @@ class PageAnswers:
 
 
 def hit_to_dict(hit: Hit, with_score: bool) -> dict[str, Any]:
-    """Convert a hit to the JSON values that the page shows.
+    """Convert a search hit to a dictionary for JSON.
 
     Args:
         hit: The hit.
-        with_score: Whether the score has a meaning for the visitor; otherwise it becomes None.
+        with_score: Whether the score is returned. If False, the score is None.
 
     Returns:
-        The fields of `Hit` with times in ISO 8601, the `name` of the file, and `v`: a number that changes with the
-        file, so that browsers do not show an outdated picture.
+        Dictionary with the fields of `Hit`, with times as texts in ISO 8601, and two more keys: "name" (file name
+        without the extension) and "v" (a number that changes when the file changes; it is part of the address of the
+        picture, so that browsers do not show an outdated picture from their cache).
     """
     values = dataclasses.asdict(hit) | {"name": Path(hit.path).stem}
     times = ("taken", "modified", "date")

@@ -1,11 +1,11 @@
-"""Decode pictures of visitors in a separate process, which is killed if a picture takes too long.
+"""Decode uploaded pictures, and pictures of the index, in a separate process that is killed if decoding takes too long.
 
 Example:
     decoder = DecoderProcess()
     image = decoder.decode(data, "praia.cr2")
 
-A JPEG of 400 kB can take minutes, a JPEG 2000 of 2 kB stops all threads of its process for ten seconds, and a thread
-can't be ended from outside.
+A separate process is needed because a thread can't be ended from outside. Decoding a malicious JPEG file of 400 kB can
+take minutes, and decoding a JPEG 2000 file of 2 kB can stop all threads of the process for ten seconds.
 """
 
 import json
@@ -24,16 +24,17 @@ import PIL.Image
 from capivara_common.image_files import MAX_IMAGE_PIXELS, BadImage
 from capivara_search.picture_reading import MAX_PICTURE_PIXELS, decode_picture, limit_long_side
 
+# Python code that the child process runs.
 DECODER_PROGRAM = (
     "import sys; from capivara_search.page.decoder import main; main(int(sys.argv[1]), float(sys.argv[2]))"
 )
 CODE_ROOT = Path(__file__).resolve().parents[2]
 DECODE_TIMEOUT_S = 10  # a photograph of 50 million pixels takes under 2 s
-MAX_VIEW_SIDE = 1600  # pixels of the longer side of a decoded image; the model sees a few hundred
+MAX_VIEW_SIDE = 1600  # longest side of a decoded image, in pixels; the model uses only a few hundred pixels
 
 
 class DecoderProcess:
-    """A child process that decodes one picture after another. Thread-safe."""
+    """A child process that decodes pictures, one after another. Its methods may be called from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -44,8 +45,8 @@ class DecoderProcess:
 
         Args:
             data: Content of the file.
-            name: File name of a picture of the index; its extension selects RAW decoding. "" for an upload, which may
-                have fewer pixels.
+            name: File name of a picture of the index. Its extension decides whether the file is decoded as a RAW photo.
+                "" for an uploaded picture, for which the limit of pixels is lower.
 
         Returns:
             The image, reduced so that its longer side has at most `MAX_VIEW_SIDE` pixels.
@@ -68,7 +69,7 @@ class DecoderProcess:
         return PIL.Image.frombytes("RGB", header["size"], pixels)
 
     def close(self) -> None:
-        """Kill the process."""
+        """Kill the child process."""
         self._connection.close()
         self._process.kill()
         self._process.wait()
@@ -78,17 +79,17 @@ class DecoderProcess:
         command = [sys.executable, "-c", DECODER_PROGRAM, str(child_connection.fileno()), str(DECODE_TIMEOUT_S)]
         path = os.pathsep.join([str(CODE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with child_connection:
-            # In a new session, because Ctrl-C in the terminal must end the page, not the decoder.
+            # The child gets a new session, because Ctrl-C in the terminal must end the page and not the decoder.
             options = {"env": {**os.environ, "PYTHONPATH": path}, "start_new_session": True}
             self._process = subprocess.Popen(command, pass_fds=[child_connection.fileno()], **options)
 
 
 def main(descriptor: int, seconds: float) -> None:
-    """Decode pictures in the child process until the page closes its end of the pipe.
+    """Decode pictures in the child process until the parent process closes its end of the pipe.
 
     Args:
-        descriptor: File descriptor of the pipe to the page.
-        seconds: Time for one picture, after which a signal kills this process.
+        descriptor: File descriptor of the pipe to the parent process, which serves the page.
+        seconds: Time limit for each picture, in seconds. A signal kills this process after this time.
     """
     warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # `decode_picture` refuses such pictures
     with Connection(descriptor) as page:
@@ -105,6 +106,7 @@ def main(descriptor: int, seconds: float) -> None:
             except BadImage as bad:
                 header, pixels = {"bad": bad.args}, b""
             signal.setitimer(signal.ITIMER_REAL, 0)
-            # JSON instead of pickle: a picture that takes control of this process must not create objects in the page.
+            # JSON is used instead of pickle, because a malicious picture may take control of this process. Unpickling
+            # data from this process could then run code in the parent process.
             page.send_bytes(json.dumps(header).encode())
             page.send_bytes(pixels)

@@ -1,11 +1,12 @@
-"""Protect the page: who may ask, how much a request may send, how long it may take, and how many connections there are.
+"""Protect the server of the search page: check hosts, and limit the size, time and number of requests and connections.
 
 Example:
     app = RequestGuard(app, list_allowed_hosts("127.0.0.1"), behind_proxy=False)
     uvicorn.Config(app, http=LimitedHttpProtocol, backlog=BACKLOG)
     answer = await QuestionQueue().ask(lambda: index.search("um gato"))
 
-A question is a POST request. Its body is a line of JSON, followed by the bytes of a picture or by nothing.
+In this package, a question is a POST request of the page, such as a search. Its body is a line of JSON, which may be
+followed by the bytes of an uploaded picture.
 """
 
 import asyncio
@@ -29,20 +30,20 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from capivara_search.messages import localized_error
 
-MAX_UPLOAD_BYTES = 20_000_000  # of a picture; photographs of phones have under 15 MB
-MAX_QUESTION_BYTES = 200_000  # of the line of JSON; a usual question has under 10 kB
-MAX_LARGE_BODIES = 8  # bodies above MAX_QUESTION_BYTES that are in memory until they are answered; others wait
-BODY_SLOT_TIMEOUT_S = 30  # wait of a large body for one of these slots
-BODY_TIMEOUT_S = 30  # to receive a body; the page shrinks large pictures before it sends them
-HEADER_TIMEOUT_S = 10  # to receive the headers of a request, on a new connection or after an answer
-READ_TIMEOUT_S = 60  # for a visitor to read the buffered part of an answer: 64 to 320 KiB, plus the system's buffer
+MAX_UPLOAD_BYTES = 20_000_000  # size of an uploaded picture; photos from phones have less than 15 MB
+MAX_QUESTION_BYTES = 200_000  # length of the line of JSON of a question; it usually has less than 10 kB
+MAX_LARGE_BODIES = 8  # bodies above MAX_QUESTION_BYTES that are in memory at a time; further requests wait
+BODY_SLOT_TIMEOUT_S = 30  # how long a request with a large body waits until it is one of the MAX_LARGE_BODIES
+BODY_TIMEOUT_S = 30  # time to receive a body; the page shrinks large pictures before it sends them
+HEADER_TIMEOUT_S = 10  # time to receive the headers of a request on a new connection, or after a response
+READ_TIMEOUT_S = 60  # time for a client to read the buffer of a response: 64 to 320 KiB, plus the system's buffer
 MAX_CONNECTIONS = 400
-RESERVED_DESCRIPTORS = 128  # file descriptors of the index, the model and connections that were just accepted
-BACKLOG = 64  # connections that the system accepts before asyncio handles the first of them
-QUESTION_TIMEOUT_S = 20  # for one question, which usually takes well under 1 s; then the next question is answered
-QUEUE_TIMEOUT_S = 30  # wait of a question for its turn
-MAX_QUEUED_QUESTIONS = 64  # including the one that is being answered; further questions are refused at once
-MAX_ABANDONED_THREADS = 3  # of questions that took too long and still run, because a thread can't be ended
+RESERVED_DESCRIPTORS = 128  # file descriptors for the index, the model and connections that were just accepted
+BACKLOG = 64  # connections that may wait in the operating system until asyncio handles them
+QUESTION_TIMEOUT_S = 20  # time to answer a question (usually well under 1 s), after which the next one is answered
+QUEUE_TIMEOUT_S = 30  # how long a question waits until the questions before it are answered
+MAX_QUEUED_QUESTIONS = 64  # including the question that is being answered; further questions are refused at once
+MAX_ABANDONED_THREADS = 3  # threads that still answer a question that took too long, as a thread can't be ended
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors "
@@ -50,7 +51,7 @@ CONTENT_SECURITY_POLICY = (
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    # Other websites can neither show a picture of this page nor find out by trying which paths exist.
+    # Other websites can neither embed a picture of this page nor find out which paths exist.
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
@@ -59,12 +60,12 @@ logger = logging.getLogger("capivara")
 
 
 class RequestRefusedError(ValueError):
-    """A request that is not answered.
+    """Error for a request that the server refuses to answer.
 
     Args:
-        code: Code of the reason; `page/words` has its text under `errors`.
+        code: Code of the reason, such as "busy". The JSON files in `page/words` have its text under `errors`.
         status: HTTP status of the response.
-        **values: Values of the placeholders of the text.
+        **values: Values of the placeholders in the text.
     """
 
     def __init__(self, code: str, status: int = 400, **values: object):
@@ -75,15 +76,15 @@ class RequestRefusedError(ValueError):
 class RequestGuard:
     """ASGI middleware that validates the Host and Origin headers and adds security headers to every response.
 
-    A request with an unknown Host header is refused. This prevents DNS rebinding: otherwise a foreign website whose own
-    name resolves to this machine could read the pictures. `X-Forwarded-Host` is trusted only if `behind_proxy` is set
-    and its value is in `hosts`.
+    A request with an unknown Host header is refused to prevent DNS rebinding: without this check, another website could
+    let its own name resolve to this machine and then read the pictures. `X-Forwarded-Host` is trusted only if
+    `behind_proxy` is set and its value is in `hosts`.
 
     Args:
-        app: Application that answers the valid requests.
-        hosts: Names and addresses that the page answers to; "*" allows all.
-        behind_proxy: Whether the page is open to other machines, and so may be behind a proxy, for example as a
-            Hugging Face Space, whose site may then show it in a frame.
+        app: ASGI application that answers the valid requests.
+        hosts: Allowed host names and addresses. "*" allows all of them.
+        behind_proxy: Whether the page may be behind a proxy, because other machines can reach it. An example is a
+            Hugging Face Space. If True, huggingface.co may show the page in a frame.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], behind_proxy: bool):
@@ -92,7 +93,7 @@ class RequestGuard:
         self._content_security_policy = CONTENT_SECURITY_POLICY + frame_ancestors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it with an HTTP status and a code.
+        """Answer a request, or refuse it with an HTTP status and the code of the reason in JSON.
 
         Args:
             scope: ASGI scope of the request.
@@ -118,14 +119,14 @@ class RequestGuard:
             self._check_origin(scope)
             await self.app(scope, receive, send_guarded)
             return
-        except ClientDisconnect:  # there is nobody to answer
+        except ClientDisconnect:  # the client has closed the connection, so nobody would receive a response
             return
         except RequestRefusedError as error:
             refusal = error
         except Exception:
             logger.exception("A request to %s has failed.", scope["path"])
             refusal = RequestRefusedError("failed", 500)
-        if not started:  # otherwise a part of another response was sent already
+        if not started:  # if a response was started, a second response can't be sent
             answer = JSONResponse({"error": refusal.code, "values": refusal.values}, refusal.status)
             await answer(scope, receive, send_guarded)
 
@@ -133,32 +134,46 @@ class RequestGuard:
         return "*" in self.hosts or parse_host(host) in self.hosts
 
     def _check_host(self, scope: Scope) -> None:
-        """Raise RequestRefusedError if the Host header has neither an allowed name nor this machine's address."""
+        """Check the Host header of a request.
+
+        Args:
+            scope: ASGI scope of the request.
+
+        Raises:
+            RequestRefusedError: If the host is neither in `hosts` nor the address that the client has connected to.
+        """
         host = Headers(scope=scope).get("host", "")
-        address = (scope.get("server") or ("",))[0]  # address of this machine that the visitor has connected to
+        address = (scope.get("server") or ("",))[0]  # address of this machine that the client has connected to
         if not self._is_allowed_host(host) and (not host or parse_host(host) != address):
             raise RequestRefusedError("unknown_host", 400, host=host, flag=f"--allow-host {parse_host(host)}")
 
     def _check_origin(self, scope: Scope) -> None:
-        """Raise RequestRefusedError if another website makes the request. It may only link to the page."""
+        """Check that no other website makes the request. Other websites may only link to the page (path "/").
+
+        Args:
+            scope: ASGI scope of the request.
+
+        Raises:
+            RequestRefusedError: If the Origin or Sec-Fetch-Site header names another website.
+        """
         headers = Headers(scope=scope)
         forwarded = headers.get("x-forwarded-host", "") if self.behind_proxy else ""
         hosts = {host.strip().lower() for host in forwarded.split(",") if self._is_allowed_host(host.strip())}
         hosts.add(headers.get("host", "").strip().lower())
         if any(origin.partition("://")[2].lower() not in hosts for origin in headers.getlist("origin")):
             raise RequestRefusedError("foreign", 403)
-        # Browsers send no Origin header for a picture that another website embeds, but they send Sec-Fetch-Site.
+        # If another website embeds a picture, browsers send no Origin header, but they send a Sec-Fetch-Site header.
         if scope["path"] != "/" and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             raise RequestRefusedError("foreign", 403)
 
 
 @asynccontextmanager
 async def acquire_slot(slots: asyncio.Semaphore, seconds: float) -> AsyncIterator[None]:
-    """Hold a slot of a semaphore while the block runs.
+    """Acquire a slot of a semaphore, and release it when the block ends.
 
     Args:
         slots: The semaphore.
-        seconds: Time to wait for a free slot.
+        seconds: Maximum time to wait for a free slot.
 
     Yields:
         None.
@@ -179,18 +194,18 @@ async def acquire_slot(slots: asyncio.Semaphore, seconds: float) -> AsyncIterato
 
 @asynccontextmanager
 async def receive_body(request: Request, slots: asyncio.Semaphore) -> AsyncIterator[bytearray]:
-    """Receive the body of a question. A large body holds a slot while the block answers the question.
+    """Receive the body of a POST request. A body above `MAX_QUESTION_BYTES` holds a slot until the block ends.
 
     Args:
         request: The request.
-        slots: Semaphore that limits the large bodies in memory.
+        slots: Semaphore that limits the number of large bodies in memory.
 
     Yields:
         The body.
 
     Raises:
-        RequestRefusedError: If the body has no stated length, is too large or comes too slowly, or if no slot becomes
-            free in time.
+        RequestRefusedError: If the request does not state the length of the body, if the body is too large or is
+            received too slowly, or if no slot becomes free in time.
     """
     length = request.headers.get("content-length", "")  # uvicorn does not read beyond this length
     if "transfer-encoding" in request.headers or not length.isdecimal():
@@ -207,7 +222,11 @@ async def receive_body(request: Request, slots: asyncio.Semaphore) -> AsyncItera
 
 
 async def _read_body(request: Request) -> bytearray:
-    """Receive a body. Raise RequestRefusedError if its line of JSON is longer than `MAX_QUESTION_BYTES`."""
+    """Receive the body of a request.
+
+    Raises:
+        RequestRefusedError: If the first line of the body, which is JSON, is longer than `MAX_QUESTION_BYTES`.
+    """
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -217,17 +236,21 @@ async def _read_body(request: Request) -> bytearray:
 
 
 class LimitedHttpProtocol(H11Protocol):
-    """HTTP protocol of uvicorn with a connection limit, and with deadlines for visitors who do not send or read.
+    """HTTP protocol of uvicorn with a connection limit, and with deadlines for clients that do not send or read data.
 
-    At the limit, the connection that has waited longest for its visitor is closed: for the headers of a request, or for
-    the visitor to read an answer. If new connections were refused instead, a visitor who holds all connections could
-    keep everybody else out. Without a limit, the process would run out of file descriptors.
+    At the limit, the server closes the connection that has waited longest for its client, either to send the headers of
+    a request or to read a response. If the server refused new connections instead, a single client could open all
+    connections and lock out all other clients. Without a limit, the process would run out of file descriptors.
     """
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Accept a connection; at the limit, close another one."""
+        """Accept a connection. If the limit is exceeded, close the connection that has waited longest.
+
+        Args:
+            transport: Transport of the new connection.
+        """
         super().connection_made(transport)
         self._restart_deadline()
         if len(self.connections) > connection_limit():
@@ -237,28 +260,32 @@ class LimitedHttpProtocol(H11Protocol):
             longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the deadline of a closed connection, which would keep this object in memory."""
+        """Cancel the deadline of a closed connection, because the timer would keep this object in memory.
+
+        Args:
+            exc: Error that closed the connection; None if it was closed normally.
+        """
         if self._deadline is not None:
             self._deadline.cancel()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """Start the deadline for the next request when a response is complete."""
+        """Start the deadline for the headers of the next request, because a response is complete."""
         self._restart_deadline()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """Start the deadline for reading when the buffer for the visitor is full."""
+        """Start the deadline for reading, because the buffer of the response is full."""
         super().pause_writing()
         self._restart_deadline()
 
     def resume_writing(self) -> None:
-        """Restart the deadline when the visitor has read most of the buffer."""
+        """Restart the deadline, because the client has read most of the buffer."""
         super().resume_writing()
         self._restart_deadline()
 
     def is_waiting(self) -> bool:
-        """Return whether the visitor must act next: send a request, or read an answer."""
+        """Return whether the server waits for the client to send a request or to read a response."""
         return self.flow.write_paused or self.cycle is None or self.cycle.response_complete
 
     def _restart_deadline(self) -> None:
@@ -274,9 +301,10 @@ class LimitedHttpProtocol(H11Protocol):
 
 
 def connection_limit() -> int:
-    """Return how many connections the page accepts, from 1 to `MAX_CONNECTIONS`.
+    """Return how many connections the server accepts, from 1 to `MAX_CONNECTIONS`.
 
-    A download needs two file descriptors, and the process needs `RESERVED_DESCRIPTORS` for everything else.
+    The number depends on how many files the process may open. A connection that downloads a picture needs two file
+    descriptors, and `RESERVED_DESCRIPTORS` are needed for everything else.
     """
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
@@ -285,14 +313,14 @@ def connection_limit() -> int:
 
 
 def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
-    """Return the names and addresses that the page answers to.
+    """Return the host names and addresses that are allowed in the Host header of requests.
 
     Args:
-        host: Address that the page is bound to. For 0.0.0.0 and ::, the name of this machine is allowed, too.
-        extra_hosts: Further names of this machine or of a proxy before it; "*" allows all names.
+        host: Address that the server listens on. For 0.0.0.0 and ::, the name of this machine is allowed, too.
+        extra_hosts: Further names of this machine, or names of a proxy in front of it. "*" allows all names.
 
     Returns:
-        Distinct lowercase names and addresses; those of the local machine (localhost, 127.0.0.1, ::1) come first.
+        Distinct lowercase names and addresses. The first three are localhost, 127.0.0.1 and ::1.
 
     Raises:
         ValueError: If a value of `extra_hosts` is neither a name nor an address.
@@ -307,13 +335,20 @@ def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
         names += [
             machine,
             f"{machine.partition('.')[0]}.local",
-        ]  # NAME.local is the name in networks without DNS (mDNS)
+        ]  # in networks without DNS, the name is NAME.local (mDNS)
     return list(dict.fromkeys(names))
 
 
 def parse_host(host: str) -> str:
-    """Return the lowercase name or address in a Host header, without the port; "" if the header is invalid."""
-    with suppress(ValueError):  # an IPv6 address without brackets, as people write it
+    """Return the host name or address in a Host header.
+
+    Args:
+        host: Value of the header, such as "Fotos.local:7860".
+
+    Returns:
+        The name or address in lowercase, without the port; "" if the value is invalid.
+    """
+    with suppress(ValueError):  # an IPv6 address that was written without brackets
         return str(ipaddress.IPv6Address(host))
     with suppress(ValueError):
         parts = urlsplit(f"//{host}")
@@ -323,9 +358,10 @@ def parse_host(host: str) -> str:
 
 
 class QuestionQueue:
-    """Answer questions one at a time, because tokenizers must not be used by two threads at once.
+    """Queue that answers questions (requests of the page) one at a time.
 
-    Each question runs in a thread of its own. If it takes too long, it is refused and its thread is abandoned.
+    Only one question is answered at a time, because two threads must not use a tokenizer at once. Each question is
+    answered in a new thread. If the answer takes too long, the request is refused, and the thread continues unobserved.
     """
 
     def __init__(self) -> None:
@@ -333,18 +369,19 @@ class QuestionQueue:
         self._queued_count = self._abandoned_count = 0
 
     async def ask(self, question: Callable[[], Any], seconds: float | None = None) -> Any:
-        """Wait for the turn of a question and answer it.
+        """Wait until earlier questions are answered, then answer this question.
 
         Args:
             question: Function that computes the answer.
-            seconds: Time for the answer, without the wait for its turn; None for `QUESTION_TIMEOUT_S`.
+            seconds: Time limit for the answer, without the time in the queue; None for `QUESTION_TIMEOUT_S`.
 
         Returns:
-            What `question` returns.
+            The return value of `question`.
 
         Raises:
-            RequestRefusedError: If `MAX_QUEUED_QUESTIONS` are waiting, `MAX_ABANDONED_THREADS` still run, the turn does
-                not come within `QUEUE_TIMEOUT_S` ("busy"), or the answer takes too long ("too_slow").
+            RequestRefusedError: With the code "busy" if `MAX_QUEUED_QUESTIONS` are in the queue, if
+                `MAX_ABANDONED_THREADS` still run, or if the time in the queue exceeds `QUEUE_TIMEOUT_S`. With the code
+                "too_slow" if the answer takes too long.
         """
         if self._abandoned_count >= MAX_ABANDONED_THREADS or self._queued_count >= MAX_QUEUED_QUESTIONS:
             raise RequestRefusedError("busy", 503)
@@ -360,7 +397,8 @@ class QuestionQueue:
         try:
             async with acquire_slot(self._turn, QUEUE_TIMEOUT_S):
                 waiter = asyncio.wrap_future(answer)
-                # A daemon thread instead of a thread pool: Python would wait for the threads of a pool when it exits.
+                # A daemon thread is used instead of a thread pool, because Python waits for all threads of a pool
+                # when it exits.
                 threading.Thread(target=run_question, daemon=True).start()
                 if (await asyncio.wait([waiter], timeout=seconds or QUESTION_TIMEOUT_S))[0]:
                     return waiter.result()
@@ -371,5 +409,5 @@ class QuestionQueue:
         raise RequestRefusedError("too_slow", 503)
 
     def _release_abandoned(self, answered: asyncio.Future) -> None:
-        answered.exception()  # asyncio would log an exception that nobody has retrieved
+        answered.exception()  # retrieve the exception, because asyncio would log it otherwise
         self._abandoned_count -= 1

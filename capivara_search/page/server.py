@@ -1,9 +1,10 @@
-"""Serve the search page: search and classification of your own pictures in a browser, by default on this machine only.
+"""Serve the search page, on which a browser searches and classifies the pictures of an index.
 
 Example:
     serve_index(PictureIndex.open("fotos.lance"))  # until Ctrl-C
 
-The page is a small Starlette application of static files and JSON. `PageSite.routes` lists everything that it answers.
+By default, only this machine can reach the page. The server is a small Starlette application that sends static files
+and JSON. `PageSite.routes` lists all of its addresses.
 """
 
 import asyncio
@@ -62,11 +63,11 @@ if TYPE_CHECKING:
 PAGE_FOLDER = Path(__file__).parent
 LANGUAGES = ("pt", "en")
 DEFAULT_PORT = 7860
-MODEL_LOAD_TIMEOUT_S = 600  # to import torch and load the model on a slow machine
-SHUTDOWN_TIMEOUT_S = 3  # for open connections when the page ends
+MODEL_LOAD_TIMEOUT_S = 600  # time to import torch and load the model; a slow machine needs minutes
+SHUTDOWN_TIMEOUT_S = 3  # how long open connections may finish their responses when the server ends
 DOWNLOAD_CHUNK_BYTES = 2**18
-VIEW_JPEG_QUALITY = 88  # of the large view of a picture
-BROWSER_CACHE_S = 3600  # a browser may keep a picture this long; the address of the picture changes with its file
+VIEW_JPEG_QUALITY = 88  # JPEG quality of the large view of a picture
+BROWSER_CACHE_S = 3600  # how long a browser may cache a picture; its address changes when the file changes
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class Credit:
 
     Attributes:
         name: Name of the dataset.
-        license: Identifier of the license, such as "cc-by-sa-4.0"; "" if the dataset states none.
-        attribution: Sentence that the license requires; "" if it requires none.
+        license: Identifier of the license, such as "cc-by-sa-4.0"; "" if the dataset states no license.
+        attribution: Sentence that names the authors, if the license requires one; otherwise "".
     """
 
     name: str
@@ -85,7 +86,7 @@ class Credit:
 
     @property
     def license_url(self) -> str:
-        """Address of a Creative Commons license that requires a link; "" for other licenses."""
+        """URL of the license text for Creative Commons licenses that require attribution; "" for other licenses."""
         match = re.fullmatch(r"cc-(by[a-z-]*)-(\d\.\d)", self.license, re.ASCII)
         return f"https://creativecommons.org/licenses/{match[1]}/{match[2]}/" if match else ""
 
@@ -100,25 +101,29 @@ def serve_index(
     on_open: Callable[[str], None] | None = None,
     allow_hosts: Sequence[str] = (),
 ) -> None:
-    """Serve the page of an index until Ctrl-C. The index may grow meanwhile.
+    """Serve the search page of an index until Ctrl-C.
+
+    Other processes may add pictures to the index meanwhile; the page then shows the new pictures.
 
     Args:
-        index: The index.
-        host: Address of the page. With any address but one of this machine itself, the page is open to the network,
-            without a password.
-        port: Port of the page. If the default port is taken, a free port is used.
-        open_browser: Open the page in the visitor's browser.
-        language: "pt" or "en"; `?lang=` in the address of the page selects the other language.
-        credit: Source and license of the pictures, for a page that is open to other people.
-        on_open: Called with the address when the page is open.
-        allow_hosts: Names that the page answers to, in addition to those of `list_allowed_hosts`.
+        index: Index that the page searches.
+        host: Address that the server listens on. With any address other than a loopback address, everybody on the
+            network can open the page, without a password.
+        port: Port that the server listens on. If it is the default port and another program uses it, a free port is
+            used.
+        open_browser: Whether the page is opened in the browser of this machine.
+        language: Default language of the page, "pt" or "en". The URL parameter `lang` selects the other language.
+        credit: Source and license of the pictures, which are shown on the page; None to show no credit.
+        on_open: Function that is called with the URL of the page when the server has started.
+        allow_hosts: Host names that are accepted in requests, in addition to the default names of
+            `list_allowed_hosts`.
 
     Raises:
         OSError: If the port is taken, the host does not exist, or the page did not start.
         ValueError: If the language or a name of `allow_hosts` is invalid, or the model does not match the index.
     """
     server, listening, url = create_page_server(index, host, port, language, credit, allow_hosts)
-    # In a thread, because a notebook's event loop may run in this thread already.
+    # The server runs in another thread, because the event loop of a notebook may already run in this thread.
     serving = threading.Thread(target=server.run, args=([listening],), daemon=True)
     serving.start()
     try:
@@ -129,8 +134,8 @@ def serve_index(
         if on_open is not None:
             on_open(url)
         if open_browser and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
-            # Not without a display, where a text browser would take over this terminal. In a thread, because some
-            # browsers return only when they are closed.
+            # The browser is not opened if there is no display, because a text browser would take over this terminal. It
+            # is opened in a thread, because the call returns only when the browser is closed for some browsers.
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         while serving.is_alive():
             serving.join(1)
@@ -149,18 +154,19 @@ def create_page_server(
     credit: Credit | None = None,
     allow_hosts: Sequence[str] = (),
 ) -> tuple[uvicorn.Server, socket.socket, str]:
-    """Create the server of a page without running it.
+    """Create the server of the search page without running it.
 
     Args:
-        index: The index.
-        host: Address of the page.
-        port: Port of the page. If the default port is taken, a free port is used.
-        language: "pt" or "en".
-        credit: Source and license of the pictures; None to show none.
-        allow_hosts: Names that the page answers to, in addition to those of `list_allowed_hosts`.
+        index: Index that the page searches.
+        host: Address that the server listens on.
+        port: Port that the server listens on. If it is the default port and another program uses it, a free port is
+            used.
+        language: Default language of the page, "pt" or "en".
+        credit: Source and license of the pictures, which are shown on the page; None to show no credit.
+        allow_hosts: Host names that are accepted in requests, in addition to the default names of `list_allowed_hosts`.
 
     Returns:
-        The server, the listening socket to run it with, and the address of the page.
+        Tuple of the server, the listening socket that must be passed to `server.run`, and the URL of the page.
 
     Raises:
         OSError: If the port is taken or the host does not exist.
@@ -172,7 +178,7 @@ def create_page_server(
     if len(index):
         index.search_vector(
             np.ones(index.model.width, np.float32), k=1
-        )  # raises the error of a model that does not match
+        )  # raises an error if the model does not match the index
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family)
@@ -187,20 +193,20 @@ def create_page_server(
         Starlette(routes=site.routes(), middleware=[guard], lifespan=site.lifespan),
         http=LimitedHttpProtocol, backlog=BACKLOG, ws="none", lifespan="on",
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
-        log_level="error", access_log=False,  # visitors could fill the disk with warnings
+        log_level="error", access_log=False,  # otherwise, clients could fill the disk with warnings
         server_header=False, proxy_headers=False,
     )  # fmt: skip
     return uvicorn.Server(config), listening, f"http://{name}:{listening.getsockname()[1]}"
 
 
 class PageSite:
-    """The routes of the page.
+    """The addresses (routes) of the search page and the functions that answer requests to them.
 
     Args:
-        answers: Answers of the index.
+        answers: Computes the responses to POST requests.
         is_local: Whether only this machine can reach the page.
-        language: Default language, "pt" or "en".
-        credit: Source and license of the pictures; None to show none.
+        language: Default language of the page, "pt" or "en".
+        credit: Source and license of the pictures, which are shown on the page; None to show no credit.
     """
 
     def __init__(self, answers: PageAnswers, is_local: bool, language: str, credit: Credit | None):
@@ -211,12 +217,12 @@ class PageSite:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Load the model when the page starts, and end the decoder process when it ends.
+        """Start to load the model when the server starts, and end the decoder process when the server ends.
 
         Args:
-            app: The application; not used, but Starlette passes it.
+            app: The application. It is not used, but Starlette passes it.
         """
-        # In a queue of its own: questions of text do not wait for torch and the image encoder.
+        # The model is loaded in a separate queue, so that text queries do not wait for torch and the image encoder.
         self._loading_model = asyncio.create_task(
             QuestionQueue().ask(self.answers.prepare_images, MODEL_LOAD_TIMEOUT_S)
         )
@@ -224,7 +230,8 @@ class PageSite:
             self._question_queue.ask(lambda: self.answers.index.model.embed_texts(["gato"]))
         )
         for task in (self._loading_model, embedding_text):
-            # Retrieve the exception, or asyncio would log it; each question that needs the model raises it again.
+            # Retrieve the exception, because asyncio would log it otherwise. Each request that needs the model raises
+            # it again.
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
         yield
         self._loading_model.cancel()
@@ -232,7 +239,7 @@ class PageSite:
         self._decoder.close()
 
     def routes(self) -> list[Route]:
-        """Return all routes; nothing else is answered."""
+        """Return all routes of the page. A request to any other path gets the status 404."""
         questions = {name: getattr(self.answers, name) for name in ("search", "classify", "copies", "folders")}
         questions["status"] = lambda question, _: self.answers.status(question) | {"local": self.is_local}
         return [
@@ -245,17 +252,24 @@ class PageSite:
         ]
 
     async def page(self, request: Request) -> Response:
-        """Return the HTML page in the language of `?lang=`, or else in the default language."""
+        """Return the HTML page in the language of the URL parameter `lang` (default: language of the server)."""
         language = request.query_params.get("lang", "")
         html = _render_page(language if language in LANGUAGES else self.language, self.is_local, self.credit)
         return Response(html, media_type="text/html")
 
     def _make_endpoint(self, ask: Callable[[Question, Any], dict[str, Any]]) -> Callable[[Request], Any]:
-        """Return a route that answers questions with `ask(question, image)`."""
+        """Create the handler of a POST route.
+
+        Args:
+            ask: Function `(question, image)` that computes the response. The image is the decoded upload, or None.
+
+        Returns:
+            Handler that takes a request and returns a JSON response.
+        """
 
         async def answer(request: Request) -> Response:
             async with receive_body(request, self._body_slots) as body:
-                # In a thread, so that the event loop answers other visitors meanwhile.
+                # The body is parsed in a thread, so that the event loop can answer other clients meanwhile.
                 question, upload = await run_in_threadpool(_parse_body, body)
                 image = await self._decode_upload(upload) if upload else None
                 return JSONResponse(await self._question_queue.ask(lambda: ask(question, image)))
@@ -263,7 +277,15 @@ class PageSite:
         return answer
 
     async def _decode_upload(self, upload: bytearray) -> PIL.Image.Image:
-        """Decode a picture of a visitor, in another queue than questions of text, and wait for the model.
+        """Decode an uploaded picture and wait until the model is loaded.
+
+        The picture is decoded in a separate queue, so that text queries do not wait for it.
+
+        Args:
+            upload: Content of the picture file.
+
+        Returns:
+            The picture as an RGB image.
 
         Raises:
             RequestRefusedError: If the picture can't be decoded, or the model is still being loaded.
@@ -277,15 +299,18 @@ class PageSite:
         return image
 
     async def thumbnail(self, request: Request) -> Response:
-        """Return the thumbnail of a picture of the index."""
+        """Return the thumbnail of the picture whose path is the URL parameter `path`."""
         return _cached_response(await run_in_threadpool(self._load_thumbnail, _path_parameter(request)), "image/webp")
 
     async def picture(self, request: Request) -> Response:
-        """Return a large view of a picture of the index, or its thumbnail if the file is missing or can't be read."""
+        """Return a large view of the picture whose path is the URL parameter `path`.
+
+        If the original file is missing or can't be shown, the thumbnail is returned instead.
+        """
         return _cached_response(*await self._view_queue.ask(partial(self._render_view, _path_parameter(request))))
 
     async def download(self, request: Request) -> Response:
-        """Return the original file of a picture of the index."""
+        """Return the original file of the picture whose path is the URL parameter `path`."""
         path = _path_parameter(request)
         file, _ = await self._view_queue.ask(lambda: self._open_original(path))
         file.seek(0)
@@ -295,11 +320,21 @@ class PageSite:
             _iter_chunks(file, size), media_type=kind, headers=headers | {"Content-Length": str(size)}
         )
 
-    # A path of a request is looked up in the index before the disk is touched. All unknown paths get the same answer,
-    # so that a visitor can't find out which files exist.
+    # The path in a request is looked up in the index before any file is opened. All unknown paths get the same
+    # response, so that a client can't find out which files exist on this machine.
 
     def _load_thumbnail(self, path: str) -> bytes:
-        """Return the thumbnail of a picture in WebP. Raise RequestRefusedError if the picture is not in the index."""
+        """Return the thumbnail of a picture of the index.
+
+        Args:
+            path: Absolute path of the picture.
+
+        Returns:
+            Content of a WebP file.
+
+        Raises:
+            RequestRefusedError: If the picture is not in the index.
+        """
         if path and (thumbnail := self.answers.index.thumbnail(path)):
             return thumbnail
         raise RequestRefusedError("gone", 404)
@@ -307,8 +342,15 @@ class PageSite:
     def _open_original(self, path: str) -> tuple[BinaryIO, PIL.Image.Image]:
         """Open and decode the file of a picture of the index.
 
-        The file must be below a folder that `add` was given on this machine, because the paths of an index from other
-        people may lead anywhere. The open file is returned, so that the file that is sent is the one that was checked.
+        The file must be in a folder that was passed to `PictureIndex.add` on this machine, because the paths of an
+        index from other people may lead to any file. The open file is returned, so that the checked file is sent even
+        if the path leads to another file in the meantime.
+
+        Args:
+            path: Absolute path of the picture.
+
+        Returns:
+            Tuple of the open file and the decoded picture.
 
         Raises:
             RequestRefusedError: If the index does not have the picture, or its file can't be shown.
@@ -325,7 +367,14 @@ class PageSite:
         raise RequestRefusedError("no_original", 404)
 
     def _render_view(self, path: str) -> tuple[bytes, str]:
-        """Return a large view as JPEG, or else the thumbnail as WebP, with its media type.
+        """Return a large view of a picture, or its thumbnail if the original file can't be shown.
+
+        Args:
+            path: Absolute path of the picture.
+
+        Returns:
+            Tuple of the file content and its media type: "image/jpeg" for the large view, "image/webp" for the
+            thumbnail.
 
         Raises:
             RequestRefusedError: If the index does not have the picture.
@@ -340,14 +389,20 @@ class PageSite:
 
 
 def _parse_body(body: bytearray) -> tuple[Question, bytearray]:
-    """Split a body into the question and the picture that follows it (may be empty).
+    """Split the body of a POST request into the question and the uploaded picture.
+
+    Args:
+        body: A line of JSON, followed by the content of a picture file or by nothing.
+
+    Returns:
+        Tuple of the question and the content of the picture file, which may be empty.
 
     Raises:
         RequestRefusedError: If the first line is not valid JSON, or not a valid question.
     """
     line, _, upload = body.partition(b"\n")
     try:
-        # `int` raises ValueError for NaN and Infinity, which Python accepts although JSON does not have them.
+        # `int` raises ValueError for NaN and Infinity, which are not valid JSON but are accepted by Python.
         values = json.loads(line, parse_constant=int)
     except (ValueError, RecursionError) as error:
         raise RequestRefusedError("bad_question") from error
@@ -355,7 +410,15 @@ def _parse_body(body: bytearray) -> tuple[Question, bytearray]:
 
 
 def _iter_chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """Yield a file in chunks, up to the size that it had when it was opened."""
+    """Yield the content of a file in chunks, and close the file at the end.
+
+    Args:
+        file: Open file.
+        size: Maximum number of bytes. It is the size that the response has stated, even if the file grows meanwhile.
+
+    Yields:
+        Chunks of at most `DOWNLOAD_CHUNK_BYTES` bytes.
+    """
     with file:
         while size > 0 and (chunk := file.read(min(DOWNLOAD_CHUNK_BYTES, size))):
             size -= len(chunk)
@@ -379,15 +442,15 @@ def _render_page(language: str, is_local: bool, credit: Credit | None) -> str:
 
 
 def load_page_messages(language: str, is_static: bool = False) -> dict[str, Any]:
-    """Load the texts of the page.
+    """Load the texts of the page in one language.
 
     Args:
         language: "pt" or "en".
-        is_static: Return the texts of the page without a server (`hub_upload.space`): those of the section `static`
-            replace those of the page with a server.
+        is_static: Whether the texts are for the page that works without a server (`hub_upload.space`). If True, texts
+            in the section `static` of the JSON file replace texts with the same keys.
 
     Returns:
-        Texts by key; `errors` holds the texts of errors by code.
+        Dictionary from keys to texts. The value of the key "errors" is a dictionary from error codes to texts.
     """
     messages = json.loads((PAGE_FOLDER / "words" / f"{language}.json").read_text(encoding="utf-8"))
     static_messages = messages.pop("static")
@@ -401,12 +464,13 @@ def render_page_html(messages: dict[str, Any], is_static: bool = False, **values
 
     Args:
         messages: Texts of the page (`load_page_messages`).
-        is_static: Render the page without a server.
-        **values: Further variables of the template `page.html`: `here` and `there` (addresses of the page in this and
-            in the other language), `privacy`, `credit`, and `model` for the page without a server.
+        is_static: Whether to render the page that works without a server.
+        **values: Further variables of the template `page.html`: `here` and `there` (URLs of the page in this language
+            and in the other language), `privacy` (sentence about privacy), `credit` (`Credit` or None), and `model`
+            (only for the page without a server).
 
     Returns:
-        The HTML.
+        HTML of the whole page.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -417,7 +481,7 @@ def render_page_html(messages: dict[str, Any], is_static: bool = False, **values
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host name or address can be reached from this machine only."""
+    """Return whether a host name or address belongs to the loopback interface, which only this machine can reach."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-// Classification of a picture with the visitor's labels.
+// Classification of an uploaded picture with labels that the user writes.
 import { ask } from "./source.js";
 import { byId, element, formatNumber, message, onFiles, showError } from "./common.js";
 
@@ -9,14 +9,14 @@ async function classify() {
   byId("classify-said").textContent = message("classifying");
   const request = ++lastRequest;
   const answer = await ask("classify", question, file).catch((error) => ({ error }));
-  if (request !== lastRequest) return; // a later request will show its answer
+  if (request !== lastRequest) return; // a later request was sent, and its result will be shown
   showError(answer.error);
   byId("classify-said").textContent = "";
   byId("classified").replaceChildren(...(answer.error ? [] : resultElements(answer)));
   byId("classified").scrollIntoView({ block: "nearest" }); // on a narrow screen the result is below the form
 }
 
-/** Creates the elements of a result: the best label, and the shares of all labels as bars. */
+/** Creates the elements that show a result: the best label, and a bar with the share of each label. */
 function resultElements({ label, shares }) {
   const rows = shares.map(([name, share]) => {
     const bar = element("progress", { value: share, "aria-hidden": "true" });

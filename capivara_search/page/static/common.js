@@ -1,4 +1,5 @@
-// Shared by all scripts of the page, with and without a server: texts, errors, elements and files of the visitor.
+// Functions that all scripts of the page use, with and without a server: texts, errors, HTML elements and files that
+// the user chooses.
 export const MESSAGES = JSON.parse(document.getElementById("words").textContent);
 export const LANGUAGE = MESSAGES.tag;
 const PLURAL = new Intl.PluralRules(LANGUAGE);
@@ -7,24 +8,36 @@ export const byId = (id) => document.getElementById(id);
 export const formatNumber = (value, digits = 0) =>
   new Intl.NumberFormat(LANGUAGE, { minimumFractionDigits: digits, maximumFractionDigits: digits }).format(value);
 
-/** Formats a score with `digits` decimals, or a very small probability of SigLIP with two significant digits. */
+/**
+ * Formats a score with `digits` decimals. Scores between 1e-12 and 0.01 get two significant digits, because the
+ * probabilities of SigLIP models are often very small.
+ */
 export const formatScore = (value, digits) =>
   formatNumber(value, value > 1e-12 && value < 0.01 ? 1 - Math.floor(Math.log10(value)) : digits);
 
-/** Returns a text with each `{name}` replaced by `values.name`; `values.n` selects the singular or the plural. */
+/**
+ * Returns the text with a key, in which each `{name}` is replaced by `values.name`. If `values` has `n`, the text is
+ * `key_one` (singular) or `key_other` (plural).
+ */
 export function message(key, values = {}, messages = MESSAGES) {
   const pluralKey = "n" in values ? `${key}_${PLURAL.select(values.n) === "one" ? "one" : "other"}` : key;
   const text = messages[pluralKey] ?? messages[key] ?? key;
   return text.replace(/\{(\w+)\}/g, (_, name) => (typeof values[name] === "number" ? formatNumber(values[name]) : values[name] ?? ""));
 }
 
-/** Returns the text of an error by its code. */
+/** Returns the text of an error. `error.code` is its key, and `error.values` replace its placeholders. */
 export const errorMessage = (error) => message(error.code ?? "failed", error.values, MESSAGES.errors);
 
-/** Shows the text of an error until the next question; hides it if there is no error. */
+/** Shows the text of an error until the next request. If `error` is undefined or null, hides the previous text. */
 export const showError = (error) => (byId("notice").textContent = error ? errorMessage(error) : "");
 
-/** Creates an element. A function as attribute is an event listener, false leaves the attribute out; texts are children. */
+/**
+ * Creates an HTML element.
+ * @param name Name of the element, such as "button".
+ * @param attributes Attributes by name. A function is added as a listener of the event with this name. An attribute with
+ *     the value false, null or undefined is left out, and true stands for an empty value.
+ * @param children Elements or texts; null is left out.
+ */
 export function element(name, attributes = {}, ...children) {
   const node = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
@@ -35,7 +48,7 @@ export function element(name, attributes = {}, ...children) {
   return node;
 }
 
-/** Draws an image on a white canvas whose sides are `scale` times as long. */
+/** Returns a white canvas with a resized image. Width and height are those of the image multiplied by `scale`. */
 export function drawScaled(image, scale) {
   const sides = [image.width, image.height].map((side) => Math.max(1, Math.round(side * scale)));
   const canvas = new OffscreenCanvas(...sides);
@@ -47,15 +60,18 @@ export function drawScaled(image, scale) {
   return canvas;
 }
 
-/** Calls `receive(files)` when files are chosen in one of `inputs`, or dropped or pasted while `area` is visible. */
+/**
+ * Calls `receive(files)` when the user chooses files in one of the elements `inputs`, or drops or pastes files while the
+ * element `area` is visible.
+ */
 export function onFiles(area, inputs, receive) {
   const pass = (files) => files.length && area.checkVisibility() && receive([...files]);
   for (const input of inputs)
     input.addEventListener("change", () => {
       pass(input.files);
-      input.value = ""; // so that choosing the same file again is a change
+      input.value = ""; // so that a "change" event is also sent if the user chooses the same file again
     });
-  document.addEventListener("dragover", (event) => event.preventDefault()); // or the browser would open the dropped file
+  document.addEventListener("dragover", (event) => event.preventDefault()); // otherwise the browser would open the dropped file
   document.addEventListener("drop", (event) => (event.preventDefault(), pass(event.dataTransfer.files)));
   document.addEventListener("paste", (event) => pass(event.clipboardData.files));
 }

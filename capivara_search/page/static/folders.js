@@ -1,18 +1,18 @@
-// The folder filter: a tree of all folders of the index with their numbers of pictures, loaded when it is opened.
+// The folder filter: a tree of all folders of the index with their numbers of pictures, loaded when the user opens it.
 import { byId, element, formatNumber, message, showError } from "./common.js";
 import { ask } from "./source.js";
 
 const [button, tree] = byId("folder").children;
 let [chosenPath, onChoice] = ["", null];
 
-/** Returns the last two parts of a path, which usually distinguish folders well enough. */
+/** Returns the last two names in a path, which usually suffice to tell folders apart. */
 const shortName = (path) => path.split(/[\\/]/).filter(Boolean).slice(-2).join("/") || path;
 const parentPath = (path) => path.slice(0, Math.max(path.lastIndexOf("/"), path.lastIndexOf("\\")));
 
-/** Sets the function that is called with the path of a chosen folder, "" for all folders. */
+/** Sets the function that is called when the user chooses a folder. Its argument is the path, or "" for all folders. */
 export const onFolder = (callback) => (onChoice = callback);
 
-/** Shows which folder is chosen. */
+/** Shows the chosen folder on the button of the filter. `path` is "" for all folders. */
 export function showFolder(path) {
   chosenPath = path;
   button.lastElementChild.textContent = path ? shortName(path) : message("all_folders");

@@ -1,21 +1,27 @@
-// The search: while the visitor types, by a picture, or by one of the results. The address of the page holds its state.
+// The search by text (while the user types), by an uploaded picture, or by one of the results. The query is also stored in
+// the address of the page, so that a search can be bookmarked.
 import { MESSAGES, byId, element, message, onFiles, showError } from "./common.js";
 import { onFolder, showFolder } from "./folders.js";
 import { closeViewer, gallery, tile } from "./pictures.js";
 import { ask, imageUrl, startBackgroundWork } from "./source.js";
 
-const PAGE_SIZE = 48; // pictures at first, and with each "show more"
-const TYPING_MS = 250; // after the last key, until the search begins
-const [LOCAL_POLL_MS, POLL_MS] = [2000, 10_000]; // between requests of the status: only this machine, or all visitors
-const STATE_KEYS = ["text", "like", "folder", "since", "until", "more", "less"]; // parts of the query in the address
+const PAGE_SIZE = 48; // number of pictures that are shown at first, and that each click on "Show more" adds
+const TYPING_MS = 250; // time from the last key until the search begins
+// Time between requests of the status. LOCAL_POLL_MS is used if only this machine can open the page.
+const [LOCAL_POLL_MS, POLL_MS] = [2000, 10_000];
+const STATE_KEYS = ["text", "like", "folder", "since", "until", "more", "less"]; // values stored in the address
 const FEEDBACK_KEYS = ["more", "less"]; // lists of pictures that the search is moved towards or away from
 const query = { k: PAGE_SIZE, file: null };
 let indexStatus = { version: null };
 let lastRequest = 0;
 
-// --- Questions -------------------------------------------------------------------------------------------------------
+// --- Requests --------------------------------------------------------------------------------------------------------
 
-/** Asks the query and shows the answer. `historyMode`: "push" or "replace" the address, null keeps it. */
+/**
+ * Sends the query to the server and shows the results.
+ * @param historyMode How the address of the page changes: "push" adds a history entry, "replace" changes the current
+ *     entry, and null keeps the address.
+ */
 async function search(historyMode) {
   const request = ++lastRequest;
   saveState(historyMode);
@@ -23,7 +29,7 @@ async function search(historyMode) {
   const slow = setTimeout(() => request === lastRequest && (byId("said").textContent = message("searching")), 400);
   const { file, ...question } = query;
   const answer = await ask("search", question, file).catch((error) => ({ error })).finally(() => clearTimeout(slow));
-  if (request !== lastRequest) return; // a later request will show its answer
+  if (request !== lastRequest) return; // a later search has begun, and its results will be shown
   byId("results").ariaBusy = "false";
   showError(answer.error);
   if (!answer.error) return showAnswer(answer);
@@ -34,7 +40,11 @@ async function search(historyMode) {
   }
 }
 
-/** Changes the query and begins a new search; the fields follow, and the page scrolls to its top. */
+/**
+ * Changes the query, shows it in the fields of the form, scrolls to the top and begins a new search.
+ * @param changes New values of `query`.
+ * @param focused Element that gets the keyboard focus; null keeps the focus.
+ */
 function startSearch(changes, focused = byId("results")) {
   Object.assign(query, changes, { k: PAGE_SIZE });
   showQuery();
@@ -43,7 +53,7 @@ function startSearch(changes, focused = byId("results")) {
   focused?.focus({ preventScroll: true });
 }
 
-/** Writes the query to the address of the page, and to the link to the other language. */
+/** Writes the query to the address of the page (`historyMode` as for `search`), and to the link to the other language. */
 function saveState(historyMode) {
   const url = new URL(location.href);
   for (const key of STATE_KEYS) {
@@ -55,7 +65,7 @@ function saveState(historyMode) {
   document.querySelector(".language").search = url.search;
 }
 
-/** Reads the query from the address of the page and asks it. */
+/** Reads the query from the address of the page and searches. */
 function restoreState() {
   const saved = new URL(location.href).searchParams;
   for (const key of STATE_KEYS) query[key] = FEEDBACK_KEYS.includes(key) ? saved.getAll(key) : saved.get(key) ?? "";
@@ -64,11 +74,14 @@ function restoreState() {
   search(null);
 }
 
-/** Updates the status of the index. If it has changed, the search is repeated, unless the visitor looks at results. */
+/**
+ * Requests and shows the status of the index. If the index has changed, repeats the search. If the user is looking at
+ * results or has uploaded a picture, shows a notice instead.
+ */
 async function refresh() {
   const previousVersion = indexStatus.version;
   const answer = await ask("status", { language: MESSAGES.tag }).catch(() => null);
-  if (!answer) return; // the next question shows the error
+  if (!answer) return; // the next search will show the error
   indexStatus = answer;
   showStatus();
   if (previousVersion === null || previousVersion === indexStatus.version) return;
@@ -92,7 +105,7 @@ function showAnswer({ hits, count, version, cut }) {
   byId("more").hidden = hits.length < query.k || query.k >= 240;
 }
 
-/** Describes the order of the results in a sentence, such as: Closest to “sea” first, less of city. */
+/** Returns a sentence that describes the order of the results, such as "Closest to “sea” first, less of city." */
 function describeAnswer() {
   const [text, image] = [query.text.trim().slice(0, 80), query.like || query.file];
   let key = "newest";
@@ -103,13 +116,16 @@ function describeAnswer() {
   return `${[message(key, { text }), ...feedback].join(", ")}.`;
 }
 
-/** Adds a button to the tile of a picture with near-duplicates. It shows their number, and shows or hides them. */
+/**
+ * Adds a button to the tile of a picture that has near-duplicates. Its label is the number of near-duplicates, and a click
+ * shows or hides them.
+ */
 function addCopiesButton(item, picture) {
   const { folder, since, until } = query;
   const label = message("duplicates", { n: picture.copies + 1 });
   let copies = [];
   const toggle = async () => {
-    button.disabled = true; // a second click would ask again
+    button.disabled = true; // otherwise a second click would send the request again
     copies.forEach((copy) => copy.remove());
     const question = { folder, since, until, like: picture.path };
     const { hits } = copies.length ? { hits: [] } : await ask("copies", question).catch((error) => (showError(error), { hits: [] }));
@@ -122,7 +138,7 @@ function addCopiesButton(item, picture) {
   item.append(button);
 }
 
-/** Moves the search towards a picture (`way` "more") or away from it ("less"). A second call undoes the first one. */
+/** Moves the search towards a picture (`way` is "more") or away from it ("less"). A second call undoes the first call. */
 function toggleFeedback(way, path) {
   const others = (key) => query[key].filter((other) => other !== path);
   startSearch({ more: others("more"), less: others("less"), ...(query[way].includes(path) ? {} : { [way]: [...others(way), path] }) });
@@ -130,7 +146,7 @@ function toggleFeedback(way, path) {
 
 const feedbackText = (way, path) => message(way === "more" ? "more_of" : "less_of", { name: path.split(/[\\/]/).pop().replace(/\.[^.]*$/, "") });
 
-/** Shows the query in the fields. Each of its pictures has a button that removes it. */
+/** Shows the query in the fields of the form. Each picture of the query gets a button that removes it from the query. */
 function showQuery() {
   byId("text").value = query.text;
   showFolder(query.folder);
@@ -149,7 +165,7 @@ function showStatus() {
   const videos = indexStatus.videos ? [message("videos", { n: indexStatus.videos })] : [];
   byId("facts").textContent = [message("of_n", { n: indexStatus.count }), ...videos, message("model", { name: indexStatus.model })].join(", ");
   byId("note").textContent = indexStatus.note ?? "";
-  // Progress of an update of the index by any process of the server's machine, or of a download of the model.
+  // The progress is that of an update of the index, by any process on the server's machine, or of a download of the model.
   byId("work").hidden = !indexStatus.progress;
   if (!indexStatus.progress) return;
   const { what = "indexing", done, total, left_s } = indexStatus.progress;
@@ -158,7 +174,7 @@ function showStatus() {
   byId("progress-said").textContent = [message(what, { done, total }), ...(left_s === null ? [] : [message(key, n ? { n } : {})])].join(", ");
 }
 
-// --- What the visitor does -------------------------------------------------------------------------------------------
+// --- Events of the user ----------------------------------------------------------------------------------------------
 
 let typing = 0;
 byId("text").addEventListener("input", () => {

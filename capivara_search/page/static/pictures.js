@@ -1,11 +1,18 @@
-// Pictures of an answer: tiles in a gallery, and a dialog that shows a picture large with its metadata.
+// Pictures in search results: thumbnails in a gallery, and a dialog that shows a large view and metadata of a picture.
 import { LANGUAGE, byId, element, formatNumber, formatScore, message } from "./common.js";
 import { fetchLargeView, imageUrl } from "./source.js";
 
 const viewer = byId("viewer");
-let [viewed, position, objectUrl] = [[], 0, ""]; // pictures of the dialog, the one that is shown, URL of its large view
+// Pictures that the dialog can show, index of the picture that it shows, and URL of the large view of this picture.
+let [viewed, position, objectUrl] = [[], 0, ""];
 
-/** Creates a tile: a button that opens picture `i` of a list. `label` is for screen readers; `extra` is in the caption. */
+/**
+ * Creates a tile: a list item with a button that shows a thumbnail and opens the dialog.
+ * @param pictures Pictures that the dialog can show.
+ * @param i Index of the picture in `pictures`.
+ * @param label Text for screen readers.
+ * @param extra Element that is added to the caption, or null.
+ */
 export function tile(pictures, i, label, extra = null) {
   const picture = pictures[i];
   const image = element("img", { src: imageUrl("thumbnail", picture), alt: "", loading: "lazy", decoding: "async" });
@@ -24,7 +31,8 @@ export function gallery(pictures) {
     const label = `${message("place_of", { rank: i + 1, name: picture.name })}, ${message("score", { score })}`;
     return tile(pictures, i, label, element("span", { class: "score" }, score));
   });
-  const firstBelow = pictures.findIndex(({ above_threshold }) => above_threshold === false); // null if not measured
+  // `above_threshold` is null if the model has no relevance threshold.
+  const firstBelow = pictures.findIndex(({ above_threshold }) => above_threshold === false);
   if (firstBelow >= 0) tiles.splice(firstBelow, 0, element("li", { class: "threshold" }, message(firstBelow ? "threshold" : "threshold_first")));
   return element("ol", { class: "gallery" }, ...tiles);
 }
@@ -35,13 +43,13 @@ function open(pictures, i) {
   viewer.showModal();
 }
 
-/** Closes the dialog and calls `action` with its picture, for example to begin another search. */
+/** Closes the dialog and calls `action` with the picture that it has shown, for example to begin another search. */
 export function closeViewer(action) {
   viewer.close();
   action(viewed[position]);
 }
 
-/** Shows the picture that is `offset` places further in the list. */
+/** Shows another picture of the list in the dialog: `offset` is 1 for the next, -1 for the previous, 0 for the current. */
 function showNeighbor(offset) {
   position = Math.min(Math.max(position + offset, 0), viewed.length - 1);
   const [picture, image] = [viewed[position], byId("viewer-picture")];
@@ -53,18 +61,20 @@ function showNeighbor(offset) {
   byId("after").disabled = position === viewed.length - 1;
   byId("download").hidden = true;
   byId("download").href = imageUrl("download", picture);
-  const sides = { width: 2 * picture.width, height: 2 * picture.height }; // a small picture is enlarged at most twice
-  Object.assign(image, { alt: picture.name, ...sides, src: imageUrl("thumbnail", picture) }); // until the large view is loaded
+  const sides = { width: 2 * picture.width, height: 2 * picture.height }; // at most twice the size of a small picture
+  // The thumbnail is shown until the large view is loaded.
+  Object.assign(image, { alt: picture.name, ...sides, src: imageUrl("thumbnail", picture) });
   URL.revokeObjectURL(objectUrl);
   fetchLargeView(picture).catch(() => null).then((file) => {
-    if (picture !== viewed[position]) return; // the visitor has gone to another picture meanwhile
+    if (picture !== viewed[position]) return; // the user has opened another picture meanwhile
     if (!file) return (byId("viewer-said").textContent = message("gone_original"));
-    byId("download").hidden = file === picture.file; // the visitor has chosen this file, so there is nothing to download
+    // If the user has chosen this file on the page, there is nothing to download.
+    byId("download").hidden = file === picture.file;
     image.src = objectUrl = URL.createObjectURL(file);
   });
 }
 
-/** Returns pairs of a name and a value, as far as they are known: date, dimensions, size, place and score. */
+/** Returns pairs of a name and a text for the known metadata of a picture: date, dimensions, size, place and score. */
 function metadataRows(picture) {
   const date = (text) => new Date(text).toLocaleString(LANGUAGE, { dateStyle: "long", timeStyle: "short" });
   const bytes = (size) => (size < 1e6 ? `${formatNumber(size / 1e3)} kB` : `${formatNumber(size / 1e6, 1)} MB`);
@@ -81,11 +91,12 @@ function metadataRows(picture) {
 byId("before").addEventListener("click", () => showNeighbor(-1));
 byId("after").addEventListener("click", () => showNeighbor(1));
 byId("copy").addEventListener("click", async () => {
-  getSelection().selectAllChildren(byId("viewer-path")); // for Ctrl+C, because a page without https may not copy
+  // Select the path, so that Ctrl+C copies it: browsers let only pages with https write to the clipboard.
+  getSelection().selectAllChildren(byId("viewer-path"));
   const isCopied = await navigator.clipboard?.writeText(viewed[position].path).then(() => true, () => false);
   if (isCopied) byId("viewer-said").textContent = message("copied");
 });
 document.addEventListener("keydown", (event) => {
   const offset = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (offset && viewer.open) showNeighbor(offset); // on the document, because a button that becomes disabled loses the focus
+  if (offset && viewer.open) showNeighbor(offset); // listens on the document, because a disabled button loses the focus
 });

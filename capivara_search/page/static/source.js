@@ -1,7 +1,14 @@
-// Answers and pictures from the server. The page without a server replaces this file by another one with the same exports.
+// Requests to the server: searches and pictures. The page that works without a server has another file with the same name
+// and exports.
 import { drawScaled } from "./common.js";
 
-/** Posts a question, a line of JSON and perhaps a picture, and returns the answer. Errors have the code of their text. */
+/**
+ * Sends a POST request and returns the values of the response.
+ * @param name Name of the request in the path `api/NAME`, such as "search".
+ * @param question Values that are sent as a line of JSON.
+ * @param picture File that is sent after the line of JSON, or null.
+ * @throws Error whose `code` is the key of its text in `MESSAGES.errors`.
+ */
 export async function ask(name, question = {}, picture = null) {
   const body = new Blob([JSON.stringify(question), "\n", ...(picture ? [await shrinkImage(picture)] : [])]);
   let response, values;
@@ -15,7 +22,7 @@ export async function ask(name, question = {}, picture = null) {
   return values;
 }
 
-/** Returns a smaller version of a large picture: the model sees only a few hundred pixels of each side. */
+/** Reduces a large picture before the upload, because the model uses only a few hundred pixels of its width and height. */
 async function shrinkImage(picture) {
   if (picture.size < 600_000) return picture;
   try {
@@ -27,14 +34,20 @@ async function shrinkImage(picture) {
   }
 }
 
-/** Returns the address of a picture of the index. It changes with the file, so that browsers may cache the response. */
+/**
+ * Returns the URL of a picture of the index. `kind` is "thumbnail", "picture" (large view) or "download". The URL changes
+ * when the file changes, so that browsers may cache the response.
+ */
 export const imageUrl = (kind, picture) => `${kind}?${new URLSearchParams({ path: picture.path, v: picture.v ?? 0 })}`;
 
-/** Returns the large view of a picture as a file, or null if the server has only its thumbnail. */
+/** Returns the large view of a picture as a Blob, or null if the server has only the thumbnail of the picture. */
 export async function fetchLargeView(picture) {
   const data = await (await fetch(imageUrl("picture", picture))).blob();
   return data.type === "image/jpeg" ? data : null;
 }
 
-/** Starts work beside the search, which calls `refresh` after changes. With a server there is none. */
+/**
+ * Starts background work that calls `refresh` when the status has changed. This function does nothing, because the server
+ * does all work; the page without a server needs it.
+ */
 export function startBackgroundWork(refresh) {}
