@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
-from benchmarks.timing import describe_conditions, median_ratio, summarize_rates, time_alternating, write_results
+from benchmarks.timing import describe_conditions, median_ratio, report_results, summarize_rates, time_alternating
 from capivara_common.cli import flag, parse_arguments, run_command
 from captions.generate import PREFIXES_FILE, Captioner, read_prefixes
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         "images": args.images, "prefixes": len(prefixes), "new_tokens": args.new_tokens, "precision": "float32",
         "divided": {"widths": args.widths, "layers": args.layers},
     }  # fmt: skip
-    write_results(describe_conditions() | {"runs": args.runs, "measured": {"generate": measured}}, args.output)
+    report_results(describe_conditions() | {"runs": args.runs, "measured": {"generate": measured}}, args.output)
 
 
 def build_scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Captioner:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.timing import RESULTS_FOLDER, describe_conditions, write_results
+from benchmarks.timing import RESULTS_FOLDER, describe_conditions, report_results
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search import PictureIndex
 from capivara_search.duplicates import (
@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
                 for name, (rule_vectors, threshold) in rules.items()
             },
         }
-    write_results(describe_conditions() | results, args.output)
+    report_results(describe_conditions() | results, args.output)
 
 
 if __name__ == "__main__":

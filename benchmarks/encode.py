@@ -23,9 +23,9 @@ from benchmarks.timing import (
     describe_conditions,
     make_captions,
     median_ratio,
+    report_results,
     summarize_rates,
     time_alternating,
-    write_results,
 )
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search.miniature_encoders import load_tokenizer
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     sizes = {name: getattr(args, name) for name in ("runs", "images", "captions")}
     sizes |= {"tokens": CAPTION_TOKENS, "image_size": IMAGE_SIZE}
-    write_results(describe_conditions() | sizes | {"measured": measured}, args.output)
+    report_results(describe_conditions() | sizes | {"measured": measured}, args.output)
 
 
 def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Tensor]]]:

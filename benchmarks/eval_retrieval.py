@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     }  # fmt: skip
     results = {"large": measured} if args.worker else {"scores": measured | compare_recalls(embeddings, args.runs)}
     existing = read_json(args.output) if args.output and args.output.is_file() else {}
-    timing.write_results(existing | results, args.output)
+    timing.report_results(existing | results, args.output)
 
 
 def make_random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from benchmarks.timing import (
     describe_conditions,
     peak_resident_bytes,
+    report_results,
     run_in_process,
     save_random_model,
     time_call,
-    write_results,
 )
 from capivara_common.cli import flag, parse_arguments, run_command
 from hub_upload.export import export_model
@@ -39,14 +39,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         before, target = peak_resident_bytes(), args.worker.with_name("repository")
         seconds = time_call(lambda: export_model(args.worker, target, EXPORTED_FORMATS))
-        write_results({"after_imports_bytes": before, "peak_bytes": peak_resident_bytes(), "seconds": seconds})
+        report_results({"after_imports_bytes": before, "peak_bytes": peak_resident_bytes(), "seconds": seconds})
         return
     with tempfile.TemporaryDirectory(prefix="capivara-export-") as folder:
         weights = save_random_model(Path(folder) / "model")
         measured = run_in_process("benchmarks.export", worker=f"{folder}/model")
     additional = measured["peak_bytes"] - measured["after_imports_bytes"]
     measured |= {"peak_over_imports_bytes": additional, "ratio_to_weights": additional / weights}
-    write_results(describe_conditions() | {"weights_bytes": weights, "export": measured}, args.output)
+    report_results(describe_conditions() | {"weights_bytes": weights, "export": measured}, args.output)
 
 
 if __name__ == "__main__":

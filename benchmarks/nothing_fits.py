@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions, write_results
+from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions, report_results
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import write_json
 from capivara_search.folder_scan import find_pictures
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         results["steering"] = list(measure_feedback(model, sentences["steering"], images[: len(files)], classes))
     if args.keep:
         write_json(model.folder / RELEVANCE_AUC_FILE, results)
-    write_results(results, args.output)
+    report_results(results, args.output)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure the requested part, and print the results as JSON."""
     args = parse_arguments(SearchArguments, __doc__, argv)
     if args.worker:
-        timing.write_results({"fill": fill_index, "index": measure_index}[args.worker](args))
+        timing.report_results({"fill": fill_index, "index": measure_index}[args.worker](args))
         return
     from benchmarks import search_follow  # imported here, because a worker must not load torch
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         results = search_follow.measure_following(args.work, args.followed, args.runs)
     name = "search.json" if args.parts == "index" else "search_follow.json"
-    timing.write_results(
+    timing.report_results(
         timing.describe_conditions("lancedb") | {"runs": args.runs} | results,
         args.output or timing.RESULTS_FOLDER / name,
     )

@@ -147,7 +147,7 @@ def describe_conditions(*packages: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_results(results: Any, output: Path | None = None) -> None:
+def report_results(results: Any, output: Path | None = None) -> None:
     """Print the results as JSON in one line, and also write them to `output` if it is given."""
     if output:
         write_json(output, results)

@@ -111,12 +111,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure the requested parts, and print the results as JSON."""
     args = parse_arguments(TrainStepArguments, __doc__, argv)
     if args.worker:
-        timing.write_results(measure_open_clip(args) if args.worker == PEER_PROGRAM else measure_ours(args))
+        timing.report_results(measure_open_clip(args) if args.worker == PEER_PROGRAM else measure_ours(args))
     else:
-        timing.write_results(compare_programs(args), args.output)
+        timing.report_results(measure_parts(args), args.output)
 
 
-def compare_programs(args: TrainStepArguments) -> dict[str, Any]:
+def measure_parts(args: TrainStepArguments) -> dict[str, Any]:
     """Measure the requested parts in alternating runs, and return the results."""
     suffixes = ["", BEFORE_SUFFIX] if args.beside else [""]
     names = [name + suffix for name in ("no_cache", "cache") for suffix in suffixes] if args.beside else PROGRAMS

@@ -184,7 +184,7 @@ def run_local(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor
     # Workers are daemons, so that Ctrl-C ends them. The environment is passed explicitly, because the fork server may
     # have been started earlier, with other environment variables.
     processes = [
-        context.Process(target=_run_worker, args=(executor, index, workers, gpu, dict(os.environ)), daemon=True)
+        context.Process(target=_run_worker_process, args=(executor, index, workers, gpu, dict(os.environ)), daemon=True)
         for index, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False)
     ]
     for process in processes:
@@ -221,7 +221,7 @@ def _run_rank_sequence(executor: LocalPipelineExecutor, ranks: range) -> None:
             close_task_logger(log)
 
 
-def _run_worker(
+def _run_worker_process(
     executor: LocalPipelineExecutor, worker_index: int, worker_count: int, gpu: str, environment: dict[str, str]
 ) -> None:
     """Run the tasks of one worker; this is the main function of a worker process.

@@ -109,7 +109,7 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
     with _locked(new), _cleanup_on_error(path, lambda: shutil.rmtree(new, ignore_errors=True)):
         yield new
-        _move_into_place(new, path, overwrite)
+        _move_folder_into_place(new, path, overwrite)
 
 
 @contextmanager
@@ -135,7 +135,7 @@ def _cleanup_on_error(path: Path, remove: Callable[[], object]) -> Iterator[None
         raise
 
 
-def _move_into_place(new: Path, path: Path, overwrite: bool) -> None:
+def _move_folder_into_place(new: Path, path: Path, overwrite: bool) -> None:
     """Rename the folder `new` to `path`. At any moment the old or the new folder is complete (see `remove_leftovers`).
 
     Files get the default permissions, because safetensors makes files that only their owner can read.
@@ -188,7 +188,7 @@ def finish_folder(path: Path, overwrite: bool = False) -> None:
     check_output_folder(path, overwrite)
     for leftover in partial.rglob(".*.tmp"):
         leftover.unlink()  # its writer was killed
-    _move_into_place(partial, path, overwrite)
+    _move_folder_into_place(partial, path, overwrite)
 
 
 def check_output_folder(path: Path, overwrite: bool = False) -> None:
@@ -247,7 +247,7 @@ def remove_leftovers(path: Path) -> None:
         with suppress(OSError), ExitStack() as stack:
             stack.callback(os.close, lock_folder(leftover))
             if match[1] == "old" and not (path.exists() and any(path.iterdir())):
-                leftover.rename(path)  # the process was killed between the two renames of `_move_into_place`
+                leftover.rename(path)  # the process was killed between the two renames of `_move_folder_into_place`
             else:
                 _remove_folder(leftover)
 

@@ -215,8 +215,8 @@ def extract_raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
         data: Content of the file.
 
     Returns:
-        The JPEG file of the preview, and the (width, height) of the RAW picture before rotation. None if LibRaw does not
-        recognize the file as RAW: it may be another image, such as a TIFF.
+        The JPEG file of the preview, and the (width, height) of the RAW picture before rotation. None if LibRaw does
+        not recognize the file as RAW: it may be another image, such as a TIFF.
 
     Raises:
         BadImage: If the file can't be decoded or contains no JPEG preview.

@@ -239,7 +239,7 @@ def open_split(
     return opened
 
 
-def find_missing_rows(folder: Path) -> tuple[int, str]:
+def read_stage_progress(folder: Path) -> tuple[int, str]:
     """Count the rows that a stage of a caption build has not written yet, by the names of its parquet files.
 
     Args:
@@ -266,7 +266,7 @@ def check_finished(folder: Path) -> None:
 
     The message contains the command that finishes the stage. A folder without `stage.json` is accepted.
     """
-    missing, command = find_missing_rows(folder) if (folder / STAGE_FILE).is_file() else (0, "")
+    missing, command = read_stage_progress(folder) if (folder / STAGE_FILE).is_file() else (0, "")
     if missing > 0:
         raise ValueError(
             f"{folder} is unfinished: {missing} rows are missing. Other tasks may still be writing them. This command "

@@ -222,7 +222,7 @@ class Seq2SeqTranslator:
         self.name = f"{model.config.model_type} {Path(name).name}"
         self._prefix_ids: list[int] = []  # token ids before each source sentence
         self._generate_options: dict[str, Any] = {}
-        source_tokens, target_tokens = _language_tokens(tokenizer)
+        source_tokens, target_tokens = _find_language_token_ids(tokenizer)
         self._forbidden_ids = {*source_tokens.values()}  # token ids that are removed from source sentences
         self._language_ids = {*source_tokens.values(), *target_tokens.values()}
         self.code, source_code = _codes(tokenizer, language, source_language, self.name)
@@ -304,7 +304,7 @@ def check_languages(model: str, revision: str | None, language: str, source_lang
     _codes(tokenizer, language, source_language, model)
 
 
-def _language_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], dict[str, int]]:
+def _find_language_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], dict[str, int]]:
     """Return the language codes of a translation tokenizer with the ids of their language tokens.
 
     Returns:
@@ -337,7 +337,7 @@ def _codes(
     Raises:
         ValueError: If the model does not know a language.
     """
-    source_tokens, target_tokens = _language_tokens(tokenizer)
+    source_tokens, target_tokens = _find_language_token_ids(tokenizer)
     only_language = filter(None, [getattr(tokenizer, "target_lang", None)])
     # A Marian model for a single target language has no language tokens.
     target = find_language_code(language, source_tokens or target_tokens or only_language, name)

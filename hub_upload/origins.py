@@ -82,7 +82,7 @@ def read_origin(name: str, repo_type: str) -> dict[str, Any]:
     folder = Path(name).parent if is_file_or_pattern else Path(name)
     path = _fetch_card(name, repo_type) if is_on_hub else folder / "README.md"
     card = read_card_metadata(path) if path else {}
-    default_title = name if is_on_hub else _read_heading(path) or PurePosixPath(name).name
+    default_title = name if is_on_hub else _read_card_title(path) or PurePosixPath(name).name
     translations = card.get("translations")
     translators = translations if isinstance(translations, dict) else {}
     return {
@@ -121,7 +121,7 @@ def _as_texts(value: Any) -> list[str]:
     return [str(text) for text in (value if isinstance(value, list) else [value]) if text]
 
 
-def _read_heading(card: Path) -> str | None:
+def _read_card_title(card: Path) -> str | None:
     """Return the text of the first level-1 heading (`# Title`) in a Markdown file, or None if there is none."""
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     heading = re.search(r"^# +(.+)$", text, re.MULTILINE)

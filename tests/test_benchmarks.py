@@ -114,7 +114,7 @@ def test_the_demo_runs_twice_in_both_checkouts(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", run)
         patch.setattr(timing, "describe_conditions", dict)
-        results = train_step.compare_programs(train_step.TrainStepArguments(parts=["demo"], beside=tmp_path))
+        results = train_step.measure_parts(train_step.TrainStepArguments(parts=["demo"], beside=tmp_path))
     trees, names = (tmp_path, timing.CODE_ROOT), ("examples.openmoji.prepare", "train_accelerate") * 2
     assert [call[:3] for call in calls] == [(name, tree, str(tree)) for tree in trees for name in names]
     assert calls[0][3] == calls[3][3] != calls[4][3]

@@ -328,7 +328,7 @@ def test_each_worker_has_its_own_gpu(config, monkeypatch, tmp_path):
 def test_workers_that_die_at_their_start_are_reported(executor, monkeypatch, tmp_path):
     """A phase is incomplete until its tasks have ended, and the next phase does not start. Ray only logs a death."""
     monkeypatch.setattr("capivara_common.executors.START_METHOD", "fork")
-    monkeypatch.setattr("capivara_common.executors._run_worker", lambda *_: os._exit(1))
+    monkeypatch.setattr("capivara_common.executors._run_worker_process", lambda *_: os._exit(1))
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
     monkeypatch.setattr("capivara_common.executors.require_packages", lambda *_: None)
     monkeypatch.setattr("capivara_common.executors.RayPipelineExecutor.run", lambda _: None)

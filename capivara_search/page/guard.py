@@ -131,7 +131,7 @@ class RequestGuard:
             await answer(scope, receive, send_guarded)
 
     def _is_allowed_host(self, host: str) -> bool:
-        return "*" in self.hosts or parse_host(host) in self.hosts
+        return "*" in self.hosts or parse_host_name(host) in self.hosts
 
     def _check_host(self, scope: Scope) -> None:
         """Check the Host header of a request.
@@ -144,8 +144,8 @@ class RequestGuard:
         """
         host = Headers(scope=scope).get("host", "")
         address = (scope.get("server") or ("",))[0]  # address of this machine that the client has connected to
-        if not self._is_allowed_host(host) and (not host or parse_host(host) != address):
-            raise RequestRefusedError("unknown_host", 400, host=host, flag=f"--allow-host {parse_host(host)}")
+        if not self._is_allowed_host(host) and (not host or parse_host_name(host) != address):
+            raise RequestRefusedError("unknown_host", 400, host=host, flag=f"--allow-host {parse_host_name(host)}")
 
     def _check_origin(self, scope: Scope) -> None:
         """Check that no other website makes the request. Other websites may only link to the page (path "/").
@@ -326,9 +326,9 @@ def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
         ValueError: If a value of `extra_hosts` is neither a name nor an address.
     """
     names = ["localhost", "127.0.0.1", "::1", host.lower()]
-    names += [name if name == "*" else parse_host(name) for name in extra_hosts]
+    names += [name if name == "*" else parse_host_name(name) for name in extra_hosts]
     if "" in names:
-        invalid_hosts = (name for name in extra_hosts if name != "*" and not parse_host(name))
+        invalid_hosts = (name for name in extra_hosts if name != "*" and not parse_host_name(name))
         raise localized_error(ValueError, "bad_host", value=", ".join(invalid_hosts))
     if host in ("0.0.0.0", "::"):
         machine = socket.gethostname().lower()
@@ -339,7 +339,7 @@ def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def parse_host(host: str) -> str:
+def parse_host_name(host: str) -> str:
     """Return the host name or address in a Host header.
 
     Args:
