@@ -179,6 +179,9 @@ def is_available(folder: str | Path, real_path: str, allow_empty: bool = False) 
         folder: Path of the folder.
         real_path: Real path that the folder had when the user added it.
         allow_empty: Whether an empty folder counts as available.
+
+    Returns:
+        True if the folder is available.
     """
     with suppress(OSError), os.scandir(folder) as entries:
         return os.path.realpath(folder) == real_path and (allow_empty or next(entries, None) is not None)
