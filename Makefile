@@ -1,25 +1,25 @@
-# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+# `make demo` and `make test` set up everything they need on a new machine.
 PYTHON ?= python3
 BIN := .venv/bin
-# Up to four processes, each with one thread: two would wait for one another. One for each core, and one more where a seventh
-# of the time is waiting, for Slurm, a followed folder, a page.
+# Up to four processes with one thread each, because threads of several processes would compete for the cores. `make test`
+# uses one process more than there are cores: about a seventh of its time is waiting for Slurm, followed folders and pages.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check
 
-demo: .venv/demo  ## prepare, train and measure the embedded default
+demo: .venv/demo  ## prepare, train and measure the demo
 	$(BIN)/python -m examples.openmoji.prepare
 	$(BIN)/python train_accelerate.py --config configs/openmoji.yaml $(DEMO_ARGS)
 
 test: .venv/test  ## all tests; PYTEST_ARGS='-m "not slow"' for fewer
 	$(PYTEST) -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) $(PYTEST_ARGS)
 
-check: .venv/test  ## what every change passes: style, and the fast tests
+check: .venv/test  ## style and fast tests, required for every change
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(PYTEST) -n auto -m "not slow and not gpu"
 
-# A stamp an extra: made anew when the dependencies change. `test` brings all that `demo` has.
+# One stamp file per extra; it is remade when the dependencies change. The extra `test` includes `demo`.
 .venv/demo .venv/test: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -1,14 +1,15 @@
-"""Fine-tune the text tower of a CAPIVARA model on captions in your language, measure it, save it.
+"""Fine-tune the text tower of a CAPIVARA model on captions in your language, evaluate it and save it.
 
     python train_accelerate.py --config configs/openmoji.yaml
     python train_accelerate.py --config configs/openmoji.yaml --learning_rate 1e-4 --seed 1
     python train_accelerate.py --config configs/capivara.yaml --model MODEL --dataset DATA --resume auto
 
-`python -m examples.openmoji.prepare` makes what the first two train on. Flags win
-over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto` resumes it.
+The first two commands need the model and data that `python -m examples.openmoji.prepare` creates.
+Flags override the configuration file. While a run is unfinished, its files are in the folder
+`<output_dir>.partial`; `--resume auto` resumes it.
 """
 
-import capivara_common.interrupt  # isort: skip # noqa: F401, first of all
+import capivara_common.interrupt  # isort: skip # noqa: F401, before slow imports, so that Ctrl-C ends them cleanly
 
 import logging
 import os
@@ -23,101 +24,150 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from capivara_common.cli import parse, run_command
-from capivara_common.environment import device_description, package_versions, processes, require, resolve_precision
+from capivara_common.cli import parse_arguments, run_command
+from capivara_common.environment import (
+    describe_device,
+    package_versions,
+    process_state,
+    require_packages,
+    resolve_precision,
+)
 from capivara_common.files import RUN_MARKER, finish_folder, partial_folder, read_json, write_json, write_text
 from capivara_common.privacy import short_name
 from caption_data.pairs import pairs_fingerprint
 from eval.records.plots import plot_retrieval_sheet, plot_training_curves
 from eval.records.schema import SCHEMA_VERSION, write_records
-from eval.records.tables import retrieval_table
-from eval.retrieval import embed_captions, gain_records, retrieval_records
+from eval.records.tables import render_retrieval_table
+from eval.retrieval import compute_gain_records, compute_retrieval_records, embed_captions
 from hub_upload.card import write_card
-from hub_upload.origins import origins
-from hub_upload.push import check_access, publish_run
+from hub_upload.origins import read_origins
+from hub_upload.push import check_push_access, publish_run
 from modeling_capivara.loading import load_model
-from modeling_capivara.two_towers import class_and_loss
+from modeling_capivara.two_towers import describe_model
 from training.arguments import RunArguments
 from training.checkpoints import (
     Checkpoints,
-    TrainerState,
+    TrainingState,
     check_finished_run,
     choose_output_dir,
-    is_complete,
-    run_folder,
+    is_run_complete,
+    locked_run_folder,
 )
-from training.inputs import Inputs, load_inputs
-from training.loop import Trainer
-from training.trainable import fixed, interpolate_weights, merge_adapters, prepare_trainable
+from training.inputs import TrainingInputs, load_inputs
+from training.loop import TrainingLoop
+from training.trainable import fixed_settings, interpolate_weights, merge_adapters, prepare_trainable
 
-PROCESS_TIMEOUT = timedelta(hours=24)  # the others wait while the main one prepares, checks and measures
+# How long processes wait for each other. It must be long, because the main process evaluates and saves on its own while
+# the other processes wait.
+PROCESS_TIMEOUT = timedelta(hours=24)
 logger = logging.getLogger("capivara")
 
 
 def main(argv: list[str] | None = None) -> Path:
-    """Train, measure and save; returns the folder of the run."""
-    args = parse(RunArguments, __doc__, argv, config=True)
+    """Run the command: train, evaluate, save and, if requested, push.
+
+    Args:
+        argv: Command-line arguments; `sys.argv[1:]` if None.
+
+    Returns:
+        The folder of the finished run.
+
+    Raises:
+        ValueError: If an argument or the data are invalid.
+        OSError: If a file can't be read or written.
+        ImportError: If a required package is not installed.
+        SystemExit: If the run was interrupted, or a loss or gradient was not finite. The user sees a message.
+    """
+    args = parse_arguments(RunArguments, __doc__, argv, config=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("accelerate", "httpx", "httpx2"):  # the client of the Hub would show every request
+    for name in ("accelerate", "httpx", "httpx2"):  # the Hub's HTTP client would log every request
         logging.getLogger(name).setLevel(logging.WARNING)
     output_dir = choose_output_dir(args, join_processes())
     args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
-    if is_complete(args, output_dir):
+    if is_run_complete(args, output_dir):
         check_finished_run(output_dir, args.to_dict(), {})
-        print(f"The run in {output_dir} is complete; there is nothing to go on with.")
-        return end_run(args, output_dir)
+        print(f"The run in {output_dir} is complete; there is nothing to resume.")
+        return finish_run(args, output_dir)
     accelerator = create_accelerator(args, output_dir)
     if args.push_to_hub and accelerator.is_main_process:
-        check_access(args.hub_model_id, args.hub_private)
-    with run_folder(output_dir, args, accelerator) as folder:
+        check_push_access(args.hub_model_id, args.hub_private)
+    with locked_run_folder(output_dir, args, accelerator) as folder:
         checkpoints = Checkpoints(folder / "checkpoints", args.keep_last, accelerator)
-        resume = checkpoints.to_resume(args)  # its settings are checked before any long work
+        resume = checkpoints.find_resume_checkpoint(args)  # checks the settings before any long work
         inputs = load_inputs(args, accelerator)
-        if (folder / "run.json").is_file():  # the training was finished before the run was stopped
+        if (folder / "run.json").is_file():  # the run was stopped after training, before or during the evaluation
             check_finished_run(folder, args.to_dict(), inputs.fingerprints(args))
         else:
             train(args, inputs, checkpoints, resume)
         if accelerator.is_main_process:
-            measure(args, inputs, accelerator, folder)
+            evaluate_models(args, inputs, accelerator, folder)
         accelerator.wait_for_everyone()
-        accelerator.end_training()  # the tracker's files are closed before their folder is renamed
+        accelerator.end_training()  # closes the tracker's files, before their folder is renamed
         if accelerator.is_main_process:
             finish_folder(output_dir, args.overwrite_output_dir)
-            print(f"\n{(output_dir / 'table.md').read_text(encoding='utf-8')}\nEverything is in {output_dir}.")
-    return end_run(args, output_dir)
+            print(f"\n{(output_dir / 'table.md').read_text(encoding='utf-8')}\nThe results are in {output_dir}.")
+    return finish_run(args, output_dir)
 
 
 def join_processes() -> PartialState:
-    """Accelerate's processes. Raises ValueError where it has not joined those that were started."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun and of accelerate launch
-    state = processes(PROCESS_TIMEOUT)
+    """Connect the processes that a launcher such as `accelerate launch` has started.
+
+    Returns:
+        Accelerate's state, with the number of processes and the index of this process.
+
+    Raises:
+        ValueError: If the launcher has started more processes than Accelerate has connected.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
+    state = process_state(PROCESS_TIMEOUT)
     if state.num_processes != started:
         raise ValueError(
-            f"{started} processes were started, but Accelerate has joined {state.num_processes}: each would train on a "
-            "batch of its own. Launch with --num_processes 1, or with one of configs/accelerate/."
+            f"{started} processes were started, but Accelerate has connected {state.num_processes}, so each would "
+            "train on a separate batch. Launch with --num_processes 1, or with a file of configs/accelerate/."
         )
     return state
 
 
 def create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
-    """Device, precision, processes and tracker of the run; nothing is written yet.
+    """Create the `Accelerator` of the run, which holds device, precision, processes and experiment tracker.
 
-    Raises ImportError where a package is not installed.
+    Also sets the number of CPU threads. No file is written.
+
+    Args:
+        args: Arguments of the run.
+        output_dir: Folder of the finished run. The tracker writes into the working folder `output_dir.partial`.
+
+    Raises:
+        ImportError: If peft or the tracker's package is not installed.
     """
-    # `accelerate launch` starts a lone process with one thread.
+    # Set here, because `accelerate launch` limits a single process to one thread.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if args.lora_rank:
-        require("--lora_rank", "lora", "peft")
-    tracker = {}
+        require_packages("--lora_rank", "lora", "peft")
+    tracker_options = {}
     if args.tracker != "none":
-        require(f"--tracker {args.tracker}", "trackers" if args.tracker == "tensorboard" else None, args.tracker)
-        tracker = {"log_with": args.tracker, "project_dir": str(partial_folder(output_dir) / "trackers")}
-    return Accelerator(mixed_precision=args.mixed_precision, **tracker)
+        extra = "trackers" if args.tracker == "tensorboard" else None
+        require_packages(f"--tracker {args.tracker}", extra, args.tracker)
+        tracker_options = {"log_with": args.tracker, "project_dir": str(partial_folder(output_dir) / "trackers")}
+    return Accelerator(mixed_precision=args.mixed_precision, **tracker_options)
 
 
-def train(args: RunArguments, inputs: Inputs, checkpoints: Checkpoints, resume: Path | None) -> None:
-    """Train, and save model, adapters and `run.json` in the folder of the run."""
+def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, resume: Path | None) -> None:
+    """Train the model, and save it with its LoRA adapters and `run.json` in the working folder of the run.
+
+    Args:
+        args: Arguments of the run.
+        inputs: Data and image embeddings.
+        checkpoints: Checkpoints of the run. Their folder is inside of the working folder of the run.
+        resume: Folder of the checkpoint to resume from, or None to start at step 0.
+
+    Raises:
+        KeyboardInterrupt: If the run was interrupted.
+        FloatingPointError: If a loss, a gradient or an embedding is not finite.
+        ValueError: If the checkpoint does not belong to this run, or too many images can't be used.
+        OSError: If a file can't be written.
+    """
     accelerator, folder = checkpoints.accelerator, checkpoints.folder.parent
     settings = args.to_dict()
     tracked = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
@@ -125,95 +175,125 @@ def train(args: RunArguments, inputs: Inputs, checkpoints: Checkpoints, resume: 
     set_seed(args.seed)
     model = load_model(args.model)
     wrapped = prepare_trainable(model, args)
-    state = TrainerState(config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads())
-    state.device = f"{device_description(accelerator.device)}, {accelerator.num_processes} processes"
-    sources = origins(args.model, args.dataset, args.evaluation_dataset)
-    trainer = Trainer(args, inputs, model, wrapped, checkpoints, state)
-    state = trainer.train(resume)
+    state = TrainingState(config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads())
+    state.device = f"{describe_device(accelerator.device)}, {accelerator.num_processes} processes"
+    sources = read_origins(args.model, args.dataset, args.evaluation_dataset)
+    state = TrainingLoop(args, inputs, model, wrapped, checkpoints, state).train(resume)
     if accelerator.is_main_process:
         model = merge_adapters(wrapped, folder)
         if args.interpolate != 1:
             interpolate_weights(model, load_model(args.model).state_dict(), args.interpolate)
         model.save_pretrained(folder)
         inputs.processor.save_pretrained(folder)
-        write_run(args, model, state, inputs, sources, folder)
+        write_run_files(args, model, state, inputs, sources, folder)
     accelerator.wait_for_everyone()
 
 
-def measure(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Path) -> None:
-    """Measure the base and the model that was saved in `folder` on the test split of every language.
+def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Accelerator, folder: Path) -> None:
+    """Evaluate the base model and the trained model on the test split of every language.
 
-    Result files, table and sheet of pictures are written beside the model, the seconds of measuring into `run.json`.
+    Writes three outputs into `folder`: result files in `results/`, a table of all results (`table.md`), and an image of
+    example queries with the images that both models find (`retrieval.png`). The duration of the evaluation is added to
+    `run.json`.
+
+    Args:
+        args: Arguments of the run.
+        inputs: Data and image embeddings.
+        accelerator: Accelerator of the run; its device is used.
+        folder: Working folder of the run, which has the trained model and `run.json`.
     """
     started, run = time.perf_counter(), read_json(folder / "run.json", seconds=dict)
-    models = {"baseline": args.model, "capivara": folder}
-    models = {role: load_model(name).eval().to(accelerator.device) for role, name in models.items()}
-    table, measured = [], {}
+    folders = {"baseline": args.model, "capivara": folder}
+    models = {role: load_model(name).eval().to(accelerator.device) for role, name in folders.items()}
+    all_records, embeddings_by_language = [], {}
     for language, split in inputs.test.items():
-        both = measured[language] = {
+        embeddings = embeddings_by_language[language] = {
             role: embed_captions(model, inputs.processor, split.captions(), inputs.test_embeds)
             for role, model in models.items()
         }
-        facts = {"dataset": short_name(args.evaluation_dataset), "split": args.test_split, "language": language}
-        trained = facts | {"model": "capivara", "model_folder": ".", "seed": args.seed}
-        records = retrieval_records(both["baseline"], **facts, model="baseline", model_folder=args.model, seed=None)
-        records += retrieval_records(both["capivara"], **trained) + gain_records(*both.values(), **trained)
-        name = f"retrieval_{facts['dataset'].replace('/', '_')}_{args.test_split}_{language}.json"
+        metadata = {"dataset": short_name(args.evaluation_dataset), "split": args.test_split, "language": language}
+        baseline = metadata | {"model": "baseline", "model_folder": args.model, "seed": None}
+        trained = metadata | {"model": "capivara", "model_folder": ".", "seed": args.seed}
+        records = compute_retrieval_records(embeddings["baseline"], **baseline)
+        records += compute_retrieval_records(embeddings["capivara"], **trained)
+        records += compute_gain_records(embeddings["baseline"], embeddings["capivara"], **trained)
+        name = f"retrieval_{metadata['dataset'].replace('/', '_')}_{args.test_split}_{language}.json"
         write_records(
             folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",
-            fingerprint=pairs_fingerprint(split.table), device=device_description(accelerator.device),
-            **class_and_loss(models["capivara"]),
+            fingerprint=pairs_fingerprint(split.table), device=describe_device(accelerator.device),
+            **describe_model(models["capivara"]),
         )  # fmt: skip
-        table += records
+        all_records += records
     run["seconds"]["evaluation"] = time.perf_counter() - started
-    write_text(folder / "table.md", retrieval_table(table))
-    split, shown = inputs.test[args.language], measured[args.language]
+    write_text(folder / "table.md", render_retrieval_table(all_records))
+    split, embeddings = inputs.test[args.language], embeddings_by_language[args.language]
     queries = [text for texts in split.captions() for text in texts]
-    plot_retrieval_sheet(folder / "retrieval.png", split.__getitem__, queries, shown, args.seed, args.language)
+    plot_retrieval_sheet(folder / "retrieval.png", split.__getitem__, queries, embeddings, args.seed, args.language)
     write_json(folder / "run.json", run)
 
 
-def write_run(
+def write_run_files(
     args: RunArguments,
     model: PreTrainedModel,
-    state: TrainerState,
-    inputs: Inputs,
+    state: TrainingState,
+    inputs: TrainingInputs,
     origins: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Write the curves of a training that is done, and `run.json`, all that it was; `origins` is of `hub_upload`."""
-    plot_training_curves(state.curve, args.language, folder / "curves.png", words=args.language)
+    """Write `curves.png`, a plot of the training curves, and `run.json`, the complete description of the run.
+
+    Args:
+        args: Arguments of the run.
+        model: Trained model.
+        state: State of the run after the last step.
+        inputs: Data and image embeddings.
+        origins: Licenses and origins of base model and data, from `hub_upload.origins.read_origins`.
+        folder: Working folder of the run.
+    """
+    plot_training_curves(state.curve, args.language, folder / "curves.png", label_language=args.language)
     pairs = state.step * args.effective_batch_size
-    facts = {
+    run = {
         "schema_version": SCHEMA_VERSION,
         "config": args.to_dict(),
-        **class_and_loss(model),
-        "fixed": fixed(model),
+        **describe_model(model),
+        "fixed": fixed_settings(model),
         "origins": origins,
         "seed": args.seed,
         "dataset_fingerprints": state.data,
-        "skipped_rows": dict(Counter(line.reason for line in inputs.skipped)),
+        "skipped_rows": dict(Counter(row.reason for row in inputs.skipped)),
         "versions": package_versions(),
-        "device": device_description(PartialState().device),
+        "device": describe_device(PartialState().device),
         "processes": PartialState().num_processes,
         "steps": state.step,
         "pairs": pairs,
-        "seconds": {"training": state.seconds},  # with the measurements of the validation split in it
+        "seconds": {"training": state.seconds},  # includes evaluations of the validation split
         "pairs_per_second": pairs / state.seconds,
         "curve": state.curve,
     }
-    write_json(folder / "run.json", facts)
+    write_json(folder / "run.json", run)
 
 
-def end_run(args: RunArguments, output_dir: Path) -> Path:
-    """Write the card of a complete run, and push it where that is asked for; what fails is said and costs nothing."""
+def finish_run(args: RunArguments, output_dir: Path) -> Path:
+    """Write the model card of a complete run, and push the run if `args.push_to_hub` is set.
+
+    If the card can't be written or the push fails, the reason is logged and the run is kept.
+
+    Args:
+        args: Arguments of the run.
+        output_dir: Folder of the complete run.
+
+    Returns:
+        `output_dir`.
+    """
     if PartialState().is_main_process:
         language = "pt" if args.language == "pt" else "en"
-        if (output_dir / RUN_MARKER).is_file():  # after the rename: what a kill leaves must be resumed
+        # The marker is removed only after the card is written. If the process is killed before, a resumed run writes
+        # it.
+        if (output_dir / RUN_MARKER).is_file():
             try:
                 write_card(output_dir, language=language)
             except (ValueError, OSError) as error:
-                logger.warning("The run has no card, README.md: %s", error)
+                logger.warning("The model card, README.md, could not be written: %s", error)
             (output_dir / RUN_MARKER).unlink()
         if args.push_to_hub:
             publish_run(output_dir, args.hub_model_id, args.hub_private, language)

@@ -1,3 +1,3 @@
-"""Timings and the figures of the README. Every script prints JSON as its last line and can write it to a file."""
+"""Benchmark scripts. Every script prints its results as JSON in the last line and can write them to a file."""
 
 import capivara_common.interrupt  # noqa: F401

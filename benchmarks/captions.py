@@ -1,14 +1,15 @@
-"""Generated captions per second, and what encoding an image once is worth.
+"""Measure generated captions per second, and the gain from encoding each image only once.
 
     python -m benchmarks.captions --output benchmarks/results/captions.json
 
-BLIP-2 with random weights, in the proportions of `Salesforce/blip2-opt-2.7b-coco`, widths, heads and vocabulary divided
-by 4 and layers by 6, goes on from the ten prefixes by 12 tokens. Measured are, in alternating runs on the same images,
+The model is BLIP-2 with random weights and the proportions of `Salesforce/blip2-opt-2.7b-coco`: widths, heads and
+vocabulary divided by 4, layers by 6. It continues each of the ten prefixes by 12 tokens. Two programs run alternately
+on the same images:
 
-- `plain`: `Blip2ForConditionalGeneration.generate`, an image encoded once a prefix;
-- `ours`: `captions.generate`, which encodes it once, and lets the language model read its query block once.
+- `plain`: `Blip2ForConditionalGeneration.generate`, which encodes an image once per prefix;
+- `ours`: `captions.generate`, which encodes an image once and lets the language model read its query tokens once.
 
-The gain is taken run by run. Prefixes are padded to the longest in both. JSON is the last line.
+The gain is the median of the ratios of each run. Both programs pad prefixes to the longest one.
 """
 
 from collections.abc import Callable
@@ -21,71 +22,75 @@ from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
-from benchmarks.timing import conditions, finish, median_ratio, spread, timed_runs
-from capivara_common.cli import flag, parse, run_command
-from captions.generate import PREFIXES, Captioner, read_prefixes
+from benchmarks.timing import describe_conditions, median_ratio, report_results, summarize_rates, time_alternating
+from capivara_common.cli import flag, parse_arguments, run_command
+from captions.generate import PREFIXES_FILE, Captioner, read_prefixes
 
-IMAGE_SIDE, QUERIES = 224, 32  # of BLIP-2: pixels, and tokens that an image becomes
-DIVIDED = {"hidden_size", "intermediate_size", "encoder_hidden_size", "ffn_dim", "word_embed_proj_dim"}
-DIVIDED |= {"num_attention_heads", "vocab_size"}  # by --widths
+IMAGE_SIDE, QUERY_TOKENS = 224, 32  # BLIP-2: side of an image in pixels; query tokens per image
+# Fields of the config that --widths divides
+SCALED_FIELDS = {"hidden_size", "intermediate_size", "encoder_hidden_size", "ffn_dim", "word_embed_proj_dim"}
+SCALED_FIELDS |= {"num_attention_heads", "vocab_size"}
 
 
 @dataclass
 class CaptionsArguments:
-    """Arguments of `benchmarks.captions`."""
+    """Command-line arguments of `benchmarks.captions`."""
 
-    gone = {"device": "the figures are of a processor"}
-    images: int = flag(16, "Images, all in one batch.")
-    new_tokens: int = flag(12, "Tokens of every generated text.")
-    runs: int = flag(5, "Alternating runs.")
-    widths: int = flag(4, "What BLIP-2's widths, heads and vocabulary are divided by.")
-    layers: int = flag(6, "What BLIP-2's layers are divided by.")
-    output: Path | None = flag(None, "JSON file for the figures.")
+    images: int = flag(16, "Number of images, all in one batch.")
+    new_tokens: int = flag(12, "Number of tokens to generate per caption.")
+    runs: int = flag(5, "Number of alternating runs.")
+    widths: int = flag(4, "Divisor of BLIP-2's widths, heads and vocabulary.")
+    layers: int = flag(6, "Divisor of BLIP-2's number of layers.")
+    output: Path | None = flag(None, "JSON file for the results.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Rates of both programs, and the gain."""
-    args = parse(CaptionsArguments, __doc__, argv)
+    """Run the command: measure the programs `plain` and `ours`, and print the results as JSON."""
+    args = parse_arguments(CaptionsArguments, __doc__, argv)
     transformers_logging.set_verbosity_error()
-    prefixes = read_prefixes(PREFIXES)
-    steps = generation_steps(scaled_captioner(args, prefixes), prefixes, args.images)
+    prefixes = read_prefixes(PREFIXES_FILE)
+    steps = make_generation_steps(build_scaled_captioner(args, prefixes), prefixes, args.images)
     plain, ours = (step().tolist() for step in steps.values())
-    seconds = timed_runs(steps, args.runs, "generate")
-    found = {
-        "rows_per_second": {name: spread([args.images / s for s in found]) for name, found in seconds.items()},
+    seconds = time_alternating(steps, args.runs, "generate")
+    rates = {name: [args.images / elapsed for elapsed in times] for name, times in seconds.items()}
+    measured = {
+        "rows_per_second": {name: summarize_rates(values) for name, values in rates.items()},
         "gain_ours": {"measured": median_ratio(seconds["plain"], seconds["ours"])},
         "same_tokens": plain == ours,
         "images": args.images, "prefixes": len(prefixes), "new_tokens": args.new_tokens, "precision": "float32",
         "divided": {"widths": args.widths, "layers": args.layers},
     }  # fmt: skip
-    finish(conditions() | {"runs": args.runs, "measured": {"generate": found}}, args.output)
+    report_results(describe_conditions() | {"runs": args.runs, "measured": {"generate": measured}}, args.output)
 
 
-def scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Captioner:
-    """BLIP-2 of the given divisors, with random weights that never end a text: every caption has the same length."""
-    tokenizer = word_tokenizer(" ".join(prefixes).split())
+def build_scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Captioner:
+    """Build a scaled-down BLIP-2 with random weights.
+
+    It has no end-of-sequence token, so that all captions have the same length.
+    """
+    tokenizer = build_word_tokenizer(" ".join(prefixes).split())
     language = {"model_type": "opt", "hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32}
     language |= {"ffn_dim": 10240, "word_embed_proj_dim": 2560, "vocab_size": 50304, "max_position_embeddings": 2048}
     language |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
-    config = Blip2Config(text_config=language)  # of vision and queries transformers has the published sizes
+    config = Blip2Config(text_config=language)  # the defaults of the other parts are the published sizes
     for part in (config.vision_config, config.qformer_config, config.text_config):
         part.num_hidden_layers = max(1, part.num_hidden_layers // args.layers)
-        for name in DIVIDED & part.to_dict().keys():
+        for name in SCALED_FIELDS & part.to_dict().keys():
             setattr(part, name, max(1, getattr(part, name) // args.widths))
     config.qformer_config.vocab_size = len(tokenizer)
     config.image_token_index = config.text_config.vocab_size - 1
     torch.manual_seed(0)
     model = Blip2ForConditionalGeneration(config).eval().requires_grad_(False)
     for parameter in model.parameters():
-        if parameter.ndim > 1:  # its own vision weights start at 1e-10
+        if parameter.ndim > 1:  # BLIP-2 initializes its vision tower with a deviation of 1e-10
             torch.nn.init.normal_(parameter, std=0.02)
     model.language_model.generation_config.eos_token_id = None
     processor = BlipImageProcessor(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})
     return Captioner(model, processor, tokenizer, args.new_tokens, len(prefixes) * args.images)
 
 
-def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """A token for each of the words, "</s>" before them."""
+def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """Build a tokenizer with one token per word; it puts "</s>" before each text."""
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -94,14 +99,23 @@ def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
-def generation_steps(captioner: Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[], Tensor]]:
-    """Program -> the new token ids (images x prefixes, new tokens) of random pixels."""
+def make_generation_steps(captioner: Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[], Tensor]]:
+    """Build the programs to compare, on random pixels.
+
+    Args:
+        captioner: The model with its processors.
+        prefixes: Beginnings of the captions.
+        images: Number of images.
+
+    Returns:
+        Functions "plain" and "ours", which return new token ids of shape (images * prefixes, new_tokens).
+    """
     model, new_tokens = captioner.model, captioner.max_new_tokens
     pixels = torch.randn(images, 3, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
     prompts = captioner.tokenizer(prefixes)["input_ids"] * images
     image_of_text = torch.arange(images).repeat_interleave(len(prefixes))
-    prefix_ids, mask = captioner.padded(prompts)
-    block = torch.full((len(prompts), QUERIES), model.config.image_token_index)
+    prefix_ids, mask = captioner.pad_prompts(prompts)
+    block = torch.full((len(prompts), QUERY_TOKENS), model.config.image_token_index)
     ids, mask = torch.cat([block, prefix_ids], 1), torch.cat([torch.ones_like(block), mask], 1)
     options = {"max_new_tokens": new_tokens, "do_sample": False}
 
@@ -112,7 +126,7 @@ def generation_steps(captioner: Captioner, prefixes: list[str], images: int) -> 
 
     @torch.inference_mode()
     def ours() -> Tensor:
-        return captioner.continued(captioner.encode(pixels), image_of_text, prompts, **options)
+        return captioner.continue_prompts(captioner.encode_images(pixels), image_of_text, prompts, **options)
 
     return {"plain": plain, "ours": ours}
 

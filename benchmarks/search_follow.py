@@ -1,8 +1,8 @@
-"""A folder of photographs that is kept up to date; `benchmarks.search --parts follow` runs it.
+"""Measure a folder of photographs that is kept up to date. Run by `benchmarks.search --parts follow`.
 
-By the command, in processes of its own, as its user meets it: how right the time is that an indexing says it will take,
-an indexing that finds nothing new, and the page with a follower beside it. The photographs, of 640 x 480 pixels, are
-made from real ones: crops, enlarged, with the noise of a sensor.
+Everything runs through the command, in separate processes, as for a user: the accuracy of the estimated time of an
+indexing run, a run that finds nothing new, and the page while a process follows the folder. The photographs, 640 x 480
+pixels, are generated from real ones: crops, resized, with the noise of a sensor.
 """
 
 import io
@@ -25,177 +25,223 @@ import numpy as np
 import PIL.Image
 from tqdm.auto import tqdm
 
-from benchmarks.timing import seconds_of
+from benchmarks.timing import time_call
 from capivara_common.files import write_bytes
 from capivara_search import PictureIndex
-from examples.real_images import PHOTOS, photo
+from examples.real_images import CLASS_PHOTOGRAPHS, load_photo
 
-SIZE, NOISE = (640, 480), 3.0  # pixels of a photograph; standard deviation of a pixel, of 255
-SHARES = {"first": (0, 0.6), "second": (0.6, 0.8), "resumed": (0.8, 1)}  # of the photographs, which come run by run
-INTERRUPTED = 0.4  # of the last share: so many are done when it is interrupted
-FIFTH_S = 5  # from here on an estimate is asked for
-LOOK_S = 0.25  # between two looks at what an indexing says of itself
-QUERIES, BURST = 100, 200  # questions; photographs that come at once
-TEXTS = ("um gato dormindo", "cachorro correndo na praia", "", "pôr do sol", "rua à noite")
-WAIT_S = 120
+PHOTO_SIZE = (640, 480)  # width and height in pixels
+PIXEL_NOISE = 3.0  # standard deviation of the noise, in pixel values from 0 to 255
+# Run -> first and last share of the photographs that it adds
+INDEXING_SHARES = {"first": (0, 0.6), "second": (0.6, 0.8), "resumed": (0.8, 1)}
+INTERRUPTION_SHARE = 0.4  # share of the run "resumed" that is done when it is interrupted
+ESTIMATE_START_S = 5  # estimates count from this many seconds after the first picture
+POLL_INTERVAL_S = 0.25  # time between two readings of the progress
+QUESTION_COUNT = 100  # searches of the page
+BURST_SIZE = 200  # photographs that are added at once
+QUESTION_TEXTS = ("um gato dormindo", "cachorro correndo na praia", "", "pôr do sol", "rua à noite")
+WAIT_TIMEOUT_S = 120
 
 
-def measure(work: Path, number: int, runs: int) -> dict[str, Any]:
-    """All of it, on so many photographs; changes and runs without any are repeated `runs` times."""
-    work = work.absolute()  # as the rows name their files
+def measure_following(work: Path, number: int, runs: int) -> dict[str, Any]:
+    """Measure indexing runs, changes of the followed folder, and searches of the page.
+
+    Args:
+        work: Folder for photographs and index; it contains the folder `model`.
+        number: Number of photographs.
+        runs: Repetitions of changes and of runs without changes.
+
+    Returns:
+        The results, as in search_follow.json.
+    """
+    work = work.absolute()  # the index stores absolute paths
     folder, where = work / "followed", work / "followed.lance"
-    photos = make_photos(work / "photographs", number + BURST + runs)
-    for old in (folder, where):
-        shutil.rmtree(old, ignore_errors=True)
-    burst, spare = photos[number:][:BURST], photos[number + BURST :]
+    photos = make_photos(work / "photographs", number + BURST_SIZE + runs)
+    for outdated in (folder, where):
+        shutil.rmtree(outdated, ignore_errors=True)
+    burst, spare = photos[number:][:BURST_SIZE], photos[number + BURST_SIZE :]
     flags = ["--index", str(where), "--model", str(work / "model"), "--lang", "en"]
     words = ["index", str(folder), *flags]
     estimates = {}
-    for name, (start, end) in tqdm(SHARES.items(), desc="Indexing", unit="run"):
-        come(photos[round(number * start) : round(number * end)], folder)
+    for name, (start, end) in tqdm(INDEXING_SHARES.items(), desc="Indexing", unit="run"):
+        copy_photos(photos[round(number * start) : round(number * end)], folder)
         if name == "resumed":
-            interrupted(words, where, round(number * (end - start) * INTERRUPTED))
-        estimates[name] = estimated(words, where)
-    nothing_new = [seconds_of(lambda: indexed(words)) for _ in range(runs)]
+            interrupt_indexing(words, where, round(number * (end - start) * INTERRUPTION_SHARE))
+        estimates[name] = measure_estimate(words, where)
+    nothing_new = [time_call(lambda: run_indexing(words)) for _ in range(runs)]
     index = PictureIndex.open(where)
-    with page(flags) as ask:
-        found = [changed(index, folder, one, burst[0]) for one in tqdm(spare, desc="Changes")]
-        idle = asked(ask, lambda done: done < QUERIES)
-        come(burst, folder)
-        busy = asked(ask, lambda done: len(index) < number + BURST)
+    with serve_page(flags) as search:
+        changes = [time_changes(index, folder, photo, burst[0]) for photo in tqdm(spare, desc="Changes")]
+        idle = time_questions(search, lambda done: done < QUESTION_COUNT)
+        copy_photos(burst, folder)
+        busy = time_questions(search, lambda done: len(index) < number + BURST_SIZE)
     return {
         "pictures": number, "estimates": estimates, "nothing_new_s": nothing_new,
-        "change_in_the_answers_s": {name: [one[name] for one in found] for name in found[0]},
-        "page_ms": {"following": idle, "while_a_burst_is_read": busy}, "burst": BURST,
+        "change_in_the_answers_s": {name: [change[name] for change in changes] for name in changes[0]},
+        "page_ms": {"following": idle, "while_a_burst_is_read": busy}, "burst": BURST_SIZE,
     }  # fmt: skip
 
 
-def make_photos(folder: Path, number: int) -> list[Path]:
-    """So many photographs; those that are missing are made."""
-    paths = [folder / f"IMG_{one:05d}.jpg" for one in range(number)]
-    for one, path in enumerate(tqdm(paths, desc="Photographs", unit="picture")):
+def make_photos(folder: Path, count: int) -> list[Path]:
+    """Return the paths of `count` photographs; generate those that are missing."""
+    paths = [folder / f"IMG_{number:05d}.jpg" for number in range(count)]
+    for number, path in enumerate(tqdm(paths, desc="Photographs", unit="picture")):
         if not path.is_file():
-            made_photo(one).save(buffer := io.BytesIO(), "JPEG", quality=90)
+            buffer = io.BytesIO()
+            make_photo(number).save(buffer, "JPEG", quality=90)
             write_bytes(path, buffer.getvalue())
     return paths
 
 
 @cache
-def sources() -> list[PIL.Image.Image]:
-    """The real photographs."""
-    return [photo(name) for name in PHOTOS]
+def load_source_photos() -> list[PIL.Image.Image]:
+    """Return the real photographs from which others are generated."""
+    return [load_photo(name) for name in CLASS_PHOTOGRAPHS]
 
 
-def made_photo(number: int) -> PIL.Image.Image:
-    """The same number gives the same picture."""
-    dice, image = np.random.default_rng(number), sources()[number % len(PHOTOS)]
-    width = int(min(image.width, image.height * 4 / 3) * dice.uniform(0.6, 1))
+def make_photo(seed: int) -> PIL.Image.Image:
+    """Generate a photograph: a random crop of a real one, resized, with noise. The same seed gives the same image."""
+    rng, image = np.random.default_rng(seed), load_source_photos()[seed % len(CLASS_PHOTOGRAPHS)]
+    width = int(min(image.width, image.height * 4 / 3) * rng.uniform(0.6, 1))
     height = width * 3 // 4
-    left, top = dice.integers(0, image.width - width + 1), dice.integers(0, image.height - height + 1)
-    image = image.resize(SIZE, PIL.Image.Resampling.BICUBIC, (left, top, left + width, top + height))
-    pixels = np.asarray(image) + NOISE * dice.standard_normal((*SIZE[::-1], 3), dtype=np.float32)
+    left, top = rng.integers(0, image.width - width + 1), rng.integers(0, image.height - height + 1)
+    image = image.resize(PHOTO_SIZE, PIL.Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+    pixels = np.asarray(image) + PIXEL_NOISE * rng.standard_normal((*PHOTO_SIZE[::-1], 3), dtype=np.float32)
     return PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def come(paths: list[Path], folder: Path) -> None:
-    """Photographs come into a folder."""
+def copy_photos(paths: list[Path], folder: Path) -> None:
+    """Copy photographs into a folder, which is created if necessary."""
     folder.mkdir(exist_ok=True)
     for path in paths:
         shutil.copy(path, folder)
 
 
-def started(words: list[str], stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
-    """The command, in a process of its own."""
+def start_command(words: list[str], stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
+    """Start the command `capivara` in a new process and return the process.
+
+    Args:
+        words: Arguments of the command, such as `["index", "FOLDER"]`.
+        stderr: Where the error output goes, as for `subprocess.Popen`. By default, it is discarded.
+    """
     words = [sys.executable, "-m", "capivara_search", *words]
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=stderr, text=True)
 
 
-def indexed(words: list[str]) -> None:
-    """Let an indexing run to its end."""
-    if code := started(words).wait():
-        raise RuntimeError(f"capivara {' '.join(words)} has ended with {code}.")
+def run_indexing(words: list[str]) -> None:
+    """Run `capivara index` to its end; raise RuntimeError if it fails."""
+    if code := start_command(words).wait():
+        raise RuntimeError(f"capivara {' '.join(words)} ended with exit code {code}.")
 
 
-def interrupted(words: list[str], where: Path, done: int) -> None:
-    """Let an indexing be interrupted by Ctrl-C when so many are done."""
-    process, index = started(words), PictureIndex.open(where)
-    until(lambda: process.poll() is not None or (index.progress() or {"done": 0})["done"] >= done, 3600)
+def interrupt_indexing(words: list[str], where: Path, done_count: int) -> None:
+    """Start an indexing run and interrupt it by Ctrl-C once it has done `done_count` pictures."""
+    process, index = start_command(words), PictureIndex.open(where)
+    wait_until(lambda: process.poll() is not None or (index.progress() or {"done": 0})["done"] >= done_count, 3600)
     process.send_signal(signal.SIGINT)
     process.wait()
 
 
-def estimated(words: list[str], where: Path) -> dict[str, Any]:
-    """How far what an indexing says of the time that is left was off, from its fifth second of reading pictures on."""
-    process, index = started(words), PictureIndex.open(where)
-    began, said = time.perf_counter(), []
+def measure_estimate(words: list[str], where: Path) -> dict[str, Any]:
+    """Measure how wrong the estimates of the remaining time are.
+
+    Args:
+        words: Command line of the indexing run.
+        where: Folder of the index.
+
+    Returns:
+        Seconds of the run, number of estimates, and the factor by which they were off (median and maximum).
+    """
+    process, index = start_command(words), PictureIndex.open(where)
+    start, readings = time.perf_counter(), []
     while process.poll() is None:
-        if found := index.progress():
-            said.append((time.perf_counter(), found["done"], found["left_s"]))
-        time.sleep(LOOK_S)
-    end = max((now for now, _, _ in said), default=began)
-    reading = max((now for now, done, _ in said if not done), default=began)  # a model is loaded until then
-    later = [(end - now, left) for now, _, left in said if now - reading >= FIFTH_S and left is not None]
-    factors = [max(true, 1) / max(left, 1) for true, left in later]  # it is told in whole seconds
-    off = [max(factor, 1 / factor) for factor in factors]
-    factor_off = {"median": statistics.median(off), "max": max(off)} if off else None
-    return {"seconds": end - began, "looks": len(later), "factor_off": factor_off}
+        if progress := index.progress():
+            readings.append((time.perf_counter(), progress["done"], progress["left_s"]))
+        time.sleep(POLL_INTERVAL_S)
+    end = max((now for now, _, _ in readings), default=start)
+    first_picture = max((now for now, done, _ in readings if not done), default=start)  # before, the model is loaded
+    estimates = [
+        (end - now, left) for now, _, left in readings if now - first_picture >= ESTIMATE_START_S and left is not None
+    ]
+    ratios = [max(actual, 1) / max(left, 1) for actual, left in estimates]  # estimates are whole seconds
+    factors = [max(ratio, 1 / ratio) for ratio in ratios]
+    factor_off = {"median": statistics.median(factors), "max": max(factors)} if factors else None
+    return {"seconds": end - start, "looks": len(estimates), "factor_off": factor_off}
 
 
-def until(true: Callable[[], object], seconds: float = WAIT_S) -> float:
-    """Seconds until something is true."""
-    began = time.perf_counter()
-    while not true():
-        if time.perf_counter() - began > seconds:
-            raise RuntimeError(f"What was waited for has not come in {seconds} s.")
+def wait_until(condition: Callable[[], object], seconds: float = WAIT_TIMEOUT_S) -> float:
+    """Wait until a condition is true and return the seconds; raise RuntimeError after `seconds`."""
+    start = time.perf_counter()
+    while not condition():
+        if time.perf_counter() - start > seconds:
+            raise RuntimeError(f"The condition was still false after {seconds} s.")
         time.sleep(0.02)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
-def changed(index: PictureIndex, folder: Path, photo: Path, other: Path) -> dict[str, float]:
-    """Seconds until a photograph that comes, changes, moves and goes is found so in the index."""
+def time_changes(index: PictureIndex, folder: Path, photo: Path, other: Path) -> dict[str, float]:
+    """Measure how long changes of a followed folder take to reach the index.
+
+    Args:
+        index: Index of the folder.
+        folder: The followed folder.
+        photo: Photograph that is added, changed, moved and removed again.
+        other: Photograph that replaces it in the change.
+
+    Returns:
+        Seconds for "new", "changed", "moved" and "removed".
+    """
     path, moved = folder / "changing.jpg", folder / "moved.jpg"
 
-    def has(one: Path) -> bool:
-        row = index.row(str(one))
-        return row is not None and row.size == one.stat().st_size
+    def is_indexed(file: Path) -> bool:
+        row = index.get_picture(str(file))
+        return row is not None and row.size == file.stat().st_size
 
-    found = {}
-    for name, change in {"new": photo, "changed": other}.items():
-        shutil.copy(change, path)
-        found[name] = until(lambda: has(path))
+    seconds = {}
+    for name, source in {"new": photo, "changed": other}.items():
+        shutil.copy(source, path)
+        seconds[name] = wait_until(lambda: is_indexed(path))
     path.rename(moved)
-    found["moved"] = until(lambda: has(moved) and index.row(str(path)) is None)
+    seconds["moved"] = wait_until(lambda: is_indexed(moved) and index.get_picture(str(path)) is None)
     moved.unlink()
-    return found | {"removed": until(lambda: index.row(str(moved)) is None)}
+    return seconds | {"removed": wait_until(lambda: index.get_picture(str(moved)) is None)}
 
 
 @contextmanager
-def page(flags: list[str]) -> Iterator[Callable[[str], None]]:
-    """The page with a follower beside it, which has begun to follow; a function asks it for a text."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process = started(["app", "--watch", "--no-open", "--port", str(port), *flags], subprocess.PIPE)
+def serve_page(flags: list[str]) -> Iterator[Callable[[str], None]]:
+    """Start the page with a process that follows the folder; yield a function that sends a search to the page."""
+    with socket.create_server(("127.0.0.1", 0)) as free_socket:
+        port = free_socket.getsockname()[1]
+    process = start_command(["app", "--watch", "--no-open", "--port", str(port), *flags], subprocess.PIPE)
 
-    def ask(text: str) -> None:
+    def search(text: str) -> None:
         body = json.dumps({"text": text, "k": 48}).encode() + b"\n"
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/api/search", body, timeout=WAIT_S).read()
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/api/search", body, timeout=WAIT_TIMEOUT_S).read()
 
     try:
         if not any("Following" in line for line in process.stderr):
-            raise RuntimeError("The folder is not followed.")
-        for text in TEXTS:
-            ask(text)
-        yield ask
+            raise RuntimeError("`capivara app --watch` ended without following the folder.")
+        for text in QUESTION_TEXTS:
+            search(text)
+        yield search
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate()
 
 
-def asked(ask: Callable[[str], None], goes_on: Callable[[int], bool]) -> dict[str, float]:
-    """Milliseconds of answers of the page, one question after another as long as it goes on."""
-    spent: list[float] = []
-    while goes_on(len(spent)):
-        spent.append(1000 * seconds_of(lambda: ask(TEXTS[len(spent) % len(TEXTS)])))
+def time_questions(search: Callable[[str], None], should_continue: Callable[[int], bool]) -> dict[str, float]:
+    """Send searches to the page one after another.
+
+    Args:
+        search: Function that sends a text and waits for the answer.
+        should_continue: Called with the number of answers so far; False ends the measurement.
+
+    Returns:
+        Percentiles and maximum in milliseconds, and the number of searches.
+    """
+    times: list[float] = []
+    while should_continue(len(times)):
+        times.append(1000 * time_call(lambda: search(QUESTION_TEXTS[len(times) % len(QUESTION_TEXTS)])))
         time.sleep(0.05)
-    percentiles = {f"p{share}": float(np.percentile(spent, share)) for share in (50, 95)}
-    return percentiles | {"max": max(spent), "questions": len(spent)}
+    percentiles = {f"p{share}": float(np.percentile(times, share)) for share in (50, 95)}
+    return percentiles | {"max": max(times), "questions": len(times)}

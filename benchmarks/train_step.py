@@ -1,27 +1,29 @@
-"""Pairs per second and peak memory of a training step, against open_clip's own trainer, at full size.
+"""Measure pairs per second and peak memory of a training step at full size, compared with open_clip's trainer.
 
     python -m benchmarks.train_step
     python -m benchmarks.train_step --model siglip2 --parts programs --runs 3
     python -m benchmarks.train_step --parts recipe --beside ../capivara-before
     python -m benchmarks.train_step --parts demo --output benchmarks/results/main_job.json
 
-Random weights, captions of 20 tokens, dropout on, the image tower frozen; whole steps, optimiser included, after an
-untimed one. Every measurement is a process of its own, with its own peak of memory. Measured in alternating runs are
+Setup: random weights, captions of 20 tokens, dropout, a frozen image tower; whole steps including the optimizer,
+after an untimed step. Each measurement is a separate process with its own peak memory. The programs run alternately:
 
-- `open_clip`: `open_clip_train` with `--lock-image --grad-checkpointing --accum-freq`; it pads to 77 tokens,
-- `no_cache`: our engine, the images through the frozen tower at every step, from pixels in memory as open_clip's are,
-- `cache`: our engine on embeddings of the images that were computed before,
-- `cache_recomputed`: as `cache`, no graph kept, as where a batch of 2816 does not fit.
+- `open_clip`: `open_clip_train` with `--lock-image --grad-checkpointing --accum-freq`; it pads texts to 77 tokens.
+- `no_cache`: our trainer; images pass through the frozen tower at every step, from pixels in memory as for open_clip.
+- `cache`: our trainer on image embeddings that were computed before.
+- `cache_recomputed`: as `cache`, but all autograd graphs are recomputed, as for a batch of 2816 that exceeds the
+memory.
 
-With `--beside CHECKOUT` `no_cache` and `cache` alone are measured, and the same of another checkout, with
-a .venv of its own, in alternating runs; the ratio is to them. The recipe's step alternates likewise. `--parts demo` is
-the main job, `make demo` after the installation, end to end: the first run and a second one of each checkout.
+`--beside CHECKOUT` measures only `no_cache`, `cache` and the recipe's step, each alternating with the same program of
+another checkout that has its own .venv; ratios are relative to that checkout. `--parts demo` runs `make demo` end to
+end after the installation, twice per checkout.
 
-With `--model siglip2` it is SigLIP 2 B/16 under the sigmoid loss, beside open_clip's trainer with `--siglip` on its own
-ViT-B-16-SigLIP2; texts are 64 random ids, since SigLIP's are always filled up, and neither has dropout.
+`--model siglip2` measures SigLIP 2 B/16 with the sigmoid loss against open_clip's `--siglip` on its ViT-B-16-SigLIP2.
+Texts have 64 random ids, because SigLIP always pads to 64, and neither program has dropout.
 
-All get the same batch; micro-batches are each program's own, and in the results. open_clip needs two of them at least:
-with one there is no accumulation, and no batch of 2816. Its cost per pair does not depend on their number beyond that.
+All programs get the same batch, in micro-batches of their own size (see the results). open_clip needs at least two
+micro-batches: with one, it does not accumulate gradients, and a batch of 2816 would be impossible. Apart from that, its
+cost per pair does not depend on the number of micro-batches.
 """
 
 import os
@@ -43,169 +45,204 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, SiglipConfig, SiglipModel
 
 from benchmarks import timing
-from capivara_common.cli import at_least, flag, parse, run_command
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.environment import resolve_precision
 from capivara_common.files import read_json
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
-from modeling_capivara.two_towers import embedding_width, is_sigmoid
+from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
 from training.arguments import RunArguments
+from training.batches import MicroBatch
 from training.inputs import embed_pixels
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at, prepare_trainable
-from training.whole_batch import MicroBatch, StepReport, WholeBatch
+from training.whole_batch import StepReport, WholeBatch
 
-PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
-PEER = "open_clip"
-NOTHING_KEPT = "cache_recomputed"
-PROGRAMS = (PEER, "no_cache", "cache", NOTHING_KEPT)
-BEFORE = "_before"  # ends the names of the other checkout's programs
-RECIPE = {"pairs": 2816, "micro": 64}  # CAPIVARA, arXiv 2310.13683, appendix
-# --model -> what open_clip's trainer is told of it: its name of the architecture, and the loss
+PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
+PEER_PROGRAM = "open_clip"
+RECOMPUTED_PROGRAM = "cache_recomputed"
+PROGRAMS = (PEER_PROGRAM, "no_cache", "cache", RECOMPUTED_PROGRAM)
+BEFORE_SUFFIX = "_before"  # suffix of the other checkout's programs
+RECIPE_SIZES = {"pairs": 2816, "micro": 64}  # CAPIVARA, arXiv 2310.13683, appendix
+# --model -> open_clip's flags for the same architecture and loss
 OPEN_CLIP_FLAGS = {"capivara": "--model xlm-roberta-base-ViT-B-32", "siglip2": "--model ViT-B-16-SigLIP2 --siglip"}
-TOKENS = {"capivara": 20, "siglip2": 64}  # of a caption, on average; of SigLIP 2's, which are always filled up
-SIGLIP_PIECES, PIECES = 256_000, 2000  # of its vocabulary, all drawn; of XLM-R's about as many as the demo's names have
-PADDING, PEER_TOKENS = 1, 77  # XLM-R's padding; what open_clip fills up to
-SPREAD, SHORTEST, LONGEST = 0.25, 7, 70  # of the lengths: standard deviation over the mean, and limits, in tokens
+CAPTION_TOKENS = {"capivara": 20, "siglip2": 64}  # average per caption; SigLIP 2 always pads to 64
+SIGLIP_VOCABULARY_SIZE = 256_000  # random ids are drawn from all of it
+DRAWN_TOKEN_COUNT = 2000  # number of different XLM-R tokens in random captions, about as many as in the demo
+PAD_TOKEN_ID = 1  # XLM-R's padding token
+PEER_CONTEXT_LENGTH = 77  # open_clip pads all texts to this length
+LENGTH_SPREAD = 0.25  # standard deviation of the caption length, relative to the mean
+MIN_LENGTH_TOKENS, MAX_LENGTH_TOKENS = 7, 70
 OPEN_CLIP_PRECISIONS = {"no": "fp32", "bf16": "amp_bfloat16"}
 
 
 @dataclass
 class TrainStepArguments:
-    """Arguments of `benchmarks.train_step`."""
+    """Command-line arguments of `benchmarks.train_step`."""
 
-    gone = {"device": "the figures are of a processor"}
-    model: Literal["capivara", "siglip2"] = flag("capivara", "Architecture; siglip2 is SigLIP 2 B/16.")
-    pairs: int = flag(96, "Pairs of one step, for all programs.")
-    micro: int = flag(16, "Our micro-batch, pairs; the recipe's step has 64.")
-    peer_micro: int = flag(48, "open_clip's --batch-size; pairs / it is its --accum-freq.")
-    runs: int = flag(5, "Runs of each program, alternating.")
-    steps: int = flag(1, "Timed steps of a run.")
-    warmup: int = flag(1, "Untimed steps before them; ours alone, open_clip has 1.")
-    parts: list[str] = flag(["recipe", "programs"], "recipe: one step of its 2816 pairs; programs; demo: see above.")
-    output: Path | None = flag(None, "JSON file; train_step.json or train_step_siglip2.json if none.")
-    beside: Path | None = flag(None, "Another checkout, with a .venv of its own, measured in the same runs.")
-    worker: Literal["open_clip", "no_cache", "cache", "cache_recomputed"] | None = flag(
-        None, "Measure once, in this process."
+    model: Literal["capivara", "siglip2"] = flag("capivara", "Architecture: CAPIVARA or SigLIP 2 B/16.")
+    pairs: int = flag(96, "Pairs per step, for all programs.")
+    micro: int = flag(16, "Pairs per micro-batch of our programs; the recipe's step has 64.")
+    peer_micro: int = flag(48, "open_clip's --batch-size. Its --accum-freq is pairs / peer_micro.")
+    runs: int = flag(5, "Number of alternating runs.")
+    steps: int = flag(1, "Timed steps per run.")
+    warmup: int = flag(1, "Untimed steps before them, for our programs; open_clip has 1.")
+    parts: list[str] = flag(
+        ["recipe", "programs"], "What to measure: one step of the recipe (2816 pairs), the programs, the demo."
     )
-    precision: Literal["no", "bf16"] = flag("no", "Autocast (worker).")
+    output: Path | None = flag(None, "JSON file for the results. Default: train_step.json or train_step_siglip2.json.")
+    beside: Path | None = flag(None, "Another checkout with its own .venv, measured in the same runs.")
+    worker: Literal["open_clip", "no_cache", "cache", "cache_recomputed"] | None = flag(
+        None, "Measure once in this process (internal)."
+    )
+    precision: Literal["no", "bf16"] = flag("no", "Mixed precision (internal).")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "micro", "peer_micro", "runs", "steps")
+        check_at_least(self, 1, "micro", "peer_micro", "runs", "steps")
         if not self.parts or set(self.parts) - {"recipe", "programs", "demo"}:
-            raise ValueError(f"parts must be some of recipe, programs and demo, got {self.parts}.")
-        self.output = self.output or timing.RESULTS / f"train_step{'_siglip2' * (self.model == 'siglip2')}.json"
+            raise ValueError(f"parts must be one or more of recipe, programs and demo, got {self.parts}.")
+        self.output = self.output or timing.RESULTS_FOLDER / f"train_step{'_siglip2' * (self.model == 'siglip2')}.json"
         if not self.worker and (self.pairs % self.peer_micro or self.pairs <= self.peer_micro):
             raise ValueError(
-                f"pairs must be a multiple of peer_micro, {self.peer_micro}, and at least twice as many, lest "
-                f"open_clip not accumulate; got {self.pairs}."
+                f"pairs must be a multiple of peer_micro ({self.peer_micro}) and at least twice as large, because "
+                f"open_clip would not accumulate gradients otherwise; got {self.pairs}."
             )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the results."""
-    args = parse(TrainStepArguments, __doc__, argv)
+    """Run the command: measure the requested parts, and print the results as JSON."""
+    args = parse_arguments(TrainStepArguments, __doc__, argv)
     if args.worker:
-        timing.finish(measure_open_clip(args) if args.worker == PEER else measure_ours(args))
+        timing.report_results(measure_open_clip(args) if args.worker == PEER_PROGRAM else measure_ours(args))
     else:
-        timing.finish(compare(args), args.output)
+        timing.report_results(measure_parts(args), args.output)
 
 
-def compare(args: TrainStepArguments) -> dict[str, Any]:
-    """All programs, and the recipe's step with nothing kept, in alternating runs."""
-    ends = ["", BEFORE] if args.beside else [""]
-    names = [name + end for name in ("no_cache", "cache") for end in ends] if args.beside else PROGRAMS
-    programs = {(title, name): {"precision": key} for key, title in PRECISIONS.items() for name in names}
-    sizes = RECIPE | {"precision": resolve_precision("auto", torch.device("cpu"))}
-    recipe = {("recipe", NOTHING_KEPT + end): sizes | {"steps": 1, "warmup": 0} for end in ends}
-    wanted = (recipe if "recipe" in args.parts else {}) | (programs if "programs" in args.parts else {})
-    steps = {key: partial(measured, key[1], args, **flags) for key, flags in wanted.items()}
-    found = timing.alternating(steps, args.runs, "Training steps")
-    results = timing.conditions() | {"tokens": TOKENS[args.model], "measured": {}}
+def measure_parts(args: TrainStepArguments) -> dict[str, Any]:
+    """Measure the requested parts in alternating runs, and return the results."""
+    suffixes = ["", BEFORE_SUFFIX] if args.beside else [""]
+    names = [name + suffix for name in ("no_cache", "cache") for suffix in suffixes] if args.beside else PROGRAMS
+    programs = {(title, name): {"precision": key} for key, title in PRECISION_NAMES.items() for name in names}
+    sizes = RECIPE_SIZES | {"precision": resolve_precision("auto", torch.device("cpu"))}
+    recipe = {("recipe", RECOMPUTED_PROGRAM + suffix): sizes | {"steps": 1, "warmup": 0} for suffix in suffixes}
+    requested = (recipe if "recipe" in args.parts else {}) | (programs if "programs" in args.parts else {})
+    steps = {key: partial(run_program, key[1], args, **flags) for key, flags in requested.items()}
+    measured = timing.run_alternating(steps, args.runs, "Training steps")
+    results = timing.describe_conditions() | {"tokens": CAPTION_TOKENS[args.model], "measured": {}}
     results |= {name: getattr(args, name) for name in ("model", "runs", "pairs", "micro", "steps", "peer_micro")}
     results["peer_accum"] = args.pairs // args.peer_micro
-    for (of, name), runs in found.items():
-        one = summary(runs, found.get((of, PEER)), found.get((of, name + BEFORE)))
-        if of == "recipe":  # a first step, which also allocates Adam's moments
-            seconds = RECIPE["pairs"] / one["pairs_per_second"]["median"]
-            results[of + name.removeprefix(NOTHING_KEPT)] = sizes | one | {"step_s": seconds}
+    for (part, name), runs in measured.items():
+        summary = summarize_runs(runs, measured.get((part, PEER_PROGRAM)), measured.get((part, name + BEFORE_SUFFIX)))
+        if part == "recipe":  # a first step, which also allocates Adam's moments
+            seconds = RECIPE_SIZES["pairs"] / summary["pairs_per_second"]["median"]
+            results[part + name.removeprefix(RECOMPUTED_PROGRAM)] = sizes | summary | {"step_s": seconds}
         else:
-            results["measured"].setdefault(of, {})[name] = one
+            results["measured"].setdefault(part, {})[name] = summary
     if "demo" in args.parts:
-        trees = {"old": args.beside, "new": timing.ROOT}
-        results["demo"] = {name: demo(tree.resolve()) for name, tree in trees.items() if tree}
+        trees = {"old": args.beside, "new": timing.CODE_ROOT}
+        results["demo"] = {name: time_demo(tree.resolve()) for name, tree in trees.items() if tree}
     return results
 
 
-def demo(tree: Path) -> dict[str, Any]:
-    """ "first" and "second" run of a checkout: seconds of the two commands of `make demo`, and what was measured."""
-    found = {}
+def time_demo(checkout: Path) -> dict[str, Any]:
+    """Run `make demo` twice in a checkout and return the seconds of its commands and its records, for each run."""
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
-        own = os.environ | {"CAPIVARA_CACHE": f"{folder}/cache", "PYTHONPATH": str(tree)}
-        made = ["--model", f"{folder}/base", "--dataset", f"{folder}/dataset"]
+        environment = os.environ | {"CAPIVARA_CACHE": f"{folder}/cache", "PYTHONPATH": str(checkout)}
+        inputs = ["--model", f"{folder}/base", "--dataset", f"{folder}/dataset"]
         for run in ("first", "second"):
-            flags = ["--config", "configs/openmoji.yaml", *made, "--output_dir", f"{folder}/{run}"]
+            flags = ["--config", "configs/openmoji.yaml", *inputs, "--output_dir", f"{folder}/{run}"]
             seconds = {}
-            for words in (["examples.openmoji.prepare", *made], ["train_accelerate", *flags]):
-                job = partial(subprocess.run, [sys.executable, "-m", *words], cwd=tree, env=own, check=True)
-                seconds[words[0]] = timing.seconds_of(job)
+            for words in (["examples.openmoji.prepare", *inputs], ["train_accelerate", *flags]):
+                job = partial(subprocess.run, [sys.executable, "-m", *words], cwd=checkout, env=environment, check=True)
+                seconds[words[0]] = timing.time_call(job)
             paths = sorted(Path(folder, run, "results").glob("*.json"))
             records = [record for path in paths for record in read_json(path, records=list)["records"]]
-            found[run] = {"seconds": seconds | {"total": sum(seconds.values())}, "records": records}
-    return found
+            results[run] = {"seconds": seconds | {"total": sum(seconds.values())}, "records": records}
+    return results
 
 
-def measured(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, Any]:
-    """The result of one program, in a process of its own; `flags` win over those of `args`."""
-    numbers = ("pairs", "steps", *(["peer_micro"] if name == PEER else ["micro", "warmup"]))
+def run_program(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, Any]:
+    """Measure one program in a separate process.
+
+    Args:
+        name: Name of the program, with `BEFORE_SUFFIX` for the other checkout.
+        args: Command-line arguments of the benchmark.
+        **flags: Flags of the worker that override `args`.
+    """
+    numbers = ("pairs", "steps", *(["peer_micro"] if name == PEER_PROGRAM else ["micro", "warmup"]))
     flags = {key: getattr(args, key) for key in numbers} | flags
-    if args.model != "capivara":  # a checkout of before may have no such flag
+    if args.model != "capivara":  # the other checkout may not have this flag
         flags["model"] = args.model
-    root = args.beside if name.endswith(BEFORE) else timing.ROOT
-    return timing.in_own_process("benchmarks.train_step", root, worker=name.removesuffix(BEFORE), **flags)
+    root = args.beside if name.endswith(BEFORE_SUFFIX) else timing.CODE_ROOT
+    return timing.run_in_process("benchmarks.train_step", root, worker=name.removesuffix(BEFORE_SUFFIX), **flags)
 
 
-def summary(runs: list[dict], peer: list[dict] | None, before: list[dict] | None) -> dict[str, Any]:
-    """Rates and memory of a program's runs, and the ratios run by run to open_clip's and to another tree's."""
+def summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict] | None) -> dict[str, Any]:
+    """Summarize the runs of a program.
+
+    Args:
+        runs: Result of each run.
+        peer: Results of open_clip's trainer, if it was measured.
+        before: Results of the same program in the other checkout, if it was measured.
+
+    Returns:
+        Rates and peak memory, and the median ratios to `peer` and `before`.
+    """
     rates = [run["pairs_per_second"] for run in runs]
     memory = max(run["peak_memory_bytes"] for run in runs)
-    found = {"pairs_per_second": timing.spread(rates), "peak_memory_bytes": memory}
+    summary = {"pairs_per_second": timing.summarize_rates(rates), "peak_memory_bytes": memory}
     for name, others in {"ratio": peer, "ratio_to_before": before}.items():
         if others:
-            found[name] = timing.median_ratio(rates, [run["pairs_per_second"] for run in others])
-    return found
+            summary[name] = timing.median_ratio(rates, [run["pairs_per_second"] for run in others])
+    return summary
 
 
-def published_config(args: TrainStepArguments) -> PreTrainedConfig:
-    """Of the architecture that `--model` names: CAPIVARA's, or SigLIP 2's B/16 at 224 pixels."""
+def build_published_config(args: TrainStepArguments) -> PreTrainedConfig:
+    """Build the config of the published size of `--model`: CAPIVARA, or SigLIP 2 B/16 at 224 pixels."""
     if args.model == "capivara":
         return CapivaraConfig()
-    return SiglipConfig(text_config={"vocab_size": SIGLIP_PIECES, "max_position_embeddings": TOKENS[args.model]})
+    return SiglipConfig(
+        text_config={"vocab_size": SIGLIP_VOCABULARY_SIZE, "max_position_embeddings": CAPTION_TOKENS[args.model]}
+    )
 
 
-def random_texts(config: PreTrainedConfig, pairs: int) -> Tensor:
-    """(pairs, 77), ids in order of length, 20 on average, filled up; of SigLIP (pairs, 64), all of one length."""
-    dice, siglip = torch.Generator().manual_seed(0), isinstance(config, SiglipConfig)
-    shape = pairs, TOKENS["siglip2"] if siglip else PEER_TOKENS
-    pieces = min(SIGLIP_PIECES if siglip else PIECES, config.text_config.vocab_size)
-    ids = torch.randint(PADDING + 1, pieces, shape, generator=dice)
+def make_random_texts(config: PreTrainedConfig, pairs: int) -> Tensor:
+    """Generate random token ids.
+
+    Args:
+        config: Config of the model.
+        pairs: Number of texts.
+
+    Returns:
+        For CAPIVARA ids of shape (pairs, 77), padded and sorted by length, with 20 tokens on average. For SigLIP ids of
+        shape (pairs, 64) without padding.
+    """
+    generator, siglip = torch.Generator().manual_seed(0), isinstance(config, SiglipConfig)
+    shape = pairs, CAPTION_TOKENS["siglip2"] if siglip else PEER_CONTEXT_LENGTH
+    tokens = min(SIGLIP_VOCABULARY_SIZE if siglip else DRAWN_TOKEN_COUNT, config.text_config.vocab_size)
+    ids = torch.randint(PAD_TOKEN_ID + 1, tokens, shape, generator=generator)
     if not siglip:
-        lengths = TOKENS["capivara"] * (1 + SPREAD * torch.randn(pairs, 1, generator=dice))
-        ids[torch.arange(PEER_TOKENS) >= lengths.round().clamp(SHORTEST, LONGEST).sort(dim=0).values] = PADDING
+        lengths = CAPTION_TOKENS["capivara"] * (1 + LENGTH_SPREAD * torch.randn(pairs, 1, generator=generator))
+        lengths = lengths.round().clamp(MIN_LENGTH_TOKENS, MAX_LENGTH_TOKENS).sort(dim=0).values
+        ids[torch.arange(PEER_CONTEXT_LENGTH) >= lengths] = PAD_TOKEN_ID
     return ids
 
 
-def random_pixels(config: PreTrainedConfig, pairs: int) -> Tensor:
-    """(pairs, 3, side, side), the images of a batch."""
+def make_random_pixels(config: PreTrainedConfig, pairs: int) -> Tensor:
+    """Generate random pixel values of shape (pairs, 3, side, side)."""
     side = config.vision_config.image_size
     return torch.randn(pairs, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-# ---- one measurement of ours ----
+# ---- one measurement of our trainer ----
 
 
-class Engine:
-    """The parts of `training.loop.Trainer` that make a step, on random weights; the loop around them is left out.
+class TrainingEngine:
+    """The parts of `training.loop.TrainingLoop` that compute a step, with random weights and without the loop.
 
-    `budget` is how many bytes of graphs are kept; what fits where None.
+    Args:
+        config: Config of the model.
+        args: Command-line arguments of the benchmark.
+        budget: Bytes of autograd graphs to keep instead of recomputing them. Default: what fits into memory.
     """
 
     def __init__(self, config: PreTrainedConfig, args: TrainStepArguments, budget: float | None = None) -> None:
@@ -218,50 +255,69 @@ class Engine:
             micro_batch_size=args.micro, mixed_precision=args.precision,
         )  # fmt: skip
         prepare_trainable(self.model, self.args)
-        self.prepared = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # see WholeBatch
+        self.prepared_model = self.accelerator.prepare_model(
+            self.model, evaluation_mode=True
+        )  # not wrapped: WholeBatch sums the gradients itself
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, self.args))
-        self.step = WholeBatch(self.prepared, self.accelerator, self.args.seed, budget)
+        self.step = WholeBatch(self.prepared_model, self.accelerator, self.args.seed, budget)
 
     def __call__(self, number: int, texts: list[MicroBatch], images: Tensor) -> StepReport:
-        """One step on what `random_batch` has made."""
-        if images.ndim == 4:  # pixels: no cache
+        """Compute one step.
+
+        Args:
+            number: Number of the step.
+            texts: Micro-batches of texts.
+            images: Pixel values (pairs, 3, side, side), or cached embeddings (pairs, width).
+
+        Returns:
+            The report of the step.
+        """
+        if images.ndim == 4:  # pixel values, because no cache is used
             self.model.vision_model.eval()
             parts = images.split(self.args.embedding_batch_size)
-            images = torch.cat([embed_pixels(self.prepared, pixels, self.accelerator) for pixels in parts])
+            images = torch.cat([embed_pixels(self.prepared_model, pixels, self.accelerator) for pixels in parts])
         self.model.train()
         self.optimizer.zero_grad(set_to_none=False)
         report = self.step(number, texts, len(images), images)
-        for group in self.optimizer.param_groups:  # as `Trainer._update`, the gradient's norm included
+        for (
+            group
+        ) in self.optimizer.param_groups:  # as in `TrainingLoop._update_weights`, including the norm of the gradient
             group["lr"] = learning_rate_at(number, self.args)
         torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
         self.optimizer.step()
-        if not is_sigmoid(self.model):
+        if not uses_sigmoid_loss(self.model):
             clamp_logit_scale(self.model.logit_scale)
         return report
 
 
-def random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tuple[list[MicroBatch], Tensor]:
-    """Texts with random pixels, (pairs, 3, side, side), or with embeddings as a cache holds them, (pairs, width)."""
+def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tuple[list[MicroBatch], Tensor]:
+    """Generate texts and random pixel values (pairs, 3, side, side) or, for a cache, embeddings (pairs, width)."""
     texts = []
-    for number, ids in enumerate(random_texts(config, args.pairs).split(args.micro)):
-        ids = ids[:, : (ids != PADDING).sum(dim=1).max()].contiguous()  # to the longest of the micro-batch
-        mask = None if isinstance(config, SiglipConfig) else (ids != PADDING).long()
+    for number, ids in enumerate(make_random_texts(config, args.pairs).split(args.micro)):
+        ids = ids[
+            :, : (ids != PAD_TOKEN_ID).sum(dim=1).max()
+        ].contiguous()  # padded to the longest text of the micro-batch
+        mask = None if isinstance(config, SiglipConfig) else (ids != PAD_TOKEN_ID).long()
         texts.append(MicroBatch(number, number * args.micro, ids, mask))
     if args.worker == "no_cache":
-        return texts, random_pixels(config, args.pairs)
+        return texts, make_random_pixels(config, args.pairs)
     vectors = torch.randn(args.pairs, embedding_width(config), generator=torch.Generator().manual_seed(0))
     return texts, F.normalize(vectors, dim=-1)
 
 
 def measure_ours(args: TrainStepArguments) -> dict[str, Any]:
-    """One run of our engine: `pairs_per_second` (median over the timed steps), the seconds of these, how many graphs
-    each has kept, and `peak_memory_bytes` of the process."""
-    config, seconds, reports = published_config(args), [], []
-    batch = random_batch(config, args)
-    engine = Engine(config, args, 0.0 if args.worker == NOTHING_KEPT else None)
+    """Measure our trainer once.
+
+    Returns:
+        Pairs per second (median of the timed steps), seconds and number of kept graphs of each timed step, and the
+        peak memory of the process.
+    """
+    config, seconds, reports = build_published_config(args), [], []
+    batch = make_random_batch(config, args)
+    engine = TrainingEngine(config, args, 0.0 if args.worker == RECOMPUTED_PROGRAM else None)
     for number in range(args.warmup + args.steps):
         step = partial(engine, number, *batch)
-        seconds.append(timing.seconds_of(lambda step=step: reports.append(step())))
+        seconds.append(timing.time_call(lambda step=step: reports.append(step())))
     return {
         "pairs_per_second": args.pairs / statistics.median(seconds[args.warmup :]),
         "step_s": seconds[args.warmup :],
@@ -273,63 +329,78 @@ def measure_ours(args: TrainStepArguments) -> dict[str, Any]:
 # ---- one measurement of open_clip's trainer ----
 
 
-class Batches(list):
-    """Micro-batches as `train_one_epoch` reads them, which asks for `num_batches` and `num_samples`."""
+class PeerBatches(list):
+    """A list of micro-batches with the attributes `num_batches` and `num_samples`, which `train_one_epoch` reads."""
 
 
 def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
-    """One run of open_clip's trainer on its model of the same architecture; its result is as that of `measure_ours`."""
+    """Measure open_clip's trainer once, on its model of the same architecture.
+
+    Returns:
+        Pairs per second (median of the timed steps), seconds of each timed step, the padded text length, and the peak
+        memory of the process.
+    """
     from open_clip import create_loss, create_model
     from open_clip_train.data import DataInfo
     from open_clip_train.main import random_seed
     from open_clip_train.scheduler import cosine_lr
     from open_clip_train.train import train_one_epoch
 
-    config, theirs = published_config(args), open_clip_arguments(args)
-    steps = 1 + args.steps  # the optimiser makes its state in the first one
-    random_seed(theirs.seed, theirs.rank)
-    model = create_model(theirs.model) if args.model == "siglip2" else convert_open_clip.build_open_clip(config)
+    config, open_clip_args = build_published_config(args), parse_open_clip_arguments(args)
+    steps = 1 + args.steps  # the first step is not timed, because the optimizer allocates its state in it
+    random_seed(open_clip_args.seed, open_clip_args.rank)
+    model = (
+        create_model(open_clip_args.model)
+        if args.model == "siglip2"
+        else convert_open_clip.build_open_clip_model(config)
+    )
     model.output_dict = True
-    model.lock_image_tower(theirs.lock_image_unlocked_groups, theirs.lock_image_freeze_bn_stats)
+    model.lock_image_tower(open_clip_args.lock_image_unlocked_groups, open_clip_args.lock_image_freeze_bn_stats)
     model.set_grad_checkpointing()
-    optimizer, ends = open_clip_optimizer(model, theirs), []
+    optimizer, ends = build_open_clip_optimizer(model, open_clip_args), []
     optimizer.register_step_post_hook(lambda *_: ends.append(time.perf_counter()))
-    sides = random_pixels(config, args.pairs), random_texts(config, args.pairs)
-    batches = Batches([*zip(*(side.split(args.peer_micro) for side in sides), strict=True)] * steps)
+    pixels, texts = make_random_pixels(config, args.pairs), make_random_texts(config, args.pairs)
+    micro_batches = zip(pixels.split(args.peer_micro), texts.split(args.peer_micro), strict=True)
+    batches = PeerBatches([*micro_batches] * steps)
     batches.num_batches, batches.num_samples = len(batches), steps * args.pairs
-    scheduler, data = cosine_lr(optimizer, theirs.lr, theirs.warmup, steps), {"train": DataInfo(batches)}
-    train_one_epoch(model, data, create_loss(theirs), 0, optimizer, None, scheduler, None, theirs)
-    seconds = [end - start for start, end in pairwise(ends)]  # from one step's end to the next one's
+    scheduler, data = (
+        cosine_lr(optimizer, open_clip_args.lr, open_clip_args.warmup, steps),
+        {"train": DataInfo(batches)},
+    )
+    train_one_epoch(model, data, create_loss(open_clip_args), 0, optimizer, None, scheduler, None, open_clip_args)
+    seconds = [end - start for start, end in pairwise(ends)]  # from the end of one step to the end of the next
     return {
-        "padded_tokens": sides[1].shape[1],
+        "padded_tokens": texts.shape[1],
         "pairs_per_second": args.pairs / statistics.median(seconds),
         "step_s": seconds,
         "peak_memory_bytes": timing.peak_resident_bytes(),
     }
 
 
-def open_clip_arguments(args: TrainStepArguments) -> Any:
-    """open_clip's arguments by its own parser, with what its `main` adds to them."""
+def parse_open_clip_arguments(args: TrainStepArguments) -> Any:
+    """Return the arguments of open_clip's trainer: defaults, our flags, and the fields that its `main` adds."""
     from open_clip_train.distributed import init_distributed_device
     from open_clip_train.params import parse_args
 
     flags = f"{OPEN_CLIP_FLAGS[args.model]} --lock-image --grad-checkpointing --device cpu --dataset-type synthetic"
     flags += f" --epochs 1 --batch-size {args.peer_micro} --accum-freq {args.pairs // args.peer_micro}"
-    theirs = parse_args([*flags.split(), "--precision", OPEN_CLIP_PRECISIONS[args.precision]])
-    init_distributed_device(theirs)  # one process
-    theirs.distill = theirs.wandb = False
-    return theirs
+    open_clip_args = parse_args([*flags.split(), "--precision", OPEN_CLIP_PRECISIONS[args.precision]])
+    init_distributed_device(open_clip_args)  # sets the fields for a single process
+    open_clip_args.distill = open_clip_args.wandb = False
+    return open_clip_args
 
 
-def open_clip_optimizer(model: nn.Module, theirs: Any) -> torch.optim.AdamW:
-    """AdamW as in open_clip 3.3's `main`, which holds these lines in its midst and so cannot be called for them."""
+def build_open_clip_optimizer(model: nn.Module, open_clip_args: Any) -> torch.optim.AdamW:
+    """Build AdamW as open_clip 3.3 does. The lines are copied from the middle of its `main`, which cannot be called."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     gain_or_bias = {n for n, p in trained if p.ndim < 2 or any(w in n for w in ("bn", "ln", "bias", "logit_scale"))}
     groups = [
         {"params": [p for n, p in trained if n in gain_or_bias], "weight_decay": 0.0},
-        {"params": [p for n, p in trained if n not in gain_or_bias], "weight_decay": theirs.wd},
+        {"params": [p for n, p in trained if n not in gain_or_bias], "weight_decay": open_clip_args.wd},
     ]
-    return torch.optim.AdamW(groups, lr=theirs.lr, betas=(theirs.beta1, theirs.beta2), eps=theirs.eps)
+    return torch.optim.AdamW(
+        groups, lr=open_clip_args.lr, betas=(open_clip_args.beta1, open_clip_args.beta2), eps=open_clip_args.eps
+    )
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What all folders of the project share; it imports none of them."""
+"""Code that all packages of the project share. It imports no other package of the project."""

@@ -1,148 +1,243 @@
-"""Command lines: dataclasses of flags, YAML files of the same names, `--help`, and errors in one line.
+"""Parse the command line of a command into a dataclass, and report user errors in one line.
 
-transformers' `HfArgumentParser` makes the flags out of the dataclass, and checks the types of their values.
+The fields of the dataclass define the flags. A YAML config file may set the same names. transformers'
+`HfArgumentParser` turns the fields into flags, checks the types of the values and prints `--help`.
+
+Example:
+    @dataclass
+    class Arguments:
+        steps: int = flag(100, "Number of steps.")
+
+    def main(argv: list[str] | None = None) -> None:
+        args = parse_arguments(Arguments, "Train a model.", argv)
+
+    run_command(main)
 """
 
 import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from capivara_common.interrupt import stop_by_exception
-from capivara_common.privacy import printable
-from capivara_common.progress import prepare_bars
+from capivara_common.interrupt import raise_on_interrupt
+from capivara_common.privacy import make_printable
+from capivara_common.progress import configure_progress_bars
 
 T = TypeVar("T")
 
 
-class WrongUse(ValueError):
-    """A command line that can't be: an unknown flag, a value that breaks its type or rule. The command ends with 2."""
+class UsageError(ValueError):
+    """Error of a command line: an unknown flag, or a value of the wrong type or out of range. The exit code is 2."""
 
 
-def coded(kind: Callable[[str], Exception], code: str | None, text: str, /, **values: object) -> Exception:
-    """An error of a text with `{name}` for each of the values, and a code: the key of `capivara_search/words.yaml`."""
-    error = kind(text.format(**values))
+def coded_error(
+    error_type: Callable[[str], Exception], code: str | None, template: str, /, **values: object
+) -> Exception:
+    """Create an exception whose message `capivara_search` can show in the user's language.
+
+    Args:
+        error_type: Exception class.
+        code: Key of the message in the translations of `capivara_search`; None if the message is not translated.
+        template: English message. It contains `{name}` where the value `name` is inserted.
+        **values: Values to insert into the message, by name.
+
+    Returns:
+        The exception, with the attributes `code` and `values` for the translation.
+    """
+    error = error_type(template.format(**values))
     error.code, error.values = code, values
     return error
 
 
-def run_command(main: Callable[[], object], resumes: bool = False) -> None:
-    """`main()` of a process: an error in what the user has given (a value, a file, a package) ends it with one line.
+def run_command(main: Callable[[], object], resumable: bool = False) -> None:
+    """Run the `main` function of a command and report user errors in one line instead of a traceback.
 
-    So does Ctrl-C, once it has cleaned up, with 130; its line says that the same command goes on, where it `resumes`.
+    User errors are wrong values, unreadable files and missing packages (ValueError, OSError, ImportError). They end the
+    process with exit code 1; a `UsageError` ends it with exit code 2. Ctrl-C raises KeyboardInterrupt in `main`, so
+    that `main` can clean up, and then ends the process with exit code 130.
+
+    Args:
+        main: Function that does the work.
+        resumable: Whether the same command can continue after Ctrl-C. If True, the last line of output says so.
     """
-    stop_by_exception()
-    prepare_bars()
+    raise_on_interrupt()
+    configure_progress_bars()
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\nStopped.{' Run the same command again to go on.' * resumes}", file=sys.stderr)
+        print(f"\nStopped.{' Run the same command again to go on.' * resumable}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, WrongUse) else 1)
+        print(f"error: {make_printable(str(error))}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
-def parse(kind: type[T], description: str | None, argv: list[str] | None = None, config: bool = False) -> T:
-    """The arguments of a command line.
+def parse_arguments(
+    arguments_type: type[T], description: str | None, argv: list[str] | None = None, config: bool = False
+) -> T:
+    """Parse a command line into a dataclass.
 
     Args:
-        kind: dataclass with a `flag` for each argument; `gone` in it has flags of earlier versions, with what there is
-            instead, `groups` the dataclasses it consists of, each a group of the help by its `_argument_group_name`.
-        description: text of `--help`.
-        argv: the words, `sys.argv[1:]` where None.
-        config: whether `--config FILE.yaml` gives values, too; flags win over it.
+        arguments_type: Dataclass whose fields are created by `flag`. If it inherits from several dataclasses, the class
+            attribute `groups` may list these dataclasses. `--help` then shows the flags of each dataclass under a
+            title, the value of its attribute `_argument_group_name`.
+        description: Text that `--help` shows above the flags.
+        argv: Words of the command line. Default: `sys.argv[1:]`.
+        config: Whether the command has the flag `--config FILE.yaml`, which reads values from a file. Values on the
+            command line override the file.
+
+    Returns:
+        An instance of `arguments_type`.
 
     Raises:
-        WrongUse: a key or flag is unknown (the nearest is named) or missing, or a value breaks its type or rule.
-        SystemExit: `--help`.
+        UsageError: If a key or flag is unknown (the message suggests the most similar name), a required flag is
+            missing, or a value is of the wrong type or out of range.
+        SystemExit: After `--help`.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    flags = _parser(kind, description)
+    parser = _build_parser(arguments_type, description)
     try:
         if config:
-            flags.add_argument("--config", help="YAML file of the same names as the flags below; flags win over it.")
-            if file := flags.parse_known_args(words)[0].config:
-                # Before the command line: values of both are read, checked and converted by the same code, so `1e-4`,
-                # which PyYAML takes for text, becomes a number.
-                words = as_flags(read_config(Path(file)), kind, file) + words
-        values = vars(flags.parse_args(words))
-        return kind(**{known.name: values[known.name] for known in fields(kind)})
+            parser.add_argument("--config", help="YAML file with the names of the flags below. Flags override it.")
+            if file := parser.parse_known_args(words)[0].config:
+                # The values of the file are placed as flags before the words of the command line, so that the same code
+                # checks and converts both. PyYAML alone would read `1e-4` as text.
+                words = config_to_flags(read_yaml_config(Path(file)), arguments_type, file) + words
+        values = vars(parser.parse_args(words))
+        return arguments_type(**{known.name: values[known.name] for known in fields(arguments_type)})
     except (ValueError, OSError) as error:
-        raise WrongUse(str(error)) from error
+        raise UsageError(str(error)) from error
 
 
-def _parser(kind: Any, description: str | None) -> argparse.ArgumentParser:
-    """An `HfArgumentParser` with positional arguments, `null` for none, and errors that are a ValueError."""
-    from transformers import HfArgumentParser  # half a second, which `capivara` does not have
+def _build_parser(arguments_type: Any, description: str | None) -> argparse.ArgumentParser:
+    """Build an `HfArgumentParser` for the fields of a dataclass.
+
+    In contrast to the base class, the parser accepts positional arguments, reads the word `null` as None, and raises
+    ValueError for a wrong command line instead of ending the process.
+
+    Args:
+        arguments_type: Dataclass whose fields are created by `flag`.
+        description: Text that `--help` shows above the flags.
+    """
+    # Imported here because the import takes half a second, too long for commands that don't need it.
+    from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
-        def add_argument(self, *names: str, positional: bool = False, **options: Any) -> argparse.Action:
+        def add_argument(
+            self, *names: str, positional: bool = False, group: str | None = None, **options: Any
+        ) -> argparse.Action:
+            if group:
+                existing = [known for known in self._action_groups if known.title == group]
+                return (existing or [self.add_argument_group(group)])[0].add_argument(*names, **options)
             if positional:
                 options.pop("required", None)
                 names = (names[0].lstrip("-"),)
             return super().add_argument(*names, **options)
 
         def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> tuple[Any, list[str]]:
-            for name in (word.split("=")[0] for word in args):  # what is after the = may be a secret
+            for name in (word.split("=")[0] for word in args):  # the value after "=" may be a secret
                 if re.fullmatch(r"--?[A-Za-z][\w-]*", name) and name not in self._option_string_actions:
-                    if instead := getattr(kind, "gone", {}).get(name.lstrip("-").replace("-", "_")):
-                        self.error(f"`{name}` is gone: {instead}.")
-                    self.error(unknown(name, "flag", [a.option_strings[0] for a in self._actions if a.option_strings]))
-            found, left = super().parse_known_args(args, namespace)
-            return (found, left) if not left else self.error("There is a value without a flag")
+                    flags = [action.option_strings[0] for action in self._actions if action.option_strings]
+                    self.error(unknown_name_message(name, "flag", flags))
+            values, remaining = super().parse_known_args(args, namespace)
+            if remaining:
+                self.error("A value does not follow a flag")  # the value is not shown: it may be a secret
+            return values, remaining
 
         def _get_value(self, action: argparse.Action, word: str) -> Any:
-            none = word == "null" and action.default is None and not action.required
-            return None if none else super()._get_value(action, word)
+            is_none = word == "null" and action.default is None and not action.required
+            return None if is_none else super()._get_value(action, word)
 
         def error(self, message: str) -> NoReturn:
-            raise ValueError(message if message.endswith(".") else f"{message} (--help lists all)")
+            raise ValueError(message if message.endswith(".") else f"{message}. `--help` lists all flags.")
 
-    options = {"allow_abbrev": False, "formatter_class": CommandHelp}
-    return Parser(getattr(kind, "groups", kind), description=description, **options)
+    options = {"allow_abbrev": False, "formatter_class": CommandHelpFormatter}
+    return Parser(getattr(arguments_type, "groups", arguments_type), description=description, **options)
 
 
-class CommandHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags that have one, and the description's commands on lines of their own."""
+class CommandHelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Formatter for `--help` that lists required flags first, shows default values, and keeps line breaks."""
+
+    def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
+        """Add the flags of a group to the help, required flags first."""
+        super().add_arguments(sorted(actions, key=lambda action: not action.required))
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return (action.help or "") if action.default is None else super()._get_help_string(action) or ""
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
-    """A field of a dataclass of arguments, for `parse`; without a default (`...`) the flag must be given.
+    """Create a dataclass field that `parse_arguments` reads from the command line.
 
-    `options` are those of `argparse`, or `positional=True` for an argument without a flag.
+    Args:
+        default: Default value; `...` makes the flag required.
+        help: Description of the flag for `--help`.
+        **options: Options of `argparse.ArgumentParser.add_argument`. In addition, `positional=True` makes a positional
+            argument instead of a flag, and `group="title"` lists the flag in `--help` under that title, after the flags
+            without a group.
+
+    Returns:
+        A dataclass field. `help` and `options` are its metadata.
     """
-    kept = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(metadata={"help": help, **options}, **({} if default is ... else kept))
+    metadata = {"help": help, **options}
+    if default is ...:
+        return field(metadata=metadata)
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def at_least(arguments: Any, minimum: float, *names: str) -> None:
-    """Raise ValueError where an argument of these names is below `minimum`, or not a number; None passes."""
+def check_at_least(arguments: Any, minimum: float, *names: str) -> None:
+    """Check that attributes of an object are at least `minimum`.
+
+    Args:
+        arguments: Object with the attributes, such as a dataclass of command-line arguments.
+        minimum: Smallest allowed value.
+        *names: Names of the attributes to check. An attribute may be None.
+
+    Raises:
+        ValueError: If an attribute is below `minimum` or NaN.
+    """
     for name in names:
         if (value := getattr(arguments, name)) is not None and not value >= minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}.")
 
 
-def between(arguments: Any, low: float, high: float, *names: str) -> None:
-    """Raise ValueError where an argument of these names is not from `low` to `high`; None passes."""
+def check_between(arguments: Any, low: float, high: float, *names: str) -> None:
+    """Check that attributes of an object are between `low` and `high`.
+
+    Args:
+        arguments: Object with the attributes, such as a dataclass of command-line arguments.
+        low: Smallest allowed value.
+        high: Largest allowed value.
+        *names: Names of the attributes to check. An attribute may be None.
+
+    Raises:
+        ValueError: If an attribute is below `low`, above `high` or NaN.
+    """
     for name in names:
         if (value := getattr(arguments, name)) is not None and not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {value}.")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, every scalar as text. Raises OSError, ValueError where it is no mapping."""
+def read_yaml_config(path: Path) -> dict[str, Any]:
+    """Read a YAML config file.
+
+    Returns:
+        The keys and values of the file. Numbers, booleans and other scalars are returned as text, such as "1e-4".
+
+    Raises:
+        OSError: If the file can't be read.
+        ValueError: If the file is not valid YAML, or its content is not a mapping.
+    """
     import yaml
 
     try:
-        # BaseLoader: `no` stays "no", and `1e-4` is converted like a flag's value.
+        # BaseLoader keeps all scalars as text, so that the parser converts `no` and `1e-4` like values of flags.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
@@ -151,33 +246,53 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def as_flags(content: dict[str, Any], kind: type, where: str) -> list[str]:
-    """Keys and values of a file as the flags that say the same; `where` is the subject of an error.
+def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str) -> list[str]:
+    """Convert the content of a config file to the words of a command line.
 
-    Raises ValueError where a key is none of the dataclass `kind`, a value is a mapping, or a list has a flag.
+    Args:
+        content: Keys and values of the file, from `read_yaml_config`.
+        arguments_type: Dataclass whose fields are the allowed keys.
+        subject: Name of the file for error messages.
+
+    Returns:
+        Words such as `["--steps=100", "--seeds", "0", "1"]`. Keys without a value (empty, `~`, `null` or an empty list)
+        are left out, so that the default value applies.
+
+    Raises:
+        ValueError: If a key is unknown, a value is a mapping, or a list contains a word that looks like a flag.
     """
-    flags = []
+    flags, names = [], [known.name for known in fields(arguments_type)]
     for key, value in content.items():
-        if instead := getattr(kind, "gone", {}).get(key):
-            raise ValueError(f"{where}: `{key}` is gone: {instead}.")
-        if key not in (names := [known.name for known in fields(kind)]):
-            raise ValueError(unknown(str(key), f"key in {where}", names))
+        if key not in names:
+            raise ValueError(unknown_name_message(str(key), f"key in {subject}", names))
         if isinstance(value, dict):
-            raise ValueError(f"{where}: `{key}` must be a value or a list, got a mapping.")
+            raise ValueError(f"{subject}: `{key}` must be a value or a list, got a mapping.")
         if value in ("", "~", "null", []):
             continue
         if not isinstance(value, list):
-            flags.append(f"--{key}={value}")  # one word: a value may begin with "-"
+            flags.append(f"--{key}={value}")  # flag and value are a single word, because a value may begin with "-"
             continue
         for word in map(str, value):
-            if word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word):  # argparse's numbers
-                raise ValueError(f"{where}: `{key}` lists {word!r}, which would be a flag; no value may begin with -.")
+            if word.startswith("-") and not re.fullmatch(
+                r"-(\d+|\d*\.\d+)", word
+            ):  # negative numbers as argparse defines them
+                raise ValueError(
+                    f"{subject}: `{key}` lists {word!r}, which would be read as a flag. Values must not begin with -."
+                )
         flags += [f"--{key}", *map(str, value)]
     return flags
 
 
-def unknown(name: str, what: str, known: list[str], rest: str = "`--help` lists all.") -> str:
-    """What is said of a flag or key that there is not; the nearest one is named if it is near."""
-    bare = {key.lstrip("-"): key for key in known}
-    nearest = difflib.get_close_matches(name.lstrip("-"), bare, n=1)
-    return f"Unknown {what}: `{name}`.{f' Did you mean `{bare[nearest[0]]}`?' if nearest else ''} {rest}"
+def unknown_name_message(name: str, kind: str, known: list[str], advice: str = "`--help` lists all flags.") -> str:
+    """Return the error message for an unknown name, such as "Unknown flag: `--step`. Did you mean `--steps`? …".
+
+    Args:
+        name: The unknown name.
+        kind: What the name stands for, for example "flag".
+        known: All known names. If a known name is similar, the message suggests the most similar name.
+        advice: Last sentence of the message.
+    """
+    known_by_bare_name = {key.lstrip("-"): key for key in known}
+    matches = difflib.get_close_matches(name.lstrip("-"), known_by_bare_name, n=1)
+    suggestion = f" Did you mean `{known_by_bare_name[matches[0]]}`?" if matches else ""
+    return f"Unknown {kind}: `{name}`.{suggestion} {advice}"

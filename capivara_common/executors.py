@@ -1,9 +1,14 @@
-"""Long work on datatrove's executors: `execute(Work.of(args, PHASES, "score"), args)`.
+"""Run long work on datatrove's executors: local processes, Slurm or Ray.
 
-Every phase of the work (`Phase` of `tasks.py`) is a pipeline of one step, its `Work`, which starts when the phase
-before is complete. What is done is what lies on the disk: a rank that finds nothing left to do returns at once, in any
-number of tasks. A rank without datatrove's completion file, of this start, has failed or has not ended; why is in
-`failures/RANK.txt` beside its log.
+Example:
+    run_phases(PhaseStep.from_phases(args, PHASES, "score"), args)
+
+A command consists of phases (`Phase` in `tasks.py`), for example first scoring rows and then merging the scores. The
+rows of a phase are split into tasks, numbered by rank. Each phase becomes a datatrove pipeline with a single step,
+`PhaseStep`, and starts when the previous phase is complete. The output files on disk define the progress: a task whose
+rows are finished returns at once, so a run can be resumed with any number of tasks. datatrove writes a completion file
+for each task that ends successfully. If the completion file of a task is missing, the task has failed or is still
+running; the reason is in `failures/RANK.txt` next to the log of the task.
 """
 
 import itertools
@@ -23,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# loguru would write the values of all variables under a traceback, and one may be a key.
+# loguru would print the values of local variables in tracebacks, and one of them may be an API key.
 os.environ["LOGURU_DIAGNOSE"] = "NO"
 
 import loguru
@@ -31,26 +36,34 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import add_task_logger, close_task_logger
 
-from capivara_common.environment import require
+from capivara_common.environment import require_packages
 from capivara_common.files import write_text
-from capivara_common.progress import no_bars, prepare_bars
+from capivara_common.progress import configure_progress_bars, disable_progress_bars
 from capivara_common.tasks import ExecutorArguments, Phase
 
-ROOT = Path(__file__).resolve().parents[1]  # that tasks on other machines import the code from
-FAILURES_NAMED = 8
-NOT_ENDED = "has not ended: it is at work, or it was killed; out of memory?"
-NO_WORD = "has not started, or could not say how it ended"
-START_METHOD = "forkserver"  # of the processes of this machine
+CODE_ROOT = Path(__file__).resolve().parents[1]  # folder from which tasks on other machines import the code
+MAX_NAMED_FAILURES = 8  # number of failed tasks that an error message lists
+NOT_FINISHED_MESSAGE = "has not ended: it is still running, or it was killed (out of memory?)"
+UNKNOWN_OUTCOME_MESSAGE = "has not started, or could not report how it ended"
+# How local worker processes are started. "fork" would be unsafe, because it copies the locks that threads hold.
+START_METHOD = "forkserver"
 
 
-class Work(PipelineStep):
-    """One phase of a command's work, called with `args` of the command; `logs` has all that its tasks say.
+class PhaseStep(PipelineStep):
+    """Step of a datatrove pipeline that runs one phase of a command.
 
-    Other machines find its function by the name of its module, which therefore must not be `__main__`.
+    Tasks on other machines import the function of the phase by the name of its module, so the function must not be
+    defined in `__main__`.
+
+    Args:
+        phase: Phase to run.
+        args: Command-line arguments of the command; they are passed to the function of the phase.
+        log_folder: Folder for the logs and failure reasons of all tasks.
+        title: Name of the step for logs and error messages, such as "score: merge".
     """
 
-    def __init__(self, phase: Phase, args: Any, logs: Path, title: str):
-        self.phase, self.args, self.logs, self.title = phase, args, logs, title
+    def __init__(self, phase: Phase, args: Any, log_folder: Path, title: str):
+        self.phase, self.args, self.log_folder, self.title = phase, args, log_folder, title
         self.package = phase.run.__module__.partition(".")[0]
         super().__init__()
 
@@ -58,77 +71,121 @@ class Work(PipelineStep):
         return self.title
 
     @classmethod
-    def of(cls, args: ExecutorArguments, phases: dict[str, Phase], title: str) -> "list[Work]":
-        """All phases of a command, by their names."""
-        return [cls(phase, args, args.logs / name, f"{title}: {name}") for name, phase in phases.items()]
+    def from_phases(cls, args: ExecutorArguments, phases: dict[str, Phase], title: str) -> "list[PhaseStep]":
+        """Create one step for each phase of a command.
+
+        Args:
+            args: Command-line arguments of the command.
+            phases: Phases by name, in the order in which they run. The logs of a phase are written to the subfolder of
+                `args.log_folder` with the name of the phase.
+            title: Name of the command for logs and error messages.
+        """
+        return [cls(phase, args, args.log_folder / name, f"{title}: {name}") for name, phase in phases.items()]
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        """One rank; what it raises is in the folder of failures, too."""
+        """Run one task of the phase.
+
+        While the task runs, the file `failures/RANK.txt` in the log folder says that the task has not ended. If the
+        task raises an exception, the file contains the reason; otherwise the file is removed.
+
+        Args:
+            data: Not used; datatrove passes the output of the previous step of the pipeline.
+            rank: Number of the task, from 0.
+            world_size: Number of tasks.
+        """
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        note = self.logs / "failures" / f"{rank:05d}.txt"
-        write_text(note, NOT_ENDED)
+        failure_file = self.log_folder / "failures" / f"{rank:05d}.txt"
+        write_text(failure_file, NOT_FINISHED_MESSAGE)
         try:
             report = self.phase.run(self.args, rank, world_size)
         except Exception as error:
-            said = "; ".join(line.strip() for line in traceback.format_exception_only(error))
-            with suppress(OSError):  # a full disk, which `error` says
-                write_text(note, f"{said}\n\n{traceback.format_exc()}")
+            reason = "; ".join(line.strip() for line in traceback.format_exception_only(error))
+            with suppress(OSError):  # a full disk must not hide `error`
+                write_text(failure_file, f"{reason}\n\n{traceback.format_exc()}")
             raise
-        note.unlink()
+        failure_file.unlink()
         loguru.logger.debug(f"{self.title}, task {rank} of {world_size}: {report or 'done'}")
 
 
-def failures(logs: Path) -> dict[int, str]:
-    """Rank -> why its task has failed, or that it has not ended."""
-    paths = sorted((logs / "failures").glob("*.txt"))
+def failure_reasons(log_folder: Path) -> dict[int, str]:
+    """Return why tasks have failed or not ended.
+
+    Args:
+        log_folder: Log folder of a phase, which contains the folder `failures`.
+
+    Returns:
+        The reason in one line for each task that has failed or not ended, keyed by the rank of the task.
+    """
+    paths = sorted((log_folder / "failures").glob("*.txt"))
     return {int(path.stem): path.read_text(encoding="utf-8").split("\n\n")[0] for path in paths}
 
 
-def execute(works: Iterable[Work], args: ExecutorArguments) -> bool:
-    """Run phases one after the other; whether they are complete now: False where Slurm has taken the jobs.
+def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
+    """Run the phases of a command one after another.
+
+    Args:
+        steps: One step per phase, in order. A step starts only if the previous step is complete.
+        args: Command-line arguments with the executor flags. Steps whose own arguments (`step.args`) have executor
+            flags use their own flags instead.
+
+    Returns:
+        True if all phases are complete. False if the phases were submitted to Slurm as jobs that run later.
 
     Raises:
-        ValueError, OSError, ImportError: of a task that is alone; some of several have failed, which are named, and
-            nothing that needs them was started.
+        ValueError: If tasks of a phase with several tasks fail. The message lists the failed tasks with their reasons.
+            Later phases are not started.
+        ValueError, OSError, ImportError: If the only task of a phase fails; the error is the one that the task raised.
     """
-    before = None
-    for work in works:
-        for folder in ("failures", "completions"):  # of a start with other tasks, maybe
-            shutil.rmtree(work.logs / folder, ignore_errors=True)
-        own = work.args if isinstance(work.args, ExecutorArguments) else args
+    previous = None
+    for step in steps:
+        for folder in ("failures", "completions"):  # an earlier start, maybe with other ranks, has left these folders
+            shutil.rmtree(step.log_folder / folder, ignore_errors=True)
+        step_args = step.args if isinstance(step.args, ExecutorArguments) else args
         if args.executor == "slurm":
-            before = submit(work, own, before)
+            previous = submit_to_slurm(step, step_args, previous)
             continue
-        ended = run_here(work, own) if args.executor == "local" else run_in_ray(work, own)
-        if failed := ended.get_incomplete_ranks(skip_completed=True):
-            said = failures(work.logs)
-            named = "".join(f"\n  task {rank}: {said.get(rank, NO_WORD)}" for rank in failed[:FAILURES_NAMED])
+        executor = run_local(step, step_args) if args.executor == "local" else run_on_ray(step, step_args)
+        if failed := executor.get_incomplete_ranks(skip_completed=True):
+            reasons = failure_reasons(step.log_folder)
+            failures = "".join(
+                f"\n  task {rank}: {reasons.get(rank, UNKNOWN_OUTCOME_MESSAGE)}" for rank in failed[:MAX_NAMED_FAILURES]
+            )
             raise ValueError(
-                f"{work}: {len(failed)} tasks have failed:{named}\n"
-                f"Logs: {work.logs}. The same command does what is missing."
+                f"{step}: {len(failed)} tasks have failed:{failures}\n"
+                f"Logs: {step.log_folder}. Run the same command again to do the rest."
             )
     return args.executor != "slurm"
 
 
-def run_here(work: Work, args: ExecutorArguments) -> LocalPipelineExecutor:
-    """All ranks on this machine, by `workers` processes, each with a GPU of its own; by this one where there is one.
+def run_local(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor:
+    """Run all tasks of a step on this machine.
 
-    datatrove's own pool would wait for ever for a process that was killed. Of one that was, the others go on.
+    The function starts `args.workers` worker processes, each pinned to one GPU. A single worker runs in the current
+    process. If a worker is killed, the other workers continue (datatrove's own process pool would wait for the killed
+    worker forever).
+
+    Args:
+        step: The step to run.
+        args: Command-line arguments with the executor flags `workers` and `tasks`.
+
+    Returns:
+        datatrove's executor. Its `get_incomplete_ranks` returns the ranks of the tasks that have failed.
     """
     loguru.logger.disable("datatrove")  # the terminal is for progress bars and errors
-    gpus = _gpus()
+    gpus = _visible_gpus()
     workers = args.workers or len(gpus) or 1
-    tasks = (args.tasks or workers) if work.phase.shared else 1
-    executor = LocalPipelineExecutor([work], tasks, logging_dir=str(work.logs))
+    tasks = (args.tasks or workers) if step.phase.is_parallel else 1
+    executor = LocalPipelineExecutor([step], tasks, logging_dir=str(step.log_folder))
     if (workers := min(workers, tasks)) == 1:
-        _run_ranks(executor, range(tasks))
+        _run_rank_sequence(executor, range(tasks))
         return executor
     context, main = multiprocessing.get_context(START_METHOD), getattr(sys.modules["__main__"].__spec__, "name", "")
-    context.set_forkserver_preload([name for name in sys.modules if name.startswith(work.package) and name != main])
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith(step.package) and name != main])
+    # Workers are daemons, so that Ctrl-C ends them. The environment is passed explicitly, because the fork server may
+    # have been started earlier, with other environment variables.
     processes = [
-        # Ctrl-C ends it. The server that forks it may be of an earlier start, with the environment of then.
-        context.Process(target=_worker, args=(executor, number, workers, gpu, dict(os.environ)), daemon=True)
-        for number, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False)
+        context.Process(target=_run_worker_process, args=(executor, index, workers, gpu, dict(os.environ)), daemon=True)
+        for index, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False)
     ]
     for process in processes:
         process.start()
@@ -137,92 +194,152 @@ def run_here(work: Work, args: ExecutorArguments) -> LocalPipelineExecutor:
     return executor
 
 
-def _run_ranks(executor: LocalPipelineExecutor, ranks: range) -> None:
-    """One after the other, as `LocalPipelineExecutor.run` does but for the Manager that it forks for each call.
+def _run_rank_sequence(executor: LocalPipelineExecutor, ranks: range) -> None:
+    """Run tasks one after another in this process.
 
-    That takes 0.2 s, outlives a kill, and is a fork of what lancedb runs. Of several tasks one that fails keeps none of
-    the others from work.
+    If the executor has several tasks and a task fails, the remaining tasks still run. The error of a single task is
+    raised.
+
+    This function replaces `LocalPipelineExecutor.run`, which forks a Manager process for each call. Starting the
+    Manager takes 0.2 s, the Manager survives if this process is killed, and forking is unsafe after lancedb has started
+    threads.
+
+    Args:
+        executor: datatrove's executor with the step and the number of tasks.
+        ranks: Ranks of the tasks to run.
     """
     for rank in ranks:
-        log = add_task_logger(executor.logging_dir, rank, local_rank=1)  # above 0 it is not shown on the terminal
+        # local_rank=1, because local rank 0 would also log to the terminal.
+        log = add_task_logger(executor.logging_dir, rank, local_rank=1)
         try:
             executor.pipeline[0].run(None, rank, executor.tasks)
             executor.mark_rank_as_completed(rank)
-        except Exception:  # which is in the folder of failures
+        except Exception:  # the step has written the reason to the folder `failures`
             if executor.tasks == 1:
                 raise
         finally:
             close_task_logger(log)
 
 
-def _worker(executor: LocalPipelineExecutor, number: int, workers: int, gpu: str, environment: dict[str, str]) -> None:
-    """Each `workers`-th rank from `number` on, in a process that ends with the one that has started it."""
+def _run_worker_process(
+    executor: LocalPipelineExecutor, worker_index: int, worker_count: int, gpu: str, environment: dict[str, str]
+) -> None:
+    """Run the tasks of one worker; this is the main function of a worker process.
+
+    The worker runs the ranks `worker_index`, `worker_index + worker_count`, and so on. The process ends when its parent
+    process ends.
+
+    Args:
+        executor: datatrove's executor with the step and the number of tasks.
+        worker_index: Number of this worker, from 0. Only worker 0 shows progress bars.
+        worker_count: Number of workers.
+        gpu: Value for CUDA_VISIBLE_DEVICES; "" if the machine has no GPU.
+        environment: Environment variables of the parent process.
+    """
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the parent hears
-    parent = multiprocessing.parent_process()  # a new start must not meet the tasks of one that was killed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    parent = multiprocessing.parent_process()
+    # If the parent is killed, this worker must end, because a new start of the command writes the same files.
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     loguru.logger.disable("datatrove")
-    logging.basicConfig(format="%(message)s")  # warnings; what each task says of its work is in its log
-    prepare_bars() if number == 0 else no_bars()
+    logging.basicConfig(format="%(message)s")  # warnings only; tasks report progress in their logs
+    configure_progress_bars() if worker_index == 0 else disable_progress_bars()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     elif "OMP_NUM_THREADS" not in os.environ:
         import torch
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    _run_ranks(executor, range(number, executor.tasks, workers))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // worker_count))
+    _run_rank_sequence(executor, range(worker_index, executor.tasks, worker_count))
 
 
-def _gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+def _visible_gpus() -> list[str]:
+    """Return the numbers or ids of the GPUs that this process may use, in the format of CUDA_VISIBLE_DEVICES."""
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return visible.split(",")
-    import torch  # here: its import takes seconds
+    import torch  # imported here because it takes seconds
 
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _options(work: Work, args: ExecutorArguments) -> dict[str, Any]:
-    """Of datatrove's executors for clusters."""
-    tasks, gpus = args.tasks if work.phase.shared else 1, args.gpus_per_task if work.phase.uses_model else 0
-    given = {"pipeline": [work], "tasks": tasks, "workers": args.workers or -1, "logging_dir": str(work.logs)}
-    machine = {"cpus_per_task": args.cpus_per_task, "mem_per_cpu_gb": args.mem_per_cpu_gb, "gpus_per_task": gpus}
-    return given | machine | {"skip_completed": False}
+def _executor_options(step: PhaseStep, args: ExecutorArguments) -> dict[str, Any]:
+    """Return the keyword arguments that are the same for datatrove's Slurm executor and its Ray executor.
+
+    Args:
+        step: The step to run.
+        args: Command-line arguments with the executor flags.
+    """
+    return {
+        "pipeline": [step],
+        "tasks": args.tasks if step.phase.is_parallel else 1,
+        "workers": args.workers or -1,
+        "logging_dir": str(step.log_folder),
+        "cpus_per_task": args.cpus_per_task,
+        "mem_per_cpu_gb": args.mem_per_cpu_gb,
+        "gpus_per_task": args.gpus_per_task if step.phase.uses_model else 0,
+        "skip_completed": False,
+    }
 
 
-def run_in_ray(work: Work, args: ExecutorArguments) -> RayPipelineExecutor:
-    """On the Ray cluster of RAY_ADDRESS or of this machine; without one, a cluster of this machine alone."""
-    require("--executor ray", "ray", "ray")
+def run_on_ray(step: PhaseStep, args: ExecutorArguments) -> RayPipelineExecutor:
+    """Run all tasks of a step on a Ray cluster.
+
+    The cluster is the one at the address in the environment variable RAY_ADDRESS, or a cluster that already runs on
+    this machine. If there is neither, the function starts a cluster on this machine.
+
+    Args:
+        step: The step to run.
+        args: Command-line arguments with the executor flags.
+
+    Returns:
+        datatrove's executor. Its `get_incomplete_ranks` returns the ranks of the tasks that have failed.
+    """
+    require_packages("--executor ray", "ray", "ray")
     import ray
 
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
-    executor = RayPipelineExecutor(**_options(work, args))
+        ray.init(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(CODE_ROOT)}})
+    executor = RayPipelineExecutor(**_executor_options(step, args))
     executor.run()
     return executor
 
 
-def submit(work: Work, args: ExecutorArguments, before: SlurmPipelineExecutor | None) -> SlurmPipelineExecutor:
-    """Submit a job array, which starts when the one before is done. ValueError: there is no sbatch, or it refuses."""
+def submit_to_slurm(
+    step: PhaseStep, args: ExecutorArguments, previous: SlurmPipelineExecutor | None
+) -> SlurmPipelineExecutor:
+    """Submit a step to Slurm as a job array.
+
+    Args:
+        step: The step to run.
+        args: Command-line arguments with the executor flags.
+        previous: Executor that this function returned for the previous step. The new job starts when the previous step
+            is complete. None for the first step.
+
+    Returns:
+        datatrove's executor. Pass it as `previous` when you submit the next step.
+
+    Raises:
+        ValueError: If the command `sbatch` is missing on this machine, or sbatch refuses the job.
+    """
     if shutil.which("sbatch") is None:
-        raise ValueError("--executor slurm needs sbatch, which this machine lacks. Run it where jobs are submitted.")
-    paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": ROOT}
+        raise ValueError("--executor slurm needs sbatch, which this machine lacks. Run the command on a login node.")
+    paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": CODE_ROOT}
     executor = SlurmPipelineExecutor(
         time=args.time,
         partition=args.partition,
         qos="",
-        job_name=re.sub(r"[^\w.-]+", "-", f"{work.package}-{work}"),
+        job_name=re.sub(r"[^\w.-]+", "-", f"{step.package}-{step}"),
         env_command="; ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()),
-        # A job whose predecessor has failed would wait for ever.
+        # Without this option, a job would wait forever if the job of the previous step has failed.
         sbatch_args={"kill-on-invalid-dep": "yes"} | dict(option.partition("=")[::2] for option in args.sbatch),
         mail_type="NONE",
-        depends=before,
-        **_options(work, args),
+        depends=previous,
+        **_executor_options(step, args),
     )
     try:
         executor.run()
-    except subprocess.CalledProcessError as error:  # sbatch has said why on the terminal
+    except subprocess.CalledProcessError as error:  # sbatch has printed its reason to the terminal
         raise ValueError(
-            f"sbatch has refused {work}, for what it says above. Check --partition, --time and --sbatch."
+            f"sbatch has refused {step}; its message is above. Check --partition, --time and --sbatch."
         ) from error
     return executor

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, what killed processes left of them; links that lead out."""
+"""Write files and folders atomically, clean up after killed processes, and confine links to allowed folders."""
 
 import errno
 import fcntl
@@ -15,122 +15,139 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
-from capivara_common.cli import coded
+from capivara_common.cli import coded_error
 
-RUN_MARKER = ".capivara-run"  # in the folder of an unfinished run
-DIGEST_BYTES = 64  # of SHA-256 in hexadecimal, which processors compute faster than BLAKE2
-UMASK = os.umask(0)  # it can only be read by setting it
+RUN_MARKER = ".capivara-run"  # name of a file that marks the folder of an unfinished run
+DIGEST_HEX_LENGTH = 64  # SHA-256 in hexadecimal; CPUs have instructions for it, so it is faster than BLAKE2
+UMASK = os.umask(0)  # the umask can only be read by setting it
 os.umask(UMASK)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in one piece, as UTF-8."""
+    """Write text to a file atomically, as UTF-8."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` in one piece: a reader, or a crash, sees the old file or the new one."""
-    with whole_file(path) as new:
+    """Write bytes to a file atomically: readers see the old or the new content, also if the process crashes."""
+    with atomic_file(path) as new:
         new.write_bytes(data)
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write `data` as indented JSON in one piece; NaN and infinity are errors, since JSON has neither."""
+    """Write indented JSON to a file atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, **fields: type) -> Any:
-    """The JSON of a file: where `fields` are named, an object that has them, each of its type; else ValueError."""
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+        **fields: Required fields of the object and their exact types. Without fields, any JSON value is accepted.
+
+    Returns:
+        The value.
+
+    Raises:
+        OSError: If the file can't be read.
+        ValueError: If it is not JSON, not an object, or a field is missing or of another type.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if fields and not isinstance(data, dict):
-        raise ValueError(f"{path} must hold an object with {', '.join(fields)}, it holds a {type(data).__name__}")
+        raise ValueError(f"{path} must contain an object with {', '.join(fields)}, got a {type(data).__name__}.")
     for name, kind in fields.items():
         if type(data.get(name)) is not kind:
-            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got {str(data.get(name))[:80]!r}")
+            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got {str(data.get(name))[:80]!r}.")
     return data
 
 
-def add_digest(path: Path) -> None:
-    """Append the SHA-256 of a file to it, as `DIGEST_BYTES` letters, for `has_digest`."""
+def append_digest(path: Path) -> None:
+    """Append the SHA-256 of a file to the file itself, as `DIGEST_HEX_LENGTH` characters, for `digest_matches`."""
     with path.open("r+b") as file:
         file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
 
 
-def has_digest(path: Path) -> bool:
-    """Whether a file is there, and is as `add_digest` has left it: every byte is read."""
+def digest_matches(path: Path) -> bool:
+    """Return whether a file exists and is unchanged since `append_digest`. Reads every byte."""
     with suppress(OSError, ValueError), path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-        return data[-DIGEST_BYTES:] == hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).hexdigest().encode()
+        return data[-DIGEST_HEX_LENGTH:] == hashlib.sha256(memoryview(data)[:-DIGEST_HEX_LENGTH]).hexdigest().encode()
     return False
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` for a file that becomes `path` when the block ends, and vanishes when it fails."""
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that is renamed to `path` when the block ends, and removed if the block fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with _or_nothing(path, lambda: new.unlink(missing_ok=True)):
+    with _cleanup_on_error(path, lambda: new.unlink(missing_ok=True)):
         yield new
         new.replace(path)
 
 
 @contextmanager
-def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` when the block ends, and vanishes when it fails.
+def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `path` when the block ends, and removed if the block fails.
 
-    With `overwrite` it replaces what is at `path`, which stays until the new one is complete.
+    Args:
+        path: Final path of the folder.
+        overwrite: Whether a folder that exists at `path` may be replaced. It stays until the new one is complete.
+
+    Yields:
+        The temporary folder, next to `path`.
 
     Raises:
-        ValueError: `path` is a file, or a folder that is not empty and may not be replaced.
-        OSError: nothing could be written; with no space left the message says so.
+        ValueError: If `path` is a file, or a folder that is not empty and `overwrite` is not set.
+        OSError: If writing fails. If the disk is full, the message says so.
     """
-    path = path.resolve()  # through a link: the folder is replaced, not the link
+    path = path.resolve()  # if `path` is a link, replace the folder that it points to
     check_output_folder(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
-    with _kept(new), _or_nothing(path, lambda: shutil.rmtree(new, ignore_errors=True)):
+    with _locked(new), _cleanup_on_error(path, lambda: shutil.rmtree(new, ignore_errors=True)):
         yield new
-        _put_in_place(new, path, overwrite)
+        _move_folder_into_place(new, path, overwrite)
 
 
 @contextmanager
-def _kept(folder: Path) -> Iterator[None]:
-    """Keep a folder from `remove_leftovers` of other processes, whatever it is renamed to."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder, so that `remove_leftovers` in other processes leaves it alone, also after it is renamed."""
     with ExitStack() as stack:
-        with suppress(OSError):  # a disk without locks
+        with suppress(OSError):  # some file systems have no locks
             stack.callback(os.close, lock_folder(folder))
         yield
 
 
 @contextmanager
-def _or_nothing(path: Path, remove: Callable[[], object]) -> Iterator[None]:
-    """Where the block fails, `remove` what it has made; that the disk is full is said of `path`."""
+def _cleanup_on_error(path: Path, remove: Callable[[], object]) -> Iterator[None]:
+    """Call `remove` if the block fails; if the disk is full, raise an OSError that names `path`."""
     try:
         yield
     except BaseException as error:
         remove()
-        if no_space_left(error):
+        if is_disk_full(error):
             raise OSError(
-                errno.ENOSPC, f"No space left on the disk while writing {path}; nothing was kept. Free some space"
+                errno.ENOSPC, f"No space left on the disk while writing {path}; nothing was kept. Free some space."
             ) from error
         raise
 
 
-def _put_in_place(new: Path, path: Path, overwrite: bool) -> None:
-    """Rename `new` to `path`; at any moment the old or the new folder is whole, see `remove_leftovers`.
+def _move_folder_into_place(new: Path, path: Path, overwrite: bool) -> None:
+    """Rename the folder `new` to `path`. At any moment the old or the new folder is complete (see `remove_leftovers`).
 
-    Its files get the modes that new ones have: safetensors makes files that only their owner reads.
+    Files get the default permissions, because safetensors makes files that only their owner can read.
     """
-    for each in [new, *new.rglob("*")]:
-        if not each.is_symlink():
-            each.chmod((0o777 if each.is_dir() else 0o666) & ~UMASK)
+    for entry in [new, *new.rglob("*")]:
+        if not entry.is_symlink():
+            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~UMASK)
     if not (overwrite and path.exists()):
-        new.rename(path)  # fails where somebody else has filled the folder in the meantime
+        new.rename(path)  # fails if another process has filled the folder in the meantime
         return
     old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
-    with _kept(path):
+    with _locked(path):
         path.rename(old)
         try:
             new.rename(path)
@@ -138,40 +155,52 @@ def _put_in_place(new: Path, path: Path, overwrite: bool) -> None:
             old.rename(path)
             raise
         with suppress(OSError):
-            _remove(old)
+            _remove_folder(old)
 
 
-def _remove(left: Path) -> None:
-    """Remove a replaced or unfinished folder, under a name that says that it is not whole."""
-    doomed = left.with_name(f"{left.name[: -len('old-01234567')]}tmp-{left.name[-8:]}")
-    left.rename(doomed)
+def _remove_folder(folder: Path) -> None:
+    """Remove a replaced or unfinished folder, after renaming it to a name that marks it as incomplete."""
+    doomed = folder.with_name(f"{folder.name[: -len('old-01234567')]}tmp-{folder.name[-8:]}")
+    folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def partial_folder(path: Path) -> Path:
-    """Where an unfinished run that shall be at `path` works."""
+    """Return the folder in which the run with output folder `path` works until it is finished."""
     path = path.resolve()
     return path.with_name(path.name + ".partial")
 
 
 def seed_folders(folder: Path) -> list[Path]:
-    """The finished runs of several seeds, `seed-0`, `seed-1` and so on. ValueError where `folder` is unfinished."""
+    """Return the finished runs `seed-0`, `seed-1`, … in the output folder of a training with several seeds.
+
+    Raises:
+        ValueError: If the training is unfinished.
+    """
     if folder.name.endswith(".partial") and (folder / RUN_MARKER).is_file():
-        raise ValueError(f"{folder} is an unfinished run. Go on with it by --resume auto, or name a finished one.")
+        raise ValueError(f"{folder} is an unfinished run. Resume it with --resume auto, or give a finished run.")
     return sorted(p for p in folder.glob("seed-*/") if p.name[5:].isdecimal())
 
 
 def finish_folder(path: Path, overwrite: bool = False) -> None:
-    """Rename the partial folder of `path` to `path`, in place of what is there if `overwrite` is set."""
+    """Rename `partial_folder(path)` to `path`. With `overwrite`, replace a folder that exists there."""
     path, partial = path.resolve(), partial_folder(path)
     check_output_folder(path, overwrite)
-    for left in partial.rglob(".*.tmp"):
-        left.unlink()  # of writes that were killed
-    _put_in_place(partial, path, overwrite)
+    for leftover in partial.rglob(".*.tmp"):
+        leftover.unlink()  # its writer was killed
+    _move_folder_into_place(partial, path, overwrite)
 
 
 def check_output_folder(path: Path, overwrite: bool = False) -> None:
-    """Raise ValueError unless a folder can be written at `path` without losing anything; tidies up beside it."""
+    """Check that an output folder can be written, after removing the leftovers of killed processes.
+
+    Args:
+        path: The output folder.
+        overwrite: Whether a folder that exists and is not empty may be replaced.
+
+    Raises:
+        ValueError: If `path` is a mount point, a file, a folder that may not be replaced, or not writable.
+    """
     path = path.resolve()
     remove_leftovers(path)
     fault = None
@@ -183,61 +212,88 @@ def check_output_folder(path: Path, overwrite: bool = False) -> None:
         fault = "is a file. Choose another name"
     if fault:
         raise ValueError(f"The output folder {path} {fault}.")
-    _check_place(path, "folder")
+    _check_writable(path, "folder")
 
 
-def check_inputs_stay(output: Path, *inputs: str | Path | None) -> None:
-    """Raise ValueError where what a command reads, or the working folder, lies in the output that it would replace."""
-    for name in (*inputs, Path.cwd()):  # a Hub id is no place on this machine
+def check_inputs_outside(output: Path, *inputs: str | Path | None) -> None:
+    """Check that replacing an output folder would not delete inputs.
+
+    Args:
+        output: Output folder of a command.
+        *inputs: Paths that the command reads. Hub ids and None are allowed.
+
+    Raises:
+        ValueError: If an input or the current folder lies in `output`.
+    """
+    for name in (*inputs, Path.cwd()):  # a Hub id does not exist as a path
         if name is not None and Path(name).exists() and Path(name).resolve().is_relative_to(output.resolve()):
-            raise ValueError(f"The output folder {output} holds {name}, which would be replaced. Choose another one.")
+            raise ValueError(
+                f"The output folder {output} contains {name}, which would be replaced. Choose another one."
+            )
 
 
 def remove_leftovers(path: Path) -> None:
-    """Undo what killed processes left beside an output folder; one that was being replaced gets its name back.
+    """Clean up what killed processes left next to an output folder.
 
-    What a process that is alive works in is locked, and stays. On a disk without locks, everything stays.
+    Unfinished folders are removed. An output that was being replaced is renamed back. Folders in use by a running
+    process are locked and stay. On a file system without locks, everything stays.
     """
     path = path.resolve()
     name = re.compile(rf"\.{re.escape(path.name)}\.(old|tmp)-\w{{8}}")
-    for left in sorted(path.parent.glob(".*")):  # the old output before unfinished new ones
-        if not (match := name.fullmatch(left.name)):
+    for leftover in sorted(path.parent.glob(".*")):  # sorted: ".old-" comes before ".tmp-"
+        if not (match := name.fullmatch(leftover.name)):
             continue
-        with suppress(OSError), ExitStack() as stack:  # it is locked, or another process has tidied up meanwhile
-            stack.callback(os.close, lock_folder(left))
+        # OSError: the folder is locked, or another process has removed it in the meantime.
+        with suppress(OSError), ExitStack() as stack:
+            stack.callback(os.close, lock_folder(leftover))
             if match[1] == "old" and not (path.exists() and any(path.iterdir())):
-                left.rename(path)  # killed between the two renames of `_put_in_place`
+                leftover.rename(path)  # the process was killed between the two renames of `_move_folder_into_place`
             else:
-                _remove(left)
+                _remove_folder(leftover)
 
 
 def check_output_file(path: Path) -> None:
-    """Raise ValueError unless a file can be written at `path`; one that is there may be replaced."""
+    """Raise ValueError if no file can be written at `path`. A file that exists may be replaced."""
     path = path.absolute()
     if path.is_dir():
-        text = "The output file {path} is a folder. Name a file in it, such as {path}/result.json."
-        raise coded(ValueError, "output_is_folder", text, path=path)
-    _check_place(path, "file")
+        text = "The output file {path} is a folder. Give a file name, such as {path}/result.json."
+        raise coded_error(ValueError, "output_is_folder", text, path=path)
+    _check_writable(path, "file")
 
 
-def _check_place(path: Path, what: str) -> None:
-    """Raise ValueError where nothing can be written at a path; permissions alone do not tell, so it is tried."""
+def _check_writable(path: Path, kind: str) -> None:
+    """Check that a file or folder can be created at `path`, by writing a temporary file to the nearest existing folder.
+
+    Args:
+        path: Path of the output.
+        kind: "file" or "folder", for the error message.
+
+    Raises:
+        ValueError: If the output can't be written. Permissions alone don't tell, for example on a read-only disk.
+    """
     existing = next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        fault = f"can't be written to ({error.strerror})" if existing.is_dir() else "is no folder"
-        text = "The output {what} {path} can't be made: {place} {fault}. Choose another place."
-        raise coded(ValueError, "no_output", text, what=what, path=path, place=existing, fault=fault) from error
+        fault = f"can't be written to ({error.strerror})" if existing.is_dir() else "is not a folder"
+        text = "The output {what} {path} can't be written: {place} {fault}. Choose another place."
+        raise coded_error(ValueError, "no_output", text, what=kind, path=path, place=existing, fault=fault) from error
 
 
-def no_space_left(error: BaseException) -> bool:
-    """Whether `error` says that the disk is full; safetensors reports it as text, not as a number."""
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error means that the disk is full. safetensors reports it in the message, not as an errno."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
 
 def lock_folder(folder: Path) -> int:
-    """Lock a folder; returns the handle, which a process's end closes, too. BlockingIOError: another one has."""
+    """Lock a folder exclusively.
+
+    Returns:
+        File descriptor; closing it, or the end of the process, releases the lock.
+
+    Raises:
+        BlockingIOError: If another process holds the lock.
+    """
     lock = os.open(folder, os.O_RDONLY)
     with ExitStack() as stack:
         stack.callback(os.close, lock)
@@ -246,44 +302,49 @@ def lock_folder(folder: Path) -> int:
     return lock
 
 
-class Bounds:
-    """Where the files of a data set may lie: in its folder, and in others that links in it may lead into.
+class AllowedFolders:
+    """Folders in which the files of a dataset may lie.
 
-    A link that leads out is refused, as the name of a file outside is; the folder may itself be reached by one. A
-    snapshot of the Hub's cache is made of links into `blobs` of its repository, which counts as part of it.
+    Links that lead out of these folders, and paths of files outside, are refused. A snapshot in the Hub's cache
+    consists of links to the `blobs` folder of its repository, so that folder is allowed, too.
+
+    Args:
+        folder: Folder of the dataset; it may itself be reached through a link.
+        extra_folders: Further folders that links and paths may lead to.
     """
 
-    def __init__(self, folder: Path, others: Sequence[Path] = ()):
+    def __init__(self, folder: Path, extra_folders: Sequence[Path] = ()):
         self.folder = folder
-        self.folders = [Path(os.path.realpath(place)) for place in (folder, *others)]
-        for place in (self.folders[0], *self.folders[0].parents):
-            if place.name == "snapshots" and place.parent.name.startswith(("datasets--", "models--")):
-                self.folders.append(place.parent / "blobs")
+        self.folders = [Path(os.path.realpath(allowed)) for allowed in (folder, *extra_folders)]
+        for parent in (self.folders[0], *self.folders[0].parents):
+            if parent.name == "snapshots" and parent.parent.name.startswith(("datasets--", "models--")):
+                self.folders.append(parent.parent / "blobs")
 
-    def hold(self, path: Path) -> bool:
-        """Whether a path ends within, all links followed."""
+    def contains(self, path: Path) -> bool:
+        """Return whether a path lies in an allowed folder after all links are resolved."""
         try:
             real = Path(os.path.realpath(path))
-        except ValueError:  # a name that no file can have: opening it raises the error
+        except ValueError:  # for example a NUL character; opening the file raises a better error
             return True
-        return any(real.is_relative_to(place) for place in self.folders)
+        return any(real.is_relative_to(allowed) for allowed in self.folders)
 
     def check(self, paths: Sequence[Path]) -> None:
-        """Raise ValueError where a path leads out."""
-        if out := [os.path.relpath(path, self.folder) for path in paths if not self.hold(path)]:
-            fault = f"holds links to files outside of it, refused: {out[:3]}. Copy the files into it."
-            raise ValueError(f"{self.folder} {fault}")
+        """Raise ValueError if a path leads out of the allowed folders."""
+        if outside := [os.path.relpath(path, self.folder) for path in paths if not self.contains(path)]:
+            raise ValueError(
+                f"{self.folder} contains links to files outside of it: {outside[:3]}. Copy the files into the folder."
+            )
 
 
-def refuse_links_out(folder: Path) -> None:
-    """Raise ValueError where a link anywhere below the folder leads out of it, or a pipe or device lies there.
+def check_links_stay_inside(folder: Path) -> None:
+    """Raise ValueError if a folder contains a link that leads out of it, or a pipe or device, at any depth.
 
-    For what others read as a whole: opening a pipe would wait for ever.
+    Called before a library reads the whole folder, because opening a pipe would wait forever.
     """
     links = []
     for path in (Path(root, name) for root, *both in os.walk(folder) for names in both for name in names):
         if path.is_symlink():
             links.append(path)
         elif not (path.is_dir() or path.is_file()):
-            raise ValueError(f"{path} is no regular file, and can't be read. Remove it.")
-    Bounds(folder).check(links)
+            raise ValueError(f"{path} is not a regular file and can't be read. Remove it.")
+    AllowedFolders(folder).check(links)

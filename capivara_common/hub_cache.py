@@ -1,8 +1,10 @@
-"""Models of the Hub on this machine: found without asking, fetched once, converted once where they are open_clip's.
+"""Find Hub models in the cache of this machine, download missing models, and convert open_clip models.
 
-A converted model lies in `cache_home()/open_clip/OWNER--NAME/COMMIT`, and the name of its branch beside it; it is there
-whole or not at all. What is in the cache is used as it is, without a request; a revision asks the Hub for another one.
-Of a folder of this machine, the state that was converted last is kept.
+A model is downloaded and converted only once. The converted copy of a Hub model lies in the folder
+`cache_home()/open_clip/OWNER--NAME/COMMIT`. The file `refs/BRANCH` in the folder `OWNER--NAME` contains the commit of a
+branch. Conversions are written atomically. A cached model is used without a request to the Hub; only if the caller
+requests a branch or tag, the Hub is asked whether the branch or tag has moved. If the files of a local open_clip model
+change, the model is converted again and the previous conversion is removed.
 """
 
 import hashlib
@@ -18,17 +20,17 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapsho
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import WeakFileLock
 
-from capivara_common.cli import coded
+from capivara_common.cli import coded_error
 from capivara_common.environment import cache_home
-from capivara_common.files import read_json, whole_folder, write_json, write_text
-from capivara_common.weight_file import weight_files
+from capivara_common.files import atomic_folder, read_json, write_json, write_text
+from capivara_common.weight_file import find_weight_files
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHT_FILES = tuple(  # in order of preference
     f"open_clip_{name}" for name in ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 )
-# Models of two towers that are taken everywhere: `model_type` -> which these are
-TAKEN = {
+# Two-tower models that all tools of this project support: `model_type` in config.json -> name for messages
+SUPPORTED_MODEL_TYPES = {
     "capivara": "CAPIVARA",
     "siglip": "SigLIP and SigLIP 2 of fixed resolution",
     "clip": "CLIP",
@@ -36,53 +38,79 @@ TAKEN = {
     "altclip": "AltCLIP",
     "metaclip_2": "MetaCLIP 2",
 }
-PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the second as older versions of transformers wrote
-SMALL_FILES = ["*.json", "*.model", "*.txt"]
-MODEL_FILES = [*SMALL_FILES, "model*.safetensors"]
-HUB_TIMEOUT_S = 5  # of each step to learn whether the Hub is there, and has a model
-MAIN = "main"
-COMMIT = re.compile(r"[0-9a-f]{40}")
-ORIGIN = "conversion.json"  # in a converted folder: where it is from
-Convert = Callable[[str, Path, str | None], str]  # writes a model of (source, folder, revision), and returns a digest
+# transformers writes the first file; older versions of transformers wrote the second file.
+PROCESSOR_CONFIG_FILES = ("processor_config.json", "preprocessor_config.json")
+SMALL_FILE_PATTERNS = ["*.json", "*.model", "*.txt"]
+MODEL_FILE_PATTERNS = [*SMALL_FILE_PATTERNS, "model*.safetensors"]
+HUB_TIMEOUT_S = 5  # seconds for each network operation of the request that tests whether the Hub has a model
+DEFAULT_BRANCH = "main"
+COMMIT_RE = re.compile(r"[0-9a-f]{40}")
+CONVERSION_FILE = "conversion.json"  # file in a converted folder that names the model it was made from
+# Function that converts a model. Its arguments are the source, the target folder and the revision (None for a local
+# model). It writes the converted model and returns the digest of its weights.
+Converter = Callable[[str, Path, str | None], str]
 logger = logging.getLogger("capivara")
 
 
-def model_folder(source: str, convert: Convert, revision: str | None = None) -> Path:
-    """The folder of a model of two towers that is `TAKEN`, as transformers loads it; fetched where it is not here.
+def resolve_model_folder(source: str, convert: Converter, revision: str | None = None) -> Path:
+    """Return a folder with a model in transformers' format; download or convert the model if necessary.
 
     Args:
-        source: folder, Hub id, or checkpoint file of open_clip, with or without `hf-hub:` or `local-dir:` before it.
-        convert: of models of open_clip, called only where one is met, since it imports torch.
-        revision: branch, tag or commit of a Hub id; where None, what is in the cache, else the main branch.
+        source: Model folder, Hub id, or open_clip checkpoint file. A Hub id may have the prefix `hf-hub:`, a path the
+            prefix `local-dir:`.
+        convert: Function that converts an open_clip model. It is called only for open_clip models, because it imports
+            torch.
+        revision: Branch, tag or commit of a Hub model. Default: the cached version if the model is cached, otherwise
+            the main branch.
+
+    Returns:
+        Path of the model folder.
 
     Raises:
-        ValueError: there is no such model, it is of another kind, or it can't be fetched.
-        OSError: no space is left for it.
+        ValueError: If the model does not exist, its type is not in `SUPPORTED_MODEL_TYPES`, or it can't be downloaded.
+        OSError: If the disk is full.
     """
     name = source.removeprefix("local-dir:")
     path = Path(name).expanduser()
-    if path.is_file() or ((path / OPEN_CLIP_CONFIG).is_file() and not is_model(path)):
-        return _converted_from_disk(path.resolve(), convert)
+    if path.is_file() or ((path / OPEN_CLIP_CONFIG).is_file() and not is_complete_model(path)):
+        return _convert_local_model(path.resolve(), convert)
     if path.exists():
         check_model(path, name)
         return path.resolve()
     if not is_hub_id(source):
-        raise coded(ValueError, "no_model", "The model folder {model} does not exist.", model=name)
+        raise coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=name)
     repo_id = source.removeprefix("hf-hub:")
-    asks = revision is not None and not COMMIT.fullmatch(revision)  # a branch or tag may have moved
-    return (None if asks else cached_folder(repo_id, revision)) or _fetched_folder(repo_id, convert, revision)
+    may_have_moved = revision is not None and not COMMIT_RE.fullmatch(revision)  # true for branches and tags
+    cached = None if may_have_moved else find_cached_model(repo_id, revision)
+    return cached or _fetch_model(repo_id, convert, revision)
 
 
-def cached_folder(repo_id: str, revision: str | None = None) -> Path | None:
-    """The folder of a model of the Hub that is on this machine, as it is or converted; None where it is not."""
-    if (found := _snapshot(repo_id, "config.json", revision)) and is_model(found):
-        return found
-    folder = _converted(repo_id, revision or MAIN)
-    return folder if is_model(folder) else None
+def find_cached_model(repo_id: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a Hub model that is cached on this machine, without a request to the Hub.
+
+    Args:
+        repo_id: Hub id, OWNER/NAME.
+        revision: Branch, tag or commit. Default: the main branch.
+
+    Returns:
+        Folder of the downloaded model or of its converted copy; None if the model is not cached completely.
+    """
+    snapshot = _cached_snapshot(repo_id, "config.json", revision)
+    if snapshot and is_complete_model(snapshot):
+        return snapshot
+    folder = _conversion_folder(repo_id, revision or DEFAULT_BRANCH)
+    return folder if is_complete_model(folder) else None
 
 
 def is_reachable(repo_id: str) -> bool:
-    """Whether the Hub answers within seconds, and has the model; not asked with `HF_HUB_OFFLINE`."""
+    """Return whether a model is cached on this machine or exists on the Hub.
+
+    If the model is not cached, a request is sent to the Hub, which may take up to `HUB_TIMEOUT_S` seconds. With the
+    environment variable HF_HUB_OFFLINE, no request is sent.
+
+    Args:
+        repo_id: Hub id, OWNER/NAME.
+    """
     with suppress(ValueError):
         check_reachable(repo_id)
         return True
@@ -90,40 +118,55 @@ def is_reachable(repo_id: str) -> bool:
 
 
 def check_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
-    """Ask once, for seconds, whether a model is there, before libraries that would try again for minutes.
+    """Check that a model exists, with a single short request to the Hub.
 
-    One file of `names`, config.json where none is given, in the Hub's cache will do without the Hub.
+    Loading functions of other libraries retry for minutes if the Hub can't be reached. This check fails early.
+
+    Args:
+        source: Folder or Hub id. Local files and folders are not checked.
+        *names: Names of files of the model. If one of these files is in the Hub's cache, no request is sent. Default:
+            config.json.
+        revision: Branch, tag or commit. Default: the main branch.
 
     Raises:
-        ValueError: it is no folder and not in the cache, and the Hub has no such model or can't be reached.
+        ValueError: If the model is not cached, and the Hub has no such model or can't be reached.
     """
     source, names = str(source), names or ("config.json",)
-    known = Path(source).exists() or not is_hub_id(source)  # the loader raises the error
-    if known or any(_snapshot(source, name, revision) for name in names):
+    is_local = Path(source).exists() or not is_hub_id(source)  # loading a local model reports its errors
+    if is_local or any(_cached_snapshot(source, name, revision) for name in names):
         return
     try:
         get_hf_file_metadata(hf_hub_url(source, names[0], revision=revision), timeout=HUB_TIMEOUT_S)
     except (HfHubHTTPError, HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
-            return  # the Hub answers: the loader raises what is missing or refused
-        raise reach_failure(source, error) from error
+            return  # the Hub was reached: the function that loads the model reports the error
+        raise hub_access_error(source, error) from error
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether it may be the name of a repository, owner/name."""
+    """Return whether the name of a model has the form of a Hub id, OWNER/NAME, optionally with the prefix `hf-hub:`."""
     name = source.removeprefix("hf-hub:")
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
-def kind_fault(kind: str | None) -> str | None:
-    """What is to be said of a model of this `model_type`: None where it is `TAKEN`; else all that are."""
-    own = " (SigLIP 2 of any resolution, NaFlex)" if kind == "siglip2" else ""
-    known = ", ".join(f"{name} ({title})" for name, title in TAKEN.items())
-    return None if kind in TAKEN else f"model_type is {kind!r}{own}; taken are {known}"
+def unsupported_reason(model_type: str | None) -> str | None:
+    """Explain why a type of model is not supported.
+
+    Args:
+        model_type: Value of `model_type` in config.json; None if it is missing.
+
+    Returns:
+        The explanation for an error message, with a list of the supported types; None if the type is supported.
+    """
+    if model_type in SUPPORTED_MODEL_TYPES:
+        return None
+    supported = ", ".join(f"{name} ({title})" for name, title in SUPPORTED_MODEL_TYPES.items())
+    explanation = " (SigLIP 2 of any resolution, NaFlex)" if model_type == "siglip2" else ""
+    return f"model_type is {model_type!r}{explanation}; supported are {supported}"
 
 
-def is_model(folder: Path) -> bool:
-    """Whether a folder holds a whole model that is `TAKEN`: settings, processor and weights."""
+def is_complete_model(folder: Path) -> bool:
+    """Return whether a folder contains the config, processor and weights of a model of a supported type."""
     with suppress(ValueError):
         check_model(folder, folder)
         return True
@@ -131,108 +174,179 @@ def is_model(folder: Path) -> bool:
 
 
 def check_model(folder: Path, name: str | Path) -> None:
-    """Raise ValueError, with what is missing or wrong, unless a folder, called `name`, holds a whole model."""
-    if fault := _fault(folder, name):
-        raise fault
-    weight_files(folder)
+    """Check that a folder contains the config, processor and weights of a model of a supported type.
+
+    Args:
+        folder: Model folder.
+        name: Name of the model for error messages.
+
+    Raises:
+        ValueError: If a file is missing, or the type of the model is not supported.
+    """
+    if error := _model_error(folder, name):
+        raise error
+    find_weight_files(folder)
 
 
-def _fault(folder: Path, name: str | Path) -> ValueError | None:
-    """What is to be said of a model, called `name`, whose settings or processor are missing or of no kind `TAKEN`."""
+def _model_error(folder: Path, name: str | Path) -> ValueError | None:
+    """Check the config and the processor of a model, but not its weights.
+
+    Args:
+        folder: Model folder.
+        name: Name of the model for error messages.
+
+    Returns:
+        The error to raise if a file is missing or the type of the model is not supported; otherwise None.
+    """
     file = "config.json"
     if (folder / file).is_file():
-        kind = None
+        model_type = None
         try:
-            fault = kind_fault(kind := read_json(folder / file, model_type=str)["model_type"])
+            model_type = read_json(folder / file, model_type=str)["model_type"]
+            reason = unsupported_reason(model_type)
         except ValueError as error:
-            fault = str(error)
-        if fault:
-            text = "The config.json of {model} is of no model of two towers: {reason}"
-            return coded(ValueError, "no_two_towers", text, model=name, reason=fault)
-        file = PROCESSORS[0]
-        if any((folder / one).is_file() for one in PROCESSORS[: 1 if kind == "capivara" else 2]):
+            reason = str(error)
+        if reason:
+            text = "The config.json of {model} does not describe a supported two-tower model: {reason}"
+            return coded_error(ValueError, "no_two_towers", text, model=name, reason=reason)
+        file = PROCESSOR_CONFIG_FILES[0]
+        candidates = PROCESSOR_CONFIG_FILES[:1] if model_type == "capivara" else PROCESSOR_CONFIG_FILES
+        if any((folder / candidate).is_file() for candidate in candidates):
             return None
-    text = "{model} holds no whole model, of transformers or open_clip: {file} is missing."
-    return coded(ValueError, "not_a_model", text, model=name, file=file)
+    text = "{model} is not a complete model of transformers or open_clip: {file} is missing."
+    return coded_error(ValueError, "not_a_model", text, model=name, file=file)
 
 
-def reach_failure(source: str | Path, error: Exception) -> ValueError:
-    """What is to be said where the Hub was asked for a model, and `error` was the answer."""
+def hub_access_error(source: str | Path, error: Exception) -> ValueError:
+    """Return the error to raise if a model could not be fetched from the Hub.
+
+    Args:
+        source: Name of the model as the user gave it.
+        error: Exception that huggingface_hub or the network library raised.
+
+    Returns:
+        ValueError whose message says whether the model does not exist, the Hub refused the request, or the Hub can't be
+        reached.
+    """
     if isinstance(error, RepositoryNotFoundError):
         text = (
-            "There is no model {model}: it is no folder here, and the Hub has none of that name for you. Check the "
-            "name; a private or gated one needs `hf auth login`."
+            "There is no model {model}: it is not a folder, and the Hub has no model of that name that you may read. "
+            "Check the name; a private or gated model needs `hf auth login`."
         )
-        return coded(ValueError, "no_model_on_hub", text, model=source)
+        return coded_error(ValueError, "no_model_on_hub", text, model=source)
     if isinstance(error, HfHubHTTPError):
         text = "{model} could not be fetched from the Hub: {error}"
-        return coded(ValueError, "not_fetched", text, model=source, error=" ".join(str(error).split()))
+        return coded_error(ValueError, "not_fetched", text, model=source, error=" ".join(str(error).split()))
     text = (
-        "The model {model} is no folder here, nor in the cache of the Hub ({cache}), and the Hub can't be reached "
+        "The model {model} is not a folder and not in the Hub's cache ({cache}), and the Hub can't be reached "
         "({error}). Check the name, or the connection and HF_HUB_OFFLINE."
     )
     name = type(error.__cause__ or error).__name__
-    return coded(ValueError, "no_hub", text, model=source, cache=constants.HF_HUB_CACHE, error=name)
+    return coded_error(ValueError, "no_hub", text, model=source, cache=constants.HF_HUB_CACHE, error=name)
 
 
-def _fetched_folder(repo_id: str, convert: Convert, revision: str | None) -> Path:
-    try:  # without the network, what is in the cache of the Hub serves
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=SMALL_FILES))
+def _fetch_model(repo_id: str, convert: Converter, revision: str | None) -> Path:
+    """Download a Hub model, and convert it if it is in open_clip's format.
+
+    Args:
+        repo_id: Hub id, OWNER/NAME.
+        convert: Function that converts an open_clip model.
+        revision: Branch, tag or commit. Default: the main branch.
+
+    Returns:
+        Folder of the downloaded model, or of its converted copy.
+
+    Raises:
+        ValueError: If the model can't be downloaded, is incomplete, or its type is not supported.
+    """
+    try:  # without a network, snapshot_download returns the cached files
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=SMALL_FILE_PATTERNS))
         logger.info("Downloading the model %s from the Hub, once …", repo_id, extra={"code": "downloading"})
-        if not _fault(folder, repo_id):
-            folder = Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=MODEL_FILES))
+        if not _model_error(folder, repo_id):
+            folder = Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=MODEL_FILE_PATTERNS))
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError) as error:
-        raise reach_failure(repo_id, error) from error
-    if is_model(folder) or not (folder / OPEN_CLIP_CONFIG).is_file():
+        raise hub_access_error(repo_id, error) from error
+    if is_complete_model(folder) or not (folder / OPEN_CLIP_CONFIG).is_file():
         check_model(folder, repo_id)
         return folder
-    commit, branch = folder.name, revision or MAIN
-    folder = _converted(repo_id, commit)
-    with one_at_a_time(folder):
-        if not is_model(folder):
-            _convert(f"hf-hub:{repo_id}", folder, convert, revision=commit)
+    commit, branch = folder.name, revision or DEFAULT_BRANCH
+    folder = _conversion_folder(repo_id, commit)
+    with cache_folder_lock(folder):
+        if not is_complete_model(folder):
+            _convert_model(f"hf-hub:{repo_id}", folder, convert, revision=commit)
         if branch != commit:
             write_text(folder.parent / "refs" / branch, commit)
     return folder
 
 
-def _convert(source: str, folder: Path, convert: Convert, revision: str | None = None) -> None:
+def _convert_model(source: str, folder: Path, convert: Converter, revision: str | None = None) -> None:
+    """Convert an open_clip model, and record its source in the file `CONVERSION_FILE`.
+
+    Args:
+        source: Model to convert: `hf-hub:OWNER/NAME`, `local-dir:FOLDER`, or the path of a checkpoint file.
+        folder: Folder of the converted model. It is replaced if it exists.
+        convert: Function that converts an open_clip model.
+        revision: Commit of a Hub model; None for a local model.
+    """
     logger.info("Converting %s from open_clip's format, once …", source, extra={"code": "converting"})
-    with whole_folder(folder, overwrite=True) as new:
+    with atomic_folder(folder, overwrite=True) as new:
         digest = convert(source, new, revision)
-        write_json(new / ORIGIN, {"source": source, "revision": revision, "weights_digest": digest})
+        write_json(new / CONVERSION_FILE, {"source": source, "revision": revision, "weights_digest": digest})
 
 
-def _converted_from_disk(path: Path, convert: Convert) -> Path:
-    """Of a folder or checkpoint file of open_clip; made anew where the files have changed."""
+def _convert_local_model(path: Path, convert: Converter) -> Path:
+    """Convert a local open_clip model, unless a conversion of its current files is cached.
+
+    Args:
+        path: Folder or checkpoint file of the model.
+        convert: Function that converts an open_clip model.
+
+    Returns:
+        Folder of the converted model in the cache. Conversions of earlier states of the files are removed.
+    """
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    known = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    state = hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
+    metadata = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    state = hashlib.blake2b(json.dumps(metadata).encode(), digest_size=16).hexdigest()
     name = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
-    place = cache_home() / "open_clip" / f"{path.name}-{name}"
-    with one_at_a_time(place):
-        if not is_model(place / state):
-            _convert(f"local-dir:{path}" if path.is_dir() else str(path), place / state, convert)
-            for old in set(place.iterdir()) - {place / state}:
-                shutil.rmtree(old)
-    return place / state
+    parent = cache_home() / "open_clip" / f"{path.name}-{name}"
+    folder = parent / state
+    with cache_folder_lock(parent):
+        if not is_complete_model(folder):
+            _convert_model(f"local-dir:{path}" if path.is_dir() else str(path), folder, convert)
+            for outdated in set(parent.iterdir()) - {folder}:
+                shutil.rmtree(outdated)
+    return folder
 
 
-def _converted(repo_id: str, revision: str) -> Path:
-    """Where a commit is kept that was converted; of a branch, the commit that it led to then, as a file has it."""
+def _conversion_folder(repo_id: str, revision: str) -> Path:
+    """Return the cache folder for the converted copy of a Hub model. The folder need not exist.
+
+    Args:
+        repo_id: Hub id, OWNER/NAME.
+        revision: Commit, branch or tag. A branch or tag means the commit at which it was last converted.
+    """
     folder = cache_home() / "open_clip" / repo_id.replace("/", "--")
     with suppress(OSError, ValueError):
         revision = (folder / "refs" / revision).read_text(encoding="utf-8")
     return folder / revision
 
 
-def _snapshot(repo_id: str, name: str, revision: str | None = None) -> Path | None:
-    """The folder of a revision in the Hub's cache, where a file of that name is in it."""
-    found = try_to_load_from_cache(repo_id, name, revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
+def _cached_snapshot(repo_id: str, name: str, revision: str | None = None) -> Path | None:
+    """Return the folder in the Hub's cache that contains a downloaded file of a model.
+
+    Args:
+        repo_id: Hub id, OWNER/NAME.
+        name: Name of the file, such as "config.json".
+        revision: Branch, tag or commit. Default: the main branch.
+
+    Returns:
+        Folder with the files of the revision; None if the file is not in the cache.
+    """
+    path = try_to_load_from_cache(repo_id, name, revision=revision)
+    return Path(path).parent if isinstance(path, str) else None
 
 
-def one_at_a_time(folder: Path) -> AbstractContextManager:
-    """Wait until no other process works on a folder of the cache: a conversion is not done twice at once."""
+def cache_folder_lock(folder: Path) -> AbstractContextManager:
+    """Return a context manager that locks a cache folder, so that two processes don't convert the same model."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     return WeakFileLock(folder.parent / f".{folder.name}.lock")

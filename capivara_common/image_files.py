@@ -1,8 +1,9 @@
-"""The gate: what images are opened, and how, for rows of data sets, the search's folders and the page's visitors.
+"""Open untrusted images safely: images in dataset rows, in indexed folders, and in uploads to the search page.
 
-A row may come from anybody, and so may the path in it. A file is opened where it lies, links resolved, in the data
-set's own folder or in one that the user names (`open_regular_file`); no address is followed. Whatever is opened must
-begin as an image within the limits (`open_image`) before it is `decoded`.
+A dataset may come from anybody, and its rows may contain paths of image files. A file is opened only if it lies in the
+folder of the dataset or in a folder that the user allows, after all links are resolved (`open_regular_file`). URLs are
+never downloaded. `open_image` checks the format and size in the header of an image before `decode_upright` decodes its
+pixels.
 """
 
 import io
@@ -21,49 +22,59 @@ import numpy as np
 import PIL.Image
 from PIL.Image import Transpose
 
-from capivara_common.cli import at_least, flag
-from capivara_common.environment import processes
-from capivara_common.files import Bounds
+from capivara_common.cli import check_at_least, flag
+from capivara_common.environment import process_state
+from capivara_common.files import AllowedFolders
 
 with suppress(ImportError):
     import pillow_heif  # extra `heic`
 
     pillow_heif.register_heif_opener()
 
-# A side of one pixel is allowed: the image processor takes it, and the aspect limit keeps out what is a mere line.
-MAX_IMAGE_SIDE = 30_000  # pixels; no camera or scanner of photographs reaches it, and JPEG ends at 65,535
-MAX_IMAGE_PIXELS = 50_000_000  # of the default; 0.15 GB as RGB, and few cameras have more
-MAX_ASPECT = 50  # long side by short side; the square crop of the image tower would see 2 % of the image
-MAX_IMAGE_BYTES = 100_000_000  # of a file; photographs have under 50 MB, and every row is held in memory
-# What photographs come in. Not all that PIL opens: EPS starts Ghostscript on the file.
+# There is no minimum side length: the image processor accepts one pixel, and `MAX_ASPECT_RATIO` excludes thin lines.
+MAX_IMAGE_SIDE = 30_000  # pixels; photographs and scans are smaller, and JPEG allows at most 65,535
+MAX_IMAGE_PIXELS = 50_000_000  # default of --max_pixels; 0.15 GB as RGB, and few cameras have more pixels
+MAX_ASPECT_RATIO = 50  # long side / short side; above it, the square crop would show less than 2 % of the image
+MAX_IMAGE_BYTES = 100_000_000  # per file, because every file is read into memory; photographs have under 50 MB
+# Allowed formats. Not all formats that PIL reads are safe: for EPS, PIL starts Ghostscript.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "HEIF")
-# Of pictures in a folder, as names end
-SUFFIXES = (
+# File name extensions of images in folders
+IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".heif"),
 )
-TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
-TIFF_INTEGERS = {3: "H", 4: "I"}  # type of a TIFF tag, SHORT or LONG -> its `struct` format
-DECODERS = 4  # threads
-DECODED_AHEAD = 64  # images; a photograph of 12 million pixels takes 36 MB
-TURNS = {  # EXIF orientation -> how the pixels become upright
+TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF tags
+TIFF_INTEGER_FORMATS = {3: "H", 4: "I"}  # type of a TIFF tag, SHORT or LONG -> its `struct` format
+DECODER_THREADS = 4
+DECODE_CHUNK_IMAGES = 64  # decoded images in memory at the same time; a photograph of 12 megapixels takes 36 MB
+EXIF_TRANSPOSES = {  # EXIF orientation -> operation that makes the image upright
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
 
-# A folder on the way to a file; where the system can, one that may be passed through but not listed, too.
-_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-MAX_DETAIL = 300  # letters that are kept of what is wrong; a caption can be a book
-# Held while an image that may take hundreds of megabytes is decoded. Reentrant: a caller may hold it for longer.
-ONE_AT_A_TIME = threading.RLock()
+# Flags for `os.open` that open the parent folders of a file without following links. O_PATH, which only Linux has, also
+# opens folders that may be entered but not listed.
+_FOLDER_OPEN_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+MAX_DETAIL_CHARACTERS = 300  # limit for error details, which may quote texts of any length
+# Held while a large image is decoded, so that only one image at a time takes hundreds of megabytes. Callers may keep
+# the lock until they have processed the image.
+LARGE_IMAGE_LOCK = threading.RLock()
 PIL.Image.init()
-_FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)  # PIL's build may lack AVIF
+# Some builds of PIL lack AVIF, and HEIF needs the package pillow-heif.
+_AVAILABLE_FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)
 
 
 class BadRow(ValueError):
-    """A row that can't be used, with the reason and detail of its `Skipped`."""
+    """Error of a dataset row that can't be used.
+
+    Args:
+        reason: Short reason from a fixed list, such as "unreadable image". Commands that skip the row write the reason
+            to skipped.jsonl.
+        detail: Explanation; only the first `MAX_DETAIL_CHARACTERS` characters are kept.
+    """
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail[:MAX_DETAIL])  # by both it is pickled, as a result of a worker process
+        # Both arguments are passed to the base class, because worker processes return errors by pickling `args`.
+        super().__init__(reason, detail[:MAX_DETAIL_CHARACTERS])
         self.reason, self.detail = self.args
 
     def __str__(self) -> str:
@@ -71,169 +82,253 @@ class BadRow(ValueError):
 
 
 class BadImage(BadRow):
-    """An image that can't be used."""
+    """Error of an image that can't be used, for example because it is missing, damaged, too large or not allowed."""
 
     @property
     def code(self) -> str:
-        """By which the search has words for it."""
+        """Key of the translated reason in the message file of `capivara_search`."""
         return self.reason
 
 
 @dataclass(frozen=True)
-class ImageFiles:
-    """Which images of a data set's rows may be opened."""
+class ImageAccess:
+    """Rules for the image files that rows of a dataset may refer to. Other files are not opened.
 
-    bounds: Bounds | None = None  # where local files may lie; None: no path is followed, a row must hold the bytes
+    Attributes:
+        allowed_folders: Folders in which image files may lie. None: paths are refused, and rows must contain the bytes
+            of the image file.
+        max_pixels: Limit for width x height of an image.
+    """
+
+    allowed_folders: AllowedFolders | None = None
     max_pixels: int = MAX_IMAGE_PIXELS
 
 
-BYTES_ALONE = ImageFiles()
+BYTES_ONLY = ImageAccess()
 
 
 @dataclass(kw_only=True)
 class ImageFileArguments:
-    """The flags of every command that reads images."""
+    """Command-line flags that are shared by all commands that read the images of a dataset."""
 
-    image_roots: list[Path] = flag([], "Folders outside of the data set that image paths and links in it may lead to.")
-    max_pixels: int = flag(MAX_IMAGE_PIXELS, "Images of more pixels (width x height) are left out.")
+    image_roots: list[Path] = flag([], "Folders outside the dataset that its image paths and links may lead to.")
+    max_pixels: int = flag(MAX_IMAGE_PIXELS, "Skip images with more pixels (width x height).")
 
     def check_image_files(self) -> None:
-        """Raise ValueError where a root is no folder or the limit below 1."""
+        """Validate the flags, and expand `~` in `image_roots`.
+
+        Raises:
+            ValueError: If an entry of `image_roots` is not an existing folder, or `max_pixels` is below 1.
+        """
         self.image_roots = [Path(root).expanduser() for root in self.image_roots]
         for root in self.image_roots:
             if not root.is_dir():
-                raise ValueError(f"image_roots must be folders that are there, got {root}.")
-        at_least(self, 1, "max_pixels")
+                raise ValueError(f"image_roots must be existing folders, got {root}.")
+        check_at_least(self, 1, "max_pixels")
 
-    def limits(self) -> dict[str, Any]:
-        """As keyword arguments of `caption_data.sources.open_split`."""
+    def image_options(self) -> dict[str, Any]:
+        """Return the flags as keyword arguments of `caption_data.sources.open_split`."""
         return {"image_roots": self.image_roots, "max_pixels": self.max_pixels}
 
     def image_settings(self) -> dict[str, Any]:
-        """The flags that decide which images are left out, folders by their names alone; empty by default."""
+        """Return the flags that differ from their defaults, by name, to be stored with results.
+
+        Only the last part of each folder in `image_roots` is returned, because a full path may reveal a person's name.
+        """
         roots = {"image_roots": [root.name for root in self.image_roots]} if self.image_roots else {}
         return roots | ({"max_pixels": self.max_pixels} if self.max_pixels != MAX_IMAGE_PIXELS else {})
 
 
-def image_bytes(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> bytes:
-    """The file of the image of a row, `{"bytes", "path"}`, from the row or from where its path points.
+def read_image_bytes(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> bytes:
+    """Return the content of the image file of a dataset row, after checking its header.
 
-    With `{"path", "archive", "offset", "size"}` it is a piece of another file: a member of a plain tar. It begins as an
-    image within the limits; its pixels may still be damaged.
+    Args:
+        row_image: Image entry of the row: a dict with the keys "bytes" and "path"; or, for a file inside an
+            uncompressed tar archive, a dict with the keys "path", "archive", "offset" and "size".
+        access: Rules for the files that may be opened.
+
+    Returns:
+        Content of the file. Its header describes an image within the limits, but its pixels may be damaged.
 
     Raises:
-        BadImage: there is none, it may not be opened, it can't be read, it is no image, or it is too large.
+        BadImage: If there is no image, it may not be opened or can't be read, it is not an image, or it is too large.
     """
-    return _opened(row_image, files)[0]
+    return _open_row_image(row_image, access)[0]
 
 
-def decode_image(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> PIL.Image.Image:
-    """The image of a row, `decoded`, its mode left as it is. Raises BadImage as `image_bytes` and `decoded`."""
-    return decoded(*_opened(row_image, files)[1:])
+def decode_image(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> PIL.Image.Image:
+    """Decode the image of a dataset row.
+
+    Args:
+        row_image: Image entry of the row: a dict with the keys "bytes" and "path"; or, for a file inside an
+            uncompressed tar archive, a dict with the keys "path", "archive", "offset" and "size".
+        access: Rules for the files that may be opened.
+
+    Returns:
+        The upright image with 8 bits per channel, in the mode of the file (such as RGB or L).
+
+    Raises:
+        BadImage: If there is no image, it may not be opened or can't be read, it is not an image, it is too large, or
+            its pixels are damaged.
+    """
+    return decode_upright(*_open_row_image(row_image, access)[1:])
 
 
-def _opened(row_image: dict | None, files: ImageFiles) -> tuple[bytes, PIL.Image.Image, str]:
-    """The file of a row's image, what `open_image` makes of it, and its name for messages."""
+def _open_row_image(row_image: dict | None, access: ImageAccess) -> tuple[bytes, PIL.Image.Image, str]:
+    """Read and open the image of a dataset row without decoding its pixels.
+
+    Args:
+        row_image: Image entry of the row, as for `decode_image`.
+        access: Rules for the files that may be opened.
+
+    Returns:
+        The content of the image file, the opened image, and its name for error messages.
+
+    Raises:
+        BadImage: If there is no image, it may not be opened or can't be read, it is not an image, or it is too large.
+    """
     image = row_image or {}
     kinds = {"bytes": bytes, "path": str, "archive": str, "offset": int, "size": int}
     if not isinstance(image, dict) or not all(isinstance(image.get(name), kind | None) for name, kind in kinds.items()):
         raise BadImage("unreadable image", f"bytes or a path are needed, got {str(image)[:80]!r}")
     data, path, archive, offset, size = map(image.get, kinds)
     if data is None and path:
-        place = (path,) if archive is None else (archive, offset or 0, size or 0)
-        data = _file_bytes(files.bounds, *place)
-    data = bounded(data or b"", repr(path) if path else "what is in the row")
-    name = repr(image_path(image)) if path else f"{len(data)} bytes"
-    return data, open_image(data, name, files.max_pixels), name
+        if archive is None:
+            data = _read_file_bytes(access.allowed_folders, path)
+        else:
+            data = _read_file_bytes(access.allowed_folders, archive, offset or 0, size or 0)
+    data = check_byte_count(data or b"", repr(path) if path else "the image in the row")
+    name = repr(image_display_path(image)) if path else f"{len(data)} bytes"
+    return data, open_image(data, name, access.max_pixels), name
 
 
 def decode_images(
-    rows: range, row_image: Callable[[int], dict | None], files: ImageFiles
+    rows: range, row_image: Callable[[int], dict | None], access: ImageAccess
 ) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
-    """Rows with their images or what is wrong with them, decoded some at once by a few threads."""
+    """Decode the images of dataset rows with up to eight threads.
+
+    Args:
+        rows: Row numbers.
+        row_image: Function that returns the image entry of a row number, as for `decode_image`.
+        access: Rules for the files that may be opened.
+
+    Yields:
+        Pairs in the order of `rows`: the row number, and the decoded image. If an image can't be used, the pair
+        contains its `BadImage` error instead of the image.
+    """
 
     def read(row: int) -> PIL.Image.Image | BadImage:
         try:
-            return decode_image(row_image(row), files)
-        except BadImage as bad:
-            return bad
+            return decode_image(row_image(row), access)
+        except BadImage as error:
+            return error
 
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // processes().num_processes))) as threads:
-        for start in range(0, len(rows), DECODED_AHEAD):
-            part = rows[start : start + DECODED_AHEAD]
-            yield from zip(part, threads.map(read, part), strict=True)
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // process_state().num_processes))) as threads:
+        for start in range(0, len(rows), DECODE_CHUNK_IMAGES):
+            chunk = rows[start : start + DECODE_CHUNK_IMAGES]
+            yield from zip(chunk, threads.map(read, chunk), strict=True)
 
 
 def open_image(
-    data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS, way_out: str = " (--max_pixels raises it)"
+    data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS, hint: str = " (--max_pixels raises it)"
 ) -> PIL.Image.Image:
-    """The image that a file holds, within the limits, with nothing but its header decoded.
+    """Open an image and check its format and size. Only the header is decoded.
 
-    `name` and `way_out`, what can be done where it has more than `max_pixels`, are for BadImage's message.
+    Args:
+        data: Content of the image file.
+        name: Name of the image for error messages.
+        max_pixels: Limit for width x height.
+        hint: Advice for an image that has too many pixels; inserted into the error message after the limit.
+
+    Returns:
+        The opened image. Pass it to `decode_upright` to decode its pixels.
+
+    Raises:
+        BadImage: If the data are not an image in a format of `IMAGE_FORMATS`, the header is damaged, or the image
+            exceeds a limit.
     """
-    # PIL's own limit gives way to ours; here, since a task of an executor has flags that were checked elsewhere.
+    # PIL's own pixel limit must not be lower than `max_pixels`. It is set here, and not where the command-line flags
+    # are checked, because worker processes don't run that check.
     PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
-        image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
-        tile = _tile_size(data, image)
+        image = PIL.Image.open(io.BytesIO(data), formats=_AVAILABLE_FORMATS)
+        tile = _read_tile_size(data, image)
     except PIL.UnidentifiedImageError as error:
-        heic = "" if "HEIF" in _FORMATS else "; the extra `heic` reads HEIC, too: pip install -e '.[heic]'"
-        detail = f"{name} is no image of {', '.join(_FORMATS)}, or its beginning is damaged{heic}"
+        heic = "" if "HEIF" in _AVAILABLE_FORMATS else "; to read HEIC, install the extra: pip install -e '.[heic]'"
+        detail = f"{name} is not an image in {', '.join(_AVAILABLE_FORMATS)}, or its header is damaged{heic}"
         raise BadImage("unreadable image", detail) from error
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise BadImage("absurd image size", f"{name}: {error}") from error
-    except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
+    except Exception as error:  # PIL raises many types of errors, including SyntaxError
         raise BadImage("unreadable image", f"{name}: {error}") from error
-    _check_size(image, tile, name, max_pixels, way_out)
+    _check_dimensions(image, tile, name, max_pixels, hint)
     return image
 
 
-def decoded(image: PIL.Image.Image, name: str, reduced_to: int = 0) -> PIL.Image.Image:
-    """The pixels of an image of `open_image`, upright by its EXIF orientation, of 8 bits, in its own mode.
+def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -> PIL.Image.Image:
+    """Decode the pixels of an image that `open_image` has opened, and rotate it upright by its EXIF orientation.
 
-    A JPEG may be decoded at a half, a quarter or an eighth of its size, its short side at least `reduced_to`. Images of
-    more than `MAX_IMAGE_PIXELS` and AVIF images are decoded one at a time in a process. Raises BadImage where the
-    pixels can't be decoded; data of EXIF that are broken fail no image.
+    A process decodes only one image at a time if the image has more than `MAX_IMAGE_PIXELS` pixels or is in AVIF
+    format, to limit memory. Damaged EXIF data is ignored.
+
+    Args:
+        image: The opened image.
+        name: Name of the image for error messages.
+        min_short_side: If positive, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its short side
+            keeps at least this many pixels.
+
+    Returns:
+        The upright image with 8 bits per channel, in the mode of the file (such as RGB or L).
+
+    Raises:
+        BadImage: If the pixels can't be decoded.
     """
-    # libavif allocates what the AV1 stream holds, up to 268 million pixels, whatever size the `ispe` box declares.
+    # The size in the header of an AVIF file (its `ispe` box) is no limit: libavif allocates memory for the frame in the
+    # AV1 stream, which may have up to 268 megapixels.
     is_large = image.format == "AVIF" or image.width * image.height > MAX_IMAGE_PIXELS
     try:
-        with ONE_AT_A_TIME if is_large else nullcontext():
-            if reduced_to:
-                image.draft(None, (reduced_to, reduced_to))
+        with LARGE_IMAGE_LOCK if is_large else nullcontext():
+            if min_short_side:
+                image.draft(None, (min_short_side, min_short_side))
             image.load()
             if image.format == "AVIF":
-                image._decoder = None  # holds the frame at the stream's size as long as the image lives
-        turn = TURNS.get(orientation(image))
-        image = eight_bits(image)
-        return image if turn is None else image.transpose(turn)
-    except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
+                image._decoder = None  # frees the full frame, which the image would otherwise keep
+        transpose = EXIF_TRANSPOSES.get(exif_orientation(image))
+        image = to_8_bit(image)
+        return image if transpose is None else image.transpose(transpose)
+    except Exception as error:  # PIL raises many types of errors, including SyntaxError
         detail = f"the pixels of {name} can't be decoded: {str(error) or type(error).__name__}"
         raise BadImage("unreadable image", detail) from error
 
 
-def orientation(image: PIL.Image.Image) -> int:
-    """The EXIF orientation of a loaded image, 1 to 8; where it says none, 1. PIL itself turns TIFF."""
+def exif_orientation(image: PIL.Image.Image) -> int:
+    """Return the EXIF orientation of a loaded image, 1 (upright) to 8.
+
+    The result is 1 if the orientation is missing, damaged or out of range. PIL rotates TIFF images itself.
+    """
     try:
-        found = image.getexif().get(PIL.Image.ExifTags.Base.Orientation)
-    except Exception:  # PIL raises a dozen kinds
+        orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation)
+    except Exception:  # PIL raises many types of errors
         return 1
-    return found if found in TURNS else 1
+    return orientation if orientation in EXIF_TRANSPOSES else 1
 
 
-def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image of 16-bit, 32-bit or float pixels as 8-bit; others as they are.
+def to_8_bit(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Convert an image with 16-bit, 32-bit or float pixels to 8 bits; return any other image unchanged.
 
-    Whole numbers of 32 bits are taken as 8-bit when none exceeds 255, else as 16-bit; floats are shares from 0 to 1,
-    or, when one exceeds 1, 0 to 255: as the model's image processor has it, which travels without this package.
-    ValueError: a pixel is negative, too large or not finite.
+    The range of 16-bit integers is 0 to 65,535. The range of 32-bit integers is 0 to 255 if no pixel exceeds 255,
+    otherwise 0 to 65,535. The range of floats is 0 to 1 if no pixel exceeds 1, otherwise 0 to 255. The model's image
+    processor, which is published without this package, has the same rules.
+
+    Raises:
+        ValueError: If a pixel is negative, too large or not finite.
     """
     if not image.mode.startswith(("I", "F")):
         return image
     pixels = np.asarray(image)
     low, high, floating = float(pixels.min()), float(pixels.max()), pixels.dtype.kind == "f"
     limit = 255 if floating else 65535
-    if not (low >= 0 and high <= limit):  # also False for NaN
+    if not (low >= 0 and high <= limit):  # NaN fails both comparisons
         raise ValueError(f"Pixels must be 0 to {limit} for {pixels.dtype}, got {low:g} to {high:g}.")
     if floating:
         pixels = pixels * 255 if high <= 1 else pixels
@@ -242,8 +337,16 @@ def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.rint(pixels).astype(np.uint8))
 
 
-def bounded(data: bytes, name: str) -> bytes:
-    """The bytes of a file. Raises BadImage where there are none, or more than pictures have."""
+def check_byte_count(data: bytes, name: str) -> bytes:
+    """Return `data` unchanged if it is neither empty nor too large.
+
+    Args:
+        data: Content of an image file.
+        name: Name of the image for error messages.
+
+    Raises:
+        BadImage: If `data` is empty or has more than `MAX_IMAGE_BYTES` bytes.
+    """
     if not data:
         raise BadImage("no image", f"{name} has 0 bytes")
     if len(data) > MAX_IMAGE_BYTES:
@@ -251,45 +354,74 @@ def bounded(data: bytes, name: str) -> bytes:
     return data
 
 
-def _file_bytes(bounds: Bounds | None, path: str, offset: int = 0, size: int = MAX_IMAGE_BYTES + 1) -> bytes:
-    """The regular file within `bounds` that a path leads to, or a piece of it; at most one byte too many, which
-    `bounded` sees. A relative path is one of the data set's folder, or else of the current one."""
+def _read_file_bytes(
+    allowed_folders: AllowedFolders | None, path: str, offset: int = 0, size: int = MAX_IMAGE_BYTES + 1
+) -> bytes:
+    """Read a file, or a range of its bytes, if the file lies in the allowed folders.
+
+    At most `MAX_IMAGE_BYTES` + 1 bytes are read: one byte above the limit suffices for `check_byte_count` to detect a
+    file that is too large.
+
+    Args:
+        allowed_folders: Folders in which the file may lie. None: every path is refused.
+        path: Path of the file. A relative path is looked up in the allowed folders first, then in the current folder.
+        offset: Position of the first byte to read.
+        size: Number of bytes to read.
+
+    Raises:
+        BadImage: If the path is a URL or lies outside the allowed folders, or the file can't be read.
+    """
     try:
-        if bounds is None:
-            raise PermissionError("a path of a row that should hold the bytes")
+        if allowed_folders is None:
+            raise PermissionError("paths are not followed here; the row must contain the bytes")
         if "://" in path:
-            raise PermissionError("an address, which is not fetched")
-        inside = [file for file in (*(folder / path for folder in bounds.folders), Path(path)) if bounds.hold(file)]
+            raise PermissionError("a URL, which is not downloaded")
+        inside = [
+            file
+            for file in (*(folder / path for folder in allowed_folders.folders), Path(path))
+            if allowed_folders.contains(file)
+        ]
         if not inside:
-            raise PermissionError("lies outside of the data set's folder; --image_roots names others that may be read")
-        found = next((file for file in inside if file.is_file()), inside[0])
-        with open_regular_file(found, "it", bounds.folders) as file:
+            raise PermissionError("lies outside the dataset's folder; allow other folders with --image_roots")
+        existing = next((file for file in inside if file.is_file()), inside[0])
+        with open_regular_file(existing, "it", allowed_folders.folders) as file:
             file.seek(offset)
             return file.read(max(0, min(size, MAX_IMAGE_BYTES + 1)))
-    except Exception as error:  # whatever a row names
+    except Exception as error:  # a path from a row is untrusted, and opening it can fail in many ways
         raise BadImage("unreadable image", f"{path!r}: {getattr(error, 'detail', error)}") from error
 
 
 def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path] | None = None) -> BinaryIO:
-    """A regular file, its links followed once, before it is opened: one that comes into its way then is refused.
+    """Open a regular file for reading, safe against links that change while it is opened.
 
-    It must end in one of `folders`, real paths; None: the user has named the file itself. `name` is for messages.
+    Links are resolved once. Then the real path is opened folder by folder without following links, so the opened file
+    is the one that was checked (no time-of-check to time-of-use race).
+
+    Args:
+        path: The file.
+        name: Name of the file for error messages.
+        folders: Real paths of folders. The file must lie in one of these folders after all links are resolved. None:
+            the file may lie anywhere, because the user has named it.
+
+    Returns:
+        The file, opened in binary mode.
 
     Raises:
-        BadImage: it is no regular file ("no regular file"), or ends elsewhere ("link out of the folder").
-        OSError: it is not there, or can't be opened; a folder or file of its real path has become a link.
-        ValueError: there is a zero in its name.
+        BadImage: If the path does not lead to a regular file (reason "no regular file"), or leads out of `folders`
+            (reason "link out of the folder").
+        OSError: If the file does not exist or can't be opened, or a folder on its real path has been replaced by a link
+            in the meantime.
+        ValueError: If the path contains a NUL character.
     """
     real = Path(os.path.realpath(path))
     if folders is not None and not any(real.is_relative_to(folder) for folder in folders):
         raise BadImage("link out of the folder", f"{name} leads out of the folders that may be read")
-    # Folder by folder from the root, no link anywhere: what was checked above is what is opened.
-    folder = os.open(real.anchor, _FOLDER)
+    folder = os.open(real.anchor, _FOLDER_OPEN_FLAGS)
     try:
         for part in real.parent.parts[1:]:
-            outer, folder = folder, os.open(part, _FOLDER, dir_fd=folder)
+            outer, folder = folder, os.open(part, _FOLDER_OPEN_FLAGS, dir_fd=folder)
             os.close(outer)
-        # Opening a FIFO would wait for a writer, and a device may never end; neither is waited for or read.
+        # O_NONBLOCK: opening a FIFO would otherwise wait for a writer.
         number = os.open(real.name or ".", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     finally:
         os.close(folder)
@@ -299,52 +431,70 @@ def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path]
     return os.fdopen(number, "rb")
 
 
-def _tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
-    """Return the width and height of the tiles of a TIFF image; zeros if the image has no tiles or another format.
+def _read_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
+    """Return the width and height of the tiles of a TIFF image in pixels.
 
-    The directory is parsed here because PIL skips entries that libtiff, which decodes the tiles, reads.
+    The function parses the TIFF directory itself, because libtiff decodes the tiles and PIL skips directory entries
+    that libtiff reads.
 
     Args:
-        data: the whole file.
-        image: what PIL has opened from it.
+        data: Content of the whole file.
+        image: The image that PIL has opened from `data`.
+
+    Returns:
+        (width, height) of a tile; (0, 0) if the image has no tiles or is not a TIFF image.
 
     Raises:
         ValueError: If the tile width or height is not a single SHORT or LONG, the types that TIFF 6.0 allows.
-        struct.error: If the directory lies outside of the file.
+        struct.error: If the TIFF directory lies outside of the file.
     """
     if image.format != "TIFF":
         return 0, 0
-    order, is_big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]  # as libtiff tells BigTIFF
+    order, is_big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]  # 43 is the version number of BigTIFF
     head, entry, value_start = (f"{order}Q", f"{order}HHQ8s", 12) if is_big else (f"{order}H", f"{order}HHI4s", 8)
     (entries,) = struct.unpack_from(head, data, image.tag_v2.offset)
-    start, size, sides = (
-        image.tag_v2.offset + struct.calcsize(head),
-        struct.calcsize(entry),
-        {TILE_WIDTH: 0, TILE_LENGTH: 0},
-    )
-    for place in range(start, min(start + entries * size, len(data) - size + 1), size):
-        tag, kind, count, _ = struct.unpack_from(entry, data, place)
+    start, size = image.tag_v2.offset + struct.calcsize(head), struct.calcsize(entry)
+    sides = {TILE_WIDTH: 0, TILE_LENGTH: 0}
+    for position in range(start, min(start + entries * size, len(data) - size + 1), size):
+        tag, kind, count, _ = struct.unpack_from(entry, data, position)
         if tag in sides:
-            if kind not in TIFF_INTEGERS or count != 1:
+            if kind not in TIFF_INTEGER_FORMATS or count != 1:
                 raise ValueError(f"TIFF tag {tag} must be one SHORT or LONG, got {count} of type {kind}.")
-            (side,) = struct.unpack_from(order + TIFF_INTEGERS[kind], data, place + value_start)
+            (side,) = struct.unpack_from(order + TIFF_INTEGER_FORMATS[kind], data, position + value_start)
             sides[tag] = max(sides[tag], side)
     return sides[TILE_WIDTH], sides[TILE_LENGTH]
 
 
-def _check_size(image: PIL.Image.Image, tile: tuple[int, int], name: str, max_pixels: int, way_out: str) -> None:
-    """Raise BadImage if an image, or a tile of it, which is decoded whole, exceeds the limits."""
+def _check_dimensions(image: PIL.Image.Image, tile: tuple[int, int], name: str, max_pixels: int, hint: str) -> None:
+    """Raise BadImage if an image or its tiles exceed the limits of this module.
+
+    Args:
+        image: The opened image.
+        tile: Width and height of the tiles of a TIFF image; (0, 0) without tiles. libtiff decodes a whole tile at once,
+            so a tile must not have too many pixels either.
+        name: Name of the image for error messages.
+        max_pixels: Limit for width x height.
+        hint: Advice for an image that has too many pixels; inserted into the error message after the limit.
+    """
     (short, long), (width, height) = sorted(image.size), tile
     if width * height > max_pixels:
-        detail = f"{name} has tiles of {width} x {height} pixels; all may be {max_pixels:,}"
+        detail = f"{name} has tiles of {width} x {height} pixels; at most {max_pixels:,} pixels are allowed"
         raise BadImage("absurd image size", detail)
-    if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT * short:
-        rest = f"the longer side {MAX_IMAGE_SIDE:,} and {MAX_ASPECT} times the shorter one"
-        detail = f"{name} has {image.width} x {image.height} pixels; all may be {max_pixels:,}{way_out}, {rest}"
+    if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT_RATIO * short:
+        limits = f"a side of {MAX_IMAGE_SIDE:,} pixels and a long side of {MAX_ASPECT_RATIO} times the short side"
+        size = f"{image.width} x {image.height} pixels"
+        detail = f"{name} has {size}; at most {max_pixels:,} pixels{hint}, {limits} are allowed"
         raise BadImage("absurd image size", detail)
 
 
-def image_path(row_image: dict | None) -> str:
-    """Where the image of a row lies, for people; empty where it is in the row alone."""
+def image_display_path(row_image: dict | None) -> str:
+    """Return the path of a dataset row's image for messages.
+
+    Args:
+        row_image: Image entry of the row, as for `decode_image`.
+
+    Returns:
+        The path; for a file inside a tar archive, ARCHIVE/PATH; "" if the row contains only bytes.
+    """
     image = row_image or {}
     return "/".join(filter(None, (image.get("archive"), image.get("path"))))

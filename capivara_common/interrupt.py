@@ -1,29 +1,41 @@
-"""Ctrl-C while a command imports torch and the like: one line in place of a traceback from the middle of it."""
+"""Handle Ctrl-C while a command imports torch and other large libraries: print one line instead of a traceback.
+
+If a command was started by `python -m`, importing this module calls `exit_on_interrupt`. After the imports,
+`capivara_common.cli.run_command` calls `raise_on_interrupt`.
+"""
 
 import os
 import signal
 import sys
 
-said = "Stopped."
+message = "Stopped."
 
 
-def stop(*_: object) -> None:
-    """End at once; KeyboardInterrupt would get lost in the imports of C extensions, and nothing is written yet."""
-    print(f"\n{said}", file=sys.stderr, flush=True)
+def exit_immediately(*_: object) -> None:
+    """Print `message` and end the process at once; a signal handler for Ctrl-C.
+
+    The handler does not raise KeyboardInterrupt, because C extensions can suppress the exception while they are
+    imported. Ending at once is safe, because the command has not written any file at that time.
+    """
+    print(f"\n{message}", file=sys.stderr, flush=True)
     os._exit(128 + signal.SIGINT)
 
 
-def stop_while_importing() -> None:
-    """Until `stop_by_exception`, unless Ctrl-C has a handler already, or the shell has it ignored."""
+def exit_on_interrupt() -> None:
+    """Let Ctrl-C end the process at once, until `raise_on_interrupt` is called.
+
+    Nothing changes if another handler for Ctrl-C is already installed, or if the shell ignores Ctrl-C for this process.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGINT, exit_immediately)
 
 
-def stop_by_exception() -> None:
-    """Ctrl-C is KeyboardInterrupt again: what is at work cleans up."""
-    if signal.getsignal(signal.SIGINT) is stop:
+def raise_on_interrupt() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again, so that running work can clean up."""
+    if signal.getsignal(signal.SIGINT) is exit_immediately:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-if os.path.basename(sys.argv[0]) in ("-m", "train_accelerate.py"):  # "-m" until the module's own file is found
-    stop_while_importing()
+# While `python -m` imports the packages of a module, sys.argv[0] is "-m".
+if os.path.basename(sys.argv[0]) in ("-m", "train_accelerate.py"):
+    exit_on_interrupt()

@@ -1,4 +1,8 @@
-"""What must not be published, decided here alone: how secrets look, and how a place is named without its machine."""
+"""Find and hide text that must not be published or logged: access tokens, keys and absolute paths of this machine.
+
+The whole project uses the functions of this module: for error messages, for the records of runs, for model and dataset
+cards, and for the checks before an upload to the Hub.
+"""
 
 import mmap
 import os
@@ -10,8 +14,9 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-# How a secret begins -> how it goes on. The forms are of both `re` and RE2, which searches columns of parquet files.
-_FORMS = {
+# Prefix of a secret -> regular expression for the characters after the prefix. The expressions must be valid in both
+# Python's `re` and RE2, because Arrow searches the columns of parquet files with RE2.
+_TOKEN_PATTERNS = {
     "hf_": r"(?:oauth_[\w.-]{20,}|jwt_[\w.-]{20,}|[A-Za-z0-9]{20,})",
     "api_org_": r"[A-Za-z0-9]{16,}",
     **{f"gh{kind}_": r"\w{20,}" for kind in "pousr"},
@@ -22,184 +27,253 @@ _FORMS = {
     "GOCSPX-": r"[\w-]{28}",
     "ya29.": r"[\w-]{20,}",
 }
-# These say what they are, whatever stands before them.
-_AWS = """aws_secret_access_key AWS_SECRET_ACCESS_KEY aws_secret_key AWS_SECRET_KEY SecretAccessKey secretAccessKey
-          secret_access_key SECRET_ACCESS_KEY"""
-_NAMED = {
-    **dict.fromkeys(_AWS.split(), r"\\?[\"']?\s*[=:>]\s*\\?[\"']?[\w/+]{40}"),
+# These secrets follow the name of an AWS key or a PEM header. In contrast to the tokens above, any character may
+# precede them.
+_AWS_KEY_NAMES = """aws_secret_access_key AWS_SECRET_ACCESS_KEY aws_secret_key AWS_SECRET_KEY
+          SecretAccessKey secretAccessKey secret_access_key SECRET_ACCESS_KEY"""
+_LABELED_SECRET_PATTERNS = {
+    **dict.fromkeys(_AWS_KEY_NAMES.split(), r"\\?[\"']?\s*[=:>]\s*\\?[\"']?[\w/+]{40}"),
     "-----BEGIN ": r"(?:[A-Z0-9]+ )*PRIVATE KEY",
 }
-_STARTS = [*_FORMS, *_NAMED]
-_ESCAPED_UNDERSCORES = (r"\u005f", r"\u005F", "%5f", "%5F")  # of JSON, of addresses
+_SECRET_PREFIXES = [*_TOKEN_PATTERNS, *_LABELED_SECRET_PATTERNS]
+_ESCAPED_UNDERSCORES = (r"\u005f", r"\u005F", "%5f", "%5F")  # spellings of "_" in JSON and in URLs
 _ESCAPED = "|".join(map(re.escape, _ESCAPED_UNDERSCORES))
-_BARE, _SAID = (
+_TOKEN_PATTERN, _LABELED_SECRET_PATTERN = (
     "|".join(re.escape(start) + rest for start, rest in forms.items())
     .replace("_", f"(?:_|{_ESCAPED})")
     .replace(r"\w{20,}", rf"(?:\w|{_ESCAPED}){{20,}}")
-    for forms in (_FORMS, _NAMED)
+    for forms in (_TOKEN_PATTERNS, _LABELED_SECRET_PATTERNS)
 )
-# No letter stands before the others, but for the last one of an escape: `\n` and `\u201c` of JSON, `%3D` of addresses.
-SECRET_RE2 = rf"(?:^|[^A-Za-z0-9]|\\[bfnrt]|\\u[0-9A-Fa-f]{{4}}|%[0-9A-Fa-f]{{2}})(?:{_BARE})|{_SAID}"
-_NO_WORD = r"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt])|(?<=\\u[0-9A-Fa-f]{4})|(?<=%[0-9A-Fa-f]{2}))"
-SECRETS = re.compile(rf"{_NO_WORD}(?:{_BARE})|{_SAID}", re.ASCII)
-_SECRET_BYTES = re.compile(SECRETS.pattern.encode())
-# In addresses and headers, which only logs and messages hold: what says that a secret follows, then the secret. A word
-# after "basic" is Base64 only if a capital, a digit or = follows a small letter or digit in it.
-_USER_INFO = re.compile(r"(?<=://)[^/\s]+(?=@)")
-_QUERY_KEYS = "sig|signature|x-(?:amz|goog)-(?:signature|credential|security-token)"
-_IN_REQUESTS = re.compile(
-    r"""((?i:\bauthorization\\?["']?\s*[:=]\s*\\?["']?(?:[a-z]+\s+)?|\bbearer\s+)"""
-    r"""|(?i:secret_?(?:access_?)?key\\?["']?\s*[:=]\s*\\?["']?)"""
-    rf"""|(?<![A-Za-z0-9])(?i:{_QUERY_KEYS})(?i:=|%3d|["']?:\s*["']?)|\b(?i:basic)\s+(?=\S*[a-z0-9][A-Z0-9=]))"""
-    r"""[^\s"'&,;]+"""
+# A token must not follow a letter or digit, because it would then be part of a longer word. Letters and digits of an
+# escape sequence are allowed: `\n` or `\u201c` in JSON, `%3D` in a URL.
+SECRET_RE2 = (
+    rf"(?:^|[^A-Za-z0-9]|\\[bfnrt]|\\u[0-9A-Fa-f]{{4}}|%[0-9A-Fa-f]{{2}})(?:{_TOKEN_PATTERN})|{_LABELED_SECRET_PATTERN}"
+)
+_WORD_START = r"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt])|(?<=\\u[0-9A-Fa-f]{4})|(?<=%[0-9A-Fa-f]{2}))"
+SECRET_RE = re.compile(rf"{_WORD_START}(?:{_TOKEN_PATTERN})|{_LABELED_SECRET_PATTERN}", re.ASCII)
+_SECRET_BYTES_RE = re.compile(SECRET_RE.pattern.encode())
+# Secrets in URLs and HTTP headers. They are searched for only in logs and messages, because they occur only there. A
+# password in a URL may contain slashes.
+_USER_INFO = re.compile(r"(?<=://)(?:[^\s?#@/:]{0,300}:\S{0,300}|[^/\s]+)(?=@)")
+_SECRET_CHARACTER = r"""[^\s"'&,;]"""
+# The word after "bearer" or "basic" is a secret only if it looks random: 16 characters with a capital, a digit or "="
+# after a small letter or digit, or 8 characters with letters and digits. "basic Portuguese" is not a secret.
+_LOOKS_RANDOM = (
+    rf"(?:(?={_SECRET_CHARACTER}{{16}})(?={_SECRET_CHARACTER}{{0,200}}[a-z0-9][A-Z0-9=])"
+    rf"|(?={_SECRET_CHARACTER}{{8}})(?={_SECRET_CHARACTER}{{0,200}}[0-9])(?={_SECRET_CHARACTER}{{0,200}}[A-Za-z]))"
+)
+# Group 1 matches the text before a secret, for example "Authorization: Bearer ". The secret follows group 1.
+_REQUEST_SECRET_RE = re.compile(
+    r"""((?i:\bauthorization\\?["']?\s*[:=]\s*\\?["']?(?:(?:aws4-[\w-]+|[a-z]+)\s+)?)"""
+    rf"""|\b(?i:bearer|basic)(?:\s+|%20|:\s*){_LOOKS_RANDOM}"""
+    r"""|(?i:(?:secret[_-]?(?:access[_-]?)?key|session[_-]?token)\\?["']?\s*[:=]\s*\\?["']?)"""
+    r"""|(?<![A-Za-z0-9])(?i:x-(?:amz|goog)-(?:signature|credential|security-token))(?i:=|%3d|["']?:\s*["']?)"""
+    r"""|(?<![A-Za-z0-9])(?i:sig|signature|credential|access_token)(?i:=\\?["']?|%3d|["']:\s*["']?)"""
+    rf"""|(?<=[?&])(?i:token)=){_SECRET_CHARACTER}+"""
 )
 
-_PART = r"[^\s\"'`<>|;,)\]}:/\\]"  # a letter of a file's name, as far as one can tell in a text
-_MORE = rf"(?:{_PART}|[/\\]|:(?!/))*"
-_REST = _PART + _MORE
-# What has slashes and is no path: addresses, images written out, routes of HTTP, links to pages of the Hub's site.
-_ADDRESSES = (
+_NAME_CHARACTER = r"[^\s\"'`<>|;,)\]}:/\\]"  # a character that may belong to a file name within a text
+_PATH_TAIL = rf"(?:{_NAME_CHARACTER}|[/\\]|:(?!/))*"
+_NONEMPTY_PATH_TAIL = _NAME_CHARACTER + _PATH_TAIL
+# Texts with slashes that are not paths: URLs, inline Base64 images, HTTP routes and links to pages of the Hub.
+_URL_PATTERNS = (
     r"(?<![\w+.-])(?!(?i:file):)[A-Za-z][\w+.-]{0,30}://[^\s/](?:(?!::)[^\s\"'<>`|;,)\]}])*",
     r";base64,[A-Za-z0-9+/]{60,}",
 )
 _HUB_PAGES = "blog|collections|datasets|docs|join|models|organizations|papers|pricing|spaces|tasks"
-_SITE = (
+_SITE_PATH = (
     r"(?:\b(?:GET|HEAD|POST|PUT|PATCH|DELETE) (?=/)"
     rf"|(?:\]\(|(?:href|src)=\\?[\"']?)(?=/(?:{_HUB_PAGES})[/)\"']))(?!\S{{0,400}}/\.\.)"
 )
-# What stands before a path: no letter, point or slash, which would make it a part of something longer. Of Markdown's
-# signs those that begin a word; in a pattern such as `data/**/x` they do not.
-_SIGNS = r"""\s"'`“”‘’«=:(\[{<>,;|!@&–—→·"""
-_BEFORE = (
-    rf"(?:(?<=://)|(?<=:///)|(?<![^{_SIGNS}])|"
+# Characters that may precede a path. After a letter, a dot or a slash, the text would be part of a longer name.
+# Markdown signs such as `*` count only at the beginning of a word, because they also occur within glob patterns
+# (`data/**/x`).
+_BOUNDARY_CHARACTERS = r"""\s"'`“”‘’«=:(\[{<>,;|!@&–—→·"""
+_PATH_START = (
+    rf"(?:(?<=://)|(?<=:///)|(?<![^{_BOUNDARY_CHARACTERS}])|"
     + "|".join(
         rf"(?<={start}{sign})" for start in (r"\A", r"[\s(\[]") for sign in (r"\*", r"\*\*", "_", "__", "#", "…")
     )
     + ")"
 )
-_FOLDER = r"(?=[\d/._~+-]*[^\W\d_])[\w.@+%~-]+/"  # fractions and dates are none
-_HOST = r"[A-Za-z0-9][\w.$-]+"
-_SITE_NAME = r"[\w-]+(?:\.[\w-]+)*\.(?!local/|lan/|home/|internal/)[A-Za-z]{2,}/"  # of `//cdn.example.org/x`
-_PATHS = (
-    rf"{_BEFORE}/(?!path/to\b(?!\S{{0,200}}/\.\.)|dev/null\b){_FOLDER}{_REST}",
+_FOLDER_PATTERN = r"(?=[\d/._~+-]*[^\W\d_])[\w.@+%~-]+/"  # needs a letter, because fractions and dates are not folders
+_HOST_PATTERN = r"[A-Za-z0-9][\w.$-]+"
+_DOMAIN_PATTERN = r"[\w-]+(?:\.[\w-]+)*\.(?!local/|lan/|home/|internal/)[A-Za-z]{2,}/"  # as in `//cdn.example.org/x`
+_PATH_PATTERNS = (
+    rf"{_PATH_START}/(?!path/to\b(?!\S{{0,200}}/\.\.)|dev/null\b){_FOLDER_PATTERN}{_NONEMPTY_PATH_TAIL}",
     r"(?<=[\"'`])/[A-Za-z][\w.-]+/?(?=[\"'`])",
-    rf"(?:{_BEFORE}(?<!:)//++|(?<=[Ff]ile:)//)(?!{_SITE_NAME}){_FOLDER}{_REST}",
-    rf"(?<![\w\\])(?:\\{{2}}{_HOST}\\(?!\\)|\\{{4}}{_HOST}\\{{2}}(?!\\))[\w$~](?:{_PART}|[/\\])*",  # \\host\share
-    rf"(?<!\w)[A-Za-z]:(?:\\{{1,2}}|/){_PART}+(?:\\{{1,2}}|/){_PART}(?:{_PART}|[/\\])*",
+    rf"(?:{_PATH_START}(?<!:)//++|(?<=[Ff]ile:)//)(?!{_DOMAIN_PATTERN}){_FOLDER_PATTERN}{_NONEMPTY_PATH_TAIL}",
+    # UNC paths such as \\host\share, also with escaped backslashes
+    rf"(?<![\w\\])(?:\\{{2}}{_HOST_PATTERN}\\(?!\\)|\\{{4}}{_HOST_PATTERN}\\{{2}}(?!\\))[\w$~](?:{_NAME_CHARACTER}|[/\\])*",
+    rf"(?<!\w)[A-Za-z]:(?:\\{{1,2}}|/){_NAME_CHARACTER}+(?:\\{{1,2}}|/){_NAME_CHARACTER}(?:{_NAME_CHARACTER}|[/\\])*",
 )
-_LOCAL = rf"/[^\s/]|(?<!:)//[\w-]+/|\\{{2}}{_HOST}\\(?!\\)|[A-Za-z]:[\\/][^\\/\n]"
-_WHOLE = re.compile(rf"((?:[\w-]+[=:])*)((?:{_LOCAL})[^\n]*)")  # it may stand behind `--flag=`
-# What a terminal obeys or hides: control and format characters (marks of writing direction, soft hyphens, tag letters),
-# separators of lines, and what is no character at all, such as a byte of a file's name that is no UTF-8. Format
-# characters that names need stay: joiners (Arabic, Indic, emoji), and signs that are seen (numbers in Arabic).
-UNSAFE = re.compile(
+_ABSOLUTE_START = rf"/[^\s/]|(?<!:)//[\w-]+/|\\{{2}}{_HOST_PATTERN}\\(?!\\)|[A-Za-z]:[\\/][^\\/\n]"
+_WHOLE_PATH_RE = re.compile(rf"((?:[\w-]+[=:])*)((?:{_ABSOLUTE_START})[^\n]*)")  # `--flag=` may precede the path
+# Characters that a terminal obeys or hides: control characters, format characters (writing direction marks, soft
+# hyphens, tag letters), line separators, and lone surrogates. Python represents the bytes of a file name that is not
+# valid UTF-8 by lone surrogates. Format characters that names need are not included: joiners (in Arabic, Indic scripts
+# and emoji) and Arabic number signs.
+UNSAFE_CHARACTER_RE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f]"
 )
 
 
-def secret_in(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
-    """What the first secret in a text or mapped file is, in words that do not hold it, and where it begins."""
-    code = str if isinstance(content, str) else str.encode
-    for token in known_tokens():
-        if (place := content.find(code(token))) >= 0:
-            return "a token of this machine", place
-    secrets = SECRETS if code is str else _SECRET_BYTES
-    for start in _STARTS:
-        for place in _places(content, code(start)):
-            if secrets.match(content, place):
-                return f"what looks like an access token or key ({start}…)", place
-    for sign in _ESCAPED_UNDERSCORES:
-        for place in _places(content, code(sign)):
-            if found := secrets.search(content, max(0, place - 30), place + 300):  # one may begin with a long name
-                return f"what looks like an access token or key (with {sign})", found.start()
+def find_secret(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
+    """Find a secret, such as an access token or a private key, in a text or a file.
+
+    Args:
+        content: Text, bytes or memory-mapped file to search.
+
+    Returns:
+        A description of the secret for messages, which does not contain the secret itself, and the position of the
+        secret in `content` (in characters or bytes). None if `content` has no secret. If there are several secrets, any
+        one of them is returned.
+    """
+    encode = str if isinstance(content, str) else str.encode
+    for token in find_hub_tokens():
+        if (position := content.find(encode(token))) >= 0:
+            return "a token of this machine", position
+    secret_pattern = SECRET_RE if encode is str else _SECRET_BYTES_RE
+    for prefix in _SECRET_PREFIXES:
+        for position in _find_all(content, encode(prefix)):
+            if secret_pattern.match(content, position):
+                return f"what looks like an access token or key ({prefix}…)", position
+    for escape in _ESCAPED_UNDERSCORES:
+        for position in _find_all(content, encode(escape)):
+            # The search starts 30 characters before the escape, because the name of an AWS key may precede it.
+            if match := secret_pattern.search(content, max(0, position - 30), position + 300):
+                return f"what looks like an access token or key (with {escape})", match.start()
     return None
 
 
-def _places(content: str | bytes | mmap.mmap, part: str | bytes) -> Iterator[int]:
-    place = content.find(part)
-    while place >= 0:
-        yield place
-        place = content.find(part, place + 1)
+def _find_all(content: str | bytes | mmap.mmap, part: str | bytes) -> Iterator[int]:
+    """Yield the positions of all occurrences of `part` in `content`, in ascending order."""
+    position = content.find(part)
+    while position >= 0:
+        yield position
+        position = content.find(part, position + 1)
 
 
 def redact(text: str) -> str:
-    """A text without secrets: those of this machine, and whatever looks like one."""
-    for secret in known_tokens():
+    """Return `text` with secrets replaced by `***`: the Hub tokens of this machine, and text that looks like a key."""
+    for secret in find_hub_tokens():
         text = text.replace(secret, "hf_***")
-    text = SECRETS.sub(lambda found: "hf_***" if found[0].startswith("hf_") else "***", text)
-    return _IN_REQUESTS.sub(r"\1***", _USER_INFO.sub("***", text))
+    text = SECRET_RE.sub(lambda match: "hf_***" if match[0].startswith("hf_") else "***", text)
+    return _REQUEST_SECRET_RE.sub(r"\1***", _USER_INFO.sub("***", text))
 
 
-def visible(text: str) -> str:
-    """A text of somebody else's, in one line, with nothing in it that a terminal obeys."""
-    # \udcXX is a byte that is no UTF-8, as Python keeps it in a name.
-    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode().replace("\\udc", "\\x"), text)
+def escape_control_characters(text: str) -> str:
+    r"""Return `text` with line breaks, and all characters that a terminal obeys or hides, escaped (ESC as `\x1b`)."""
+    # Python represents a byte 0xXX of a file name that is not valid UTF-8 by the surrogate \udcXX. It is shown as \xXX.
+    return UNSAFE_CHARACTER_RE.sub(
+        lambda match: match[0].encode("unicode_escape").decode().replace("\\udc", "\\x"), text
+    )
 
 
-def printable(text: str) -> str:
-    """A text of others that can be shown, `visible` line by line, and without secrets."""
-    return "\n".join(map(visible, redact(text).split("\n")))
+def make_printable(text: str) -> str:
+    """Make text from an untrusted source safe to print: redact secrets and escape control characters in each line.
+
+    Line breaks are kept.
+    """
+    return "\n".join(map(escape_control_characters, redact(text).split("\n")))
 
 
-def known_tokens() -> list[str]:
-    """From the places where huggingface_hub looks; nothing is asked of anybody."""
-    from huggingface_hub import constants  # not of every command: `capivara --help` loads nothing of the Hub
+def find_hub_tokens() -> list[str]:
+    """Return the Hugging Face access tokens of this machine.
 
-    found = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
+    Tokens are read from the environment variables HF_TOKEN and HUGGING_FACE_HUB_TOKEN, and from the token file of
+    huggingface_hub.
+    """
+    from huggingface_hub import constants  # imported here because `capivara --help` must not load huggingface_hub
+
+    tokens = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
     with suppress(OSError, ValueError):
-        found.append(Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8"))
-    return [token.strip() for token in found if len(token.strip()) >= 8]
+        tokens.append(Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8"))
+    return [token.strip() for token in tokens if len(token.strip()) >= 8]
 
 
-def machine_path_in(text: str) -> str | None:
-    """The first absolute path in a text: of two parts at least, or in quotes; no address, Hub id, fraction or date."""
-    return next((found[0] for found in _paths().finditer(text) if found["path"]), None)
+def find_machine_path(text: str) -> str | None:
+    """Return the first absolute path in a text; None if the text contains no absolute path.
+
+    A path counts if it has at least two parts (`/folder/file`), or one part in quotes (`"/folder"`). URLs, Hub ids,
+    fractions and dates are not paths.
+    """
+    return next((match[0] for match in _path_pattern().finditer(text) if match["path"]), None)
 
 
 def hide_paths(value: Any) -> Any:
-    """A text, or the texts of a JSON value, in which absolute paths are relative to the current folder, or their last
-    part where they lie elsewhere: folders above may be named after a person. ValueError: two keys become the same."""
+    """Shorten the absolute paths in a text, or in all texts of a JSON value.
+
+    A path inside the current folder becomes relative to the current folder. Any other path is reduced to its last part
+    (the name of the file or folder), because the folders above may be named after a person.
+
+    Args:
+        value: A text, or a JSON value that contains texts. Paths in the keys of objects are shortened, too.
+
+    Returns:
+        A value of the same structure with shortened paths.
+
+    Raises:
+        ValueError: If two keys of an object become equal by shortening.
+    """
     if isinstance(value, dict):
         cleaned = {hide_paths(key): hide_paths(item) for key, item in value.items()}
         if len(cleaned) < len(value):
-            raise ValueError(f"{sorted(value)} are the same but for their folders; rename one of them.")
+            raise ValueError(f"These keys differ only in their folders: {sorted(value)}. Rename one of them.")
         return cleaned
     if isinstance(value, list):
         return [hide_paths(item) for item in value]
     if not isinstance(value, str) or not ("/" in value or "\\" in value):
         return value
-    if whole := _WHOLE.fullmatch(value):  # it may hold blanks
-        return whole[1] + _hidden(whole[2])
-    return _paths().sub(lambda found: _hidden(found[0]) if found["path"] else found[0], value)
+    if whole := _WHOLE_PATH_RE.fullmatch(value):  # if the whole text is a path, the path may contain spaces
+        return whole[1] + _hide_path(whole[2])
+    return _path_pattern().sub(lambda match: _hide_path(match[0]) if match["path"] else match[0], value)
 
 
 def short_name(name: str) -> str:
-    """How records and cards call a model or data set: a Hub id as it is, of a local place the last two parts of what
-    `hide_paths` makes of it."""
+    """Return a name of a model or dataset that can be published in records and cards.
+
+    Args:
+        name: Hub id or local path.
+
+    Returns:
+        A Hub id is returned unchanged. A local path is shortened as by `hide_paths`, and at most its last two parts are
+        returned.
+    """
     is_local = name.startswith(("/", "~", "\\\\")) or ".." in Path(name).parts or Path(name).exists()
-    return "/".join(PurePosixPath(_hidden(name) if is_local else name).parts[-2:]) or "."
+    return "/".join(PurePosixPath(_hide_path(name) if is_local else name).parts[-2:]) or "."
 
 
-def own_paths() -> list[str]:
-    """Folders of this machine that a published file has no reason to name, longest first."""
+def local_paths() -> list[str]:
+    """Return the folders of this machine that published files must not mention, longest path first.
+
+    These are the home folder, the current folder, the folder for temporary files, the Python environment, and the
+    checkout of this project.
+    """
     checkout = Path(__file__).resolve().parents[1]
     folders = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), Path(sys.prefix), checkout}
     return sorted({str(folder) for folder in folders if len(folder.parts) > 1}, key=len, reverse=True)
 
 
-def _paths() -> re.Pattern[str]:
-    ours = "|".join(map(re.escape, own_paths()))
-    own = rf"(?:{ours})(?![\w.-])"
-    site = rf"{_SITE}(?!{own})[^\s\"'<>`|;,)\]]*"
-    return re.compile(rf"{'|'.join(_ADDRESSES)}|{site}|(?P<path>{_BEFORE}{own}{_MORE}|{'|'.join(_PATHS)})")
+def _path_pattern() -> re.Pattern[str]:
+    """Compile a regular expression that finds absolute paths, and also URLs and other texts with slashes.
+
+    Its group `path` matches only for an absolute path. The other texts match as a whole, so that their ends are not
+    mistaken for paths.
+    """
+    local_folder = rf"(?:{'|'.join(map(re.escape, local_paths()))})(?![\w.-])"
+    site_path = rf"{_SITE_PATH}(?!{local_folder})[^\s\"'<>`|;,)\]]*"
+    path = rf"(?P<path>{_PATH_START}{local_folder}{_PATH_TAIL}|{'|'.join(_PATH_PATTERNS)})"
+    return re.compile(rf"{'|'.join(_URL_PATTERNS)}|{site_path}|{path}")
 
 
-def _hidden(path: str) -> str:
-    here = Path.cwd()
-    target = Path(os.path.normpath(here / path))
-    # What lies above the home folder, such as `/`, is no folder of work: below it are people.
-    is_inside = target.is_relative_to(here) and here not in Path.home().parents
+def _hide_path(path: str) -> str:
+    """Return a path relative to the current folder; only its last part if the path lies outside the current folder."""
+    current = Path.cwd()
+    target = Path(os.path.normpath(current / path))
+    # If the current folder is above the home folder, such as `/`, relative paths would show the user's name.
+    is_inside = target.is_relative_to(current) and current not in Path.home().parents
     if is_inside and not re.match(r"~|\\\\|[A-Za-z]:[\\/]", path):
-        return target.relative_to(here).as_posix()
+        return target.relative_to(current).as_posix()
     return re.split(r"[\\/]+", path.rstrip("\\/"))[-1]

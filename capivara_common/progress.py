@@ -1,4 +1,7 @@
-"""Progress bars: in a terminal of what takes a second and more; a log file has each once in half a minute."""
+"""Configure tqdm's progress bars.
+
+In a terminal, a bar appears after one second of work. If the output is a log file, a line is written every 30 seconds.
+"""
 
 import math
 import sys
@@ -7,28 +10,41 @@ from typing import Any
 
 from tqdm.std import tqdm
 
-QUICK_S = 1  # in which nothing needs a bar, such as reading weights
-EVERY_S = 30  # in a file or a pipe
+BAR_DELAY_S = 1  # a bar appears after this time, because shorter work, such as reading weights, needs no bar
+LOG_INTERVAL_S = 30  # time between two lines if the output is a file or a pipe
 
 _init, _set_postfix, _display = tqdm.__init__, tqdm.set_postfix, tqdm.display
 
 
-def prepare_bars() -> None:
-    """Let all bars of this process, those of libraries too, be so.
+def configure_progress_bars() -> None:
+    """Apply `BAR_DELAY_S` (terminal) or `LOG_INTERVAL_S` (file, pipe) to all progress bars of this process.
 
-    datasets, transformers, huggingface_hub and accelerate all show tqdm's bars, so that the rule stands in its class.
+    The function changes the class `tqdm` itself, because datasets, transformers, huggingface_hub and accelerate also
+    create progress bars of this class.
     """
-    seldom = dict.fromkeys(("mininterval", "maxinterval", "delay"), EVERY_S)
-    tqdm.__init__ = partialmethod(_init, **{"delay": QUICK_S} if sys.stderr.isatty() else seldom)
+    log_options = dict.fromkeys(("mininterval", "maxinterval", "delay"), LOG_INTERVAL_S)
+    tqdm.__init__ = partialmethod(_init, **{"delay": BAR_DELAY_S} if sys.stderr.isatty() else log_options)
     tqdm.set_postfix = partialmethod(_set_postfix, refresh=False)
-    tqdm.display = _display_in_time
+    tqdm.display = _display_after_delay
 
 
-def _display_in_time(bar: tqdm, *args: Any, **options: Any) -> bool:
-    """Nothing before the delay: `tqdm.write` would draw a bar that `close` then gives no end of a line."""
+def _display_after_delay(bar: tqdm, *args: Any, **options: Any) -> bool:
+    """Draw a progress bar if its delay has passed; replaces `tqdm.display`.
+
+    The check is needed because `tqdm.write` redraws all bars at any time, and `tqdm.close` writes no line end after a
+    bar that was drawn before its delay.
+
+    Args:
+        bar: The progress bar.
+        *args: Arguments of `tqdm.display`.
+        **options: Keyword arguments of `tqdm.display`.
+
+    Returns:
+        The result of `tqdm.display`; False if the bar was not drawn.
+    """
     return bar._time() >= getattr(bar, "start_t", math.inf) + bar.delay and _display(bar, *args, **options)
 
 
-def no_bars() -> None:
-    """Draw no bar in this process, whose neighbour has one."""
+def disable_progress_bars() -> None:
+    """Turn off progress bars in this process. Worker processes except the first call this function."""
     tqdm.display = tqdm.close = lambda bar, *args, **options: None

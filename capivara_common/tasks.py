@@ -1,4 +1,7 @@
-"""Work that is shared out to tasks: its flags and its phases. Light, so that `--help` answers at once."""
+"""Command-line flags and phases of work that is split into tasks.
+
+Imports nothing heavy, so that `--help` answers at once.
+"""
 
 import os
 import re
@@ -7,73 +10,91 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from capivara_common.cli import at_least, flag
+from capivara_common.cli import check_at_least, flag
 
-SHARED_BY_TASKS = "rows are shared out by --tasks and --workers on one machine, and by --executor slurm or ray on many"
+TASK_SHARING_HINT = (
+    "rows are shared out by --tasks and --workers on one machine, and by --executor slurm or ray on several"
+)
+# Titles of groups in `--help`
+TASKS, CLUSTER = "tasks", "Slurm and Ray clusters"
 
 
 @dataclass(kw_only=True)
 class ExecutorArguments:
-    """Where the tasks of a command run: the flags of datatrove's executors, under its names."""
+    """Flags that choose where tasks run. Names follow datatrove's executors."""
 
     executor: Literal["local", "slurm", "ray"] = flag(
-        "local", "local: this machine. slurm: job arrays of a Slurm cluster. ray: a Ray cluster."
+        "local", "Where tasks run: on this machine (local), a Slurm cluster or a Ray cluster.", group=TASKS
     )
     tasks: int | None = flag(
-        None, "Shares of the rows, each done by one process; any other number goes on. slurm and ray need it."
+        None,
+        "Number of shares to split the rows into. Required for slurm and ray. Default: the number of workers (local). "
+        "A resumed run may use another number.",
+        group=TASKS,
     )
     workers: int | None = flag(
-        None, "Tasks that run at once. local: as many as GPUs, else 1, on all cores; slurm and ray: no limit."
+        None, "Tasks to run at the same time. Default: one per GPU, else 1 (local); no limit (slurm, ray).", group=TASKS
     )
-    partition: str | None = flag(None, "slurm: partition of the jobs.")
-    time: str | None = flag(None, "slurm: limit of a task, as 04:00:00.")
-    sbatch: list[str] = flag([], "slurm: other options of sbatch, as account=vision qos=gpu.")
-    cpus_per_task: int = flag(1, "slurm, ray: cores of a task.")
-    mem_per_cpu_gb: int = flag(4, "slurm, ray: GiB of memory a core.")
-    gpus_per_task: int = flag(0, "slurm, ray: GPUs of a task, where its step has a model.")
-    logging_dir: Path | None = flag(None, "Folder of the tasks' logs; OUTPUT.logs, of a build OUTPUT/logs, without.")
+    logging_dir: Path | None = flag(
+        None, "Folder for task logs. Default: OUTPUT.logs, or OUTPUT/logs for captions.build.", group=TASKS
+    )
+    partition: str | None = flag(None, "Slurm partition. Required for slurm.", group=CLUSTER)
+    time: str | None = flag(None, "Time limit of a task, for example 04:00:00. Required for slurm.", group=CLUSTER)
+    sbatch: list[str] = flag(
+        [], "Additional sbatch options, for example account=vision qos=gpu (slurm).", group=CLUSTER
+    )
+    cpus_per_task: int = flag(1, "CPU cores per task.", group=CLUSTER)
+    mem_per_cpu_gb: int = flag(4, "Memory per CPU core in GiB.", group=CLUSTER)
+    gpus_per_task: int = flag(0, "GPUs per task. Only phases that use a model get them.", group=CLUSTER)
 
     @property
-    def logs(self) -> Path:
-        """Folder of the logs of all tasks."""
+    def log_folder(self) -> Path:
+        """Folder that holds the logs of all tasks."""
         return self.logging_dir or self.output.with_name(self.output.name + ".logs")
 
     def check_executor(self) -> None:
-        """Raise ValueError where a flag of the executor breaks its rule."""
-        at_least(self, 1, "tasks", "workers", "cpus_per_task", "mem_per_cpu_gb")
-        at_least(self, 0, "gpus_per_task")
+        """Validate the executor flags.
+
+        Raises:
+            ValueError: If a flag is out of range, a required flag is missing, a value contains characters that are
+                unsafe in a Slurm job script, or the command was started by a distributed launcher.
+        """
+        check_at_least(self, 1, "tasks", "workers", "cpus_per_task", "mem_per_cpu_gb")
+        check_at_least(self, 0, "gpus_per_task")
         if self.executor != "local" and self.tasks is None:
             raise ValueError(f"--executor {self.executor} needs --tasks, the number of shares of the rows.")
         if self.executor == "slurm" and not (self.partition and self.time):
             raise ValueError("--executor slurm needs --partition and --time, such as --partition gpu --time 04:00:00.")
-        if self.executor == "slurm":  # datatrove writes these into the jobs' script as they are
+        if self.executor == "slurm":  # datatrove writes these values into the job script without quoting
             folder = (self.logging_dir or getattr(self, "output", None) or Path("logs")).absolute()
-            given = [("partition", self.partition), ("time", self.time), ("The folder of the logs", str(folder))]
-            for name, value in [*given, *(("sbatch", option) for option in self.sbatch)]:
+            values = [("partition", self.partition), ("time", self.time), ("The folder of the logs", str(folder))]
+            for name, value in [*values, *(("sbatch", option) for option in self.sbatch)]:
                 signs = "./+@,=:_-" + "%|&*" * (name == "sbatch")
                 if re.search(rf"[^\w{re.escape(signs)}]", value):
-                    rule = f"must have letters, digits and {signs} alone where Slurm runs the tasks"
-                    raise ValueError(f"{name} {rule}, got {value!r}.")
+                    raise ValueError(
+                        f"{name} may contain only letters, digits and {signs} with --executor slurm, got {value!r}."
+                    )
         if not all(re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) for option in self.sbatch):
-            raise ValueError(f"sbatch must be options as KEY=VALUE, without dashes before them, got {self.sbatch}.")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would do all rows
-            raise ValueError(f"This command is not launched by Accelerate or torchrun: {SHARED_BY_TASKS}.")
+            raise ValueError(f"sbatch options must be KEY or KEY=VALUE without leading dashes, got {self.sbatch}.")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every process would do all rows
+            raise ValueError(f"This command must not be launched by Accelerate or torchrun: {TASK_SHARING_HINT}.")
 
     def executor_flags(self) -> dict[str, Any]:
-        """The flags of this class that were given."""
-        names = vars(ExecutorArguments()).items()
-        return {name: value for name, default in names if (value := getattr(self, name)) != default}
+        """Return the flags of this class whose values differ from the defaults, by name."""
+        defaults = vars(ExecutorArguments()).items()
+        return {name: value for name, default in defaults if (value := getattr(self, name)) != default}
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What the tasks of one datatrove pipeline do; a command's work is one or several, in order."""
+    """One step of a command, such as scoring rows. A command runs its phases in order, each as one or more tasks."""
 
-    run: Callable[[Any, int, int], Any]  # of arguments, rank, world_size; returns at once where nothing is left to do
-    shared: bool = False  # among the tasks; else it is one task
-    uses_model: bool = False  # a task needs a GPU
+    # Called with the command's arguments, rank and world size; returns at once if the share of the rank is finished.
+    run: Callable[[Any, int, int], Any]
+    is_parallel: bool = False  # True: split over all tasks. False: a single task.
+    uses_model: bool = False  # True: a task gets `gpus_per_task` GPUs
 
 
-def all_parts(rows: int, rows_per_part: int) -> list[range]:
-    """Rows in parts of neighbours, which tasks share out."""
-    return [range(start, min(start + rows_per_part, rows)) for start in range(0, rows, rows_per_part)]
+def split_rows(row_count: int, rows_per_part: int) -> list[range]:
+    """Split `range(row_count)` into contiguous chunks of at most `rows_per_part` rows."""
+    return [range(start, min(start + rows_per_part, row_count)) for start in range(0, row_count, rows_per_part)]

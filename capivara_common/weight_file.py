@@ -1,6 +1,7 @@
-"""Tensors of a `model.safetensors`, read where they lie: torch is not needed, and no tensor is copied before its use.
+"""Read tensors of safetensors files through a memory map, without torch and without loading whole files.
 
-The file is mapped into memory, so that the rows of a vocabulary that nobody asks for are never read from the disk.
+The operating system reads only the bytes that are used from the disk, for example the rows of the token embedding
+matrix that belong to the tokens of a text.
 """
 
 import json
@@ -12,93 +13,164 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from capivara_common.cli import coded
+from capivara_common.cli import coded_error
 from capivara_common.files import read_json
 
 
-class TensorPlace(NamedTuple):
-    """Where a tensor lies in its file: `kind` as safetensors names it ("F32"), `start` and `end` in bytes."""
+class TensorInfo(NamedTuple):
+    """Type, shape and position of a tensor in a safetensors file.
 
-    kind: str
+    Attributes:
+        dtype: Name of the type in safetensors, such as "F32".
+        shape: Shape of the tensor.
+        start: Offset of the first byte of the tensor from the beginning of the file.
+        end: Offset of the byte after the last byte of the tensor from the beginning of the file.
+    """
+
+    dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
 
 
 class WeightFile:
-    """A safetensors file: name of a tensor -> where it lies. ValueError: it is missing, truncated, or none."""
+    """A memory-mapped safetensors file.
+
+    Attributes:
+        path: Path of the file.
+        tensors: `TensorInfo` of each tensor, by the name of the tensor.
+
+    Raises:
+        ValueError: If the file is missing, truncated or not a safetensors file.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            with safe_open(path, "np"), path.open("rb") as file:  # which checks all sizes and offsets
-                start = 8 + int.from_bytes(file.read(8), "little")  # the header has its length before it
+            with safe_open(path, "np"), path.open("rb") as file:  # safe_open checks all sizes and offsets
+                # The file begins with the length of its JSON header, as an integer of 8 bytes.
+                start = 8 + int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(start - 8))
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"The weights {path} can't be read: {error!s:.300}. Fetch or write them again.") from error
-        self.places = {
-            name: TensorPlace(one["dtype"], tuple(one["shape"]), *(start + offset for offset in one["data_offsets"]))
-            for name, one in header.items()
+            raise ValueError(
+                f"The weights {path} can't be read: {error!s:.300}. Download or write them again."
+            ) from error
+        self.tensors = {
+            name: TensorInfo(
+                entry["dtype"], tuple(entry["shape"]), *(start + offset for offset in entry["data_offsets"])
+            )
+            for name, entry in header.items()
             if name != "__metadata__"
         }
 
-    def raw(self, name: str) -> memoryview:
-        """The bytes of a tensor."""
-        place = self.places[name]
-        return memoryview(self._bytes)[place.start : place.end]
+    def raw_bytes(self, name: str) -> memoryview:
+        """Return the bytes of the tensor `name` as a view of the memory map, without copying them."""
+        info = self.tensors[name]
+        return memoryview(self._bytes)[info.start : info.end]
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor as float32, of its own shape; not to be written to. ValueError: it is neither F32, F16 nor BF16."""
-        place = self.places[name]
-        return _float32(self.raw(name), place.kind, name).reshape(place.shape)
+        """Return a tensor as a float32 array.
 
-    def rows(self, name: str, numbers: np.ndarray) -> np.ndarray:
-        """Rows of a matrix, (numbers, width), float32; the others are not read. ValueError: a number is too large."""
-        place = self.places[name]
-        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < place.shape[0]:
-            raise ValueError(f"{name} has {place.shape[0]} rows; asked for {numbers.min()} to {numbers.max()}.")
-        found = np.frombuffer(self.raw(name), np.uint8).reshape(place.shape[0], -1)[numbers]
-        return _float32(found.data.cast("B"), place.kind, name).reshape(len(numbers), *place.shape[1:])
+        Args:
+            name: Name of the tensor.
+
+        Returns:
+            Array with the shape of the tensor. It is read-only if the tensor is stored as float32, because it is then a
+            view of the memory map.
+
+        Raises:
+            ValueError: If the type of the tensor is not F32, F16 or BF16.
+        """
+        info = self.tensors[name]
+        return _to_float32(self.raw_bytes(name), info.dtype, name).reshape(info.shape)
+
+    def rows(self, name: str, indices: np.ndarray) -> np.ndarray:
+        """Return rows of a matrix as a float32 array. Other rows are not read from the disk.
+
+        Args:
+            name: Name of the tensor, of shape (rows, width).
+            indices: Row numbers, of shape (n,).
+
+        Returns:
+            Array of shape (n, width).
+
+        Raises:
+            ValueError: If a row number is out of range, or the type of the tensor is not F32, F16 or BF16.
+        """
+        info = self.tensors[name]
+        if len(indices) and not 0 <= indices.min() <= indices.max() < info.shape[0]:
+            raise ValueError(f"{name} has {info.shape[0]} rows; got indices {indices.min()} to {indices.max()}.")
+        raw_rows = np.frombuffer(self.raw_bytes(name), np.uint8).reshape(info.shape[0], -1)[indices]
+        return _to_float32(raw_rows.data.cast("B"), info.dtype, name).reshape(len(indices), *info.shape[1:])
 
 
-def number_of(folder: Path, name: str) -> float | None:
-    """Return a weight that is a single number; None if the model folder has none of that name.
+def read_scalar(folder: Path, name: str) -> float | None:
+    """Return a weight of a model that is a single number.
 
-    Raises ValueError: it is not a single number, or the weights are missing or damaged.
+    Args:
+        folder: Model folder with safetensors files.
+        name: Name of the weight, for example "logit_scale".
+
+    Returns:
+        The number; None if the model has no weight of this name.
+
+    Raises:
+        ValueError: If the weight is not a single number, its type is not F32, F16 or BF16, or a weight file is missing
+            or damaged.
     """
-    for weights in map(WeightFile, weight_files(folder)):
-        if name in weights.places:
-            if (size := math.prod(shape := weights.places[name].shape)) != 1:
+    for weights in map(WeightFile, find_weight_files(folder)):
+        if name in weights.tensors:
+            shape = weights.tensors[name].shape
+            size = math.prod(shape)
+            if size != 1:
                 raise ValueError(f"{name} must be one number, got {size} (shape {shape}) in {weights.path}.")
             return weights.array(name).item()
     return None
 
 
-def _float32(raw: memoryview, kind: str, name: str) -> np.ndarray:
-    if kind == "F32":
+def _to_float32(raw: memoryview, dtype: str, name: str) -> np.ndarray:
+    """Convert the bytes of a tensor to a float32 array of shape (elements,).
+
+    Args:
+        raw: Bytes of the tensor in little-endian order.
+        dtype: Name of its type in safetensors.
+        name: Name of the tensor for the error message.
+
+    Raises:
+        ValueError: If `dtype` is not F32, F16 or BF16.
+    """
+    if dtype == "F32":
         return np.frombuffer(raw, "<f4")
-    if kind == "F16":
+    if dtype == "F16":
         return np.frombuffer(raw, "<f2").astype(np.float32)
-    if kind == "BF16":  # the upper half of a float32
+    if dtype == "BF16":  # a bfloat16 number is the upper half of a float32 number
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-    raise ValueError(f"{name} is of the kind {kind}; weights are F32, F16 or BF16.")
+    raise ValueError(f"{name} must be of type F32, F16 or BF16, got {dtype}.")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, one or several. ValueError: one or the index is missing or damaged."""
+def find_weight_files(folder: Path) -> list[Path]:
+    """Find the safetensors files of a model folder.
+
+    Returns:
+        The path of model.safetensors or, if the weights are split, of the files that model.safetensors.index.json
+        lists.
+
+    Raises:
+        ValueError: If the folder has neither of the two files, the index is invalid, or a file of the index is missing.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         text = (
-            "The model folder {model} has no weights ({file} is missing). Weights in another format are not read: load "
-            "the model and save it again with `save_pretrained`."
+            "The model folder {model} has no weights ({file} is missing). Weights in other formats are not supported: "
+            "load the model with transformers and save it again with `save_pretrained`."
         )
-        raise coded(ValueError, "not_a_model", text, model=folder, file="model.safetensors")
+        raise coded_error(ValueError, "not_a_model", text, model=folder, file="model.safetensors")
     names = sorted({str(name) for name in read_json(index, weight_map=dict)["weight_map"].values()})
     if not names or any(Path(name).name != name for name in names):
-        raise ValueError(f"{index} names no files of this folder.")
+        raise ValueError(f"{index} must list files of its own folder, got {names[:3]}.")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"The model folder {folder} lacks the weights {', '.join(missing)}, which its index names.")
     return [folder / name for name in names]

@@ -1,8 +1,12 @@
-"""Search your own pictures by a sentence: an index that grows, the command `capivara`, and its page.
+"""Search your own pictures with a sentence.
 
-index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")
-index.add("~/Fotos")
-paths = [hit.path for hit in index.search("um gato dormindo", k=5)]
+The package has an index of pictures that is updated when your folders change (`PictureIndex`), the command `capivara`,
+and a search page for the browser.
+
+Example:
+    index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")
+    index.add("~/Fotos")
+    paths = [hit.path for hit in index.search("um gato dormindo", k=5)]
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,13 +14,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
     from capivara_search.models import SearchModel, find_model
-    from capivara_search.results import Added, Classified, Hit, LeftOut, Status
+    from capivara_search.results import Classification, Hit, IndexReport, IndexStatus, SkippedFile
 
-__all__ = ["Added", "Classified", "Hit", "LeftOut", "PictureIndex", "SearchModel", "Status", "find_model"]
+__all__ = [
+    "Classification",
+    "Hit",
+    "IndexReport",
+    "IndexStatus",
+    "PictureIndex",
+    "SearchModel",
+    "SkippedFile",
+    "find_model",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """What the package offers, imported when it is asked for: `capivara --help` waits for none of it."""
+    """Import a public name of this package on first use, so that `capivara --help` does not wait for slow imports.
+
+    Args:
+        name: One of the names in `__all__`.
+
+    Returns:
+        The class or function.
+
+    Raises:
+        AttributeError: If the name is not in `__all__`.
+    """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from capivara_search import index, models, results

@@ -1,8 +1,10 @@
-"""`python -m capivara_search` and the console script `capivara`."""
+"""Entry point of `python -m capivara_search` and of the console script `capivara`; both run the same command line."""
 
-from capivara_common.interrupt import stop_while_importing
+from capivara_common.interrupt import exit_on_interrupt
 
-stop_while_importing()
+# This call precedes the imports below because they take time. Ctrl-C during the imports then prints one line instead of
+# a traceback.
+exit_on_interrupt()
 
 from capivara_search.command import run  # noqa: E402
 

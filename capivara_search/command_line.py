@@ -1,53 +1,86 @@
-"""`capivara` by click, in two languages: two names a command, flags of all commands, help, and what is wrong.
+"""Parts of the bilingual command line of `capivara`, built on click: types of values, shared flags, help, usage errors.
 
-A context's `obj` is the `Words` of a language. They have `about.NAME` of each command, whose first paragraph stands in
-the list of commands, too, `flag.NAME.FLAG` or, of several commands, `flag.FLAG`, `metavar.KEY`, what stands for a value
-in the help (by its type, where a flag names no KEY), and `bad.TYPE`, what a value must be.
+The attribute `obj` of a click context is the `Messages` object of the user's language. This module uses these keys of
+`messages.yaml`:
+
+    about.COMMAND                      description of a command; its first paragraph is also in the list of commands
+    flag.COMMAND.FLAG or flag.FLAG     help of a flag, for one command or for all commands
+    metavar.KEY                        placeholder of a value in the help; KEY is the click metavar or type of the flag
+    bad.TYPE                           error message for a value that the type rejects
 """
 
 import os
 from calendar import monthrange
 from collections.abc import Callable
 from datetime import date
-from functools import partial, reduce
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import click
 
-from capivara_common.privacy import visible
-from capivara_search.words import COMMANDS, Words
+from capivara_common.privacy import escape_control_characters
+from capivara_search.messages import COMMAND_NAMES, Messages
 
-SETTINGS = {
+CONTEXT_SETTINGS = {
     "token_normalize_func": lambda name: name.replace("_", "-"),
     "max_content_width": 100,
     "help_option_names": ["--help", "-h"],
 }
 
 
-def said(kind: click.ParamType) -> click.ParamType:
-    """A type of click's, which says in the words of a language what a value must be."""
-    convert = kind.convert
+def localized_type(param_type: click.ParamType) -> click.ParamType:
+    """Make a click type report rejected values in the user's language.
 
-    def checked(value: Any, param: click.Parameter | None, ctx: click.Context) -> Any:
-        value = os.path.expanduser(value) if isinstance(kind, click.Path) else value  # as no shell does after --flag=
+    Args:
+        param_type: Type to change in place. The error message is the text `bad.TYPE`, where TYPE is the name of the
+            type.
+
+    Returns:
+        The same type.
+    """
+    convert = param_type.convert
+
+    def convert_value(value: Any, param: click.Parameter | None, ctx: click.Context) -> Any:
+        if isinstance(param_type, click.Path):
+            value = os.path.expanduser(value)  # a shell does not expand "~" after `--flag=`
         try:
             return convert(value, param, ctx)
         except click.BadParameter as error:
-            values = vars(kind) | {"value": visible(str(value)), "choices": ", ".join(getattr(kind, "choices", ()))}
-            values |= {name: ctx.obj.number(one, 2) for name, one in values.items() if isinstance(one, float)}
-            raise click.BadParameter(ctx.obj(f"bad.{kind.name}", **values)) from error
+            values = vars(param_type) | {
+                "value": escape_control_characters(str(value)),
+                "choices": ", ".join(getattr(param_type, "choices", ())),
+            }
+            values |= {
+                name: ctx.obj.format_number(number, 2) for name, number in values.items() if isinstance(number, float)
+            }
+            raise click.BadParameter(ctx.obj(f"bad.{param_type.name}", **values)) from error
 
-    kind.convert = checked
-    return kind
+    param_type.convert = convert_value
+    return param_type
 
 
-class Day(click.DateTime):
-    """A day; of a month or a year its first one, of `--until` its last one."""
+class DateType(click.DateTime):
+    """Type of the flags `--since` and `--until`: a day, a month or a year.
+
+    A month or a year is converted to its first day for `--since`, and to its last day for `--until`.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> date:
-        """The day. Raises click.BadParameter."""
+        """Convert the text of a flag to a date.
+
+        Args:
+            value: Text of the flag, such as "2024-06".
+            param: The flag.
+            ctx: Context of the command.
+
+        Returns:
+            The day.
+
+        Raises:
+            click.BadParameter: If the text is not a date.
+        """
         day = super().convert(value, param, ctx).date()
         if param.name == "until" and len(value) < len("2024-1-1"):
             month = day.month if "-" in value else 12
@@ -55,123 +88,211 @@ class Day(click.DateTime):
         return day
 
 
-_path = partial(click.Path, readable=False, path_type=Path)
-ANY, EITHER, FILE = said(_path()), said(_path(exists=True)), said(_path(exists=True, dir_okay=False))
-ANY_FOLDER, FOLDER = said(_path(file_okay=False)), said(_path(exists=True, file_okay=False))
-DAY = said(Day(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
+_path_type = partial(click.Path, readable=False, path_type=Path)
+ANY_PATH, EXISTING_PATH, EXISTING_FILE = (
+    localized_type(_path_type()),
+    localized_type(_path_type(exists=True)),
+    localized_type(_path_type(exists=True, dir_okay=False)),
+)
+ANY_FOLDER, EXISTING_FOLDER = (
+    localized_type(_path_type(file_okay=False)),
+    localized_type(_path_type(exists=True, file_okay=False)),
+)
+DATE = localized_type(DateType(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
 
 
-def switches(*names: str) -> Callable[[Callable], Callable]:
-    """Flags without a value."""
-    return lambda function: reduce(lambda given, name: click.option(name, is_flag=True)(given), names[::-1], function)
+def add_switches(*names: str) -> Callable[[Callable], Callable]:
+    """Return a decorator that adds flags without a value to a command.
+
+    Args:
+        *names: Flags, such as "--json", in the order of the help.
+
+    Returns:
+        Decorator for the function of a command.
+    """
+
+    def add(function: Callable) -> Callable:
+        for name in reversed(names):  # click lists flags in the reverse order of the decorator calls
+            function = click.option(name, is_flag=True)(function)
+        return function
+
+    return add
 
 
-def _keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Of a flag that may stand before the command and after it, where it wins."""
+def _store_global_value(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Store the value of a shared flag in `ctx.meta` under the name of the flag (a click callback).
+
+    Shared flags may stand before or after the name of the command. If a flag is given twice, the later value is used.
+    """
     if value is not None:
         ctx.meta[param.name] = value
 
 
-def of_all(name: str) -> str | None:
-    """The value of a flag of all commands."""
+def get_global_value(name: str) -> str | None:
+    """Return the value of a flag that all commands share.
+
+    Args:
+        name: "index", "model" or "device".
+
+    Returns:
+        The value, or None if the flag was not given.
+    """
     return click.get_current_context().meta.get(name)
 
 
-_folder = {"metavar": "directory", "shell_complete": ANY_FOLDER.shell_complete}
-OF_ALL = [
-    click.Option(["--index"], expose_value=False, callback=_keep, **_folder),
-    click.Option(["--model"], expose_value=False, callback=_keep, **_folder),
-    click.Option(["--device"], expose_value=False, callback=_keep),
-    # `command.language_of` has read it:
-    click.Option(["--lang"], expose_value=False, type=said(click.Choice(("pt", "en")))),
+_folder_option_kwargs = {"metavar": "directory", "shell_complete": ANY_FOLDER.shell_complete}
+GLOBAL_OPTIONS = [
+    click.Option(["--index"], expose_value=False, callback=_store_global_value, **_folder_option_kwargs),
+    click.Option(["--model"], expose_value=False, callback=_store_global_value, **_folder_option_kwargs),
+    click.Option(["--device"], expose_value=False, callback=_store_global_value),
+    # The value of `--lang` is not stored: `command.detect_language` reads it before click parses the command line.
+    click.Option(["--lang"], expose_value=False, type=localized_type(click.Choice(("pt", "en")))),
 ]
 
 
-class Command(click.Command):
-    """click's, with the flags of all commands, and its help in the words of a language."""
+class LocalizedCommand(click.Command):
+    """A click command with the flags that all commands share, and with help in the user's language.
+
+    Args:
+        *names: Positional arguments of `click.Command`.
+        **options: Keyword arguments of `click.Command`.
+    """
 
     allow_extra_args = True
 
     def __init__(self, *names: Any, **options: Any):
         super().__init__(*names, **options)
-        self.params += OF_ALL
+        self.params += GLOBAL_OPTIONS
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """`--labels a b` becomes `--labels a --labels b`. Raises click.UsageError, which names what is left over."""
-        found, several = list[str](), False
+        """Parse a command line. `--labels a b` is a short form of `--labels a --labels b`.
+
+        Args:
+            ctx: Context of the command.
+            args: Words of the command line after the name of the command.
+
+        Returns:
+            The words that were not parsed. A group passes them to its subcommand.
+
+        Raises:
+            click.UsageError: If a word is neither a flag nor a value that the command takes, or both `--json` and
+                `--csv` are given.
+        """
+        words, in_labels = list[str](), False
         for word in args:
             if word.startswith("-"):
-                several = word == "--labels"
-            elif several and found[-1] != "--labels":
-                found.append("--labels")
-            found.append(word)
-        rest = super().parse_args(ctx, found)
+                in_labels = word == "--labels"
+            elif in_labels and words[-1] != "--labels":
+                words.append("--labels")
+            words.append(word)
+        rest = super().parse_args(ctx, words)
         if rest and not isinstance(self, click.Group) and not ctx.resilient_parsing:
-            raise click.UsageError(ctx.obj("left_over", name=visible(rest[0])))
+            raise click.UsageError(ctx.obj("left_over", name=escape_control_characters(rest[0])))
         if ctx.params.get("json") and ctx.params.get("csv"):
             raise click.UsageError(ctx.obj("json_or_csv"))
         return rest
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Usage, description, flags, commands and exit codes."""
-        words, is_group, order = ctx.obj, isinstance(self, click.Group), 1 if ctx.obj.language == "en" else -1
+        """Write the help of a command: usage, description and flags.
+
+        The help of the group `capivara` also lists its commands and the exit codes.
+
+        Args:
+            ctx: Context of the command.
+            formatter: click object that the text is written to.
+        """
+        messages, is_group = ctx.obj, isinstance(self, click.Group)
         arguments, flags = [], []
         for param in self.get_params(ctx):
-            (flags if isinstance(param, click.Option) else arguments).append(shown(param, ctx))
-        usage = [words("metavar.flags"), *(name for name, _ in arguments), words("metavar.command") * is_group]
-        formatter.write_usage(ctx.command_path, " ".join(usage), words("usage"))
-        for piece in words(f"about.{self.name}").split("\n\n"):
-            lines = piece if piece.startswith(" ") else click.wrap_text(" ".join(piece.split()), formatter.width)
-            formatter.write(f"\n{lines}\n")
-        with formatter.section(words("options")):
+            (flags if isinstance(param, click.Option) else arguments).append(describe_parameter(param, ctx))
+        usage = [messages("metavar.flags"), *(name for name, _ in arguments), messages("metavar.command") * is_group]
+        formatter.write_usage(ctx.command_path, " ".join(usage), messages("usage"))
+        for paragraph in messages(f"about.{self.name}").split("\n\n"):
+            is_example = paragraph.startswith(" ")
+            text = paragraph if is_example else click.wrap_text(" ".join(paragraph.split()), formatter.width)
+            formatter.write(f"\n{text}\n")
+        with formatter.section(messages("options")):
             formatter.write_dl(flags)
         if is_group:
-            first = {names: words(f"about.{names[0]}").partition("\n\n")[0] for names in COMMANDS.items()}
-            with formatter.section(words("commands")):
-                formatter.write_dl([(", ".join(names[::order]), text) for names, text in first.items()])
-            formatter.write(f"\n{click.wrap_text(words('exit_codes'), formatter.width)}\n")
+            order = 1 if messages.language == "en" else -1  # the name in the user's language comes first
+            entries = [
+                (", ".join(names[::order]), messages(f"about.{names[0]}").partition("\n\n")[0])
+                for names in COMMAND_NAMES.items()
+            ]
+            with formatter.section(messages("commands")):
+                formatter.write_dl(entries)
+            formatter.write(f"\n{click.wrap_text(messages('exit_codes'), formatter.width)}\n")
 
 
-class Group(Command, click.Group):
-    """All commands."""
+class LocalizedGroup(LocalizedCommand, click.Group):
+    """The click group `capivara`, which has all commands as subcommands."""
 
-    command_class = Command
+    command_class = LocalizedCommand
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Raises click.UsageError, which names the nearest command; of a sentence, the search for it."""
+        """Find the command for the first word of a command line.
+
+        Args:
+            ctx: Context of the group.
+            args: Words of the command line.
+
+        Returns:
+            Tuple of the name, the command and the remaining words, as in `click.Group.resolve_command`.
+
+        Raises:
+            click.UsageError: If no command has this name. The error suggests the most similar name. If the word is a
+                sentence, the error suggests `capivara search` with this sentence.
+        """
         if not self.get_command(ctx, args[0]) and not ctx.resilient_parsing:
             error = click.NoSuchOption(args[0], possibilities=self.list_commands(ctx))
-            sentence = visible(" ".join(takewhile(lambda word: not word.startswith("-"), args)))
+            sentence = escape_control_characters(" ".join(takewhile(lambda word: not word.startswith("-"), args)))
             if not error.possibilities and " " in sentence:
                 error.possibilities = [f'capivara {"search" if ctx.obj.language == "en" else "buscar"} "{sentence}"']
             raise error
         return super().resolve_command(ctx, args)
 
 
-def shown(param: click.Parameter, ctx: click.Context) -> tuple[str, str]:
-    """A flag or an argument, with what stands for its value, and what the help says of a flag."""
-    words, name = ctx.obj, param.opts[0].lstrip("-").replace("-", "_")
-    value = ""
+def describe_parameter(param: click.Parameter, ctx: click.Context) -> tuple[str, str]:
+    """Return the name and the description of a flag or an argument for the help.
+
+    Args:
+        param: Flag or argument.
+        ctx: Context of the command that has the flag or argument.
+
+    Returns:
+        The name with a placeholder for the value, such as "--index FOLDER", and the description. An argument has the
+        description "".
+    """
+    messages, name = ctx.obj, param.opts[0].lstrip("-").replace("-", "_")
+    placeholder = ""
     if not getattr(param, "is_flag", False):
-        value = "|".join(getattr(param.type, "choices", ())) or words(f"metavar.{param.metavar or param.type.name}")
+        choices = "|".join(getattr(param.type, "choices", ()))
+        placeholder = choices or messages(f"metavar.{param.metavar or param.type.name}")
     if isinstance(param, click.Argument):
-        value += " …" * (param.nargs == -1)
-        return value if param.required else f"[{value}]", ""
-    own = f"flag.{ctx.command.name}.{name}"
-    return f"{', '.join(param.opts)} {value}".rstrip(), words(own if words.has(own) else f"flag.{name}")
+        placeholder += " …" * (param.nargs == -1)
+        return placeholder if param.required else f"[{placeholder}]", ""
+    command_key = f"flag.{ctx.command.name}.{name}"
+    key = command_key if messages.has(command_key) else f"flag.{name}"
+    return f"{', '.join(param.opts)} {placeholder}".rstrip(), messages(key)
 
 
-def wrong_use(error: click.UsageError, words: Words) -> str:
-    """What click says, or a command, in the words of a language."""
+def describe_usage_error(error: click.UsageError, messages: Messages) -> str:
+    """Return the message for a wrong command line in the user's language.
+
+    Args:
+        error: Error that click or a command has raised.
+        messages: Texts of the user's language.
+
+    Returns:
+        One line of text. It begins with the name of the flag if the value of a flag is wrong.
+    """
     option = isinstance(getattr(error, "param", None), click.Option) and error.param.opts[-1]
     match error:
-        case click.NoSuchOption(option_name=name) if words.has(f"gone.{name[2:]}"):
-            return words("gone", name=name, text=words(f"gone.{name[2:]}"))
         case click.NoSuchOption():
-            near = "".join(words("nearest", name=one) for one in (error.possibilities or [])[:1])
-            return words("unknown", name=visible(error.option_name)) + near
+            suggestion = "".join(messages("nearest", name=name) for name in (error.possibilities or [])[:1])
+            return messages("unknown", name=escape_control_characters(error.option_name)) + suggestion
         case click.MissingParameter():
-            return words("missing", name=shown(error.param, error.ctx)[0])
+            return messages("missing", name=describe_parameter(error.param, error.ctx)[0])
         case click.BadOptionUsage():
-            return words("bad_usage", name=error.option_name)
+            return messages("bad_usage", name=error.option_name)
     return f"{option}: {error.message}" if option else error.message

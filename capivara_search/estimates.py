@@ -1,6 +1,8 @@
-"""How far an indexing is, and when it will have ended: for the bar of a command, and for the page, in another process.
+"""Measure and publish the progress of an index update, with an estimate of the time left.
 
-A small file in the folder of the index says it, as long as who writes it holds the index's lock.
+The process that updates an index holds the lock of the index and writes its progress to a small file in the folder of
+the index. Other processes, such as the server of the web page, read this file. Indexes on object storage have no
+progress file.
 """
 
 import fcntl
@@ -14,73 +16,104 @@ from pathlib import Path
 
 from capivara_common.files import read_json, write_json
 
-FILE = ".progress.json"
-EVERY_S = 0.5  # that the file is written
-WINDOW_S = 120.0  # a rate is that of the later half of the time so far, and of no more than this
+PROGRESS_FILE = ".progress.json"
+WRITE_INTERVAL_S = 0.5  # minimum time between two writes of the progress file
+# The rate is measured over the second half of the elapsed time, but at most over the last `RATE_WINDOW_S` seconds.
+RATE_WINDOW_S = 120.0
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]  # arguments: number of processed files, total number of files
 
 
-class Estimate:
-    """Pictures a second of late."""
+class RateEstimator:
+    """Estimator of the current speed of an update, in pictures per second."""
 
     def __init__(self) -> None:
-        self._marks: list[tuple[float, int]] = []  # seconds, pictures done until then
+        self._measurements: list[tuple[float, int]] = []  # (time in seconds, pictures processed so far)
 
     def update(self, done: int) -> None:
-        """So many are done now; as many as before, and the time begins now: a model was loaded."""
-        if self._marks and done <= self._marks[-1][1]:
-            self._marks.clear()
-        self._marks.append((time.monotonic(), done))
+        """Record how many pictures have been processed up to now.
+
+        If the number is the same as in the previous call, earlier measurements are discarded, because the time since
+        then was spent on something else, such as loading the model.
+
+        Args:
+            done: Number of pictures that have been processed since the start of the update.
+        """
+        if self._measurements and done <= self._measurements[-1][1]:
+            self._measurements.clear()
+        self._measurements.append((time.monotonic(), done))
 
     @property
     def rate(self) -> float | None:
-        """Pictures a second; None where that is not known yet."""
-        if len(self._marks) < 2:
+        """Pictures per second over the recent past, or None if there are fewer than two measurements."""
+        if len(self._measurements) < 2:
             return None
-        end, done = self._marks[-1]
-        since = max((end + self._marks[0][0]) / 2, end - WINDOW_S)
-        start, before = self._marks[bisect(self._marks[:-1], since, key=itemgetter(0)) - 1]
-        return (done - before) / max(end - start, 1e-9)
+        end, done = self._measurements[-1]
+        window_start = max((end + self._measurements[0][0]) / 2, end - RATE_WINDOW_S)
+        first = bisect(self._measurements[:-1], window_start, key=itemgetter(0)) - 1
+        start, done_at_start = self._measurements[first]
+        return (done - done_at_start) / max(end - start, 1e-9)
 
 
 @contextmanager
-def told(where: str, progress: Progress) -> Iterator[Progress]:
-    """`progress`, which also writes how far it is beside the index, for `progress_of`; on object storage it does not.
+def estimate_for(where: str, progress: ProgressCallback) -> Iterator[ProgressCallback]:
+    """Extend a progress callback so that each call also updates the progress file of an index.
 
-    Called by who has the lock of the index.
+    Other processes read the file with `read_progress`. The file is removed at the end of the `with` block. Nothing is
+    written for an index on object storage. The caller must hold the lock of the index.
+
+    Args:
+        where: Folder or address of the index.
+        progress: Callback that takes the number of processed pictures and the total number.
+
+    Yields:
+        A callback with the same arguments, which calls `progress` and writes the file.
     """
-    file, estimate, written = Path(where, FILE), Estimate(), float("-inf")
+    file, estimate, last_write = Path(where, PROGRESS_FILE), RateEstimator(), float("-inf")
 
-    def tell(done: int, total: int) -> None:
-        nonlocal written
+    def report_progress(done: int, total: int) -> None:
+        """Call `progress`, and write the progress file if the last write is `WRITE_INTERVAL_S` seconds ago."""
+        nonlocal last_write
         progress(done, total)
         estimate.update(done)
         now = time.monotonic()
-        if total and now - written >= EVERY_S and "://" not in where:
-            left_s = round((total - done) / rate) if (rate := estimate.rate) else None
-            with suppress(OSError):  # a disk that is full is said where pictures are written
+        if total and now - last_write >= WRITE_INTERVAL_S and "://" not in where:
+            rate = estimate.rate
+            left_s = round((total - done) / rate) if rate else None
+            with suppress(OSError):  # an error such as a full disk is reported when the rows of pictures are written
                 write_json(file, {"done": done, "total": total, "left_s": left_s})
-                written = now
+                last_write = now
 
     try:
-        yield tell
+        yield report_progress
     finally:
         with suppress(OSError):
             file.unlink(missing_ok=True)
 
 
-def progress_of(where: str) -> dict[str, int | None] | None:
-    """What `told` says of an index; None where nobody adds to it: who was killed leaves the file, and no lock."""
+def read_progress(where: str) -> dict[str, int | None] | None:
+    """Return the progress of an index update that is running in any process.
+
+    A progress file alone does not prove that an update is running, because a killed process leaves its file behind.
+    Therefore the lock of the index is checked, too: the operating system releases the lock of a killed process.
+
+    Args:
+        where: Folder or address of the index.
+
+    Returns:
+        Dictionary with the keys `done` (number of processed pictures), `total` (number of pictures to process) and
+        `left_s` (estimated seconds left, None if not known yet). None if no update is running.
+    """
     with suppress(OSError, ValueError):
-        found = read_json(Path(where, FILE), done=int, total=int)
+        progress = read_json(Path(where, PROGRESS_FILE), done=int, total=int)
         folder = os.open(where, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            left_s, age_s = found.get("left_s"), round(time.time() - os.stat(Path(where, FILE)).st_mtime)
+            # The lock is held, so an update is running. The age of the file is subtracted from the estimate in it.
+            left_s, age_s = progress.get("left_s"), round(time.time() - os.stat(Path(where, PROGRESS_FILE)).st_mtime)
             left_s = max(0, left_s - max(0, age_s)) if type(left_s) is int else None
-            return {"done": found["done"], "total": found["total"], "left_s": left_s}
+            return {"done": progress["done"], "total": progress["total"], "left_s": left_s}
         finally:
             os.close(folder)
     return None

@@ -1,6 +1,7 @@
-"""The rows of an index as a file for other programs.
+"""Export the rows of an index to a Parquet or CSV file for other programs.
 
-Thumbnails stay in the index. A text that a spreadsheet would run stands in CSV behind a single quote.
+Thumbnails and color signatures are not exported. In CSV files, texts that a spreadsheet would run as formulas are
+prefixed with a single quote.
 """
 
 from datetime import datetime
@@ -11,47 +12,71 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.parquet import ParquetWriter
 
-from capivara_common.files import check_output_file, whole_file
-from capivara_search.show import write_csv
-from capivara_search.table import LOOK, THUMBNAIL, PictureTable
-from capivara_search.words import failure
+from capivara_common.files import atomic_file, check_output_file
+from capivara_search.messages import localized_error
+from capivara_search.table import COLOR_SIGNATURE_COLUMN, THUMBNAIL_COLUMN, PictureTable
+from capivara_search.terminal import write_csv
 
 
 def export_rows(table: PictureTable, path: str | Path) -> int:
-    """Write all rows to a file, in one piece, in place of one that is there; returns how many there are.
+    """Write all rows of an index to a Parquet or CSV file.
 
-    Raises ValueError: another suffix than .parquet or .csv, or no file can be made there.
+    An existing file is replaced only when the new file is complete.
+
+    Args:
+        table: Table of the index.
+        path: Path of the file to write. The suffix selects the format: .parquet for Parquet with vectors, .csv for CSV
+            without vectors.
+
+    Returns:
+        The number of rows that were written.
+
+    Raises:
+        ValueError: If the suffix is neither .parquet nor .csv, or the file can't be created.
     """
     path = Path(path).expanduser().absolute()
-    if path.suffix.lower() not in (".parquet", ".csv"):
-        raise failure(ValueError, "bad_suffix", path=path.name)
+    is_csv = path.suffix.lower() == ".csv"
+    if not is_csv and path.suffix.lower() != ".parquet":
+        raise localized_error(ValueError, "bad_suffix", path=path.name)
     check_output_file(path)
-    readable = partial(_readable, as_csv=path.suffix.lower() == ".csv")
-    names = [name for name in table.columns().names if name not in (THUMBNAIL, LOOK)]
-    known, batches = readable(table.rows(names, "false")).schema, map(readable, table.batches(names))
-    with whole_file(path) as temporary:
-        if path.suffix.lower() == ".csv":
+    convert = partial(_to_export_rows, as_csv=is_csv)
+    names = [name for name in table.columns().names if name not in (THUMBNAIL_COLUMN, COLOR_SIGNATURE_COLUMN)]
+    schema, batches = convert(table.rows(names, "false")).schema, map(convert, table.batches(names))
+    with atomic_file(path) as temporary:
+        if is_csv:
             with temporary.open("w", encoding="utf-8", newline="") as file:
-                return write_csv(file, known.names, (row for batch in batches for row in batch.to_pylist()))
+                return write_csv(file, schema.names, (row for batch in batches for row in batch.to_pylist()))
         number = 0
-        with ParquetWriter(temporary, known) as writer:
+        with ParquetWriter(temporary, schema) as writer:
             for batch in batches:
                 writer.write(batch)
                 number += batch.num_rows
         return number
 
 
-def _readable(rows: pa.Table | pa.RecordBatch, as_csv: bool) -> pa.Table | pa.RecordBatch:
-    """Times as times, in CSV as Arrow writes them, without vectors; these in float32, which every reader knows."""
+def _to_export_rows(rows: pa.Table | pa.RecordBatch, as_csv: bool) -> pa.Table | pa.RecordBatch:
+    """Convert rows of an index to the columns of an exported file.
+
+    The column `mtime_ns` (nanoseconds) is replaced by `modified` (timestamp). The columns `date` and `date_source` are
+    added, with the same meaning as in `Hit`. In Parquet, vectors become float32, because not every reader supports
+    float16. In CSV, timestamps become strings, and vectors are dropped.
+
+    Args:
+        rows: Rows with columns of the table `pictures`, at least `mtime_ns` and `taken`.
+        as_csv: Whether the file is a CSV file. Otherwise it is a Parquet file.
+
+    Returns:
+        The same rows with the columns of the file.
+    """
     modified = pa.array([datetime.fromtimestamp(ns // 10**9) for ns in rows["mtime_ns"].to_pylist()], pa.timestamp("s"))
     rows = rows.set_column(rows.schema.get_field_index("mtime_ns"), "modified", modified)
     rows = rows.append_column("date", pc.coalesce(rows["taken"], modified.cast(pa.timestamp("us"))))
     rows = rows.append_column("date_source", pc.if_else(rows["taken"].is_valid(), "camera", "file"))
-    types = {one.name: one.type for one in rows.schema}
-    for name, kind in list(types.items()):
-        if pa.types.is_fixed_size_list(kind):
-            types[name] = None if as_csv else pa.list_(pa.float32(), kind.list_size)
-        elif pa.types.is_timestamp(kind) and as_csv:
+    types = {column.name: column.type for column in rows.schema}
+    for name, column_type in list(types.items()):
+        if pa.types.is_fixed_size_list(column_type):
+            types[name] = None if as_csv else pa.list_(pa.float32(), column_type.list_size)
+        elif pa.types.is_timestamp(column_type) and as_csv:
             types[name] = pa.string()
-    columns = pa.schema([(name, kind) for name, kind in types.items() if kind])
+    columns = pa.schema([(name, column_type) for name, column_type in types.items() if column_type])
     return rows.select(columns.names).cast(columns)

@@ -1,4 +1,10 @@
-"""The folders of an index: which were named on this machine, what is left out of them, and where they went."""
+"""Manage the folders of an index: record them, load their rules for ignoring files, move them and forget them.
+
+The list of folders that an index stores can't be trusted, because the index may come from another machine. A malicious
+index could list the folder "/" and so give access to every picture on this machine. Therefore picture files are read
+only in folders that the user has named on this machine. These folders are recorded in a file outside the index,
+together with the real path (with symbolic links resolved) that each folder had when the user named it.
+"""
 
 import json
 import logging
@@ -11,157 +17,273 @@ from hashlib import blake2b
 from pathlib import Path
 
 from capivara_common.files import read_json, write_json
-from capivara_search.picture_files import Rules, absolute_folder
-from capivara_search.table import ABOUT, FOLDER_KEY, LEFT_OUT, PICTURES, RULES_KEY, PictureTable, quoted, within
-from capivara_search.words import failure, note
+from capivara_search.folder_scan import to_absolute_path
+from capivara_search.ignore_rules import IgnoreRules
+from capivara_search.messages import localized_error, log_message
+from capivara_search.table import (
+    FOLDER_KEY_PREFIX,
+    METADATA_TABLE,
+    PICTURES_TABLE,
+    RULES_KEY,
+    SKIPPED_FILES_TABLE,
+    PictureTable,
+    folders_clause,
+    quote_sql,
+)
 
 
-def asked_folders(table: PictureTable) -> dict[str, str]:
-    """Folder -> its real path, of those that `add` was told of on this machine.
+def requested_folders(table: PictureTable) -> dict[str, str]:
+    """Return the folders that the user has added to an index on this machine.
 
-    What an index says of itself may be somebody else's word: "/" would make every picture of the machine one of its.
+    Args:
+        table: Table of the index.
+
+    Returns:
+        Path of each folder -> real path that it had when it was added. Empty if there is no record on this machine.
     """
     with suppress(OSError, ValueError):
-        asked = read_json(_record(table), folders=dict)["folders"]
-        return {folder: real for folder, real in asked.items() if isinstance(real, str)}
+        recorded = read_json(_record_path(table), folders=dict)["folders"]
+        return {folder: real for folder, real in recorded.items() if isinstance(real, str)}
     return {}
 
 
-def note_asked(table: PictureTable, folders: Mapping[str | Path, str], left: Path | None = None) -> None:
-    """Add folders to this machine's record of an index.
+def record_requested_folders(
+    table: PictureTable, folders: Mapping[str | Path, str], moved_from: Path | None = None
+) -> None:
+    """Record on this machine that the user has added folders to an index. If the record can't be written, log it.
 
     Args:
-        table: the index.
-        folders: folder -> its real path, resolved when the user named the folder and not again.
-        left: folders in it are removed from the record.
+        table: Table of the index.
+        folders: Path of each folder -> real path that it had when the user named it.
+        moved_from: Old path of a folder that was moved. This folder and the folders inside it are removed from the
+            record. None: nothing is removed.
     """
-    asked = {one: real for one, real in asked_folders(table).items() if not left or not Path(one).is_relative_to(left)}
-    asked |= {str(folder): real for folder, real in folders.items()}
+    recorded = requested_folders(table)
+    if moved_from:
+        recorded = {path: real for path, real in recorded.items() if not Path(path).is_relative_to(moved_from)}
+    recorded |= {str(folder): real for folder, real in folders.items()}
     try:
-        write_json(_record(table), {"index": table.where, "folders": asked})
+        write_json(_record_path(table), {"index": table.where, "folders": recorded})
     except OSError as error:
-        note("thumbnails_alone", _record(table), error)
+        log_message("thumbnails_alone", _record_path(table), error)
 
 
-def _record(table: PictureTable) -> Path:
-    """Not beside the index, which may have come whole from elsewhere, nor in a cache, which may be emptied."""
+def _record_path(table: PictureTable) -> Path:
+    """Return the path of the JSON file that records the folders of an index on this machine.
+
+    The file is in the user's state directory. It is not in the index, which may come from another machine, and not in a
+    cache, which may be emptied.
+    """
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    where = table.where if table.remote else os.path.realpath(table.where)
+    where = table.where if table.is_remote else os.path.realpath(table.where)
     return Path(state, "capivara", "folders", f"{blake2b(where.encode(), digest_size=16).hexdigest()}.json")
 
 
-def kept_rules(table: PictureTable) -> Rules:
-    """What is left out of the folders of an index."""
-    known = json.loads(table.about().get(RULES_KEY, "{}"))
-    return Rules(tuple(known.get("exclude", ())), frozenset(known.get("forgotten", ())))
+def load_rules(table: PictureTable) -> IgnoreRules:
+    """Return the rules for ignoring files and folders that an index stores."""
+    stored = json.loads(table.read_metadata().get(RULES_KEY, "{}"))
+    return IgnoreRules(tuple(stored.get("exclude", ())), frozenset(stored.get("forgotten", ())))
 
 
-def note_rules(table: PictureTable, rules: Rules) -> None:
-    """Keep rules with an index, in place of those that it has."""
-    if rules != kept_rules(table):
-        kept = {"exclude": rules.exclude, "forgotten": sorted(rules.forgotten)}
-        table.note({RULES_KEY: json.dumps(kept, ensure_ascii=False)})
+def save_rules(table: PictureTable, rules: IgnoreRules) -> None:
+    """Replace the rules for ignoring files and folders that an index stores.
+
+    Args:
+        table: Table of the index.
+        rules: The new rules. Nothing is written if they are equal to the stored rules.
+    """
+    if rules != load_rules(table):
+        values = {"exclude": rules.exclude, "forgotten": sorted(rules.forgotten)}
+        table.set_metadata({RULES_KEY: json.dumps(values, ensure_ascii=False)})
 
 
-def skipped_counts(table: PictureTable) -> Counter[str]:
-    """`Added.skipped`, of all folders of an index."""
+def load_ignored_counts(table: PictureTable) -> Counter[str]:
+    """Return how many files and folders the latest update of whole folders has ignored in all folders of an index.
+
+    Args:
+        table: Table of the index.
+
+    Returns:
+        Reason -> number of ignored files and folders. `IndexReport.ignored_counts` explains the reasons.
+    """
     counts = Counter[str]()
-    for key, value in table.about().items():
-        if key.startswith(FOLDER_KEY):
-            with suppress(ValueError, AttributeError):  # older versions have kept nothing there
-                counts.update({why: n for why, n in json.loads(value).items() if type(n) is int})
+    for key, value in table.read_metadata().items():
+        if key.startswith(FOLDER_KEY_PREFIX):
+            # The value is empty until the first update of the folder ends, and in indexes of older versions.
+            with suppress(ValueError, AttributeError):
+                counts.update({reason: n for reason, n in json.loads(value).items() if type(n) is int})
     return counts
 
 
 def folders_to_add(
     table: PictureTable, folders: Mapping[Path, str], exclude: Sequence[str] = (), include: Sequence[str | Path] = ()
 ) -> dict[Path, str]:
-    """`PictureIndex.folders_to_add`, of absolute paths with their real paths."""
-    rules = kept_rules(table)
-    rules.changed(exclude, include)  # says now what is wrong with them
+    """Return the folders that an update of the index has to scan.
+
+    Args:
+        table: Table of the index.
+        folders: Absolute path of each folder that the user names -> its real path. Empty: all folders that were added
+            on this machine and are available (`is_available`). A warning in the log lists the other folders.
+        exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
+        include: Stored patterns to remove, and forgotten paths (`IgnoreRules.forgotten`) to index again. A forgotten
+            folder that lies outside of all other folders is scanned, too.
+
+    Returns:
+        Absolute path of each folder to scan -> its real path.
+
+    Raises:
+        ValueError: If there is no folder to scan, a pattern is invalid, an entry of `include` is neither a stored
+            pattern nor a forgotten path, or `exclude` contains the path of a file instead of a pattern.
+    """
+    rules = load_rules(table)
+    rules.updated(exclude, include)  # called only to raise the errors of invalid patterns now
     known, paths = table.folders(), dict(folders)
-    asked = {one: real for one, real in asked_folders(table).items() if one in known}
+    recorded = {folder: real for folder, real in requested_folders(table).items() if folder in known}
     if not folders:
-        paths = {Path(one): real for one, real in asked.items() if lies_at(one, real)}
-        if away := sorted(set(known) - set(map(str, paths))):
-            note("folders_away", ", ".join(away), level=logging.WARNING)
-    for place in map(absolute_folder, include):
-        if rules.forgotten_with(str(place)) and place.is_dir() and not any(map(place.is_relative_to, [*asked, *paths])):
-            paths[place] = os.path.realpath(place)
+        paths = {Path(folder): real for folder, real in recorded.items() if is_available(folder, real)}
+        if unavailable := sorted(set(known) - set(map(str, paths))):
+            log_message("folders_away", ", ".join(unavailable), level=logging.WARNING)
+    for path in map(to_absolute_path, include):
+        is_inside = any(map(path.is_relative_to, [*recorded, *paths]))
+        if not is_inside and path.is_dir() and rules.find_forgotten_parent(str(path)):
+            paths[path] = os.path.realpath(path)
     if not paths:
-        raise failure(ValueError, "no_known_folder")
-    if wrong := [one for one in exclude if _is_path(one, {*map(Path, known), *paths})]:
-        raise failure(ValueError, "path_excluded", pattern=wrong[0])
+        raise localized_error(ValueError, "no_known_folder")
+    if mistaken := [pattern for pattern in exclude if _is_mistaken_path(pattern, {*map(Path, known), *paths})]:
+        raise localized_error(ValueError, "path_excluded", pattern=mistaken[0])
     return paths
 
 
-def _is_path(pattern: str, folders: Iterable[Path]) -> bool:
-    """Whether a pattern is a path from here into one of these folders, and leaves nothing out, unlike what is meant."""
-    place = Path(os.path.abspath(os.path.expanduser(pattern)))
-    inside = [one for one in folders if place.is_relative_to(one)] if "/" in pattern.rstrip("/") else []
-    excluded = (Rules((pattern,)).reason(str(place), str(one), place.is_dir()) for one in inside)
-    return bool(inside) and os.path.lexists(place) and not any(excluded)
+def _is_mistaken_path(pattern: str, folders: Iterable[Path]) -> bool:
+    """Return whether the user has probably confused a pattern with a path.
+
+    This is the case if the pattern, read as a path relative to the working directory, names an existing file or folder
+    inside one of the folders, but does not match this file as a pattern. Patterns are relative to the indexed folders.
+
+    Args:
+        pattern: Pattern in the syntax of `.gitignore`.
+        folders: Absolute paths of the indexed folders.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(pattern)))
+    parents = [folder for folder in folders if path.is_relative_to(folder)] if "/" in pattern.rstrip("/") else []
+    matches = (IgnoreRules((pattern,)).reason(str(path), str(parent), path.is_dir()) for parent in parents)
+    return bool(parents) and os.path.lexists(path) and not any(matches)
 
 
-def lies_at(folder: str | Path, real: str, may_be_empty: bool = False) -> bool:
-    """Return whether a folder has this real path and holds something, which an unmounted disk does not."""
+def is_available(folder: str | Path, real_path: str, allow_empty: bool = False) -> bool:
+    """Return whether a folder exists, can be read, and still has its recorded real path.
+
+    An empty folder counts as unavailable by default, because the mount point of a disk that is not mounted is empty.
+
+    Args:
+        folder: Path of the folder.
+        real_path: Real path that the folder had when the user added it.
+        allow_empty: Whether an empty folder counts as available.
+
+    Returns:
+        True if the folder is available.
+    """
     with suppress(OSError), os.scandir(folder) as entries:
-        return os.path.realpath(folder) == real and (may_be_empty or next(entries, None) is not None)
+        return os.path.realpath(folder) == real_path and (allow_empty or next(entries, None) is not None)
     return False
 
 
 def forget_folder(table: PictureTable, path: Path) -> int:
-    """`PictureIndex.forget`, of an absolute path."""
+    """Remove a folder or file from an index, and add its path to the rules so that later updates ignore it.
+
+    Args:
+        table: Table of the index.
+        path: Absolute path of the folder or file.
+
+    Returns:
+        The number of pictures that were removed from the index.
+    """
     with table.locked():
-        removed, failed = (table.remove_where(within(path), name) for name in (PICTURES, LEFT_OUT))
-        if removed or failed or os.path.lexists(path):
-            rules = kept_rules(table)
-            note_rules(table, replace(rules, forgotten=rules.forgotten | {str(path)}))
-        table.remove([FOLDER_KEY + one for one in table.folders() if Path(one).is_relative_to(path)], ABOUT)
+        removed = table.delete_matching(folders_clause(path), PICTURES_TABLE)
+        skipped = table.delete_matching(folders_clause(path), SKIPPED_FILES_TABLE)
+        if removed or skipped or os.path.lexists(path):
+            rules = load_rules(table)
+            save_rules(table, replace(rules, forgotten=rules.forgotten | {str(path)}))
+        folders_inside = [folder for folder in table.folders() if Path(folder).is_relative_to(path)]
+        table.delete_paths([FOLDER_KEY_PREFIX + folder for folder in folders_inside], METADATA_TABLE)
         table.purge()
     return removed
 
 
 def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
-    """`PictureIndex.move`. What is interrupted goes on by the same call: the rows come first, in one version."""
+    """Rewrite the paths in an index after the user has moved or renamed a folder of pictures.
+
+    If the call is interrupted, it can be repeated: the rows change first, those of each table in a single commit.
+
+    Args:
+        table: Table of the index.
+        old: Absolute path of the folder before the move.
+        new: Absolute path of the folder now.
+
+    Returns:
+        The number of pictures that the index had in the old folder, and the number of these pictures whose files exist
+        in the new folder.
+
+    Raises:
+        ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
+            pictures exists in the new folder.
+    """
     if old == new or old in new.parents or new in old.parents:
-        raise failure(ValueError, "move_nested", old=old, new=new)
+        raise localized_error(ValueError, "move_nested", old=old, new=new)
     with table.locked():
-        paths = table.rows(["path"], within(old))["path"].to_pylist()
-        folders, about, rules = table.folders(), table.about(), kept_rules(table)
-        inside = [FOLDER_KEY + one for one in folders if Path(one).is_relative_to(old)]
-        if not paths and not inside:
-            raise failure(ValueError, "move_nothing", path=old)
-        there = sum(os.path.isfile(_moved(path, old, new)) for path in paths)
-        if paths and not there:
-            raise failure(ValueError, "move_not_there", path=old, total=len(paths), example=_moved(paths[0], old, new))
-        for name in (PICTURES, LEFT_OUT):
+        paths = table.rows(["path"], folders_clause(old))["path"].to_pylist()
+        folders, metadata, rules = table.folders(), table.read_metadata(), load_rules(table)
+        old_keys = [FOLDER_KEY_PREFIX + folder for folder in folders if Path(folder).is_relative_to(old)]
+        if not paths and not old_keys:
+            raise localized_error(ValueError, "move_nothing", path=old)
+        existing = sum(os.path.isfile(_moved_path(path, old, new)) for path in paths)
+        if paths and not existing:
+            example = _moved_path(paths[0], old, new)
+            raise localized_error(ValueError, "move_not_there", path=old, total=len(paths), example=example)
+        for name in (PICTURES_TABLE, SKIPPED_FILES_TABLE):
             _move_rows(table, name, old, new)
-        within_old = [one for one in rules.forgotten if Path(one).is_relative_to(old)]
-        moved = frozenset(_moved(one, old, new) for one in within_old)
-        note_rules(table, replace(rules, forgotten=(rules.forgotten - {*within_old}) | moved))
-        values = {key.replace(str(old), str(new), 1): about[key] for key in inside}
-        if any(Path(one) in old.parents for one in folders) and not any(map(new.is_relative_to, folders)):
-            values[FOLDER_KEY + str(new)] = ""  # it was part of a folder that stays
-        table.note(values)
-        # What an index says of itself may lead out of the folder that was named.
-        real_paths = {one: os.path.realpath(one) for one in table.folders()}
-        inside_new = Path(os.path.realpath(new))
-        note_asked(table, {one: real for one, real in real_paths.items() if Path(real).is_relative_to(inside_new)}, old)
-        table.remove(inside, ABOUT)
+        forgotten_inside = [path for path in rules.forgotten if Path(path).is_relative_to(old)]
+        moved = frozenset(_moved_path(path, old, new) for path in forgotten_inside)
+        save_rules(table, replace(rules, forgotten=(rules.forgotten - {*forgotten_inside}) | moved))
+        values = {key.replace(str(old), str(new), 1): metadata[key] for key in old_keys}
+        if any(Path(folder) in old.parents for folder in folders) and not any(map(new.is_relative_to, folders)):
+            # The old folder was inside an indexed folder. The new folder is outside of all indexed folders, so it is
+            # added to the index as a folder of its own.
+            values[FOLDER_KEY_PREFIX + str(new)] = ""
+        table.set_metadata(values)
+        # The list of folders in the index is not trusted. A folder is recorded as added by the user only if its real
+        # path is inside the real path of the new folder, which the user has named.
+        real_paths = {folder: os.path.realpath(folder) for folder in table.folders()}
+        real_new = Path(os.path.realpath(new))
+        requested = {folder: real for folder, real in real_paths.items() if Path(real).is_relative_to(real_new)}
+        record_requested_folders(table, requested, old)
+        table.delete_paths(old_keys, METADATA_TABLE)
         table.purge()
-    return len(paths), there
+    return len(paths), existing
 
 
-def _moved(path: str, old: Path, new: Path) -> str:
+def _moved_path(path: str, old: Path, new: Path) -> str:
+    """Return the path that a file or folder inside `old` has after `old` was moved to `new`."""
     return str(new) + path[len(str(old)) :]
 
 
 def _move_rows(table: PictureTable, name: str, old: Path, new: Path) -> None:
-    """Rewrite the paths of a table; rows that are at the new place already are the newer ones."""
-    clause, taken = within(old), set(table.rows(["path"], within(new), name)["path"].to_pylist())
+    """Rewrite the paths of one table after a folder was moved.
+
+    If the table already has a row for a new path, this row is kept because it is newer, and the old row is deleted.
+
+    Args:
+        table: Table of the index.
+        name: Name of the LanceDB table to change.
+        old: Absolute path of the folder before the move.
+        new: Absolute path of the folder now.
+    """
+    clause, existing_paths = (
+        folders_clause(old),
+        set(table.rows(["path"], folders_clause(new), name)["path"].to_pylist()),
+    )
     paths = table.rows(["path"], clause, name)["path"].to_pylist()
-    table.remove([path for path in paths if _moved(path, old, new) in taken], name)
-    moved = f"concat({quoted(str(new))}, substr(path, {len(str(old)) + 1}))"
+    table.delete_paths([path for path in paths if _moved_path(path, old, new) in existing_paths], name)
+    moved_path_sql = f"concat({quote_sql(str(new))}, substr(path, {len(str(old)) + 1}))"
     if paths:
-        table.write(name, lambda opened: opened.update(where=clause, values_sql={"path": moved}))
+        table.run_write(name, lambda opened: opened.update(where=clause, values_sql={"path": moved_path_sql}))

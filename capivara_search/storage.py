@@ -1,7 +1,8 @@
-"""What a disk or an object storage says when it fails, as one line for people: which index, which part, what to do.
+"""Convert errors of LanceDB, the disk and object storage to one-line messages for users.
 
-LanceDB raises the errors of its engine as RuntimeError or ValueError, with a text for developers over many lines; an
-object storage's answers stand somewhere in it.
+A message says which index and which table has the problem, and what the user can do. LanceDB raises the errors of its
+Rust code as RuntimeError or ValueError. Their texts are written for developers, have many lines, and include the
+responses of an object storage. Therefore errors are recognized by patterns in these texts.
 """
 
 import errno
@@ -12,21 +13,34 @@ from contextlib import contextmanager
 from functools import partial
 
 from capivara_common.privacy import redact
-from capivara_search.words import failure
+from capivara_search.messages import localized_error
 
-FAILURES = (RuntimeError, OSError, ValueError)  # what LanceDB raises
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-ADDRESS = re.compile(r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII)
-# Of the engine's texts. The rest of them stands for a file that is missing or broken.
-CONFLICT = re.compile(r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I)
-ENGINE = re.compile(r"lance error|LanceError|Encountered corrupt|External error: Not found|appear to be a Lance file")
-RUST_PLACE = re.compile(r",?\s*\S+\.rs(:\d+)+")  # of the engine's code, for its developers
-MAX_DETAIL = 200  # letters of the engine's own text
-# Code, what the engine says, and number of the error; `no_answer` is of object storage alone.
-KNOWN = (
+LANCEDB_ERRORS = (RuntimeError, OSError, ValueError)  # types of the errors that LanceDB raises
+# Environment variables with the address of an object storage, and the form of a valid address.
+ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+ENDPOINT_RE = re.compile(
+    r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII
+)
+# A path that looks like an address, and the addresses that LanceDB accepts. It takes any other one for a folder.
+SCHEME_RE = re.compile(r"[A-Za-z][\w+.-]+:/", re.ASCII)
+ADDRESS_RE = re.compile(r"[A-Za-z][\w+.-]+://([^/@\s]*@)?[\w.%-]*(:\d{1,5})?([/?#].*)?", re.ASCII)
+# Patterns in LanceDB's error texts. If a text matches `LANCE_ERROR_RE` and no other pattern of this module, a file of
+# the index is missing or damaged.
+WRITE_CONFLICT_RE = re.compile(
+    r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I
+)
+LANCE_ERROR_RE = re.compile(
+    r"lance error|LanceError|Encountered corrupt|External error: Not found|appear to be a Lance file"
+)
+# Locations in LanceDB's source code. They are removed from messages, because they help only LanceDB's developers.
+RUST_LOCATION_RE = re.compile(r",?\s*\S+\.rs(:\d+)+")
+MAX_DETAIL_CHARACTERS = 200  # maximum number of characters of LanceDB's text that a message quotes
+# Each entry has the key of a message in messages.yaml, a pattern in LanceDB's text, and the errno of the new OSError.
+# The first matching entry counts. "no_answer" applies only to object storage.
+STORAGE_ERROR_PATTERNS = (
     ("index_full", r"No space left|os error 28|StorageFull|InsufficientCapacity", errno.ENOSPC),
     ("too_many_files", r"Too many open files|os error 24", errno.EMFILE),
-    # Without the number of a status alone, which may be one of milliseconds.
+    # A status code must follow the word "status", because a 403 alone may be a number of milliseconds.
     ("no_answer", r"NoSuchBucket|(?i:bucket does not exist)|Forbidden|AccessDenied|Unauthorized|status:? 40[13]"
                   r"|InvalidAccessKeyId|SignatureDoesNotMatch|Permission denied|error sending request|tcp connect"
                   r"|dns error|Connection refused|operation timed out|kind: (Connect|Timeout|Request|Unknown)|BadScheme"
@@ -36,58 +50,111 @@ KNOWN = (
 )  # fmt: skip
 
 
-class DamagedIndex(ValueError):
-    """A part of an index can't be read; the text names the part."""
+class DamagedIndexError(ValueError):
+    """Error for a missing or damaged file of an index. The message names the damaged table."""
 
 
 @contextmanager
-def explained(where: str, part: str = "") -> Iterator[None]:
-    """Let what LanceDB raises, of an index and one of its tables, become one line.
+def wrap_storage_errors(where: str, part: str = "") -> Iterator[None]:
+    """Convert LanceDB errors that are raised in the `with` block to errors with one-line messages.
 
-    Raises OSError: no space left, no permission, a refusal of the object storage, no answer, or others who write.
-    DamagedIndex: a file of the index is missing or broken.
+    Args:
+        where: Folder or address of the index.
+        part: Name of the table, for the message. Empty: the message says "tables".
+
+    Yields:
+        None.
+
+    Raises:
+        OSError: If there is no disk space left, there is no permission, the object storage refuses access or does not
+            answer, or a write conflicts with writes of other processes.
+        DamagedIndexError: If a file of the index is missing or damaged.
     """
     try:
         yield
-    except DamagedIndex:
+    except DamagedIndexError:
         raise
-    except FAILURES as error:
-        raise explanation(error, where, part) from error
+    except LANCEDB_ERRORS as error:
+        raise to_index_error(error, where, part) from error
 
 
-def explanation(error: Exception, where: str, part: str = "") -> Exception:
-    """The error in our words, with a code and values; itself where it is none of the known ones."""
+def to_index_error(error: Exception, where: str, part: str = "") -> Exception:
+    """Convert an error that LanceDB raised to an error with an error code and a one-line message.
+
+    Args:
+        error: The error.
+        where: Folder or address of the index.
+        part: Name of the table, for the message. Empty: the message says "tables".
+
+    Returns:
+        The new error. An error that was converted before is returned unchanged. An error of an unknown kind is returned
+        unchanged, too, unless its text contains credentials; these are removed in a new OSError.
+    """
     if hasattr(error, "code"):
         return error
-    if refused := refusal(error, where):
-        return refused
-    if is_conflict(error):
-        return failure(partial(OSError, errno.EAGAIN), "conflict", path=where)
-    if isinstance(error, RuntimeError | ValueError) and ENGINE.search(str(error)):
+    if access_error := to_access_error(error, where):
+        return access_error
+    if is_write_conflict(error):
+        return localized_error(partial(OSError, errno.EAGAIN), "conflict", path=where)
+    if isinstance(error, RuntimeError | ValueError) and LANCE_ERROR_RE.search(str(error)):
         code = "damaged_remote" if "://" in where else "damaged"
-        detail = redact(" ".join(RUST_PLACE.sub("", str(error)).split()))[:MAX_DETAIL]
-        return failure(DamagedIndex, code, path=where, part=part or "tables", detail=detail)
-    hidden = redact(str(error))
-    return error if hidden == str(error) else OSError(errno.EIO, hidden)
+        detail = redact(" ".join(RUST_LOCATION_RE.sub("", str(error)).split()))[:MAX_DETAIL_CHARACTERS]
+        return localized_error(DamagedIndexError, code, path=where, part=part or "tables", detail=detail)
+    redacted = redact(str(error))
+    return error if redacted == str(error) else OSError(errno.EIO, redacted)
 
 
-def is_conflict(error: Exception) -> bool:
-    """Whether another process has written at the same moment, so that the same call may succeed now."""
-    return bool(CONFLICT.search(str(error)))
+def is_write_conflict(error: Exception) -> bool:
+    """Return whether a write failed because another process wrote at the same time.
+
+    If so, the write may succeed when it is tried again.
+
+    Args:
+        error: Error that LanceDB raised.
+    """
+    return bool(WRITE_CONFLICT_RE.search(str(error)))
 
 
-def refusal(error: Exception, where: str) -> OSError | None:
-    """What the disk or the object storage of an index has refused, in our words: what lies there may be whole."""
-    # Without the name of the index, which may say anything.
-    text = redact(" ".join(RUST_PLACE.sub("", str(error).replace(where, "")).split()))
-    for code, pattern, number in KNOWN:
+def to_access_error(error: Exception, where: str) -> OSError | None:
+    """Convert an error to an OSError if the disk or the object storage refused access.
+
+    Examples are a full disk, a missing permission and an object storage that does not answer. Such an error does not
+    mean that the index is damaged.
+
+    Args:
+        error: Error that LanceDB raised.
+        where: Folder or address of the index.
+
+    Returns:
+        An error with an error code and a one-line message. None if the error has another cause.
+    """
+    # The location of the index is removed from the text, because the name of a folder could match a pattern.
+    text = redact(" ".join(RUST_LOCATION_RE.sub("", str(error).replace(where, "")).split()))
+    for code, pattern, number in STORAGE_ERROR_PATTERNS:
         if ("://" in where or code != "no_answer") and re.search(pattern, text):
-            # OSError makes a PermissionError of its number.
-            return failure(partial(OSError, number), code, path=where, text=text[:MAX_DETAIL])
+            # OSError(errno, ...) creates an instance of the matching subclass, such as PermissionError for EACCES.
+            return localized_error(partial(OSError, number), code, path=where, text=text[:MAX_DETAIL_CHARACTERS])
     return None
 
 
-def check_address() -> None:
-    """Raise ValueError where the storage's address is none, of which its driver panics; a password may stand in it."""
-    if not all(ADDRESS.fullmatch(os.environ.get(name) or "http://none") for name in ENDPOINTS):
-        raise failure(ValueError, "storage_address", example="https://host:9000")
+def check_address(where: str) -> None:
+    """Raise ValueError if the location of an index begins like an address, such as `s3:/x`, but is not a valid one.
+
+    LanceDB would create a local folder, whose name would repeat the keys in the address.
+    """
+    if SCHEME_RE.match(where) and not ADDRESS_RE.fullmatch(where):
+        # `redact` finds the keys only after "://".
+        address = redact(re.sub(":/+", "://", where, count=1))
+        raise localized_error(ValueError, "index_address", path=address, example="s3://bucket/fotos")
+
+
+def check_endpoints() -> None:
+    """Validate the addresses of object storage in the environment variables `ENDPOINT_VARIABLES`.
+
+    Without this check, LanceDB's Rust code would panic on an invalid address.
+
+    Raises:
+        ValueError: If an address is invalid. The message does not quote the address, because it may include a password.
+    """
+    if not all(ENDPOINT_RE.fullmatch(os.environ.get(name) or "http://none") for name in ENDPOINT_VARIABLES):
+        raise localized_error(ValueError, "storage_address", example="https://host:9000")

@@ -1,9 +1,13 @@
-"""The table that an index is: a row a picture, in LanceDB, in a folder of this machine or on object storage.
+"""Storage of an index: LanceDB tables in a folder of this machine or on object storage.
 
-Beside `pictures` there are two small tables: `left_out`, the files that could not be read and why, and `about`, what is
-known of the whole. Every call sees the newest version, whole. Up to `EXACT_ROWS` pictures all vectors are compared.
-Above, an approximate index (IVF with RabitQ codes, then the vectors of its best candidates) answers, together with a
-look at the rows that it does not have yet.
+An index has three tables. `pictures` has one row per picture. `left_out` lists the files that could not be read, with
+the reason. `about` contains key-value metadata of the index. LanceDB writes a new version of a table for each change;
+every call in this module reads the newest version.
+
+Searches compare all vectors in tables of up to `MAX_EXACT_ROWS` rows. Larger tables get an approximate vector index of
+the type IVF-RQ: an inverted file (IVF) whose vectors are quantized to RaBitQ codes (arXiv 2405.12497). A search
+compares the best candidates of the vector index again by their full vectors. Rows that are not in the vector index yet
+are compared exactly.
 """
 
 import fcntl
@@ -18,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import date, datetime, timedelta
 from functools import cached_property, partial
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,523 +31,830 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capivara_search import storage
+from capivara_search.messages import localized_error, log_message
 from capivara_search.results import Hit
-from capivara_search.storage import FAILURES, DamagedIndex
-from capivara_search.words import failure, note
+from capivara_search.storage import LANCEDB_ERRORS, DamagedIndexError
 
 if TYPE_CHECKING:
     import lancedb
 
-LAYOUT = 1  # of the tables; a later one that this version can't read has a larger number
-LAYOUT_KEY = b"capivara.layout"
-PICTURES, LEFT_OUT, ABOUT = "pictures", "left_out", "about"
-KEYS = {LEFT_OUT: "path", ABOUT: "key", PICTURES: "path"}  # an index is there when its pictures are, the last of them
-FOLDER_KEY = "folder:"  # in `about`, before the path of a folder that was added; JSON of what rules left out of it
-RULES_KEY = "rules"  # JSON of what is left out of all folders
-THUMBNAIL = "thumbnail"
-LOOK = "look"  # which an index of before the column has not
+# Version of the layout of the tables. Raise it if the layout changes in such a way that older code can't read it.
+LAYOUT_VERSION = 1
+LAYOUT_METADATA_KEY = b"capivara.layout"
+PICTURES_TABLE, SKIPPED_FILES_TABLE, METADATA_TABLE = "pictures", "left_out", "about"
+# Key column of each table, in the order in which the tables are created. `pictures` is the last one, so an index with
+# this table is complete.
+TABLE_KEY_COLUMNS = {SKIPPED_FILES_TABLE: "path", METADATA_TABLE: "key", PICTURES_TABLE: "path"}
+# Keys of the metadata table. Each indexed folder has the key `FOLDER_KEY_PREFIX` + path. The value is a JSON object
+# with the number of ignored files and folders in this folder, by reason.
+FOLDER_KEY_PREFIX = "folder:"
+RULES_KEY = "rules"  # the value is JSON: the rules for ignoring files, which apply to all folders
+TRAINED_ROWS_KEY = "approximate_rows"  # number of rows that the approximate vector index was trained on
+THUMBNAIL_COLUMN = "thumbnail"
+COLOR_SIGNATURE_COLUMN = "look"  # indexes that were made before this column existed do not have it
+# Columns that `to_hits` converts to a `Hit`.
 HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
+# Dates are limited to this range, because a file's time is stored in nanoseconds as a 64-bit integer.
+EARLIEST_DATE, LATEST_DATE = date(1800, 1, 1), date(2200, 1, 1)
+# Makes a column the primary key. If two processes then insert the same key at the same time, one of the writes fails
+# and is repeated. Without a primary key, both writes would succeed and leave two rows with this key.
+PRIMARY_KEY_METADATA = {b"lance-schema:unenforced-primary-key:position": b"1"}
 
-EARLIEST, LATEST = date(1800, 1, 1), date(2200, 1, 1)  # days that a file's time in nanoseconds can be compared with
-# Two who insert the same key at the same time are told apart by it.
-KEY = {b"lance-schema:unenforced-primary-key:position": b"1"}
-
-EXACT_ROWS = 50_000
-TRAINED_KEY = "approximate_rows"  # of `about`: rows that the approximate index was learnt from
-# Of the approximate index. Tried on 1,000,000 clustered vectors of 512, two cores at work on other things: to sentences
-# (cosine 0.37) and pictures (0.99), recall@10 0.999 and 1.0, median 17 ms, p95 21 ms, 0.55 GB of memory. With IVF_SQ
-# 23 ms and 0.85 GB, with codes of one bit recall 0.985 at 200 probes; IVF_HNSW_SQ took 3 minutes to build at 200,000.
-CODE_BITS = 4  # a number of a vector
-PROBES = 64  # partitions, of about 8,192 vectors each
-REFINE = 4  # times the wanted rows
-LEARN_S = 5e-5  # seconds a row that it takes to build: 3.2e-5 of 100,000, 6.9e-5 of 1,000,000 (benchmarks.search)
-UNINDEXED_ROWS = 10_000  # that are looked at beside the approximate index; more are taken into it
-SMALL_FILES = 24  # of the table; more are put together
-GROWTH = 2  # the partitions are learnt anew when there are so many times the rows that they were learnt from
-CACHE_BYTES = 640 << 20  # of the approximate index in memory; that of 1,000,000 pictures of 512 numbers needs 520 MiB
-KEEP_VERSIONS = timedelta(minutes=10)  # on object storage, where others may write at the same time
-REMOTE_AGE = timedelta(seconds=1)  # how old what is known of an object storage may be: to ask costs a request
-IN_ONE_CLAUSE = 500  # paths
-TRIES = 12  # of a write that others' writes get in the way of
+MAX_EXACT_ROWS = 50_000  # tables with more rows get an approximate vector index
+# Settings of the approximate vector index, measured on 1,000,000 clustered vectors of width 512 on two busy cores:
+# recall@10 is 0.999 for queries like sentences (cosine 0.37 to their picture) and 1.0 for queries like pictures (cosine
+# 0.99). A search has a median of 17 ms and a 95th percentile of 21 ms, and needs 0.55 GB of memory. The alternatives
+# are worse: IVF_SQ takes 23 ms and 0.85 GB, codes of one bit reach a recall of 0.985 with 200 probed partitions, and
+# IVF_HNSW_SQ takes 3 minutes to build for 200,000 vectors.
+BITS_PER_DIMENSION = 4
+PROBED_PARTITIONS = 64  # partitions that a search compares; each partition has about 8,192 vectors
+REFINE_FACTOR = 4  # candidates per requested row that are compared by their full vectors
+# Time to build the vector index, in seconds per row. Measured: 3.2e-5 s per row of 100,000 rows, 6.9e-5 s per row of
+# 1,000,000 rows (`benchmarks.search`).
+TRAINING_S_PER_ROW = 5e-5
+MAX_UNINDEXED_ROWS = 10_000  # if more rows are outside the vector index, `PictureTable.optimize` adds them to it
+MAX_SMALL_FRAGMENTS = 24  # if a table has at least this many small data files, `PictureTable.optimize` merges them
+RETRAIN_GROWTH_FACTOR = 2  # the vector index is trained again when the table has grown by this factor
+# Size of the cache for the vector index in memory. The vector index of 1,000,000 vectors of width 512 needs 520 MiB.
+VECTOR_INDEX_CACHE_BYTES = 640 << 20
+# Old versions of tables on object storage are kept for this time, because other machines may still read them.
+REMOTE_VERSION_LIFETIME = timedelta(minutes=10)
+# Maximum age of LanceDB's cached state of a table on object storage, where each check for a newer version is a request.
+REMOTE_READ_CONSISTENCY = timedelta(seconds=1)
+MAX_PATHS_PER_CLAUSE = 500  # maximum number of paths in one SQL condition
+MAX_WRITE_ATTEMPTS = 12  # attempts of a write that conflicts with writes of other processes
 
 T = TypeVar("T")
 
 
-def schema(width: int) -> pa.Schema:
-    """The columns of `pictures`, with vectors of `width` numbers."""
+def pictures_schema(width: int) -> pa.Schema:
+    """Return the schema of the table `pictures` for a model.
+
+    Args:
+        width: Width of the model's vectors, which determines the name and type of the vector column.
+    """
     return pa.schema(
         [
-            pa.field("path", pa.string(), False, KEY),  # absolute
+            pa.field("path", pa.string(), False, PRIMARY_KEY_METADATA),  # absolute
             pa.field("size", pa.int64(), False),  # bytes
-            pa.field("mtime_ns", pa.int64(), False),
-            pa.field("digest", pa.string(), False),  # BLAKE2b-128 of the file, in hexadecimal
-            pa.field("width", pa.int32(), False),  # pixels, upright
-            pa.field("height", pa.int32(), False),
-            pa.field("taken", pa.timestamp("us")),  # the camera's local time
+            pa.field("mtime_ns", pa.int64(), False),  # nanoseconds since 1970
+            pa.field("digest", pa.string(), False),  # BLAKE2b-128 digest of the file's content, in hexadecimal
+            pa.field("width", pa.int32(), False),  # pixels, after rotating the picture upright
+            pa.field("height", pa.int32(), False),  # pixels
+            pa.field("taken", pa.timestamp("us")),  # EXIF date, in the camera's local time
             pa.field("latitude", pa.float64()),  # degrees
-            pa.field("longitude", pa.float64()),
-            pa.field(THUMBNAIL, pa.binary()),  # WebP
-            pa.field(LOOK, pa.binary()),  # `duplicates.look_of`
-            pa.field("model", pa.string(), False),  # SearchModel.image_digest
+            pa.field("longitude", pa.float64()),  # degrees
+            pa.field(THUMBNAIL_COLUMN, pa.binary()),  # WebP file
+            pa.field(COLOR_SIGNATURE_COLUMN, pa.binary()),  # result of `duplicates.color_signature`
+            pa.field("model", pa.string(), False),  # digest of the model that made the vector (`image_digest`)
             pa.field(vector_column(width), pa.list_(pa.float16(), width)),  # unit length
         ],
-        metadata={LAYOUT_KEY: str(LAYOUT).encode()},
+        metadata={LAYOUT_METADATA_KEY: str(LAYOUT_VERSION).encode()},
     )
 
 
 def vector_column(width: int) -> str:
-    """The column of vectors of one width: a model of another width adds its own."""
+    """Return the name of the column that contains vectors of a given width.
+
+    Vectors of models with different widths are stored in different columns.
+
+    Args:
+        width: Number of values per vector.
+    """
     return f"vector_{width}"
 
 
-def compared_columns(width: int) -> list[str]:
-    """Those that `duplicates.compared_rows` takes, with those of hits; an older index has no `look`."""
-    return [*HIT_COLUMNS, vector_column(width), "model", LOOK]
+def comparison_columns(width: int) -> list[str]:
+    """Return the names of the columns that are needed to make hits and to compare pictures for near-duplicates.
+
+    Args:
+        width: Width of the model's vectors.
+    """
+    return [*HIT_COLUMNS, vector_column(width), "model", COLOR_SIGNATURE_COLUMN]
 
 
-EMPTY = {
-    PICTURES: schema(1),
-    LEFT_OUT: pa.schema([*(schema(1).field(name) for name in ("path", "size", "mtime_ns")),
-                         pa.field("reason", pa.string(), False)]),
-    ABOUT: pa.schema([pa.field("key", pa.string(), False, KEY), pa.field("value", pa.string(), False)]),
-}  # fmt: skip
+TABLE_SCHEMAS = {
+    PICTURES_TABLE: pictures_schema(1),
+    SKIPPED_FILES_TABLE: pa.schema(
+        [
+            *(pictures_schema(1).field(name) for name in ("path", "size", "mtime_ns")),
+            pa.field("reason", pa.string(), False),
+        ]
+    ),
+    METADATA_TABLE: pa.schema(
+        [pa.field("key", pa.string(), False, PRIMARY_KEY_METADATA), pa.field("value", pa.string(), False)]
+    ),
+}
 
 
 class PictureTable:
-    """The tables of one index, in a folder or at an address such as s3://bucket/fotos.
+    """The LanceDB tables of one index: methods to read, search, write, optimize and repair them.
 
-    Raises ValueError: something else lies there. OSError: it may not be read.
+    Args:
+        where: Folder of the index, or an address on object storage such as s3://bucket/fotos. The index need not exist
+            yet.
+
+    Raises:
+        ValueError: If the address is invalid, or the path is a file, or a folder that contains something other than an
+            index.
+        OSError: If there is no permission to read the folder.
     """
 
     def __init__(self, where: str | Path):
         self.where = str(where)
-        self.remote = "://" in self.where
-        if not self.remote:
+        storage.check_address(self.where)
+        self.is_remote = "://" in self.where
+        if not self.is_remote:
             self.where = str(Path(self.where).expanduser().absolute())
             self._check_folder()
-        self._tables: dict[str, Any] = {}
-        self._kept: dict[str, tuple[int, Any]] = {}
+        self._open_tables: dict[str, Any] = {}
+        self._cache: dict[str, tuple[int, Any]] = {}
 
     def _check_folder(self) -> None:
+        """Raise ValueError if the path of the index can't be used for an index.
+
+        This is the case for a file, a broken symbolic link, and a folder that contains something other than an index.
+        """
         folder = Path(self.where)
         if os.path.isfile(folder) or (os.path.islink(folder) and not os.path.exists(folder)):
-            raise failure(ValueError, "index_is_file", path=folder)
-        if not os.path.isdir(folder):  # nor where nobody may look
+            raise localized_error(ValueError, "index_is_file", path=folder)
+        if not os.path.isdir(folder):  # this includes a parent folder without permission; `open_table` reports that
             return
-        with storage.explained(self.where):
+        with storage.wrap_storage_errors(self.where):
             names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        if names and not any(f"{name}.lance" in names for name in KEYS):
-            raise failure(ValueError, "other_folder", path=folder, name=names[0])
+        if names and not any(f"{name}.lance" in names for name in TABLE_KEY_COLUMNS):
+            raise localized_error(ValueError, "other_folder", path=folder, name=names[0])
 
     @cached_property
     def _connection(self) -> "lancedb.DBConnection":
-        os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings are said by `note`, in a line of ours
-        import lancedb  # here: it takes a second
+        """LanceDB's connection to the folder or address of the index, opened on first access."""
+        # LanceDB's own warnings are turned off, because this module reports the important ones with `log_message`.
+        os.environ.setdefault("LANCEDB_LOG", "error")
+        import lancedb  # imported late because the import takes a second
 
-        if self.remote:
-            storage.check_address()
-        with storage.explained(self.where):
+        if self.is_remote:
+            storage.check_endpoints()
+        with storage.wrap_storage_errors(self.where):
             return lancedb.connect(
                 self.where,
-                read_consistency_interval=REMOTE_AGE if self.remote else timedelta(0),
-                storage_options={"allow_http": "true"},  # where the address begins so
-                session=lancedb.Session(index_cache_size_bytes=CACHE_BYTES),
+                read_consistency_interval=REMOTE_READ_CONSISTENCY if self.is_remote else timedelta(0),
+                storage_options={"allow_http": "true"},  # applies only to http addresses
+                session=lancedb.Session(index_cache_size_bytes=VECTOR_INDEX_CACHE_BYTES),
             )
 
-    def _folder(self, name: str) -> str:
+    def _table_path(self, name: str) -> str:
+        """Return the folder or address of a table, such as /home/ana/pictures.lance/about.lance for "about"."""
         return f"{self.where.rstrip('/')}/{name}.lance"
 
-    def table(self, name: str) -> Any:
-        """One of the tables, or None where it is not there. Raises ValueError: it is damaged, newer, or not ours."""
-        if name not in self._tables:
-            with storage.explained(self.where, name):
-                if not self.remote and not Path(self._folder(name)).is_dir():
+    def open_table(self, table_name: str) -> Any:
+        """Open a table of the index. Later calls return the same object.
+
+        Args:
+            table_name: Name of the table, a key of `TABLE_KEY_COLUMNS`.
+
+        Returns:
+            LanceDB's table, or None if the table does not exist.
+
+        Raises:
+            ValueError: If the table is damaged (DamagedIndexError), was made by a newer version of this package, or was
+                not made by this package.
+            OSError: If the storage refuses access or does not answer.
+        """
+        if table_name not in self._open_tables:
+            with storage.wrap_storage_errors(self.where, table_name):
+                if not self.is_remote and not Path(self._table_path(table_name)).is_dir():
                     return None
                 try:
-                    table = self._connection.open_table(name)
+                    table = self._connection.open_table(table_name)
                     if not table.schema.names:
-                        # The engine reads a record of zeros, as a power cut may leave it, as a table without columns.
+                        # A power cut may leave a manifest of zeros, which LanceDB reads as a table without columns.
                         raise RuntimeError("LanceError: the newest record of its files holds zeros")
-                except Exception as error:  # the engine's RustPanic among them, which is none of FAILURES
-                    # If there are rows, only the record of their files is missing.
-                    there = not self.remote and any(Path(self._folder(name), "data").glob("*"))
-                    if "was not found" in str(error) and not there:
+                except Exception as error:  # some errors, such as LanceDB's RustPanic, are not in `LANCEDB_ERRORS`
+                    # If there are data files, the table does exist, and only its manifest is missing.
+                    has_data = not self.is_remote and any(Path(self._table_path(table_name), "data").glob("*"))
+                    if "was not found" in str(error) and not has_data:
                         return None
-                    if isinstance(error, FAILURES) and (self.remote or storage.refusal(error, self.where)):
+                    is_refused = self.is_remote or storage.to_access_error(error, self.where)
+                    if isinstance(error, LANCEDB_ERRORS) and is_refused:
                         raise
-                    raise failure(DamagedIndex, "damaged_record", path=self.where, part=self._folder(name)) from error
-            if name == PICTURES:
+                    raise localized_error(
+                        DamagedIndexError, "damaged_record", path=self.where, part=self._table_path(table_name)
+                    ) from error
+            if table_name == PICTURES_TABLE:
                 self._check_layout(table.schema)
-            self._tables[name] = table
-        return self._tables[name]
+            self._open_tables[table_name] = table
+        return self._open_tables[table_name]
 
-    def _check_layout(self, found: pa.Schema) -> None:
-        """Raise ValueError where a table was not made by this project, or by a newer version of it."""
-        number = (found.metadata or {}).get(LAYOUT_KEY, b"").decode(errors="replace")
+    def _check_layout(self, schema: pa.Schema) -> None:
+        """Raise ValueError if the table `pictures` was not made by this package, or by a newer version of it.
+
+        Args:
+            schema: Schema of the table. Its metadata contains the version of the layout.
+        """
+        number = (schema.metadata or {}).get(LAYOUT_METADATA_KEY, b"").decode(errors="replace")
         if not number.isdigit():
-            raise failure(ValueError, "other_table", path=self.where)
-        if int(number) > LAYOUT:
-            raise failure(ValueError, "newer_index", path=self.where, layout=number, known=LAYOUT)
+            raise localized_error(ValueError, "other_table", path=self.where)
+        if int(number) > LAYOUT_VERSION:
+            raise localized_error(ValueError, "newer_index", path=self.where, layout=number, known=LAYOUT_VERSION)
 
     @property
     def pictures(self) -> Any:
-        """The table of pictures. Raises ValueError where there is no index."""
-        table = self.table(PICTURES)
+        """LanceDB's table `pictures`.
+
+        Raises:
+            ValueError: If the index does not exist.
+        """
+        table = self.open_table(PICTURES_TABLE)
         if table is None:
-            raise failure(ValueError, "no_index", where=self.where)
+            raise localized_error(ValueError, "no_index", where=self.where)
         return table
 
     def exists(self) -> bool:
-        """Whether there is an index yet."""
-        return self.table(PICTURES) is not None
+        """Return whether the index has been created."""
+        return self.open_table(PICTURES_TABLE) is not None
 
     def create(self, width: int) -> None:
-        """Make what is missing of the tables, and the column for vectors of this width."""
-        for name in KEYS:
-            if self.table(name) is None:
-                columns = schema(width) if name == PICTURES else EMPTY[name]
-                made = partial(self._connection.create_table, name, schema=columns, exist_ok=True)
-                self.write(name, lambda _, made=made: made())
+        """Create the tables and the vector column if they do not exist yet.
+
+        Args:
+            width: Width of the model's vectors.
+        """
+        for name in TABLE_KEY_COLUMNS:
+            if self.open_table(name) is None:
+                columns = pictures_schema(width) if name == PICTURES_TABLE else TABLE_SCHEMAS[name]
+                create = partial(self._connection.create_table, name, schema=columns, exist_ok=True)
+                self.run_write(name, lambda _, create=create: create())
         if width not in self.widths():
-            column = pa.schema([schema(width).field(vector_column(width))])
-            self.write(PICTURES, lambda table: None if width in self.widths() else table.add_columns(column))
+            column = pa.schema([pictures_schema(width).field(vector_column(width))])
+            self.run_write(PICTURES_TABLE, lambda table: None if width in self.widths() else table.add_columns(column))
 
     def columns(self) -> pa.Schema:
-        """Of the pictures, as they are now."""
-        return self.read(PICTURES, lambda table: table.schema)
+        """Return the current schema of the table `pictures`: the names and types of its columns."""
+        return self.run_read(PICTURES_TABLE, lambda table: table.schema)
 
     def widths(self) -> list[int]:
-        """Of the columns of vectors."""
-        return [one.type.list_size for one in self.columns() if pa.types.is_fixed_size_list(one.type)]
+        """Return the width of each vector column of the table `pictures`."""
+        return [column.type.list_size for column in self.columns() if pa.types.is_fixed_size_list(column.type)]
 
     def version(self) -> int:
-        """A number that grows with every change."""
-        with storage.explained(self.where):
-            return sum(table.version for name in KEYS if (table := self.table(name)) is not None)
+        """Return a number that grows with every change of the index: the sum of the versions of its tables."""
+        with storage.wrap_storage_errors(self.where):
+            return sum(table.version for name in TABLE_KEY_COLUMNS if (table := self.open_table(name)) is not None)
 
-    def kept(self, name: str, make: Callable[[], T]) -> T:
-        """What is made of the pictures, and of a model in use, until they change."""
-        version = 0 if self.table(PICTURES) is None else self.read(PICTURES, lambda table: table.version)
-        if self._kept.get(name, (None,))[0] != version:
-            self._kept[name] = version, make()
-        return self._kept[name][1]
+    def cached(self, name: str, compute: Callable[[], T]) -> T:
+        """Return a value that is computed from the table `pictures`, and cache it until this table changes.
+
+        Args:
+            name: Key of the value in the cache.
+            compute: Function that computes the value. It is called only if the cache has no current value.
+
+        Returns:
+            The cached or computed value.
+        """
+        version = 0
+        if self.open_table(PICTURES_TABLE) is not None:
+            version = self.run_read(PICTURES_TABLE, lambda table: table.version)
+        if self._cache.get(name, (None,))[0] != version:
+            self._cache[name] = version, compute()
+        return self._cache[name][1]
 
     def bytes(self) -> int | None:
-        """Of its files; None on object storage."""
-        if self.remote:
+        """Return the size of the index on disk in bytes, or None on object storage."""
+        if self.is_remote:
             return None
         return sum(path.stat().st_size for path in Path(self.where).rglob("*") if path.is_file())
 
-    # --- reading
+    # --- Reading
 
-    def read(self, name: str, operation: Callable[[Any], T]) -> T:
-        """What an operation on a table returns."""
-        table = self.pictures if name == PICTURES else self.table(name)
-        with storage.explained(self.where, name):
+    def run_read(self, table_name: str, operation: Callable[[Any], T]) -> T:
+        """Run a read operation on the newest version of a table.
+
+        If the operation fails, it is run once more, because another process may have merged and removed the files that
+        it was reading.
+
+        Args:
+            table_name: Name of the table.
+            operation: Function that takes LanceDB's table and returns a result.
+
+        Returns:
+            The result of the operation.
+
+        Raises:
+            ValueError: If the index does not exist, or one of its files is damaged (DamagedIndexError).
+            OSError: If the storage refuses access or does not answer.
+        """
+        table = self.pictures if table_name == PICTURES_TABLE else self.open_table(table_name)
+        with storage.wrap_storage_errors(self.where, table_name):
             try:
                 return operation(table)
-            except FAILURES as error:
-                if storage.refusal(error, self.where):
+            except LANCEDB_ERRORS as error:
+                if storage.to_access_error(error, self.where):
                     raise
-                table.checkout_latest()  # its files may have been compacted away while they were read
+                table.checkout_latest()  # another process may have compacted the files away during the read
                 return operation(table)
 
-    def rows(self, columns: Sequence[str], where: str | None = None, table: str = PICTURES) -> pa.Table:
-        """Some columns of all rows, or of those of a clause; empty where the table is not there."""
-        if self.table(table) is None:
-            return EMPTY[table].empty_table().select([name for name in columns if name in EMPTY[table].names])
-        return self.read(table, lambda opened: _plain(opened, columns, where).to_arrow())
+    def rows(self, columns: Sequence[str], clause: str | None = None, table: str = PICTURES_TABLE) -> pa.Table:
+        """Read the rows of a table that match an SQL condition.
 
-    def of_paths(self, columns: Sequence[str], paths: Sequence[str]) -> pa.Table:
-        """`rows`, of some paths."""
-        parts = [paths[i : i + IN_ONE_CLAUSE] for i in range(0, len(paths), IN_ONE_CLAUSE)]
-        found = [self.rows(columns, among("path", part)) for part in parts]
-        return pa.concat_tables(found) if found else self.rows(columns, "false")
+        Args:
+            columns: Names of the columns to read. Names that the table does not have are ignored.
+            clause: SQL condition. None: all rows.
+            table: Name of the table.
 
-    def batches(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
-        """Some columns of all pictures, or of those of a clause, a batch at a time, of one version."""
-        with storage.explained(self.where, PICTURES):  # it is read while it is asked for
-            yield from self.read(PICTURES, lambda table: _plain(table, columns, where).to_batches())
+        Returns:
+            The rows, in any order. No rows if the table does not exist.
+        """
+        if self.open_table(table) is None:
+            names = [name for name in columns if name in TABLE_SCHEMAS[table].names]
+            return TABLE_SCHEMAS[table].empty_table().select(names)
+        return self.run_read(table, lambda opened: _build_scan(opened, columns, clause).to_arrow())
 
-    def sample(self, width: int, image_digest: str, most: int) -> np.ndarray:
-        """Vectors (rows, width) of a model's pictures, of at most so many rows, spread evenly over the table."""
-        rows, column = self.count(), vector_column(width)
-        if not rows:
+    def rows_of_paths(self, columns: Sequence[str], paths: Sequence[str]) -> pa.Table:
+        """Read the rows of the pictures with the given paths.
+
+        Args:
+            columns: Names of the columns to read. Names that the table does not have are ignored.
+            paths: Absolute paths of pictures. Paths that are not in the index are ignored.
+
+        Returns:
+            The rows, in any order.
+        """
+        parts = [paths[i : i + MAX_PATHS_PER_CLAUSE] for i in range(0, len(paths), MAX_PATHS_PER_CLAUSE)]
+        tables = [self.rows(columns, in_clause("path", part)) for part in parts]
+        return pa.concat_tables(tables) if tables else self.rows(columns, "false")
+
+    def batches(self, columns: Sequence[str], clause: str | None = None) -> Iterator[pa.RecordBatch]:
+        """Iterate over the rows of the table `pictures` that match an SQL condition.
+
+        All batches are read from the same version of the table, even if it is changed during the iteration.
+
+        Args:
+            columns: Names of the columns to read. Names that the table does not have are ignored.
+            clause: SQL condition. None: all rows.
+
+        Yields:
+            Batches of rows.
+        """
+        # `run_read` only starts the scan. Errors during the iteration must be converted, too.
+        with storage.wrap_storage_errors(self.where, PICTURES_TABLE):
+            yield from self.run_read(PICTURES_TABLE, lambda table: _build_scan(table, columns, clause).to_batches())
+
+    def sample(self, width: int, image_digest: str, max_rows: int) -> np.ndarray:
+        """Read the vectors of pictures that are spread evenly over the table.
+
+        Args:
+            width: Width of the model's vectors.
+            image_digest: Digest of the model (`SearchModel.image_digest`). Vectors of other models are left out.
+            max_rows: Maximum number of rows to read, including rows with vectors of other models.
+
+        Returns:
+            Array (rows, width), float16.
+        """
+        row_count, column = self.count(), vector_column(width)
+        if not row_count:
             return np.empty((0, width), np.float16)
-        places = np.linspace(0, rows - 1, min(rows, most)).astype(int).tolist()
-        found = self.read(PICTURES, lambda table: table.take_offsets(places).select(["model", column]).to_arrow())
-        return as_array(found.filter(pc.equal(found["model"], image_digest))[column])
+        offsets = np.linspace(0, row_count - 1, min(row_count, max_rows)).astype(int).tolist()
+        rows = self.run_read(
+            PICTURES_TABLE, lambda table: table.take_offsets(offsets).select(["model", column]).to_arrow()
+        )
+        return to_array(rows.filter(pc.equal(rows["model"], image_digest))[column])
 
-    def count(self, where: str | None = None, table: str = PICTURES) -> int:
-        """Rows, all or those of a clause."""
-        return 0 if self.table(table) is None else self.read(table, lambda opened: opened.count_rows(where))
+    def count(self, clause: str | None = None, table: str = PICTURES_TABLE) -> int:
+        """Return the number of rows of a table that match an SQL condition.
 
-    def of_other_models(self, image_digest: str) -> int:
-        """How many rows hold vectors of other models."""
-        return self.kept(image_digest, lambda: self.count(f"model != {quoted(image_digest)}"))
+        Args:
+            clause: SQL condition. None: all rows.
+            table: Name of the table.
 
-    def about(self) -> dict[str, str]:
-        """What is known of the whole: key -> value."""
-        rows = self.rows(["key", "value"], table=ABOUT)
+        Returns:
+            The number of rows, which is 0 if the table does not exist.
+        """
+        return 0 if self.open_table(table) is None else self.run_read(table, lambda opened: opened.count_rows(clause))
+
+    def count_other_models(self, image_digest: str) -> int:
+        """Return the number of pictures that were embedded with other models than the given model.
+
+        Args:
+            image_digest: Digest of the given model (`SearchModel.image_digest`).
+        """
+        return self.cached(image_digest, lambda: self.count(f"model != {quote_sql(image_digest)}"))
+
+    def read_metadata(self) -> dict[str, str]:
+        """Return the key-value metadata of the index (the table `about`)."""
+        rows = self.rows(["key", "value"], table=METADATA_TABLE)
         return dict(zip(rows["key"].to_pylist(), rows["value"].to_pylist(), strict=True))
 
     def folders(self) -> list[str]:
-        """Those that were added."""
-        return sorted(key.removeprefix(FOLDER_KEY) for key in self.about() if key.startswith(FOLDER_KEY))
+        """Return the paths of the folders that were added to the index, sorted."""
+        keys = [key for key in self.read_metadata() if key.startswith(FOLDER_KEY_PREFIX)]
+        return sorted(key.removeprefix(FOLDER_KEY_PREFIX) for key in keys)
 
     def model(self) -> dict[str, Any] | None:
-        """Source, name, width and image_digest of the model that pictures were added with last."""
+        """Return the model that the latest update of the index used.
+
+        Returns:
+            Dictionary with the keys `source` (folder or Hub id), `name`, `width` (of its vectors) and `image_digest`
+            (`SearchModel.image_digest`). None if the index has no model yet.
+        """
         with suppress(KeyError, json.JSONDecodeError):
-            return json.loads(self.about()["model"])
+            return json.loads(self.read_metadata()["model"])
         return None
 
-    # --- the nearest rows
+    # --- Nearest neighbors
 
-    def nearest(self, vector: np.ndarray, k: int, where: str | None = None, exact: bool = False) -> pa.Table:
-        """The k rows nearest to a vector (width,) of unit length, best first, of equal ones by path.
+    def nearest(self, vector: np.ndarray, k: int, clause: str | None = None, exact: bool = False) -> pa.Table:
+        """Return the pictures whose vectors are nearest to a query vector.
 
-        They meet the clause `where`, and have the `compared_columns`, and as `score` their cosines. `exact`: every
-        vector is compared.
+        Args:
+            vector: Query vector (width,), of unit length.
+            k: Maximum number of rows.
+            clause: SQL condition that the rows must match. None: all rows.
+            exact: Compare every vector, even if there is an approximate vector index.
+
+        Returns:
+            Rows with the columns that `comparison_columns` lists, and the column `score` with the cosine of each row's
+            vector with the query vector. Rows are sorted by score, best first, then by path.
         """
-        quick = not exact and self.is_approximate(len(vector))
-        found = self.read(PICTURES, lambda table: _search(table, vector, k, where, quick).to_arrow())
-        scores = np.clip(unit(as_array(found[vector_column(len(vector))])) @ vector, -1, 1)
-        found = found.append_column("score", pa.array(scores, pa.float64()))
-        return found.sort_by([("score", "descending"), ("path", "ascending")])
+        approximate = not exact and self.has_approximate_index(len(vector))
+        rows = self.run_read(
+            PICTURES_TABLE, lambda table: _build_vector_query(table, vector, k, clause, approximate).to_arrow()
+        )
+        scores = np.clip(l2_normalize(to_array(rows[vector_column(len(vector))])) @ vector, -1, 1)
+        rows = rows.append_column("score", pa.array(scores, pa.float64()))
+        return rows.sort_by([("score", "descending"), ("path", "ascending")])
 
-    def is_approximate(self, width: int) -> bool:
-        """Whether an approximate index of vectors of this width answers."""
+    def has_approximate_index(self, width: int) -> bool:
+        """Return whether the table `pictures` has an approximate vector index for vectors of this width."""
         return vector_column(width) in self.indices()
 
     def indices(self) -> dict[str, Any]:
-        """Column -> what LanceDB says of its index."""
-        found = self.kept("indices", lambda: self.read(PICTURES, lambda table: table.list_indices()))
-        return {one.columns[0]: one for one in found}
+        """Return the LanceDB indexes of the table `pictures`.
 
-    # --- writing
+        Returns:
+            Name of the indexed column -> LanceDB's description of the index.
+        """
+        indices = self.cached("indices", lambda: self.run_read(PICTURES_TABLE, lambda table: table.list_indices()))
+        return {index.columns[0]: index for index in indices}
 
-    def write(self, name: str, operation: Callable[[Any], T]) -> T:
-        """What an operation that changes a table returns; where another one writes at that moment, it is done again."""
-        with storage.explained(self.where, name):
-            for tries in itertools.count(1):
+    # --- Writing
+
+    def run_write(self, table_name: str, operation: Callable[[Any], T]) -> T:
+        """Run a write operation on a table.
+
+        If the operation conflicts with a write of another process, it is run again, up to `MAX_WRITE_ATTEMPTS` times.
+
+        Args:
+            table_name: Name of the table.
+            operation: Function that takes LanceDB's table, or None if the table does not exist.
+
+        Returns:
+            The result of the operation.
+
+        Raises:
+            ValueError: If a file of the index is damaged (DamagedIndexError).
+            OSError: If there is no disk space left, there is no permission, the object storage does not answer, or the
+                last attempt conflicts, too.
+        """
+        with storage.wrap_storage_errors(self.where, table_name):
+            for attempt in itertools.count(1):
                 try:
-                    return operation(self.table(name))
-                except FAILURES as error:
-                    if tries == TRIES or not storage.is_conflict(error):
+                    return operation(self.open_table(table_name))
+                except LANCEDB_ERRORS as error:
+                    if attempt == MAX_WRITE_ATTEMPTS or not storage.is_write_conflict(error):
                         raise
-                time.sleep(random.uniform(0.05, 0.2) * tries)
-                if name in self._tables:
-                    self._tables[name].checkout_latest()
+                time.sleep(random.uniform(0.05, 0.2) * attempt)
+                if table_name in self._open_tables:
+                    self._open_tables[table_name].checkout_latest()
 
-    def merge(self, rows: pa.Table, table: str = PICTURES) -> None:
-        """Write rows in one piece, in place of those of the same key."""
+    def upsert(self, rows: pa.Table, table: str = PICTURES_TABLE) -> None:
+        """Insert rows into a table in one commit. Existing rows with the same keys are replaced.
+
+        Args:
+            rows: Rows to insert, with the columns of the table.
+            table: Name of the table. `TABLE_KEY_COLUMNS` says which column is its key.
+        """
 
         def merge(opened: Any) -> None:
-            query = opened.merge_insert(KEYS[table]).when_matched_update_all().when_not_matched_insert_all()
-            query.execute(rows, on_bad_vectors="null")  # rows of another width have none
+            """Insert or replace the rows in LanceDB's table."""
+            query = opened.merge_insert(TABLE_KEY_COLUMNS[table])
+            query = query.when_matched_update_all().when_not_matched_insert_all()
+            query.execute(rows, on_bad_vectors="null")  # the rows have no values for vector columns of other widths
 
-        self.write(table, merge)
+        self.run_write(table, merge)
 
-    def remove(self, paths: Sequence[str], table: str = PICTURES) -> None:
-        """Remove the rows of some paths."""
-        for start in range(0, len(paths), IN_ONE_CLAUSE):
-            clause = among(KEYS[table], paths[start : start + IN_ONE_CLAUSE])
-            self.write(table, lambda opened, clause=clause: opened.delete(clause))
+    def delete_paths(self, paths: Sequence[str], table: str = PICTURES_TABLE) -> None:
+        """Delete the rows with the given paths.
 
-    def remove_where(self, where: str, table: str = PICTURES) -> int:
-        """Remove the rows of a clause; returns how many there were."""
-        if number := self.count(where, table):
-            self.write(table, lambda opened: opened.delete(where))
+        Args:
+            paths: Paths of the rows to delete. For the metadata table, whose rows have no path: their keys.
+            table: Name of the table.
+        """
+        for start in range(0, len(paths), MAX_PATHS_PER_CLAUSE):
+            clause = in_clause(TABLE_KEY_COLUMNS[table], paths[start : start + MAX_PATHS_PER_CLAUSE])
+            self.run_write(table, lambda opened, clause=clause: opened.delete(clause))
+
+    def delete_matching(self, clause: str, table: str = PICTURES_TABLE) -> int:
+        """Delete the rows of a table that match an SQL condition.
+
+        Args:
+            clause: SQL condition.
+            table: Name of the table.
+
+        Returns:
+            The number of deleted rows.
+        """
+        if number := self.count(clause, table):
+            self.run_write(table, lambda opened: opened.delete(clause))
         return number
 
-    def note(self, values: dict[str, str]) -> None:
-        """Set some of `about`."""
-        known = self.about()
-        if changed := {key: value for key, value in values.items() if known.get(key) != value}:
+    def set_metadata(self, values: dict[str, str]) -> None:
+        """Set entries of the key-value metadata of the index (the table `about`).
+
+        Args:
+            values: Key -> new value. Entries that already have this value are not written again.
+        """
+        stored = self.read_metadata()
+        if changed := {key: value for key, value in values.items() if stored.get(key) != value}:
             columns = {"key": list(changed), "value": list(changed.values())}
-            self.merge(pa.table(columns, schema=EMPTY[ABOUT]), ABOUT)
+            self.upsert(pa.table(columns, schema=TABLE_SCHEMAS[METADATA_TABLE]), METADATA_TABLE)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only one who adds to an index in a folder; who comes second waits, and says so.
+        """Hold the lock of the index during the `with` block, so that only one process at a time writes to the index.
 
-        On object storage there is no lock: rows of one path are told apart by their key.
+        If another process holds the lock, a warning is logged, and the call waits. Indexes on object storage have no
+        lock; there, the primary key prevents that two processes write two rows for the same path.
         """
-        lock = None if self.remote else self._lock()
+        lock = None if self.is_remote else self._acquire_lock()
         try:
             yield
         finally:
             if lock is not None:
-                with suppress(OSError):  # it is not empty, as it is where nothing was made
+                with suppress(OSError):  # removes the folder if no table was created; fails if it is not empty
                     Path(self.where).rmdir()
                 os.close(lock)
 
-    def _lock(self) -> int | None:
-        """The folder, made where it is missing, and locked; None on a disk without locks."""
+    def _acquire_lock(self) -> int | None:
+        """Lock the folder of the index, which is created if it does not exist.
+
+        Returns:
+            File descriptor of the folder, which holds the lock until it is closed. None if the file system does not
+            support locks.
+        """
         folder = Path(self.where)
         while True:
-            with storage.explained(self.where):
+            with storage.wrap_storage_errors(self.where):
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                note("waiting", self.where, level=logging.WARNING)
+                log_message("waiting", self.where, level=logging.WARNING)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
                 os.close(lock)
                 return None
-            with suppress(FileNotFoundError):  # who had it may have removed it
+            with suppress(FileNotFoundError):  # the process that held the lock may have removed the folder
                 if os.path.samestat(os.fstat(lock), os.stat(folder)):
                     return lock
             os.close(lock)
 
-    # --- upkeep
+    # --- Maintenance
 
-    def tidy(self, width: int) -> None:
-        """Put small files together, bring the indices up to date, and remove old versions, where that is due."""
+    def optimize(self, width: int) -> None:
+        """Merge small data files, train or update the approximate vector index, and remove old versions of the table.
+
+        Each of these is done only if it is worthwhile, according to the constants of this module.
+
+        Args:
+            width: Width of the model's vectors.
+        """
         from lancedb.index import BTree, IvfRq
 
-        column, rows = vector_column(width), self.count()
-        if self._must_learn(width, rows):
+        column, row_count = vector_column(width), self.count()
+        if self._must_train_index(width, row_count):
             start = time.monotonic()
-            code = IvfRq(distance_type="cosine", num_bits=CODE_BITS)
-            for name, config in (("path", BTree()), (column, code)):
-                self.write(PICTURES, lambda table, name=name, config=config: table.create_index(name, config=config))
-            self.note({TRAINED_KEY: str(rows)})
-            note("approximate", rows, time.monotonic() - start)
-        behind = max((one.num_unindexed_rows for one in self.indices().values()), default=0)
-        small = self.read(PICTURES, lambda table: table.stats()["fragment_stats"]["num_small_fragments"])
-        if small >= SMALL_FILES or behind > UNINDEXED_ROWS:
-            self.write(PICTURES, partial(_optimize, age=KEEP_VERSIONS if self.remote else timedelta(0)))
+            quantization = IvfRq(distance_type="cosine", num_bits=BITS_PER_DIMENSION)
+            for indexed_column, config in (("path", BTree()), (column, quantization)):
+                create = methodcaller("create_index", indexed_column, config=config)
+                self.run_write(PICTURES_TABLE, create)
+            self.set_metadata({TRAINED_ROWS_KEY: str(row_count)})
+            log_message("approximate", row_count, time.monotonic() - start)
+        unindexed = max((index.num_unindexed_rows for index in self.indices().values()), default=0)
+        small = self.run_read(PICTURES_TABLE, lambda table: table.stats()["fragment_stats"]["num_small_fragments"])
+        if small >= MAX_SMALL_FRAGMENTS or unindexed > MAX_UNINDEXED_ROWS:
+            max_age = REMOTE_VERSION_LIFETIME if self.is_remote else timedelta(0)
+            self.run_write(PICTURES_TABLE, partial(_compact, age=max_age))
 
-    def _must_learn(self, width: int, rows: int) -> bool:
-        """Return whether `tidy` builds the approximate index, if the table has so many rows."""
-        column = vector_column(width)
-        is_learnt = column in self.indices() and rows < GROWTH * int(self.about().get(TRAINED_KEY, 0))
-        return rows > EXACT_ROWS and not is_learnt and width % 8 == 0  # RabitQ codes require a width divisible by 8
+    def _must_train_index(self, width: int, row_count: int) -> bool:
+        """Return whether `optimize` would train the approximate vector index.
 
-    def tidy_seconds(self, width: int, rows: int) -> float:
-        """Estimate how long `tidy` takes once the table has so many rows."""
-        return LEARN_S * rows if self._must_learn(width, rows) else 0.0
+        Args:
+            width: Width of the model's vectors.
+            row_count: Number of rows of the table `pictures`.
+        """
+        if row_count <= MAX_EXACT_ROWS or width % 8:  # IVF-RQ requires a width divisible by 8
+            return False
+        trained_rows = int(self.read_metadata().get(TRAINED_ROWS_KEY, 0))
+        return vector_column(width) not in self.indices() or row_count >= RETRAIN_GROWTH_FACTOR * trained_rows
+
+    def estimate_optimize_seconds(self, width: int, row_count: int) -> float:
+        """Estimate how long `optimize` will take.
+
+        Args:
+            width: Width of the model's vectors.
+            row_count: Number of rows that the table will have then.
+
+        Returns:
+            Seconds. The estimate is 0 if the approximate vector index need not be trained.
+        """
+        return TRAINING_S_PER_ROW * row_count if self._must_train_index(width, row_count) else 0.0
 
     def purge(self) -> None:
-        """Remove from the disk what removed rows have left there, their thumbnails among it."""
-        for name in KEYS:
-            if self.table(name) is not None:
-                self.write(name, partial(_optimize, age=timedelta(0)))
+        """Remove the data of deleted rows, for example thumbnails of forgotten pictures, from the disk for good.
 
-    def mend(self) -> None:
-        """Of a damaged index in a folder, take the newest version that can be read, and say what is lost with the rest.
-
-        Called by who has the lock. A table of which no version can be read is set aside, to be made anew. Raises
-        DamagedIndex where the newest record of a table is whole but can't be read, as of a newer LanceDB.
+        LanceDB only marks deleted rows. This method rewrites the tables and removes all old versions.
         """
-        for name in () if self.remote else reversed(KEYS):
-            self._mend(name)
+        for name in TABLE_KEY_COLUMNS:
+            if self.open_table(name) is not None:
+                self.run_write(name, partial(_compact, age=timedelta(0)))
 
-    def _mend(self, name: str) -> None:
-        folder = Path(self._folder(name))
+    def repair(self) -> None:
+        """Restore the newest readable version of each damaged table, and log what is lost.
+
+        The folder of a table without a readable version is renamed, so that `create` makes the table again. Indexes on
+        object storage are not repaired. The caller must hold the lock (`locked`).
+
+        Raises:
+            DamagedIndexError: If the newest manifest of a table is complete but can't be read, for example because a
+                newer LanceDB wrote it.
+        """
+        for name in () if self.is_remote else reversed(TABLE_KEY_COLUMNS):
+            self._repair_table(name)
+
+    def _repair_table(self, name: str) -> None:
+        """Restore the newest readable version of one table; see `repair`."""
+        folder = Path(self._table_path(name))
         try:
-            table = self.table(name)
-        except DamagedIndex:
-            record = min(folder.glob("_versions/*.manifest"), default=None)  # they are numbered downwards
-            if record is None:
-                return self._set_aside(folder, "?")
-            if record.read_bytes().endswith(b"LANC"):
+            table = self.open_table(name)
+        except DamagedIndexError:
+            # LanceDB names manifests by descending numbers, so the newest manifest has the lowest number.
+            manifest = min(folder.glob("_versions/*.manifest"), default=None)
+            if manifest is None:
+                return self._set_aside(folder, None)
+            if manifest.read_bytes().endswith(b"LANC"):  # this marks the end of a complete manifest
                 raise
-            record.rename(record.with_name(f"{record.name}.damaged"))  # it was not written whole: the one before counts
-            record.with_name("latest_version_hint.json").unlink(missing_ok=True)
-            self._mend(name)
-            if (table := self.table(name)) is not None:
-                note("older_record", folder, table.count_rows(), level=logging.WARNING)
+            # After the incomplete manifest is renamed, LanceDB opens the version before it.
+            manifest.rename(manifest.with_name(f"{manifest.name}.damaged"))
+            manifest.with_name("latest_version_hint.json").unlink(missing_ok=True)
+            self._repair_table(name)
+            if (table := self.open_table(name)) is not None:
+                log_message("older_record", folder, table.count_rows(), level=logging.WARNING)
             return None
-        if table is None or self._can_read(table):
+        if table is None or self._is_readable(table):
             return None
-        rows = table.count_rows()
-        for one in table.list_indices():  # they are built anew
-            self.write(name, lambda opened, index=one.name: opened.drop_index(index))
-        for version in sorted((one["version"] for one in table.list_versions()), reverse=True):
-            with suppress(*FAILURES):
+        row_count = table.count_rows()
+        for index in table.list_indices():  # an index may be the damaged part; `optimize` creates the indexes again
+            self.run_write(name, methodcaller("drop_index", index.name))
+        for version in sorted((entry["version"] for entry in table.list_versions()), reverse=True):
+            with suppress(*LANCEDB_ERRORS):
                 table.checkout(version)
-                if self._can_read(table):
+                if self._is_readable(table):
                     table.restore()
-                    if (kept := table.count_rows()) < rows:
-                        note("older_version", folder, kept, rows, level=logging.WARNING)
+                    if (restored := table.count_rows()) < row_count:
+                        log_message("older_version", folder, restored, row_count, level=logging.WARNING)
                     return None
-        del self._tables[name]
-        return self._set_aside(folder, rows)
+        del self._open_tables[name]
+        return self._set_aside(folder, row_count)
 
-    def _can_read(self, table: Any) -> bool:
-        """Whether the rows of a table's version can be read, but for thumbnails; of a large one, one column."""
-        names = [name for name in table.schema.names if name != THUMBNAIL]
+    def _is_readable(self, table: Any) -> bool:
+        """Return whether the current version of a table can be read.
+
+        To find out, all columns except the thumbnails are read. In a table of more than `MAX_EXACT_ROWS` rows, only one
+        column is read. If there is a vector index, one of its partitions is searched.
+
+        Args:
+            table: LanceDB's table.
+        """
+        names = [name for name in table.schema.names if name != THUMBNAIL_COLUMN]
         try:
-            for _ in _plain(table, names if table.count_rows() <= EXACT_ROWS else ["size"]).to_batches():
+            for _ in _build_scan(table, names if table.count_rows() <= MAX_EXACT_ROWS else ["size"]).to_batches():
                 pass
-            for (column,) in (one.columns for one in table.list_indices()):
+            for (column,) in (index.columns for index in table.list_indices()):
                 if column == "path":
                     table.count_rows("path = ''")
-                else:  # one partition of it
+                else:
                     query = np.ones(table.schema.field(column).type.list_size, np.float32)
-                    _search(table, query, 1, None, approximate=True).nprobes(1).to_arrow()
-        except FAILURES as error:
-            if refused := storage.refusal(error, self.where):
+                    _build_vector_query(table, query, 1, None, approximate=True).nprobes(1).to_arrow()
+        except LANCEDB_ERRORS as error:
+            if refused := storage.to_access_error(error, self.where):
                 raise refused from error
             return False
         return True
 
-    def _set_aside(self, folder: Path, rows: int | str) -> None:
-        places = (Path(f"{folder}.damaged{number or ''}") for number in itertools.count())
-        folder.rename(aside := next(place for place in places if not os.path.lexists(place)))
-        del self._connection  # which may remember files of that name
-        note("set_aside", folder, rows, aside, level=logging.WARNING)
+    def _set_aside(self, folder: Path, row_count: int | None) -> None:
+        """Rename the folder of a table that can't be repaired to a free name ending in `.damaged`, and log a warning.
+
+        Args:
+            folder: Folder of the table.
+            row_count: Number of rows of the table, for the warning. None if it is not known.
+        """
+        candidates = (Path(f"{folder}.damaged{number or ''}") for number in itertools.count())
+        new_folder = next(candidate for candidate in candidates if not os.path.lexists(candidate))
+        folder.rename(new_folder)
+        del self._connection  # the connection is opened again, because it may have cached files of the old folder
+        if row_count is None:
+            log_message("set_aside_unknown", folder, new_folder, level=logging.WARNING)
+        else:
+            log_message("set_aside", folder, row_count, new_folder, level=logging.WARNING)
 
 
-def as_array(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of vectors, without empty ones, as (rows, width) float16."""
+def to_array(column: pa.ChunkedArray) -> np.ndarray:
+    """Convert a vector column to a NumPy array.
+
+    Args:
+        column: Vectors, float16, without missing values.
+
+    Returns:
+        Array (rows, width), float16.
+    """
     column = column.combine_chunks()
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
 
 
 def to_hits(rows: pa.Table, scores: Sequence[float] | None = None) -> list[Hit]:
-    """Rows with `HIT_COLUMNS` as hits; scores are these, those of a column `score`, or 0."""
+    """Convert rows of the table `pictures` to hits.
+
+    Args:
+        rows: Rows with the columns that `HIT_COLUMNS` lists.
+        scores: Score of each hit. None: the values of the column `score` if the rows have it, otherwise 0.
+
+    Returns:
+        Hits in the order of the rows.
+    """
     if scores is None:
         scores = rows["score"].to_pylist() if "score" in rows.column_names else [0.0] * len(rows)
     hits = []
     for row, score in zip(rows.select(list(HIT_COLUMNS)).to_pylist(), scores, strict=True):
         modified = datetime.fromtimestamp(row.pop("mtime_ns") / 1e9)
-        dated = {"date": row["taken"] or modified, "date_source": "camera" if row["taken"] else "file"}
-        hits.append(Hit(score=float(score), modified=modified, **dated, **row))
+        date_source = "camera" if row["taken"] else "file"
+        hit_date = row["taken"] or modified
+        hits.append(Hit(score=float(score), modified=modified, date=hit_date, date_source=date_source, **row))
     return hits
 
 
-def quoted(text: str) -> str:
-    """A text as SQL writes it."""
+def quote_sql(text: str) -> str:
+    """Return a text as an SQL string literal: in single quotes, with single quotes inside doubled."""
     return "'" + text.replace("'", "''") + "'"
 
 
-def among(column: str, values: Iterable[str]) -> str:
-    """The clause for rows whose column has one of some values."""
-    return f"{column} IN ({', '.join(map(quoted, values))})"
+def in_clause(column: str, values: Iterable[str]) -> str:
+    """Return the SQL condition that a column has one of several values.
+
+    Args:
+        column: Name of the column.
+        values: Accepted values.
+
+    Returns:
+        The condition, such as "path IN ('/a.jpg', '/b.jpg')".
+    """
+    return f"{column} IN ({', '.join(map(quote_sql, values))})"
 
 
-def all_of(clauses: Sequence[str]) -> str | None:
-    """The clause for rows that meet all of some; None where there is none."""
+def join_clauses(clauses: Sequence[str]) -> str | None:
+    """Join SQL conditions with AND. Return None, which means no condition, if the list is empty."""
     return " AND ".join(clauses) or None
 
 
-def within(*folders: str | Path) -> str:
-    """The clause for rows of folders, with the folders in them, or of single files."""
+def folders_clause(*folders: str | Path) -> str:
+    """Return the SQL condition for rows whose path is one of the given paths or lies inside one of them.
+
+    Args:
+        *folders: Absolute paths of folders or files, at least one.
+    """
     paths = [str(folder).rstrip(os.sep) for folder in folders]
-    return "(" + " OR ".join(f"path = {quoted(p)} OR starts_with(path, {quoted(p + os.sep)})" for p in paths) + ")"
+    clauses = [f"path = {quote_sql(path)} OR starts_with(path, {quote_sql(path + os.sep)})" for path in paths]
+    return "(" + " OR ".join(clauses) + ")"
 
 
-def taken_between(since: date | None, until: date | None) -> list[str]:
-    """The clauses for pictures of some days, both included; by the file's time where no camera says when."""
+def date_clauses(since: date | None, until: date | None) -> list[str]:
+    """Return the SQL conditions for pictures of a range of days.
+
+    The date of a picture is its EXIF date if there is one, otherwise the modification time of its file.
+
+    Args:
+        since: First day of the range. None: no first day.
+        until: Last day of the range, which is included. None: no last day.
+
+    Returns:
+        A list with one condition per given day. The caller joins the conditions with AND.
+    """
     clauses = []
-    for day, sign, after in ((since, ">=", 0), (until, "<", 1)):
+    # To include the whole last day, dates are compared with the start of the next day.
+    for day, sign, offset in ((since, ">=", 0), (until, "<", 1)):
         if day is not None:
-            start = datetime.combine(min(max(day, EARLIEST), LATEST) + timedelta(days=after), datetime.min.time())
+            first_day = min(max(day, EARLIEST_DATE), LATEST_DATE) + timedelta(days=offset)
+            start = datetime.combine(first_day, datetime.min.time())
             clauses.append(
                 f"((taken IS NOT NULL AND taken {sign} timestamp '{start:%Y-%m-%d %H:%M:%S}')"
                 f" OR (taken IS NULL AND mtime_ns {sign} {int(start.timestamp()) * 10**9}))"
@@ -550,30 +862,67 @@ def taken_between(since: date | None, until: date | None) -> list[str]:
     return clauses
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (..., width), of length 1, float32."""
+def l2_normalize(vectors: np.ndarray) -> np.ndarray:
+    """Scale vectors to unit length (L2 norm of 1).
+
+    Args:
+        vectors: Array (..., width) of any float type.
+
+    Returns:
+        Array (..., width), float32.
+    """
     vectors = np.asarray(vectors, np.float32)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
-def _optimize(table: Any, age: timedelta) -> None:
-    with warnings.catch_warnings():  # that who reads a version which goes will fail: `read` does it again
+def _compact(table: Any, age: timedelta) -> None:
+    """Merge the small data files of a LanceDB table, and remove old versions.
+
+    Args:
+        table: LanceDB's table.
+        age: Versions that are older than this are removed.
+    """
+    # LanceDB warns that reading a removed version fails. `run_read` handles this, so the warning is hidden.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         table.optimize(cleanup_older_than=age)
 
 
-def _plain(table: Any, columns: Sequence[str], where: str | None = None) -> Any:
+def _build_scan(table: Any, columns: Sequence[str], clause: str | None = None) -> Any:
+    """Build a LanceDB query that reads the rows matching an SQL condition.
+
+    Args:
+        table: LanceDB's table.
+        columns: Names of the columns to read. Names that the table does not have are ignored.
+        clause: SQL condition. None: all rows.
+
+    Returns:
+        LanceDB's query, which has not been run yet.
+    """
     query = table.search().select([name for name in columns if name in table.schema.names])
-    return query.where(where) if where else query
+    return query.where(clause) if clause else query
 
 
-def _search(table: Any, vector: np.ndarray, k: int, where: str | None, approximate: bool = False) -> Any:
-    column, columns = vector_column(len(vector)), compared_columns(len(vector))
+def _build_vector_query(table: Any, vector: np.ndarray, k: int, clause: str | None, approximate: bool = False) -> Any:
+    """Build a LanceDB query for the rows whose vectors are nearest to a vector.
+
+    Args:
+        table: LanceDB's table `pictures`.
+        vector: Query vector (width,).
+        k: Maximum number of rows.
+        clause: SQL condition that the rows must match. None: all rows.
+        approximate: Whether to use the approximate vector index. If False, all vectors are compared.
+
+    Returns:
+        LanceDB's query, which has not been run yet.
+    """
+    column, columns = vector_column(len(vector)), comparison_columns(len(vector))
     query = table.search(np.asarray(vector, np.float32), vector_column_name=column).distance_type("cosine").limit(k)
     query = query.select([*(name for name in columns if name in table.schema.names), "_distance"])
-    query = query.where(where) if where else query
+    query = query.where(clause) if clause else query
     if not approximate:
         return query.bypass_vector_index()
-    query = query.refine_factor(REFINE)
-    # With a clause, partitions are looked into until there are enough rows; without one that takes half as long again.
-    return query.minimum_nprobes(PROBES).maximum_nprobes(0) if where else query.nprobes(PROBES)
+    query = query.refine_factor(REFINE_FACTOR)
+    # With an SQL condition, the probed partitions may contain too few matching rows, so LanceDB may probe more
+    # partitions until it has k rows. Without a condition, this setting would make the search take 1.5 times as long.
+    return query.minimum_nprobes(PROBED_PARTITIONS).maximum_nprobes(0) if clause else query.nprobes(PROBED_PARTITIONS)

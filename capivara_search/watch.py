@@ -1,7 +1,8 @@
-"""Folders that are followed: what changes in them is in the index seconds later.
+"""Watch folders of pictures and update an index within seconds of a change.
 
-`watchfiles` says which paths have changed, all of a burst together. They wait until their size and time are the same at
-two looks, so that no half of a copy is read, and go through `PictureIndex.add`, which looks at them alone.
+The package watchfiles reports changed paths in bursts. A changed file is not read immediately, because it may still be
+copied. Its path waits until the size and modification time of the file are the same in two successive bursts.
+`PictureIndex.add` then updates only the paths that have settled in this way.
 """
 
 import logging
@@ -15,170 +16,255 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from capivara_search.folders import kept_rules, lies_at
-from capivara_search.picture_files import FileState, is_picture_name
-from capivara_search.results import Added
-from capivara_search.words import note
+from capivara_search.folder_scan import FileState, is_picture_name
+from capivara_search.folders import is_available, load_rules
+from capivara_search.messages import log_message
+from capivara_search.results import IndexReport
 
-STILL_MS = 1000  # without a change, then a burst is over, and a file whole; one that goes on after all is read again
-BURST_MS = 2000  # between two looks, where changes go on and on
-POLL_MS = 2000  # between two looks at folders of whose changes the system does not tell
-NETWORK = ("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse.")  # kinds, with "."
-MOUNTS = Path("/proc/self/mountinfo")  # of Linux
-AGAIN_S = 30  # until one that has ended starts again
-ENDING_S = 15  # for a batch that is under way
-PROGRAM = "from capivara_search import command, watch; watch.end_with_parent(); command.run()"
+# A burst of changes ends after this time without a change. If a file changes after its burst, it is read again.
+SETTLED_MS = 1000
+MAX_BURST_MS = 2000  # maximum length of a burst, even if changes never stop
+# Time between two scans of folders for which the operating system reports no changes.
+POLL_INTERVAL_MS = 2000
+# Types of file systems for which Linux does not report changes that other machines make. A dot is added to a type of
+# /proc/self/mountinfo, then the type must start with one of these texts. So "nfs." matches only the type nfs, whereas
+# "fuse." also matches subtypes such as fuse.sshfs.
+NETWORK_FILE_SYSTEMS = (*("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse."),)
+MOUNTINFO_FILE = Path("/proc/self/mountinfo")  # exists on Linux only
+# The follower is a process that runs `capivara watch` for the server of the web page.
+RESTART_DELAY_S = 30  # time before a follower that has ended is started again
+SHUTDOWN_TIMEOUT_S = 15  # time that a follower gets to finish its batch before it is killed
+# Python program of the follower.
+FOLLOWER_PROGRAM = "from capivara_search import command, watch; watch.end_with_parent(); command.run()"
 
 
 def follow_index(
     index: Any,
-    named: Sequence[Path],
+    named_folders: Sequence[Path],
     poll: bool | None,
     stop: threading.Event | None,
     on_progress: Callable[[int, int], None] | None,
-) -> Iterator[Added]:
-    """`PictureIndex.watch`; `index` is one."""
-    from watchfiles import watch  # here: who looks at folders once does not need it
+) -> Iterator[IndexReport]:
+    """Update an index from folders, then watch the folders and index changes (see `PictureIndex.watch`).
 
-    def known() -> dict[Path, str]:
-        """Folders to follow, with the real path that was recorded, or resolved when this call named them."""
-        if not named:
-            return {Path(one): real for one, real in index.asked_folders().items()}
-        return {
-            one: real
-            for one, real in named_paths.items()
-            if is_first or not kept_rules(index._table).forgotten_with(str(one))
-        }
+    Args:
+        index: The PictureIndex to update.
+        named_folders: Absolute paths of the folders to watch. Empty: the folders that were added on this machine.
+        poll: Whether to scan the folders every two seconds instead of waiting for events of the operating system.
+            None: scan only if a folder is on a network file system, which reports no events.
+        stop: Event that ends the iteration when it is set. None: only an interrupt such as Ctrl-C ends the iteration.
+        on_progress: Callback that takes the number of processed pictures and the total number.
 
-    def present(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
-        return _present(folders, may_be_empty=bool(named))
+    Yields:
+        One report for the initial update of all folders, then one report per burst of changes.
 
-    def add(there: Iterable[Path], only: Collection[str] | None) -> Added:
-        added = index.add(*there, only=only, on_progress=on_progress, real_paths=folders)
-        index.model.prepare_images()  # now, so that the first change waits for none of it
-        return added
+    Raises:
+        ValueError: If a folder does not exist, was forgotten or contains no picture when the function starts. If this
+            happens later, for example because a disk was unmounted, a warning is logged, and the index keeps its rows.
+        OSError: If the index can't be written, or there are too many folders for the operating system to watch.
+        ImportError: If watchfiles is not installed.
+    """
+    from watchfiles import watch  # imported late because only this function needs it
 
-    stop, is_first, named_paths = stop or threading.Event(), True, {one: os.path.realpath(one) for one in named}
-    folders = known()
-    if not (present(folders) if named else folders):
-        yield add(folders, None)  # says what is wrong, or waits for another process that adds the first folders
+    def known_folders() -> dict[Path, str]:
+        """Return the folders to watch.
+
+        Returns:
+            Path -> real path. For named folders, the real path was resolved when `follow_index` was called. For other
+            folders, it is the real path that the folder had when the user added it.
+        """
+        if not named_folders:
+            return {Path(folder): real for folder, real in index.requested_folders().items()}
+        if is_first:
+            return dict(named_paths)
+        rules = load_rules(index._table)
+        return {folder: real for folder, real in named_paths.items() if not rules.find_forgotten_parent(str(folder))}
+
+    def available_folders(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
+        """Return the folders that exist and can be read, each with its device and inode."""
+        return _available_folders(folders, allow_empty=bool(named_folders))
+
+    def add(paths: Iterable[Path], only_paths: Collection[str] | None) -> IndexReport:
+        """Update the index from some folders (`paths`), or only from some paths inside them (`only_paths`)."""
+        report = index.add(*paths, only_paths=only_paths, on_progress=on_progress, real_paths=folders)
+        index.model.prepare_images()  # loads the model now, so that the first change need not wait for it
+        return report
+
+    stop, is_first = stop or threading.Event(), True
+    named_paths = {folder: os.path.realpath(folder) for folder in named_folders}
+    folders = known_folders()
+    if not (available_folders(folders) if named_folders else folders):
+        # No folder is available, so this update raises an error that says why. It succeeds only if another process adds
+        # the first folders at this moment.
+        yield add(folders, None)
         is_first = False
     while not stop.is_set():
-        folders = known()
-        there, waiting, only = present(folders), dict[str, FileState | None](), None
-        if missing := [str(folder) for folder in folders if folder not in there]:
-            note("not_there", ", ".join(missing), level=logging.WARNING)
-        while not there and not stop.wait(POLL_MS / 1000):
-            there = present(folders := known())
-        polling = any(map(is_remote, there)) if poll is None else poll
+        folders = known_folders()
+        followed, waiting, only_paths = available_folders(folders), dict[str, FileState | None](), None
+        if missing := [str(folder) for folder in folders if folder not in followed]:
+            log_message("not_there", ", ".join(missing), level=logging.WARNING)
+        while not followed and not stop.wait(POLL_INTERVAL_MS / 1000):
+            folders = known_folders()
+            followed = available_folders(folders)
+        polling = any(map(is_network_folder, followed)) if poll is None else poll
         all_changes = watch(
-            *there, watch_filter=None, debounce=BURST_MS, step=STILL_MS, rust_timeout=STILL_MS, yield_on_timeout=True,
-            stop_event=stop, force_polling=polling, poll_delay_ms=POLL_MS, ignore_permission_denied=True,
+            *followed, watch_filter=None, debounce=MAX_BURST_MS, step=SETTLED_MS, rust_timeout=SETTLED_MS,
+            yield_on_timeout=True, stop_event=stop, force_polling=polling, poll_delay_ms=POLL_INTERVAL_MS,
+            ignore_permission_denied=True,
         )  # fmt: skip
         for changes in all_changes:
-            if present(folders) != there or known() != folders:
-                break
-            if only is None or (only := take_whole(waiting)):  # all at first, since the watching has begun
+            if available_folders(folders) != followed or known_folders() != folders:
+                break  # the set of folders has changed, for example because a disk was mounted: watch the new set
+            # All folders are updated once. This happens after `watch` has started, so that no change is missed.
+            is_full_update = only_paths is None
+            if not is_full_update:
+                only_paths = pop_settled(waiting)
+            if is_full_update or only_paths:
                 try:
-                    yield add(there, only)
-                except ValueError as error:  # as of a folder that was emptied: the index keeps what it has of it
+                    yield add(followed, only_paths)
+                except ValueError as error:  # for example because a folder was emptied; the index keeps its rows
                     if is_first:
                         raise
-                    note("not_followed", error, level=logging.WARNING)
-                is_first, only = False, only or []
-            waiting |= {path: _state(path) for change, path in changes for path in _in_question(change.name, path)}
+                    log_message("not_followed", error, level=logging.WARNING)
+                is_first, only_paths = False, only_paths or []
+            for change, path in changes:
+                waiting |= {affected: _file_state(affected) for affected in _affected_paths(change.name, path)}
 
 
-def take_whole(waiting: dict[str, FileState | None]) -> list[str]:
-    """Those of some paths that are as they were at the last look; they are no longer waited for."""
-    found = {path: _state(path) for path in waiting}
-    whole = [path for path, state in found.items() if state == waiting[path]]
-    waiting |= found
-    for path in whole:
+def pop_settled(waiting: dict[str, FileState | None]) -> list[str]:
+    """Remove the paths whose files have not changed since the previous call, and return them.
+
+    Args:
+        waiting: Path -> state of its file in the previous call, None if there was no file. The dictionary is changed in
+            place: settled paths are removed, and the states of the other paths are updated.
+
+    Returns:
+        The settled paths, which were removed from `waiting`.
+    """
+    states = {path: _file_state(path) for path in waiting}
+    settled = [path for path, state in states.items() if state == waiting[path]]
+    waiting |= states
+    for path in settled:
         del waiting[path]
-    return whole
+    return settled
 
 
-def _in_question(kind: str, path: str) -> Iterator[str]:
-    """What is or may have been a picture or a folder, of a path that was "added", or something else."""
-    inside = [path]
-    if kind == "added" and os.path.isdir(path):  # whose files may have come before it was watched
-        inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-    for one in inside:
-        gone = not (os.path.lexists(one) or os.path.basename(one).startswith("."))
-        if gone or is_picture_name(one):
-            yield one
+def _affected_paths(change_type: str, path: str) -> Iterator[str]:
+    """Yield the paths that must be updated in the index after a change of a file or folder.
+
+    Args:
+        change_type: Type of the change as watchfiles names it: "added", "modified" or "deleted".
+        path: Path of the changed file or folder.
+
+    Yields:
+        Paths with the suffix of a picture, and paths that no longer exist and may have been folders. For a new folder,
+        the paths of the pictures inside it.
+    """
+    paths = [path]
+    if change_type == "added" and os.path.isdir(path):
+        # Files may have been created in a new folder before watchfiles started to watch it.
+        paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    for candidate in paths:
+        is_gone = not (os.path.lexists(candidate) or os.path.basename(candidate).startswith("."))
+        if is_gone or is_picture_name(candidate):
+            yield candidate
 
 
-def _state(path: str) -> FileState | None:
-    """None where nothing is there."""
+def _file_state(path: str) -> FileState | None:
+    """Return the current size and modification time of a file, or None if the file does not exist."""
     with suppress(OSError):
         return FileState.of(path)
     return None
 
 
-def _present(folders: Mapping[Path, str], may_be_empty: bool) -> dict[Path, tuple[int, int]]:
-    """Those that are there, with device and number: where a disk was taken away, another folder is, or an empty one."""
-    found = {}
+def _available_folders(folders: Mapping[Path, str], allow_empty: bool) -> dict[Path, tuple[int, int]]:
+    """Return the folders that exist, can be read and still have their recorded real path.
+
+    Args:
+        folders: Path of each folder -> its recorded real path.
+        allow_empty: Whether an empty folder counts as available.
+
+    Returns:
+        Path of each available folder -> its device and inode. If a disk is mounted or unmounted, the path has another
+        device and inode afterwards, so the caller can notice the change.
+    """
+    available = {}
     for folder, real in folders.items():
         with suppress(OSError):
             state = os.stat(folder)
-            if lies_at(folder, real, may_be_empty):
-                found[folder] = state.st_dev, state.st_ino
-    return found
+            if is_available(folder, real, allow_empty):
+                available[folder] = state.st_dev, state.st_ino
+    return available
 
 
-def is_remote(folder: Path) -> bool:
-    """Whether a folder lies on a file system of the network, as far as Linux says it."""
+def is_network_folder(folder: Path) -> bool:
+    """Return whether a folder is on a network file system (`NETWORK_FILE_SYSTEMS`).
+
+    On operating systems other than Linux, the answer is always False.
+
+    Args:
+        folder: Path of the folder.
+    """
     with suppress(OSError):
         device = os.stat(folder).st_dev
-        for line in MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in MOUNTINFO_FILE.read_text(encoding="utf-8", errors="replace").splitlines():
             fields = line.split()
             if fields[2] == f"{os.major(device)}:{os.minor(device)}":
-                return f"{fields[fields.index('-') + 1]}.".startswith(NETWORK)
+                return f"{fields[fields.index('-') + 1]}.".startswith(NETWORK_FILE_SYSTEMS)
     return False
 
 
-# --- beside the page -------------------------------------------------------------------------------------------------
+# --- Follower process of the web page --------------------------------------------------------------------------------
 
 
 @contextmanager
-def follower(*flags: str) -> Iterator[None]:
-    """`capivara watch` with these flags, in a process of its own, as long as the block and this process last.
+def run_follower(*flags: str) -> Iterator[None]:
+    """Run `capivara watch` in a separate process, the follower, during the `with` block.
 
-    One that ends before, as by an error, whose line it has said, is started again.
+    If the follower ends before the block does, for example because of an error, it is started again after
+    `RESTART_DELAY_S` seconds. If this process ends, the follower ends, too.
+
+    Args:
+        *flags: Command-line flags of `capivara watch`.
     """
-    # A group of its own: Ctrl-C is the page's. In the page's session: of two, Linux gives each half of the processor,
-    # however nice one is, and the page would take a second to answer while pictures are read.
-    ending, command = threading.Event(), [sys.executable, "-c", PROGRAM, "watch", *flags]
+    # The follower has its own process group, because Ctrl-C in the terminal is meant for the web page's server. But it
+    # stays in the same session as the server. Linux shares the CPU equally between sessions, whatever their nice values
+    # are, so a follower in another session would delay the server by a second while it reads pictures.
+    stopping, command = threading.Event(), [sys.executable, "-c", FOLLOWER_PROGRAM, "watch", *flags]
 
-    def tend() -> None:
-        while not ending.is_set():
+    def keep_running() -> None:
+        """Start the follower, and start it again whenever it ends, until `stopping` is set."""
+        while not stopping.is_set():
             process = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
-            while not ending.wait(0.2) and process.poll() is None:
+            while not stopping.wait(0.2) and process.poll() is None:
                 pass
-            process.stdin.close()
+            process.stdin.close()  # tells the follower to end (`end_with_parent`)
             try:
-                process.wait(ENDING_S)
+                process.wait(SHUTDOWN_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-            if not ending.is_set():
-                note("follower_ended", process.returncode, AGAIN_S, level=logging.WARNING)
-            ending.wait(AGAIN_S)
+            if not stopping.is_set():
+                log_message("follower_ended", process.returncode, RESTART_DELAY_S, level=logging.WARNING)
+            stopping.wait(RESTART_DELAY_S)
 
-    (thread := threading.Thread(target=tend, daemon=True)).start()
+    thread = threading.Thread(target=keep_running, daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        ending.set()
+        stopping.set()
         thread.join()
 
 
 def end_with_parent() -> None:
-    """Let this process leave the processor to others, and end as by Ctrl-C when nobody holds the pipe of its stdin."""
+    """Make this process end together with its parent process, and lower its CPU priority.
+
+    When the parent closes the standard input of this process, or ends, this process receives SIGINT, as by Ctrl-C.
+    """
 
     def wait() -> None:
-        os.read(0, 1)
+        """Wait until the standard input is closed, then send SIGINT to this process."""
+        os.read(0, 1)  # returns when the parent's end of the pipe is closed
         os.kill(os.getpid(), signal.SIGINT)
 
     os.nice(10)

@@ -1,10 +1,11 @@
-"""Many machines fill one index: the tasks of a Slurm cluster or a Ray cluster, each with a share of the files.
+r"""Build one index with many tasks, on this machine, a Slurm cluster or a Ray cluster.
 
-    python -m capivara_search.workers --where s3://bucket/fotos --folders ~/Fotos --executor slurm --tasks 100 \\
+    python -m capivara_search.workers --where s3://bucket/fotos --folders ~/Fotos --executor slurm --tasks 100 \
         --partition gpu --time 04:00:00 --logging_dir ~/logs
 
-Each task embeds the files whose names fall to its share and writes them into the table; a last task removes what is
-gone and tidies up. A task that was killed leaves what it has written, and the same command does what is missing.
+Each task embeds its share of the picture files and writes their rows to the index. A final task removes the rows of
+deleted files and optimizes the tables. If a task is killed, the rows that it has written stay in the index. Run the
+same command again to do the rest.
 """
 
 import os
@@ -15,103 +16,151 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import ClassVar
 
-from capivara_common.cli import at_least, flag, parse, run_command
-from capivara_common.environment import cache_home, require
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.environment import cache_home, require_packages
 from capivara_common.tasks import ExecutorArguments, Phase
-from capivara_search.adding import IndexWriter, Plan, begin, finish, make_plan
 from capivara_search.index import PictureIndex
+from capivara_search.indexing import IndexPlan, IndexWriter, finish_indexing, make_plan, start_indexing
 from capivara_search.models import SearchModel
-from capivara_search.results import Added
+from capivara_search.results import IndexReport
 from capivara_search.table import PictureTable
 
 
 @dataclass(kw_only=True)
 class WorkerArguments(ExecutorArguments):
-    """What `PictureIndex.add` is told, and where its tasks run.
+    """Command-line flags of `capivara_search.workers`.
 
-    Paths, and where links in them lead, must be the same on all machines.
+    All machines must have the same folders of pictures, with the same paths and the same real paths.
     """
 
-    real_paths: ClassVar[Mapping[Path, str]] = {}  # of `folders`, resolved once, before any task starts
+    # Absolute path of each folder -> its real path. `add_with_workers` sets it before any task starts, so that all
+    # tasks use the same real paths.
+    real_paths: ClassVar[Mapping[Path, str]] = {}
 
-    where: str = flag(..., "Folder or address of the index; one that all machines reach.")
-    folders: list[str] = flag([], "Folders of pictures.")
-    exclude: list[str] = flag([], "Patterns of what is left out of them from now on.")
-    include: list[str] = flag([], "Patterns that no longer hold, and paths that come in.")
-    model: str | None = flag(None, "CAPIVARA folder or Hub id; the index's own where none is given.")
-    device: str | None = flag(None, "Device of the model; the GPU where there is one.")
-    batch_size: int = flag(32, "Pictures that the model sees at once.")
+    where: str = flag(..., "Folder or address of the index. All machines must be able to reach it.")
+    folders: list[str] = flag([], "Folders of pictures. Default: the folders that were added on this machine before.")
+    exclude: list[str] = flag([], "Patterns of files and folders to ignore from now on, in the syntax of .gitignore.")
+    include: list[str] = flag([], "Patterns to stop ignoring, and forgotten paths to index again.")
+    model: str | None = flag(None, "Folder or Hub id of the model. Default: the model that the index was built with.")
+    device: str | None = flag(None, "Device of the model, for example cuda:1. Default: the GPU if there is one.")
+    batch_size: int = flag(32, "Pictures per batch of the model.")
 
     def __post_init__(self) -> None:
         self.check_executor()
-        at_least(self, 1, "batch_size")
+        check_at_least(self, 1, "batch_size")
         if self.executor == "slurm" and self.logging_dir is None:
-            raise ValueError("--executor slurm needs --logging_dir, a folder that all machines see.")
+            raise ValueError("--executor slurm requires --logging_dir. Name a folder that all machines can reach.")
 
     @property
-    def logs(self) -> Path:
-        """Folder of the logs of all tasks."""
+    def log_folder(self) -> Path:
+        """Folder for the logs of all tasks: `logging_dir` if it is given, otherwise a folder in the cache."""
         name = blake2b(self.where.encode(), digest_size=8).hexdigest()
         return self.logging_dir or cache_home() / "index_logs" / name
 
 
 def add_with_workers(arguments: WorkerArguments, real_paths: Mapping[Path, str] | None = None) -> bool:
-    """`PictureIndex.add` by many tasks. Returns whether it is done; False: Slurm has taken the jobs.
+    """Update an index from folders as `PictureIndex.add` does, but with several tasks that run in parallel.
 
     Args:
-        arguments: of the command.
-        real_paths: of its folders, by `PictureIndex.folders_to_add`; None: they are resolved now.
+        arguments: Command-line flags. The fields `real_paths` and `model` are set by this function.
+        real_paths: Absolute path of each folder in `arguments.folders` -> its real path, as
+            `PictureIndex.folders_to_add` returns them. None: the real paths are resolved now.
 
-    Raises ValueError: as `add`; some tasks have failed, and are named. ImportError: datatrove is not installed.
+    Returns:
+        True if the index is up to date. False if jobs were submitted to Slurm and have not run yet.
+
+    Raises:
+        ValueError: If a folder does not exist, was forgotten or contains no picture, if a pattern is invalid, or if
+            tasks have failed. In the last case, the message lists the failed tasks.
+        OSError: If the index can't be written.
+        ImportError: If datatrove is not installed.
     """
-    require("Adding pictures by several workers", "captions", "datatrove")
-    from capivara_common.executors import Work, execute
+    require_packages("Adding pictures by several workers", "captions", "datatrove")
+    from capivara_common.executors import PhaseStep, run_phases
 
     index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
-    arguments.real_paths = real_paths or {Path(one): os.path.realpath(one) for one in arguments.folders}
+    arguments.real_paths = real_paths or {Path(folder): os.path.realpath(folder) for folder in arguments.folders}
     with index._table.locked():
-        begin(index._table, index.model, arguments.real_paths, arguments.exclude, arguments.include)
-        arguments.model = index.model.source  # so that all tasks have the same one
-        return execute(Work.of(arguments, PHASES, "index"), arguments)
+        start_indexing(index._table, index.model, arguments.real_paths, arguments.exclude, arguments.include)
+        arguments.model = index.model.source  # so that all tasks use the same model
+        return run_phases(PhaseStep.from_phases(arguments, PHASES, "index"), arguments)
 
 
-def _planned(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, Plan]:
+def _load_plan(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, IndexPlan]:
+    """Open an index and plan the work that remains to be done.
+
+    Args:
+        arguments: Command-line flags, after `add_with_workers` has set the real paths of the folders.
+
+    Returns:
+        The table of the index, the model, and the plan.
+    """
     index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
     plan = make_plan(index._table, index.model.image_digest, arguments.real_paths)
     return index._table, index.model, plan
 
 
-def embed(arguments: WorkerArguments, rank: int, world_size: int) -> str:
-    """Embed the share of a task."""
-    table, model, plan = _planned(arguments)
-    # By its name, so that all ranks agree on whose a file is whatever each of them sees.
+def embed_share(arguments: WorkerArguments, rank: int, world_size: int) -> str:
+    """Embed one task's share of the picture files and write their rows to the index.
+
+    Args:
+        arguments: Command-line flags.
+        rank: Number of the task, from 0.
+        world_size: Number of tasks that share the files.
+
+    Returns:
+        A sentence for the log: the number of embedded pictures.
+    """
+    table, model, plan = _load_plan(arguments)
+    # A checksum of its path decides which task embeds a file. So each file belongs to exactly one task, even if the
+    # tasks find different lists of files, because files were added or embedded in the meantime.
     plan.files = [file for file in plan.files if zlib.crc32(file.path.encode()) % world_size == rank]
-    added = IndexWriter(table, model, plan, arguments.batch_size).run()
-    return f"{added.embedded} pictures embedded"
+    report = IndexWriter(table, model, plan, arguments.batch_size).run()
+    return f"{report.embedded} pictures embedded"
 
 
-def end(arguments: WorkerArguments, rank: int, world_size: int) -> str:
-    """Remove what is gone, and tidy up; the command has the lock."""
-    added = Added()
-    finish(*_planned(arguments), added)
-    return f"{added.removed} rows removed"
+def finish_index(arguments: WorkerArguments, rank: int, world_size: int) -> str:
+    """Remove the rows of deleted files from the index, and optimize the tables.
+
+    Only one task runs this function, after all other tasks. It does not lock the index, because the process that
+    started the tasks holds the lock.
+
+    Args:
+        arguments: Command-line flags.
+        rank: Number of the task, always 0.
+        world_size: Number of tasks, always 1.
+
+    Returns:
+        A sentence for the log: the number of removed rows.
+    """
+    report = IndexReport()
+    finish_indexing(*_load_plan(arguments), report)
+    return f"{report.removed} rows removed"
 
 
-PHASES = {"embed": Phase(run=embed, shared=True, uses_model=True), "end": Phase(run=end)}
+# Phases of the command, in the order in which they run.
+PHASES = {"embed": Phase(run=embed_share, is_parallel=True, uses_model=True), "end": Phase(run=finish_index)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(WorkerArguments, __doc__, argv)
+    """Update an index with several tasks, as the command-line flags say, and print the result.
+
+    Args:
+        argv: Command-line arguments without the program name. None: the arguments of this process.
+    """
+    args = parse_arguments(WorkerArguments, __doc__, argv)
     index = PictureIndex.open(args.where, args.model, args.device)
-    index.mend()
+    index.repair()
     folders = index.folders_to_add(args.folders, args.exclude, args.include)
     args.folders = [*map(str, folders)]
-    done = add_with_workers(args, folders)
-    print(f"{len(index)} pictures are in the index." if done else f"Slurm has the jobs; their logs are in {args.logs}.")
+    if add_with_workers(args, folders):
+        print(f"The index has {len(index)} pictures.")
+    else:
+        print(f"The jobs were submitted to Slurm. Their logs are in {args.log_folder}.")
 
 
 if __name__ == "__main__":
-    from capivara_search import workers  # by its name, as other machines find it
+    # The module is imported under its name, because tasks on other machines can't unpickle functions of `__main__`.
+    from capivara_search import workers
 
-    run_command(workers.main, resumes=True)
+    run_command(workers.main, resumable=True)

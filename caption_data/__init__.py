@@ -1,1 +1,1 @@
-"""Rows in: the images and captions of a data set, for building, training, evaluation and search."""
+"""Read images and captions from datasets, for caption builds, training, evaluation and search."""

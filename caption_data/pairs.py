@@ -1,4 +1,9 @@
-"""What a run needs of a caption row, image and captions: one `map` over a split, kept in a file."""
+"""Build pair tables, which hold the chosen captions and the image digest of each row of a split.
+
+A pair is an image with the captions that a training or evaluation run uses. The table is built with a single pass over
+the split. It is a memory-mapped Arrow file in the cache folder, so that a second run with the same data and settings
+starts immediately.
+"""
 
 import os
 import re
@@ -15,184 +20,268 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
-from capivara_common.environment import cache_home, processes
-from capivara_common.files import add_digest, has_digest
-from capivara_common.image_files import BadRow, image_bytes
+from capivara_common.environment import cache_home, process_state
+from capivara_common.files import append_digest, digest_matches
+from capivara_common.image_files import BadRow, read_image_bytes
 from caption_data.rows import (
-    CAPTIONS,
+    CAPTIONS_FEATURE,
     NOT_CHOSEN,
-    SIMILARITY_COLUMN,
-    Skipped,
-    caption_texts,
-    digest_of,
+    SIMILARITY_COLUMN_RE,
+    SkippedRow,
+    json_digest,
+    normalize_captions,
+    replace_surrogates,
     rows_fingerprint,
-    storable,
 )
 from caption_data.sources import Split
-from modeling_capivara import repair_text
+from modeling_capivara import clean_text
 
-TABLE_VERSION = 2  # raise it when a pair of a row becomes another
-ROWS_AT_ONCE = 128  # whose images are in memory
-KEPT_S = 30 * 24 * 3600  # that a table which no run reads any more stays on the disk
-TABLE = Features(
-    {name: Value("string") for name in ("digest", "reason", "detail")} | {"row": Value("int64"), "captions": CAPTIONS}
+# Version in the cache key. Increase it if a code change makes different pairs from the same rows, so that cached tables
+# are built again.
+PAIR_TABLE_VERSION = 2
+MAP_BATCH_ROWS = 128  # number of rows whose image files are in memory at the same time
+UNUSED_TABLE_LIFETIME_S = 30 * 24 * 3600  # seconds after which a table that no run has read is deleted
+PAIR_TABLE_FEATURES = Features(
+    {name: Value("string") for name in ("digest", "reason", "detail")}
+    | {"row": Value("int64"), "captions": CAPTIONS_FEATURE}
 )
-OF_TEXTS = ("", NOT_CHOSEN, "no caption")  # the other reasons are of images
-PLACE = ("bytes", "path")  # of an image, one of them at least
-ASCII_LETTER = re.compile("[0-9A-Za-z]")
-Choose = Callable[[dict[str, Any]], list[str]]
+TEXT_REASONS = ("", NOT_CHOSEN, "no caption")  # no image problem; all other reasons concern the image
+IMAGE_KEYS = ("bytes", "path")  # keys of an encoded image in a row; at least one must be present
+ASCII_ALPHANUMERIC_RE = re.compile("[0-9A-Za-z]")
+ChooseCaptions = Callable[[dict[str, Any]], list[str]]  # returns the captions to use from a row
 
 
-def pair_table(split: Split, caption_columns: Sequence[str], choose: Choose, settings: dict[str, Any]) -> Dataset:
-    """One pass over the rows: of each its number `row`, the `digest` of its image (hex, BLAKE2b-128 of the file) and
-    its `captions`, or the `reason` and `detail` why it can't be used.
+def build_pair_table(
+    split: Split, caption_columns: Sequence[str], choose: ChooseCaptions, settings: dict[str, Any]
+) -> Dataset:
+    """Build the pair table of a split, or load it from the cache.
 
-    The table is kept in the cache folder, named after all that it depends on. Of the processes of a launch one on each
-    machine makes it. Raises ValueError where the split lacks a column; those that are there are named.
+    The table is built again if the rows, the image files, the rules for images or the settings change. On each machine,
+    one process of a distributed launch builds the table while the other processes wait.
 
-    `choose` gives the captions of a row without its image, and may raise ValueError; `settings` are all that it depends
-    on, `caption_columns` what it reads: a lone string there becomes a list of one, and a column that is not there an
-    empty list, where `lacking` does not miss it.
+    Args:
+        split: The rows.
+        caption_columns: Columns that `choose` reads. Before `choose` is called, a caption that is not in a list is
+            converted to a list with one text. A missing column becomes a column of empty lists if the split has another
+            column of captions.
+        choose: Function that returns the captions to use from a row without its image. It may raise ValueError.
+        settings: Everything that the result of `choose` depends on, as JSON values; part of the cache key.
+
+    Returns:
+        A table with one row per row of the split, and these columns:
+            row: Number of the row in the split, counted from 0.
+            digest: BLAKE2b-128 hex digest of the image file; "" if the row cannot be used.
+            captions: List of the chosen captions; empty if the row cannot be used.
+            reason: Why the row cannot be used, as in `SkippedRow`; "" if it can be used.
+            detail: Description of the problem; "" if the row can be used.
+
+    Raises:
+        ValueError: If the split lacks a required column. The message lists the columns of the split.
     """
-    split.check_columns([split.image_column, *lacking(caption_columns, split.columns)])
+    split.check_columns([split.image_column, *missing_columns(caption_columns, split.columns)])
 
-    def line(number: int, row: dict[str, Any]) -> dict[str, Any]:
-        found = {"row": number, "digest": "", "captions": [], "reason": "", "detail": ""}
+    def make_pair(number: int, row: dict[str, Any]) -> dict[str, Any]:
+        pair = {"row": number, "digest": "", "captions": [], "reason": "", "detail": ""}
         try:
             image = row.pop(split.image_column)
-            captions = _captions(row, caption_columns, choose)
-            data = image_bytes(image, split.files)
-            return found | {"digest": blake2b(data, digest_size=16).hexdigest(), "captions": captions}
+            captions = _choose_captions(row, caption_columns, choose)
+            data = read_image_bytes(image, split.image_access)
+            return pair | {"digest": blake2b(data, digest_size=16).hexdigest(), "captions": captions}
         except BadRow as bad:
-            return found | {"reason": bad.reason, "detail": storable(bad.detail)}
+            return pair | {"reason": bad.reason, "detail": replace_surrogates(bad.detail)}
 
-    def lines(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
+    def make_pairs(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        found = list(map(line, numbers, rows))
-        return {name: [one[name] for one in found] for name in TABLE}
+        pairs = list(map(make_pair, numbers, rows))
+        return {name: [pair[name] for pair in pairs] for name in PAIR_TABLE_FEATURES}
 
-    def made() -> Dataset:
+    def make_table() -> Dataset:
         return split.data.map(
-            lines, with_indices=True, batched=True, batch_size=ROWS_AT_ONCE, features=TABLE,
+            make_pairs, with_indices=True, batched=True, batch_size=MAP_BATCH_ROWS, features=PAIR_TABLE_FEATURES,
             remove_columns=split.data.column_names, cache_file_name=str(path), load_from_cache_file=True,
-            new_fingerprint=key, desc=f"Captions, {split.where}",
+            new_fingerprint=key, desc=f"Reading captions, {split.display_name}",
         )  # fmt: skip
 
-    def readable_now(table: Dataset) -> bool:
-        bad = (number for number, reason in enumerate(table["reason"]) if reason not in OF_TEXTS)
-        return any(line(number, split.data[number])["reason"] in OF_TEXTS for number in bad)
+    def has_recovered(table: Dataset) -> bool:
+        bad = (number for number, reason in enumerate(table["reason"]) if reason not in TEXT_REASONS)
+        return any(make_pair(number, split.data[number])["reason"] in TEXT_REASONS for number in bad)
 
-    limits = [split.files.max_pixels, split.files.bounds and list(map(str, split.files.bounds.folders))]
-    key = digest_of([TABLE_VERSION, _state(split), limits, list(caption_columns), settings], sort_keys=True)
+    access = split.image_access
+    limits = [access.max_pixels, access.allowed_folders and list(map(str, access.allowed_folders.folders))]
+    key = json_digest(
+        [PAIR_TABLE_VERSION, _source_state(split), limits, list(caption_columns), settings], sort_keys=True
+    )
     path = cache_home() / "pairs" / f"{key}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _kept(path, made, readable_now)
+    return _load_or_make_table(path, make_table, has_recovered)
 
 
-def lacking(columns: Sequence[str], there: Iterable[str]) -> list[str]:
-    """Those of `columns` that are missed where others are `there`: of columns of captions one is enough."""
-    captions = [name for name in columns if not SIMILARITY_COLUMN.fullmatch(name)]
-    enough = set() if set(captions).isdisjoint(there) else set(captions)
-    return [name for name in columns if name not in there and name not in enough]
+def missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]:
+    """Return the names of required columns that a dataset lacks.
+
+    One column of captions is enough: if any caption column in `columns` is present, the other caption columns are not
+    required. All other columns are always required.
+
+    Args:
+        columns: Names of the columns that a strategy reads.
+        present: Names of the columns of the dataset.
+    """
+    caption_columns = [name for name in columns if not SIMILARITY_COLUMN_RE.fullmatch(name)]
+    optional = set() if set(caption_columns).isdisjoint(present) else set(caption_columns)
+    return [name for name in columns if name not in present and name not in optional]
 
 
-def usable(table: Dataset) -> Dataset:
-    """The pairs of a `pair_table`: the rows without a reason against them."""
-    good = np.flatnonzero(pc.equal(table.data.column("reason"), ""))
-    return table if len(good) == len(table) else table.select(good)
+def drop_invalid(table: Dataset) -> Dataset:
+    """Return the rows of a pair table that can be used, which are the rows with an empty `reason`."""
+    valid_rows = np.flatnonzero(pc.equal(table.data.column("reason"), ""))
+    return table if len(valid_rows) == len(table) else table.select(valid_rows)
 
 
-def skipped_rows(table: Dataset, split: Split) -> list[Skipped]:
-    """The other rows, and the archives that were damaged."""
-    bad = table.select(np.flatnonzero(pc.not_equal(table.data.column("reason"), "")))
-    return [Skipped(split.name, split.split, one["row"], one["reason"], one["detail"]) for one in bad] + split.damaged
+def list_skipped_rows(table: Dataset, split: Split) -> list[SkippedRow]:
+    """Return one record for each row of a pair table that cannot be used, then one for each damaged archive.
+
+    Args:
+        table: Pair table from `build_pair_table`.
+        split: Split from which the table was built.
+    """
+    invalid = table.select(np.flatnonzero(pc.not_equal(table.data.column("reason"), "")))
+    return [
+        SkippedRow(split.name, split.split, row["row"], row["reason"], row["detail"]) for row in invalid
+    ] + split.damaged_archives
 
 
-def check_bad_share(skipped: list[Skipped], total: int, max_bad_share: float) -> None:
-    """Raise ValueError when more than `max_bad_share` (0 to 1) of `total` rows are bad; those not chosen are not."""
-    skipped = [line for line in skipped if line.reason != NOT_CHOSEN]
-    share = len(skipped) / max(total, 1)
+def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float) -> None:
+    """Raise an error if too many rows of a split have a missing or invalid image or caption.
+
+    Args:
+        skipped: Rows that are left out. Rows with the reason "not chosen" do not count as bad, because they are valid.
+        total: Number of rows in the split.
+        max_bad_share: Largest accepted share of bad rows, from 0 to 1.
+
+    Raises:
+        ValueError: If the share of bad rows is larger than `max_bad_share`. The message states the number of rows for
+            each reason, and describes the first three bad rows.
+    """
+    bad = [row for row in skipped if row.reason != NOT_CHOSEN]
+    share = len(bad) / max(total, 1)
     if share <= max_bad_share:
         return
-    counts = ", ".join(f"{number} {reason}" for reason, number in Counter(s.reason for s in skipped).most_common())
-    first = "\n".join(f"  {s.source}, split {s.split!r}, row {s.row}: {s.reason} ({s.detail})" for s in skipped[:3])
+    counts = ", ".join(f"{number} {reason}" for reason, number in Counter(row.reason for row in bad).most_common())
+    first = "\n".join(f"  {s.source}, split {s.split!r}, row {s.row}: {s.reason} ({s.detail})" for s in bad[:3])
     raise ValueError(
-        f"{len(skipped)} of {total} rows ({share:.2%}) can't be used, and max_bad_share allows {max_bad_share:.2%}: "
-        f"{counts}. The first of them:\n{first}\nMend or remove such rows, or raise --max_bad_share: all are then "
-        "listed in skipped.jsonl."
+        f"{len(bad)} of {total} rows ({share:.2%}) can't be used ({counts}); max_bad_share allows "
+        f"{max_bad_share:.2%}. The first of them:\n{first}\nRepair or remove these rows, or raise --max_bad_share; "
+        "skipped.jsonl then lists all of them."
     )
 
 
 def pairs_fingerprint(pairs: Dataset) -> str:
-    """Hex digest of the images, captions and order of pairs; where the files lie does not matter."""
+    """Return a hex digest of a pair table: of its image digests and captions, in order.
+
+    The digest does not depend on the paths of the files.
+    """
     chunks = pairs.select_columns(["digest", "captions"]).iter(1000)
     return rows_fingerprint(row for chunk in chunks for row in zip(chunk["digest"], chunk["captions"], strict=True))
 
 
-def _kept(path: Path, made: Callable[[], Dataset], readable_now: Callable[[Dataset], bool]) -> Dataset:
-    """The table in the file `path`, by `made` where there is none; anew where it is damaged, or an image that could not
-    be read now can: after a fault of the disk, or with another decoder."""
-    state = processes()
+def _load_or_make_table(
+    path: Path, make_table: Callable[[], Dataset], has_recovered: Callable[[Dataset], bool]
+) -> Dataset:
+    """Load a pair table from its cache file, or build it.
+
+    The table is built again if the cache file is damaged. It is also built again if an image that could not be read
+    when the table was built can be read now, for example after a disk fault. Other tables in the folder are deleted if
+    no run has used them for `UNUSED_TABLE_LIFETIME_S`.
+
+    Args:
+        path: Cache file of the table.
+        make_table: Function that loads the table from `path` if the file exists, and otherwise builds it there.
+        has_recovered: Function that tells whether any image that the table lists as bad can be read now.
+    """
+    state = process_state()
     with state.local_main_process_first():
-        kept = not state.is_local_main_process or has_digest(path)  # the others read what the first has left
-        if not kept:
+        # Only the first process of this machine checks the file. The other processes then read the valid file.
+        is_valid = not state.is_local_main_process or digest_matches(path)
+        if not is_valid:
             path.unlink(missing_ok=True)
-        table = made()
-        if kept and state.is_local_main_process and readable_now(table):
+        table = make_table()
+        if is_valid and state.is_local_main_process and has_recovered(table):
             path.unlink()
-            table, kept = made(), False
-        if not kept:
-            add_digest(path)
+            table, is_valid = make_table(), False
+        if not is_valid:
+            append_digest(path)
         if state.is_local_main_process:
             os.utime(path)
-            for old in path.parent.iterdir():  # also what a kill has left of one
-                with suppress(OSError):  # another run tidies, too; a folder is nobody's of ours
-                    if time.time() - old.stat().st_mtime > KEPT_S:
+            for old in path.parent.iterdir():  # includes temporary files of killed runs
+                with suppress(OSError):  # another run may delete the same file, and `unlink` fails for folders
+                    if time.time() - old.stat().st_mtime > UNUSED_TABLE_LIFETIME_S:
                         old.unlink()
     return table
 
 
-def _captions(row: dict[str, Any], columns: Sequence[str], choose: Choose) -> list[str]:
-    """The captions of a row that are chosen, at least one. Raises BadRow where there is none."""
+def _choose_captions(row: dict[str, Any], columns: Sequence[str], choose: ChooseCaptions) -> list[str]:
+    """Return the captions to use from a row, without captions that are empty after text cleaning.
+
+    Args:
+        row: A row without its image. Its caption columns are converted in place to lists of texts.
+        columns: Names of the caption and similarity columns.
+        choose: Function that returns the chosen captions of the row.
+
+    Raises:
+        BadRow: If no caption is chosen (reason "not chosen"), or if the row has no valid caption or `choose` fails
+            (reason "no caption").
+    """
     for column in columns:
-        is_number = SIMILARITY_COLUMN.fullmatch(column)
-        row[column] = row.get(column) or [] if is_number else caption_texts(row.get(column), column)
+        if SIMILARITY_COLUMN_RE.fullmatch(column):
+            row[column] = row.get(column) or []
+        else:
+            row[column] = normalize_captions(row.get(column), column)
     try:
-        captions = [text for text in choose(row) if _says_something(text)]
-    except (ValueError, TypeError) as error:  # such as fewer similarities than captions
+        captions = [text for text in choose(row) if _has_content(text)]
+    except (ValueError, TypeError) as error:  # for example fewer similarities than captions
         raise BadRow("no caption", f"{error}") from error
     texts = (text for column in columns for text in row[column] if isinstance(text, str))
-    if not captions and any(map(_says_something, texts)):
+    if not captions and any(map(_has_content, texts)):
         raise BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
     if not captions:
-        raise BadRow("no caption", f"of { ({column: row[column] for column in columns})!r} none is left")
+        raise BadRow("no caption", f"no caption has any content: { ({column: row[column] for column in columns})!r}")
     return captions
 
 
-def _says_something(text: str) -> bool:
-    """Whether anything is left of a text when it is repaired, which takes most of the time of a pass."""
-    plain = text.isprintable() and "&" not in text and ASCII_LETTER.search(text)  # which no repair takes away
-    return bool(plain or repair_text(text))
+def _has_content(text: str) -> bool:
+    """Return True if a text is not empty after text cleaning (`clean_text`)."""
+    # Cleaning takes most of the time that a pass over the rows needs. It is skipped for printable texts with a letter
+    # or digit and without HTML entities, because cleaning never removes letters and digits from such a text.
+    is_plain = text.isprintable() and "&" not in text and ASCII_ALPHANUMERIC_RE.search(text)
+    return bool(is_plain or clean_text(text))
 
 
-def _state(split: Split) -> list[Any]:
-    """What the rows and image files of a split are told by; it changes where one of them does."""
+def _source_state(split: Split) -> list[Any]:
+    """Return JSON values that change if the rows or image files of a split change; part of the cache key.
+
+    Image files are compared by path, size and modification time. Raises ValueError if the image column holds neither
+    bytes nor paths.
+    """
     tables = [(file["filename"], os.stat(file["filename"])) for file in split.data.cache_files]
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in tables]
     digest, images = blake2b(digest_size=16), split.data.select_columns([split.image_column]).with_format("arrow")
     feature = split.data.features[split.image_column]
-    for part in () if isinstance(feature, dict) and "archive" in feature else images.iter(10_000):
-        outside = part.column(0)
-        if not pa.types.is_struct(outside.type) or (fields := {field.name for field in outside.type}).isdisjoint(PLACE):
-            rule = "images are bytes, a path, or an object of both; name theirs by --image_column"
-            raise ValueError(f"{split.where}: column {split.image_column!r} is of {outside.type}; {rule}.")
+    # Images in tars need no separate check, because the fingerprint of their table covers size and time of each tar.
+    for batch in () if isinstance(feature, dict) and "archive" in feature else images.iter(10_000):
+        stored = batch.column(0)
+        fields = {field.name for field in stored.type} if pa.types.is_struct(stored.type) else set()
+        if fields.isdisjoint(IMAGE_KEYS):
+            raise ValueError(
+                f"{split.display_name}: the image column {split.image_column!r} has the type {stored.type}; it must "
+                "hold bytes, paths, or structs of bytes and path. Choose another column with --image_column."
+            )
         if "bytes" in fields:
-            outside = outside.filter(pc.is_null(pc.struct_field(outside, "bytes")))
+            stored = stored.filter(pc.is_null(pc.struct_field(stored, "bytes")))
         if "path" not in fields:
             continue
-        for path in filter(None, pc.struct_field(outside, "path").to_pylist()):
+        for path in filter(None, pc.struct_field(stored, "path").to_pylist()):
             digest.update(path.encode("utf-8", "replace"))
-            for folder in (*split.files.bounds.folders, "."):
+            for folder in (*split.image_access.allowed_folders.folders, "."):
                 with suppress(OSError, ValueError):
                     state = os.stat(os.path.join(folder, path))
                     digest.update(f" {state.st_size} {state.st_mtime_ns}\n".encode())

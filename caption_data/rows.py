@@ -1,8 +1,14 @@
-"""Rows of captions: their columns, which captions of one are used, rows that cannot be, and digests of those that can.
+"""Define the columns of caption rows, choose captions, and record rows that cannot be used.
 
-A row is a dict with `captions-<language>` (list, the originals), `generated-captions-<language>` (list) and
-`similarities-<language>` (list, the image-caption cosine under the base model: captions, then generated ones). The
-strategies and their constants are those of CAPIVARA, arXiv 2310.13683.
+A row of a caption dataset is a dict with these keys:
+
+- `captions-<language>`: list of the original captions.
+- `generated-captions-<language>`: list of the captions that a model wrote.
+- `similarities-<language>`: list of cosine similarities between the image and each caption under the base model, first
+  of the original captions, then of the generated captions.
+
+A caption strategy is a rule that selects captions of a row. The strategies and their constants come from CAPIVARA,
+arXiv 2310.13683.
 """
 
 import json
@@ -16,184 +22,265 @@ from typing import Any, Literal
 
 from datasets import List, Value
 
-from capivara_common.cli import at_least, between, flag
+from capivara_common.cli import check_at_least, check_between, flag
 from capivara_common.files import write_text
 from capivara_common.image_files import BadRow
 
-CAPTIONS = List(Value("string"))
-SIMILARITIES = List(Value("float32"))
-CAPTION_COLUMN = re.compile(r"(generated-)?captions-[\w-]+")  # the authors' names
-SIMILARITY_COLUMN = re.compile(r"similarities-[\w-]+")
+CAPTIONS_FEATURE = List(Value("string"))
+SIMILARITIES_FEATURE = List(Value("float32"))
+CAPTION_COLUMN_RE = re.compile(r"(generated-)?captions-[\w-]+")  # column names of the CAPIVARA authors
+SIMILARITY_COLUMN_RE = re.compile(r"similarities-[\w-]+")
 DATASET_HELP = (
-    "Saved HF dataset, folder or pattern of parquet files or WebDataset tars, folder of images with metadata.jsonl or "
-    "metadata.csv, or a Hub id."
+    "Dataset: a saved Hugging Face dataset, a folder or glob pattern of parquet files or WebDataset tars, a folder of "
+    "images with metadata.jsonl or metadata.csv, or a Hub id."
 )
-NOT_CHOSEN = "not chosen"  # reason: by the pair filter or the caption strategy; left out, but not bad
+# Reason in `SkippedRow` of a row that the pair filter or the caption strategy leaves out. Such a row does not count as
+# bad, because its data is valid.
+NOT_CHOSEN = "not chosen"
 STRATEGIES = ("none", "first", "all", "rank", "threshold", "diverse")
-WITH_SIMILARITIES = ("rank", "threshold", "diverse")
-# A token is a run of anything but blanks and punctuation, one letter included. `\w+` would cut Hindi words at their
-# vowel signs, which Python does not count as word characters.
+SIMILARITY_STRATEGIES = ("rank", "threshold", "diverse")  # strategies that read the column of similarities
+# A token is one or more characters other than white space and punctuation. The pattern `\w+` would split Hindi words at
+# their vowel signs, because Python does not count vowel signs as word characters.
 TOKEN_PATTERN = r"[^\s!-/:-@\[-`{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u0964\u0965\u2010-\u2027\u2030-\u205e\u3000-\u303f]+"
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """One line of `skipped.jsonl`: a row, or the rest of an archive, that is left out."""
+class SkippedRow:
+    """Record of a row that is left out; one line of `skipped.jsonl`.
+
+    A record with the reason "damaged archive" stands for all rows of the archive after the damage.
+
+    Attributes:
+        source: Path, pattern or Hub id of the dataset.
+        split: Name of the split.
+        row: Number of the row in the split, counted from 0.
+        reason: "not chosen", "no image", "unreadable image", "absurd image size", "no caption" or "damaged archive".
+        detail: Description of the problem for people.
+    """
 
     source: str
     split: str
     row: int
-    # not chosen, no image, unreadable image, absurd image size, no caption, damaged archive
     reason: str
     detail: str
 
 
-def caption_texts(value: Any, column: str) -> list[str]:
-    """The captions of a row, out of any column of a source: one text, a list of texts and None, or None.
+def normalize_captions(value: Any, column: str) -> list[str]:
+    """Convert the value of a caption column to a list of texts.
 
-    They are as many as there were, so that similarities stay beside theirs; "" for None. Lone surrogates, which JSON
-    can hold and no tokenizer or Arrow file takes, are replaced. Raises BadRow where they are no texts.
+    Each caption keeps its position in the list, because similarities belong to captions by position. Lone surrogates
+    are replaced by "?", because JSON can hold them, but no tokenizer or Arrow file accepts them.
+
+    Args:
+        value: A text, a list of texts and None, or None.
+        column: Name of the column, for the error message.
+
+    Returns:
+        One text per caption. A caption that is None becomes "".
+
+    Raises:
+        BadRow: If the value has another type.
     """
     values = [value] if isinstance(value, str) else value or []
     if not isinstance(values, list) or any(not isinstance(text, str | None) for text in values):
-        raise BadRow("no caption", f"{column!r} must hold a list of texts, it is {value!r}")
-    return [storable(text or "") for text in values]
+        raise BadRow("no caption", f"{column!r} must hold a list of texts, got {value!r}")
+    return [replace_surrogates(text or "") for text in values]
 
 
-def digest_of(value: Any, sort_keys: bool = False) -> str:
-    """Hex digest of a JSON value."""
+def json_digest(value: Any, sort_keys: bool = False) -> str:
+    """Return the BLAKE2b-128 hex digest of a value that is written as JSON.
+
+    Args:
+        value: Any value that `json.dumps` accepts.
+        sort_keys: Make the digest independent of the order of dict keys.
+    """
     return blake2b(json.dumps(value, sort_keys=sort_keys).encode(), digest_size=16).hexdigest()
 
 
 def rows_fingerprint(rows: Iterable[tuple[str, list[str]]]) -> str:
-    """Hex digest of rows, of each the hex `image_digest` and the captions, in their order."""
+    """Return a BLAKE2b-128 hex digest of rows in their order.
+
+    Args:
+        rows: The tuple (hex digest of the image, list of captions) for each row.
+    """
     digest = blake2b(digest_size=16)
     for row in rows:
         digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
 
 
-def storable(text: str) -> str:
-    """A text without lone surrogates, which JSON can hold and no Arrow file takes."""
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates in a text by "?", because JSON can hold them, but no Arrow file accepts them."""
     return text.encode("utf-8", "replace").decode()
 
 
-def write_skipped(path: Path, skipped: list[Skipped]) -> None:
-    """One JSON object a line; no file where nothing was skipped."""
-    if skipped:  # ASCII: names of archive members can hold what is not UTF-8
-        write_text(path, "".join(json.dumps(asdict(line)) + "\n" for line in skipped))
+def write_skipped_rows(path: Path, skipped: list[SkippedRow]) -> None:
+    """Write skipped rows to a JSON Lines file. If the list is empty, no file is written."""
+    # `json.dumps` escapes all non-ASCII characters, because names of archive members may contain invalid UTF-8.
+    if skipped:
+        write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in skipped))
 
 
 @dataclass(kw_only=True)
 class CaptionChoice:
-    """Which captions of a row are used: the flags of every command that chooses.
+    """Flags that choose the captions of an image, shared by all commands that select captions.
 
-    `diverse` takes the captions of `threshold`, most similar first, and keeps one whose TF-IDF cosine with every kept
-    one is at most `max_overlap`; it fills up to `min_kept` with the most similar of those that it dropped.
+    The strategy `diverse` starts with the captions that pass `threshold`, ordered from the most to the least similar to
+    the image. It keeps a caption if the TF-IDF cosine between this caption and each caption that is already kept is at
+    most `max_overlap`. If fewer than `min_kept` captions remain, it also keeps the most similar of the dropped
+    captions, up to `min_kept` in total.
     """
 
     caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
         "none",
-        "Which captions of an image are kept, or one is drawn from at every step of a training: none = the originals; "
-        "first = these and the first `caption_count` generated; all; rank = the `caption_count` most similar to the "
-        "image; threshold = those of `min_similarity` at least; diverse = of these, those unlike each other.",
+        "Captions of an image to use; training draws one of them at every step. none: the original captions. first: "
+        "the original captions and the first `caption_count` generated ones. all: original and generated captions. "
+        "rank: the `caption_count` captions most similar to the image. threshold: captions with a similarity of at "
+        "least `min_similarity`. diverse: captions of threshold that differ from each other.",
     )
-    caption_count: int = flag(5, "Captions of the strategies first and rank.")  # the released recipe
-    min_similarity: float = flag(0.2, "Image-caption cosine that threshold and diverse ask for.")
+    # The default values are those of the released CAPIVARA models.
+    caption_count: int = flag(5, "Number of captions, for the strategies first and rank.")
+    min_similarity: float = flag(0.2, "Lowest image-caption cosine that the strategies threshold and diverse accept.")
     min_pair_similarity: float | None = flag(
-        None, "Leave out images whose first caption is less similar to them; null, or none given: all stay."
+        None, "Leave out images whose cosine with their first caption is lower (pair filter). Default: no pair filter."
     )
-    max_overlap, min_kept = 0.3, 3  # no flags
+    # Constants of the strategy `diverse`; no flag changes them.
+    max_overlap, min_kept = 0.3, 3
 
     def check_choice(self) -> None:
-        """Raise ValueError where a value is out of its range."""
+        """Raise ValueError if the strategy is unknown or a number is out of range."""
         if self.caption_strategy not in STRATEGIES:
             raise ValueError(f"caption_strategy must be one of {', '.join(STRATEGIES)}, got {self.caption_strategy!r}.")
-        at_least(self, 1, "caption_count")
-        between(self, -1, 1, "min_similarity", "min_pair_similarity")
+        check_at_least(self, 1, "caption_count")
+        check_between(self, -1, 1, "min_similarity", "min_pair_similarity")
 
-    def columns_of(self, language: str) -> list[str]:
-        """The columns of a row that the strategy looks at."""
+    def strategy_columns(self, language: str) -> list[str]:
+        """Return the names of the columns that the strategy reads, for example `captions-pt` for the language "pt".
+
+        The column of similarities that the pair filter (`min_pair_similarity`) reads is not included.
+        """
         names = [f"captions-{language}"]
         if self.caption_strategy != "none":
             names.append(f"generated-captions-{language}")
-        if self.caption_strategy in WITH_SIMILARITIES:
+        if self.caption_strategy in SIMILARITY_STRATEGIES:
             names.append(f"similarities-{language}")
         return names
 
-    def chosen(self, row: dict, language: str) -> list[str]:
-        """The captions of a row that are used; it has the columns of `columns_of(language)`.
+    def choose_captions(self, row: dict, language: str) -> list[str]:
+        """Return the captions of a row that pass the pair filter and the strategy.
 
-        A caption that occurs twice counts once, at its first position. `none`, `first` and `all` keep the order of the
-        row, generated ones after originals; of the others the most similar are first, ties in the order of the row, NaN
-        as the lowest. Empty when nothing passes, or where the first original caption is not as similar to the image as
-        `min_pair_similarity` asks. Raises ValueError where a column is missing, or similarities are not one a caption.
+        The pair filter rejects the image if the similarity of its first original caption is below
+        `min_pair_similarity`. A repeated caption is returned once. The strategies `none`, `first` and `all` keep the
+        order of the row, with the generated captions after the original captions. The other strategies return the
+        captions with the highest similarity first. Captions with equal similarities keep the order of the row, and
+        captions without a similarity (NaN or None) come last.
+
+        Args:
+            row: A row with the columns of `strategy_columns(language)`. If `min_pair_similarity` is set, it must also
+                have the column of similarities.
+            language: Language code at the end of the column names.
+
+        Returns:
+            The captions in the order of the strategy. Empty if no caption passes, or if the similarity of the first
+            original caption is below `min_pair_similarity`.
+
+        Raises:
+            ValueError: If a column is missing, or the number of similarities differs from the number of captions.
         """
-        strategy, captions = self.caption_strategy, _column(row, f"captions-{language}")
-        if (least := self.min_pair_similarity) is not None:
-            there = row.get(f"generated-captions-{language}")
-            similarities = _similarities(row, language, len(captions), None if there is None else len(there))
-            if not captions or similarities[0] < least:
+        strategy, captions = self.caption_strategy, _get_list_column(row, f"captions-{language}")
+        if self.min_pair_similarity is not None:
+            generated = row.get(f"generated-captions-{language}")
+            generated_count = None if generated is None else len(generated)
+            similarities = _get_similarities(row, language, len(captions), generated_count)
+            if not captions or similarities[0] < self.min_pair_similarity:
                 return []
         if strategy == "none":
-            return _distinct(captions)
-        texts = [*captions, *_column(row, f"generated-captions-{language}")]
+            return _deduplicate(captions)
+        texts = [*captions, *_get_list_column(row, f"generated-captions-{language}")]
         if strategy == "all":
-            return _distinct(texts)
+            return _deduplicate(texts)
         if strategy == "first":
-            return _distinct(texts)[: len(_distinct(captions)) + self.caption_count]
-        similarities = _similarities(row, language, len(captions), len(texts) - len(captions))
-        ranked = sorted(range(len(texts)), key=lambda i: -similarities[i])  # a stable sort: ties keep the row's order
+            return _deduplicate(texts)[: len(_deduplicate(captions)) + self.caption_count]
+        similarities = _get_similarities(row, language, len(captions), len(texts) - len(captions))
+        # The sort is stable, so ties keep the order of the row.
+        ranked = sorted(range(len(texts)), key=lambda i: -similarities[i])
         if strategy == "rank":
-            return _distinct(texts[i] for i in ranked)[: self.caption_count]
-        passed = _distinct(texts[i] for i in ranked if similarities[i] >= self.min_similarity)
+            return _deduplicate(texts[i] for i in ranked)[: self.caption_count]
+        passed = _deduplicate(texts[i] for i in ranked if similarities[i] >= self.min_similarity)
         if strategy == "threshold" or len(passed) <= self.min_kept:
             return passed
-        return _diverse(passed, _distinct(texts), self)
+        return _select_diverse(passed, _deduplicate(texts), self)
 
 
-def _column(row: dict, name: str) -> list:
+def _get_list_column(row: dict, name: str) -> list:
+    """Return the list in the column `name` of a row. Raises ValueError if the column is missing, None or a text."""
     if isinstance(row.get(name), str | None):
         raise ValueError(
-            f"The column {name!r} must hold a list, this row has {row.get(name)!r} there, of {sorted(row)}. Add the "
-            "column (an empty list is fine), or choose a strategy that does without: `none` needs the original "
-            "captions alone."
+            f"The column {name!r} must hold a list, got {row.get(name)!r} in a row with the columns {sorted(row)}. Add "
+            "the column (empty lists are fine), or choose a caption strategy that does not need it: `none` needs only "
+            "the original captions."
         )
     return row[name]
 
 
-def _similarities(row: dict, language: str, captions: int, generated: int | None) -> list[float]:
-    """One number a caption, NaN and None as minus infinity; with `generated` None there may be more than captions."""
+def _get_similarities(row: dict, language: str, caption_count: int, generated_count: int | None) -> list[float]:
+    """Return the similarities of a row, with minus infinity instead of NaN and None.
+
+    Args:
+        row: A row with the column `similarities-<language>`.
+        language: Language code at the end of the column name.
+        caption_count: Number of original captions of the row.
+        generated_count: Number of generated captions of the row. None if the number is unknown; the row may then have
+            more similarities than original captions.
+
+    Returns:
+        First the similarities of the original captions, then the similarities of the generated captions.
+
+    Raises:
+        ValueError: If the column is missing, or it does not hold one similarity per caption.
+    """
     name = f"similarities-{language}"
-    similarities, needed = _column(row, name), captions + (generated or 0)
-    if len(similarities) < needed or (generated is not None and len(similarities) > needed):
+    similarities, needed = _get_list_column(row, name), caption_count + (generated_count or 0)
+    if len(similarities) < needed or (generated_count is not None and len(similarities) > needed):
         raise ValueError(
-            f"{name!r} has {len(similarities)} numbers for {needed} captions ({captions} original, {generated or 0} "
-            "generated): it must hold one for each, in that order. Score the rows anew, or choose a strategy that "
-            "needs no similarities: none, first or all."
+            f"{name!r} has {len(similarities)} numbers for {needed} captions ({caption_count} original, "
+            f"{generated_count or 0} generated); it must hold one number for each caption, in that order. Run "
+            "captions.score again, or choose a strategy that needs no similarities: none, first or all."
         )
     return [-math.inf if value is None or math.isnan(value) else value for value in similarities]
 
 
-def _distinct(texts: Iterable[str]) -> list[str]:
+def _deduplicate(texts: Iterable[str]) -> list[str]:
+    """Return the distinct texts in the order of their first occurrence."""
     return list(dict.fromkeys(texts))
 
 
-def _diverse(ranked: list[str], corpus: list[str], choice: CaptionChoice) -> list[str]:
-    """Those of `ranked`, most similar first, that repeat no kept one; term weights come from the whole `corpus`."""
+def _select_diverse(ranked: list[str], corpus: list[str], choice: CaptionChoice) -> list[str]:
+    """Return captions that differ from each other, for the strategy `diverse` (see `CaptionChoice`).
+
+    Args:
+        ranked: Distinct captions to choose from, the most similar to the image first.
+        corpus: All distinct captions of the row, from which the TF-IDF weights are computed.
+        choice: Flags; their constants `max_overlap` and `min_kept` are used.
+
+    Returns:
+        The chosen captions, in the order of `ranked`.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(token_pattern=TOKEN_PATTERN)
     analyze = vectorizer.build_analyzer()
-    if not any(analyze(text) for text in corpus):  # only punctuation: the vectorizer would refuse, and nothing overlaps
+    # The vectorizer raises an error if no text has a token. Texts without tokens do not overlap, so all are returned.
+    if not any(analyze(text) for text in corpus):
         return ranked
-    vectors = vectorizer.fit(corpus).transform(ranked)  # (captions, terms), unit length, or zero without a term
-    # Rounding takes the cosine of a caption with its copy a little over 1, which `max_overlap` 1 allows.
+    # Shape: (captions, terms). Each row has unit length, or is zero if the caption has no term.
+    vectors = vectorizer.fit(corpus).transform(ranked)
+    # Floating-point error can make the cosine of two copies slightly larger than 1, which `max_overlap` 1 must allow.
     overlaps = (vectors @ vectors.T).toarray().round(9)
-    kept = []
+    kept_indices = []
     for i in range(len(ranked)):
-        if all(overlaps[i, j] <= choice.max_overlap for j in kept):
-            kept.append(i)
-    dropped = [i for i in range(len(ranked)) if i not in kept]
-    kept += dropped[: max(0, choice.min_kept - len(kept))]
-    return [ranked[i] for i in sorted(kept)]
+        if all(overlaps[i, j] <= choice.max_overlap for j in kept_indices):
+            kept_indices.append(i)
+    dropped_indices = [i for i in range(len(ranked)) if i not in kept_indices]
+    kept_indices += dropped_indices[: max(0, choice.min_kept - len(kept_indices))]
+    return [ranked[i] for i in sorted(kept_indices)]

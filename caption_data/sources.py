@@ -1,148 +1,176 @@
-"""Caption data sets of every form as one: a `datasets.Dataset` with its images undecoded.
+"""Open caption datasets of every supported form as a `Split`, with the images still encoded.
 
-A dataset is a saved `DatasetDict`, parquet files, folders of images with a `metadata.jsonl` or `metadata.csv` (an image
-is its `file_name`, a text in a cell becomes a list of one caption), WebDataset tars in the authors' layout (`jpg|png`
-and `json`), or a Hub id. Parquet files and datasets of the Hub are copied to the cache of `datasets`, which maps them
-into memory. Tars and lists of images stay where they are: the cache holds a table of them, until one has another size
-or time; nothing is extracted, nothing is unpickled.
+A dataset has one of these forms:
 
-A file is of the split that its innermost folder, or else the start of its name, names: one of the usual names, or the
-one asked for. Where no file names one, all are split "train", as on the Hub; they don't serve as "test" too, which
-would measure a model on what it was trained on.
+- a saved `DatasetDict`;
+- a folder of parquet files;
+- folders of images with a `metadata.jsonl` or `metadata.csv`, in which the column `file_name` is the path of the image,
+  and a single caption becomes a list with one caption;
+- WebDataset tars in the layout of the CAPIVARA authors, with one image (`jpg` or `png`) and one `json` per sample;
+- a Hub id.
+
+Parquet files and datasets of the Hub are copied to the cache of `datasets`, which maps them into memory. Tars and image
+folders are read in place: the cache holds only a table of their rows, which is built again if the size or the
+modification time of a file changes. Nothing is extracted, and nothing is unpickled.
+
+Names decide to which split a file belongs. If a folder of the file has the name of a split, the innermost such folder
+decides. Otherwise the start of the file name decides, for example `test-0001.parquet`. The names of splits are
+`SPLIT_NAMES` and the name of the requested split. If no file has the name of a split, all files belong to "train", as
+on the Hub. Such files are not also used as "test", because a model would then be evaluated on its training data.
 """
 
-import csv
 import glob
 import itertools
-import json
 import os
 import re
-import tarfile
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any, AnyStr, BinaryIO
+from typing import Any
 
 import datasets
-import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset_builder, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset_builder, load_from_disk
 from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm.auto import tqdm
 
-from capivara_common.environment import processes
-from capivara_common.files import Bounds, read_json, refuse_links_out
+from capivara_common.environment import process_state
+from capivara_common.files import AllowedFolders, check_links_stay_inside, read_json
 from capivara_common.image_files import (
-    MAX_DETAIL,
     MAX_IMAGE_PIXELS,
     BadImage,
-    ImageFiles,
+    ImageAccess,
     decode_image,
     decode_images,
-    image_bytes,
-    image_path,
+    image_display_path,
+    read_image_bytes,
 )
-from caption_data.rows import CAPTION_COLUMN, CAPTIONS, SIMILARITY_COLUMN, Skipped, digest_of, storable
+from caption_data.file_tables import build_file_table
+from caption_data.rows import SkippedRow
 
-FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$", r"^metadata\.csv$")
-LISTS = (".jsonl", ".csv")  # suffixes of lists of image files
+# Regular expressions for the file names of each supported form. All files of a dataset must have the same form.
+FILE_FORM_PATTERNS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$", r"^metadata\.csv$")
+# Names of files and folders that are recognized as the name of a split.
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
-STAGE_FILE = "stage.json"  # of a folder that a stage of `captions` writes
-PART = re.compile(r"-(\d{9})-(\d{9})$")  # rows of a part, in its name
-HUB_TIMEOUT = 20  # seconds
-READ_ROWS = 16  # of a parquet file at once
-# Parquet stores a repeated value once: a file of 1 kB can hold gigabytes of text. Captions shrink about tenfold, images
-# hardly at all.
-MAX_EXPANSION = 100  # decoded bytes per byte of the parquet files
-SMALL_TABLE_BYTES = 100_000_000  # decoded; a table of this size is read from files of any size
-IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
-MAX_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities have under 10 kB
-KINDS = {str: Value("string"), bool: Value("bool"), int: Value("int64"), float: Value("float64")}
-HEAD_ROWS = 100  # that columns are judged from, since nothing declares them
-TABLE_VERSION = 3  # raise it when what the table holds of a row changes
-DAMAGE = "damaged archive"  # column of the table: what is wrong with the rest of an archive, in a row of its own
-PLACE = {"bytes": Value("binary"), "path": Value("string")}  # of an image, as `datasets` has it undecoded
-IN_ARCHIVE = {"archive": Value("string"), "offset": Value("int64"), "size": Value("int64")}
+STAGE_FILE = "stage.json"  # file in each folder that a stage of `captions` writes
+# Row numbers in the file name of a part (a parquet file that a stage of `captions` writes): the number of its first
+# row, and the number of its last row plus 1.
+PART_NAME_RE = re.compile(r"-(\d{9})-(\d{9})$")
+DATASET_INFO_TIMEOUT_S = 20  # seconds to wait for the Hub to answer whether a dataset exists
+PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time
+# Parquet stores a repeated value once, so a malicious file of 1 kB can expand to gigabytes of text. Parquet reduces the
+# size of captions to about a tenth, and hardly reduces the size of images, so valid files stay far below this limit.
+MAX_PARQUET_EXPANSION = 100  # decoded bytes per byte of the parquet files
+UNLIMITED_EXPANSION_BYTES = 100_000_000  # up to this number of decoded bytes, the limit above does not apply
 
 
 @dataclass(eq=False)
 class Split:
-    """One split of one data set, in a fixed order; an image of a row is as `capivara_common.image_files` opens it."""
+    """One split of a dataset: its rows in a fixed order, with encoded images.
 
-    name: str  # of the data set
+    Attributes:
+        name: Path, pattern or Hub id of the dataset.
+        split: Name of the split.
+        image_column: Name of the image column.
+        data: The rows. None in subclasses that read the rows without `datasets`.
+        image_access: Rules for the image files: folders in which they may lie, and largest number of pixels.
+        paths: Files that hold the rows. Empty for saved datasets and datasets of the Hub.
+        damaged_archives: One record for each tar or JSON Lines file whose rows after a damaged place are missing.
+    """
+
+    name: str
     split: str
     image_column: str
     data: Dataset
-    files: ImageFiles  # which images may be opened
-    paths: list[Path] = field(default_factory=list)  # of the files that hold the rows; none of what `datasets` saved
-    damaged: list[Skipped] = field(default_factory=list)  # archives that end too early
+    image_access: ImageAccess
+    paths: list[Path] = field(default_factory=list)
+    damaged_archives: list[SkippedRow] = field(default_factory=list)
 
     @property
-    def where(self) -> str:
-        """Data set and split, for messages."""
+    def display_name(self) -> str:
+        """Name of the dataset and of the split, for messages."""
         return f"{self.name}, split {self.split!r}"
 
     @property
     def features(self) -> Features:
-        """What the columns hold, by their names."""
+        """Types of the columns, as a dict from column name to feature of `datasets`."""
         return self.data.features
 
     @property
     def columns(self) -> list[str]:
-        """The names of all columns."""
+        """Names of all columns of the split, in order."""
         return list(self.features)
 
     def check_columns(self, names: Iterable[str]) -> None:
-        """Raise ValueError where a column is missing; those that are there are named."""
+        """Raise ValueError if the split lacks a column in `names`. The message lists the columns of the split."""
         for name in names:
             if name not in self.columns:
-                raise ValueError(f"{self.where} has no column {name!r}; there are {self.columns}.")
+                raise ValueError(f"{self.display_name} has no column {name!r}; there are {self.columns}.")
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """The rows from row `start` on, with none but the columns `only`."""
-        data = self.data if only is None else self.data.select_columns(list(only))
+    def rows(self, start: int = 0, column_names: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Iterate over the rows as dicts, with images not decoded.
+
+        Args:
+            start: Number of the first row, counted from 0.
+            column_names: Columns to read. Default: all columns.
+        """
+        data = self.data if column_names is None else self.data.select_columns(list(column_names))
         return iter(data.skip(start) if start < len(data) else ())
 
     def row(self, index: int) -> dict[str, Any]:
-        """Row `index`, from 0."""
+        """Return the row with number `index`, counted from 0, as a dict. The image is not decoded."""
         return self.data[index]
 
-    def image(self, row: int) -> PIL.Image.Image:
-        """Decoded. Raises BadImage where it can't be used."""
-        return decode_image(self.data[row][self.image_column], self.files)
+    def load_image(self, row: int) -> PIL.Image.Image:
+        """Decode the image of the row with number `row`. Raises BadImage if the image is missing or invalid."""
+        return decode_image(self.data[row][self.image_column], self.image_access)
 
-    def decoded(self, rows: range) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
-        """Rows with their images or what is wrong with them, by `decode_images`."""
-        return decode_images(rows, lambda row: self.data[row][self.image_column], self.files)
+    def decode_images(self, rows: range) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
+        """Decode the images of rows with several threads.
+
+        Yields:
+            The tuple (number of the row, image) for each row, in order. For a missing or invalid image, the second
+            value is a BadImage.
+        """
+        return decode_images(rows, lambda row: self.data[row][self.image_column], self.image_access)
 
     @cached_property
-    def digests(self) -> list[str]:
-        """Hex, of each image's file, or of what is wrong with it; all files are read."""
-        digests, quiet = [], not processes().is_main_process
+    def image_digests(self) -> list[str]:
+        """BLAKE2b-128 hex digest of each image file, one per row. The first access reads all image files.
+
+        For a missing or invalid image, the digest is computed from the error message.
+        """
+        digests, quiet = [], not process_state().is_main_process
         for row in tqdm(range(len(self)), desc="Reading images", unit="image", disable=quiet):
             try:
-                image = image_bytes(self.data[row][self.image_column], self.files)
+                image = read_image_bytes(self.data[row][self.image_column], self.image_access)
             except BadImage as bad:
-                image = self.fault(row, bad).encode("utf-8", "replace")  # is cached, and must be of this data set
+                # The message does not contain the folder of the image, so that the digest is the same on every machine.
+                image = self.describe_image_error(row, bad).encode("utf-8", "replace")
             digests.append(blake2b(image, digest_size=16).hexdigest())
         return digests
 
-    def fault(self, row: int, bad: BadImage) -> str:
-        """What is wrong with an image, without the folder that it lies in: results name no machine's paths."""
-        path = image_path(self.data[row][self.image_column])
-        folder = path.removesuffix(Path(path).name)  # not the path: odd signs in the name are escaped, long ones cut
+    def describe_image_error(self, row: int, bad: BadImage) -> str:
+        """Return the message of an image error without the folder of the image file, for use in published results.
+
+        Args:
+            row: Number of the row with the image.
+            bad: The error.
+        """
+        path = image_display_path(self.data[row][self.image_column])
+        # Remove only the folder, because the file name may be escaped or shortened in the error.
+        folder = path.removesuffix(Path(path).name)
         return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
 
 
@@ -152,460 +180,430 @@ def open_split(
     image_column: str,
     image_roots: Sequence[Path] = (),
     max_pixels: int = MAX_IMAGE_PIXELS,
-    parquet: type[Split] | None = None,
+    parquet_type: type[Split] | None = None,
 ) -> Split:
-    """One split of a data set: a folder, file, glob or Hub id, in one of the forms of the module's text.
+    """Open one split of a dataset.
 
-    `image_column` is the images' name, which those of tars and image folders get; `image_roots` are folders outside of
-    the data set that image paths and links in it may lead into, `max_pixels` those of an image. `parquet` reads parquet
-    files where they lie, from its `paths`; they are copied where None.
+    The dataset can be a saved `DatasetDict`, a folder of parquet files, folders of images with a `metadata.jsonl` or
+    `metadata.csv`, WebDataset tars, or a Hub id.
 
-    Raises ValueError where there is no such data set or split (those that are there are named), it is empty, its tars
-    are compressed, its images lie in tars without being in one, a file of it is a link out of it, or it is the output
-    of a stage that is unfinished.
+    Args:
+        dataset: Folder, file, glob pattern or Hub id.
+        split: Name of the split.
+        image_column: Name of the image column. For tars and image folders, which have no such column, this is the name
+            that the image column gets.
+        image_roots: Folders outside of the dataset in which images may lie. Image paths and links to all other folders
+            are refused.
+        max_pixels: Largest number of pixels (width x height); larger images count as bad.
+        parquet_type: Subclass of `Split` that reads the parquet files `paths` in place. Default: copy parquet files to
+            the cache of `datasets`.
+
+    Returns:
+        The split, with at least one row.
+
+    Raises:
+        ValueError: If the dataset or the split does not exist (the message lists the splits), the split is empty, a tar
+            is compressed, the images of a saved or parquet dataset are stored as positions in tars, a link leads out of
+            the dataset, or the dataset is the output of an unfinished stage of a caption build.
     """
     path, paths, damages, data = Path(dataset), [], [], None
-    refuse_unfinished(path)
+    check_finished(path)
     if (path / "dataset_dict.json").is_file():
-        data = of_split(load_saved(path, image_roots), dataset, split)
-        files = ImageFiles(Bounds(path, image_roots), max_pixels)
+        data = select_split(load_saved_dataset(path, image_roots), dataset, split)
+        access = ImageAccess(AllowedFolders(path, image_roots), max_pixels)
     elif not path.exists() and not glob.has_magic(dataset):
-        data = of_split(_from_hub(dataset), dataset, split)
-        files = ImageFiles(copied_bounds(dataset, image_roots), max_pixels)
+        data = select_split(_load_from_hub(dataset), dataset, split)
+        access = ImageAccess(dataset_folders(dataset, image_roots), max_pixels)
     else:
-        paths, bounds = files_of_split(dataset, split, image_roots)
-        files = ImageFiles(bounds, max_pixels)
+        paths, allowed_folders = find_split_files(dataset, split, image_roots)
+        access = ImageAccess(allowed_folders, max_pixels)
         if paths[0].suffix != ".parquet":
-            data, damages = _loaded(dataset, table_of_files, paths, image_column)
-        elif parquet is None:
-            data = load_files("parquet", paths, dataset)
-    damaged = [Skipped(dataset, split, row, "damaged archive", detail) for row, detail in damages]
+            data, damages = _call_loader(dataset, build_file_table, paths, image_column)
+        elif parquet_type is None:
+            data = load_data_files("parquet", paths, dataset)
+    damaged = [SkippedRow(dataset, split, row, "damaged archive", detail) for row, detail in damages]
     if data is None:
-        opened = parquet(dataset, split, image_column, data, files, paths)
+        opened = parquet_type(dataset, split, image_column, data, access, paths)
     else:
-        opened = Split(dataset, split, image_column, undecoded(data, image_column), files, paths, damaged)
+        opened = Split(dataset, split, image_column, disable_decoding(data, image_column), access, paths, damaged)
     feature = opened.features.get(image_column)
     if isinstance(feature, dict) and "archive" in feature and (not paths or paths[0].suffix == ".parquet"):
         raise ValueError(
-            f"{opened.where}: the images of column {image_column!r} are places in tars, which may have changed since. "
-            "Name the tars as the data set, or keep the bytes of the images in it."
+            f"{opened.display_name}: the images in column {image_column!r} are positions in tars that may have changed "
+            "since. Use the tars as the dataset, or store the image bytes in it."
         )
     if not len(opened):
-        told = "; ".join(damage.detail for damage in damaged[:3])
-        raise ValueError(f"{opened.where} is empty{told and f', its archives are damaged: {told}'}.")
+        damage_details = "; ".join(damage.detail for damage in damaged[:3])
+        ending = f"; its archives are damaged: {damage_details}" if damage_details else ""
+        raise ValueError(f"{opened.display_name} is empty{ending}.")
     return opened
 
 
-def unfinished(folder: Path) -> tuple[int, str]:
-    """Rows of a stage of `captions` that no task has written yet, by the names of its files, and its command.
+def read_stage_progress(folder: Path) -> tuple[int, str]:
+    """Count the rows that a stage of a caption build has not written yet, by the names of its parquet files.
 
-    Raises ValueError where its stage.json is damaged.
+    Args:
+        folder: Output folder of the stage, with a `stage.json`.
+
+    Returns:
+        The number of missing rows, and the shell command that writes them.
+
+    Raises:
+        ValueError: If the `stage.json` is damaged.
     """
-    names = map(PART.search, (path.stem for path in folder.glob("*.parquet")))
-    there = sum(int(name[2]) - int(name[1]) for name in names if name)
+    matches = map(PART_NAME_RE.search, (path.stem for path in folder.glob("*.parquet")))
+    written = sum(int(match[2]) - int(match[1]) for match in matches if match)
     try:
         record = read_json(folder / STAGE_FILE, command=str, source=dict)
-        return record["source"]["rows"] - there, record["command"]
+        return record["source"]["rows"] - written, record["command"]
     except (ValueError, KeyError, TypeError) as error:
         fault = f"{folder / STAGE_FILE}: {error}"
-        raise ValueError(f"{fault}. Put back a copy of it, or remove {folder} and run its stage again.") from error
+        raise ValueError(f"{fault}. Restore the file, or remove {folder} and run its stage again.") from error
 
 
-def refuse_unfinished(folder: Path) -> None:
-    """Raise ValueError, with the command that goes on, where a folder is of a stage that lacks parts."""
-    missing, command = unfinished(folder) if (folder / STAGE_FILE).is_file() else (0, "")
+def check_finished(folder: Path) -> None:
+    """Raise ValueError if a folder is the output of an unfinished stage of a caption build.
+
+    The message contains the command that finishes the stage. A folder without `stage.json` is accepted.
+    """
+    missing, command = read_stage_progress(folder) if (folder / STAGE_FILE).is_file() else (0, "")
     if missing > 0:
         raise ValueError(
-            f"{folder} is unfinished: {missing} rows are missing. Other tasks may be at work on them; this command "
-            f"makes what is missing: {command}"
+            f"{folder} is unfinished: {missing} rows are missing. Other tasks may still be writing them. This command "
+            f"writes the missing rows: {command}"
         )
 
 
-def undecoded(data: Dataset, image_column: str) -> Dataset:
-    """The same, images, sounds and films at any depth left as they are: `datasets` would open any path."""
-    plain = Features({name: _undecoded(feature) for name, feature in data.features.items()})
-    if isinstance(plain.get(image_column), Value):  # bytes or paths, of parquet files that others wrote
+def disable_decoding(data: Dataset, image_column: str) -> Dataset:
+    """Return a dataset that does not decode its images, audio and video, even if they are nested in other columns.
+
+    This is a safety measure, because `datasets` opens any path in the data for decoding. An image column of plain bytes
+    or paths becomes a column of images that are not decoded.
+    """
+    plain = Features({name: _without_decoding(feature) for name, feature in data.features.items()})
+    if isinstance(plain.get(image_column), Value):  # parquet files of other programs hold plain bytes or paths
         plain[image_column] = Image(decode=False)
     fingerprint = data._fingerprint
     for column in [name for name in plain if plain[name] != data.features[name]]:
         data = data.cast_column(column, plain[column])
-    data._fingerprint = fingerprint  # that of the data, which builds of before have noted
+    data._fingerprint = fingerprint  # the rows are unchanged, and existing builds record this value
     return data
 
 
-def _undecoded(feature: Any) -> Any:
+def _without_decoding(feature: Any) -> Any:
+    """Return a feature (column type of `datasets`) in which decoding is turned off, also in nested features."""
     if isinstance(feature, dict):
-        return {name: _undecoded(inner) for name, inner in feature.items()}
-    if hasattr(feature, "feature"):  # List and its kin
-        return replace(feature, feature=_undecoded(feature.feature))
+        return {name: _without_decoding(field_feature) for name, field_feature in feature.items()}
+    if hasattr(feature, "feature"):  # the column types List and LargeList
+        return replace(feature, feature=_without_decoding(feature.feature))
     return replace(feature, decode=False) if getattr(feature, "decode", False) else feature
 
 
-def files_of_split(dataset: str, split: str, image_roots: Sequence[Path] = ()) -> tuple[list[Path], Bounds]:
-    """The files of a split, all of one form, and where they and their images may lie.
+def find_split_files(dataset: str, split: str, image_roots: Sequence[Path] = ()) -> tuple[list[Path], AllowedFolders]:
+    """Find the data files of a split on this machine.
 
-    Raises ValueError where there are none, of several forms, or links out of the folder.
+    Args:
+        dataset: Folder, file or glob pattern.
+        split: Name of the split.
+        image_roots: Folders outside of the dataset in which files and images may lie.
+
+    Returns:
+        The files, and the folders in which these files and their images may lie.
+
+    Raises:
+        ValueError: If no file belongs to the split, the dataset has files of several forms (for example parquet and
+            tar), or a link leads out of the allowed folders.
     """
-    root, found = _local_files(dataset)
+    root, files = _find_local_files(dataset)
     rule = (
-        f" A file is of the split that its folder or the start of its name names, as {split}-0001 does; else of train."
+        f" A file belongs to the split that its folder or the start of its name states, for example {split}-0001; "
+        "otherwise to train."
     )
-    paths = of_split(_files_by_split(root, found, split), dataset, split, rule)
-    folders = [root] if Path(dataset).exists() else sorted({path.parent for path in paths})  # a pattern names no folder
-    named = [Path(dataset)] if Path(dataset).is_file() else []  # by the user: it may lie anywhere
-    bounds = Bounds(folders[0], [*folders[1:], *named, *image_roots])
-    bounds.check(paths)
-    return paths, bounds
+    paths = select_split(_group_by_split(root, files, split), dataset, split, rule)
+    # For a glob pattern, images may lie in the folders of all matching files.
+    folders = [root] if Path(dataset).exists() else sorted({path.parent for path in paths})
+    # If the dataset is a single file, the user chose it explicitly, so it may be a link to any folder.
+    requested = [Path(dataset)] if Path(dataset).is_file() else []
+    allowed_folders = AllowedFolders(folders[0], [*folders[1:], *requested, *image_roots])
+    allowed_folders.check(paths)
+    return paths, allowed_folders
 
 
-def load_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
-    """Files by the loader `form` of `datasets`: named, since a README in their folder may name any file or address."""
+def load_data_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
+    """Load data files with a loader of `datasets`.
+
+    The files are passed one by one. With a folder, `datasets` would follow its README, which may name any other file or
+    URL.
+
+    Args:
+        form: Name of the loader, for example "parquet" or "imagefolder".
+        paths: Files to load.
+        dataset: Name of the dataset, for errors.
+
+    Returns:
+        The rows of all files.
+
+    Raises:
+        ValueError: If a file cannot be loaded, or parquet files expand too much.
+    """
     names = {"train": [glob.escape(str(path)) for path in paths]}
     try:
-        return _loaded(dataset, _prepared, form, data_files=names, split="train")
+        return _call_loader(dataset, _prepare_dataset, form, data_files=names, split="train")
     except ValueError:
         if form == "parquet":
-            _check_expansion(paths)  # names the file that is damaged
+            _check_expansion(paths)  # raises an error that names the damaged file; the current error does not
         raise
 
 
-def _prepared(*args: Any, split: str | None = None, **options: Any) -> Dataset | DatasetDict:
-    """Do what `datasets.load_dataset` does, and raise ValueError if parquet files expand beyond `MAX_EXPANSION`."""
+def _prepare_dataset(*args: Any, split: str | None = None, **options: Any) -> Dataset | DatasetDict:
+    """Load a dataset like `datasets.load_dataset`, but check the size of parquet files before they are decoded.
+
+    Args:
+        *args: Positional arguments of `load_dataset_builder`.
+        split: Split to load. Default: all splits, as a `DatasetDict`.
+        **options: Keyword arguments of `load_dataset_builder`.
+
+    Raises:
+        ValueError: If parquet files expand too much (`MAX_PARQUET_EXPANSION`).
+    """
     builder = load_dataset_builder(*args, **options)
-    if isinstance(builder, Parquet):  # it generates tables only if its cache does not have them yet
-        builder._generate_tables = partial(_checked_tables, builder._generate_tables)
+    if isinstance(builder, Parquet):  # `_generate_tables` only runs for files that are not cached
+        builder._generate_tables = partial(_iter_checked_tables, builder._generate_tables)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
 
 
-def _checked_tables(generate: Callable, files: Sequence[str], **options: Any) -> Iterator[tuple[Any, pa.Table]]:
+def _iter_checked_tables(generate: Callable, files: Sequence[str], **options: Any) -> Iterator[tuple[Any, pa.Table]]:
+    """Check the decoded size of parquet files, then generate their tables.
+
+    Args:
+        generate: Method `_generate_tables` of the parquet builder of `datasets`.
+        files: Paths of the parquet files.
+        **options: Other arguments of `generate`.
+
+    Yields:
+        The tuples of key and table that `generate` yields.
+    """
     _check_expansion(files)
     yield from generate(files=files, **options)
 
 
 def _check_expansion(paths: Sequence[str | Path]) -> None:
-    """Decode parquet files a few rows at a time, and raise ValueError if they are damaged or hold too much.
+    """Raise ValueError if a parquet file is damaged, or if the files together are too large after decoding.
 
-    Their metadata state sizes, but not those of values that dictionaries and deltas repeat.
+    The limit is the larger of `UNLIMITED_EXPANSION_BYTES` and `MAX_PARQUET_EXPANSION` times the size of the files. The
+    files are decoded a few rows at a time, because the sizes in their metadata are only a lower bound: a value that
+    dictionary or delta encoding stores once counts once there, even if many rows repeat it.
     """
-    stored, size = sum(map(os.path.getsize, paths)), 0
+    stored, decoded = sum(map(os.path.getsize, paths)), 0
+    limit = max(UNLIMITED_EXPANSION_BYTES, MAX_PARQUET_EXPANSION * stored)
     for path in paths:
-        with opened_parquet(path) as file:
-            for batch in file.iter_batches(READ_ROWS):
-                size += batch.nbytes
-                if size > max(SMALL_TABLE_BYTES, MAX_EXPANSION * stored):
-                    raise ValueError(
-                        f"{path} expands too much: parquet files may hold at most {MAX_EXPANSION} times their size, or "
-                        f"{SMALL_TABLE_BYTES / 1e6:.0f} MB, and these have {stored:,} bytes. If they are trusted, "
-                        "write them again without compression and dictionaries."
-                    )
+        with open_parquet(path) as file:
+            groups = (file.metadata.row_group(number) for number in range(file.num_row_groups))
+            sizes = (sum(map(_decoded_bytes, batch.columns)) for batch in file.iter_batches(PARQUET_BATCH_ROWS))
+            is_too_large = sum(group.total_byte_size for group in groups) > limit
+            while not is_too_large and (size := next(sizes, None)) is not None:
+                decoded += size
+                is_too_large = decoded > limit
+            if is_too_large:
+                raise ValueError(
+                    f"{path} expands too much: parquet files may expand to at most {MAX_PARQUET_EXPANSION} times "
+                    f"their size, or {UNLIMITED_EXPANSION_BYTES / 1e6:.0f} MB; these files have {stored:,} bytes. "
+                    "If you trust them, write them again without compression and dictionaries."
+                )
 
 
-def load_saved(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
-    """A saved data set, its tables within its folder (or `image_roots`), by whatever path its files name them.
+def _decoded_bytes(array: pa.Array) -> int:
+    """Return the size in bytes that an array has without dictionary encoding, so that repeated values are counted."""
+    if pa.types.is_dictionary(array.type):
+        values = array.dictionary
+        if pa.types.is_primitive(values.type):
+            return len(array) * values.type.bit_width // 8
+        return pc.sum(pc.take(pc.binary_length(values), array.indices)).as_py() or 0
+    if pa.types.is_struct(array.type):
+        return sum(map(_decoded_bytes, array.flatten()))
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        return _decoded_bytes(array.flatten())
+    return array.nbytes
 
-    Raises ValueError where a link or a path leads out of the folder, or it can't be loaded.
+
+def load_saved_dataset(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
+    """Load a `DatasetDict` that was saved with `save_to_disk`.
+
+    Args:
+        folder: Folder of the dataset.
+        image_roots: Other folders in which the Arrow files of the dataset may lie.
+
+    Raises:
+        ValueError: If a link or path leads out of these folders, or the dataset can't be loaded.
     """
-    refuse_links_out(folder)
-    bounds = Bounds(folder, image_roots)
+    check_links_stay_inside(folder)
+    allowed_folders = AllowedFolders(folder, image_roots)
     for split in read_json(folder / "dataset_dict.json", splits=list)["splits"]:
         state = folder / str(split) / "state.json"
-        bounds.check([state])
+        allowed_folders.check([state])
         tables = read_json(state, _data_files=list)["_data_files"] if state.is_file() else []
         names = [table.get("filename") if isinstance(table, dict) else None for table in tables]
         if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{state} must name the tables of the split, each with its filename.")
-        bounds.check([state.parent / name for name in names])
-        if strange := [name for name in names if not (state.parent / name).is_file()]:
-            raise ValueError(f"{state} names {strange[0]}, which is no file there.")
-    data = _loaded(str(folder), load_from_disk, str(folder))
+            raise ValueError(f"{state} must list the tables of the split in _data_files, each with its filename.")
+        allowed_folders.check([state.parent / name for name in names])
+        if missing := [name for name in names if not (state.parent / name).is_file()]:
+            raise ValueError(f"{state} names {missing[0]}, but there is no such file.")
+    data = _call_loader(str(folder), load_from_disk, str(folder))
     if not isinstance(data, DatasetDict):
-        raise ValueError(f"{folder} is one split of a data set; name the folder of the whole, {folder.parent}.")
+        raise ValueError(f"{folder} is one split of a dataset. Use the folder of the whole dataset, {folder.parent}.")
     return data
 
 
-def copied_bounds(dataset: str, image_roots: Sequence[Path] = ()) -> Bounds:
-    """Where the files of a folder or Hub id that `datasets` reads lie: there, or in its cache; and what it unpacks."""
+def dataset_folders(dataset: str, image_roots: Sequence[Path] = ()) -> AllowedFolders:
+    """Return the folders in which the files of a dataset may lie.
+
+    These are the folder of the dataset (for a Hub id, its folder in the Hub cache), the folders `image_roots`, and the
+    folder into which `datasets` unpacks archives.
+
+    Args:
+        dataset: Folder or Hub id.
+        image_roots: Additional folders.
+    """
     cached = Path(HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}"
     folder = Path(dataset) if Path(dataset).exists() else cached
-    return Bounds(folder, [Path(datasets.config.EXTRACTED_DATASETS_PATH), *image_roots])
+    return AllowedFolders(folder, [Path(datasets.config.EXTRACTED_DATASETS_PATH), *image_roots])
 
 
-def of_split(splits: dict[str, Any], dataset: str, split: str, rule: str = "") -> Any:
-    """The split of a data set. Raises ValueError where there is none of the name; `rule` ends the message."""
+def select_split(splits: dict[str, Any], dataset: str, split: str, hint: str = "") -> Any:
+    """Return the value of a split in a dict by split name.
+
+    Args:
+        splits: Values by split name, for example a `DatasetDict`.
+        dataset: Name of the dataset, for the error message.
+        split: Name of the split to return.
+        hint: Text at the end of the error message.
+
+    Raises:
+        ValueError: If the split does not exist. The message lists the existing splits.
+    """
     if split not in splits:
-        raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{rule}")
+        raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{hint}")
     return splits[split]
 
 
 @contextmanager
-def opened_parquet(path: str | Path, advice: str = "") -> Iterator[pq.ParquetFile]:
-    """A parquet file. Raises ValueError, which names it and ends with `advice`, where it is damaged."""
+def open_parquet(path: str | Path, hint: str = "") -> Iterator[pq.ParquetFile]:
+    """Open a parquet file for reading, as a context manager.
+
+    Raises ValueError if the file is missing or damaged, also while its rows are read. The message names the file and
+    ends with the text `hint`.
+    """
     try:
         with pq.ParquetFile(path) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} can't be loaded: {_one_line(error)}{advice}") from error
+        raise ValueError(f"{path} can't be loaded: {_error_line(error)}{hint}") from error
 
 
-def _from_hub(dataset: str) -> Any:
-    """All splits of a data set of the Hub."""
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset) or any(re.search(form, dataset) for form in FORMS):
-        raise ValueError(f"{dataset} does not exist, and is no Hub id such as 'laicsiifes/flickr30k-pt-br'.")
-    subject = f"{dataset} is no path here, and as a Hub id it"
-    kept = copied_bounds(dataset).folder, Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___")
-    if not any(map(Path.exists, kept)):
-        # One question: `datasets` asks six times, for half a minute.
-        _loaded(subject, HfApi().dataset_info, dataset, timeout=HUB_TIMEOUT)
-    return _loaded(subject, _prepared, dataset)
+def _load_from_hub(dataset: str) -> Any:
+    """Load all splits of a dataset of the Hub, as a `DatasetDict`.
+
+    Args:
+        dataset: Hub id such as "laicsiifes/flickr30k-pt-br".
+
+    Raises:
+        ValueError: If the Hub id is invalid, or the dataset can't be loaded.
+    """
+    is_file_name = any(re.search(pattern, dataset) for pattern in FILE_FORM_PATTERNS)
+    if is_file_name or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset):
+        raise ValueError(f"{dataset} does not exist, and it is not a Hub id such as 'laicsiifes/flickr30k-pt-br'.")
+    subject = f"{dataset} is not a path on this machine, and as a Hub id it"
+    cached = dataset_folders(dataset).folder, Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___")
+    if not any(map(Path.exists, cached)):
+        # Fail after one request: `datasets` would retry six times, for half a minute.
+        _call_loader(subject, HfApi().dataset_info, dataset, timeout=DATASET_INFO_TIMEOUT_S)
+    return _call_loader(subject, _prepare_dataset, dataset)
 
 
-def _loaded(subject: str, load: Callable, *args: Any, **options: Any) -> Any:
-    """What `load` gives. Raises ValueError, which begins with `subject`, where it fails."""
+def _call_loader(subject: str, load: Callable, *args: Any, **options: Any) -> Any:
+    """Call a function that loads data, and convert all its errors to ValueError.
+
+    Args:
+        subject: What is loaded, for example the name of a dataset; the error message begins with it.
+        load: The function.
+        *args: Positional arguments of the function.
+        **options: Keyword arguments of the function.
+
+    Returns:
+        The result of the function.
+    """
     try:
         return load(*args, **options)
-    except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
-        raise ValueError(f"{subject} can't be loaded: {_one_line(error)}") from error
+    except Exception as error:  # `datasets` and its libraries raise many types of errors
+        raise ValueError(f"{subject} can't be loaded: {_error_line(error)}") from error
 
 
-def _one_line(error: BaseException) -> str:
-    """What an error says; pyarrow and `datasets` use several lines."""
+def _error_line(error: BaseException) -> str:
+    """Return the message of an error, or of the error that caused it, on a single line."""
     cause = error.__cause__ or error
     return " ".join(str(cause).split()) or type(cause).__name__  # MemoryError has no text
 
 
-def _local_files(dataset: str) -> tuple[Path, list[Path]]:
-    """The folder below which names decide the split, and the files of the only form in it."""
+def _find_local_files(dataset: str) -> tuple[Path, list[Path]]:
+    """Find all data files of a dataset on this machine.
+
+    Args:
+        dataset: Folder, file or glob pattern. In a folder, files are searched directly and one level below.
+
+    Returns:
+        The root folder and the sorted data files. Only the names of folders below the root can state the split of a
+        file.
+
+    Raises:
+        ValueError: If there are no data files, or the data files have different forms (for example parquet and tar).
+    """
     path = Path(dataset)
     if path.is_dir():
-        root, found = path, [*path.glob("*"), *path.glob("*/*")]
+        root, candidates = path, [*path.glob("*"), *path.glob("*/*")]
     elif path.exists():
-        root, found = path.parent, [path]
+        root, candidates = path.parent, [path]
     else:
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        found = [Path(name) for name in glob.iglob(dataset, recursive=True)]
-    by_form = [sorted(file for file in found if re.search(form, file.name) and file.is_file()) for form in FORMS]
-    there = list(filter(None, by_form))
-    if len(there) != 1:
+        candidates = [Path(name) for name in glob.iglob(dataset, recursive=True)]
+    by_form = [
+        sorted(file for file in candidates if re.search(form, file.name) and file.is_file())
+        for form in FILE_FORM_PATTERNS
+    ]
+    forms = list(filter(None, by_form))
+    if len(forms) != 1:
         raise ValueError(
-            f"{dataset} must be a saved DatasetDict, or hold files of one form, itself or in folders: parquet, tar, or "
-            "images with metadata.jsonl or metadata.csv. It holds "
-            f"{[files[0].name for files in there] or 'none of them'}; a pattern such as 'folder/*.tar' chooses."
+            f"{dataset} must be a saved DatasetDict, or hold data files of one form, directly or in folders: parquet, "
+            "tar, metadata.jsonl or metadata.csv. It holds "
+            f"{[str(files[0]) for files in forms] or 'none of these'}. A pattern such as 'folder/*.tar' selects files."
         )
-    return root, there[0]
+    return root, forms[0]
 
 
-def _files_by_split(root: Path, files: list[Path], split: str) -> dict[str, list[Path]]:
-    """Files by split, by the rule in the docstring of the module."""
-    usual = [split, *SPLIT_NAMES]
+def _group_by_split(root: Path, files: list[Path], split: str) -> dict[str, list[Path]]:
+    """Group data files by the split to which they belong.
+
+    The innermost folder with the name of a split decides, otherwise the start of the file name. Names of splits are
+    `SPLIT_NAMES` and the requested split. A file without such a name is grouped under the name of its folder, or under
+    the first word of its file name. If no file has the name of a split, all files belong to the split whose name the
+    root folder has, or to "train" if the root folder has another name.
+
+    Args:
+        root: Folder below which the names of folders count.
+        files: Data files below `root`.
+        split: Name of the requested split.
+
+    Returns:
+        The files of each split, by split name.
+    """
+    split_names = [split, *SPLIT_NAMES]
     by_split: dict[str, list[Path]] = {}
     for file in files:
         *folders, name = file.relative_to(root).parts
-        starts = [word for word in usual if re.match(rf"{re.escape(word)}(?![^\W\d_])", name)]
-        named = [folder for folder in reversed(folders) if folder in usual] + starts
+        name_starts = [word for word in split_names if re.match(rf"{re.escape(word)}(?![^\W\d_])", name)]
+        stated = [folder for folder in reversed(folders) if folder in split_names] + name_starts
         other = folders[-1] if folders else re.split(r"[\W\d_]", name)[0]
-        by_split.setdefault(named[0] if named else other, []).append(file)
-    if by_split.keys().isdisjoint(usual):
-        return {root.name if root.name in usual else "train": files}
+        by_split.setdefault(stated[0] if stated else other, []).append(file)
+    if by_split.keys().isdisjoint(split_names):
+        return {root.name if root.name in split_names else "train": files}
     return by_split
-
-
-def table_of_files(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
-    """The rows of tars or of lists of images: the columns of their JSON, and where the image is.
-
-    Columns are judged by the first rows; what in a row is of another kind than its column counts as missing. Returned
-    are the rows, and of each archive that ends too early the number of rows before, and what is wrong with it. Raises
-    ValueError where a tar is compressed: its samples have no offset to be read at.
-    """
-    if compressed := [path for path in paths if path.suffix not in (".tar", *LISTS)]:
-        raise ValueError(
-            f"{compressed[0]} is compressed, and only plain tars can be read in place. Unpack it to a .tar."
-        )
-    head = list(itertools.islice(_rows(paths, image_column), HEAD_ROWS))
-    if not head:
-        return Dataset.from_dict({image_column: []}), []
-    place = PLACE if paths[0].suffix in LISTS else PLACE | IN_ARCHIVE
-    names = dict.fromkeys(name for row in head for name in row if name not in (image_column, DAMAGE))
-    judged = {name: _feature(name, [row.get(name) for row in head]) for name in names}
-    judged = {name: kind for name, kind in judged.items() if kind is not None}
-    features = Features({image_column: place} | judged | {DAMAGE: KINDS[str]})
-    states = [(os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    table = Dataset.from_generator(
-        _table_rows,
-        features=features,
-        gen_kwargs={"paths": paths, "image_column": image_column, "features": features},
-        fingerprint=digest_of([TABLE_VERSION, image_column, states, repr(features)]),
-    )
-    damage, rows = table.data.column(DAMAGE), table.remove_columns(DAMAGE)
-    if damage.null_count == len(table):
-        return rows, []
-    places = np.flatnonzero(pc.is_valid(damage)) - np.arange(len(table) - damage.null_count)
-    rows = rows.select(np.flatnonzero(pc.is_null(damage)))
-    return rows, list(zip(places.tolist(), damage.drop_null().to_pylist(), strict=True))
-
-
-def samples(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
-    """Samples of a tar: "image", "json" and "cls", as far as there are, with the name, offset and size of each.
-
-    Members in a row with one folder and one name up to its first dot are a sample; a repeated extension begins a new
-    one. Of a damaged archive the samples before the damage are given, then tarfile.ReadError is raised.
-    """
-    key, extensions, sample = None, set(), {}
-    try:
-        for name, offset, size in _members(path):
-            folder, _, base = name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            extension = extension.lower()
-            if (folder, stem) != key or extension in extensions:
-                if sample:
-                    yield sample
-                key, extensions, sample = (folder, stem), set(), {}
-            extensions.add(extension)
-            kind = "image" if extension in IMAGE_EXTENSIONS else extension
-            if stem and kind in ("image", "json", "cls"):  # files with no stem are hidden ones, such as macOS's
-                sample.setdefault(kind, (name, offset, size))
-    except tarfile.TarError:
-        if len(sample) > 1:
-            yield sample
-        raise
-    if sample:
-        yield sample
-
-
-def _feature(name: str, values: list[Any]) -> Any:
-    """What a column holds, by its name or what most of its values are: text, numbers, lists of one of these, or None.
-
-    A column with a list in any row is one of lists.
-    """
-    if CAPTION_COLUMN.fullmatch(name):
-        return CAPTIONS
-    if SIMILARITY_COLUMN.fullmatch(name):
-        return List(KINDS[float])
-    lists = [value for value in values if isinstance(value, list)]
-    counts = Counter(type(one) for one in (itertools.chain(*lists) if lists else values) if one is not None)
-    usual = counts.most_common(1)[0][0] if counts else str
-    kind = KINDS.get(float if usual is int and float in counts else usual)
-    return List(kind) if lists and kind else kind
-
-
-def _fitting(value: Any, feature: Any) -> Any:
-    """A value out of JSON as its column has it; None where it is of another kind: then the row lacks it."""
-    if isinstance(feature, List):
-        values = [value] if isinstance(value, str) else value
-        return [_fitting(one, feature.feature) for one in values] if isinstance(values, list) else None
-    if KINDS.get(type(value)) != feature and (type(value), feature) != (int, KINDS[float]):
-        return None
-    return storable(value) if isinstance(value, str) else value
-
-
-def _table_rows(paths: list[Path], image_column: str, features: Features) -> Iterator[dict[str, Any]]:
-    """Rows of the table; a damage is one, too."""
-    for row in _rows(paths, image_column):
-        place = {image_column: row.pop(image_column, None)}
-        yield {name: _fitting(row.get(name), kind) for name, kind in features.items() if name != image_column} | place
-
-
-def _rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]:
-    for path in paths:
-        read = _listed if path.suffix in LISTS else _in_tar
-        try:
-            for row, image in read(path):
-                row = row if isinstance(row, dict) else {}  # its columns then count as missing
-                yield {name: row[name] for name in row if name != DAMAGE} | {image_column: image}
-        except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:  # of a header that is garbage
-            if path.suffix == ".csv":  # people write these: a slip in a line must not end the dataset there in silence
-                raise ValueError(f"{path}: {error}") from None
-            yield {DAMAGE: storable(f"{path}: {error}"[:MAX_DETAIL])}
-
-
-def _in_tar(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
-    """Of each sample, its JSON and where its image is."""
-    with path.open("rb") as file:
-        for sample in samples(path):
-            image, row = None, {}
-            if "image" in sample:
-                name, offset, size = sample["image"]
-                image = {"path": storable(name), "archive": os.path.abspath(path), "offset": offset, "size": size}
-            if "json" in sample:
-                row = _json_at(file, *sample["json"][1:])
-            if "cls" in sample:  # the number of a class, as clip-benchmark's tars have it
-                row = (row if isinstance(row, dict) else {}) | {"cls": _json_at(file, *sample["cls"][1:])}
-            yield row, image
-
-
-def _listed(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
-    """Yield each row of a list and the image that is its `file_name`, relative to the list."""
-    for row in (_csv_rows if path.suffix == ".csv" else _json_rows)(path):
-        image, name = None, row.pop("file_name", None) if isinstance(row, dict) else None
-        if isinstance(name, str):  # an address stays one, which is refused as such
-            image = {"path": storable(name if "://" in name else os.path.abspath(path.parent / name))}
-        yield row, image
-
-
-def _json_rows(path: Path) -> Iterator[Any]:
-    """Yield the JSON of each line. Raises ValueError as `_bounded_lines` does."""
-    with path.open("rb") as file:
-        yield from map(_json, filter(bytes.strip, _bounded_lines(file)))
-
-
-def _csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
-    """Yield the cells of each row by the names of their columns; an empty cell is None.
-
-    Raises ValueError if the file is no CSV of UTF-8 whose first line names `file_name`, or as `_bounded_lines` does.
-    """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(_bounded_lines(file), strict=True)
-        try:
-            if "file_name" not in (names := rows.fieldnames or []):
-                raise ValueError(f"the first line must name the column file_name, columns apart by commas, got {names}")
-            for row in rows:
-                if row.pop(None, None) is not None:
-                    raise ValueError(f"line {rows.line_num} has more cells than the first one; quote texts with commas")
-                yield {name: cell or None for name, cell in row.items()}
-        except csv.Error as error:
-            raise ValueError(f"line {rows.line_num}: {error}") from error
-
-
-def _bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
-    """Yield the lines of a list.
-
-    Raises ValueError if one is longer than `MAX_JSON_BYTES`: the file may be sparse, and reading on may not end.
-    """
-    number = 0
-    while line := file.readline(MAX_JSON_BYTES + 1):
-        number += 1
-        if len(line) > MAX_JSON_BYTES:
-            raise ValueError(f"line {number} has more than {MAX_JSON_BYTES:,} bytes; it and what follows are left out")
-        yield line
-
-
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of the plain files of a tar; tarfile alone takes most damages for the end."""
-    length = path.stat().st_size
-    with tarfile.open(path, "r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep all of them
-            if not member.offset_data <= member.offset_data + member.size <= length:
-                raise tarfile.ReadError(f"cut off at byte {length}, within {member.name!r}")
-            if member.isreg() and not member.issparse():
-                yield member.name, member.offset_data, member.size
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"no member and no end mark at byte {tar.offset} of {length}")
-
-
-def _json_at(file: BinaryIO, offset: int, length: int) -> Any:
-    file.seek(offset)
-    return _json(file.read(min(length, MAX_JSON_BYTES + 1)))  # which sees whether there are too many
-
-
-def _json(data: bytes) -> Any:
-    """The value, None where `data` is no JSON or too long; a whole number beyond 64 bits counts as missing."""
-    try:
-        return json.loads(data, parse_int=_number) if len(data) <= MAX_JSON_BYTES else None
-    except (ValueError, RecursionError):
-        return None
-
-
-def _number(digits: str) -> int | None:
-    return number if -(2**63) <= (number := int(digits)) < 2**63 else None

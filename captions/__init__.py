@@ -1,3 +1,3 @@
-"""Builds the caption data set: which captions of an image are used, and which pairs."""
+"""Build caption datasets: generate captions, translate them, score them against their images, and select the best."""
 
 import capivara_common.interrupt  # noqa: F401

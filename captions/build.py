@@ -1,4 +1,4 @@
-"""A caption data set from images to a folder that is ready for the Hub: all stages of a config, each resumable.
+"""Build a caption dataset: run all stages of a config, from images to a folder that is ready for the Hub.
 
     python -m captions.build --config configs/captions_pt.yaml --dataset "shards/*.tar" --output data/cc3m-pt
     python -m captions.build --config configs/captions_pt.yaml --dataset "shards/*.tar" --output data/cc3m-pt --dry_run
@@ -6,9 +6,13 @@
     python -m captions.build … --executor slurm --tasks 400 --partition gpu --gpus_per_task 1 --time 04:00:00
     python -m captions.build … --executor ray --tasks 64 --gpus_per_task 1
 
-The stages generate, translate, score and select run in this order, those that the config has a section for; each writes
-OUTPUT/<number>-<stage>/<split>, and the last one's rows become OUTPUT/dataset: parquet files with a data set card. The
-same command does what is missing. docs/your_language.md says how to write a config, docs/cluster.md how to run it.
+A build has up to four stages: generate captions, translate them, score them against their images, and select the best.
+The stages run in this order. A stage runs only if the config has a section for it. Each stage writes the folder
+OUTPUT/<number>-<stage>/<split>. The rows of the last stage are written to OUTPUT/dataset, as parquet files with a
+dataset card.
+
+To continue an interrupted build, run the same command again. docs/your_language.md describes the config, and
+docs/cluster.md describes the executors.
 """
 
 import itertools
@@ -29,476 +33,669 @@ from datasets import Features
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
-from capivara_common.cli import WrongUse, as_flags, flag, parse, read_config, run_command, unknown
-from capivara_common.executors import Work, execute, failures
-from capivara_common.files import read_json, whole_folder, write_json, write_text
+from capivara_common.cli import (
+    UsageError,
+    config_to_flags,
+    flag,
+    parse_arguments,
+    read_yaml_config,
+    run_command,
+    unknown_name_message,
+)
+from capivara_common.executors import PhaseStep, failure_reasons, run_phases
+from capivara_common.files import atomic_folder, read_json, write_json, write_text
 from capivara_common.privacy import hide_paths
 from capivara_common.tasks import ExecutorArguments, Phase
-from caption_data.rows import CAPTION_COLUMN, NOT_CHOSEN
-from caption_data.sources import STAGE_FILE, unfinished
+from caption_data.rows import CAPTION_COLUMN_RE, DATASET_HELP, NOT_CHOSEN
+from caption_data.sources import STAGE_FILE, read_stage_progress
 from captions.generate import GenerateArguments
 from captions.score import ScoreArguments
 from captions.select import SelectArguments
 from captions.stages import (
-    GONE,
     RowStage,
     StageArguments,
+    atomic_parquet,
     check_complete,
-    flat,
+    flatten,
     identity_digest,
+    read_stage_record,
     remove_rows,
-    stage_record,
-    whole_parquet,
 )
-from captions.translate import REPORT_FILE, TranslateArguments
+from captions.translate import QUALITY_FILE, TranslateArguments
 from eval.records.tables import escape_markdown
 
-# In the order of the chain. A section may be left out; of `translate` there may be a list, one translator a time.
-STAGES = {"generate": GenerateArguments, "translate": TranslateArguments}
-STAGES |= {"score": ScoreArguments, "select": SelectArguments}
-READ = "read"  # the stage of a split that no other one works on: its rows as they are
-# docs/your_language.md says what they mean.
-NEEDED_KEYS = ("dataset", "output", "language")
-CONFIG_KEYS = (*NEEDED_KEYS, "source_language", "split", "evaluation_splits", "image_column", "rename", "card")
+# Sections of a config in the order in which they run. `translate` may be a list of sections, one per translator.
+STAGES = {
+    "generate": GenerateArguments,
+    "translate": TranslateArguments,
+    "score": ScoreArguments,
+    "select": SelectArguments,
+}
+READ_STAGE = "read"  # name of the stage that copies the rows of a split that needs no other stage
+# Keys of a config besides the stages, and keys of its section `card`. docs/your_language.md describes them.
+REQUIRED_KEYS = ("dataset", "output", "language")
+CONFIG_KEYS = (*REQUIRED_KEYS, "source_language", "split", "evaluation_splits", "image_column", "rename", "card")
 CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
 SOURCE_KEYS = ("name", "url", "license")
 
 DATASET_FOLDER = "dataset"
-FILE_BYTES = 300_000_000  # of a file, about: the Hub advises some hundred megabytes
-FACTS = "build.json"  # what the card says, as JSON
-PICTURE = "similarities.png"  # of the selection's report
-TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
-# Digests and long lists of settings.
-NOT_SHOWN = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|existing|target)(\.|$)")
+TARGET_FILE_BYTES = 300_000_000  # approximate size of a file of the dataset; the Hub recommends some hundred megabytes
+BUILD_FILE = "build.json"  # JSON file in the dataset with all values of the dataset card
+SIMILARITY_PLOT_FILE = "similarities.png"  # histogram of similarities, from the report of `captions.select`
+CARD_TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
+# Settings that the dataset card does not show: digests, long lists, and values that do not help a reader.
+HIDDEN_SETTINGS_RE = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|existing|target)(\.|$)")
 logger = logging.getLogger("capivara")
 
 
 @dataclass
 class BuildArguments(ExecutorArguments):
-    """Arguments of `captions.build`."""
+    """Command-line flags of `captions.build`, the command that runs all stages of a caption dataset."""
 
-    gone = GONE
-    config: Path = flag(..., "YAML file of the stages, such as configs/captions_pt.yaml.")
-    dataset: str | None = flag(None, "The images, in any form that a stage takes; goes before the config's.")
-    output: Path | None = flag(None, "Folder of all that is made; goes before the config's.")
-    language: str | None = flag(None, "Code of the language of the captions; goes before the config's.")
-    dry_run: bool = flag(False, "Check the config, say what would be done, and end.")
+    config: Path = flag(..., "YAML config of the build, for example configs/captions_pt.yaml.")
+    dataset: str | None = flag(None, f"{DATASET_HELP} Default: the value in the config.")
+    output: Path | None = flag(None, "Folder of all stages and of the built dataset. Default: the value in the config.")
+    language: str | None = flag(None, "Language code of the captions. Default: the value in the config.")
+    dry_run: bool = flag(False, "Check the config and the data, print what would be done, and exit.")
 
     def __post_init__(self) -> None:
         self.check_executor()
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A whole build."""
+class BuildPlan:
+    """Plan of a build: the stages to run for each split, and the values for the dataset card.
 
-    steps: dict[str, list[StageArguments]]  # split -> its stages in order
-    output: Path  # folder of all
-    language: str  # of the captions
-    card: dict[str, Any]  # facts of the card that only people know
+    Attributes:
+        steps: Dict from the name of each split to the flags of its stages, in the order in which they run.
+        output: Folder of the build.
+        language: Language code of the captions.
+        card: Section `card` of the config, with information that the program cannot find out, such as the license.
+    """
+
+    steps: dict[str, list[StageArguments]]
+    output: Path
+    language: str
+    card: dict[str, Any]
 
     def all_steps(self) -> list[StageArguments]:
-        """The stages of all splits, in the order in which they run."""
+        """Return the flags of all stages of all splits, in the order in which they run."""
         return [step for steps in self.steps.values() for step in steps]
 
 
 class ManualStepRequired(Exception):
-    """The build waits for translations that somebody has to write; the text says in which tables."""
+    """Exception that stops a build until a person has filled translation tables. The message names the tables."""
 
 
-def read_plan(config: Path, executor: dict[str, Any] | None = None, **given: str | Path | None) -> Plan:
-    """The plan of a config file, whose keys are `CONFIG_KEYS` and the names of `STAGES`.
+def read_build_plan(
+    config: Path, executor_flags: dict[str, Any] | None = None, **overrides: str | Path | None
+) -> BuildPlan:
+    """Read the config file of a build, and return the plan of the build.
 
-    `executor` are flags of `ExecutorArguments` for all stages; the section of a stage may have its own. What is `given`
-    and not None goes before the file. Raises ValueError where a key is unknown or missing, or a value breaks a rule.
+    Args:
+        config: YAML file with the keys `CONFIG_KEYS` and one section per stage.
+        executor_flags: Flags of `ExecutorArguments` by name, for all stages. Values in the section of a stage take
+            precedence.
+        **overrides: Values that replace the config's value of the same key. None keeps the value of the config.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If a key of the config is unknown or missing, or a value is invalid.
     """
-    content = {key: value for key, value in read_config(config).items() if value not in ("", "~", "null")}
-    content |= {key: str(value) for key, value in given.items() if value is not None}
+    content = {key: value for key, value in read_yaml_config(config).items() if value not in ("", "~", "null")}
+    content |= {key: str(value) for key, value in overrides.items() if value is not None}
     _check_keys(content, [*CONFIG_KEYS, *STAGES], str(config))
-    for key in NEEDED_KEYS:
+    for key in REQUIRED_KEYS:
         if not content.get(key):
-            raise ValueError(f"{config} lacks `{key}`. Write it there, or give --{key}.")
-    card = _checked_card(content.get("card"), config)
-    found = [(name, section) for name in STAGES for section in _listed(content.get(name, []))]
-    if not found:
-        raise ValueError(f"{config} has none of the stages {', '.join(STAGES)}; there is nothing to do.")
-    for name, section in found:
+            raise ValueError(f"{config} lacks `{key}`. Add it to the config, or set --{key}.")
+    card = _check_card(content.get("card"), config)
+    sections = [(name, section) for name in STAGES for section in _as_list(content.get(name, []))]
+    if not sections:
+        raise ValueError(f"{config} must have a section for at least one of the stages {', '.join(STAGES)}.")
+    for name, section in sections:
         if not isinstance(section, dict):
             raise ValueError(f"{config}: `{name}` must hold `key: value` lines, got {section!r}.")
-    chain = [(f"{number}-{name}", section) for number, (name, section) in enumerate(found, 1)]
-    train, evaluation = content.get("split", "train"), _listed(content.get("evaluation_splits", []))
+    chain = [(f"{number}-{name}", section) for number, (name, section) in enumerate(sections, 1)]
+    train, evaluation = content.get("split", "train"), _as_list(content.get("evaluation_splits", []))
     if train in evaluation:
-        raise ValueError(f"{config}: evaluation_splits has {train!r}, which is the split that all stages work on.")
-    translations = [one for one in chain if one[0].endswith("translate")] or [(f"0-{READ}", {})]
-    steps = {train: _steps(content, chain, train, executor or {}, config)}
-    steps |= {split: _steps(content, translations, split, executor or {}, config) for split in evaluation}
-    return Plan(steps, Path(content["output"]), content["language"], card)
+        raise ValueError(f"{config}: evaluation_splits must not contain {train!r}, the split to build.")
+    # Evaluation splits are only translated, because captions that a model generates or selects would change what an
+    # evaluation measures.
+    translations = [(title, section) for title, section in chain if title.endswith("translate")]
+    translations = translations or [(f"0-{READ_STAGE}", {})]
+    steps = {train: _plan_steps(content, chain, train, executor_flags or {}, config)}
+    steps |= {split: _plan_steps(content, translations, split, executor_flags or {}, config) for split in evaluation}
+    return BuildPlan(steps, Path(content["output"]), content["language"], card)
 
 
-def _steps(content: dict, chain: list[tuple[str, dict]], split: str, executor: dict, config: Path) -> list:
-    """The (folder, flags) of a chain as `StageArguments`, each of which reads what the one before it writes.
+def _plan_steps(content: dict, chain: list[tuple[str, dict]], split: str, executor_flags: dict, config: Path) -> list:
+    """Return the flags of the stages of a split. Each stage reads the output of the stage before it.
 
-    Raises ValueError where a key is unknown or a value is of the wrong type.
+    Args:
+        content: Content of the config.
+        chain: The tuple (folder name, section of the config) for each stage, in order; a folder name is for example
+            "2-translate".
+        split: Name of the split.
+        executor_flags: Flags of `ExecutorArguments` by name, for all stages.
+        config: Path of the config, for errors.
+
+    Returns:
+        One object of a subclass of `StageArguments` per stage, in order.
+
+    Raises:
+        ValueError: If a key in the section of a stage is unknown, or a value is invalid.
     """
     steps: list[StageArguments] = []
     dataset, output = content["dataset"], Path(content["output"])
     for title, section in chain:
         name, folder = title.partition("-")[2], output / title / split
-        logs = Path(executor.get("logging_dir", output / "logs")) / title / split
-        values = {**executor, "dataset": dataset, "output": str(folder), "split": split, "logging_dir": str(logs)}
-        if not steps:  # the others read columns of our names
+        logs = Path(executor_flags.get("logging_dir", output / "logs")) / title / split
+        values = {**executor_flags, "dataset": dataset, "output": str(folder), "split": split, "logging_dir": str(logs)}
+        if not steps:  # the first stage renames the columns for all later stages
             values |= {key: content[key] for key in ("image_column", "rename") if key in content}
         if name in ("translate", "score", "select"):
             values["language"] = content["language"]
         if name == "translate":
             values["memory"] = str(output / title / "memory")
             values |= {key: content[key] for key in ("source_language",) if key in content}
-        # `{split}` in a value stands for the split's name: tables of translations are of one split.
-        values |= {k: v.replace("{split}", split) if isinstance(v, str) else v for k, v in section.items()}
+        # `{split}` in a value stands for the name of the split, because each split has its own translation table.
+        for key, value in section.items():
+            values[key] = value.replace("{split}", split) if isinstance(value, str) else value
         values = {"import_file" if key == "import" else key: value for key, value in values.items()}
         if "import_file" in values:
-            values["import_file"] = str(_table_path(Path(str(values["import_file"])), output, output / title))
+            values["import_file"] = str(
+                _translation_table_path(Path(str(values["import_file"])), output, output / title)
+            )
         kind, where = STAGES.get(name, StageArguments), f"{config}, section {name}"
-        flags = as_flags(values, kind, where)
+        flags = config_to_flags(values, kind, where)
         try:
-            steps.append(parse(kind, None, flags))
+            steps.append(parse_arguments(kind, None, flags))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         dataset = str(folder)
     return steps
 
 
-def _table_path(name: Path, output: Path, stage: Path) -> Path:
-    """Return where a table of translations lies: below `output`, so that builds of two languages never share one.
+def _translation_table_path(name: Path, output: Path, stage: Path) -> Path:
+    """Return the path of a translation table, for the path that the config states.
 
-    An absolute path stays as it is. A stage that an earlier version has begun keeps its table in the current folder.
+    A relative path is taken relative to the folder of the build, so that builds of two languages never share a table.
+    An absolute path does not change. Earlier versions of the program took relative paths relative to the current
+    folder. If such a version has begun the stage, the table in the current folder is still used.
+
+    Args:
+        name: Path of the table in the config.
+        output: Folder of the build.
+        stage: Folder of the translation stage.
     """
-    if name.is_relative_to(output) or (not (output / name).is_file() and name.is_file() and stage.is_dir()):
+    path = output / name
+    if name.is_relative_to(output) or name.is_absolute():
         return name
-    return output / name
+    if name.is_file() and not path.is_file():
+        if stage.is_dir():
+            return name
+        logger.warning(
+            "%s lies in the current folder. If it is the table of this build, move it to %s and state its languages in "
+            "its first line (docs/your_language.md).",
+            name,
+            path,
+        )
+    return path
 
 
-def _checked_card(card: Any, config: Path) -> dict[str, Any]:
-    """Licence and sources are nothing that a program could know, and a data set without them must not be published."""
+def _check_card(card: Any, config: Path) -> dict[str, Any]:
+    """Validate the section `card` of a config, which must state the license and the sources of the dataset.
+
+    Args:
+        card: Value of the section.
+        config: Path of the config, for errors.
+
+    Returns:
+        The section, with its sources as a list of dicts.
+
+    Raises:
+        ValueError: If a key is unknown, or the license or a source is missing or invalid.
+    """
     if not isinstance(card, dict):
-        raise ValueError(f"{config} lacks `card`, with license and sources: no data set without its sources.")
+        raise ValueError(
+            f"{config} lacks the section `card`, which must state the license and the sources of the dataset."
+        )
     _check_keys(card, CARD_KEYS, f"{config}, section card")
-    sources = [source if isinstance(source, dict) else {} for source in _listed(card.get("sources") or {})]
+    sources = [source if isinstance(source, dict) else {} for source in _as_list(card.get("sources") or {})]
     for source in sources:
         _check_keys(source, SOURCE_KEYS, f"{config}, section card, sources")
     if not all(source.get("name") and source.get("license") for source in sources):
-        raise ValueError(f"{config}: card.sources must list the sources, each with a name and a license.")
+        raise ValueError(f"{config}: card.sources must be a list of sources, each with name and license.")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", str(card.get("license", ""))):
         raise ValueError(
-            f"{config}: card.license must be an identifier of the Hub such as cc-by-sa-4.0, or other (with "
-            f"license_name and license_link), got {card.get('license')!r}."
+            f"{config}: card.license must be a license identifier of the Hub such as cc-by-sa-4.0, or `other` with "
+            f"license_name and license_link, got {card.get('license')!r}."
         )
     return card | {"sources": sources}
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
+    """Return the value itself if it is a list, otherwise a list with the value as its only element."""
     return value if isinstance(value, list) else [value]
 
 
 def _check_keys(content: dict[str, Any], known: Sequence[str], where: str) -> None:
+    """Raise ValueError if a dict has an unknown key. The message suggests the most similar known key.
+
+    Args:
+        content: The dict.
+        known: Names of the known keys.
+        where: Description of the dict for the message, for example the path of the config.
+    """
     for key in content:
         if key not in known:
-            raise ValueError(unknown(str(key), f"key in {where}", list(known), f"Known are {', '.join(known)}."))
+            raise ValueError(
+                unknown_name_message(str(key), f"key in {where}", list(known), f"Known keys: {', '.join(known)}.")
+            )
 
 
-def build(args: BuildArguments) -> Path | None:
-    """Run what is not done yet; returns the folder of the data set, or None where Slurm has taken the jobs.
+def build_dataset(args: BuildArguments) -> Path | None:
+    """Run all stages of a build that are not complete, and write the dataset.
+
+    Args:
+        args: Flags of the command.
+
+    Returns:
+        Folder of the dataset; None after a dry run, or if the jobs were submitted to Slurm.
 
     Raises:
-        ManualStepRequired: a table has to be filled.
-        ValueError: the config breaks a rule, a folder is of other settings, or tasks have failed.
-        ImportError: a stage needs a package that is not there.
-        OSError: the disk is full; the same command does the rest.
+        ManualStepRequired: If a person must fill a translation table.
+        ValueError: If the config is invalid, the output folder of a stage was made with other settings, or tasks
+            failed.
+        ImportError: If a stage needs a package that is not installed.
+        OSError: If the disk is full; the same command then continues.
     """
-    given = {name: getattr(args, name) for name in NEEDED_KEYS}
+    overrides = {name: getattr(args, name) for name in REQUIRED_KEYS}
     try:
-        plan = read_plan(args.config, args.executor_flags(), **given)
-    except ValueError as error:  # a value of the config is one of the command's
-        raise WrongUse(str(error)) from error
+        plan = read_build_plan(args.config, args.executor_flags(), **overrides)
+    except ValueError as error:  # report an invalid config like an invalid flag
+        raise UsageError(str(error)) from error
     for steps in plan.steps.values():
-        if _state(steps[0]) != "done":
-            check_columns(steps)  # before a model is looked for
-    for line in described(plan):
+        if _describe_state(steps[0]) != "done":
+            check_columns(steps)  # raises errors before a model is downloaded or loaded
+    for line in describe_plan(plan):
         logger.info("%s", line)
     if args.dry_run:
         log_counts(plan)
         return None
     for steps in plan.steps.values():
-        take_corrections(steps, plan.output / DATASET_FOLDER)
-    runnable, waiting = [], []  # the latter: of each split the first stage whose table is not there yet, or not filled
+        apply_corrections(steps, plan.output / DATASET_FOLDER)
+    # For each split, `runnable` gets the stages before the first stage with a manual step, and `waiting` gets the stage
+    # with the manual step.
+    runnable, waiting = [], []
     for steps in plan.steps.values():
-        ready = list(itertools.takewhile(lambda step: not step.waiting(), steps))
+        ready = list(itertools.takewhile(lambda step: not step.pending_manual_step(), steps))
         runnable, waiting = runnable + ready, waiting + steps[len(ready) :][:1]
-    # Slurm takes jobs for what is done as well; a table is asked for once none is needed.
-    left = [step for step in runnable if not waiting or _state(step) != "done"]
+    # Complete stages are run as well, and return at once. But if a stage waits for a translation table, complete stages
+    # are left out, so that the table is requested as soon as nothing else is left to do.
+    left = [step for step in runnable if not waiting or _describe_state(step) != "done"]
     logs = (args.logging_dir or plan.output / "logs") / "dataset"
-    works = [work for step in left for work in Work.of(step, step.phases, step.title)]
-    works += [] if waiting else [Work(Phase(write_dataset), plan, logs, "dataset")]
+    phases = [phase for step in left for phase in PhaseStep.from_phases(step, step.phases, step.title)]
+    if not waiting:
+        phases.append(PhaseStep(Phase(write_dataset), plan, logs, "dataset"))
     try:
-        complete = not works or execute(works, args)
-    except ValueError:  # such as a dataset without a row, since a filter has dropped all of them
+        is_complete = not phases or run_phases(phases, args)
+    except ValueError:  # the row counts can explain the error, for example if a filter dropped all rows
         log_counts(plan)
         raise
     log_counts(plan)
-    if not complete:
-        logger.info("The jobs are submitted. This command with --dry_run says how far they are.")
+    if not is_complete:
+        logger.info("The jobs were submitted. To see their progress, run the same command with --dry_run.")
         return None
-    if waiting:  # the tables of all splits are written, so that they can be translated at once
-        lines = [*(step.ask() for step in waiting), "Fill the last column, then run the same command again."]
-        raise ManualStepRequired("\n".join(lines))
+    if waiting:  # write the tables of all splits now, so that they can be translated together
+        requests = [step.request_manual_step() for step in waiting]
+        raise ManualStepRequired(
+            "\n".join([*requests, "Fill the last column of each table, then run the same command again."])
+        )
     return plan.output / DATASET_FOLDER
 
 
 def check_columns(steps: list[StageArguments]) -> None:
-    """Open the dataset of a split and follow its columns through the stages.
+    """Check, before anything runs, that each stage of a split has the columns that it needs.
 
-    Raises ValueError if the dataset or the split is missing, a stage would lack a column or write one twice, or a
-    translation model on this machine does not know a language.
+    Args:
+        steps: Flags of the stages of the split, in order.
+
+    Raises:
+        ValueError: If the dataset or the split does not exist, a stage lacks a required column or would overwrite an
+            existing column, or a translation model that is on this machine does not know a language.
     """
     first, *later = steps
     stage = RowStage(first)
-    columns = [*stage.features, *first.check_columns(stage.features, stage.source.where)]
+    columns = [*stage.features, *first.check_columns(stage.features, stage.source.display_name)]
     for step in later:
         columns += step.check_columns(columns, f"{step.title}: the output of the stages before it")
     for step in (step for step in steps if isinstance(step, TranslateArguments)):
         step.check_translator()
 
 
-def take_corrections(steps: list[StageArguments], dataset: Path) -> None:
-    """Remove what was made from cells of a table that were corrected since: the build then makes it again.
+def apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
+    """Delete outputs that depend on corrected rows of a translation table, so that the build makes them again.
 
-    The stage of the table loses the parts with a row that changes, and so does a score right after it, which has the
-    same rows. Later stages and the dataset are removed. The record of the table is written last, so that the same
-    corrections are found again if this is interrupted.
+    In the translate stage, the parquet files with a changed row are deleted. If the next stage is score, the same
+    happens there, because both stages have the same rows. All later stages and the dataset are deleted completely. The
+    digest of the table is recorded last, so that an interrupted run finds the same corrections again.
+
+    Args:
+        steps: Flags of the stages of a split, in order.
+        dataset: Folder of the built dataset.
     """
     for number, step in enumerate(steps):
-        if step.waiting():
+        if step.pending_manual_step():
             return
         if corrections := step.corrections():
             changed, later = len(corrections.rows), steps[number + 1 :] if corrections.rows else []
-            logger.info("%s was corrected: %s rows of %s change.", step.import_file, f"{changed:,}", step.title)
-            if (dataset / FACTS).is_file():
+            logger.info(
+                "%s was corrected: %s rows of %s are written again.", step.import_file, f"{changed:,}", step.title
+            )
+            if (dataset / BUILD_FILE).is_file():
                 shutil.rmtree(dataset)
-            for after in reversed(later):
-                if after is later[0] and isinstance(after, ScoreArguments) and (after.output / STAGE_FILE).is_file():
-                    remove_rows(after.output, corrections.rows)
+            for step_after in reversed(later):
+                if (
+                    step_after is later[0]
+                    and isinstance(step_after, ScoreArguments)
+                    and (step_after.output / STAGE_FILE).is_file()
+                ):
+                    remove_rows(step_after.output, corrections.rows)
                 else:
-                    shutil.rmtree(after.output, ignore_errors=True)
+                    shutil.rmtree(step_after.output, ignore_errors=True)
             corrections.apply()
-        if _state(step) != "done":
+        if _describe_state(step) != "done":
             return
 
 
-def log_counts(plan: Plan) -> None:
-    """Log the rows that went into each complete stage and came out, and warn if a filter dropped more than half."""
-    for step in (step for step in plan.all_steps() if _state(step) == "done"):
-        report, rows = check_complete(step.output), stage_record(step.output)["source"]["rows"]
+def log_counts(plan: BuildPlan) -> None:
+    """Log the numbers of rows that each complete stage has read and written.
+
+    Log a warning if the selection dropped more than half of the rows of a stage, or if `drop_flagged` dropped more than
+    half of the translations.
+    """
+    for step in (step for step in plan.all_steps() if _describe_state(step) == "done"):
+        report, rows = check_complete(step.output), read_stage_record(step.output)["source"]["rows"]
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in report.skipped.items())
         ending = f" ({reasons})" if reasons else ""
         logger.info("%s: %s rows in, %s out%s", step.title, f"{rows:,}", f"{report.rows:,}", ending)
         filters, dropped, total, unit = "", 0, 0, ""
         if isinstance(step, SelectArguments):
-            cuts = {"min_pair_similarity": step.min_pair_similarity, "min_similarity": step.strategy_cut}
-            filters = " and ".join(f"{name} {cut:g}" for name, cut in cuts.items() if cut is not None)
+            cutoffs = {"min_pair_similarity": step.min_pair_similarity, "min_similarity": step.strategy_cutoff}
+            filters = " and ".join(f"{name} {cutoff:g}" for name, cutoff in cutoffs.items() if cutoff is not None)
             dropped, total, unit = report.skipped.get(NOT_CHOSEN, 0), rows, "rows"
         elif isinstance(step, TranslateArguments) and step.drop_flagged:
-            quality = read_json(step.output / REPORT_FILE, captions=int, flagged=int)
+            quality = read_json(step.output / QUALITY_FILE, captions=int, flagged=int)
             filters, dropped, total, unit = "drop_flagged", quality["flagged"], quality["captions"], "translations"
         if dropped > total / 2:
             logger.warning(
-                "WARNING: %s: %s dropped %s of %s %s, more than half. If good ones are among them, change it, remove "
-                "%s, the stages after it and %s, and run the same command again. A base model that does not know the "
-                "language gives low similarities to good captions, too.",
-                *(step.title, filters, f"{dropped:,}", f"{total:,}", unit),
-                *(step.output.parent, plan.output / DATASET_FOLDER),
-            )  # fmt: skip
+                "WARNING: %s: %s dropped %s of %s %s, more than half. If it dropped good captions, change the setting, "
+                "remove %s, the folders of the stages after it and %s, and run the same command again. A base model "
+                "that was not trained on the language gives low similarities to good captions as well.",
+                step.title,
+                filters,
+                f"{dropped:,}",
+                f"{total:,}",
+                unit,
+                step.output.parent,
+                plan.output / DATASET_FOLDER,
+            )
 
 
-def described(plan: Plan) -> list[str]:
-    """What is done and what will be, a line a stage, and the tasks that have failed."""
+def describe_plan(plan: BuildPlan) -> list[str]:
+    """Return lines that describe the progress of a build.
+
+    For each stage, they contain its state, the command that runs it, and the reasons of its failed tasks. The last line
+    describes the state of the dataset.
+    """
     lines, all_done = [], (plan.output / DATASET_FOLDER).is_dir()
     for steps in plan.steps.values():
-        is_current = True  # whether the stages before are done, so that this one has read what they hold now
+        is_current = True  # True if all earlier stages of the split are complete, so that their rows are final
         for step in steps:
-            state = _state(step)
+            state = _describe_state(step)
             is_done = state == "done"
-            again = ", again where the stages before it change" if is_done and not is_current else ""
-            lines.append(f"{step.title}: {state}{again}\n    {step.command()}")
+            ending = "; changed rows of earlier stages are written again" if is_done and not is_current else ""
+            lines.append(f"{step.title}: {state}{ending}\n    {step.command()}")
             is_current, all_done = is_current and is_done, all_done and is_done
-            for work in Work.of(step, step.phases, step.title):
-                lines += [f"    {work}: task {rank}: {text}" for rank, text in failures(work.logs).items()]
-    return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if all_done else 'to be made'}"]
+            for phase in PhaseStep.from_phases(step, step.phases, step.title):
+                reasons = failure_reasons(phase.log_folder)
+                lines += [f"    {phase}: task {rank}: {reason}" for rank, reason in reasons.items()]
+    return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if all_done else 'not written yet'}"]
 
 
-def _state(step: StageArguments) -> str:
-    if waiting := step.waiting():
-        return f"waits for {step.import_file}: {waiting.partition(':')[0]}"
+def _describe_state(step: StageArguments) -> str:
+    """Return a short description of the state of a stage.
+
+    The description is "done" if all rows are written and the translation table, if any, has not been corrected since.
+    """
+    if request := step.pending_manual_step():
+        return f"needs the translations in {step.import_file}: {request.partition(':')[0]}"
     if not (step.output / STAGE_FILE).is_file():
-        return "to be done"
-    left, _ = unfinished(step.output)
-    if left:
-        return f"{left:,} rows to be done"
-    return f"to be done again where {step.import_file} was corrected" if step.is_corrected() else "done"
+        return "not started"
+    missing, _ = read_stage_progress(step.output)
+    if missing:
+        return f"{missing:,} rows are missing"
+    return f"the corrected rows of {step.import_file} are written again" if step.is_corrected() else "done"
 
 
-# The end: the rows of the last stages as one folder for the Hub, written whole or not at all. All splits get the same
-# columns, empty where a split has gone through fewer stages; `datasets` would refuse the data set otherwise.
+# The dataset. Its folder is ready for the Hub, holds the rows of the last stage of each split, and is written
+# completely or not at all. All splits have the same columns, because `datasets` requires it. If a split has skipped a
+# stage, the columns of this stage are empty in the split.
 
 
-def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> None:
-    """Write the data set of a build whose stages are complete. One that is there stays.
+def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
+    """Write the folder of the dataset from the last stage of each split.
 
-    Raises ValueError where splits have columns of one name and different types, or no row is left.
+    All stages must be complete. If the dataset exists already, it does not change.
+
+    Args:
+        plan: Plan of the build.
+        rank: Number of the task; not used, because a single task writes the dataset.
+        world_size: Number of tasks; not used.
+
+    Raises:
+        ValueError: If a stage is not complete, the existing dataset was made with other settings or data, a column has
+            different types in two splits, or no row is left.
     """
     output = plan.output / DATASET_FOLDER
-    last = {split: steps[-1].output for split, steps in plan.steps.items()}
-    digests = {split: identity_digest(stage_record(stage)) for split, stage in last.items()}
+    last_stages = {split: steps[-1].output for split, steps in plan.steps.items()}
+    digests = {split: identity_digest(read_stage_record(stage)) for split, stage in last_stages.items()}
     if output.is_dir():
-        if not (output / FACTS).is_file() or read_json(output / FACTS).get("stages_digest") != digests:
-            raise ValueError(
-                f"{output} was made from other stages than those that are there. Remove it, and run again."
-            )
+        if not (output / BUILD_FILE).is_file() or read_json(output / BUILD_FILE).get("stages_digest") != digests:
+            raise ValueError(f"{output} was made from other stages than the current ones. Remove it, then run again.")
         return
-    files = {split: _files(split, stage) for split, stage in last.items()}
-    schema = _common_schema(part for some in files.values() for parts in some for part in parts)
-    facts = {"card": plan.card, "language": plan.language, "splits": {}}
-    with whole_folder(output) as folder:
-        for split, some in files.items():
-            names = [folder / "data" / f"{split}-{n:05d}-of-{len(some):05d}.parquet" for n in range(len(some))]
-            progress = tqdm(zip(names, some, strict=True), desc="Data set", unit="file", total=len(some))
-            counts = sum((_write_file(path, parts, schema) for path, parts in progress), Counter())
-            steps = [_step_facts(step) for step in plan.steps[split]]
-            facts["splits"][split] = {"rows": counts.pop("rows"), "captions": dict(counts), "steps": steps}
-        pictures = (step.output / "report" / PICTURE for step in plan.all_steps())
-        if picture := next(filter(Path.is_file, pictures), None):
-            shutil.copyfile(picture, folder / PICTURE)
-        write_json(folder / FACTS, facts | {"stages_digest": digests})
-        write_text(folder / "README.md", dataset_card(facts, picture and PICTURE))
+    files = {split: _group_parts(split, stage) for split, stage in last_stages.items()}
+    schema = _common_schema(part for split_files in files.values() for parts in split_files for part in parts)
+    metadata = {"card": plan.card, "language": plan.language, "splits": {}}
+    with atomic_folder(output) as folder:
+        for split, split_files in files.items():
+            count = len(split_files)
+            names = [folder / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
+            progress = tqdm(zip(names, split_files, strict=True), desc="Dataset", unit="file", total=count)
+            counts = sum((_write_parquet_file(path, parts, schema) for path, parts in progress), Counter())
+            steps = [_step_metadata(step) for step in plan.steps[split]]
+            metadata["splits"][split] = {"rows": counts.pop("rows"), "captions": dict(counts), "steps": steps}
+        plots = (step.output / "report" / SIMILARITY_PLOT_FILE for step in plan.all_steps())
+        plot = next(filter(Path.is_file, plots), None)
+        if plot is not None:
+            shutil.copyfile(plot, folder / SIMILARITY_PLOT_FILE)
+        write_json(folder / BUILD_FILE, metadata | {"stages_digest": digests})
+        write_text(folder / "README.md", render_dataset_card(metadata, plot and SIMILARITY_PLOT_FILE))
 
 
-def _files(split: str, stage: Path) -> list[list[Path]]:
-    """For each file of a split the parts that it is made of, none without a row."""
+def _group_parts(split: str, stage: Path) -> list[list[Path]]:
+    """Decide which parts (parquet files of a stage) each file of the dataset contains.
+
+    Args:
+        split: Name of the split.
+        stage: Output folder of the last stage of the split.
+
+    Returns:
+        For each file of the dataset, the paths of its parts, with a total size of about `TARGET_FILE_BYTES`. Parts
+        without rows are left out.
+
+    Raises:
+        ValueError: If the stage is not complete, or no row is left.
+    """
     check_complete(stage)
     parts = [path for path in sorted(stage.glob(f"{split}-*.parquet")) if pq.read_metadata(path).num_rows]
     if not parts:
-        raise ValueError(f"{stage} has no row that is left. Its *.skipped.jsonl say why.")
+        raise ValueError(f"{stage} has no rows: all were left out. Its *.skipped.jsonl files list the reasons.")
     ends = itertools.accumulate(path.stat().st_size for path in parts)
-    numbers = {path: (end - 1) // FILE_BYTES for path, end in zip(parts, ends, strict=True)}
-    return [list(some) for _, some in itertools.groupby(parts, key=numbers.get)]
+    numbers = {path: (end - 1) // TARGET_FILE_BYTES for path, end in zip(parts, ends, strict=True)}
+    return [list(group) for _, group in itertools.groupby(parts, key=numbers.get)]
 
 
 def _common_schema(parts: Iterable[Path]) -> pa.Schema:
-    """The columns of all parts."""
+    """Return a schema with all columns that occur in any of the parquet files.
+
+    Raises ValueError if a column has different types in two files.
+    """
     features = Features()
     for part in parts:
         for name, feature in Features.from_arrow_schema(pq.read_schema(part)).items():
             if features.setdefault(name, feature) != feature:
-                raise ValueError(f"The column {name!r} is {features[name]} in one split and {feature} in another.")
+                raise ValueError(
+                    f"The column {name!r} must have the same type in all splits, got {features[name]} and {feature}."
+                )
     return features.arrow_schema
 
 
-def _write_file(path: Path, parts: list[Path], schema: pa.Schema) -> Counter[str]:
-    """A file of some parts, in the columns of all, which are empty where a part has not got them.
+def _write_parquet_file(path: Path, parts: list[Path], schema: pa.Schema) -> Counter[str]:
+    """Write one parquet file of the dataset.
 
-    Returns the number of its "rows", and by column of captions that of those that are not blank.
+    Args:
+        path: File to write.
+        parts: Parquet files of a stage, whose rows are written in order.
+        schema: Columns of the file. If a part lacks a column, the column is null in its rows.
+
+    Returns:
+        The number of rows under the key "rows", and for each caption column the number of captions that are not blank.
     """
     counts = Counter()
-    with whole_parquet(path, schema) as parquet:
+    with atomic_parquet(path, schema) as parquet:
         for file in map(pq.ParquetFile, parts):
             for group in range(file.num_row_groups):
                 table = pa.concat_tables([schema.empty_table(), file.read_row_group(group)], promote_options="default")
                 parquet.write_table(table)
                 counts["rows"] += len(table)
-                for name in filter(CAPTION_COLUMN.fullmatch, schema.names):
+                for name in filter(CAPTION_COLUMN_RE.fullmatch, schema.names):
                     texts = pc.utf8_trim_whitespace(pc.list_flatten(table[name]))
                     counts[name] += pc.sum(pc.not_equal(texts, "")).as_py() or 0
             file.close()
     return counts
 
 
-def _step_facts(step: StageArguments) -> dict[str, Any]:
-    """Of `stage.json`, the parts, and the counts of a translation's quality."""
-    record, report, quality = stage_record(step.output), check_complete(step.output), step.output / REPORT_FILE
-    found = read_json(quality, captions=int, flagged=int) if quality.is_file() else None
+def _step_metadata(step: StageArguments) -> dict[str, Any]:
+    """Return information about a complete stage for the dataset card.
+
+    Returns:
+        A dict with the name of the stage, its settings, the numbers of rows read, written and left out (by reason), the
+        numbers of translations and of flagged translations, who translated, and the versions of packages.
+    """
+    record, report, quality = read_stage_record(step.output), check_complete(step.output), step.output / QUALITY_FILE
+    quality_counts = None
+    if quality.is_file():
+        report_of_quality = read_json(quality, captions=int, flagged=int)
+        quality_counts = {key: report_of_quality[key] for key in ("captions", "flagged")}
     return {
         "name": step.output.parent.name.partition("-")[2],
         "settings": hide_paths(record["settings"]),
         "rows_in": record["source"]["rows"],
         "rows_out": report.rows,
         "left_out": report.skipped,
-        "quality": found and {key: found[key] for key in ("captions", "flagged")},
+        "quality": quality_counts,
         "translations": getattr(step, "translations", {}),
         "versions": record["versions"],
     }
 
 
-def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
-    """The data set's README.md, of the facts of build.json and the file with the similarities beside it."""
-    card, language, splits = facts["card"], facts["language"], facts["splits"].values()
+def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
+    """Return the text of the dataset card (README.md) of a dataset.
+
+    Args:
+        metadata: Content of `build.json`: the section `card` of the config, the language, and information about splits
+            and stages.
+        plot_file: Name of the histogram of similarities in the folder of the dataset; None if there is no histogram.
+    """
+    card, language, splits = metadata["card"], metadata["language"], metadata["splits"].values()
     stages = {step["name"] for split in splits for step in split["steps"]}
     filled = [name for split in splits for name, n in split["captions"].items() if n]
-    files = [{"split": name, "path": f"data/{name}-*"} for name in facts["splits"]]
+    files = [{"split": name, "path": f"data/{name}-*"} for name in metadata["splits"]]
     languages = sorted({name.split("captions-", 1)[1] for name in filled}, key=lambda code: (code != language, code))
     translations = {
-        code: who for split in splits for step in split["steps"] for code, who in step["translations"].items()
+        code: translator
+        for split in splits
+        for step in split["steps"]
+        for code, translator in step["translations"].items()
     }
-    tags = ["translated", *(f"{who}-translated" for who in sorted(set(translations.values())))] if translations else []
+    translators = sorted(set(translations.values()))
+    tags = ["translated", *(f"{translator}-translated" for translator in translators)] if translators else []
     data = DatasetCardData(
-        # The Hub takes codes of ISO 639 alone: `zh` of `zh-Hant`, `por` of `por_Latn`.
+        # The Hub only accepts ISO 639 codes without script or region: `zh` for `zh-Hant`, `por` for `por_Latn`.
         language=list(dict.fromkeys(re.split(r"[-_]", code)[0].lower() for code in languages)),
         **{key: card.get(key) for key in ("license", "license_name", "license_link", "pretty_name")},
         task_categories=["image-to-text", "zero-shot-image-classification"],
         tags=["capivara", "image-text", *tags],
-        translations=translations or None,  # which the card of a model that is trained on it states, too
+        translations=translations or None,  # training copies this value to model cards
         configs=[{"config_name": "default", "data_files": files}],
     )
     text = DatasetCard.from_template(
         data,
-        template_path=str(TEMPLATE),
-        facts=facts,
+        template_path=str(CARD_TEMPLATE),
+        metadata=metadata,
         title=card.get("pretty_name") or f"Images with captions in {', '.join(languages)}",
         description=card.get("description") or "Images with captions, to train image-text models on.",
         caption_columns=list(dict.fromkeys(filled)),
         stages=stages,
-        translators=set(translations.values()),
-        picture=picture,
-        escape=escape_markdown,  # of all texts of others
+        translators=translators,
+        plot_file=plot_file,
+        escape=escape_markdown,  # used for all texts that come from the config or the data
         code=lambda name: "`" + re.sub(r"[`|\s]", "_", name) + "`",
         link=lambda name, url: f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name,
-        settings=_settings,
+        settings=_describe_settings,
     )
     return f"{text}\n"
 
 
-def _settings(settings: dict[str, Any]) -> str:
-    """Settings in words, the model first; digests and long lists are left to build.json."""
-    leaves = sorted(flat(settings).items(), key=lambda leaf: not leaf[0].endswith("model"))
-    shown = [(k, v) for k, v in leaves if v is not None and v is not False and not NOT_SHOWN.search(k)]
+def _describe_settings(settings: dict[str, Any]) -> str:
+    """Return the settings of a stage as one line for the dataset card, for example "model openmoji, language pt".
+
+    The model comes first. Settings without a value, digests and long lists are left out.
+    """
+    leaves = sorted(flatten(settings).items(), key=lambda leaf: not leaf[0].endswith("model"))
+    shown = [(k, v) for k, v in leaves if v is not None and v is not False and not HIDDEN_SETTINGS_RE.search(k)]
     return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in shown)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; ends with 1 where tasks have failed."""
+    """Run the command `captions.build`.
+
+    If a person must fill translation tables, print which ones, and return without an error. If tasks failed, exit with
+    status 1.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        folder = build(parse(BuildArguments, __doc__, argv))
+        folder = build_dataset(parse_arguments(BuildArguments, __doc__, argv))
     except ManualStepRequired as required:
-        print(f"waiting: {required}")  # no error: what could be done is done
+        print(f"Manual step: {required}")  # this is not an error, because everything else is done
         return
     if folder is not None:
-        word = shlex.quote(str(folder))
+        quoted = shlex.quote(str(folder))
         print(
-            f"The data set is in {folder}; its README.md is the data set card. Train on it with --dataset {word}, "
-            f"publish it with: python -m hub_upload.push --model {word} --repo_id YOU/NAME --repo_type dataset"
+            f"The dataset is in {folder}, with the dataset card README.md. Train on it with --dataset {quoted}. "
+            f"Publish it with: python -m hub_upload.push --model {quoted} --repo_id YOU/NAME --repo_type dataset"
         )
 
 
 if __name__ == "__main__":
-    from captions import build as module  # by its name, as other machines find it
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import build as module
 
-    run_command(module.main, resumes=True)
+    run_command(module.main, resumable=True)

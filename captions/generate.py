@@ -1,12 +1,14 @@
-"""Captions of images, each begun by a prefix: BLIP-2 with its image encoder run once an image.
+"""Generate captions of images with BLIP-2: for each image, one caption per prefix.
 
     python -m captions.generate --dataset data/images --output data/generated
     python -m captions.generate --dataset data/images --output data/generated --precision fp16 --workers 4
 
-Every row gets `generated-captions-en`: one caption a prefix, which is the prefix, a blank and the likeliest text that
-goes on from it. The ten prefixes of CAPIVARA's authors are in captions/prefixes.json; --prefixes takes another file of
-that form. Rows whose image can't be used are left out and listed. The same command does what is missing, with the same
-captions.
+A prefix is the beginning of a caption, for example "a photo of". The model continues it by greedy decoding, and the
+caption is the prefix followed by the continuation. The file captions/prefixes.json has the ten prefixes of the CAPIVARA
+authors; `--prefixes` selects another file of the same format.
+
+The captions are written to the column `generated-captions-en`. Rows whose image cannot be used are left out, and listed
+in *.skipped.jsonl files. To finish an interrupted run, run the same command again; the captions do not change.
 """
 
 import copy
@@ -30,56 +32,77 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from capivara_common.cli import at_least, flag, run_command
-from capivara_common.environment import torch_device
+from capivara_common.cli import check_at_least, flag, run_command
+from capivara_common.environment import resolve_device
 from capivara_common.files import read_json
 from capivara_common.hub_cache import check_reachable
 from capivara_common.image_files import BadRow
-from caption_data.rows import CAPTIONS
-from captions.stages import DECODED, RowStage, StageArguments, stage_main
+from caption_data.rows import CAPTIONS_FEATURE
+from captions.stages import DECODED_KEY, RowStage, StageArguments, run_stage_command
 from captions.translators import DTYPES
-from modeling_capivara.loading import checked_config, weights_digest
+from modeling_capivara.loading import load_config, weights_digest
 
-COLUMN = "generated-captions-en"
-NOT_FINITE = "no finite scores"  # reason of a `BadRow`
-PREFIXES = Path(__file__).parent / "prefixes.json"
+OUTPUT_COLUMN = "generated-captions-en"
+# Reason in the `BadRow` of an image for which the scores of the language model were NaN.
+NOT_FINITE_REASON = "no finite scores"
+PREFIXES_FILE = Path(__file__).parent / "prefixes.json"
 
 
 @dataclass
 class GenerateArguments(StageArguments):
-    """Arguments of `captions.generate`."""
+    """Command-line flags of `captions.generate`, the stage that generates captions of images with BLIP-2."""
 
-    uses_model = decodes = True
-    max_new_tokens: int = flag(50, "Tokens of a generated text at most.")
-    micro_batch_size: int = flag(160, "Captions that are generated at once; fewer need less memory and more time.")
-    model: str = flag("Salesforce/blip2-opt-2.7b-coco", "Folder or Hub id of a BLIP-2 of transformers.")
-    revision: str | None = flag(None, "Branch, tag or commit of a Hub id.")
-    prefixes: Path = flag(PREFIXES, "JSON file of the form of captions/prefixes.json.")
-    precision: Literal["float32", "bf16", "fp16"] = flag("float32", "Of weights and activations; the authors had fp16.")
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+    uses_model = decodes_images = True
+    max_new_tokens: int = flag(50, "Largest number of new tokens per caption.")
+    micro_batch_size: int = flag(
+        160, "Captions to generate at the same time. Lower values need less memory and more time."
+    )
+    model: str = flag("Salesforce/blip2-opt-2.7b-coco", "Folder or Hub id of a BLIP-2 model of transformers.")
+    revision: str | None = flag(None, "Branch, tag or commit on the Hub. Default: the main branch.")
+    prefixes: Path = flag(PREFIXES_FILE, "JSON file of prefixes, in the format of captions/prefixes.json.")
+    precision: Literal["float32", "bf16", "fp16"] = flag(
+        "float32", "Data type of weights and activations. The CAPIVARA authors used fp16."
+    )
+    device: str | None = flag(None, "cpu or cuda. Default: cuda if a GPU is available, otherwise cpu.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "max_new_tokens", "micro_batch_size")
+        check_at_least(self, 1, "max_new_tokens", "micro_batch_size")
         self.prefixes = Path(self.prefixes)
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Return the column of generated captions; any dataset with images will do."""
-        return [*super().check_columns(columns, where), COLUMN]
+        """Return the name of the column that the stage adds. No column besides the image column is required.
 
-    def process(self, stage: RowStage) -> tuple[Any, ...]:
-        """Captions of each row's image. Raises as `read_prefixes` and `load_captioner` do."""
+        Args:
+            columns: Names of the columns of the dataset.
+            where: Name of the dataset; not used, because no check can fail.
+        """
+        return [*super().check_columns(columns, where), OUTPUT_COLUMN]
+
+    def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
+        """Load the prefixes and the BLIP-2 model.
+
+        Args:
+            stage: The opened rows; not used.
+
+        Returns:
+            The positional arguments of `RowStage.run`: columns, settings, and the function that captions rows.
+
+        Raises:
+            ValueError, OSError: If the file of prefixes is invalid, or the model cannot be loaded.
+        """
         prefixes, captioner = read_prefixes(self.prefixes), load_captioner(self)
         settings = {
-            "model": Path(self.model).name if Path(self.model).is_dir() else self.model,  # whatever folder it is in
+            # For a local folder, only its name is recorded, so that the folder can be moved.
+            "model": Path(self.model).name if Path(self.model).is_dir() else self.model,
             "revision": getattr(captioner.model.config, "_commit_hash", None),
             "weights": weights_digest(captioner.model),
             "prefixes": prefixes,
             "max_new_tokens": self.max_new_tokens,
             "precision": self.precision,
-            "sampling": None,  # what earlier versions could do
+            "sampling": None,  # earlier versions of the program recorded this key; it keeps their folders valid
         }
-        return {COLUMN: CAPTIONS}, settings, lambda rows: generated(captioner, prefixes, rows)
+        return {OUTPUT_COLUMN: CAPTIONS_FEATURE}, settings, lambda rows: caption_rows(captioner, prefixes, rows)
 
 
 # The model
@@ -87,11 +110,19 @@ class GenerateArguments(StageArguments):
 
 @dataclass
 class Captioner:
-    """BLIP-2, in `eval()` on its device, whose vision encoder, Q-Former and reading of the image run once an image.
+    """A BLIP-2 model that encodes each image only once, although it generates one caption per prefix.
 
-    The language model is given what the plain call gives it: the image's query block, padding, the prefix. It does not
-    look ahead, so that keys and values of the block are the same for all prefixes, and are computed before them. A text
-    has at most `max_new_tokens`; `micro_batch_size` of them are written at once.
+    Vision encoder and Q-Former run once per image. The language model then reads the query tokens of the image, and the
+    keys and values of these tokens are cached. The language model is causal, so the keys and values do not depend on
+    the prefix that follows, and all prefixes share the cache. The generated tokens are the same as with a separate call
+    of `generate` for each prefix.
+
+    Attributes:
+        model: BLIP-2 with a decoder-only language model, in evaluation mode.
+        image_processor: Image processor of the model.
+        tokenizer: Tokenizer of the language model.
+        max_new_tokens: Largest number of tokens after a prefix.
+        micro_batch_size: Number of captions that are generated at the same time.
     """
 
     model: Blip2ForConditionalGeneration
@@ -101,95 +132,160 @@ class Captioner:
     micro_batch_size: int = 160
 
     def __post_init__(self) -> None:
-        self.device, self.writer, tokenizer = self.model.device, self.model.language_model, self.tokenizer
-        config = self.writer.generation_config
-        config.max_length = None  # else `generate` warns at every call that it has two limits
-        if config.pad_token_id is None:  # a batch's texts end at different steps
+        self.device, self.language_model, tokenizer = self.model.device, self.model.language_model, self.tokenizer
+        config = self.language_model.generation_config
+        config.max_length = None  # with it, each call of `generate` would warn that `max_new_tokens` is set too
+        if config.pad_token_id is None:  # padding is needed because the texts of a batch end at different steps
             config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        known = inspect.signature(self.writer.forward).parameters
-        self._cache_name = "cache" if "cache" in known else "past_key_values"  # before 5.24 of transformers
+        parameters = inspect.signature(self.language_model.forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # name before transformers 5.24
 
-    def captions(self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str]) -> list[list[str] | BadRow]:
-        """For every image, RGB, one caption a prefix, or why it has none: the prefix, a blank and what goes on from
-        it."""
-        return [self._texts(tokens, prefixes) for tokens in self.new_tokens(self.pixels(images), prefixes)]
+    def generate_captions(self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str]) -> list[list[str] | BadRow]:
+        """Generate one caption per prefix for each image.
 
-    def pixels(self, images: Sequence[PIL.Image.Image]) -> Tensor:
-        """(images, 3, height, width)."""
+        Args:
+            images: RGB images.
+            prefixes: Beginnings of the captions, for example "a photo of".
+
+        Returns:
+            For each image, a list with one caption per prefix, or a BadRow if a score of the language model was NaN.
+        """
+        return [
+            self._decode_texts(tokens, prefixes)
+            for tokens in self.generate_tokens(self.preprocess_images(images), prefixes)
+        ]
+
+    def preprocess_images(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+        """Convert RGB images to the pixel values that the model reads.
+
+        Returns:
+            A tensor (images, 3, height, width) on the device and in the data type of the model.
+        """
         pixels = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-        return pixels.to(self.device, self.writer.dtype)
+        return pixels.to(self.device, self.language_model.dtype)
 
     @torch.inference_mode()
-    def new_tokens(self, pixel_values: Tensor, prefixes: Sequence[str]) -> list[list[Tensor | None]]:
-        """Token ids that go on from every prefix, for every image, (images, 3, height, width).
+    def generate_tokens(self, pixel_values: Tensor, prefixes: Sequence[str]) -> list[list[Tensor | None]]:
+        """Generate the continuation of each prefix for each image, by greedy decoding.
 
-        Each is (steps,), end token and padding included; None where a score was no number.
+        Args:
+            pixel_values: Preprocessed images (images, 3, height, width).
+            prefixes: Beginnings of the captions.
+
+        Returns:
+            A list with one list per image, which holds one element per prefix: the token ids (steps,) of the
+            continuation, with end token and padding, or None if a score of the language model was NaN.
         """
-        encoded, prompts = self.encode(pixel_values), self.tokenizer(list(prefixes))["input_ids"]
-        found: list[Tensor | None] = []
-        places = list(itertools.product(range(len(pixel_values)), prompts))
-        for start in range(0, len(places), self.micro_batch_size):
-            some = places[start : start + self.micro_batch_size]
-            noise = torch.zeros(len(some), dtype=torch.bool, device=self.device)
+        encoded, prompts = self.encode_images(pixel_values), self.tokenizer(list(prefixes))["input_ids"]
+        continuations: list[Tensor | None] = []
+        pairs = list(itertools.product(range(len(pixel_values)), prompts))  # (index of image, token ids of prefix)
+        for start in range(0, len(pairs), self.micro_batch_size):
+            batch = pairs[start : start + self.micro_batch_size]
+            has_nan = torch.zeros(len(batch), dtype=torch.bool, device=self.device)
 
-            def noted(ids: Tensor, scores: Tensor, noise: Tensor = noise) -> Tensor:
-                noise |= scores.isnan().any(-1)
+            # `generate` calls this function at every step with the scores of all tokens (texts, vocabulary).
+            def record_nan(ids: Tensor, scores: Tensor, has_nan: Tensor = has_nan) -> Tensor:
+                has_nan |= scores.isnan().any(-1)
                 return scores
 
-            images = torch.tensor([image for image, _ in some], device=self.device)
+            images = torch.tensor([image for image, _ in batch], device=self.device)
             options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
-            options["logits_processor"] = LogitsProcessorList([noted])
-            tokens = self.continued(encoded, images, [prompt for _, prompt in some], **options)
-            found += [None if bad else row for row, bad in zip(tokens.cpu(), noise.tolist(), strict=True)]
-        return [found[first : first + len(prompts)] for first in range(0, len(found), len(prompts))]
+            options["logits_processor"] = LogitsProcessorList([record_nan])
+            tokens = self.continue_prompts(encoded, images, [prompt for _, prompt in batch], **options)
+            continuations += [None if bad else row for row, bad in zip(tokens.cpu(), has_nan.tolist(), strict=True)]
+        count = len(prompts)
+        return [continuations[first : first + count] for first in range(0, len(continuations), count)]
 
-    def encode(self, pixel_values: Tensor) -> DynamicCache:
-        """Keys and values of the language model at the query blocks of all images."""
-        blocks = self.model.get_image_features(pixel_values=pixel_values).pooler_output  # (images, queries, text width)
-        cache = DynamicCache(config=self.writer.config)
-        self.writer.base_model(inputs_embeds=blocks, use_cache=True, **{self._cache_name: cache})
+    def encode_images(self, pixel_values: Tensor) -> DynamicCache:
+        """Encode images for the language model.
+
+        Args:
+            pixel_values: Preprocessed images (images, 3, height, width).
+
+        Returns:
+            A cache with the keys and values of the language model for the query tokens of all images.
+        """
+        # Shape: (images, queries, width of the language model).
+        blocks = self.model.get_image_features(pixel_values=pixel_values).pooler_output
+        cache = DynamicCache(config=self.language_model.config)
+        self.language_model.base_model(inputs_embeds=blocks, use_cache=True, **{self._cache_name: cache})
         return cache
 
-    def continued(self, encoded: DynamicCache, images: Tensor, prompts: list[list[int]], **options: Any) -> Tensor:
-        """Token ids (texts, new tokens) that follow each prompt; `images` is the number of each text's image."""
-        own = copy.deepcopy(encoded)
-        own.batch_select_indices(images)
-        ids, mask = self.padded(prompts)
-        embeds = self.model.get_input_embeddings()(ids).to(self.writer.dtype)
-        unread = embeds.new_zeros(len(ids), own.get_seq_length(), embeds.shape[-1])  # the block, which the cache has
-        return self.writer.generate(
-            inputs_embeds=torch.cat([unread, embeds], 1),
-            attention_mask=torch.cat([mask.new_ones(unread.shape[:2]), mask], 1),
-            **{self._cache_name: own},
+    def continue_prompts(
+        self, encoded: DynamicCache, images: Tensor, prompts: list[list[int]], **options: Any
+    ) -> Tensor:
+        """Generate the continuation of each prompt.
+
+        Args:
+            encoded: Cache with keys and values of all images, from `encode_images`.
+            images: For each prompt, the index of its image in `encoded` (prompts,).
+            prompts: Token ids of each prompt.
+            **options: Keyword arguments of `generate`.
+
+        Returns:
+            Token ids of the continuations (prompts, new tokens).
+        """
+        cache = copy.deepcopy(encoded)
+        cache.batch_select_indices(images)
+        ids, mask = self.pad_prompts(prompts)
+        embeds = self.model.get_input_embeddings()(ids).to(self.language_model.dtype)
+        # `generate` needs embeddings for all positions. The values for the query tokens are not read, because the cache
+        # holds their keys and values.
+        placeholder = embeds.new_zeros(len(ids), cache.get_seq_length(), embeds.shape[-1])
+        return self.language_model.generate(
+            inputs_embeds=torch.cat([placeholder, embeds], 1),
+            attention_mask=torch.cat([mask.new_ones(placeholder.shape[:2]), mask], 1),
+            **{self._cache_name: cache},
             **options,
         )
 
-    def padded(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """(texts, tokens), token ids and their mask."""
+    def pad_prompts(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Pad prompts on the left to the same length.
+
+        Args:
+            prompts: Token ids of each prompt.
+
+        Returns:
+            Token ids and attention mask, both of shape (prompts, tokens).
+        """
         rows = [torch.tensor(prompt, device=self.device) for prompt in prompts]
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
-        return pad_sequence(rows, True, self.writer.generation_config.pad_token_id, "left"), mask
+        return pad_sequence(rows, True, self.language_model.generation_config.pad_token_id, "left"), mask
 
-    def _texts(self, tokens: list[Tensor | None], prefixes: Sequence[str]) -> list[str] | BadRow:
+    def _decode_texts(self, tokens: list[Tensor | None], prefixes: Sequence[str]) -> list[str] | BadRow:
+        """Convert the continuations of one image to captions.
+
+        Args:
+            tokens: Token ids of the continuation of each prefix, or None if a score of the language model was NaN.
+            prefixes: Beginnings of the captions.
+
+        Returns:
+            One caption per prefix, or a BadRow if any element of `tokens` is None.
+        """
         if any(row is None for row in tokens):
-            return BadRow(NOT_FINITE, "the model's scores were no numbers; bf16 and float32 reach further than fp16")
+            return BadRow(NOT_FINITE_REASON, "the model's scores were NaN; bf16 and float32 overflow less than fp16")
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [f"{prefix} {text.strip()}".strip() for prefix, text in zip(prefixes, texts, strict=True)]
 
 
 def load_captioner(args: GenerateArguments) -> Captioner:
-    """The model of the arguments. Raises ValueError or OSError where it is none, or no BLIP-2."""
+    """Load the BLIP-2 model that the flags name.
+
+    Raises ValueError or OSError if the model does not exist, or is not a BLIP-2 model with a decoder-only language
+    model.
+    """
     check_reachable(args.model, revision=args.revision)
-    config = checked_config(args.model, revision=args.revision)
+    config = load_config(args.model, revision=args.revision)
     if config.model_type != "blip-2" or config.text_config.is_encoder_decoder:
         raise ValueError(
-            f"{args.model} is a model of the kind {config.model_type!r}, captions.generate takes BLIP-2 over a decoder "
-            f"such as {GenerateArguments.model}. Captions of others come as the column {COLUMN} of the data set."
+            f"{args.model} has the model type {config.model_type!r}; it must be a BLIP-2 model with a decoder-only "
+            f"language model, such as {GenerateArguments.model}. To use captions of another model, add them to the "
+            f"dataset as the column {OUTPUT_COLUMN} and omit this stage."
         )
     source = {"pretrained_model_name_or_path": args.model, "revision": args.revision}
     model = Blip2ForConditionalGeneration.from_pretrained(**source, dtype=DTYPES[args.precision])
     processor, tokenizer = AutoImageProcessor.from_pretrained(**source), AutoTokenizer.from_pretrained(**source)
-    model.eval().to(torch_device(args.device))
+    model.eval().to(resolve_device(args.device))
     return Captioner(model, processor, tokenizer, args.max_new_tokens, args.micro_batch_size)
 
 
@@ -197,35 +293,58 @@ def load_captioner(args: GenerateArguments) -> Captioner:
 
 
 def read_prefixes(path: Path) -> list[str]:
-    """What captions begin with, from a file of the form of captions/prefixes.json. Raises ValueError, OSError."""
-    given = read_json(path, prefixes=list)["prefixes"]
-    prefixes = [prefix.strip() for prefix in given if isinstance(prefix, str)]
-    if not prefixes or not all(prefixes) or len(set(prefixes)) < len(given):
-        rule = 'must hold {"prefixes": [texts]}, one at least, none blank and none twice'
-        raise ValueError(f"{path} {rule}, as captions/prefixes.json does; it holds {given}.")
+    """Read the beginnings of captions from a JSON file with the content `{"prefixes": [texts]}`.
+
+    Raises ValueError if the file has no prefixes, or a prefix is blank or repeated.
+    """
+    values = read_json(path, prefixes=list)["prefixes"]
+    prefixes = [prefix.strip() for prefix in values if isinstance(prefix, str)]
+    if not prefixes or not all(prefixes) or len(set(prefixes)) < len(values):
+        rule = 'must hold {"prefixes": [texts]} with at least one text, and without blank or repeated texts'
+        raise ValueError(f"{path} {rule} (see captions/prefixes.json), got {values}.")
     return prefixes
 
 
-def generated(captioner: Captioner, prefixes: list[str], rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
-    """Rows with an image -> their captions. Raises ValueError where the memory does not suffice."""
-    images = [row[DECODED] for row in rows]
-    images = [image.convert("LA") if image.mode == "La" else image for image in images]  # PIL has no way from La to RGB
+def caption_rows(
+    captioner: Captioner, prefixes: list[str], rows: list[dict[str, Any]]
+) -> list[dict[str, Any] | BadRow]:
+    """Generate the captions of the images of rows.
+
+    Args:
+        captioner: The BLIP-2 model.
+        prefixes: Beginnings of the captions.
+        rows: Rows with a decoded image under the key `DECODED_KEY`.
+
+    Returns:
+        For each row, a dict with the new column, or a BadRow if no captions could be generated.
+
+    Raises:
+        ValueError: If the memory of the GPU or CPU is insufficient.
+    """
+    images = [row[DECODED_KEY] for row in rows]
+    # PIL cannot convert the mode La (grayscale with premultiplied alpha) to RGB directly.
+    images = [image.convert("LA") if image.mode == "La" else image for image in images]
     try:
-        captions = captioner.captions([image.convert("RGB") for image in images], prefixes)
+        captions = captioner.generate_captions([image.convert("RGB") for image in images], prefixes)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ValueError(
-            f"Out of memory with {len(rows)} images and {captioner.micro_batch_size} captions at once. Lower "
-            f"--micro_batch_size, then --batch_rows, or take --precision bf16 or fp16. ({error})"
+            f"Out of memory with {len(rows)} images and {captioner.micro_batch_size} captions at the same time. Lower "
+            f"--micro_batch_size, then --batch_rows, or use --precision bf16 or fp16. ({error})"
         ) from error
-    return [texts if isinstance(texts, BadRow) else {COLUMN: texts} for texts in captions]
+    return [texts if isinstance(texts, BadRow) else {OUTPUT_COLUMN: texts} for texts in captions]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    stage_main(GenerateArguments, __doc__, argv)
+    """Run the command `captions.generate`.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+    """
+    run_stage_command(GenerateArguments, __doc__, argv)
 
 
 if __name__ == "__main__":
-    from captions import generate  # by its name, as other machines find it
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import generate
 
-    run_command(generate.main, resumes=True)
+    run_command(generate.main, resumable=True)

@@ -1,13 +1,15 @@
-"""How similar every caption is to its image: cosines under a CAPIVARA model, or a CLIP of open_clip or transformers.
+r"""Score captions by their cosine similarity to the image, computed with a model of an image and a text encoder.
 
     python -m captions.score --dataset data/translated --output data/scored --language pt --model data/openmoji/base
-    python -m captions.score --dataset data/translated --output data/scored --language pt --workers 2 \\
+    python -m captions.score --dataset data/translated --output data/scored --language pt --workers 2 \
         --model open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k
 
-Every row gets `similarities-<language>`: a number for each of `captions-<language>`, then for each of
-`generated-captions-<language>`, in their order; none where a caption is empty. `captions.select` and the caption
-strategies of the training go by them. Rows whose image can't be used, or without any caption, are left out and listed.
-The same command does what is missing.
+Each row gets the column `similarities-<language>`. It holds one number for each caption in `captions-<language>`, and
+then one number for each caption in `generated-captions-<language>`. The number is None if the caption is empty.
+`captions.select` and the caption strategies of training use this column.
+
+Rows without captions, and rows whose image cannot be used, are left out and listed in *.skipped.jsonl files. To finish
+an interrupted run, run the same command again.
 """
 
 from collections.abc import Collection
@@ -17,83 +19,142 @@ from typing import Any, Literal
 import PIL.Image
 from torch import Tensor
 
-from capivara_common.cli import at_least, flag, run_command
-from capivara_common.environment import require
+from capivara_common.cli import check_at_least, flag, run_command
+from capivara_common.environment import require_packages
 from capivara_common.image_files import BadImage, BadRow
-from caption_data.rows import SIMILARITIES
-from captions.stages import DECODED, RowStage, StageArguments, stage_main
+from caption_data.rows import SIMILARITIES_FEATURE
+from captions.stages import DECODED_KEY, RowStage, StageArguments, run_stage_command
 from modeling_capivara.two_towers import Embedder, load_embedder
 
 
 @dataclass
 class ScoreArguments(StageArguments):
-    """Arguments of `captions.score`."""
+    """Command-line flags of `captions.score`, the stage that computes similarities of captions to their images."""
 
-    uses_model = decodes = True
-    language: str = flag("pt", "Language of the captions, the end of their columns' names.")
+    uses_model = decodes_images = True
+    language: str = flag("pt", "Language code at the end of the names of the caption columns.")
     model: str | None = flag(
         None,
-        "Required: folder or Hub id of a CAPIVARA, SigLIP, CLIP …; open_clip:NAME:PRETRAINED; open_clip:local-dir:X.",
+        "Model to score with (required): folder or Hub id of a CAPIVARA, SigLIP or CLIP model, "
+        "open_clip:NAME:PRETRAINED, or open_clip:local-dir:FOLDER.",
     )
-    embedding_batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
-    precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster on most GPUs.")
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+    embedding_batch_size: int = flag(
+        32, "Images to embed at the same time. Captions are embedded in batches of twice this size."
+    )
+    precision: Literal["float32", "bf16"] = flag(
+        "float32", "Data type of weights and activations. bf16 is faster on most GPUs."
+    )
+    device: str | None = flag(None, "cpu or cuda. Default: cuda if a GPU is available, otherwise cpu.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.model:
-            raise ValueError("model is missing: give the model whose similarities are wanted, such as the base model.")
-        at_least(self, 1, "embedding_batch_size")
+            raise ValueError(
+                "--model is missing. Choose the model to score with, for example the base model of the training."
+            )
+        check_at_least(self, 1, "embedding_batch_size")
         if self.model.startswith("open_clip:"):
-            require("The stage score", "open_clip", "open_clip")
+            require_packages("The stage score", "open_clip", "open_clip")
 
-    def needed_columns(self) -> list[str]:
-        """Columns of captions, of which one must be there."""
+    def required_columns(self) -> list[str]:
+        """Return the names of the caption columns of the language. The dataset must have at least one of them."""
         return [f"captions-{self.language}", f"generated-captions-{self.language}"]
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Return the column of similarities. Raises ValueError if there is no column of captions."""
+        """Check that the dataset has a caption column of the language.
+
+        Args:
+            columns: Names of the columns of the dataset, after the flag `rename`.
+            where: Name of the dataset, with which the error message begins.
+
+        Returns:
+            The name of the column that the stage adds.
+
+        Raises:
+            ValueError: If the dataset has no caption column of the language.
+        """
         return [*super().check_columns(columns, where), f"similarities-{self.language}"]
 
-    def process(self, stage: RowStage) -> tuple[Any, ...]:
-        """Similarities of each row's captions. Raises as `load_embedder` does."""
+    def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
+        """Load the model that scores captions.
+
+        Args:
+            stage: The opened rows; not used.
+
+        Returns:
+            The positional arguments of `RowStage.run`: columns, settings, and the function that scores rows.
+
+        Raises:
+            ValueError, OSError, ImportError: If the model cannot be loaded.
+        """
         embedder = load_embedder(self.model, self.device, True, self.precision)
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}
-        return {f"similarities-{self.language}": SIMILARITIES}, settings, lambda rows: scored(embedder, self, rows)
+        return (
+            {f"similarities-{self.language}": SIMILARITIES_FEATURE},
+            settings,
+            lambda rows: score_rows(embedder, self, rows),
+        )
 
 
-def scored(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
-    """The new column of each row, or what is wrong with the row."""
-    columns, size = args.needed_columns(), args.embedding_batch_size  # columns in the order of the similarities
+def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+    """Compute the similarities of the captions of rows to their images. Each distinct caption is embedded once.
+
+    Args:
+        embedder: Model that embeds texts and images.
+        args: Flags of the command.
+        rows: Rows with captions, and a decoded image under the key `DECODED_KEY`.
+
+    Returns:
+        For each row, a dict with the new column, or a BadRow if the row has no caption or its image cannot be used.
+    """
+    columns, size = args.required_columns(), args.embedding_batch_size  # similarities have this order
     captions = [[text for column in columns for text in row.get(column) or []] for row in rows]
-    good = [place for place, texts in enumerate(captions) if any(map(str.strip, texts))]
+    captioned = [number for number, texts in enumerate(captions) if any(map(str.strip, texts))]
     results = [BadRow("no caption", f"all of {', '.join(columns)} are empty")] * len(rows)
-    distinct = sorted({text for place in good for text in captions[place] if text.strip()}, key=len)
-    embeds = dict(zip(distinct, embedder.texts(distinct, 2 * size) if distinct else [], strict=True))  # each (width,)
-    for place, embed in zip(good, embedded(embedder, [rows[place][DECODED] for place in good], size), strict=True):
-        results[place] = embed
+    distinct = sorted({text for number in captioned for text in captions[number] if text.strip()}, key=len)
+    embeds = embedder.embed_texts(distinct, 2 * size) if distinct else []
+    text_embeds = dict(zip(distinct, embeds, strict=True))  # shape of each embedding: (width,)
+    image_embeds = embed_row_images(embedder, [rows[number][DECODED_KEY] for number in captioned], size)
+    for number, embed in zip(captioned, image_embeds, strict=True):
+        results[number] = embed
         if not isinstance(embed, BadRow):
-            cosines = [float(embeds[text] @ embed) if text in embeds else None for text in captions[place]]
-            results[place] = {f"similarities-{args.language}": cosines}
+            cosines = [float(text_embeds[text] @ embed) if text in text_embeds else None for text in captions[number]]
+            results[number] = {f"similarities-{args.language}": cosines}
     return results
 
 
-def embedded(embedder: Embedder, images: list[PIL.Image.Image], batch_size: int) -> list[Tensor | BadRow]:
-    """(width,) of each image; one that the model refuses must not end the work on all others."""
+def embed_row_images(embedder: Embedder, images: list[PIL.Image.Image], batch_size: int) -> list[Tensor | BadRow]:
+    """Embed images in batches.
+
+    If the model raises an error for a batch, its images are embedded one by one, so that only bad images fail.
+
+    Args:
+        embedder: Model that embeds images.
+        images: Decoded images.
+        batch_size: Largest number of images in a batch.
+
+    Returns:
+        For each image, its embedding (width,), or a BadImage if the model cannot embed it.
+    """
     try:
-        return list(embedder.images(images, batch_size)) if images else []
+        return list(embedder.embed_images(images, batch_size)) if images else []
     except ValueError as error:
         if len(images) == 1:
             return [BadImage("unreadable image", f"the model refuses it: {error}")]
-    return [embed for image in images for embed in embedded(embedder, [image], batch_size)]
+    return [embed for image in images for embed in embed_row_images(embedder, [image], batch_size)]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    stage_main(ScoreArguments, __doc__, argv)
+    """Run the command `captions.score`.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+    """
+    run_stage_command(ScoreArguments, __doc__, argv)
 
 
 if __name__ == "__main__":
-    from captions import score  # by its name, as other machines find it
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import score
 
-    run_command(score.main, resumes=True)
+    run_command(score.main, resumable=True)

@@ -1,14 +1,18 @@
-"""Keep the captions that a strategy picks and the images whose caption fits them, and show what that does.
+r"""Select captions and images with a caption strategy and the pair filter, and write a report about the selection.
 
-    python -m captions.select --dataset data/scored --output data/selected --language pt \\
+    python -m captions.select --dataset data/scored --output data/selected --language pt \
         --caption_strategy rank --caption_count 5 --min_pair_similarity 0.2
 
-The strategies and the pair filter are those of the training (`caption_data.rows`), under its names for them:
-here the choice is made once, can be looked at, and makes the data set small. In the output `captions-<language>`
-holds what was picked, in the order of the strategy, `similarities-<language>` belongs to it, and
-`generated-captions-<language>` is empty; other languages stay as they were. Images that are left with nothing are left
-out and listed. The folder `report` in the output has `index.html` to look at, with the counts, the histograms and the
-pictures at the cut, and `selection.json` with every number of it.
+A caption strategy is a rule that selects captions of an image. The pair filter leaves out images whose first caption
+has a low similarity. Training has the same strategies, pair filter and flags (`caption_data.rows`). Selecting captions
+before training makes the dataset smaller, and the selection can be inspected.
+
+In the output, `captions-<language>` holds the selected captions in the order of the strategy, `similarities-<language>`
+holds the similarities of these captions, and `generated-captions-<language>` is empty. Columns of other languages do
+not change. Images without a selected caption are left out, and listed in *.skipped.jsonl files.
+
+The folder `report` in the output has an HTML page, `index.html`, with counts, a histogram and the images whose
+similarity is closest to the cutoff. The file `selection.json` has all numbers of the page.
 """
 
 import itertools
@@ -27,66 +31,97 @@ from capivara_common.cli import flag, run_command
 from capivara_common.files import write_json
 from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import short_name
-from caption_data.rows import CAPTIONS, NOT_CHOSEN, WITH_SIMILARITIES, CaptionChoice, caption_texts
+from caption_data.rows import CAPTIONS_FEATURE, NOT_CHOSEN, SIMILARITY_STRATEGIES, CaptionChoice, normalize_captions
 from caption_data.sources import Split
-from captions.stages import RowStage, StageArguments, check_complete, skipped_rows, stage_main
-from eval.records.tables import one_line, write_page
+from captions.stages import RowStage, StageArguments, check_complete, read_skipped_rows, run_stage_command
+from eval.records.tables import to_one_line, write_html_page
 
-REPORT = Path("report") / "index.html"  # in the output; it is written last
-TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
-EXAMPLES = 6  # on either side of the cut
-CUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)  # of the table that helps to choose one; CAPIVARA has 0.2
-SHOWN = 300  # letters of a caption on the page
-DROPPED_COLOUR = "#b9bec6"
-BARS, PICTURE_SIDE = 60, 240  # of a histogram; pixels
+# Path of the HTML page in the output folder. The page is written last, so that the report is complete if it exists.
+REPORT_PAGE = Path("report") / "index.html"
+REPORT_TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
+EXAMPLES_PER_SIDE = 6  # number of dropped examples, and of kept examples, on the HTML page
+# Cutoffs for which the page shows how many images would be kept. The CAPIVARA authors use 0.2.
+SIMILARITY_CUTOFFS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+MAX_SHOWN_CHARACTERS = 300  # longer captions are shortened on the HTML page
+DROPPED_COLOR = "#b9bec6"  # color of dropped captions in the histogram
+HISTOGRAM_BINS = 60
+EXAMPLE_IMAGE_SIDE = 240  # longest side of the example images, in pixels
 
 
 @dataclass
 class SelectArguments(CaptionChoice, StageArguments):
-    """Arguments of `captions.select`."""
+    """Command-line flags of `captions.select`, the stage that selects captions and images."""
 
-    language: str = flag("pt", "Language of the captions, the end of their columns' names.")
+    language: str = flag("pt", "Language code at the end of the names of the caption columns.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choice()
 
     @property
-    def strategy_cut(self) -> float | None:
-        """The similarity that the strategy asks of every caption; None where it asks for none."""
+    def strategy_cutoff(self) -> float | None:
+        """Lowest similarity that the strategy accepts for a caption; None if the strategy has no cutoff."""
         return self.min_similarity if self.caption_strategy in ("threshold", "diverse") else None
 
     def columns(self) -> list[str]:
-        """What the choice looks at: captions, generated ones, similarities."""
+        """Return the names of three columns of the language: captions, generated captions and similarities."""
         return [f"{name}-{self.language}" for name in ("captions", "generated-captions", "similarities")]
 
-    def needed_columns(self) -> list[str]:
-        """Columns of captions, and of similarities where they decide, of which one must be there."""
-        scored = self.caption_strategy in WITH_SIMILARITIES or self.min_pair_similarity is not None
+    def required_columns(self) -> list[str]:
+        """Return the names of columns that the selection can work on. The dataset must have at least one of them.
+
+        If the strategy or the pair filter reads similarities, the only name is the column of similarities. Otherwise,
+        the names are the columns of captions and generated captions.
+        """
+        scored = self.caption_strategy in SIMILARITY_STRATEGIES or self.min_pair_similarity is not None
         return self.columns()[2:] if scored else self.columns()[:2]
 
-    def process(self, stage: RowStage) -> tuple[Any, ...]:
-        """The choice of each row."""
+    def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
+        """Return the settings of the selection, and the function that selects captions.
+
+        Args:
+            stage: The opened rows; not used.
+
+        Returns:
+            The positional arguments of `RowStage.run`: columns, settings, and the function that processes rows.
+        """
         settings = {
             "language": self.language,
             "caption_strategy": self.caption_strategy,
             "caption_count": self.caption_count if self.caption_strategy in ("first", "rank") else None,
-            "min_similarity": self.strategy_cut,
+            "min_similarity": self.strategy_cutoff,
             "min_pair_similarity": self.min_pair_similarity,
         }
-        return {f"captions-{self.language}": CAPTIONS}, settings, lambda rows: [selected(self, row) for row in rows]
+        return (
+            {f"captions-{self.language}": CAPTIONS_FEATURE},
+            settings,
+            lambda rows: [select_row(self, row) for row in rows],
+        )
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
-        """Write the folder `report` of a selection that is complete, unless it is there."""
-        if not (self.output / REPORT).is_file():
-            write_report(self)
+        """Write the report about the selection into the folder `report` of the output, unless it exists already.
+
+        Args:
+            rank: Number of the task; not used, because a single task writes the report.
+            world_size: Number of tasks; not used.
+        """
+        if not (self.output / REPORT_PAGE).is_file():
+            write_selection_report(self)
 
 
-def choice(args: SelectArguments, row: dict[str, Any]) -> tuple[dict[str, float | None], list[str]]:
-    """The distinct captions of a row in their order, with the similarity of each, None where there is none; and those
-    that are kept, none where the image is left out. A column that the row lacks counts as empty.
+def choose_with_similarities(args: SelectArguments, row: dict[str, Any]) -> tuple[dict[str, float | None], list[str]]:
+    """Choose the captions of a row, and look up the similarities of all captions of the row.
 
-    Raises BadRow where the row has no caption, or other than one similarity for each.
+    Args:
+        args: Flags of the command.
+        row: A row of the dataset. A missing column of captions counts as empty.
+
+    Returns:
+        A dict from each distinct caption of the row, in order, to its similarity (None if unknown), and the list of
+        chosen captions. The list is empty if the image must be left out.
+
+    Raises:
+        BadRow: If the row has no caption, or the number of similarities differs from the number of captions.
     """
     captions, generated, similarities = args.columns()
     row = {captions: [], generated: [], **row}
@@ -94,7 +129,7 @@ def choice(args: SelectArguments, row: dict[str, Any]) -> tuple[dict[str, float 
     if not any(map(str.strip, texts)):
         raise BadRow("no caption", f"{captions!r} and {generated!r} are empty")
     try:
-        chosen = [text for text in args.chosen(row, args.language) if text.strip()]
+        chosen = [text for text in args.choose_captions(row, args.language) if text.strip()]
     except ValueError as error:
         raise BadRow("no caption", f"{error}") from error
     for text, value in zip(texts, itertools.chain(row.get(similarities) or [], itertools.repeat(None)), strict=False):
@@ -102,10 +137,19 @@ def choice(args: SelectArguments, row: dict[str, Any]) -> tuple[dict[str, float 
     return scored, chosen
 
 
-def selected(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | BadRow:
-    """The new columns of a row, or what is wrong with it."""
+def select_row(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | BadRow:
+    """Select the captions of a row.
+
+    Args:
+        args: Flags of the command.
+        row: A row of the dataset.
+
+    Returns:
+        A dict with the new values of the columns of captions, generated captions and similarities, or a BadRow if no
+        caption is selected.
+    """
     try:
-        scored, chosen = choice(args, row)
+        scored, chosen = choose_with_similarities(args, row)
     except BadRow as bad:
         return bad
     if not chosen:
@@ -113,117 +157,174 @@ def selected(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | Bad
     return dict(zip(args.columns(), (chosen, [], [scored[text] for text in chosen]), strict=True))
 
 
-# The report: of one pass over the captions, without the images, so that it says the same however the selection was
-# shared out, killed or resumed.
+# The report. It is computed by an additional pass over all captions, so that it does not depend on how the selection
+# was split into tasks, or on whether the selection was interrupted.
 
 
-def write_report(args: SelectArguments) -> None:
-    """The folder `report`; its page is written last."""
-    folder, source = args.output / REPORT.parent, args.source()
+def write_selection_report(args: SelectArguments) -> None:
+    """Write the report about a complete selection into the folder `report` of the output.
+
+    The folder gets a histogram, example images, `selection.json` with all numbers, and the HTML page `index.html`. The
+    page is written last, so that a report with a page is complete.
+
+    Raises ValueError if the selection is not complete.
+    """
+    folder, source = args.output / REPORT_PAGE.parent, args.source()
     folder.mkdir(exist_ok=True)
-    captions = _captions(args, source)
-    images = captions.groupby("row")["kept"].any()
-    known = captions.dropna(subset="similarity")
-    first = known[known["first"]].assign(kept=lambda table: table["row"].map(images).astype(bool))
-    # Of the pair filter's cut the first captions are shown: `rank` drops captions of images that fit well, and they
-    # would hide those that the filter has dropped.
-    by_first = args.min_pair_similarity is not None and args.strategy_cut is None
-    shown, unit = (first, "images, by their first caption") if by_first else (known, "captions")
+    captions = _build_caption_table(args, source)
+    is_image_kept = captions.groupby("row")["kept"].any()
+    kept_count = int(is_image_kept.sum())
+    scored = captions.dropna(subset="similarity")
+    first = scored[scored["first"]].assign(kept=lambda table: table["row"].map(is_image_kept).astype(bool))
+    # If only the pair filter has a cutoff, show only the first caption of each image, because the filter reads only
+    # that caption. Captions that a strategy such as `rank` drops would hide those that the filter drops.
+    by_first = args.min_pair_similarity is not None and args.strategy_cutoff is None
+    shown, unit = (first, "images, by their first caption") if by_first else (scored, "captions")
     settings = ("split", "language", "caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
     unusable = {reason: n for reason, n in check_complete(args.output).skipped.items() if reason != NOT_CHOSEN}
     sides = {"dropped": shown[~shown["kept"]]["similarity"], "kept": shown[shown["kept"]]["similarity"]}
-    facts = {
+    metadata = {
         "dataset": short_name(args.dataset),
         **{name: getattr(args, name) for name in settings},
-        "images": {"kept": int(images.sum()), "not chosen": int((~images).sum()), "can't be used": unusable},
+        "images": {"kept": kept_count, "not chosen": len(is_image_kept) - kept_count, "can't be used": unusable},
         "captions": {"of these images": len(captions), "kept": int(captions["kept"].sum())},
-        "images_passing": {f"{cut:g}": int((first["similarity"] >= cut).sum()) for cut in CUTS},
+        "images_passing": {f"{cutoff:g}": int((first["similarity"] >= cutoff).sum()) for cutoff in SIMILARITY_CUTOFFS},
         "shown": unit,
         "similarities": {
             side: {"count": len(values), **values.agg(["mean", "min", "max"]).to_dict()}
             for side, values in sides.items()
             if len(values)
         },
-        "examples": _examples(args, source, shown, folder),
+        "examples": _write_examples(args, source, shown, folder),
     }
     if len(shown):
-        cut = args.min_pair_similarity if by_first else args.strategy_cut
-        plot_similarities(sides, unit, cut, folder / "similarities.png")
-    write_json(folder / "selection.json", facts)
-    pictures = {path.name for path in folder.glob("row-*.jpg")}
-    write_page(TEMPLATE, args.output / REPORT, facts=facts, pictures=pictures, line=partial(one_line, limit=SHOWN))
-
-
-def _captions(args: SelectArguments, source: Split) -> pd.DataFrame:
-    """A row a distinct caption of the images that could be used: number of the image and place in it, whether it is the
-    image's first original one, whether it is kept, similarity. Texts of tens of millions are not held."""
-    present = [old for old in source.columns if args.renamed().get(old, old) in args.columns()]
-    parts = args.output.glob(f"{args.split}-*.parquet")
-    unusable = {row for part in parts for row, reason in skipped_rows(part) if reason != NOT_CHOSEN}
-    table = {"row": array("q"), "place": array("i"), "first": array("b"), "kept": array("b"), "similarity": array("d")}
-    for number, row in enumerate(source.rows(only=present)):
-        if number not in unusable:
-            row = _texts(args, row)
-            scored, chosen = choice(args, row)
-            for place, (text, value) in enumerate(scored.items()):
-                first, known = place == 0 and bool(row.get(args.columns()[0])), value is not None and text.strip()
-                values = (number, place, first, text in chosen, value if known else math.nan)
-                for column, one in zip(table.values(), values, strict=True):
-                    column.append(one)
-    return pd.DataFrame({name: np.asarray(column) for name, column in table.items()}).astype(
-        {"first": bool, "kept": bool}
+        cutoff = args.min_pair_similarity if by_first else args.strategy_cutoff
+        plot_similarities(sides, unit, cutoff, folder / "similarities.png")
+    write_json(folder / "selection.json", metadata)
+    write_html_page(
+        REPORT_TEMPLATE,
+        args.output / REPORT_PAGE,
+        metadata=metadata,
+        image_files={path.name for path in folder.glob("row-*.jpg")},
+        shorten=partial(to_one_line, limit=MAX_SHOWN_CHARACTERS),
     )
 
 
-def _texts(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the source under the names of the output, its captions as lists of texts."""
-    row = {args.renamed().get(old, old): value for old, value in row.items()}
-    return row | {name: caption_texts(row[name], name) for name in args.columns()[:2] if name in row}
+def _build_caption_table(args: SelectArguments, source: Split) -> pd.DataFrame:
+    """Return a table of all distinct captions of the valid rows.
+
+    The table does not contain the texts of the captions, because there may be tens of millions.
+
+    Args:
+        args: Flags of the command.
+        source: The rows that the selection has read.
+
+    Returns:
+        A table with one row per distinct caption of an image, and these columns:
+            row: Number of the image's row in the source, counted from 0.
+            place: Index of the caption among the distinct captions of the image.
+            first: True for the first original caption of the image.
+            kept: True if the caption is selected.
+            similarity: Cosine similarity of image and caption; NaN if unknown.
+    """
+    present = [old for old in source.columns if args.column_renames().get(old, old) in args.columns()]
+    parts = args.output.glob(f"{args.split}-*.parquet")
+    unusable = {row for part in parts for row, reason in read_skipped_rows(part) if reason != NOT_CHOSEN}
+    # Use arrays of C numbers, because lists of Python objects would need several times the memory.
+    table = {"row": array("q"), "place": array("i"), "first": array("b"), "kept": array("b"), "similarity": array("d")}
+    for number, row in enumerate(source.rows(column_names=present)):
+        if number not in unusable:
+            row = _normalize_row(args, row)
+            similarities, chosen = choose_with_similarities(args, row)
+            for place, (text, similarity) in enumerate(similarities.items()):
+                is_first = place == 0 and bool(row.get(args.columns()[0]))
+                is_scored = similarity is not None and text.strip()
+                values = (number, place, is_first, text in chosen, similarity if is_scored else math.nan)
+                for column, value in zip(table.values(), values, strict=True):
+                    column.append(value)
+    captions = pd.DataFrame({name: np.asarray(column) for name, column in table.items()})
+    return captions.astype({"first": bool, "kept": bool})
 
 
-def _examples(args: SelectArguments, source: Split, captions: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
-    """The captions that are nearest to the other side of the cut, the nearest first; their pictures are written."""
+def _normalize_row(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the source with the column names of the output, and with captions as lists of texts.
+
+    Args:
+        args: Flags of the command; `rename` is applied.
+        row: A row of the source.
+    """
+    row = {args.column_renames().get(old, old): value for old, value in row.items()}
+    return row | {name: normalize_captions(row[name], name) for name in args.columns()[:2] if name in row}
+
+
+def _write_examples(args: SelectArguments, source: Split, captions: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
+    """Find the examples closest to the cutoff, and write their images as JPEG files.
+
+    Args:
+        args: Flags of the command.
+        source: The rows that the selection has read.
+        captions: Table of captions from `_build_caption_table`.
+        folder: Folder for the images.
+
+    Returns:
+        First the `EXAMPLES_PER_SIDE` dropped captions with the highest similarities, then the same number of kept
+        captions with the lowest similarities, each as a dict with the keys "row", "caption", "similarity" and "kept".
+    """
     examples = []
     for kept in (False, True):
         side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
-        for one in side.head(EXAMPLES).itertuples():
-            row = source.row(one.row)
-            text = list(choice(args, _texts(args, row))[0])[one.place]
-            examples.append({"row": one.row, "caption": text, "similarity": one.similarity, "kept": kept})
-            with suppress(BadRow):
-                image = decode_image(row[args.image_column], source.files).convert("RGB")
-                image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-                image.save(folder / f"row-{one.row}.jpg")
+        for example in side.head(EXAMPLES_PER_SIDE).itertuples():
+            row = source.row(example.row)
+            similarities, _ = choose_with_similarities(args, _normalize_row(args, row))
+            text = list(similarities)[example.place]
+            examples.append({"row": example.row, "caption": text, "similarity": example.similarity, "kept": kept})
+            with suppress(BadRow):  # if the image is invalid, the page shows only the caption
+                image = decode_image(row[args.image_column], source.image_access).convert("RGB")
+                image.thumbnail((EXAMPLE_IMAGE_SIDE, EXAMPLE_IMAGE_SIDE))
+                image.save(folder / f"row-{example.row}.jpg")
     return examples
 
 
-def plot_similarities(sides: dict[str, pd.Series], unit: str, cut: float | None, path: Path) -> None:
-    """What was kept over what was dropped, stacked, with the cut as a line."""
-    from matplotlib import pyplot as plt  # here: they take long to import, and one task of a selection draws
+def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | None, path: Path) -> None:
+    """Draw a stacked histogram of the similarities of kept and dropped captions, with a line at the cutoff.
+
+    Args:
+        sides: Similarities under the keys "dropped" and "kept".
+        unit: Label of the y axis, for example "captions".
+        cutoff: Lowest similarity that the selection accepts; None to draw no line.
+        path: PNG file to write.
+    """
+    from matplotlib import pyplot as plt  # slow to import, and only one task draws
     from matplotlib.ticker import MaxNLocator
 
-    from eval.records.plots import INK, MODEL_COLOUR, save_figure, tidy
+    from eval.records.plots import MODEL_COLOR, TEXT_COLOR, save_figure, style_axis
 
     figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     labels = [f"{name}: {len(values):,}" for name, values in sides.items()]
-    axis.hist(list(sides.values()), BARS, stacked=True, color=[DROPPED_COLOUR, MODEL_COLOUR], label=labels)
-    if cut is not None:
-        axis.axvline(cut, color=INK, linewidth=1.2, linestyle="--", label=f"cut: {cut:g}")
-    axis.set(xlabel="similarity of image and caption (cosine, lowest to highest)", ylabel=unit)
-    tidy(axis, "y", "top", "right")
+    axis.hist(list(sides.values()), HISTOGRAM_BINS, stacked=True, color=[DROPPED_COLOR, MODEL_COLOR], label=labels)
+    if cutoff is not None:
+        axis.axvline(cutoff, color=TEXT_COLOR, linewidth=1.2, linestyle="--", label=f"cutoff: {cutoff:g}")
+    axis.set(xlabel="cosine similarity of image and caption", ylabel=unit)
+    style_axis(axis, "y", "top", "right")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))  # no bar is below
+    # Put the legend below the axis, where it covers no bar.
+    axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
     save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; says where the report is."""
-    args = stage_main(SelectArguments, __doc__, argv)
+    """Run the command `captions.select`, and print the path of the report.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+    """
+    args = run_stage_command(SelectArguments, __doc__, argv)
     if args is not None:
-        print(f"Report with pictures: {args.output / REPORT}")
+        print(f"Report with images: {args.output / REPORT_PAGE}")
 
 
 if __name__ == "__main__":
-    from captions import select  # by its name, as other machines find it
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import select
 
-    run_command(select.main, resumes=True)
+    run_command(select.main, resumable=True)

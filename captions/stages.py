@@ -1,16 +1,17 @@
-"""One stage of building a caption data set: rows in, the same rows with more columns out, in parts written whole.
+"""Define the base class of all stages of a caption build. A stage reads rows, and writes them with more columns.
 
-    StageArguments("images", Path("read")).rows()  # a kind of its own for every stage: its flags, and its `process`
+Example:
+    StageArguments("images", Path("read")).write_rows()  # copies the rows; subclasses add columns
 
-A part is a parquet file of consecutive rows of the source, named by their numbers, with a list of the rows that were
-left out beside it. Tasks share the parts out by `rank` and `world_size`, with nothing between them but the file system:
-the names of whole files alone say what is done, so that a task that was killed is run again, in any number of tasks,
-and no row is doubled or lost. The parts of a folder are one data set for the next stage. Parquet files are read where
-they lie: `datasets` would copy them to its cache first, which for a large set is as much disk again a stage.
+A stage writes its output in parts. A part is a parquet file of consecutive rows of the source. The file name contains
+the row numbers, and rows that cannot be used are listed in a JSON Lines file next to the part. The parts are divided
+among the tasks of the stage; task `rank` of `world_size` tasks writes its share.
+
+A part gets its final name only when it is complete, so the file names alone show which rows are done. A killed task can
+be run again, also with another number of tasks, and no row is lost or written twice. The output folder of a stage is
+the dataset of the next stage. Its parquet files are read in place, without a copy in the cache of `datasets`.
 """
 
-import bisect
-import hashlib
 import itertools
 import json
 import logging
@@ -32,48 +33,48 @@ import pyarrow.parquet as pq
 from datasets import Features, Image
 from tqdm.auto import tqdm
 
-from capivara_common.cli import at_least, flag, parse
+from capivara_common.cli import check_at_least, flag, parse_arguments
 from capivara_common.environment import package_versions
-from capivara_common.executors import Work, execute
-from capivara_common.files import read_json, whole_file, write_json
+from capivara_common.executors import PhaseStep, run_phases
+from capivara_common.files import atomic_file, read_json, write_json
 from capivara_common.image_files import (
-    DECODERS,
+    DECODER_THREADS,
     BadRow,
+    ImageAccess,
     ImageFileArguments,
-    ImageFiles,
     decode_image,
-    image_bytes,
+    read_image_bytes,
 )
-from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments, Phase, all_parts
-from caption_data.rows import CAPTION_COLUMN, CAPTIONS, DATASET_HELP, Skipped, caption_texts, digest_of, write_skipped
-from caption_data.sources import LISTS, READ_ROWS, STAGE_FILE, Split, open_split, opened_parquet, refuse_unfinished
+from capivara_common.tasks import ExecutorArguments, Phase, split_rows
+from caption_data.parquet_split import open_in_place, source_fingerprint
+from caption_data.rows import (
+    CAPTION_COLUMN_RE,
+    CAPTIONS_FEATURE,
+    DATASET_HELP,
+    SkippedRow,
+    json_digest,
+    normalize_captions,
+    write_skipped_rows,
+)
+from caption_data.sources import STAGE_FILE, Split, check_finished, open_parquet
 
-GONE = {  # flags of earlier versions
-    **dict.fromkeys(("shard", "wait_s"), f"{SHARED_BY_TASKS} (docs/cluster.md)"),
-    "source_prefix": "models without codes of languages are not taken",
-    "existing": "columns that are there get another name by --rename OLD=NEW",
-    "export": "--import FILE.tsv writes the table where it is not there",
-    "num_beams": "the search is as the model's generation_config says",
-    **dict.fromkeys(("sampling", "temperature", "top_p", "seed"), "a caption is the model's likeliest text"),
-    **dict.fromkeys(
-        ("price_per_million", "max_cost", "characters_per_second", "max_tries", "first_wait_s", "timeout_s"),
-        "a quota of characters, in the service's console, limits what it costs; after a refusal pauses double",
-    ),
-}
-SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
-IMAGE = "image"  # the authors' name, which the image column has in every output
-DECODED = "decoded image"  # of a row that is worked on
-STAGE_VERSION = 1  # of the folder's form; raise it when parts change
-IDENTITY = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common
-NOT_COMPARED = ("name", "damaged")  # of the source: another machine may reach it by another path
-RECORD = {"version": int, "command": str, "source": dict, "rows_per_part": int}
-RECORD |= {"settings": dict, "columns": dict, "versions": dict}
-MAX_ROWS = 10**9  # names of parts have nine digits
-ROWS_PER_GROUP = 16  # of a parquet file: what a reader of one row reads
-PREPARED_ROWS = 50_000  # whose translations are in memory at once
-SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096  # of a file, evenly spread, for the fingerprint of a split
-# What a stage does with some rows: for each, its new columns, or why it is left out.
-Process = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
+SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # valid split names; file names of parts begin with the split name
+IMAGE_COLUMN = "image"  # name of the image column in every output, as in the datasets of the CAPIVARA authors
+DECODED_KEY = "decoded image"  # key of the decoded image in a row that a stage processes
+STAGE_VERSION = 1  # version of the format of output folders; increase it if the format of parts changes
+# Keys of `stage.json` whose values must be equal for all parts of a folder.
+IDENTITY_KEYS = ("version", "source", "rows_per_part", "settings", "columns")
+# Keys of "source" in `stage.json` whose values may differ, because the path of the source depends on the machine.
+IGNORED_SOURCE_KEYS = ("name", "damaged")
+# Types of the values in `stage.json`, by key.
+RECORD_TYPES = {"version": int, "command": str, "source": dict, "rows_per_part": int}
+RECORD_TYPES |= {"settings": dict, "columns": dict, "versions": dict}
+MAX_ROWS = 10**9  # row numbers in the names of parts have nine digits
+ROWS_PER_GROUP = 16  # number of rows in a parquet row group, the smallest unit that a reader decodes
+MAX_PREPARED_ROWS = 50_000  # number of rows whose translations are in memory at the same time
+# Function that processes a batch of rows. For each row, it returns a dict with the values of the new columns, or a
+# BadRow if the row must be skipped.
+ProcessRows = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
 
 S = TypeVar("S", bound=Sized)
 logger = logging.getLogger("capivara")
@@ -81,287 +82,305 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class StageArguments(ImageFileArguments, ExecutorArguments):
-    """A stage: its flags, and what its tasks do. This one passes rows on as they are.
+    """Flags of a stage, with methods that run the stage. This base class copies rows; subclasses add columns.
 
-    Raises ValueError where a value breaks its rule.
+    Raises ValueError if the value of a flag is invalid.
     """
 
-    gone = GONE
-    uses_model = decodes = False  # whether a task needs a GPU, and images decoded
-    import_file = None  # a flag of `captions.translate` alone
-    dataset: str = flag(..., f"{DATASET_HELP} The output of another stage is such a folder.")
-    output: Path = flag(..., "Folder of the parts; the same command finishes an unfinished one.")
-    split: str = flag("train", "Split that is read, and that the parts are named by.")
+    uses_model = False  # True if tasks need a GPU
+    decodes_images = False  # True if the stage needs the decoded image of each row, under the key `DECODED_KEY`
+    import_file = None  # translation table; a flag of `captions.translate` only
+    dataset: str = flag(..., f"{DATASET_HELP} Can be the output folder of another stage.")
+    output: Path = flag(..., "Output folder. To finish an interrupted run, run the same command again.")
+    split: str = flag("train", "Split to read; output files are named after it.")
     image_column: str = flag("image", "Name of the image column.")
-    rename: list[str] = flag([], "Columns that get another name, as OLD=NEW: caption=captions-en for most data sets.")
-    batch_rows: int = flag(16, "Rows that are worked on at once.")
-    rows_per_part: int = flag(500, "Rows of a file: at most what a kill loses, at least what a task takes.")
+    rename: list[str] = flag([], "Columns to rename, as OLD=NEW, for example caption=captions-en.")
+    batch_rows: int = flag(16, "Rows to process at the same time.")
+    rows_per_part: int = flag(500, "Rows per output file. An interrupted task loses at most one file.")
 
     def __post_init__(self) -> None:
         self.dataset, self.output = self.dataset.rstrip("/") or self.dataset, Path(self.output)
-        at_least(self, 1, "batch_rows", "rows_per_part")
-        if not re.fullmatch(SPLIT, self.split):
-            raise ValueError(f"split must be a name such as train, got {self.split!r}.")
+        check_at_least(self, 1, "batch_rows", "rows_per_part")
+        if not re.fullmatch(SPLIT_NAME_PATTERN, self.split):
+            raise ValueError(
+                "split must be letters, digits and underscores, with single dots or dashes in between, got "
+                f"{self.split!r}."
+            )
         folder, output = Path(self.dataset).resolve(), self.output.resolve()
-        if Path(self.dataset).exists() and folder in (output, output.parent):  # its parts would be rows of the data set
-            raise ValueError(f"The output folder {self.output} is the data set or lies in it. Choose another one.")
-        self.renamed()
+        if Path(self.dataset).exists() and folder in (output, output.parent):  # the stage would read its own output
+            raise ValueError(
+                f"The output folder {self.output} must not be the dataset folder or lie in it. Choose another --output."
+            )
+        self.column_renames()
         self.check_image_files()
         self.check_executor()
 
-    def renamed(self) -> dict[str, str]:
-        """Old name -> new name, of `rename`."""
+    def column_renames(self) -> dict[str, str]:
+        """Return the flag `rename` as a dict from old to new column names. Raises ValueError if the flag is invalid."""
         pairs = [pair.split("=") for pair in self.rename]
         names = dict(pair for pair in pairs if len(pair) == 2 and all(pair))
         if len(names) < len(pairs) or len(set(names.values())) < len(names) or self.image_column in names:
             raise ValueError(
-                f"rename must be different OLD=NEW such as caption=captions-en, none of the images, got {self.rename}."
+                f"rename must be OLD=NEW pairs such as caption=captions-en, with different names and without the image "
+                f"column, got {self.rename}."
             )
         return names
 
-    def needed_columns(self) -> list[str]:
-        """Of which the data set must have one, by their names in the output."""
+    def required_columns(self) -> list[str]:
+        """Return the names of columns that the stage can work on. The dataset must have at least one of these columns.
+
+        The names apply after the flag `rename`. An empty list means that no column is required.
+        """
         return []
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Return the names of the columns that it adds to those of its source, `columns` by their names in the output.
+        """Check that the dataset has a column that the stage can work on.
 
-        Raises ValueError, which begins with `where`, if none of the columns that it needs is there.
+        Args:
+            columns: Names of the columns of the dataset, after the flag `rename`.
+            where: Name of the dataset, with which the error message begins.
+
+        Returns:
+            The names of the columns that the stage adds.
+
+        Raises:
+            ValueError: If the dataset has none of the columns `required_columns()`.
         """
-        needed = self.needed_columns()
+        needed = self.required_columns()
         if needed and set(columns).isdisjoint(needed):
             raise ValueError(
-                f"{where} has no column {' or '.join(needed)}; there are {list(columns)}. A column of another name "
-                f"becomes one by --rename OLD={needed[0]}."
+                f"{where} has no column {' or '.join(needed)}; there are {list(columns)}. If the column has another "
+                f"name, rename it with --rename OLD={needed[0]}."
             )
         return []
 
     def known_settings(self) -> dict[str, Any]:
-        """Of the settings of `process`, those that are known before it is made."""
+        """Return the settings for `stage.json` that are known before a model is loaded.
+
+        They are compared with the recorded settings of a complete stage, without loading the model.
+        """
         return {}
 
     def source(self) -> Split:
-        """The rows that it reads. Raises ValueError as `open_split` does."""
-        return open_in_place(self.dataset, self.split, self.image_column, **self.limits())
+        """Open the dataset split that the stage reads. Raises ValueError if the split does not exist or is damaged."""
+        return open_in_place(self.dataset, self.split, self.image_column, **self.image_options())
 
-    def waiting(self) -> str:
-        """What a person has to do before it can run; empty where it can."""
+    def pending_manual_step(self) -> str:
+        """Return a description of what a person must do before the stage can run; "" if there is nothing to do."""
         return ""
 
     def is_corrected(self) -> bool:
-        """Tell whether an input that people may correct has changed since the parts were made."""
+        """Return True if a translation table was corrected after the parts of the stage were written from it."""
         return False
 
     def corrections(self) -> "Corrections | None":
-        """Find what a corrected input changes in the parts that are there; None if nothing was corrected."""
+        """Return the rows and parts that a corrected translation table changes; None if no table was corrected."""
         return None
 
-    def process(self, stage: "RowStage") -> tuple[Any, ...]:
-        """What `RowStage.run` is given: new columns, settings, what makes them; a model is loaded here."""
+    def prepare_processing(self, stage: "RowStage") -> tuple[Any, ...]:
+        """Load everything that the stage needs to process rows, for example a model.
+
+        Args:
+            stage: The opened rows.
+
+        Returns:
+            The positional arguments of `RowStage.run`: `columns` (dict from new columns to features), `settings`
+            (dict), `process` (function that processes a batch of rows), and optionally `prepare` (function that is
+            called before parts are written).
+        """
         return {}, {}, lambda rows: [{} for _ in rows]
 
-    def rows(self, rank: int = 0, world_size: int = 1) -> "StageReport":
-        """Write the parts of one task that are missing. Raises as `RowStage` and `process` do."""
-        stage = RowStage(self, rank, world_size)  # before the model: what is wrong with the data is said at once
-        return stage.report() if stage.done else stage.run(*self.process(stage))
+    def write_rows(self, rank: int = 0, world_size: int = 1) -> "StageReport":
+        """Write those output files of one task that do not exist yet.
+
+        Args:
+            rank: Number of the task, counted from 0.
+            world_size: Number of tasks.
+
+        Returns:
+            The numbers of written and skipped rows of the task.
+
+        Raises:
+            ValueError: If the dataset cannot be used, or the output folder belongs to another stage or was written with
+                other settings.
+        """
+        # Open the data before the model is loaded, so that errors in the data appear at once.
+        stage = RowStage(self, rank, world_size)
+        return stage.report() if stage.is_done else stage.run(*self.prepare_processing(stage))
 
     def command(self) -> str:
-        """The command line, for a shell, without defaults and without where its tasks run."""
-        words, elsewhere = ["python", "-m", type(self).__module__], vars(ExecutorArguments())
-        for known in fields(self):
-            value = getattr(self, known.name)
-            default = known.default_factory() if known.default_factory is not MISSING else known.default
-            if known.name in elsewhere or value == default or value is None or value is False:
+        """Return the shell command that runs the stage, without flags that have their default value.
+
+        Flags that choose where tasks run (`ExecutorArguments`) are also left out.
+        """
+        words, executor_flags = ["python", "-m", type(self).__module__], vars(ExecutorArguments())
+        for argument in fields(self):
+            value = getattr(self, argument.name)
+            default = argument.default_factory() if argument.default_factory is not MISSING else argument.default
+            if argument.name in executor_flags or value == default or value is None or value is False:
                 continue
             values = value if isinstance(value, list) else [value]
-            words += [f"--{known.name}", *([] if value is True else map(str, values))]
+            words += [f"--{argument.name}", *([] if value is True else map(str, values))]
         return shlex.join(words)
 
     @property
     def phases(self) -> dict[str, Phase]:
-        """The work of a stage: its rows, shared out; then its report, where it has one."""
-        rows = Phase(StageArguments.rows, shared=True, uses_model=self.uses_model)
+        """Phases of the stage by name, in the order in which they run.
+
+        The phase "rows" is divided among all tasks. The phase "report", which a single task runs, exists only if the
+        class has a method `report`.
+        """
+        rows = Phase(StageArguments.write_rows, is_parallel=True, uses_model=self.uses_model)
         return {"rows": rows} | ({"report": Phase(type(self).report)} if hasattr(self, "report") else {})
 
     @property
     def title(self) -> str:
-        """Stage and split of a build, for messages."""
+        """Name of the stage and the split for messages, for example "2-translate, train"."""
         return f"{self.output.parent.name}, {self.split}"
 
 
-# What is read
+def output_features(source: Split, args: StageArguments) -> Features:
+    """Return the columns that a stage copies from its source to its output.
 
+    Columns with an Arrow extension type are left out.
 
-@dataclass(eq=False)
-class ParquetSplit(Split):
-    """A split of parquet files, read a few rows at a time: good for few passes in order, slow for rows here and there.
+    Args:
+        source: The rows to read.
+        args: Flags of the stage; `rename` and `image_column` are applied.
 
-    No row is read when it is opened, so that damage in the first ones is told by whoever reads them.
+    Returns:
+        Feature (column type of `datasets`) of each column, by its name in the output.
+
+    Raises:
+        ValueError: If the image column or all required columns are missing, or two columns would get the same name.
     """
-
-    def __post_init__(self) -> None:
-        self._groups: list[tuple[Path, int, int]] = []  # file, number and rows of each row group
-        schema = None
-        for path in tqdm(self.paths, desc=f"Parquet files, {self.where}", unit="file", leave=False):
-            with opened_parquet(path) as file:
-                schema = file.schema_arrow if schema is None else schema
-                if not file.schema_arrow.equals(schema):
-                    raise ValueError(f"{path} has other columns than {self.paths[0]}; make them alike.")
-                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            self._groups += [(path, group, size) for group, size in enumerate(sizes)]
-        self._starts = list(itertools.accumulate((size for *_, size in self._groups), initial=0))  # and the end
-        self._features = Features.from_arrow_schema(schema)
-
-    @property
-    def features(self) -> Features:
-        """Of the schema of the files."""
-        return self._features
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def row(self, index: int) -> dict[str, Any]:
-        """Row `index`, from 0."""
-        return next(self.rows(index))
-
-    def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """The rows from row `start` on, with none but the columns `only`."""
-        if start >= len(self):
-            return
-        first = bisect.bisect_right(self._starts, start) - 1
-        surplus = start - self._starts[first]  # rows of the first group that come before
-        for path, some in itertools.groupby(self._groups[first:], key=lambda group: group[0]):
-            numbers, columns = [number for _, number, _ in some], None if only is None else list(only)
-            with opened_parquet(path) as file:
-                for batch in file.iter_batches(READ_ROWS, row_groups=numbers, columns=columns):
-                    rows = batch.slice(min(surplus, len(batch))).to_pylist()
-                    surplus -= len(batch) - len(rows)
-                    for row in rows:
-                        image = row.get(self.image_column)
-                        if isinstance(image, bytes | str):  # of files that others wrote
-                            kind = "path" if isinstance(image, str) else "bytes"
-                            row[self.image_column] = {"bytes": None, "path": None, kind: image}
-                        yield row
-
-
-open_in_place = partial(open_split, parquet=ParquetSplit)  # parquet files without a copy
-
-
-def fingerprint(source: Split) -> str:
-    """Hex digest of the content, the same wherever files lie: of a large one by its size and pieces all over it; of
-    a data set of `datasets` the fingerprint that the library keeps."""
-    if not source.paths:
-        return str(source.data._fingerprint)
-    digest = hashlib.blake2b(digest_size=16)
-    for path in tqdm(source.paths, desc="Fingerprint", unit="file", leave=False):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
-        with path.open("rb") as file:
-            whole = path.suffix in LISTS or size <= SAMPLED_PIECES * SAMPLED_BYTES  # the first: a list of captions
-            if whole:
-                hashlib.file_digest(file, lambda: digest)
-            for piece in range(
-                0 if whole else SAMPLED_PIECES
-            ):  # the first and the last one included, where footers are
-                file.seek((size - SAMPLED_BYTES) * piece // (SAMPLED_PIECES - 1))
-                digest.update(file.read(SAMPLED_BYTES))
-    return digest.hexdigest()
-
-
-def passed_features(source: Split, args: StageArguments) -> Features:
-    """The columns that a stage passes on, by their names in its output: all but those without a plain type of Arrow.
-
-    Raises ValueError where there are no images or none of the columns that it needs, or a name stands for two columns.
-    """
-    names = args.renamed() | {args.image_column: IMAGE}
+    names = args.column_renames() | {args.image_column: IMAGE_COLUMN}
     source.check_columns(names)
     features = Features()
     for old, feature in source.features.items():
         new = names.get(old, old)
         if new in features or (new != old and new in source.columns and new not in names):
-            raise ValueError(f"{source.where}: two columns would be named {new!r}. Rename one with --rename OLD=NEW.")
-        if CAPTION_COLUMN.fullmatch(new):
-            features[new] = CAPTIONS
+            raise ValueError(
+                f"{source.display_name}: two columns would be named {new!r}. Rename one of them with --rename OLD=NEW."
+            )
+        if CAPTION_COLUMN_RE.fullmatch(new):
+            features[new] = CAPTIONS_FEATURE
         elif "extension<" not in str(Features({new: feature}).arrow_schema.field(new).type):
             features[new] = feature
-    args.check_columns(features, source.where)
-    return Features(features | {IMAGE: Image()})
+    args.check_columns(features, source.display_name)
+    return Features(features | {IMAGE_COLUMN: Image()})
 
 
-# What is written
+# Writing
 
 
 @dataclass(frozen=True)
 class StageReport:
-    """What of a stage is done."""
+    """Numbers of written and skipped rows of a stage, or of one task of a stage.
 
-    rows: int  # that were written
-    skipped: dict[str, int]  # reason -> number of the rows that were left out
+    Attributes:
+        rows: Number of written rows.
+        skipped: Number of skipped rows by reason, the most frequent reason first.
+    """
+
+    rows: int
+    skipped: dict[str, int]
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
-        return f"{self.rows:,} rows written, {sum(self.skipped.values()):,} left out" + f" ({reasons})" * bool(reasons)
+        return f"{self.rows:,} rows written, {sum(self.skipped.values()):,} left out" + (
+            f" ({reasons})" if reasons else ""
+        )
 
 
 class RowStage:
-    """The rows that a stage reads, opened and checked, and what its task `rank` of `world_size` writes of them.
+    """One task of a stage, which reads rows of the source and writes them as parts (parquet files).
 
-    Raises ValueError where there is no such data set, it is an unfinished stage, or lacks the images or the columns.
+    Args:
+        args: Flags of the stage.
+        rank: Number of the task, counted from 0.
+        world_size: Number of tasks.
+
+    Attributes:
+        source: The rows to read.
+        features: Feature (column type of `datasets`) of each column that is copied from the source to the output.
+        record: The values of `stage.json` that are known before a model is loaded.
+        parts: Row ranges of the parts that this task writes.
+        path: Function that returns the path of a part for its row range.
+
+    Raises:
+        ValueError: If the dataset does not exist, is the output of an unfinished stage, or lacks required columns.
     """
 
     def __init__(self, args: StageArguments, rank: int = 0, world_size: int = 1):
         self.args, self.source, self.rank = args, args.source(), rank
-        for damage in self.source.damaged:
-            logger.warning("A damaged archive, read up to there: %s", damage.detail)
-        next(self.source.rows(), None)  # damage in the first rows is told before a model is loaded, or paid for
-        self.features = passed_features(self.source, args)
-        self.record = {  # what of `stage.json` is known before a model is loaded
+        for damage in self.source.damaged_archives:
+            logger.warning("Damaged archive; only the rows before the damage are read: %s", damage.detail)
+        next(self.source.rows(), None)  # raises an error for damaged rows before a model is loaded or a service is paid
+        self.features = output_features(self.source, args)
+        self.record = {  # the keys of `stage.json` that are known before a model is loaded
             "version": STAGE_VERSION,
             "command": args.command(),
             "source": {
                 "name": self.source.name,
                 "split": self.source.split,
                 "rows": len(self.source),
-                "fingerprint": fingerprint(self.source),
-                "damaged": [damage.detail for damage in self.source.damaged],
+                "fingerprint": source_fingerprint(self.source),
+                "damaged": [damage.detail for damage in self.source.damaged_archives],
             },
             "rows_per_part": args.rows_per_part,
         }
-        self.path = partial(part_path, args.output, self.source.split)  # of the rows of a part
-        parts = all_parts(len(self.source), args.rows_per_part)  # a task has neighbours: files are read in order
+        self.path = partial(part_path, args.output, self.source.split)  # path of a part from its row numbers
+        # Each task gets consecutive parts, so that it reads files in order.
+        parts = split_rows(len(self.source), args.rows_per_part)
         self.parts = parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]
 
     @property
-    def done(self) -> bool:
-        """Whether the task has nothing left to do, by the names of its files. Parts of another command, of other rows
-        or settings don't count: `run` then says what differs."""
+    def is_done(self) -> bool:
+        """True if all parts of the task are written.
+
+        The parts are found by their file names and are not opened. False also if the folder was written with another
+        command, other rows or other settings. In this case, `run` raises an error that names the differences.
+        """
         if not (self.args.output / STAGE_FILE).is_file():
             return False
-        there = stage_record(self.args.output)
-        now = self.record | {"settings": there["settings"] | self.args.known_settings()}
-        # Flags in any order: earlier versions had another one.
-        there, now = ({**record, "command": set(record["command"].split(" --"))} for record in (there, now))
-        return all(there[key] == now[key] for key in now) and all(self.path(part).is_file() for part in self.parts)
+        recorded = read_stage_record(self.args.output)
+        current = self.record | {"settings": recorded["settings"] | self.args.known_settings()}
+        # Compare the flags as sets, because earlier versions of the program recorded them in another order.
+        recorded, current = (
+            {**record, "command": set(record["command"].split(" --"))} for record in (recorded, current)
+        )
+        return all(recorded[key] == current[key] for key in current) and all(
+            self.path(part).is_file() for part in self.parts
+        )
 
     def run(
         self,
         columns: dict[str, Any],
         settings: dict[str, Any],
-        process: Process,
+        process: ProcessRows,
         prepare: Callable[[list[range]], None] = lambda parts: None,
     ) -> StageReport:
-        """Write the parts of the task that are missing, whole or not, each with a list of its rows that were left out.
+        """Write the parts of the task that do not exist yet. A part is written completely or not at all.
 
         Args:
-            columns: new column -> its feature of `datasets`; it replaces one of the same name.
-            settings: what the new columns depend on; a folder holds parts of the same ones only.
-            process: called with at most `args.batch_rows` rows, on which its results must not depend. Their image is
-                `{"bytes", "path"}`, and decoded in `DECODED` where `args.decodes`; captions are lists of texts.
-            prepare: called before some neighbouring parts, `PREPARED_ROWS` rows at most, are made.
+            columns: Feature (column type of `datasets`) of each new column. A new column replaces an existing column of
+                the same name.
+            settings: Everything that the values of the new columns depend on, as JSON values for `stage.json`. All
+                parts of a folder must have the same settings.
+            process: Function that takes a list of at most `args.batch_rows` rows and returns a list with a dict of the
+                new columns, or a BadRow, for each row. Results must not depend on how rows are batched. In a row, the
+                image is a dict with the keys "bytes" and "path", and captions are lists of texts. If
+                `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`.
+            prepare: Function that is called with the row ranges of the next parts, with at most `MAX_PREPARED_ROWS`
+                rows in total, before these parts are written.
+
+        Returns:
+            The numbers of written and skipped rows of the task.
 
         Raises:
-            ValueError: the folder is of other settings or another source; what differs is named.
-            OSError: the disk is full; the same command makes the parts that are missing.
+            ValueError: If the folder has other settings or another source; the message names the differences.
+            OSError: If the disk is full. The same command then writes the missing parts.
         """
         features = Features(self.features | columns)
         added = {
@@ -369,12 +388,12 @@ class RowStage:
             "columns": {name: repr(feature) for name, feature in features.items()},
             "versions": package_versions(),
         }
-        claim(self.args.output, self.record | added)
+        claim_folder(self.args.output, self.record | added)
         missing = [part for part in self.parts if not self.path(part).is_file()]
         total, left = sum(map(len, self.parts)), sum(map(len, missing))
         title = type(self.args).__module__.rpartition(".")[2].capitalize()
         with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=self.rank > 0) as bar:
-            for group in groups(missing, PREPARED_ROWS):
+            for group in batch_by_length(missing, MAX_PREPARED_ROWS):
                 prepare(group)
                 for part in group:
                     try:
@@ -385,80 +404,127 @@ class RowStage:
         return self.report()
 
     def report(self) -> StageReport:
-        """What of the task is done; removes what killed runs left of parts that are there by now."""
-        for path in self.args.output.glob(".*.parquet.*.tmp"):  # others may be of tasks at work
+        """Count the rows of the task, and clean up after killed runs.
+
+        Temporary files of killed runs are deleted if their part has been written by a later run.
+        """
+        for path in self.args.output.glob(".*.parquet.*.tmp"):  # other temporary files may belong to running tasks
             if path.with_name(re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
                 path.unlink(missing_ok=True)
-        return progress(self.args.output, self.record, self.parts)
+        return summarize_parts(self.args.output, self.record, self.parts)
 
-    def _write_part(self, part: range, schema: pa.Schema, process: Process, bar: tqdm) -> None:
+    def _write_part(self, part: range, schema: pa.Schema, process: ProcessRows, bar: tqdm) -> None:
+        """Write the parquet file of one part, and the list of its skipped rows if any row was skipped.
+
+        Args:
+            part: Row range of the part.
+            schema: Columns of the parquet file.
+            process: Function that returns the new columns of a batch of rows.
+            bar: Progress bar, which counts rows.
+        """
         path, skipped = self.path(part), []
         try:
-            with whole_parquet(path, schema) as parquet:
-                rows = self._rows(process, part, skipped, bar)
-                while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
-                    for row in group:
-                        row[IMAGE] = row[self.args.image_column]
-                    parquet.write_table(pa.Table.from_pylist(group, schema=schema))
+            with atomic_parquet(path, schema) as parquet:
+                rows = self._process_rows(process, part, skipped, bar)
+                while row_group := list(itertools.islice(rows, ROWS_PER_GROUP)):
+                    for row in row_group:
+                        row[IMAGE_COLUMN] = row[self.args.image_column]
+                    parquet.write_table(pa.Table.from_pylist(row_group, schema=schema))
                 if skipped:
-                    write_skipped(skipped_path(path), skipped)
+                    write_skipped_rows(skipped_path(path), skipped)
                 else:
-                    skipped_path(path).unlink(missing_ok=True)  # of a killed run that left out others
+                    skipped_path(path).unlink(missing_ok=True)  # a killed run may have left an old list
         except FileNotFoundError:
-            if not path.is_file():  # else another process has written the same part meanwhile, and cleaned up
+            # If the part exists, another process wrote the same part and removed the temporary file of this process.
+            if not path.is_file():
                 raise
 
-    def _rows(self, process: Process, part: range, skipped: list[Skipped], bar: tqdm) -> Iterator[dict[str, Any]]:
-        """Those that are not left out, with their new columns."""
+    def _process_rows(
+        self, process: ProcessRows, part: range, skipped: list[SkippedRow], bar: tqdm
+    ) -> Iterator[dict[str, Any]]:
+        """Iterate over the rows of a part with their new columns, without rows that cannot be used.
+
+        Args:
+            process: Function that returns the new columns of a batch of rows.
+            part: Row range of the part.
+            skipped: List to which a record of each row that cannot be used is appended.
+            bar: Progress bar, which counts rows.
+        """
         rows = itertools.islice(self.source.rows(part.start), len(part))
-        numbered = zip(part, rows, strict=True)  # a source that has become shorter must not lose rows in silence
+        numbered = zip(part, rows, strict=True)  # `strict` raises if the source has lost rows
         while batch := list(itertools.islice(numbered, self.args.batch_rows)):
-            with ThreadPoolExecutor(DECODERS) as threads:  # ended before a model computes, whose own threads they slow
-                results = list(threads.map(self._prepared, (row for _, row in batch)))
-            good = [row for row in results if not isinstance(row, BadRow)]
-            done = iter(process([dict(row) for row in good]) if good else [])
+            # The decoder threads end before the model computes, because they would slow down the threads of the model.
+            with ThreadPoolExecutor(DECODER_THREADS) as threads:
+                results = list(threads.map(self._prepare_row, (row for _, row in batch)))
+            valid_rows = [row for row in results if not isinstance(row, BadRow)]
+            processed = iter(process([dict(row) for row in valid_rows]) if valid_rows else [])
             for (number, _), row in zip(batch, results, strict=True):
-                new = row if isinstance(row, BadRow) else next(done)
-                if isinstance(new, BadRow):
-                    skipped.append(Skipped(self.source.name, self.source.split, number, new.reason, new.detail))
+                result = row if isinstance(row, BadRow) else next(processed)
+                if isinstance(result, BadRow):
+                    skipped.append(
+                        SkippedRow(self.source.name, self.source.split, number, result.reason, result.detail)
+                    )
                 else:
-                    yield row | new
+                    yield row | result
             bar.update(len(batch))
 
-    def _prepared(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
-        """A row of the source with the bytes of its image, its captions as lists of texts; or what is wrong with it."""
-        names, column = self.args.renamed(), self.args.image_column
+    def _prepare_row(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
+        """Convert a row of the source to the form that `process` of `run` receives.
+
+        The columns are renamed, the image file is read (and decoded if the stage needs it), and captions become lists
+        of texts. Returns a BadRow if the image or the captions are invalid.
+        """
+        names, column = self.args.column_renames(), self.args.image_column
         row = {names.get(old, old): value for old, value in row.items()}
         try:
-            data = image_bytes(row.get(column), self.source.files)
+            data = read_image_bytes(row.get(column), self.source.image_access)
             row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
-            if self.args.decodes:
-                row[DECODED] = decode_image(row[column], ImageFiles(max_pixels=self.args.max_pixels))
-            return row | {name: caption_texts(row[name], name) for name in row if CAPTION_COLUMN.fullmatch(name)}
+            if self.args.decodes_images:
+                row[DECODED_KEY] = decode_image(row[column], ImageAccess(max_pixels=self.args.max_pixels))
+            return row | {
+                name: normalize_captions(row[name], name) for name in row if CAPTION_COLUMN_RE.fullmatch(name)
+            }
         except BadRow as bad:
             return bad
 
 
 @contextmanager
-def whole_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A writer of a parquet file that gets its name when the block ends, and vanishes when it fails.
+def atomic_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """Open a parquet writer as a context manager that writes the file completely or not at all.
 
-    Raises OSError where the disk is full.
+    The rows are written to a temporary file. It is renamed to `path` at the end of the `with` block, or deleted if the
+    block raises an error.
+
+    Args:
+        path: Parquet file to write.
+        schema: Columns of the file.
+
+    Raises:
+        OSError: If the disk is full.
     """
-    with whole_file(path) as new, new.open("wb") as file:
-        # No dictionary and no statistics: of images they cost time and serve nobody.
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        # Parquet dictionaries and statistics of image bytes cost time and have no benefit.
         with pq.ParquetWriter(file, schema, use_dictionary=False, write_statistics=False) as parquet:
             yield parquet
         file.flush()
         os.fsync(file.fileno())
 
 
-def groups(items: Iterable[S], total: int, size: int = sys.maxsize) -> Iterator[list[S]]:
-    """Items in their order, at most `size` at once and together no longer than `total`, but for a single one."""
+def batch_by_length(items: Iterable[S], max_length: int, max_items: int = sys.maxsize) -> Iterator[list[S]]:
+    """Group items in order into batches of limited length. An item longer than `max_length` becomes a batch by itself.
+
+    Args:
+        items: Items with a length, for example texts or ranges.
+        max_length: Largest sum of the lengths of the items in a batch.
+        max_items: Largest number of items in a batch.
+
+    Yields:
+        The batches, as non-empty lists of items.
+    """
     group: list[S] = []
     length = 0
     for item in items:
-        if group and (len(group) == size or length + len(item) > total):
+        if group and (len(group) == max_items or length + len(item) > max_length):
             yield group
             group, length = [], 0
         group.append(item)
@@ -467,86 +533,133 @@ def groups(items: Iterable[S], total: int, size: int = sys.maxsize) -> Iterator[
         yield group
 
 
-# The folder
+# The output folder
 
 
 def part_path(output: Path, split: str, part: range) -> Path:
-    """The file of the rows of a part."""
+    """Return the path of the parquet file of a part.
+
+    Args:
+        output: Output folder of the stage.
+        split: Name of the split.
+        part: Row range of the part.
+    """
     return output / f"{split}-{part.start:09d}-{part.stop:09d}.parquet"
 
 
 def skipped_path(path: Path) -> Path:
-    """Where the rows that a part goes without are listed; there is no file where there is none."""
+    """Return the path of the list of skipped rows for the parquet file `path` of a part.
+
+    The list exists only if rows of the part were skipped.
+    """
     return path.with_suffix(".skipped.jsonl")
 
 
-def stage_record(output: Path | str) -> dict[str, Any]:
-    """`stage.json` of a folder. Raises ValueError where there is none, or it is not what a stage has written."""
+def read_stage_record(output: Path | str) -> dict[str, Any]:
+    """Read the file `stage.json` in the output folder of a stage. Raises ValueError if it is missing or damaged."""
     path = Path(output) / STAGE_FILE
     if not path.is_file():
-        raise ValueError(f"{output} is no output of a stage, it has no {STAGE_FILE}.")
+        raise ValueError(f"{output} is not the output of a stage: it has no {STAGE_FILE}.")
     try:
-        record = read_json(path, **RECORD)
+        record = read_json(path, **RECORD_TYPES)
         rows, split, size = record["source"].get("rows"), record["source"].get("split"), record["rows_per_part"]
-        if type(rows) is not int or not 0 <= rows < MAX_ROWS or size < 1 or not re.fullmatch(SPLIT, str(split)):
-            raise ValueError(f"{path}: {rows!r} rows of split {split!r}, {size} a part, can't be")
+        is_valid = type(rows) is int and 0 <= rows < MAX_ROWS and size >= 1
+        if not is_valid or not re.fullmatch(SPLIT_NAME_PATTERN, str(split)):
+            raise ValueError(f"{path} has invalid values: {rows!r} rows of split {split!r}, {size} rows per part")
     except ValueError as error:
-        raise ValueError(f"{error}. Put back a copy of it, or remove {output} and run its stage again.") from error
+        raise ValueError(f"{error}. Restore the file, or remove {output} and run its stage again.") from error
     return record
 
 
-def claim(output: Path, record: dict[str, Any]) -> None:
-    """Make `output` the folder of this stage, or check that it is.
+def claim_folder(output: Path, record: dict[str, Any]) -> None:
+    """Write `stage.json` into a new output folder, or check that an existing folder was made with the same settings.
 
-    Raises ValueError where it is of another stage, and what differs is named, or holds other parquet files.
+    Args:
+        output: Output folder of the stage.
+        record: Content of `stage.json` for the current run.
+
+    Raises:
+        ValueError: If the folder was made with other settings (the message names the differences), or if it holds
+            parquet files that no stage wrote.
     """
     path = output / STAGE_FILE
     if not path.is_file():
         if output.exists() and not output.is_dir():
-            raise ValueError(f"The output folder {output} is a file. Choose another name.")
+            raise ValueError(f"The output folder {output} is a file. Choose another --output.")
         if any(output.glob("*.parquet")):
-            raise ValueError(f"{output} holds parquet files but no {STAGE_FILE}. Choose another --output.")
-        write_json(path, record)  # several tasks write the same; else the comparison below fails
-    there = stage_record(output)
-    invalidated = there["source"].get("fingerprint") is None  # `remove_rows` has removed the parts of other rows
-    if invalidated:
-        there["source"]["fingerprint"] = record["source"]["fingerprint"]
-    if named := differences(there, record):
+            raise ValueError(
+                f"{output} holds parquet files but no {STAGE_FILE}: no stage wrote them. Choose another --output."
+            )
+        # Several tasks may write this file at the same time. If another task wrote other settings, the comparison below
+        # raises an error.
+        write_json(path, record)
+    recorded = read_stage_record(output)
+    # The fingerprint is None if `remove_rows` has deleted the parts with changed rows. The new source is then accepted.
+    is_invalidated = recorded["source"].get("fingerprint") is None
+    if is_invalidated:
+        recorded["source"]["fingerprint"] = record["source"]["fingerprint"]
+    if differences := describe_differences(recorded, record):
         raise ValueError(
-            f"{output} was made from {there['source'].get('name')} with other settings, and parts of two kinds must "
-            f"not mix. {named}. Give these as they were, choose another --output, or remove this folder and what "
-            "was made from it."
+            f"{output} was made from {recorded['source'].get('name')} with other settings, and all parts of a folder "
+            f"must have the same settings. {differences}. Use the old values, choose another --output, or remove this "
+            "folder and everything that was made from it."
         )
-    if invalidated:
-        write_json(path, there)
+    if is_invalidated:
+        write_json(path, recorded)
 
 
-def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
-    """Name what the records of two runs of a stage must have in common and have not; empty if they agree."""
-    old, new = flat(_identity(there)), flat(_identity(json.loads(json.dumps(now))))
+def describe_differences(recorded: dict[str, Any], current: dict[str, Any]) -> str:
+    """Describe the differences between two stage records in the values that all parts of a folder must share.
+
+    Args:
+        recorded: Content of `stage.json` of the existing folder.
+        current: Content of `stage.json` for the current run.
+
+    Returns:
+        The differing values, for example "settings.model: 'a' there, 'b' now"; "" if there are none.
+    """
+    old, new = flatten(_identity(recorded)), flatten(_identity(json.loads(json.dumps(current))))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
 
 
 @dataclass(frozen=True)
 class Corrections:
-    """What a corrected input changes in a stage that was made from it."""
+    """Effect of a corrected translation table on a translation stage that was made from the table.
 
-    output: Path  # folder of the stage
-    record: dict[str, Any]  # its `stage.json`, with the input as it is now
-    parts: list[Path]  # files with a row that changes
-    rows: list[int]  # numbers of the rows that change, among the rows that the stage has written
+    Attributes:
+        output: Output folder of the stage.
+        record: New content of `stage.json`, with the digest of the corrected table.
+        parts: Parquet files of the stage with at least one changed row.
+        rows: Numbers of the changed rows in the output of the stage, counted from 0.
+    """
+
+    output: Path
+    record: dict[str, Any]
+    parts: list[Path]
+    rows: list[int]
 
     def apply(self) -> None:
-        """Remove the parts, which the stage then makes again. Their lists of skipped rows stay: they do not change."""
+        """Delete the parquet files with changed rows, so that the stage writes them again.
+
+        Lists of skipped rows are not deleted, because corrections do not change which rows are skipped.
+        """
         for path in self.parts:
             path.unlink(missing_ok=True)
-        write_json(self.output / STAGE_FILE, self.record)  # last: until then a repeated run finds the same corrections
+        # Write the record last, so that an interrupted run finds the same corrections again.
+        write_json(self.output / STAGE_FILE, self.record)
 
 
 def remove_rows(output: Path, rows: Iterable[int]) -> None:
-    """Remove the parts of a stage that hold these rows of its source, and let `claim` accept a changed source."""
-    record = stage_record(output)
+    """Delete the parts (parquet files) of a stage that were made from changed rows, so that they are written again.
+
+    The fingerprint of the source is removed from `stage.json`, so that `claim_folder` accepts the changed source.
+
+    Args:
+        output: Output folder of the stage.
+        rows: Numbers of the changed rows in the source.
+    """
+    record = read_stage_record(output)
     write_json(output / STAGE_FILE, record | {"source": record["source"] | {"fingerprint": None}})
     size, total = record["rows_per_part"], record["source"]["rows"]
     for start in sorted({row // size * size for row in rows}):
@@ -555,75 +668,114 @@ def remove_rows(output: Path, rows: Iterable[int]) -> None:
 
 
 def identity_digest(record: dict[str, Any]) -> str:
-    """Of what two runs of a stage must have in common."""
-    return digest_of(_identity(record), sort_keys=True)
+    """Return a hex digest of a stage record (content of `stage.json`), from the values that identify the output.
+
+    Values that may differ between parts, such as the path of the source, are not included.
+    """
+    return json_digest(_identity(record), sort_keys=True)
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: record.get(key) for key in IDENTITY}
-    return kept | {"source": {key: value for key, value in record["source"].items() if key not in NOT_COMPARED}}
+    """Return the values of a stage record (content of `stage.json`) that must be equal for all parts of a folder."""
+    identity = {key: record.get(key) for key in IDENTITY_KEYS}
+    return identity | {
+        "source": {key: value for key, value in record["source"].items() if key not in IGNORED_SOURCE_KEYS}
+    }
 
 
-def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of objects within objects, by names with points between."""
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dicts to one dict, for example `{"a": {"b": 1}}` to `{"a.b": 1}`.
+
+    Args:
+        data: The nested dict.
+        prefix: Text that is put before each key.
+    """
     leaves: dict[str, Any] = {}
     for key, value in data.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves
 
 
 def check_complete(output: Path | str) -> StageReport:
-    """Of a stage that is done. Raises ValueError, with the command that goes on, where parts are missing or broken."""
-    output, record = Path(output), stage_record(output)
-    refuse_unfinished(output)
-    return progress(output, record, all_parts(record["source"]["rows"], record["rows_per_part"]))
+    """Check that the output folder of a stage is complete, and count its written and skipped rows.
+
+    Raises ValueError if parts (parquet files) are missing or damaged. The message contains the command that writes the
+    missing rows.
+    """
+    output, record = Path(output), read_stage_record(output)
+    check_finished(output)
+    return summarize_parts(output, record, split_rows(record["source"]["rows"], record["rows_per_part"]))
 
 
-def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
-    """What of some parts is done. Raises ValueError where one is broken, or has lost rows."""
-    rows, skipped, again = 0, Counter(), f"and run again: {record['command']}"
+def summarize_parts(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
+    """Count the written and skipped rows of parts (parquet files) of a stage.
+
+    Args:
+        output: Output folder of the stage.
+        record: Content of `stage.json`.
+        parts: Row ranges of the parts.
+
+    Raises:
+        ValueError: If a part is damaged, or its written and skipped rows do not add up to the length of its range.
+    """
+    rows, skipped, retry = 0, Counter(), f"and run again: {record['command']}"
     for part in parts:
         path = part_path(output, record["source"]["split"], part)
-        with opened_parquet(path, f". Remove it, {again}") as file:
+        with open_parquet(path, f". Remove it, {retry}") as file:
             written = file.metadata.num_rows
-        reasons = Counter(reason for _, reason in skipped_rows(path))
+        reasons = Counter(reason for _, reason in read_skipped_rows(path))
         if written + sum(reasons.values()) != len(part):
             raise ValueError(
-                f"{path} has {written} rows and a list of {sum(reasons.values())} that were left out, of "
-                f"{len(part)}. Remove both, {again}"
+                f"{path} has {written} rows and lists {sum(reasons.values())} skipped rows; together there must be "
+                f"{len(part)}. Remove both files, {retry}"
             )
         rows, skipped = rows + written, skipped + reasons
     return StageReport(rows, dict(skipped.most_common()))
 
 
-def skipped_rows(part: Path) -> list[tuple[int, str]]:
-    """Number and reason of the rows that a part goes without. Raises ValueError where the list is broken."""
+def read_skipped_rows(part: Path) -> list[tuple[int, str]]:
+    """Return the tuple (row number, reason) for each skipped row of a part.
+
+    `part` is the path of the parquet file of the part. Raises ValueError if the list of skipped rows is damaged.
+    """
     path = skipped_path(part)
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return [(int(line["row"]), str(line["reason"])) for line in map(json.loads, lines)]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Remove it and the part beside it, and go on.") from error
+        raise ValueError(
+            f"{path} is damaged ({error}). Remove it and its parquet file, and run the stage again."
+        ) from error
 
 
-# The command
+# The command line
 
 
-def stage_main(kind: type[StageArguments], description: str, argv: list[str] | None) -> StageArguments | None:
-    """Parse the flags of a stage, run it, and print what was done.
+def run_stage_command(
+    arguments_type: type[StageArguments], description: str, argv: list[str] | None
+) -> StageArguments | None:
+    """Run a stage as a command: parse its flags, run its phases, and print the numbers of written and skipped rows.
 
-    Returns the arguments; None where the stage waits for a person, or Slurm has taken its jobs.
+    Args:
+        arguments_type: Class of the stage's flags.
+        description: Text of `--help`.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+
+    Returns:
+        The flags; None if a person must first fill a translation table, or if the jobs were submitted to Slurm.
     """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
-    args = parse(kind, description, argv)
-    if args.waiting():
-        logger.info("waiting: %s Fill the last column, then run the same command again.", args.ask())
+    args = parse_arguments(arguments_type, description, argv)
+    if args.pending_manual_step():
+        logger.info(
+            "Manual step: %s Fill its last column, then run the same command again.", args.request_manual_step()
+        )
         return None
     if corrections := args.corrections():
-        logger.info("%s was corrected: %s rows change.", args.import_file, f"{len(corrections.rows):,}")
+        logger.info("%s was corrected: %s rows are written again.", args.import_file, f"{len(corrections.rows):,}")
         corrections.apply()
-    if not execute(Work.of(args, args.phases, kind.__module__.rpartition(".")[2]), args):
+    if not run_phases(PhaseStep.from_phases(args, args.phases, arguments_type.__module__.rpartition(".")[2]), args):
         return None
     print(f"{args.output}: {check_complete(args.output)}")
     return args

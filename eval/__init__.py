@@ -1,3 +1,7 @@
-"""Zero-shot evaluation: metrics, tasks, tables and plots. Import by `from eval.capivara_metrics.metrics import …`."""
+"""Zero-shot evaluation: metrics, benchmark commands, result files, tables and plots.
+
+Import names from the modules of this package, for example `from eval.capivara_metrics.metrics import recall_at_k`. Do
+not write `import eval`, because it would hide Python's builtin function `eval`.
+"""
 
 import capivara_common.interrupt  # noqa: F401

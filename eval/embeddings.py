@@ -1,13 +1,16 @@
-"""What all measurements share: embeddings of a data set, the result file, and what a command prints.
+"""Compute and cache embeddings, and run the command line that all evaluation commands share.
 
     store = EmbeddingStore(load_embedder("data/openmoji/base"), cache_home(), batch_size=32)
-    images = store.images(open_split("data/openmoji/dataset", "test", "image"))
-    text_embeds = store.texts(["uma foto de um gato"])
+    images = store.embed_images(open_split("data/openmoji/dataset", "test", "image"))
+    text_embeds = store.embed_texts(["uma foto de um gato"])
 
-Embeddings are computed once, and kept in files by what they depend on; training keeps its own so, too. Rows go through
-in shards: an interrupted run continues at the first one that is missing or damaged, and the processes of a launch share
-them out. No batch has rows of two shards, so that a shard depends neither on who makes it nor on which others are made.
-One of a measurement is named by its own images or texts: a data set that has grown has its first shards.
+The cache is divided into shards. A shard is a file with the embeddings of up to 256 images or 2048 texts. If an
+interrupted run is repeated, only the shards that are missing or damaged are computed. The processes of a distributed
+launch divide the shards among themselves. All rows of a batch are in one shard, so a shard has the same bits whichever
+process computes it.
+
+In evaluation, the file name of a shard is a digest of its images or texts. If rows are appended to a dataset, the
+shards that were full before stay valid. Training (`training.inputs`) uses `EmbeddingCache` with other file names.
 """
 
 import logging
@@ -28,221 +31,332 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from capivara_common.cli import at_least, flag, parse
-from capivara_common.environment import cache_home, device_description, processes
-from capivara_common.files import add_digest, has_digest, read_json, whole_file
-from capivara_common.image_files import DECODERS, BadImage, ImageFileArguments
-from capivara_common.tasks import all_parts
-from caption_data.rows import digest_of
+from capivara_common.cli import check_at_least, flag, parse_arguments
+from capivara_common.environment import cache_home, describe_device, process_state
+from capivara_common.files import append_digest, atomic_file, digest_matches, read_json
+from capivara_common.image_files import DECODER_THREADS, BadImage, ImageFileArguments
+from capivara_common.tasks import split_rows
+from caption_data.rows import json_digest
 from caption_data.sources import Split
 from eval.records.schema import Record, write_records
 from modeling_capivara.two_towers import Embedder, load_embedder
 
-IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
-FILES_VERSION = 2  # of what the embeddings depend on; raise it when that changes
-Bad = dict[int, tuple[str, str]]  # place of a row in its shard -> reason and detail
+# Rows of a shard. An interruption loses at most one shard per process.
+IMAGES_PER_SHARD = 256
+TEXTS_PER_SHARD = 2048
+EMBEDDING_FORMAT_VERSION = 2  # part of the cache key; increase it when a code change alters the embeddings
+BadRows = dict[int, tuple[str, str]]  # position of a row in its shard -> reason and detail
 logger = logging.getLogger("capivara")
 
 
 class EmbeddingCache:
-    """Embeddings of rows, an Arrow table a shard: `vectors`, an empty list where a row is bad, `reason` and `detail`.
+    """Embeddings of the rows of a dataset, stored as one Arrow file per shard (consecutive rows).
 
-    The names of the folder and its files, `paths`, depend on all that the embeddings do; a file ends with a digest, and
-    is there whole or not at all. `parts` are the rows of each shard.
+    A table has the columns `vectors`, `reason` and `detail`. A bad row, for example one with an unreadable image, has
+    an empty list in `vectors`; its `reason` and `detail` say what is wrong. Both are empty for all other rows. A file
+    ends with a digest and is written atomically, so an incomplete or damaged file is detected. Existing files are used
+    without comparing them with the data, so the names of folder and files must identify everything that the embeddings
+    depend on.
+
+    Args:
+        folder: Folder of the shards.
+        shards: Row numbers of each shard, as a range.
+        shard_names: File name of each shard without extension. Default: `shard-00000`, `shard-00001` and so on.
     """
 
-    def __init__(self, folder: Path, parts: list[range], names: Sequence[str] | None = None):
-        self.folder, self.parts = folder, parts
-        self.paths = [folder / f"{name}.arrow" for name in names or [f"shard-{n:05d}" for n in range(len(parts))]]
+    def __init__(self, folder: Path, shards: list[range], shard_names: Sequence[str] | None = None):
+        self.folder, self.shards = folder, shards
+        self.paths = [
+            folder / f"{name}.arrow" for name in shard_names or [f"shard-{n:05d}" for n in range(len(shards))]
+        ]
 
-    def missing(self) -> list[int]:
-        """Shards that are still to be made, damaged ones among them; the same on all processes of a launch."""
-        found: list[Any] = [None]
-        if processes().is_main_process:
-            with ThreadPoolExecutor(DECODERS) as threads:
-                found = [[number for number, good in enumerate(threads.map(has_digest, self.paths)) if not good]]
-            for path in filter(Path.exists, (self.paths[number] for number in found[0])):
-                logger.warning("%s is damaged; it is made anew.", path)
-            if found[0] and next(self.folder.parent.glob("*/*.npy"), None):  # their folders may have other names
-                text = "%s has embeddings of an earlier version, *.npy: they are made anew, the files can be removed."
-                logger.warning(text, self.folder.parent)
-        return broadcast_object_list(found)[0]
+    def find_missing(self) -> list[int]:
+        """Return the numbers of all shards whose file is missing or damaged.
 
-    def make(self, numbers: Sequence[int], embed: Callable[[list[int]], Iterator[tuple[np.ndarray, Bad]]]) -> None:
-        """Make shards: each process of a launch a run of neighbours, since a source may be read to its end.
-
-        `embed` is given their numbers, and yields of each the array (rows, …), and the rows that are bad.
+        The main process checks the files. All processes of a distributed launch must call the method, and get the same
+        list.
         """
-        state = processes()
-        own = np.array_split(np.array(numbers, dtype=int), state.num_processes)[state.process_index].tolist()
-        for number, (embeds, bad) in zip(own, embed(own), strict=True):
-            self.write(number, embeds, bad)
+        missing: list[int] | None = None
+        if process_state().is_main_process:
+            with ThreadPoolExecutor(DECODER_THREADS) as threads:
+                missing = [number for number, valid in enumerate(threads.map(digest_matches, self.paths)) if not valid]
+            for path in filter(Path.exists, (self.paths[number] for number in missing)):
+                logger.warning("%s is damaged. It will be computed again.", path)
+            if missing and next(self.folder.parent.glob("*/*.npy"), None):  # files of an earlier version
+                text = "%s has embeddings of an earlier version (*.npy), which are not used. You can delete them."
+                logger.warning(text, self.folder.parent)
+        return broadcast_object_list([missing])[0]
+
+    def make_shards(
+        self, shard_numbers: Sequence[int], embed: Callable[[list[int]], Iterator[tuple[np.ndarray, BadRows]]]
+    ) -> None:
+        """Compute and write shards, divided among the processes of a distributed launch.
+
+        Each process gets consecutive shards, because some datasets can only be read in order.
+
+        Args:
+            shard_numbers: Numbers of all shards to compute.
+            embed: Function that gets the numbers of the shards that this process must compute. For each of them, it
+                yields the embeddings (rows, …) and the bad rows (position in the shard -> reason and detail).
+        """
+        state = process_state()
+        chunks = np.array_split(np.array(shard_numbers, dtype=int), state.num_processes)
+        local_numbers = chunks[state.process_index].tolist()
+        for number, (embeds, bad_rows) in zip(local_numbers, embed(local_numbers), strict=True):
+            self.write_shard(number, embeds, bad_rows)
         state.wait_for_everyone()
 
-    def write(self, number: int, embeds: np.ndarray, bad: Bad) -> None:
-        """Write a shard whole; what `embeds` has in bad rows is left out."""
-        good = np.array([place not in bad for place in range(len(embeds))])
+    def write_shard(self, shard_number: int, embeds: np.ndarray, bad_rows: BadRows) -> None:
+        """Write one shard atomically.
+
+        Args:
+            shard_number: Number of the shard.
+            embeds: Embeddings (rows, …). The values at the positions of bad rows are ignored.
+            bad_rows: Position in the shard -> reason and detail.
+        """
+        good = np.array([position not in bad_rows for position in range(len(embeds))])
         ends = np.cumsum(good * embeds[0].size)
-        faults = zip(*(bad.get(place, ("", "")) for place in range(len(embeds))), strict=True)
+        faults = zip(*(bad_rows.get(position, ("", "")) for position in range(len(embeds))), strict=True)
         vectors = pa.LargeListArray.from_arrays(np.insert(ends, 0, 0), embeds[good].ravel())
         table = pa.table([vectors, *map(pa.array, faults)], ["vectors", "reason", "detail"])
-        with whole_file(self.paths[number]) as path:
+        with atomic_file(self.paths[shard_number]) as path:
             with pa.ipc.new_stream(path, table.schema) as file:
                 file.write_table(table)
-            add_digest(path)
+            append_digest(path)
 
-    def table(self) -> pa.Table:
-        """All shards, left on the disk, memory-mapped. Raises ValueError where one is of other rows."""
+    def load_table(self) -> pa.Table:
+        """Load all shards as one memory-mapped table with the columns `vectors`, `reason` and `detail`.
+
+        Raises:
+            ValueError: If a file is not an Arrow table, or has another number of rows than its shard.
+        """
         tables = []
-        for path, part in zip(self.paths, self.parts, strict=True):
+        for path, part in zip(self.paths, self.shards, strict=True):
             try:
                 tables.append(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
             except pa.ArrowInvalid as error:
-                raise ValueError(f"{path} is no table of embeddings ({error}). Remove it.") from error
+                raise ValueError(f"{path} is not a table of embeddings ({error}). Delete it and run again.") from error
             if len(tables[-1]) != len(part):
-                raise ValueError(f"{path} should have {len(part)} rows, it has {len(tables[-1])}. Remove it.")
+                rows = len(tables[-1])
+                raise ValueError(f"{path} must have {len(part)} rows, but has {rows}. Delete it and run again.")
         return pa.concat_tables(tables)
 
 
-def vectors_of(table: pa.Table) -> np.ndarray:
-    """(rows, numbers), read-only, of a table whose rows all have `vectors`, at least one."""
+def vectors_to_array(table: pa.Table) -> np.ndarray:
+    """Return the column `vectors` of a table as an array.
+
+    Args:
+        table: Table from `EmbeddingCache.load_table`, without bad rows, because these have no vector.
+
+    Returns:
+        Read-only array (rows, values per row).
+    """
     vectors = table.column("vectors").combine_chunks()
     return vectors.flatten().to_numpy().reshape(len(vectors), -1)
 
 
 @dataclass(kw_only=True)
 class EmbeddingArguments(ImageFileArguments):
-    """How images and texts are embedded."""
+    """Command-line arguments for embedding images and texts: batch size, precision, cache, device and image files."""
 
-    batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
-    precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster; its figures differ a little.")
-    cache_dir: str = flag("auto", "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none.")
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+    batch_size: int = flag(32, "Images in a batch. A batch of texts is twice as large.")
+    precision: Literal["float32", "bf16"] = flag("float32", "Precision. bf16 is faster; its figures differ slightly.")
+    cache_dir: str = flag("auto", "Cache folder; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = no cache is kept.")
+    device: str | None = flag(None, "Device: cpu, cuda, or one GPU such as cuda:1. Default: the GPU if there is one.")
 
     def __post_init__(self) -> None:
         self.check_image_files()
-        at_least(self, 1, "batch_size")
+        check_at_least(self, 1, "batch_size")
 
 
 @dataclass(kw_only=True)
 class ModelArguments(EmbeddingArguments):
-    """What every measurement of a model takes."""
+    """Command-line arguments shared by the commands that measure one model on one dataset split."""
 
     role: Literal["baseline", "capivara"] = flag(
-        "capivara", "What records call it. A baseline may be open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
+        "capivara", "Role in tables. A baseline may also be open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
     )
-    split: str = flag("test", "Split that is measured.")
+    split: str = flag("test", "Split of the dataset to measure.")
 
 
 @dataclass(frozen=True)
 class EmbeddedImages:
-    """Images of a data set in the shared space."""
+    """Embeddings of all readable images of a dataset split, and the reasons why other images can't be read."""
 
-    embeds: Tensor  # (kept images, width), unit length, float32
-    rows: Tensor  # (kept images,), the row of each
-    skipped: dict[int, str]  # row -> why its image is left out
+    embeds: Tensor  # (readable images, width), unit length, float32
+    rows: Tensor  # (readable images,), row number of each image in the split, ascending
+    skipped: dict[int, str]  # row number of each unreadable image -> reason
 
 
 @dataclass
 class EmbeddingStore:
-    """A model whose embeddings are kept in files."""
+    """A model that computes embeddings, with a cache on disk for them."""
 
     embedder: Embedder
-    root: Path | None = None  # folder of all caches; None for a temporary one that lasts as long as this object
-    batch_size: int = 32  # images that go through at once; twice as many texts
+    cache_folder: Path | None = None  # folder of all caches; None: a temporary folder that is deleted with this object
+    batch_size: int = 32  # images in a batch; a batch of texts is twice as large
 
     def __post_init__(self) -> None:
-        self._temporary = None if self.root else tempfile.TemporaryDirectory(prefix="capivara-embeddings-")
-        self.root = self.root or Path(broadcast_object_list([self._temporary.name])[0])  # the main process's
+        self._temporary = None if self.cache_folder else tempfile.TemporaryDirectory(prefix="capivara-embeddings-")
+        if self.cache_folder is None:  # all processes use the temporary folder of the main process
+            self.cache_folder = Path(broadcast_object_list([self._temporary.name])[0])
 
-    def images(self, images: Split, description: str = "Images") -> EmbeddedImages:
-        """Embeddings of images, without those that can't be read; ValueError where none can."""
+    def embed_images(self, images: Split, description: str = "Images") -> EmbeddedImages:
+        """Embed the images of a dataset split, or load their embeddings from the cache.
 
-        def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, Bad]:
-            embeds, bad, decoded = np.zeros((len(rows), 0), dtype=np.float32), {}, images.decoded(rows)
-            while chunk := list(islice(decoded, self.batch_size)):  # by row, so that a bad one moves no other
-                good = {row - rows.start: image for row, image in chunk if not isinstance(image, BadImage)}
-                faults = ((row, why) for row, why in chunk if isinstance(why, BadImage))
-                bad |= {row - rows.start: (why.reason, images.fault(row, why)) for row, why in faults}
+        Args:
+            images: The split.
+            description: Label of the progress bar.
+
+        Returns:
+            Embeddings of the images that can be read, and the reasons why other images can't be read.
+
+        Raises:
+            ValueError: If no image can be read.
+        """
+
+        def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, BadRows]:
+            embeds, bad_rows, decoded = np.zeros((len(rows), 0), dtype=np.float32), {}, images.decode_images(rows)
+            # A batch is a fixed range of rows, so that a bad image does not move other images to other batches.
+            while batch := list(islice(decoded, self.batch_size)):
+                good = {row - rows.start: image for row, image in batch if not isinstance(image, BadImage)}
+                for row, error in batch:
+                    if isinstance(error, BadImage):
+                        bad_rows[row - rows.start] = (error.reason, images.describe_image_error(row, error))
                 if good:
-                    found = self.embedder.images([*good.values()], self.batch_size).numpy()
-                    embeds = embeds if embeds.size else np.zeros((len(rows), found.shape[1]), np.float32)
-                    embeds[[*good]] = found
-                bar.update(len(chunk))
-            return embeds, bad
+                    batch_embeds = self.embedder.embed_images([*good.values()], self.batch_size).numpy()
+                    embeds = embeds if embeds.size else np.zeros((len(rows), batch_embeds.shape[1]), np.float32)
+                    embeds[[*good]] = batch_embeds
+                bar.update(len(batch))
+            return embeds, bad_rows
 
         model = self.embedder.image_fingerprint
-        table = self._opened("images", model, images.digests, IMAGES_PER_SHARD, embed, description)
-        skipped = {row: why for row, why in enumerate(table["detail"].to_pylist()) if why}
+        table = self._load_or_make_table("images", model, images.image_digests, IMAGES_PER_SHARD, embed, description)
+        skipped = {row: detail for row, detail in enumerate(table["detail"].to_pylist()) if detail}
         if len(skipped) == len(images):
-            raise ValueError(f"None of the {len(images)} images can be read: {skipped[0]}.")
+            raise ValueError(f"At least one image must be readable, but none of {len(images)} is. First: {skipped[0]}.")
         good = np.setdiff1d(np.arange(len(images)), [*skipped])
-        embeds = vectors_of(table.filter(pc.equal(table["reason"], "")))
+        embeds = vectors_to_array(table.filter(pc.equal(table["reason"], "")))
         return EmbeddedImages(torch.from_numpy(embeds.copy()), torch.from_numpy(good), skipped)
 
-    def texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
-        """(texts, width), unit length, float32. Equal texts are embedded once."""
-        distinct = sorted(set(texts), key=lambda text: (len(text), text))  # neighbours are padded to one length
+    def embed_texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
+        """Embed texts, or load their embeddings from the cache. A text that occurs several times is embedded once.
 
-        def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, Bad]:
-            return self.embedder.texts(distinct[rows.start : rows.stop], 2 * self.batch_size, bar.update).numpy(), {}
+        Args:
+            texts: The texts.
+            description: Label of the progress bar.
 
-        table = self._opened("texts", self.embedder.fingerprint, distinct, TEXTS_PER_SHARD, embed, description)
+        Returns:
+            Unit-length embeddings (texts, width), float32, in the order of `texts`.
+        """
+        # Texts of similar length are in one batch, so that they need little padding.
+        distinct = sorted(set(texts), key=lambda text: (len(text), text))
+
+        def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, BadRows]:
+            shard_texts = distinct[rows.start : rows.stop]
+            return self.embedder.embed_texts(shard_texts, 2 * self.batch_size, bar.update).numpy(), {}
+
+        model = self.embedder.fingerprint
+        table = self._load_or_make_table("texts", model, distinct, TEXTS_PER_SHARD, embed, description)
         position = {text: number for number, text in enumerate(distinct)}
-        return torch.from_numpy(vectors_of(table)[[position[text] for text in texts]])
+        return torch.from_numpy(vectors_to_array(table)[[position[text] for text in texts]])
 
-    def _opened(
-        self, kind: str, model: str, items: list[str], shard: int, embed: Callable, description: str
+    def _load_or_make_table(
+        self,
+        kind: str,
+        model_fingerprint: str,
+        items: list[str],
+        rows_per_shard: int,
+        embed: Callable,
+        description: str,
     ) -> pa.Table:
-        """The cached table of `items` (texts, or digests of images); `embed` makes missing shards, each of its rows."""
-        key = digest_of({"version": FILES_VERSION, "model": model, "batch_size": self.batch_size}, sort_keys=True)
-        parts = all_parts(len(items), shard)
-        names = [f"{kind}-{digest_of(items[part.start : part.stop])}" for part in parts]
-        cache = EmbeddingCache(self.root / "evaluation" / key, parts, names)
+        """Load the cached embeddings of all items, after computing the missing shards.
 
-        def embed_all(numbers: list[int]) -> Iterator[tuple[np.ndarray, Bad]]:
-            rows, quiet = sum(len(parts[number]) for number in numbers), not processes().is_main_process
-            with tqdm(total=rows, desc=description, unit=kind[:-1], disable=quiet or not numbers) as bar:
+        Args:
+            kind: "images" or "texts"; part of the file names.
+            model_fingerprint: Digest of the weights and settings of the encoder.
+            items: The texts, or the digests of the images.
+            rows_per_shard: Number of items per shard.
+            embed: Function that gets a range of positions in `items` and a progress bar, which it updates. It returns
+                the embeddings and the bad rows of this range.
+            description: Label of the progress bar.
+
+        Returns:
+            A table with a row per item and the columns `vectors`, `reason` and `detail`.
+        """
+        key = {"version": EMBEDDING_FORMAT_VERSION, "model": model_fingerprint, "batch_size": self.batch_size}
+        key = json_digest(key, sort_keys=True)
+        parts = split_rows(len(items), rows_per_shard)
+        names = [f"{kind}-{json_digest(items[part.start : part.stop])}" for part in parts]
+        cache = EmbeddingCache(self.cache_folder / "evaluation" / key, parts, names)
+
+        def embed_all(numbers: list[int]) -> Iterator[tuple[np.ndarray, BadRows]]:
+            rows, hidden = sum(len(parts[number]) for number in numbers), not process_state().is_main_process
+            with tqdm(total=rows, desc=description, unit=kind[:-1], disable=hidden or not numbers) as bar:
                 for number in numbers:
                     yield embed(parts[number], bar)
 
-        cache.make(cache.missing(), embed_all)
-        table = cache.table()
-        processes().wait_for_everyone()  # the temporary folder goes with the store of the main process
+        cache.make_shards(cache.find_missing(), embed_all)
+        table = cache.load_table()
+        process_state().wait_for_everyone()  # the main process may delete the temporary folder after this
         return table
 
 
 def open_store(args: ModelArguments) -> EmbeddingStore:
-    """The model of the arguments, its embeddings kept in their cache folder; raises as `load_embedder`."""
+    """Load the model that the command-line arguments name, and open its embedding cache.
+
+    Raises:
+        ValueError, OSError, ImportError: If the model can't be loaded, as `load_embedder` raises them.
+    """
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision)
-    root = None if args.cache_dir == "off" else cache_home() if args.cache_dir == "auto" else Path(args.cache_dir)
-    return EmbeddingStore(embedder, root, args.batch_size)
+    if args.cache_dir == "off":
+        return EmbeddingStore(embedder, None, args.batch_size)
+    return EmbeddingStore(embedder, cache_home() if args.cache_dir == "auto" else Path(args.cache_dir), args.batch_size)
 
 
 def write_result(
-    args: ModelArguments, records: list[Record], store: EmbeddingStore, started: float, **facts: Any
+    args: ModelArguments, records: list[Record], store: EmbeddingStore, start_time: float, **metadata: Any
 ) -> None:
-    """Write the result file of a command; `started`: `time.perf_counter()` before the first embedding."""
-    seconds, device = time.perf_counter() - started, device_description(store.embedder.device)
-    known = {"model": args.model, "device": device, "precision": args.precision, "seconds": seconds}
-    write_records(args.output, records, **known, **store.embedder.facts, **facts)
+    """Write the result file of an evaluation command to `args.output`.
+
+    Args:
+        args: Command-line arguments.
+        records: The measured values.
+        store: The model that was measured, with its cache.
+        start_time: Value of `time.perf_counter()` before the first embedding.
+        metadata: Other arguments of `write_records`, such as `dataset`, `fingerprint` and `skipped`. All further names
+            become keys of the result file.
+    """
+    seconds, device = time.perf_counter() - start_time, describe_device(store.embedder.device)
+    shared = {"model": args.model, "device": device, "precision": args.precision, "seconds": seconds}
+    write_records(args.output, records, **shared, **store.embedder.metadata, **metadata)
 
 
 def run_evaluation(
-    kind: type[ModelArguments], doc: str, evaluate: Callable[[Any], list[Record]], argv: list[str] | None = None
+    arguments_type: type[ModelArguments],
+    doc: str,
+    evaluate: Callable[[Any], list[Record]],
+    argv: list[str] | None = None,
 ) -> None:
-    """The command of a measurement: read the flags, measure, print the figures and what their reader must know."""
-    args = parse(kind, doc, argv)
+    """Run an evaluation command: parse the arguments, measure, and print results and notes.
+
+    Args:
+        arguments_type: Dataclass of the command's arguments.
+        doc: Docstring of the command's module, shown by --help.
+        evaluate: Function that gets the parsed arguments, measures, writes the result file, and returns the records.
+        argv: Command-line arguments; the arguments of the program if None.
+    """
+    args = parse_arguments(arguments_type, doc, argv)
     records = evaluate(args)
-    if not processes().is_main_process:
+    if not process_state().is_main_process:
         return
     for record in records:
-        what = record.direction or f"{record.dataset} {record.protocol}"
+        label = record.direction or f"{record.dataset} {record.protocol}"
         value = f"{record.value:8.1f}" if record.is_rank else f"{100 * record.value:6.2f} %"
         chance = "" if record.chance is None else f"   chance {100 * record.chance:.2f} %"
-        print(f"{what:28} {record.metric:24} {value}{chance}")
+        print(f"{label:28} {record.metric:24} {value}{chance}")
     content = read_json(args.output)
     for note in content.get("notes", []):
         print(note)
     if skipped := len(content["skipped"]):
-        print(f"{skipped} images could not be read and are not in these figures; {args.output} lists them.")
+        print(f"{skipped} images could not be read and are not included in these figures. {args.output} lists them.")

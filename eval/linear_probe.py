@@ -1,10 +1,12 @@
-"""Logistic regression on frozen image embeddings, with all training images or a few of each class.
+"""Linear probe: logistic regression on frozen image embeddings, with all training images or a few per class.
 
     python -m eval.linear_probe --model MODEL --benchmark cifar-10 --images DATASET --output results/probe.json
     python -m eval.linear_probe --model MODEL --benchmark cifar-10 --images DATASET --shots 1 2 4 8 16 --output p.json
 
-The penalty is chosen on the validation split, or on a fifth of the training images where there is none, then the
-regression is fitted to both (ELEVATER, arXiv 2204.08790, section 4). Few-shot figures are means over draws.
+The strength of the L2 penalty is selected on the validation split, or on a fifth of the training images if there is no
+validation split. Then the regression is fitted to training and validation images together (ELEVATER, arXiv 2204.08790,
+section 4). Few-shot results are means over several random draws of training images. They do not use the validation
+split.
 """
 
 import time
@@ -19,129 +21,179 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from tqdm.auto import tqdm
 
 from capivara_common.cli import flag, run_command
-from capivara_common.environment import processes
+from capivara_common.environment import process_state
 from capivara_common.files import check_output_file
-from eval.classification import ImageArguments, chance_of, classification_metrics, load_split
+from eval.classification import LabeledImageArguments, compute_chance, compute_classification_metrics, load_split
 from eval.embeddings import open_store, run_evaluation, write_result
 from eval.prompts import load_prompts
 from eval.records.schema import Record
 
-PENALTIES = np.logspace(-3, 5, 9)  # inverse strengths C, from strong to weak
-MAX_ITERATIONS = 1000
+INVERSE_PENALTIES = np.logspace(-3, 5, 9)  # scikit-learn's C, from the strongest to the weakest penalty
+MAX_ITERATIONS = 1000  # iterations of the solver, at most
 
 
 @dataclass
-class LinearProbeArguments(ImageArguments):
-    """Flags of `eval.linear_probe`."""
+class LinearProbeArguments(LabeledImageArguments):
+    """Command-line arguments of `eval.linear_probe`."""
 
-    shots: list[int] = flag([], "Images of each class; all where none is given.")
-    draws: int = flag(3, "Draws of the few images, averaged.")
-    seed: int = flag(0, "Seed of the draws and of the validation part.")
-    train_split: str = flag("train", "Split that is fitted to.")
-    validation_split: str | None = flag(None, "Split that the penalty is chosen on.")
+    shots: list[int] = flag([], "Training images per class, one or several numbers. Default: all images.")
+    draws: int = flag(3, "Random draws of training images to average over (with --shots).")
+    seed: int = flag(0, "Seed of the draws and of the validation fold.")
+    train_split: str = flag("train", "Split to fit the regression to.")
+    validation_split: str | None = flag(None, "Split to select the penalty on. Default: a fifth of the train split.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if any(shots < 1 for shots in self.shots) or self.draws < 1:
-            raise ValueError(f"shots and draws must be at least 1, got {self.shots} and {self.draws}.")
+            raise ValueError(f"--shots and --draws must be at least 1, got {self.shots} and {self.draws}.")
 
 
-Features = tuple[np.ndarray, np.ndarray]  # embedded images (images, width) and their classes (images,)
+# Image embeddings (images, width), and the class index of each image (images,).
+LabeledFeatures = tuple[np.ndarray, np.ndarray]
 
 
-def few_of_each(labels: np.ndarray, shots: int, generator: np.random.Generator) -> np.ndarray:
-    """Rows of `shots` images of each class, of all where a class has fewer."""
-    rows = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    return np.concatenate([generator.permutation(of)[:shots] for of in rows])
+def sample_few_shot(labels: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw `shots` random images of each class. A class with fewer images contributes all of them.
+
+    Args:
+        labels: Class index of each image (images,).
+        shots: Images per class.
+        rng: Random generator.
+
+    Returns:
+        Row numbers of the drawn images, grouped by class.
+    """
+    rows_by_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return np.concatenate([rng.permutation(rows)[:shots] for rows in rows_by_class])
 
 
-def held_out(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """(images,), -1 to fit and 0 to choose on: of each class a fifth, none of a class with a single image."""
+def make_validation_fold(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw a random 20 % of the images of each class for validation, in the format of scikit-learn's `PredefinedSplit`.
+
+    A class with two to four images contributes one image; the only image of a class stays in training.
+
+    Args:
+        labels: Class index of each image (images,).
+        rng: Random generator.
+
+    Returns:
+        -1 for training images, 0 for validation images (images,).
+    """
     fold = np.full(len(labels), -1)
     for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
+        rows = rng.permutation(np.flatnonzero(labels == label))
         fold[rows[: max(len(rows) // 5, int(len(rows) > 1))]] = 0
     return fold
 
 
-def probe_scores(
-    train: Features, validation: Features | None, test: Features, classes: int, generator: np.random.Generator
+def fit_and_score(
+    train: LabeledFeatures,
+    validation: LabeledFeatures | None,
+    test: LabeledFeatures,
+    class_count: int,
+    rng: np.random.Generator,
 ) -> tuple[torch.Tensor, float]:
-    """(images, classes) of the test images, and the chosen C.
+    """Fit the logistic regression and score the test images.
 
-    That is the C of the highest accuracy, the strongest penalty of equal ones; 1 where there is nothing to choose on.
-    ValueError where fewer than two classes occur in training.
+    Selects the inverse penalty C with the highest accuracy on the validation images. If several values have the same
+    accuracy, the smallest is selected. C is 1 if there are too few training images to hold out validation images.
+
+    Args:
+        train: Embeddings and labels of the training images.
+        validation: Embeddings and labels of the validation images. If None, a fifth of the training images is used.
+        test: Embeddings and labels of the test images.
+        class_count: Number of classes of the dataset, including those without training images.
+        rng: Random generator that draws the validation fold.
+
+    Returns:
+        Scores of the test images (images, classes), and the selected C.
+
+    Raises:
+        ValueError: If the training images have fewer than two classes.
     """
     if len(np.unique(train[1])) < 2:
-        raise ValueError("A linear probe needs training images of at least two classes.")
+        raise ValueError(f"A linear probe needs at least two training classes, got {len(np.unique(train[1]))}.")
     if validation is None:
-        both, fold = train, held_out(train[1], generator)
+        fit_data, fold = train, make_validation_fold(train[1], rng)
     else:
-        both = tuple(map(np.concatenate, zip(train, validation, strict=True)))
+        fit_data = tuple(map(np.concatenate, zip(train, validation, strict=True)))
         fold = np.repeat([-1, 0], [len(train[1]), len(validation[1])])
     regression = LogisticRegression(max_iter=MAX_ITERATIONS)
-    chooses = 0 in fold and len(np.unique(both[1][fold < 0])) > 1
-    if chooses:  # and fits the best again, to both
-        regression = GridSearchCV(regression, {"C": PENALTIES.tolist()}, cv=PredefinedSplit(fold))
-    regression.fit(*both)
-    scores = torch.full((len(test[1]), classes), -1e9, dtype=torch.double)  # a class that was never seen
+    can_select = 0 in fold and len(np.unique(fit_data[1][fold < 0])) > 1
+    if can_select:  # GridSearchCV fits the best C again, to training and validation images
+        regression = GridSearchCV(regression, {"C": INVERSE_PENALTIES.tolist()}, cv=PredefinedSplit(fold))
+    regression.fit(*fit_data)
+    # Classes without training images keep -1e9, so that they are never predicted.
+    scores = torch.full((len(test[1]), class_count), -1e9, dtype=torch.double)
     decision = regression.decision_function(test[0])
-    decision = np.stack([-decision, decision], axis=1) if decision.ndim == 1 else decision
+    if decision.ndim == 1:  # for two classes, scikit-learn returns only the score of the second
+        decision = np.stack([-decision, decision], axis=1)
     scores[:, torch.as_tensor(regression.classes_)] = torch.from_numpy(decision).double()
-    return scores, float(regression.best_params_["C"]) if chooses else 1.0
+    return scores, float(regression.best_params_["C"]) if can_select else 1.0
 
 
 def evaluate(args: LinearProbeArguments) -> list[Record]:
-    """Measure and write; returns the records."""
+    """Measure linear probes with all training images or with each number of `shots`, and write the result file.
+
+    Args:
+        args: Command-line arguments.
+
+    Returns:
+        One record per metric and number of training images on the main process; an empty list on other processes.
+
+    Raises:
+        ValueError: If images have several labels, two splits hold the same images, or an argument is invalid.
+    """
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark)
     names = [args.train_split, args.split, *([args.validation_split] if args.validation_split else [])]
     loaded = {}
     for name in names:
-        data = load_split(args, name, prompts.names_en)
+        data = load_split(args, name, prompts.english_names)
         if any(isinstance(label, list) for label in data.labels):
-            raise ValueError("The linear probe needs one label an image; this data set has lists of labels.")
-        if same := [other for other, known in loaded.items() if known.images.digests == data.images.digests]:
-            raise ValueError(  # such a figure would be of what was fitted
-                f"The splits {same[0]!r} and {name!r} hold the same images. "
-                "A linear probe needs a folder of splits, such as train/ and test/ with a folder a class in each."
-            )
+            raise ValueError(f"The linear probe needs one label per image, but {args.images} has lists of labels.")
+        for other_name, other in loaded.items():
+            if other.images.image_digests == data.images.image_digests:  # the test images would be trained on
+                raise ValueError(
+                    f"Splits must hold different images, but {other_name!r} and {name!r} hold the same. "
+                    "Give a folder with a subfolder per split, such as train/ and test/, each with a folder per class."
+                )
         loaded[name] = data
     store = open_store(args)
     started = time.perf_counter()
     features, skipped = [], {}
     for name, data in loaded.items():
-        images = store.images(data.images, f"Images, {name}")
+        images = store.embed_images(data.images, f"Images, {name}")
         features.append((images.embeds.numpy(), np.array(data.labels)[images.rows.numpy()]))
-        skipped |= {f"{name} {row}": why for row, why in images.skipped.items()}
-    if not processes().is_main_process:
+        skipped |= {f"{name} {row}": reason for row, reason in images.skipped.items()}
+    if not process_state().is_main_process:
         return []
     train, test, validation = (*features, None)[:3]
-    records, chosen, labels, classes = [], {}, test[1].tolist(), len(prompts.names)
+    records, chosen_penalties, labels, classes = [], {}, test[1].tolist(), len(prompts.names)
     for shots in args.shots or [None]:
         name = f"{shots}-shot" if shots else "full"
-        results, chosen[name] = [], []
+        results, chosen_penalties[name] = [], []
         for draw in tqdm(range(args.draws if shots else 1), desc=f"Regression, {name}", unit="draw"):
-            generator = np.random.default_rng([args.seed, draw, shots or 0])
-            rows = few_of_each(train[1], shots, generator) if shots else slice(None)
-            part = train[0][rows], train[1][rows]
-            scores, penalty = probe_scores(part, validation if not shots else None, test, classes, generator)
-            results.append(classification_metrics(scores, labels, prompts.metric))
-            chosen[name].append(penalty)
+            rng = np.random.default_rng([args.seed, draw, shots or 0])
+            rows = sample_few_shot(train[1], shots, rng) if shots else slice(None)
+            sample = train[0][rows], train[1][rows]
+            scores, penalty = fit_and_score(sample, validation if not shots else None, test, classes, rng)
+            results.append(compute_classification_metrics(scores, labels, prompts.metric))
+            chosen_penalties[name].append(penalty)
         for metric, value in pandas.DataFrame(results).mean(skipna=False).items():
             records.append(
                 Record(
                     task="linear_probe", dataset=prompts.benchmark, split=args.split, language="", protocol=name,
                     direction="", metric=metric, value=float(value), n=len(labels), model=args.role,
-                    model_folder=args.model, chance=chance_of(metric, labels, classes),
+                    model_folder=args.model, chance=compute_chance(metric, labels, classes),
                 )
             )  # fmt: skip
-    facts = {"dataset": args.images, "fingerprint": loaded[args.split].fingerprint(), "skipped": skipped}
-    write_result(args, records, store, started, **facts, chosen_penalties=chosen)
+    metadata = {"dataset": args.images, "fingerprint": loaded[args.split].fingerprint(), "skipped": skipped}
+    write_result(args, records, store, started, **metadata, chosen_penalties=chosen_penalties)
     return records
 
 
 main = partial(run_evaluation, LinearProbeArguments, __doc__, evaluate)
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

@@ -1,9 +1,11 @@
-"""A page for people: every result file of a folder in one HTML file, its pictures beside it.
+"""Write an HTML report of all result files and training runs in a folder.
 
     python -m eval.report results/ --output report/
     python -m eval.report runs/openmoji-pt-001/ --output report/ --overwrite_output_dir
 
-A run's folder holds its `results/` and its `run.json`, which gives the training curves.
+The report is a folder with index.html and its images. If the input folder contains a training run, the report also
+shows the training curves from its `run.json`. Input files are not trusted: text is escaped, and images are decoded and
+encoded again.
 """
 
 import os
@@ -16,186 +18,273 @@ from typing import Any
 import pandas
 from PIL import Image
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import Bounds, check_inputs_stay, check_output_folder, whole_folder
-from capivara_common.image_files import BadImage, ImageFiles, decode_image
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import AllowedFolders, atomic_folder, check_inputs_outside, check_output_folder
+from capivara_common.image_files import BadImage, ImageAccess, decode_image
 from capivara_common.privacy import hide_paths
-from eval.benchmarks import published_base
+from eval.benchmarks import get_published_base
 from eval.records.plots import plot_bars, plot_training_curves
 from eval.records.schema import (
-    GAIN,
+    GAIN_METRIC,
     SCHEMA_VERSION,
     TASKS,
     ResultFile,
     parse_result,
-    read_object,
+    read_json_object,
 )
-from eval.records.tables import conflicts, one_line, pairs_of, points, records_frame, values_of, write_page
+from eval.records.tables import (
+    average_over_seeds,
+    build_records_frame,
+    find_conflicts,
+    format_points,
+    pair_with_baselines,
+    to_one_line,
+    write_html_page,
+)
 
-TEMPLATE = Path(__file__).parent / "report.html.j2"
-SHEET = "retrieval.png"  # of a run: queries chosen by a rule, with what the base and the trained model find
-QUERIES = ".queries.png"  # in place of `.json`: the best and worst queries, as `eval.retrieval` draws them
-SAME = 5e-4  # a difference that no table shows: of two runs on different devices, say
+PAGE_TEMPLATE = Path(__file__).parent / "report.html.j2"
+RUN_SHEET_FILE = "retrieval.png"  # sheet of a run: queries with the images that base and trained model find
+QUERY_SHEET_SUFFIX = ".queries.png"  # replaces `.json`: sheet of best and worst queries that `eval.retrieval` draws
+REPORT_TOLERANCE = 5e-4  # largest difference of shares that counts as equal, for example between devices
 
 
 @dataclass
 class ReportArguments:
-    """Arguments of `eval.report`."""
+    """Command-line arguments of `eval.report`."""
 
-    results: Path = flag(..., "Folder of result files, those of folders in it too.", positional=True)
-    output: Path = flag(..., "Folder of the report: index.html and PNGs. Must be missing or empty.")
-    overwrite_output_dir: bool = flag(False, "Replace the output folder.")
+    results: Path = flag(..., "Folder with result files, which is searched recursively.", positional=True)
+    output: Path = flag(..., "Folder to write the report to: index.html and images. It must not exist, or be empty.")
+    overwrite_output_dir: bool = flag(False, "Replace an output folder that is not empty.")
 
 
 @dataclass
-class Found:
-    """What a folder holds, none of which is trusted."""
+class ResultsFolder:
+    """Content of the results folder that a report shows: result files, training runs, and files that are not shown.
 
-    folder: Path  # resolved
-    results: list[ResultFile] = field(default_factory=list)  # in the order of their names
-    runs: list[tuple[str, dict]] = field(default_factory=list)  # (name, content) of every `run.json`
-    faults: list[tuple[str, str]] = field(default_factory=list)  # (file, why it, or a part of it, is not shown)
-    pictures: int = 0  # beside the page
+    The content of the files is not trusted.
+    """
+
+    folder: Path  # absolute, with links resolved
+    results: list[ResultFile] = field(default_factory=list)  # ordered by name
+    runs: list[tuple[str, dict]] = field(default_factory=list)  # name and content of each run.json
+    faults: list[tuple[str, str]] = field(default_factory=list)  # file, and why it is not shown, or only partly
+    image_count: int = 0  # images written so far next to the page
 
 
-def read_folder(folder: Path) -> Found:
-    """Read every JSON file of `folder` and below, but for hidden ones and unfinished runs, `….partial`.
+def read_results_folder(folder: Path) -> ResultsFolder:
+    """Read all JSON files in a folder and its subfolders.
 
-    What can't be read is among the `faults`. ValueError where there is no folder, or no result file in it.
+    Skips hidden files and unfinished runs (`NAME.partial`). Files that can't be read are listed in `faults`.
+
+    Returns:
+        The result files and training runs.
+
+    Raises:
+        ValueError: If the folder does not exist or contains no result file.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder. Give the one that the evaluations wrote their JSON files to.")
-    found = Found(folder.resolve())
-    for path in sorted(found.folder.rglob("*.json")):
-        name = path.relative_to(found.folder).as_posix()
+        raise ValueError(f"{folder} is not a folder. Give the folder that the evaluations wrote their result files to.")
+    results_folder = ResultsFolder(folder.resolve())
+    for path in sorted(results_folder.folder.rglob("*.json")):
+        name = path.relative_to(results_folder.folder).as_posix()
         if any(part.startswith(".") or part.endswith(".partial") for part in name.split("/")):
             continue
         try:
-            content, _ = read_object(path)
+            content, _ = read_json_object(path)
             if "summary_version" in content:
-                continue  # of a suite or of examples.real_images: the files that it sums up lie beside it
+                continue  # a summary (of eval.suite or examples.real_images) repeats the result files next to it
             if "records" in content:
-                found.results.append(parse_result(content, name))
+                results_folder.results.append(parse_result(content, name))
             elif "curve" in content:
-                found.runs.append((name, content))
-            elif not (path.parent / "config.json").is_file():  # a model's folder: its configuration and tokenizer
-                raise ValueError("holds neither records of a measurement nor the curve of a training run")
+                results_folder.runs.append((name, content))
+            elif not (path.parent / "config.json").is_file():  # JSON files in the folder of a model are not results
+                raise ValueError("must contain the records of a measurement or the curve of a training run")
         except (OSError, ValueError) as error:
-            found.faults.append((name, getattr(error, "strerror", None) or str(error)))
-    if not found.results:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.faults[:3])
-        reasons = reasons or "there is no JSON file but those of models"
-        raise ValueError(f"{folder} holds no result file of schema version {SCHEMA_VERSION} ({reasons}).")
-    return found
+            results_folder.faults.append((name, getattr(error, "strerror", None) or str(error)))
+    if not results_folder.results:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in results_folder.faults[:3])
+        reasons = reasons or "it has no JSON files, or only those of models"
+        raise ValueError(f"{folder} must contain result files of schema version {SCHEMA_VERSION} ({reasons}).")
+    return results_folder
 
 
-def write_report(results: Path, output: Path, overwrite: bool = False) -> Found:
-    """Write the report of the folder `results` to the folder `output`, whole or not at all.
+def write_report(results: Path, output: Path, overwrite: bool = False) -> ResultsFolder:
+    """Write the report atomically.
 
-    ValueError where there is no result file, or `output` would overwrite something.
+    Args:
+        results: Folder with result files.
+        output: Folder to write.
+        overwrite: Whether to replace an output folder that is not empty.
+
+    Returns:
+        The result files and training runs that were read. `faults` lists all files that are not shown, with reasons.
+
+    Raises:
+        ValueError: If there is no result file, if the output folder is not empty and `overwrite` is False, or if the
+            output folder contains the results.
     """
     check_output_folder(output, overwrite)
-    check_inputs_stay(output, results)
-    found = read_folder(results)
-    with whole_folder(output, overwrite) as folder:
-        blocks = [_block(rows, found, folder) for rows in tables_of(records_frame(found.results))]
+    check_inputs_outside(output, results)
+    content = read_results_folder(results)
+    with atomic_folder(output, overwrite) as folder:
+        tables = group_into_tables(build_records_frame(content.results))
+        blocks = [_build_block(rows, content, folder) for rows in tables]
         runs = []
-        for name, run in found.runs:
+        for name, run in content.runs:
             try:
-                curve = plot_training_curves, run["curve"], run["config"]["language"]
-                curves = _draw(f"curves {name}", found, folder, *curve)
+                curve, language = run["curve"], run["config"]["language"]
+                chart = _draw_chart(f"curves {name}", content, folder, plot_training_curves, curve, language)
             except (TypeError, KeyError, ValueError, AttributeError) as error:
-                found.faults.append((name, f"has a curve of another form: {one_line(repr(error), 80)}"))
+                content.faults.append((name, f"its training curve is malformed: {to_one_line(repr(error), 80)}"))
                 continue
-            sheets, title = [Path(name).with_name(SHEET)], "Test captions with the pictures found for them"
-            runs.append((name, run, [curves, *_copies(sheets, title, found, folder)]))
-        values = {"found": found, "blocks": blocks, "runs": runs, "points": points, "line": _line}
-        write_page(TEMPLATE, folder / "index.html", **values)
-    return found
+            sheets, title = [Path(name).with_name(RUN_SHEET_FILE)], "Test captions with the images found for them"
+            runs.append((name, run, [chart, *_copy_images(sheets, title, content, folder)]))
+        values = {"results_folder": content, "blocks": blocks, "runs": runs}
+        values |= {"points": format_points, "safe_line": _to_safe_line}
+        write_html_page(PAGE_TEMPLATE, folder / "index.html", **values)
+    return content
 
 
-def tables_of(frame: pandas.DataFrame) -> list[pandas.DataFrame]:
-    """Records that share a table: of retrieval those of a data set, of classification those of all data sets."""
+def group_into_tables(frame: pandas.DataFrame) -> list[pandas.DataFrame]:
+    """Group records into tables: one per dataset for retrieval, one for all datasets of any other task.
+
+    All records of a table have the same split, language, embedding width and protocol; other values start a further
+    table. Tables are sorted by task; within a task, Portuguese tables come first.
+
+    Args:
+        frame: Result of `build_records_frame`.
+
+    Returns:
+        The rows of each table.
+    """
     dataset = frame["dataset"].where(frame["task"] == "retrieval", "")
     order = [frame["task"].map(TASKS.index), frame["language"] != "pt", dataset, "split", "language", "dim", "protocol"]
     return [rows for _, rows in frame.groupby(order)]
 
 
-def _block(rows: pandas.DataFrame, found: Found, output: Path) -> dict[str, Any]:
-    """Table, bars and pictures of the records that belong together, for the template."""
-    first, measured = rows.iloc[0], rows[rows["metric"] != GAIN]
+def _build_block(rows: pandas.DataFrame, results_folder: ResultsFolder, output: Path) -> dict[str, Any]:
+    """Build the template variables of one table of the report, and draw its chart.
+
+    Args:
+        rows: Records of the table, from `group_into_tables`.
+        results_folder: The results folder. Records that contradict an earlier file are added to its `faults`.
+        output: Folder of the report.
+
+    Returns:
+        Variable of `report.html.j2` -> value.
+    """
+    first, measured = rows.iloc[0], rows[rows["metric"] != GAIN_METRIC]
     is_retrieval = first["task"] == "retrieval"
-    for row in conflicts(measured, "folder", SAME).drop_duplicates(["name", "dataset", "folder"]).itertuples():
-        fault = f"has other figures of {row.dataset} with {row.folder}; the first ones are shown"
-        found.faults.append((row.name, fault))
-    pairs, gains = pairs_of(values_of(measured, "folder")), rows[rows["metric"] == GAIN].to_dict("records")
+    conflicts = find_conflicts(measured, "folder", REPORT_TOLERANCE)
+    for row in conflicts.drop_duplicates(["name", "dataset", "folder"]).itertuples():
+        fault = f"contradicts an earlier file about {row.dataset} with {row.folder}; the earlier figures are shown"
+        results_folder.faults.append((row.name, fault))
+    pairs = pair_with_baselines(average_over_seeds(measured, "folder"))
+    gains = rows[rows["metric"] == GAIN_METRIC].to_dict("records")
     for pair in pairs:
-        pair["published"] = published_base(pair)
+        pair["published"] = get_published_base(pair)
         pair["models"] = " against ".join(pair[role].folder for role in ("capivara", "baseline") if pair[role])
-    own = measured.drop_duplicates("dataset").set_index("dataset")["metric"]  # the metric that a file has first
-    drawn = [p for p in pairs if not p["is_rank"] and (is_retrieval or p["metric"] == own[p["dataset"]])]
-    several = len({pair["models"] for pair in pairs}) > 1
+    # The first metric in a result file is the dataset's own. A chart of classification shows only this metric.
+    own_metrics = measured.drop_duplicates("dataset").set_index("dataset")["metric"]
+    drawn = [p for p in pairs if not p["is_rank"] and (is_retrieval or p["metric"] == own_metrics[p["dataset"]])]
+    has_several_models = len({pair["models"] for pair in pairs}) > 1
     for entry in pairs + gains:
-        what = [_words(entry["direction"]) or entry["dataset"], _words(entry["metric"])]
-        if entry["metric"] == GAIN:
-            what[1] = "" if entry["seed"] is None else f"seed {entry['seed']}"
-        entry["label"] = [", ".join(filter(None, what)), *[entry.get("models", entry.get("folder"))] * several]
-        entry["short"] = "\n".join(one_line(line, 28) for line in entry["label"])
-    title = [_words(first["task"]).capitalize(), first["dataset"] if is_retrieval else first["protocol"]]
+        parts = [_to_words(entry["direction"]) or entry["dataset"], _to_words(entry["metric"])]
+        if entry["metric"] == GAIN_METRIC:
+            parts[1] = "" if entry["seed"] is None else f"seed {entry['seed']}"
+        entry["label"] = [", ".join(filter(None, parts))]
+        if has_several_models:
+            entry["label"].append(entry.get("models", entry.get("folder")))
+        entry["short"] = "\n".join(to_one_line(line, 28) for line in entry["label"])
+    title = [_to_words(first["task"]).capitalize(), first["dataset"] if is_retrieval else first["protocol"]]
     title += [f"in {first['language']}"] * bool(first["language"]) + [f"split {first['split']}"]
-    title = one_line(", ".join(title + [f"first {first['dim']} dimensions"] * bool(first["dim"])), 200)
-    sheets = [Path(name).with_suffix(QUERIES) for name in dict.fromkeys(rows["name"])]
+    title = to_one_line(", ".join(title + [f"first {first['dim']} dimensions"] * bool(first["dim"])), 200)
+    sheets = [Path(name).with_suffix(QUERY_SHEET_SUFFIX) for name in dict.fromkeys(rows["name"])]
     skipped = measured.groupby("dataset", sort=False)["skipped_rows"].max()
     return {
         "title": title, "protocol": first["protocol"], "pairs": pairs, "gains": gains,
-        "charts": [_draw(f"bars {title}", found, output, plot_bars, drawn)] if drawn else [],
+        "charts": [_draw_chart(f"bars {title}", results_folder, output, plot_bars, drawn)] if drawn else [],
         "main": [p for p in drawn if p["metric"] == "mean_recall"] if is_retrieval else drawn,
         "skipped": skipped[skipped > 0].to_dict(),
-        "sheets": _copies(sheets, "Best and worst queries", found, output),
+        "sheets": _copy_images(sheets, "Best and worst queries", results_folder, output),
     }  # fmt: skip
 
 
-def _draw(title: str, found: Found, output: Path, plot: Callable, *what: Any) -> tuple[str, str]:
-    """File and title of a chart."""
-    found.pictures += 1
-    plot(*what, output / f"{found.pictures:03d}.png")
-    return f"{found.pictures:03d}.png", title
+def _draw_chart(
+    title: str, results_folder: ResultsFolder, output: Path, plot: Callable, *plot_arguments: Any
+) -> tuple[str, str]:
+    """Draw a chart as a PNG file in the folder of the report.
+
+    Args:
+        title: Title of the chart.
+        results_folder: The results folder; its `image_count` gives the number in the file name.
+        output: Folder of the report.
+        plot: Function that draws the chart. It gets `plot_arguments`, then the path of the file to write.
+        plot_arguments: All arguments of `plot` except the path.
+
+    Returns:
+        File name and title of the chart.
+    """
+    results_folder.image_count += 1
+    plot(*plot_arguments, output / f"{results_folder.image_count:03d}.png")
+    return f"{results_folder.image_count:03d}.png", title
 
 
-def _copies(sheets: list[Path], title: str, found: Found, output: Path) -> list[tuple[str | None, str]]:
-    """File and title of a copy, on white, of each picture inside of the folder; no file where it can't be shown."""
-    copies, files = [], ImageFiles(Bounds(found.folder))
-    for inside in (sheet for sheet in sheets if os.path.lexists(found.folder / sheet)):
+def _copy_images(
+    sheets: list[Path], title: str, results_folder: ResultsFolder, output: Path
+) -> list[tuple[str | None, str]]:
+    """Copy images from the results folder into the folder of the report, as JPEG files on a white background.
+
+    An image that can't be read, or that is a link to a file outside of the results folder, is added to the `faults` of
+    `results_folder`.
+
+    Args:
+        sheets: Paths of the images relative to the results folder. Missing files are ignored.
+        title: Title of all images.
+        results_folder: The results folder.
+        output: Folder of the report.
+
+    Returns:
+        File name and title of each copy. The file name is None if the image can't be shown.
+    """
+    copies, files = [], ImageAccess(AllowedFolders(results_folder.folder))
+    for inside in (sheet for sheet in sheets if os.path.lexists(results_folder.folder / sheet)):
         try:
-            image = decode_image({"bytes": None, "path": str(found.folder / inside)}, files).convert("RGBA")
-        except BadImage as error:  # its detail may name folders of this machine
-            found.faults.append((one_line(str(inside), 120), f"this picture is not shown: {error.reason}"))
+            image = decode_image({"bytes": None, "path": str(results_folder.folder / inside)}, files).convert("RGBA")
+        except BadImage as error:  # only the reason is shown, because the detail may name folders of this machine
+            results_folder.faults.append((to_one_line(str(inside), 120), f"the image is not shown: {error.reason}"))
             copies.append((None, title))
         else:
-            found.pictures += 1
+            results_folder.image_count += 1
             image.thumbnail((1600, 1600))
-            copies.append((f"{found.pictures:03d}.jpg", title))
+            copies.append((f"{results_folder.image_count:03d}.jpg", title))
             opaque = Image.new("RGB", image.size, "white")
             opaque.paste(image, mask=image)
-            opaque.save(output / copies[-1][0], quality=85)  # encoded anew: nothing but its pixels gets out
+            opaque.save(output / copies[-1][0], quality=85)  # only the pixels are copied, no metadata
     return copies
 
 
-def _line(text: object) -> str:
-    return one_line(hide_paths(str(text)), 300)
+def _to_safe_line(text: object) -> str:
+    """Convert a value to one line of at most 300 characters, in which private paths are hidden."""
+    return to_one_line(hide_paths(str(text)), 300)
 
 
-def _words(name: str) -> str:
+def _to_words(name: str) -> str:
+    """Convert an identifier to words for a label, for example "text_to_image" to "text → image"."""
     return name.replace("_to_", " → ").replace("_", " ")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; says what was left out and where the page is."""
-    args = parse(ReportArguments, __doc__, argv)
-    found = write_report(args.results, args.output, args.overwrite_output_dir)
-    for name, reason in found.faults:
+    """Run the command line: write the report, and print its path and the names of the files that are not shown.
+
+    Args:
+        argv: Command-line arguments; the arguments of the program if None.
+    """
+    args = parse_arguments(ReportArguments, __doc__, argv)
+    content = write_report(args.results, args.output, args.overwrite_output_dir)
+    for name, reason in content.faults:
         print(f"{name}: {reason}", file=sys.stderr)
-    print(f"{len(found.results)} result files, {len(found.runs)} runs: {args.output / 'index.html'}")
+    print(f"{len(content.results)} result files, {len(content.runs)} runs: {args.output / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-r"""Cross-modal retrieval: texts find their image, images find one of their texts.
+r"""Measure cross-modal retrieval: find the image of each caption, and a caption of each image.
 
     python -m eval.retrieval --model data/openmoji/base --dataset data/openmoji/dataset --split test --language pt \
         --output retrieval_pt.json
 
-A large data set is embedded by several processes, on one machine or on a cluster (docs/cluster.md). The figures are the
-same to the bit.
+Several processes can embed a large dataset together, on one machine or on a cluster (docs/cluster.md). The results
+are bit-identical to the results of a single process.
 
     accelerate launch --multi_gpu --num_processes 8 -m eval.retrieval …
 """
@@ -22,96 +22,120 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from capivara_common.cli import flag, run_command
-from capivara_common.environment import processes
+from capivara_common.environment import process_state
 from capivara_common.files import check_output_file
 from capivara_common.image_files import BadRow
 from capivara_common.privacy import short_name
-from caption_data.rows import DATASET_HELP, caption_texts, rows_fingerprint
+from caption_data.rows import DATASET_HELP, normalize_captions, rows_fingerprint
 from caption_data.sources import Split, open_split
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
-from eval.records.schema import DIRECTIONS, GAIN, Record
-from eval.records.tables import mean_recall_of
-from modeling_capivara.modeling_capivara import check_truncate_dim, unit_length
+from eval.records.schema import DIRECTIONS, GAIN_METRIC, Record
+from eval.records.tables import average_recalls
+from modeling_capivara.modeling_capivara import check_truncate_dim, l2_normalize
 from modeling_capivara.two_towers import embed_texts
 
-PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
-LAUNCHED = "`accelerate launch --multi_gpu -m eval.retrieval` shares the work out to processes, see docs/cluster.md"
-GONE = {  # flags of earlier versions -> what there is instead
-    **dict.fromkeys(["executor", "tasks", "workers", "partition", "time", "sbatch", "logging_dir"], LAUNCHED),
-    **dict.fromkeys(["cpus_per_task", "mem_per_cpu_gb", "gpus_per_task"], LAUNCHED),
-    "gallery": "the best and the worst queries are drawn beside the result, OUTPUT.queries.png",
-    "recall_at": "recall at 1, 5 and 10 is measured, as far as there are more images",
-    "trust_remote_code": "a model's own code is not run; transformers' classes are read",
-}
-POSITIONS = {"all": slice(None), "first": slice(1), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
+RETRIEVAL_PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
+CAPTION_POSITIONS = {"all": slice(None), "first": slice(1), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
 
 
 @dataclass
 class RetrievalArguments(ModelArguments):
-    """Flags of `eval.retrieval`."""
+    """Command-line arguments of `eval.retrieval`."""
 
-    gone = GONE
-    model: str = flag(..., "Folder or Hub id of a model of two towers; open_clip's with --role baseline.")
+    model: str = flag(..., "Folder or Hub id of a CLIP-like model. With --role baseline also a model of open_clip.")
     dataset: str = flag(..., DATASET_HELP)
-    output: Path = flag(..., "JSON file for the result records.")
+    output: Path = flag(..., "JSON file to write the result to. Sample queries are drawn in OUTPUT.queries.png.")
     image_column: str = flag("image", "Name of the image column.")
-    language: str = flag("pt", "Language of the captions.")
-    caption_column: str = flag("captions-{language}", "Name of the column of a caption or a list of captions an image.")
+    language: str = flag("pt", "Language code of the captions.")
+    caption_column: str = flag("captions-{language}", "Column with a caption or a list of captions per image.")
     caption_positions: Literal["all", "first", "even", "odd"] = flag(
-        "all", "Which captions of an image. In the paper's files of ten captions, Marian's are even and Google's odd."
+        "all",
+        "Captions to use, by position. Of the ten per image in the paper's data, Marian's are even, Google's odd.",
     )
     dim: int | None = flag(
-        None, "Compare the first so many numbers of the embeddings, scaled to unit length; all where none is given."
+        None, "Compare only the first DIM dimensions of the embeddings, normalized again. Default: all dimensions."
     )
-    seed: int | None = flag(None, "Seed of the training run, for the records.")
-    dataset_name: str | None = flag(None, "What records call the data set; its last parts.")
+    seed: int | None = flag(None, "Seed of the training run, to be written to the records.")
+    dataset_name: str | None = flag(None, "Name of the dataset in the records. Default: the end of its path or Hub id.")
 
 
 @dataclass(frozen=True)
 class RetrievalEmbeddings:
-    """A split in the shared space."""
+    """Embeddings of the captions and images of a dataset split."""
 
     text_embeds: Tensor  # (texts, width), unit length
     image_embeds: Tensor  # (images, width), unit length
     image_of_text: Tensor  # (texts,), index of the image that each text describes
-    whole_width: int | None = None  # of the embeddings that these are the first numbers of; None where they are whole
+    full_width: int | None = None  # width before truncation; None if the embeddings are not truncated
 
-    def cut(self, dim: int | None) -> "RetrievalEmbeddings":
-        """The first `dim` numbers of every embedding, scaled to unit length; ValueError outside of 1 to the width."""
+    def truncate(self, dim: int | None) -> "RetrievalEmbeddings":
+        """Keep the first dimensions of every embedding and normalize again (Matryoshka embeddings, arXiv 2205.13147).
+
+        Args:
+            dim: Number of dimensions to keep. None keeps all.
+
+        Returns:
+            The truncated embeddings, of unit length again, or this object if nothing is truncated.
+
+        Raises:
+            ValueError: If `dim` is below 1 or above the width of the embeddings.
+        """
         width = self.text_embeds.shape[1]
         check_truncate_dim(dim, width, "dim")
         if dim in (None, width):
             return self
-        sides = (unit_length(embeds[:, :dim]) for embeds in (self.text_embeds, self.image_embeds))
-        return RetrievalEmbeddings(*sides, self.image_of_text, self.whole_width or width)
+        text_embeds, image_embeds = (l2_normalize(embeds[:, :dim]) for embeds in (self.text_embeds, self.image_embeds))
+        return RetrievalEmbeddings(text_embeds, image_embeds, self.image_of_text, self.full_width or width)
 
-    def groups(self, direction: str) -> Tensor:
-        """(queries,), index of the image that each query belongs to."""
+    def query_groups(self, direction: str) -> Tensor:
+        """Return the image index of each query, which says which items are relevant to the query.
+
+        Args:
+            direction: "text_to_image" (captions are the queries) or "image_to_text" (images are the queries).
+
+        Returns:
+            For each query the index of its image, (queries,). A query and an item with the same index are a match.
+        """
         return self.image_of_text if direction == "text_to_image" else torch.arange(len(self.image_embeds))
 
-    def chance(self, direction: str, k: int) -> float:
-        """Expected recall@k of random scores, a share from 0 to 1."""
-        other = DIRECTIONS[1 - DIRECTIONS.index(direction)]
-        return metrics.chance_recall(self.groups(direction), self.groups(other), k)
+    def chance_recall(self, direction: str, k: int) -> float:
+        """Return the expected recall@k of random scores.
+
+        Args:
+            direction: "text_to_image" (captions are the queries) or "image_to_text" (images are the queries).
+            k: Number of highest-scored items in which a relevant item counts as a hit.
+
+        Returns:
+            Expected recall, from 0 to 1.
+        """
+        opposite = DIRECTIONS[1 - DIRECTIONS.index(direction)]
+        return metrics.chance_recall(self.query_groups(direction), self.query_groups(opposite), k)
 
     @cached_property
     def ranks(self) -> dict[str, Tensor]:
-        """Direction -> (queries,), ranks as `retrieval_ranks` defines them."""
-        groups = (self.groups(direction) for direction in DIRECTIONS)
+        """Ranks of the best relevant item of each query, as a dict: direction -> ranks (queries,), counted from 0."""
+        groups = (self.query_groups(direction) for direction in DIRECTIONS)
         ranks = metrics.cross_modal_ranks(self.text_embeds, self.image_embeds, *groups)
         return dict(zip(DIRECTIONS, ranks, strict=True))
 
 
-def flat_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
-    """Lists of captions, one an image, as one list of texts and the image index (texts,) of each.
+def flatten_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
+    """Flatten the captions of all images into one list.
 
-    Raises ValueError where an image has no caption, or an empty one.
+    Args:
+        captions: For each image, the list of its captions.
+
+    Returns:
+        All captions, and for each caption the index of its image (texts,), int64.
+
+    Raises:
+        ValueError: If an image has no caption, or an empty caption.
     """
     for index, texts in enumerate(captions):
         if not texts or any(not (text or "").strip() for text in texts):
-            raise ValueError(f"Row {index} has no caption or an empty one: {texts!r}. Fill it, or remove the row.")
+            raise ValueError(f"Captions must not be missing or empty, got {texts!r} in row {index}. Fill or remove it.")
     image_of_text = [index for index, texts in enumerate(captions) for _ in texts]
     return [text for texts in captions for text in texts], torch.tensor(image_of_text)
 
@@ -119,138 +143,236 @@ def flat_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
 def embed_captions(
     model: PreTrainedModel, processor: ProcessorMixin, captions: list[list[str]], image_embeds: Tensor
 ) -> RetrievalEmbeddings:
-    """Embed every caption of every image, beside images that are embedded already."""
-    texts, image_of_text = flat_captions(captions)
+    """Embed captions, and combine them with image embeddings that have already been computed.
+
+    Args:
+        model: A model with `get_text_features`.
+        processor: The processor of the model; its tokenizer is used.
+        captions: For each image, the list of its captions.
+        image_embeds: Unit-length embeddings of the images (images, width), in the order of `captions`.
+
+    Returns:
+        The embeddings of all captions and images.
+
+    Raises:
+        ValueError: If an image has no caption, or an empty caption.
+    """
+    texts, image_of_text = flatten_captions(captions)
     return RetrievalEmbeddings(embed_texts(model, processor, texts), image_embeds, image_of_text)
 
 
-def retrieval_records(embeddings: RetrievalEmbeddings, protocol: str = PROTOCOL, **facts: Any) -> list[Record]:
-    """Recall at 1, 5 and 10, their mean, and the median rank, in both directions, beside chance.
+def compute_retrieval_records(
+    embeddings: RetrievalEmbeddings, protocol: str = RETRIEVAL_PROTOCOL, **record_fields: Any
+) -> list[Record]:
+    """Compute the retrieval metrics in both directions, with their chance levels.
 
-    Recall that the images are too few for, so that every query would be a hit, is left out, and so is the mean then.
-    `facts` are the other fields of `Record`: dataset, split, language, model, model_folder and seed.
+    The metrics are recall@1, recall@5, recall@10, the mean of these three, and the median rank. If there are at most k
+    images, every query would be a hit, so recall@k is omitted. The mean is omitted if any of the three recalls is
+    omitted.
+
+    Args:
+        embeddings: The embedded split.
+        protocol: Description of the measurement, stored in the records. Only records with equal protocols are
+            comparable.
+        record_fields: Other fields of `Record`: dataset, split, language, model, model_folder and seed.
+
+    Returns:
+        One record per direction and metric.
     """
     records, cutoffs = [], [k for k in RECALL_CUTOFFS if k < len(embeddings.image_embeds)]
-    facts |= width_facts(embeddings, protocol)
+    record_fields |= describe_truncation(embeddings, protocol)
     for direction in DIRECTIONS:
         ranks = embeddings.ranks[direction]
-        record = partial(Record, "retrieval", direction=direction, n=len(ranks), **facts)
+        record = partial(Record, "retrieval", direction=direction, n=len(ranks), **record_fields)
+        chances = {k: embeddings.chance_recall(direction, k) for k in cutoffs}
         recalls = [
-            record(metric=f"recall@{k}", value=metrics.recall_at_k(ranks, k), chance=embeddings.chance(direction, k))
-            for k in cutoffs
+            record(metric=f"recall@{k}", value=metrics.recall_at_k(ranks, k), chance=chance)
+            for k, chance in chances.items()
         ]
-        if len(cutoffs) == len(RECALL_CUTOFFS):  # of fewer it would be another figure of the same name
-            recalls.append(mean_recall_of(recalls))
+        if len(cutoffs) == len(RECALL_CUTOFFS):  # a mean of fewer recalls would be another metric of the same name
+            recalls.append(average_recalls(recalls))
         records += [*recalls, record(metric="median_rank", value=metrics.median_rank(ranks))]
     return records
 
 
-def width_facts(embeddings: RetrievalEmbeddings, protocol: str) -> dict[str, Any]:
-    """`protocol` and `dim` of a `Record`: figures of embeddings that were cut are not comparable to others."""
-    if embeddings.whole_width is None:
+def describe_truncation(embeddings: RetrievalEmbeddings, protocol: str) -> dict[str, Any]:
+    """Return the fields of `Record` that say whether the embeddings were truncated.
+
+    Results of truncated and of full embeddings are not comparable, so they must differ in these fields.
+
+    Args:
+        embeddings: The embeddings that are measured.
+        protocol: Description of the measurement for full embeddings.
+
+    Returns:
+        The fields `protocol` and `dim`. For full embeddings, `protocol` is unchanged and `dim` is None. For truncated
+        embeddings, `dim` is their width, and `protocol` ends with a text such as "first 64 of 512 dimensions".
+    """
+    if embeddings.full_width is None:
         return {"protocol": protocol, "dim": None}
     dim = embeddings.text_embeds.shape[1]
-    return {"protocol": f"{protocol}; first {dim} of {embeddings.whole_width} dimensions", "dim": dim}
+    return {"protocol": f"{protocol}; first {dim} of {embeddings.full_width} dimensions", "dim": dim}
 
 
 @torch.no_grad()
-def validation_measures(embeddings: RetrievalEmbeddings, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
-    """Mean recall in each direction and of both, 0 to 1, and `loss`: of all images, each with its first caption."""
+def compute_validation_metrics(
+    embeddings: RetrievalEmbeddings, loss: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, float]:
+    """Compute the metrics that training monitors on its validation split.
+
+    Args:
+        embeddings: The embedded split.
+        loss: Function that gets text embeddings and image embeddings, both (images, width), and returns a scalar.
+
+    Returns:
+        A dict with four keys. `text_to_image` and `image_to_text` hold the mean recall of each direction, from 0 to 1.
+        `mean_recall` is the mean of these two. `loss` is the loss of all images, each paired with its first caption.
+    """
     measures = pd.Series({direction: metrics.mean_recall(embeddings.ranks[direction]) for direction in DIRECTIONS})
     first = torch.searchsorted(embeddings.image_of_text, torch.arange(len(embeddings.image_embeds)))
     measures["mean_recall"] = measures.mean()
     return measures.to_dict() | {"loss": loss(embeddings.text_embeds[first], embeddings.image_embeds).item()}
 
 
-def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **facts) -> list[Record]:
-    """Mean recall after training minus that before, on the same split, with its paired-bootstrap interval; none where
-    the split has too few images for a mean recall.
+def compute_gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **record_fields) -> list[Record]:
+    """Compute by how much training raised the mean recall, with 95 % bootstrap intervals.
+
+    Args:
+        before: Embeddings of the baseline, the model before training.
+        after: Embeddings of the trained model for the same split.
+        record_fields: Other fields of `Record`: dataset, split, language, model, model_folder and seed.
+
+    Returns:
+        One record per direction. The list is empty if the split has at most 10 images, which are too few for recall@10
+        and so for the mean recall.
     """
     if len(after.image_embeds) <= max(RECALL_CUTOFFS):
         return []
-    records, facts = [], facts | width_facts(after, PROTOCOL)
+    records, record_fields = [], record_fields | describe_truncation(after, RETRIEVAL_PROTOCOL)
     for direction in DIRECTIONS:
         hits = [metrics.mean_hits(embeddings.ranks[direction]) for embeddings in (before, after)]
-        gain, *interval = metrics.paired_bootstrap(*hits, after.groups(direction))
-        of = {"direction": direction, "metric": GAIN, "value": gain, "n": len(hits[0]), "interval_95": tuple(interval)}
-        records.append(Record(task="retrieval", **of, **facts))
+        gain, *interval = metrics.paired_bootstrap(*hits, after.query_groups(direction))
+        record = partial(Record, "retrieval", direction=direction, metric=GAIN_METRIC, n=len(hits[0]), **record_fields)
+        records.append(record(value=gain, interval_95=tuple(interval)))
     return records
 
 
 @dataclass
 class RetrievalData:
-    """A split that is read: captions now, images when they are needed."""
+    """A dataset split whose captions are in memory and whose images are decoded when they are needed."""
 
     images: Split
-    captions: list[list[str]]  # row -> its captions
+    captions: list[list[str]]  # captions of each row
 
-    def embedded(self, store: EmbeddingStore) -> tuple[RetrievalEmbeddings, EmbeddedImages]:
-        """All images that can be read, with their captions, in the shared space."""
-        images = store.images(self.images)
-        texts, row_of_text = flat_captions(self.captions)
-        good = torch.isin(row_of_text, images.rows)
-        text_embeds = store.texts(texts, "Captions")[good]  # of all: their cache does not depend on the images
-        image_of_text = torch.searchsorted(images.rows, row_of_text[good])
+    def embed(self, store: EmbeddingStore) -> tuple[RetrievalEmbeddings, EmbeddedImages]:
+        """Embed all readable images and their captions.
+
+        Args:
+            store: The model with its embedding cache.
+
+        Returns:
+            The embeddings of captions and images, and the result of `EmbeddingStore.embed_images`. The latter lists the
+            images that could not be read, with reasons; their captions are left out of the embeddings.
+        """
+        images = store.embed_images(self.images)
+        texts, row_of_text = flatten_captions(self.captions)
+        has_image = torch.isin(row_of_text, images.rows)
+        # All captions are embedded, so that their cache does not depend on which images can be read.
+        text_embeds = store.embed_texts(texts, "Captions")[has_image]
+        image_of_text = torch.searchsorted(images.rows, row_of_text[has_image])
         return RetrievalEmbeddings(text_embeds, images.embeds, image_of_text), images
 
     def fingerprint(self) -> str:
-        """The one that a training run gives the same images and captions."""
-        return rows_fingerprint(zip(self.images.digests, self.captions, strict=True))
+        """Return a digest of all images and captions. Training computes the same digest for the same data."""
+        return rows_fingerprint(zip(self.images.image_digests, self.captions, strict=True))
 
 
-def load_data(args: RetrievalArguments) -> RetrievalData:
-    """The split of the arguments; ValueError where a column or a caption is missing."""
-    source = open_split(args.dataset, args.split, args.image_column, **args.limits())
+def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
+    """Open the dataset split that the arguments name, and read its captions. No image is decoded yet.
+
+    Raises:
+        ValueError: If a column is missing, a caption is missing, empty or not text, or an archive is damaged.
+    """
+    source = open_split(args.dataset, args.split, args.image_column, **args.image_options())
     column = args.caption_column.replace("{language}", args.language)
     source.check_columns([args.image_column, column])
-    captions = [_chosen(value, column, args.caption_positions, row) for row, value in enumerate(source.data[column][:])]
-    if source.damaged:
-        raise ValueError(f"{source.where} is damaged: {source.damaged[0].detail}. Fetch or make it again.")
-    flat_captions(captions)
+    captions = [
+        _select_captions(value, column, args.caption_positions, row) for row, value in enumerate(source.data[column][:])
+    ]
+    if source.damaged_archives:
+        fault = source.damaged_archives[0].detail
+        raise ValueError(f"{source.display_name} is damaged: {fault}. Download or create it again.")
+    flatten_captions(captions)
     return RetrievalData(source, captions)
 
 
-def evaluate(args: RetrievalArguments, pictures: bool = True) -> list[Record]:
-    """Measure and write; returns the records. `pictures`: whether a sheet of queries is drawn beside the result."""
+def evaluate(args: RetrievalArguments, draw_sheet: bool = True) -> list[Record]:
+    """Measure retrieval and write the result file.
+
+    Args:
+        args: Command-line arguments.
+        draw_sheet: Whether to draw OUTPUT.queries.png, an image that shows the best and worst queries, each with the
+            images that the model ranks first.
+
+    Returns:
+        The results as records.
+
+    Raises:
+        ValueError: If the data, the model or an argument is invalid.
+    """
     check_output_file(args.output)
-    data = load_data(args)
+    data = load_retrieval_data(args)
     store = open_store(args)
-    if args.dim is not None:  # before any long work
-        check_truncate_dim(args.dim, store.embedder.texts(["capivara"]).shape[1], "dim")
+    if args.dim is not None:  # refuse a wrong value before the dataset is embedded
+        check_truncate_dim(args.dim, store.embedder.embed_texts(["capivara"]).shape[1], "dim")
     started = time.perf_counter()
-    whole, images = data.embedded(store)
-    embeddings = whole.cut(args.dim)
+    full_embeddings, images = data.embed(store)
+    embeddings = full_embeddings.truncate(args.dim)
     if len(images.rows) < 2:
-        raise ValueError(f"{args.dataset} has one image that can be read: among so few, retrieval has no meaning.")
+        raise ValueError(f"Retrieval needs at least two readable images, but {args.dataset} has one.")
     name = args.dataset_name or args.dataset
-    facts = {"dataset": short_name(name), "split": args.split, "language": args.language}
-    facts |= {"seed": args.seed, "model": args.role, "model_folder": args.model}
-    protocol = PROTOCOL if args.caption_positions == "all" else f"{PROTOCOL}; captions: {args.caption_positions}"
-    records = retrieval_records(embeddings, protocol, **facts)
-    if processes().is_main_process:
-        facts = {"dataset": args.dataset, "name": name, "fingerprint": data.fingerprint(), "skipped": images.skipped}
-        write_result(args, records, store, started, **facts)
-        if pictures:
-            from eval.records.plots import plot_retrieval_sheet  # here: others of these commands draw nothing
+    record_fields = {"dataset": short_name(name), "split": args.split, "language": args.language}
+    record_fields |= {"seed": args.seed, "model": args.role, "model_folder": args.model}
+    protocol = RETRIEVAL_PROTOCOL
+    if args.caption_positions != "all":
+        protocol += f"; captions: {args.caption_positions}"
+    records = compute_retrieval_records(embeddings, protocol, **record_fields)
+    if process_state().is_main_process:
+        metadata = {"dataset": args.dataset, "name": name, "fingerprint": data.fingerprint(), "skipped": images.skipped}
+        write_result(args, records, store, started, **metadata)
+        if draw_sheet:
+            from eval.records.plots import plot_retrieval_sheet  # imports matplotlib, which other callers don't need
 
             sheet, rows = args.output.with_suffix(".queries.png"), images.rows.tolist()
             queries = [text for row in rows for text in data.captions[row]]
-            plot_retrieval_sheet(sheet, lambda i: data.images.image(rows[i]), queries, {args.role: embeddings})
+            plot_retrieval_sheet(sheet, lambda i: data.images.load_image(rows[i]), queries, {args.role: embeddings})
     return records
 
 
-def _chosen(value: Any, column: str, positions: str, row: int) -> list[str]:
+def _select_captions(value: Any, column: str, positions: str, row: int) -> list[str]:
+    """Return the captions of a row at the selected positions.
+
+    Args:
+        value: Content of the caption column in this row: a text or a list of texts.
+        column: Name of the caption column, for error messages.
+        positions: A key of `CAPTION_POSITIONS`: "all", "first", "even" or "odd".
+        row: Number of the row, for error messages.
+
+    Raises:
+        ValueError: If the value is not text, or the row has captions but none at these positions.
+    """
     try:
-        captions = caption_texts(value, column)
+        captions = normalize_captions(value, column)
     except BadRow as bad:
-        fault = f"Row {row} has captions that are no text: {str(value)[:100]}"
-        raise ValueError(f"{fault}. Name another --caption_column.") from bad
-    if captions and not captions[POSITIONS[positions]]:
-        raise ValueError(f"Row {row} has {len(captions)} captions, none at the positions {positions!r}.")
-    return captions[POSITIONS[positions]]
+        fault = f"Captions must be text, got {str(value)[:100]} in row {row} of the column {column!r}"
+        raise ValueError(f"{fault}. Choose another --caption_column.") from bad
+    if captions and not captions[CAPTION_POSITIONS[positions]]:
+        fault = f"Row {row} has {len(captions)} captions, none at the positions {positions!r}"
+        raise ValueError(f"{fault}. Choose other --caption_positions.")
+    return captions[CAPTION_POSITIONS[positions]]
 
 
 main = partial(run_evaluation, RetrievalArguments, __doc__, evaluate)
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

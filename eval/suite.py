@@ -1,14 +1,18 @@
-r"""The paper's benchmarks in one command, beside its published figures; what is not available is listed as not run.
+r"""Run all benchmarks of the paper with one command and compare the results with the published results.
 
     python -m eval.suite paper --model capivara --baseline open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k \
         --data_dir data/benchmarks --output results/paper
     python -m eval.suite elevater --runs runs/a runs/b runs/c --protocol authors --authors_file portuguese_prompts.py
     python -m eval.suite beyond --model capivara --only xm3600 --languages pt hi --data_dir data/benchmarks
 
-The suite "paper" has all benchmarks, with those beyond it (XM3600, Flickr30k-200, Babel-ImageNet); the others are parts
-of it. Data are looked for in --data_dir under the benchmark's key, and on the Hub where its id is known; its file
-in eval/benchmarks says in which layout (`local_layout`). The same command continues an interrupted suite: what was
-embedded is taken from --cache_dir. Give every protocol an output folder of its own.
+A suite is a set of benchmarks. The suite "paper" contains all benchmarks, including three that the paper does not have
+(XM3600, Flickr30k-200, Babel-ImageNet). The other suites are subsets of "paper". The data of a benchmark are first
+looked up in the folder --data_dir/KEY, then on the Hub if the Hub id is known. Each benchmark has a file
+eval/benchmarks/KEY.json, whose field `local_layout` describes the layout of the local folder. Benchmarks without data
+are listed as not run.
+
+To continue an interrupted suite, repeat the command: embeddings are taken from --cache_dir. Use a separate output
+folder for each protocol.
 """
 
 import math
@@ -21,288 +25,386 @@ from typing import Any, Literal
 import jinja2
 import pandas
 
-from capivara_common.cli import WrongUse, flag, parse, run_command, unknown
-from capivara_common.environment import package_versions, processes
+from capivara_common.cli import UsageError, flag, parse_arguments, run_command, unknown_name_message
+from capivara_common.environment import package_versions, process_state
 from capivara_common.files import read_json, seed_folders, write_json, write_text
 from capivara_common.privacy import hide_paths
-from eval.benchmarks import FOLDER, SUITES, Benchmark, load_benchmarks, locate, published_as, read_benchmark
+from eval.benchmarks import (
+    BENCHMARKS_FOLDER,
+    SUITES,
+    Benchmark,
+    find_published_name,
+    load_benchmarks,
+    locate_data,
+    read_benchmark,
+)
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.embeddings import EmbeddingArguments
-from eval.records.schema import MODEL_NAMES, Record, read_records
-from eval.records.tables import means
+from eval.records.schema import ROLE_NAMES, Record, read_records
+from eval.records.tables import compute_means
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as evaluate_retrieval
 from modeling_capivara.two_towers import load_embedder
 
 SUMMARY_VERSION = 1
-KEYS = ["benchmark", "language", "direction", "role"]  # what a mean over runs is of
-TEMPLATE = Path(__file__).parent / "suite.md.j2"
-GONE = {  # flags of earlier versions -> what there is instead
-    "gallery": "`python -m eval.retrieval` draws the best and the worst queries beside its result",
-    "list": "the files in eval/benchmarks say where the data come from and in which layout",
-    "metrics": "the result file of a benchmark has all its metrics",
-    "data": "put the data, or a link to them, into --data_dir under the benchmark's key",
-    "published": "the benchmark's file in eval/benchmarks has the figures of the light recipe, too",
-    "trust_remote_code": "a model's own code is not run; transformers' classes are read",
-    "offline": "set HF_HUB_OFFLINE=1, as for everything of Hugging Face",
-}
+# A cell of the table is the mean over all runs that have equal values in these columns.
+GROUP_COLUMNS = ["benchmark", "language", "direction", "role"]
+TABLE_TEMPLATE = Path(__file__).parent / "suite.md.j2"
 
 
 @dataclass
 class SuiteArguments(EmbeddingArguments):
-    """Flags of `eval.suite`."""
+    """Command-line arguments of `eval.suite`."""
 
-    gone = GONE
-    suite: str = flag("paper", f"Which benchmarks: {', '.join(SUITES)}.", positional=True, nargs="?")
-    model: str | None = flag(None, "Folder or Hub id of a model of two towers; the first run.")
-    runs: list[str] = flag([], "Models of one recipe and several seeds, or the folder of them: mean ± deviation.")
-    baseline: str | None = flag(None, "As --model, or open_clip:NAME:PRETRAINED, open_clip:local-dir:FOLDER.")
-    output: Path = flag(Path("results/suite"), "Folder of result files, suite.json and table.md.")
-    data_dir: Path | None = flag(None, "Folder with local data, each under its key.")
-    only: list[str] = flag([], "Keys of the benchmarks to measure, of any suite.")
-    languages: list[str] = flag([], "Codes, for benchmarks that have several.")
+    suite: str = flag("paper", f"Set of benchmarks to run: {', '.join(SUITES)}.", positional=True, nargs="?")
+    model: str | None = flag(None, "Folder or Hub id of a CLIP-like model. With --runs it is the first of the runs.")
+    runs: list[str] = flag([], "Models trained with several seeds, or their folder. Shown as mean ± deviation.")
+    baseline: str | None = flag(None, "As --model, or open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER.")
+    output: Path = flag(Path("results/suite"), "Folder to write the result files, suite.json and table.md to.")
+    data_dir: Path | None = flag(None, "Folder with local data: one subfolder per benchmark, named by its key.")
+    only: list[str] = flag([], "Keys of the benchmarks to run, from any suite. Default: those of the suite.")
+    languages: list[str] = flag([], "Language codes to run. Default: those in the file of each benchmark.")
     protocol: Literal["ours", "authors"] = flag(
-        "ours", "Names and prompts: this project's, or those of the published figures."
+        "ours", "Source of names and prompts: this project (ours), or CAPIVARA's authors, as published (authors)."
     )
-    authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py, for protocol authors.")
+    authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py. Required for protocol authors.")
 
 
-def chosen(args: SuiteArguments) -> list[Benchmark]:
-    """The benchmarks of a suite, or those that are asked for; a wrong argument lists the known ones."""
-    every = load_benchmarks()
-    languages = dict.fromkeys(code for benchmark in every.values() for code in benchmark.all_languages)
-    asked = [("suite", [args.suite], SUITES), ("benchmark", args.only, every), ("language", args.languages, languages)]
-    for what, names, known in asked:
+def select_benchmarks(args: SuiteArguments) -> list[Benchmark]:
+    """Return the benchmarks to run: the benchmarks in --only if it is given, otherwise all members of the suite.
+
+    Raises:
+        UsageError: If a name is unknown (the message lists the known names), or if arguments contradict each other.
+    """
+    benchmarks = load_benchmarks()
+    languages = dict.fromkeys(code for benchmark in benchmarks.values() for code in benchmark.available_languages)
+    checks = [("suite", [args.suite], SUITES), ("benchmark", args.only, benchmarks)]
+    checks.append(("language", args.languages, languages))
+    for kind, names, known in checks:
         if wrong := [name for name in names if name not in known]:
-            raise WrongUse(unknown(wrong[0], what, list(known), f"There are {', '.join(known)}."))
+            raise UsageError(unknown_name_message(wrong[0], kind, list(known), f"Known are {', '.join(known)}."))
     if args.data_dir and not args.data_dir.is_dir():
-        raise WrongUse(f"--data_dir {args.data_dir} is no folder.")
+        raise UsageError(f"--data_dir must be an existing folder, got {args.data_dir}.")
     if args.protocol == "authors" and not args.authors_file:
-        raise WrongUse("--protocol authors needs --authors_file, the path of their portuguese_prompts.py.")
-    found = [b for b in every.values() if (b.key in args.only if args.only else args.suite in b.suite)]
-    if args.languages and not any(code in b.all_languages for code in args.languages for b in found):
-        raise WrongUse(f"None of the benchmarks has one of the languages {args.languages}.")
-    return found
+        raise UsageError("--protocol authors requires --authors_file, the path of the authors' portuguese_prompts.py.")
+    selected = [b for b in benchmarks.values() if (b.key in args.only if args.only else args.suite in b.suite)]
+    if args.languages and not any(code in b.available_languages for code in args.languages for b in selected):
+        raise UsageError(f"At least one benchmark must have one of the --languages, got {' '.join(args.languages)}.")
+    return selected
 
 
-def models_of(args: SuiteArguments) -> list[dict[str, Any]]:
-    """The models as suite.json has them, loaded once: a wrong one ends the suite before long work.
+def load_models(args: SuiteArguments) -> list[dict[str, Any]]:
+    """Describe all models of the suite: the baseline, if there is one, then the models to compare with it.
 
-    `run` is the number among those of its role, `seed` what its run.json says, `published` what it, or its base, was
-    published as. ValueError where there is none, one can't be loaded, or two runs are the same model.
+    Each model is loaded once, so that a model that can't be loaded ends the suite before the long work starts.
+
+    Returns:
+        One dict per model, to be stored in suite.json. Its main keys are `name` (folder or Hub id), `role` ("baseline"
+        or "capivara"), `run` (number of the model, counted from 0 for each role), `seed` (from the model's run.json, or
+        None) and `fingerprint`. `published` and `base_published` are the names under which results of the model and
+        of its base model were published, see `find_published_name`; None if there are no published results.
+
+    Raises:
+        UsageError: If no model is given.
+        ValueError: If a model can't be loaded, or if two runs are the same model.
     """
     names = [args.model] if args.model else []
     for name in args.runs:
-        several = [] if (Path(name) / "config.json").is_file() else list(map(str, seed_folders(Path(name))))
-        names += several or [name]
+        is_model = (Path(name) / "config.json").is_file()
+        seed_runs = [] if is_model else list(map(str, seed_folders(Path(name))))
+        names += seed_runs or [name]
     if not names:
-        raise WrongUse("No model is given: take --model MODEL, or --runs RUN RUN RUN.")
-    names = list(dict.fromkeys(names))  # --model may be one of --runs
+        raise UsageError("A model is required. Give --model MODEL, or --runs RUN RUN RUN.")
+    names = list(dict.fromkeys(names))  # --model may also be listed in --runs
     runs = [("capivara", run, name) for run, name in enumerate(names)]
     models = []
     for role, run, name in [("baseline", 0, args.baseline)] * bool(args.baseline) + runs:
-        facts, is_baseline = Path(name) / "run.json", role == "baseline"
-        made = {} if is_baseline or not facts.is_file() else read_json(facts)
+        run_file, is_baseline = Path(name) / "run.json", role == "baseline"
+        run_data = {} if is_baseline or not run_file.is_file() else read_json(run_file)
         model = load_embedder(name, "cpu", is_baseline, args.precision)
-        one = {"name": name, "role": role, "run": run, "seed": made.get("seed"), "fingerprint": model.fingerprint}
-        base = str(made.get("config", {}).get("model", ""))
-        one |= {"published": published_as(name, role, **model.facts)}
-        models.append(one | model.facts | {"base_published": published_as(base, "baseline", **model.facts)})
+        entry = {"name": name, "role": role, "run": run, "seed": run_data.get("seed"), "fingerprint": model.fingerprint}
+        base = str(run_data.get("config", {}).get("model", ""))
+        entry |= {"published": find_published_name(name, role, **model.metadata)} | model.metadata
+        models.append(entry | {"base_published": find_published_name(base, "baseline", **model.metadata)})
     if len({model["fingerprint"] for model in models[-len(runs) :]}) < len(runs):
-        raise ValueError("Two of --runs hold the same model, so that their deviation would mean nothing.")
+        raise ValueError("--runs must be different models, but two of them have the same weights.")
     return models
 
 
-def plan(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The models, and what is to be measured: an entry a benchmark, language and model, as suite.json has them.
+def plan_measurements(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Plan the measurements: one for each benchmark, language and model.
 
-    An entry's `status` is "planned", "measured" or, with the `reason`, "not run"; `local` says that its data lie here,
-    so that "not run" is a fault; `data` is what the task takes, and `skipped` counts images that could not be read.
+    Returns:
+        The models (see `load_models`), and one dict per measurement, to be stored in suite.json. `benchmark`,
+        `language`, `role` and `run` identify the measurement. `file` is the name of its result file. `status` is
+        "planned" or "not run", with a `reason`; after a successful measurement it becomes "measured". `data` is the
+        path or Hub id of the data. `local` is True if the data are in --data_dir; the status "not run" is then an
+        error. `skipped` is the number of images that could not be read.
     """
-    benchmarks, asked = chosen(args), args.languages
-    models, measurements = models_of(args), []
+    benchmarks, requested = select_benchmarks(args), args.languages
+    models, measurements = load_models(args), []
     for benchmark in benchmarks:
-        place = locate(benchmark, args.data_dir)
-        languages = [code for code in benchmark.all_languages if code in asked] if asked else benchmark.languages
-        if not languages and benchmark.key in args.only:  # named, so that it must be heard of
-            languages, known = [benchmark.language], " ".join(benchmark.all_languages)
-            reason = f"it is in {known}, and --languages asks for {' '.join(asked)}"
-            place = {"data": "", "local": False, "reason": reason}
+        source = locate_data(benchmark, args.data_dir)
+        languages = benchmark.languages
+        if requested:
+            languages = [code for code in benchmark.available_languages if code in requested]
+        if not languages and benchmark.key in args.only:  # the user named this benchmark, so the table must list it
+            languages, known = [benchmark.language], " ".join(benchmark.available_languages)
+            reason = f"its languages are {known}, but --languages is {' '.join(requested)}"
+            source = {"data": "", "local": False, "reason": reason}
         for language in languages:
             for model in models:
                 suffix = "baseline" if model["role"] == "baseline" else f"{model['role']}-{model['run']}"
-                one = {"benchmark": benchmark.key, "language": language, "role": model["role"], "run": model["run"]}
-                one |= {"file": f"{benchmark.key}-{language}-{suffix}.json", "skipped": 0, **place}
-                measurements.append(one | {"status": "not run" if one["reason"] else "planned"})
+                entry = {"benchmark": benchmark.key, "language": language, "role": model["role"], "run": model["run"]}
+                entry |= {"file": f"{benchmark.key}-{language}-{suffix}.json", "skipped": 0, **source}
+                measurements.append(entry | {"status": "not run" if entry["reason"] else "planned"})
     return models, measurements
 
 
-def measure(
+def run_measurement(
     args: SuiteArguments, benchmark: Benchmark, model: dict[str, Any], measurement: dict[str, Any]
 ) -> list[Record]:
-    """Run a task; it writes its result file."""
-    shared = {known.name: getattr(args, known.name) for known in fields(EmbeddingArguments)}
-    shared |= {"model": model["name"], "output": args.output / measurement["file"], "split": benchmark.split}
-    shared |= {"role": model["role"], "language": measurement["language"], "seed": model["seed"]}
-    shared |= {"image_column": benchmark.image_column}
+    """Run one planned measurement, write its result file, and return its records.
+
+    Args:
+        args: Arguments of the suite.
+        benchmark: The benchmark.
+        model: The model's dict from `load_models`.
+        measurement: The measurement's dict from `plan_measurements`.
+    """
+    options = {field.name: getattr(args, field.name) for field in fields(EmbeddingArguments)}
+    options |= {"model": model["name"], "output": args.output / measurement["file"], "split": benchmark.split}
+    options |= {"role": model["role"], "language": measurement["language"], "seed": model["seed"]}
+    options["image_column"] = benchmark.image_column
     if benchmark.task == "retrieval":
-        shared |= {"caption_column": benchmark.caption_column, "caption_positions": benchmark.caption_positions}
-        task = RetrievalArguments(dataset=measurement["data"], dataset_name=benchmark.key, **shared)
-        return evaluate_retrieval(task, pictures=False)
-    shared |= {"protocol": args.protocol if benchmark.protocol == "ours" else benchmark.protocol}
-    shared |= {"benchmark": benchmark.prompts, "authors_file": args.authors_file}
-    shared |= {"label_column": benchmark.label_column}
-    return evaluate_classification(ClassificationArguments(images=measurement["data"], **shared))
+        options |= {"caption_column": benchmark.caption_column, "caption_positions": benchmark.caption_positions}
+        task = RetrievalArguments(dataset=measurement["data"], dataset_name=benchmark.key, **options)
+        return evaluate_retrieval(task, draw_sheet=False)
+    options["protocol"] = args.protocol if benchmark.protocol == "ours" else benchmark.protocol
+    options |= {"benchmark": benchmark.prompts, "authors_file": args.authors_file}
+    options["label_column"] = benchmark.label_column
+    return evaluate_classification(ClassificationArguments(images=measurement["data"], **options))
 
 
-def run(args: SuiteArguments) -> dict[str, Any] | None:
-    """Measure what is planned, each task on all processes, going on where one fails; the main one has the summary."""
-    models, measurements = plan(args)
-    main, benchmarks = processes().is_main_process, load_benchmarks()
-    by_role = {(model["role"], model["run"]): model for model in models}
-    for number, one in enumerate(measurements, 1):
-        if one["status"] == "planned":
+def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
+    """Run the suite and write suite.json and table.md.
+
+    If the command was started by a distributed launcher, all processes work on each measurement together. If a
+    measurement fails, the suite records the reason and continues.
+
+    Returns:
+        On the main process the summary, which is the content of suite.json; None on the other processes.
+    """
+    models, measurements = plan_measurements(args)
+    is_main, benchmarks = process_state().is_main_process, load_benchmarks()
+    models_by_run = {(model["role"], model["run"]): model for model in models}
+    for number, measurement in enumerate(measurements, 1):
+        if measurement["status"] == "planned":
+            model = models_by_run[measurement["role"], measurement["run"]]
             try:
-                measure(args, benchmarks[one["benchmark"]], by_role[one["role"], one["run"]], one)
-                one["status"] = "measured"
-            except Exception as error:  # the others are measured all the same
-                kind = ""
-                if not isinstance(error, ValueError | OSError | ImportError):  # want of memory, or a fault of ours
-                    kind = f"{type(error).__name__}: "
+                run_measurement(args, benchmarks[measurement["benchmark"]], model, measurement)
+                measurement["status"] = "measured"
+            except Exception as error:  # one benchmark that fails must not end the others
+                error_type = ""
+                if not isinstance(error, ValueError | OSError | ImportError):  # out of memory, or a bug
+                    error_type = f"{type(error).__name__}: "
                     traceback.print_exc()
-                one |= {"status": "not run", "reason": kind + " ".join(hide_paths(str(error)).split())}
-        if main:
-            if one["status"] == "measured":
-                one["skipped"] = read_json(args.output / one["file"])["skipped_rows"]
-            outcome = ": ".join(filter(None, (one["status"], one["reason"])))
-            print(f"[{number}/{len(measurements)}] {one['file'].removesuffix('.json')}: {outcome}", flush=True)
-    if not main:
+                measurement |= {"status": "not run", "reason": error_type + " ".join(hide_paths(str(error)).split())}
+        if is_main:
+            if measurement["status"] == "measured":
+                measurement["skipped"] = read_json(args.output / measurement["file"])["skipped_rows"]
+            outcome = ": ".join(filter(None, (measurement["status"], measurement["reason"])))
+            print(f"[{number}/{len(measurements)}] {measurement['file'].removesuffix('.json')}: {outcome}", flush=True)
+    if not is_main:
         return None
-    summary = _summary(args, models, measurements)
+    summary = _build_summary(args, models, measurements)
     write_json(args.output / "suite.json", summary)
-    write_text(args.output / "table.md", suite_table(summary))
+    write_text(args.output / "table.md", render_suite_table(summary))
     return summary
 
 
-def _summary(args: SuiteArguments, models: list[dict[str, Any]], measurements: list[dict[str, Any]]) -> dict[str, Any]:
-    """suite.json: what was asked for, what became of each measurement, and all that the table says, as data."""
-    measured = [one for one in measurements if one["status"] == "measured"]
-    values = [vars(record) | one for one in measured for record in read_records(args.output / one["file"])]
-    runs, known = {role: sum(m["role"] == role for m in models) for role in MODEL_NAMES}, load_benchmarks()
-    pairs = dict.fromkeys((one["benchmark"], one["language"]) for one in measurements)
-    pairs = [(known[key], language) for key, language in pairs]
+def _build_summary(
+    args: SuiteArguments, models: list[dict[str, Any]], measurements: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the content of suite.json: settings, models, measurements, and the rows of the table.
+
+    Args:
+        args: Arguments of the suite.
+        models: The models, see `load_models`.
+        measurements: All measurements, see `plan_measurements`. Results are read from the files of those with the
+            status "measured".
+    """
+    values = []
+    for measurement in measurements:
+        if measurement["status"] == "measured":
+            values += [vars(record) | measurement for record in read_records(args.output / measurement["file"])]
+    model_counts = {role: sum(model["role"] == role for model in models) for role in ROLE_NAMES}
+    keys = dict.fromkeys((measurement["benchmark"], measurement["language"]) for measurement in measurements)
+    pairs = [(load_benchmarks()[key], language) for key, language in keys]
     published = {"baseline": models[-1]["base_published"]} | {model["role"]: model["published"] for model in models}
-    rows, left_out = suite_rows(pairs, values, runs, args.protocol, published)
+    rows, averages_left_out = build_suite_rows(pairs, values, model_counts, args.protocol, published)
     return {
         "summary_version": SUMMARY_VERSION,
         **{name: getattr(args, name) for name in ("suite", "protocol", "precision")},
         "versions": package_versions(),
         "models": [model | {"name": hide_paths(model["name"])} for model in models],
-        "measurements": [one | {"data": hide_paths(one["data"])} for one in measurements],
+        "measurements": [entry | {"data": hide_paths(entry["data"])} for entry in measurements],
         "rows": rows,
-        "averages_left_out": left_out,
-        "notes": {b.key: (b.title, b.protocol_note) for b, _ in pairs},
+        "averages_left_out": averages_left_out,
+        "notes": {benchmark.key: (benchmark.title, benchmark.protocol_note) for benchmark, _ in pairs},
     }
 
 
-def suite_rows(
+def build_suite_rows(
     pairs: list[tuple[Benchmark, str]],
     values: list[dict[str, Any]],
-    runs: dict[str, int],
+    model_counts: dict[str, int],
     protocol: str = "ours",
     published: dict[str, str | None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of a suite's table, as data, in per cent; and a line where the average of ELEVATER is left out.
+    """Build the rows of a suite's table: measured and published results, in percent.
 
-    `values` have the fields of a `Record`, with `benchmark`, `role` and `run`, the number of the model of its role;
-    `runs` is role -> number of its models, `published` role -> what they were published as, their role where None.
+    Args:
+        pairs: Benchmarks, each with a language. Each pair gets a row, or for retrieval a row per direction.
+        values: Measured results as dicts: the fields of a `Record`, and `benchmark` (key), `role` ("baseline" or
+            "capivara") and `run` (number of the model, counted from 0 for each role).
+        model_counts: Role -> number of models.
+        protocol: Source of class names and prompts, "ours" or "authors".
+        published: Role -> name for `Benchmark.get_published_figure`. Default: the role itself.
+
+    Returns:
+        The rows (see `_build_row`), and a remark for each average that is omitted because a dataset is missing.
     """
-    own = pandas.DataFrame([(b.key, language, b.metric) for b, language in pairs], columns=[*KEYS[:2], "metric"])
-    frame = pandas.DataFrame(values, columns=[*KEYS, "metric", "run", "value", "n"]).merge(own)
+    metrics = [(benchmark.key, language, benchmark.metric) for benchmark, language in pairs]
+    metrics = pandas.DataFrame(metrics, columns=["benchmark", "language", "metric"])
+    # The merge keeps only results in the metric that was published for the benchmark.
+    frame = pandas.DataFrame(values, columns=[*GROUP_COLUMNS, "metric", "run", "value", "n"]).merge(metrics)
     frame["value"] = 100 * frame["value"].astype(float)
-    average, left_out = read_benchmark(FOLDER / "elevater.json"), []
-    members = [b.key for b, _ in pairs if average.key in b.suite]
-    of_sets = frame[frame["benchmark"].isin(members)]
-    of_runs = means(of_sets, ["role", "run"]).reset_index()
-    if len(members) == average.count and (of_runs["seeds"] == average.count).sum() == sum(runs.values()):
-        of_runs = of_runs.assign(value=of_runs["mean"], benchmark=average.key, language="pt", direction="", n=0)
-        frame = pandas.concat([frame, of_runs])
-        last = max(number for number, (b, _) in enumerate(pairs) if b.key in members)
+    average, averages_left_out = read_benchmark(BENCHMARKS_FOLDER / "elevater.json"), []
+    members = [benchmark.key for benchmark, _ in pairs if average.key in benchmark.suite]
+    member_values = frame[frame["benchmark"].isin(members)]
+    run_means = compute_means(member_values, ["role", "run"]).reset_index()  # `seeds` counts datasets here
+    if len(members) == average.count and (run_means["seeds"] == average.count).sum() == sum(model_counts.values()):
+        run_means = run_means.assign(value=run_means["mean"], benchmark=average.key, language="pt", direction="", n=0)
+        frame = pandas.concat([frame, run_means])
+        last = max(number for number, (benchmark, _) in enumerate(pairs) if benchmark.key in members)
         pairs = [*pairs[: last + 1], (average, "pt"), *pairs[last + 1 :]]
     elif members:
-        there = of_sets[of_sets["role"] == "capivara"].groupby("benchmark")["run"].nunique()
-        there = (there == runs["capivara"]).sum()
-        left_out.append(f"{average.title}: left out, since {there} of its {average.count} sets ran.")
-    found = means(frame, KEYS).reset_index()
-    found = found[found["seeds"] == found["role"].map(runs)]  # a mean of fewer runs would mislead
-    published = published or {role: role for role in runs}
+        run_counts = member_values[member_values["role"] == "capivara"].groupby("benchmark")["run"].nunique()
+        complete = (run_counts == model_counts["capivara"]).sum()
+        averages_left_out.append(f"{average.title}: omitted, since only {complete} of {average.count} datasets ran.")
+    means = compute_means(frame, GROUP_COLUMNS).reset_index()
+    # A mean is shown only if all models of the role were measured, because a mean of fewer models would mislead.
+    means = means[means["seeds"] == means["role"].map(model_counts)]
+    published = published or {role: role for role in model_counts}
     cells = [
         {
-            **dict(zip(KEYS, (b.key, language, direction, role), strict=True)), "of": b,
-            "published": b.published_figure(published[role], direction) if language == b.language else None,
+            "benchmark": benchmark.key, "language": language, "direction": direction, "role": role, "data": benchmark,
+            "published": (
+                benchmark.get_published_figure(published[role], direction) if language == benchmark.language else None
+            ),
         }
-        for b, language in pairs for direction in b.directions for role in runs
+        for benchmark, language in pairs for direction in benchmark.directions for role in model_counts
     ]  # fmt: skip
-    cells = pandas.DataFrame(cells).merge(found, "left")
-    cells["difference"] = cells["mean"] - [of["mean"] if of else math.nan for of in cells["published"]]
-    rows = [_row(of, protocol) for _, of in cells.groupby(KEYS[:3], sort=False)]
-    like = all(row["like_for_like"] for row in rows if row["benchmark"] in members)
-    return [row | {"like_for_like": like} if row["benchmark"] == average.key else row for row in rows], left_out
+    cells = pandas.DataFrame(cells).merge(means, "left")
+    cells["difference"] = cells["mean"] - [figure["mean"] if figure else math.nan for figure in cells["published"]]
+    rows = [_build_row(row_cells, protocol) for _, row_cells in cells.groupby(GROUP_COLUMNS[:3], sort=False)]
+    members_comparable = all(row["like_for_like"] for row in rows if row["benchmark"] in members)
+    for row in rows:
+        if row["benchmark"] == average.key:
+            row["like_for_like"] = members_comparable
+    return rows, averages_left_out
 
 
-def _row(cells: pandas.DataFrame, protocol: str) -> dict[str, Any]:
-    """Published and measured figures of the roles, and the measured minus the published ones in points."""
+def _build_row(cells: pandas.DataFrame, protocol: str) -> dict[str, Any]:
+    """Build a table row for a benchmark, language and direction.
+
+    Args:
+        cells: One line per role, with the benchmark, its published result, and mean and deviation of the measurements.
+        protocol: Source of class names and prompts, "ours" or "authors".
+
+    Returns:
+        A dict that describes the benchmark. `like_for_like` says whether measured and published results are comparable.
+        For each role it has a dict with `published` and `measured` (both in percent, or None) and `difference`,
+        measured minus published in percentage points.
+    """
     first = cells.iloc[0]
-    benchmark: Benchmark = first["of"]
+    benchmark: Benchmark = first["data"]
     title = benchmark.title + ("" if benchmark.languages == (first["language"],) else f" ({first['language']})")
     section = "beyond" if "beyond" in benchmark.suite else "paper"
-    # Of texts `n` counts captions, of the average nothing.
-    images = [int(n) for n in cells["n"] if n > 0 and first["direction"] != "text_to_image"]
-    like = benchmark.like_for_like and (benchmark.test_images is None or {*images[:1]} <= {benchmark.test_images})
-    like = like and (benchmark.task == "retrieval" or benchmark.protocol == "babel" or protocol == "authors")
+    # From text to image, `n` is the number of captions, not of images. The average has n = 0.
+    image_counts = [int(n) for n in cells["n"] if n > 0 and first["direction"] != "text_to_image"]
+    images = image_counts[0] if image_counts else None
+    same_number = None in (benchmark.test_images, images) or images == benchmark.test_images
+    same_prompts = benchmark.task == "retrieval" or benchmark.protocol == "babel" or protocol == "authors"
     row = {"benchmark": benchmark.key, "title": title, "section": section, "language": first["language"]}
-    row |= {"direction": first["direction"], "metric": benchmark.metric, "images": images[0] if images else None}
-    row |= {"test_images": benchmark.test_images, "like_for_like": like}
-    for of in cells.itertuples():
-        std = None if math.isnan(of.deviation) else of.deviation
-        measured = None if math.isnan(of.mean) else {"mean": of.mean, "std": std, "runs": int(of.seeds)}
-        difference = None if math.isnan(of.difference) else of.difference
-        row[of.role] = {"published": of.published, "measured": measured, "difference": difference}
+    row |= {"direction": first["direction"], "metric": benchmark.metric, "images": images}
+    row |= {
+        "test_images": benchmark.test_images,
+        "like_for_like": benchmark.like_for_like and same_number and same_prompts,
+    }
+    for cell in cells.itertuples():
+        std = None if math.isnan(cell.deviation) else cell.deviation
+        measured = None if math.isnan(cell.mean) else {"mean": cell.mean, "std": std, "runs": int(cell.seeds)}
+        difference = None if math.isnan(cell.difference) else cell.difference
+        row[cell.role] = {"published": cell.published, "measured": measured, "difference": difference}
     return row
 
 
-def suite_table(summary: dict[str, Any]) -> str:
-    """A suite's summary as Markdown: published and measured figures, their differences, and what was not run."""
+def render_suite_table(summary: dict[str, Any]) -> str:
+    """Render the summary of a suite as Markdown.
+
+    There is a table for the benchmarks of the paper and a table for the other benchmarks. Remarks below the tables list
+    three things: benchmarks that were not run, with the reasons; images that could not be read; and benchmarks whose
+    data or protocol differ from those of the published results.
+
+    Args:
+        summary: The content of suite.json, see `_build_summary`.
+
+    Returns:
+        The Markdown text.
+    """
     rows, titles, measurements = summary["rows"], summary["notes"], pandas.DataFrame(summary["measurements"])
-    facts = [
-        f"{row['title']}: {row['images']:,} images; the published split has {row['test_images']:,}."
+    remarks = [
+        f"{row['title']}: {row['images']:,} images were measured; the published split has {row['test_images']:,}."
         for row in rows
         if row["images"] and row["test_images"] not in (None, row["images"])
     ]
-    for one in measurements[measurements["skipped"] > 0].itertuples():
-        facts.append(f"{one.file.removesuffix('.json')}: {one.skipped:,} images could not be read and are left out.")
-    there = {row["benchmark"] for row in rows if any(row[role]["measured"] for role in MODEL_NAMES)}
-    facts += [f"{title}: {note}" for key, (title, note) in titles.items() if note and key in there]
-    facts += summary["averages_left_out"]
-    lost = measurements[measurements["status"] != "measured"]
-    for (benchmark, reason), of in lost.groupby(["benchmark", "reason"], sort=False):
-        which = "; ".join(f"{one.language}, {one.role} {one.run}" for one in of.itertuples())
-        some = f" ({which})" if len(of) % len(summary["models"]) else ""
-        facts.append(f"{benchmark}{some}: not run: {reason.rstrip('.')}.")
+    for entry in measurements[measurements["skipped"] > 0].itertuples():
+        name = entry.file.removesuffix(".json")
+        remarks.append(f"{name}: {entry.skipped:,} images could not be read and are omitted.")
+    measured = {row["benchmark"] for row in rows if any(row[role]["measured"] for role in ROLE_NAMES)}
+    remarks += [f"{title}: {note}" for key, (title, note) in titles.items() if note and key in measured]
+    remarks += summary["averages_left_out"]
+    not_run = measurements[measurements["status"] != "measured"]
+    for (benchmark, reason), entries in not_run.groupby(["benchmark", "reason"], sort=False):
+        affected = "; ".join(f"{entry.language}, {entry.role} {entry.run}" for entry in entries.itertuples())
+        suffix = f" ({affected})" if len(entries) % len(summary["models"]) else ""
+        remarks.append(f"{benchmark}{suffix}: not run: {reason.rstrip('.')}.")
     markdown = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = markdown.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(summary, names=MODEL_NAMES, facts=facts).strip() + "\n"
+    template = markdown.from_string(TABLE_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(summary, names=ROLE_NAMES, remarks=remarks).strip() + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    if summary := run(parse(SuiteArguments, __doc__, argv)):
-        print(suite_table(summary))
-        lost = {one["benchmark"] for one in summary["measurements"] if one["status"] == "not run" and one["local"]}
-        if lost:
-            sys.exit(f"error: {', '.join(sorted(lost))} could not be measured although data were given; see above.")
+    """Run the command line: run the suite and print its table.
+
+    Args:
+        argv: Command-line arguments; the arguments of the program if None.
+
+    Raises:
+        SystemExit: If a benchmark could not be measured although its data are in --data_dir.
+    """
+    if summary := run_suite(parse_arguments(SuiteArguments, __doc__, argv)):
+        print(render_suite_table(summary))
+        entries = summary["measurements"]
+        failed = {entry["benchmark"] for entry in entries if entry["status"] == "not run" and entry["local"]}
+        if failed:
+            sys.exit(
+                f"error: {', '.join(sorted(failed))} failed although --data_dir has the data. The reasons are above."
+            )
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

@@ -1,17 +1,26 @@
-"""The demo, and worked examples of training, evaluation and search: each a command that reads from top to bottom."""
+"""Demo of CAPIVARA on OpenMoji, and worked examples of training, evaluation and search. Each module is a command."""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import capivara_common.interrupt  # noqa: F401
-from capivara_common.environment import device_description, package_versions
+from capivara_common.environment import describe_device, package_versions
 from capivara_common.privacy import hide_paths
 
 
-def run_facts(args: Any, device: Any = "cpu", *packages: str) -> dict[str, Any]:
-    """What an example writes beside its figures: `config`, the dataclass of its arguments without paths of this
-    machine, `device` and `versions`, those of `packages` beside the usual ones."""
+def describe_run(args: Any, device: Any = "cpu", *packages: str) -> dict[str, Any]:
+    """Describe how an example was run, for the example's results.json.
+
+    Args:
+        args: Dataclass instance with the command's arguments.
+        device: Device that the model ran on.
+        *packages: Names of packages whose versions are recorded in addition to the default ones of `package_versions`.
+
+    Returns:
+        Dictionary with `config` (values of the arguments by name; paths that would reveal folders of this machine are
+        hidden), `device` (description of the device) and `versions` (package versions by name).
+    """
     config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
     versions = package_versions(*packages)
-    return {"config": hide_paths(config), "device": device_description(device), "versions": versions}
+    return {"config": hide_paths(config), "device": describe_device(device), "versions": versions}

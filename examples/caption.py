@@ -1,10 +1,11 @@
-r"""Captions of pictures in Portuguese: the sentences of a bank that fit best.
+r"""Caption images in Portuguese by retrieval: choose the sentences of a caption bank that fit an image best.
 
     python -m examples.caption --model runs/openmoji-pt-001
     python -m examples.caption --model MODEL --pictures ~/Fotos --bank frases.txt --top_k 3 > legendas.csv
 
-A bank, the lines of a text file or the captions of the training split, names nothing that is not in it. What is printed
-is CSV: picture, cosine with the caption, caption.
+The caption bank is the collection of sentences to choose from: a text file with one sentence per line, or the captions
+of a dataset's training split. Captions are only chosen from the bank, never generated. The output is CSV with the
+columns picture (path of the image), score (cosine similarity of image and caption) and caption.
 """
 
 import csv
@@ -17,74 +18,92 @@ from pathlib import Path
 import PIL.Image
 from datasets import Dataset
 
-from capivara_common.cli import at_least, flag, parse, run_command
-from capivara_common.environment import torch_device
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.environment import resolve_device
 from capivara_common.image_files import BadImage, decode_image
-from capivara_common.privacy import visible
-from capivara_search.picture_files import find_pictures
-from examples.openmoji.dataset import load_embedded
+from capivara_common.privacy import escape_control_characters
+from capivara_search.folder_scan import find_pictures
+from examples.openmoji.dataset import load_dataset_with_images
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
 
 @dataclass
 class CaptionArguments:
-    """Arguments of `examples.caption`."""
+    """Command-line flags of `python -m examples.caption`."""
 
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
-    pictures: Path | None = flag(None, "Folder of pictures; those of the test split where none.")
-    dataset: Path = flag(Path("data/openmoji/dataset"), "Saved data set with the columns image and captions-LANGUAGE.")
+    pictures: Path | None = flag(None, "Folder of images to caption. Default: the images of the test split.")
+    dataset: Path = flag(Path("data/openmoji/dataset"), "Saved dataset with the columns image and captions-LANGUAGE.")
     language: str = flag("pt", "Language of the captions.")
-    bank: Path | None = flag(
-        None, "Text file of sentences, a line each; the captions of the training split where none."
-    )
-    top_k: int = flag(3, "Captions a picture.")
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+    bank: Path | None = flag(None, "Text file with one sentence per line. Default: the captions of the training split.")
+    top_k: int = flag(3, "Number of captions per image.")
+    device: str | None = flag(None, "cpu or cuda. Default: the GPU if there is one.")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "top_k")
+        check_at_least(self, 1, "top_k")
 
 
-def pictures_in(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
-    """The pictures in a folder and below, whose names are added to `names`; those that can't be read are named."""
+def iter_pictures(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
+    """Yield the decoded images in a folder and its subfolders.
+
+    An image that can't be read is reported on stderr and skipped.
+
+    Args:
+        folder: Folder to search.
+        names: Output argument: list to which the path of each yielded image, relative to `folder`, is appended.
+    """
     for file in find_pictures([folder])[0]:
         try:
             image = decode_image({"bytes": Path(file.path).read_bytes(), "path": file.path})
         except (BadImage, OSError) as error:
-            print(visible(str(error)), file=sys.stderr)
+            print(escape_control_characters(str(error)), file=sys.stderr)
             continue
         names.append(os.path.relpath(file.path, folder.expanduser().absolute()))
         yield image
 
 
-def captions_of(rows: Dataset, language: str) -> tuple[list[str], list[int]]:
-    """Every caption of a split, and the row that it is of."""
-    lists = ([found] if isinstance(found, str) else found for found in rows[f"captions-{language}"])
-    texts, of = zip(*((text, row) for row, found in enumerate(lists) for text in found), strict=True)
-    return list(texts), list(of)
+def list_captions(rows: Dataset, language: str) -> tuple[list[str], list[int]]:
+    """List all captions of a dataset split in one language.
+
+    Args:
+        rows: Dataset split with the column captions-LANGUAGE, whose cells are a caption or a list of captions.
+        language: Code of the language, such as "pt".
+
+    Returns:
+        The captions, and for each caption the number of the row (image) that it belongs to.
+    """
+    captions = [[cell] if isinstance(cell, str) else cell for cell in rows[f"captions-{language}"]]
+    texts = [text for row_captions in captions for text in row_captions]
+    row_numbers = [row for row, row_captions in enumerate(captions) for _ in row_captions]
+    return texts, row_numbers
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(CaptionArguments, __doc__, argv)
-    data = None if args.pictures and args.bank else load_embedded(args.dataset)
+    """Run the command: print the most similar captions of each image as CSV.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
+    args = parse_arguments(CaptionArguments, __doc__, argv)
+    data = None if args.pictures and args.bank else load_dataset_with_images(args.dataset)
     sentences = (
-        args.bank.read_text("utf-8-sig").splitlines() if args.bank else captions_of(data["train"], args.language)[0]
+        args.bank.read_text("utf-8-sig").splitlines() if args.bank else list_captions(data["train"], args.language)[0]
     )
     bank = list(dict.fromkeys(filter(None, map(str.strip, sentences))))
     if not bank:
-        raise ValueError(f"The bank {args.bank} has no sentence. Write one a line.")
-    model, processor = load_model(args.model).eval().to(torch_device(args.device)), load_processor(args.model)
+        raise ValueError(f"The caption bank {args.bank} is empty. Write one sentence per line.")
+    model, processor = load_model(args.model).eval().to(resolve_device(args.device)), load_processor(args.model)
     names: list[str] = [] if args.pictures else [f"test/{row}" for row in range(len(data["test"]))]
-    pictures = pictures_in(args.pictures, names) if args.pictures else data["test"]["image"]
+    pictures = iter_pictures(args.pictures, names) if args.pictures else data["test"]["image"]
     images = embed_images(model, processor, pictures, progress="Pictures")  # (pictures, width), unit length
     texts = embed_texts(model, processor, bank, progress="Bank")  # (sentences, width), unit length
     writer = csv.writer(sys.stdout)
     writer.writerow(["picture", "score", "caption"])
     for name, image in zip(names, images, strict=True):
         best = (texts @ image).topk(min(args.top_k, len(bank)))
-        for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            writer.writerow([visible(name), f"{score:.4f}", visible(bank[place])])
+        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            writer.writerow([escape_control_characters(name), f"{score:.4f}", escape_control_characters(bank[index])])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-r"""Better Portuguese search in vector stores that are filled already: the text side alone is exchanged.
+r"""Improve Portuguese search in existing vector stores by replacing only the text encoder of the model.
 
     python -m hub_upload.export --model runs/openmoji-pt-001 --output text_side --formats drop_in \
         --base data/openmoji/base
     python -m examples.exchange_text_side --text_side text_side
 
-A Qdrant collection (the local mode of its client) and a LanceDB table are filled with the test pictures, embedded with
-the base. The Portuguese captions are then looked up in both, by the base's own text side and by the exported one, which
-sentence-transformers opens. Recall is eval's. The vectors in the stores are read before and after: a picture whose
-vector is another one counts as embedded again. Stores and `results.json` lie in the output folder.
+The first command exports the text encoder of a fine-tuned model. The second command runs the example. It fills a Qdrant
+collection (local mode) and a LanceDB table with the embeddings of the test images, computed by the base model. It then
+searches both stores twice with the Portuguese captions: embedded by the text encoder of the base model, and embedded by
+the exported text encoder (loaded with sentence-transformers). It reports recall@k of each search. The stored vectors
+are compared before and after the searches, to show that no image was embedded again. The output folder gets the two
+stores and `results.json`.
 """
 
 from contextlib import closing
@@ -23,112 +25,160 @@ from qdrant_client.models import Distance, PointStruct, VectorParams
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-import modeling_capivara  # noqa: F401  registers the tokenizer of the text side: none of its folder's code is run
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import check_inputs_stay, read_json, whole_folder, write_json
-from capivara_common.image_side_digest import image_side_digest
+import modeling_capivara  # noqa: F401  registers the tokenizer, so that no code of the model folder is executed
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import atomic_folder, check_inputs_outside, read_json, write_json
+from capivara_common.image_encoder_digest import image_encoder_digest
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_recall, recall_at_k
-from examples import run_facts
-from examples.caption import captions_of
-from examples.openmoji.dataset import load_embedded
+from examples import describe_run
+from examples.caption import list_captions
+from examples.openmoji.dataset import load_dataset_with_images
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
-NAME, DEEPEST = "pictures", max(RECALL_CUTOFFS)
-SAME = 1e-6  # of a vector's numbers: Qdrant's local mode scales all to length 1 at every query, which moves last bits
+COLLECTION_NAME = "pictures"
+SEARCH_DEPTH = max(RECALL_CUTOFFS)  # number of images retrieved per query
+# Two vectors are considered equal if no number differs by more than this. Qdrant's local mode normalizes the stored
+# vectors at every query, which changes the last bits of their numbers.
+VECTOR_TOLERANCE = 1e-6
 
 
 @dataclass
 class ExchangeArguments:
-    """Arguments of `examples.exchange_text_side`."""
+    """Command-line flags of `python -m examples.exchange_text_side`."""
 
-    text_side: Path = flag(..., "Folder that `hub_upload.export --formats drop_in` has written.")
-    base: str = flag("data/openmoji/base", "Folder of the model that the pictures are embedded with.")
-    dataset: Path = flag(Path("data/openmoji/dataset"), "Saved data set with the columns image and captions-LANGUAGE.")
-    split: str = flag("test", "Split of it.")
+    text_side: Path = flag(..., "Folder with a text encoder, written by `hub_upload.export --formats drop_in`.")
+    base: str = flag("data/openmoji/base", "Folder of the model that embeds the images.")
+    dataset: Path = flag(Path("data/openmoji/dataset"), "Saved dataset with the columns image and captions-LANGUAGE.")
+    split: str = flag("test", "Split of the dataset.")
     language: str = flag("pt", "Language of the captions.")
-    output: Path = flag(Path("runs/exchange_text_side"), "Folder of the stores and the figures.")
-    overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
+    output: Path = flag(Path("runs/exchange_text_side"), "Folder for the vector stores and results.json.")
+    overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
 
 
 class QdrantPictures:
-    """A collection of Qdrant in a folder, by the local mode of its client; a picture's number is that of its row."""
+    """Vector store of image embeddings: a Qdrant collection in local mode, stored in a folder.
+
+    Args:
+        folder: Folder to create the collection in.
+        vectors: (images, width), image embeddings. The row number of an image becomes the id of its vector.
+    """
 
     def __init__(self, folder: Path, vectors: np.ndarray):
         self.client = QdrantClient(path=str(folder))
-        self.client.create_collection(NAME, VectorParams(size=vectors.shape[1], distance=Distance.COSINE))
-        self.client.upsert(NAME, [PointStruct(id=row, vector=vector.tolist()) for row, vector in enumerate(vectors)])
+        self.client.create_collection(COLLECTION_NAME, VectorParams(size=vectors.shape[1], distance=Distance.COSINE))
+        self.client.upsert(
+            COLLECTION_NAME, [PointStruct(id=row, vector=vector.tolist()) for row, vector in enumerate(vectors)]
+        )
         self.close = self.client.close
 
     def nearest(self, query: np.ndarray) -> list[int]:
-        """The numbers of the `DEEPEST` pictures nearest to (width,), the nearest first."""
-        return [hit.id for hit in self.client.query_points(NAME, query=query.tolist(), limit=DEEPEST).points]
+        """Return the row numbers of the `SEARCH_DEPTH` images nearest to a query vector (width,), the nearest first."""
+        return [
+            hit.id for hit in self.client.query_points(COLLECTION_NAME, query=query.tolist(), limit=SEARCH_DEPTH).points
+        ]
 
     def vectors(self) -> np.ndarray:
-        """(pictures, width), as they lie in the store."""
-        points, _ = self.client.scroll(NAME, limit=self.client.count(NAME).count, with_vectors=True)
+        """Return the stored vectors in the order of the rows, (images, width)."""
+        points, _ = self.client.scroll(
+            COLLECTION_NAME, limit=self.client.count(COLLECTION_NAME).count, with_vectors=True
+        )
         return np.array([point.vector for point in sorted(points, key=lambda point: point.id)], dtype=np.float32)
 
 
 class LancePictures:
-    """A table of LanceDB in a folder; its methods are those of `QdrantPictures`."""
+    """Vector store of image embeddings: a LanceDB table in a folder, with the same methods as `QdrantPictures`.
+
+    Args:
+        folder: Folder to create the table in.
+        vectors: (images, width), image embeddings. The row number of an image becomes the id of its vector.
+    """
 
     def __init__(self, folder: Path, vectors: np.ndarray):
         rows = [{"id": row, "vector": vector} for row, vector in enumerate(vectors)]
-        self.table, self.close = lancedb.connect(folder).create_table(NAME, rows), lambda: None
+        self.table = lancedb.connect(folder).create_table(COLLECTION_NAME, rows)
+
+    def close(self) -> None:
+        """Do nothing. The method exists because a Qdrant store must be closed, and a LanceDB table needs no cleanup."""
 
     def nearest(self, query: np.ndarray) -> list[int]:
-        """As `QdrantPictures.nearest`."""
-        return self.table.search(query).distance_type("cosine").limit(DEEPEST).to_arrow()["id"].to_pylist()
+        """Return the row numbers of the `SEARCH_DEPTH` images nearest to a query vector (width,), the nearest first."""
+        return self.table.search(query).distance_type("cosine").limit(SEARCH_DEPTH).to_arrow()["id"].to_pylist()
 
     def vectors(self) -> np.ndarray:
-        """As `QdrantPictures.vectors`."""
+        """Return the stored vectors in the order of the rows, (images, width)."""
         return np.array(self.table.to_arrow().sort_by("id")["vector"].to_pylist(), dtype=np.float32)
 
 
-def recalls(pictures: QdrantPictures | LancePictures, queries: np.ndarray, right: list[int]) -> dict[str, float]:
-    """Recall at each of eval's cut-offs and their mean, by what the store finds; `right` is each query's picture."""
+def compute_recalls(
+    pictures: QdrantPictures | LancePictures, queries: np.ndarray, picture_of_query: list[int]
+) -> dict[str, float]:
+    """Search a vector store with all queries and compute recall@k.
+
+    Args:
+        pictures: Vector store of image embeddings.
+        queries: (queries, width), text embeddings.
+        picture_of_query: For each query, the row number of the only image that is relevant.
+
+    Returns:
+        Recall from 0 to 1, by name: "recall@k" for each k in `RECALL_CUTOFFS`, and their mean as "mean_recall".
+    """
     ranks = []
-    for query, number in zip(tqdm(queries, desc="Queries", unit="query"), right, strict=True):
+    for query, row in zip(tqdm(queries, desc="Queries", unit="query"), picture_of_query, strict=True):
         hits = pictures.nearest(query)
-        ranks.append(hits.index(number) if number in hits else DEEPEST)
-    found = torch.tensor(ranks)
-    return {f"recall@{k}": recall_at_k(found, k) for k in RECALL_CUTOFFS} | {"mean_recall": mean_recall(found)}
+        ranks.append(hits.index(row) if row in hits else SEARCH_DEPTH)
+    ranks = torch.tensor(ranks)
+    return {f"recall@{k}": recall_at_k(ranks, k) for k in RECALL_CUTOFFS} | {"mean_recall": mean_recall(ranks)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(ExchangeArguments, __doc__, argv)
-    check_inputs_stay(args.output, args.text_side, args.base, args.dataset)
+    """Run the command: fill both vector stores, search them with both text encoders, and report recall.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
+    args = parse_arguments(ExchangeArguments, __doc__, argv)
+    check_inputs_outside(args.output, args.text_side, args.base, args.dataset)
     if not (args.text_side / "drop_in.json").is_file():
-        raise ValueError(f"{args.text_side} is no exported text side; hub_upload.export --formats drop_in makes one.")
-    wanted, found = read_json(args.text_side / "drop_in.json", image_digest=str), image_side_digest(Path(args.base))
-    if wanted["image_digest"] != found:
-        raise ValueError(f"{args.text_side} is for pictures of the digest {wanted['image_digest']}, not {found}.")
+        hint = "Write one with hub_upload.export --formats drop_in"
+        raise ValueError(f"{args.text_side} is not an exported text encoder (drop_in.json is missing). {hint}.")
+    expected_digest = read_json(args.text_side / "drop_in.json", image_digest=str)["image_digest"]
+    base_digest = image_encoder_digest(Path(args.base))
+    if expected_digest != base_digest:
+        raise ValueError(
+            f"{args.text_side} was exported for another image encoder than that of {args.base}: its digest is "
+            f"{expected_digest}, not {base_digest}."
+        )
     if not (args.text_side / "modules.json").is_file():
-        raise ValueError(f"{args.text_side} is a SigLIP's; sentence-transformers opens CAPIVARA's alone.")
-    with whole_folder(args.output, args.overwrite_output_dir) as folder:
-        rows = load_embedded(args.dataset)[args.split]
-        texts, right = captions_of(rows, args.language)
+        raise ValueError(
+            f"{args.text_side} belongs to a SigLIP model. sentence-transformers loads only text encoders of CAPIVARA."
+        )
+    with atomic_folder(args.output, args.overwrite_output_dir) as folder:
+        rows = load_dataset_with_images(args.dataset)[args.split]
+        texts, picture_of_text = list_captions(rows, args.language)
         model, processor = load_model(args.base).eval(), load_processor(args.base)
         vectors = embed_images(model, processor, rows["image"], progress="Pictures, by the base").numpy()
         queries = {
             "base": embed_texts(model, processor, texts, progress="Captions, by the base").numpy(),
             "exchanged": SentenceTransformer(str(args.text_side), device="cpu").encode(texts, show_progress_bar=True),
         }
-        facts: dict[str, Any] = {"pictures": len(vectors), "captions": len(texts), "embedded_again": 0, "recall": {}}
+        results: dict[str, Any] = {"pictures": len(vectors), "captions": len(texts), "embedded_again": 0, "recall": {}}
         for name, store in {"Qdrant": QdrantPictures, "LanceDB": LancePictures}.items():
             with closing(store(folder / name.lower(), vectors)) as pictures:
                 before = pictures.vectors()
-                facts["recall"][name] = {side: recalls(pictures, asked, right) for side, asked in queries.items()}
-                changed = np.abs(before - pictures.vectors()).max(axis=1) > SAME
-            facts["embedded_again"] = max(facts["embedded_again"], int(changed.sum()))
-        about = run_facts(args, "cpu", "qdrant-client", "lancedb", "sentence-transformers")
-        write_json(folder / "results.json", facts | about)
-    for store, sides in facts["recall"].items():
-        for side, figures in sides.items():
-            print(f"{store}, {side}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in figures.items()))
-    print("{captions} captions, {pictures} pictures; embedded again: {embedded_again}".format_map(facts))
+                results["recall"][name] = {
+                    encoder: compute_recalls(pictures, vectors_of_texts, picture_of_text)
+                    for encoder, vectors_of_texts in queries.items()
+                }
+                changed = np.abs(before - pictures.vectors()).max(axis=1) > VECTOR_TOLERANCE
+            results["embedded_again"] = max(results["embedded_again"], int(changed.sum()))
+        run = describe_run(args, "cpu", "qdrant-client", "lancedb", "sentence-transformers")
+        write_json(folder / "results.json", results | run)
+    for store, recalls in results["recall"].items():
+        for encoder, figures in recalls.items():
+            text = ", ".join(f"{name} {100 * value:.1f} %" for name, value in figures.items())
+            print(f"{store}, {encoder} text encoder: {text}")
+    print("{captions} captions, {pictures} images; images embedded again: {embedded_again}".format_map(results))
 
 
 if __name__ == "__main__":

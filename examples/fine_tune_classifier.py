@@ -1,11 +1,12 @@
-r"""From zero-shot to fine-tuned: an image classifier that starts with Portuguese class names and learns from labels.
+r"""Fine-tune an image classifier that starts as the zero-shot classifier of Portuguese class names.
 
     python -m examples.fine_tune_classifier --image_size 96 --output_dir runs/classifier
     python -m examples.fine_tune_classifier --model MODEL --learning_rate 1e-5 --images DATA --benchmark cifar-10 \
         --output_dir runs/cifar-10
 
-The first command takes scikit-learn's 1,797 handwritten digits and the base that `python -m examples.openmoji.prepare`
-makes. `--images` is a folder of splits with a sub-folder of images a class, a saved HF data set or a Hub id. Then
+The first command uses scikit-learn's 1,797 handwritten digits and the base model that `python -m
+examples.openmoji.prepare` makes. The value of `--images` is a saved Hugging Face dataset, a Hub id, or a folder that
+has one subfolder per split, each with one subfolder of images per class. Use the fine-tuned model with transformers:
 
     from transformers import pipeline
     import modeling_capivara
@@ -22,21 +23,21 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from capivara_common.cli import at_least, flag, parse, run_command
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.environment import resolve_precision
-from capivara_common.files import whole_folder, write_json, write_text
+from capivara_common.files import atomic_folder, write_json, write_text
 from capivara_common.image_files import BadImage
-from caption_data.labelled_images import LabelledImages, load_images
+from caption_data.labeled_images import LabeledImages, load_labeled_images
 from eval.capivara_metrics.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
-from examples import run_facts
+from examples import describe_run
 from modeling_capivara import CapivaraForImageClassification
 from modeling_capivara.loading import load_model, load_processor
 
-DIGITS = "mnist"  # benchmark whose names and templates the embedded images have
-HELD_OUT_DIGITS = 450  # of 1,797, a quarter
+DIGITS_BENCHMARK = "mnist"  # benchmark whose class names and templates are used for scikit-learn's digits
+TEST_DIGITS = 450  # a quarter of the 1,797 digits
 
-CARD = """---
+CARD_TEMPLATE = """---
 library_name: transformers
 pipeline_tag: image-classification
 language: [pt]
@@ -45,98 +46,133 @@ tags: [capivara]
 
 # Classifier of {benchmark}
 
-`{model}` fine-tuned on the images of {images}; `results.json` has settings and accuracies. It inherits the licences of
+`{model}` fine-tuned on the images of {images}; `results.json` has settings and accuracies. It inherits the licenses of
 that model and of those images.
 """
 
 
 @dataclass
 class ClassifierArguments:
-    """Arguments of `examples.fine_tune_classifier`."""
+    """Command-line flags of `python -m examples.fine_tune_classifier`."""
 
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
-    benchmark: str = flag(DIGITS, "Key in eval/prompts/pt: class names and templates.")
-    images: str | None = flag(None, "Labelled images; scikit-learn's digits where none.")
+    benchmark: str = flag(DIGITS_BENCHMARK, "Name of a file in eval/prompts/pt with class names and templates.")
+    images: str | None = flag(None, "Labeled images: folder, saved dataset or Hub id. Default: scikit-learn's digits.")
     output_dir: Path = flag(Path("runs/classifier"), "Folder for model and processor.")
-    overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
-    train_split: str = flag("train", "Split of --images that is learnt from.")
-    split: str = flag("test", "Split of --images that is measured.")
-    image_column: str | None = flag(None, "Name of the image column; found where none.")
-    label_column: str | None = flag(None, "Name of the label column; found where none.")
-    head_only: bool = flag(False, "Keep the image tower as it is.")
+    overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
+    train_split: str = flag("train", "Split of --images for training.")
+    split: str = flag("test", "Split of --images for evaluation.")
+    image_column: str | None = flag(None, "Name of the image column. Default: detected.")
+    label_column: str | None = flag(None, "Name of the label column. Default: detected.")
+    head_only: bool = flag(False, "Freeze the image tower and train only the head.")
     image_size: int | None = flag(
-        None, "Pixels a side, for a convolutional tower, which takes any; the processor's where none."
+        None, "Side of the images in pixels. Only for convolutional towers. Default: the processor's size."
     )
     epochs: float = flag(3.0, "Passes over the training images.")
-    batch_size: int = flag(32, "Images a step.")
-    learning_rate: float = flag(1e-3, "At its height; 1e-5 suits a large ViT better.")
-    seed: int = flag(0, "Seed of the order, and of the digits that are held out.")
+    batch_size: int = flag(32, "Images per optimizer step.")
+    learning_rate: float = flag(1e-3, "Peak learning rate. 1e-5 is better for a large ViT.")
+    seed: int = flag(0, "Seed of the image order and of the split of the digits.")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "image_size")
+        check_at_least(self, 1, "image_size")
 
 
-def digits(names: list[str], seed: int) -> DatasetDict:
-    """scikit-learn's digits, 8 x 8 pixels of 17 greys, as images with `labels`."""
+def make_digits_dataset(names: list[str], seed: int) -> DatasetDict:
+    """Build a dataset of scikit-learn's handwritten digits (8 x 8 pixels, 17 gray levels).
+
+    Args:
+        names: Names of the ten classes, from digit 0 to digit 9.
+        seed: Seed of the random split, which is stratified by class.
+
+    Returns:
+        Dataset with the splits train and test (`TEST_DIGITS` images). Both have the columns image and labels (class
+        index).
+    """
     from sklearn.datasets import load_digits
 
     pictures, labels = load_digits(return_X_y=True)
     pixels = (pictures.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     columns = {"image": [PIL.Image.fromarray(picture) for picture in pixels], "labels": labels}
     rows = Dataset.from_dict(columns, features=Features({"image": Image(), "labels": ClassLabel(names=names)}))
-    return rows.train_test_split(HELD_OUT_DIGITS, stratify_by_column="labels", seed=seed)
+    return rows.train_test_split(TEST_DIGITS, stratify_by_column="labels", seed=seed)
 
 
-class LabelledRows:
-    """Images with `labels`, decoded when the trainer asks for them; those that can't be read are left out."""
+class LabeledRows:
+    """Dataset for transformers' `Trainer` that decodes each labeled image when it is accessed.
 
-    def __init__(self, found: LabelledImages):
-        self.found = found
-        decoded = found.images.decoded(range(len(found.images)))
+    An item is a dictionary with `image` (PIL image) and `labels` (class index). Images that can't be read are left out.
+
+    Args:
+        labeled_images: Images with their labels, from `load_labeled_images`. All images are decoded once, to find those
+            that can't be read.
+    """
+
+    def __init__(self, labeled_images: LabeledImages):
+        self.labeled_images = labeled_images
+        decoded = labeled_images.images.decode_images(range(len(labeled_images.images)))
         self.rows = [row for row, image in decoded if not isinstance(image, BadImage)]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> dict:
-        row = self.rows[number]
-        return {"image": self.found.images.image(row), "labels": self.found.labels[row]}
+    def __getitem__(self, index: int) -> dict:
+        row = self.rows[index]
+        return {"image": self.labeled_images.images.load_image(row), "labels": self.labeled_images.labels[row]}
 
 
-def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | LabelledRows]:
-    """Training images and held-out ones."""
+def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | LabeledRows]:
+    """Load the labeled images for training and for evaluation.
+
+    Args:
+        args: Flags of the command, which name the images, the splits and the columns.
+        prompts: Class names of the benchmark.
+
+    Returns:
+        List of two datasets: the training images and the test images. Their items have the keys image and labels.
+
+    Raises:
+        ValueError: If `--images` is missing for a benchmark other than the digits, or an image has several labels.
+    """
     if args.images is None:
-        if args.benchmark != DIGITS:
-            raise ValueError(f"--benchmark {args.benchmark} needs its images, a folder or data set: give --images.")
-        return list(digits(prompts.names, args.seed).values())
+        if args.benchmark != DIGITS_BENCHMARK:
+            raise ValueError(f"--benchmark {args.benchmark} needs --images: a folder, a saved dataset or a Hub id.")
+        return list(make_digits_dataset(prompts.names, args.seed).values())
     columns = (args.image_column, args.label_column)
-    found = [load_images(args.images, split, prompts.names_en, *columns) for split in (args.train_split, args.split)]
-    if any(isinstance(images.labels[0], list) for images in found):
-        raise ValueError(f"{args.images} has several labels an image; this example takes one. Choose another data set.")
-    return [LabelledRows(images) for images in found]
+    splits = [
+        load_labeled_images(args.images, split, prompts.english_names, *columns)
+        for split in (args.train_split, args.split)
+    ]
+    if any(isinstance(labeled_images.labels[0], list) for labeled_images in splits):
+        rule = "this example supports one label per image"
+        raise ValueError(f"{args.images} has several labels per image, but {rule}. Choose another dataset.")
+    return [LabeledRows(labeled_images) for labeled_images in splits]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, fine-tune, measure again, and save model, processor and figures."""
-    args = parse(ClassifierArguments, __doc__, argv)
-    with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
+    """Run the command: measure accuracy, fine-tune, measure accuracy again, and save model, processor and results.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
+    args = parse_arguments(ClassifierArguments, __doc__, argv)
+    with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         prompts = load_prompts(args.benchmark)
         train, test = load_splits(args, prompts)
         processor = load_processor(args.model)
         if args.image_size:
             processor.image_processor.size = {"shortest_edge": args.image_size}
             processor.image_processor.crop_size = {"height": args.image_size, "width": args.image_size}
-        # The prompts of `prompts` are whole sentences with articles that agree, so the template is the prompt itself.
-        labels = dict(zip(prompts.names, prompts.filled, strict=True))
+        # The class prompts are already complete sentences with the right articles, so the template is just the prompt.
+        labels = dict(zip(prompts.names, prompts.class_prompts, strict=True))
         model = CapivaraForImageClassification.from_zero_shot(load_model(args.model).eval(), processor, labels, ["{}"])
         if args.head_only:
-            model.freeze_image_tower()
+            model.freeze_image_encoder()
 
         def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
             pixels = processor(images=[row["image"] for row in rows], return_tensors="pt")["pixel_values"]
             return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
 
-        def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+        def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
             scores, labels = torch.tensor(prediction.predictions), torch.tensor(prediction.label_ids)
             return {"accuracy": top_k_accuracy(scores, labels)}
 
@@ -148,9 +184,9 @@ def main(argv: list[str] | None = None) -> None:
             per_device_eval_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=0.1,  # share of all steps
+            warmup_steps=0.1,  # a fraction of all steps
             seed=args.seed,
-            remove_unused_columns=False,  # the model takes pixels, `collate` takes the images
+            remove_unused_columns=False,  # `Trainer` would remove the image column, which only `collate` uses
             save_strategy="no",
             logging_steps=10,
             use_cpu=device.type == "cpu",
@@ -158,19 +194,20 @@ def main(argv: list[str] | None = None) -> None:
             dataloader_pin_memory=device.type != "cpu",
             report_to="none",
         )
-        trainer = Trainer(model, training, collate, train, test, compute_metrics=accuracy)
-        found = {"zero_shot": trainer.evaluate()["eval_accuracy"]}
+        trainer = Trainer(model, training, collate, train, test, compute_metrics=compute_accuracy)
+        accuracies = {"zero_shot": trainer.evaluate()["eval_accuracy"]}
         seconds = trainer.train().metrics["train_runtime"]
-        found["fine_tuned"] = trainer.evaluate()["eval_accuracy"]
+        accuracies["fine_tuned"] = trainer.evaluate()["eval_accuracy"]
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        facts = run_facts(args, device) | {"accuracy": found, "training_s": seconds}
-        write_json(folder / "results.json", facts | {"train_images": len(train), "test_images": len(test)})
-        images = facts["config"]["images"] or "scikit-learn's digits"
-        write_text(folder / "README.md", CARD.format(**facts["config"] | {"images": images}))
+        run = describe_run(args, device)
+        run |= {"accuracy": accuracies, "training_s": seconds}
+        write_json(folder / "results.json", run | {"train_images": len(train), "test_images": len(test)})
+        images = run["config"]["images"] or "scikit-learn's digits"
+        write_text(folder / "README.md", CARD_TEMPLATE.format(**run["config"] | {"images": images}))
     print(f"{args.benchmark}, accuracy on held-out images")
-    for name, share in found.items():
-        print(f"  {name.replace('_', '-'):10}  {100 * share:6.2f} %")
+    for name, accuracy in accuracies.items():
+        print(f"  {name.replace('_', '-'):10}  {100 * accuracy:6.2f} %")
     print(args.output_dir)
 
 

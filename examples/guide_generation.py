@@ -1,13 +1,15 @@
-"""A picture that is steered towards a sentence in Portuguese, by CAPIVARA's gradients through `pixel_values`.
+"""Optimize an image so that it matches a Portuguese sentence, with CAPIVARA's gradients (CLIP guidance).
 
     python -m examples.guide_generation --sentence "sol amarelo" --output_dir runs/guided
 
-The picture is optimised out of faint noise. Of single pixels (`--cells` as many as `--size`, `--views 0`) that gives
-noise which the model alone takes for the sentence; coarse cells, and random noisy views at each step, give shapes that
-people see, too, at times, though hardly a picture: nothing here knows what pictures look like.
+The image starts as faint noise. If every pixel is optimized (`--cells` equal to `--size`, `--views 0`), the result is
+an adversarial example: the model finds it similar to the sentence, but people see only noise. Coarse color cells and
+random noisy views of the image at each step sometimes give shapes that people recognize too. The result is hardly ever
+a natural image, because there is no generative model.
 
-The folder gets `picture.png`, `steps.png` and `results.json`: the cosine of picture and sentence, and of others, before
-and after, as the processor sees the files.
+The output folder gets `picture.png` (the optimized image), `steps.png` (images during the optimization, side by side)
+and `results.json`. The JSON file has the cosine similarities of the image to the sentence and to other sentences,
+before and after the optimization, measured on 8-bit images as they are saved.
 """
 
 import time
@@ -22,67 +24,94 @@ from torch.nn import functional as F
 from torchvision.transforms import functional
 from tqdm.auto import trange
 
-from capivara_common.cli import at_least, flag, parse, run_command
-from capivara_common.environment import torch_device
-from capivara_common.files import whole_folder, write_json
-from examples import run_facts
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.environment import resolve_device
+from capivara_common.files import atomic_folder, write_json
+from examples import describe_run
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
-SHOWN, STRIP_SIDE = 8, 128  # pictures of the strip of steps; pixels of one of them
-START = 0.02  # spread of the noise that the optimisation starts from
-TURN, ZOOM, SHIFT = 0.15, 0.5, 0.25  # of a view, at most: radians, share of the side left out, share of half a side
-NOISE = 0.1  # spread of what is added to views: what single pixels say is drowned in it
-OTHERS = ["lua crescente", "coração azul", "coração vermelho", "gato", "carro", "rosto sorridente"]
+STRIP_IMAGES = 8  # images in steps.png
+STRIP_SIDE = 128  # side of each of these images in pixels
+INITIAL_NOISE = 0.02  # standard deviation of the initial values, before the sigmoid
+# Largest random changes in a view, which is a randomly transformed copy of the image.
+MAX_ROTATION = 0.15  # radians
+MAX_ZOOM = 0.5  # fraction of the image's side that is cropped away
+MAX_SHIFT = 0.25  # shift of the crop, as a fraction of half the image's side
+VIEW_NOISE = 0.1  # standard deviation of the noise that is added to a view to hide patterns of single pixels
+OTHER_SENTENCES = ["lua crescente", "coração azul", "coração vermelho", "gato", "carro", "rosto sorridente"]
 
 
 @dataclass
 class GuideArguments:
-    """Arguments of `examples.guide_generation`. Raises ValueError where a value breaks its rule."""
+    """Command-line flags of `python -m examples.guide_generation`.
 
-    gone = {"pipeline": "a pipeline of diffusers is no longer steered; without it, a picture is optimised"}
-    sentence: str = flag(..., "What the picture shall show, in Portuguese.")
+    Raises:
+        ValueError: If a value is out of range or the sentence is empty.
+    """
+
+    sentence: str = flag(..., "What the image should show, in Portuguese.")
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
-    output_dir: Path = flag(Path("runs/guided"), "Folder for the pictures and the figures.")
-    overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
-    others: list[str] = flag(OTHERS, "Sentences that the picture is compared with as well.")
-    steps: int = flag(60, "Steps of the optimisation.")
-    size: int = flag(224, "Pixels a side.")
-    cells: int = flag(24, "Colours a side that are optimised, enlarged smoothly; as many as --size are single pixels.")
-    views: int = flag(4, "Random crops, turned and noisy, that are judged at each step; 0 judges the picture itself.")
-    learning_rate: float = flag(0.1, "Of the optimisation.")
-    seed: int = flag(0, "Seed of the start and of the views.")
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+    output_dir: Path = flag(Path("runs/guided"), "Folder for the images and results.json.")
+    overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
+    others: list[str] = flag(OTHER_SENTENCES, "Sentences that the image is compared with for reference.")
+    steps: int = flag(60, "Number of optimizer steps.")
+    size: int = flag(224, "Side of the image in pixels.")
+    cells: int = flag(
+        24, "Color cells per side, enlarged smoothly to --size. If equal to --size, every pixel is optimized."
+    )
+    views: int = flag(4, "Number of random views (rotated, cropped, noisy) per step. 0 uses the image itself.")
+    learning_rate: float = flag(0.1, "Learning rate of Adam.")
+    seed: int = flag(0, "Seed of the initial image and of the views.")
+    device: str | None = flag(None, "cpu or cuda. Default: the GPU if there is one.")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps", "size", "cells")
-        at_least(self, 0, "views")
+        check_at_least(self, 1, "steps", "size", "cells")
+        check_at_least(self, 0, "views")
         if not self.sentence.strip():
-            raise ValueError("The sentence is empty. Say what the picture shall show.")
+            raise ValueError("The sentence is empty. Describe what the image should show.")
 
 
-def random_views(pixels: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """(1, 3, side, side) -> (number, 3, side, side): turned and noisy crops, enlarged to the whole side."""
+def make_random_views(pixels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Make randomly transformed copies (views) of an image: rotated, cropped, resized to the original size, with noise.
 
-    def drawn(most: float) -> Tensor:
-        return most * (2 * torch.rand(number, generator=generator) - 1)
+    The operation is differentiable, so that gradients flow from the views to the image.
 
-    turn, shift = drawn(TURN), torch.stack([drawn(SHIFT), drawn(SHIFT)], dim=1)
-    side = 1 - ZOOM * torch.rand(number, generator=generator)  # share of the picture's side
-    rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], dim=1).view(-1, 2, 2)
+    Args:
+        pixels: The image, (1, 3, side, side), values from 0 to 1.
+        count: Number of views.
+        generator: Random number generator.
+
+    Returns:
+        The views, (count, 3, side, side), values from 0 to 1.
+    """
+
+    def uniform(bound: float) -> Tensor:  # (count,), from -bound to bound
+        return bound * (2 * torch.rand(count, generator=generator) - 1)
+
+    angle, shift = uniform(MAX_ROTATION), torch.stack([uniform(MAX_SHIFT), uniform(MAX_SHIFT)], dim=1)
+    side = 1 - MAX_ZOOM * torch.rand(count, generator=generator)  # as a share of the image's side
+    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
     affine = torch.cat([side[:, None, None] * rotation, shift[:, :, None]], dim=2).to(pixels.device)
-    grid = F.affine_grid(affine, [number, *pixels.shape[1:]], align_corners=False)
-    views = F.grid_sample(pixels.expand(number, -1, -1, -1), grid, padding_mode="reflection", align_corners=False)
+    grid = F.affine_grid(affine, [count, *pixels.shape[1:]], align_corners=False)
+    views = F.grid_sample(pixels.expand(count, -1, -1, -1), grid, padding_mode="reflection", align_corners=False)
     noise = torch.randn(views.shape, generator=generator).to(pixels.device)
-    return (views + NOISE * noise).clamp(0, 1)
+    return (views + VIEW_NOISE * noise).clamp(0, 1)
 
 
 def to_pixel_values(pixels: Tensor, image_processor: CapivaraImageProcessor) -> Tensor:
-    """What the model's own processor does to square pictures, so that gradients flow back to them.
+    """Preprocess square images like the model's image processor, but with differentiable operations.
 
-    (pictures, 3, side, side), 0 to 1 -> (pictures, 3, height, width) of its crop. The resize is torch's antialiased
-    bicubic one, which is PIL's but for its roundings to eight bits.
+    PyTorch's antialiased bicubic resize replaces PIL's. Both give the same result, except that PyTorch does not round
+    values to 8 bits.
+
+    Args:
+        pixels: Images, (images, 3, side, side), values from 0 to 1.
+        image_processor: The model's image processor, which gives size, crop, mean and standard deviation.
+
+    Returns:
+        Normalized pixels, (images, 3, height, width), the model's input.
     """
     side, crop = image_processor.size["shortest_edge"], image_processor.crop_size
     pixels = functional.resize(pixels, [side], functional.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
@@ -90,53 +119,63 @@ def to_pixel_values(pixels: Tensor, image_processor: CapivaraImageProcessor) -> 
     return functional.normalize(pixels, image_processor.image_mean, image_processor.image_std)
 
 
-def as_image(pixels: Tensor) -> PIL.Image.Image:
-    """(1, 3, height, width), 0 to 1, as a PIL image of eight bits."""
+def to_image(pixels: Tensor) -> PIL.Image.Image:
+    """Convert a tensor to an 8-bit PIL image.
+
+    Args:
+        pixels: (1, 3, height, width), values from 0 to 1.
+    """
     array = (255 * pixels[0].detach()).round().clamp(0, 255).to(torch.uint8)
     return PIL.Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(GuideArguments, __doc__, argv)
-    with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
-        model, processor = load_model(args.model).eval().to(torch_device(args.device)), load_processor(args.model)
-        model.requires_grad_(False)  # gradients flow to the pixels alone
+    """Run the command: optimize the image, then save the image and its similarities to the sentences.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
+    args = parse_arguments(GuideArguments, __doc__, argv)
+    with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
+        model, processor = load_model(args.model).eval().to(resolve_device(args.device)), load_processor(args.model)
+        model.requires_grad_(False)  # only the image is optimized
         generator, started = torch.Generator().manual_seed(args.seed), time.perf_counter()
         cells = min(args.cells, args.size)
-        colours = START * torch.randn(1, 3, cells, cells, generator=generator)  # it begins as grey with faint noise
-        colours = colours.to(model.device).requires_grad_()
+        colors = INITIAL_NOISE * torch.randn(1, 3, cells, cells, generator=generator)  # after the sigmoid almost gray
+        colors = colors.to(model.device).requires_grad_()
 
-        def picture() -> Tensor:  # (1, 3, size, size), 0 to 1
-            return F.interpolate(colours, size=(args.size, args.size), mode="bicubic").sigmoid()
+        def draw_picture() -> Tensor:  # (1, 3, size, size), from 0 to 1
+            return F.interpolate(colors, size=(args.size, args.size), mode="bicubic").sigmoid()
 
-        target = embed_texts(model, processor, [args.sentence]).clone().to(model.device)  # a clone takes gradients
-        optimiser = torch.optim.Adam([colours], lr=args.learning_rate)
-        pictures = [as_image(picture())]
-        shown = {round(step * args.steps / (SHOWN - 1)) for step in range(1, SHOWN)}
-        for step in (bar := trange(1, args.steps + 1, desc="Optimising", unit="step")):
-            views = random_views(picture(), args.views, generator) if args.views else picture()
+        # The embedding is cloned, because a tensor that was made in inference mode can't be used in a backward pass.
+        target = embed_texts(model, processor, [args.sentence]).clone().to(model.device)
+        optimizer = torch.optim.Adam([colors], lr=args.learning_rate)
+        pictures = [to_image(draw_picture())]
+        saved_steps = {round(step * args.steps / (STRIP_IMAGES - 1)) for step in range(1, STRIP_IMAGES)}
+        bar = trange(1, args.steps + 1, desc="Optimizing", unit="step")
+        for step in bar:
+            views = make_random_views(draw_picture(), args.views, generator) if args.views else draw_picture()
             embeds = model(pixel_values=to_pixel_values(views, processor.image_processor)).image_embeds
             cosine = (embeds @ target.T).mean()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             (-cosine).backward()
-            optimiser.step()
+            optimizer.step()
             bar.set_postfix(cosine=f"{cosine.item():.3f}")
-            if step in shown:
-                pictures.append(as_image(picture()))
+            if step in saved_steps:
+                pictures.append(to_image(draw_picture()))
         seconds = time.perf_counter() - started
         pictures[-1].save(folder / "picture.png")
-        small = [np.asarray(one.resize((STRIP_SIDE, STRIP_SIDE))) for one in pictures]
-        PIL.Image.fromarray(np.hstack(small)).save(folder / "steps.png")
+        thumbnails = [np.asarray(picture.resize((STRIP_SIDE, STRIP_SIDE))) for picture in pictures]
+        PIL.Image.fromarray(np.hstack(thumbnails)).save(folder / "steps.png")
         sentences = list(dict.fromkeys([args.sentence, *args.others]))
-        ends = embed_images(model, processor, [pictures[0], pictures[-1]])
-        before, after = (ends @ embed_texts(model, processor, sentences).T).tolist()
-        found = {text: {"before": b, "after": a} for text, b, a in zip(sentences, before, after, strict=True)}
-        write_json(folder / "results.json", {"cosines": found, "seconds": seconds} | run_facts(args, model.device))
-    print("cosine of picture and sentence, before and after")
-    for text, values in found.items():
+        first_and_last = embed_images(model, processor, [pictures[0], pictures[-1]])
+        before, after = (first_and_last @ embed_texts(model, processor, sentences).T).tolist()
+        cosines = {text: {"before": b, "after": a} for text, b, a in zip(sentences, before, after, strict=True)}
+        write_json(folder / "results.json", {"cosines": cosines, "seconds": seconds} | describe_run(args, model.device))
+    print("Cosine similarity of image and sentence, before and after:")
+    for text, values in cosines.items():
         print(f"  {values['before']:6.3f}  {values['after']:6.3f}   {text}")
-    print(f"Pictures: {args.output_dir}")
+    print(f"Images: {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,107 +1,171 @@
-"""Evaluation on real pictures that install from PyPI: what a model can be measured on where no Hub is reached.
+"""Evaluate models on real images from PyPI packages, for machines without access to the Hub.
 
     python -m examples.real_images --baseline data/openmoji/base --model runs/openmoji-pt-001 --output runs/real_images
     python -m eval.report runs/real_images --output report
 
-Retrieval on OpenMoji's test split (Portuguese and English), zero-shot classification of its concepts, of the digits of
-scikit-learn and of the photographs of scikit-image (Portuguese labels), and a linear probe on the digits. Data sets are
-written below `data/real_images`, and a result file a task and model in the output folder.
+The evaluation has three kinds of tasks:
+
+- retrieval on OpenMoji's test split, in Portuguese and in English;
+- zero-shot classification with Portuguese class names, of OpenMoji's test images, of scikit-learn's digits and of
+  scikit-image's photographs;
+- a linear probe on scikit-learn's digits.
+
+The first run writes the datasets to `data/real_images`, and later runs reuse them. The output folder gets one result
+file per task and model.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import read_json, whole_folder, write_json
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import atomic_folder, read_json, write_json
 from eval import classification, linear_probe, prompts, retrieval
-from examples.openmoji.dataset import load_embedded
+from examples.openmoji.dataset import load_dataset_with_images
 
-# Photographs that install from PyPI, by name: class in English and Portuguese, a sentence in both.
+# Photographs that PyPI packages contain, by name. Each has a short name and a sentence in English and Portuguese.
 PHOTOGRAPHS = read_json(Path(__file__).parent / "photographs.json")
-PHOTOS = {name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry}  # scikit-image's, the classes
-TEMPLATES = ["uma foto de {um}.", "uma foto {do}.", "uma imagem de {um}.", "uma imagem que mostra {o}.", "{nome}."]
-DIGIT_SIDE = 96  # pixels; the pictures have 8, and are enlarged without smoothing
+# The photographs of scikit-image. In the dataset `photos`, each of them is a class.
+CLASS_PHOTOGRAPHS = {name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry}
+PHOTO_TEMPLATES = [
+    "uma foto de {um}.",
+    "uma foto {do}.",
+    "uma imagem de {um}.",
+    "uma imagem que mostra {o}.",
+    "{nome}.",
+]
+DIGIT_SIDE_PIXELS = 96  # side to which scikit-learn's digits (8 x 8 pixels) are enlarged, without smoothing
 
 
 @dataclass
 class RealImagesArguments:
-    """Arguments of `examples.real_images`."""
+    """Command-line flags of `python -m examples.real_images`."""
 
-    model: str = flag(..., "Folder of the trained model, as a run of configs/openmoji.yaml leaves it.")
-    baseline: str = flag("data/openmoji/base", "What it is compared with.")
-    openmoji: str = flag("data/openmoji/dataset", "OpenMoji data set, as prepared.")
-    data: Path = flag(Path("data/real_images"), "Where the data sets are written, once.")
-    output: Path = flag(Path("runs/real_images"), "Folder of the result files.")
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+    model: str = flag(..., "Folder of the trained model, such as the output of configs/openmoji.yaml.")
+    baseline: str = flag("data/openmoji/base", "Model to compare with.")
+    openmoji: str = flag("data/openmoji/dataset", "OpenMoji dataset that `examples.openmoji.prepare` writes.")
+    data: Path = flag(Path("data/real_images"), "Folder for the datasets; existing ones are reused.")
+    output: Path = flag(Path("runs/real_images"), "Folder for the result files.")
+    device: str | None = flag(None, "cpu or cuda. Default: the GPU if there is one.")
 
 
-def prepare(folder: Path, openmoji: str) -> None:
-    """Write the data sets that are not there yet, each with the file of its classes."""
-    for name, make in {"digits": digits, "photos": photos, "concepts": lambda: concepts(openmoji)}.items():
+def prepare_datasets(folder: Path, openmoji: str) -> None:
+    """Write the datasets digits, photos and concepts if they do not exist yet.
+
+    Each is written to a subfolder with the images (`data`) and the class names and templates (classes.json).
+
+    Args:
+        folder: Folder for the three subfolders.
+        openmoji: Folder of the OpenMoji dataset, from which the dataset concepts is made.
+    """
+    makers = {
+        "digits": make_digits_dataset,
+        "photos": make_photos_dataset,
+        "concepts": partial(make_concepts_dataset, openmoji),
+    }
+    for name, make_dataset in makers.items():
         if not (folder / name).exists():
-            with whole_folder(folder / name) as made:
-                data, classes = make()
-                data.save_to_disk(made / "data")
-                write_json(made / "classes.json", classes)
+            with atomic_folder(folder / name) as dataset_folder:
+                data, classes = make_dataset()
+                data.save_to_disk(dataset_folder / "data")
+                write_json(dataset_folder / "classes.json", classes)
 
 
-def digits() -> tuple[DatasetDict, dict]:
-    """scikit-learn's 1,797 handwritten digits, every fourth for the test, and MNIST's names for them."""
+def make_digits_dataset() -> tuple[DatasetDict, dict]:
+    """Make a dataset of scikit-learn's 1,797 handwritten digits.
+
+    Returns:
+        The dataset, in which every fourth digit is in the split test and the others are in train, and the content of
+        classes.json with the class names and templates of MNIST.
+    """
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    names = prompts.load_prompts("mnist").names_en
-    named = {"dataset": "sklearn-digits", "title": "Digits of scikit-learn"}
-    pixels = np.rint(255 - found.images * (255 / 16)).astype(np.uint8)  # dark on white, as on paper
-    side = (DIGIT_SIDE, DIGIT_SIDE)
-    images = [PIL.Image.fromarray(one).resize(side, PIL.Image.Resampling.NEAREST).convert("RGB") for one in pixels]
-    test = np.arange(len(images)) % 4 == 0
+    digits = load_digits()
+    names = prompts.load_prompts("mnist").english_names
+    pixels = np.rint(255 - digits.images * (255 / 16)).astype(np.uint8)  # dark on white, as on paper
+    size = (DIGIT_SIDE_PIXELS, DIGIT_SIDE_PIXELS)
+    images = [PIL.Image.fromarray(digit).resize(size, PIL.Image.Resampling.NEAREST).convert("RGB") for digit in pixels]
+    is_test = np.arange(len(images)) % 4 == 0
     splits = {
-        name: _labelled([images[i] for i in np.flatnonzero(rows)], found.target[rows].tolist(), names)
-        for name, rows in (("train", ~test), ("test", test))
+        name: _build_labeled_dataset([images[i] for i in np.flatnonzero(rows)], digits.target[rows].tolist(), names)
+        for name, rows in (("train", ~is_test), ("test", is_test))
     }
-    return DatasetDict(splits), read_json(prompts.FOLDER / "pt" / "mnist.json") | named
+    classes_file = read_json(prompts.PROMPTS_FOLDER / "pt" / "mnist.json")
+    classes_file |= {"dataset": "sklearn-digits", "title": "Digits of scikit-learn"}
+    return DatasetDict(splits), classes_file
 
 
-def photos() -> tuple[DatasetDict, dict]:
-    """scikit-image's photographs, a class each."""
-    classes = [{key: entry[key] for key in ("en", "pt", "gender", "number")} for entry in PHOTOS.values()]
-    data = _labelled([photo(name) for name in PHOTOS], list(range(len(PHOTOS))), [entry["en"] for entry in classes])
-    return DatasetDict(test=data), _classes_file("skimage-photos", "Photographs of scikit-image", classes, TEMPLATES)
+def make_photos_dataset() -> tuple[DatasetDict, dict]:
+    """Make a dataset of scikit-image's photographs, each of which is a class of its own.
+
+    Returns:
+        The dataset with the single split test, and the content of classes.json.
+    """
+    classes = [{key: entry[key] for key in ("en", "pt", "gender", "number")} for entry in CLASS_PHOTOGRAPHS.values()]
+    data = _build_labeled_dataset(
+        [load_photo(name) for name in CLASS_PHOTOGRAPHS],
+        list(range(len(CLASS_PHOTOGRAPHS))),
+        [entry["en"] for entry in classes],
+    )
+    return DatasetDict(test=data), _build_classes_file(
+        "skimage-photos", "Photographs of scikit-image", classes, PHOTO_TEMPLATES
+    )
 
 
-def photo(name: str) -> PIL.Image.Image:
-    """A photograph of `PHOTOGRAPHS`, RGB: of scikit-image by the name of its function, scikit-learn or matplotlib."""
+def load_photo(name: str) -> PIL.Image.Image:
+    """Load a photograph that scikit-image, scikit-learn or matplotlib contains.
+
+    Args:
+        name: Name of the photograph, a key of `PHOTOGRAPHS`.
+
+    Returns:
+        The photograph in RGB.
+    """
     import skimage.data
 
     if name == "grace_hopper":
         from matplotlib.cbook import get_sample_data
 
         return PIL.Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
-    if name not in PHOTOS:
+    if name not in CLASS_PHOTOGRAPHS:
         from sklearn.datasets import load_sample_image
 
         return PIL.Image.fromarray(load_sample_image(f"{name}.jpg"))
     pixels = getattr(skimage.data, name)()
-    pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # a stereo pair: the left one
+    pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # the left image of a stereo pair
     pixels = pixels if pixels.dtype == np.uint8 else (255 * (pixels / pixels.max())).astype(np.uint8)
     return PIL.Image.fromarray(pixels).convert("RGB")
 
 
-def concepts(openmoji: str) -> tuple[DatasetDict, dict]:
-    """OpenMoji's test pictures, a class each, named by their first Portuguese caption."""
-    rows = load_embedded(Path(openmoji))["test"]
+def make_concepts_dataset(openmoji: str) -> tuple[DatasetDict, dict]:
+    """Make a classification dataset of OpenMoji's test images, each of which is a class of its own.
+
+    The Portuguese name of a class is the first Portuguese caption of its image.
+
+    Args:
+        openmoji: Folder of the OpenMoji dataset.
+
+    Returns:
+        The dataset with the single split test, and the content of classes.json.
+    """
+    rows = load_dataset_with_images(Path(openmoji))["test"]
     classes = [{"en": row["emoji"], "pt": row["captions-pt"][0]} for row in rows.remove_columns("image")]
-    data = _labelled(rows["image"], list(range(len(rows))), [entry["en"] for entry in classes])
-    return DatasetDict(test=data), _classes_file("openmoji-concepts", "Concepts of OpenMoji", classes, ["{nome}"])
+    data = _build_labeled_dataset(rows["image"], list(range(len(rows))), [entry["en"] for entry in classes])
+    return DatasetDict(test=data), _build_classes_file("openmoji-concepts", "Concepts of OpenMoji", classes, ["{nome}"])
 
 
-def measure(args: RealImagesArguments, model: str, role: str) -> None:
-    """All tasks of one model; a result file each."""
+def evaluate_model(args: RealImagesArguments, model: str, role: str) -> None:
+    """Evaluate one model on retrieval and zero-shot classification, and write a result file for each task.
+
+    Args:
+        args: Flags of the command, which name the datasets, the output folder and the device.
+        model: Folder of the model.
+        role: Role of the model in the comparison: "baseline" or "capivara" (the trained model).
+    """
     shared = {"role": role, "device": args.device}
     for language in ("pt", "en"):
         output = args.output / f"openmoji-{language}-{role}.json"
@@ -114,8 +178,15 @@ def measure(args: RealImagesArguments, model: str, role: str) -> None:
         classification.evaluate(task)
 
 
-def probe(args: RealImagesArguments) -> None:
-    """Linear probe on the digits; the image tower is frozen in training, so that one model stands for both."""
+def run_linear_probe(args: RealImagesArguments) -> None:
+    """Evaluate the base model with a linear probe on scikit-learn's digits, and write the result files.
+
+    The result is also valid for the trained model, because CAPIVARA's training freezes the image encoder and a linear
+    probe does not use the text encoder.
+
+    Args:
+        args: Flags of the command, which name the base model, the datasets, the output folder and the device.
+    """
     classes, images = str(args.data / "digits" / "classes.json"), str(args.data / "digits" / "data")
     shared = {"role": "baseline", "device": args.device}
     for name, shots in (("full", []), ("few", [1, 2, 4, 8, 16])):
@@ -124,25 +195,48 @@ def probe(args: RealImagesArguments) -> None:
         linear_probe.evaluate(task)
 
 
-def _labelled(images: list, labels: list[int], names: list[str]) -> Dataset:
+def _build_labeled_dataset(images: list, labels: list[int], names: list[str]) -> Dataset:
+    """Build a dataset of labeled images with the columns image and label.
+
+    Args:
+        images: PIL images.
+        labels: Class index of each image.
+        names: Class names, in the order of the class indices.
+    """
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
     return Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
-def _classes_file(dataset: str, title: str, classes: list[dict], templates: list[str]) -> dict:
+def _build_classes_file(dataset: str, title: str, classes: list[dict], templates: list[str]) -> dict:
+    """Build the content of a classes.json, which tells `eval.prompts` how to make the prompts of a dataset.
+
+    Args:
+        dataset: Identifier of the dataset.
+        title: Title of the dataset in reports.
+        classes: For each class a dictionary with its English name (`en`) and its Portuguese name (`pt`). Templates that
+            contain an article also need `gender` and `number`.
+        templates: Portuguese prompt templates, such as "uma foto de {um}.".
+
+    Returns:
+        The content of the file. The metric is accuracy.
+    """
     shared = {"dataset": dataset, "language": "pt", "title": title, "metric": "accuracy"}
     return {**shared, "classes": classes, "templates": templates}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(RealImagesArguments, __doc__, argv)
-    prepare(args.data, args.openmoji)
-    measure(args, args.baseline, "baseline")
-    measure(args, args.model, "capivara")
-    probe(args)
-    print(f"Results: {args.output}. As a page: python -m eval.report {args.output} --output report")
+    """Run the command: write the datasets, then evaluate the base model and the trained model.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
+    args = parse_arguments(RealImagesArguments, __doc__, argv)
+    prepare_datasets(args.data, args.openmoji)
+    evaluate_model(args, args.baseline, "baseline")
+    evaluate_model(args, args.model, "capivara")
+    run_linear_probe(args)
+    print(f"Results: {args.output}. To make an HTML report: python -m eval.report {args.output} --output report")
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

@@ -1,16 +1,19 @@
-r"""Fine-tuning by sentence-transformers' own trainer, on pictures with captions (extra: sentence_transformers).
+r"""Fine-tune a CAPIVARA model with the trainer of sentence-transformers, on images with captions.
 
     python -m hub_upload.export --model data/openmoji/base --output repository \
         --formats transformers,sentence_transformers
     python -m examples.tune_sentence_transformers --model repository --dataset data/openmoji/dataset --language pt \
         --output_dir runs/tuned
 
-For whoever trains in that library already. Its loss is CLIP's, exactly, when three options are given (`clip_loss_of`):
-both directions, a softmax each, and the model's own learnt scale in the place of a fixed one; gradients are cached, so
-that a batch of any size fits. What it lacks beside `train_accelerate.py`: the frozen image tower sees every picture
-twice in every epoch, and a picture has one caption for the whole training.
+This example is for users who already train with sentence-transformers. It needs the extra `sentence_transformers` of
+this package. Three options (see `build_clip_loss`) make the loss of sentence-transformers equal to CLIP's loss: both
+retrieval directions, a separate softmax for each direction, and the model's learned scale instead of a fixed scale.
+Gradient caching (GradCache, arXiv 2101.06983) allows batches of any size. There are two differences from
+`train_accelerate.py`: the frozen image tower encodes every image twice per epoch, and each image has the same caption
+during the whole training.
 
-The output is a folder for sentence-transformers and `CapivaraModel.from_pretrained` alike, with `results.json`.
+Both sentence-transformers and `CapivaraModel.from_pretrained` can load the output folder, which also has
+`results.json`.
 """
 
 import html
@@ -26,19 +29,19 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from transformers import TrainerCallback
 
-import modeling_capivara  # noqa: F401  registers CAPIVARA with the Auto classes: no code of the folder is run
-from capivara_common.cli import at_least, flag, parse, run_command
+import modeling_capivara  # noqa: F401  registers the Auto classes, so that no code of the model folder is executed
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.environment import resolve_precision
-from capivara_common.files import whole_folder, write_json, write_text
-from eval.retrieval import flat_captions
-from examples import run_facts
-from examples.openmoji.dataset import load_embedded
+from capivara_common.files import atomic_folder, write_json, write_text
+from eval.retrieval import flatten_captions
+from examples import describe_run
+from examples.openmoji.dataset import load_dataset_with_images
 from modeling_capivara.modeling_capivara import similarity_logits
 from training.trainable import clamp_logit_scale
 
-CUTOFFS = [1, 5, 10]
+RECALL_CUTOFFS = [1, 5, 10]
 
-CARD = """---
+CARD_TEMPLATE = """---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
 language: ["{language}"]
@@ -47,63 +50,80 @@ tags: [capivara]
 
 # {model}, fine-tuned
 
-On the pictures and captions of {dataset}; `results.json` has settings and figures. It inherits the licences of that
-model and of those data.
+Fine-tuned on the images and captions of {dataset}; `results.json` has settings and recall. It inherits the licenses of
+that model and of those data.
 """
 
 
 @dataclass
 class SentenceTuningArguments:
-    """Arguments of `examples.tune_sentence_transformers`."""
+    """Command-line flags of `python -m examples.tune_sentence_transformers`."""
 
-    model: Path = flag(..., "Folder of a model that was exported with the format sentence_transformers.")
-    dataset: Path = flag(..., "Saved HF data set with the columns image and captions-LANGUAGE.")
+    model: Path = flag(..., "Folder of a model that was exported in the format sentence_transformers.")
+    dataset: Path = flag(..., "Saved Hugging Face dataset with the columns image and captions-LANGUAGE.")
     language: str = flag("pt", "Language of the captions.")
-    output_dir: Path = flag(Path("runs/tuned"), "Folder for the model and its figures.")
-    overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
-    train_split: str = flag("train", "Split that is learnt from.")
-    split: str = flag("test", "Split that is measured, before and after.")
-    epochs: float = flag(3.0, "Passes over the training pictures, each with one caption.")
-    batch_size: int = flag(256, "Pictures, with a caption each, that the loss compares in a step.")
-    mini_batch_size: int = flag(32, "Of them, how many are embedded at once; changes memory, not the result.")
-    learning_rate: float = flag(1e-5, "At its height.")
-    seed: int = flag(0, "Seed of the order and of the captions that are drawn.")
+    output_dir: Path = flag(Path("runs/tuned"), "Folder for the model and results.json.")
+    overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
+    train_split: str = flag("train", "Split for training.")
+    split: str = flag("test", "Split for evaluation, before and after training.")
+    epochs: float = flag(3.0, "Passes over the training images, each with one caption.")
+    batch_size: int = flag(256, "Image-caption pairs that the loss compares in a step.")
+    mini_batch_size: int = flag(32, "Pairs that are encoded at the same time. Changes memory use, not the result.")
+    learning_rate: float = flag(1e-5, "Peak learning rate.")
+    seed: int = flag(0, "Seed of the image order and of the choice of captions.")
 
     def __post_init__(self) -> None:
-        at_least(self, 2, "batch_size")
-        at_least(self, 1, "mini_batch_size")
+        check_at_least(self, 2, "batch_size")
+        check_at_least(self, 1, "mini_batch_size")
 
 
-def pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
-    """A row a picture, `text` before `image` as the loss takes them; of several captions one, by the seed.
+def load_pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
+    """Load the images of a dataset split, each with one randomly chosen caption.
 
-    A text stands in a dictionary: a bare one that is an address or a file's name sentence-transformers would fetch.
+    Args:
+        dataset: Folder of the saved dataset.
+        split: Split of the dataset.
+        language: Code of the captions' language, such as "pt".
+        seed: Seed of the random choice among the captions of an image.
+
+    Returns:
+        Dataset with one row per image and the columns text and image, in the order that the loss requires. A text is
+        a dictionary `{"text": caption}`, because sentence-transformers would try to open a plain string that looks like
+        a URL or file name.
 
     Raises:
-        ValueError: there is no such split or column (those that are there are named), or a picture has no caption.
+        ValueError: If the dataset has no such split or column, or an image has no caption.
     """
-    data = load_embedded(dataset)
+    data = load_dataset_with_images(dataset)
     if split not in data:
         raise ValueError(f"{dataset} has no split {split!r}; it has {', '.join(data)}.")
     column = f"captions-{language}"
     if not {"image", column} <= set(data[split].column_names):
         raise ValueError(f"{dataset} needs the columns image and {column}; it has {data[split].column_names}.")
-    captions = [[found] if isinstance(found, str) else found for found in data[split][column]]
-    flat_captions(captions)  # for its errors
-    draw = random.Random(seed)
-    texts = [{"text": draw.choice(found)} for found in captions]
+    captions = [[cell] if isinstance(cell, str) else cell for cell in data[split][column]]
+    flatten_captions(captions)  # raises ValueError if a caption is missing
+    rng = random.Random(seed)
+    texts = [{"text": rng.choice(image_captions)} for image_captions in captions]
     return data[split].select_columns("image").add_column("text", texts).select_columns(["text", "image"])
 
 
-def clip_loss_of(encoder: SentenceTransformer, mini_batch_size: int) -> CachedMultipleNegativesRankingLoss:
-    """`modeling_capivara.clip_loss` of a whole batch, of which `mini_batch_size` rows are embedded at once.
+def build_clip_loss(encoder: SentenceTransformer, mini_batch_size: int) -> CachedMultipleNegativesRankingLoss:
+    """Build a loss of sentence-transformers that equals `modeling_capivara.clip_loss` of the whole batch.
 
-    Exact on one device without accumulation of gradients, by which the scale's would not be divided. On several, where
-    it would need `gather_across_devices`, it was not tried.
+    The loss is equal on a single device without gradient accumulation. With gradient accumulation, the gradient of the
+    learned scale would not be divided by the number of accumulation steps. Training on several devices, which would
+    need the option `gather_across_devices`, has not been tested.
+
+    Args:
+        encoder: CAPIVARA model that sentence-transformers has loaded.
+        mini_batch_size: Number of caption-image pairs that are encoded at the same time.
+
+    Returns:
+        The loss, which uses gradient caching.
     """
     return CachedMultipleNegativesRankingLoss(
         encoder,
-        scale=1.0,  # in the similarity, where it is learnt
+        scale=1.0,  # the learned scale is part of `similarity_fct`
         similarity_fct=partial(similarity_logits, logit_scale=encoder[0].auto_model.logit_scale),
         directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",
@@ -111,44 +131,59 @@ def clip_loss_of(encoder: SentenceTransformer, mini_batch_size: int) -> CachedMu
     )
 
 
-def recall_evaluator(rows: Dataset) -> InformationRetrievalEvaluator:
-    """Texts find their picture: its accuracy@k is `eval.retrieval`'s recall@k, but for ties."""
-    names = [f"{number:08}" for number in range(len(rows))]
+def build_recall_evaluator(rows: Dataset) -> InformationRetrievalEvaluator:
+    """Build an evaluator of text-to-image retrieval, in which each caption must find its image.
+
+    The evaluator's accuracy@k equals the recall@k of `eval.retrieval`, unless two images have the same similarity.
+
+    Args:
+        rows: Dataset with the columns text and image, from `load_pairs`.
+    """
+    names = [f"{row:08}" for row in range(len(rows))]
     return InformationRetrievalEvaluator(
         dict(zip(names, rows["text"], strict=True)), dict(zip(names, rows["image"], strict=True)),
-        {name: {name} for name in names}, accuracy_at_k=CUTOFFS, precision_recall_at_k=CUTOFFS, write_csv=False,
+        {name: {name} for name in names}, accuracy_at_k=RECALL_CUTOFFS, precision_recall_at_k=RECALL_CUTOFFS,
+        write_csv=False,
     )  # fmt: skip
 
 
-class BoundedScale(TrainerCallback):
-    """Keeps the learnt scale below CLIP's bound."""
+class ClampLogitScaleCallback(TrainerCallback):
+    """Trainer callback that keeps the learned scale of the logits within CLIP's upper bound (100)."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        """After every step of the optimiser."""
+        """Clamp `logit_scale` of the model after each optimizer step. transformers' `Trainer` calls this method."""
         clamp_logit_scale(model[0].auto_model.logit_scale)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, train, measure again, and save."""
-    args = parse(SentenceTuningArguments, __doc__, argv)
+    """Run the command: measure recall, fine-tune, measure recall again, and save the model and the results.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
+    args = parse_arguments(SentenceTuningArguments, __doc__, argv)
     if not (args.model / "modules.json").is_file():
-        raise ValueError(f"{args.model} is no export of the format sentence_transformers (modules.json is missing).")
-    rows = pairs(args.dataset, args.train_split, args.language, args.seed)
+        fault = "was not exported in the format sentence_transformers (modules.json is missing)"
+        raise ValueError(f"{args.model} {fault}. Export it with hub_upload.export.")
+    rows = load_pairs(args.dataset, args.train_split, args.language, args.seed)
     if len(rows) < args.batch_size:
-        raise ValueError(f"{args.train_split} has {len(rows)} pictures, fewer than a batch: lower --batch_size.")
-    measure = recall_evaluator(pairs(args.dataset, args.split, args.language))
-    with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
+        raise ValueError(
+            f"--batch_size must be at most the number of images in the split {args.train_split}, {len(rows)}, "
+            f"got {args.batch_size}."
+        )
+    evaluator = build_recall_evaluator(load_pairs(args.dataset, args.split, args.language))
+    with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         encoder = SentenceTransformer(str(args.model))
-        encoder[0].auto_model.freeze_image_tower()  # as in the paper
+        encoder[0].auto_model.freeze_image_encoder()  # as in the CAPIVARA paper (arXiv 2310.13683)
         training = Arguments(
             output_dir=str(folder),
             num_train_epochs=args.epochs,
             per_device_train_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=0.1,  # share of all steps
+            warmup_steps=0.1,  # a fraction of all steps
             seed=args.seed,
-            dataloader_drop_last=True,  # a last batch of one pair has no wrong answer
+            dataloader_drop_last=True,  # CLIP's loss of a last batch with a single pair would be 0
             save_strategy="no",
             logging_steps=10,
             use_cpu=encoder.device.type == "cpu",
@@ -156,21 +191,22 @@ def main(argv: list[str] | None = None) -> None:
             dataloader_pin_memory=encoder.device.type != "cpu",
             report_to="none",
         )
-        loss = clip_loss_of(encoder, args.mini_batch_size)
-        trainer = SentenceTransformerTrainer(encoder, training, rows, loss=loss, callbacks=[BoundedScale()])
-        before = measure(encoder.eval())
+        loss = build_clip_loss(encoder, args.mini_batch_size)
+        trainer = SentenceTransformerTrainer(encoder, training, rows, loss=loss, callbacks=[ClampLogitScaleCallback()])
+        metrics = {"before": evaluator(encoder.eval())}
         seconds = trainer.train().metrics["train_runtime"]
+        metrics["after"] = evaluator(encoder.eval())
         recalls = {
-            when: {f"recall@{k}": float(found[f"cosine_accuracy@{k}"]) for k in CUTOFFS}
-            for when, found in (("before", before), ("after", measure(encoder.eval())))
+            time: {f"recall@{k}": float(values[f"cosine_accuracy@{k}"]) for k in RECALL_CUTOFFS}
+            for time, values in metrics.items()
         }
         encoder.save_pretrained(str(folder), create_model_card=False)
-        facts = run_facts(args, encoder.device, "sentence-transformers")
-        shown = {name: html.escape(facts["config"][name]) for name in ("model", "dataset", "language")}
-        write_json(folder / "results.json", facts | {"text_to_image": recalls, "training_s": seconds})
-        write_text(folder / "README.md", CARD.format(**shown))
-    for when, found in recalls.items():
-        print(f"{when:8}" + "".join(f"{name:>12} {100 * value:6.2f} %" for name, value in found.items()))
+        run = describe_run(args, encoder.device, "sentence-transformers")
+        card_values = {name: html.escape(run["config"][name]) for name in ("model", "dataset", "language")}
+        write_json(folder / "results.json", run | {"text_to_image": recalls, "training_s": seconds})
+        write_text(folder / "README.md", CARD_TEMPLATE.format(**card_values))
+    for time, values in recalls.items():
+        print(f"{time:8}" + "".join(f"{name:>12} {100 * value:6.2f} %" for name, value in values.items()))
     print(args.output_dir)
 
 

@@ -1,3 +1,3 @@
-"""Publishing: the model card, the export, the upload, and the demo page."""
+"""Publish a model: export it for other libraries, write its model card, upload it to the Hub, and build demo pages."""
 
 import capivara_common.interrupt  # noqa: F401

@@ -1,5 +1,9 @@
-"""What may leave this machine: an allow-list of the files of a model or data set, and a look into them for what must
-stay here."""
+"""Decide which files may be published, and check them before they leave this machine.
+
+Model folders have an allow-list of file names, `ALLOWED_FILES`. Dataset and Space folders are filtered by suffix and
+name in `list_data_files`. The checks refuse files that contain access tokens, keys or absolute paths, damaged files,
+and links that lead out of the folder.
+"""
 
 import io
 import mmap
@@ -11,18 +15,26 @@ from typing import Any, BinaryIO
 import PIL.Image
 from huggingface_hub.utils import validate_repo_id
 
-from capivara_common.files import refuse_links_out
+from capivara_common.files import check_links_stay_inside
 from capivara_common.image_files import IMAGE_FORMATS
-from capivara_common.privacy import SECRET_RE2, known_tokens, machine_path_in, own_paths, printable, secret_in
+from capivara_common.privacy import (
+    SECRET_RE2,
+    find_hub_tokens,
+    find_machine_path,
+    find_secret,
+    local_paths,
+    make_printable,
+)
 
-_PARTS = "checks configuration image_processing modeling processing text_repair tokenization"
-MODEL_CODE = tuple(f"{part}_capivara.py" for part in _PARTS.split())
+_MODEL_CODE_PARTS = "checks configuration image_processing modeling processing text_cleaning tokenization"
+MODEL_CODE = tuple(f"{part}_capivara.py" for part in _MODEL_CODE_PARTS.split())
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"),
 )
-RUN_PICTURES = ("curves.png", "retrieval.png")  # of a training run
-# A star stands for any part of one name, never for a folder. Export and upload know no other list.
+RUN_PLOT_FILES = ("curves.png", "retrieval.png")  # plots that a training run writes
+# Patterns of all model files that `hub_upload.export` may write and `hub_upload.push` may upload, relative to the model
+# folder. A star matches any characters of one file or folder name, but never a slash.
 ALLOWED_FILES = (
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES, *MODEL_CODE),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "rotation.safetensors"),
@@ -31,226 +43,341 @@ ALLOWED_FILES = (
     *("1_Pooling/config.json", "*_Dense/config.json", "*_Dense/model.safetensors"),
     *("open_clip_text.safetensors", "drop_in.json"),
     *("onnx/*.onnx", "onnx/*.onnx.data", "onnx/*.onnx_data", "onnx/*.onnx_data_*", "onnx/quantisation.json"),
-    *("textual/model.onnx", "textual/tokenizer.json", "textual/tokenizer_config.json"),  # Immich's
+    *("textual/model.onnx", "textual/tokenizer.json", "textual/tokenizer_config.json"),  # read by Immich
     *("visual/model.onnx", "visual/preprocess_cfg.json"),
-    *("README.md", "LICENSE", "run.json", "results/*.json", *RUN_PICTURES),
+    *("README.md", "LICENSE", "run.json", "results/*.json", *RUN_PLOT_FILES),
 )
-# Pieces of a vocabulary may look like paths.
-NOT_SEARCHED = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
-BINARY = (
+# Tokens of a vocabulary may look like paths, so these files are searched for secrets only.
+VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
+BINARY_SUFFIXES = (
     *(".safetensors", ".onnx", ".data", ".onnx_data", ".onnx_data_1", ".model"),
     *(".png", ".jpg", ".jpeg", ".webp", ".tar"),
 )
-CHUNK_BYTES = 2**24
-MAX_HEADER_BYTES = 100_000_000  # of safetensors; its own reader takes no more
+SEARCH_CHUNK_BYTES = 2**24  # line feeds are counted in chunks of this size, to limit memory use
+MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # limit of the safetensors library
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise ValueError unless it is `owner/name` as the Hub takes it."""
+    """Raise ValueError unless `repo_id` is a valid Hub repository id of the form `owner/name`."""
     if repo_id.count("/") != 1:
-        raise ValueError(f"The repository id must be owner/name, such as my-name/my-model, got {printable(repo_id)!r}.")
+        raise ValueError(
+            f"The repository id must be owner/name, for example my-name/my-model, got {make_printable(repo_id)!r}."
+        )
     validate_repo_id(repo_id)
 
 
-def files_to_send(folder: Path, repo_type: str) -> list[Path]:
-    """The files of a folder that may leave this machine, relative to it, in order; no secret is in them.
+def list_files_to_send(folder: Path, repo_type: str) -> list[Path]:
+    """List and check the files of a folder that may be uploaded.
 
-    Not `HfApi.upload_folder`: a star of its patterns stands for folders, too, and it follows links out of the folder.
+    `HfApi.upload_folder` is not used because a star in its patterns also matches slashes, and because it follows links
+    that lead out of the folder.
+
+    Args:
+        folder: Folder of a model, dataset or Space.
+        repo_type: "model", "dataset" or "space".
+
+    Returns:
+        Sorted paths relative to `folder`.
+
+    Raises:
+        ValueError: If there is no file to upload, or a file must not be published. The message names the file.
     """
-    paths = sorted(allowed_files(folder) if repo_type == "model" else data_files(folder, repo_type == "space"))
+    paths = sorted(
+        list_allowed_files(folder) if repo_type == "model" else list_data_files(folder, repo_type == "space")
+    )
     if not paths:
-        raise ValueError(f"{folder} holds no file of a {repo_type}.")
+        raise ValueError(f"{folder} contains no files of a {repo_type}. Check the folder and --repo_type.")
     for path in paths:
-        check_words(path.as_posix(), "The name of a file")
+        check_text(path.as_posix(), "A file name")
         if repo_type == "space":
             check_secrets(folder / path, path)
     if repo_type == "dataset":
-        check_data(folder, paths)
+        check_dataset_files(folder, paths)
     elif repo_type == "model":
         try:
-            check_contents(folder)
+            check_model_files(folder)
         except ValueError as error:
-            raise ValueError(f"{error} `python -m hub_upload.export` makes a folder that can be sent.") from error
+            raise ValueError(f"{error} `python -m hub_upload.export` writes a folder that can be uploaded.") from error
     return paths
 
 
-def allowed_files(folder: Path) -> list[Path]:
-    """The files of a repository's folder that may be uploaded, relative to it, in order; no links.
+def list_allowed_files(folder: Path) -> list[Path]:
+    """List the files of a model folder that match a pattern of `ALLOWED_FILES`. Symbolic links are left out.
 
-    Raises ValueError where one is no regular file.
+    Returns:
+        Sorted paths relative to `folder`.
+
+    Raises:
+        ValueError: If a matching path is not a regular file.
     """
-    found = []
+    names = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         depth = len(name.parts) - 1
         if not path.is_symlink() and any(rule.count("/") == depth and name.match(rule) for rule in ALLOWED_FILES):
-            check_regular(path)
-            found.append(name)
-    return found
+            check_regular_file(path)
+            names.append(name)
+    return names
 
 
-def check_regular(path: Path) -> None:
-    """Raise ValueError unless it is a file with content of its own: no folder, and no pipe, which is waited for."""
+def check_regular_file(path: Path) -> None:
+    """Raise ValueError if `path` is not a regular file, for example a folder, or a pipe, which would block a reader."""
     if not path.is_file():
-        raise ValueError(f"{path} is no regular file. Remove it.")
+        raise ValueError(f"{path} is not a regular file. Remove it.")
 
 
-def check_contents(folder: Path) -> None:
-    """Raise ValueError, naming file and line, where an allowed file holds a path of a machine or an access token, or
-    is no whole safetensors file.
+def check_model_files(folder: Path) -> None:
+    """Check the content of all files in a model folder that match `ALLOWED_FILES`.
 
-    Weights are searched in their header alone, vocabularies and the data of ONNX for tokens, ONNX graphs for this
-    machine's paths, and pictures in their texts, too.
+    A secret is an access token or a key. What is searched depends on the type of the file:
+
+    - Text files: secrets and absolute paths of any machine.
+    - Safetensors files: secrets and absolute paths in the header. The weights are not searched.
+    - Vocabularies and binary files: secrets. ONNX graphs and `.model` files also: folders of this machine.
+    - PNG images: secrets, and in addition absolute paths in the text fields of the image.
+
+    Args:
+        folder: Folder of the model.
+
+    Raises:
+        ValueError: If a file contains a secret or a path, or a safetensors file or image is damaged. The message names
+            the file and, if possible, the line.
     """
-    for name in allowed_files(folder):
+    for name in list_allowed_files(folder):
         path = folder / name
         if name.suffix == ".safetensors":
-            check_words(_unescaped(_safetensors_header(path)), f"{name}, its header,")
+            check_text(_decode_json_escapes(_read_safetensors_header(path)), f"{name}, in its header,")
             continue
         check_secrets(path, name)
         if name.suffix == ".png":
-            check_words(_picture_texts(path, name), f"{name}, a text in it,")
-        elif name.suffix not in BINARY and name.name not in NOT_SEARCHED:
+            check_text(_read_image_texts(path, name), f"{name}, in a text field,")
+        elif name.suffix not in BINARY_SUFFIXES and name.name not in VOCABULARY_FILES:
             check_paths(path, name)
 
 
-# How files begin that hide what they say: gzip, bzip2, xz, zstandard, zip, UTF-16.
-UNREADABLE = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"\xff\xfe", b"\xfe\xff")
+# First bytes of files whose content can't be searched for secrets: gzip, bzip2, xz, zstandard and zip archives, and
+# text in UTF-16 (little-endian, then big-endian).
+UNSEARCHABLE_PREFIXES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"\xff\xfe", b"\xfe\xff")
 
 
 def check_secrets(path: Path, name: Path | str) -> None:
-    """Raise ValueError, naming file and line or byte, where a file of any size and form holds a token or key.
+    """Search a file of any type and size for secrets (access tokens and keys), without loading it into memory.
 
-    Graphs and vocabularies that are no text may not name a folder of this machine, either.
+    ONNX graphs and binary vocabularies (`.model`) are also searched for folders of this machine, such as the home
+    folder.
+
+    Args:
+        path: File to search.
+        name: Name of the file in error messages.
+
+    Raises:
+        ValueError: If the file contains a secret or a folder of this machine, or if it can't be searched because it is
+            compressed or UTF-16. For a secret, the message names the line (text files) or byte (binary files).
     """
     if not path.stat().st_size:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if (path.suffix not in BINARY or path.suffix == ".tar") and content[:6].startswith(UNREADABLE):
-            raise ValueError(f"{name} is compressed or no UTF-8, and can't be searched for secrets. Write it plainly.")
-        if found := secret_in(content):
-            chunks = (content[at : min(at + CHUNK_BYTES, found[1])] for at in range(0, found[1], CHUNK_BYTES))
+        if (path.suffix not in BINARY_SUFFIXES or path.suffix == ".tar") and content[:6].startswith(
+            UNSEARCHABLE_PREFIXES
+        ):
+            raise ValueError(
+                f"{name} is compressed or UTF-16, so it can't be searched for secrets. Store it as plain UTF-8."
+            )
+        if secret := find_secret(content):
+            description, offset = secret
+            starts = range(0, offset, SEARCH_CHUNK_BYTES)
+            chunks = (content[start : min(start + SEARCH_CHUNK_BYTES, offset)] for start in starts)
             line = 1 + sum(chunk.count(b"\n") for chunk in chunks)
-            where = f"byte {found[1]}" if path.suffix in BINARY else f"line {line}"
-            raise ValueError(f"{name}, {where}, holds {found[0]}. Remove it, and revoke it if it is real.")
-        places = own_paths() if path.suffix in (".onnx", ".model") else ()
-        if place := next((place for place in places if content.find(f"{place}/".encode()) >= 0), None):
-            raise ValueError(f"{name} names a place on this machine, {place!r}. Make the file anew without it.")
+            position = f"byte {offset}" if path.suffix in BINARY_SUFFIXES else f"line {line}"
+            raise ValueError(f"{name}, {position}, contains {description}. Remove it, and revoke it if it is real.")
+        for local_path in local_paths() if path.suffix in (".onnx", ".model") else ():
+            if content.find(f"{local_path}/".encode()) >= 0:
+                raise ValueError(
+                    f"{name} contains a path of this machine, {local_path!r}. Write the file again without it."
+                )
 
 
 def check_paths(path: Path, name: Path | str) -> None:
-    """Raise ValueError, naming file and line, where a text file holds a path of a machine."""
+    """Check that a text file contains no absolute path. In JSON files, escapes are decoded before the search.
+
+    Args:
+        path: File to search.
+        name: Name of the file in error messages.
+
+    Raises:
+        ValueError: If a line contains an absolute path. The message names the file and the line.
+    """
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
-            _check_machine_paths(_unescaped(line) if path.suffix == ".json" else line, f"{name}, line {number},")
+            text = _decode_json_escapes(line) if path.suffix == ".json" else line
+            _check_machine_paths(text, f"{name}, line {number},")
 
 
-def check_words(text: str, where: str) -> None:
-    """Raise ValueError where a text holds an access token or key, or a path of a machine."""
-    if found := secret_in(text):
-        raise ValueError(f"{where} holds {found[0]}. Remove it, and revoke it if it is real.")
-    _check_machine_paths(text, where)
+def check_text(text: str, subject: str) -> None:
+    """Raise ValueError if a text contains a secret (access token or key) or an absolute path.
+
+    Args:
+        text: Text to search.
+        subject: Source of the text, such as "A file name". It is the grammatical subject of the error message.
+    """
+    if secret := find_secret(text):
+        raise ValueError(f"{subject} contains {secret[0]}. Remove it, and revoke it if it is real.")
+    _check_machine_paths(text, subject)
 
 
-def _check_machine_paths(text: str, where: str) -> None:
-    if path := machine_path_in(text):
-        raise ValueError(f"{where} names a place on a machine, {path!r}. Write it relative, or leave it out.")
+def _check_machine_paths(text: str, subject: str) -> None:
+    if path := find_machine_path(text):
+        raise ValueError(f"{subject} contains an absolute path, {path!r}. Make it relative, or leave it out.")
 
 
-def _picture_texts(file: Path | BinaryIO, name: Path | str) -> str:
-    """What a picture says in words before its pixels, which are not read, such as comments of PNG, compressed or not.
+def _read_image_texts(file: Path | BinaryIO, name: Path | str) -> str:
+    """Return the text fields of an image file, such as PNG comments, without decoding pixels.
 
-    ValueError where it is no picture.
+    Args:
+        file: Path of the image, or its content as a binary stream.
+        name: Name of the file in error messages.
+
+    Returns:
+        One line `key: text` for each text field.
+
+    Raises:
+        ValueError: If the file can't be read as an image.
     """
     PIL.Image.init()
     try:
         with PIL.Image.open(file, formats=[form for form in IMAGE_FORMATS if form in PIL.Image.OPEN]) as image:
             return "\n".join(f"{key}: {text}" for key, text in image.info.items() if isinstance(text, str))
-    except Exception:  # PIL raises a dozen kinds
-        raise ValueError(f"{name} is no picture that can be read. Remove it.") from None
+    except Exception:  # PIL raises many types of errors for damaged files
+        raise ValueError(f"{name} can't be read as an image. Remove it.") from None
 
 
-def _unescaped(line: str) -> str:
-    """A line of JSON with its escapes decoded: `\\/` is a slash, `\\u2192` an arrow; `\\n` becomes a blank."""
+def _decode_json_escapes(line: str) -> str:
+    r"""Decode JSON escapes in a line, so that paths in it can be found.
 
-    def read(found: re.Match[str]) -> str:
-        return chr(int(found[2], 16)) if found[2] else found[1] if found[1] in '"\\/' else " "
+    For example, `\/` becomes a slash and `\u2192` an arrow. Control escapes such as `\n` become a space.
+    """
 
-    return re.sub(r"\\(u([0-9a-fA-F]{4})|.)", read, line)
+    def decode(escape: re.Match[str]) -> str:
+        if escape[2]:
+            return chr(int(escape[2], 16))
+        return escape[1] if escape[1] in '"\\/' else " "
+
+    return re.sub(r"\\(u([0-9a-fA-F]{4})|.)", decode, line)
 
 
-def _safetensors_header(path: Path) -> str:
+def _read_safetensors_header(path: Path) -> str:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if not 0 < size <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
-            raise ValueError(f"{path} is no whole safetensors file: its header can't be read. Make it anew.")
+        if not 0 < size <= min(MAX_SAFETENSORS_HEADER_BYTES, path.stat().st_size - 8):
+            raise ValueError(f"{path} is not a complete safetensors file: its header can't be read. Write it again.")
         return file.read(size).decode(errors="replace")
 
 
-# --- Data sets: rows, images, card and licence -----------------------------------------------------------------------
+# --- Datasets: rows, images, card and license ------------------------------------------------------------------------
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
-SUFFIXES = PICTURES | {".parquet", ".tar", ".arrow", ".json", ".jsonl", ".csv", ".tsv"}
-NAMES = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md"}
-RECORD_BYTES = 2**21  # JSON files that are not larger say how a data set was made; larger ones are rows
-ROWS = 256  # that are looked at together: some megabytes, also of pictures
-BUFFER_BYTES = 2**20  # of a column that is read at once
-OUTSIDE = r"^(/|~|[A-Za-z]:[\\/]|file:)|(^|/)\.\.(/|$)"  # of the path of a picture
-SECRET = "holds what looks like an access token or key. Take it out, and revoke it if it is real"
+DATASET_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+DATASET_SUFFIXES = DATASET_IMAGE_SUFFIXES | {".parquet", ".tar", ".arrow", ".json", ".jsonl", ".csv", ".tsv"}
+DATASET_FILE_NAMES = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md"}
+# JSON files up to this size are searched for absolute paths, because they describe a dataset. Larger JSON files are
+# not, because they hold the rows of the dataset, and texts in rows may look like paths.
+MAX_METADATA_JSON_BYTES = 2**21
+BATCH_ROWS = 256  # rows that are checked at a time; a few megabytes even if the rows contain images
+PARQUET_BUFFER_BYTES = 2**20  # bytes of a column that are read at a time
+OUTSIDE_PATH_PATTERN = r"^(/|~|[A-Za-z]:[\\/]|file:)|(^|/)\.\.(/|$)"  # image paths that lead out of the dataset
+SECRET_MESSAGE = "contains what looks like an access token or key. Remove it, and revoke it if it is real"
 
 
-def data_files(folder: Path, of_space: bool = False) -> list[Path]:
-    """Files of a data set, or all of a Space, relative to their folder; hidden ones stay here, and whatever else.
+def list_data_files(folder: Path, is_space: bool = False) -> list[Path]:
+    """List the files of a dataset or Space that may be uploaded.
 
-    Raises ValueError where a link leads out of the folder, or a file that would be sent is no regular file.
+    For a dataset, these are rows, images, card and license. For a Space, these are all files except Python bytecode.
+    Hidden files and folders are left out. For a dataset, names that begin with two underscores are left out, too.
+
+    Args:
+        folder: Folder of the dataset or Space.
+        is_space: Whether `folder` is a Space; otherwise it is a dataset.
+
+    Returns:
+        Paths relative to `folder`.
+
+    Raises:
+        ValueError: If a link leads out of the folder, or a file to upload is not a regular file.
     """
-    refuse_links_out(folder)
-    found = []
+    check_links_stay_inside(folder)
+    names = []
     for path in (path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder)
-        is_sent = name.suffix != ".pyc" if of_space else name.suffix in SUFFIXES or name.name in NAMES
-        if is_sent and not any(part.startswith("." if of_space else (".", "__")) for part in name.parts):
-            check_regular(path)
-            found.append(name)
-    return found
+        is_sent = (
+            name.suffix != ".pyc" if is_space else name.suffix in DATASET_SUFFIXES or name.name in DATASET_FILE_NAMES
+        )
+        if is_sent and not any(part.startswith("." if is_space else (".", "__")) for part in name.parts):
+            check_regular_file(path)
+            names.append(name)
+    return names
 
 
-def check_data(folder: Path, names: Sequence[Path]) -> None:
-    """Raise ValueError, naming file, column and row but no secret, where a text, however nested, holds a token or key,
-    an image path leads out of the folder, or image bytes are no image.
+def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
+    """Check the content of the files of a dataset.
+
+    Args:
+        folder: Folder of the dataset.
+        names: Files to check, relative to `folder`.
+
+    Raises:
+        ValueError: If a text, also one in a nested column, contains a secret (access token or key), an image path leads
+            out of the folder, image bytes can't be read, or a file that describes the dataset (card, license or small
+            JSON file) contains an absolute path. For tables, the message names the file, column and row. The message
+            does not repeat the secret.
     """
     for name in names:
         path = folder / name
-        if name.suffix in PICTURES:
-            _picture_texts(path, name)
+        if name.suffix in DATASET_IMAGE_SUFFIXES:
+            _read_image_texts(path, name)
             check_secrets(path, name)
         elif name.suffix in (".parquet", ".arrow"):
-            _check_rows(path, name)
-        else:  # archives among them: only uncompressed ones are accepted
+            _check_table(path, name)
+        else:  # tar archives too; `check_secrets` refuses compressed ones
             check_secrets(path, name)
-            if name.name in NAMES or (name.suffix == ".json" and path.stat().st_size <= RECORD_BYTES):
+            if name.name in DATASET_FILE_NAMES or (
+                name.suffix == ".json" and path.stat().st_size <= MAX_METADATA_JSON_BYTES
+            ):
                 check_paths(path, name)
 
 
-def _check_rows(path: Path, name: Path) -> None:
+def _check_table(path: Path, name: Path) -> None:
+    """Check the schema and all rows of a Parquet or Arrow file.
+
+    Args:
+        path: File to check.
+        name: Name of the file in error messages.
+
+    Raises:
+        ValueError: If the file can't be read, its schema or a row contains a secret (access token or key), or an image
+            must not be published (see `_find_image_fault`). The message names the column and row.
+    """
     import pyarrow
 
-    first = 0
+    first_row = 0
     try:
-        for batch in _batches(path):
-            if not first and secret_in(f"{batch.schema} {batch.schema.metadata}"):
-                raise ValueError(f"{name}, its header, {SECRET}.")
+        for batch in _iter_batches(path):
+            if not first_row and find_secret(f"{batch.schema} {batch.schema.metadata}"):
+                raise ValueError(f"{name}, in its header, {SECRET_MESSAGE}.")
             for column, array in zip(batch.schema.names, batch.columns, strict=True):
-                if _fault(array):
-                    row, fault = next((n, bad) for n in range(len(array)) if (bad := _fault(array[n : n + 1])))
-                    raise ValueError(f"{name}, column {column!r}, row {first + row}, {fault}.")
-            first += len(batch)
+                if not _find_fault(array):
+                    continue
+                faults = (_find_fault(array[row : row + 1]) for row in range(len(array)))
+                row, fault = next((row, fault) for row, fault in enumerate(faults, start=first_row) if fault)
+                raise ValueError(f"{name}, column {column!r}, row {row}, {fault}.")
+            first_row += len(batch)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{name} can't be read as a file of rows: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{name} can't be read as Parquet or Arrow: {' '.join(str(error).split())}") from None
 
 
-def _batches(path: Path) -> Iterator[Any]:
-    """The rows of a file, some at a time; the first may be none."""
+def _iter_batches(path: Path) -> Iterator[Any]:
+    """Yield the pyarrow record batches of a Parquet or Arrow file.
+
+    For a Parquet file, the first batch has no rows, so that the schema is checked even if the file has none.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -258,43 +385,54 @@ def _batches(path: Path) -> Iterator[Any]:
         with pyarrow.memory_map(str(path)) as file:
             yield from pyarrow.ipc.open_stream(file)
         return
-    with parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
+    with parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER_BYTES) as file:
         yield pyarrow.RecordBatch.from_pylist([], file.schema_arrow)
-        yield from file.iter_batches(ROWS)
+        yield from file.iter_batches(BATCH_ROWS)
 
 
-def _fault(array: Any) -> str | None:
-    """What must not be sent of the values of an array of pyarrow, however nested, in words; None where all may."""
+def _find_fault(array: Any) -> str | None:
+    """Return the reason why a pyarrow array must not be published, or None if it may be published.
+
+    Texts and binary values are searched for secrets (access tokens and keys), at any depth of nested arrays. Structs
+    with the fields `bytes` and `path` are images, which `_find_image_fault` checks, too.
+    """
     from pyarrow import ExtensionArray, ListArray, compute, types
 
     kind = array.type
     if isinstance(array, ExtensionArray):
-        return _fault(array.storage)
+        return _find_fault(array.storage)
     if types.is_dictionary(kind):
-        return _fault(array.dictionary_decode())
+        return _find_fault(array.dictionary_decode())
     if types.is_struct(kind):
         parts = dict(zip([field.name for field in kind], array.flatten(), strict=True))
-        fault = _picture_fault(parts["bytes"], parts["path"]) if set(parts) == {"bytes", "path"} else None
-        return fault or next(filter(None, map(_fault, parts.values())), None)
+        fault = _find_image_fault(parts["bytes"], parts["path"]) if set(parts) == {"bytes", "path"} else None
+        return fault or next(filter(None, map(_find_fault, parts.values())), None)
     if types.is_map(kind):
-        halves = [ListArray.from_arrays(array.offsets, half) for half in (array.keys, array.items)]
-        return next(filter(None, map(_fault, halves)), None)
+        keys_and_items = [ListArray.from_arrays(array.offsets, values) for values in (array.keys, array.items)]
+        return next(filter(None, map(_find_fault, keys_and_items)), None)
     if types.is_nested(kind):
-        return _fault(array.flatten())
+        return _find_fault(array.flatten())
     if "string" not in str(kind) and "binary" not in str(kind):
         return None
-    pattern = "|".join([SECRET_RE2, *map(re.escape, known_tokens())])
-    return SECRET if compute.any(compute.match_substring_regex(array.cast("large_binary"), pattern)).as_py() else None
+    pattern = "|".join([SECRET_RE2, *map(re.escape, find_hub_tokens())])
+    has_secret = compute.any(compute.match_substring_regex(array.cast("large_binary"), pattern)).as_py()
+    return SECRET_MESSAGE if has_secret else None
 
 
-def _picture_fault(contents: Any, paths: Any) -> str | None:
+def _find_image_fault(contents: Any, paths: Any) -> str | None:
+    """Return the reason why the images of a `datasets.Image` column must not be published, or None.
+
+    Args:
+        contents: pyarrow array with the bytes of each image file, or null.
+        paths: pyarrow array with the path of each image file. A path must not lead out of the dataset.
+    """
     from pyarrow import compute, types
 
-    if types.is_string(paths.type) and compute.any(compute.match_substring_regex(paths, OUTSIDE)).as_py():
-        return "names the file of a picture by a path outside of the data set. Put the picture into it"
+    if types.is_string(paths.type) and compute.any(compute.match_substring_regex(paths, OUTSIDE_PATH_PATTERN)).as_py():
+        return "has an image path that leads out of the dataset. Store the image inside the dataset"
     try:
         for content in (content for content in contents if content.is_valid):
-            _picture_texts(io.BytesIO(content.as_buffer()), "")
+            _read_image_texts(io.BytesIO(content.as_buffer()), "")
     except ValueError:
-        return "has bytes that are no picture that can be read. Take the row out"
+        return "has bytes that can't be read as an image. Remove the row"
     return None

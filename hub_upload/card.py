@@ -1,13 +1,13 @@
-"""The model card of a run or repository, README.md, with no figure but those of its files.
+"""Write or check the model card (README.md) of a training run or export.
 
     python -m hub_upload.card --model runs/openmoji-pt-001
     python -m hub_upload.card --model runs/openmoji-pt-001 --repo_id my-name/my-model --language pt
-    python -m hub_upload.card --model runs/mine --license cc-by-4.0    # where none follows from base and data
+    python -m hub_upload.card --model runs/mine --license cc-by-4.0    # if base and data don't determine a license
     python -m hub_upload.card --check runs/openmoji-pt-001
 
-`--check` renders the card again, compares it line by line, and names each line that differs. Sentences without figures
-may be added to a card by hand, and must be added again after it is rewritten. Make the card last: of a repository's
-folder after `hub_upload.export`, which rewrites its files, and before `hub_upload.push`.
+All numbers in a card come from the files in the folder of the run or export. `--check` renders the card again from
+these files and prints each line that differs. You may add sentences without numbers to a card; they are lost when the
+card is written again. Write the card after `hub_upload.export`, which rewrites the files, and before `hub_upload.push`.
 """
 
 import difflib
@@ -22,26 +22,32 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from capivara_common.cli import flag, parse, run_command
+from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import seed_folders, write_text
-from eval.records.schema import GAIN
+from eval.records.schema import GAIN_METRIC
 from hub_upload import card_values as values
-from hub_upload.allowed_files import check_repo_id, check_words
-from hub_upload.card_values import TEMPLATES, card_facts, escaped, one_line, revision
+from hub_upload.allowed_files import check_repo_id, check_text
+from hub_upload.card_values import TEMPLATE_FOLDER, collect_run_metadata, find_data_revision, to_markdown, to_safe_line
 
-CARD = "README.md"
-VERSION = 5  # of the templates; a card of another one is checked by its values and digests, not by its words
-# What a card was made with, for `--check`; a comment, so that it is not seen. The first version named none.
-MADE_WITH = re.compile(r"<!-- made by hub_upload\.card with (\{[^\n]*\}) -->")
-# What could hide or reframe the lines around it: comments, code, tables, headings, links to anything but pages.
-FRAMES = re.compile(r"<|^\s*(```|~~~|\||#|=+$|-+$)|\]\((?!https?://)")
-# In a card of any version: cells of tables that are values, signed values of lists, and digests of files.
-VALUES = re.compile(
+CARD_FILE = "README.md"
+# Version of the card templates. Increase it when the text of a template changes. `--check` compares only the numbers
+# and file digests of a card from another template version, because its sentences can't be rendered again.
+TEMPLATE_VERSION = 6
+# HTML comment in which a card stores, as JSON, the options that it was rendered with, so that `--check` can render it
+# again. Cards of template version 1 store no version.
+OPTIONS_COMMENT_RE = re.compile(r"<!-- made by hub_upload\.card with (\{[^\n]*\}) -->")
+# Markup that a user's own lines in a card must not contain, because it could hide other lines or change their meaning:
+# HTML, code blocks, tables, headings, and links to anything but web pages.
+REFRAMING_MARKUP_RE = re.compile(r"<|^\s*(```|~~~|\||#|=+$|-+$)|\]\((?!https?://)")
+# Values that can be recognized in a card of any template version: table cells with numbers, signed numbers in lists,
+# and digests of files (32 hexadecimal digits).
+CARD_VALUE_RE = re.compile(
     r"(?<=\| )(?:\*\*)?[-+]?\d[\d.,e-]*(?: ± [\d.,]+)?(?:\*\*)?(?= \|)|(?<=[ ])[-+]\d+[.,]\d+|`[0-9a-f]{32}`"
 )
-SHOWN = 120  # letters of a line in a message
-# Of the model index; retrieval is no task of the Hub's own, so its two directions are named as they are.
-TASKS = {
+MAX_SHOWN_CHARACTERS = 120  # characters of a card line that a message shows
+# (task, direction) of a record -> (id, name) of the task in the model index, the metrics in a card's front matter. The
+# Hub defines no image-text retrieval task, so this project chose ids and names for the two directions of retrieval.
+HUB_TASKS = {
     ("retrieval", "text_to_image"): ("text-to-image-retrieval", "Text-to-image retrieval"),
     ("retrieval", "image_to_text"): ("image-to-text-retrieval", "Image-to-text retrieval"),
     ("classification", ""): ("zero-shot-image-classification", "Zero-shot image classification"),
@@ -51,65 +57,79 @@ TASKS = {
 
 @dataclass
 class CardArguments:
-    """Arguments of `hub_upload.card`."""
+    """Command-line arguments of `python -m hub_upload.card`, which writes or checks a model card."""
 
-    model: Path | None = flag(None, "Folder of a finished run, or a repository made from it; its card is written.")
+    model: Path | None = flag(None, "Folder of a finished run, or an export of it. Its card is written.")
     repo_id: str | None = flag(
-        None, "Hub id, owner/name, that the card's code loads; without it, the code runs from within the folder."
+        None, "Hub id, owner/name, that the code examples load. Default: they load the folder they are run in."
     )
-    language: Literal["en", "pt"] = flag("en", "Language of the card's text.")
+    language: Literal["en", "pt"] = flag("en", "Language of the card.")
     license: str | None = flag(
-        None, "Licence of the model, an identifier of the Hub, where none follows from what base and data state."
+        None, "License of the model, an identifier of the Hub. Only if base and data don't determine the license."
     )
-    output: Path | None = flag(None, "File of the card, in place of README.md in the folder; it alone is written.")
-    check: Path | None = flag(None, "Folder whose card is compared with its files; nothing is written.")
+    output: Path | None = flag(None, "File to write. Default: README.md in the folder.")
+    check: Path | None = flag(None, "Folder whose card is compared with its files. Nothing is written.")
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.check is None):
-            raise ValueError("Give --model FOLDER to write its card, or --check FOLDER to verify the one there.")
+            raise ValueError(
+                "Give either --model FOLDER to write a card, or --check FOLDER to compare a card with its files."
+            )
         if self.check and (self.repo_id or self.output or self.license):
-            raise ValueError("--check takes what a card was made with from it: no --repo_id, --output or --license.")
+            raise ValueError("--check reads the options from the card: leave out --repo_id, --output and --license.")
 
 
-def render(
-    facts: dict[str, Any], language: str = "en", repo_id: str | None = None, license: str | None = None
+def render_card(
+    run_metadata: dict[str, Any], language: str = "en", repo_id: str | None = None, license: str | None = None
 ) -> ModelCard:
-    """The card of a folder, in "en" or "pt"; its code loads `repo_id`, or from within the folder where there is none.
+    """Render the model card of a run or export from the values in its files.
 
-    A `license` is for a model whose base and data leave it open. Raises ValueError where it is none of the Hub's or
-    differs from what follows from them, where a figure is missing, or the card would hold a path of a machine or a
-    secret.
+    Args:
+        run_metadata: Values from `collect_run_metadata`.
+        language: Language of the card, "en" or "pt".
+        repo_id: Hub id of the model that the code examples in the card load. None: the examples load the current
+            folder.
+        license: License of the model, a Hub identifier. Needed only if the licenses of base model and training data
+            don't determine it.
+
+    Returns:
+        The card with front matter and text.
+
+    Raises:
+        ValueError: If an argument is wrong, `license` contradicts the license that base model and training data
+            require, a number is missing in the files, or the card would contain an absolute path or a secret.
     """
     if language not in values.LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(values.LANGUAGES)}, got {language!r}.")
     if repo_id is not None:
         check_repo_id(repo_id)
-    folder, model = facts["folder"], facts["model"]
+    folder, model = run_metadata["folder"], run_metadata["model"]
     if repo_id and model != folder:
         raise ValueError(
-            f"{folder} holds a model in each of its folders seed-*, and a repository has one. Make it of one of them "
-            "first, with `python -m hub_upload.export`."
+            f"{folder} contains a model in each of its folders seed-*, but a repository has only one. Export one of "
+            "them with `python -m hub_upload.export` first."
         )
-    options = {"language": language, "repo_id": repo_id, "version": VERSION}
+    options = {"language": language, "repo_id": repo_id, "version": TEMPLATE_VERSION}
     if license is not None:
-        if license not in values.LICENCES:
-            raise ValueError(f"license must be an identifier of the Hub, such as mit, got {license!r:.60}.")
-        if facts["license"] not in (None, license):
+        if license not in values.HUB_LICENSES:
+            raise ValueError(f"license must be a license identifier of the Hub, for example mit, got {license!r:.60}.")
+        if run_metadata["license"] not in (None, license):
             raise ValueError(
-                f"The licence {facts['license']} follows from the model's base and data, so {license} can't be stated."
+                f"Base and data of the model require the license {run_metadata['license']}, got {license}. Leave out "
+                "--license."
             )
-        facts, options = facts | {"license": license}, options | {"license": license}
-    with values.needed_form(folder):
-        title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({facts['config']['language']})"
+        run_metadata, options = run_metadata | {"license": license}, options | {"license": license}
+    with values.wrap_format_errors(folder):
+        title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({run_metadata['config']['language']})"
         card = ModelCard.from_template(
-            metadata(facts, one_line(title)),
-            template_path=str(TEMPLATES / f"model_card_{language}.md.j2"),
-            **values.template_values(facts, language, repo_id),
-            title=escaped(title),
+            build_card_data(run_metadata, to_safe_line(title)),
+            template_path=str(TEMPLATE_FOLDER / f"model_card_{language}.md.j2"),
+            **values.build_template_values(run_metadata, language, repo_id),
+            title=to_markdown(title),
             options=json.dumps(options),
         )
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", str(card), flags=re.MULTILINE)).strip()
-    check_words(text, "The card, and so a file of the run,")
+    check_text(text, "The card, and therefore a file of the run,")
     return ModelCard(text)
 
 
@@ -120,152 +140,232 @@ def write_card(
     output: Path | None = None,
     license: str | None = None,
 ) -> Path:
-    """Write the card of a run or of a repository made from it, to `output` in place of its README.md, and return its
-    path. ValueError as of `card_facts` and `render`.
+    """Write the model card of a run or export to a file.
+
+    Args:
+        folder: Folder of the run or export.
+        repo_id: Hub id of the model that the code examples in the card load. None: the examples load the current
+            folder.
+        language: Language of the card, "en" or "pt".
+        output: File to write. None: README.md in `folder`.
+        license: License of the model, a Hub identifier. Needed only if the licenses of base model and training data
+            don't determine it.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        ValueError: If a file is missing or wrong (see `collect_run_metadata`), or the card can't be rendered (see
+            `render_card`).
     """
-    path = output or folder / CARD
-    write_text(path, str(render(card_facts(folder), language, repo_id, license)))
+    path = output or folder / CARD_FILE
+    write_text(path, str(render_card(collect_run_metadata(folder), language, repo_id, license)))
     return path
 
 
 # --- Comparison of a card with its files -----------------------------------------------------------------------------
 
 
-def check(folder: Path) -> list[str]:
-    """The faults of a folder's card; empty where card and files agree. ValueError where there is no card.
+def find_card_faults(folder: Path) -> list[str]:
+    """Compare the model card of a run or export with the files in its folder.
 
-    The card is rendered again with the options that it names, and compared line by line. Lines may be added to its
-    text, if they hold no number, and nothing that could hide or reframe the lines around them. Of a card of an older
-    template the front matter, all values and all digests are compared, and it may hold no HTML.
+    The card is rendered again with the options that its last comment stores, and the two texts are compared line by
+    line. The card may contain additional lines if these have no numbers and no markup that could hide or change other
+    lines. If the card was rendered from another template version, only its front matter, numbers and file digests are
+    compared, and it must not contain HTML.
+
+    Args:
+        folder: Folder of the run or export, with the card README.md.
+
+    Returns:
+        One message for each difference. The list is empty if the card and the files agree.
+
+    Raises:
+        ValueError: If the folder has no card, or the run is not finished.
     """
-    seed_folders(folder)  # refuses an unfinished run
-    if not (folder / CARD).is_file():
-        raise ValueError(f"{folder} has no {CARD}. Make it with `python -m hub_upload.card --model {folder}`.")
-    text = _read(folder / CARD)
-    if not (options := made_with(text)):
-        return [f"{CARD}: it was not made by `python -m hub_upload.card`, so its figures have no known source."]
+    seed_folders(folder)  # raises ValueError if the run is not finished
+    if not (folder / CARD_FILE).is_file():
+        raise ValueError(f"{folder} has no {CARD_FILE}. Write it with `python -m hub_upload.card --model {folder}`.")
+    text = _read_text(folder / CARD_FILE)
+    if not (options := read_card_options(text)):
+        return [f"{CARD_FILE}: it was not written by `python -m hub_upload.card`, so its figures can't be verified."]
     try:
-        with values.needed_form(folder):  # the card's options may be anything, too
-            kept = {name: options.get(name) for name in ("language", "repo_id", "license")}
-            expected = str(render(card_facts(folder), **kept))
+        with values.wrap_format_errors(folder):  # the options in the card may have wrong types, too
+            render_options = {name: options.get(name) for name in ("language", "repo_id", "license")}
+            expected = str(render_card(collect_run_metadata(folder), **render_options))
     except ValueError as error:
-        return [f"{CARD}: {error}"]
-    (front, body), (wanted_front, wanted) = _parts(text), _parts(expected)
-    faults = [*_differences(wanted_front, front)]
-    if options["version"] == VERSION:
-        return [*faults, *_differences(wanted, body, may_add=True)]
-    faults += [f"{CARD}: it says {line[:SHOWN]!r}." for line in body.rstrip().split("\n")[:-1] if "<" in line]
-    return [*faults, *_differences(*("\n".join(sorted(VALUES.findall(part))) for part in (wanted, body)))]
+        return [f"{CARD_FILE}: {error}"]
+    front_matter, body = _split_front_matter(text)
+    expected_front_matter, expected_body = _split_front_matter(expected)
+    faults = [*_iter_differences(expected_front_matter, front_matter)]
+    if options["version"] == TEMPLATE_VERSION:
+        return [*faults, *_iter_differences(expected_body, body, allow_additions=True)]
+    html_lines = [line for line in body.rstrip().split("\n")[:-1] if "<" in line]  # the last line has the options
+    faults += [f"{CARD_FILE}: the card has {line[:MAX_SHOWN_CHARACTERS]!r}." for line in html_lines]
+    expected_values, card_values = ("\n".join(sorted(CARD_VALUE_RE.findall(part))) for part in (expected_body, body))
+    return [*faults, *_iter_differences(expected_values, card_values)]
 
 
-def outdated(folder: Path) -> list[str]:
-    """The faults of a folder's card, if there is one and `hub_upload.card` made it; others are their writers' word."""
-    return check(folder) if (folder / CARD).is_file() and made_with(_read(folder / CARD)) else []
+def find_generated_card_faults(folder: Path) -> list[str]:
+    """Compare the card in a model folder with the folder's files, but only if `hub_upload.card` wrote the card.
+
+    Args:
+        folder: Folder of a model, with or without a card.
+
+    Returns:
+        The messages of `find_card_faults`. The list is empty if the folder has no card or a handwritten one.
+    """
+    return (
+        find_card_faults(folder)
+        if (folder / CARD_FILE).is_file() and read_card_options(_read_text(folder / CARD_FILE))
+        else []
+    )
 
 
-def made_with(text: str) -> dict[str, Any] | None:
-    """The options that a card was made with; None where it does not say so."""
+def read_card_options(text: str) -> dict[str, Any] | None:
+    """Read the options that a card was rendered with from the HTML comment at its end.
+
+    Args:
+        text: Text of the card.
+
+    Returns:
+        The options "version" (of the template), "language", "repo_id" and, if one was given, "license". None if the
+        text has no such comment, for example because the card was written by hand.
+    """
     with suppress(ValueError, TypeError, IndexError):
-        options = {"version": 1} | json.loads(MADE_WITH.findall(text)[-1])
+        options = {"version": 1} | json.loads(OPTIONS_COMMENT_RE.findall(text)[-1])
         return options if {"language", "repo_id"} <= options.keys() else None
     return None
 
 
-def _parts(text: str) -> tuple[str, str]:
-    """Front matter and body."""
+def _split_front_matter(text: str) -> tuple[str, str]:
+    """Split the text of a card into its YAML front matter and the Markdown text that follows."""
     end = text.find("\n---\n", 1) + 1
     return text[:end], text[end:]
 
 
-def _differences(expected: str, text: str, may_add: bool = False) -> Iterator[str]:
-    """How a text differs from the expected one, line by line; sentences without a number are none if they `may_add`."""
-    wanted, there = ([line.rstrip() for line in part.split("\n") if line.strip()] for part in (expected, text))
-    for _, start, end, first, last in difflib.SequenceMatcher(None, wanted, there, autojunk=False).get_opcodes():
-        gone, added = wanted[start:end], there[first:last]
-        if gone == added:
+def _iter_differences(expected: str, text: str, allow_additions: bool = False) -> Iterator[str]:
+    """Yield a message for each line of `text` that is not expected, and for each expected line that is missing.
+
+    Args:
+        expected: Text rendered from the files.
+        text: Text of the card in the folder. Blank lines and trailing spaces are ignored.
+        allow_additions: Accept additional lines in `text` that have no numbers and no markup that could hide or change
+            other lines.
+    """
+    wanted, actual = ([line.rstrip() for line in part.split("\n") if line.strip()] for part in (expected, text))
+    for _, start, end, first, last in difflib.SequenceMatcher(None, wanted, actual, autojunk=False).get_opcodes():
+        missing, added = wanted[start:end], actual[first:last]
+        if missing == added:
             continue
-        if may_add and not gone:
-            added = [line for line in added if FRAMES.search(line) or any(letter.isnumeric() for letter in line)]
-        yield from (f"{CARD}: the files give {line[:SHOWN]!r}." for line in gone)
-        yield from (f"{CARD}: it says {line[:SHOWN]!r}." for line in added)
+        if allow_additions and not missing:
+            added = [line for line in added if REFRAMING_MARKUP_RE.search(line) or any(map(str.isnumeric, line))]
+        yield from (f"{CARD_FILE}: the files give {line[:MAX_SHOWN_CHARACTERS]!r}." for line in missing)
+        yield from (f"{CARD_FILE}: the card has {line[:MAX_SHOWN_CHARACTERS]!r}." for line in added)
 
 
-def _read(path: Path) -> str:
+def _read_text(path: Path) -> str:
     return path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
 
 
-# --- What machines read: front matter with the model index -----------------------------------------------------------
+# --- Front matter with the model index -------------------------------------------------------------------------------
 
-# The format: modelcard.md of https://github.com/huggingface/hub-docs. Values are those of the JSON files, shares.
+# modelcard.md in https://github.com/huggingface/hub-docs describes the format of the front matter. Metric values in it
+# are shares from 0 to 1, as in the result files.
 
 
-def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
-    """The front matter. What names no language, licence or Hub id as the Hub knows them is left out."""
-    stated = [code.split("-")[0] for code in facts["config"]["eval_languages"] if isinstance(code, str)]
-    languages = list(dict.fromkeys(stated))
-    kind = "clip" if facts["model_class"] == values.OWN_CLASS else facts["architecture"].get("model_type", "clip")
-    tags = ["capivara", kind, "image-text-retrieval", "zero-shot", *["multilingual"] * (len(languages) > 1)]
-    model, seed = facts["origins"]["model"], facts["run"]["seed"]
-    # The base's own id, or those that the card of a local base names.
-    base = hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
-    of_model = [value for value in facts["values"] if value.model == "capivara" and value.metric != GAIN]
-    # Of several seeds, the one of the weights in the folder.
-    published = [one for value in of_model for one in value.measured if value.seeds == 1 or one.seed == seed]
+def build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
+    """Build the front matter of a card, with the metrics of the model (the Hub's "model index").
+
+    Languages, licenses and Hub ids that the Hub does not accept are left out.
+
+    Args:
+        run_metadata: Values from `collect_run_metadata`.
+        title: Name of the model in the model index.
+
+    Returns:
+        The front matter.
+    """
+    codes = [code.split("-")[0] for code in run_metadata["config"]["eval_languages"] if isinstance(code, str)]
+    languages = list(dict.fromkeys(codes))
+    model_type = run_metadata["architecture"].get("model_type", "clip")
+    if run_metadata["model_class"] == values.CAPIVARA_CLASS:
+        model_type = "clip"
+    tags = ["capivara", model_type, "image-text-retrieval", "zero-shot", *["multilingual"] * (len(languages) > 1)]
+    model, seed = run_metadata["origins"]["model"], run_metadata["run"]["seed"]
+    # A base model in a local folder has no Hub id, but its card may name the models on the Hub that it was derived
+    # from.
+    base = filter_hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
+    results = [value for value in run_metadata["values"] if value.model == "capivara" and value.metric != GAIN_METRIC]
+    # If several seeds were measured, the model index shows the seed of the weights in the folder.
+    published = [
+        measurement
+        for value in results
+        for measurement in value.measured
+        if value.seeds == 1 or measurement.seed == seed
+    ]
     return ModelCardData(
         language=[code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)] or None,  # ISO 639-1 or -3
-        license=facts["license"],
+        license=run_metadata["license"],
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         base_model=base[0] if len(base) == 1 else base or None,
-        datasets=hub_ids(origin.get("hub_id") for origin in facts["origins"]["datasets"]) or None,
-        tags=tags + facts["formats"],
+        datasets=filter_hub_ids(origin.get("hub_id") for origin in run_metadata["origins"]["datasets"]) or None,
+        tags=tags + run_metadata["formats"],
         model_name=title,
-        eval_results=[_index_entry(facts, measured) for measured in published],
+        eval_results=[_build_eval_result(run_metadata, measurement) for measurement in published],
     )
 
 
-def hub_ids(names: Any) -> list[str]:
-    """Those of some names that are Hub ids."""
-    return [name for name in names if isinstance(name, str) and values.HUB_ID.fullmatch(name)]
+def filter_hub_ids(names: Any) -> list[str]:
+    """Return the elements of `names` that are strings and valid Hub ids (owner/name), in the same order."""
+    return [name for name in names if isinstance(name, str) and values.HUB_ID_RE.fullmatch(name)]
 
 
-def _index_entry(facts: dict[str, Any], measured: Any) -> EvalResult:
-    """A figure for the model index; huggingface_hub puts those of one task and data set together."""
-    record, commit = measured.record, revision(facts["run"], measured)
-    kind, task = TASKS[record.task, record.direction]
-    arguments = {"protocol": one_line(record.protocol), "precision": one_line(measured.precision)}
-    slug = re.sub(r"[^a-z0-9]+", "-", one_line(record.dataset).lower()).strip("-") or "data"
+def _build_eval_result(run_metadata: dict[str, Any], measurement: Any) -> EvalResult:
+    """Convert a measurement to an entry of the model index. huggingface_hub groups the entries by task and dataset.
+
+    Args:
+        run_metadata: Values from `collect_run_metadata`.
+        measurement: Measurement of one seed, from the `measured` field of an `average_over_seeds` result.
+    """
+    record, commit = measurement.record, find_data_revision(run_metadata["run"], measurement)
+    task_type, task_name = HUB_TASKS[record.task, record.direction]
+    arguments = {"protocol": to_safe_line(record.protocol), "precision": to_safe_line(measurement.precision)}
+    slug = re.sub(r"[^a-z0-9]+", "-", to_safe_line(record.dataset).lower()).strip("-") or "data"
     return EvalResult(
-        task_type=kind,
-        task_name=task,
+        task_type=task_type,
+        task_name=task_name,
         dataset_type=record.dataset if commit else slug,
-        dataset_name=one_line(facts["titles"].get(record.dataset) or record.dataset),
-        dataset_config=one_line(record.language) or None,
-        dataset_split=one_line(record.split),
+        dataset_name=to_safe_line(run_metadata["titles"].get(record.dataset) or record.dataset),
+        dataset_config=to_safe_line(record.language) or None,
+        dataset_split=to_safe_line(record.split),
         dataset_revision=commit,
-        metric_type=one_line(record.metric),
-        metric_name=values.WORDS["en"]["names"].get(record.metric) or re.sub(r"^recall@", "R@", record.metric),
+        metric_type=to_safe_line(record.metric),
+        metric_name=values.CARD_WORDS["en"]["names"].get(record.metric) or re.sub(r"^recall@", "R@", record.metric),
         metric_value=record.value,
         metric_args=arguments if record.seed is None else {**arguments, "seed": record.seed},
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(CardArguments, __doc__, argv)
+    """Run the command line: write a model card or, with --check, compare a card with the files in its folder."""
+    args = parse_arguments(CardArguments, __doc__, argv)
     if args.check is None:
         path = write_card(args.model, args.repo_id, args.language, args.output, args.license)
-        print(f"{path} states what the files of {args.model} say. Verify it with --check {args.model}.")
+        print(f"Wrote {path} from the files of {args.model}. Compare it with them at any time: --check {args.model}")
         return
-    if faults := check(args.check):
-        sys.exit("\n".join([*faults, f"error: {len(faults)} faults in the card of {args.check}."]))
-    if made_with(_read(args.check / CARD))["version"] != VERSION:
+    if faults := find_card_faults(args.check):
+        sys.exit(
+            "\n".join([*faults, f"error: The card of {args.check} differs from its files in {len(faults)} lines."])
+        )
+    if read_card_options(_read_text(args.check / CARD_FILE))["version"] != TEMPLATE_VERSION:
         print(
-            f"The tables and digests of the card of {args.check} are those of its files. An older template made it, so "
-            "its words were not compared."
+            f"The tables and digests in the card of {args.check} agree with its files. Its text was not compared, "
+            "because the card was written with an older template."
         )
     else:
-        print(f"Every figure of the card of {args.check} is that of its files.")
+        print(f"All figures in the card of {args.check} agree with its files.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What a model card may state: the files of a run's folder, read and checked, and given to the templates.
+"""Read and check the files of a training run, and turn them into values for the templates of the model card.
 
-    facts = card_facts(Path("runs/openmoji-pt-001"))
-    facts["config"]["learning_rate"]
+    run_metadata = collect_run_metadata(Path("runs/openmoji-pt-001"))
+    run_metadata["config"]["learning_rate"]
 
-Nothing else is read than `run.json` and `results/*.json` (and those in `seed-*/`), for the architecture `config.json`
-and the header of `model.safetensors`, and for ONNX `onnx/quantisation.json`. What they lack is an error where the card
-needs it, and left out where it doesn't; nothing is guessed. Texts of others become Markdown that renders as itself, on
-one line; numbers get the language's decimal sign.
+The values come from `run.json` and `results/*.json` (for a run with several seeds, also from those in `seed-*/`),
+`config.json`, the headers of the safetensors files, and `onnx/quantisation.json`. If these files lack a value that the
+card requires, an error is raised. Missing optional values are left out of the card. Texts from files are escaped, so
+that they can't add Markdown or HTML to the card. Numbers get the decimal separator of the card's language.
 """
 
 import hashlib
@@ -25,43 +25,53 @@ from typing import Any
 import jinja2
 
 from capivara_common.files import read_json, seed_folders
-from capivara_common.hub_cache import COMMIT
-from capivara_common.privacy import secret_in
+from capivara_common.hub_cache import COMMIT_RE
+from capivara_common.privacy import find_secret
 from capivara_common.weight_file import WeightFile
-from eval.benchmarks import published_base
+from eval.benchmarks import get_published_base
 from eval.records import schema
-from eval.records.schema import DIRECTIONS, GAIN, RANK_METRICS, TASKS, ResultFile, is_number
-from eval.records.tables import conflicts, pairs_of, records_frame, values_of
-from hub_upload.allowed_files import RUN_PICTURES
+from eval.records.schema import DIRECTIONS, GAIN_METRIC, RANK_METRICS, TASKS, ResultFile, is_number
+from eval.records.tables import average_over_seeds, build_records_frame, find_conflicts, pair_with_baselines
+from hub_upload.allowed_files import RUN_PLOT_FILES
 
-TEMPLATES = Path(__file__).parent / "templates"
-WORDS = read_json(TEMPLATES / "card_words.json")  # language of a card -> its words for names of the files, and others
-LANGUAGES = tuple(WORDS)
-# Not HTML but Markdown: texts of others are escaped where they come in. What a template needs and lacks is an error.
+TEMPLATE_FOLDER = Path(__file__).parent / "templates"
+# Language of a card ("en" or "pt") -> names of languages and metrics in that language, and translations of the texts in
+# result files.
+CARD_WORDS = read_json(TEMPLATE_FOLDER / "card_words.json")
+LANGUAGES = tuple(CARD_WORDS)
+# The output is Markdown, so Jinja's HTML escaping is off; `to_markdown` and `to_code` escape texts from files instead.
 MARKDOWN_TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, undefined=jinja2.StrictUndefined,
+    loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER), autoescape=False, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
-# Identifiers of https://huggingface.co/docs/hub/repositories-licenses, but for "unknown" and "other"
-LICENCES = frozenset((Path(__file__).parent / "licences.txt").read_text(encoding="utf-8").split())
-FORMATS = {  # tag on the Hub -> files by which a folder has it
+# Identifiers from https://huggingface.co/docs/hub/repositories-licenses, without "unknown" and "other".
+HUB_LICENSES = frozenset((Path(__file__).parent / "licenses.txt").read_text(encoding="utf-8").split())
+FORMAT_FILES = {  # tag of an export format on the Hub -> files that exist if a folder has this format
     "open_clip": ("open_clip_config.json", "open_clip_model.safetensors"),
     "sentence-transformers": ("modules.json",),
     "onnx": ("onnx/text_model.onnx", "onnx/vision_model.onnx"),
     "transformers.js": ("onnx/model.onnx", "preprocessor_config.json"),
 }
-HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
-OWN_CLASS = "CapivaraModel"
-SAME = 5e-5  # a difference that no card shows
-# The base is measured beside every seed, maybe on another device, where some queries have other ranks by last bits.
-OTHER_QUERIES, OTHER_RANKS = 3, 1
-MAX_TEXT = 300
-PLAIN_CODE = re.compile(r"[A-Za-z0-9][\w./@:+=,() -]*", re.ASCII)
-# Absolute paths of Unix, of a home and of Windows, up to their last part; not the slashes of an address.
-PATHS = re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\"<>]+/)+|\b[A-Za-z]:\\(?:[^\s\\]+\\)+")
-# Of the code on a card: two texts for its red and its blue picture, and labels.
-EXAMPLES = {"texts": ["um quadrado vermelho", "um céu azul"], "labels": ["vermelho", "azul", "verde"]}
-_SETTINGS = (
+# owner/name as the Hub accepts it: at most 96 characters each, without "--" and "..".
+HUB_ID_RE = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
+CAPIVARA_CLASS = "CapivaraModel"
+# Two shares that differ by more than this contradict each other: a card rounds to 0.01 %, so it would show the
+# difference.
+CARD_TOLERANCE = 5e-5
+# The base model is evaluated again with every seed, possibly on another device, where rounding may change the ranks of
+# some queries. So larger differences are allowed between evaluations of the base model.
+BASELINE_TOLERANCE_QUERIES = 3  # number of queries whose results may differ
+BASELINE_TOLERANCE_RANKS = 1  # allowed difference of a median rank
+MAX_LINE_CHARACTERS = 300  # longer texts from files are truncated to this length
+# Texts that can be written as Markdown code without escaping: ASCII letters, digits and characters of names and paths.
+PLAIN_CODE_RE = re.compile(r"[A-Za-z0-9][\w./@:+=,() -]*", re.ASCII)
+# The folders of an absolute path without the file name. Unix paths, paths from the home folder (~) and Windows paths
+# match; URLs don't match.
+PATH_PREFIX_RE = re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\"<>]+/)+|\b[A-Za-z]:\\(?:[^\s\\]+\\)+")
+# Texts and labels in the code examples of a Portuguese model's card. The examples use a red and a blue image.
+PORTUGUESE_EXAMPLES = {"texts": ["um quadrado vermelho", "um céu azul"], "labels": ["vermelho", "azul", "verde"]}
+# Hyperparameters that a card shows, in this order.
+_SETTING_NAMES = (
     "effective_batch_size micro_batch_size max_steps optimizer learning_rate min_learning_rate warmup_steps "
     "weight_decay adam_beta1 adam_beta2 adam_epsilon mixed_precision frozen_parameters gradient_checkpointing "
     "lora_rank lora_alpha lora_dropout lora_targets lora_modules_to_save interpolate caption_strategy caption_count "
@@ -73,341 +83,574 @@ _SETTINGS = (
 
 
 @contextmanager
-def needed_form(folder: Path) -> Iterator[None]:
-    """ValueError of whatever a value of another kind raises, in the files of a folder."""
+def wrap_format_errors(folder: Path) -> Iterator[None]:
+    """Convert errors that malformed values raise, such as TypeError or KeyError, to ValueError.
+
+    Args:
+        folder: Folder of the files that are read, for the error message.
+
+    Raises:
+        ValueError: If the block raises such an error.
+    """
     try:
         yield
     except (TypeError, LookupError, AttributeError, ArithmeticError, jinja2.UndefinedError) as error:
-        raise ValueError(f"A file of {folder} has another form than the card needs: {error!r:.100}.") from error
+        raise ValueError(f"A file in {folder} does not have the expected content: {error!r:.100}.") from error
 
 
-def card_facts(folder: Path) -> dict[str, Any]:
-    """Read and check all that the card of a folder may state: a run of one seed or several, or a repository made of it.
+def collect_run_metadata(folder: Path) -> dict[str, Any]:
+    """Read and check all values that the model card of a training run may state.
+
+    Args:
+        folder: Folder of a run with one or several seeds, or an export of the run.
+
+    Returns:
+        Values by name, for `render_card`. The comments at the end of `_read_run_metadata` describe them.
 
     Raises:
-        ValueError: a file is missing or has another form, two records give one figure different values, or a file
-            holds an access token.
+        ValueError: If a file is missing or malformed, two results for the same metric and data contradict each other,
+            or a file contains an access token.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder. Give the one that a run of train_accelerate.py wrote.")
-    with needed_form(folder):
-        return _facts(folder)
+        raise ValueError(
+            f"The folder {folder} does not exist. Give the folder of a finished training run or an export of it."
+        )
+    with wrap_format_errors(folder):
+        return _read_run_metadata(folder)
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def _read_run_metadata(folder: Path) -> dict[str, Any]:
+    """Read the values that `collect_run_metadata` returns.
+
+    Errors of any type, such as KeyError, may be raised if a file is malformed. `collect_run_metadata` converts them.
+
+    Args:
+        folder: Folder of a run with one or several seeds, or an export of the run.
+
+    Returns:
+        Values by name. The comments in the `return` statement describe them.
+    """
     digests: dict[str, str] = {}
-    model, run, runs = _runs(folder, digests)
-    paths = [path for of in (folder, *seed_folders(folder)) for path in sorted((of / "results").glob("*.json"))]
-    values = _values([result for path in paths if (result := _result(path, folder, digests))])
-    from modeling_capivara.processing_capivara import CONTEXT_LENGTH  # here: --help of the commands awaits no torch
+    model, run, runs = _read_runs(folder, digests)
+    run_folders = (folder, *seed_folders(folder))
+    paths = [path for run_folder in run_folders for path in sorted((run_folder / "results").glob("*.json"))]
+    results = [_read_result(path, folder, digests) for path in paths]
+    values = _average_results([result for result in results if result])
+    # Imported here and not at the top of the file, because this module imports torch, which would slow down --help.
+    from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 
-    tokens, model_class = CONTEXT_LENGTH, run.get("model_class", OWN_CLASS)
-    if model_class != OWN_CLASS:
-        tokens = _read(model / "tokenizer_config.json", folder, digests)["model_max_length"]
-    pictures = [(model / name).relative_to(folder).as_posix() for name in RUN_PICTURES if (model / name).is_file()]
+    tokens, model_class = CONTEXT_LENGTH, run.get("model_class", CAPIVARA_CLASS)
+    if model_class != CAPIVARA_CLASS:
+        tokens = _read_json(model / "tokenizer_config.json", folder, digests)["model_max_length"]
+    pictures = [(model / name).relative_to(folder).as_posix() for name in RUN_PLOT_FILES if (model / name).is_file()]
     files = [name for name in ("config.json", "onnx/quantisation.json") if (model / name).is_file()]
-    known = {name: _read(model / name, folder, digests) for name in files}
+    contents = {name: _read_json(model / name, folder, digests) for name in files}
     digests |= {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in pictures}
     weights = [WeightFile(path) for path in (*model.glob("model.safetensors"), *model.glob("model-*-of-*.safetensors"))]
-    origins = run["origins"]  # what base and data say of themselves
-    evaluated, noted = origins["evaluation_dataset"], str(origins["license"])  # "other" says nothing
+    origins = run["origins"]  # metadata from the cards of base and data
+    evaluation_dataset, license = origins["evaluation_dataset"], str(origins["license"])
     return {
-        "folder": folder,  # of the run, or of the repository made from it
-        "model": model,  # folder of the weights
-        "run": run,  # `run.json` of the weights in the folder; of the first seed where each has a folder of its own
-        "runs": runs,  # every `run.json`, in the order of seeds
+        "folder": folder,  # folder of the run or export
+        "model": model,  # folder with the weights: `folder`, or the lowest `seed-*` if each seed has its own folder
+        "run": run,  # content of the `run.json` that belongs to these weights
+        "runs": runs,  # contents of the `run.json` files of all seeds, sorted by seed
         "config": run["config"],
-        "model_class": model_class,  # of a run before it was noted, CAPIVARA's own
+        "model_class": model_class,  # class of the model; runs that did not store it trained `CapivaraModel`
         "loss": run.get("loss", "contrastive"),
         "origins": origins,
-        "titles": {evaluated["name"]: evaluated["title"]},  # of data sets, on their own cards
-        "license": noted if noted in LICENCES else None,
-        "is_inherited": noted in LICENCES,
-        "values": [value for value in values if not value.dim],  # what was measured, rows of `values_of`
-        "groups": _groups(values),
-        "tokens": tokens,  # longest text that the processor lets through
-        "architecture": known.get("config.json", {}),  # `config.json` of the model; empty where the folder holds none
-        "parameters": sum(math.prod(one.shape) for file in weights for one in file.places.values()),
-        "graphs": known.get("onnx/quantisation.json", {}).get("graphs", {}),  # sizes and differences of ONNX's
-        "formats": [tag for tag, files in FORMATS.items() if all((folder / file).is_file() for file in files)],
-        "pictures": pictures,  # paths of those of `RUN_PICTURES` that are there
-        "digests": dict(sorted(digests.items())),  # file -> SHA-256 of all that was read, and of the pictures
+        "titles": {evaluation_dataset["name"]: evaluation_dataset["title"]},  # dataset name -> title on its card
+        "license": license if license in HUB_LICENSES else None,
+        "is_inherited": license in HUB_LICENSES,
+        "values": [value for value in values if not value.dim],  # from `average_over_seeds`, full width only
+        "groups": _group_values(values),
+        "tokens": tokens,  # maximum number of tokens in a text; the processor truncates longer texts
+        "architecture": contents.get("config.json", {}),  # content of `config.json`; empty if the file is missing
+        "parameters": sum(math.prod(tensor.shape) for file in weights for tensor in file.tensors.values()),
+        "graphs": contents.get("onnx/quantisation.json", {}).get("graphs", {}),  # size and accuracy of each ONNX graph
+        "formats": [tag for tag, files in FORMAT_FILES.items() if all((folder / file).is_file() for file in files)],
+        "pictures": pictures,  # relative paths of the plots in `RUN_PLOT_FILES` that exist
+        "digests": dict(sorted(digests.items())),  # relative path -> SHA-256 of each file that was read for the card
     }
 
 
-def _runs(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
-    """Folder of the weights, their `run.json`, and every one in the order of seeds."""
-    paths = [path for path in (of / "run.json" for of in (folder, *seed_folders(folder))) if path.is_file()]
+def _read_runs(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    """Read every `run.json` of a training run: one in its folder, and one in each folder `seed-*`.
+
+    Args:
+        folder: Folder of the run or export.
+        digests: Relative path -> SHA-256 of each file that was read. The files read here are added.
+
+    Returns:
+        The folder with the weights, the content of the `run.json` that belongs to these weights, and the contents of
+        all `run.json` files, sorted by seed. If the weights are in folders `seed-*`, the folder of the lowest seed is
+        chosen.
+
+    Raises:
+        ValueError: If there is no `run.json`, or a file is malformed or has another schema version.
+    """
+    paths = [path for path in (parent / "run.json" for parent in (folder, *seed_folders(folder))) if path.is_file()]
     if not paths:
-        raise ValueError(f"{folder} has no run.json, and none in seed-*/: give the folder of a finished training run.")
-    read = []
+        raise ValueError(
+            f"There is no run.json in {folder} or its folders seed-*. Give the folder of a finished training run."
+        )
+    folders_and_runs = []
     for path in paths:
-        run = _read(path, folder, digests)
+        run = _read_json(path, folder, digests)
         if (version := run["schema_version"]) != schema.SCHEMA_VERSION:
-            raise ValueError(f"{path} has schema version {version!r:.20}, not {schema.SCHEMA_VERSION}.")
-        read.append((path.parent, run))
-    model, run = read[0] if paths[0].parent == folder else min(read, key=lambda pair: pair[1]["seed"])
-    by_seed = {of["seed"]: of for _, of in [*read, (model, run)]}
+            raise ValueError(
+                f"The schema version of {path} must be {schema.SCHEMA_VERSION}, got {version!r:.20}. Train again."
+            )
+        folders_and_runs.append((path.parent, run))
+    model, run = folders_and_runs[0]
+    if model != folder:
+        model, run = min(folders_and_runs, key=lambda pair: pair[1]["seed"])
+    by_seed = {seed_run["seed"]: seed_run for _, seed_run in folders_and_runs} | {run["seed"]: run}
     return model, run, [by_seed[seed] for seed in sorted(by_seed)]
 
 
-def _read(path: Path, folder: Path, digests: dict[str, str]) -> dict[str, Any]:
-    """The object of a JSON file; its digest is noted."""
+def _read_json(path: Path, folder: Path, digests: dict[str, str]) -> dict[str, Any]:
+    """Read the object in a JSON file and record the SHA-256 of the file.
+
+    Args:
+        path: File to read.
+        folder: Folder of the run or export.
+        digests: Relative path -> SHA-256 of each file that was read. The file is added, relative to `folder`.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        ValueError: If the file is malformed or contains an access token or key.
+    """
     name = path.relative_to(folder).as_posix()
     try:
-        content, data = schema.read_object(path)
+        content, data = schema.read_json_object(path)
     except ValueError as error:
         raise ValueError(f"{name} {error}.") from error
-    if secret := secret_in(data.decode("utf-8")):
-        raise ValueError(f"{name} holds {secret[0]}. Revoke it, and take it out before publishing.")
+    if secret := find_secret(data.decode("utf-8")):
+        raise ValueError(f"{name} contains {secret[0]}. Revoke it, and remove it from the file before publishing.")
     digests[name] = hashlib.sha256(data).hexdigest()
     return content
 
 
-def _result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | None:
-    """A result file; None of another JSON file, such as a suite's summary."""
-    content, name = _read(path, folder, digests), path.relative_to(folder).as_posix()
+def _read_result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | None:
+    """Read a result file and record its SHA-256 in `digests`, as `_read_json` does.
+
+    Returns:
+        The parsed result file. None for a JSON file without `records`, such as the summary of an evaluation suite.
+
+    Raises:
+        ValueError: If the file is malformed or contains an access token or key.
+    """
+    content, name = _read_json(path, folder, digests), path.relative_to(folder).as_posix()
     try:
         return schema.parse_result(content, name) if "records" in content else None
     except ValueError as error:
         raise ValueError(f"{name}#/{error}.") from error
 
 
-# --- What was measured -----------------------------------------------------------------------------------------------
+# --- Measurements ----------------------------------------------------------------------------------------------------
 
 
-def _values(results: list[ResultFile]) -> list[Any]:
-    """What all files hold, each the mean over the seeds, as rows of `values_of`."""
+def _average_results(results: list[ResultFile]) -> list[Any]:
+    """Check that the result files of a run agree, and average each metric over the seeds.
+
+    Args:
+        results: All result files of the run.
+
+    Returns:
+        The named tuples of `average_over_seeds`, one for each metric, model and measured data.
+
+    Raises:
+        ValueError: If there are no measurements with full-width embeddings, two files contradict each other, or a file
+            names no seed although other files do.
+    """
     if all(record.dim for result in results for record in result.records):
-        raise ValueError("The folder's results hold no measurement, and a card states what was measured.")
-    frame = records_frame(results)
-    far = (OTHER_QUERIES / frame["n"]).clip(lower=SAME).mask(frame["metric"].isin(RANK_METRICS), OTHER_RANKS)
-    for row in conflicts(frame, "precision", far.where(frame["model"] == "baseline", SAME)).itertuples():
         raise ValueError(
-            f"{row.first_source}/value and {row.source}/value give one figure two values, {row.first:g} and "
-            f"{row.value:g}. Remove the result file that is not of this model."
+            "The folder's results contain no measurements, which a card requires. Evaluate the model first."
         )
-    values = values_of(frame, "precision")
-    if unnamed := [value.measured[0] for value in values if value.seeds > 1 and value.measured[0].seed is None]:
-        raise ValueError(f"{unnamed[0].source} names no seed, where others do. Measure it with --seed, or remove it.")
+    frame = build_records_frame(results)
+    baseline_tolerance = (BASELINE_TOLERANCE_QUERIES / frame["n"]).clip(lower=CARD_TOLERANCE)
+    baseline_tolerance = baseline_tolerance.mask(frame["metric"].isin(RANK_METRICS), BASELINE_TOLERANCE_RANKS)
+    tolerance = baseline_tolerance.where(frame["model"] == "baseline", CARD_TOLERANCE)
+    for row in find_conflicts(frame, "precision", tolerance).itertuples():
+        raise ValueError(
+            f"{row.first_source}/value and {row.source}/value contradict each other: the same figure is {row.first:g} "
+            f"and {row.value:g}. Remove the result file that belongs to another model."
+        )
+    values = average_over_seeds(frame, "precision")
+    for value in values:
+        if value.seeds > 1 and value.measured[0].seed is None:
+            raise ValueError(
+                f"{value.measured[0].source} names no seed, although other results do. Measure it again with --seed, "
+                "or remove it."
+            )
     return values
 
 
-def revision(run: dict[str, Any], measured: Any) -> str | None:
-    """Commit on the Hub of the data that were measured on; None of any other data, whose name may look like an id.
+def find_data_revision(run: dict[str, Any], measurement: Any) -> str | None:
+    """Find the Hub commit of the dataset that a model was evaluated on.
 
-    It is in the result file, or in the run's facts where the file is of the run's own evaluation: same fingerprint.
+    The result file names the commit, unless the training run evaluated the model itself. In that case, the result file
+    has the same dataset fingerprint as the run, and the commit is in `run.json`.
+
+    Args:
+        run: Content of `run.json`.
+        measurement: Measurement of one seed, from the `measured` field of an `average_over_seeds` result.
+
+    Returns:
+        The commit hash, or None if the dataset is not from the Hub.
     """
-    header, dataset = measured.file.content, measured.dataset
+    header, dataset = measurement.file.content, measurement.dataset
     commit, fingerprint = header.get("dataset_revision"), header.get("dataset_fingerprint")
     if not commit and fingerprint:
-        evaluated = run["origins"]["evaluation_dataset"]
-        if fingerprint in (run.get("dataset_fingerprints") or {}).values() and evaluated["hub_id"] == dataset:
-            commit = evaluated.get("revision")
-    return commit if COMMIT.fullmatch(str(commit)) and HUB_ID.fullmatch(dataset) else None
+        origin = run["origins"]["evaluation_dataset"]
+        if fingerprint in (run.get("dataset_fingerprints") or {}).values() and origin["hub_id"] == dataset:
+            commit = origin.get("revision")
+    return commit if COMMIT_RE.fullmatch(str(commit)) and HUB_ID_RE.fullmatch(dataset) else None
 
 
-def _groups(values: list[Any]) -> list[dict[str, Any]]:
-    """The values of the same data, protocol and precision together, in the order of the files.
+def _group_values(values: list[Any]) -> list[dict[str, Any]]:
+    """Group results that a card shows in one table: those with the same dataset, protocol and precision.
 
-    Of each `first` value; `pairs` of baseline and model, by direction, and which of them are `main`: mean recalls, the
-    first metric of a classification; `gains`; and `widths`, pairs of embeddings that were cut beside those of the
-    whole ones, in falling order.
+    Args:
+        values: Results of `average_over_seeds`, also for truncated embeddings.
+
+    Returns:
+        One dict per group, in the order of the files, with these keys:
+
+        - "task": "retrieval", "classification" or "linear_probe".
+        - "first": the first result of the group.
+        - "pairs": pairs of baseline and model with full-width embeddings (see `_pair_by_direction`).
+        - "main": the pairs with the most important metric: mean recall for retrieval, otherwise the first metric.
+        - "gains": results of the metric `GAIN_METRIC`.
+        - "texts" and "images": numbers of texts and images that were evaluated, or None.
+        - "widths": pairs for full and truncated embeddings, in decreasing width (see `_compare_widths`).
     """
-    found: dict[tuple, list[Any]] = {}
+    values_by_key: dict[tuple, list[Any]] = {}
     for value in sorted(values, key=lambda value: bool(value.dim)):
         protocol = value.protocol.rpartition("; first ")[0] if value.dim else value.protocol
         key = value.task, value.dataset, value.split, value.language, protocol, value.precision
-        found.setdefault(key, []).append(value)
+        values_by_key.setdefault(key, []).append(value)
     groups = []
-    for (task, *_), group in found.items():
-        pairs = _pairs(value for value in group if not value.dim)
+    for (task, *_), group in values_by_key.items():
+        pairs = _pair_by_direction(value for value in group if not value.dim)
         main = [pair for pair in pairs if pair["metric"] == "mean_recall"] if task == "retrieval" else pairs[:1]
-        gains = [value for value in group if value.metric == GAIN]
+        gains = [value for value in group if value.metric == GAIN_METRIC]
         n = {value.direction: value.n for value in group}
-        about = {"texts": n.get("text_to_image"), "images": n.get("image_to_text") or n.get("")}
-        groups.append({"task": task, "first": group[0], "pairs": pairs, "main": main, "gains": gains, **about})
-        groups[-1]["widths"] = _widths(group) if any(value.dim for value in group) else []
+        sizes = {"texts": n.get("text_to_image"), "images": n.get("image_to_text") or n.get("")}
+        groups.append({"task": task, "first": group[0], "pairs": pairs, "main": main, "gains": gains, **sizes})
+        groups[-1]["widths"] = _compare_widths(group) if any(value.dim for value in group) else []
     return groups
 
 
-def _pairs(values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Values by direction, without gains, each of baseline and model, and whether the model `is_worse`."""
-    pairs = pairs_of(value for value in values if value.metric != GAIN)
+def _pair_by_direction(values: Iterable[Any]) -> list[dict[str, Any]]:
+    """Pair the results of the baseline and the trained model. Results of the metric `GAIN_METRIC` are left out.
+
+    Args:
+        values: Results of `average_over_seeds`.
+
+    Returns:
+        The dicts of `pair_with_baselines`, sorted by retrieval direction, each with the additional key "is_worse":
+        whether the model is worse than the baseline.
+    """
+    pairs = pair_with_baselines(value for value in values if value.metric != GAIN_METRIC)
     for pair in pairs:
         pair["is_worse"] = bool(pair["gain"]) and (pair["gain"] > 0) == pair["is_rank"]
     return sorted(pairs, key=lambda pair: ("", *DIRECTIONS).index(pair["direction"]))
 
 
-def _widths(group: list[Any]) -> list[dict[str, Any]]:
-    """The pairs of a group at each width, of mean recall, or of R@1 where there are too few images for it.
+def _compare_widths(group: list[Any]) -> list[dict[str, Any]]:
+    """Compare baseline and model at each embedding width (full and truncated embeddings).
 
-    `kept` is the share of the recall of whole embeddings; None of these.
+    The metric is mean recall, or recall@1 if the group has no mean recall because there are too few images.
+
+    Args:
+        group: Results of `average_over_seeds` that have the same dataset, protocol and precision.
+
+    Returns:
+        The dicts of `_pair_by_direction`, sorted by direction and decreasing width. Each has the additional key
+        "recall_share": the model's recall divided by the model's recall with full embeddings; None for full embeddings.
     """
     metric = "mean_recall" if any(value.metric == "mean_recall" for value in group) else "recall@1"
-    pairs = _pairs(value for value in group if value.metric == metric)
+    pairs = _pair_by_direction(value for value in group if value.metric == metric)
     wholes = {pair["direction"]: pair["capivara"] for pair in pairs if not pair["dim"]}
     for pair in pairs:
-        whole, own = wholes.get(pair["direction"]), pair["capivara"]
-        pair["kept"] = own.mean / whole.mean if pair["dim"] and own and whole and whole.mean else None
+        whole, cut = wholes.get(pair["direction"]), pair["capivara"]
+        pair["recall_share"] = cut.mean / whole.mean if pair["dim"] and cut and whole and whole.mean else None
     return sorted(pairs, key=lambda pair: (DIRECTIONS.index(pair["direction"]), -(pair["dim"] or math.inf)))
 
 
 # --- Texts and numbers -----------------------------------------------------------------------------------------------
 
 
-def one_line(value: Any) -> str:
-    """A text of others on one line, without invisible characters and folders of a machine, whatever the current one."""
+def to_safe_line(value: Any) -> str:
+    """Convert a value from a file to one line of text that is safe to publish.
+
+    Invisible characters and the folders of absolute paths are removed. A line longer than `MAX_LINE_CHARACTERS` is
+    truncated.
+    """
     line = " ".join(str(value).split())
-    line = "".join(letter for letter in line if unicodedata.category(letter)[0] != "C")  # controls, bidi, private use
-    line = PATHS.sub("", line)
-    return line if len(line) <= MAX_TEXT else line[: MAX_TEXT - 1] + "…"
+    # Category C of Unicode: control characters, text direction marks, private use.
+    line = "".join(letter for letter in line if unicodedata.category(letter)[0] != "C")
+    line = PATH_PREFIX_RE.sub("", line)
+    return line if len(line) <= MAX_LINE_CHARACTERS else line[: MAX_LINE_CHARACTERS - 1] + "…"
 
 
-def escaped(value: Any) -> str:
-    """Text of a config or of data as Markdown that renders as itself: no markup, no HTML."""
-    line = re.sub(r"([\\`*_\[\]|~$!#])", r"\\\1", one_line(value))
-    line = re.sub(r"^([-+=]|\d+(?=[.)](\s|$)))", r"\\\1" if line[:1] in "-+=" else r"\1\\", line)  # no list, no heading
+def to_markdown(value: Any) -> str:
+    """Escape a text from a file, so that Markdown shows it literally, without interpreting markup or HTML."""
+    line = re.sub(r"([\\`*_\[\]|~$!#])", r"\\\1", to_safe_line(value))
+    # At the start of a line, these characters and numbers would begin a list or mark a heading.
+    line = re.sub(r"^([-+=]|\d+(?=[.)](\s|$)))", r"\\\1" if line[:1] in "-+=" else r"\1\\", line)
     return html.escape(line, quote=False)
 
 
-def code(value: Any) -> str:
-    """A JSON value as code, where it consists of the characters of names; else as text."""
+def to_code(value: Any) -> str:
+    """Format a JSON value for Markdown.
+
+    Returns:
+        The value in backticks if it has only characters of names and paths (`PLAIN_CODE_RE`), otherwise as escaped
+        text.
+    """
     written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text = one_line(written)
-    return f"`{text}`" if text == PATHS.sub("", written) and PLAIN_CODE.fullmatch(text) else escaped(written)
+    text = to_safe_line(written)
+    is_plain = text == PATH_PREFIX_RE.sub("", written) and PLAIN_CODE_RE.fullmatch(text)
+    return f"`{text}`" if is_plain else to_markdown(written)
 
 
 def is_portuguese(language: str) -> bool:
-    """Whether the code of a language is that of Portuguese, such as "pt" or "pt-BR"."""
+    """Return whether a language code stands for Portuguese, as "pt", "pt-BR" and "por" do."""
     return re.split("[-_]", language)[0] in ("pt", "por")
 
 
-def code_examples(language: str, words: Sequence[str]) -> dict[str, str]:
-    """Texts for the code of a card in its model's language: Portuguese ones, else `words`."""
-    texts, template, picture = EXAMPLES, "uma imagem de cor {}", "foto.jpg"
+def select_code_examples(language: str, fallback_texts: Sequence[str]) -> dict[str, str]:
+    """Choose the texts for the code examples of a card.
+
+    Args:
+        language: Language code of the model.
+        fallback_texts: Texts to use as example texts and labels if the language is not Portuguese.
+
+    Returns:
+        A dict of strings: "texts" and "labels" (Python source of lists), "template" (a prompt with the placeholder {})
+        and "picture" (the file name of an image).
+    """
+    texts, template, picture = PORTUGUESE_EXAMPLES, "uma imagem de cor {}", "foto.jpg"
     if not is_portuguese(language):
-        texts = {key: list(words[: len(value)]) for key, value in EXAMPLES.items()}
+        texts = {key: list(fallback_texts[: len(value)]) for key, value in PORTUGUESE_EXAMPLES.items()}
         template, picture = "{}", "photo.jpg"
     lists = {key: json.dumps(value, ensure_ascii=False) for key, value in texts.items()}
     return {**lists, "template": template, "picture": picture}
 
 
-class Writer:
-    """What stands in the files of a run as a card's language writes it; its methods are the templates' functions."""
+class CardWriter:
+    """Formatter of numbers, durations and names in the language of a card. Card templates call its methods by name.
 
-    def __init__(self, language: str, facts: dict[str, Any]):
-        self.facts, self.words, self.names = facts, WORDS[language], WORDS[language]["names"]
-        self.swapped = str.maketrans(",.", ".," if language == "pt" else ",.")
+    Args:
+        language: Language of the card, "en" or "pt".
+        run_metadata: Values from `collect_run_metadata`.
+    """
+
+    def __init__(self, language: str, run_metadata: dict[str, Any]):
+        self.run_metadata, self.words, self.names = run_metadata, CARD_WORDS[language], CARD_WORDS[language]["names"]
+        self.separators = str.maketrans(",.", ".," if language == "pt" else ",.")
 
     def number(self, value: Any, digits: int = 0, sign: bool = False, kind: str = "f") -> str:
-        """A number of the files, as format's `kind` "f" or "e" writes it. Raises ValueError where it is none."""
+        """Format a number with the thousands and decimal separators of the card's language.
+
+        Args:
+            value: Number from a file.
+            digits: Digits after the decimal separator.
+            sign: Whether to write a plus sign.
+            kind: "f" for fixed-point or "e" for exponent notation.
+
+        Raises:
+            ValueError: If `value` is not a number.
+        """
         if not is_number(value):
-            raise ValueError(f"{str(value)[:80]!r} stands where a number belongs; make the run's files again.")
-        return f"{value:{'+' if sign else ''},.{digits}{kind}}".translate(self.swapped)
+            raise ValueError(f"Expected a number, got {str(value)[:80]!r}. Write the files of the run again.")
+        return f"{value:{'+' if sign else ''},.{digits}{kind}}".translate(self.separators)
 
     def percent(self, share: Any, sign: bool = False) -> str:
-        """A share in per cent, or a difference of shares in points; without the unit."""
+        """Format a share (0 to 1) as a percentage with two decimals, but without a percent sign.
+
+        Args:
+            share: Share, or difference of two shares; a difference is formatted in percentage points.
+            sign: Whether to write a plus sign.
+
+        Raises:
+            ValueError: If `share` is not a number.
+        """
         return self.number(100 * share if is_number(share) else share, 2, sign)
 
     def duration(self, seconds: Any) -> str:
-        """Seconds, as hours or minutes where there are many."""
+        """Format a duration with its unit, in the number format of the card's language.
+
+        Args:
+            seconds: Duration in seconds. It is written in hours from 90 minutes on, and in minutes from 90 seconds on.
+        """
         if seconds < 90:
             return f"{self.number(seconds, 1 if seconds >= 1 else 2)} s"
         unit, part = ("h", 3600) if seconds >= 5400 else ("min", 60)
         return f"{self.number(seconds / part, 1)} {unit}"
 
     def language(self, key: str) -> str:
-        """A language by its code."""
-        return self.words["languages"].get(key) or escaped(key)
+        """Return the name of a language in the card's language. An unknown language code is returned, escaped.
+
+        Args:
+            key: Language code, such as "pt".
+        """
+        return self.words["languages"].get(key) or to_markdown(key)
 
     def dataset(self, name: str) -> str:
-        """A data set, by the title of its own card where that is known."""
-        titles = self.facts["titles"]
-        return code(name) if titles.get(name) is None else escaped(titles[name])
+        """Return the title of a dataset if its card states one, otherwise its name, formatted as Markdown code."""
+        titles = self.run_metadata["titles"]
+        return to_code(name) if titles.get(name) is None else to_markdown(titles[name])
 
     def phrase(self, text: str) -> str:
-        """What the project itself writes into its files, in English."""
-        for english, own in self.words["phrases"].items():
-            text = text.replace(english, own)
-        return escaped(text)
+        """Translate an English text from a result file, such as a protocol, to the card's language, and escape it."""
+        for english, translation in self.words["phrases"].items():
+            text = text.replace(english, translation)
+        return to_markdown(text)
 
     def each(self, name: str, write: Callable[..., str], *more: Any) -> str:
-        """What every run has under a name, or two with a point between, in the order of seeds; one where all agree."""
-        found = [write(reduce(getitem, name.split("."), run), *more) for run in self.facts["runs"]]
-        return found[0] if len(set(found)) == 1 else "; ".join(found)
+        """Format a value of `run.json` for all seeds of a run, separated by semicolons in the order of seeds.
+
+        Args:
+            name: Key in `run.json`; a dot separates nested keys, for example "seconds.training".
+            write: Function that formats a value.
+            more: Further arguments of `write`.
+
+        Returns:
+            The formatted values. If the values of all seeds are equal, the value is written once.
+        """
+        texts = [write(reduce(getitem, name.split("."), run), *more) for run in self.run_metadata["runs"]]
+        return texts[0] if len(set(texts)) == 1 else "; ".join(texts)
 
     def linked(self, origin: dict[str, Any], kind: str) -> str:
-        """The title of base or data, with a link where it is on the Hub."""
-        hub_id, title = origin.get("hub_id"), escaped(origin["title"])
-        return f"[{title}](https://huggingface.co/{kind}{hub_id})" if HUB_ID.fullmatch(str(hub_id)) else f"*{title}*"
+        """Format the title of a base model or dataset as a link to the Hub, or in italics if it is not on the Hub.
+
+        Args:
+            origin: Metadata from `read_origin`.
+            kind: Start of the path on the Hub: "datasets/" for a dataset, "" for a model.
+        """
+        hub_id, title = origin.get("hub_id"), to_markdown(origin["title"])
+        return f"[{title}](https://huggingface.co/{kind}{hub_id})" if HUB_ID_RE.fullmatch(str(hub_id)) else f"*{title}*"
 
 
-# --- All of it, for a template ---------------------------------------------------------------------------------------
+# --- Values for the templates ----------------------------------------------------------------------------------------
 
 
-def template_values(facts: dict[str, Any], language: str, repo_id: str | None) -> dict[str, Any]:
-    """All that a template is given but title and options; its code loads `repo_id`, or from within the folder.
+def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: str | None) -> dict[str, Any]:
+    """Build all variables of the card template, except the title, the options and the front matter.
 
-    Raises ValueError where a figure is missing.
+    Args:
+        run_metadata: Values from `collect_run_metadata`.
+        language: Language of the card, "en" or "pt".
+        repo_id: Hub id of the model that the code examples in the card load. None: the examples load the current
+            folder.
+
+    Returns:
+        Values and functions by their name in the template.
+
+    Raises:
+        ValueError: If a value that the card requires is missing.
     """
-    run, config, trained, writer = facts["run"], facts["config"], facts["config"]["language"], Writer(language, facts)
-    order = lambda group: (TASKS.index(group["task"]), group["first"].language != trained)  # noqa: E731
-    groups = sorted(facts["groups"], key=order)
+    run, config = run_metadata["run"], run_metadata["config"]
+    trained_language, writer = config["language"], CardWriter(language, run_metadata)
+
+    def sort_key(group: dict[str, Any]) -> tuple[int, bool]:
+        return TASKS.index(group["task"]), group["first"].language != trained_language
+
+    groups = sorted(run_metadata["groups"], key=sort_key)
+    name = repo_id or run_metadata["model"].relative_to(run_metadata["folder"]).as_posix()
     main = [pair for group in groups for pair in group["main"] if pair["capivara"] and pair["baseline"]]
-    gains = [value for value in facts["values"] if value.metric == GAIN]
+    gains = [value for value in run_metadata["values"] if value.metric == GAIN_METRIC]
     curve = [point["validation"] for point in run.get("curve") or () if point.get("validation")]
-    architecture, origins = facts["architecture"], facts["origins"]
+    architecture, origins = run_metadata["architecture"], run_metadata["origins"]
     return {
-        **facts | {"name": repo_id or facts["model"].relative_to(facts["folder"]).as_posix(), "groups": groups},
+        **run_metadata | {"name": name, "groups": groups},
         "is_repository": repo_id is not None,
         **{key: getattr(writer, key) for key in dir(writer) if not key.startswith("_")},
-        **{"text": escaped, "code": code, "published": published_base, "revision": partial(revision, run)},
-        **{"is_portuguese": is_portuguese(trained), "rank_metrics": RANK_METRICS},
-        "is_own": facts["model_class"] == OWN_CLASS,
-        "is_siglip": facts["model_class"] == "SiglipModel",
-        "citation": (TEMPLATES / "citation.bib").read_text(encoding="utf-8").strip(),
-        "examples": partial(code_examples, trained),
+        "text": to_markdown,
+        "code": to_code,
+        "get_published_base": get_published_base,
+        "revision": partial(find_data_revision, run),
+        "is_portuguese": is_portuguese(trained_language),
+        "rank_metrics": RANK_METRICS,
+        "is_capivara": run_metadata["model_class"] == CAPIVARA_CLASS,
+        "is_siglip": run_metadata["model_class"] == "SiglipModel",
+        "citation": (TEMPLATE_FOLDER / "citation.bib").read_text(encoding="utf-8").strip(),
+        "examples": partial(select_code_examples, trained_language),
         "width": architecture.get("projection_dim") or (architecture.get("text_config") or {}).get("projection_size"),
         "towers": [(key, architecture.get(key) or {}) for key in ("vision_config", "text_config")],
-        "works": [  # of a run that had one, the teacher, too
+        "origins_by_kind": [
             ("model", origins["model"]),
             *(("dataset", origin) for origin in origins["datasets"]),
             *(("teacher", origin) for origin in [origins.get("teacher")] if origin),
         ],
-        "translated_by": _translated_by(origins["datasets"], trained),
-        "licences": lambda origin: ", ".join(map(code, origin.get("licenses") or ())),
-        "rotated": (facts["model"] / "rotation.safetensors").is_file(),
-        "stopped_early": any(of["steps"] < config["max_steps"] for of in facts["runs"]),
-        "validation": [(way, curve[0][way], curve[-1][way]) for way in DIRECTIONS] if len(curve) > 1 else [],
-        "settings": _settings(config, run.get("fixed", {})),
-        **{"main": main, "gains": gains, "worse": [pair for pair in main if pair["is_worse"]]},
-        "summary": [pair for pair in main if pair["task"] == "retrieval" and pair["language"] == trained],
-        # Gains whose interval includes zero, with the seeds of which that is so
-        "unsure": [
-            (gain, ends)
-            for gain in gains
-            if (ends := [of for of in gain.measured if of.interval_95 and of.interval_95[0] <= 0 <= of.interval_95[1]])
-        ],
-        "has_several_datasets": len({value.dataset for value in facts["values"]}) > 1,
-        "measured_seeds": [of.seed for of in max(facts["values"], key=lambda value: value.seeds).measured],
+        "translated_by": _describe_translators(origins["datasets"], trained_language),
+        "licenses": lambda origin: ", ".join(map(to_code, origin.get("licenses") or ())),
+        "is_rotated": (run_metadata["model"] / "rotation.safetensors").is_file(),
+        "stopped_early": any(seed_run["steps"] < config["max_steps"] for seed_run in run_metadata["runs"]),
+        "validation": [(key, curve[0][key], curve[-1][key]) for key in DIRECTIONS] if len(curve) > 1 else [],
+        "settings": _select_settings(config, run.get("fixed", {})),
+        "main": main,
+        "gains": gains,
+        "worse": [pair for pair in main if pair["is_worse"]],
+        "summary": [pair for pair in main if pair["task"] == "retrieval" and pair["language"] == trained_language],
+        "gains_including_zero": _find_gains_including_zero(gains),
+        "has_several_datasets": len({value.dataset for value in run_metadata["values"]}) > 1,
+        "measured_seeds": [row.seed for row in max(run_metadata["values"], key=lambda value: value.seeds).measured],
         "layout": MARKDOWN_TEMPLATES.get_template("model_card.md.j2"),
     }
 
 
-def _translated_by(datasets: list[dict[str, Any]], language: str) -> str:
-    """Return who translated the training captions: human, machine, mixed, or an empty text if no dataset states it."""
+def _find_gains_including_zero(gains: list[Any]) -> list[tuple[Any, list[Any]]]:
+    """Find the gains over the baseline that are not significant: their 95 % confidence interval includes zero.
+
+    Args:
+        gains: Results of `average_over_seeds` for the metric `GAIN_METRIC`.
+
+    Returns:
+        Pairs of a gain and its measurements (one per seed) whose interval includes zero. Other gains are left out.
+    """
+    measurements = [
+        (gain, [row for row in gain.measured if row.interval_95 and row.interval_95[0] <= 0 <= row.interval_95[1]])
+        for gain in gains
+    ]
+    return [(gain, rows) for gain, rows in measurements if rows]
+
+
+def _describe_translators(datasets: list[dict[str, Any]], language: str) -> str:
+    """Return who translated the training captions.
+
+    Args:
+        datasets: Metadata of the training datasets, from `read_origin`.
+        language: Language code of the captions.
+
+    Returns:
+        "human", "machine", "mixed" if the datasets differ, or "" if no dataset states it.
+    """
     stated = {origin.get("translations", {}).get(language, "") for origin in datasets} & {"human", "machine"}
     return "mixed" if len(stated) > 1 else "".join(stated)
 
 
-def _settings(config: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
-    """The hyperparameters as the run had them, and what is `fixed` in every run; what does not apply is left out."""
-    found = {key: config.get(key, fixed.get(key)) for key in _SETTINGS.split()}
+def _select_settings(config: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
+    """Select the hyperparameters in `_SETTING_NAMES` that the card shows. Those without effect in the run are left out.
+
+    Args:
+        config: Settings of the run, "config" in `run.json`.
+        fixed: Hyperparameters that are not settings, because they are fixed in the training code; "fixed" in
+            `run.json`.
+
+    Returns:
+        Values by name.
+    """
+    settings = {key: config.get(key, fixed.get(key)) for key in _SETTING_NAMES.split()}
     if not config["lora_rank"]:
-        found = {key: value for key, value in found.items() if not key.startswith("lora_")}
+        settings = {key: value for key, value in settings.items() if not key.startswith("lora_")}
     if config.get("caption_strategy") == "none":
-        found |= dict.fromkeys(("caption_count", "min_similarity"))
-    if found["image_embedding_cache"] not in (None, "", "off"):
-        found["image_embedding_cache"] = "on"  # a folder of the machine, otherwise
-    return {k: v for k, v in found.items() if v is not False and v not in (None, "", [], {})}
+        settings |= dict.fromkeys(("caption_count", "min_similarity"))
+    if settings["image_embedding_cache"] not in (None, "", "off"):
+        settings["image_embedding_cache"] = "on"  # the setting may be a folder of this machine
+    return {key: value for key, value in settings.items() if value is not False and value not in (None, "", [], {})}

@@ -1,13 +1,13 @@
-"""One repository that every loader opens: transformers, open_clip, sentence-transformers, onnxruntime, transformers.js.
+"""Export a model as a folder for the Hub that transformers, open_clip, onnxruntime and other libraries can load.
 
     python -m hub_upload.export --model runs/openmoji-pt-001 --output repository
     python -m hub_upload.export --model MODEL --output repository --formats transformers,open_clip,sentence_transformers
     python -m hub_upload.export --model MODEL --output repository --formats transformers,onnx,transformers_js
     python -m hub_upload.export --model MODEL --output text_side --formats drop_in --base data/openmoji/base
-    python -m hub_upload.export --model MODEL --output immich --formats immich      # with --base its text side alone
+    python -m hub_upload.export --model MODEL --output immich --formats immich   # with --base: text encoder only
 
-A format that can read another's weights gets no copy of its own. Weights are not loaded but mapped. Nothing is written
-but what ALLOWED_FILES names.
+Formats that can read the same weight file share it. To save memory, the weights are memory-mapped and not loaded as a
+whole. The folder contains only files that match a pattern of `ALLOWED_FILES` in `hub_upload/allowed_files.py`.
 """
 
 import logging
@@ -15,62 +15,57 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from transformers import PreTrainedConfig, ProcessorMixin
 
 import modeling_capivara
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import require
-from capivara_common.files import check_inputs_stay, read_json, seed_folders, whole_folder, write_json
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.environment import require_packages
+from capivara_common.files import atomic_folder, check_inputs_outside, read_json, seed_folders, write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG
 from capivara_common.privacy import hide_paths, short_name
 from hub_upload import allowed_files as allowed
-from hub_upload.formats import drop_in, immich, onnx, open_clip, save_tokenizer, transformers_js, write_tokenizer
+from hub_upload.formats import drop_in, immich, onnx, open_clip, save_tokenizer, transformers_js, write_tokenizer_json
 from modeling_capivara import CapivaraConfig, CapivaraProcessor
-from modeling_capivara.loading import load_processor, two_towers_config
+from modeling_capivara.loading import load_processor, load_two_towers_config
 
-FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")  # in one repository
-KNOWN = (*FORMATS, "transformers_js", "drop_in", "immich")  # the last two each a folder of its own
+DEFAULT_FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
+# drop_in (only the text encoder) and immich (for the Immich photo server) can't share a folder with other formats.
+KNOWN_FORMATS = (*DEFAULT_FORMATS, "transformers_js", "drop_in", "immich")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *allowed.TOKENIZER_FILES)
 logger = logging.getLogger("capivara")
 
 
 @dataclass
 class ExportArguments:
-    """Arguments of `hub_upload.export`."""
+    """Command-line arguments of `python -m hub_upload.export`, which exports a model for other libraries."""
 
-    model: Path = flag(..., "Folder of a model of two towers, as a training run or `save_pretrained` leaves it.")
-    output: Path = flag(..., "Folder of the repository. Must be missing or empty.")
+    model: Path = flag(..., "Folder of a two-tower model, written by a training run or `save_pretrained`.")
+    output: Path = flag(..., "Folder to write. It must not exist or must be empty.")
     formats: str = flag(
-        ",".join(FORMATS),
-        f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}; of them transformers is "
-        "always written, named or not. onnx needs the extra of its name and, for the full size, minutes. On demand, "
-        "transformers_js: the same graphs, and more, for a browser and Node. Or one alone: drop_in, the text side for "
-        "pictures that --base has embedded; immich, a folder for the machine-learning service of Immich.",
+        ",".join(DEFAULT_FORMATS),
+        f"Formats to write, separated by commas: {', '.join(DEFAULT_FORMATS)}, transformers_js. transformers is always "
+        "written. onnx needs the extra `onnx` and takes minutes for a full-size model. transformers_js, for browsers "
+        "and Node.js, includes onnx. Two formats can't be combined with others: drop_in, the text encoder for images "
+        "that were embedded with --base, and immich, a folder for the machine-learning service of Immich.",
     )
     base: str | None = flag(
         None,
-        "For drop_in and immich, which then has the text side alone: the model that the pictures were embedded with, "
-        "which this one was trained from. A folder, of CAPIVARA also open_clip's, or a Hub id. Its image side must be "
-        "the model's to the bit.",
+        "Base model that the images were embedded with: a folder (CAPIVARA also in open_clip's format) or a Hub id. "
+        "Its image encoder must be bit-identical to the model's. Required for drop_in; with immich, only the text "
+        "encoder is written.",
     )
     text_config: str | None = flag(
         None,
-        "Hub id where open_clip finds the text tower's configuration, where that is not XLM-RoBERTa base; without it, "
-        "open_clip is left out, then.",
+        "Hub id from which open_clip loads the configuration of the text tower. Default: XLM-RoBERTa base. If the text "
+        "tower is another one and this flag is missing, open_clip is left out.",
     )
     repo_id: str | None = flag(
-        None, "Hub id, OWNER/NAME, of the repository to be: hf-hub: of open_clip takes its tokenizer from there."
+        None,
+        "Hub id, OWNER/NAME, under which the folder will be published. open_clip's `hf-hub:` loads the tokenizer from "
+        "there.",
     )
-    overwrite_output_dir: bool = flag(False, "Replace the output folder.")
-    gone: ClassVar = {
-        "textual_only": "with --base, immich is the text side alone",
-        **dict.fromkeys(
-            ("recall_dataset", "recall_split", "recall_language", "recall_caption_column"),
-            "onnx/quantisation.json says how far each graph is from the model",
-        ),
-    }
+    overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
 
     def __post_init__(self) -> None:
         if self.repo_id is not None:
@@ -78,10 +73,10 @@ class ExportArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command line: export the model and print the size of each file."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = parse(ExportArguments, __doc__, argv)
-    files = export(
+    args = parse_arguments(ExportArguments, __doc__, argv)
+    files = export_model(
         args.model, args.output, args.formats.split(","), args.text_config, args.overwrite_output_dir,
         repo_id=args.repo_id, base=args.base,
     )  # fmt: skip
@@ -90,119 +85,183 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{sum(size for _, size in files) / 1e6:12,.2f} MB  in {args.output}")
 
 
-def export(
+def export_model(
     model: Path,
     output: Path,
-    formats: Sequence[str] = FORMATS,
+    formats: Sequence[str] = DEFAULT_FORMATS,
     text_config: str | None = None,
     overwrite: bool = False,
     *,
     repo_id: str | None = None,
     base: str | None = None,
 ) -> list[tuple[str, int]]:
-    """Write the folder `output` for one place or several, whole or not at all; path and bytes of every file, in order.
+    """Export a model to a folder, in formats for several libraries. If the export fails, nothing is written.
 
-    `model` is a folder of a model of two towers, `formats` are of `KNOWN`, the rest as of `ExportArguments`.
-    ValueError: an argument is wrong, the model is damaged or a format can't express it, or a file holds a path of a
-    machine or an access token. ImportError: a package that a format needs is missing.
+    Args:
+        model: Folder of a two-tower model, written by a training run or `save_pretrained`.
+        output: Folder to write.
+        formats: Formats from `KNOWN_FORMATS`.
+        text_config: Hub id from which open_clip loads the configuration of the text tower. None: open_clip uses
+            XLM-RoBERTa base; if the model has another text tower, the format open_clip is left out.
+        overwrite: Whether to replace `output` if it exists.
+        repo_id: Hub id under which the folder will be published. open_clip's `hf-hub:` loads the tokenizer from there.
+        base: Folder or Hub id of the base model that the images were embedded with, for "drop_in" and "immich". Its
+            image encoder must be bit-identical to the model's.
+
+    Returns:
+        Relative path and size in bytes of each file, sorted by path.
+
+    Raises:
+        ValueError: If an argument is wrong, the model is damaged, a format can't represent the model, or a written file
+            contains an absolute path or an access token.
+        ImportError: If a package that a format needs is missing.
     """
-    formats = _checked_formats(formats, text_config, base)
-    check_inputs_stay(output, model, base)
-    with whole_folder(output, overwrite) as folder:
-        config = read_config(model, formats)
+    formats = _check_formats(formats, text_config, base)
+    check_inputs_outside(output, model, base)
+    with atomic_folder(output, overwrite) as folder:
+        config = read_model_config(model, formats)
         if formats == ["drop_in"]:
-            drop_in.write(model, folder, config, str(base), repo_id)
+            drop_in.write_drop_in(model, folder, config, str(base), repo_id)
         elif formats == ["immich"]:
-            immich.write(model, folder, config, base)
+            immich.write_immich(model, folder, config, base)
         else:
             _write_repository(model, folder, config, formats, text_config, repo_id)
-        allowed.check_contents(folder)
-        return [(name.as_posix(), (folder / name).stat().st_size) for name in allowed.allowed_files(folder)]
+        allowed.check_model_files(folder)
+        return [(name.as_posix(), (folder / name).stat().st_size) for name in allowed.list_allowed_files(folder)]
 
 
-def _checked_formats(formats: Sequence[str], text_config: str | None, base: str | None) -> list[str]:
-    """The formats without blanks, or ValueError, or ImportError where ONNX lacks a package."""
+def _check_formats(formats: Sequence[str], text_config: str | None, base: str | None) -> list[str]:
+    """Check the formats and the arguments that depend on them.
+
+    Args:
+        formats: Names of formats as the user gave them, possibly with spaces around them.
+        text_config: Value of --text_config, or None.
+        base: Value of --base, or None.
+
+    Returns:
+        The formats without spaces and empty names. "onnx" is added if "transformers_js" needs it.
+
+    Raises:
+        ValueError: If a format is unknown, or the formats and the other arguments can't be combined.
+        ImportError: If a format needs ONNX and a package for it is missing.
+    """
     formats = [name.strip() for name in formats if name.strip()]
     if not formats:
-        raise ValueError(f"--formats is empty; name some of {', '.join(KNOWN)}, or leave the flag out.")
-    if unknown := [name for name in formats if name not in KNOWN]:
-        raise ValueError(f"There is no format {unknown[0]!r}; there are {', '.join(KNOWN)}.")
-    alone = [name for name in formats if name in ("drop_in", "immich")]
-    if alone and (len(formats) > 1 or text_config):
-        raise ValueError(f"{alone[0]} is a folder of its own: name no other format beside it, and no --text_config.")
-    if bool(base) != bool(alone) and alone != ["immich"]:
+        raise ValueError(f"--formats is empty. Choose from {', '.join(KNOWN_FORMATS)}, or leave out the flag.")
+    if unknown := [name for name in formats if name not in KNOWN_FORMATS]:
+        raise ValueError(f"Unknown format {unknown[0]!r}. Choose from {', '.join(KNOWN_FORMATS)}.")
+    standalone = [name for name in formats if name in ("drop_in", "immich")]
+    if standalone and (len(formats) > 1 or text_config):
         raise ValueError(
-            "--base, the model that the pictures were embedded with, is for --formats drop_in, which needs it, and for "
-            f"immich; got --base {base} with --formats {','.join(formats)}."
+            f"The format {standalone[0]} needs a folder of its own: name no other format, and leave out --text_config."
+        )
+    if bool(base) != bool(standalone) and standalone != ["immich"]:
+        raise ValueError(
+            "--base is required for --formats drop_in, optional for immich, and not allowed for other formats; got "
+            f"--base {base} with --formats {','.join(formats)}."
         )
     if "transformers_js" in formats and "onnx" not in formats:
-        formats.append("onnx")  # whose graphs and weights it reads
-    if alone or "onnx" in formats:
-        what = f"{alone[0]} in --formats" if alone else "onnx in --formats (leave it out to do without)"
-        require(what, "onnx", *onnx.ONNX_PACKAGES)
+        formats.append("onnx")  # transformers.js reads the ONNX graphs and their weights
+    if standalone or "onnx" in formats:
+        purpose = f"{standalone[0]} in --formats" if standalone else "onnx in --formats (which you can leave out)"
+        require_packages(purpose, "onnx", *onnx.ONNX_PACKAGES)
     return formats
 
 
-def read_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
-    """The configuration of a model folder, of any model of two towers; of CAPIVARA or SigLIP for drop_in and immich.
+def read_model_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
+    """Read the configuration of a model folder, and check that the export formats support the model.
 
-    Raises ValueError where it is none; a run's several seeds are named.
+    Args:
+        folder: Folder of a two-tower model.
+        formats: Names of the formats to write. "drop_in" and "immich" support CAPIVARA and SigLIP only.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: If the folder holds no two-tower model, or a format does not support the model. For a run with
+            several seeds, the message names the folders of the seeds.
     """
     if not folder.is_dir():
         raise ValueError(f"The model folder {folder} does not exist.")
     if not (folder / "config.json").is_file():
         seeds = ", ".join(path.name for path in seed_folders(folder))
-        hint = f" It is a run of several seeds; name one of {seeds} in it." if seeds else ""
-        raise ValueError(f"The folder {folder} holds no model (config.json is missing).{hint}")
-    config = two_towers_config(folder)
-    if {"drop_in", "immich"} & {*formats} and config.model_type not in immich.NAMES:
+        hint = f" It is a run with several seeds; choose one of its folders {seeds}." if seeds else ""
+        raise ValueError(f"The folder {folder} contains no model (config.json is missing).{hint}")
+    config = load_two_towers_config(folder)
+    if {"drop_in", "immich"} & {*formats} and config.model_type not in immich.IMMICH_MODEL_NAMES:
         raise ValueError(
-            f"{formats[0]} is written of CAPIVARA and SigLIP alone, and {folder} is {config.model_type}. The whole "
-            "model (--formats transformers,onnx) opens in place of its base, and finds the base's vectors."
+            f"The format {formats[0]} supports CAPIVARA and SigLIP only, but {folder} is a {config.model_type} model. "
+            "Export the whole model with --formats transformers,onnx instead. It can replace its base, and its text "
+            "embeddings match image embeddings of the base."
         )
     return config
 
 
 def _write_repository(
-    model: Path, folder: Path, config: PreTrainedConfig, formats: list[str], tower: str | None, repo_id: str | None
+    model: Path,
+    folder: Path,
+    config: PreTrainedConfig,
+    formats: list[str],
+    text_config: str | None,
+    repo_id: str | None,
 ) -> None:
-    """The whole model; what a format can't express is said before weights are read."""
-    processor, is_own = load_processor(model), isinstance(config, CapivaraConfig)
-    if tower and not is_own:
-        raise ValueError(f"text_config is for CAPIVARA's own class; open_clip needs none for {config.model_type}.")
+    """Write both towers of the model in all requested formats except drop_in and immich.
+
+    Unsupported formats are refused before the weights are read, so that the user learns of them at once.
+
+    Args:
+        model: Folder of the model.
+        folder: Folder to write to.
+        config: Configuration of the model.
+        formats: Names of formats, checked by `_check_formats`.
+        text_config: Hub id from which open_clip loads the configuration of the text tower, or None.
+        repo_id: Hub id under which the folder will be published, or None.
+    """
+    processor, is_capivara = load_processor(model), isinstance(config, CapivaraConfig)
+    if text_config and not is_capivara:
+        raise ValueError(
+            f"--text_config applies to CAPIVARA models only, but {model} is a {config.model_type} model. Leave it out."
+        )
     if "transformers_js" in formats:
-        transformers_js.readable_tokenizer(model)
+        transformers_js.convert_tokenizer(model)
     settings = None
-    if "open_clip" in formats and is_own:
-        settings = open_clip.open_clip_settings(config, processor.image_processor, tower, repo_id)
+    if "open_clip" in formats and is_capivara:
+        settings = open_clip.build_open_clip_config(config, processor.image_processor, text_config, repo_id)
     open_clip.write_weights(model, folder, config, with_open_clip=settings is not None)
     _write_processor(model, folder, processor)
     if settings:
         write_json(folder / OPEN_CLIP_CONFIG, settings)
-    if "open_clip" in formats and not is_own:
+    if "open_clip" in formats and not is_capivara:
         try:
-            open_clip.check_siglip(config)
+            open_clip.check_siglip_supported(config)
         except (ValueError, ImportError) as error:
             logger.info("open_clip is left out: %s", error)
         else:
-            open_clip.write_siglip(model, folder, repo_id or short_name(str(model)))
+            open_clip.write_open_clip_siglip(model, folder, repo_id or short_name(str(model)))
     if "sentence_transformers" in formats:
         open_clip.write_sentence_transformers(folder, processor)
-        if not is_own:
+        if not is_capivara:
             open_clip.check_sentence_transformers(model, folder)
     if "transformers_js" in formats:
-        transformers_js.write_tokenizer(folder)
-        onnx.write_onnx(folder, graphs=tuple(onnx.GRAPHS), precisions=("float32", "int8", "float16"))
-        transformers_js.write_settings(folder)
+        transformers_js.write_converted_tokenizer(folder)
+        onnx.write_onnx(folder, graphs=tuple(onnx.GRAPH_SIGNATURES), precisions=("float32", "int8", "float16"))
+        transformers_js.write_configs(folder)
     elif "onnx" in formats:
         onnx.write_onnx(folder)
-    _write_records(model, folder)
+    _copy_card_files(model, folder)
 
 
 def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> None:
-    """Write the files of the processor, with relative paths, and the code that a CAPIVARA model needs.
+    """Write the files of the processor, without paths of this machine, and for CAPIVARA also the model's Python code.
 
-    The tokenizer gives the embeddings of training in any program that calls it, as far as that needs no code.
+    Programs that don't run Python code from the Hub read only tokenizer.json. It gives them the same tokens as the
+    processor, except for damaged texts, which only the text cleaning code repairs.
+
+    Args:
+        model: Folder of the model.
+        folder: Folder to write to.
+        processor: Processor of the model, from `load_processor`.
     """
     for name in PROCESSOR_FILES:
         if not (model / name).is_file():
@@ -210,31 +269,39 @@ def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> No
         shutil.copyfile(model / name, folder / name)
         if name.endswith("_config.json"):
             settings = hide_paths(read_json(model / name))
-            for name_of_loading in ("is_local", "local_files_only"):
-                settings.pop(name_of_loading, None)
+            for loading_option in ("is_local", "local_files_only"):
+                settings.pop(loading_option, None)
             write_json(folder / name, settings)
-    if not isinstance(processor, CapivaraProcessor):  # transformers has its code
-        # `load_processor` has corrected text length, inputs and letter case.
+    if not isinstance(processor, CapivaraProcessor):  # a processor of transformers, which needs no code in the folder
+        # The tokenizer files are not copied but written again, because `load_processor` has corrected the maximum text
+        # length, the model inputs and the handling of capital letters.
         save_tokenizer(processor.tokenizer, folder)
         return
-    write_tokenizer(folder, read_json(folder / "tokenizer.json"), is_own=True)
+    write_tokenizer_json(folder, read_json(folder / "tokenizer.json"), is_capivara=True)
     package = Path(modeling_capivara.__file__).parent
     for name in allowed.MODEL_CODE:
         shutil.copyfile(package / name, folder / name)
 
 
-def _write_records(model: Path, folder: Path) -> None:
-    """Files that the card is made of, where the model's folder has them; paths of this machine are made relative."""
+def _copy_card_files(model: Path, folder: Path) -> None:
+    """Copy the files that the model card needs: the card, license, run.json, results, plots and rotation.
+
+    Missing files are skipped. Absolute paths in JSON files are shortened by `hide_paths`.
+
+    Args:
+        model: Folder of the model. If it is a folder `seed-*`, the results of all seeds are copied.
+        folder: Folder to write to.
+    """
     results = model / "results"
     if not results.is_dir() and model.name.startswith("seed-"):
-        results = model.parent / "results"  # of all seeds of a run
+        results = model.parent / "results"  # results of all seeds, in the folder of the run
     records = {f"results/{path.name}": path for path in sorted(results.glob("*.json"))}
     if (model / "run.json").is_file():
         records["run.json"] = model / "run.json"
     for name, path in records.items():
-        allowed.check_regular(path)
+        allowed.check_regular_file(path)
         write_json(folder / name, hide_paths(read_json(path)))
-    for name in ("README.md", "LICENSE", "rotation.safetensors", *allowed.RUN_PICTURES):
+    for name in ("README.md", "LICENSE", "rotation.safetensors", *allowed.RUN_PLOT_FILES):
         path = model / name
         if path.is_file():
             shutil.copyfile(path, folder / path.name)

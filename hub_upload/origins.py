@@ -1,4 +1,4 @@
-"""Where a model comes from: what the cards of its base and data say, and the licence that it inherits."""
+"""Read the cards (README.md) of a model's base model and training datasets, and infer the license of the model."""
 
 import re
 from collections.abc import Sequence
@@ -9,77 +9,120 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 from capivara_common.privacy import short_name
-from modeling_capivara.loading import card_metadata
+from modeling_capivara.loading import read_card_metadata
 
-# Licences that let what is made of several works carry the licence of the other ones, their notices kept.
-PERMISSIVE = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
-PERMISSIVE |= {"postgresql", "unlicense", "zlib"}
+# Hub identifiers of licenses that allow derived works to carry another license, as long as the copyright notices are
+# kept.
+PERMISSIVE_LICENSES = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
+PERMISSIVE_LICENSES |= {"postgresql", "unlicense", "zlib"}
 
 
-def origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
-    """What the base and the data sets say of themselves on their own cards, as `origin` has it.
+def read_origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
+    """Read the cards (README.md) of a model's base model and of the datasets for training and evaluation.
 
-    Under "license" is what the model inherits from all of them, as `inherited_license` has it.
+    Args:
+        model: Folder or Hub id of the base model.
+        datasets: Training datasets: folders, file patterns or Hub ids.
+        evaluation_dataset: Dataset of the evaluation.
+
+    Returns:
+        A dict with four keys. "license" is the license that the model inherits from the base model and the training
+        datasets, or None (see `infer_license`). "model", "datasets" (a list) and "evaluation_dataset" hold the metadata
+        that `read_origin` returns.
     """
-    base, data = origin(model, "model"), [origin(name, "dataset") for name in datasets]
+    base, data = read_origin(model, "model"), [read_origin(name, "dataset") for name in datasets]
     return {
-        "license": inherited_license([work["licenses"] for work in (base, *data)]),
+        "license": infer_license([origin["licenses"] for origin in (base, *data)]),
         "model": base,
         "datasets": data,
-        "evaluation_dataset": origin(evaluation_dataset, "dataset"),
+        "evaluation_dataset": read_origin(evaluation_dataset, "dataset"),
     }
 
 
-def inherited_license(stated: list[list[str]]) -> str | None:
-    """The one licence that binds a model made from works of the `stated` licences each; None where one states none, or
-    several bind it."""
-    if not all(stated):
+def infer_license(stated_licenses: list[list[str]]) -> str | None:
+    """Return the license of a model that is derived from several works.
+
+    Any other license takes precedence over `PERMISSIVE_LICENSES`: "mit" and "cc-by-4.0" result in "cc-by-4.0".
+
+    Args:
+        stated_licenses: For each work, the Hub identifiers of the licenses that its card states.
+
+    Returns:
+        The Hub identifier of the license. None if a work states no license, or if the works require several different
+        licenses, for example "cc-by-4.0" and "gpl-3.0".
+    """
+    if not all(stated_licenses):
         return None
-    named = {licence for licences in stated for licence in licences}
-    binding = named - PERMISSIVE or named
+    all_licenses = {license for licenses in stated_licenses for license in licenses}
+    binding = all_licenses - PERMISSIVE_LICENSES or all_licenses
     return binding.pop() if len(binding) == 1 else None
 
 
-def origin(name: str, repo_type: str) -> dict[str, Any]:
-    """What the card of a model or data set states; `name` is a folder, a pattern of files, or a Hub id.
+def read_origin(name: str, repo_type: str) -> dict[str, Any]:
+    """Read the metadata of a base model or dataset from its card (README.md), locally or from the Hub.
 
-    Returns its `short_name`, `title`, `hub_id` and `revision` (of one that was loaded from the Hub), `base_model` (Hub
-    ids), `licenses`, `attribution`, `translations` (language -> human or machine, of captions that `captions.build` had
-    translated); None or an empty list or dictionary for what it does not state.
+    Args:
+        name: Folder, file, file pattern or Hub id.
+        repo_type: "model" or "dataset".
+
+    Returns:
+        A dict with these keys. Values that the card does not state are None or empty.
+
+        - "name": name without the folders of this machine.
+        - "title": title on the card; if the card has none, the Hub id or the last part of the path.
+        - "hub_id" and "revision": Hub id and commit. None if the card does not come from the Hub.
+        - "base_model": list of the Hub ids that the card names as base models.
+        - "licenses": list of license identifiers.
+        - "attribution": sentence that the license requires.
+        - "translations": language code -> "human" or "machine", who translated the captions of this language. Cards
+          written by `captions.build` state it.
     """
-    of_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    is_of_files = not Path(name).is_dir() and "/" in name  # one file, or a pattern: its card lies beside it
-    folder = Path(name).parent if is_of_files else Path(name)
-    path = _card_from_hub(name, repo_type) if of_hub else folder / "README.md"
-    card = card_metadata(path) if path else {}
-    stated = card.get("translations")
+    is_on_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    is_file_or_pattern = not Path(name).is_dir() and "/" in name
+    folder = Path(name).parent if is_file_or_pattern else Path(name)
+    path = _fetch_card(name, repo_type) if is_on_hub else folder / "README.md"
+    card = read_card_metadata(path) if path else {}
+    default_title = name if is_on_hub else _read_card_title(path) or PurePosixPath(name).name
+    translations = card.get("translations")
+    translators = translations if isinstance(translations, dict) else {}
     return {
         "name": short_name(name),
-        "title": str(card.get("pretty_name") or (name if of_hub else _heading(path) or PurePosixPath(name).name)),
-        "hub_id": name if path and of_hub else None,
-        "revision": path.parent.name if path and of_hub else None,
-        "base_model": _texts(card.get("base_model")),
-        "licenses": _texts(card.get("license")),
+        "title": str(card.get("pretty_name") or default_title),
+        "hub_id": name if path and is_on_hub else None,
+        "revision": path.parent.name if path and is_on_hub else None,
+        "base_model": _as_texts(card.get("base_model")),
+        "licenses": _as_texts(card.get("license")),
         "attribution": str(card["attribution"]) if card.get("attribution") else None,
-        "translations": {str(code): str(who) for code, who in stated.items()} if isinstance(stated, dict) else {},
+        "translations": {str(code): str(translator) for code, translator in translators.items()},
     }
 
 
-@cache  # a data set that is trained on is often measured on, too
-def _card_from_hub(name: str, repo_type: str) -> Path | None:
-    """The card of what was loaded from the Hub before; None where it has none, or the Hub can't be reached."""
+@cache  # training and evaluation often use the same dataset, whose card is then fetched once
+def _fetch_card(name: str, repo_type: str) -> Path | None:
+    """Return the local path of a card from the Hub. Downloads the card if it is not in the cache.
+
+    Args:
+        name: Hub id.
+        repo_type: "model" or "dataset".
+
+    Returns:
+        Path of README.md in the Hub's cache. None if there is no card or the Hub can't be reached.
+    """
     try:
-        cached = try_to_load_from_cache(name, "README.md", repo_type=repo_type)  # of the commit that was loaded
+        # The cache is tried first, because it holds the card of the commit that was loaded for training.
+        cached = try_to_load_from_cache(name, "README.md", repo_type=repo_type)
         return Path(cached if isinstance(cached, str) else hf_hub_download(name, "README.md", repo_type=repo_type))
     except (OSError, ValueError):
         return None
 
 
-def _texts(value: Any) -> list[str]:
+def _as_texts(value: Any) -> list[str]:
+    """Convert a value from YAML, or a list of values, to a list of strings. Empty values and None are left out."""
     return [str(text) for text in (value if isinstance(value, list) else [value]) if text]
 
 
-def _heading(card: Path) -> str | None:
+def _read_card_title(card: Path) -> str | None:
+    """Return the text of the first level-1 heading (`# Title`) in a Markdown file, or None if there is none."""
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = re.search(r"^# +(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else None
+    heading = re.search(r"^# +(.+)$", text, re.MULTILINE)
+    return heading[1].strip() if heading else None

@@ -1,16 +1,17 @@
-"""Send the folder of a model, data set or Space to the Hugging Face Hub, in one commit; without --push, show what it
-would change.
+"""Upload the folder of a model, dataset or Space to the Hugging Face Hub in one commit, or preview the upload.
 
-    python -m hub_upload.export --model runs/mine --output repository   # the folder that is sent
-    python -m hub_upload.push --model repository --repo_id my-name/my-model
+    python -m hub_upload.export --model runs/mine --output repository   # writes the folder to upload
+    python -m hub_upload.push --model repository --repo_id my-name/my-model   # previews the upload
     python -m hub_upload.push --model repository --repo_id my-name/my-model --push --private
     python -m hub_upload.push --model repository --repo_id an-org/its-model --push --pull_request
     python -m hub_upload.push --model data/mine --repo_id my-name/my-data --repo_type dataset --push
-    python -m hub_upload.push --model demo --repo_id my-name/my-demo --repo_type space --push   # of hub_upload.space
+    python -m hub_upload.push --model demo --repo_id my-name/my-demo --repo_type space --push   # from hub_upload.space
 
-The token is huggingface_hub's own: HF_TOKEN, or what `hf auth login` has saved. Only files that belong to a model or a
-data set are sent; what else is on the Hub stays, but for files of an older Space in folders that are sent. `hf` itself
-tags and deletes. After a broken connection, run the same command again.
+Without --push, nothing is changed on the Hub. The access token is the one that huggingface_hub uses: HF_TOKEN, or the
+token saved by `hf auth login`. Only files that belong to a model, dataset or Space are uploaded (see
+`hub_upload/allowed_files.py`). Files that are only on the Hub stay there, with one exception: if a Space is pushed
+again, files in the uploaded subfolders that the local folder no longer has are deleted. Use the `hf` command to create
+tags or delete files. If the connection breaks, run the same command again.
 """
 
 import inspect
@@ -23,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import yaml
 from huggingface_hub import (
@@ -40,416 +41,534 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.privacy import printable
-from hub_upload.allowed_files import check_repo_id, check_words, files_to_send
-from hub_upload.card import CARD, outdated, write_card
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.privacy import make_printable
+from hub_upload.allowed_files import check_repo_id, check_text, list_files_to_send
+from hub_upload.card import CARD_FILE, find_generated_card_faults, write_card
 
-TIMEOUT_S = 300  # of silence; the client's own is none, and a line that died would hold a run for ever
-WAIT_S = 2  # before a call whose answer was lost is made once more
-NO_TOKEN = "There is no token. Save one that may write by `hf auth login`, or set HF_TOKEN."
-AGAIN = (
-    "Run the same command again: files that have arrived are not sent a second time. Whether a pull request was opened "
-    "is seen on the page of the repository."
+# Seconds without an answer before a call to the Hub fails. huggingface_hub sets no timeout by default, so a dead
+# connection would block forever.
+HUB_TIMEOUT_S = 300
+RETRY_DELAY_S = 2  # seconds to wait before a failed call is repeated
+NO_TOKEN_MESSAGE = "There is no token. Save one with write access using `hf auth login`, or set HF_TOKEN."
+RETRY_HINT = (
+    "Run the same command again; files that have already arrived are not sent again. If you used --pull_request, first "
+    "check on the repository's page whether the pull request exists already."
 )
-TRY_AGAIN = {408, 429, 500, 502, 503, 504}
-REFUSALS = {  # status -> why, and the way out; of another one the Hub's own words are said
-    401: "The Hub refuses the token (401): it is wrong, or no longer valid. Make one that may write at {tokens}, and "
-    "save it by `hf auth login` or set HF_TOKEN.",
-    403: "The Hub refuses it to the token (403): {said}. To write to {repo_id} needs one with write access, of a "
-    "member of {owner} ({tokens}).",
-    412: "{repo_id} was changed meanwhile (412), and nothing of yours was committed. Run the command without --push to "
-    "see what is there, then with it.",
+RETRYABLE_STATUS_CODES = {408, 429, 500, 502, 503, 504}  # HTTP statuses of failures that may be temporary
+# HTTP status -> error message. For all other statuses, the error message quotes the explanation that the Hub gave.
+REFUSAL_MESSAGES = {
+    401: "The Hub rejected the token (401): it is wrong or has expired. Create one with write access at {tokens}, then "
+    "save it with `hf auth login` or set HF_TOKEN.",
+    403: "The Hub denied access (403): {reason}. Writing to {repo_id} requires a token with write access from a member "
+    "of {owner} ({tokens}).",
+    412: "{repo_id} was changed by somebody else in the meantime (412), so nothing was committed. Run the command "
+    "without --push to see what the repository holds now, then with --push.",
 }
-REPOSITORY = "repository"  # folder in that of the run, until it is on the Hub
-FORMATS = ("transformers", "open_clip", "sentence_transformers")  # onnx takes minutes, and packages of its own
-readable = partial(tqdm.format_sizeof, suffix="B")  # bytes in words, of a thousand each, such as "1.46GB"
+REPOSITORY_FOLDER = "repository"  # subfolder of the run that holds the export until it is on the Hub
+# Formats that a training run publishes. ONNX is left out: it takes minutes and needs additional packages.
+PUBLISHED_FORMATS = ("transformers", "open_clip", "sentence_transformers")
+format_bytes = partial(tqdm.format_sizeof, suffix="B")  # 1 kB is 1000 bytes, for example "1.46GB"
 logger = logging.getLogger("capivara")
 
 
 class PushError(OSError):
-    """A push that was not made, in one line: why, and the way out. It holds no token."""
+    """Error of a failed push. The message is a single line with the reason and a hint, and never contains a token."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(printable(message).split()))
+        super().__init__(" ".join(make_printable(message).split()))
 
 
-class HubUnreachable(PushError):
-    """A push that was not made because the Hub did not answer, or because offline mode is on."""
+class HubUnreachableError(PushError):
+    """Error of a push that failed because the Hub did not answer, or because huggingface_hub's offline mode is on."""
 
 
 @dataclass
 class PushArguments:
-    """Arguments of `hub_upload.push`."""
+    """Command-line arguments of `python -m hub_upload.push`, which uploads a folder to the Hub."""
 
-    model: Path = flag(..., "Folder to send: of a model or, by --repo_type, of a data set or Space.")
-    repo_id: str = flag(..., "Repository on the Hub, owner/name. It is made where there is none.")
-    push: bool = flag(False, "Send it. Without this flag nothing is changed on the Hub.")
-    repo_type: Literal["model", "dataset", "space"] = flag("model", "Kind of the repository.")
-    revision: str = flag("main", "Branch, made from main where it is missing.")
-    pull_request: bool = flag(False, "Open a pull request to main instead of changing it.")
-    private: bool = flag(False, "Make a new repository private; a public one is refused.")
-    message: str | None = flag(None, "Title of the commit.")
-    gone: ClassVar = {
-        "deadline_hours": "a call ends after 300 s of silence; Ctrl-C or `timeout 12h` ends a push",
-        "tag": "`hf repos tag create REPO_ID v1.0` tags what was pushed",
-        "delete": "`hf repos delete-files REPO_ID FILE` does it",
-    }
+    model: Path = flag(..., "Folder to upload: a model or, with --repo_type, a dataset or Space.")
+    repo_id: str = flag(..., "Repository on the Hub, owner/name. It is created if it does not exist.")
+    push: bool = flag(False, "Upload the folder. Without this flag, nothing is changed on the Hub.")
+    repo_type: Literal["model", "dataset", "space"] = flag("model", "Type of the repository.")
+    revision: str = flag("main", "Branch to commit to. It is created from main if it does not exist.")
+    pull_request: bool = flag(False, "Open a pull request to main instead of committing to it.")
+    private: bool = flag(False, "Create the repository as private. Fails if the repository exists and is public.")
+    message: str | None = flag(None, "Title of the commit. Default: generated from the files, for example Add 4 files.")
 
     def __post_init__(self) -> None:
         for name in ("repo_id", "revision", "message"):
-            check_words(getattr(self, name) or "", f"--{name}")
+            check_text(getattr(self, name) or "", f"--{name}")
         check_repo_id(self.repo_id)
         if not self.model.is_dir():
             raise ValueError(f"The folder {self.model} does not exist.")
         if self.pull_request and self.revision != "main":
-            raise ValueError("A pull request goes to main: leave out --revision.")
+            raise ValueError(
+                f"A pull request always targets main, got --revision {self.revision}. Leave out --revision."
+            )
 
 
 @dataclass
-class Remote:
-    """What a repository on the Hub holds, as far as the token sees."""
+class RemoteRepository:
+    """State of a repository on the Hub.
+
+    A private repository that the access token may not see is described as if it did not exist.
+    """
 
     exists: bool = False
-    private: bool = False
-    head: str | None = None  # commit of the branch; None where there is none of that name
-    start: str | None = None  # commit that the branch would start at, which is the head of one that exists
-    files: dict[str, RepoFile] = field(default_factory=dict)  # path -> size and hashes, at `start`
+    is_private: bool = False
+    branch_head: str | None = None  # last commit of the branch; None if the branch does not exist
+    base_commit: str | None = None  # commit to build on: `branch_head`, or the head of main for a new branch
+    files: dict[str, RepoFile] = field(default_factory=dict)  # path -> size and hashes, at `base_commit`
 
 
 @dataclass
 class PushPlan:
-    """What a push would do."""
+    """Comparison of a local folder with a repository on the Hub: the changes that a push would make there."""
 
     args: PushArguments
-    user: str | None  # whose token it is; None without one
-    remote: Remote
-    metadata: dict[str, Any] | None  # of the card; None where there is no card
-    sent: list[CommitOperationAdd]  # files that the commit adds or changes
-    same: list[str]  # files of the folder that the Hub has
-    deleted: list[str]  # files of an older Space that go
-    unreachable: str = ""  # why the Hub could not be asked, in a preview; empty if it was asked
+    user: str | None  # name of the token's owner; None without a token
+    remote: RemoteRepository
+    metadata: dict[str, Any] | None  # front matter of the card (README.md); None if there is no card
+    added_files: list[CommitOperationAdd]  # files that the commit adds or changes
+    unchanged_paths: list[str]  # files in the folder that the Hub already has with the same content
+    deleted_paths: list[str]  # files of an earlier version of a Space, which the commit deletes
+    unreachable: str = ""  # reason why the Hub could not be reached for a preview; empty if it was reached
 
     def __post_init__(self) -> None:
-        self.makes_branch = self.remote.exists and self.remote.head is None
+        self.creates_branch = self.remote.exists and self.remote.branch_head is None
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(PushArguments, __doc__, argv)
-    planned = plan(args)
-    print(report(planned), flush=True)
-    check_card(args)
-    if not (planned.sent or planned.deleted or planned.makes_branch):
-        print("The Hub has all of it already; there is nothing to send.")
+    """Run the command line: print the changes that the push makes on the Hub and, with --push, upload them."""
+    args = parse_arguments(PushArguments, __doc__, argv)
+    plan = plan_push(args)
+    print(describe_push(plan), flush=True)
+    check_card_is_current(args)
+    if not (plan.added_files or plan.deleted_paths or plan.creates_branch):
+        print("The Hub already has all files; there is nothing to send.")
     elif not args.push:
-        size = readable(sum(file.upload_info.size for file in planned.sent))
-        known = ", without those that the Hub has already" if planned.unreachable else ""
-        print(f"Nothing was sent. With --push, {len(planned.sent)} files ({size}) are sent in one commit{known}.")
+        size = format_bytes(sum(file.upload_info.size for file in plan.added_files))
+        exception = ", except those that the Hub already has" if plan.unreachable else ""
+        count = len(plan.added_files)
+        print(f"Nothing was sent. With --push, {count} files ({size}) are sent in one commit{exception}.")
+    elif url := push_folder(plan):
+        print(f"Pushed in one commit: {_printable_name(url)}")
     else:
-        url = push(planned)
-        print(f"Pushed in one commit: {_name(url)}" if url else "All files were there already; no commit was made.")
+        print("The Hub already had all files; no commit was made.")
 
 
-# --- What would be sent ----------------------------------------------------------------------------------------------
+# --- Plan of the changes ---------------------------------------------------------------------------------------------
 
 
-def plan(args: PushArguments) -> PushPlan:
-    """Compare a folder with a repository; nothing is changed anywhere.
+def plan_push(args: PushArguments) -> PushPlan:
+    """Compare a folder with a repository on the Hub, and plan the push. Nothing is changed on the Hub.
 
-    Without `args.push` the Hub need not be reachable: the plan then says so in `unreachable`.
+    If `args.push` is not set, the plan is only a preview, and the Hub need not be reachable. If the Hub can't be
+    reached, all files count as added, and the field `unreachable` of the plan states the reason.
 
-    Raises ValueError where a file must not be sent, PushError where the Hub can't be asked or would refuse the push.
+    Args:
+        args: Folder, repository and options of the push.
+
+    Returns:
+        The changes that `push_folder` would make.
+
+    Raises:
+        ValueError: If the folder holds no file to send, a file must not be published, or the card's front matter is
+            not valid YAML.
+        PushError: If the Hub can't be reached and `args.push` is set, or if the Hub would refuse the push.
     """
-    paths = files_to_send(args.model, args.repo_type)
+    paths = list_files_to_send(args.model, args.repo_type)
     try:
-        metadata = (metadata_load(args.model / CARD) or {}) if Path(CARD) in paths else None
+        metadata = (metadata_load(args.model / CARD_FILE) or {}) if Path(CARD_FILE) in paths else None
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"The metadata of {CARD} is not valid YAML of `key: value` lines: {error}") from error
-    user, remote, unreachable = None, Remote(), ""
+        raise ValueError(f"The front matter of {CARD_FILE} is not valid YAML of `key: value` lines: {error}") from error
+    user, remote, unreachable = None, RemoteRepository(), ""
     try:
-        with hub_errors(args.repo_id, AGAIN if args.push else "Run the same command again."):
-            user = str(_twice(lambda: HfApi().whoami(cache=True)["name"])) if get_token() else None
-            remote = _look(args.repo_id, args.repo_type, args.revision)
-    except HubUnreachable as error:
+        with wrap_hub_errors(args.repo_id, RETRY_HINT if args.push else "Run the same command again."):
+            user = str(_retry_once(lambda: HfApi().whoami(cache=True)["name"])) if get_token() else None
+            remote = _read_remote(args.repo_id, args.repo_type, args.revision)
+    except HubUnreachableError as error:
         if args.push:
             raise
         unreachable = str(error)
     files = [CommitOperationAdd(path.as_posix(), args.model / path) for path in paths]
-    same = [file.path_in_repo for file in files if _is_on_hub(file, remote.files.get(file.path_in_repo))]
-    sent = [file for file in files if file.path_in_repo not in same]
+    unchanged = [file.path_in_repo for file in files if _is_on_hub(file, remote.files.get(file.path_in_repo))]
+    added = [file for file in files if file.path_in_repo not in unchanged]
     deleted = []
-    if args.repo_type == "space":  # of an earlier one, such as fragments of its index
+    if args.repo_type == "space":
+        # Without deletion, files of earlier versions of the Space, such as fragments of its index, would stay forever.
         ours, folders = {path.as_posix() for path in paths}, {path.parts[0] for path in paths}
         deleted = [path for path in remote.files if path not in ours and path.partition("/")[0] in folders]
     _check_visibility(args.repo_id, remote, args.private)
     if args.pull_request and not remote.exists and not unreachable:
-        raise PushError(f"There is no {args.repo_id}, or the token does not see it: a pull request needs one.")
-    return PushPlan(args, user, remote, metadata, sent, same, deleted, unreachable)
+        raise PushError(
+            f"A pull request needs an existing repository: {args.repo_id} does not exist, or the token can't see it."
+        )
+    return PushPlan(args, user, remote, metadata, added, unchanged, deleted, unreachable)
 
 
-def check_card(args: PushArguments) -> None:
-    """Warn where a card states other values than its files. Raises ValueError where it was about to be sent."""
-    faults = outdated(args.model) if args.repo_type == "model" else []
+def check_card_is_current(args: PushArguments) -> None:
+    """Print a warning if the model card was written by `hub_upload.card` but no longer agrees with the model's files.
+
+    Args:
+        args: Folder, repository type and options of the push. Datasets and Spaces are not checked.
+
+    Raises:
+        ValueError: If card and files differ and `args.push` is set, so that the outdated card is not uploaded.
+    """
+    faults = find_generated_card_faults(args.model) if args.repo_type == "model" else []
     if not faults:
         return
-    listed = "".join(f"\n  {_name(fault)}" for fault in faults)
-    message = f"The card differs from its files; write it again with `python -m hub_upload.card`. {listed}"
+    listed = "".join(f"\n  {_printable_name(fault)}" for fault in faults)
+    message = f"The card differs from its files. Write it again with `python -m hub_upload.card`.{listed}"
     if args.push:
         raise ValueError(f"Nothing was sent. {message}")
     print(f"Warning: {message}", flush=True)
 
 
-def report(planned: PushPlan) -> str:
-    """The plan in words, to be read before it is carried out."""
-    args, remote, there = planned.args, planned.remote, planned.remote.files
-    state = f"does not exist, will be made{', private' * args.private}"
+def describe_push(plan: PushPlan) -> str:
+    """Describe a push for the user, before it is made.
+
+    Args:
+        plan: Result of `plan_push`.
+
+    Returns:
+        A text of several lines: a line for the repository, a line for each file that is added, changed, deleted or only
+        on the Hub, the number of unchanged files, and notes on the license, the card and the token.
+    """
+    args, remote, remote_files = plan.args, plan.remote, plan.remote.files
+    state = f"does not exist, will be created{' as private' * args.private}"
     if remote.exists:
-        state = f"{'private' if remote.private else 'public'}, at {str(remote.start)[:7]}"
-    if planned.unreachable:
-        state = "not asked: the Hub can't be reached"
+        state = f"{'private' if remote.is_private else 'public'}, at {str(remote.base_commit)[:7]}"
+    if plan.unreachable:
+        state = "unknown: the Hub can't be reached"
     branch = "a pull request to main" if args.pull_request else args.revision
-    branch += ", will be made from main" if planned.makes_branch else ""
-    token = "" if planned.unreachable else f"; token of {_name(planned.user or 'nobody')}"
+    branch += ", will be created from main" if plan.creates_branch else ""
+    token = "" if plan.unreachable else f"; token of {_printable_name(plan.user or 'nobody')}"
     lines = [f"{args.repo_type} {args.repo_id} ({state}), {branch}{token}"]
-    sizes = {file.path_in_repo: file.upload_info.size for file in planned.sent}
-    for path in sorted(sizes, key=lambda path: path in there):
-        verb = "change" if path in there else "send  " if planned.unreachable else "add   "
-        lines.append(f"  {verb}  {_name(path)}  ({readable(sizes[path])})")
-    lines += [f"  delete  {_name(path)}" for path in planned.deleted]
-    lines += [f"  same    {len(planned.same)} files"] if planned.same else []
-    ours = {".gitattributes", *planned.deleted, *planned.same, *sizes}  # the first is made by the Hub
-    lines += [f"  stays   {_name(path)}  (on the Hub, not in the folder)" for path in sorted({*there} - ours)]
-    if planned.metadata is None:
-        lines.append(f"note: there is no {CARD}: the page on the Hub will be empty.")
+    sizes = {file.path_in_repo: file.upload_info.size for file in plan.added_files}
+    new_file_verb = "send  " if plan.unreachable else "add   "
+    for path in sorted(sizes, key=lambda path: path in remote_files):
+        verb = "change" if path in remote_files else new_file_verb
+        lines.append(f"  {verb}  {_printable_name(path)}  ({format_bytes(sizes[path])})")
+    lines += [f"  delete  {_printable_name(path)}" for path in plan.deleted_paths]
+    lines += [f"  same    {len(plan.unchanged_paths)} files"] if plan.unchanged_paths else []
+    listed = {".gitattributes", *plan.deleted_paths, *plan.unchanged_paths, *sizes}  # the Hub creates .gitattributes
+    others = sorted({*remote_files} - listed)
+    lines += [f"  stays   {_printable_name(path)}  (on the Hub, not in the folder)" for path in others]
+    if plan.metadata is None:
+        lines.append(f"note: there is no {CARD_FILE}, so the page on the Hub will be empty.")
     else:
-        stated = planned.metadata.get("license") or "none, and without one nobody may use what is published"
-        lines.append(f"note: license: {_name(str(stated))}")
-    if planned.unreachable:
-        lines.append(f"note: what the Hub holds is not known. {planned.unreachable}")
-    if planned.user is None and get_token() is None:
-        lines.append("note: there is no token, which --push needs: `hf auth login`, or HF_TOKEN.")
+        stated = plan.metadata.get("license") or "none; without a license, nobody may use what you publish"
+        lines.append(f"note: license: {_printable_name(str(stated))}")
+    if plan.unreachable:
+        lines.append(f"note: the folder was not compared with the Hub. {plan.unreachable}")
+    if plan.user is None and get_token() is None:
+        lines.append("note: there is no token. --push needs one: run `hf auth login`, or set HF_TOKEN.")
     return "\n".join(lines)
 
 
-def _name(text: str) -> str:
-    """A name of others on one line, to be shown."""
-    return printable(text.replace("\n", "\\n"))
+def _printable_name(text: str) -> str:
+    """Escape line feeds and control characters in a text, so that it is safe to print on one line."""
+    return make_printable(text.replace("\n", "\\n"))
 
 
-def _is_on_hub(file: CommitOperationAdd, there: RepoFile | None) -> bool:
-    """Whether the Hub has the content of a file of this machine, by the hashes of both; nothing is downloaded."""
-    if there is None or there.size != file.upload_info.size:
+def _is_on_hub(file: CommitOperationAdd, remote_file: RepoFile | None) -> bool:
+    """Return whether the Hub already has a file with the same content. Only hashes are compared, nothing is downloaded.
+
+    Args:
+        file: Local file.
+        remote_file: File with the same path on the Hub, or None if there is none.
+    """
+    if remote_file is None or remote_file.size != file.upload_info.size:
         return False
-    if there.lfs:
-        return there.lfs.sha256 == file.upload_info.sha256.hex()
+    if remote_file.lfs:
+        return remote_file.lfs.sha256 == file.upload_info.sha256.hex()
     with file.as_file() as content:
-        return git_hash(content.read()) == there.blob_id
+        return git_hash(content.read()) == remote_file.blob_id
 
 
-def _check_visibility(repo_id: str, remote: Remote, private: bool) -> None:
-    """Raise PushError where what shall be private would be seen by everybody."""
-    if private and remote.exists and not remote.private:
+def _check_visibility(repo_id: str, remote: RemoteRepository, private: bool) -> None:
+    """Check that a push that must be private does not go to a public repository.
+
+    Args:
+        repo_id: Repository on the Hub, owner/name, for the error message.
+        remote: State of the repository.
+        private: Whether the repository must be private.
+
+    Raises:
+        PushError: If `private` is set, and the repository exists and is public.
+    """
+    if private and remote.exists and not remote.is_private:
         raise PushError(
-            f"{repo_id} is public, and --private makes new repositories private only. Change it in the settings of the "
-            "repository first, or take another name."
+            f"{repo_id} is public, and --private only applies to new repositories. Make it private in its settings on "
+            "the Hub first, or choose another name."
         )
 
 
-# --- Sending it ------------------------------------------------------------------------------------------------------
+# --- Upload ----------------------------------------------------------------------------------------------------------
 
 
-def push(planned: PushPlan) -> str | None:
-    """Send what was planned, in one commit, or raise PushError, whose message has the way out.
+def push_folder(plan: PushPlan) -> str | None:
+    """Upload the planned changes in one commit. Creates the repository and the branch if they don't exist.
+
+    Args:
+        plan: Result of `plan_push`.
 
     Returns:
-        The address of the commit or pull request; None where the Hub has everything, and no commit was made.
+        URL of the commit or pull request. None if no commit was made, because the Hub already has all files.
+
+    Raises:
+        PushError: If there is no token, the Hub refuses the push or the connection breaks.
     """
-    args, remote, api = planned.args, planned.remote, HfApi()
-    with hub_errors(args.repo_id):
+    args, remote, api = plan.args, plan.remote, HfApi()
+    with wrap_hub_errors(args.repo_id):
         if get_token() is None:
-            raise PushError(NO_TOKEN)
+            raise PushError(NO_TOKEN_MESSAGE)
         if not remote.exists:
-            sdk = {"space_sdk": (planned.metadata or {}).get("sdk")} if args.repo_type == "space" else {}
+            sdk = {"space_sdk": (plan.metadata or {}).get("sdk")} if args.repo_type == "space" else {}
             api.create_repo(args.repo_id, repo_type=args.repo_type, private=args.private or None, **sdk)
-            remote = _look(args.repo_id, args.repo_type, args.revision)
-        if remote.head is None:
-            api.create_branch(args.repo_id, branch=args.revision, revision=remote.start, repo_type=args.repo_type)
-        return _commit(planned, str(remote.start)) if planned.sent or planned.deleted else None
+            remote = _read_remote(args.repo_id, args.repo_type, args.revision)
+        if remote.branch_head is None:
+            api.create_branch(args.repo_id, branch=args.revision, revision=remote.base_commit, repo_type=args.repo_type)
+        return _create_commit(plan, str(remote.base_commit)) if plan.added_files or plan.deleted_paths else None
 
 
-def _commit(planned: PushPlan, parent: str) -> str:
-    """The address of the commit on top of `parent`, sent once more where its answer was lost and it was not made."""
-    args = planned.args
-    operations = [*planned.sent, *(CommitOperationDelete(path, is_folder=False) for path in planned.deleted)]
+def _create_commit(plan: PushPlan, parent: str) -> str:
+    """Commit the planned changes on top of an existing commit.
+
+    If the answer of the Hub is lost, the commit is sent once more. A pull request is sent only once, because otherwise
+    two pull requests might be opened.
+
+    Args:
+        plan: Result of `plan_push`.
+        parent: Hash of the last commit of the branch. The Hub refuses the new commit if the branch has changed since.
+
+    Returns:
+        URL of the new commit or pull request.
+    """
+    args = plan.args
+    operations = [*plan.added_files, *(CommitOperationDelete(path, is_folder=False) for path in plan.deleted_paths)]
 
     def send() -> str:
         commit = HfApi().create_commit(
-            args.repo_id, operations, commit_message=args.message or _title(planned), repo_type=args.repo_type,
-            revision=args.revision, parent_commit=parent, create_pr=args.pull_request,
+            args.repo_id, operations, commit_message=args.message or _default_commit_title(plan),
+            repo_type=args.repo_type, revision=args.revision, parent_commit=parent, create_pr=args.pull_request,
         )  # fmt: skip
         return commit.pr_url or commit.commit_url
 
     try:
-        return send() if args.pull_request else _twice(send)
+        return send() if args.pull_request else _retry_once(send)
     except errors.HfHubHTTPError as error:
-        # The parent is no longer the last commit. The first of two calls may have made ours: the files there tell.
+        # Status 412 means that `parent` is no longer the last commit of the branch. Perhaps the first call to `send`
+        # made our commit and only the answer was lost. In that case, the files on the Hub equal ours: the push has
+        # succeeded.
         if error.response.status_code != 412:
             raise
-        there = _look(args.repo_id, args.repo_type, args.revision)
-        are_there = all(_is_on_hub(file, there.files.get(file.path_in_repo)) for file in planned.sent)
-        if not are_there or {*planned.deleted} & {*there.files}:
+        remote = _read_remote(args.repo_id, args.repo_type, args.revision)
+        has_our_files = all(_is_on_hub(file, remote.files.get(file.path_in_repo)) for file in plan.added_files)
+        if not has_our_files or {*plan.deleted_paths} & {*remote.files}:
             raise
-        kind = constants.REPO_TYPES_URL_PREFIXES.get(args.repo_type, "")
-        return f"{constants.ENDPOINT}/{kind}{args.repo_id}/commit/{there.head}"
+        url_prefix = constants.REPO_TYPES_URL_PREFIXES.get(args.repo_type, "")
+        return f"{constants.ENDPOINT}/{url_prefix}{args.repo_id}/commit/{remote.branch_head}"
 
 
-def _title(planned: PushPlan) -> str:
-    """Of the commit, where none was given."""
-    names = [file.path_in_repo for file in planned.sent] + planned.deleted
-    verb = "Update" if {*names} & {*planned.remote.files} else "Add"
+def _default_commit_title(plan: PushPlan) -> str:
+    """Return the commit title for a push without --message, such as "Add 4 files" or "Update README.md"."""
+    names = [file.path_in_repo for file in plan.added_files] + plan.deleted_paths
+    verb = "Update" if {*names} & {*plan.remote.files} else "Add"
     return f"{verb} {names[0]}" if len(names) == 1 else f"{verb} {len(names)} files"
 
 
-# --- The Hub ---------------------------------------------------------------------------------------------------------
+# --- Calls to the Hub ------------------------------------------------------------------------------------------------
 
 
-def _look(repo_id: str, repo_type: str, revision: str) -> Remote:
-    """What is on the Hub; a call whose answer was lost is made once more."""
+def _read_remote(repo_id: str, repo_type: str, revision: str) -> RemoteRepository:
+    """Read the state of a repository and of one of its branches from the Hub.
+
+    Args:
+        repo_id: Repository on the Hub, owner/name.
+        repo_type: "model", "dataset" or "space".
+        revision: Name of the branch. If the branch does not exist, the files of main are listed.
+    """
     api = HfApi()
     try:
-        info = _twice(lambda: api.repo_info(repo_id, repo_type=repo_type))
+        info = _retry_once(lambda: api.repo_info(repo_id, repo_type=repo_type))
     except errors.RepositoryNotFoundError as error:
         if isinstance(error, errors.GatedRepoError):
             raise
-        return Remote()
-    refs = _twice(lambda: api.list_repo_refs(repo_id, repo_type=repo_type))
+        return RemoteRepository()
+    refs = _retry_once(lambda: api.list_repo_refs(repo_id, repo_type=repo_type))
     heads = {ref.name: ref.target_commit for ref in refs.branches}
-    start = str(heads.get(revision) or heads.get("main") or info.sha)
-    listed = api.list_repo_tree(repo_id, repo_type=repo_type, revision=start, recursive=True)
-    files = {file.path: file for file in listed if isinstance(file, RepoFile)}
-    return Remote(True, info.private, heads.get(revision), start, files)
+    base_commit = str(heads.get(revision) or heads.get("main") or info.sha)
+    entries = api.list_repo_tree(repo_id, repo_type=repo_type, revision=base_commit, recursive=True)
+    files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    return RemoteRepository(True, info.private, heads.get(revision), base_commit, files)
 
 
-def _twice(call: Callable[[], Any]) -> Any:
-    """The answer of a call, made once more where the connection broke or the Hub is in trouble."""
+def _retry_once(call: Callable[[], Any]) -> Any:
+    """Return the result of `call()`. If the connection breaks or the Hub has a temporary problem, call it once more.
+
+    Args:
+        call: Function without arguments that sends a request to the Hub.
+
+    Returns:
+        The result of the first call that succeeds.
+
+    Raises:
+        HTTPError: If both calls fail, or the Hub refuses the first call for a reason that is not temporary.
+    """
     try:
         return call()
     except errors.HTTPError as error:
-        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in TRY_AGAIN:
+        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in RETRYABLE_STATUS_CODES:
             raise
-        logger.warning("%s: %s Trying again in %s s.", type(error).__name__, str(error).split("\n")[0], WAIT_S)
-        time.sleep(WAIT_S)
+        logger.warning("%s: %s Trying again in %s s.", type(error).__name__, str(error).split("\n")[0], RETRY_DELAY_S)
+        time.sleep(RETRY_DELAY_S)
         return call()
 
 
 @contextmanager
-def hub_errors(repo_id: str, again: str = AGAIN) -> Iterator[None]:
-    """Turn errors of calls to the Hub into PushError; what any library logs within holds no secret.
+def wrap_hub_errors(repo_id: str, again: str = RETRY_HINT) -> Iterator[None]:
+    """Convert all errors of calls to the Hub in a block to PushError. Secrets are masked in all log messages meanwhile.
 
     Args:
-        repo_id: Repository that is named in messages.
-        again: What to do after a failure that may pass.
-    """
-    get_session().timeout = TIMEOUT_S
-    make = logging.getLogRecordFactory()
+        repo_id: Repository to name in error messages.
+        again: Hint that is added to the error message if a failure may be temporary.
 
-    def made(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        record = make(*args, **kwargs)
-        with suppress(TypeError, ValueError):  # a message that does not fit its values; logging says so itself
-            record.msg, record.args = printable(record.getMessage()), None
+    Raises:
+        HubUnreachableError: If the Hub did not answer.
+        PushError: If a call failed for another reason.
+    """
+    get_session().timeout = HUB_TIMEOUT_S
+    create_record = logging.getLogRecordFactory()
+
+    def create_masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = create_record(*args, **kwargs)
+        # If the arguments don't fit the message, the record stays as it is, because logging itself reports the error.
+        with suppress(TypeError, ValueError):
+            record.msg, record.args = make_printable(record.getMessage()), None
         return record
 
-    logging.setLogRecordFactory(made)
+    logging.setLogRecordFactory(create_masked_record)
     logging.captureWarnings(True)
     try:
         yield
-    except Exception as error:  # an answer that is none of the Hub's raises any kind
+    except Exception as error:  # any type of error, because a proxy may answer with an HTML page that can't be parsed
         for bar in list(getattr(tqdm, "_instances", ())):
-            bar.close()  # so that the next output begins a line
+            bar.close()  # otherwise the message would continue the line of the progress bar
         if isinstance(error, PushError):
             raise
         logger.debug("A call to the Hub failed.", exc_info=True)
         while isinstance(error, RuntimeError) and error.__cause__ is not None:
-            error = error.__cause__  # of an upload, which the client wraps
-        is_hubs = isinstance(error, errors.HfHubHTTPError)
-        lost = isinstance(error, errors.OfflineModeIsEnabled | errors.HTTPError) and not is_hubs
-        raise (HubUnreachable if lost else PushError)(_explained(error, repo_id, again)) from None
+            error = error.__cause__  # huggingface_hub wraps errors of uploads in a RuntimeError
+        has_answer = isinstance(error, errors.HfHubHTTPError)
+        is_unreachable = isinstance(error, errors.OfflineModeIsEnabled | errors.HTTPError) and not has_answer
+        error_type = HubUnreachableError if is_unreachable else PushError
+        raise error_type(_explain_error(error, repo_id, again)) from None
     finally:
         logging.captureWarnings(False)
-        logging.setLogRecordFactory(make)
+        logging.setLogRecordFactory(create_record)
 
 
-def _explained(error: BaseException, repo_id: str, again: str) -> str:
-    """Why a call failed, and the way out."""
+def _explain_error(error: BaseException, repo_id: str, again: str) -> str:
+    """Return an error message that says why a call to the Hub failed and what the user can do about it.
+
+    Args:
+        error: Error that the call raised.
+        repo_id: Repository to name in the message.
+        again: Hint that is added if the failure may be temporary.
+    """
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
-        said = " ".join((error.server_message or str(error)).split()).rstrip(".")
-        text = REFUSALS.get(status, "The Hub refused ({status}): {said}.") + f" {again}" * (status in TRY_AGAIN)
+        reason = " ".join((error.server_message or str(error)).split()).rstrip(".")
+        text = REFUSAL_MESSAGES.get(status, "The Hub refused the request ({status}): {reason}.")
+        text += f" {again}" if status in RETRYABLE_STATUS_CODES else ""
         tokens = f"{constants.ENDPOINT}/settings/tokens"
-        return text.format(repo_id=repo_id, owner=repo_id.split("/")[0], status=status, said=said, tokens=tokens)
+        return text.format(repo_id=repo_id, owner=repo_id.split("/")[0], status=status, reason=reason, tokens=tokens)
     if isinstance(error, errors.HTTPError):
         return f"The connection to the Hub broke ({type(error).__name__}: {error}). {again}"
-    if isinstance(error, OSError) or type(error) is RuntimeError:  # the second of Xet
+    if isinstance(error, OSError) or type(error) is RuntimeError:  # Xet, the Hub's storage, raises RuntimeError
         return str(error) or type(error).__name__
     return (
-        f"{constants.ENDPOINT} has answered in another form than the Hub does ({type(error).__name__}: {error}). Does "
-        "a proxy or a log-in page answer in its place? Check HF_ENDPOINT and the network, then run the same command "
-        "again."
+        f"{constants.ENDPOINT} did not answer like the Hub ({type(error).__name__}: {error}). A proxy or a "
+        "login page may have answered instead. Check HF_ENDPOINT and the network, then run the same command again."
     )
 
 
-# --- A training run --------------------------------------------------------------------------------------------------
+# --- Push of a training run ------------------------------------------------------------------------------------------
 
 
-def check_access(repo_id: str, private: bool = False) -> None:
-    """Make sure, before hours of work, that a model can be pushed; the repository is made where there is none.
+def check_push_access(repo_id: str, private: bool = False) -> None:
+    """Check before a long training run that the model can be pushed. Creates the repository if it does not exist.
 
-    Raises ValueError where the name is none of the Hub, PushError where the token or the repository is not as needed.
+    Args:
+        repo_id: Repository on the Hub, owner/name.
+        private: Whether the repository must be private.
+
+    Raises:
+        ValueError: If `repo_id` is not a valid repository id.
+        PushError: If there is no token, the token has no write access, the repository is public although `private` is
+            set, or the Hub can't be reached.
     """
     check_repo_id(repo_id)
     api = HfApi()
-    with hub_errors(repo_id):
+    with wrap_hub_errors(repo_id):
         if get_token() is None:
-            raise PushError(NO_TOKEN)
-        remote = _look(repo_id, "model", "main")
+            raise PushError(NO_TOKEN_MESSAGE)
+        remote = _read_remote(repo_id, "model", "main")
         _check_visibility(repo_id, remote, private)
         if not remote.exists:
             api.create_repo(repo_id, private=private or None)
-        elif "write" in inspect.signature(api.auth_check).parameters:  # not in the first releases of 2.x
-            _twice(lambda: api.auth_check(repo_id, write=True))
+        elif "write" in inspect.signature(api.auth_check).parameters:  # early 2.x releases can't check write access
+            _retry_once(lambda: api.auth_check(repo_id, write=True))
 
 
 def publish_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> bool:
-    """Make the repository of a finished run, with its card in "en" or "pt", and push it; whether the Hub has it now.
+    """Export a finished training run with its model card, and push it to the Hub.
 
-    A push that fails does not fail the run: it is logged with the way out, and the repository stays in its folder.
+    If the push fails, no error is raised, because the run itself is complete. Instead, a warning with the reason and a
+    hint is logged, and the exported folder is kept for a later push.
+
+    Args:
+        run: Folder of the training run.
+        repo_id: Repository on the Hub, owner/name.
+        private: Whether the repository is created as private.
+        card_language: Language of the model card, "en" or "pt".
+
+    Returns:
+        Whether the model is now on the Hub.
     """
-    from hub_upload.export import export  # torch, without which a folder is pushed
+    from hub_upload.export import export_model  # imports torch, which `hub_upload.push` does not need
 
-    repository = run / REPOSITORY
+    repository = run / REPOSITORY_FOLDER
     words = ["python", "-m", "hub_upload.push", "--model", str(repository), "--repo_id", repo_id, "--push"]
     try:
-        export(run, repository, FORMATS, overwrite=True, repo_id=repo_id)
+        export_model(run, repository, PUBLISHED_FORMATS, overwrite=True, repo_id=repo_id)
         write_card(repository, repo_id, card_language)
-        url = push(plan(PushArguments(repository, repo_id, push=True, private=private)))
-    except (Exception, KeyboardInterrupt) as error:  # of whatever kind: the run is complete, and must not seem to fail
-        way_out = "Make its repository by `python -m hub_upload.export`, and push that."
+        url = push_folder(plan_push(PushArguments(repository, repo_id, push=True, private=private)))
+    # Every failure is caught, because the training run is complete and must not appear to have failed.
+    except (Exception, KeyboardInterrupt) as error:
+        hint = "Export it with `python -m hub_upload.export`, then push the exported folder."
         if repository.is_dir():
-            way_out = f"Push it later: {shlex.join(words + ['--private'] * private)}"
-        logger.warning("NOT PUSHED to %s: %s\nThe run is complete in %s. %s", repo_id, _said(error), run, way_out)
+            hint = f"Push it later: {shlex.join(words + ['--private'] * private)}"
+        logger.warning(
+            "NOT PUSHED to %s: %s\nThe run is complete in %s. %s", repo_id, _error_sentence(error), run, hint
+        )
         return False
     shutil.rmtree(repository, ignore_errors=True)
-    logger.info("Pushed to %s.", _name(url)) if url else logger.info("%s has all of it already.", repo_id)
+    logger.info("Pushed to %s.", _printable_name(url)) if url else logger.info("%s already has all files.", repo_id)
     return True
 
 
-def _said(error: BaseException) -> str:
+def _error_sentence(error: BaseException) -> str:
+    """Return the message of any exception as one sentence with a full stop, and with access tokens and keys masked."""
     if isinstance(error, KeyboardInterrupt):
         return "Stopped."
     kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-    return " ".join(printable(f"{kind}{error}").split()).removesuffix(".") + "."
+    return " ".join(make_printable(f"{kind}{error}").split()).removesuffix(".") + "."
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

@@ -1,4 +1,8 @@
-"""CAPIVARA for transformers. Importing the package registers it, so that the Auto classes and pipelines find it."""
+"""CAPIVARA for Hugging Face transformers: configuration, models, processor, tokenizer and image processor.
+
+Importing this package registers its classes with transformers, so that `AutoModel`, `AutoProcessor` and pipelines load
+CAPIVARA models without `trust_remote_code`.
+"""
 
 from transformers import (
     AutoConfig,
@@ -14,7 +18,7 @@ from .configuration_capivara import CapivaraConfig
 from .image_processing_capivara import CapivaraImageProcessor
 from .modeling_capivara import CapivaraForImageClassification, CapivaraModel, CapivaraOutput, clip_loss
 from .processing_capivara import CapivaraProcessor
-from .text_repair_capivara import repair_text
+from .text_cleaning_capivara import clean_text
 from .tokenization_capivara import CapivaraTokenizer
 
 __version__ = "0.1.0"
@@ -27,22 +31,23 @@ __all__ = [
     "CapivaraOutput",
     "CapivaraProcessor",
     "CapivaraTokenizer",
+    "clean_text",
     "clip_loss",
-    "repair_text",
 ]
 
 AutoConfig.register("capivara", CapivaraConfig)
 AutoModel.register(CapivaraConfig, CapivaraModel)
 AutoModelForZeroShotImageClassification.register(CapivaraConfig, CapivaraModel)
 AutoModelForImageClassification.register(CapivaraConfig, CapivaraForImageClassification)
-# One class, in both places: asking for either of transformers' two backends is right.
+# transformers has two backends for image processors. CAPIVARA has one class, which is registered for both.
 AutoImageProcessor.register(
     CapivaraConfig, image_processor_classes={"pil": CapivaraImageProcessor, "torchvision": CapivaraImageProcessor}
 )
 AutoTokenizer.register(CapivaraConfig, CapivaraTokenizer)
 AutoProcessor.register(CapivaraConfig, CapivaraProcessor)
 
-# From here on `save_pretrained` copies the model files into the folder, for users without the package.
+# After this registration, `save_pretrained` copies the source files of the classes into the model folder, so that users
+# without this package can load the model with `trust_remote_code=True`.
 CapivaraConfig.register_for_auto_class()
 CapivaraModel.register_for_auto_class("AutoModel")
 CapivaraForImageClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -1,71 +1,90 @@
-"""What is asked of a model's files before anything is built of them: they may be somebody else's.
+"""Validation of a model's configuration and tokenizer before they are used, because the files may be malicious.
 
-Neither torch nor transformers is imported, so that the search checks a model as `CapivaraConfig` does.
+This module imports neither torch nor transformers, so that `capivara_search`, which works without these packages,
+applies the same checks as `CapivaraConfig`.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-# Sizes by the names that transformers, timm and open_clip have for them -> the least and the most. No published model
-# comes near the most: a file that asks for more is damaged or means harm, and would take hours, or all memory.
-LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "layers", "depth", "depths")
-HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "heads", "encoder_attention_heads")
-WIDTHS = ("hidden_size", "hidden_sizes", "intermediate_size", "hidden_dim", "dim", "d_model", "d_ff", "embed_dim")
-EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rms_norm_eps")
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "hidden_dropout", "dropout",
+# Each tuple lists the names that one setting has in the configurations of transformers, timm and open_clip.
+LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "layers", "depth", "depths")
+HEAD_KEYS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "heads", "encoder_attention_heads")
+WIDTH_KEYS = ("hidden_size", "hidden_sizes", "intermediate_size", "hidden_dim", "dim", "d_model", "d_ff", "embed_dim")
+EPSILON_KEYS = ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rms_norm_eps")
+DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "hidden_dropout", "dropout",
             "classifier_dropout", "dropout_rate", "drop_path_rate")  # fmt: skip
-LIMITS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(LAYERS, (0, 1000)),
-    **dict.fromkeys(HEADS, (1, 1000)),
-    **dict.fromkeys((*WIDTHS, "head_width"), (1, 100_000)),
-    "projection_dim": (0, 100_000),  # 0 of BERT's kin: no projection
+# Smallest and largest accepted value of each setting. No published model comes near the largest. A file with a larger
+# value is damaged or malicious: building its model would take hours or all memory.
+SIZE_LIMITS: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(LAYER_KEYS, (0, 1000)),
+    **dict.fromkeys(HEAD_KEYS, (1, 1000)),
+    **dict.fromkeys((*WIDTH_KEYS, "head_width"), (1, 100_000)),
+    "projection_dim": (0, 100_000),  # in some variants of BERT, 0 means that there is no projection
     "vocab_size": (1, 10**7),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "type_vocab_size"), (0, 10**6)),
     **dict.fromkeys(("image_size", "img_size", "patch_size", "num_channels"), (1, 10_000)),
-    **dict.fromkeys(("height", "width", "shortest_edge", "longest_edge"), (1, 10_000)),  # of an image processor
+    **dict.fromkeys(("height", "width", "shortest_edge", "longest_edge"), (1, 10_000)),  # image processor
     **dict.fromkeys(("num_labels", "num_classes"), (0, 10**6)),
     "pad_token_id": (0, 10**7 - 1),
-    **dict.fromkeys(EPSILONS, (0, 1)),
-    **dict.fromkeys(DROPOUTS, (0, 1)),
-    # Natural logarithms: SigLIP's scale is 4.8 after its training, CLIP's at most 4.6.
+    **dict.fromkeys(EPSILON_KEYS, (0, 1)),
+    **dict.fromkeys(DROPOUT_KEYS, (0, 1)),
+    # Natural logarithms. The published values are 4.8 (SigLIP after training) and at most 4.6 (CLIP).
     **dict.fromkeys(("logit_scale", "logit_scale_init_value", "init_logit_scale"), (-20, 20)),
 }
-# Text encoders that count positions from the number of the padding token, and can't be without one.
-PADDING_NEEDED = ("xlm-roberta", "xlm-roberta-xl", "roberta", "camembert", "altclip_text_model")
-NOT_FINITE = "The embeddings are not finite: weights or settings of the model are damaged. Fetch or save it again."
-NAMES_OF_LABELS = ("id2label", "label2id")  # whose keys are anybody's words
+# Model types of text towers that number positions from `pad_token_id` + 1, so these towers need a padding token.
+PADDING_MODEL_TYPES = ("xlm-roberta", "xlm-roberta-xl", "roberta", "camembert", "altclip_text_model")
+NOT_FINITE_MESSAGE = (
+    "The embeddings are not finite: weights or settings of the model are damaged. Fetch or save it again."
+)
+# Dictionaries of class names. Their keys may be any words, also names of settings, so their values are not checked.
+LABEL_KEYS = ("id2label", "label2id")
 
 
 def check_sizes(values: Mapping[str, Any], section: str = "") -> None:
-    """Check the numbers of a configuration against `LIMITS`, and its padding token against its vocabulary.
+    """Check that the numbers of a configuration are within `SIZE_LIMITS` and that its padding token is valid.
+
+    Args:
+        values: The configuration as a dictionary from setting names to values. Nested dictionaries are checked too.
+        section: Prefix of the setting names in error messages, such as "text_config.".
 
     Raises:
-        ValueError: If a value is outside of its limits, or a tower or a padding token that is needed is null. The
-            message names the value with its section, such as "text_config.vocab_size".
+        ValueError: If a value is outside its limits, the padding token is not in the vocabulary, or a required tower or
+            padding token is null. The message names the value with its section, such as "text_config.vocab_size".
     """
-    pad, rows = values.get("pad_token_id", 0), values.get("vocab_size")
-    if pad is None and values.get("model_type") in PADDING_NEEDED:
-        raise ValueError(f"{section}pad_token_id must be the number of a token, got null.")
-    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows > 0:
-        raise ValueError(f"{section}pad_token_id must be below the vocab_size of {rows}, got {pad}.")
+    pad, vocab_size = values.get("pad_token_id", 0), values.get("vocab_size")
+    if pad is None and values.get("model_type") in PADDING_MODEL_TYPES:
+        raise ValueError(f"{section}pad_token_id must be the id of a token, got null.")
+    if isinstance(pad, int) and isinstance(vocab_size, int) and pad >= vocab_size > 0:
+        raise ValueError(f"{section}pad_token_id must be below the vocab_size of {vocab_size}, got {pad}.")
     for key, value in values.items():
-        if isinstance(value, Mapping) and key not in NAMES_OF_LABELS:
+        if isinstance(value, Mapping) and key not in LABEL_KEYS:
             check_sizes(value, f"{section}{key}.")
         if key in ("vision_config", "text_config") and value is None:
             raise ValueError(f"{section}{key} must be the settings of a tower, got null.")
-        if key not in LIMITS:
+        if key not in SIZE_LIMITS:
             continue
-        least, most = LIMITS[key]
+        smallest, largest = SIZE_LIMITS[key]
         for number in value if isinstance(value, list | tuple) else [value]:
-            # NaN fails every comparison; True is an int to Python, and to no file.
-            if isinstance(number, bool) or (isinstance(number, int | float) and not least <= number <= most):
-                raise ValueError(f"{section}{key} must be from {least} to {most}, got {str(value)[:80]}.")
+            # NaN fails every comparison. Booleans are excluded because Python counts True as the int 1.
+            if isinstance(number, bool) or (isinstance(number, int | float) and not smallest <= number <= largest):
+                raise ValueError(f"{section}{key} must be from {smallest} to {largest}, got {str(value)[:80]}.")
 
 
 @contextmanager
-def tokenizer_errors(name: str) -> Iterator[None]:
-    """Raise ValueError, in one line, for what the tokenizers library raises: `Exception` itself, and panics of Rust."""
+def wrap_tokenizer_errors(name: str) -> Iterator[None]:
+    """Return a context manager that converts errors of the tokenizers library to a ValueError of one line.
+
+    The tokenizers library raises plain `Exception`s and Rust panics. All other errors pass through unchanged.
+
+    Args:
+        name: Description of the tokenizer, which becomes the subject of the error message, such as "The tokenizer of
+            MODEL".
+
+    Raises:
+        ValueError: If the code inside the `with` statement raises an error of the tokenizers library.
+    """
     try:
         yield
     except BaseException as error:

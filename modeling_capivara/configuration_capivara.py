@@ -1,4 +1,4 @@
-"""CAPIVARA configuration: two towers, the size of the space they share, the temperature."""
+"""Configuration class of CAPIVARA models: image tower, text tower, shared embedding space, and scale of the logits."""
 
 import math
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .checks_capivara import LIMITS, check_sizes
+from .checks_capivara import SIZE_LIMITS, check_sizes
 
-# CLIP ViT-B/32 as open_clip's `xlm-roberta-base-ViT-B-32` has it: exact GELU, not CLIPVisionConfig's QuickGELU.
+# The ViT-B/32 of open_clip's `xlm-roberta-base-ViT-B-32` uses exact GELU; the default of CLIPVisionConfig is QuickGELU.
 VISION_DEFAULTS = {"model_type": "clip_vision_model", "hidden_act": "gelu"}
 
-# XLM-RoBERTa base; XLMRobertaConfig's own defaults are those of BERT.
+# Values of XLM-RoBERTa base. They are necessary because the defaults of XLMRobertaConfig are the values of BERT.
 TEXT_DEFAULTS = {
     "model_type": "xlm-roberta",
     "vocab_size": 250002,
@@ -22,39 +22,62 @@ TEXT_DEFAULTS = {
     "layer_norm_eps": 1e-5,
 }
 
-# What `trimmed_vocabulary` holds: digests of the whole tokenizer and table, and the rows of the latter (`of`).
-TRIM_FACTS = {"languages": list, "words": list, "tokenizer": str, "table": str, "of": int}
+# Keys of `trimmed_vocabulary` and the types of their values. `tokenizer` and `table` are digests of the original
+# vocabulary and of the original embedding table, and `of` is the number of rows of the original table.
+TRIM_RECORD_TYPES = {"languages": list, "words": list, "tokenizer": str, "table": str, "of": int}
 
 
 @strict
 class CapivaraConfig(PreTrainedConfig):
-    """Architecture of a CAPIVARA model; the defaults are the published base (366,121,473 parameters).
+    """Configuration of `CapivaraModel` and `CapivaraForImageClassification`.
 
-    Source: CAPIVARA (arXiv 2310.13683), base model OpenCLIP `xlm-roberta-base-ViT-B-32`.
+    The defaults describe the base model that CAPIVARA (arXiv 2310.13683) fine-tunes, open_clip's
+    `xlm-roberta-base-ViT-B-32` (366,121,473 parameters).
 
     Args:
-        vision_config: image tower, any transformers vision model whose output has a `pooler_output`. Keys left out of
-            a dictionary of the default `model_type` keep the base's value.
-        text_config: text encoder, any encoder-only transformers model; the same rules hold.
-        projection_dim: width of the space that images and texts share, at least 1.
-        text_projection_type: "mlp" is width -> (width + projection_dim) // 2 -> GELU -> projection_dim, as published;
-            "linear" is one matrix. Neither has a bias.
-        logit_scale_init_value: natural logarithm of the scale that multiplies the cosines.
-        logit_bias_init_value: what is added to the scaled cosines, where the loss is SigLIP's (arXiv 2303.15343,
-            section 3.1, starts at -10); None where it is CLIP's.
-        matryoshka_dims: widths at which the first numbers of an embedding were trained to be embeddings of their own
-            (arXiv 2205.13147), in falling order. Any width can be cut; these keep more of the recall.
-        trimmed_vocabulary: how `modeling_capivara.trim_vocabulary` chose the word pieces, and of which vocabulary; None
-            where it is whole.
+        vision_config: Image tower: configuration or dictionary of any transformers vision model whose output has a
+            `pooler_output`. A dictionary without `model_type`, or with the default "clip_vision_model", is completed
+            with the values of ViT-B/32. Other model types keep their own defaults.
+        text_config: Text tower: configuration or dictionary of any encoder-only transformers model. A dictionary
+            without `model_type`, or with the default "xlm-roberta", is completed with the values of XLM-RoBERTa base.
+        projection_dim: Width of the embeddings of images and texts, at least 1.
+        text_projection_type: "mlp" (the published model) projects text width -> (text width + projection_dim) // 2 ->
+            GELU -> projection_dim. "linear" is a single matrix. Neither has a bias.
+        logit_scale_init_value: Initial value of `logit_scale`, the natural logarithm of the factor that multiplies the
+            cosine similarities. The default corresponds to a temperature of 0.07.
+        logit_bias_init_value: Initial value of the bias that SigLIP's sigmoid loss adds to the scaled cosines
+            (arXiv 2303.15343, section 3.1, starts at -10). None selects CLIP's loss, which has no bias.
+        matryoshka_dims: Numbers of leading dimensions for which the embeddings were trained to be useful on their own
+            (Matryoshka representation learning, arXiv 2205.13147). Each must divide `projection_dim`; they are stored
+            in descending order. Embeddings can be truncated to any width, but these widths lose less recall.
+        trimmed_vocabulary: Record that `modeling_capivara.trim_vocabulary` writes when it removes tokens. It is a
+            dictionary with the keys of `TRIM_RECORD_TYPES`: the languages whose tokens were kept, the number of most
+            frequent words for each language, and digests and size of the original vocabulary. None if the vocabulary
+            is complete.
 
     Raises:
-        ValueError: a size or the scale is outside of `LIMITS`, a tower's kind is unknown, the text tower is an
-            encoder-decoder, a width of `matryoshka_dims` does not divide `projection_dim`, or `trimmed_vocabulary`
-            lacks one of `TRIM_FACTS`.
+        ValueError: If a size or the scale is outside the limits in `checks_capivara.py`, the model type of a tower is
+            unknown, the text tower is an encoder-decoder, a width in `matryoshka_dims` does not divide
+            `projection_dim`, or `trimmed_vocabulary` lacks a key.
+
+    Example:
+        >>> from modeling_capivara import CapivaraConfig, CapivaraModel
+        >>> CapivaraConfig().projection_dim  # the published base model
+        512
+        >>> config = CapivaraConfig(
+        ...     vision_config={"model_type": "vit", "hidden_size": 64, "num_hidden_layers": 2},
+        ...     text_config={"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 1000},
+        ...     projection_dim=32,
+        ... )
+        >>> config.text_config.model_type, config.text_config.max_position_embeddings
+        ('xlm-roberta', 514)
+        >>> CapivaraModel(config).visual_projection.weight.shape
+        torch.Size([32, 64])
     """
 
     model_type = "capivara"
-    keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]  # `Trainer` gathers the rest
+    # transformers' `Trainer` gathers all outputs during evaluation except these two, which are large.
+    keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(AutoConfig, "clip_vision_model", VISION_DEFAULTS),
         "text_config": SubConfigSpec(AutoConfig, "xlm-roberta", TEXT_DEFAULTS),
@@ -64,7 +87,7 @@ class CapivaraConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 512
     text_projection_type: Literal["mlp", "linear"] = "mlp"
-    logit_scale_init_value: float = math.log(1 / 0.07)  # temperature 0.07, CLIP (arXiv 2103.00020) section 2.5
+    logit_scale_init_value: float = math.log(1 / 0.07)  # CLIP (arXiv 2103.00020), section 2.5
     logit_bias_init_value: float | None = None
     matryoshka_dims: list[int] | None = None
     trimmed_vocabulary: dict | None = None
@@ -72,56 +95,92 @@ class CapivaraConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim must be at least 1, got {self.projection_dim}.")
-        self.matryoshka_dims = checked_widths(self.matryoshka_dims or (), self.projection_dim) or None
-        facts = self.trimmed_vocabulary
-        if facts is not None and not all(isinstance(facts.get(key), kind) for key, kind in TRIM_FACTS.items()):
-            raise ValueError(f"trimmed_vocabulary must hold {', '.join(TRIM_FACTS)}, got {facts}.")
-        own = {"projection_dim": self.projection_dim, "logit_scale_init_value": self.logit_scale_init_value}
-        check_sizes(kwargs | own)
-        self.vision_config = _tower_config("vision_config", self.vision_config, VISION_DEFAULTS)
-        self.text_config = _tower_config("text_config", self.text_config, TEXT_DEFAULTS)
+        self.matryoshka_dims = normalize_matryoshka_dims(self.matryoshka_dims or (), self.projection_dim) or None
+        record = self.trimmed_vocabulary
+        if record is not None and not all(isinstance(record.get(key), kind) for key, kind in TRIM_RECORD_TYPES.items()):
+            raise ValueError(f"trimmed_vocabulary must have the keys {', '.join(TRIM_RECORD_TYPES)}, got {record}.")
+        fields = {"projection_dim": self.projection_dim, "logit_scale_init_value": self.logit_scale_init_value}
+        check_sizes(kwargs | fields)
+        self.vision_config = _build_tower_config("vision_config", self.vision_config, VISION_DEFAULTS)
+        self.text_config = _build_tower_config("text_config", self.text_config, TEXT_DEFAULTS)
         if self.text_config.is_encoder_decoder:
-            kind = f"the encoder-decoder {self.text_config.model_type!r}; use an encoder alone, such as 'xlm-roberta'"
-            raise ValueError(f"text_config must be an encoder, got {kind}.")
+            problem = f"the encoder-decoder {self.text_config.model_type!r}"
+            raise ValueError(f"text_config must be an encoder-only model such as 'xlm-roberta', got {problem}.")
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict:
-        """As in transformers; without a bias as before there was one, so that digests of settings stay."""
-        absent = {"logit_bias_init_value"} if self.logit_bias_init_value is None else set()
-        return {key: value for key, value in super().to_dict().items() if key not in absent}
+        """Convert the configuration to a dictionary that can be saved as JSON.
+
+        `logit_bias_init_value` is left out if it is None. Older configurations do not have this field, and digests that
+        were computed from them must stay valid.
+        """
+        omitted = {"logit_bias_init_value"} if self.logit_bias_init_value is None else set()
+        return {key: value for key, value in super().to_dict().items() if key not in omitted}
 
 
-def checked_widths(widths: Sequence[int], projection_dim: int) -> list[int]:
-    """The widths that a model is trained for, the widest first, each once; ValueError unless they divide the whole."""
-    if wrong := [width for width in widths if not 0 < width <= projection_dim or projection_dim % width]:
-        known = ", ".join([str(n) for n in range(projection_dim, 0, -1) if not projection_dim % n][:12])
-        raise ValueError(
-            f"matryoshka_dims must divide the embedding's width, {projection_dim}, got {wrong[0]}; choose of {known}."
-        )
-    return sorted(set(widths), reverse=True)
+def normalize_matryoshka_dims(dims: Sequence[int], projection_dim: int) -> list[int]:
+    """Validate Matryoshka widths, remove duplicates and sort them in descending order.
+
+    Args:
+        dims: Numbers of leading dimensions of an embedding.
+        projection_dim: Width of a full embedding.
+
+    Returns:
+        The distinct widths, in descending order.
+
+    Raises:
+        ValueError: If a width does not divide `projection_dim`.
+    """
+    invalid_dims = [width for width in dims if not 0 < width <= projection_dim or projection_dim % width]
+    if invalid_dims:
+        divisors = ", ".join([str(n) for n in range(projection_dim, 0, -1) if not projection_dim % n][:12])
+        rule = f"matryoshka_dims must divide the embedding's width, {projection_dim}"
+        raise ValueError(f"{rule}, got {invalid_dims[0]}. Choose from {divisors}.")
+    return sorted(set(dims), reverse=True)
 
 
-def _tower_config(name: str, config: dict | PreTrainedConfig | None, defaults: dict) -> PreTrainedConfig:
-    """A tower's configuration object; a dictionary of the default kind is completed by the published values."""
+def _build_tower_config(name: str, config: dict | PreTrainedConfig | None, defaults: dict) -> PreTrainedConfig:
+    """Validate the configuration of one tower and return it as an object.
+
+    Args:
+        name: Field of `CapivaraConfig` for error messages: "vision_config" or "text_config".
+        config: Configuration object, dictionary of its values, or None for the default tower.
+        defaults: Values of the default tower with its `model_type`. They complete a dictionary that has the same
+            `model_type` or none.
+
+    Returns:
+        The configuration object of the tower.
+
+    Raises:
+        ValueError: If a size is outside `SIZE_LIMITS`, or transformers does not know the model type.
+    """
     if isinstance(config, PreTrainedConfig):
-        check_sizes(sizes_of(config), f"{name}.")
+        check_sizes(get_sizes(config), f"{name}.")
         return config
     config = dict(config or {})
-    check_sizes(config, f"{name}.")  # before the object is made, which writes a name for every label
+    check_sizes(config, f"{name}.")  # before `from_dict`, which would allocate a name for each of `num_labels`
     model_type = config.setdefault("model_type", defaults["model_type"])
     if model_type not in CONFIG_MAPPING:
-        fault = f"model_type {model_type!r} is not known to this version of transformers; correct it"
-        raise ValueError(f"{fault} (for instance {defaults['model_type']!r}) or install a newer transformers.")
+        problem = f"{name}.model_type {model_type!r} is not known to this version of transformers"
+        raise ValueError(f"{problem}. Correct it (for instance {defaults['model_type']!r}) or upgrade transformers.")
     if model_type == defaults["model_type"]:
         config = {**defaults, **config}
     if model_type == "timm_wrapper":
-        config.setdefault("num_classes", 0)  # its `from_dict` fails without, and a tower has no classifier
-    # `from_dict`, not the constructor: TimmWrapperConfig restores its labels there only.
-    return _tower_config(name, CONFIG_MAPPING[model_type].from_dict(config), defaults)
+        config.setdefault("num_classes", 0)  # `from_dict` requires the key, and a tower has no classifier
+    # The constructor is not used, because only `from_dict` restores the labels of a TimmWrapperConfig.
+    return _build_tower_config(name, CONFIG_MAPPING[model_type].from_dict(config), defaults)
 
 
-def sizes_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a configuration object has for the names of `LIMITS`, for `check_sizes`; of its parts, too."""
-    parts = {name: getattr(config, name, None) for name in config.sub_configs}
-    sizes = {key: getattr(config, key, None) for key in (*LIMITS, "model_args", "model_type")}
-    return sizes | {name: sizes_of(part) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
+def get_sizes(config: PreTrainedConfig) -> dict[str, Any]:
+    """Collect the values that `check_sizes` checks from a configuration object.
+
+    Args:
+        config: Configuration of any transformers model.
+
+    Returns:
+        Values by setting name (None if the configuration does not have the setting). A nested configuration, such as
+        `text_config`, is a nested dictionary.
+    """
+    nested = {name: getattr(config, name, None) for name in config.sub_configs}
+    sizes = {key: getattr(config, key, None) for key in (*SIZE_LIMITS, "model_args", "model_type")}
+    return sizes | {name: get_sizes(value) for name, value in nested.items() if isinstance(value, PreTrainedConfig)}

@@ -1,9 +1,13 @@
-"""open_clip's format and transformers': names of tensors and configurations both ways, and models of open_clip read.
+"""Convert models from open_clip's format to a `CapivaraModel`.
 
     python -m modeling_capivara.convert_open_clip hf-hub:hiaac-nlp/CAPIVARA capivara-transformers
 
-As `CapivaraModel.from_open_clip`, into a folder of one's own, without open_clip. Tensors alone are read, nothing of a
-file is executed, and what is written is compared. `hub_upload.export` writes open_clip's format.
+The command writes a folder that transformers can load, and verifies the converted model. It does not need the package
+open_clip. It reads only tensors, so no code in a checkpoint file is executed. `CapivaraModel.from_open_clip` does the
+same conversion, but writes to a cache instead of a given folder.
+
+This module also has the functions for the opposite direction, from a `CapivaraModel` to open_clip's format, which
+`hub_upload.export` uses.
 """
 
 import re
@@ -23,19 +27,19 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import read_json, whole_folder
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import atomic_folder, read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 
-from .checks_capivara import check_sizes, tokenizer_errors
+from .checks_capivara import check_sizes, wrap_tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
 from .image_processing_capivara import CapivaraImageProcessor
 from .loading import (
-    checked_config,
+    build_model_from_tensors,
+    format_keys,
+    load_config,
     load_model,
     load_processor,
-    model_of_tensors,
-    named_keys,
     weights_digest,
     write_origin_card,
 )
@@ -46,14 +50,15 @@ from .two_towers import embed_images, embed_texts, random_images, random_texts
 BASE_TEXT_MODEL = "FacebookAI/xlm-roberta-base"
 BASE_TEXT_NAMES = (BASE_TEXT_MODEL, "xlm-roberta-base")
 
-# open_clip's name, or its beginning, and transformers'; {} is the number of a block of the vision transformer.
-NAMES = {
+# Parameter names of open_clip and the corresponding names in `CapivaraModel`. A name that ends with "." or "_" is a
+# prefix of several parameter names. {} stands for the index of a transformer block.
+PARAMETER_NAMES = {
     "logit_scale": "logit_scale",
     "logit_bias": "logit_bias",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
     "visual.conv1.": "vision_model.embeddings.patch_embedding.",
-    "visual.ln_pre.": "vision_model.pre_layrnorm.",  # sic, in transformers
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",  # the misspelling is transformers' own
     "visual.ln_post.": "vision_model.post_layernorm.",
     "visual.trunk.": "vision_model.timm_model.",
     "visual.head.proj.": "visual_projection.",
@@ -65,8 +70,9 @@ NAMES = {
     "visual.transformer.resblocks.{}.mlp.c_fc.": "vision_model.encoder.layers.{}.mlp.fc1.",
     "visual.transformer.resblocks.{}.mlp.c_proj.": "vision_model.encoder.layers.{}.mlp.fc2.",
 }
-# The same of SigLIP: timm's image tower with attention pooling, and open_clip's own text tower.
-SIGLIP_NAMES = {
+# Parameter names of open_clip and the corresponding names in transformers' SiglipModel, in the same format. In
+# open_clip, the image tower of SigLIP is timm's ViT with attention pooling.
+SIGLIP_PARAMETER_NAMES = {
     "logit_": "logit_",
     "visual.trunk.patch_embed.proj.": "vision_model.embeddings.patch_embedding.",
     "visual.trunk.pos_embed": "vision_model.embeddings.position_embedding.weight",
@@ -91,140 +97,232 @@ SIGLIP_NAMES = {
     "text.transformer.resblocks.{}.mlp.c_fc.": "text_model.encoder.layers.{}.mlp.fc1.",
     "text.transformer.resblocks.{}.mlp.c_proj.": "text_model.encoder.layers.{}.mlp.fc2.",
 }
-NUMBER = re.compile(r"(?<=resblocks\.)\d+|(?<=trunk\.blocks\.)\d+|(?<=_model\.encoder\.layers\.)\d+")
-# Of a block's attention open_clip has query, key and value in one tensor, in_proj_weight and in_proj_bias.
-PART = re.compile(r"(.*_model\.encoder\.layers\.\d+\.self_attn\.)([qkv])_proj\.(weight|bias)")
-# A constant (0, 1, 2, ...) that transformers before 4.31 saved with every text encoder; no model reads it any more.
-POSITION_IDS = "text.transformer.embeddings.position_ids"
+BLOCK_NUMBER_RE = re.compile(r"(?<=resblocks\.)\d+|(?<=trunk\.blocks\.)\d+|(?<=_model\.encoder\.layers\.)\d+")
+# open_clip stores the query, key and value projections of an attention layer in one tensor (in_proj_weight,
+# in_proj_bias); transformers has three.
+ATTENTION_PROJECTION_RE = re.compile(r"(.*_model\.encoder\.layers\.\d+\.self_attn\.)([qkv])_proj\.(weight|bias)")
+# A constant tensor (0, 1, 2, ...) that transformers before 4.31 saved with every text encoder. No model needs it.
+POSITION_IDS_NAME = "text.transformer.embeddings.position_ids"
 
 
-def capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a `CapivaraModel`, from those of open_clip's model; values and types stay.
+def to_capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert the state dict of an open_clip model to the state dict of a `CapivaraModel`.
 
-    A name without counterpart stays what it is, for `load_state_dict(strict=True)` to refuse.
+    Tensors are renamed, split or transposed, but their numbers and dtypes do not change. An unknown name is kept, so
+    that `load_state_dict(strict=True)` refuses it.
+
+    Args:
+        open_clip_state: Tensors by their name in open_clip.
+
+    Returns:
+        Tensors by their name in `CapivaraModel`.
     """
     result = {}
-    for name, tensor in open_clip_state.items():
-        ours = _renamed(name, NAMES)
-        if ours.startswith("vision_model.encoder.") and ".in_proj_" in ours:
-            # Fewer than three: a part is missing, and named. A clone: safetensors refuses tensors that share memory.
-            parts = zip("qkv", tensor.chunk(3), strict=False)
-            result |= {ours.replace("in_proj_", f"{letter}_proj."): part.clone() for letter, part in parts}
-        elif name == "visual.proj":
+    for open_clip_name, tensor in open_clip_state.items():
+        name = _rename_parameter(open_clip_name, PARAMETER_NAMES)
+        if name.startswith("vision_model.encoder.") and ".in_proj_" in name:
+            # A damaged tensor may have fewer than three chunks; loading then names the missing projection. The chunks
+            # are cloned because safetensors refuses tensors that share memory.
+            chunks = zip("qkv", tensor.chunk(3), strict=False)
+            result |= {name.replace("in_proj_", f"{letter}_proj."): chunk.clone() for letter, chunk in chunks}
+        elif open_clip_name == "visual.proj":
             result["visual_projection.weight"] = tensor.T.contiguous()
         else:
-            result[ours] = tensor
+            result[name] = tensor
     return result
 
 
-def open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of open_clip's model, the other way, of CAPIVARA or SigLIP; ValueError for another image tower."""
-    is_own, result, state = model.config.model_type == "capivara", {}, model.state_dict()
-    names = {ours: theirs for theirs, ours in (NAMES if is_own else SIGLIP_NAMES).items()}
-    is_vit = is_own and _is_vit(model.config)
+def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Convert the state dict of a model to the state dict of the same model in open_clip.
+
+    Args:
+        model: A `CapivaraModel`, or a `SiglipModel` of transformers.
+
+    Returns:
+        Tensors by their name in open_clip.
+
+    Raises:
+        ValueError: If open_clip has no image tower of this type.
+    """
+    is_capivara, result, state = model.config.model_type == "capivara", {}, model.state_dict()
+    names = {ours: theirs for theirs, ours in (PARAMETER_NAMES if is_capivara else SIGLIP_PARAMETER_NAMES).items()}
+    is_vit = is_capivara and _is_vit(model.config)
     for name, tensor in state.items():
-        theirs = _renamed(name, names)
-        if part := PART.fullmatch(name):
-            if part[2] == "q":
-                parts = [state[f"{part[1]}{letter}_proj.{part[3]}"] for letter in "qkv"]
-                result[_renamed(f"{part[1]}in_proj_{part[3]}", names)] = torch.cat(parts)
+        open_clip_name = _rename_parameter(name, names)
+        if match := ATTENTION_PROJECTION_RE.fullmatch(name):
+            if match[2] == "q":  # the query projection; the key and value projections are added to the same tensor
+                projections = [state[f"{match[1]}{letter}_proj.{match[3]}"] for letter in "qkv"]
+                result[_rename_parameter(f"{match[1]}in_proj_{match[3]}", names)] = torch.cat(projections)
         elif is_vit and name == "visual_projection.weight":
             result["visual.proj"] = tensor.T.contiguous()
-        elif not is_own and ".attn_pool.in_proj_" in theirs:  # of the pooling, query apart from key and value
-            for part, values in {"q.": tensor[: len(tensor) // 3], "kv.": tensor[len(tensor) // 3 :]}.items():
-                result[theirs.replace("in_proj_", part)] = values.clone()
-        elif not is_own and theirs == "visual.trunk.pos_embed":
-            result[theirs] = tensor[None]
+        elif not is_capivara and ".attn_pool.in_proj_" in open_clip_name:
+            # timm's attention pooling has one tensor for the query and one for key and value.
+            query_rows = len(tensor) // 3
+            for suffix, rows in {"q.": tensor[:query_rows], "kv.": tensor[query_rows:]}.items():
+                result[open_clip_name.replace("in_proj_", suffix)] = rows.clone()
+        elif not is_capivara and open_clip_name == "visual.trunk.pos_embed":
+            result[open_clip_name] = tensor[None]
+        elif not is_capivara and open_clip_name.startswith("logit_"):
+            result[open_clip_name] = tensor.reshape(())
         else:
-            result[theirs] = tensor if is_own or not theirs.startswith("logit_") else tensor.reshape(())
+            result[open_clip_name] = tensor
     return result
 
 
-def _renamed(name: str, names: dict[str, str]) -> str:
-    number, plain = NUMBER.search(name), NUMBER.sub("{}", name)
+def _rename_parameter(name: str, names: dict[str, str]) -> str:
+    """Rename a parameter by the first entry of `names` that matches it.
+
+    Args:
+        name: Parameter name.
+        names: New names by old names, in the format of `PARAMETER_NAMES`: an old name that ends with "." or "_" also
+            matches as a prefix, and `{}` stands for the index of a transformer block.
+
+    Returns:
+        The new name, or `name` itself if no entry matches.
+    """
+    block, pattern = BLOCK_NUMBER_RE.search(name), BLOCK_NUMBER_RE.sub("{}", name)
     for old, new in names.items():
-        if plain == old or (old.endswith((".", "_")) and plain.startswith(old)):
-            return (new + plain[len(old) :]).replace("{}", number[0] if number else "{}")
+        if pattern == old or (old.endswith((".", "_")) and pattern.startswith(old)):
+            return (new + pattern[len(old) :]).replace("{}", block[0] if block else "{}")
     return name
 
 
-def build_open_clip(config: CapivaraConfig) -> nn.Module:
-    """open_clip's own model of this architecture, random weights, evaluation mode; nothing is downloaded."""
+def build_open_clip_model(config: CapivaraConfig) -> nn.Module:
+    """Build the open_clip model that corresponds to a CAPIVARA configuration, with random weights.
+
+    Nothing is downloaded. The package open_clip must be installed.
+
+    Args:
+        config: Architecture of the model.
+
+    Returns:
+        An `open_clip.model.CustomTextCLIP` in evaluation mode.
+
+    Raises:
+        ImportError: If open_clip is not installed.
+        ValueError: If open_clip can't represent the architecture.
+    """
     from open_clip.model import CustomTextCLIP
 
     with tempfile.TemporaryDirectory() as folder:
         config.text_config.save_pretrained(folder)
-        model_cfg = open_clip_model_cfg(config, folder)
+        model_cfg = to_open_clip_model_cfg(config, folder)
         model_cfg["text_cfg"]["hf_model_pretrained"] = False
         return CustomTextCLIP(**model_cfg).eval()
 
 
-TEXT_KINDS = ("xlm-roberta", "roberta", "bert")  # those that open_clip 3.3 can pool by the mean
-# open_clip's fields of a ViT, transformers' names for them, and open_clip's defaults
-VIT = {"layers": ("num_hidden_layers", 12), "width": ("hidden_size", 768)}
-VIT |= {"patch_size": ("patch_size", 16), "image_size": ("image_size", 224)}
-# Fields that change numbers and no tensor, and the values that are supported; a field that is absent has one of them.
-# All other fields show in the names and shapes of the tensors, which have to fit.
-SUPPORTED: dict[str, tuple] = {
-    **{"vision_cfg.pool_type": ("tok",), "vision_cfg.final_ln_after_pool": (False, None)},
-    **dict.fromkeys(("vision_cfg.act_kwargs", "vision_cfg.norm_kwargs"), (None, {})),
-    "vision_cfg.timm_model_name": (None, ""),  # timm's towers go the other way alone
-    **{"text_cfg.hf_pooler_type": ("mean_pooler",), "text_cfg.context_length": (CONTEXT_LENGTH,)},
-    **{"tokenizer_kwargs.clean": ("whitespace",), "tokenizer_kwargs.strip_sep_token": (False, None)},
-    **{"preprocess_cfg.mode": ("RGB", None), "preprocess_cfg.resize_mode": ("shortest", None)},
+TEXT_MODEL_TYPES = ("xlm-roberta", "roberta", "bert")  # text towers that open_clip 3.3 can use with mean pooling
+# Configuration fields of a ViT in open_clip, each with the name of the field in transformers and open_clip's default.
+VIT_FIELDS = {
+    "layers": ("num_hidden_layers", 12),
+    "width": ("hidden_size", 768),
+    "patch_size": ("patch_size", 16),
+    "image_size": ("image_size", 224),
+}
+# Supported values of those open_clip fields that change the embeddings without changing names or shapes of tensors.
+# The default of each field is supported, so a field may be missing. All other fields change names or shapes of tensors,
+# so an unsupported value causes an error when the tensors are loaded.
+SUPPORTED_VALUES: dict[str, tuple] = {
+    "vision_cfg.pool_type": ("tok",),
+    "vision_cfg.final_ln_after_pool": (False, None),
+    "vision_cfg.act_kwargs": (None, {}),
+    "vision_cfg.norm_kwargs": (None, {}),
+    "vision_cfg.timm_model_name": (None, ""),  # towers of timm can be exported to open_clip, but not converted from it
+    "text_cfg.hf_pooler_type": ("mean_pooler",),
+    "text_cfg.context_length": (CONTEXT_LENGTH,),
+    "tokenizer_kwargs.clean": ("whitespace",),
+    "tokenizer_kwargs.strip_sep_token": (False, None),
+    "preprocess_cfg.mode": ("RGB", None),
+    "preprocess_cfg.resize_mode": ("shortest", None),
     "preprocess_cfg.interpolation": ("bicubic", "bilinear", None),
 }
 
 
-def capivara_config(model_cfg: dict) -> CapivaraConfig:
-    """The architecture that a `model_cfg` describes. Raises ValueError where it can't be built."""
+def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
+    """Convert the `model_cfg` section of open_clip_config.json to a `CapivaraConfig`.
+
+    Args:
+        model_cfg: Content of the section, with the keys `embed_dim`, `vision_cfg` and `text_cfg`.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: If a field is missing, has the wrong type, or describes an architecture that is not supported.
+    """
     try:
         check_sizes(model_cfg)
         vision_cfg, text_cfg = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"])
         _check_supported("vision_cfg", vision_cfg)
         _check_supported("text_cfg", text_cfg)
         _check_supported("tokenizer_kwargs", text_cfg.get("tokenizer_kwargs") or {})
-        vision = VISION_DEFAULTS | {ours: vision_cfg.get(name, own) for name, (ours, own) in VIT.items()}
-        if not isinstance(side := vision["image_size"], int):
-            refuse("vision_cfg.image_size", side, "one number of pixels")
+        fields = {name: vision_cfg.get(theirs, default) for theirs, (name, default) in VIT_FIELDS.items()}
+        vision = VISION_DEFAULTS | fields
+        if not isinstance(vision["image_size"], int):
+            raise_unsupported("vision_cfg.image_size", vision["image_size"], "a single number of pixels")
         vision["num_attention_heads"] = vision["hidden_size"] // vision_cfg.get("head_width", 64)
         vision["intermediate_size"] = int(vision["hidden_size"] * vision_cfg.get("mlp_ratio", 4.0))
         vision["hidden_act"] = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
-        kind = text_cfg.get("hf_proj_type", "mlp")
-        options = {"projection_dim": model_cfg["embed_dim"], "text_projection_type": kind}
-        starts = {name: model_cfg.get(f"init_{name}") for name in ("logit_scale", "logit_bias")}
-        options |= {f"{name}_init_value": float(value) for name, value in starts.items() if value is not None}
-        return CapivaraConfig(vision_config=vision, text_config=_text_config(text_cfg.get("hf_model_name")), **options)
-    except Exception as error:  # fields that are missing or of another kind, and what the data classes raise
-        reason = f"{type(error).__name__} " * (not isinstance(error, ValueError)) + " ".join(str(error).split())
-        raise ValueError(f"model_cfg of {OPEN_CLIP_CONFIG} can't be: {reason}") from error
+        projection_type = text_cfg.get("hf_proj_type", "mlp")
+        options = {"projection_dim": model_cfg["embed_dim"], "text_projection_type": projection_type}
+        for name in ("logit_scale", "logit_bias"):
+            if model_cfg.get(f"init_{name}") is not None:
+                options[f"{name}_init_value"] = float(model_cfg[f"init_{name}"])
+        return CapivaraConfig(
+            vision_config=vision, text_config=_load_text_config(text_cfg.get("hf_model_name")), **options
+        )
+    except Exception as error:  # missing fields, wrong types, and errors of transformers' configuration classes
+        reason = " ".join(str(error).split())
+        if not isinstance(error, ValueError):  # a KeyError, for instance, has only the key as its message
+            reason = f"{type(error).__name__} {reason}"
+        raise ValueError(f"model_cfg of {OPEN_CLIP_CONFIG} can't be converted: {reason}") from error
 
 
-def open_clip_model_cfg(config: CapivaraConfig, text_model_name: str, image_size: int | None = None) -> dict[str, Any]:
-    """The `model_cfg` of an architecture; ValueError where open_clip has no way to state it.
+def to_open_clip_model_cfg(
+    config: CapivaraConfig, text_model_name: str, image_size: int | None = None
+) -> dict[str, Any]:
+    """Convert a `CapivaraConfig` to open_clip's `model_cfg`.
 
-    `text_model_name` is a folder or Hub id of the text tower's configuration, `image_size` in pixels a side: None is
-    the ViT's own, 224 for a timm model (which does not state it).
+    Args:
+        config: Architecture of the model.
+        text_model_name: Folder or Hub id that has the configuration of the text tower.
+        image_size: Side of the square input images in pixels. Default: the ViT's `image_size`, or 224 for a timm model,
+            whose configuration does not state it.
+
+    Returns:
+        The `model_cfg` section of open_clip_config.json.
+
+    Raises:
+        ValueError: If open_clip can't represent the architecture.
     """
-    if config.text_config.model_type not in TEXT_KINDS:
-        refuse("text_config.model_type", config.text_config.model_type, f"one of {TEXT_KINDS}", "config.json")
+    if config.text_config.model_type not in TEXT_MODEL_TYPES:
+        raise_unsupported(
+            "text_config.model_type", config.text_config.model_type, f"one of {TEXT_MODEL_TYPES}", "config.json"
+        )
     vision, model_cfg = config.vision_config, {"embed_dim": config.projection_dim}
-    model_cfg |= {} if config.logit_bias_init_value is None else {"init_logit_bias": config.logit_bias_init_value}
+    if config.logit_bias_init_value is not None:
+        model_cfg["init_logit_bias"] = config.logit_bias_init_value
     if not _is_vit(config):
         if vision.model_args or not vision.do_pooling:
-            refuse("vision_config.model_args", vision.model_args, "none, with do_pooling true", "config.json")
-        vision_cfg = {"timm_model_name": vision.architecture, "timm_pool": "", "timm_proj": "linear"}  # its own pooling
+            raise_unsupported(
+                "vision_config.model_args", vision.model_args, "none, with do_pooling true", "config.json"
+            )
+        # An empty `timm_pool` keeps the pooling of the timm model.
+        vision_cfg = {"timm_model_name": vision.architecture, "timm_pool": "", "timm_proj": "linear"}
         vision_cfg["image_size"] = image_size or 224
     else:
-        for name, known in {"hidden_act": ("gelu", "quick_gelu"), "layer_norm_eps": (1e-5,)}.items():
-            if (value := getattr(vision, name)) not in known:
-                refuse(f"vision_config.{name}", value, " or ".join(map(repr, known)), "config.json")
+        for name, supported in {"hidden_act": ("gelu", "quick_gelu"), "layer_norm_eps": (1e-5,)}.items():
+            value = getattr(vision, name)
+            if value not in supported:
+                raise_unsupported(f"vision_config.{name}", value, " or ".join(map(repr, supported)), "config.json")
         if image_size not in (None, vision.image_size):
-            refuse("crop_size.height", image_size, f"the image tower's {vision.image_size}", "the processor")
+            raise_unsupported("crop_size.height", image_size, f"the image tower's {vision.image_size}", "the processor")
         ratio = vision.intermediate_size / vision.hidden_size
-        if int(vision.hidden_size * ratio) != vision.intermediate_size:  # open_clip's own rounding
+        if (
+            int(vision.hidden_size * ratio) != vision.intermediate_size
+        ):  # open_clip computes the size with this rounding
             ratio = (vision.intermediate_size + 0.5) / vision.hidden_size
-        vision_cfg = {name: getattr(vision, ours) for name, (ours, _) in VIT.items()}
+        vision_cfg = {name: getattr(vision, ours) for name, (ours, _) in VIT_FIELDS.items()}
         vision_cfg |= {"head_width": vision.hidden_size // vision.num_attention_heads, "mlp_ratio": ratio}
         if vision.hidden_act == "quick_gelu":
             model_cfg["quick_gelu"] = True
@@ -234,29 +332,60 @@ def open_clip_model_cfg(config: CapivaraConfig, text_model_name: str, image_size
 
 
 def _is_vit(config: CapivaraConfig) -> bool:
-    if (kind := config.vision_config.model_type) not in ("clip_vision_model", "timm_wrapper"):
-        refuse("vision_config.model_type", kind, '"clip_vision_model" or "timm_wrapper"', "config.json")
-    return kind == "clip_vision_model"
+    """Return whether the image tower is a ViT that open_clip implements itself (True) or a timm model (False).
+
+    Raises:
+        ValueError: If the image tower is of another type, which open_clip can't represent.
+    """
+    model_type = config.vision_config.model_type
+    if model_type not in ("clip_vision_model", "timm_wrapper"):
+        supported = "'clip_vision_model' or 'timm_wrapper'"
+        raise_unsupported("vision_config.model_type", model_type, supported, "config.json")
+    return model_type == "clip_vision_model"
 
 
-def _text_config(name: Any) -> PreTrainedConfig:
+def _load_text_config(name: Any) -> PreTrainedConfig:
+    """Load the configuration of the text tower from the folder or Hub id in `text_cfg.hf_model_name`.
+
+    Args:
+        name: Value of that field. It may have any type, because the file may be damaged.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: If there is no configuration, or the text tower is not of a supported type.
+    """
     if name in BASE_TEXT_NAMES:
-        return CapivaraConfig().text_config  # known by heart: no network
+        return CapivaraConfig().text_config  # the same values, without a download
     try:
-        config = checked_config(name, trust_remote_code=False) if isinstance(name, str) else None
+        config = load_config(name, trust_remote_code=False) if isinstance(name, str) else None
     except (OSError, ValueError) as error:
-        reason = f"{name!r}, where no text encoder's configuration is to be had ({first_line(error)})"
-        raise ValueError(f"text_cfg.hf_model_name is {reason}; where a folder has moved, name its place.") from error
-    if config is None or config.model_type not in TEXT_KINDS:
-        refuse("text_cfg.hf_model_name", name, f"text encoders of the types {', '.join(TEXT_KINDS)}")
+        reason = f"has no usable configuration ({first_error_line(error)})"
+        hint = "If it is a folder that has moved, enter its new path"
+        raise ValueError(f"text_cfg.hf_model_name {name!r} {reason}. {hint}.") from error
+    if config is None or config.model_type not in TEXT_MODEL_TYPES:
+        raise_unsupported("text_cfg.hf_model_name", name, f"text encoders of the types {', '.join(TEXT_MODEL_TYPES)}")
     return config
 
 
-def image_processor_of(preprocess_cfg: dict, size: int) -> CapivaraImageProcessor:
-    """The image processor of a `preprocess_cfg`, for squares of `size` pixels. Raises ValueError where it can't be."""
+def to_image_processor(preprocess_cfg: dict, size: int) -> CapivaraImageProcessor:
+    """Convert the `preprocess_cfg` section of open_clip_config.json to an image processor.
+
+    Args:
+        preprocess_cfg: Content of the section. Missing fields have open_clip's defaults.
+        size: Side of the square input images in pixels. The `size` in `preprocess_cfg` is ignored, because open_clip
+            ignores it as well and uses the image size of the image tower.
+
+    Returns:
+        The image processor.
+
+    Raises:
+        ValueError: If a field has a value that is not supported.
+    """
     _check_supported("preprocess_cfg", preprocess_cfg)
     return CapivaraImageProcessor(
-        size={"shortest_edge": size},  # never the `size` that is given: open_clip takes the tower's, too
+        size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
         image_mean=preprocess_cfg.get("mean") or OPENAI_CLIP_MEAN,
         image_std=preprocess_cfg.get("std") or OPENAI_CLIP_STD,
@@ -264,182 +393,319 @@ def image_processor_of(preprocess_cfg: dict, size: int) -> CapivaraImageProcesso
     )
 
 
-def preprocess_cfg_of(processor: BaseImageProcessor) -> dict[str, Any]:
-    """The `preprocess_cfg` of CAPIVARA's image processor or SigLIP's. ValueError where open_clip can't do the same."""
-    found, is_own = processor.to_dict(), isinstance(processor, CapivaraImageProcessor)
+def to_preprocess_cfg(processor: BaseImageProcessor) -> dict[str, Any]:
+    """Convert an image processor to the `preprocess_cfg` section of open_clip_config.json.
+
+    Args:
+        processor: Image processor of a CAPIVARA or SigLIP model.
+
+    Returns:
+        Content of the section.
+
+    Raises:
+        ValueError: If open_clip can't do the same preprocessing.
+    """
+    settings, is_capivara = processor.to_dict(), isinstance(processor, CapivaraImageProcessor)
     side = dict(processor.size).get("shortest_edge")
-    fixed = dict.fromkeys(("do_resize", "do_center_crop", "do_convert_rgb", "do_rescale", "do_normalize"), True)
-    fixed |= {"rescale_factor": 1 / 255, "crop_size": {"height": side, "width": side}}
-    for name, value in fixed.items() if is_own else ():
-        if found[name] != value:
-            refuse(f"image_processor.{name}", found[name], str(value), "the processor")
+    required = dict.fromkeys(("do_resize", "do_center_crop", "do_convert_rgb", "do_rescale", "do_normalize"), True)
+    required |= {"rescale_factor": 1 / 255, "crop_size": {"height": side, "width": side}}
+    for name, value in required.items() if is_capivara else ():
+        if settings[name] != value:
+            raise_unsupported(f"image_processor.{name}", settings[name], str(value), "the processor")
     interpolation = PILImageResampling(processor.resample).name.lower()
-    if interpolation not in SUPPORTED["preprocess_cfg.interpolation"]:
-        refuse("image_processor.resample", interpolation, "bicubic or bilinear", "the processor")
-    cfg = {"mean": found["image_mean"], "std": found["image_std"], "interpolation": interpolation}
-    return cfg | {"resize_mode": "shortest" if is_own else "squash"}
+    if interpolation not in SUPPORTED_VALUES["preprocess_cfg.interpolation"]:
+        raise_unsupported("image_processor.resample", interpolation, "bicubic or bilinear", "the processor")
+    preprocess_cfg = {"mean": settings["image_mean"], "std": settings["image_std"], "interpolation": interpolation}
+    return preprocess_cfg | {"resize_mode": "shortest" if is_capivara else "squash"}
 
 
-def _check_supported(section: str, given: dict) -> None:
-    for name, value in given.items():
-        supported = SUPPORTED.get(f"{section}.{name}", (value,))
+def _check_supported(section: str, fields: dict) -> None:
+    """Check that the values of a section of open_clip_config.json are among the `SUPPORTED_VALUES`.
+
+    Args:
+        section: Name of the section, such as "vision_cfg".
+        fields: Content of the section.
+
+    Raises:
+        ValueError: If a field has a value that can't be converted.
+    """
+    for name, value in fields.items():
+        supported = SUPPORTED_VALUES.get(f"{section}.{name}", (value,))
         if value not in supported:
-            refuse(f"{section}.{name}", value, " or ".join(map(repr, supported)))
+            raise_unsupported(f"{section}.{name}", value, " or ".join(map(repr, supported)))
 
 
-def refuse(field: str, value: Any, supported: str, where: str = OPEN_CLIP_CONFIG) -> NoReturn:
-    """Raise ValueError about a field of the file `where`."""
-    raise ValueError(f"{field} of {where} is {value!r}, which cannot be converted; supported: {supported}.")
+def raise_unsupported(field: str, value: Any, supported: str, file: str = OPEN_CLIP_CONFIG) -> NoReturn:
+    """Raise a ValueError for a setting that can't be converted.
+
+    Args:
+        field: Name of the setting with its section, such as "vision_cfg.pool_type".
+        value: Value of the setting.
+        supported: Description of the supported values, for the error message.
+        file: Name of the file that contains the setting, for the error message.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(f"{field} of {file} is {value!r}, which cannot be converted; supported: {supported}.")
 
 
+# Suffixes of the configuration and tokenizer files, which are downloaded together with the weights.
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
+# A folder that contains one of these files has its own tokenizer.
 VOCABULARY_FILES = ("tokenizer.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt")
 
 
 @dataclass
 class OpenClipSource:
-    """An open_clip model, found but not yet read; of a bare checkpoint file there is neither `model_cfg` nor folder."""
+    """Files and settings of an open_clip model whose weights have not been read yet.
 
-    model_cfg: dict | None  # as in open_clip_config.json
+    A bare checkpoint file is a file of weights that was given without a folder and without open_clip_config.json.
+
+    Attributes:
+        model_cfg: Section `model_cfg` of open_clip_config.json. None for a bare checkpoint file.
+        preprocess_cfg: Section `preprocess_cfg` of open_clip_config.json. Empty for a bare checkpoint file.
+        weights: Path of the checkpoint file.
+        tokenizer: Folder or Hub id of the tokenizer.
+        folder: Folder of the model. None for a bare checkpoint file.
+        repo_id: Hub id of the model. None if the model was not downloaded from the Hub.
+    """
+
+    model_cfg: dict | None
     preprocess_cfg: dict
-    weights: Path  # the checkpoint file
-    tokenizer: str  # folder or Hub id
+    weights: Path
+    tokenizer: str
     folder: Path | None = None
-    repo_id: str | None = None  # of the Hub, where it was fetched from there
+    repo_id: str | None = None
 
 
-def find_open_clip(source: str, tokenizer: str | None = None, revision: str | None = None) -> OpenClipSource:
-    """Find an open_clip model (`hf-hub:OWNER/NAME`, folder or checkpoint file), downloading what is needed of it.
+def find_open_clip_model(source: str, tokenizer: str | None = None, revision: str | None = None) -> OpenClipSource:
+    """Find an open_clip model, and download its files if it is on the Hub.
 
-    `tokenizer` is a folder or Hub id, where `source` neither holds nor names one. ValueError where it is no such model.
+    Args:
+        source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file.
+        tokenizer: Folder or Hub id of a tokenizer. It is used only if `source` neither contains a tokenizer nor names
+            one in its configuration. Default: the tokenizer of XLM-RoBERTa base.
+        revision: Branch, tag or commit on the Hub. Default: the main branch.
+
+    Returns:
+        Files and settings of the model. The weights have not been read yet.
+
+    Raises:
+        ValueError: If there is no open_clip model in `source`, its configuration is damaged, or it can't be downloaded.
     """
     repo_id = source.removeprefix("hf-hub:") if source.startswith("hf-hub:") else None
-    folder = _download(repo_id, revision) if repo_id else Path(source.removeprefix("local-dir:"))
+    folder = _download_model(repo_id, revision) if repo_id else Path(source.removeprefix("local-dir:"))
     if folder.is_file():
         return OpenClipSource(None, {}, folder, tokenizer or BASE_TEXT_MODEL)
     if not (folder / OPEN_CLIP_CONFIG).is_file():
         fault = f"has no {OPEN_CLIP_CONFIG}" if folder.exists() else "does not exist"
-        way_out = "give hf-hub:OWNER/NAME, a folder or a file of open_clip's; hub_upload.export writes its format"
-        raise ValueError(f"SOURCE {folder} {fault}; {way_out}.")
+        hint = "Give hf-hub:OWNER/NAME, or a folder or checkpoint file in open_clip's format"
+        raise ValueError(f"SOURCE {folder} {fault}. {hint} (hub_upload.export writes that format).")
     settings = read_json(folder / OPEN_CLIP_CONFIG, model_cfg=dict)
     model_cfg, preprocess_cfg = settings["model_cfg"], settings.get("preprocess_cfg") or {}
     for name, section in {"preprocess_cfg": preprocess_cfg, "text_cfg": model_cfg.get("text_cfg")}.items():
         if not isinstance(section, dict):
-            refuse(name, section, "fields in braces")
+            raise_unsupported(name, section, "a JSON object")
     weights = next((folder / name for name in OPEN_CLIP_WEIGHT_FILES if (folder / name).is_file()), None)
     if weights is None:
-        raise ValueError(f"SOURCE {folder} has no weights; looked for {', '.join(OPEN_CLIP_WEIGHT_FILES)}.")
-    has_tokenizer = any((folder / name).is_file() for name in VOCABULARY_FILES)
-    named = model_cfg["text_cfg"].get("hf_tokenizer_name") or tokenizer or BASE_TEXT_MODEL
-    return OpenClipSource(model_cfg, preprocess_cfg, weights, str(folder) if has_tokenizer else named, folder, repo_id)
+        raise ValueError(f"SOURCE {folder} has no weights; expected one of {', '.join(OPEN_CLIP_WEIGHT_FILES)}.")
+    if any((folder / name).is_file() for name in VOCABULARY_FILES):
+        tokenizer = str(folder)
+    else:
+        tokenizer = model_cfg["text_cfg"].get("hf_tokenizer_name") or tokenizer or BASE_TEXT_MODEL
+    return OpenClipSource(model_cfg, preprocess_cfg, weights, tokenizer, folder, repo_id)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; libraries append pages."""
+def first_error_line(error: BaseException) -> str:
+    """Return the first line of an error's message, because some libraries append pages of advice.
+
+    If the message is empty, the name of the error's type is returned.
+    """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download_model(repo_id: str, revision: str | None) -> Path:
+    """Download an open_clip model from the Hub: configuration, tokenizer, model card and a single weight file.
+
+    Args:
+        repo_id: Hub id of the model.
+        revision: Branch, tag or commit. None for the main branch.
+
+    Returns:
+        Folder of the downloaded files in the cache of huggingface_hub.
+
+    Raises:
+        ValueError: If the files can't be downloaded.
+    """
     try:
         patterns = ["README.md", *(f"*{end}" for end in TOKENIZER_SUFFIXES), OPEN_CLIP_WEIGHT_FILES[0]]
         folder = Path(snapshot_download(repo_id, allow_patterns=patterns, revision=revision))
-        for name in OPEN_CLIP_WEIGHT_FILES[1:]:  # one at a time: a second file of the same weights is over a gigabyte
-            if not any((folder / found).is_file() for found in OPEN_CLIP_WEIGHT_FILES):
-                # The snapshot folder is named by its commit: all files come from the same one.
+        # Weight files are tried one by one, because a second file with the same weights would add over a gigabyte.
+        for name in OPEN_CLIP_WEIGHT_FILES[1:]:
+            if not any((folder / weight_file).is_file() for weight_file in OPEN_CLIP_WEIGHT_FILES):
+                # The snapshot folder is named after its commit, so all files come from the same commit.
                 folder = Path(snapshot_download(repo_id, allow_patterns=[name], revision=folder.name))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ValueError(f"{repo_id} could not be fetched from the Hub: {first_line(error)}") from error
+        raise ValueError(f"{repo_id} could not be fetched from the Hub: {first_error_line(error)}") from error
     return folder
 
 
-def read_open_clip_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of open_clip's model in a checkpoint file, in float32, and sentences that name what was left behind.
+def read_open_clip_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Read the tensors of an open_clip model from a checkpoint file.
 
-    All lies under one prefix, a Lightning module's, say. ValueError: it holds no such model, or more than tensors.
+    The tensor names may have a common prefix, for example the attribute name of the model in a PyTorch Lightning
+    module. The prefix is removed.
+
+    Args:
+        path: Checkpoint file in the format of safetensors or of `torch.save`.
+
+    Returns:
+        Tensors by name, in float32, and a list of sentences that tell the user which entries were ignored.
+
+    Raises:
+        ValueError: If the file can't be read, contains objects other than tensors, or does not contain exactly one
+            open_clip model.
     """
     state = _load_checkpoint(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-        raise ValueError(f"{path} holds no state_dict: a dictionary of names and tensors.")
-    ends = [key.removesuffix("logit_scale") for key in state if key.endswith("logit_scale")]
-    prefixes = [prefix for prefix in ends if any(key.startswith(f"{prefix}visual.") for key in state)]
+        raise ValueError(f"{path} does not contain a state_dict: a dictionary of names and tensors.")
+    candidates = [key.removesuffix("logit_scale") for key in state if key.endswith("logit_scale")]
+    prefixes = [prefix for prefix in candidates if any(key.startswith(f"{prefix}visual.") for key in state)]
     if len(prefixes) != 1:
-        raise ValueError(f"{path} has {len(prefixes)} models of open_clip (logit_scale, visual.…) in it, not one.")
+        raise ValueError(
+            f"{path} must contain one open_clip model (with tensors logit_scale and visual.*), found {len(prefixes)}."
+        )
     prefix = prefixes[0]
-    found = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    found = {name: t for name, t in found.items() if isinstance(t, Tensor) and name != POSITION_IDS}
+    entries = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    tensors.pop(POSITION_IDS_NAME, None)
     notes = []
-    if outside := [key for key in state if not key.startswith(prefix)]:
-        notes.append(f"Left behind, as the training program's own and not the model's: {', '.join(outside)}.")
-    return {name: t.float() for name, t in found.items()}, notes
+    outside = [key for key in state if not key.startswith(prefix)]
+    if outside:
+        notes.append(f"Ignored entries of the training program that are not part of the model: {', '.join(outside)}.")
+    return {name: tensor.float() for name, tensor in tensors.items()}, notes
 
 
 def _load_checkpoint(path: Path) -> Any:
+    """Load a checkpoint file without executing code that it contains.
+
+    Args:
+        path: Checkpoint file in the format of safetensors or of `torch.save`.
+
+    Returns:
+        The content of the file, usually a dictionary of tensors.
+
+    Raises:
+        ValueError: If the file can't be read, or contains Python objects other than tensors and plain containers.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        zipped = zipfile.is_zipfile(path)  # the older format, without a zip file around it, has no list of names
-        if names := torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []:
+        is_zip = zipfile.is_zipfile(path)  # PyTorch can list the Python objects of a checkpoint only in its zip format
+        unsafe_names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        if unsafe_names:
             code = f"torch.load({path.name!r}, weights_only=False)['state_dict'], {path.stem + '.safetensors'!r}"
             raise ValueError(
-                f"it holds objects of a program ({', '.join(sorted(names))}), and tensors alone are read. If you trust "
-                f"it, make a safetensors file where it was written: safetensors.torch.save_file({code})"
+                f"it contains Python objects ({', '.join(sorted(unsafe_names))}), but only tensors are read. If you "
+                f"trust the file, convert it where it was written: safetensors.torch.save_file({code})"
             )
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # a damaged or hostile file makes the readers raise anything at all
-        raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # the readers raise many types for damaged or malicious files
+        raise ValueError(f"{path} cannot be read as a checkpoint: {first_error_line(error)}") from error
 
 
 def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase:
-    # The Hub sends who asks for the short name on to the long one.
+    """Load a tokenizer and check that it fits the text tower.
+
+    Args:
+        name: Folder or Hub id of the tokenizer.
+        config: Configuration of the model.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: If the tokenizer can't be loaded, has more tokens than the text tower, or has another padding token.
+    """
+    # "xlm-roberta-base" is an old name, which the Hub redirects.
     source = BASE_TEXT_MODEL if name in BASE_TEXT_NAMES and not Path(name).is_dir() else name
     try:
-        with tokenizer_errors("it"):
+        with wrap_tokenizer_errors("it"):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # a damaged folder makes transformers raise anything at all
-        fault = f"No tokenizer is to be had from {name!r} ({first_line(error)})"
-        raise ValueError(f"{fault}; give another with --tokenizer.") from error
-    wanted, facts = config.text_config, f"has {len(tokenizer)} tokens and pads with {tokenizer.pad_token_id}"
-    if len(tokenizer) > wanted.vocab_size or tokenizer.pad_token_id != wanted.pad_token_id:
-        tower = f"the text tower has {wanted.vocab_size} and pads with {wanted.pad_token_id}"
-        raise ValueError(f"The tokenizer {name!r} {facts}, {tower}; give the model's own with --tokenizer.")
+    except Exception as error:  # transformers raises many types for damaged folders
+        problem = f"The tokenizer {name!r} can't be loaded ({first_error_line(error)})"
+        raise ValueError(f"{problem}. Give another one with --tokenizer.") from error
+    text_config = config.text_config
+    if len(tokenizer) > text_config.vocab_size or tokenizer.pad_token_id != text_config.pad_token_id:
+        actual = f"has {len(tokenizer)} tokens and the padding token {tokenizer.pad_token_id}"
+        expected = f"the text tower has {text_config.vocab_size} and {text_config.pad_token_id}"
+        raise ValueError(f"The tokenizer {name!r} {actual}, but {expected}. Give the model's own with --tokenizer.")
     return tokenizer
 
 
-def write_capivara(
-    found: OpenClipSource, folder: Path, config: CapivaraConfig | None = None
+def write_capivara_model(
+    open_clip_source: OpenClipSource, folder: Path, config: CapivaraConfig | None = None
 ) -> tuple[CapivaraModel, list[str]]:
-    """Convert a model that was found into an empty folder, in float32, and compare what was written.
+    """Convert an open_clip model to a folder that transformers can load, in float32, and verify the converted model.
 
-    A bare checkpoint file has the architecture `config`, or the published one. ValueError where it can't be converted,
-    said before its weights are read, where a tensor came back changed, or embeddings of random inputs are none.
-    Returned are the model as it was written, and sentences for the person who asked.
+    Args:
+        open_clip_source: Files and settings of the model, from `find_open_clip_model`.
+        folder: Empty folder to write to.
+        config: Architecture of a checkpoint file that has no configuration. Default: the architecture of the published
+            CAPIVARA model. Ignored if the model has its own configuration.
+
+    Returns:
+        The converted model, read back from the folder, and a list of sentences that tell the user which files were used
+        and which entries were ignored.
+
+    Raises:
+        ValueError: If the configuration can't be converted (checked before the weights are read), the conversion
+            changed a tensor, or the embeddings of random inputs are not finite or are equal to each other.
     """
-    config = capivara_config(found.model_cfg) if found.model_cfg else config or CapivaraConfig()
-    image_processor = image_processor_of(found.preprocess_cfg, config.vision_config.image_size)
-    state, notes = read_open_clip_state(found.weights)
-    CapivaraProcessor(image_processor, _load_tokenizer(found.tokenizer, config)).save_pretrained(folder)
-    about = "The checkpoint's tensors (a bare file is taken to have the published architecture)"
-    model_of_tensors(capivara_state_dict(state), config, about).save_pretrained(folder)
-    if found.folder:
-        made = "Converted to transformers by `python -m modeling_capivara.convert_open_clip`, its weights as they were."
-        write_origin_card(found.folder, folder, made, found.repo_id)
+    config = (
+        to_capivara_config(open_clip_source.model_cfg) if open_clip_source.model_cfg else config or CapivaraConfig()
+    )
+    image_processor = to_image_processor(open_clip_source.preprocess_cfg, config.vision_config.image_size)
+    state, notes = read_open_clip_state_dict(open_clip_source.weights)
+    CapivaraProcessor(image_processor, _load_tokenizer(open_clip_source.tokenizer, config)).save_pretrained(folder)
+    subject = "The checkpoint's tensors (a bare file is taken to have the published architecture)"
+    build_model_from_tensors(to_capivara_state_dict(state), config, subject).save_pretrained(folder)
+    if open_clip_source.folder:
+        description = (
+            "Converted to transformers by `python -m modeling_capivara.convert_open_clip`; the weights are unchanged."
+        )
+        write_origin_card(open_clip_source.folder, folder, description, open_clip_source.repo_id)
     model, processor = load_model(folder).eval(), load_processor(folder)
-    returned, names = open_clip_state_dict(model), state.keys()
-    # As whole numbers, since what is not a number is unequal to itself
-    bits = {name: (returned[name].view(torch.int32), state[name].view(torch.int32)) for name in returned.keys() & names}
-    if changed := {name for name in bits if not torch.equal(*bits[name])} | (returned.keys() ^ names):
-        raise ValueError(f"Tensors were changed by the conversion, nothing was kept: {named_keys(changed)}.")
+    returned = to_open_clip_state_dict(model)
+    # The floats are compared as integers, because NaN is not equal to itself.
+    changed = returned.keys() ^ state.keys()
+    for name in returned.keys() & state.keys():
+        if not torch.equal(returned[name].view(torch.int32), state[name].view(torch.int32)):
+            changed.add(name)
+    if changed:
+        raise ValueError(f"The conversion changed tensors, so nothing was written: {format_keys(changed)}.")
     for embeds in (embed_images(model, processor, random_images()), embed_texts(model, processor, random_texts())):
-        if not (embeds[0] - embeds[1:]).abs().amax(dim=1).min() > 1e-6:  # also where it is not a number
+        if not (embeds[0] - embeds[1:]).abs().amax(dim=1).min() > 1e-6:  # written so that NaN is refused
             fault = "embeddings of random images or texts are not finite, or do not differ"
-            raise ValueError(f"{found.weights}: {fault}; the file is damaged, or holds no trained model.")
-    return model, [f"Weights: {found.weights}; tokenizer: {found.tokenizer}", *notes]
+            hint = "The file is damaged or does not contain a trained model"
+            raise ValueError(f"{open_clip_source.weights}: {fault}. {hint}.")
+    return model, [f"Weights: {open_clip_source.weights}; tokenizer: {open_clip_source.tokenizer}", *notes]
 
 
-def convert_into(source: str, folder: Path, revision: str | None) -> str:
-    """`write_capivara` of a source, for `capivara_common.hub_cache`; a digest of its weights."""
-    return weights_digest(write_capivara(find_open_clip(source, revision=revision), folder)[0])
+def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
+    """Convert an open_clip model to a folder. `capivara_common.hub_cache` calls this to fill its cache.
+
+    Args:
+        source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file.
+        folder: Empty folder to write to.
+        revision: Branch, tag or commit on the Hub. None for the main branch.
+
+    Returns:
+        Digest of the weights, 32 hexadecimal digits.
+    """
+    return weights_digest(write_capivara_model(find_open_clip_model(source, revision=revision), folder)[0])
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -447,18 +713,29 @@ def convert_into(source: str, folder: Path, revision: str | None) -> str:
 
 @dataclass
 class ConvertArguments:
-    """Flags of `modeling_capivara.convert_open_clip`."""
+    """Command-line flags of `python -m modeling_capivara.convert_open_clip`."""
 
-    source: str = flag(..., "hf-hub:OWNER/NAME, a folder, or a file of the published architecture.", positional=True)
-    output: Path = flag(..., "Folder to create; must not exist, or be empty.", positional=True)
-    overwrite_output_dir: bool = flag(False, "Replace the output folder.")
-    tokenizer: str | None = flag(None, f"Where SOURCE has and names none: Hub id or folder, else {BASE_TEXT_MODEL}.")
-    gone = dict.fromkeys(("to_open_clip", "hf_model_name"), "`hub_upload.export` writes open_clip's format")
+    source: str = flag(
+        ...,
+        "Model in open_clip's format: hf-hub:OWNER/NAME, a folder, or a checkpoint file of the published architecture.",
+        positional=True,
+    )
+    output: Path = flag(..., "Folder to create. If it exists, it must be empty.", positional=True)
+    overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
+    tokenizer: str | None = flag(
+        None,
+        "Hub id or folder of the tokenizer, used if SOURCE neither contains nor names one. "
+        f"Default: {BASE_TEXT_MODEL}.",
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(ConvertArguments, __doc__, argv)
+    """Run the command: convert a model and print which files were used and where the result is.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
+    args = parse_arguments(ConvertArguments, __doc__, argv)
     print(*convert(**vars(args)), f"Written: {args.output}", sep="\n")
 
 
@@ -469,9 +746,25 @@ def convert(
     overwrite_output_dir: bool = False,
     config: CapivaraConfig | None = None,
 ) -> list[str]:
-    """`write_capivara` of a source into a new folder that appears whole and checked, or not at all; its sentences."""
-    with whole_folder(Path(output), overwrite_output_dir) as folder:
-        return write_capivara(find_open_clip(source, tokenizer), folder, config)[1]
+    """Convert an open_clip model to a new folder. If the conversion fails, the folder is not created.
+
+    Args:
+        source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file.
+        output: Folder to create. If it exists, it must be empty, unless `overwrite_output_dir` is set.
+        tokenizer: Folder or Hub id of a tokenizer. It is used only if `source` neither contains a tokenizer nor names
+            one in its configuration. Default: the tokenizer of XLM-RoBERTa base.
+        overwrite_output_dir: Replace `output` if it exists.
+        config: Architecture of a checkpoint file that has no configuration. Default: the architecture of the published
+            CAPIVARA model.
+
+    Returns:
+        Sentences that tell the user which files were used and which entries were ignored.
+
+    Raises:
+        ValueError: If there is no such model, it can't be converted, or `output` has files.
+    """
+    with atomic_folder(Path(output), overwrite_output_dir) as folder:
+        return write_capivara_model(find_open_clip_model(source, tokenizer), folder, config)[1]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Images to `pixel_values`, equal to open_clip 3.3's evaluation transform to the last bit."""
+"""Image processor of CAPIVARA models. Its `pixel_values` are bit-identical to open_clip 3.3's evaluation transform."""
 
 import os
 
@@ -10,39 +10,52 @@ from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
-# 64 million pixels, 256 MB as RGB. A photo of any usual shape needs well under a million; a 1 x 20,000 strip would
-# need a billion.
+# Largest number of pixels of an image after the resize: 64 million, or 256 MB in memory. Photos of usual shapes have
+# less than a million pixels after the resize, but a strip of 1 x 20,000 pixels would have a billion.
 MAX_RESIZED_PIXELS = 2**26
 
-CHANNELS = (1, 2, 3, 4)  # L, LA, RGB, RGBA
+CHANNEL_COUNTS = (1, 2, 3, 4)  # gray, gray with alpha, RGB, RGB with alpha
 
 
 class CapivaraImageProcessorKwargs(ImagesKwargs, total=False):
-    """
+    """Options of `CapivaraImageProcessor` that transformers' image processors do not have.
+
     max_resized_pixels (`int`, *optional*, defaults to 67,108,864):
-        An image whose resized width times height would exceed this is refused before it is resized.
+        Largest number of pixels (width times height) of a resized image. If an image would have more, a ValueError is
+        raised before the resize.
     """
 
     max_resized_pixels: int
 
 
 class CapivaraImageProcessor(CLIPImageProcessorPil):
-    """CLIP's image processor, but resize, crop, conversion to RGB and normalisation in that order, on PIL images.
+    """CLIP's image processor with the exact steps of open_clip 3.3's evaluation transform.
 
-    The order and the roundings are those of open_clip 3.3's evaluation transform: PIL's own bicubic resize in the
-    image's own mode, crop offset `round(margin / 2)`, RGB only after the crop. transformers' CLIP processors convert
-    first, and crop one pixel off when the margin is 3 mod 4.
+    The steps are: PIL's bicubic resize in the image's own color mode (gray, palette, …), center crop with the offset
+    `round(margin / 2)`, conversion to RGB, normalization. The margin is the number of pixels that the crop removes from
+    a side. transformers' CLIP image processors convert to RGB before the resize, and the position of their crop differs
+    by one pixel if the margin is 3 modulo 4.
 
-    Arrays and tensors give what the same pixels give as a PIL image (`array_to_pil`). 16-bit images are scaled to 8
-    bits, not clipped to white. Files keep their own mode too, and are turned upright as their EXIF data say; the pixels
-    of a URL are RGB.
+    An array or tensor gives the same result as a PIL image with the same pixels (see `array_to_pil`). 16-bit images are
+    scaled to 8 bits, because PIL alone would clip them to white. Images from files keep their color mode and are
+    rotated according to their EXIF data. Images from URLs are converted to RGB when they are loaded.
     """
 
     valid_kwargs = CapivaraImageProcessorKwargs
     max_resized_pixels = MAX_RESIZED_PIXELS
 
     def fetch_images(self, image_url_or_urls) -> Image.Image | np.ndarray | torch.Tensor | list:
-        """As in transformers, but the image of a local file keeps its mode, as the resize is done in it."""
+        """Load images from paths and URLs. Images that are already loaded are returned unchanged.
+
+        In contrast to transformers, this method does not convert local files to RGB, because the resize must happen in
+        the image's own color mode.
+
+        Args:
+            image_url_or_urls: A path, URL, PIL image, array or tensor, or a list of them (also nested).
+
+        Returns:
+            The loaded image, or a list with the structure of the given list.
+        """
         source = image_url_or_urls
         if isinstance(source, (list, tuple)):
             return [self.fetch_images(item) for item in source]
@@ -52,35 +65,53 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
         return super().fetch_images(os.fspath(source) if isinstance(source, os.PathLike) else source)
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
-        images = _flat_list(self.fetch_images(images))
+        images = _flatten_images(self.fetch_images(images))
         if not images:
-            raise ValueError("There is no image: got an empty list or batch; give at least one.")
+            raise ValueError("There is no image: got an empty list or batch. Give at least one image.")
         return images
 
     def _validate_preprocess_kwargs(self, **kwargs: Unpack[ImagesKwargs]) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
         size, crop_size = kwargs["size"], kwargs["crop_size"]
         if kwargs["do_resize"] and not (size.shortest_edge or 0) > 0:
-            raise ValueError(f'size must be {{"shortest_edge": pixels}}, at least 1, got {dict(size)}.')
+            raise ValueError(f'size must be {{"shortest_edge": pixels}} with at least 1 pixel, got {dict(size)}.')
         if kwargs["do_center_crop"] and not min(crop_size.height or 0, crop_size.width or 0) > 0:
-            raise ValueError(f'crop_size must be {{"height": pixels, "width": pixels}}, at least 1, got {crop_size}.')
-        for name, least in {"image_mean": -np.inf, "image_std": 0}.items() if kwargs["do_normalize"] else ():
-            found = np.atleast_1d(np.asarray(kwargs[name], dtype=float))
-            if found.shape not in ((1,), (3,)) or not (np.isfinite(found) & (found > least)).all():
-                rule = f"one finite number above {least}, or three, a channel each"
+            rule = '{"height": pixels, "width": pixels} with at least 1 pixel each'
+            raise ValueError(f"crop_size must be {rule}, got {crop_size}.")
+        for name, lower_bound in {"image_mean": -np.inf, "image_std": 0}.items() if kwargs["do_normalize"] else ():
+            values = np.atleast_1d(np.asarray(kwargs[name], dtype=float))
+            if values.shape not in ((1,), (3,)) or not (np.isfinite(values) & (values > lower_bound)).all():
+                rule = f"a finite number above {lower_bound}, or three of them, one for each channel"
                 raise ValueError(f"{name} must be {rule}, got {kwargs[name]}.")
         if kwargs["do_convert_rgb"] is False or kwargs.get("data_format") not in (None, ChannelDimension.FIRST):
-            raise ValueError("The model takes three channels, channels_first: leave do_convert_rgb, data_format out.")
+            rule = "The model takes RGB images with the channels first"
+            raise ValueError(f"{rule}, so do_convert_rgb=False and other values of data_format are not supported.")
 
     def process_image(
         self, image, input_data_format: str | ChannelDimension | None = None, **kwargs: Unpack[ImagesKwargs]
     ) -> Image.Image:
-        """One image of any kind as an 8-bit PIL image of its own mode. Raises ValueError as `array_to_pil`."""
+        """Convert an image of any type to a PIL image with 8 bits per channel.
+
+        The color mode is kept (gray, palette, RGB, …), because the resize happens in this mode.
+
+        Args:
+            image: PIL image, array or tensor.
+            input_data_format: "channels_first" or "channels_last", for arrays and tensors. Default: inferred from the
+                shape.
+            **kwargs: Ignored. transformers passes all options of the call.
+
+        Returns:
+            The PIL image.
+
+        Raises:
+            ValueError: If an array or tensor does not have the shape of an image, or a value is out of range (see
+                `to_uint8`).
+        """
         if not isinstance(image, Image.Image):
             return array_to_pil(image, input_data_format)
-        if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float pixels; PIL would clip them to white
-            return Image.fromarray(to_eight_bits(np.asarray(image)))
-        return image.convert("LA") if image.mode == "La" else image  # PIL has no way from La to RGB
+        if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float pixels, which PIL would clip to white
+            return Image.fromarray(to_uint8(np.asarray(image)))
+        return image.convert("LA") if image.mode == "La" else image  # PIL can't convert La directly to RGB
 
     def _preprocess(
         self,
@@ -107,22 +138,36 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
             if do_center_crop:
                 image = center_crop(image, crop_size.height, crop_size.width)
             array = torch.from_numpy(np.array(image.convert("RGB"))).to(device or "cpu")  # (height, width, 3), uint8
-            one = array.permute(2, 0, 1).contiguous().float()
-            if do_rescale:  # 1 / 255 as a division: a product with it differs in the last bit
-                one = one.div_(255) if rescale_factor == 1 / 255 else one.mul_(rescale_factor)
+            image_pixels = array.permute(2, 0, 1).contiguous().float()
+            if do_rescale:  # multiplying by 1 / 255 instead of dividing by 255 would change the last bit
+                image_pixels = (
+                    image_pixels.div_(255) if rescale_factor == 1 / 255 else image_pixels.mul_(rescale_factor)
+                )
             if do_normalize:
-                mean, std = (one.new_tensor(value).reshape(-1, 1, 1) for value in (image_mean, image_std))
-                one = one.sub_(mean).div_(std)
-            pixels.append(one)
-        if len({one.shape for one in pixels}) == 1:  # else a list of (3, height, width)
+                mean, std = (image_pixels.new_tensor(value).reshape(-1, 1, 1) for value in (image_mean, image_std))
+                image_pixels = image_pixels.sub_(mean).div_(std)
+            pixels.append(image_pixels)
+        if len({image_pixels.shape for image_pixels in pixels}) == 1:  # images of different sizes stay a list
             pixels = torch.stack(pixels)  # (images, 3, height, width)
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
 
 def resize_short_side(image: Image.Image, short_side: int, resample: int, max_pixels: int) -> Image.Image:
-    """`image` with its short side at `short_side` pixels, the long side rounded down, as torchvision does.
+    """Resize an image so that its shorter side has a given length, and keep the aspect ratio.
 
-    ValueError where the result would have more than `max_pixels` pixels, or the image has none.
+    The length of the longer side is rounded down, as in torchvision.
+
+    Args:
+        image: The image.
+        short_side: Length of the shorter side of the result, in pixels.
+        resample: Resampling filter, a value of `PIL.Image.Resampling`.
+        max_pixels: Largest allowed number of pixels (width times height) of the result.
+
+    Returns:
+        The resized image, or `image` itself if it already has the right size.
+
+    Raises:
+        ValueError: If the result would have more than `max_pixels` pixels, or the image has no pixels.
     """
     width, height = image.size
     if not width or not height:
@@ -131,45 +176,85 @@ def resize_short_side(image: Image.Image, short_side: int, resample: int, max_pi
     new_size = (short_side, long_side) if width <= height else (long_side, short_side)
     if new_size[0] * new_size[1] > max_pixels:
         sizes = f"{width} x {height} pixels would be resized to {new_size[0]} x {new_size[1]}"
-        raise ValueError(f"An image of {sizes}, over {max_pixels}; crop it first or raise `max_resized_pixels`.")
+        rule = f"over the limit of {max_pixels} pixels"
+        raise ValueError(f"An image of {sizes}, {rule}. Crop it first or raise `max_resized_pixels`.")
     return image if image.size == new_size else image.resize(new_size, resample)
 
 
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The middle `height` x `width` pixels; where the image is smaller, black around it, as torchvision does."""
-    left, top = _offset(image.width, width), _offset(image.height, height)
+    """Crop the center of an image. An image that is smaller than the crop is padded with black, as in torchvision.
+
+    Args:
+        image: The image.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+
+    Returns:
+        An image of exactly `width` x `height` pixels.
+    """
+    left, top = _crop_offset(image.width, width), _crop_offset(image.height, height)
     return image.crop((left, top, left + width, top + height))
 
 
-def _offset(length: int, wanted: int) -> int:
-    """Where a crop begins: outside of an image that is smaller, and of two middle pixels at the even one."""
-    margin = length - wanted
+def _crop_offset(length: int, crop_length: int) -> int:
+    """Return the offset of a centered crop along one side of an image, as torchvision computes it.
+
+    Halves are rounded to the nearest even number if the image is larger than the crop.
+
+    Args:
+        length: Length of the image's side in pixels.
+        crop_length: Length of the crop's side in pixels.
+
+    Returns:
+        Index of the first pixel of the crop; negative if the image is smaller than the crop.
+    """
+    margin = length - crop_length
     return round(margin / 2) if margin >= 0 else -(-margin // 2)
 
 
 def array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | None = None) -> Image.Image:
-    """An array or tensor as the PIL image that has the same pixels; values as of `to_eight_bits`.
+    """Convert an array or tensor to a PIL image with the same pixels.
 
-    It is (height, width), with 1 to 4 channels last (arrays) or first (tensors), unless only the other reading fits or
-    `input_data_format` ("channels_first" or "channels_last") says otherwise; ValueError where it is no image.
+    Args:
+        image: Pixels, (height, width), or with 1 to 4 channels, (height, width, channels) or (channels, height, width).
+            Values are converted by `to_uint8`.
+        input_data_format: "channels_first" or "channels_last". Default: inferred from the shape. If both orders are
+            possible, the channels of a tensor are first and the channels of an array are last.
+
+    Returns:
+        An image in the PIL mode L, LA, RGB or RGBA.
+
+    Raises:
+        ValueError: If the shape is none of these, or a value is out of range (see `to_uint8`).
     """
-    tensor_input = isinstance(image, torch.Tensor)
-    array = image.detach().cpu().float().numpy() if tensor_input and image.is_floating_point() else image
+    is_tensor = isinstance(image, torch.Tensor)
+    array = image.detach().cpu().float().numpy() if is_tensor and image.is_floating_point() else image
     array = np.asarray(array.detach().cpu() if isinstance(array, torch.Tensor) else array)
     if array.ndim == 3:
-        array = _channels_last(array, tensor_input, input_data_format)
+        array = _to_channels_last(array, is_tensor, input_data_format)
     elif array.ndim != 2:
-        raise ValueError(f"An image has 2 or 3 dimensions, got an array of shape {array.shape}.")
-    array = np.ascontiguousarray(to_eight_bits(array))
+        raise ValueError(f"An image must have 2 or 3 dimensions, got an array of shape {array.shape}.")
+    array = np.ascontiguousarray(to_uint8(array))
     return Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[-1] == 1 else array)
 
 
-def to_eight_bits(array: np.ndarray) -> np.ndarray:
-    """Pixels of any depth as uint8 of the same shape.
+def to_uint8(array: np.ndarray) -> np.ndarray:
+    """Convert pixels of any dtype to uint8 values from 0 to 255.
 
-    uint8 stays. uint16 is scaled by 255 / 65535. Wider integers are taken as 8-bit when none exceeds 255, else as
-    16-bit. Booleans become 0 and 255. Floats are shares from 0 to 1, or, when one exceeds 1, 0 to 255. ValueError where
-    a value is negative, too large or not finite.
+    - uint8 values are not changed.
+    - uint16 values are divided by 257, so 65535 becomes 255.
+    - Other integers are interpreted as 8-bit values if none exceeds 255, otherwise as 16-bit values.
+    - Booleans become 0 and 255.
+    - Floats are interpreted as values from 0 to 1 if none exceeds 1, otherwise as values from 0 to 255.
+
+    Args:
+        array: Pixels in any shape.
+
+    Returns:
+        Array of the same shape with dtype uint8.
+
+    Raises:
+        ValueError: If a value is negative, too large or not finite, or the dtype is not numeric.
     """
     if array.dtype == np.uint8 or not array.size:
         return array.astype(np.uint8)
@@ -178,34 +263,53 @@ def to_eight_bits(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind not in "uif":
         raise ValueError(f"Pixels must be booleans, integers or floats, got {array.dtype}.")
     low, high = float(array.min()), float(array.max())
-    floating = np.issubdtype(array.dtype, np.floating)
-    limit = 255 if floating else 65535
-    if not (low >= 0 and high <= limit):  # also False for NaN
+    is_float = np.issubdtype(array.dtype, np.floating)
+    limit = 255 if is_float else 65535
+    if not (low >= 0 and high <= limit):  # written so that NaN is refused
         raise ValueError(
-            f"Pixels must be 0 to {limit} for {array.dtype}, got {low:g} to {high:g}. Normalised `pixel_values` go to "
-            "the model, not to the processor."
+            f"Pixels must be from 0 to {limit} for {array.dtype}, got {low:g} to {high:g}. Pass normalized "
+            "`pixel_values` to the model, not to the processor."
         )
-    if floating:
+    if is_float:
         return np.rint(array * 255 if high <= 1 else array).astype(np.uint8)
     if (array.dtype.itemsize == 2 and array.dtype.kind == "u") or high > 255:
         return np.rint(array / 257).astype(np.uint8)
     return array.astype(np.uint8)
 
 
-def _channels_last(array: np.ndarray, tensor_input: bool, input_data_format: str | None) -> np.ndarray:
-    first_fits, last_fits = array.shape[0] in CHANNELS, array.shape[-1] in CHANNELS
+def _to_channels_last(array: np.ndarray, is_tensor: bool, input_data_format: str | None) -> np.ndarray:
+    """Move the channels of an image array to the last dimension.
+
+    Args:
+        array: Pixels, (height, width, channels) or (channels, height, width), with 1 to 4 channels.
+        is_tensor: Whether the pixels come from a tensor. If both orders are possible, the channels of a tensor are
+            first and the channels of an array are last.
+        input_data_format: "channels_first" or "channels_last". None infers the order from the shape.
+
+    Returns:
+        The array as (height, width, channels).
+
+    Raises:
+        ValueError: If the dimension of the channels does not have a size from 1 to 4.
+    """
+    first_fits, last_fits = array.shape[0] in CHANNEL_COUNTS, array.shape[-1] in CHANNEL_COUNTS
     if input_data_format is not None:
         channels_first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
     else:
-        channels_first = first_fits and (tensor_input or not last_fits)
+        channels_first = first_fits and (is_tensor or not last_fits)
     if not (first_fits if channels_first else last_fits):
-        reading = f" with input_data_format={input_data_format!r}" if input_data_format else ""
-        raise ValueError(f"An image has 1 to 4 channels, first or last; got shape {array.shape}{reading}.")
+        data_format = f" with input_data_format={input_data_format!r}" if input_data_format else ""
+        rule = "An image must have 1 to 4 channels, as its first or last dimension"
+        raise ValueError(f"{rule}, got shape {array.shape}{data_format}.")
     return array.transpose(1, 2, 0) if channels_first else array
 
 
-def _flat_list(images) -> list:
-    """One image, a batch array, or lists of them, nested or not, as one flat list."""
+def _flatten_images(images) -> list:
+    """Convert the images of a call to a flat list of single images.
+
+    Args:
+        images: A single image, a batch as a four-dimensional array or tensor, or nested lists of both.
+    """
     if isinstance(images, (list, tuple)):
-        return [image for item in images for image in _flat_list(item)]
+        return [image for item in images for image in _flatten_images(item)]
     return list(images) if getattr(images, "ndim", 3) == 4 else [images]

@@ -1,4 +1,8 @@
-"""Model folders, loaded with every weight accounted for and errors that say what is wrong."""
+"""Load two-tower models (CAPIVARA and CLIP-like models of transformers) and their processors from folders or the Hub.
+
+If a weight is missing, unexpected or has the wrong shape, transformers only warns; the functions of this module raise
+ValueError. They validate files before using them, and each error message is a single line that names the problem.
+"""
 
 import hashlib
 import html
@@ -15,78 +19,119 @@ from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.models.gemma import GemmaTokenizer
 from transformers.models.siglip2 import Siglip2Tokenizer
 
-from capivara_common.cli import coded
+from capivara_common.cli import coded_error
 from capivara_common.files import read_json
-from capivara_common.hub_cache import check_reachable, is_hub_id, kind_fault
-from capivara_common.weight_file import number_of, weight_files
+from capivara_common.hub_cache import check_reachable, is_hub_id, unsupported_reason
+from capivara_common.weight_file import find_weight_files, read_scalar
 
-from .checks_capivara import check_sizes, tokenizer_errors
-from .configuration_capivara import sizes_of
+from .checks_capivara import check_sizes, wrap_tokenizer_errors
+from .configuration_capivara import get_sizes
 from .processing_capivara import CapivaraProcessor
 
-WEIGHTS = "model.safetensors"
-MAX_NAMED_KEYS = 5  # in an error message: a model has hundreds
-KEPT = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
-CARD = "What the model is, how it was trained and under which licence it may be used is stated where it comes from."
+WEIGHTS_FILE = "model.safetensors"
+MAX_NAMED_KEYS = 5  # largest number of weights that an error message names, because a model has hundreds of weights
+# Metadata fields that the card of a converted or trimmed model copies from the card of the original model.
+INHERITED_CARD_FIELDS = ("license", "license_name", "license_link", "language", "attribution")
+ORIGIN_CARD_TEXT = "For a description, the training data and the license, see the card of the original model."
 
 
-def checked_config(source: str, **options: Any) -> PreTrainedConfig:
-    """The configuration of any model of transformers; ValueError where it is damaged, or a size is outside of `LIMITS`.
+def load_config(source: str, **options: Any) -> PreTrainedConfig:
+    """Load and validate the configuration of any transformers model.
 
-    `options` are those of `AutoConfig`. OSError where there is none.
+    Args:
+        source: Folder or Hub id.
+        **options: Options of `AutoConfig.from_pretrained`, such as `revision`. `trust_remote_code` is False by default.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        OSError: If there is no configuration.
+        ValueError: If the configuration is damaged, or a size is outside the limits in `checks_capivara.py`.
     """
     try:
         check_sizes(PreTrainedConfig.get_config_dict(source, revision=options.get("revision"))[0])
         config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False, **options})
-        check_sizes(sizes_of(config))  # also of kinds with names of their own
+        check_sizes(get_sizes(config))  # finds sizes that a model type stores under its own names
     except OSError:
         raise
-    except Exception as error:  # RecursionError among them, and what transformers and its data classes raise
+    except Exception as error:  # damaged files make transformers raise many types, even RecursionError
         raise ValueError(f"The config.json of {source} can't be used: {' '.join(str(error).split())}") from error
     return config
 
 
 def load_model(source: str | Path) -> PreTrainedModel:
-    """A model of two towers out of a folder or from the Hub, in float32.
+    """Load a two-tower model in float32.
 
-    transformers only warns of missing weights and leaves them random; here they are a ValueError, as surplus ones, a
-    broken file and another kind of model are.
+    Args:
+        source: Folder or Hub id.
+
+    Returns:
+        The model, as transformers' `AutoModel` returns it.
+
+    Raises:
+        ValueError: If there is no such model, a file is damaged, the model is not a supported two-tower model, or
+            weights are missing, unexpected or of the wrong shape. (transformers itself would only warn and initialize
+            missing weights randomly.)
     """
-    _check_folder(source, "config.json", "is no model folder")
+    _check_model_folder(source, "config.json", "is not a model folder")
     try:
         if Path(source).is_dir():
-            for name in ("logit_scale", "logit_bias"):  # transformers tells of another shape after loading, in a table
-                number_of(Path(source), name)
+            for name in ("logit_scale", "logit_bias"):  # a clear error, before transformers loads all weights
+                read_scalar(Path(source), name)
         options = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-        options |= {"ignore_mismatched_sizes": True}  # they are in the report, as the missing ones are
-        with _without_load_report():
-            model, report = AutoModel.from_pretrained(source, config=two_towers_config(source), **options)
+        options["ignore_mismatched_sizes"] = True  # lists mismatched weights in the report instead of raising an error
+        with _silence_load_report():
+            model, report = AutoModel.from_pretrained(source, config=load_two_towers_config(source), **options)
     except Exception as error:
         raise ValueError(f"The model {source} can't be loaded: {' '.join(str(error).split())}") from error
-    faults = [report[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")]
-    _check_keys(f"The weights of {source}", *faults)
+    _check_keys(
+        f"The weights of {source}", report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"]
+    )
     check_sizes({"logit_scale": model.logit_scale.item()}, f"{source}: ")
     return model
 
 
 @contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Keep transformers from printing every key that does not fit; the error of `_check_keys` names the first ones."""
-    printer = logging.getLogger("transformers.modeling_utils")
-    level = printer.level
-    printer.setLevel(logging.ERROR)
+def _silence_load_report() -> Iterator[None]:
+    """Return a context manager that keeps transformers from printing a report of weights that do not fit the model.
+
+    The report is not needed, because the error of `_check_keys` names the first of these weights. The logger is
+    disabled instead of setting its level, because at a level of WARNING or higher transformers prints a plan of sharded
+    layers instead of the report.
+    """
+    transformers_logger = logging.getLogger("transformers.modeling_utils")
+    was_disabled, transformers_logger.disabled = transformers_logger.disabled, True
     try:
         yield
     finally:
-        printer.setLevel(level)
+        transformers_logger.disabled = was_disabled
 
 
-def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors of safetensors files, as views of them: the system reads each when it is used. Raises ValueError."""
+def load_mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
+    """Load all tensors of safetensors files as memory-mapped views, so that a tensor is read only when it is used.
+
+    Args:
+        files: Paths of the safetensors files, for example all shards of a model.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        ValueError: If a file can't be read.
+    """
     tensors = {}
     for file in files:
         try:
@@ -96,15 +141,26 @@ def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the model of a folder with its weights as views of the folder's files, by `model_of_tensors`.
+def load_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    """Load a model whose weights are memory-mapped views of its files.
 
-    transformers renames the weights of some model types while loading (AltCLIP's `layer.0` to `layers.0`). If the names
-    of another type's weights do not fit, the model is loaded by `load_model` instead, into memory and in float32.
+    For some model types, transformers renames weights while it loads them (for example AltCLIP's `layer.0` to
+    `layers.0`), so the names in the files do not fit the model. Such a model is not memory-mapped: `load_model` loads
+    it into memory, in float32. For CAPIVARA models, names that do not fit are an error.
+
+    Args:
+        folder: Folder with the weights.
+        config: Configuration of the model.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ValueError: If the weights can't be read or do not fit the configuration.
     """
-    tensors = mapped_tensors(weight_files(folder))
+    tensors = load_mapped_tensors(find_weight_files(folder))
     try:
-        model = model_of_tensors(tensors, config, f"The weights of {folder}")
+        model = build_model_from_tensors(tensors, config, f"The weights of {folder}")
     except ValueError:
         if config.model_type == "capivara":
             raise
@@ -113,19 +169,33 @@ def mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def model_of_tensors(tensors: Mapping[str, Tensor], config: PreTrainedConfig, name: str) -> PreTrainedModel:
-    """A model whose weights are these tensors, not copies, to be saved and not to be run.
+def build_model_from_tensors(tensors: Mapping[str, Tensor], config: PreTrainedConfig, subject: str) -> PreTrainedModel:
+    """Build a model that uses the given tensors as its weights, without copying them.
 
-    Raises ValueError if some are missing, unexpected or of another shape; the message begins with `name` and names the
-    first of them.
+    The model is meant to be saved. It can't be run, because its non-persistent buffers, which are not among the
+    weights, are not initialized.
+
+    Args:
+        tensors: Weights by name.
+        config: Configuration of the model.
+        subject: Description of the weights, which becomes the subject of error messages, such as "The weights of
+            FOLDER".
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ValueError: If tensors are missing, unexpected or of the wrong shape. The message names some of them.
     """
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=torch.float32)
     expected = model.state_dict()
     shapes = [(key, tensors[key].shape, expected[key].shape) for key in tensors.keys() & expected.keys()]
-    # torch itself loads a tensor of shape [1] as a scalar.
-    mismatched = [shape for shape in shapes if shape[1] != shape[2] and shape[1:] != ((1,), ())]
-    _check_keys(name, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), mismatched)
+    # PyTorch loads a tensor of shape [1] into a scalar, so this is not a mismatch.
+    mismatched = [
+        (key, actual, needed) for key, actual, needed in shapes if actual != needed and (actual, needed) != ((1,), ())
+    ]
+    _check_keys(subject, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), mismatched)
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
 
@@ -133,115 +203,196 @@ def model_of_tensors(tensors: Mapping[str, Tensor], config: PreTrainedConfig, na
 def _check_keys(
     name: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Sequence, Sequence]]
 ) -> None:
-    """Raise ValueError if the keys of weights do not fit their config; at most `MAX_NAMED_KEYS` keys are named.
+    """Raise an error if a comparison of weights with a model's configuration found differences.
 
     Args:
-        name: What the weights are called, the subject of the message.
-        missing: Keys that the model needs and the weights lack.
-        unexpected: Keys of the weights that the model does not have.
-        mismatched: Key, shape in the weights and shape in the model, of keys whose shapes differ.
+        name: Description of the weights, which becomes the subject of the error message.
+        missing: Names of weights that the model needs but the files do not contain.
+        unexpected: Names of weights in the files that the model does not have.
+        mismatched: Weights with a wrong shape: name, shape in the files, and shape in the model.
+
+    Raises:
+        ValueError: If any of the three is not empty. The message names at most `MAX_NAMED_KEYS` weights.
     """
-    shapes = [f"{key} {list(found)}, not {list(expected)}" for key, found, expected in mismatched]
-    faults = {"missing": missing, "unexpected": unexpected, "mismatched": shapes}
-    if faults := {kind: keys for kind, keys in faults.items() if keys}:
-        most = MAX_NAMED_KEYS // len(faults)
-        named = [f"{kind} keys: {named_keys(keys, most)}" for kind, keys in faults.items()]
-        raise ValueError(f"{name} do not fit its config; {'; '.join(named)}.")
+    shapes = [f"{key} {list(actual)}, not {list(expected)}" for key, actual, expected in mismatched]
+    all_faults = {"missing": missing, "unexpected": unexpected, "mismatched": shapes}
+    faults = {kind: keys for kind, keys in all_faults.items() if keys}
+    if faults:
+        max_keys = MAX_NAMED_KEYS // len(faults)
+        descriptions = [f"{kind} keys: {format_keys(keys, max_keys)}" for kind, keys in faults.items()]
+        raise ValueError(f"{name} do not fit its config; {'; '.join(descriptions)}.")
 
 
-def named_keys(keys: Iterable[str], most: int = MAX_NAMED_KEYS) -> str:
-    """Return the first `most` keys in alphabetical order, separated by commas, and the number of further keys."""
+def format_keys(keys: Iterable[str], max_keys: int = MAX_NAMED_KEYS) -> str:
+    """Format names of weights for an error message.
+
+    Args:
+        keys: Names of weights.
+        max_keys: Largest number of names in the result.
+
+    Returns:
+        The first names in alphabetical order, separated by commas, and the number of further names: "a, b and 3 more".
+    """
     keys = sorted(keys)
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+    more = f" and {len(keys) - max_keys} more" if len(keys) > max_keys else ""
+    return ", ".join(keys[:max_keys]) + more
 
 
 def load_processor(source: str | Path) -> ProcessorMixin:
-    """The processor that was saved beside a model of two towers; ValueError where there is none, or it does not fit."""
-    way_out = "save one with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`"
-    older = (Path(source) / "preprocessor_config.json").is_file()  # as transformers' models have it
-    _check_folder(source, "tokenizer_config.json" if older else "processor_config.json", f"has no processor; {way_out}")
+    """Load the processor that is saved with a two-tower model.
+
+    Args:
+        source: Folder or Hub id.
+
+    Returns:
+        A `CapivaraProcessor` for a CAPIVARA model, otherwise the processor of transformers for this model type. Its
+        tokenizer truncates texts to the number of tokens that the model accepts.
+
+    Raises:
+        ValueError: If there is no processor, a file is damaged, or the processor belongs to another model.
+    """
+    hint = "save one with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`"
+    # Older processors of transformers are stored in two files instead of processor_config.json.
+    in_two_files = (Path(source) / "preprocessor_config.json").is_file()
+    required_file = "tokenizer_config.json" if in_two_files else "processor_config.json"
+    _check_model_folder(source, required_file, f"has no processor; {hint}")
     try:
-        with tokenizer_errors("its tokenizer"):
+        with wrap_tokenizer_errors("its tokenizer"):
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-            raise ValueError(f"it is a {type(processor).__name__}, not one of texts and images")
-        if isinstance(processor.tokenizer, GemmaTokenizer):  # of a published SigLIP 2, trained in small letters
+            raise ValueError(f"it is a {type(processor).__name__}, which does not process both texts and images")
+        # Published SigLIP 2 models name Gemma's tokenizer, but were trained on lowercase texts.
+        if isinstance(processor.tokenizer, GemmaTokenizer):
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
         check_sizes(processor.image_processor.to_dict())
-        config = checked_config(str(source))
-        padding, rows = processor.tokenizer.pad_token_id, config.text_config.vocab_size
-        if padding is not None and padding >= rows:
-            raise ValueError(
-                f"its padding token {processor.tokenizer.pad_token!r} is outside of the {rows} tokens known"
-            )
-        if not isinstance(processor, CapivaraProcessor):  # which has a rule of its own
-            _fit(processor, config)
+        config = load_config(str(source))
+        _check_padding(processor.tokenizer, config)
+        if not isinstance(processor, CapivaraProcessor):  # a CapivaraProcessor truncates to 77 tokens by itself
+            _fit_processor(processor, config)
     except Exception as error:
         raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
     return processor
 
 
-def fills_up(processor: ProcessorMixin) -> bool:
-    """Whether texts are filled up to one length without a mask, and padding is read as any token: SigLIP's are."""
+def _check_padding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Check that the padding token of a tokenizer is valid for a model.
+
+    Args:
+        tokenizer: Tokenizer of the model's processor.
+        config: Configuration of the model.
+
+    Raises:
+        ValueError: If the tokenizer has no padding token, the token is not in the model's vocabulary, or its id is not
+            the `pad_token_id` of a CAPIVARA model.
+    """
+    token, token_id, text_config = tokenizer.pad_token, tokenizer.pad_token_id, config.text_config
+    if token_id is None:
+        raise ValueError("its tokenizer has no padding token")
+    if token_id >= text_config.vocab_size:
+        raise ValueError(f"its padding token {token!r} is not among the model's {text_config.vocab_size} tokens")
+    # CAPIVARA's text tower numbers positions from the id of the padding token, so another id would shift them.
+    if config.model_type == "capivara" and token_id != text_config.pad_token_id:
+        raise ValueError(f"its padding token {token!r} has the id {token_id}, not {text_config.pad_token_id}")
+
+
+def pads_to_max_length(processor: ProcessorMixin) -> bool:
+    """Return whether the model requires texts that are padded to the maximum length, without an attention mask.
+
+    This is true for processors of SigLIP models, which were trained with such texts.
+    """
     return type(processor).__name__.startswith("Siglip")
 
 
-def _fit(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-    """ValueError where transformers' processor is that of another model, whose figures would mean nothing.
+def _fit_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
+    """Check that a processor fits a model, and limit the processor's tokenizer to the model's maximum text length.
 
-    Its tokenizer gives no more tokens than the model has positions for, also one that was saved without a limit.
+    Args:
+        processor: Processor of transformers. The `model_max_length` of its tokenizer is changed. For a SigLIP model,
+            the tokenizer is also changed to return no attention mask.
+        config: Configuration of the model.
+
+    Raises:
+        ValueError: If the type, the image size or the vocabulary of the processor does not fit the model.
     """
-    tokenizer, side, kind = processor.tokenizer, config.vision_config.image_size, type(processor).__name__
-    steps = processor.image_processor.to_dict()
-    size = dict((steps.get("crop_size") if steps.get("do_center_crop") else steps.get("size")) or {})
-    if fills_up(processor) != (config.model_type == "siglip") or "max_num_patches" in steps:
-        raise ValueError(f"a {kind} is none of the model's kind, {config.model_type!r}")
-    if (size.get("height"), size.get("width")) != (side, side):
-        raise ValueError(f"its images have {size}, the image tower takes {side} x {side} pixels")
+    tokenizer, image_size = processor.tokenizer, config.vision_config.image_size
+    settings = processor.image_processor.to_dict()
+    size = dict((settings.get("crop_size") if settings.get("do_center_crop") else settings.get("size")) or {})
+    if pads_to_max_length(processor) != (config.model_type == "siglip") or "max_num_patches" in settings:
+        raise ValueError(f"a {type(processor).__name__} does not fit a model of the type {config.model_type!r}")
+    if (size.get("height"), size.get("width")) != (image_size, image_size):
+        raise ValueError(f"its images have {size}, but the image tower takes {image_size} x {image_size} pixels")
     if len(tokenizer) > config.text_config.vocab_size or tokenizer.pad_token is None:
-        known = f"{len(tokenizer)} tokens, {tokenizer.pad_token!r} for padding"
-        raise ValueError(f"its tokenizer has {known}; the model knows {config.text_config.vocab_size}")
+        vocabulary = f"{len(tokenizer)} tokens and the padding token {tokenizer.pad_token!r}"
+        raise ValueError(f"its tokenizer has {vocabulary}, but the model has {config.text_config.vocab_size} tokens")
     positions = config.text_config.max_position_embeddings
-    if config.model_type == "altclip":  # as RoBERTa, it counts positions from behind the padding's number
+    if config.model_type == "altclip":  # like RoBERTa, it numbers positions from `pad_token_id` + 1
         positions -= config.text_config.pad_token_id + 1
-    if fills_up(processor):  # the model attends to padding, so no caller may get a mask by default
+    if pads_to_max_length(processor):  # the model attends to padding, so tokenizers must not return a mask by default
         tokenizer.model_input_names = ["input_ids"]
-    own = getattr(processor, "text_kwargs", {}).get("max_length", positions)  # Siglip2Processor's, say
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions, own)
+    # Siglip2Processor, for instance, sets its own maximum length.
+    processor_max_length = getattr(processor, "text_kwargs", {}).get("max_length", positions)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions, processor_max_length)
 
 
-def _check_folder(source: str | Path, needed: str, fault: str) -> None:
-    """A path that looks local must be a folder with the needed file; anything else may be a Hub id."""
+def _check_model_folder(source: str | Path, required_file: str, fault: str) -> None:
+    """Check that a model and one of its files exist before transformers loads them, to give clear errors.
+
+    Args:
+        source: Folder or Hub id. A file of a Hub id must be in the cache, or the Hub must be reachable.
+        required_file: Name of the file.
+        fault: Predicate of the error message if the folder does not contain the file, such as "is not a model folder".
+
+    Raises:
+        ValueError: If the folder does not exist or lacks the file, its configuration is damaged, or the Hub can't be
+            reached.
+    """
     folder = Path(source)
     if not folder.is_dir():
         if not is_hub_id(str(source)):
-            raise coded(ValueError, "no_model", "The model folder {model} does not exist.", model=source)
-        return check_reachable(source, needed)
+            raise coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=source)
+        return check_reachable(source, required_file)
     if (folder / "config.json").is_file():
-        two_towers_config(folder)  # transformers' message about a wrong one would not name it
-    if not (folder / needed).is_file():
+        load_two_towers_config(folder)  # transformers' own error would not name the folder
+    if not (folder / required_file).is_file():
         text = "The folder {model} {fault} ({file} is missing)."
-        raise coded(ValueError, "not_a_model", text, model=source, fault=fault, file=needed)
+        raise coded_error(ValueError, "not_a_model", text, model=source, fault=fault, file=required_file)
 
 
-def two_towers_config(source: str | Path) -> PreTrainedConfig:
-    """The configuration of a folder or Hub id; ValueError where it is damaged, or of no model of two towers."""
+def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
+    """Load and validate the configuration of a two-tower model.
+
+    Args:
+        source: Folder or Hub id.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: If the configuration is missing or damaged, or the model is not a supported two-tower model.
+    """
     try:
-        if Path(source).is_dir():  # transformers' message would list all the kinds that it knows
+        if Path(source).is_dir():  # transformers' error about a missing `model_type` would list all types that it knows
             read_json(Path(source) / "config.json", model_type=str)
-        config = checked_config(str(source))
-        if fault := kind_fault(config.model_type):
+        config = load_config(str(source))
+        if fault := unsupported_reason(config.model_type):
             raise ValueError(fault)
         return config
-    except Exception as error:  # RecursionError among them
+    except Exception as error:  # damaged files make transformers raise many types, even RecursionError
         reason = " ".join(str(error).split())
-        text = "The config.json of {model} is of no model of two towers: {reason}"
-        raise coded(ValueError, "no_two_towers", text, model=source, reason=reason) from error
+        text = "The config.json of {model} does not describe a two-tower model: {reason}"
+        raise coded_error(ValueError, "no_two_towers", text, model=source, reason=reason) from error
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
-    """Hex digest of the tensors of a model whose name starts with one of `prefixes`."""
+    """Compute the BLAKE2b digest of a model's state dict (names, dtypes, shapes and values of its tensors).
+
+    Args:
+        model: The model.
+        prefixes: Prefixes of tensor names. Only tensors whose names start with one of them are included. Default: all.
+
+    Returns:
+        32 hexadecimal digits.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(prefixes):
@@ -250,26 +401,44 @@ def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) ->
     return digest.hexdigest()
 
 
-def card_metadata(card: Path) -> dict[str, Any]:
-    """The metadata of a model's or data set's card; empty where it has none, or none that can be read."""
-    try:
-        # Not `metadata_load`, which gives up a card for one byte of its text that is no UTF-8.
-        block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8-sig", errors="replace"))
-        found = yaml.safe_load(block[2]) if block else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: a date that can't be
-        return {}
-    return found if isinstance(found, dict) else {}
+def read_card_metadata(card: Path) -> dict[str, Any]:
+    """Read the YAML metadata block of a model card or dataset card.
 
+    Args:
+        card: Path of the card, a README.md.
 
-def write_origin_card(source: Path, folder: Path, made: str, repo_id: str | None = None) -> None:
-    """Write the README.md of a model that is `made`, a sentence, from that of the folder `source`, whose card states
-    the licence; none where nothing is known. The base is `repo_id` on the Hub, else the one that the card names.
+    Returns:
+        Values by field name. Empty if there is no card or no metadata block, or it can't be read.
     """
-    stated = card_metadata(source / "README.md")
-    known = {"base_model": repo_id or stated.get("base_model"), **{key: stated.get(key) for key in KEPT}}
-    texts = {key: value if isinstance(value, list) else [value] for key, value in known.items() if value}
-    known = {key: known[key] for key, found in texts.items() if all(isinstance(text, str) for text in found)}
-    if known:
-        known |= {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
-        title, metadata = html.escape(repo_id or source.resolve().name), yaml_dump(known, sort_keys=False)
-        (folder / "README.md").write_text(f"---\n{metadata}---\n\n# {title}\n\n{made}\n{CARD}\n", encoding="utf-8")
+    try:
+        # huggingface_hub's `metadata_load` would reject the whole card for a single byte that is not UTF-8.
+        block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8-sig", errors="replace"))
+        metadata = yaml.safe_load(block[2]) if block else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # PyYAML raises ValueError for impossible dates
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def write_origin_card(source: Path, folder: Path, description: str, repo_id: str | None = None) -> None:
+    """Write the model card of a converted or trimmed model, with the license and attribution of the original model.
+
+    No card is written if `repo_id` is None and the card of the original model has none of the needed metadata.
+
+    Args:
+        source: Folder of the original model, whose README.md is read.
+        folder: Folder of the new model, to which README.md is written.
+        description: Sentence for the card that says how the new model was made.
+        repo_id: Hub id of the original model, for the metadata field `base_model`. Default: the `base_model` in the
+            card of the original model.
+    """
+    source_metadata = read_card_metadata(source / "README.md")
+    metadata = {"base_model": repo_id or source_metadata.get("base_model")}
+    metadata |= {key: source_metadata.get(key) for key in INHERITED_CARD_FIELDS}
+    values = {key: value if isinstance(value, list) else [value] for key, value in metadata.items() if value}
+    metadata = {key: metadata[key] for key, items in values.items() if all(isinstance(item, str) for item in items)}
+    if metadata:
+        metadata |= {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
+        title, yaml_block = html.escape(repo_id or source.resolve().name), yaml_dump(metadata, sort_keys=False)
+        (folder / "README.md").write_text(
+            f"---\n{yaml_block}---\n\n# {title}\n\n{description}\n{ORIGIN_CARD_TEXT}\n", encoding="utf-8"
+        )

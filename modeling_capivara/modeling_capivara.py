@@ -1,6 +1,8 @@
-"""CAPIVARA: an image tower and a multilingual text tower that embed into one space, and the loss of their training.
+"""PyTorch models of CAPIVARA: a CLIP-like dual encoder with a multilingual text tower, and an image classifier.
 
-An image classifier out of it starts as the zero-shot classifier of its labels.
+`CapivaraModel` embeds texts and images into one space and computes the contrastive loss.
+`CapivaraForImageClassification` combines the image encoder of a `CapivaraModel` with a linear classification head. Its
+`from_zero_shot` initializes the head as the zero-shot classifier of given labels.
 """
 
 import copy
@@ -20,31 +22,50 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_capivara import CapivaraConfig
 
-TEXT_BATCH_SIZE = 64  # prompts that go through the text tower at once
-IMAGE_SIDE = ("vision_model.", "visual_projection.", "logit_scale")  # what both models have, under the same names
+TEXT_BATCH_SIZE = 64  # prompts per forward pass of the text tower, when class embeddings are computed
+# Prefixes of the parameters that `CapivaraModel` and `CapivaraForImageClassification` have in common.
+SHARED_PARAMETER_PREFIXES = ("vision_model.", "visual_projection.", "logit_scale")
 
 
 @dataclass
 class CapivaraOutput(ModelOutput):
-    """What `CapivaraModel` returns, in float32; the parts of a modality that was not given are None."""
+    """Output of `CapivaraModel`. A field is None if it needs texts or images that were not given.
 
-    loss: Tensor | None = None  # scalar in nats, when `return_loss` was set
-    logits_per_image: Tensor | None = None  # (images, texts), cosines times the scale
-    logits_per_text: Tensor | None = None  # (texts, images), its transpose
-    text_embeds: Tensor | None = None  # (texts, projection_dim), unit length
-    image_embeds: Tensor | None = None  # (images, projection_dim), unit length
-    # Of the towers, in their type; `pooler_output` is (texts or images, width) before the projection
+    Attributes:
+        loss: Contrastive loss in nats, a float32 scalar; only with `return_loss=True`.
+        logits_per_image: (images, texts), float32. Cosine similarities times exp(`logit_scale`), plus `logit_bias` if
+            the model has one.
+        logits_per_text: (texts, images), the transpose of `logits_per_image`.
+        text_embeds: (texts, projection_dim), float32, unit length.
+        image_embeds: (images, projection_dim), float32, unit length.
+        text_model_output: Output of the text tower in its own dtype. Its `pooler_output`, (texts, text width), is the
+            mean of the token states, before the projection.
+        vision_model_output: Output of the image tower in its own dtype. Its `pooler_output`, (images, image width), is
+            the pooled output of the tower, before the projection.
+        pooler_output: Same as `image_embeds` if only images were given, otherwise None. transformers' pipeline
+            "image-feature-extraction" reads this field.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
-    pooler_output: Tensor | None = None  # `image_embeds` of images alone, under the name that pipelines pool by
+    pooler_output: Tensor | None = None
 
     def to_tuple(self) -> tuple:
-        """As transformers' own CLIPOutput: the outputs of the towers become tuples, too."""
+        """Return the fields that are not None as a tuple, in their order. Outputs of the towers are nested tuples."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class CapivaraPreTrainedModel(PreTrainedModel):
-    """What both models have in common: `vision_model`, `visual_projection`, `logit_scale` and `image_tower_frozen`."""
+    """Base class of the CAPIVARA models, with the code that all models with an image encoder share.
+
+    It initializes weights, computes image features and freezes the image encoder. Subclasses must define the attributes
+    `vision_model` (image tower), `visual_projection`, `logit_scale` and `image_encoder_frozen` (bool).
+    """
 
     config_class = CapivaraConfig
     config: CapivaraConfig
@@ -62,113 +83,187 @@ class CapivaraPreTrainedModel(PreTrainedModel):
             if getattr(self, "logit_bias", None) is not None:
                 init.constant_(self.logit_bias, self.config.logit_bias_init_value)
 
-    def freeze_image_tower(self) -> None:
-        """Fix the image side for good: no gradient to its parameters, and evaluation mode also after `train()`.
+    def freeze_image_encoder(self) -> None:
+        """Freeze the image tower and its projection.
 
-        Gradients still flow through it to `pixel_values`.
+        The parameters of both get no gradient, and the image tower stays in evaluation mode even after `train()`.
+        Gradients still flow through both to `pixel_values`.
         """
-        self.image_tower_frozen = True
+        self.image_encoder_frozen = True
         self.vision_model.requires_grad_(False)
         self.visual_projection.requires_grad_(False)
         self.vision_model.eval()
 
     def train(self, mode: bool = True) -> "CapivaraPreTrainedModel":
-        """As in torch, but a frozen image tower stays in evaluation mode."""
+        """Set the model to training mode. An image tower that is frozen stays in evaluation mode.
+
+        Args:
+            mode: True for training mode, False for evaluation mode.
+
+        Returns:
+            The model itself.
+        """
         super().train(mode)
-        if self.image_tower_frozen:
-            self.vision_model.eval()  # batch norm statistics would move, dropout would be drawn
+        if self.image_encoder_frozen:
+            self.vision_model.eval()  # batch norm would update its statistics, and dropout would be applied
         return self
 
     @can_return_tuple
     def get_image_features(
         self, pixel_values: Tensor, truncate_dim: int | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
-        """Image tower and projection of `pixel_values`, (images, 3, height, width).
+        """Encode images with the image tower and its projection.
 
-        `truncate_dim` keeps the first so many numbers of each embedding; see `matryoshka_dims` of the configuration. Of
-        the tower's output `pooler_output` is (images, truncate_dim or projection_dim), projected, not normalised.
-        ValueError for no batch of images, or a `truncate_dim` below 1 or above `projection_dim`.
+        Args:
+            pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` returns them.
+            truncate_dim: Keep only this many leading dimensions of each embedding; see `matryoshka_dims` of
+                `CapivaraConfig`. Default: all.
+            **kwargs: Options of the image tower, such as `output_hidden_states` and `output_attentions`. With
+                `return_dict=False` a tuple is returned.
+
+        Returns:
+            The output of the image tower. Its `pooler_output` is replaced by the projected embedding, (images, width),
+            which is not normalized. The width is `truncate_dim` if given, otherwise `projection_dim`.
+
+        Raises:
+            ValueError: If `pixel_values` does not have four dimensions, or `truncate_dim` is not from 1 to
+                `projection_dim`.
         """
         check_truncate_dim(truncate_dim, self.config.projection_dim)
-        outputs = self._image_outputs(pixel_values, **kwargs)
+        outputs = self._run_image_tower(pixel_values, **kwargs)
         outputs.pooler_output = self.visual_projection(outputs.pooler_output)[:, :truncate_dim]
         return outputs
 
-    def _image_outputs(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def _run_image_tower(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Run the image tower without the projection.
+
+        Args:
+            pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` returns them.
+            **kwargs: Options of the image tower, such as `output_hidden_states`.
+
+        Returns:
+            The output of the image tower. Its `pooler_output`, (images, image width), is not projected.
+
+        Raises:
+            ValueError: If `pixel_values` does not have four dimensions, or the tower returns no `pooler_output`.
+        """
         if pixel_values.ndim != 4:
-            shape = f"{tuple(pixel_values.shape)}; `CapivaraImageProcessor` makes them so"
-            raise ValueError(f"`pixel_values` must be (images, 3, height, width), got shape {shape}.")
+            rule = "`pixel_values` must be (images, 3, height, width), as `CapivaraImageProcessor` returns them"
+            raise ValueError(f"{rule}, got shape {tuple(pixel_values.shape)}.")
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=_pooler_output(outputs, self.config.vision_config),
+            pooler_output=_get_pooler_output(outputs, self.config.vision_config),
             hidden_states=outputs.hidden_states,
             attentions=getattr(outputs, "attentions", None),
         )
 
 
 class CapivaraModel(CapivaraPreTrainedModel):
-    """Image tower and text tower of CAPIVARA (arXiv 2310.13683, section 3), embedding into one space.
+    """CAPIVARA model (arXiv 2310.13683, section 3): an image tower and a text tower with projections to a shared space.
 
-    Texts are the mean of the token states that the mask keeps, then a projection; images are the tower's pooled
-    output, then a projection. Equal to open_clip's `CustomTextCLIP` with a mean pooler.
+    A text embedding is the projection of the mean of the text's token states; padding is excluded from the mean. An
+    image embedding is the projection of the image tower's pooled output. The outputs equal those of open_clip's
+    `CustomTextCLIP` with a mean pooler.
+
+    Args:
+        config: Architecture of the model. The weights are random; use `from_pretrained` or `from_open_clip` to load
+            them.
+
+    Raises:
+        ValueError: If a tower of `config` does not take `pixel_values` (image tower) or `input_ids` (text tower), or
+            the image tower has no `pooler_output`.
+
+    Example:
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> from modeling_capivara import CapivaraModel, CapivaraProcessor
+        >>> model = CapivaraModel.from_pretrained(folder)  # or from_open_clip("hiaac-nlp/CAPIVARA")
+        >>> processor = CapivaraProcessor.from_pretrained(folder)
+        >>> image = Image.fromarray(np.zeros((48, 64, 3), np.uint8))
+        >>> inputs = processor(text=["uma foto de um gato", "uma casa"], images=image, return_tensors="pt")
+        >>> probabilities = model(**inputs).logits_per_image.softmax(dim=-1)
+        >>> probabilities.shape  # (images, texts)
+        torch.Size([1, 2])
     """
 
     input_modalities = ("image", "text")
 
     def __init__(self, config: CapivaraConfig):
         super().__init__(config)
-        dtype = torch.get_default_dtype()  # not the one a tower was saved in: the parts of one model agree
+        # The dtypes in the towers' own configurations are ignored, so that all parts of the model agree.
+        dtype = torch.get_default_dtype()
         self.vision_model = AutoModel.from_config(config.vision_config, dtype=dtype)
-        self.text_model = AutoModel.from_config(config.text_config, dtype=dtype, **_without_pooler(config.text_config))
+        self.text_model = AutoModel.from_config(config.text_config, dtype=dtype, **_pooler_kwargs(config.text_config))
         check_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
         check_main_input("text_config", self.text_model, "input_ids", "xlm-roberta")
-        self.visual_projection = nn.Linear(vision_width(config.vision_config), config.projection_dim, bias=False)
-        self.text_projection = _text_projection(config)
+        self.visual_projection = nn.Linear(infer_vision_width(config.vision_config), config.projection_dim, bias=False)
+        self.text_projection = _build_text_projection(config)
         self.logit_scale, bias = nn.Parameter(torch.tensor(config.logit_scale_init_value)), config.logit_bias_init_value
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
-        self.image_tower_frozen = False
+        self.image_encoder_frozen = False
         self.post_init()
 
     @classmethod
     def from_open_clip(cls, source: str, revision: str | None = None, **kwargs) -> "CapivaraModel":
-        """A model of open_clip, such as "hiaac-nlp/CAPIVARA"; open_clip itself is not needed.
+        """Load a model that is stored in open_clip's format. The package open_clip is not needed.
 
-        The first time it is fetched, converted, checked and kept in `$CAPIVARA_CACHE`, or ~/.cache/capivara; after that
-        neither the Hub nor the converter is asked. Its processor: `AutoProcessor.from_pretrained(model.name_or_path)`.
-        `source` is a Hub id, folder or checkpoint file. Without a revision (branch, tag, commit), what is in the cache
-        is taken, else the main branch.
+        The first call downloads the model, converts it, verifies the conversion and stores the converted model in the
+        cache `$CAPIVARA_CACHE` (default: ~/.cache/capivara). Later calls read the converted model from the cache. They
+        need no network unless `revision` is a branch or tag. Load the matching processor with
+        `AutoProcessor.from_pretrained(model.name_or_path)`.
+
+        Args:
+            source: Hub id such as "hiaac-nlp/CAPIVARA", folder of a model, or path of a checkpoint file.
+            revision: Branch, tag or commit on the Hub. Default: the converted model in the cache if there is one,
+                otherwise the main branch.
+            **kwargs: Options of `from_pretrained`, such as `dtype`.
+
+        Returns:
+            The model, in evaluation mode.
 
         Raises:
-            ValueError: there is no such model, it can't be converted, or the Hub can't be reached.
-            ImportError: this is a copy of the code that has travelled with a model, without the rest of the package.
+            ValueError: If there is no such model, it can't be converted, or the Hub can't be reached.
+            ImportError: If the package modeling-capivara is not installed. This happens if the class was loaded from a
+                model folder with `trust_remote_code=True`.
         """
-        from importlib import import_module  # cache and converter stay at home when this file travels with a model
+        # `save_pretrained` copies this file into model folders, together with all modules that an import statement in
+        # it names. The modules of the cache and of the converter must not be copied, so `import_module` imports them.
+        from importlib import import_module
 
         try:
             hub_cache = import_module("capivara_common.hub_cache")
             converter = import_module("modeling_capivara.convert_open_clip")
         except ImportError as error:
             raise ImportError("from_open_clip needs the package modeling-capivara: install it.") from error
-        folder = hub_cache.model_folder(source, converter.convert_into, revision)
-        if (kind := CapivaraConfig.get_config_dict(folder)[0].get("model_type")) != "capivara":
-            raise ValueError(f"{folder} is of no CAPIVARA model: model_type is {kind!r}, not 'capivara'.")
+        folder = hub_cache.resolve_model_folder(source, converter.convert_to_folder, revision)
+        model_type = CapivaraConfig.get_config_dict(folder)[0].get("model_type")
+        if model_type != "capivara":
+            raise ValueError(f"The model in {folder} is not a CAPIVARA model: its model_type is {model_type!r}.")
         return cls.from_pretrained(folder, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As in transformers; the folder also names the classes for image classification, zero-shot and fine-tuned."""
-        # transformers writes the key of one Auto class alone, and the files that this one imports.
+        """Save the model so that `AutoModel` and the Auto classes for image classification can load it.
+
+        `AutoModelForZeroShotImageClassification` and `AutoModelForImageClassification` are added to `auto_map` in
+        config.json.
+
+        Args:
+            save_directory: Folder to write to; it is created if necessary.
+            **kwargs: Options of transformers' `PreTrainedModel.save_pretrained`.
+        """
+        # transformers itself writes only one Auto class, `AutoModel`, to `auto_map`.
         names = {"ZeroShotImage": "CapivaraModel", "Image": "CapivaraForImageClassification"}
         auto_map = {f"AutoModelFor{task}Classification": f"modeling_capivara.{name}" for task, name in names.items()}
         self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
         super().save_pretrained(save_directory, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The word embeddings of the text tower."""
+        """Return the token embedding layer of the text tower."""
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the word embeddings of the text tower."""
+        """Replace the token embedding layer of the text tower by `value`."""
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
@@ -184,30 +279,36 @@ class CapivaraModel(CapivaraPreTrainedModel):
     ) -> tuple | BaseModelOutputWithPooling:
         """Encode texts with the text tower and its projection.
 
+        The first three parameters are `input_ids`, `attention_mask` and `position_ids`, in the order that transformers'
+        `CLIPModel.get_text_features` uses. Pass all others by keyword.
+
         Args:
-            input_ids: (texts, tokens). Give either these or `inputs_embeds`.
-            attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: padding tokens of `input_ids` are
-                masked; no row of `inputs_embeds` is, because an embedding does not say whether it is padding.
-            position_ids: (texts, tokens), positions of the tokens. Default: those that the text tower counts.
-            token_type_ids: accepted because BERT's tokenizers return them, and ignored: a single text has one type.
-            inputs_embeds: (texts, tokens, text width), word embeddings instead of `input_ids`.
-            truncate_dim: keep this many leading dimensions of each embedding, see `matryoshka_dims` of the
-                configuration. Default: all.
+            input_ids: (texts, tokens). Give either `input_ids` or `inputs_embeds`.
+            attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: padding tokens in `input_ids` are
+                masked. With `inputs_embeds` the default masks nothing, because an embedding does not show whether its
+                token is padding.
+            position_ids: (texts, tokens), positions of the tokens. Default: the text tower counts them.
+            token_type_ids: Ignored. Accepted because BERT's tokenizers return them; a single text has only one type.
+            inputs_embeds: (texts, tokens, text width), token embeddings instead of `input_ids`.
+            truncate_dim: Keep only this many leading dimensions of each embedding; see `matryoshka_dims` of
+                `CapivaraConfig`. Default: all.
+            **kwargs: Options of the text tower, such as `output_hidden_states` and `output_attentions`. With
+                `return_dict=False` a tuple is returned.
 
         Returns:
-            The output of the text tower, with the projected embeddings as `pooler_output`, (texts, truncate_dim or
-            projection_dim), not normalized.
+            The output of the text tower. Its `pooler_output` is the projected embedding, (texts, width), which is not
+            normalized. The width is `truncate_dim` if given, otherwise `projection_dim`.
 
         Raises:
-            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, the mask keeps no token of a
-                text, or a shape or `truncate_dim` is wrong.
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, the attention mask of a text is
+                all 0 (checked on the CPU only), a shape is wrong, or `truncate_dim` is not from 1 to `projection_dim`.
         """
         check_truncate_dim(truncate_dim, self.config.projection_dim)
-        outputs = self._text_outputs(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        outputs = self._run_text_tower(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)[:, :truncate_dim]
         return outputs
 
-    def _text_outputs(
+    def _run_text_tower(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
@@ -215,18 +316,36 @@ class CapivaraModel(CapivaraPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """Encode texts with the text tower alone; `pooler_output` is the mean of its states, before the projection."""
+        """Run the text tower and average its token states, without the projection.
+
+        Args:
+            input_ids: (texts, tokens), or None if `inputs_embeds` is given.
+            attention_mask: (texts, tokens), 1 for a token and 0 for padding. None masks the padding tokens of
+                `input_ids`, or nothing with `inputs_embeds`.
+            position_ids: (texts, tokens), positions of the tokens. None lets the text tower count them.
+            inputs_embeds: (texts, tokens, text width), token embeddings instead of `input_ids`.
+            **kwargs: Options of the text tower, such as `output_hidden_states`.
+
+        Returns:
+            The output of the text tower. Its `pooler_output`, (texts, text width), is the mean of the token states
+            that are not masked.
+
+        Raises:
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, the attention mask of a text is
+                all 0 (checked on the CPU only), or a shape is wrong.
+        """
         _check_tokens(input_ids, inputs_embeds)
         if inputs_embeds is not None:
             tokens, kwargs["inputs_embeds"] = inputs_embeds[..., 0], inputs_embeds
-            kept = torch.ones_like(tokens, dtype=torch.long)
+            default_mask = torch.ones_like(tokens, dtype=torch.long)
         else:
             tokens, kwargs["input_ids"] = input_ids, input_ids
             pad = self.config.text_config.pad_token_id
-            kept = (input_ids != (-1 if pad is None else pad)).long()  # -1 is no token: some towers have no padding
-        attention_mask = kept if attention_mask is None else attention_mask
-        _check_mask(attention_mask, tokens)
-        if position_ids is not None:  # otherwise not passed on: not every text tower accepts it
+            # Some towers have no padding token. Comparing with -1 then masks nothing, because no token has this id.
+            default_mask = (input_ids != (-1 if pad is None else pad)).long()
+        attention_mask = default_mask if attention_mask is None else attention_mask
+        _check_attention_mask(attention_mask, tokens)
+        if position_ids is not None:  # None is not passed on, because not every text tower accepts the argument
             kwargs["position_ids"] = position_ids
         outputs = self.text_model(attention_mask=attention_mask, return_dict=True, **kwargs)
         pooled = mean_pooling(outputs.last_hidden_state, attention_mask)  # (texts, text width), float32
@@ -248,21 +367,28 @@ class CapivaraModel(CapivaraPreTrainedModel):
         token_type_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CapivaraOutput:
-        """Embed texts, images or both; with both, compare every text with every image.
+        """Embed texts, images or both. If both are given, also compute the similarity of every text to every image.
 
-        The order of the parameters is that of transformers' `CLIPModel`.
+        The positional order is the same as in transformers' `CLIPModel.forward`.
 
         Args:
-            input_ids: (texts, tokens), or None for images alone.
-            pixel_values: (images, 3, height, width), or None for texts alone.
+            input_ids: (texts, tokens), or None to embed only images.
+            pixel_values: (images, 3, height, width), or None to embed only texts.
             attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: padding tokens are masked.
-            position_ids: (texts, tokens), positions of the tokens. Default: those that the text tower counts.
-            return_loss: also compute the contrastive loss, where text i belongs to image i.
-            token_type_ids: accepted because BERT's tokenizers return them, and ignored: a single text has one type.
+            position_ids: (texts, tokens), positions of the tokens. Default: the text tower counts them.
+            return_loss: Whether to compute the contrastive loss. Text i must belong to image i.
+            token_type_ids: Ignored. Accepted because BERT's tokenizers return them; a single text has only one type.
+            **kwargs: Options of both towers, such as `output_hidden_states` and `output_attentions`. With
+                `return_dict=False` a tuple is returned.
+
+        Returns:
+            The normalized embeddings of the given texts and images, the logits if both are given, the loss if
+            requested, and the outputs of the towers; see `CapivaraOutput`.
 
         Raises:
-            ValueError: If neither modality is given, or if the loss is requested with a single modality or with unequal
-                numbers of texts and images.
+            ValueError: If neither texts nor images are given, the loss is requested without both or with unequal
+                numbers of texts and images, a shape is wrong, or the attention mask of a text is all 0 (checked on the
+                CPU only).
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("Give `input_ids`, `pixel_values` or both; got neither.")
@@ -270,11 +396,11 @@ class CapivaraModel(CapivaraPreTrainedModel):
             raise ValueError("`return_loss=True` needs both `input_ids` and `pixel_values`.")
         text_embeds = image_embeds = logits_per_text = text_outputs = image_outputs = None
         if input_ids is not None:
-            text_outputs = self._text_outputs(input_ids, attention_mask, position_ids, **kwargs)
-            text_embeds = unit_length(self.text_projection(text_outputs.pooler_output))
+            text_outputs = self._run_text_tower(input_ids, attention_mask, position_ids, **kwargs)
+            text_embeds = l2_normalize(self.text_projection(text_outputs.pooler_output))
         if pixel_values is not None:
-            image_outputs = self._image_outputs(pixel_values, **kwargs)
-            image_embeds = unit_length(self.visual_projection(image_outputs.pooler_output))
+            image_outputs = self._run_image_tower(pixel_values, **kwargs)
+            image_embeds = l2_normalize(self.visual_projection(image_outputs.pooler_output))
         if text_embeds is not None and image_embeds is not None:
             logits_per_text = similarity_logits(text_embeds, image_embeds, self.logit_scale, self.logit_bias)
         loss = None
@@ -293,20 +419,42 @@ class CapivaraModel(CapivaraPreTrainedModel):
 
 
 class CapivaraForImageClassification(CapivaraPreTrainedModel):
-    """Image tower and projection of CAPIVARA with a linear head, to be fine-tuned on labelled images.
+    """CAPIVARA's image encoder with a linear classification head, for fine-tuning on labeled images.
 
-    Logits are the head's, on unit-length image embeddings times exp(`logit_scale`): with class embeddings as rows, as
-    `from_zero_shot` starts, the zero-shot classifier (CLIP, arXiv 2103.00020, section 3.1.2). Folded into the rows, the
-    scale would make them up to a hundred times longer, and Adam's steps would hardly turn them.
+    The head is applied to unit-length image embeddings times exp(`logit_scale`). `from_zero_shot` initializes the rows
+    of the head's weight matrix with the text embeddings of the classes, so that the model starts as the zero-shot
+    classifier (CLIP, arXiv 2103.00020, section 3.1.2). The rows are not multiplied by the scale: they would be up to a
+    hundred times longer, and Adam's steps would hardly change their direction.
 
-    A folder of `CapivaraModel` loads too: its text side is left out, and the head is new.
+    `from_pretrained` also accepts the folder of a `CapivaraModel`. It then ignores the text encoder and creates a head
+    with random weights.
+
+    Args:
+        config: Architecture of the model; `num_labels` is the number of classes.
+
+    Raises:
+        ValueError: If the image tower of `config` does not take `pixel_values` or has no `pooler_output`.
+
+    Example:
+        >>> import torch
+        >>> from modeling_capivara import CapivaraForImageClassification, CapivaraModel, CapivaraProcessor
+        >>> model, processor = CapivaraModel.from_pretrained(folder), CapivaraProcessor.from_pretrained(folder)
+        >>> classifier = CapivaraForImageClassification.from_zero_shot(
+        ...     model, processor, labels=["gato", "cachorro", "capivara"], templates=["uma foto de {}."]
+        ... )
+        >>> classifier.config.id2label
+        {0: 'gato', 1: 'cachorro', 2: 'capivara'}
+        >>> size = classifier.config.vision_config.image_size
+        >>> classifier(pixel_values=torch.zeros(2, 3, size, size)).logits.shape  # (images, labels)
+        torch.Size([2, 3])
     """
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    accepts_loss_kwargs = False  # the loss is a mean over the batch; `Trainer` averages it over accumulated ones
+    # The loss is a mean over the batch, so transformers' `Trainer` must average it over accumulation steps itself.
+    accepts_loss_kwargs = False
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\."]
-    # Cosines of similar classes would be equal in bfloat16, which has 8 bits of precision.
+    # In bfloat16, with 8 bits of precision, the logits of similar classes would be equal.
     _keep_in_fp32_modules_strict = ["classifier"]
 
     def __init__(self, config: CapivaraConfig):
@@ -314,12 +462,13 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         self.num_labels = config.num_labels
         self.vision_model = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
         check_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
-        self.visual_projection = nn.Linear(vision_width(config.vision_config), config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(infer_vision_width(config.vision_config), config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
-        # Also `from_config(config, dtype=torch.bfloat16)` builds the head in float32: it knows of no exceptions.
+        # `from_config(config, dtype=torch.bfloat16)` ignores `_keep_in_fp32_modules_strict`, so the head is created
+        # explicitly in float32, or in float64 if that is the default dtype.
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.classifier = nn.Linear(config.projection_dim, config.num_labels, dtype=dtype)
-        self.image_tower_frozen = False
+        self.image_encoder_frozen = False
         self.post_init()
 
     @classmethod
@@ -331,48 +480,86 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         labels: Sequence[str] | Mapping[str, str | Sequence[str]],
         templates: Sequence[str],
     ) -> "CapivaraForImageClassification":
-        """A classifier whose softmax equals the zero-shot probabilities of `model`, a `CapivaraModel`.
+        """Build a classifier whose softmax equals the zero-shot probabilities of a `CapivaraModel`.
 
-        A class is the normalised mean of the normalised embeddings of its filled templates (CLIP, section 3.1.4). It
-        shares no weight with the model, and is in evaluation mode, on its device, in its type, nothing frozen.
+        The prompts of a class are all templates, each filled with the class name. The embedding of a class is the
+        normalized mean of the normalized embeddings of its prompts (prompt ensembling; CLIP, arXiv 2103.00020, section
+        3.1.4).
 
-        `labels` are names of the classes, in the order of the logits; or name -> what stands for it in the templates,
-        one text or several: `{"0": ["o número 0", "o algarismo zero"]}`. `templates` are texts in which `{}` is where a
-        label goes, such as "uma foto de {}."; `["{}"]` for whole texts. ValueError for fewer than two labels, an empty
-        one or the same twice; no template, or one without `{}`.
+        Args:
+            model: A `CapivaraModel`. It is not changed, and the classifier shares no weights with it.
+            processor: The model's `CapivaraProcessor`.
+            labels: Names of at least two classes, in the order of the logits. Or a dictionary from each class name to
+                the text or list of texts that are inserted into the templates instead of the name:
+                `{"0": ["o número 0", "o algarismo zero"], ...}`.
+            templates: Texts in which `{}` is replaced by the class name, such as "uma foto de {}.". Use `["{}"]` if the
+                texts in `labels` are complete sentences.
+
+        Returns:
+            The classifier in evaluation mode, on the device of `model`. The image encoder has the dtype of `model`, the
+            head is in float32. No parameter is frozen.
+
+        Raises:
+            ValueError: If there are fewer than two labels, a label is blank or repeated, there is no template, or a
+                template has no `{}`.
         """
-        prompts = _filled_prompts(labels, templates)
+        prompts = _fill_templates(labels, templates)
         config = copy.deepcopy(model.config)
         config.id2label = dict(enumerate(prompts))
         config.label2id = {label: number for number, label in enumerate(prompts)}
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(IMAGE_SIDE)}
-        state["classifier.weight"] = _class_embeddings(model, processor, list(prompts.values()))
+        state = {
+            name: tensor.clone()
+            for name, tensor in model.state_dict().items()
+            if name.startswith(SHARED_PARAMETER_PREFIXES)
+        }
+        state["classifier.weight"] = _embed_classes(model, processor, list(prompts.values()))
         state["classifier.bias"] = torch.zeros(len(prompts))
         return cls.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).to(model.device)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As in transformers; the folder names this class alone, not `CapivaraModel`, whose text tower it lacks."""
+        """Save the classifier. The saved folder can't be loaded as a `CapivaraModel`, because it has no text encoder.
+
+        `auto_map` in config.json therefore does not name `CapivaraModel`.
+
+        Args:
+            save_directory: Folder to write to; it is created if necessary.
+            **kwargs: Options of transformers' `PreTrainedModel.save_pretrained`.
+        """
         auto_map = getattr(self.config, "auto_map", None) or {}
-        self.config.auto_map = {name: where for name, where in auto_map.items() if not where.endswith(".CapivaraModel")}
+        self.config.auto_map = {
+            auto_class: reference
+            for auto_class, reference in auto_map.items()
+            if not reference.endswith(".CapivaraModel")
+        }
         super().save_pretrained(save_directory, **kwargs)
-        self.config.auto_map = auto_map  # a `CapivaraModel` of the same configuration must not name this class
+        self.config.auto_map = auto_map  # the configuration object may be shared with a `CapivaraModel`
 
     def get_input_embeddings(self) -> nn.Module:
-        """The patch embedding of the image tower."""
+        """Return the patch embedding layer of the image tower."""
         return self.vision_model.get_input_embeddings()
 
     @can_return_tuple
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | ImageClassifierOutput:
-        """Logits of every label, (images, num_labels), float32, and the loss in nats where `labels` are given.
+        """Classify images.
 
-        These are (images,), whole numbers, for cross-entropy; (images, num_labels), 0.0 or 1.0, for binary
-        cross-entropy: `config.problem_type` chooses where it is set, else their type, once for all. ValueError where
-        their shape does not fit, or `pixel_values` is no batch of images, (images, 3, height, width).
+        Args:
+            pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` returns them.
+            labels: (images,), integer class indices, for cross-entropy. Or (images, num_labels), floats 0.0 or 1.0, for
+                binary cross-entropy with several labels per image. `config.problem_type` selects the loss. If it is
+                None, the first call with `labels` sets it according to their dtype.
+            **kwargs: Options of the image tower, such as `output_hidden_states` and `output_attentions`. With
+                `return_dict=False` a tuple is returned.
+
+        Returns:
+            An output with `logits`, (images, num_labels), float32, and `loss` in nats (None without `labels`).
+
+        Raises:
+            ValueError: If `pixel_values` does not have four dimensions, or the shape of `labels` does not fit.
         """
         outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
-        image_embeds = unit_length(outputs.pooler_output)  # (images, projection_dim), float32
+        image_embeds = l2_normalize(outputs.pooler_output)  # float32
         with torch.autocast(image_embeds.device.type, enabled=False):
             scaled = self.logit_scale.float().exp() * image_embeds
             logits = self.classifier(scaled.to(self.classifier.weight.dtype)).float()
@@ -387,10 +574,16 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
 def similarity_logits(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
 ) -> Tensor:
-    """(texts, images), scaled cosines, in float32 also under autocast.
+    """Compute the logits of all pairs of a text and an image: scaled cosine similarities, in float32 even in autocast.
 
-    Of unit-length embeddings (texts, projection_dim) and (images, projection_dim), the natural logarithm of the scale,
-    and SigLIP's bias, scalars.
+    Args:
+        text_embeds: (texts, projection_dim), unit length.
+        image_embeds: (images, projection_dim), unit length.
+        logit_scale: Scalar, natural logarithm of the factor that multiplies the cosines.
+        logit_bias: Scalar, added to the scaled cosines (SigLIP). Default: no bias.
+
+    Returns:
+        Logits, (texts, images), float32.
     """
     with torch.autocast(text_embeds.device.type, enabled=False):
         logits = logit_scale.float().exp() * text_embeds.float() @ image_embeds.float().T
@@ -400,21 +593,23 @@ def similarity_logits(
 def clip_loss(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
 ) -> Tensor:
-    """Mean of the two cross-entropies over the whole batch: text to image and image to text; with a bias SigLIP's loss.
+    """Compute the contrastive loss of a batch of text-image pairs.
 
-    Source: CLIP (arXiv 2103.00020), section 2.3, figure 3; SigLIP (arXiv 2303.15343), algorithm 1.
+    Without `logit_bias` this is CLIP's loss (arXiv 2103.00020, section 2.3, figure 3): the mean of two cross-entropies,
+    one for choosing the right image for each text and one for choosing the right text for each image. With `logit_bias`
+    it is SigLIP's sigmoid loss (arXiv 2303.15343, algorithm 1).
 
     Args:
         text_embeds: (pairs, projection_dim), unit length.
-        image_embeds: (pairs, projection_dim), unit length; row i belongs to row i of the texts.
-        logit_scale: scalar, natural logarithm of the scale.
-        logit_bias: scalar, SigLIP's bias. Default: CLIP's loss.
+        image_embeds: (pairs, projection_dim), unit length. Row i belongs to row i of `text_embeds`.
+        logit_scale: Scalar, natural logarithm of the factor that multiplies the cosines.
+        logit_bias: Scalar, SigLIP's bias. Default: None, for CLIP's loss.
 
     Returns:
-        The loss in nats, a scalar in float32. CLIP's loss of a single pair is 0: it has no wrong answer.
+        The loss in nats, a float32 scalar. CLIP's loss of a single pair is 0, because there is no wrong pair.
 
     Raises:
-        ValueError: If the numbers of texts and images differ, or there is no pair.
+        ValueError: If the numbers of texts and images differ, or both are 0.
     """
     if len(text_embeds) != len(image_embeds):
         raise ValueError(f"The loss needs as many texts as images, got {len(text_embeds)} and {len(image_embeds)}.")
@@ -429,26 +624,37 @@ def clip_loss(
 
 
 def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
-    """(texts, width), the mean of token states (texts, tokens, width) that the mask (texts, tokens) keeps, float32."""
+    """Average the token states of each text, without those of padding.
+
+    Args:
+        last_hidden_state: Token states, (texts, tokens, width), output of the text tower.
+        attention_mask: (texts, tokens), 1 for a token and 0 for padding.
+
+    Returns:
+        Mean token state of each text, (texts, width), float32. If the mask of a text is all 0, its row is NaN.
+    """
     mask = attention_mask.unsqueeze(-1).float()  # (texts, tokens, 1)
     return (last_hidden_state.float() * mask).sum(dim=1) / mask.sum(dim=1)
 
 
 def _check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
     if (input_ids is None) == (inputs_embeds is None):
-        found = "neither" if input_ids is None else "both"
-        raise ValueError(f"Give either `input_ids` or `inputs_embeds`, got {found}.")
+        problem = "neither" if input_ids is None else "both"
+        raise ValueError(f"Give either `input_ids` or `inputs_embeds`, got {problem}.")
     if input_ids is not None and input_ids.ndim != 2:
         raise ValueError(f"`input_ids` must be (texts, tokens), got shape {tuple(input_ids.shape)}.")
     if inputs_embeds is not None and inputs_embeds.ndim != 3:
         raise ValueError(f"`inputs_embeds` must be (texts, tokens, width), got shape {tuple(inputs_embeds.shape)}.")
 
 
-def _check_mask(attention_mask: Tensor, tokens: Tensor) -> None:
+def _check_attention_mask(attention_mask: Tensor, tokens: Tensor) -> None:
     if attention_mask.shape != tokens.shape:
         shapes = f"{tuple(tokens.shape)}, got {tuple(attention_mask.shape)}"
-        raise ValueError(f"`attention_mask` must have the shape of the tokens, {shapes}; pass both as given.")
-    # Values are checked on the CPU alone: a GPU would be waited for. There, a text of padding alone embeds as NaN.
+        raise ValueError(
+            f"`attention_mask` must have the shape of the tokens, {shapes}. Pass both as the processor returns them."
+        )
+    # Reading values from a GPU would force a synchronization, so the values are checked on the CPU only. On a GPU, the
+    # embedding of a text that consists only of padding is NaN.
     if attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if empty := (attention_mask.sum(dim=1) == 0).nonzero().flatten().tolist():
@@ -456,76 +662,136 @@ def _check_mask(attention_mask: Tensor, tokens: Tensor) -> None:
         raise ValueError(f"Every text needs at least one token that the attention mask keeps; {rows}.")
 
 
-def _without_pooler(text_config: PreTrainedConfig) -> dict[str, bool]:
-    """Arguments that build a text encoder without the pooler that mean pooling leaves unused."""
-    model_class = MODEL_MAPPING.get(type(text_config), object)  # AutoModel says so when it does not know the kind
+def _pooler_kwargs(text_config: PreTrainedConfig) -> dict[str, bool]:
+    """Return keyword arguments for `AutoModel.from_config` that build the text tower without its own pooling layer.
+
+    Mean pooling does not use this layer. The dictionary is empty if the model type has no such option.
+    """
+    model_class = MODEL_MAPPING.get(type(text_config), object)  # for unknown types, AutoModel raises a clear error
     has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return {"add_pooling_layer": False} if has_pooler else {}
 
 
-def _text_projection(config: CapivaraConfig) -> nn.Module:
+def _build_text_projection(config: CapivaraConfig) -> nn.Module:
     width = config.text_config.hidden_size
     if config.text_projection_type == "linear":
         return nn.Linear(width, config.projection_dim, bias=False)
-    hidden = (width + config.projection_dim) // 2  # open_clip's rule: 640 for 768 -> 512
+    hidden = (width + config.projection_dim) // 2  # as in open_clip; 640 for a projection from 768 to 512
     first, last = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, config.projection_dim, bias=False)
     return nn.Sequential(first, nn.GELU(), last)
 
 
-def _class_embeddings(model: PreTrainedModel, processor: ProcessorMixin, prompts: list[list[str]]) -> Tensor:
-    """(classes, projection_dim), unit length, float32: the mean of each class's embedded prompts."""
-    texts, was_training = [text for filled in prompts for text in filled], model.training
-    model.eval()  # dropout would blur the classes
+def _embed_classes(model: PreTrainedModel, processor: ProcessorMixin, prompts: list[list[str]]) -> Tensor:
+    """Compute the embedding of each class: the normalized mean of the embeddings of its prompts.
+
+    Args:
+        model: A `CapivaraModel`.
+        processor: The model's processor.
+        prompts: Prompts of each class.
+
+    Returns:
+        (classes, projection_dim), unit length, float32.
+    """
+    texts, was_training = [text for class_prompts in prompts for text in class_prompts], model.training
+    model.eval()  # dropout would add noise to the class embeddings
     try:
-        parts = [texts[start : start + TEXT_BATCH_SIZE] for start in range(0, len(texts), TEXT_BATCH_SIZE)]
-        inputs = (processor(text=part, return_tensors="pt").to(model.device) for part in parts)
-        embeds = torch.cat([model(**part).text_embeds for part in inputs])
+        batches = [texts[start : start + TEXT_BATCH_SIZE] for start in range(0, len(texts), TEXT_BATCH_SIZE)]
+        inputs = (processor(text=batch, return_tensors="pt").to(model.device) for batch in batches)
+        embeds = torch.cat([model(**batch).text_embeds for batch in inputs])
     finally:
         model.train(was_training)
-    return unit_length(torch.stack([part.mean(dim=0) for part in embeds.split([len(filled) for filled in prompts])]))
+    embeds_by_class = embeds.split([len(class_prompts) for class_prompts in prompts])
+    return l2_normalize(torch.stack([class_embeds.mean(dim=0) for class_embeds in embeds_by_class]))
 
 
-def _filled_prompts(
+def _fill_templates(
     labels: Sequence[str] | Mapping[str, str | Sequence[str]], templates: Sequence[str]
 ) -> dict[str, list[str]]:
-    """Label -> its filled templates, in the order of the labels."""
+    """Return the prompts of each class: every template, filled with the class name or with the texts of the class.
+
+    Args:
+        labels: Class names, or a dictionary from each class name to the text or texts that replace it in the templates.
+        templates: Texts in which `{}` is replaced.
+
+    Returns:
+        Prompts by class name, in the order of `labels`.
+
+    Raises:
+        ValueError: If there are fewer than two labels, a label is blank or repeated, there is no template, or a
+            template has no `{}`.
+    """
     if isinstance(labels, str) or len(labels) < 2:
-        raise ValueError(f"`labels` must be a list of at least 2, got {labels!r}.")
+        raise ValueError(f"`labels` must be a list of at least 2 names, got {labels!r}.")
     if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
-        raise ValueError(f"`templates` must be a list of texts with {{}} where the label goes, got {templates!r}.")
+        raise ValueError(f"`templates` must be a list of texts with {{}} in place of the label, got {templates!r}.")
     prompts = {}
     for name in labels:
         texts = labels[name] if isinstance(labels, Mapping) else name
         texts = list(texts) if isinstance(texts, list | tuple) else [texts]
         if name in prompts:
-            raise ValueError(f"`labels` must differ, got {[name]} repeatedly.")
+            raise ValueError(f"`labels` must be unique, got {name!r} more than once.")
         if not texts or not all(isinstance(text, str) and text.strip() for text in [name, *texts]):
-            raise ValueError(f"`labels` must be texts that are not blank, at least one each, got {texts} for {name!r}.")
+            raise ValueError(
+                f"Each of `labels` needs at least one text, and none may be blank; got {texts} for {name!r}."
+            )
         prompts[name] = [template.replace("{}", text) for text in texts for template in templates]
     return prompts
 
 
-def unit_length(features: Tensor) -> Tensor:
-    """`features` (rows, width) scaled to Euclidean length 1 a row, in float32, or in float64 where they are."""
+def l2_normalize(features: Tensor) -> Tensor:
+    """Scale each row of `features`, (rows, width), to Euclidean length 1.
+
+    The result is float64 if `features` are float64, otherwise float32.
+    """
     return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") -> None:
-    """Raise ValueError, about the argument `name`, unless `dim` is None, for all, or from 1 to `width`."""
+    """Check that an embedding can be truncated to its first `dim` dimensions.
+
+    Args:
+        dim: Number of leading dimensions to keep. None keeps all dimensions and is always valid.
+        width: Number of dimensions of a full embedding.
+        name: Name of the argument, for the error message.
+
+    Raises:
+        ValueError: If `dim` is not from 1 to `width`.
+    """
     if dim is not None and not 1 <= dim <= width:
         raise ValueError(f"{name} must be from 1 to the embedding's width, {width}, got {dim}.")
 
 
-def check_main_input(name: str, tower: PreTrainedModel, wanted: str, example: str) -> None:
-    """Raise ValueError where the configuration `name` is of a tower that does not take `wanted`."""
-    if (found := tower.main_input_name) != wanted:
-        kind = f"{tower.config.model_type!r}, which takes `{found}`; use a model type such as {example!r}"
-        raise ValueError(f"{name} must be a tower that takes `{wanted}`, got {kind}.")
+def check_main_input(name: str, tower: PreTrainedModel, expected: str, example: str) -> None:
+    """Check that a tower takes the expected input: pixels for an image tower, token ids for a text tower.
+
+    Args:
+        name: Field of the configuration, for the error message: "vision_config" or "text_config".
+        tower: The image or text tower.
+        expected: Name of the main input that the tower must take: "pixel_values" or "input_ids".
+        example: Model type that takes the expected input, suggested in the error message.
+
+    Raises:
+        ValueError: If the main input of the tower has another name.
+    """
+    main_input = tower.main_input_name
+    if main_input != expected:
+        problem = f"{tower.config.model_type!r}, which takes `{main_input}`. Use a model type such as {example!r}"
+        raise ValueError(f"{name} must be a tower that takes `{expected}`, got {problem}.")
 
 
 @torch.no_grad()
-def vision_width(config: PreTrainedConfig) -> int:
-    """Width of the image tower's `pooler_output`: as stated, else (of convolutions) tried on one without weights."""
+def infer_vision_width(config: PreTrainedConfig) -> int:
+    """Return the width of the image tower's `pooler_output`.
+
+    The width is `hidden_size` if the configuration has this field. Configurations of convolutional towers do not have
+    it. For such a tower, a model on the device "meta", which allocates no memory, is run to get the output's shape.
+
+    Args:
+        config: Configuration of the image tower.
+
+    Raises:
+        ValueError: If the tower returns no `pooler_output`.
+    """
     if getattr(config, "hidden_size", None):
         return config.hidden_size
     size = getattr(config, "image_size", None) or 224
@@ -533,13 +799,21 @@ def vision_width(config: PreTrainedConfig) -> int:
     with torch.device("meta"):
         tower = AutoModel.from_config(config).eval()
         pixels = torch.empty(1, getattr(config, "num_channels", None) or 3, height, width)
-        return _pooler_output(tower(pixel_values=pixels, return_dict=True), config).shape[1]
+        return _get_pooler_output(tower(pixel_values=pixels, return_dict=True), config).shape[1]
 
 
-def _pooler_output(outputs: ModelOutput, config: PreTrainedConfig) -> Tensor:
-    """(images, width), the image tower's pooled output."""
+def _get_pooler_output(outputs: ModelOutput, config: PreTrainedConfig) -> Tensor:
+    """Return the image tower's pooled output as (images, width).
+
+    Args:
+        outputs: Output of the image tower.
+        config: Configuration of the image tower, for the error message.
+
+    Raises:
+        ValueError: If the tower returns no `pooler_output`.
+    """
     pooled = getattr(outputs, "pooler_output", None)
     if pooled is None:
-        other = "use one that does, such as 'clip_vision_model', 'vit' or 'timm_wrapper'"
-        raise ValueError(f"The image tower {config.model_type!r} gives no `pooler_output` to be projected; {other}.")
-    return pooled.flatten(1)  # some convolutional towers keep (images, width, 1, 1)
+        hint = "Use a tower that does, such as 'clip_vision_model', 'vit' or 'timm_wrapper'"
+        raise ValueError(f"The image tower {config.model_type!r} returns no `pooler_output` to project. {hint}.")
+    return pooled.flatten(1)  # some convolutional towers return (images, width, 1, 1)

@@ -1,26 +1,24 @@
-"""Texts and images to model inputs."""
+"""Processor that prepares texts and images for a CAPIVARA model."""
 
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from .text_repair_capivara import CONTEXT_LENGTH, checked_texts, repair_text
+from .text_cleaning_capivara import CONTEXT_LENGTH, check_texts, clean_text
 from .tokenization_capivara import CapivaraTokenizer
 
-__all__ = ["CONTEXT_LENGTH", "CapivaraProcessor", "repair_text"]
-TEXT_DEFAULTS = {"padding": True, "truncation": True, "max_length": CONTEXT_LENGTH}
+__all__ = ["CONTEXT_LENGTH", "CapivaraProcessor", "clean_text"]
 
 
 class CapivaraProcessor(ProcessorMixin):
-    """An image processor and a tokenizer in one, which gives the token ids of open_clip's `HFTokenizer`.
+    """Processor of CAPIVARA models, which combines an image processor and a tokenizer.
 
-    Texts are cleaned, truncated to 77 tokens and padded to the longest text of the batch; embeddings do not depend on
-    the padding. `max_length`, `padding` and `truncation` of a call override these defaults, and so do those that the
-    tokenizer was loaded with: `AutoTokenizer.from_pretrained(folder, max_length=32, padding="max_length")`.
+    The token ids equal those of open_clip's `HFTokenizer`. Texts are cleaned, truncated to 77 tokens (or to the
+    tokenizer's `model_max_length`, if that is smaller) and padded to the longest text of the batch. Embeddings do not
+    depend on the padding. The arguments `max_length`, `padding` and `truncation` of a call override these defaults.
+    Settings that were passed when the tokenizer was loaded override them too, for example
+    `AutoTokenizer.from_pretrained(folder, max_length=32, padding="max_length")`.
 
-    Any fast tokenizer is converted to a `CapivaraTokenizer`, which cleans texts also when it is called without the
-    processor. Its vocabulary and rules are kept, its length and padding are not.
-
-    `pipeline(task, model=folder)` finds everything by itself. For a loaded model, transformers asks for the parts by
-    name and does not look into `processor=`:
+    transformers' `pipeline(task, model=folder)` finds the processor in the folder. If the model is already loaded, pass
+    the tokenizer and the image processor by name, because pipelines ignore `processor=`:
 
         pipeline("zero-shot-image-classification", model=model, tokenizer=processor.tokenizer,
                  image_processor=processor.image_processor)
@@ -28,12 +26,22 @@ class CapivaraProcessor(ProcessorMixin):
 
     Args:
         image_processor: A `CapivaraImageProcessor`.
-        tokenizer: A fast tokenizer.
+        tokenizer: A fast tokenizer. It is converted to a `CapivaraTokenizer`, which also cleans texts when it is called
+            without the processor. The conversion keeps the vocabulary and the rules, but not the `max_length` and
+            `padding` that the tokenizers library stores from the last call.
+        **kwargs: Options of transformers' `ProcessorMixin`.
 
     Example:
-        processor = AutoProcessor.from_pretrained(folder)
-        inputs = processor(text=["um gato", "uma casa"], images=image, return_tensors="pt")
-        logits = model(**inputs).logits_per_image  # (1, 2)
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> from modeling_capivara import CapivaraProcessor
+        >>> processor = CapivaraProcessor.from_pretrained(folder)
+        >>> image = Image.fromarray(np.zeros((48, 64, 3), np.uint8))
+        >>> inputs = processor(text=["um gato", "uma casa"], images=image, return_tensors="pt")
+        >>> sorted(inputs)
+        ['attention_mask', 'input_ids', 'pixel_values']
+        >>> inputs["pixel_values"].shape[:2]  # (images, channels)
+        torch.Size([1, 3])
     """
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
@@ -45,21 +53,24 @@ class CapivaraProcessor(ProcessorMixin):
         """Prepare images, texts or both for the model.
 
         Args:
-            images: PIL images, arrays, tensors, paths or URLs, one or a list.
-            text: One text or a list of them.
+            images: A PIL image, array, tensor, path or URL, or a list of them.
+            text: A text or a list of texts.
             **kwargs: Options of the tokenizer and the image processor, such as `max_length`, `padding` and
                 `return_tensors`.
 
         Returns:
-            `input_ids` and `attention_mask`, (texts, tokens), if there are texts, and `pixel_values`,
-            (images, 3, height, width), if there are images.
+            A dictionary-like `BatchFeature`. If `text` is given, it has `input_ids` and `attention_mask`, each
+            (texts, tokens). If `images` are given, it has `pixel_values`, (images, 3, height, width).
 
         Raises:
-            ValueError: If a text is not a string, the list of texts is empty, or neither images nor texts are given.
+            ValueError: If a text is not a string, the list of texts is empty, neither images nor texts are given, or an
+                image is invalid.
         """
         if text is not None:
-            text = checked_texts(text)
-            given = {**self.tokenizer.init_kwargs, **kwargs}
-            defaults = {key: value for key, value in TEXT_DEFAULTS.items() if key not in given}
+            text = check_texts(text)
+            max_length = min(self.tokenizer.model_max_length, CONTEXT_LENGTH)
+            defaults = {"padding": True, "truncation": True, "max_length": max_length}
+            explicit = {**self.tokenizer.init_kwargs, **kwargs}
+            defaults = {key: value for key, value in defaults.items() if key not in explicit}
             kwargs["text_kwargs"] = {**defaults, **kwargs.get("text_kwargs", {})}
         return super().__call__(images=images, text=text, **kwargs)

@@ -1,4 +1,4 @@
-"""Texts to token ids, with the text repair that open_clip's tokenizer does."""
+"""Tokenizer that cleans texts as open_clip does and returns the same token ids."""
 
 from collections.abc import Iterable
 
@@ -6,45 +6,62 @@ import numpy as np
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .checks_capivara import tokenizer_errors
-from .text_repair_capivara import CONTEXT_LENGTH, checked_texts, repair_text
+from .checks_capivara import wrap_tokenizer_errors
+from .text_cleaning_capivara import CONTEXT_LENGTH, check_texts, clean_text
 
 
 class CapivaraTokenizer(PreTrainedTokenizerFast):
-    """A fast tokenizer that gives the token ids of open_clip's `HFTokenizer`, whoever calls it.
+    """Fast tokenizer that returns the same token ids as open_clip's `HFTokenizer`.
 
-    Every text is cleaned (`repair_text`) and truncated to 77 tokens; `max_length` and `truncation` override the latter
-    as in transformers. `pad_to_multiple_of` applies after truncation, so it changes the padding alone: with 8, texts of
-    77 tokens are padded to 80. The mask is 0 also for padding tokens that are spelled in a text, because open_clip
-    derives its mask from the ids.
+    The tokenizer can be used alone or inside `CapivaraProcessor`. Every text is cleaned (`clean_text`) and truncated to
+    77 tokens, or to `model_max_length` if that is smaller. The arguments `max_length` and `truncation` of a call
+    override this limit, as in transformers. `pad_to_multiple_of` applies after truncation, so it changes only the
+    padding: with 8, texts of 77 tokens are padded to 80. The attention mask is also 0 where a text itself contains the
+    padding token ("<pad>"), because open_clip computes its mask from the token ids.
 
-    The length and padding of the last call, which the tokenizers library keeps in `tokenizer.json`, are neither saved
-    nor loaded. Those that a tokenizer is loaded with are settings of `CapivaraProcessor`.
+    The tokenizers library stores the `max_length` and `padding` of the last call in `tokenizer.json`. This class
+    neither saves nor loads these two values. If `max_length` or `padding` is passed to `from_pretrained`, it becomes a
+    default of `CapivaraProcessor`.
     """
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "CapivaraTokenizer":
-        """Return `tokenizer` as one of this class, with its vocabulary and rules, or unchanged if it is one already."""
-        if type(tokenizer).__name__ == cls.__name__:  # of the package, or of a folder's own copy of this file
+        """Convert a fast tokenizer to a `CapivaraTokenizer` with the same vocabulary and rules.
+
+        Args:
+            tokenizer: Fast tokenizer of any class.
+
+        Returns:
+            The converted tokenizer, or `tokenizer` itself if it is already a `CapivaraTokenizer`.
+
+        Raises:
+            ValueError: If `tokenizer` is not a fast tokenizer.
+        """
+        # The classes are compared by name, because the tokenizer's class may come from the copy of this file in a model
+        # folder (`trust_remote_code=True`).
+        if type(tokenizer).__name__ == cls.__name__:
             return tokenizer
         if not tokenizer.is_fast:
-            found = f"{type(tokenizer).__name__}; give one that is saved as tokenizer.json"
-            raise ValueError(f"A CAPIVARA tokenizer must be one of the tokenizers library, got {found}.")
-        converted = cls(**_settings(tokenizer))
-        converted.init_kwargs.pop("max_length", None)  # of the last call of `tokenizer`
+            hint = f"got {type(tokenizer).__name__}. Use one that is saved as tokenizer.json"
+            raise ValueError(f"A CAPIVARA tokenizer must be a fast tokenizer (of the tokenizers library), {hint}.")
+        converted = cls(**_tokenizer_kwargs(tokenizer))
+        converted.init_kwargs.pop("max_length", None)  # left over from the last call of `tokenizer`
         return converted
 
-    def plain(self) -> PreTrainedTokenizerFast:
-        """The same without repair, for programs that repair texts themselves, as open_clip does."""
-        return PreTrainedTokenizerFast(**_settings(self))
+    def without_cleaning(self) -> PreTrainedTokenizerFast:
+        """Return a `PreTrainedTokenizerFast` with the same vocabulary that does not clean texts.
+
+        It is meant for programs that clean texts themselves, such as open_clip.
+        """
+        return PreTrainedTokenizerFast(**_tokenizer_kwargs(self))
 
     @classmethod
     def _from_pretrained(cls, *args, **kwargs):
         tokenizer = super()._from_pretrained(*args, **kwargs)
-        # Earlier versions saved the length of the last call, which transformers reads as a setting.
-        state = tokenizer.backend_tokenizer
-        remembered = (state.truncation or {}).get("max_length"), (state.padding or {}).get("length")
-        if "max_length" not in kwargs and tokenizer.init_kwargs.get("max_length") in remembered:
+        # Earlier versions of this class saved the length of the last call, which transformers would read as a setting.
+        backend = tokenizer.backend_tokenizer
+        last_call_lengths = (backend.truncation or {}).get("max_length"), (backend.padding or {}).get("length")
+        if "max_length" not in kwargs and tokenizer.init_kwargs.get("max_length") in last_call_lengths:
             tokenizer.init_kwargs.pop("max_length", None)
         return tokenizer
 
@@ -59,37 +76,59 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         truncation = True if truncation is None else truncation
         if max_length is None and (truncation or padding == "max_length"):
             max_length = min(self.model_max_length, CONTEXT_LENGTH)
-        # Without the multiple, which is only compared with the length here: it need not divide 77.
+        # `pad_to_multiple_of` is not passed on: transformers would require that it divides `max_length`, here 77.
         return super()._get_padding_truncation_strategies(padding, truncation, max_length, **kwargs)
 
     def _encode_plus(self, text, text_pair=None, **kwargs) -> BatchEncoding:
-        repaired = _repaired(text), text_pair and _repaired(text_pair)
-        with tokenizer_errors(f"The tokenizer of {self.name_or_path or 'the model'}"):
-            batch = super()._encode_plus(*repaired, **kwargs)
+        text, text_pair = _clean(text), text_pair and _clean(text_pair)
+        with wrap_tokenizer_errors(f"The tokenizer of {self.name_or_path or 'the model'}"):
+            batch = super()._encode_plus(text, text_pair, **kwargs)
         pad = self.pad_token_id
-        if "attention_mask" in batch and pad not in (None, self.eos_token_id, self.sep_token_id):  # those end a text
-            batch["attention_mask"] = _without_padding(batch["input_ids"], batch["attention_mask"], pad)
+        # If the padding token also ends a text, masking it would mask the end of every text.
+        if "attention_mask" in batch and pad not in (None, self.eos_token_id, self.sep_token_id):
+            batch["attention_mask"] = _mask_padding(batch["input_ids"], batch["attention_mask"], pad)
         return batch
 
 
-def _settings(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Arguments that make a fast tokenizer of the same ids."""
+def _tokenizer_kwargs(tokenizer: PreTrainedTokenizerBase) -> dict:
+    """Return constructor arguments that build a fast tokenizer with the same vocabulary, rules and settings.
+
+    Args:
+        tokenizer: Fast tokenizer to copy.
+
+    Returns:
+        Keyword arguments of `PreTrainedTokenizerFast` by name. The vocabulary is shared with `tokenizer`, not copied.
+    """
     names = ("model_max_length", "model_input_names", "padding_side", "truncation_side", "extra_special_tokens")
     settings = {name: getattr(tokenizer, name) for name in names}
     return {"tokenizer_object": tokenizer.backend_tokenizer, **tokenizer.special_tokens_map, **settings}
 
 
-def _repaired(text: str | Iterable) -> str | list | tuple:
+def _clean(text: str | Iterable) -> str | list | tuple:
+    """Clean all strings in a tokenizer's input with `clean_text`, and return the input in the same structure.
+
+    Args:
+        text: A text, a list of texts, a list of pairs of texts, or a list of texts that are split into lists of words.
+    """
     if isinstance(text, list | tuple) and any(isinstance(part, list | tuple) for part in text):
-        return [type(part)(_repaired(part)) if isinstance(part, list | tuple) else _repaired(part) for part in text]
-    text = checked_texts(text)  # one, several, a pair, or one that is split into words
-    return repair_text(text) if isinstance(text, str) else [repair_text(t) for t in text]
+        return [type(part)(_clean(part)) if isinstance(part, list | tuple) else _clean(part) for part in text]
+    text = check_texts(text)
+    return clean_text(text) if isinstance(text, str) else [clean_text(part) for part in text]
 
 
-def _without_padding(input_ids: list | np.ndarray | Tensor, mask: list | np.ndarray | Tensor, pad: int):
-    """`mask` without the padding tokens that a text itself spells."""
+def _mask_padding(input_ids: list | np.ndarray | Tensor, mask: list | np.ndarray | Tensor, pad_token_id: int):
+    """Return the attention mask with 0 for every padding token, also for a padding token that is part of a text.
+
+    Args:
+        input_ids: Token ids of one text, (tokens,), or of several texts, (texts, tokens).
+        mask: Attention mask in the same shape, 1 for a token and 0 for padding.
+        pad_token_id: Id of the padding token.
+
+    Returns:
+        The new mask, in the same shape. It is a list if `input_ids` is a list.
+    """
     if not isinstance(input_ids, list):
-        return mask * (input_ids != pad)
+        return mask * (input_ids != pad_token_id)
     if input_ids and isinstance(input_ids[0], list):
-        return [_without_padding(ids, keep, pad) for ids, keep in zip(input_ids, mask, strict=True)]
-    return [int(keep and token != pad) for token, keep in zip(input_ids, mask, strict=True)]
+        return [_mask_padding(ids, row_mask, pad_token_id) for ids, row_mask in zip(input_ids, mask, strict=True)]
+    return [int(bit and token != pad_token_id) for token, bit in zip(input_ids, mask, strict=True)]

@@ -1,14 +1,17 @@
-"""A model that has only the word pieces of some languages: most of a multilingual text tower are others'.
+"""Trim the vocabulary of a multilingual model: remove the tokens that the given languages do not use.
 
     python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en
     python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en --texts chosen.txt
 
-The embedding table loses rows and the tokenizer pieces; nothing else changes, so that indexes of pictures stay valid. A
-Unigram tokenizer splits a text into those pieces whose scores add up to most: with fewer the best way stays the best,
-as long as its own are kept. A letter without a piece scores 10 below the vocabulary's lowest, whose piece is kept, too.
+Most parameters of a multilingual text tower are embeddings of tokens that a single language never uses. Trimming
+removes tokens from the tokenizer and their rows from the embedding table. Nothing else changes, so image indexes stay
+valid. A text has the same embedding as before if all its tokens are kept:
 
-SigLIP 2's tokenizer, Gemma's, joins pieces in the order of its list of merges, and has bytes for what is unknown. All
-ways to a kept piece are kept: the merges of a text come in the same order as before, and no other can come between.
+- A Unigram tokenizer (XLM-R) splits a text into the tokens with the highest sum of scores. Removing tokens that this
+  split does not use can't make another split better. A letter without a token gets the lowest score of the vocabulary
+  minus 10. The token with the lowest score is kept too, so that this value does not change.
+- A BPE tokenizer (SigLIP 2 uses the one of Gemma) applies a list of merges in order and falls back to bytes. For every
+  kept token, all merges that produce the token are kept, so they are applied in the same order as before.
 """
 
 import hashlib
@@ -27,45 +30,61 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import check_output_folder, whole_folder
-from capivara_common.weight_file import weight_files
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import atomic_folder, check_output_folder
+from capivara_common.weight_file import find_weight_files
 
-from .loading import checked_config, load_processor, mapped_model, mapped_tensors, weights_digest, write_origin_card
+from .loading import (
+    load_config,
+    load_mapped_model,
+    load_mapped_tensors,
+    load_processor,
+    weights_digest,
+    write_origin_card,
+)
 
-# Of the first language and of each further one, the most frequent: of long Portuguese sentences one in 400 loses a
-# piece, and the model stays below 215 million parameters. docs/benchmarks.md has other numbers.
-WORDS = (150_000, 50_000)
-CHECKED_WORDS = 10_000  # of each language at most, that both tokenizers are compared on
-TEXTS_AT_ONCE = 10_000  # that are tokenised together
-BLANK = "▁"  # begins a piece that begins a word
-BYTE = "<0x[0-9A-F]{2}>"  # a piece of one byte
-COPIED = ("LICENSE", "run.json", "rotation.safetensors")  # results are not: they are the other model's
-MADE = (
-    "Made by `python -m modeling_capivara.trim_vocabulary`: of the embeddings of word pieces those are left that "
-    "{languages} use (`trimmed_vocabulary` in config.json); all other weights are as they were."
+# Number of most frequent words whose tokens are kept, for the first language and for each further language. With these
+# numbers, one in 400 long Portuguese sentences contains a removed token, and the model has less than 215 million
+# parameters. docs/benchmarks.md compares other numbers.
+DEFAULT_WORD_COUNTS = (150_000, 50_000)
+MAX_CHECKED_WORDS = 10_000  # words per language on which the trimmed tokenizer is compared with the original one
+TOKENIZER_BATCH_SIZE = 10_000  # texts per call of a tokenizer
+WORD_START_MARKER = "▁"  # first character of a token that starts a word
+BYTE_TOKEN_PATTERN = "<0x[0-9A-F]{2}>"  # token of a single byte
+# Files that are copied to the trimmed model if they exist. Files of evaluation results are not copied, because the
+# results were measured with the original model.
+COPIED_FILES = ("LICENSE", "run.json", "rotation.safetensors")
+ORIGIN_SENTENCE = (
+    "Made by `python -m modeling_capivara.trim_vocabulary`: only the embeddings of tokens that {languages} use were "
+    "kept (`trimmed_vocabulary` in config.json). All other weights are unchanged."
 )
 
 
 @dataclass
 class TrimArguments:
-    """Flags of `modeling_capivara.trim_vocabulary`."""
+    """Command-line flags of `python -m modeling_capivara.trim_vocabulary`."""
 
-    gone = {
-        "restore": "a trimmed model stays small; keep the model that it was made from",
-        "held_out": "measure the small model as any other",
-    }
     model: Path = flag(..., "Folder of the model.", positional=True)
-    output: Path = flag(..., "Folder to create; must not exist, or be empty.", positional=True)
-    languages: list[str] = flag(..., "Keep the pieces of their most frequent words, as wordfreq has them: pt en.")
-    words: list[int] = flag([*WORDS], "Words of each language, in their order; the last is that of all further ones.")
-    overwrite_output_dir: bool = flag(False, "Replace the output folder.")
-    texts: list[Path] = flag([], "Keep the pieces of these files, too; UTF-8, a text a line.")
+    output: Path = flag(..., "Folder to create. If it exists, it must be empty.", positional=True)
+    languages: list[str] = flag(
+        ..., "Languages whose most frequent words keep their tokens, as codes of the package wordfreq: pt en."
+    )
+    words: list[int] = flag(
+        [*DEFAULT_WORD_COUNTS],
+        "Number of most frequent words of each language, in the order of --languages. The last number is used for all "
+        "further languages.",
+    )
+    overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
+    texts: list[Path] = flag([], "UTF-8 files with one text per line, whose tokens are kept as well.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(TrimArguments, __doc__, argv)
+    """Run the command: trim a model, and print its numbers of tokens and parameters before and after.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
+    args = parse_arguments(TrimArguments, __doc__, argv)
     print(*trim(**vars(args)), f"Written: {args.output}", sep="\n")
 
 
@@ -73,232 +92,379 @@ def trim(
     model: Path,
     output: Path,
     languages: Sequence[str],
-    words: Sequence[int] = WORDS,
+    words: Sequence[int] = DEFAULT_WORD_COUNTS,
     texts: Sequence[Path] = (),
     overwrite_output_dir: bool = False,
 ) -> list[str]:
-    """As the command line: a CAPIVARA or SigLIP with the pieces of some languages, in a new folder; what was done.
+    """Write a copy of a CAPIVARA or SigLIP model that has only the tokens of the given languages.
 
-    ValueError where the model is trimmed already, is damaged or has a vocabulary of another kind, an added token has no
-    row, there is no list of words of a language, or a file holds no text; ImportError without wordfreq.
+    Args:
+        model: Folder of the model.
+        output: Folder to create. If it exists, it must be empty, unless `overwrite_output_dir` is set.
+        languages: Language codes of the package wordfreq, such as "pt".
+        words: Number of most frequent words of each language whose tokens are kept, in the order of `languages`. The
+            last number is used for all further languages.
+        texts: UTF-8 files with one text per line. All tokens of these texts are kept too.
+        overwrite_output_dir: Replace `output` if it exists.
+
+    Returns:
+        Sentences for the user with the numbers of tokens and parameters and the sizes of the weights.
+
+    Raises:
+        ValueError: If the model is already trimmed or damaged, its tokenizer is of an unsupported type, an added token
+            has no row in the embedding table, wordfreq has no word list of a language, a file has no text, a number of
+            words is below 1, or `output` has files and may not be replaced.
+        ImportError: If wordfreq is not installed.
     """
     check_output_folder(output, overwrite_output_dir)
     languages = list(dict.fromkeys(languages))
     if min(words) < 1:
         raise ValueError(f"--words must be at least 1, got {min(words)}.")
-    processor, config = load_processor(model), checked_config(str(model))
-    if (done := getattr(config, "trimmed_vocabulary", None)) is not None:
-        known = ", ".join(done["languages"])
-        raise ValueError(f"MODEL {model} is trimmed already, for {known}. Trim the model that it was made from.")
+    processor, config = load_processor(model), load_config(str(model))
+    earlier_trim = getattr(config, "trimmed_vocabulary", None)
+    if earlier_trim is not None:
+        trimmed_languages = ", ".join(earlier_trim["languages"])
+        hint = "Trim the model that it was made from"
+        raise ValueError(f"MODEL {model} is already trimmed, to {trimmed_languages}. {hint}.")
     rows = config.text_config.vocab_size
-    if lost := [t for t in tokenizer_state(processor.tokenizer)["added_tokens"] if t["id"] >= rows]:
-        fault = f"The added token {lost[0]['content']!r} has the id {lost[0]['id']}, but MODEL {model} has {rows} rows"
-        raise ValueError(f"{fault} of embeddings. Give it a row by `resize_token_embeddings`, or remove it.")
-    kept = kept_ids(processor, languages, words, [text for path in texts for text in read_texts(path)])
-    small = type(processor)(processor.image_processor, cut_tokenizer(processor.tokenizer, kept))
+    added_tokens = tokenizer_state(processor.tokenizer)["added_tokens"]
+    token = next((token for token in added_tokens if token["id"] >= rows), None)
+    if token is not None:
+        problem = (
+            f"The added token {token['content']!r} has the id {token['id']}, but MODEL {model} has only {rows} rows"
+        )
+        raise ValueError(f"{problem} of embeddings. Add a row with `resize_token_embeddings`, or remove the token.")
+    kept_ids = select_token_ids(processor, languages, words, [text for path in texts for text in read_lines(path)])
+    trimmed = type(processor)(processor.image_processor, trim_tokenizer(processor.tokenizer, kept_ids))
     for language in languages:
-        checked = language_words(language, min(CHECKED_WORDS, *words))
-        check_splits(processor, small, kept, map(word_forms, checked))
-    pieces = sorted(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
-    digest = hashlib.blake2b(json.dumps(pieces).encode(), digest_size=16).hexdigest()
+        checked_words = frequent_words(language, min(MAX_CHECKED_WORDS, *words))
+        check_tokenization(processor, trimmed, kept_ids, map(word_variants, checked_words))
+    vocabulary = sorted(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    digest = hashlib.blake2b(json.dumps(vocabulary).encode(), digest_size=16).hexdigest()
     record = {"languages": languages, "words": list(words), "tokenizer": digest}
-    with whole_folder(output, overwrite_output_dir) as folder:
-        parameters = _write_model(model, config, folder, kept, record)
-        small.save_pretrained(folder)
-        for name in COPIED:
+    with atomic_folder(output, overwrite_output_dir) as folder:
+        parameters_before, parameters_after = _write_trimmed_model(model, config, folder, kept_ids, record)
+        trimmed.save_pretrained(folder)
+        for name in COPIED_FILES:
             if (model / name).is_file():
                 shutil.copyfile(model / name, folder / name)
-        write_origin_card(model, folder, MADE.format(languages=" and ".join(languages)))
-        sizes = [sum(file.stat().st_size for file in weight_files(path)) / 1e6 for path in (model, folder)]
+        write_origin_card(model, folder, ORIGIN_SENTENCE.format(languages=" and ".join(languages)))
+        megabytes_before, megabytes_after = _weights_megabytes(model), _weights_megabytes(folder)
     return [
-        f"{len(kept):,} of {record['of']:,} word pieces are kept.",
-        "Parameters: {:,} before, {:,} after.".format(*parameters),
-        "Weights: {:,.1f} MB before, {:,.1f} MB after.".format(*sizes),
+        f"Kept {len(kept_ids):,} of {record['of']:,} tokens.",
+        f"Parameters: {parameters_before:,} before, {parameters_after:,} after.",
+        f"Weights: {megabytes_before:,.1f} MB before, {megabytes_after:,.1f} MB after.",
     ]
 
 
-def _write_model(
-    source: Path, config: PreTrainedConfig, folder: Path, kept: Sequence[int], record: dict
-) -> tuple[int, int]:
-    """Write the weights of `source` with the rows `kept` of its table, and read them again; parameters of both.
+def _weights_megabytes(folder: Path) -> float:
+    return sum(file.stat().st_size for file in find_weight_files(folder)) / 1e6
 
-    The weights are views of their file, never a copy; `record` gets the facts about the table that was there.
+
+def _write_trimmed_model(
+    source: Path, config: PreTrainedConfig, folder: Path, kept_ids: Sequence[int], record: dict
+) -> tuple[int, int]:
+    """Write the model without the embeddings of removed tokens, and verify the file that was written.
+
+    The other weights are memory-mapped, so they are never copied in memory.
+
+    Args:
+        source: Folder of the original model.
+        config: Configuration of the original model. It is changed to that of the trimmed model.
+        folder: Folder to write to.
+        kept_ids: Ids of the tokens to keep, in ascending order. Row i of the new embedding table is row `kept_ids[i]`
+            of the original one.
+        record: Dictionary that becomes `trimmed_vocabulary` of the configuration. The number of rows of the original
+            table ("of") and its digest ("table") are added to it.
+
+    Returns:
+        Number of parameters before and after.
+
+    Raises:
+        ValueError: If a written weight differs from the model's weight.
     """
-    model = mapped_model(source, config)
-    whole = model.text_model.get_input_embeddings()
-    before, table = model.num_parameters(), whole.weight.detach()
+    model = load_mapped_model(source, config)
+    embedding = model.text_model.get_input_embeddings()
+    before, table = model.num_parameters(), embedding.weight.detach()
     record |= {"of": len(table), "table": weights_digest(nn.Embedding.from_pretrained(table))}
-    model.text_model.set_input_embeddings(nn.Embedding.from_pretrained(table[kept], padding_idx=whole.padding_idx))
-    config.text_config.vocab_size, config.trimmed_vocabulary = len(kept), record
+    trimmed_embedding = nn.Embedding.from_pretrained(table[kept_ids], padding_idx=embedding.padding_idx)
+    model.text_model.set_input_embeddings(trimmed_embedding)
+    config.text_config.vocab_size, config.trimmed_vocabulary = len(kept_ids), record
     model.save_pretrained(folder)
-    written, expected = mapped_tensors(weight_files(folder)), model.state_dict()
-    if wrong := sorted(name for name, tensor in expected.items() if not torch.equal(written[name], tensor)):
-        raise ValueError(f"{', '.join(wrong)} of {source} did not come back as written; nothing was kept.")
+    written, expected = load_mapped_tensors(find_weight_files(folder)), model.state_dict()
+    changed = sorted(name for name, tensor in expected.items() if not torch.equal(written[name], tensor))
+    if changed:
+        raise ValueError(f"Weights of {source} changed when they were saved, so no model was written: {changed}.")
     return before, model.num_parameters()
 
 
-# --- Pieces ----------------------------------------------------------------------------------------------------------
+# --- Tokens ----------------------------------------------------------------------------------------------------------
 
 
-def kept_ids(
+def select_token_ids(
     processor: ProcessorMixin, languages: Sequence[str], words: Sequence[int], texts: Iterable[str] = ()
 ) -> list[int]:
-    """Ids, ascending, of the pieces that a trim keeps: those of the most frequent `words` of each language, in small
-    letters, capitals and as a title, the last number being that of all further languages; and those of `texts`.
+    """Select the tokens to keep when a vocabulary is trimmed.
 
-    Raises ValueError or ImportError as `language_words`, or where the tokenizer is of another kind.
+    These are the tokens of the most frequent words of each language (in lower case, in upper case and with a capital
+    letter), the tokens of the given texts, and tokens that any text may need, such as digits and punctuation.
+
+    Args:
+        processor: Processor with the original tokenizer.
+        languages: Language codes of the package wordfreq, such as "pt".
+        words: Number of most frequent words of each language, in the order of `languages`. The last number is used for
+            all further languages.
+        texts: Further texts whose tokens are kept.
+
+    Returns:
+        Token ids in ascending order.
+
+    Raises:
+        ValueError: If the tokenizer is of an unsupported type, or wordfreq has no word list of a language.
+        ImportError: If wordfreq is not installed.
     """
-    numbers = zip(languages, [*words, *[words[-1]] * len(languages)], strict=False)
-    lists = {language: language_words(language, number) for language, number in numbers}
-    kept = _always_kept(processor.tokenizer)
-    for language, found in lists.items():
-        bar = tqdm(found, desc=f"Words of {language}", unit="word", unit_scale=True)
-        kept |= used_ids(processor, map(word_forms, bar))
-    return sorted(_with_parts(processor.tokenizer, kept | used_ids(processor, texts)))
+    word_counts = [*words, *[words[-1]] * len(languages)]  # longer than `languages`
+    lists = {language: frequent_words(language, count) for language, count in zip(languages, word_counts, strict=False)}
+    kept_ids = _required_token_ids(processor.tokenizer)
+    for language, word_list in lists.items():
+        bar = tqdm(word_list, desc=f"Words of {language}", unit="word", unit_scale=True)
+        kept_ids |= used_token_ids(processor, map(word_variants, bar))
+    return sorted(_add_merge_parts(processor.tokenizer, kept_ids | used_token_ids(processor, texts)))
 
 
-def language_words(language: str, number: int) -> list[str]:
-    """The most frequent words of a language, out of the package wordfreq; ValueError or ImportError without them."""
+def frequent_words(language: str, number: int) -> list[str]:
+    """Return the most frequent words of a language from the package wordfreq.
+
+    Args:
+        language: Language code, such as "pt".
+        number: Number of words.
+
+    Returns:
+        The words, the most frequent first.
+
+    Raises:
+        ValueError: If wordfreq has no word list of the language.
+        ImportError: If wordfreq is not installed.
+    """
     try:
-        import wordfreq  # only this program needs it
+        import wordfreq  # an optional dependency that only trimming needs
     except ImportError as error:
         raise ImportError('The package wordfreq is not installed: pip install "modeling-capivara[trim]"') from error
-    known = wordfreq.available_languages()
-    if language not in known:
-        fault = f"There is no list of words of the language {language!r}; there are {', '.join(sorted(known))}"
-        raise ValueError(f"{fault}. For another one give texts of it by --texts, beside a language of the list.")
+    available = wordfreq.available_languages()
+    if language not in available:
+        fault = f"wordfreq has no word list of the language {language!r}, only of {', '.join(sorted(available))}"
+        raise ValueError(f"{fault}. For another language, add a file of its texts with --texts.")
     return wordfreq.top_n_list(language, number)
 
 
-def word_forms(word: str) -> str:
-    """A text in which a word stands as it does in sentences: after a blank and after a sign, in small and capitals."""
+def word_variants(word: str) -> str:
+    """Return a text that contains a word in several spellings, because each spelling may have other tokens.
+
+    The word is given in lower case, with a capital letter and in upper case, each after a space and after a bracket:
+    "gato (gato Gato (Gato GATO (GATO".
+
+    Args:
+        word: Word in lower case.
+    """
     return " ".join(f"{form} ({form}" for form in dict.fromkeys((word, word.title(), word.upper())))
 
 
-def used_ids(processor: ProcessorMixin, texts: Iterable[str]) -> set[int]:
-    """Ids of all tokens of the texts, begin, end and padding included."""
-    found = {processor.tokenizer.pad_token_id}
-    for chunk in _chunks(texts):
-        found.update(*_ids(processor, chunk))
-    return found
+def used_token_ids(processor: ProcessorMixin, texts: Iterable[str]) -> set[int]:
+    """Collect the ids of all tokens that occur in the given texts.
+
+    Args:
+        processor: Processor that tokenizes the texts.
+        texts: Any number of texts.
+
+    Returns:
+        Token ids, including those of the begin, end and padding tokens.
+    """
+    ids = {processor.tokenizer.pad_token_id}
+    for batch in _iter_batches(texts):
+        ids.update(*_tokenize(processor, batch))
+    return ids
 
 
-def _ids(processor: ProcessorMixin, texts: Sequence[str]) -> list[list[int]]:
+def _tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[list[int]]:
     return processor(text=list(texts), padding=False, truncation=True)["input_ids"]
 
 
-def check_splits(whole: ProcessorMixin, small: ProcessorMixin, kept: Sequence[int], texts: Iterable[str]) -> None:
-    """Raise ValueError where a text whose pieces are all kept is split otherwise by the small tokenizer."""
-    known = set(kept)
-    for chunk in _chunks(texts):
-        before, after = (_ids(processor, chunk) for processor in (whole, small))
-        for text, ids, small_ids in zip(chunk, before, after, strict=True):
-            if known.issuperset(ids) and ids != [kept[number] for number in small_ids]:
-                raise ValueError(f"The trimmed tokenizer splits {text[:200]!r} in another way; nothing was kept.")
+def check_tokenization(
+    original: ProcessorMixin, trimmed: ProcessorMixin, kept_ids: Sequence[int], texts: Iterable[str]
+) -> None:
+    """Check that the trimmed tokenizer splits texts into the same tokens as the original tokenizer.
+
+    A text that contains a removed token is not compared.
+
+    Args:
+        original: Processor with the original tokenizer.
+        trimmed: Processor with the trimmed tokenizer.
+        kept_ids: Original id of each token of the trimmed tokenizer, in the order of its new ids.
+        texts: Texts to tokenize with both.
+
+    Raises:
+        ValueError: If the two tokenizers split a text differently.
+    """
+    id_set = set(kept_ids)
+    for batch in _iter_batches(texts):
+        original_rows, trimmed_rows = _tokenize(original, batch), _tokenize(trimmed, batch)
+        for text, ids, trimmed_ids in zip(batch, original_rows, trimmed_rows, strict=True):
+            if id_set.issuperset(ids) and ids != [kept_ids[trimmed_id] for trimmed_id in trimmed_ids]:
+                raise ValueError(f"The trimmed tokenizer splits {text[:200]!r} differently, so no model was written.")
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+def _iter_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Split texts into batches, and yield each batch as a list of at most `TOKENIZER_BATCH_SIZE` texts."""
     remaining = iter(texts)
-    while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
-        yield chunk
+    while batch := list(islice(remaining, TOKENIZER_BATCH_SIZE)):
+        yield batch
 
 
-def read_texts(path: Path) -> list[str]:
-    """The lines of a text file that are not blank. Raises ValueError where it can't be read, or has none."""
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file, without blank lines.
+
+    Args:
+        path: UTF-8 file with one text per line.
+
+    Raises:
+        ValueError: If the file can't be read as UTF-8 or has no text.
+    """
     try:
         texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The texts {path} can't be read: {error}. Give a file in UTF-8, a text a line.") from error
+        raise ValueError(f"{path} can't be read: {error}. Give a UTF-8 file with one text per line.") from error
     if not texts:
-        raise ValueError(f"The file {path} holds no text; it takes one a line.")
+        raise ValueError(f"The file {path} has no text. Write one text per line.")
     return texts
 
 
-def _always_kept(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of what any text may have: added tokens, single letters, and pieces without a letter.
+def _required_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids of tokens that are always kept, because any text may need them.
 
-    But for the ten thousand Chinese characters and Korean syllables, which the words of those languages bring. And what
-    begins the vocabulary, so that the ids of padding, begin and end stay as they are.
+    These are added tokens, tokens of a single letter, and tokens without letters. All tokens up to the last special
+    token are included too, so that the ids of the special tokens do not change. For a Unigram tokenizer, the token with
+    the lowest score is included. Tokens of a single Chinese character or Korean syllable are not included, because
+    there are ten thousand of them. If Chinese or Korean is kept, its frequent words add the tokens that are needed.
+
+    Args:
+        tokenizer: The original tokenizer.
     """
     state = tokenizer_state(tokenizer)
-    pieces, unknown = _pieces(state), tokenizer.unk_token_id
-    first = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, unknown} - {None}
-    kept = {*range(max(first) + 1), *(token["id"] for token in state["added_tokens"])}
-    if state["model"]["type"] == "Unigram":
+    special_ids = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    ids = {*range(max(special_ids - {None}) + 1), *(token["id"] for token in state["added_tokens"])}
+    if state["model"]["type"] == "Unigram":  # the score of a letter without a token depends on the lowest score
         scores = [score for _, score in state["model"]["vocab"]]
-        kept.add(min(range(len(scores)), key=scores.__getitem__))
-    for number, piece in enumerate(pieces):
-        text = "" if re.fullmatch(BYTE, piece) else piece.removeprefix(BLANK)
-        letters = sum(map(str.isalpha, text))
-        if not letters or (len(text) == 1 and not unicodedata.name(text, "").startswith(("CJK", "HANGUL"))):
-            kept.add(number)
-    return kept
+        ids.add(min(range(len(scores)), key=scores.__getitem__))
+    for token_id, token in enumerate(_tokens_by_id(state)):
+        text = "" if re.fullmatch(BYTE_TOKEN_PATTERN, token) else token.removeprefix(WORD_START_MARKER)
+        has_letters = any(map(str.isalpha, text))
+        if not has_letters or (len(text) == 1 and not unicodedata.name(text, "").startswith(("CJK", "HANGUL"))):
+            ids.add(token_id)
+    return ids
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """What its tokenizer.json holds. Raises ValueError where it is not of the kind that can be cut."""
+    """Return the content of a tokenizer's tokenizer.json as a dictionary, for example with `model` and `added_tokens`.
+
+    Args:
+        tokenizer: Tokenizer of any type.
+
+    Raises:
+        ValueError: If the tokenizer is of a type that can't be trimmed.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend else {"model": {"type": type(tokenizer).__name__}}
     model = state["model"]
     unigram = model.get("type") == "Unigram" and not model.get("byte_fallback") and model.get("unk_id") is not None
-    if not unigram and not (model.get("type") == "BPE" and model.get("byte_fallback")):
-        rule = (
-            "a Unigram one with a token for unknown letters and without bytes, as XLM-R's, or a BPE with bytes for them"
-        )
-        raise ValueError(f"The tokenizer is of the kind {model.get('type')}; what can be cut: {rule}, as SigLIP 2's.")
+    bpe = model.get("type") == "BPE" and model.get("byte_fallback")
+    if not unigram and not bpe:
+        rule = "Unigram with an unknown token and without byte fallback (XLM-R), or BPE with byte fallback (SigLIP 2)"
+        raise ValueError(f"The tokenizer has the type {model.get('type')}, which can't be trimmed. Supported: {rule}.")
     return state
 
 
-def _pieces(state: dict) -> list[str]:
-    """The pieces of a tokenizer's state, by their ids."""
-    found = state["model"]["vocab"]
-    return [piece for piece, _ in found] if isinstance(found, list) else sorted(found, key=found.get)
+def _tokens_by_id(state: dict) -> list[str]:
+    """Return the tokens of a vocabulary in the order of their ids, without added tokens.
+
+    Args:
+        state: Content of tokenizer.json, from `tokenizer_state`.
+    """
+    vocabulary = state["model"]["vocab"]  # Unigram: list of tokens with scores; BPE: dictionary from token to id
+    return (
+        [token for token, _ in vocabulary] if isinstance(vocabulary, list) else sorted(vocabulary, key=vocabulary.get)
+    )
 
 
-def _with_parts(tokenizer: PreTrainedTokenizerBase, kept: set[int]) -> set[int]:
-    """`kept`, and of a BPE the pieces that any of its merges makes them of."""
+def _add_merge_parts(tokenizer: PreTrainedTokenizerBase, token_ids: set[int]) -> set[int]:
+    """Add the shorter tokens from which a BPE tokenizer merges the given tokens, directly or over several merges.
+
+    Args:
+        tokenizer: Tokenizer of a supported type.
+        token_ids: Ids of the tokens.
+
+    Returns:
+        The given ids and the added ids. For a Unigram tokenizer, which has no merges, the given ids.
+    """
     state = tokenizer_state(tokenizer)
     if state["model"]["type"] != "BPE":
-        return kept
-    number, parts = state["model"]["vocab"], {}
+        return token_ids
+    id_of, parts = state["model"]["vocab"], {}
     for left, right in _merges(state):
-        parts.setdefault(number[left + right], set()).update((number[left], number[right]))
-    kept, new = set(kept), set(kept)
-    while new:
-        new = set().union(*(parts.get(one, ()) for one in new)) - kept
-        kept |= new
-    return kept
+        parts.setdefault(id_of[left + right], set()).update((id_of[left], id_of[right]))
+    all_ids, new_ids = set(token_ids), set(token_ids)
+    while new_ids:
+        new_ids = set().union(*(parts.get(token_id, ()) for token_id in new_ids)) - all_ids
+        all_ids |= new_ids
+    return all_ids
 
 
 def _merges(state: dict) -> list[tuple[str, str]]:
-    """The merges of a BPE, in their order; older files write each as a text with a blank."""
+    """Return the merges of a BPE tokenizer in their order, each as a pair of tokens that are joined.
+
+    Args:
+        state: Content of tokenizer.json, from `tokenizer_state`. Older files store a merge as a string with a space
+            between the two tokens, newer files as a list of two tokens.
+    """
     return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in state["model"]["merges"]]
 
 
-def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreTrainedTokenizerBase:
-    """A tokenizer with the pieces `kept` of another and their scores; id i of it is the other's id `kept[i]`.
+def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) -> PreTrainedTokenizerBase:
+    """Build a tokenizer whose vocabulary contains only the given tokens of another tokenizer.
 
-    ValueError where one at the vocabulary's beginning would get another id.
+    Args:
+        tokenizer: The original tokenizer. It is not changed.
+        kept_ids: Ids of the tokens to keep, in ascending order. The token `kept_ids[i]` gets the new id i.
+
+    Returns:
+        The trimmed tokenizer, of the same class.
+
+    Raises:
+        ValueError: If the tokenizer is of a type that can't be trimmed, or a token would not get its new id.
     """
-    state, new_id = tokenizer_state(tokenizer), {old: number for number, old in enumerate(kept)}
-    model, pieces = state["model"], _pieces(state)
+    state, new_id = tokenizer_state(tokenizer), {old_id: new for new, old_id in enumerate(kept_ids)}
+    model, tokens = state["model"], _tokens_by_id(state)
+    model_ids = [old_id for old_id in kept_ids if old_id < len(tokens)]  # added tokens may have higher ids
     if model["type"] == "Unigram":
-        model["vocab"] = [model["vocab"][old] for old in kept if old < len(pieces)]
+        model["vocab"] = [model["vocab"][old_id] for old_id in model_ids]
         model["unk_id"] = new_id[model["unk_id"]]
     else:
-        left = {pieces[old]: number for number, old in enumerate(kept) if old < len(pieces)}
-        merges = [list(merge) for merge in _merges(state) if {*merge, "".join(merge)} <= left.keys()]
-        model["vocab"], model["merges"] = left, merges
+        vocabulary = {tokens[old_id]: new_id[old_id] for old_id in model_ids}
+        merges = [list(merge) for merge in _merges(state) if {*merge, "".join(merge)} <= vocabulary.keys()]
+        model["vocab"], model["merges"] = vocabulary, merges
     for token in state["added_tokens"]:
         token["id"] = new_id[token["id"]]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         (Path(folder) / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
-        small = type(tokenizer).from_pretrained(folder)
-    names, small_ids = {number: token for token, number in tokenizer.get_vocab().items()}, small.get_vocab()
-    if wrong := [names[old] for number, old in enumerate(kept) if small_ids.get(names[old]) != number]:
-        raise ValueError(f"The tokenizer can't be cut: {wrong[0]!r} would get another id than its row has.")
-    return small
+        trimmed = type(tokenizer).from_pretrained(folder)
+    names = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    trimmed_ids = trimmed.get_vocab()
+    moved = [names[old_id] for old_id in kept_ids if trimmed_ids.get(names[old_id]) != new_id[old_id]]
+    if moved:
+        raise ValueError(
+            f"The tokenizer can't be trimmed: the id of {moved[0]!r} would differ from its row in the embedding table."
+        )
+    return trimmed
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Models of two towers of any kind, of this package, of transformers or open_clip, behind one protocol.
+"""Embed texts and images with any two-tower model: CAPIVARA, the CLIP-like models of transformers, or open_clip.
 
     model, processor = load_model(folder), load_processor(folder)
     embed_texts(model, processor, ["uma foto de um gato"])  # (texts, width), unit length, float32, on the CPU
-    load_embedder("open_clip:ViT-B-32:openai", baseline=True).texts(["a photo of a cat"])
+    load_embedder("open_clip:ViT-B-32:openai", baseline=True).embed_texts(["a photo of a cat"])
 
-The classes are transformers' own, without a wrapper: `get_text_features` and `get_image_features`, whose
-`pooler_output` is the embedding before it is scaled to unit length, `logit_scale`, and `logit_bias` where the loss is
-SigLIP's (arXiv 2303.15343, section 3).
+Models of transformers are used without a wrapper. They must have the methods `get_text_features` and
+`get_image_features`, which return an output whose `pooler_output` is the embedding before normalization, and the
+parameter `logit_scale`. Models with SigLIP's loss (arXiv 2303.15343, section 3) also have the parameter `logit_bias`.
 """
 
 import hashlib
@@ -27,171 +27,272 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from capivara_common.environment import processes, torch_device
+from capivara_common.environment import process_state, resolve_device
 from capivara_common.files import read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_reachable
-from capivara_common.image_side_digest import IMAGE_SIDE
+from capivara_common.image_encoder_digest import IMAGE_ENCODER_PREFIXES
 
-from .checks_capivara import NOT_FINITE, check_sizes, tokenizer_errors
-from .loading import fills_up, load_model, load_processor, weights_digest
-from .modeling_capivara import unit_length
+from .checks_capivara import NOT_FINITE_MESSAGE, check_sizes, wrap_tokenizer_errors
+from .loading import load_model, load_processor, pads_to_max_length, weights_digest
+from .modeling_capivara import l2_normalize
 from .processing_capivara import CapivaraProcessor
 
-# Title of a bar, or what is called after each batch with its size; None for neither
-Progress = str | Callable[[int], object] | None
-# Images that go through the tower at once: activations of more are new memory at every layer, half of the time.
-CPU_IMAGES = 4
+# How progress is reported: a string is the title of a progress bar, a function is called with the number of items in
+# each finished batch, and None reports nothing.
+ProgressOption = str | Callable[[int], object] | None
+# Images per forward pass on the CPU. With larger batches, every layer allocates new memory for its activations, which
+# doubles the time.
+CPU_CHUNK_IMAGES = 4
 
 
-def is_sigmoid(model: nn.Module) -> bool:
-    """Whether the loss of its training is SigLIP's, over pairs, and not CLIP's, over rows."""
+def uses_sigmoid_loss(model: nn.Module) -> bool:
+    """Return whether the model is trained with SigLIP's sigmoid loss instead of CLIP's softmax loss."""
     return getattr(model, "logit_bias", None) is not None
 
 
-def class_and_loss(model: nn.Module) -> dict[str, str]:
-    """What records and cards say of a model: its `model_class`, and its `loss`, "sigmoid" or "contrastive"."""
-    return {"model_class": type(model).__name__, "loss": "sigmoid" if is_sigmoid(model) else "contrastive"}
+def describe_model(model: nn.Module) -> dict[str, str]:
+    """Describe a model for result files and model cards.
+
+    Args:
+        model: A two-tower model.
+
+    Returns:
+        Dictionary with `model_class` (name of the Python class) and `loss` ("sigmoid" for SigLIP's loss, "contrastive"
+        for CLIP's loss).
+    """
+    return {"model_class": type(model).__name__, "loss": "sigmoid" if uses_sigmoid_loss(model) else "contrastive"}
 
 
 def embedding_width(config: PreTrainedConfig) -> int:
-    """Numbers of one embedding."""
+    """Return the number of dimensions of the embeddings of a two-tower model with the given configuration."""
     return config.text_config.projection_size if config.model_type == "siglip" else config.projection_dim
 
 
-def freeze_image_side(model: PreTrainedModel) -> None:
-    """Let the image tower and its projection get no gradient; CAPIVARA's also stays in evaluation mode, then."""
-    if hasattr(model, "freeze_image_tower"):
-        return model.freeze_image_tower()
+def freeze_image_encoder(model: PreTrainedModel) -> None:
+    """Freeze the image tower and its projection, so that their parameters get no gradient.
+
+    The frozen image tower of a CAPIVARA model also stays in evaluation mode after `train()`. The image towers of other
+    models do not.
+
+    Args:
+        model: Two-tower model, which is changed.
+    """
+    if hasattr(model, "freeze_image_encoder"):
+        return model.freeze_image_encoder()
     for name, parameter in model.named_parameters():
-        if name.startswith(IMAGE_SIDE):
+        if name.startswith(IMAGE_ENCODER_PREFIXES):
             parameter.requires_grad_(False)
 
 
-def text_embeds(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """(texts, width), unit length, float32, of a model or a wrapper that has its methods, as peft's.
+def compute_text_embeds(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Compute the normalized embeddings of tokenized texts.
 
-    `input_ids` and `attention_mask` are (texts, tokens), as `pad` gives them; without a mask padding is read as tokens.
+    Args:
+        model: Two-tower model, or a wrapper with the same methods, such as a PEFT model.
+        input_ids: Token ids, (texts, tokens), as `pad_batch` returns them.
+        attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: the default of the model. CAPIVARA
+            models mask padding, SigLIP models attend to it.
+
+    Returns:
+        Embeddings, (texts, width), unit length, float32.
     """
-    return unit_length(model.get_text_features(input_ids, attention_mask=attention_mask).pooler_output)
+    return l2_normalize(model.get_text_features(input_ids, attention_mask=attention_mask).pooler_output)
 
 
-def image_embeds(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """(images, width), unit length, float32, of `pixel_values`, (images, 3, height, width)."""
-    return unit_length(model.get_image_features(pixel_values).pooler_output)
+def compute_image_embeds(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Compute the normalized embeddings of preprocessed images.
 
+    Args:
+        model: Two-tower model, or a wrapper with the same methods, such as a PEFT model.
+        pixel_values: (images, 3, height, width), as the model's processor returns them.
 
-def tokenise(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, list[int]]]:
-    """`input_ids` of each text, and its `attention_mask` but for SigLIP, each of its own length.
-
-    Texts are cut, and SigLIP's filled up, as the processor that `loading.load_processor` gives does it.
+    Returns:
+        Embeddings, (images, width), unit length, float32.
     """
-    rule: dict[str, Any] = {"padding": False}  # of CAPIVARA's processor, which cuts by itself
+    return l2_normalize(model.get_image_features(pixel_values).pooler_output)
+
+
+def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, list[int]]]:
+    """Tokenize texts without padding them to a common length.
+
+    The caller can then sort the texts by length before it pads them with `pad_batch`.
+
+    Args:
+        processor: Processor from `load_processor`. Texts are truncated to its maximum length.
+        texts: At least one text.
+
+    Returns:
+        For each text a dictionary with `input_ids` and `attention_mask`, lists with one entry per token. SigLIP models
+        require padding, so for them the dictionary has only `input_ids`, padded to the maximum length.
+    """
+    options: dict[str, Any] = {"padding": False}  # a CapivaraProcessor truncates by default
     if not isinstance(processor, CapivaraProcessor):
-        # SigLIP reads the last token of a text that was filled up, unmasked; transformers' own pipeline asks for it.
-        padding = "max_length" if fills_up(processor) else False
-        rule = {"padding": padding, "truncation": True, "max_length": processor.tokenizer.model_max_length}
-    tokens = processor(text=list(texts), **rule)
-    names = ["input_ids"] if fills_up(processor) else ["input_ids", "attention_mask"]
+        # SigLIP's embedding is the state of the last token of a text that is padded to the maximum length.
+        padding = "max_length" if pads_to_max_length(processor) else False
+        options = {"padding": padding, "truncation": True, "max_length": processor.tokenizer.model_max_length}
+    tokens = processor(text=list(texts), **options)
+    names = ["input_ids"] if pads_to_max_length(processor) else ["input_ids", "attention_mask"]
     return [{name: list(tokens[name][i]) for name in names} for i in range(len(texts))]
 
 
-def pad(processor: ProcessorMixin, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-    """Rows of `tokenise` as one batch, (texts, tokens) each, padded to its longest."""
-    if fills_up(processor):
-        return {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
-    return dict(processor.tokenizer.pad([dict(row) for row in rows], return_tensors="pt"))
+def pad_batch(processor: ProcessorMixin, tokenized: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+    """Pad tokenized texts to the length of the longest one, and convert them to tensors.
+
+    Args:
+        processor: Processor that `tokenize` was called with.
+        tokenized: Tokenized texts, as `tokenize` returns them.
+
+    Returns:
+        Dictionary with `input_ids` and `attention_mask`, each (texts, tokens). For a SigLIP model it has only
+        `input_ids`.
+    """
+    if pads_to_max_length(processor):
+        return {"input_ids": torch.tensor([row["input_ids"] for row in tokenized])}
+    return dict(processor.tokenizer.pad([dict(row) for row in tokenized], return_tensors="pt"))
 
 
 @dataclass
 class Embedder:
-    """A model of any kind."""
+    """A loaded two-tower model of transformers or open_clip, with functions that embed images and texts.
 
-    name: str  # as it was asked for
+    Attributes:
+        name: Folder, Hub id or open_clip name that the model was loaded from.
+        device: Device of the model.
+        precision: "float32", or "bf16" for autocast to bfloat16.
+        fingerprint: Digest of everything that the embeddings depend on: weights, settings, tokenizer, precision.
+        image_fingerprint: Digest of everything that image embeddings depend on. Models with the same image encoder have
+            the same value. For open_clip models it equals `fingerprint`.
+        metadata: Dictionary with `model_class` and `loss`, from `describe_model`.
+        embed_images: Function that embeds images. Its arguments are an iterable of PIL images, `batch_size` (int) and
+            `progress` (see `ProgressOption`). It returns (images, width), unit length, float32, on the CPU.
+        embed_texts: Function that embeds texts. Its arguments are a sequence of texts, `batch_size` (int) and
+            `progress` (see `ProgressOption`). It returns (texts, width), unit length, float32, on the CPU.
+    """
+
+    name: str
     device: torch.device
-    precision: str  # "float32", or "bf16" for autocast
-    fingerprint: str  # digest of all that the embeddings depend on
-    image_fingerprint: str  # of what those of images do; models that share their image tower share it
-    facts: dict[str, str]  # of `class_and_loss`
-    images: Callable[..., Tensor]  # embeds PIL images; then how many at once, and `Progress`
-    texts: Callable[..., Tensor]
+    precision: str
+    fingerprint: str
+    image_fingerprint: str
+    metadata: dict[str, str]
+    embed_images: Callable[..., Tensor]
+    embed_texts: Callable[..., Tensor]
 
     def __post_init__(self) -> None:
         autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
-        self.images, self.texts = autocast(self.images), autocast(self.texts)
+        self.embed_images, self.embed_texts = autocast(self.embed_images), autocast(self.embed_texts)
 
 
 def load_embedder(
     model: str, device: str | None = None, baseline: bool = False, precision: str = "float32"
 ) -> Embedder:
-    """A model by its folder or Hub id; a `baseline` may be open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER.
+    """Load a two-tower model for embedding texts and images.
 
-    Without a device it is on the process's GPU, else on the CPU; `precision` is "float32", or "bf16" for autocast.
-    ValueError where it is no such model.
+    Args:
+        model: Folder or Hub id of a CAPIVARA model or of a CLIP-like model of transformers. With `baseline`, also an
+            open_clip model: "open_clip:NAME:PRETRAINED", "open_clip:hf-hub:OWNER/NAME" or "open_clip:local-dir:FOLDER".
+        device: "cpu" or "cuda". Default: the GPU of this process if there is one, otherwise the CPU.
+        baseline: Allow open_clip models, which can be evaluated as a baseline but not trained.
+        precision: "float32", or "bf16" for autocast to bfloat16.
+
+    Returns:
+        The model in evaluation mode, with functions to embed images and texts.
+
+    Raises:
+        ValueError: If there is no such model, or it can't be loaded or is not a two-tower model.
+        ImportError: If an open_clip model is requested and open_clip is not installed.
+
+    Example:
+        >>> from modeling_capivara.two_towers import load_embedder
+        >>> embedder = load_embedder(folder, device="cpu")
+        >>> texts = embedder.embed_texts(["uma foto de um gato", "uma casa"])
+        >>> len(texts)
+        2
+        >>> similarities = texts @ texts.T  # cosines, because embeddings have unit length
     """
-    where = torch_device(device) if device else processes().device
-    kind, _, rest = model.partition(":")
-    if kind == "clip" and rest:
-        raise ValueError(f"{model}: models of transformers are named as they are, {rest}, without `clip:`.")
-    if kind != "open_clip" or not rest:
+    torch_device = resolve_device(device) if device else process_state().device
+    library, _, open_clip_name = model.partition(":")
+    if library == "clip" and open_clip_name:
+        raise ValueError(f"Models of transformers have no prefix: use {open_clip_name} instead of {model}.")
+    if library != "open_clip" or not open_clip_name:
         processor = load_processor(model)
-        return model_embedder(model, load_model(model).eval().to(where), processor, precision)
+        return build_embedder(model, load_model(model).eval().to(torch_device), processor, precision)
     if not baseline:
-        raise ValueError(f"{model} is a model of open_clip, which needs --role baseline, or eval.suite's --baseline.")
-    return _open_clip(rest, where, precision)
+        hint = "Pass --role baseline, or --baseline of eval.suite"
+        raise ValueError(f"{model} is a model of open_clip, which can only be used as a baseline. {hint}.")
+    return _load_open_clip_embedder(open_clip_name, torch_device, precision)
 
 
-def model_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> Embedder:
-    """A model that is loaded, in evaluation mode."""
+def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> Embedder:
+    """Wrap a loaded transformers model as an `Embedder`.
+
+    Args:
+        name: Name of the model, as the user gave it.
+        model: The model, in evaluation mode and on its device.
+        processor: The model's processor.
+        precision: "float32", or "bf16" for autocast to bfloat16.
+
+    Returns:
+        The embedder, with digests of the model's weights and settings.
+    """
     config, image_processor = model.config, processor.image_processor.to_json_string()
     tokenizer = processor.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # none of the first SigLIP's, which is sentencepiece's
-    plain = [] if backend else [tokenizer.get_vocab(), getattr(tokenizer, "do_lower_case", None)]
-    rules = (backend.to_str() if backend else json.dumps(plain, sort_keys=True)) + str(tokenizer.model_max_length)
-    fingerprint = _digest(weights_digest(model), config.to_json_string() + image_processor, rules, precision)
-    image_side = weights_digest(model, IMAGE_SIDE)
-    image_fingerprint = _digest(image_side, config.vision_config.to_json_string() + image_processor, precision)
-    towers = partial(embed_images, model, processor), partial(embed_texts, model, processor)
-    return Embedder(name, model.device, precision, fingerprint, image_fingerprint, class_and_loss(model), *towers)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend:
+        rules = backend.to_str()
+    else:  # the slow tokenizer of the first SigLIP, based on sentencepiece
+        rules = json.dumps([tokenizer.get_vocab(), getattr(tokenizer, "do_lower_case", None)], sort_keys=True)
+    rules += str(tokenizer.model_max_length)
+    fingerprint = _digest_parts(weights_digest(model), config.to_json_string() + image_processor, rules, precision)
+    image_weights = weights_digest(model, IMAGE_ENCODER_PREFIXES)
+    image_fingerprint = _digest_parts(image_weights, config.vision_config.to_json_string() + image_processor, precision)
+    images, texts = partial(embed_images, model, processor), partial(embed_texts, model, processor)
+    return Embedder(name, model.device, precision, fingerprint, image_fingerprint, describe_model(model), images, texts)
 
 
-def _open_clip(source: str, device: torch.device, precision: str) -> Embedder:
+def _load_open_clip_embedder(source: str, device: torch.device, precision: str) -> Embedder:
     try:
         import open_clip
     except ImportError as error:
-        fault = f"open_clip:{source} needs open_clip, not installed yet"
-        raise ImportError(f"{fault}: pip install open_clip_torch") from error
+        problem = f"open_clip:{source} needs the package open_clip, which is not installed"
+        raise ImportError(f"{problem}: pip install open_clip_torch") from error
     name, pretrained, repository = source, None, ""
     if source.startswith("hf-hub:"):
         repository = source.removeprefix("hf-hub:")
     elif not source.startswith("local-dir:"):
         name, _, pretrained = source.partition(":")
-        if not pretrained:  # open_clip would draw random weights
-            known = open_clip.list_pretrained_tags_by_model(name)
-            raise ValueError(f"open_clip:{source} names no weights; say open_clip:{name}:TAG, with a tag of {known}.")
+        if not pretrained:  # open_clip would initialize the weights randomly
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            raise ValueError(f"open_clip:{source} names no weights; say open_clip:{name}:TAG. Tags of {name}: {tags}.")
         repository = open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "").strip("/")
-    check_reachable(repository, OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHT_FILES)  # one of them will be in the cache
+    # If the model has been downloaded before, one of these files is in the cache, and no network is needed.
+    check_reachable(repository, OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHT_FILES)
     try:
         if pretrained is None:
             folder = source.removeprefix("local-dir:")
             config = hf_hub_download(repository, OPEN_CLIP_CONFIG) if repository else Path(folder, OPEN_CLIP_CONFIG)
             check_sizes(read_json(Path(config), model_cfg=dict))
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
-        with tokenizer_errors("its tokenizer"):
+        with wrap_tokenizer_errors("its tokenizer"):
             model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)
-    except Exception as error:  # a name or tag that open_clip does not know, or a damaged folder
+    except Exception as error:  # open_clip raises many types for unknown names or tags and damaged folders
         raise ValueError(f"open_clip can't load {source!r}: {' '.join(str(error).split())}") from error
 
     def encode_images(batch: list[Image.Image]) -> Tensor:
-        return unit_length(model.encode_image(torch.stack([preprocess(image) for image in batch]).to(device)))
+        return l2_normalize(model.encode_image(torch.stack([preprocess(image) for image in batch]).to(device)))
 
-    images = partial(_in_batches, encode_images)
-    texts = partial(_in_batches, lambda batch: unit_length(model.encode_text(tokenizer(batch).to(device))))
-    digest = _digest("open_clip", source, weights_digest(model), repr(preprocess), precision)
-    # Which part of it the images need is not known: their fingerprint is that of the whole model.
-    return Embedder(f"open_clip:{source}", device, precision, digest, digest, class_and_loss(model), images, texts)
+    def encode_texts(batch: list[str]) -> Tensor:
+        return l2_normalize(model.encode_text(tokenizer(batch).to(device)))
+
+    digest = _digest_parts("open_clip", source, weights_digest(model), repr(preprocess), precision)
+    images, texts = partial(_embed_in_batches, encode_images), partial(_embed_in_batches, encode_texts)
+    # It is not known which parameters the image embeddings depend on, so both fingerprints are the digest of the whole
+    # model.
+    return Embedder(f"open_clip:{source}", device, precision, digest, digest, describe_model(model), images, texts)
 
 
-def _digest(*parts: str) -> str:
+def _digest_parts(*parts: str) -> str:
+    """Return the BLAKE2b digest of several strings as 32 hexadecimal digits."""
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -200,22 +301,32 @@ def embed_texts(
     processor: ProcessorMixin,
     texts: Sequence[str],
     batch_size: int = 64,
-    progress: Progress = None,
+    progress: ProgressOption = None,
 ) -> Tensor:
-    """(texts, width), unit length, float32, on the CPU, of at least one text, `batch_size` at once.
+    """Embed texts in batches of similar length, so that short texts need little padding.
 
-    They are batched by length, so that short ones are not padded to the longest. The caller has put the model in
-    evaluation mode; `processor` is its own.
+    Args:
+        model: Two-tower model in evaluation mode.
+        processor: The model's processor, from `load_processor`.
+        texts: At least one text.
+        batch_size: Number of texts per forward pass.
+        progress: Title of a progress bar, or a function that is called with the size of each finished batch.
+
+    Returns:
+        (texts, width), unit length, float32, on the CPU, in the order of `texts`.
+
+    Raises:
+        ValueError: If the tokenizer is damaged or an embedding is not finite.
     """
-    with tokenizer_errors("The model's tokenizer"):
-        tokens = tokenise(processor, texts)
+    with wrap_tokenizer_errors("The model's tokenizer"):
+        tokens = tokenize(processor, texts)
     order = sorted(range(len(texts)), key=lambda i: len(tokens[i]["input_ids"]))
 
     def encode(rows: list[int]) -> Tensor:
-        batch = pad(processor, [tokens[i] for i in rows])
-        return text_embeds(model, **{name: values.to(model.device) for name, values in batch.items()})
+        batch = pad_batch(processor, [tokens[i] for i in rows])
+        return compute_text_embeds(model, **{name: values.to(model.device) for name, values in batch.items()})
 
-    embeds = _in_batches(encode, order, batch_size, progress)
+    embeds = _embed_in_batches(encode, order, batch_size, progress)
     return torch.empty_like(embeds).index_copy_(0, torch.tensor(order), embeds)
 
 
@@ -224,52 +335,112 @@ def embed_images(
     processor: ProcessorMixin,
     images: Iterable[Image.Image],
     batch_size: int = 32,
-    progress: Progress = None,
+    progress: ProgressOption = None,
 ) -> Tensor:
-    """(images, width), as `embed_texts`, of anything that yields PIL images; they are read batch by batch."""
+    """Embed images in batches.
+
+    Args:
+        model: Two-tower model in evaluation mode.
+        processor: The model's processor, from `load_processor`.
+        images: At least one PIL image; an iterator is read batch by batch.
+        batch_size: Number of images that are preprocessed at once.
+        progress: Title of a progress bar, or a function that is called with the size of each finished batch.
+
+    Returns:
+        (images, width), unit length, float32, on the CPU, in the order of `images`.
+
+    Raises:
+        ValueError: If an image is invalid or an embedding is not finite.
+    """
 
     def encode(batch: list[Image.Image]) -> Tensor:
         pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
-        return torch.cat([image_embeds(model, part) for part in image_parts(pixel_values, model.device)])
+        return torch.cat([compute_image_embeds(model, part) for part in split_for_device(pixel_values, model.device)])
 
-    return _in_batches(encode, images, batch_size, progress)
+    return _embed_in_batches(encode, images, batch_size, progress)
 
 
 @torch.inference_mode()
-def _in_batches(encode: Callable, items: Iterable, batch_size: int = 32, progress: Progress = None) -> Tensor:
-    total, title = len(items) if hasattr(items, "__len__") else None, progress if isinstance(progress, str) else None
+def _embed_in_batches(
+    encode: Callable, items: Iterable, batch_size: int = 32, progress: ProgressOption = None
+) -> Tensor:
+    """Embed items in batches.
+
+    Args:
+        encode: Function from a list of items to their embeddings, (items, width).
+        items: Items to embed, such as images or texts; at least one.
+        batch_size: Number of items per call of `encode`.
+        progress: Title of a progress bar, or a function that is called with the size of each finished batch.
+
+    Returns:
+        Embeddings, (items, width), float32, on the CPU, in the order of `items`.
+
+    Raises:
+        ValueError: If an embedding is not finite.
+    """
+    total = len(items) if hasattr(items, "__len__") else None
+    title = progress if isinstance(progress, str) else None
     embeds, iterator = [], iter(items)
     with tqdm(total=total, desc=title, disable=title is None) as bar:
         while batch := list(islice(iterator, batch_size)):
-            embeds.append(checked_finite(encode(batch).float().cpu()))
+            embeds.append(check_finite(encode(batch).float().cpu()))
             (progress if callable(progress) else bar.update)(len(batch))
     return torch.cat(embeds)
 
 
-def checked_finite(embeds: Tensor) -> Tensor:
-    """Return the embeddings. Raises ValueError if one is not finite, of which every score would be meaningless."""
+def check_finite(embeds: Tensor) -> Tensor:
+    """Check that all numbers of embeddings are finite, and return the embeddings unchanged.
+
+    Args:
+        embeds: Embeddings in any shape.
+
+    Raises:
+        ValueError: If a number is NaN or infinite. Similarities to such an embedding would be meaningless.
+    """
     if not embeds.isfinite().all():
-        raise ValueError(NOT_FINITE)
+        raise ValueError(NOT_FINITE_MESSAGE)
     return embeds
 
 
-def image_parts(pixel_values: Tensor, device: torch.device) -> Sequence[Tensor]:
-    """`pixel_values`, (images, 3, height, width), on the device, in the parts and memory order that are fast there."""
+def split_for_device(pixel_values: Tensor, device: torch.device) -> Sequence[Tensor]:
+    """Move preprocessed images to a device, in the memory format and batch size that are fastest on this device.
+
+    Args:
+        pixel_values: (images, 3, height, width).
+        device: Device of the model.
+
+    Returns:
+        Chunks of `pixel_values` in channels-last memory format. On a CPU a chunk has at most `CPU_CHUNK_IMAGES` images.
+        On other devices there is a single chunk with all images.
+    """
     pixel_values = pixel_values.to(device, memory_format=torch.channels_last)
-    return pixel_values.split(CPU_IMAGES if device.type == "cpu" else max(len(pixel_values), 1))
+    return pixel_values.split(CPU_CHUNK_IMAGES if device.type == "cpu" else max(len(pixel_values), 1))
 
 
 def random_images(seed: int = 0) -> list[Image.Image]:
-    """Colour images of odd sizes, smaller and larger than towers take, one in grey and one with transparency."""
-    numbers = np.random.default_rng(seed)
+    """Return six images with random pixels, on which a converted model can be compared with the original one.
+
+    The images have unusual sizes. Four are RGB, one is gray, and one is RGBA.
+
+    Args:
+        seed: Seed of the random numbers.
+    """
+    rng = np.random.default_rng(seed)
     shapes = [(37, 61, 3), (301, 199, 3), (224, 227, 3), (97, 450, 3), (130, 131), (259, 225, 4)]
-    return [Image.fromarray(numbers.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+    return [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
 
 
 def random_texts(seed: int = 0) -> list[str]:
-    """Portuguese-looking texts of 1 to 120 words: far below and above the length that is kept."""
-    numbers = random.Random(seed)
+    """Return six random texts, on which a converted model can be compared with the original one.
+
+    The texts consist of Portuguese syllables and have 1 to 120 words. The longest has more than 77 tokens, so the
+    tokenizer truncates it.
+
+    Args:
+        seed: Seed of the random choices.
+    """
+    rng = random.Random(seed)
     syllables = ("ca", "pi", "va", "ra", "ção", "ões", "nha", "lho", "ba", "tu", "gue", "mar", "é", "ão", "sol", "que")
     lengths = (1, 2, 5, 9, 30, 120)
-    words = [["".join(numbers.choices(syllables, k=numbers.randint(1, 4))) for _ in range(n)] for n in lengths]
-    return [" ".join(text) for text in words]
+    texts = [["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(length)] for length in lengths]
+    return [" ".join(words) for words in texts]

@@ -1,4 +1,4 @@
-"""Headless Chromium for tests: a page that notes what it should not do."""
+"""Headless Chromium for tests, which records errors, external requests and dialogs of a page."""
 
 import http.server
 import importlib.util
@@ -24,14 +24,14 @@ LOCAL_SCHEMES, LOCAL_HOSTS = ("file", "data", "blob", "about"), ("127.0.0.1", "l
 
 @dataclass
 class Browser:
-    """A page of Chromium and what happened in it.
+    """A page in Chromium, and what happened in it.
 
     Attributes:
-        page: playwright's.
-        errors: messages of the console that are errors, and exceptions of scripts.
-        requests: addresses that were asked for, in order.
-        refused: those among them that were not local, and got no answer.
-        dialogs: texts of alert, confirm and prompt, each dismissed.
+        page: Page object of playwright.
+        errors: Error messages of the console, and exceptions of scripts.
+        requests: Requested URLs, in order.
+        refused: Requested URLs that are not local; these requests are blocked.
+        dialogs: Texts of alert, confirm and prompt dialogs, all dismissed.
     """
 
     page: "Page"
@@ -44,35 +44,35 @@ class Browser:
         self.page.goto(path.resolve().as_uri(), wait_until="load")
 
     def scrolls_sideways(self) -> bool:
-        """Whether the whole page, not a table in it, is wider than the window."""
+        """Return whether the page as a whole is wider than the window."""
         return self.page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
 
 
 def require_chromium() -> str:
-    """Path of Chromium. Skips the test where it or playwright is missing; with CI_REQUIRES_CHROMIUM=1 that fails."""
-    path = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
+    """Return the path of Chromium. Skip the test, or fail if CI_REQUIRES_CHROMIUM=1, without Chromium or playwright."""
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
     missing = "chromium (apt-get install chromium)" if path is None else ""
     if importlib.util.find_spec("playwright") is None:
         missing = "playwright (pip install playwright)"
     if missing:
-        answer = pytest.fail if os.environ.get("CI_REQUIRES_CHROMIUM") == "1" else pytest.skip
-        answer(f"{missing} is not installed, so the page can't be opened")
+        skip = pytest.fail if os.environ.get("CI_REQUIRES_CHROMIUM") == "1" else pytest.skip
+        skip(f"{missing} is not installed, so the page can't be opened")
     return path
 
 
 @contextmanager
 def open_browser(width: int = 1280, height: int = 900) -> Iterator[Browser]:
-    """A fresh page of headless Chromium that reaches nothing but files and this machine."""
+    """Open a new page in headless Chromium that can load only files and URLs of this machine."""
     executable = require_chromium()
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        # No sandbox: Chromium has none for root, and containers run as root.
+        # Chromium has no sandbox for root, and containers run as root.
         chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         try:
             page = chromium.new_page(viewport={"width": width, "height": height})
             browser = Browser(page)
-            page.on("console", lambda said: browser.errors.append(said.text) if said.type == "error" else None)
+            page.on("console", lambda message: browser.errors.append(message.text) if message.type == "error" else None)
             page.on("pageerror", lambda error: browser.errors.append(str(error)))
             page.on("request", lambda request: browser.requests.append(request.url))
             page.on("dialog", lambda dialog: (browser.dialogs.append(dialog.message), dialog.dismiss()))
@@ -83,6 +83,7 @@ def open_browser(width: int = 1280, height: int = 900) -> Iterator[Browser]:
 
 
 def _answer(route: "Route", browser: Browser) -> None:
+    """Let local requests through; block and record all others."""
     parts = urlsplit(route.request.url)
     if parts.scheme in LOCAL_SCHEMES or parts.hostname in LOCAL_HOSTS:
         route.continue_()
@@ -93,7 +94,7 @@ def _answer(route: "Route", browser: Browser) -> None:
 
 @contextmanager
 def served_folders(mounts: dict[str, Path], headers: dict[str, str] | None = None) -> Iterator[str]:
-    """Address of a plain file server on this machine: folders by the paths that they stand for, such as "/models/"."""
+    """Start a file server on this machine and yield its URL. `mounts`: URL prefix, such as "/models/", -> folder."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def translate_path(self, path: str) -> str:
@@ -104,8 +105,8 @@ def served_folders(mounts: dict[str, Path], headers: dict[str, str] | None = Non
             return os.devnull + "/none"
 
         def end_headers(self) -> None:
-            for name, text in (headers or {}).items():
-                self.send_header(name, text)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
             super().end_headers()
 
         def log_message(self, *_: object) -> None:

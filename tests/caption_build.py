@@ -1,4 +1,4 @@
-"""A small build of captions: thirteen images, two of which can't be used, and a table that is there and filled."""
+"""A small caption build for tests: thirteen images, two of them unusable, and filled translation tables."""
 
 import hashlib
 import os
@@ -10,22 +10,27 @@ import yaml
 from caption_tars import picture
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
-from caption_data.rows import CAPTIONS
-from captions.build import BuildArguments, ManualStepRequired, build
-from captions.translate import escape, unescape
+from caption_data.rows import CAPTIONS_FEATURE
+from captions.build import BuildArguments, ManualStepRequired, build_dataset
+from captions.translation_tables import escape_cell, unescape_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = {
-    "pretty_name": "Squares | *of* <colour>",
+    "pretty_name": "Squares | *of* <color>",
     "license": "cc-by-4.0",
     "sources": [{"name": "Noise", "url": "https://example.org/noise", "license": "CC BY 4.0"}],
 }
 
 
 def write_config(folder: Path, model: Path) -> Path:
-    """The config, whose output is FOLDER/built."""
+    """Write a config with the output FOLDER/built, its dataset and its filled tables; return the path of the config."""
     features = Features(
-        {"picture": Image(), "captions-en": CAPTIONS, "generated-captions-en": CAPTIONS, "url": Value("string")}
+        {
+            "picture": Image(),
+            "captions-en": CAPTIONS_FEATURE,
+            "generated-captions-en": CAPTIONS_FEATURE,
+            "url": Value("string"),
+        }
     )
 
     def split(number: int, broken: bool) -> Dataset:
@@ -55,14 +60,14 @@ def write_config(folder: Path, model: Path) -> Path:
     content["translate"] |= {"rows_per_part": 2, "batch_rows": 4}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    with pytest.raises(ManualStepRequired, match=r"train\.tsv has the sentences of 1-translate, train.*\n.*test\.tsv"):
-        build(BuildArguments(path))
+    with pytest.raises(ManualStepRequired, match=r"train\.tsv.*1-translate, train.*\n.*test\.tsv"):
+        build_dataset(BuildArguments(path))
     fill(folder / "tables")
     return path
 
 
 def openmoji_config(folder: Path, model: Path) -> Path:
-    """The config of examples.openmoji.captions, whose output is FOLDER/built, for a toy."""
+    """Write the config of examples.openmoji.captions for a tiny model, with the output FOLDER/built."""
     content = yaml.safe_load((ROOT / "configs" / "openmoji_captions.yaml").read_text(encoding="utf-8"))
     content |= {"dataset": str(folder / "english"), "output": str(folder / "built")}
     content["translate"] |= {"import": str(folder / "tables" / "{split}.tsv"), "rows_per_part": 2}
@@ -73,10 +78,11 @@ def openmoji_config(folder: Path, model: Path) -> Path:
 
 
 def fill(tables: Path) -> None:
+    """Translate all tables in a folder."""
     for path in tables.glob("*.tsv"):
         head, *lines = path.read_text(encoding="utf-8").splitlines()
         rows = [line.split("\t")[:2] for line in lines]
-        filled = [f"{name}\t{text}\t{escape(xhosa(unescape(text)))}" for name, text in rows]
+        filled = [f"{name}\t{text}\t{escape_cell(xhosa(unescape_cell(text)))}" for name, text in rows]
         path.write_text("\n".join([head, *filled]) + "\n", encoding="utf-8")
 
 
@@ -85,18 +91,19 @@ def xhosa(text: str) -> str:
 
 
 def changed(path: Path, **changes) -> Path:
+    """Change keys of a config; None removes a key."""
     content = yaml.safe_load(path.read_text(encoding="utf-8")) | changes
     path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}), encoding="utf-8")
     return path
 
 
 def files(folder: Path) -> dict[str, str]:
-    """Name -> digest of all files but the logs."""
+    """Return the digest of each file except the logs, by path."""
     paths = [path for path in folder.rglob("*") if path.is_file() and "logs" not in path.relative_to(folder).parts]
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def surroundings() -> dict:
-    """Of a process with as many threads as this one: with others a model rounds otherwise."""
+    """Return options for a subprocess with as many threads as this process; rounding depends on their number."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}

@@ -1,4 +1,4 @@
-"""Pictures, captions, tars and saved data sets that several tests share."""
+"""Images, captions, tars and saved datasets that several tests share."""
 
 import io
 import itertools
@@ -12,14 +12,14 @@ import numpy as np
 import PIL.Image
 from datasets import Dataset, DatasetDict, Features
 
-from capivara_common.image_files import BadImage, image_bytes
-from caption_data.pairs import pair_table, skipped_rows, usable
+from capivara_common.image_files import BadImage, read_image_bytes
+from caption_data.pairs import build_pair_table, drop_invalid, list_skipped_rows
+from caption_data.parquet_split import open_in_place
 from caption_data.sources import open_split
-from captions.stages import open_in_place
-from training.inputs import evaluation_pairs, training_pairs
+from training.inputs import load_evaluation_pairs, load_training_pairs
 
 CACHE = tempfile.TemporaryDirectory(prefix="capivara-tests-")
-os.environ.setdefault("CAPIVARA_CACHE", CACHE.name)  # pairs of made data sets are not kept among a developer's own
+os.environ.setdefault("CAPIVARA_CACHE", CACHE.name)  # keeps the tests out of the developer's own cache
 ROWS = 7
 CALLS = itertools.count(time.time_ns())
 
@@ -50,7 +50,7 @@ def write_tar(path, members: list[tuple[str, bytes]]):
 
 
 def sample(number: int, data: bytes | None = None, folder: str = "", **fields) -> list[tuple[str, bytes]]:
-    """The members of a sample in the authors' layout; the image comes first, or last, by its number."""
+    """Return the members of a sample in the layout of the CAPIVARA authors; the image is first for odd numbers."""
     fields = {"captions-pt": CAPTIONS[number], **fields}
     data = PICTURES[number] if data is None else data
     extension = "png" if data[:4] == b"\x89PNG" else "jpg"
@@ -66,7 +66,7 @@ def tars_by_name(folder):
 
 
 def saved_train(folder, features: dict, *columns) -> str:
-    """A saved data set of these columns, in their order; images are their bytes."""
+    """Save a dataset whose columns are the `columns`, in the order of `features`; the first are image bytes."""
     pictures = [{"bytes": data, "path": None} for data in columns[0]]
     rows = dict(zip(features, [pictures, *map(list, columns[1:])], strict=True))
     DatasetDict(train=Dataset.from_dict(rows, features=Features(features))).save_to_disk(folder)
@@ -74,28 +74,28 @@ def saved_train(folder, features: dict, *columns) -> str:
 
 
 def files_of(dataset, **limits) -> list[bytes | None]:
-    """The file of each image of the split `train`; None where it is not read."""
-    source, found = open_split(str(dataset), "train", "image", **limits), []
+    """Return the file of each image of the split `train`, or None if it cannot be read."""
+    source, contents = open_split(str(dataset), "train", "image", **limits), []
     for row in source.rows():
         try:
-            found.append(image_bytes(row["image"], source.files))
+            contents.append(read_image_bytes(row["image"], source.image_access))
         except BadImage:
-            found.append(None)
-    return found
+            contents.append(None)
+    return contents
 
 
 def rows_of(folder, split: str = "train") -> list[dict]:
-    """All rows of what a stage or a build has written."""
+    """Return all rows that a stage or a build has written."""
     return list(open_in_place(str(folder), split, "image").rows())
 
 
 def table_of(source, skipped=None, columns=("captions-pt",), choose=lambda row: row["captions-pt"]):
-    """The usable pairs; the other rows join `skipped`. Every call is a table of its own."""
+    """Return the valid pairs of a new table; append the other rows to `skipped`."""
     settings = {"call": next(CALLS)}
-    table = pair_table(source, list(columns), choose, settings)
+    table = build_pair_table(source, list(columns), choose, settings)
     if skipped is not None:
-        skipped += skipped_rows(table, source)
-    return usable(table)
+        skipped += list_skipped_rows(table, source)
+    return drop_invalid(table)
 
 
 def tar_source(tmp_path, members):
@@ -103,15 +103,15 @@ def tar_source(tmp_path, members):
 
 
 def training_of(args, skipped) -> list:
-    """The training pairs of a run, without a model; the other rows join `skipped`."""
+    """Return the training pairs of a run, without a model; append the other rows to `skipped`."""
     splits = {(name, args.train_split): open_split(name, args.train_split, args.image_column) for name in args.dataset}
-    pairs = training_pairs(args, splits, None)
-    for one in pairs:
-        skipped += skipped_rows(one.table, one.source)
-        one.table = usable(one.table)
+    pairs = load_training_pairs(args, splits, None)
+    for dataset in pairs:
+        skipped += list_skipped_rows(dataset.table, dataset.source)
+        dataset.table = drop_invalid(dataset.table)
     return pairs
 
 
 def measured_of(args, split, languages) -> dict:
-    """The pairs of a split that a run measures on, by language."""
-    return evaluation_pairs(args, open_split(args.evaluation_dataset, split, args.image_column), languages, None)
+    """Return the pairs of a split that a run evaluates on, by language."""
+    return load_evaluation_pairs(args, open_split(args.evaluation_dataset, split, args.image_column), languages, None)

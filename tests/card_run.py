@@ -1,4 +1,4 @@
-"""A tiny training run whose base and data have cards, and folders made from it, for the tests of the model card."""
+"""Helpers for the tests of the model card: a tiny training run whose base and data have cards, and changes of it."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from tiny import draw_nothing, save_model
 import train_accelerate
 from modeling_capivara import CapivaraProcessor
 
-SEEDS = Path(__file__).parent / "golden" / "runs" / "seeds"  # a run of the seeds 0, 1 and 2, as the trainer lays it out
+SEEDS = Path(__file__).parent / "golden" / "runs" / "seeds"  # a run with the seeds 0, 1 and 2, as the trainer writes it
 BASE_CARD = "---\nlicense: mit\n---\n\n# A tiny base\n"
 DATA_CARD = """---
 license: cc-by-sa-4.0
@@ -25,24 +25,26 @@ attribution: Squares by nobody in particular.
 ---
 """
 
-
-_made: list[Path] = []
+_trained_runs: list[Path] = []  # the run of this session, once it is trained
 
 
 def trained_run(tmp_path_factory: pytest.TempPathFactory, dataset: Path, processor: CapivaraProcessor) -> Path:
-    """Folder of a run, trained once in a session; tests change copies of it."""
-    if not _made:
+    """Return the folder of a run that is trained once per session. Tests must change copies of it only."""
+    if not _trained_runs:
         folder = tmp_path_factory.mktemp("trained")
-        _made.append(short_run(folder, dataset, lambda base: save_model(base, processor), max_steps=4))
-    return _made[0]
+        _trained_runs.append(short_run(folder, dataset, lambda base: save_model(base, processor), max_steps=4))
+    return _trained_runs[0]
 
 
 def short_run(folder: Path, dataset: Path, make_base: Callable[[Path], Any], **more: Any) -> Path:
-    """Train for a moment, from within `folder`, so that no path of the machine is in it; `base` and `data/squares` lie
-    beside the run."""
+    """Train a few steps with relative paths, so that the run contains no path of this machine.
+
+    The folders `base` and `data/squares` are written next to the run.
+    """
     make_base(folder / "base")
     (folder / "base" / "README.md").write_text(BASE_CARD, encoding="utf-8")
-    splits = load_from_disk(dataset)  # of pictures that recall@10 says something of
+    splits = load_from_disk(dataset)
+    # The test split alone is too small for recall@10.
     splits["test"] = concatenate_datasets([splits["test"], splits["validation"]])
     splits.save_to_disk(folder / "data" / "squares")
     (folder / "data" / "squares" / "README.md").write_text(DATA_CARD, encoding="utf-8")
@@ -57,38 +59,42 @@ def short_run(folder: Path, dataset: Path, make_base: Callable[[Path], Any], **m
 
 
 def change(path: Path, edit: Callable[[Any], Any]) -> None:
-    """Edit a JSON file in place; `edit` changes what it is given."""
+    """Change a JSON file; `edit` modifies its content in place."""
     content = json.loads(path.read_text(encoding="utf-8"))
     edit(content)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def card_of(folder: Path) -> str:
+    """Return the text of a folder's card."""
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """Front matter and body."""
-    found = re.match(r"\A---\n(.*?)\n---\n", text, re.DOTALL)
-    return yaml.safe_load(found[1]), text[found.end() :]
+    """Return the front matter and the body of a card."""
+    match = re.match(r"\A---\n(.*?)\n---\n", text, re.DOTALL)
+    return yaml.safe_load(match[1]), text[match.end() :]
 
 
 def results_of(folder: Path, language: str = "pt") -> Path:
+    """Return the path of a run's result file for a language."""
     return next((folder / "results").glob(f"*_{language}.json"))
 
 
 def record_of(folder: Path, metric: str, direction: str = "text_to_image", model: str = "capivara") -> dict:
+    """Return a record of the Portuguese results."""
     records = json.loads(results_of(folder).read_text(encoding="utf-8"))["records"]
     return next(r for r in records if (r["metric"], r["direction"], r["model"]) == (metric, direction, model))
 
 
 def runs_of_seeds(folder: Path) -> Path:
-    """The run `SEEDS`, each seed a run of its own in `seed-0`, `seed-1` and `seed-2` with its own results."""
+    """Copy the run `SEEDS` as three separate runs `seed-0`, `seed-1` and `seed-2`, each with its own results."""
     shutil.copytree(SEEDS, folder)
     for seed in range(3):
         shutil.copytree(folder / "results", folder / f"seed-{seed}" / "results")
         for path in (folder / f"seed-{seed}" / "results").glob("*.json"):
-            of = [r for r in json.loads(path.read_text(encoding="utf-8"))["records"] if r["seed"] in (None, seed)]
-            change(path, lambda results, of=of: results.update(records=of))
+            all_records = json.loads(path.read_text(encoding="utf-8"))["records"]
+            records = [record for record in all_records if record["seed"] in (None, seed)]
+            change(path, lambda results, records=records: results.update(records=records))
     shutil.rmtree(folder / "results")
     return folder

@@ -1,4 +1,4 @@
-"""What many tests share. Heavy packages are imported where they are used."""
+"""Fixtures shared by many tests. Heavy packages are imported inside the fixtures, so that collection is fast."""
 
 import gc
 import os
@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the Hub would wait for a time-out
-HERE = Path(__file__).resolve().parent  # what a test starts imports this project, and reads sitecustomize.py
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # without a network, a request to the Hub would wait for a time-out
+HERE = Path(__file__).resolve().parent
+# Processes that tests start can import this project from these folders, and run tests/sitecustomize.py first.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")]))
 
-gc.disable()  # what the imports make stays: to look for waste among it takes a fifth of their time
+gc.disable()  # it would take a fifth of the import time, although imported objects stay in memory anyway
 
 
-LONGEST = ("test_executors.py", "test_static_page.py", "test_watch.py")  # minutes each: they are not the last to begin
+LONGEST = ("test_executors.py", "test_static_page.py", "test_watch.py")  # each takes minutes, so they start first
 
 
 def pytest_collection_modifyitems(items):
@@ -24,18 +25,18 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # nor is it looked through later: the end of a process took another second
+    gc.freeze()  # garbage collections during the tests skip the imported objects; a process ends a second earlier
     gc.enable()
-    gc.set_threshold(700)  # as it is without sitecustomize.py
+    gc.set_threshold(700)  # Python's default threshold, which tests/sitecustomize.py has changed
 
 
 @pytest.fixture
 def tiny_model():
-    from tiny import randomise, tiny_config
+    from tiny import randomize, tiny_config
 
     from modeling_capivara import CapivaraModel
 
-    return randomise(CapivaraModel(tiny_config())).eval()
+    return randomize(CapivaraModel(tiny_config())).eval()
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +51,7 @@ def tiny_processor():
 
 @pytest.fixture(scope="session")
 def xlmr(tmp_path_factory):
-    """A processor with the real XLM-R vocabulary, and open_clip's tokenizer of it."""
+    """Tuple of a CAPIVARA processor with the real XLM-R vocabulary and open_clip's tokenizer for this vocabulary."""
     from open_clip.tokenizer import HFTokenizer
 
     from capivara_search.miniature_encoders import load_tokenizer
@@ -71,33 +72,36 @@ def saved_tiny_folder(tmp_path_factory, tiny_processor):
 
 @pytest.fixture(scope="session")
 def model(saved_tiny_folder):
-    """The same as a word of a command; tests leave it as it is."""
+    """Path of `saved_tiny_folder` as a string, for command lines. All tests share the folder: none may change it."""
     return str(saved_tiny_folder)
 
 
 @pytest.fixture
 def tiny_folder(saved_tiny_folder, tmp_path):
-    """A saved tiny model with its processor; its weights are those of `tiny_model`."""
+    """Folder with a tiny model and its processor, a copy that the test may change. The weights equal `tiny_model`'s."""
     return shutil.copytree(saved_tiny_folder, tmp_path / "model")
 
 
 @pytest.fixture(scope="session")
 def tiny_dataset_folder(tmp_path_factory):
-    """A saved DatasetDict of coloured squares: 12, 6 and 8 pictures, one or two captions in two languages each."""
+    """Folder with a saved DatasetDict: 12 train, 6 validation and 8 test images, all colored squares.
+
+    Each image has one or two Portuguese captions and one English caption.
+    """
     import numpy as np
     import PIL.Image
     from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-    colours = {"azul": (0, 0, 255), "verde": (0, 255, 0), "vermelho": (255, 0, 0), "branco": (255, 255, 255)}
+    colors = {"azul": (0, 0, 255), "verde": (0, 255, 0), "vermelho": (255, 0, 0), "branco": (255, 255, 255)}
     features = Features({"image": Image(), "captions-pt": List(Value("string")), "captions-en": List(Value("string"))})
 
     def split(number: int, seed: int) -> Dataset:
         generator = np.random.default_rng(seed)
-        names = [list(colours)[i % len(colours)] for i in range(number)]
-        pixels = [generator.random((40, 36, 3)) * 60 + 0.7 * np.array(colours[name]) for name in names]
+        names = [list(colors)[i % len(colors)] for i in range(number)]
+        pixels = [generator.random((40, 36, 3)) * 60 + 0.7 * np.array(colors[name]) for name in names]
         portuguese = [[f"foto {i} azul {name}", f"{name} {i}"][: 1 + i % 2] for i, name in enumerate(names)]
         english = [[f"the {name} {i}"] for i, name in enumerate(names)]
-        images = [PIL.Image.fromarray(one.astype(np.uint8)) for one in pixels]
+        images = [PIL.Image.fromarray(array.astype(np.uint8)) for array in pixels]
         rows = {"image": images, "captions-pt": portuguese, "captions-en": english}
         return Dataset.from_dict(rows, features=features)
 
@@ -115,28 +119,28 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of 1 MB."""
+    """Folder with a mounted file system of 1 MB, for tests of full disks. The test is skipped if mounting fails."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True, timeout=20).returncode:
-        pytest.skip("a small file system can't be mounted here")
+        pytest.skip("a small file system can't be mounted on this machine")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=20)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """What tests keep lies apart from the user's."""
+    """Use temporary folders for caches and state, so that tests do not touch the user's."""
     os.environ["CAPIVARA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
-    """Accelerate keeps one state a process, torch its threads; a test must not inherit those of the one before."""
+    """Reset Accelerate's global state and the number of threads after each test, so that tests don't affect others."""
     yield
     if state := sys.modules.get("accelerate.state"):
-        for one in (state.AcceleratorState, state.GradientState, state.PartialState):
-            one._reset_state()
+        for state_class in (state.AcceleratorState, state.GradientState, state.PartialState):
+            state_class._reset_state()
         sys.modules["torch"].set_num_threads(1)

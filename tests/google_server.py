@@ -1,4 +1,4 @@
-"""A stand-in for version 2 of Google's translation service, on loopback: what it answers, and how it fails."""
+"""A fake of version 2 of Google Cloud Translation on loopback, with its answers and its failures."""
 
 import json
 import threading
@@ -17,16 +17,16 @@ PATH = "/language/translate/v2"
 
 @dataclass
 class GoogleService:
-    """What the server shall do, and what it was asked.
+    """What the server will do, and what it received.
 
     Attributes:
-        faults: of the next translation requests, in order; then it works. A number is an HTTP status; `timeout`
-            never answers, `cut` in the middle of the JSON, `list` with other JSON; `fewer` leaves out an entry, `quota`
-            and `daily` are Google's two refusals of a quota.
-        requests: bodies of the translation requests that came with the right key.
-        headers: of all requests.
-        paths: of all requests, with their queries.
-        answered: how often each sentence was translated in a complete answer.
+        faults: Faults of the next translation requests, in order; later requests succeed. A number is an HTTP status;
+            `timeout` never answers, `cut` ends in the middle of the JSON, `list` is other JSON, `fewer` lacks a
+            translation; `quota` and `daily` are Google's two errors for an exceeded quota.
+        requests: Bodies of the translation requests with the right key.
+        headers: Headers of all requests.
+        paths: Paths of all requests, with their queries.
+        answered: How often each sentence was translated in a complete answer.
     """
 
     url: str = ""
@@ -37,12 +37,12 @@ class GoogleService:
     answered: Counter[str] = field(default_factory=Counter)
 
     def sentences(self) -> list[str]:
-        """All that was sent to be translated, in order."""
+        """Return all sentences that were sent, in order."""
         return [text for request in self.requests for text in request["q"]]
 
 
 def translated(text: str, target: str) -> str:
-    """What the server makes of a sentence."""
+    """Return the server's translation of a sentence."""
     return f"{target}: {text[::-1]}"
 
 
@@ -74,7 +74,7 @@ class _Handler(HttpHandler):
         entries = [{"translatedText": translated(text, body["target"])} for text in body["q"]]
         fault = self.service.faults.pop(0) if self.service.faults else None
         if fault == "timeout":
-            self.rfile.read(1)  # returns when the client has gone
+            self.rfile.read(1)  # returns when the client disconnects
             return
         elif fault == "fewer":
             entries.pop(len(entries) // 2)
@@ -97,7 +97,7 @@ class _Handler(HttpHandler):
         self.service.paths.append(self.path)
         if not self.path.startswith(PATH):
             self._fail(404, f"no such path {self.path}", "notFound")
-        elif (key := self.headers.get("x-goog-api-key")) != KEY:  # as Google does, and worse: it says the key again
+        elif (key := self.headers.get("x-goog-api-key")) != KEY:  # like Google, but the message repeats the key
             self._fail(400, f"API key not valid: {key}. Please pass a valid API key.", "badRequest")
         else:
             return True

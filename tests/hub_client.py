@@ -1,4 +1,4 @@
-"""Commands that speak to the stand-in for the Hub, as their users run them, with an eye on the token."""
+"""Run commands against the test server for the Hub, and check that they never print a token."""
 
 import json
 import os
@@ -14,7 +14,10 @@ from hub_server import READ_TOKEN, SIGNATURE, TOKEN, HubServer
 
 @dataclass
 class Done:
-    """How a command ended: exit status, what it printed, and how long it would have waited before each new try."""
+    """Result of a command: exit code, standard output and error, and the waits in seconds before its retries.
+
+    The waits are only recorded, so that tests do not take this time.
+    """
 
     code: int
     out: str
@@ -23,7 +26,7 @@ class Done:
 
 
 class HubCommands:
-    """A process (`push_process.py`) that takes a server for the Hub, and runs commands one after the other."""
+    """Process that runs `push_process.py`: it uses a test server as the Hub and runs commands one after another."""
 
     def __init__(self, hub: HubServer, home: Path):
         self.hub, self.home = hub, home
@@ -48,7 +51,7 @@ class HubCommands:
 
 @contextmanager
 def hub_commands(folder: Path) -> Iterator[HubCommands]:
-    """A server and a process for it, both gone after the block."""
+    """Start a test server and a process that runs commands against it, and stop both at the end of the block."""
     with HubServer(folder / "hub") as hub:
         commands = HubCommands(hub, folder / "home")
         try:

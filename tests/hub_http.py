@@ -1,4 +1,4 @@
-"""HTTP of the stand-in for the Hub: bodies chunk by chunk, JSON answers, connections that break."""
+"""HTTP layer of the test server for the Hub: chunked bodies, JSON answers, and broken connections."""
 
 import http.server
 import json
@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-CHUNK = 2**20
+CHUNK = 2**20  # bytes that are read at a time
 
 
 class Dropped(Exception):
-    """The connection was ended in the middle of a request."""
+    """Raised by the server after it has deliberately closed a connection in the middle of a request."""
 
 
 class HttpHandler(http.server.BaseHTTPRequestHandler):
@@ -31,29 +31,29 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def chunks(self) -> Iterator[bytes]:
-        """The body of the request."""
-        left = int(self.headers.get("Content-Length", 0))
-        while left:
-            chunk = self.rfile.read(min(CHUNK, left))
+        """Yield the body of the request in chunks of at most `CHUNK` bytes."""
+        remaining = int(self.headers.get("Content-Length", 0))
+        while remaining:
+            chunk = self.rfile.read(min(CHUNK, remaining))
             if not chunk:
-                raise ConnectionError("The client is gone.")
-            left -= len(chunk)
+                raise ConnectionError("The client closed the connection.")
+            remaining -= len(chunk)
             yield chunk
 
     def drop(self) -> NoReturn:
-        """End the connection as a broken line does: at once, with what was underway lost."""
+        """Reset the connection at once, as a network failure does. Data in transit is lost."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         raise Dropped
 
     def log_message(self, *args) -> None:
-        """Nothing."""
+        """Log nothing, so that requests do not appear in the output of tests."""
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
     daemon_threads, block_on_close = True, False
 
     def handle_error(self, request, client_address) -> None:
-        """Silent where the client is gone."""
+        """Report an error of a request, unless it only means that the client has closed the connection."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)

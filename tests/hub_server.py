@@ -1,10 +1,11 @@
-"""A stand-in for the Hugging Face Hub on loopback: the real client speaks to it over HTTP, it keeps the real bytes.
+"""A test server that behaves like the Hugging Face Hub, for the real client (huggingface_hub) over HTTP.
 
     with HubServer(tmp_path / "hub") as hub:
         hub.store("us/model", folder)
         subprocess.run(command, env={**os.environ, **hub.environment(tmp_path / "home")})
 
-The calls are those of huggingface_hub 2.4 with Xet off. It stops with the block, and with the process.
+The server supports the calls that huggingface_hub 2.4 makes without Xet (the Hub's storage protocol), and stores the
+uploaded files. It stops at the end of the `with` block.
 """
 
 import json
@@ -20,13 +21,13 @@ from pathlib import Path, PurePosixPath
 from hub_http import CHUNK, Dropped, HttpHandler, HttpServer
 from hub_storage import Faults, Refused, Repo, Storage
 
-TOKEN = "hf_" + "AnaMayWriteToUs" * 2 + "0000"  # of ana, of the organisation us; looks like a real one, and is none
-READ_TOKEN = "hf_" + "BobMayReadOnly0" * 2 + "0000"
-SIGNATURE = "5162ed" * 8  # in the addresses that uploads go to, as the Hub's store has it
+TOKEN = "hf_" + "AnaMayWriteToUs" * 2 + "0000"  # of the user ana, who may write to "us"; looks like a real token
+READ_TOKEN = "hf_" + "BobMayReadOnly0" * 2 + "0000"  # of the user bob, who may not write to "us"
+SIGNATURE = "5162ed" * 8  # secret in the upload URLs, as on the Hub; commands must never print it
 PROJECT = Path(__file__).resolve().parents[1]
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".arrow", ".tar", ".onnx", ".data")
-SILENCE_S = 10
-LFS_BYTES = 10 * 2**20  # a larger file goes to LFS, whatever its name
+SILENCE_S = 10  # seconds until the server answers a silent upload; longer than the time-out of clients in the tests
+LFS_BYTES = 10 * 2**20  # files larger than this are stored in LFS, whatever their name
 QUOTA = "Private repository storage limit reached, please upgrade your plan to increase your private storage limit."
 FILES = r"/(?P<kind>datasets/|spaces/)?(?P<name>[^/]+/[^/]+)"
 REPO = r"/api/(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
@@ -52,18 +53,18 @@ ROUTES = [
 
 
 class HubServer:
-    """A running stand-in.
+    """A test server for the Hub, which runs in a thread while its `with` block is active.
 
     Attributes:
-        url: of the server, for `HF_ENDPOINT`.
-        storage: repositories and objects.
-        faults: what shall go wrong; may be changed at any time.
-        users: token -> name.
-        writable: name of a user -> namespaces that it may write to.
-        requests: (method, path) of all, in order.
-        uploaded: bytes that PUT requests have brought, broken ones included.
-        fetched: "owner/name/path" of every file that was downloaded.
-        page_size: entries of a tree that one answer holds.
+        url: URL of the server, for `HF_ENDPOINT`.
+        storage: Repositories, and the contents of their files.
+        faults: Failures to simulate; may be changed at any time.
+        users: Token -> user name.
+        writable: User name -> namespaces that the user may write to.
+        requests: (method, path) of all requests, in order.
+        uploaded: Bytes received by PUT requests, including interrupted ones.
+        fetched: "owner/name/path" of all downloaded files.
+        page_size: Number of files in one response to a request for the files of a repository.
     """
 
     def __init__(self, folder: Path):
@@ -86,14 +87,14 @@ class HubServer:
         self._server.server_close()
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
-        """What a process needs to take this server for the Hub, with an empty cache; `token=None` leaves it out."""
-        found = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        """Return environment variables with which a process uses this server as the Hub, with an empty cache."""
+        variables = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
-        found |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        return found | {"HF_TOKEN": token or ""}
+        variables |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        return variables | {"HF_TOKEN": token or ""}
 
     def store(self, name: str, folder: Path, kind: str = "models") -> Repo:
-        """Put a folder on the server as its files lie there, without HTTP."""
+        """Create a repository with the files of a folder directly in the storage, without HTTP."""
         repo = self.storage.create(kind, name, private=False)
         files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         added = {path: self.storage.add(data, is_lfs(path, data[:512], len(data))) for path, data in files.items()}
@@ -104,48 +105,51 @@ class HubServer:
         return self.storage.repos[kind, name]
 
     def files(self, name: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
-        """Path -> content of a revision, save the `.gitattributes` of the Hub."""
+        """Return the contents of a repository's files by path, without the `.gitattributes` that the Hub creates."""
         files = self.repo(name, kind).at(revision).files
         return {path: self.storage.path(blob).read_bytes() for path, blob in files.items() if path != ".gitattributes"}
 
     def commits(self, name: str, revision: str = "main", kind: str = "models") -> list[str]:
-        """Titles, newest first, save the Hub's own initial commit."""
+        """Return the titles of a repository's commits, newest first, without the initial commit that the Hub makes."""
         return [commit.title for commit in self.repo(name, kind).history(revision)][:-1]
 
 
 def is_lfs(path: str, sample: bytes, size: int) -> bool:
-    """Whether the Hub keeps a file out of git."""
+    """Return whether the Hub stores a file in LFS instead of git, depending on name, first bytes and size."""
     return size > LFS_BYTES or path.endswith(LFS_SUFFIXES) or b"\0" in sample
 
 
 class _Handler(HttpHandler):
-    """One connection. Every method below is one call of the protocol; it answers, or raises `Refused`."""
+    """Handler of one connection.
+
+    Each method that `ROUTES` names answers one call of the Hub's protocol, or raises `Refused`.
+    """
 
     def answer(self) -> None:
         self.hub: HubServer = self.server.hub
         path, _, query = self.path.partition("?")
-        self.query, self.left = dict(urllib.parse.parse_qsl(query)), self.chunks()
+        self.query, self.unread = dict(urllib.parse.parse_qsl(query)), self.chunks()
         self.hub.requests.append((self.command, path))
         try:
             action, groups = self._action(path)
             if action in self.hub.faults.answers:
                 return self.canned(*self.hub.faults.answers[action])
             self._authenticate()
-            if action == "lfs_put":  # several come at once, and are not held in memory
+            if action == "lfs_put":  # uploads run in parallel, and are not held in memory
                 return self.lfs_put(**groups)
-            self.body = b"".join(self.left)
+            self.body = b"".join(self.unread)
             with self.hub.lock:
                 getattr(self, action)(**groups)
         except Refused as refused:
-            for _ in self.left:  # the connection is used again
+            for _ in self.unread:  # the body must be read, because the client reuses the connection
                 pass
             self.json({"error": refused.message, **refused.more}, refused.status, refused.headers())
         except (ConnectionError, Dropped):
             self.close_connection = True
 
     def canned(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        """An answer of something that is not the Hub, or of a Hub that is ill."""
-        for _ in self.left:
+        """Send a fixed response, to simulate the response of a proxy or of a broken Hub."""
+        for _ in self.unread:
             pass
         self.head(status, headers, len(body))
         self.wfile.write(body if self.command != "HEAD" else b"")
@@ -154,8 +158,8 @@ class _Handler(HttpHandler):
 
     def _action(self, path: str) -> tuple[str, dict[str, str]]:
         method = "GET" if self.command == "HEAD" else self.command
-        for wanted, pattern, action in ROUTES:
-            if wanted == method and (match := pattern.fullmatch(path)):
+        for route_method, pattern, action in ROUTES:
+            if route_method == method and (match := pattern.fullmatch(path)):
                 groups = {key: urllib.parse.unquote(value) for key, value in match.groupdict().items() if value}
                 if "kind" in pattern.groupindex:
                     groups["kind"] = groups.get("kind", "models").rstrip("/")
@@ -172,7 +176,7 @@ class _Handler(HttpHandler):
         repo = self.hub.storage.repos.get((kind, name))
         owned = name.split("/")[0] in self.hub.writable.get(self.user, ())
         if repo is None or (repo.private and not owned):
-            # Without a token the Hub does not say whether there is none or a private one.
+            # Without a token, the Hub does not reveal whether a private repository exists.
             raise Refused(404 if self.user else 401, "Repository not found", "RepoNotFound")
         if write and not owned:
             raise Refused(403, "You don't have the rights to write to this repository.")
@@ -188,15 +192,15 @@ class _Handler(HttpHandler):
     def create(self) -> None:
         if self.user is None:
             raise Refused(401, "Invalid username or password.")
-        asked = json.loads(self.body)
-        kind, namespace = asked.get("type", "model") + "s", asked.get("organization") or self.user
-        name = f"{namespace}/{asked['name']}"
+        requested = json.loads(self.body)
+        kind, namespace = requested.get("type", "model") + "s", requested.get("organization") or self.user
+        name = f"{namespace}/{requested['name']}"
         if namespace not in self.hub.writable[self.user]:
             raise Refused(403, f'You don\'t have the rights to create a {kind[:-1]} under the namespace "{namespace}"')
         url = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
         if (kind, name) in self.hub.storage.repos:
             raise Refused(409, f"You already created this {kind[:-1]} repo", url=url)
-        self.hub.storage.create(kind, name, private=asked.get("visibility") == "private")
+        self.hub.storage.create(kind, name, private=requested.get("visibility") == "private")
         self.json({"url": url, "name": name})
 
     def info(self, kind: str, name: str, revision: str = "main") -> None:
@@ -227,15 +231,15 @@ class _Handler(HttpHandler):
         if path and not inside:
             raise Refused(404, f"{path} does not exist", "EntryNotFound")
         folders = {str(folder) for p in inside for folder in PurePosixPath(p).parents if str(folder).startswith(prefix)}
-        found = {f: {"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders - {"."}} | inside
+        listed = {f: {"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders - {"."}} | inside
         if self.query.get("recursive", "false").lower() != "true":
-            found = {p: entry for p, entry in found.items() if "/" not in p[len(prefix) :]}
-        entries, more = [entry for _, entry in sorted(found.items())], {}
+            listed = {p: entry for p, entry in listed.items() if "/" not in p[len(prefix) :]}
+        entries, link = [entry for _, entry in sorted(listed.items())], {}
         start, size = int(self.query.get("cursor", 0)), self.hub.page_size
         if start + size < len(entries):
             query = urllib.parse.urlencode({**self.query, "cursor": start + size})
-            more = {"Link": f'<{self.hub.url}{self.path.partition("?")[0]}?{query}>; rel="next"'}
-        self.json(entries[start : start + size], headers=more)
+            link = {"Link": f'<{self.hub.url}{self.path.partition("?")[0]}?{query}>; rel="next"'}
+        self.json(entries[start : start + size], headers=link)
 
     def resolve(self, kind: str, name: str, revision: str, path: str) -> None:
         repo = self._repo(kind, name)
@@ -260,10 +264,10 @@ class _Handler(HttpHandler):
 
     def preupload(self, kind: str, name: str, revision: str) -> None:
         repo = self._repo(kind, name, write="create_pr" not in self.query)
-        there, answers = repo.at(revision).files, []
+        existing, answers = repo.at(revision).files, []
         for file in json.loads(self.body)["files"]:
             mode = "lfs" if is_lfs(file["path"], b64decode(file["sample"]), file["size"]) else "regular"
-            blob = there.get(file["path"])
+            blob = existing.get(file["path"])
             answers.append({"path": file["path"], "uploadMode": mode, "oid": blob and (blob.sha256 or blob.oid)})
             answers[-1]["shouldIgnore"] = False
         self.json({"files": answers})
@@ -271,13 +275,13 @@ class _Handler(HttpHandler):
     def lfs_batch(self, kind: str, name: str) -> None:
         self._repo(kind, name)
         objects, missing = [], 0
-        for asked in json.loads(self.body)["objects"]:
-            found = {"oid": asked["oid"], "size": asked["size"]}
-            if not self.hub.storage.has(asked["oid"]):
-                missing += asked["size"]
-                upload = f"{self.hub.url}/lfs-upload/{asked['oid']}?X-Amz-Signature={SIGNATURE}"
-                found["actions"] = {"upload": {"href": upload}}
-            objects.append(found)
+        for requested in json.loads(self.body)["objects"]:
+            answer = {"oid": requested["oid"], "size": requested["size"]}
+            if not self.hub.storage.has(requested["oid"]):
+                missing += requested["size"]
+                upload = f"{self.hub.url}/lfs-upload/{requested['oid']}?X-Amz-Signature={SIGNATURE}"
+                answer["actions"] = {"upload": {"href": upload}}
+            objects.append(answer)
         quota = self.hub.faults.quota_bytes
         if quota is not None and self.hub.storage.lfs_bytes() + missing > quota:
             raise Refused(self.hub.faults.quota_status, QUOTA)
@@ -292,9 +296,12 @@ class _Handler(HttpHandler):
         self.json({})
 
     def _counted(self, limit: int | None):
-        """The body, chunk by chunk; the connection is dropped once `limit` bytes have come."""
+        """Yield the request body in chunks, and count its bytes in `HubServer.uploaded`.
+
+        If `limit` is not None, the connection is closed after `limit` bytes.
+        """
         received = 0
-        for chunk in self.left:
+        for chunk in self.unread:
             received += len(chunk)
             self.hub.uploaded += len(chunk)
             if limit is not None and received >= limit:
@@ -315,7 +322,7 @@ class _Handler(HttpHandler):
             raise Refused(412, "A commit has happened since. Please refresh and try again.")
         target = repo.open_pull(header.get("parentCommit", revision)) if pull else revision
         deleted = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
-        made = repo.commit(target, header["summary"], self.hub.storage.blobs_of(lines), deleted)
+        commit = repo.commit(target, header["summary"], self.hub.storage.blobs_of(lines), deleted)
         if faults.late_commit:
             faults.late_commit = False
             raise Refused(412, "A commit has happened since. Please refresh and try again.")
@@ -323,5 +330,5 @@ class _Handler(HttpHandler):
             faults.lost_commit_replies -= 1
             self.drop()
         url = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
-        answer = {"success": True, "commitOid": made.oid, "commitUrl": f"{url}/commit/{made.oid}"}
+        answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{url}/commit/{commit.oid}"}
         self.json(answer | ({"pullRequestUrl": f"{url}/discussions/{target.split('/')[-1]}"} if pull else {}))

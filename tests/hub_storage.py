@@ -1,4 +1,4 @@
-"""What the stand-in for the Hub keeps: objects in a folder, by their hash, and repositories with their commits."""
+"""Storage of the test server for the Hub: objects in a folder, by hash, and repositories with commits."""
 
 import hashlib
 import tempfile
@@ -10,31 +10,34 @@ from typing import Any
 
 
 class Refused(Exception):
-    """An answer that is no success, with what the Hub puts into headers and body."""
+    """Raised to send an error response, with the same content in headers and body as a response of the Hub."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **more: Any):
         super().__init__(message)
         self.status, self.message, self.code, self.more = status, message, code, more
 
     def headers(self) -> dict[str, str]:
-        found = {"X-Error-Message": self.message, "X-Request-Id": "Root=1-test"}
-        return found | ({"X-Error-Code": self.code} if self.code else {})
+        headers = {"X-Error-Message": self.message, "X-Request-Id": "Root=1-test"}
+        return headers | ({"X-Error-Code": self.code} if self.code else {})
 
 
 @dataclass
 class Faults:
-    """What shall go wrong on a server.
+    """Failures to simulate on a server.
 
     Attributes:
-        fail_upload_after_bytes: of a PUT, after which the connection is dropped.
-        silent_uploads: how many PUTs are answered so late that a client should have lost patience.
-        quota_bytes: that all LFS objects may take; with more the answer is `quota_status`.
-        concurrent_commit: somebody else commits to the branch, just before the next commit.
-        commit_statuses: answers of the next commits, none of which is made.
-        commit_message: what they say.
-        lost_commit_replies: how many commits are made without the client getting to know it.
-        late_commit: the next commit is made by an earlier try that arrives late, and is itself refused.
-        answers: call, such as "info" or "commit" -> status, headers and body that it is answered with, and not done.
+        fail_upload_after_bytes: Bytes of an upload (PUT) after which the connection is closed.
+        silent_uploads: Number of uploads that are answered so late that clients should time out.
+        quota_bytes: Limit for the total size of all LFS files in bytes. An upload that would exceed it is refused with
+            `quota_status`. None: no limit.
+        quota_status: HTTP status of the response if the quota is exceeded.
+        concurrent_commit: Whether another user commits to the branch just before the next commit.
+        commit_statuses: HTTP error statuses with which the next commits are refused, one per commit.
+        commit_message: Error message of the responses with `commit_statuses`.
+        lost_commit_replies: Number of commits that are made, but whose response is lost.
+        late_commit: Whether the next commit is made but answered with status 412, as if an earlier attempt of the
+            client had arrived late and had made the commit.
+        answers: Name of a call, such as "info" or "commit" -> (status, headers, body) of a fixed response.
     """
 
     fail_upload_after_bytes: int | None = None
@@ -51,18 +54,24 @@ class Faults:
 
 @dataclass(frozen=True)
 class Blob:
-    """A version of a file: its git hash, or that of its pointer; `sha256` where it lies in LFS."""
+    """A version of a file.
+
+    Attributes:
+        oid: Git hash of the file or, if the file is in LFS, of its LFS pointer.
+        size: Size of the file in bytes.
+        sha256: SHA-256 of the file if it is in LFS, otherwise None.
+    """
 
     oid: str
     size: int
     sha256: str | None = None
 
     def entry(self, path: str) -> dict[str, Any]:
-        """As a tree lists it."""
-        found: dict[str, Any] = {"type": "file", "path": path, "oid": self.oid, "size": self.size}
+        """Return the JSON object that describes the file in the Hub's list of the files of a repository."""
+        entry: dict[str, Any] = {"type": "file", "path": path, "oid": self.oid, "size": self.size}
         if self.sha256:
-            found["lfs"] = {"oid": self.sha256, "size": self.size, "pointerSize": 134}
-        return found
+            entry["lfs"] = {"oid": self.sha256, "size": self.size, "pointerSize": 134}
+        return entry
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,14 @@ class Commit:
 
 @dataclass
 class Repo:
-    """Refs are name -> commit; a pull request's name is `refs/pr/1`."""
+    """A repository.
+
+    Attributes:
+        private: Whether the repository is private.
+        commits_by_oid: Hash -> commit.
+        branches: Name of a branch -> hash of its last commit.
+        pulls: Name of a pull request, such as `refs/pr/1` -> hash of its last commit.
+    """
 
     private: bool
     commits_by_oid: dict[str, Commit] = field(default_factory=dict)
@@ -96,35 +112,40 @@ class Repo:
         if missing := set(deleted) - set(parent.files):
             raise Refused(404, f"A file with this name doesn't exist: {missing.pop()}", "EntryNotFound")
         files = {path: blob for path, blob in {**parent.files, **added}.items() if path not in set(deleted)}
-        made = self._add(parent.oid, title, files)
-        refs[revision] = made.oid
-        return made
+        commit = self._add(parent.oid, title, files)
+        refs[revision] = commit.oid
+        return commit
 
     def open_pull(self, revision: str) -> str:
-        """The name of a new pull request that starts at a revision."""
+        """Open a pull request that starts at `revision` (a branch or commit hash), and return its name."""
         name = f"refs/pr/{len(self.pulls) + 1}"
         self.pulls[name] = self.at(revision).oid
         return name
 
     def history(self, revision: str) -> list[Commit]:
-        """Newest first."""
-        found = [self.at(revision)]
-        while found[-1].parent:
-            found.append(self.commits_by_oid[found[-1].parent])
-        return found
+        """Return the commits of a branch, pull request or commit hash, newest first."""
+        commits = [self.at(revision)]
+        while commits[-1].parent:
+            commits.append(self.commits_by_oid[commits[-1].parent])
+        return commits
 
     def start(self, files: Mapping[str, Blob]) -> None:
         self.branches["main"] = self._add(None, "initial commit", files).oid
 
     def _add(self, parent: str | None, title: str, files: Mapping[str, Blob]) -> Commit:
         content = repr((parent, title, sorted(files.items()), len(self.commits_by_oid)))
-        made = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, title, files)
-        self.commits_by_oid[made.oid] = made
-        return made
+        commit = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, title, files)
+        self.commits_by_oid[commit.oid] = commit
+        return commit
 
 
 class Storage:
-    """Objects in `folder`, named after their hash, and (kind, "owner/name") -> repository."""
+    """Files and repositories of the test server.
+
+    Attributes:
+        folder: Folder with the content of all files, named by hash: `lfs/` for LFS files, `git/` for others.
+        repos: (kind, "owner/name") -> repository; the kind is "models", "datasets" or "spaces".
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -133,7 +154,7 @@ class Storage:
         self.repos: dict[tuple[str, str], Repo] = {}
 
     def create(self, kind: str, name: str, private: bool) -> Repo:
-        """An empty repository, which on the Hub has one file."""
+        """Create a repository with only the file .gitattributes, as the Hub does."""
         repo = self.repos[kind, name] = Repo(private)
         repo.start({".gitattributes": self.add(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", lfs=False)})
         return repo
@@ -148,7 +169,7 @@ class Storage:
         return blob
 
     def receive(self, sha256: str, chunks: Iterable[bytes]) -> None:
-        """Store an object as its bytes come; refuse it where they have another hash."""
+        """Store an uploaded LFS file in chunks as they arrive. Raises Refused if its SHA-256 is not `sha256`."""
         digest = hashlib.sha256()
         with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
             for chunk in chunks:
@@ -156,21 +177,25 @@ class Storage:
                 file.write(chunk)
         if digest.hexdigest() != sha256:
             Path(file.name).unlink()
-            raise Refused(400, "The SHA-256 of what was sent is not the one that was announced")
+            raise Refused(400, "The SHA-256 of the uploaded file differs from the announced one")
         Path(file.name).rename(self.folder / "lfs" / sha256)
 
     def blobs_of(self, lines: list[dict[str, Any]]) -> dict[str, Blob]:
-        """Path -> object of the operations of a commit."""
-        found = {}
+        """Return the files that a commit request adds, by path.
+
+        Args:
+            lines: Lines of the request body, each a JSON object with "key" (type of the operation) and "value".
+        """
+        blobs = {}
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
-                found[value["path"]] = self.add(b64decode(value["content"]), lfs=False)
+                blobs[value["path"]] = self.add(b64decode(value["content"]), lfs=False)
             elif line["key"] == "lfsFile":
                 if not self.has(value["oid"]):
                     raise Refused(400, f"LFS object {value['oid']} of {value['path']} was not uploaded")
-                found[value["path"]] = self._lfs_blob(value["oid"])
-        return found
+                blobs[value["path"]] = self._lfs_blob(value["oid"])
+        return blobs
 
     def has(self, sha256: str) -> bool:
         return (self.folder / "lfs" / sha256).is_file()

@@ -1,4 +1,4 @@
-"""Readers of a folder for Immich: by the layout as published, and Immich's own service; and what they are given."""
+"""Readers of an export for Immich (the published layout, or an Immich service), and example texts and images."""
 
 import io
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 from tokenizers import Tokenizer
 
-from examples.real_images import PHOTOS, photo
+from examples.real_images import CLASS_PHOTOGRAPHS, load_photo
 
 ODD_TEXTS = {
     "typographic quotation marks": "a placa \u201cproibido estacionar\u201d e o copo d\u2019água",
@@ -26,12 +26,14 @@ ODD_TEXTS = {
 
 
 class LayoutReader:
-    """Written from the published layout of a model of open_clip's kind, with none of this project's code."""
+    """Embeds texts and images from an exported folder as Immich does, without using code of this project."""
 
     def __init__(self, folder: Path):
         import onnxruntime
 
-        read = lambda name: json.loads((folder / name).read_text(encoding="utf-8"))  # noqa: E731
+        def read(name: str) -> dict:
+            return json.loads((folder / name).read_text(encoding="utf-8"))
+
         open_graph = partial(onnxruntime.InferenceSession, providers=["CPUExecutionProvider"])
         text_cfg, pad = read("config.json")["text_cfg"], read("textual/tokenizer_config.json")
         length = text_cfg.get("context_length", 77)
@@ -44,23 +46,23 @@ class LayoutReader:
         self.settings = read("visual/preprocess_cfg.json")
 
     def ids(self, text: str) -> list[int]:
-        """Token ids, always as many."""
+        """Return the token ids of a text, padded to the full length."""
         text = " ".join(text.split())
         if self.is_canonical:
             text = text.translate(str.maketrans("", "", string.punctuation)).lower()
         return self.tokenizer.encode(text).ids
 
     def text(self, text: str) -> np.ndarray:
-        """Its embedding, (width,)."""
+        """Return the embedding of a text (width,)."""
         return self.textual.run(None, {"text": np.array([self.ids(text)], dtype=np.int32)})[0][0]
 
     def picture(self, image: PIL.Image.Image) -> np.ndarray:
-        """Its embedding, (width,)."""
+        """Return the embedding of an image (width,)."""
         size = self.settings["size"]
         side = size[0] if isinstance(size, list) else size
         image = image.convert("RGB")
         shape = [int(length / min(image.size) * side) for length in image.size]
-        shape[image.width >= image.height] = side  # the shorter one, whatever the quotient is rounded to
+        shape[image.width >= image.height] = side  # the shorter side exactly, in spite of rounding
         shape = [side, side] if self.settings["resize_mode"] == "squash" else shape
         image = image.resize(shape, PIL.Image.Resampling[self.settings["interpolation"].upper()])
         left, top = (int(length / 2 - side / 2) for length in shape)
@@ -70,7 +72,7 @@ class LayoutReader:
 
 
 class ServiceReader(LayoutReader):
-    """Immich's own service, by the request that its server sends; token ids are by the layout."""
+    """Asks an Immich machine-learning service for embeddings. Token ids come from the exported folder."""
 
     def __init__(self, folder: Path, url: str):
         import httpx
@@ -79,34 +81,34 @@ class ServiceReader(LayoutReader):
         self.name, self.client = folder.name, httpx.Client(base_url=url, timeout=300)
 
     def text(self, text: str) -> np.ndarray:
-        """Its embedding, (width,)."""
+        """Return the embedding of a text (width,)."""
         return self._predict("textual", data={"text": text})
 
     def picture(self, image: PIL.Image.Image) -> np.ndarray:
-        """Its embedding, (width,)."""
+        """Return the embedding of an image (width,)."""
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         return self._predict("visual", files={"image": ("image.png", buffer.getvalue())})
 
-    def _predict(self, kind: str, data: dict | None = None, files: dict | None = None) -> np.ndarray:
-        entries = json.dumps({"clip": {kind: {"modelName": self.name, "options": {}}}})
+    def _predict(self, tower: str, data: dict | None = None, files: dict | None = None) -> np.ndarray:
+        entries = json.dumps({"clip": {tower: {"modelName": self.name, "options": {}}}})
         answer = self.client.post("/predict", data={"entries": entries, **(data or {})}, files=files)
         answer.raise_for_status()
         return np.array(json.loads(answer.json()["clip"]), dtype=np.float32)
 
 
 def pictures() -> list[PIL.Image.Image]:
-    """Photographs of scikit-image, each whole, high, wide, and by an odd pixel less: where crops may fall apart."""
+    """Return scikit-image photographs: whole, tall, wide, and with odd sizes, for which crops may differ by a pixel."""
     shapes = ((1, 1), (0.6, 1), (1, 0.45))
-    found = []
-    for name in PHOTOS:
-        image = photo(name)
-        found += [image.crop((0, 0, int(image.width * x), int(image.height * y))) for x, y in shapes]
-        found.append(image.crop((0, 0, image.width - 1, image.height - 7)))
-    return found
+    images = []
+    for name in CLASS_PHOTOGRAPHS:
+        image = load_photo(name)
+        images += [image.crop((0, 0, int(image.width * x), int(image.height * y))) for x, y in shapes]
+        images.append(image.crop((0, 0, image.width - 1, image.height - 7)))
+    return images
 
 
 def is_cropped_beside(image: PIL.Image.Image, side: int = 224) -> bool:
-    """Whether Immich crops a pixel beside open_clip: it rounds half the margin down, open_clip to the even number."""
+    """Return whether Immich crops one pixel beside open_clip: it rounds half a margin down, open_clip to even."""
     margins = [int(length / min(image.size) * side) - side for length in image.size]
     return any(margin % 4 == 3 for margin in margins)

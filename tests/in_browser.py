@@ -1,7 +1,7 @@
-"""transformers.js on an export, by its own code from npm, in Node and in Chromium: what it computes, beside PyTorch.
+"""Run transformers.js, installed from npm, on an exported model in Node and in Chromium, and compare it with PyTorch.
 
-Repositories are served over HTTP as from the Hub. Node, npm and Chromium must be there; transformers.js is installed
-once, in ~/.cache/capivara-node.
+Repositories are served over HTTP like those of the Hub. Node, npm and Chromium are required; transformers.js is
+installed once, in ~/.cache/capivara-node.
 """
 
 import base64
@@ -20,21 +20,21 @@ import torch
 from browser import open_browser, require_chromium, served_folders
 from PIL import Image
 
-from capivara_common.files import whole_folder
-from hub_upload.space.static_page import LIBRARY
+from capivara_common.files import atomic_folder
+from hub_upload.space.static_page import LIBRARY_PACKAGE
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import random_images, random_texts
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-PACKAGES = {LIBRARY: ">=4.3 <5"}  # of npm: package -> the versions that are taken. Tried: 4.3.2
-AXE = {"axe-core": ">=4.10 <5"}  # of npm: a checker of accessibility
-FAULTS = """axe.run().then(({ violations }) => violations.filter(({ impact }) => /serious|critical/.test(impact))
+PACKAGES = {LIBRARY_PACKAGE: ">=4.3 <5"}  # npm package -> accepted versions; tested with 4.3.2
+AXE = {"axe-core": ">=4.10 <5"}  # npm package that checks accessibility -> accepted versions
+AXE_SCRIPT = """axe.run().then(({ violations }) => violations.filter(({ impact }) => /serious|critical/.test(impact))
   .map(({ id, nodes }) => [id, ...nodes.map((node) => node.html)]))"""
-MIN_NODE = 20
+MIN_NODE = 20  # major version of Node that sharp, a dependency of transformers.js, requires
 SCRIPT = Path(__file__).parent / "in_browser.mjs"
-NAME = "my-name/my-model"  # under which a repository is served
+NAME = "my-name/my-model"  # of the served repository
 LABELS, TEMPLATE = ["um gato", "um cachorro", "um céu azul"], "uma foto de {}"
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
 ASK = """async request => {
@@ -44,7 +44,7 @@ ASK = """async request => {
 
 
 def inputs_and_outputs(repository: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What both get, as JSON, and what the model makes of it in PyTorch."""
+    """Return inputs of the model as JSON, and the outputs of PyTorch for them."""
     model, processor = load_model(repository).eval(), load_processor(repository)
     batch = processor(images=random_images(), text=random_texts(), return_tensors="pt")
     with torch.inference_mode():
@@ -57,17 +57,17 @@ def inputs_and_outputs(repository: Path) -> tuple[dict[str, Any], dict[str, np.n
 
 
 def compared(answer: dict[str, Any], expected: dict[str, np.ndarray]) -> dict[str, float]:
-    """Distances of an answer to the model: lowest cosine of the embeddings, largest difference of scores."""
-    found = {name: np.array(answer[name]) for name in expected}
+    """Compare an answer with PyTorch: lowest cosines of the embeddings, and largest difference of the scores."""
+    actual = {name: np.array(answer[name]) for name in expected}
     return {
-        "lowest_image_cosine": float((found["image_embeds"] * expected["image_embeds"]).sum(axis=-1).min()),
-        "lowest_text_cosine": float((found["text_embeds"] * expected["text_embeds"]).sum(axis=-1).min()),
-        "largest_score_difference": float(np.abs(found["logits_per_image"] - expected["logits_per_image"]).max()),
+        "lowest_image_cosine": float((actual["image_embeds"] * expected["image_embeds"]).sum(axis=-1).min()),
+        "lowest_text_cosine": float((actual["text_embeds"] * expected["text_embeds"]).sum(axis=-1).min()),
+        "largest_score_difference": float(np.abs(actual["logits_per_image"] - expected["logits_per_image"]).max()),
     }
 
 
 def save_photos(folder: Path) -> list[Path]:
-    """Photographs of scikit-image as PNG, which every program reads alike."""
+    """Save photographs of scikit-image as PNG, which all programs decode to the same pixels."""
     from skimage import data
 
     folder.mkdir(exist_ok=True)
@@ -77,9 +77,9 @@ def save_photos(folder: Path) -> list[Path]:
 
 
 def node_packages(wanted: dict[str, str] = PACKAGES) -> Path:
-    """The folder `node_modules` with packages and their versions, installed from npm where they are not there yet.
+    """Return a folder `node_modules` with npm packages, and install them if they are missing.
 
-    No script of a package runs; binaries for the CPU lie in them.
+    Install scripts of the packages do not run; the packages contain binaries for the CPU.
 
     Raises:
         RuntimeError: node or npm is missing or too old, or the registry can't be reached.
@@ -89,7 +89,7 @@ def node_packages(wanted: dict[str, str] = PACKAGES) -> Path:
             raise RuntimeError(f"{program} is not installed: apt-get install nodejs npm")
     version = subprocess.check_output(["node", "--version"], text=True).strip()
     if int(version.removeprefix("v").split(".")[0]) < MIN_NODE:
-        raise RuntimeError(f"Node {version} is too old (sharp of {LIBRARY}); install {MIN_NODE} or later")
+        raise RuntimeError(f"Node {version} is too old (sharp of {LIBRARY_PACKAGE}); install {MIN_NODE} or later")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capivara-node"
     name = "-".join(f"{package.split('/')[-1]}{versions}" for package, versions in wanted.items())
     folder = cache / name.translate({ord(sign): "-" for sign in ">=< "})
@@ -97,16 +97,16 @@ def node_packages(wanted: dict[str, str] = PACKAGES) -> Path:
         packages = [f"{package}@{versions}" for package, versions in wanted.items()]
         flags = ("--ignore-scripts", "--no-save", "--no-audit", "--no-fund")
         try:
-            with whole_folder(folder) as new:
+            with atomic_folder(folder) as new:
                 subprocess.run(["npm", "install", *flags, *packages], cwd=new, capture_output=True, check=True)
         except (subprocess.CalledProcessError, OSError) as error:
-            if not folder.is_dir():  # else another process was first
+            if not folder.is_dir():  # otherwise another process has installed them
                 raise RuntimeError(f"npm could not fetch {', '.join(wanted)}: {error}") from error
     return folder / "node_modules"
 
 
 def required_packages(wanted: dict[str, str] = PACKAGES) -> Path:
-    """`node_packages`, and Chromium. Skips the test where they can't be had; with CI_REQUIRES_…=1 that fails."""
+    """Return `node_packages`; skip the test if npm packages or Chromium are missing, or fail with CI_REQUIRES_…=1."""
     require_chromium()
     try:
         return node_packages(wanted)
@@ -116,45 +116,46 @@ def required_packages(wanted: dict[str, str] = PACKAGES) -> Path:
 
 
 def serious_faults(page: "Page") -> list[list[str]]:
-    """What axe-core, from npm, finds serious or critical in a page as it is now: rule and elements of each fault."""
+    """Return the serious and critical accessibility faults that axe-core finds: rule and elements of each fault."""
     page.evaluate((required_packages(AXE) / "axe-core" / "axe.min.js").read_text(encoding="utf-8"))
-    return page.evaluate(FAULTS)
+    return page.evaluate(AXE_SCRIPT)
 
 
 def served(repositories: dict[str, Path], packages: Path, **folders: Path) -> AbstractContextManager[str]:
-    """Address of a server on this machine with repositories as on the Hub, npm's packages, and further folders."""
+    """Serve repositories like the Hub does, npm packages and further folders; the context is the address."""
     mounts = {f"/{name}/resolve/main/": folder for name, folder in repositories.items()}
     mounts |= {"/npm/": packages, "/code/": SCRIPT.parent} | {f"/{name}/": folder for name, folder in folders.items()}
     return served_folders(mounts)
 
 
-def request(address: str, **what: Any) -> dict[str, Any]:
-    """A request for `ask`; `what` is explained in in_browser.mjs."""
-    return {"name": NAME, "env": {"remoteHost": address, "allowLocalModels": False}, **what}
+def request(address: str, **fields: Any) -> dict[str, Any]:
+    """Return a request for `ask`; in_browser.mjs explains its fields."""
+    return {"name": NAME, "env": {"remoteHost": address, "allowLocalModels": False}, **fields}
 
 
 def ask(place: str, request: dict[str, Any], packages: Path) -> dict[str, Any]:
-    """The answer of transformers.js in "node" or "chromium"."""
+    """Return the answer of transformers.js in "node" or "chromium"."""
     return (ask_node if place == "node" else ask_chromium)(request, packages)
 
 
 def ask_node(request: dict[str, Any], packages: Path) -> dict[str, Any]:
-    """The answer of a process of Node, with a cache of its own."""
+    """Return the answer of a new process of Node with an empty cache."""
     with tempfile.TemporaryDirectory(prefix="capivara-node-") as temporary:
-        library = packages / LIBRARY / "dist" / "transformers.node.mjs"
+        library = packages / LIBRARY_PACKAGE / "dist" / "transformers.node.mjs"
         env = request["env"] | {"cacheDir": temporary}
-        about = json.dumps(request | {"env": env, "library": library.as_uri()})  # in ASCII: texts may be no UTF-8
-        (Path(temporary) / "request.json").write_text(about, encoding="ascii")
+        # JSON in ASCII, because texts may hold half a surrogate pair, which UTF-8 can't encode.
+        content = json.dumps(request | {"env": env, "library": library.as_uri()})
+        (Path(temporary) / "request.json").write_text(content, encoding="ascii")
         done = subprocess.run(
             ["node", SCRIPT, f"{temporary}/request.json"], capture_output=True, text=True, check=False, timeout=900
         )
         if done.returncode:
             raise RuntimeError(f"Node ended with {done.returncode}:\n{done.stderr[-3000:]}")
-        return json.loads(done.stdout.strip().splitlines()[-1]) | {"said": done.stderr}
+        return json.loads(done.stdout.strip().splitlines()[-1]) | {"stderr": done.stderr}
 
 
 def ask_chromium(request: dict[str, Any], packages: Path) -> dict[str, Any]:
-    """The answer of a fresh page of headless Chromium, on one thread, as without special headers.
+    """Return the answer of a new page of headless Chromium, on one thread: the server sends no isolation headers.
 
     The library and its WebAssembly come from the same server.
     """
@@ -163,4 +164,6 @@ def ask_chromium(request: dict[str, Any], packages: Path) -> dict[str, Any]:
     with open_browser() as opened:
         opened.page.set_default_timeout(900_000)
         opened.page.goto(address)
-        return opened.page.evaluate(ASK, request | {"env": env, "library": f"/npm/{LIBRARY}/dist/transformers.min.js"})
+        return opened.page.evaluate(
+            ASK, request | {"env": env, "library": f"/npm/{LIBRARY_PACKAGE}/dist/transformers.min.js"}
+        )

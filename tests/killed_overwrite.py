@@ -1,10 +1,10 @@
-"""Folders that are replaced, each by a process that is killed one step later than the one before.
+"""Replace folders in processes that are killed at every possible step. Run by tests/test_files.py.
 
     python tests/killed_overwrite.py whole|finish FOLDER
 
-A step is anything that Python tells an audit hook of the file system: an open, a rename, a removal, a lock. `FOLDER/N`
-gets SIGKILL before step N, then, where there are enough steps, a second one in the run that follows. Prints for each N
-what lay where after the kills, after a run that failed, and after one that did not. The processes are forks.
+A step is an event of the file system that Python reports to audit hooks: an open, a rename, a removal, a lock. The
+process that replaces `FOLDER/N` gets SIGKILL before step N; the following run gets it before step N // 2 + 1. Prints,
+for each N, all files after the kills, after a run that fails, and after a run that succeeds. The processes are forks.
 """
 
 import json
@@ -14,15 +14,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from capivara_common.files import check_output_folder, finish_folder, partial_folder, whole_folder
+from capivara_common.files import atomic_folder, check_output_folder, finish_folder, partial_folder
 
 WATCHED = ("open", "os.", "shutil.", "tempfile.", "fcntl.")
 
 
 def write(kind: str, out: Path, word: str) -> None:
-    """Replace `out` by a folder of three files that hold `word`; "fails" fails after the second."""
+    """Replace `out` by a folder of three files that contain `word`; the word "fails" raises after the second file."""
     if kind == "whole":
-        with whole_folder(out, overwrite=True) as folder:
+        with atomic_folder(out, overwrite=True) as folder:
             fill(folder, word)
         return
     check_output_folder(out, overwrite=True)
@@ -41,15 +41,15 @@ def fill(folder: Path, word: str) -> None:
 
 
 def child(call: Callable[[], object], step: int | None) -> bool:
-    """Do `call` in a process that is killed before its step of this number; whether it was."""
-    number = os.fork()
-    if not number:
-        left = [step]
+    """Call a function in a fork that is killed before step number `step`; return whether it was killed."""
+    process = os.fork()
+    if not process:
+        remaining = [step]
 
         def count(event: str, _: tuple) -> None:
             if event.startswith(WATCHED):
-                left[0] -= 1
-                if not left[0]:
+                remaining[0] -= 1
+                if not remaining[0]:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         if step:
@@ -60,11 +60,11 @@ def child(call: Callable[[], object], step: int | None) -> bool:
             pass
         finally:
             os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == -signal.SIGKILL
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
 
 
 def state(folder: Path) -> dict[str, str]:
-    """Path -> content of every file below a folder, and of every empty folder ""."""
+    """Return path -> content of all files below a folder; empty folders have the content ""."""
     return {
         path.relative_to(folder).as_posix(): path.read_text() if path.is_file() else ""
         for path in sorted(folder.rglob("*"))
@@ -73,7 +73,7 @@ def state(folder: Path) -> dict[str, str]:
 
 
 def main(kind: str, root: Path) -> list[dict]:
-    found, step, killed = [], 0, True
+    states, step, killed = [], 0, True
     while killed:
         step += 1
         out = root / str(step) / "out"
@@ -85,8 +85,8 @@ def main(kind: str, root: Path) -> list[dict]:
         child(lambda out=out: write(kind, out, "fails"), None)
         after_failure = state(out.parent)
         child(lambda out=out: write(kind, out, "newest"), None)
-        found.append({"killed": after_kill, "failed": after_failure, "done": state(out.parent)})
-    return found
+        states.append({"killed": after_kill, "failed": after_failure, "done": state(out.parent)})
+    return states
 
 
 if __name__ == "__main__":

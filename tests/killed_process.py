@@ -1,10 +1,11 @@
-"""`train_accelerate.py` in processes that kill themselves, as `kill -9` would, or in one that waits to be signalled.
+"""Run `train_accelerate.py` in processes that kill themselves, as `kill -9` would, or in one that waits for a signal.
 
     python tests/killed_process.py PHASE:COUNT[,PHASE:COUNT…] --model MODEL --dataset DATA …
 
-The COUNT-th time (from 1) that PHASE is reached, the process gets SIGKILL, and the next one starts; all are forked from
-this one, which has imported everything. `held` is this process itself: it waits in the forward passes after the first
-checkpoint until `signalled` lies beside the output folder, for COUNT seconds at most.
+Each process sends itself SIGKILL when it reaches PHASE for the COUNT-th time, counted from 1; then the next one starts.
+All are forked from this process, which has imported everything. With `held:COUNT`, this process itself trains: after
+the first checkpoint, every forward pass waits until a file `signalled` exists next to the output folder, for COUNT
+seconds at most.
 """
 
 import os
@@ -23,13 +24,13 @@ import training.checkpoints
 from modeling_capivara import CapivaraModel
 from training.whole_batch import WholeBatch
 
-PLACES = {  # phase -> what is replaced, and whether the process ends before or after it
+PLACES = {  # phase -> function to replace (owner and name), and whether the process is killed before or after it
     "forward": (WholeBatch, "_embed", "before"),
     "step-before": (torch.optim.Adam, "step", "before"),
     "step-after": (torch.optim.Adam, "step", "after"),
-    "save-state": (training.checkpoints, "write_json", "before"),  # all of a checkpoint but the state
-    "end": (CapivaraModel, "save_pretrained", "before"),  # after training, in the middle of the result
-    "finish": (train_accelerate, "finish_folder", "before"),  # all is written, but has not got its name
+    "save-state": (training.checkpoints, "write_json", "before"),  # the checkpoint is complete except for its state
+    "end": (CapivaraModel, "save_pretrained", "before"),  # after training, while the result is written
+    "finish": (train_accelerate, "finish_folder", "before"),  # everything is written, but the folder is not renamed yet
     "finished": (train_accelerate, "finish_folder", "after"),
 }
 
@@ -45,44 +46,52 @@ def main(kills: str, argv: list[str]) -> None:
             return train_accelerate.main(argv)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code != -signal.SIGKILL:
-            sys.exit(f"{phase}, time {count}, was not reached: the process ended by {code}.")
+            sys.exit(f"Phase {phase} was not reached {count} times: the process ended with exit code {code}.")
 
 
 def prepare(phase: str, die: Callable[..., None]) -> None:
+    """Make this process call `die` at a phase."""
     if phase in PLACES:
         owner, name, moment = PLACES[phase]
         replace(owner, name, **{moment: die})
-    elif phase == "save":  # after the model's file, in the middle of the optimiser's
-        replace(accelerate.checkpointing, "save", before=lambda state, path, **_: cut(path, die))
-    elif phase == "old":  # an old checkpoint, half removed
-        replace(shutil, "rmtree", before=lambda path, **_: half_removed(Path(path), die))
-    else:  # of a shard of the cache, or of a checkpoint
-        thing, moment = phase.split("-")
-        prefix = {"cache": ".shard-", "rename": "tmp-step-"}[thing]
-        hit = lambda path, target: die() if Path(path).name.startswith(prefix) else None  # noqa: E731
-        replace(*((os, "replace") if thing == "cache" else (Path, "rename")), **{moment: hit})
+    elif phase == "save":  # after the file of the model, in the middle of the file of the optimizer
+        replace(accelerate.checkpointing, "save", before=lambda state, path, **_: truncate_optimizer(path, die))
+    elif phase == "old":  # while an old checkpoint is deleted
+        replace(shutil, "rmtree", before=lambda path, **_: delete_half(Path(path), die))
+    else:  # when a shard of the cache or a checkpoint is renamed
+        kind, moment = phase.split("-")
+        prefix = {"cache": ".shard-", "rename": "tmp-step-"}[kind]
+
+        def die_at_rename(path, target) -> None:
+            if Path(path).name.startswith(prefix):
+                die()
+
+        owner, name = (os, "replace") if kind == "cache" else (Path, "rename")
+        replace(owner, name, **{moment: die_at_rename})
 
 
 def hold(output: Path, deadline: float) -> None:
+    """Wait for the file `signalled` once there is a checkpoint."""
     saved = any(output.with_name(f"{output.name}.partial").glob("checkpoints/step-*"))
     while saved and not (output.parent / "signalled").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
 def countdown(count: int) -> Callable[..., None]:
-    """A function whose `count`-th call is the process's end."""
-    left = [count]
+    """Return a function that kills the process at its `count`-th call."""
+    remaining = count
 
     def call(*args, **kwargs) -> None:
-        left[0] -= 1
-        if not left[0]:
+        nonlocal remaining
+        remaining -= 1
+        if not remaining:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return call
 
 
 def replace(owner: object, name: str, before: Callable | None = None, after: Callable | None = None) -> None:
-    """Call `before` and `after` around `owner.name`, with its arguments."""
+    """Wrap `owner.name` so that `before` and `after` are called around it, with its arguments."""
     original = getattr(owner, name)
 
     def wrapped(*args, **kwargs):
@@ -96,13 +105,15 @@ def replace(owner: object, name: str, before: Callable | None = None, after: Cal
     setattr(owner, name, wrapped)
 
 
-def cut(path: Path, die: Callable[[], None]) -> None:
+def truncate_optimizer(path: Path, die: Callable[[], None]) -> None:
+    """Write the start of the optimizer's file instead of the whole file, and die."""
     if path.name == "optimizer.bin":
-        path.write_bytes(b"PK\x03\x04, and no more")
+        path.write_bytes(b"PK\x03\x04, truncated")
         die()
 
 
-def half_removed(path: Path, die: Callable[[], None]) -> None:
+def delete_half(path: Path, die: Callable[[], None]) -> None:
+    """Delete one file of an old checkpoint instead of all, and die."""
     if path.name.startswith("tmp-old-"):
         (path / "optimizer.bin").unlink()
         die()

@@ -1,11 +1,11 @@
-"""A stage that is killed again and again, alone or with other tasks at its side, until it is complete.
+"""Run a stage, alone or with other tasks, and kill it again and again until it is complete.
 
     python tests/killed_stage.py DATASET OUTPUT 1,3,2 …
 
-A process gets SIGKILL after some of the things that it does (a row batch, a row group, a list, a rename), how many is
-random. Each list makes a folder OUTPUT-0, OUTPUT-1, … of its own; its numbers say how many tasks run at once in each
-round, the last one in all further rounds; -2 is two runs of all rows at the same time. Prints how many were killed. The
-processes are forks of one that has computed nothing yet.
+A process gets SIGKILL after a random number of actions (a prepared row, a row group, a list of skipped rows, a rename,
+a deletion). Each list of numbers writes its own folder OUTPUT-0, OUTPUT-1, …; its numbers say how many tasks run at the
+same time in each round, and the last number is for all further rounds. -2 means two runs of all rows at the same time.
+Prints the number of killed processes. All processes are forked from a process that has computed nothing yet.
 """
 
 import os
@@ -19,15 +19,15 @@ import pyarrow.parquet as pq
 
 import captions.stages
 from capivara_common.image_files import BadRow
-from caption_data.rows import CAPTIONS
-from caption_data.sources import unfinished
+from caption_data.rows import CAPTIONS_FEATURE
+from caption_data.sources import read_stage_progress
 from captions.stages import RowStage, StageArguments
 
 MAX_ROUNDS = 200
 
 
 def shout(rows: list[dict]) -> list[dict | BadRow]:
-    """Captions in capitals; a row whose number ends in 5 is left out."""
+    """Return the captions in capitals; skip rows whose number ends in 5."""
     return [
         BadRow("ends in five", str(row["number"]))
         if row["number"] % 10 == 5
@@ -41,15 +41,17 @@ def arguments(dataset: str, output: str) -> StageArguments:
 
 
 def run(dataset: str, output: str, task: tuple[int, int] = (0, 1), process=shout):
-    """One task, (rank, world_size), of the stage."""
-    return RowStage(arguments(dataset, output), *task).run({"captions-xx": CAPTIONS}, {"voice": "loud"}, process)
+    """Run one task (rank, world_size) of the stage."""
+    return RowStage(arguments(dataset, output), *task).run(
+        {"captions-xx": CAPTIONS_FEATURE}, {"voice": "loud"}, process
+    )
 
 
 def child(call: Callable[[], object], count: int) -> int:
-    """A process that does `call` until `count` things are done, or to the end; returns its number."""
-    number = os.fork()
-    if number:
-        return number
+    """Fork a process that calls `call` and is killed after `count` actions. Returns its process id."""
+    process_id = os.fork()
+    if process_id:
+        return process_id
     left = [count]
 
     def counted(function):
@@ -63,35 +65,36 @@ def child(call: Callable[[], object], count: int) -> int:
         return wrapped
 
     pq.ParquetWriter.write_table = counted(pq.ParquetWriter.write_table)
-    captions.stages.write_skipped = counted(captions.stages.write_skipped)
-    RowStage._prepared = counted(RowStage._prepared)
+    captions.stages.write_skipped_rows = counted(captions.stages.write_skipped_rows)
+    RowStage._prepare_row = counted(RowStage._prepare_row)
     Path.replace = counted(Path.replace)
     Path.unlink = counted(Path.unlink)
-    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - the progress bars; it lasts as long as the process
+    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - hides the progress bars until the process ends
     try:
         call()
     finally:
         os._exit(0)
 
 
-def was_killed(number: int) -> bool:
-    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == -signal.SIGKILL
+def was_killed(process_id: int) -> bool:
+    return os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1]) == -signal.SIGKILL
 
 
 def kill_stage(dataset: str, output: str, generator: random.Random, numbers: list[int]) -> int:
     kills = 0
-    for number in range(MAX_ROUNDS):
-        together = numbers[min(number, len(numbers) - 1)]
-        tasks = [(rank, together) for rank in range(together)] or [(0, 1)] * -together
+    for round_number in range(MAX_ROUNDS):
+        count = numbers[min(round_number, len(numbers) - 1)]
+        tasks = [(rank, count) for rank in range(count)] or [(0, 1)] * -count
         calls = [lambda task=task: run(dataset, output, task) for task in tasks]
-        kills += sum([was_killed(number) for number in [child(call, generator.randint(1, 16)) for call in calls]])
-        if (Path(output) / "stage.json").is_file() and not unfinished(Path(output))[0]:
+        process_ids = [child(call, generator.randint(1, 16)) for call in calls]
+        kills += sum([was_killed(process_id) for process_id in process_ids])
+        if (Path(output) / "stage.json").is_file() and not read_stage_progress(Path(output))[0]:
             return kills
     sys.exit(f"{output} is not complete after {MAX_ROUNDS} rounds")
 
 
 if __name__ == "__main__":
     for place, text in enumerate(sys.argv[3:]):
-        wanted = [int(number) for number in text.split(",")]
-        kills = kill_stage(sys.argv[1], f"{sys.argv[2]}-{place}", random.Random(place), wanted)
-        print(kills, flush=True)  # what is not written yet would be written by the next forks, too
+        numbers = [int(number) for number in text.split(",")]
+        kills = kill_stage(sys.argv[1], f"{sys.argv[2]}-{place}", random.Random(place), numbers)
+        print(kills, flush=True)  # the next forks would also write what is still in the buffer

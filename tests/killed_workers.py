@@ -1,9 +1,10 @@
-"""Builds of two workers, one of which, or the whole run, gets SIGKILL in the middle of a part. Run by a test.
+"""Kill caption builds in the middle of a part. Run by tests/test_executors.py.
 
     python tests/killed_workers.py CONFIG worker:2-score/train run:2-score/train …
 
-One build after the other, each killed once, in a part whose path has these words; prints a JSON list of [exit code,
-stderr]. The processes are forks of one that has computed nothing yet, so that none of them has to import.
+Runs one build with two workers per argument. SIGKILL ends one worker, or the whole run, while it writes a part whose
+path contains the text after the colon. Prints a JSON list of [exit code, stderr]. Builds are forks of this process,
+which has imported everything but computed nothing.
 """
 
 import contextlib
@@ -19,25 +20,25 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 import captions.build
-import captions.score  # before the forks, none of which then has to
+import captions.score  # imported before the forks, to save time
 import captions.select
 import captions.stages
 from capivara_common import executors
 from capivara_common.cli import run_command
 
-MAX_SAID = 5000  # letters, of the end
+MAX_OUTPUT_CHARACTERS = 5000  # only the end of stderr is returned
 write_part, write_table = captions.stages.RowStage._write_part, pq.ParquetWriter.write_table
 
 
-def dying(victim: str, place: str, mark: Path) -> tuple[Callable, Callable]:
-    """`_write_part` and `write_table`, the second of which kills the first time that it writes into the place."""
+def build_killers(victim: str, place: str, mark: Path) -> tuple[Callable, Callable]:
+    """Return replacements of `_write_part` and `write_table` that kill at the first write to a part in `place`."""
     current, run = [""], os.getpid()
 
-    def remembering(self, part: range, *args, **kwargs) -> None:
+    def remember_part(self, part: range, *args, **kwargs) -> None:
         current[0] = str(self.path(part))
         write_part(self, part, *args, **kwargs)
 
-    def killing(*args, **kwargs) -> None:
+    def kill_after_write(*args, **kwargs) -> None:
         write_table(*args, **kwargs)
         if place in current[0]:
             try:
@@ -45,22 +46,22 @@ def dying(victim: str, place: str, mark: Path) -> tuple[Callable, Callable]:
             except FileExistsError:
                 return
             os.kill(run if victim == "run" else os.getpid(), signal.SIGKILL)
-            signal.pause()  # until this process ends with the run
+            signal.pause()  # wait until this process ends together with the run
 
-    return remembering, killing
+    return remember_part, kill_after_write
 
 
 def build(config: str, victim: str, place: str, folder: Path) -> tuple[int, str]:
-    """Exit code and stderr of one build, in a fork, all of whose processes have ended."""
-    said = folder / "said"
-    number = os.fork()
-    if number == 0:
+    """Run one build in a fork, wait for all its processes, and return its exit code and stderr."""
+    stderr = folder / "stderr"
+    child = os.fork()
+    if child == 0:
         code = 70
         os.setpgid(0, 0)
         try:
-            sys.stderr = said.open("w")
-            killing = dying(victim, place, folder / "mark")
-            captions.stages.RowStage._write_part, pq.ParquetWriter.write_table = killing
+            sys.stderr = stderr.open("w")
+            killers = build_killers(victim, place, folder / "mark")
+            captions.stages.RowStage._write_part, pq.ParquetWriter.write_table = killers
             executors.START_METHOD = "fork"
             run_command(lambda: captions.build.main(["--config", config, "--workers", "2"]))
             code = 0
@@ -69,14 +70,14 @@ def build(config: str, victim: str, place: str, folder: Path) -> tuple[int, str]
         finally:
             sys.stderr.flush()
             os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with contextlib.suppress(ProcessLookupError):
         for _ in range(100):
-            os.killpg(number, 0)
+            os.killpg(child, 0)
             time.sleep(0.1)
-        os.killpg(number, signal.SIGKILL)  # they hold the pipes that the test reads to their end
-        sys.exit(f"after {victim}:{place} processes are left")
-    return code, said.read_text()[-MAX_SAID:]
+        os.killpg(child, signal.SIGKILL)  # otherwise the test would wait for their pipes
+        sys.exit(f"Processes are left after {victim}:{place}.")
+    return code, stderr.read_text()[-MAX_OUTPUT_CHARACTERS:]
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Embeds pictures and captions by loaders, as their users would, in a process that knows nothing of this project.
+"""Embed images and texts with the loaders of other libraries, in a process that can't import this project.
 
     python loader_process.py LOADER,LOADER REPOSITORY INPUTS OUTPUT
 
-INPUTS is a folder of `*.png` and `texts.json`; OUTPUT an .npz file with `LOADER/images` and `LOADER/texts`.
+INPUTS is a folder with `*.png` and `texts.json`. OUTPUT is an .npz file with `LOADER/images` and `LOADER/texts`.
 """
 
 import json
 import sys
 from pathlib import Path
 
-HIDDEN = "editable"  # the finder of an editable install
+HIDDEN = "editable"  # part of the name of the import hook of an editable installation
 sys.meta_path = [finder for finder in sys.meta_path if HIDDEN not in str(finder)]
 
 import numpy as np
@@ -22,7 +22,7 @@ TEXTS = json.loads((Path(INPUTS) / "texts.json").read_text(encoding="utf-8"))
 
 
 def transformers():
-    assert not any((Path(entry) / "modeling_capivara").exists() for entry in sys.path), "the package is in reach"
+    assert not any((Path(entry) / "modeling_capivara").exists() for entry in sys.path), "the package can be imported"
     from transformers import AutoModel, AutoProcessor, AutoTokenizer, pipeline
 
     code = {"trust_remote_code": True}
@@ -34,7 +34,7 @@ def transformers():
     scores = classify(PICTURES[0].convert("RGB"), candidate_labels=["gato", "carro"], hypothesis_template="um {}")
     assert abs(sum(score["score"] for score in scores) - 1) < 1e-5
     alone = AutoTokenizer.from_pretrained(REPOSITORY, **code)
-    assert dict(alone(TEXTS, padding=True)) == dict(processor(text=TEXTS)), "the tokenizer alone reads texts otherwise"
+    assert dict(alone(TEXTS, padding=True)) == dict(processor(text=TEXTS)), "the tokenizer alone gives other ids"
     return output.image_embeds, output.text_embeds
 
 
@@ -54,11 +54,11 @@ def sentence_transformers():
     model = SentenceTransformer(REPOSITORY, trust_remote_code=True, device="cpu")
     images, texts = model.encode(PICTURES), model.encode(TEXTS)
     assert model.similarity(texts, images).shape == (len(texts), len(images))
-    narrow = SentenceTransformer(REPOSITORY, trust_remote_code=True, device="cpu", truncate_dim=6)
-    sides = [narrow.encode(TEXTS), narrow.encode(PICTURES)]
-    assert [side.shape[1] for side in sides] == [6, 6]
-    cut = [torch.nn.functional.normalize(torch.from_numpy(side[:, :6]), dim=-1) for side in (texts, images)]
-    torch.testing.assert_close(narrow.similarity(*sides), cut[0] @ cut[1].T)
+    truncating_model = SentenceTransformer(REPOSITORY, trust_remote_code=True, device="cpu", truncate_dim=6)
+    short = [truncating_model.encode(TEXTS), truncating_model.encode(PICTURES)]
+    assert [embeds.shape[1] for embeds in short] == [6, 6]
+    expected = [torch.nn.functional.normalize(torch.from_numpy(embeds[:, :6]), dim=-1) for embeds in (texts, images)]
+    torch.testing.assert_close(truncating_model.similarity(*short), expected[0] @ expected[1].T)
     return torch.from_numpy(images), torch.from_numpy(texts)
 
 
@@ -69,7 +69,7 @@ def onnx():
     processor = AutoProcessor.from_pretrained(REPOSITORY, trust_remote_code=True)
     vision, text = (onnxruntime.InferenceSession(f"{REPOSITORY}/onnx/{kind}_model.onnx") for kind in ("vision", "text"))
     pixels = processor(images=PICTURES, return_tensors="np")["pixel_values"]
-    # By themselves and together: other batches and lengths than the exporter saw.
+    # Batch sizes and lengths that the export did not use.
     batches = [TEXTS[:1], TEXTS[1:]]
     tokens = [dict(processor(text=batch, return_tensors="np")) for batch in batches]
     texts = [text.run(["text_embeds"], batch)[0] for batch in tokens]
@@ -77,9 +77,9 @@ def onnx():
     return torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(texts))
 
 
-found = {}
+embeddings = {}
 for name in NAMES.split(","):
     with torch.no_grad():
         image_embeds, text_embeds = globals()[name]()
-    found |= {f"{name}/images": image_embeds.float().numpy(), f"{name}/texts": text_embeds.float().numpy()}
-np.savez(OUTPUT, **found)
+    embeddings |= {f"{name}/images": image_embeds.float().numpy(), f"{name}/texts": text_embeds.float().numpy()}
+np.savez(OUTPUT, **embeddings)

@@ -1,4 +1,4 @@
-"""What the tests of the page search: thirty pictures of coloured areas, and a tiny model that has learnt them."""
+"""Test data of the search page: thirty pictures of colored areas, and a tiny model that was trained on them."""
 
 import io
 import os
@@ -9,36 +9,36 @@ from pathlib import Path
 
 import torch
 from PIL import Image as Pictures
-from tiny import randomise, tiny_config
+from tiny import randomize, tiny_config
 
 from capivara_search.index import PictureIndex
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 
-COLOURS = {
+COLORS = {
     "azul": (20, 40, 230), "verde": (20, 200, 40), "vermelho": (230, 20, 30), "branco": (250, 250, 250),
     "preto": (10, 10, 10), "amarelo": (240, 230, 20),
 }  # fmt: skip
-PLACES = {  # on grey: left, top, right, bottom
+PLACES = {  # area of the color on a gray background: left, top, right, bottom
     "inteiro": (0, 0, 32, 32), "em cima": (0, 0, 32, 16), "embaixo": (0, 16, 32, 32), "na esquerda": (0, 0, 16, 32),
     "na direita": (16, 0, 32, 32),
 }  # fmt: skip
-CAPTIONS = [f"{colour} {place}" for colour in COLOURS for place in PLACES]
+CAPTIONS = [f"{color} {place}" for color in COLORS for place in PLACES]
 STEPS = 260
 
 
 def made_pictures() -> list[Pictures.Image]:
-    """One picture of each caption."""
+    """Return one picture for each caption."""
     pictures = []
-    for colour in COLOURS.values():
+    for color in COLORS.values():
         for place in PLACES.values():
             picture = Pictures.new("RGB", (32, 32), (128, 128, 128))
-            picture.paste(colour, place)
+            picture.paste(color, place)
             pictures.append(picture)
     return pictures
 
 
 def save_folder(folder: Path) -> Path:
-    """The pictures as PNG files that are named by their captions, a folder for each colour, the last one the newest."""
+    """Save the pictures as PNG files named by their captions, one folder per color; the last picture is the newest."""
     for number, (caption, picture) in enumerate(zip(CAPTIONS, made_pictures(), strict=True)):
         path = folder / caption.split()[0] / f"{caption}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,20 +48,21 @@ def save_folder(folder: Path) -> Path:
 
 
 def made_index(where: Path, folder: Path, model: Path) -> PictureIndex:
-    """An index of a folder."""
+    """Create an index of a folder."""
     index = PictureIndex.open(where, str(model))
     index.add(folder)
     return index
 
 
 def png(number: int) -> bytes:
-    """The file of a picture."""
-    made_pictures()[number].save(file := io.BytesIO(), "PNG")
+    """Return a picture as PNG bytes."""
+    file = io.BytesIO()
+    made_pictures()[number].save(file, "PNG")
     return file.getvalue()
 
 
 def bomb() -> bytes:
-    """A PNG file of 29,000 x 29,000 pixels in a few hundred bytes."""
+    """Return a decompression bomb: a PNG file of a few hundred bytes that claims 29,000 x 29,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -72,18 +73,18 @@ def bomb() -> bytes:
 
 
 def save_trained_model(folder: Path, processor: CapivaraProcessor) -> None:
-    """A tiny model that finds each of the pictures by its caption, trained here and now."""
+    """Train a tiny model until it finds each picture by its caption, and save it."""
     torch.manual_seed(0)
-    model = randomise(CapivaraModel(tiny_config())).train()
+    model = randomize(CapivaraModel(tiny_config())).train()
     texts = processor(text=CAPTIONS, return_tensors="pt")
     pixel_values = processor(images=made_pictures(), return_tensors="pt")["pixel_values"]
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(STEPS):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(**texts, pixel_values=pixel_values, return_loss=True).loss.backward()
-        optimiser.step()
+        optimizer.step()
     with torch.inference_mode():
         best = model.eval()(**texts, pixel_values=pixel_values).logits_per_text.argmax(dim=1)
-    assert best.tolist() == list(range(len(CAPTIONS))), "the model has not learnt its pictures"
+    assert best.tolist() == list(range(len(CAPTIONS))), "the model does not find all pictures"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A RAW file of a camera, as small as LibRaw takes it."""
+"""Write a RAW file as small as LibRaw accepts it."""
 
 import io
 import struct
@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import PIL.Image
 
-FORMATS = {1: "B", 3: "H", 4: "I"}  # kinds of TIFF: bytes, 16 bits, 32 bits; 2 is text, 5 and 10 are fractions
+FORMATS = {1: "B", 3: "H", 4: "I"}  # TIFF types of integers: 8, 16 and 32 bits; type 2 is text, 5 and 10 are fractions
 
 
 class _Tiff:
@@ -14,34 +14,34 @@ class _Tiff:
         self.file = bytearray(b"II*\0\0\0\0\0")
 
     def put(self, data: bytes) -> int:
-        """Where the data are, from the file's start."""
+        """Append data to the file and return their offset."""
         self.file += b"\0" * (-len(self.file) % 4)
         self.file += data
         return len(self.file) - len(data)
 
     def folder(self, tags: dict[int, tuple[int, object]]) -> int:
-        """Where a folder of tag -> (kind, values) is."""
+        """Append a directory of tag -> (type, values) and return its offset."""
         entries = b""
-        for tag, (kind, values) in sorted(tags.items()):
-            if kind == 2:
+        for tag, (tag_type, values) in sorted(tags.items()):
+            if tag_type == 2:
                 data = values.encode() + b"\0"
-            elif kind in FORMATS:
-                data = struct.pack(f"<{len(values)}{FORMATS[kind]}", *values)
+            elif tag_type in FORMATS:
+                data = struct.pack(f"<{len(values)}{FORMATS[tag_type]}", *values)
             else:
                 data = b"".join(struct.pack("<ii", *fraction) for fraction in values)
-            count = len(data) if kind == 2 else len(values)
+            count = len(data) if tag_type == 2 else len(values)
             data = data if len(data) <= 4 else struct.pack("<I", self.put(data))
-            entries += struct.pack("<HHI", tag, kind, count) + data.ljust(4, b"\0")
+            entries += struct.pack("<HHI", tag, tag_type, count) + data.ljust(4, b"\0")
         return self.put(struct.pack("<H", len(tags)) + entries + bytes(4))
 
 
 def made_dng(preview: bytes | None, orientation: int = 1, size: tuple[int, int] = (64, 48)) -> bytes:
-    """A DNG file of a grey sensor, taken on 9 July 2024 at 10:11:12.
+    """Return a DNG file of a gray sensor, taken on 9 July 2024 at 10:11:12.
 
     Args:
-        preview: JPEG file in it; none where None.
-        orientation: 1 to 8, of EXIF.
-        size: pixels of the sensor, width and height.
+        preview: JPEG file in it. None: no preview.
+        orientation: EXIF orientation, 1 to 8.
+        size: Width and height of the sensor in pixels.
     """
     tiff, (width, height) = _Tiff(), size
     pixels = tiff.put(np.full((height, width), 2000, "<u2").tobytes())
@@ -57,14 +57,21 @@ def made_dng(preview: bytes | None, orientation: int = 1, size: tuple[int, int] 
         34665: (4, [tiff.folder({36867: (2, "2024:07:09 10:11:12")})]),
     }
     if preview is None:
-        first = {**sensor, **camera}
+        main_tags = {**sensor, **camera}
     else:
-        wide, high = PIL.Image.open(io.BytesIO(preview)).size
-        first = {
+        preview_width, preview_height = PIL.Image.open(io.BytesIO(preview)).size
+        main_tags = {
             **camera,
-            **{254: (4, [1]), 256: (4, [wide]), 257: (4, [high]), 258: (3, [8, 8, 8]), 259: (3, [7]), 262: (3, [6])},
-            **{273: (4, [tiff.put(preview)]), 277: (3, [3]), 278: (4, [high]), 279: (4, [len(preview)])},
+            **{
+                254: (4, [1]),
+                256: (4, [preview_width]),
+                257: (4, [preview_height]),
+                258: (3, [8, 8, 8]),
+                259: (3, [7]),
+                262: (3, [6]),
+            },
+            **{273: (4, [tiff.put(preview)]), 277: (3, [3]), 278: (4, [preview_height]), 279: (4, [len(preview)])},
             330: (4, [tiff.folder(sensor)]),
         }
-    struct.pack_into("<I", tiff.file, 4, tiff.folder(first))
+    struct.pack_into("<I", tiff.file, 4, tiff.folder(main_tags))
     return bytes(tiff.file)

@@ -1,4 +1,4 @@
-"""A page for tests: opened in this process or in one of its own, and asked as a program would."""
+"""Serve the search page for tests, in this process or in another one, and send it requests."""
 
 import contextlib
 import http.client
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# What the server asks of the network is written to a file, and refused.
-WATCHED = """
+# Program of a page whose requests to other machines are written to a file and refused.
+SERVER_PROGRAM = """
 import ipaddress, socket, sys
 connect, resolve, log = socket.socket.connect, socket.getaddrinfo, open(sys.argv.pop(1), "a", buffering=1)
 
@@ -47,8 +47,8 @@ serve_index(PictureIndex.open(*sys.argv[1:]), "127.0.0.1", 0, on_open=lambda url
 """
 
 
-def answered(url: str, data: bytes | None = None, **headers: str) -> tuple[int, dict, bytes]:
-    """Status, headers and body of an answer."""
+def fetch(url: str, data: bytes | None = None, **headers: str) -> tuple[int, dict, bytes]:
+    """Send a request; return the status, headers and body of the response."""
     request = urllib.request.Request(url, data, {name.replace("_", "-"): text for name, text in headers.items()})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -58,8 +58,8 @@ def answered(url: str, data: bytes | None = None, **headers: str) -> tuple[int, 
 
 
 @dataclass
-class Asked:
-    """A page, which may run in this process, and what a program sends to it."""
+class PageClient:
+    """A client of a page, which may run in this process."""
 
     url: str
 
@@ -69,17 +69,17 @@ class Asked:
 
     def post(self, name: str, body: Any, **headers: str) -> tuple[int, dict, bytes]:
         headers.setdefault("Content_Type", "application/octet-stream")
-        return answered(f"{self.url}/api/{name}", body, **headers)
+        return fetch(f"{self.url}/api/{name}", body, **headers)
 
     def ask(self, name: str, question: Any, picture: bytes = b"", **headers: str) -> tuple[int, Any]:
-        """Status and values of the answer to a question."""
+        """Ask a question; return the status and the JSON value of the answer."""
         status, _, body = self.post(name, json.dumps(question).encode() + b"\n" + picture, **headers)
         return status, json.loads(body)
 
     def get(self, route: str, path: str | None = None, **headers: str) -> tuple[int, dict, bytes]:
-        """Status, headers and body at a route, of a picture's path where one is named."""
+        """Get a route, with the path of a picture if one is given; return status, headers and body."""
         query = "" if path is None else "?" + urllib.parse.urlencode({"path": path}, errors="surrogatepass")
-        return answered(f"{self.url}/{route}{query}", **headers)
+        return fetch(f"{self.url}/{route}{query}", **headers)
 
     def status_of(self, method: str, path: str, **headers: str) -> int:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
@@ -89,37 +89,37 @@ class Asked:
 
 
 @contextlib.contextmanager
-def served(index: Any, host: str = "127.0.0.1", port: int = 0, **options: Any) -> Iterator[Asked]:
-    """A page of an index in this process, by default at a free port."""
-    from capivara_search.page.server import page_server
+def served(index: Any, host: str = "127.0.0.1", port: int = 0, **options: Any) -> Iterator[PageClient]:
+    """Serve the page of an index in this process, by default on a free port."""
+    from capivara_search.page.server import create_page_server
 
-    server, listening, url = page_server(index, host, port, **options)
+    server, listening, url = create_page_server(index, host, port, **options)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     try:
-        yield Asked(url.replace("0.0.0.0", "127.0.0.1"))
+        yield PageClient(url.replace("0.0.0.0", "127.0.0.1"))
     finally:
         server.should_exit = True
         thread.join(15)
 
 
 @contextlib.contextmanager
-def running(tmp_path: Path, index: str, model: Path) -> Iterator[tuple[Asked, Path]]:
-    """A page in a process of its own, and the file of what it asked of the network; its own files are in `tmp_path`."""
-    log, said = tmp_path / "network.txt", tmp_path / "said.txt"
+def running(tmp_path: Path, index: str, model: Path) -> Iterator[tuple[PageClient, Path]]:
+    """Serve a page in another process; yield its client and the file with its requests to other machines."""
+    log, output_file = tmp_path / "network.txt", tmp_path / "output.txt"
     environment = {name: text for name, text in os.environ.items() if name not in ("HF_HUB_OFFLINE", "DISPLAY")}
     log.touch()
-    command = ["timeout", "-k", "60", "400", sys.executable, "-c", WATCHED, str(log), index, str(model)]
-    with open(said, "w") as output:
+    command = ["timeout", "-k", "60", "400", sys.executable, "-c", SERVER_PROGRAM, str(log), index, str(model)]
+    with open(output_file, "w") as output:
         server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
     try:
         for _ in range(600):
-            lines = said.read_text(encoding="utf-8").splitlines()
+            lines = output_file.read_text(encoding="utf-8").splitlines()
             if address := next((line for line in lines if line.startswith("http://")), None):
                 break
             assert server.poll() is None, lines
             time.sleep(0.2)
-        yield Asked(address), log
+        yield PageClient(address), log
     finally:
         server.terminate()
         try:

@@ -1,8 +1,9 @@
-"""Runs commands for the tests of a push, in one process that takes a stand-in for the Hub: JSON lines in and out.
+"""Server process of the push tests: run commands against a simulated Hub. Reads and writes one JSON object per line.
 
-The client reads its settings when it is imported, so they are in this process's environment; imports are paid once. A
-line asks for {"call": "module:function", "argv": [...], "environment": {...}} and is answered by {"code", "out", "err",
-"waits_s"}: nothing sleeps, what would have been waited is told. All output is caught, that of libraries included.
+huggingface_hub reads its settings when it is imported, so the process gets them in its environment; commands share the
+imports. A request is {"call": "module:function", "argv": [...], "environment": {...}}, a reply {"code", "out", "err",
+"waits_s"}. `time.sleep` returns at once and its durations are reported in "waits_s". All output is captured, including
+that of libraries.
 """
 
 import gc
@@ -20,9 +21,9 @@ from capivara_common.cli import run_command
 
 
 @contextmanager
-def caught(number: int, texts: dict[str, str], name: str):
-    """What is written to a file descriptor."""
-    kept = os.dup(number)
+def captured(number: int, texts: dict[str, str], name: str):
+    """Capture everything that is written to the file descriptor `number`, and store it in `texts[name]`."""
+    saved_descriptor = os.dup(number)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), number)
         try:
@@ -30,19 +31,20 @@ def caught(number: int, texts: dict[str, str], name: str):
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os.dup2(kept, number)
-            os.close(kept)
+            os.dup2(saved_descriptor, number)
+            os.close(saved_descriptor)
             file.seek(0)
             texts[name] = file.read().decode(errors="replace")
 
 
 def answer(request: dict) -> dict:
+    """Run the requested command and return its exit code, output and sleep durations."""
     texts, waits, code = {}, [], 0
     module, _, name = request["call"].partition(":")
-    before, sleep = dict(os.environ), time.sleep
+    saved_environment, sleep = dict(os.environ), time.sleep
     os.environ.update(request.get("environment", {}))
     time.sleep = waits.append
-    with caught(1, texts, "out"), caught(2, texts, "err"):
+    with captured(1, texts, "out"), captured(2, texts, "err"):
         try:
             command = getattr(importlib.import_module(module), name)
             run_command(lambda: command(request["argv"]))
@@ -54,7 +56,7 @@ def answer(request: dict) -> dict:
             traceback.print_exc()
     time.sleep = sleep
     os.environ.clear()
-    os.environ.update(before)
+    os.environ.update(saved_environment)
     for handler in logging.getLogger().handlers[:]:
         logging.getLogger().removeHandler(handler)
     if "accelerate.state" in sys.modules:
@@ -62,12 +64,12 @@ def answer(request: dict) -> dict:
         for kind in (state.AcceleratorState, state.GradientState, state.PartialState):
             kind._reset_state()
     gc.collect()
-    gc.freeze()  # what is left, modules above all, is not looked through after the next call
+    gc.freeze()  # the next collection skips the objects that are left, which are mostly modules
     return {"code": code, "waits_s": waits, **texts}
 
 
 def main() -> None:
-    gc.disable()  # it would look through all modules again and again while they are imported
+    gc.disable()  # otherwise it would scan all modules again and again during imports
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
         replies.write(json.dumps(answer(json.loads(line))) + "\n")

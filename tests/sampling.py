@@ -1,4 +1,4 @@
-"""A few of many cases are quick tests, the others slow ones."""
+"""Mark all but a few of many similar test cases as slow."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def one_in(number: int, cases: Iterable) -> list:
-    """Cases for `parametrize`, where a tuple holds several arguments: the first, and each so many later, is quick."""
+    """Return cases for `parametrize`, in which only every `number`-th is not slow. A tuple holds several arguments."""
     sampled = []
     for index, case in enumerate(cases):
         values = case if isinstance(case, tuple) else (case,)

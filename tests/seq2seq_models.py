@@ -1,11 +1,11 @@
-"""Translation models at toy width with random weights, and real tokenizers trained on a few sentences."""
+"""Tiny translation models with random weights, and real tokenizers that are trained on a few sentences."""
 
 import json
 from pathlib import Path
 
 import sentencepiece
 import torch
-from tiny import randomise
+from tiny import randomize
 from transformers import (
     M2M100Config,
     M2M100ForConditionalGeneration,
@@ -26,7 +26,7 @@ WIDTHS |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 
 
 def pieces_of(folder: Path) -> tuple[Path, list[str]]:
-    """A sentencepiece model, trained here, and its pieces without the special ones."""
+    """Train a SentencePiece model. Returns its path and its pieces without the special tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sentences.txt").write_text(SENTENCES * 5, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
@@ -40,7 +40,7 @@ def pieces_of(folder: Path) -> tuple[Path, list[str]]:
 
 
 def marian_folder(folder: Path, codes: tuple[str, ...] = ("por", "spa", "xho"), target: str = "por") -> Path:
-    """A saved MarianMTModel with `>>por<<` and others in its vocabulary, or none."""
+    """Save a tiny MarianMTModel whose vocabulary has the language tokens `>>code<<` of `codes`."""
     path, pieces = pieces_of(folder.parent / "pieces")
     tokens = ["</s>", "<unk>", *(f">>{code}<<" for code in codes), *pieces, "<pad>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -53,13 +53,13 @@ def marian_folder(folder: Path, codes: tuple[str, ...] = ("por", "spa", "xho"), 
         vocab_size=len(tokens), pad_token_id=len(tokens) - 1, decoder_start_token_id=len(tokens) - 1, eos_token_id=0,
         forced_eos_token_id=0, **WIDTHS,
     )  # fmt: skip
-    heedful(MarianMTModel(config)).save_pretrained(folder)
+    with_strong_attention(MarianMTModel(config)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def m2m100_folder(folder: Path, tokenizer_kind: type = M2M100Tokenizer) -> Path:
-    """A saved M2M100ForConditionalGeneration with its own tokenizer, or with NLLB's as in the models of that name."""
+    """Save a tiny M2M100ForConditionalGeneration with its own tokenizer, or with the tokenizer of NLLB."""
     path, pieces = pieces_of(folder.parent / "pieces")
     vocabulary = {token: number for number, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *pieces])}
     if tokenizer_kind is NllbTokenizer:
@@ -75,14 +75,14 @@ def m2m100_folder(folder: Path, tokenizer_kind: type = M2M100Tokenizer) -> Path:
         vocab_size=size, pad_token_id=1, eos_token_id=2, bos_token_id=0, decoder_start_token_id=2,
         **WIDTHS,
     )  # fmt: skip
-    heedful(M2M100ForConditionalGeneration(config)).save_pretrained(folder)
+    with_strong_attention(M2M100ForConditionalGeneration(config)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def heedful(model: torch.nn.Module, seed: int = 5) -> torch.nn.Module:
-    """Random weights whose attention is strong enough that another sentence gives another translation."""
-    for name, tensor in randomise(model, seed).named_parameters():
+def with_strong_attention(model: torch.nn.Module, seed: int = 5) -> torch.nn.Module:
+    """Set random weights with strong attention, so that different sentences get different translations."""
+    for name, tensor in randomize(model, seed).named_parameters():
         if "attn" in name and tensor.ndim == 2:
             tensor.data *= 8
     return model

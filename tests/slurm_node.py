@@ -1,4 +1,4 @@
-"""A real Slurm of one node on loopback, for tests: munge, its controller and its node, each with its pid file."""
+"""Start a real Slurm cluster of one node on the loopback interface, for tests."""
 
 import contextlib
 import os
@@ -40,12 +40,13 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def missing_programs() -> list[str]:
+    """Return the programs of Slurm and munge that are not installed."""
     return [program for program in PROGRAMS if _program(program) is None]
 
 
 @contextlib.contextmanager
 def slurm_node(folder: Path) -> Iterator[dict[str, str]]:
-    """Within it a node takes jobs; yields the environment variables that reach it."""
+    """Start munge, the controller and a node; yield the environment variables with which commands reach the cluster."""
     host = socket.gethostname().split(".")[0]
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
@@ -74,25 +75,25 @@ def _program(name: str) -> str | None:
 
 def _free_ports(number: int) -> list[int]:
     sockets = [socket.socket() for _ in range(number)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    for unbound in sockets:
+        unbound.bind(("127.0.0.1", 0))
+    ports = [bound.getsockname()[1] for bound in sockets]
+    for bound in sockets:
+        bound.close()
     return ports
 
 
 def _wait_for_node(environment: dict[str, str]) -> None:
     for _ in range(120):
-        done = subprocess.run(["sinfo", "-h", "-o", "%t"], env=environment, capture_output=True, text=True)
-        if done.stdout.strip() == "idle":
+        result = subprocess.run(["sinfo", "-h", "-o", "%t"], env=environment, capture_output=True, text=True)
+        if result.stdout.strip() == "idle":
             return
         time.sleep(0.5)
-    raise TimeoutError(f"The node has not come up: {done.stdout} {done.stderr}")
+    raise TimeoutError(f"The node did not become idle within a minute: {result.stdout} {result.stderr}")
 
 
 def _stop(path: Path) -> None:
-    """End the process of a pid file."""
+    """End the process whose id is in a pid file."""
     if not path.is_file():
         return
     process = int(path.read_text())

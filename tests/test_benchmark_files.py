@@ -1,10 +1,10 @@
-"""The data files of the benchmarks: their form, their counts, and the figures that the model card publishes."""
+"""The JSON files of the benchmarks are complete and have the figures that the model card publishes."""
 
 import pytest
 from made_benchmarks import BENCHMARKS, ELEVATER
 
 from capivara_common.files import read_json, write_json
-from eval.benchmarks import FOLDER, read_benchmark
+from eval.benchmarks import BENCHMARKS_FOLDER, read_benchmark
 from eval.prompts import load_prompts
 
 
@@ -24,7 +24,7 @@ def test_every_benchmark_is_described():
     assert [BENCHMARKS[key].language for key in ("pracegover", "flickr30k_200")] == ["pt", "por_Latn"]
 
 
-# Of the model card: baseline and CAPIVARA; fine-tuning makes PraCegoVer worse, and so it was published.
+# Figures of the model card: (baseline, CAPIVARA). Also in the card, fine-tuning makes PraCegoVer worse.
 PUBLISHED = {
     ("flickr30k-pt", "text_to_image"): (76.23, 79.56), ("coco-pt", "image_to_text"): (66.55, 71.24),
     ("pracegover", "image_to_text"): (69.43, 64.75), ("caltech-101", ""): (84.53, 82.97),
@@ -36,20 +36,27 @@ PUBLISHED = {
 
 def test_published_figures_are_those_of_the_card():
     for (key, direction), means in PUBLISHED.items():
-        found = [BENCHMARKS[key].published_figure(model, direction)["mean"] for model in ("baseline", "capivara")]
-        assert tuple(found) == means, key
-    assert BENCHMARKS["kitti-distance"].published_figure("capivara")["std"] == 0.13
-    assert BENCHMARKS["flickr30k-pt"].published_figure("capivara_opt", "image_to_text") == {"mean": 89.13, "std": 0.08}
-    assert BENCHMARKS["babel-imagenet"].published_figure("baseline") == {"mean": 47.21}
-    assert BENCHMARKS["babel-imagenet"].published_figure("capivara") is None, "CAPIVARA's authors published none"
-    average = read_benchmark(FOLDER / "elevater.json")
+        figures = [BENCHMARKS[key].get_published_figure(model, direction) for model in ("baseline", "capivara")]
+        assert tuple(figure["mean"] for figure in figures) == means, key
+    assert BENCHMARKS["kitti-distance"].get_published_figure("capivara")["std"] == 0.13
+    assert BENCHMARKS["flickr30k-pt"].get_published_figure("capivara_opt", "image_to_text") == {
+        "mean": 89.13,
+        "std": 0.08,
+    }
+    assert BENCHMARKS["babel-imagenet"].get_published_figure("baseline") == {"mean": 47.21}
+    assert BENCHMARKS["babel-imagenet"].get_published_figure("capivara") is None, "CAPIVARA's authors published none"
+    average = read_benchmark(BENCHMARKS_FOLDER / "elevater.json")
     assert average.published["baseline"]["mean"] == 56.97 and average.published["capivara"]["mean"] == 57.51
-    for model in ("baseline", "capivara", "capivara_opt"):  # the published average is that of the twenty figures
-        figures = [BENCHMARKS[key].published_figure(model)["mean"] for key in ELEVATER]
+    for model in (
+        "baseline",
+        "capivara",
+        "capivara_opt",
+    ):  # the published average agrees with the twenty published figures
+        figures = [BENCHMARKS[key].get_published_figure(model)["mean"] for key in ELEVATER]
         assert sum(figures) / 20 == pytest.approx(average.published[model]["mean"], abs=0.006)
 
 
-def test_a_data_file_of_another_form_is_refused(tmp_path):
-    write_json(tmp_path / "cifar-10.json", read_json(FOLDER / "cifar-10.json") | {"splits": "test"})
-    with pytest.raises(ValueError, match=r"cifar-10.json is no benchmark: .*'splits'"):
+def test_a_benchmark_file_with_an_unknown_field_is_refused(tmp_path):
+    write_json(tmp_path / "cifar-10.json", read_json(BENCHMARKS_FOLDER / "cifar-10.json") | {"splits": "test"})
+    with pytest.raises(ValueError, match=r"cifar-10.json .*'splits'"):
         read_benchmark(tmp_path / "cifar-10.json")

@@ -1,4 +1,4 @@
-"""Timings that users were promised, and every benchmark at small size."""
+"""The import time of the package, and every benchmark at small size."""
 
 import json
 import shutil
@@ -12,12 +12,12 @@ import pytest
 from benchmarks import captions, search, timing, train_step
 from capivara_common.files import write_json
 from capivara_search.miniature_encoders import load_tokenizer
-from capivara_search.table import schema
+from capivara_search.table import pictures_schema
 
 
 @pytest.mark.slow
-def test_import_costs_little_over_transformers_and_loads_nothing_large():
-    """In CPU time, and once of three times: seconds of two imports differ by more where others use the machine."""
+def test_the_import_adds_little_to_transformers_and_loads_nothing_large():
+    """Compares CPU time, best of three, because other processes disturb single measurements."""
     base = "import sys, time; from transformers import PreTrainedModel, AutoModel, AutoProcessor"
     code = f"{base}; s = time.process_time(); import modeling_capivara; print(time.process_time() - s, *sys.modules)"
     seconds = []
@@ -28,16 +28,17 @@ def test_import_costs_little_over_transformers_and_loads_nothing_large():
     assert min(seconds) < 0.3
 
 
-def test_programs_take_turns_and_a_ratio_is_the_median_of_the_runs():
-    seen = []
-    programs = {name: lambda name=name: seen.append(name) or len(seen) for name in ("a", "b")}
-    assert timing.alternating(programs, 3, "Runs") == {"a": [1, 3, 5], "b": [2, 4, 6]} and seen == ["a", "b"] * 3
+def test_programs_run_in_turns_and_the_ratio_is_the_median_of_the_runs():
+    calls = []
+    programs = {name: lambda name=name: calls.append(name) or len(calls) for name in ("a", "b")}
+    assert timing.run_alternating(programs, 3, "Runs") == {"a": [1, 3, 5], "b": [2, 4, 6]}
+    assert calls == ["a", "b"] * 3
     assert timing.median_ratio([2.0, 40.0, 3.0], [1.0, 10.0, 1.0]) == 3.0
-    assert timing.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "slowest": 1.0, "fastest": 3.0}
+    assert timing.summarize_rates([3.0, 1.0, 2.0]) == {"median": 2.0, "slowest": 1.0, "fastest": 3.0}
 
 
 def test_a_word_of_made_captions_is_a_token():
-    captions, tokenizer = timing.made_captions(500), load_tokenizer()
+    captions, tokenizer = timing.make_captions(500), load_tokenizer()
     lengths = [len(ids) for ids in tokenizer(captions)["input_ids"]]
     assert lengths == [2 + len(text.split()) for text in captions] and abs(np.mean(lengths) - 20) < 1
     assert 7 <= min(lengths) < 12 and 28 < max(lengths) <= 70
@@ -62,9 +63,9 @@ def test_eval_retrieval_at_small_size(tmp_path):
 
     (tmp_path / "r.json").write_text('{"large": {"seconds": 9}}', encoding="utf-8")
     main(["--images", "40", "--captions", "3", "--runs", "1", "--output", str(tmp_path / "r.json")])
-    found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
-    assert found.pop("large") == {"seconds": 9} and found.keys() == {"scores"}, "the other part is kept"
-    result = found["scores"]
+    results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert results.pop("large") == {"seconds": 9} and results.keys() == {"scores"}, "the other key is kept"
+    result = results["scores"]
     assert result["largest_difference_of_a_recall"] < 1e-6 and result["ratio"] > 0 and result["captions"] == 120
     assert result["memory_over_embeddings_bytes"] >= 0
 
@@ -73,34 +74,36 @@ def test_eval_retrieval_at_small_size(tmp_path):
 def test_export_at_small_size(tiny_folder, tmp_path, capsys, monkeypatch):
     from benchmarks import export
 
-    saved = lambda folder: (shutil.copytree(tiny_folder, folder) / "model.safetensors").stat().st_size  # noqa: E731
-    monkeypatch.setattr(export, "save_random_model", saved)
+    def copy_model(folder):
+        return (shutil.copytree(tiny_folder, folder) / "model.safetensors").stat().st_size
+
+    monkeypatch.setattr(export, "save_random_model", copy_model)
     export.main(["--output", str(tmp_path / "export.json")])
-    found = json.loads((tmp_path / "export.json").read_text(encoding="utf-8"))
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found and {"device", "versions"} <= found.keys()
-    exported = found["export"]
+    results = json.loads((tmp_path / "export.json").read_text(encoding="utf-8"))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results and {"device", "versions"} <= results.keys()
+    exported = results["export"]
     assert 0 < exported["after_imports_bytes"] <= exported["peak_bytes"]
-    over = exported["peak_bytes"] - exported["after_imports_bytes"]
-    assert exported["ratio_to_weights"] == over / found["weights_bytes"]
+    additional = exported["peak_bytes"] - exported["after_imports_bytes"]
+    assert exported["ratio_to_weights"] == additional / results["weights_bytes"]
 
 
-def test_programs_give_the_same_tokens(tmp_path, capsys):
+def test_both_caption_programs_give_the_same_tokens(tmp_path, capsys):
     sizes = ["--widths", "16", "--layers", "12", "--images", "2", "--new_tokens", "3", "--runs", "1"]
     captions.main([*sizes, "--output", str(tmp_path / "c.json")])
     results = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
-    found = results["measured"]["generate"]
-    assert found["same_tokens"] and found["prefixes"] == 10
-    assert set(found["rows_per_second"]) == {"plain", "ours"} and found["gain_ours"]["measured"] > 0
+    measured = results["measured"]["generate"]
+    assert measured["same_tokens"] and measured["prefixes"] == 10
+    assert set(measured["rows_per_second"]) == {"plain", "ours"} and measured["gain_ours"]["measured"] > 0
 
 
-def test_a_part_that_is_none_measures_nothing():
-    with pytest.raises(ValueError, match=r"parts must be some of recipe, programs and demo, got \['nonsense'\]"):
+def test_unknown_parts_are_refused():
+    with pytest.raises(ValueError, match=r"parts.*'nonsense'"):
         train_step.TrainStepArguments(parts=["nonsense"])
 
 
-def test_both_trees_run_twice(tmp_path, monkeypatch):
-    """The old one in its own folder and with its own modules, before the new one; the second run keeps what is made."""
+def test_the_demo_runs_twice_in_both_checkouts(tmp_path, monkeypatch):
+    """The other checkout runs first, in its own folder and with its own modules; the second run reuses the cache."""
     calls = []
 
     def run(command, cwd, env, check):
@@ -110,17 +113,17 @@ def test_both_trees_run_twice(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", run)
-        patch.setattr(timing, "conditions", dict)
-        results = train_step.compare(train_step.TrainStepArguments(parts=["demo"], beside=tmp_path))
-    trees, names = (tmp_path, timing.ROOT), ("examples.openmoji.prepare", "train_accelerate") * 2
+        patch.setattr(timing, "describe_conditions", dict)
+        results = train_step.measure_parts(train_step.TrainStepArguments(parts=["demo"], beside=tmp_path))
+    trees, names = (tmp_path, timing.CODE_ROOT), ("examples.openmoji.prepare", "train_accelerate") * 2
     assert [call[:3] for call in calls] == [(name, tree, str(tree)) for tree in trees for name in names]
     assert calls[0][3] == calls[3][3] != calls[4][3]
     first = results["demo"]["old"]["first"]
     assert first["records"] == [{"value": 0.25}] and first["seconds"].keys() == {*names, "total"}
 
 
-def test_the_answers_are_the_nearest_vectors(tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "QUERIES", 3)
+def test_the_expected_answers_are_the_nearest_vectors(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "QUERY_COUNT", 3)
     search.make_vectors(tmp_path, 50)
     vectors = np.load(tmp_path / "vectors-50.npy").astype(np.float32)
     answers = np.load(tmp_path / "answers-50.npz")
@@ -129,6 +132,6 @@ def test_the_answers_are_the_nearest_vectors(tmp_path, monkeypatch):
         assert rows.tolist() == np.argsort(-(vectors @ query), kind="stable")[: search.K].tolist()
 
 
-def test_made_rows_are_rows_of_the_index():
-    rows = search.made_rows(np.zeros((3, search.WIDTH), np.float16), 7, "0" * 32)
-    assert rows.schema == schema(search.WIDTH) and rows["path"][0].as_py() == search.path_of(7)
+def test_generated_rows_have_the_schema_of_the_index():
+    rows = search.make_rows(np.zeros((3, search.EMBEDDING_WIDTH), np.float16), 7, "0" * 32)
+    assert rows.schema == pictures_schema(search.EMBEDDING_WIDTH) and rows["path"][0].as_py() == search.picture_path(7)

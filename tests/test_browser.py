@@ -1,11 +1,11 @@
-"""The helper that opens pages in tests: what it notes."""
+"""Test of the browser helper: it records what a page must not do."""
 
 import pytest
 from browser import open_browser
 
 
 @pytest.mark.slow
-def test_the_browser_notes_what_a_page_should_not_do(tmp_path):
+def test_the_browser_records_external_requests_errors_and_dialogs(tmp_path):
     page = "<img src='http://example.org/a.png'><script>alert(1); console.error('no'); throw Error('thrown')</script>"
     (tmp_path / "page.html").write_text(f"<!doctype html><div style='width: 3000px'>wide</div>{page}", encoding="utf-8")
     with open_browser() as opened:

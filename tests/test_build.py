@@ -1,4 +1,4 @@
-"""The whole chain from a config: checked before it runs, resumable anywhere, ending in a data set with a card."""
+"""Caption builds from a config: checked before they run, resumable at any point, with a dataset card at the end."""
 
 import contextlib
 import errno
@@ -17,13 +17,13 @@ from datasets import Image, Value
 from huggingface_hub import DatasetCard
 from tiny import save_model
 
-from capivara_common.executors import Work, execute
-from caption_data.rows import CAPTIONS, SIMILARITIES
+from capivara_common.executors import PhaseStep, run_phases
+from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
 from captions import select
-from captions.build import BuildArguments, ManualStepRequired, build, main, read_plan
+from captions.build import BuildArguments, ManualStepRequired, build_dataset, main, read_build_plan
 from captions.stages import StageArguments
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
-from hub_upload.allowed_files import files_to_send
+from hub_upload.allowed_files import list_files_to_send
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +35,7 @@ def cache_in_tmp(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory, tiny_processor):
-    """A config whose tables are filled, and its model."""
+    """A config with filled tables, and its model."""
     folder = tmp_path_factory.mktemp("template")
     save_model(folder / "model", tiny_processor)
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +44,7 @@ def template(tmp_path_factory, tiny_processor):
 
 
 def copy_of(template: Path, folder: Path) -> Path:
-    """The config in another folder, with data and tables of its own."""
+    """Copy a config with its data and tables to another folder."""
     for name in ("data", "tables"):
         shutil.copytree(template.parent / name, folder / name)
     text = template.read_text(encoding="utf-8").replace(str(template.parent), str(folder))
@@ -59,18 +59,18 @@ def config(template, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(template, tmp_path_factory):
-    """A config, built, to be read."""
+    """A config whose build is complete; tests must not change it."""
     config = copy_of(template, tmp_path_factory.mktemp("finished"))
-    build(BuildArguments(config))
+    build_dataset(BuildArguments(config))
     return config
 
 
-def test_from_images_to_a_data_set_with_its_card(finished):
+def test_a_build_writes_a_dataset_with_its_card(finished):
     folder, tmp_path = finished.parent / "built" / "dataset", finished.parent
     data = datasets.load_dataset(str(folder))
     assert {split: rows.num_rows for split, rows in data.items()} == {"train": 11, "test": 12}
-    features = {"image": Image(), **dict.fromkeys(("captions-xh", "generated-captions-xh"), CAPTIONS)}
-    features["similarities-xh"] = SIMILARITIES
+    features = {"image": Image(), **dict.fromkeys(("captions-xh", "generated-captions-xh"), CAPTIONS_FEATURE)}
+    features["similarities-xh"] = SIMILARITIES_FEATURE
     assert features.items() <= data["train"].features.items() and data["train"].features["url"] == Value("string")
     rows = rows_of(folder)
     kept = [i for i in range(13) if i not in (3, 5)]
@@ -86,7 +86,7 @@ def test_from_images_to_a_data_set_with_its_card(finished):
     assert meta["configs"][0]["data_files"] == [
         {"split": "train", "path": "data/train-*"}, {"split": "test", "path": "data/test-*"},
     ]  # fmt: skip
-    assert "# Squares \\| \\*of\\* \\<colour\\>" in card and "[Noise](<https://example.org/noise>) | CC BY 4.0" in card
+    assert "# Squares \\| \\*of\\* \\<color\\>" in card and "[Noise](<https://example.org/noise>) | CC BY 4.0" in card
     assert meta["translations"] == {"xh": "human"} and "human-translated" in meta["tags"], (
         "the table was filled by people"
     )
@@ -94,12 +94,12 @@ def test_from_images_to_a_data_set_with_its_card(finished):
     assert "| train | 11 | 11 | 22 | 22 |" in card
     assert "| translate | 13 | 12 | 1 unreadable image |" in card and "| select | 11 | 11 | none |" in card
     assert "| score | 12 | 11 | 1 no caption |" in card
-    assert str(tmp_path) not in card + (folder / "build.json").read_text(), "no folder of a machine"
+    assert str(tmp_path) not in card + (folder / "build.json").read_text(), "no path of this machine"
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "build.json", "data", "similarities.png"]
-    assert len(files_to_send(folder, "dataset")) == 5, "it can be pushed as it is"
+    assert len(list_files_to_send(folder, "dataset")) == 5, "all files can be pushed"
 
 
-def test_what_is_done_is_not_done_again_and_no_model_is_loaded(finished, monkeypatch, caplog, capsys):
+def test_complete_stages_are_not_repeated_and_no_model_is_loaded(finished, monkeypatch, caplog, capsys):
     before = files(finished.parent / "built")
     monkeypatch.setattr("captions.score.load_embedder", lambda *a: pytest.fail("the model was loaded"))
     with caplog.at_level("INFO", "capivara"):
@@ -108,77 +108,88 @@ def test_what_is_done_is_not_done_again_and_no_model_is_loaded(finished, monkeyp
     assert "2-score, train: done" in caplog.text and "dataset: done" in caplog.text
 
 
-def test_a_table_waits_until_it_is_filled(config, tmp_path, capsys, caplog):
-    """Neither an error nor a translation: it says how many are missing and where, one way to go on, and ends with 0."""
+def test_an_incomplete_table_stops_the_build_without_an_error(config, tmp_path, capsys, caplog):
+    """An incomplete table is not an error: the command prints which translations are missing and ends normally."""
     table = tmp_path / "tables" / "train.tsv"
     text = table.read_text(encoding="utf-8")
-    emptied = text.replace("\tikati 0\n", "\t\n").replace("\tinja\n", "\t \xa0\n")  # as spreadsheets have blanks
+    emptied = text.replace("\tikati 0\n", "\t\n").replace(
+        "\tinja\n", "\t \xa0\n"
+    )  # spreadsheets may write other blanks
     table.write_text(emptied, encoding="utf-8")
     with caplog.at_level("INFO", "capivara"):
         main(["--config", str(config)])
         main(["--config", str(config), "--dry_run"])
-    said = capsys.readouterr().out
-    missing = r"2 of 25 sentences have no translation yet: line 2 \(s1_\w+\), line 4 \(s3_\w+\)"
+    output_text = capsys.readouterr().out
+    missing = r"2 of 25 .*: line 2 \(s1_\w+\), line 4 \(s3_\w+\)"
     assert re.fullmatch(
-        rf"waiting: {table} has the sentences of 1-translate, train: {missing}\.\n"
-        r"Fill the last column, then run the same command again\.\n", said,
+        rf"Manual step: {table}.* 1-translate, train.*: {missing}\.\n.*\n", output_text,
     )  # fmt: skip
-    assert f"1-translate, train: waits for {table}: 2 of 25 sentences have no translation yet\n" in caplog.text
-    assert "--import " not in caplog.text, "that is the way of another command"
+    assert re.search(rf"1-translate, train: .*{table}: 2 of 25 ", caplog.text)
+    assert "--import " not in caplog.text, "the flag belongs to another command"
     assert not (tmp_path / "built" / "1-translate" / "train").exists() and not (tmp_path / "built" / "dataset").exists()
     table.write_text(text, encoding="utf-8")
-    assert build(BuildArguments(config)) and "has the sentences" not in capsys.readouterr().out
+    assert build_dataset(BuildArguments(config)) and "1-translate" not in capsys.readouterr().out
 
 
 def test_two_languages_do_not_share_a_table(config, tmp_path, monkeypatch):
-    """A relative table lies below the output, whatever the current folder holds; one of another language is refused."""
+    """A relative path of a table is below the output folder; a table of another language is refused."""
     monkeypatch.chdir(tmp_path)
     changed(config, translate={"backend": "file", "import": "tables/{split}.tsv"})
     flags = {"language": "gn", "output": Path("guarani")}
     with pytest.raises(ManualStepRequired, match=r"guarani/tables/train\.tsv .*\n.*guarani/tables/test\.tsv"):
-        build(BuildArguments(config, **flags))
+        build_dataset(BuildArguments(config, **flags))
     for xhosa in (tmp_path / "tables").glob("*.tsv"):
         assert xhosa.read_text(encoding="utf-8").split("\n")[0].endswith("\ttranslation:xh")
         shutil.copyfile(xhosa, tmp_path / "guarani" / "tables" / xhosa.name)
     for dry_run in (True, False):
-        with pytest.raises(ValueError, match=r"guarani/tables/train\.tsv .*'xh'.*'gn'"):
-            build(BuildArguments(config, dry_run=dry_run, **flags))
+        with pytest.raises(ValueError, match=r"guarani/tables/train\.tsv (?=.*'xh').*'gn'"):
+            build_dataset(BuildArguments(config, dry_run=dry_run, **flags))
     assert not (tmp_path / "guarani" / "dataset").exists()
 
 
+def test_a_table_in_the_current_folder_is_named(config, tmp_path, monkeypatch, caplog):
+    """Earlier versions wrote tables there; a new, empty table must not silently replace it."""
+    monkeypatch.chdir(tmp_path)
+    changed(config, translate={"backend": "file", "import": "tables/{split}.tsv"})
+    with caplog.at_level("WARNING", "capivara"), pytest.raises(ManualStepRequired):
+        build_dataset(BuildArguments(config))
+    for split in ("train", "test"):
+        assert re.search(rf"tables/{split}\.tsv .*{tmp_path}/built/tables/{split}\.tsv", caplog.text)
+
+
 @pytest.mark.slow
-def test_a_corrected_cell_reaches_the_data_set(config, tmp_path, monkeypatch, caplog):
-    """Only the files with its row are translated and scored again, and the end is that of a build from the start."""
-    build(BuildArguments(config))
+def test_a_corrected_cell_changes_the_dataset(config, tmp_path, monkeypatch, caplog):
+    """Only files with its row are translated and scored again; the result is that of a build from scratch."""
+    build_dataset(BuildArguments(config))
     scored = {path: path.stat().st_mtime_ns for path in (tmp_path / "built" / "2-score" / "train").glob("*.parquet")}
     untouched = files(tmp_path / "built" / "1-translate" / "test")
     table = tmp_path / "tables" / "train.tsv"
     table.write_text(table.read_text(encoding="utf-8").replace("\tikati 9\n", "\tikati emnyama\n"), encoding="utf-8")
     with caplog.at_level("INFO", "capivara"):
-        build(BuildArguments(config, dry_run=True))
-    assert "1-translate, train: to be done again where" in caplog.text and "dataset: to be made" in caplog.text
-    # Killed in the middle: the correction is found again.
+        build_dataset(BuildArguments(config, dry_run=True))
+    assert re.search(rf"1-translate, train: .*{table}", caplog.text) and "dataset: not written yet" in caplog.text
+    # If the build is killed in between, the next one finds the correction again.
     with monkeypatch.context() as patch:
         patch.setattr("captions.stages.Corrections.apply", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            build(BuildArguments(config))
-    build(BuildArguments(config))
+            build_dataset(BuildArguments(config))
+    build_dataset(BuildArguments(config))
     made_again = [path.name for path, time in scored.items() if path.stat().st_mtime_ns != time]
     assert made_again == ["train-000000008-000000012.parquet"] and len(scored) == 3
     assert files(tmp_path / "built" / "1-translate" / "test") == untouched
     captions = [text for row in rows_of(tmp_path / "built" / "1-translate" / "train") for text in row["captions-xh"]]
     assert "ikati emnyama" in captions and "ikati 9" not in captions
     (tmp_path / "built").rename(tmp_path / "corrected")
-    build(BuildArguments(config))
+    build_dataset(BuildArguments(config))
     assert files(tmp_path / "built") == files(tmp_path / "corrected")
 
 
 @pytest.mark.parametrize(("cut", "warns"), [(0.99, True), (-1, False)])
-def test_a_build_says_how_many_rows_each_stage_let_through(config, tmp_path, caplog, cut, warns):
-    """A filter that drops more than half of the rows is named."""
+def test_a_build_logs_the_row_counts_of_each_stage(config, tmp_path, caplog, cut, warns):
+    """A warning names a filter that drops more than half of the rows."""
     changed(config, select={"caption_strategy": "rank", "min_pair_similarity": cut})
     with caplog.at_level("INFO", "capivara"), pytest.raises(ValueError) if warns else contextlib.nullcontext():
-        build(BuildArguments(config))  # where nothing is left there is no dataset, and the counts say why
+        build_dataset(BuildArguments(config))  # raises if no row is left; the logged counts show why
     for line in (
         "1-translate, train: 13 rows in, 12 out",
         "2-score, train: 12 rows in, 11 out",
@@ -192,12 +203,12 @@ def test_a_build_says_how_many_rows_each_stage_let_through(config, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path, monkeypatch, caplog):
-    """A row that fails its task and no other, a disk that is full at the end, a part that was removed: in any number of
-    tasks the end has the bytes of an undisturbed build."""
-    build(BuildArguments(config, tasks=3))
+def test_failures_are_reported_and_the_same_command_resumes(config, tmp_path, monkeypatch, caplog):
+    """After a failed row, a full disk or a deleted part, the same command finishes with the bytes of a build without
+    failures, with any number of tasks."""
+    build_dataset(BuildArguments(config, tasks=3))
     (tmp_path / "built").rename(tmp_path / "undisturbed")
-    real = select.selected
+    real = select.select_row
 
     def poisoned(args, row):
         if row["captions-en"] == ["a cat 9"]:
@@ -205,16 +216,16 @@ def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path
         return real(args, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(select, "selected", poisoned)
-        text = r"1 tasks have failed:\n  task 1: ZeroDivisionError: no such row was expected; rows 6 to 10 of train\n"
-        with pytest.raises(ValueError, match=rf"3-select, train: rows: {text}Logs: .*The same command does what is"):
-            build(BuildArguments(config, tasks=2))
+        patch.setattr(select, "select_row", poisoned)
+        message = r"3-select, train: rows: .*\n  task 1: ZeroDivisionError: .*rows 6 to 10 of train\n"
+        with pytest.raises(ValueError, match=message):
+            build_dataset(BuildArguments(config, tasks=2))
     parts = [path.name for path in (tmp_path / "built" / "3-select" / "train").glob("*.parquet")]
     assert parts == ["train-000000000-000000006.parquet"] and not (tmp_path / "built" / "dataset").exists()
     logs = tmp_path / "built" / "logs" / "3-select" / "train" / "rows"
     assert "in poisoned" in (logs / "failures" / "00001.txt").read_text(), "with its traceback"
     with caplog.at_level("INFO", "capivara"):
-        build(BuildArguments(config, dry_run=True))
+        build_dataset(BuildArguments(config, dry_run=True))
     assert "3-select, train: rows: task 1: ZeroDivisionError" in caplog.text
 
     def full(*_, **__):
@@ -222,21 +233,21 @@ def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr("captions.build.pa.concat_tables", full)
-        with pytest.raises(OSError, match=r"No space left on the disk while writing .*; nothing was kept"):
+        with pytest.raises(OSError, match=r"built/dataset"):
             main(["--config", str(config)])
     assert not (tmp_path / "built" / "dataset").exists() and not list(logs.glob("failures/*"))
     part = sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[1]
     kept = {path: path.stat().st_mtime_ns for path in part.parent.glob("*.parquet") if path != part}
     part.unlink()
-    build(BuildArguments(config, tasks=2))
+    build_dataset(BuildArguments(config, tasks=2))
     assert files(tmp_path / "built") == files(tmp_path / "undisturbed")
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_the_flags_of_an_executor_reach_all_stages_but_those_with_their_own(config):
+def test_executor_flags_apply_to_stages_without_their_own(config):
     changed(config, score={"model": "m", "gpus_per_task": "1", "time": "12:00:00"})
     flags = {"executor": "slurm", "tasks": 400, "partition": "gpu", "time": "04:00:00"}
-    plan = read_plan(config, BuildArguments(config, **flags, sbatch=["account=a", "qos=b"]).executor_flags())
+    plan = read_build_plan(config, BuildArguments(config, **flags, sbatch=["account=a", "qos=b"]).executor_flags())
     translated, score, select = plan.steps["train"]
     assert (translated.time, score.time, select.gpus_per_task, score.gpus_per_task) == ("04:00:00", "12:00:00", 0, 1)
     assert {args.tasks for args in (translated, score, select)} == {400} and select.sbatch == ["account=a", "qos=b"]
@@ -246,12 +257,12 @@ def test_the_flags_of_an_executor_reach_all_stages_but_those_with_their_own(conf
 SLURM = {"executor": "slurm", "tasks": 2, "partition": "main", "time": "00:10:00"}
 
 
-def test_every_job_of_slurm_waits_for_the_one_before(config, tmp_path, monkeypatch):
-    """What the user named is quoted in the script: a file for sbatch's output, too."""
+def test_every_slurm_job_depends_on_the_previous_job(config, tmp_path, monkeypatch):
+    """Options of the user, such as the output file of sbatch, are in the job scripts."""
     jobs: list[tuple[str, ...]] = []
     monkeypatch.setattr(
         "datatrove.executor.slurm.launch_slurm_job",
-        # datatrove's job that adds up statistics has no other arguments, and nothing waits for it.
+        # datatrove's job for statistics has no other arguments, and no job depends on it.
         lambda script, _, *args: (
             (args and jobs.append((re.search(r"job-name=(\S+)", script)[1], *args))) or f"id-{len(jobs)}"
         ),
@@ -259,7 +270,7 @@ def test_every_job_of_slurm_waits_for_the_one_before(config, tmp_path, monkeypat
     monkeypatch.setattr(shutil, "which", lambda name: name)
     logs = tmp_path / "elsewhere"
     flags = SLURM | {"gpus_per_task": 1, "sbatch": ["output=a/%j.out"], "logging_dir": logs}
-    assert build(BuildArguments(config, **flags)) is None
+    assert build_dataset(BuildArguments(config, **flags)) is None
     phases = ["rows", "report"]
     assert [name.removeprefix("captions-") for name, *_ in jobs] == [
         *(f"1-translate-train-{name}" for name in phases), "2-score-train-rows", "3-select-train-rows",
@@ -275,14 +286,14 @@ def test_every_job_of_slurm_waits_for_the_one_before(config, tmp_path, monkeypat
         assert re.search(rf"#SBATCH --error={logs}/\S+/slurm_logs/%A_%a\.out\n", script)
 
 
-def test_slurm_asks_for_a_table_where_it_has_nothing_to_do(finished, monkeypatch):
-    """Phases that find out for themselves would be submitted at every start, and the table never written."""
+def test_slurm_requests_a_table_if_no_stage_can_run(finished, monkeypatch):
+    """Complete stages must not be submitted again instead of writing the table."""
     table = finished.parent / "tables" / "test.tsv"
     text = table.read_text(encoding="utf-8")
     table.unlink()
     monkeypatch.setattr("datatrove.executor.slurm.launch_slurm_job", lambda *args: pytest.fail("a job was submitted"))
-    with pytest.raises(ManualStepRequired, match=r"test\.tsv has the sentences of 1-translate, test: 25 of 25"):
-        build(BuildArguments(finished, **SLURM))
+    with pytest.raises(ManualStepRequired, match=r"test\.tsv.*1-translate, test.* 25 of 25"):
+        build_dataset(BuildArguments(finished, **SLURM))
     table.write_text(text, encoding="utf-8")
 
 
@@ -293,14 +304,14 @@ from capivara_common.tasks import Phase
 def run(args, rank, world_size):
     (args.output / f"{rank}-{world_size}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
 
-PHASE = Phase(run, shared=True)
+PHASE = Phase(run, is_parallel=True)
 """
 
 
 @pytest.mark.slow
-def test_each_worker_has_a_gpu_of_its_own(config, monkeypatch, tmp_path):
-    """There are as many as GPUs, and their tasks see one."""
-    step = read_plan(config).steps["train"][1]
+def test_each_worker_has_its_own_gpu(config, monkeypatch, tmp_path):
+    """There are as many workers as GPUs, and each task sees one GPU."""
+    step = read_build_plan(config).steps["train"][1]
     (tmp_path / "seen_gpus.py").write_text(SEEN_GPUS, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
@@ -308,40 +319,40 @@ def test_each_worker_has_a_gpu_of_its_own(config, monkeypatch, tmp_path):
     step.output.mkdir(parents=True)
     import seen_gpus
 
-    execute([Work(seen_gpus.PHASE, step, tmp_path / "logs", "seen")], step)
+    run_phases([PhaseStep(seen_gpus.PHASE, step, tmp_path / "logs", "seen")], step)
     seen = {path.name: path.read_text() for path in step.output.iterdir()}
     assert seen.keys() == {"0-2", "1-2"} and set(seen.values()) == {"2", "5"}
 
 
 @pytest.mark.parametrize("executor", ["local", "ray"])
-def test_workers_that_die_before_they_say_a_word(executor, monkeypatch, tmp_path):
-    """No phase is complete whose tasks have not ended, and what needs it is not started. Ray only logs such a death."""
+def test_workers_that_die_at_their_start_are_reported(executor, monkeypatch, tmp_path):
+    """A phase is incomplete until its tasks have ended, and the next phase does not start. Ray only logs a death."""
     monkeypatch.setattr("capivara_common.executors.START_METHOD", "fork")
-    monkeypatch.setattr("capivara_common.executors._worker", lambda *_: os._exit(1))
+    monkeypatch.setattr("capivara_common.executors._run_worker_process", lambda *_: os._exit(1))
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
-    monkeypatch.setattr("capivara_common.executors.require", lambda *_: None)
+    monkeypatch.setattr("capivara_common.executors.require_packages", lambda *_: None)
     monkeypatch.setattr("capivara_common.executors.RayPipelineExecutor.run", lambda _: None)
     args = StageArguments("no/such", tmp_path / "out", executor=executor, tasks=3, workers=2)
-    works = [Work(args.phases["rows"], args, tmp_path / name, name) for name in ("first", "second")]
+    steps = [PhaseStep(args.phases["rows"], args, tmp_path / name, name) for name in ("first", "second")]
     (tmp_path / "first" / "completions").mkdir(parents=True)
-    (tmp_path / "first" / "completions" / "00001").touch()  # of an earlier start
-    with pytest.raises(ValueError, match=r"first: 3 tasks have failed:(\n  task [012]: has not started, or .*){3}"):
-        execute(works, args)
+    (tmp_path / "first" / "completions" / "00001").touch()  # from an earlier start
+    with pytest.raises(ValueError, match=r"first: 3 .*(\n  task [012]: .*){3}"):
+        run_phases(steps, args)
     assert not (tmp_path / "second").exists()
 
 
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("partition", "gpu\n#SBATCH --wrap=x", "partition must have letters, digits and"),
-        ("time", "1\x1b", "time must have letters"),
-        ("sbatch", "comment=x $(touch x)", "sbatch must have letters"),
-        ("logging_dir", "a b", "folder of the logs must have letters"),
-        ("output", "50%j", "folder of the logs must have letters"),
+        ("partition", "gpu\n#SBATCH --wrap=x", "partition .*SBATCH"),
+        ("time", "1\x1b", r"time .*x1b"),
+        ("sbatch", "comment=x $(touch x)", r"sbatch .*touch x"),
+        ("logging_dir", "a b", "folder of the logs"),
+        ("output", "50%j", "folder of the logs"),
     ],
 )
-def test_slurm_gets_what_stands_in_its_script_as_it_is(config, tmp_path, monkeypatch, flag, value, message):
-    """A line break would be a directive of its own. A relative folder lies in the current one."""
+def test_values_that_are_unsafe_in_a_slurm_script_are_refused(config, tmp_path, monkeypatch, flag, value, message):
+    """A line break, for example, would begin another directive. A relative log folder is below the current folder."""
     monkeypatch.chdir(tmp_path)
     flags = {"executor": "slurm", "tasks": 2, "partition": "gpu", "time": 1, flag: value}
     with pytest.raises(ValueError, match=message):
@@ -355,50 +366,50 @@ def test_slurm_gets_what_stands_in_its_script_as_it_is(config, tmp_path, monkeyp
         ({"rename": ["captions-en=a", "generated-captions-en=b"]}, r"no column captions-en or generated-captions-en"),
     ],
 )
-def test_what_the_data_lack_is_said_before_any_stage(config, tmp_path, changes, message):
-    """And before a table is asked for."""
+def test_missing_columns_and_splits_are_reported_before_any_stage(config, tmp_path, changes, message):
+    """They are also reported before a table is requested."""
     shutil.rmtree(tmp_path / "tables")
     with pytest.raises(ValueError, match=message):
         main(["--config", str(changed(config, **changes))])
-    assert not (tmp_path / "built").exists(), "nothing is begun"
+    assert not (tmp_path / "built").exists(), "no stage has started"
 
 
-def test_a_missing_extra_is_said_before_any_stage(config, monkeypatch):
+def test_a_missing_package_is_reported_before_any_stage(config, monkeypatch):
     changed(config, score={"model": "open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k"})
     monkeypatch.setattr("capivara_common.environment.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'The stage score needs open_clip, .*: pip install -e "\.\[open_clip\]"$'):
-        build(BuildArguments(config, dry_run=True))
+    with pytest.raises(ImportError, match=r"score.*\[open_clip\]"):
+        build_dataset(BuildArguments(config, dry_run=True))
 
 
-def test_a_dry_run_says_what_it_would_do(config, tmp_path, caplog):
+def test_a_dry_run_lists_the_work_and_writes_nothing(config, tmp_path, caplog):
     before = files(tmp_path)
     with caplog.at_level("INFO", "capivara"):
         main(["--config", str(config), "--dry_run"])
     assert files(tmp_path) == before
-    for text in ("1-translate, train: to be done", "python -m captions.score --dataset", "dataset: to be made"):
+    for text in ("1-translate, train: not started", "python -m captions.score --dataset", "dataset: not written yet"):
         assert text in caplog.text
     assert f"--import_file {tmp_path}/tables/test.tsv" in caplog.text and "--rows_per_part 6" in caplog.text
 
 
 @pytest.mark.slow
-def test_another_setting_is_another_output(config, tmp_path):
-    build(BuildArguments(config))
+def test_changed_settings_need_another_output_folder(config, tmp_path):
+    build_dataset(BuildArguments(config))
     changed(config, select={"caption_strategy": "rank", "caption_count": 1, "rows_per_part": 6})
-    with pytest.raises(ValueError, match=r"settings.caption_count: 2 there, 1 now"):
-        build(BuildArguments(config))
+    with pytest.raises(ValueError, match=r"settings\.caption_count: 2 .* 1\b"):
+        build_dataset(BuildArguments(config))
     shutil.rmtree(tmp_path / "built" / "3-select")
-    with pytest.raises(ValueError, match=r"dataset was made from other stages.*Remove it"):
-        build(BuildArguments(config))
+    with pytest.raises(ValueError, match=r"built/dataset"):
+        build_dataset(BuildArguments(config))
     shutil.rmtree(tmp_path / "built" / "dataset")
-    build(BuildArguments(config))
+    build_dataset(BuildArguments(config))
     assert all(len(row["captions-xh"]) == 1 for row in rows_of(tmp_path / "built" / "dataset"))
 
 
 @pytest.mark.slow
-def test_stages_may_be_left_out(config, tmp_path):
-    """English alone is only scored and selected; a split that no stage works on passes as it is."""
+def test_a_config_may_omit_stages(config, tmp_path):
+    """An English build is only scored and selected; a split that no stage processes is copied."""
     changed(config, translate=None, language="en")
-    folder = build(BuildArguments(config))
+    folder = build_dataset(BuildArguments(config))
     assert sorted(path.name for path in (tmp_path / "built").iterdir() if path.is_dir()) == [
         "0-read", "1-score", "2-select", "dataset", "logs",
     ]  # fmt: skip
@@ -410,17 +421,17 @@ def test_stages_may_be_left_out(config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"langage": "pt"}, r"Unknown key in .*config.yaml: `langage`\. Did you mean `language`"),
-        ({"score": {"modle": "x"}}, r"section score: `modle`\. Did you mean `model`"),
-        ({"dataset": None}, r"lacks `dataset`.*give --dataset"),
-        ({"card": None}, r"lacks `card`.*no data set without its sources"),
-        ({"card": CARD | {"sources": []}}, r"card.sources must list the sources, each with a name and a license"),
-        ({"card": CARD | {"license": "Free for all"}}, r"card.license must be an identifier of the Hub"),
-        ({"evaluation_splits": ["train"]}, r"evaluation_splits has 'train'"),
-        ({"translate": None, "score": None, "select": None}, r"there is nothing to do"),
+        ({"langage": "pt"}, r"config\.yaml.*`langage`.*`language`"),
+        ({"score": {"modle": "x"}}, r"score.*`modle`.*`model`"),
+        ({"dataset": None}, r"`dataset`.*--dataset"),
+        ({"card": None}, r"`card`"),
+        ({"card": CARD | {"sources": []}}, r"card\.sources"),
+        ({"card": CARD | {"license": "Free for all"}}, r"card\.license.*'Free for all'"),
+        ({"evaluation_splits": ["train"]}, r"evaluation_splits.*'train'"),
+        ({"translate": None, "score": None, "select": None}, r"generate, translate, score, select"),
     ],
 )
-def test_slips_in_a_config_are_found_before_any_work(config, tmp_path, changes, message):
+def test_errors_in_a_config_are_found_before_any_work(config, tmp_path, changes, message):
     changed(config, **changes)
     with pytest.raises(ValueError, match=message):
         main(["--config", str(config)])
@@ -428,9 +439,9 @@ def test_slips_in_a_config_are_found_before_any_work(config, tmp_path, changes, 
 
 
 @pytest.mark.parametrize("language", ["pt", "hi", "xh"])
-def test_the_papers_configs_are_whole(language, tmp_path):
+def test_the_configs_of_the_paper_are_complete(language, tmp_path):
     config = ROOT / "configs" / f"captions_{language}.yaml"
-    plan = read_plan(config, dataset="shards/*.tar", output=tmp_path / "out")
+    plan = read_build_plan(config, dataset="shards/*.tar", output=tmp_path / "out")
     generate, translated, score, select = plan.steps["train"]
     assert [args.title for args in (generate, select)] == ["1-generate, train", "4-select, train"]
     assert generate.model == "Salesforce/blip2-opt-2.7b-coco" and generate.max_new_tokens == 50
@@ -438,13 +449,13 @@ def test_the_papers_configs_are_whole(language, tmp_path):
     assert score.model == "open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k"
     assert (select.caption_strategy, select.caption_count, select.min_pair_similarity) == ("rank", 5, 0.2)
     assert score.dataset == str(tmp_path / "out" / "2-translate" / "train")
-    with pytest.raises(ValueError, match="lacks `dataset`"):
-        read_plan(config)
+    with pytest.raises(ValueError, match="`dataset`"):
+        read_build_plan(config)
 
 
 @pytest.mark.slow
-def test_openmoji_comes_back_with_its_own_names(tmp_path, tiny_folder, tiny_dataset_folder):
-    """At toy width: the Portuguese captions go out as a table of English ones and come back exactly."""
+def test_the_openmoji_build_restores_the_portuguese_names(tmp_path, tiny_folder, tiny_dataset_folder):
+    """With a tiny model, the translated captions are exactly the Portuguese captions of the dataset."""
     source = datasets.load_from_disk(tiny_dataset_folder)
     config = openmoji_config(tmp_path, tiny_folder)
     folder = build_openmoji(OpenMojiCaptionsArguments(tiny_dataset_folder, config))
@@ -457,7 +468,7 @@ def test_openmoji_comes_back_with_its_own_names(tmp_path, tiny_folder, tiny_data
 GUIDE = (ROOT / "docs" / "your_language.md").read_text(encoding="utf-8")
 
 
-def test_the_guides_config_is_one(tmp_path):
+def test_the_config_in_the_guide_is_valid(tmp_path):
     (tmp_path / "my.yaml").write_text(re.search(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[1], encoding="utf-8")
-    plan = read_plan(tmp_path / "my.yaml")
+    plan = read_build_plan(tmp_path / "my.yaml")
     assert list(plan.steps) == ["train", "validation", "test"] and len(plan.steps["train"]) == 4

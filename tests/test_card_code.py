@@ -1,4 +1,4 @@
-"""The code of a card runs as it is printed, in a process that knows nothing of this project unless the card says so."""
+"""The code examples of a card run as printed, in a process without this project unless the example imports it."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ import pytest
 from card_run import split_card, trained_run
 from hub_client import hub_commands
 
-from hub_upload.card import check, write_card
+from hub_upload.card import find_card_faults, write_card
 from modeling_capivara import CapivaraConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not all(map(importlib.util.find_spec, NEEDED)), reason=f"needs {', '.join(NEEDED)}"),
 ]
-BLOCKS = ("package", "pipeline", "open_clip", "sentence-transformers", "ONNX")  # in the card's order
+BLOCKS = ("package", "pipeline", "open_clip", "sentence-transformers", "ONNX")  # in the order of the card
 NUMBER = r"-?\d+\.?\d*(?:e-?\d+)?"
 
 
@@ -32,13 +32,14 @@ def run(tmp_path_factory, tiny_dataset_folder, tiny_processor):
     return trained_run(tmp_path_factory, tiny_dataset_folder, tiny_processor)
 
 
-def blocks(folder: Path) -> dict[str, str]:
+def code_blocks(folder: Path) -> dict[str, str]:
+    """Return the code examples in the card of a folder, each preceded by the images and texts that all of them use."""
     _, body = split_card((folder / "README.md").read_text(encoding="utf-8"))
-    given, *found = re.findall(r"```python\n(.*?)```", body, re.DOTALL)  # the first is for all
-    return {name: given + code for name, code in zip(BLOCKS, found, strict=True)}
+    inputs, *examples = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    return {name: inputs + code for name, code in zip(BLOCKS, examples, strict=True)}
 
 
-# Each script in a fork of its own, of a process that has imported what takes long, and nothing of ours.
+# Runs each script in a fork of a process that has already imported the slow libraries, but nothing of this project.
 FORKS = """
 import json, os, runpy, sys, traceback
 import onnxruntime, open_clip, sentence_transformers, transformers.pipelines
@@ -53,20 +54,22 @@ for line in sys.stdin:
         except BaseException:
             traceback.print_exc()
             os._exit(1)
-        os._exit(0)  # threads that a fork does not have are not waited for
+        os._exit(0)  # a normal exit would wait for threads that do not exist in a fork
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 @contextmanager
 def scripts(folder: Path, environment: dict[str, str]) -> Iterator[Callable[[str], list[float]]]:
-    """Within it a block of code is run as a script, far from the checkout; returns the numbers that it prints."""
+    """Yield a function that runs code as a script outside the checkout and returns the numbers that it prints."""
     (folder / "elsewhere").mkdir()
-    kept = {key: value for key, value in {**os.environ, **environment}.items() if key != "PYTHONPATH"}
-    kept |= {"HF_MODULES_CACHE": str(folder / "modules")}
+    variables = {key: value for key, value in {**os.environ, **environment}.items() if key != "PYTHONPATH"}
+    variables |= {"HF_MODULES_CACHE": str(folder / "modules")}
     with (folder / "stderr").open("w") as errors:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True, "bufsize": 1}
-        process = subprocess.Popen([sys.executable, "-P", "-c", FORKS], cwd=folder / "elsewhere", env=kept, **pipes)
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", FORKS], cwd=folder / "elsewhere", env=variables, **pipes
+        )
 
     def run(code: str) -> list[float]:
         script = folder / "elsewhere" / "block.py"
@@ -79,37 +82,38 @@ def scripts(folder: Path, environment: dict[str, str]) -> Iterator[Callable[[str
         yield run
 
 
-def assert_blocks_agree(found: dict[str, list[float]]) -> None:
-    """Two loaders' probabilities are equal, and two loaders' cosines; what the others print has its shape."""
-    assert len(found["package"]) == 4 and sum(found["package"]) == pytest.approx(2, abs=1e-3)
-    assert found["open_clip"] == pytest.approx(found["package"], abs=2e-3)  # printed to four digits
-    assert found["remote code"] == pytest.approx(found["package"], abs=2e-3)
-    assert len(found["ONNX"]) == 4 and found["sentence-transformers"] == pytest.approx(found["ONNX"], abs=2e-3)
-    assert sum(found["pipeline"]) == pytest.approx(1, abs=1e-3)
+def assert_blocks_agree(printed: dict[str, list[float]]) -> None:
+    """Assert that all code examples print the same probabilities or the same cosines."""
+    assert len(printed["package"]) == 4 and sum(printed["package"]) == pytest.approx(2, abs=1e-3)
+    assert printed["open_clip"] == pytest.approx(printed["package"], abs=2e-3)  # examples print four digits
+    assert printed["remote code"] == pytest.approx(printed["package"], abs=2e-3)
+    assert len(printed["ONNX"]) == 4 and printed["sentence-transformers"] == pytest.approx(printed["ONNX"], abs=2e-3)
+    assert sum(printed["pipeline"]) == pytest.approx(1, abs=1e-3)
 
 
-def test_code_for_a_repository_on_the_hub(run, tmp_path):
-    """What was exported for a Hub id and pushed there is what every loader fetches from it."""
-    made = tmp_path / "made"
+def test_code_examples_load_a_pushed_model_from_the_hub(run, tmp_path):
+    exported = tmp_path / "exported"
     with hub_commands(tmp_path) as commands:
         hub = commands.hub
         CapivaraConfig.from_pretrained(run).text_config.save_pretrained(tmp_path / "text")
         hub.store("us/text-tower", tmp_path / "text")
-        flags = ["--output", made, "--text_config", "us/text-tower", "--repo_id", "us/model"]
+        flags = ["--output", exported, "--text_config", "us/text-tower", "--repo_id", "us/model"]
         done = commands("--model", run, *flags, call="hub_upload.export:main")
-        assert done.code == 0 and "text tower from us/text-tower, tokenizer from us/model." in done.err, done.err
-        write_card(made, repo_id="us/model", language="pt")
-        portuguese = blocks(made)
-        write_card(made, repo_id="us/model")
-        assert check(made) == []
-        without_comments = [re.sub(r"# .*", "", "".join(texts.values())) for texts in (blocks(made), portuguese)]
-        assert without_comments[0] == without_comments[1] and blocks(made) != portuguese
-        done = commands("--model", made, "--repo-id", "us/model", "--push")
+        assert done.code == 0 and "us/text-tower" in done.err, done.err
+        write_card(exported, repo_id="us/model", language="pt")
+        portuguese = code_blocks(exported)
+        write_card(exported, repo_id="us/model")
+        assert find_card_faults(exported) == []
+        without_comments = [
+            re.sub(r"# .*", "", "".join(texts.values())) for texts in (code_blocks(exported), portuguese)
+        ]
+        assert without_comments[0] == without_comments[1] and code_blocks(exported) != portuguese
+        done = commands("--model", exported, "--repo-id", "us/model", "--push")
         assert done.code == 0, done.err
-        # As the card says of the package's block, where the package is not installed
-        code = blocks(made)["package"].replace("import modeling_capivara", "")
-        of_hub = {**blocks(made), "remote code": code.replace("(name)", "(name, trust_remote_code=True)")}
+        # The card tells how to change the first example if the package is not installed.
+        code = code_blocks(exported)["package"].replace("import modeling_capivara", "")
+        examples = {**code_blocks(exported), "remote code": code.replace("(name)", "(name, trust_remote_code=True)")}
         with scripts(tmp_path, hub.environment(tmp_path / "reader")) as run_script:
-            found = {name: run_script(code) for name, code in of_hub.items()}
+            printed = {name: run_script(code) for name, code in examples.items()}
     assert {"us/model/model.safetensors", "us/model/open_clip_model.safetensors"} <= {*hub.fetched}
-    assert_blocks_agree(found)
+    assert_blocks_agree(printed)

@@ -1,4 +1,4 @@
-"""Texts of configs and data stay texts in a card, in Markdown, HTML and YAML; paths and secrets are refused."""
+"""Texts from configs and data are escaped in a card (Markdown, HTML and YAML). Paths and secrets are refused."""
 
 import contextlib
 import shutil
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from card_run import change, split_card, trained_run
 
-from hub_upload.card import check, write_card
-from hub_upload.card_values import code, escaped
-from hub_upload.origins import inherited_license, origin
+from hub_upload.card import find_card_faults, write_card
+from hub_upload.card_values import to_code, to_markdown
+from hub_upload.origins import infer_license, read_origin
 
 HOSTILE = (
     "</table><script>alert(1)</script>",
@@ -25,33 +25,33 @@ HOSTILE = (
 
 
 def markdown():
-    """A renderer that lets HTML through, as the worst one does."""
+    """Return a Markdown renderer that does not filter HTML, the worst case."""
     return pytest.importorskip("markdown_it").MarkdownIt("commonmark", {"html": True}).enable("table")
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_texts_are_escaped(text):
+def test_hostile_texts_are_escaped(text):
     reader = markdown()
-    for written in (escaped(text), code(text)):
+    for written in (to_markdown(text), to_code(text)):
         assert "\n" not in written
         tokens = [t.type for t in reader.parseInline(written)[0].children]
         assert set(tokens) <= {"text", "text_special", "code_inline"}, written
         assert [t.type for t in reader.parse(f"| a | {written} |\n|---|---|\n")].count("th_open") == 2, written
 
 
-def test_what_escaping_keeps_and_drops():
-    assert escaped("/home/ana/pairs and ~/x/y, C:\\Users\\ana\\z") == "pairs and y, z"
-    assert escaped("https://example.org/a/b") == "https://example.org/a/b"
-    assert escaped("São João é o que há") == "São João é o que há" and escaped("- item") == "\\- item"
-    assert len(escaped("a" * 1000)) == 300
-    assert code("captions-pt") == "`captions-pt`" and code("a`b") == "a\\`b"
+def test_escaping_keeps_urls_and_drops_folders():
+    assert to_markdown("/home/ana/pairs and ~/x/y, C:\\Users\\ana\\z") == "pairs and y, z"
+    assert to_markdown("https://example.org/a/b") == "https://example.org/a/b"
+    assert to_markdown("São João é o que há") == "São João é o que há" and to_markdown("- item") == "\\- item"
+    assert len(to_markdown("a" * 1000)) == 300
+    assert to_code("captions-pt") == "`captions-pt`" and to_code("a`b") == "a\\`b"
 
 
 @pytest.mark.slow
 def test_a_secret_or_a_path_of_a_machine_is_refused(tmp_path_factory, tiny_dataset_folder, tiny_processor, tmp_path):
-    """An invisible character keeps them from being found in the file, and is left out of the card."""
+    """An invisible character hides them from the check of the file, but the card is checked without it."""
     trained = trained_run(tmp_path_factory, tiny_dataset_folder, tiny_processor)
-    for text, message in ((r"\\server\runs\ana", "names a place"), (f"hf_{'a' * 34}", "access token")):
+    for text, message in ((r"\\server\runs\ana", "server"), (f"hf_{'a' * 34}", "hf_")):
         run, hidden = tmp_path / message, f"{text[:5]}\u200b{text[5:]}"
         shutil.copytree(trained, run)
         change(run / "run.json", lambda run, title=hidden: run["origins"]["evaluation_dataset"].update(title=title))
@@ -61,7 +61,7 @@ def test_a_secret_or_a_path_of_a_machine_is_refused(tmp_path_factory, tiny_datas
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory, tiny_dataset_folder, tiny_processor):
-    """A run whose texts are all hostile."""
+    """A run in which all texts are hostile."""
     run = tmp_path_factory.mktemp("hostile") / "run"
     shutil.copytree(trained_run(tmp_path_factory, tiny_dataset_folder, tiny_processor), run)
     texts = list(HOSTILE)
@@ -85,21 +85,21 @@ def hostile(tmp_path_factory, tiny_dataset_folder, tiny_processor):
 
 
 @pytest.mark.parametrize("language", ["en", "pt"])
-def test_hostile_texts_stay_texts(hostile, tmp_path, language):
+def test_hostile_texts_change_neither_front_matter_nor_markup_of_a_card(hostile, tmp_path, language):
     shutil.copytree(hostile, tmp_path / "run")
     write_card(tmp_path / "run", language=language)
     text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     data, body = split_card(text)
     blocks = markdown().parse(body)
     tokens = {token.type for block in blocks for token in (block, *(block.children or ()))}
-    assert check(tmp_path / "run") == [] and "html_inline" not in tokens
+    assert find_card_faults(tmp_path / "run") == [] and "html_inline" not in tokens
     assert [block.content.strip() for block in blocks if block.type == "html_block"] == [text.split("\n")[-1]]
     assert not {"license", "base_model", "datasets"} & set(data) and "<script" not in body
     assert "alert(1)" in body and "{{ 7 \\* 7 }}" in body and "# New" not in body.split("\n")
 
 
 @pytest.mark.parametrize(
-    ("stated", "licence"),
+    ("stated", "license"),
     [
         ([["mit"], ["cc-by-sa-4.0"]], "cc-by-sa-4.0"),
         ([["mit"], ["mit"]], "mit"),
@@ -109,28 +109,30 @@ def test_hostile_texts_stay_texts(hostile, tmp_path, language):
         ([["mit"], ["mit", "cc-by-4.0"]], "cc-by-4.0"),
     ],
 )
-def test_the_inherited_licence(stated, licence):
-    assert inherited_license(stated) == licence
+def test_the_most_restrictive_license_is_inherited(stated, license):
+    assert infer_license(stated) == license
 
 
-def test_where_base_and_data_come_from(tmp_path):
+def test_origins_are_read_from_the_cards_of_base_and_data(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "README.md").write_text(
         "---\nlicense: [mit, cc-by-4.0]\nbase_model: owner/base\n---\n\n# Pairs\n", encoding="utf-8"
     )
-    found = origin(str(tmp_path / "data"), "dataset")
-    assert found["licenses"] == ["mit", "cc-by-4.0"] and found["base_model"] == ["owner/base"]
-    assert (found["title"], found["hub_id"], found["attribution"]) == ("Pairs", None, None)
+    origin = read_origin(str(tmp_path / "data"), "dataset")
+    assert origin["licenses"] == ["mit", "cc-by-4.0"] and origin["base_model"] == ["owner/base"]
+    assert (origin["title"], origin["hub_id"], origin["attribution"]) == ("Pairs", None, None)
     (tmp_path / "data" / "train.parquet").touch()
-    for files in ("*.tar", "train.parquet"):  # the card beside them
-        assert origin(str(tmp_path / "data" / files), "dataset")["licenses"] == ["mit", "cc-by-4.0"], files
+    for files in ("*.tar", "train.parquet"):  # the card is in the same folder
+        assert read_origin(str(tmp_path / "data" / files), "dataset")["licenses"] == ["mit", "cc-by-4.0"], files
     with contextlib.chdir(tmp_path / "data"):
-        assert origin("emoji", "dataset")["licenses"] == [], "an id on the Hub, not a file here"
+        assert read_origin("emoji", "dataset")["licenses"] == [], "a Hub id must not be taken for a local file"
     (tmp_path / "data" / "README.md").write_bytes(b"---\nlicense: mit\n---\n# \xff\n")
-    assert origin(str(tmp_path / "data"), "dataset")["licenses"] == ["mit"]
-    unknown = origin("owner/not-in-the-cache", "dataset")  # offline
+    assert read_origin(str(tmp_path / "data"), "dataset")["licenses"] == ["mit"]
+    unknown = read_origin("owner/not-in-the-cache", "dataset")  # tests have no network
     assert unknown["hub_id"] is None and unknown["licenses"] == [] and unknown["title"] == "owner/not-in-the-cache"
-    assert origin("shards/*.tar", "dataset")["hub_id"] is None
-    assert origin("/srv/ana/data", "dataset")["name"] == "data", "nothing of a person's folder is published"
-    assert origin("../ana/data", "dataset")["name"] == "data"
-    assert origin(f"{Path.cwd()}/data/openmoji/base", "model")["name"] == "openmoji/base"
+    assert read_origin("shards/*.tar", "dataset")["hub_id"] is None
+    assert read_origin("/srv/ana/data", "dataset")["name"] == "data", (
+        "the name of a person's folder must not be published"
+    )
+    assert read_origin("../ana/data", "dataset")["name"] == "data"
+    assert read_origin(f"{Path.cwd()}/data/openmoji/base", "model")["name"] == "openmoji/base"

@@ -1,4 +1,4 @@
-"""clip-benchmark, run on the same model and data, gives the same figures: retrieval and zero-shot classification."""
+"""Retrieval and zero-shot classification give the figures of clip-benchmark for the same model and data."""
 
 import json
 
@@ -15,7 +15,7 @@ CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"
 
 
 class Adapter(torch.nn.Module):
-    """A CAPIVARA model with the two methods that clip-benchmark calls."""
+    """A CAPIVARA model with the methods that clip-benchmark calls."""
 
     def __init__(self, folder):
         super().__init__()
@@ -34,20 +34,25 @@ class Adapter(torch.nn.Module):
         return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
-def pictures(number: int) -> list[PIL.Image.Image]:
-    generator = np.random.default_rng(0)
-    pixels = [(generator.random((40, 48, 3)) * 90 + generator.random(3) * 160).astype(np.uint8) for _ in range(number)]
-    return [PIL.Image.fromarray(p) for p in pixels]
+def make_images(count: int) -> list[PIL.Image.Image]:
+    """Make noisy images, each in a random color."""
+    rng = np.random.default_rng(0)
+    pixels = [(rng.random((40, 48, 3)) * 90 + rng.random(3) * 160).astype(np.uint8) for _ in range(count)]
+    return [PIL.Image.fromarray(array) for array in pixels]
 
 
-def test_retrieval(tiny_folder, tmp_path):
-    from clip_benchmark.metrics.zeroshot_retrieval import evaluate as theirs
+def stack_images(batch: list[tuple[torch.Tensor, list[str]]]) -> tuple[torch.Tensor, list[list[str]]]:
+    return torch.stack([image for image, _ in batch]), [texts for _, texts in batch]
+
+
+def test_retrieval_agrees_with_clip_benchmark(tiny_folder, tmp_path):
+    from clip_benchmark.metrics.zeroshot_retrieval import evaluate as evaluate_clip_benchmark
 
     from eval.retrieval import main
 
     words = ("gato", "casa", "céu", "pão", "uma foto de um cachorro azul", "árvore verde")
     captions = [[f"{word} {i}" for word in words[: 2 + i % 4]] for i in range(60)]
-    images = pictures(60)
+    images = make_images(60)
     (tmp_path / "d" / "test").mkdir(parents=True)
     for i, image in enumerate(images):
         image.save(tmp_path / "d" / "test" / f"{i}.png")
@@ -58,21 +63,21 @@ def test_retrieval(tiny_folder, tmp_path):
 
     adapter = Adapter(tiny_folder)
     rows = list(zip(map(adapter.pixels, images), captions, strict=True))
-    loader = DataLoader(rows, 7, collate_fn=lambda b: (torch.stack([x for x, _ in b]), [texts for _, texts in b]))
-    expected = theirs(adapter, loader, adapter.tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
+    loader = DataLoader(rows, 7, collate_fn=stack_images)
+    expected = evaluate_clip_benchmark(adapter, loader, adapter.tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
     assert 0 < expected["image_retrieval_recall@5"] < 1
     for k in (1, 5, 10):
         assert ours["text_to_image", f"recall@{k}"] == pytest.approx(expected[f"image_retrieval_recall@{k}"], abs=1e-4)
         assert ours["image_to_text", f"recall@{k}"] == pytest.approx(expected[f"text_retrieval_recall@{k}"], abs=1e-4)
 
 
-def test_classification(tiny_folder, tmp_path):
+def test_classification_agrees_with_clip_benchmark(tiny_folder, tmp_path):
     from clip_benchmark.metrics.zeroshot_classification import run_classification, zero_shot_classifier
     from sklearn.metrics import top_k_accuracy_score
 
     from eval.classification import main
 
-    images, labels = pictures(50), [i % 10 for i in range(50)]
+    images, labels = make_images(50), [i % 10 for i in range(50)]
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         folder = tmp_path / "d" / CIFAR[label]
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,8 +88,10 @@ def test_classification(tiny_folder, tmp_path):
 
     adapter, prompts = Adapter(tiny_folder), load_prompts("cifar-10")
     loader = DataLoader(list(zip(map(adapter.pixels, images), labels, strict=True)), batch_size=8)
-    templates = dict(zip(prompts.names, prompts.filled, strict=True))
+    templates = dict(zip(prompts.names, prompts.class_prompts, strict=True))
     classifier = zero_shot_classifier(adapter, adapter.tokenizer, prompts.names, templates, "cpu", amp=False)
-    logits, target = run_classification(adapter, classifier, loader, "cpu", amp=False)  # its `accuracy` needs numpy 1
+    logits, target = run_classification(
+        adapter, classifier, loader, "cpu", amp=False
+    )  # its own accuracy function needs numpy 1
     for k, metric in ((1, "accuracy"), (5, "top_5_accuracy")):
         assert ours[metric] == pytest.approx(top_k_accuracy_score(target, logits, k=k), abs=1e-6)

@@ -1,4 +1,4 @@
-"""The configuration: published defaults, other towers, exact reload, refusals when it is made."""
+"""The configuration: published defaults, other towers, and refusal of wrong values."""
 
 import math
 
@@ -29,38 +29,38 @@ def test_defaults_are_the_published_base():
     assert config.logit_scale_init_value == pytest.approx(math.log(1 / 0.07))
 
 
-def test_what_a_dictionary_leaves_out_keeps_the_published_value():
+def test_missing_keys_of_a_dictionary_have_the_published_values():
     vision, text = {"num_hidden_layers": 3}, {"model_type": "xlm-roberta"}
     config = CapivaraConfig(vision_config=vision, text_config=text)
-    assert (vision, text) == ({"num_hidden_layers": 3}, {"model_type": "xlm-roberta"}), "they stay as they are"
+    assert (vision, text) == ({"num_hidden_layers": 3}, {"model_type": "xlm-roberta"}), "arguments must not be changed"
     assert (config.vision_config.num_hidden_layers, config.vision_config.hidden_act) == (3, "gelu")
     assert config.text_config.vocab_size == 250002
     other = CapivaraConfig(text_config={"model_type": "bert"})
-    assert other.text_config.vocab_size == 30522, "another kind keeps its own defaults"
+    assert other.text_config.vocab_size == 30522, "another model type keeps its own defaults"
     assert other.text_config.layer_norm_eps == 1e-12
 
 
 BAD_CONFIGS = [
-    ({"projection_dim": 0}, "projection_dim must be at least 1, got 0"),
-    ({"text_config": {"model_type": "no_tower"}}, "'no_tower' is not known.*xlm-roberta"),
-    ({"text_config": {"model_type": "t5"}}, "'t5'.*'xlm-roberta'"),  # encoder and decoder
-    ({"text_config": {"num_hidden_layers": 1001}}, r"^text_config.num_hidden_layers must be from 0 to 1000, got 1001"),
-    ({"vision_config": ViTConfig(num_hidden_layers=10**7)}, "vision_config.num_hidden_layers must be"),
-    ({"text_config": {"model_type": "distilbert", "n_layers": 10**7}}, "text_config.n_layers must be from 0 to 1000"),
-    ({"vision_config": {"model_type": "vit", "image_size": [224, 10**6]}}, "vision_config.image_size must be from 1"),
-    ({"vision_config": {"hidden_size": math.nan}}, "vision_config.hidden_size must be .* got nan"),
+    ({"projection_dim": 0}, r"projection_dim\b.*\b0\b"),
+    ({"text_config": {"model_type": "no_tower"}}, "'no_tower'.*xlm-roberta"),
+    ({"text_config": {"model_type": "t5"}}, "text_config.*'xlm-roberta'.*'t5'"),  # encoder and decoder
+    ({"text_config": {"num_hidden_layers": 1001}}, r"^text_config.num_hidden_layers .*1000, got 1001"),
+    ({"vision_config": ViTConfig(num_hidden_layers=10**7)}, "vision_config.num_hidden_layers .*1000"),
+    ({"text_config": {"model_type": "distilbert", "n_layers": 10**7}}, "text_config.n_layers .*1000"),
+    ({"vision_config": {"model_type": "vit", "image_size": [224, 10**6]}}, "vision_config.image_size .*10000"),
+    ({"vision_config": {"hidden_size": math.nan}}, "vision_config.hidden_size .*nan"),
     (
         {"vision_config": {"model_type": "timm_wrapper", "architecture": "vit_tiny", "model_args": {"depth": 10**9}}},
-        "vision_config.model_args.depth must be from 0 to 1000",
+        "vision_config.model_args.depth .*1000",
     ),
-    ({"logit_scale_init_value": math.inf}, "logit_scale_init_value must be from -20 to 20, got inf"),
-    ({"text_config": {"pad_token_id": True}}, r"^text_config.pad_token_id must be from 0 to \d+, got True"),
-    ({"text_config": {"pad_token_id": None}}, r"^text_config.pad_token_id must be .* got null"),
-    ({"text_config": {"vocab_size": 300, "pad_token_id": 300}}, "pad_token_id must be below the vocab_size of 300"),
-    ({"text_config": {"vocab_size": 1}}, "pad_token_id must be below the vocab_size of 1, got 1"),
-    ({"text_config": {"layer_norm_eps": -1e-5}}, "text_config.layer_norm_eps must be from 0 to 1, got -1e-05"),
-    ({"vision_config": {"layer_norm_eps": math.nan}}, "vision_config.layer_norm_eps must be from 0 to 1, got nan"),
-    ({"text_config": {"hidden_dropout_prob": math.nan}}, "text_config.hidden_dropout_prob must be from 0 to 1"),
+    ({"logit_scale_init_value": math.inf}, "logit_scale_init_value .*-20 to 20, got inf"),
+    ({"text_config": {"pad_token_id": True}}, r"^text_config.pad_token_id .*True"),
+    ({"text_config": {"pad_token_id": None}}, r"^text_config.pad_token_id .*null"),
+    ({"text_config": {"vocab_size": 300, "pad_token_id": 300}}, r"pad_token_id .*vocab_size .*\b300\b"),
+    ({"text_config": {"vocab_size": 1}}, r"pad_token_id .*vocab_size .*\b1, got 1\b"),
+    ({"text_config": {"layer_norm_eps": -1e-5}}, "text_config.layer_norm_eps .*0 to 1, got -1e-05"),
+    ({"vision_config": {"layer_norm_eps": math.nan}}, "vision_config.layer_norm_eps .*0 to 1, got nan"),
+    ({"text_config": {"hidden_dropout_prob": math.nan}}, "text_config.hidden_dropout_prob .*0 to 1"),
     ({"projection_dim": "wide"}, "(?s)projection_dim.*wide"),
     ({"text_projection_type": "cubic"}, "(?s)text_projection_type.*cubic"),
 ]
@@ -68,6 +68,6 @@ BAD_CONFIGS = [
 
 @pytest.mark.parametrize(("overrides", "message"), BAD_CONFIGS)
 def test_bad_values_are_refused_by_name(overrides, message):
-    with pytest.raises(Exception, match=message) as caught:  # a type's own is of huggingface_hub
+    with pytest.raises(Exception, match=message) as caught:  # wrong types raise an error of huggingface_hub
         tiny_config(**overrides)
     assert isinstance(caught.value, ValueError) or "Validation" in type(caught.value).__name__

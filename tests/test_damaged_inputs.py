@@ -1,4 +1,4 @@
-"""Damaged or harmful files at every entrance: one line that names the file, no traceback, and no long work."""
+"""Damaged or malicious model and data files: commands fail soon, with one line that names the file."""
 
 import json
 import re
@@ -17,28 +17,28 @@ from test_train_accelerate import flags
 from transformers import AutoModel
 
 import train_accelerate
-from capivara_common.weight_file import weight_files
+from capivara_common.weight_file import find_weight_files
 from capivara_search.models import SearchModel
 from captions import score, select
 from captions.stages import check_complete
 from eval import retrieval
 from hub_upload import export
-from modeling_capivara.loading import MAX_NAMED_KEYS, load_model, mapped_model, two_towers_config
+from modeling_capivara.loading import MAX_NAMED_KEYS, load_mapped_model, load_model, load_two_towers_config
 from modeling_capivara.two_towers import load_embedder
 from training import interpolate
 from training.inputs import embed_pixels
 
-SECONDS = 20  # a config of 10^7 layers takes hours; the longest of these takes three
+MAX_SECONDS = 20  # a model of 10^7 layers would take hours; these tests take at most three seconds
 
 
 def refused(main, argv: list) -> str:
-    """What a command says where it ends in an error, which is one line."""
+    """Run a command that must fail soon with a one-line error, and return the error."""
     started = time.monotonic()
-    with pytest.raises(ValueError) as end:
+    with pytest.raises(ValueError) as error:
         main([str(word) for word in argv])
-    said = str(end.value)
-    assert "\n" not in said and time.monotonic() - started < SECONDS, said
-    return said
+    message = str(error.value)
+    assert "\n" not in message and time.monotonic() - started < MAX_SECONDS, message
+    return message
 
 
 ENTRANCES = {
@@ -71,32 +71,33 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize(("entrance", "fault"), zip(cycle(ENTRANCES), CONFIGS, strict=False))
-def test_a_config_that_cannot_be(tiny_folder, tiny_dataset_folder, tmp_path, entrance, fault):
+def test_an_impossible_config_is_refused(tiny_folder, tiny_dataset_folder, tmp_path, entrance, fault):
     path = tiny_folder / "config.json"
     content = CONFIGS[fault](json.loads(path.read_text(encoding="utf-8")))
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     main, argv = ENTRANCES[entrance](tiny_folder, tiny_dataset_folder, tmp_path / "out")
-    assert f"{tiny_folder}" in (said := refused(main, argv)) and "config.json" in said
+    message = refused(main, argv)
+    assert str(tiny_folder) in message and "config.json" in message
     assert not [path for path in tmp_path.glob("out*") if path.suffix != ".logs"]
 
 
-def test_a_scale_in_the_weights_that_cannot_be(tiny_folder):
+def test_an_impossible_logit_scale_in_the_weights_is_refused(tiny_folder):
     path = tiny_folder / "model.safetensors"
     save_file(load_file(path) | {"logit_scale": torch.tensor(1e6)}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"model: logit_scale must be from -20 to 20, got 1000000\.0\.$"):
+    with pytest.raises(ValueError, match=r"logit_scale\b.*-20\b.*\b20\b.*1000000"):
         load_model(tiny_folder)
-    with pytest.raises(ValueError, match=r"logit_scale must be from -20 to 20"):
-        mapped_model(tiny_folder, two_towers_config(tiny_folder))
+    with pytest.raises(ValueError, match=r"logit_scale\b.*-20\b.*\b20\b"):
+        load_mapped_model(tiny_folder, load_two_towers_config(tiny_folder))
 
 
 def test_weights_of_another_architecture_are_refused_with_at_most_five_names(tiny_folder, capfd):
-    """Of the hundreds of weights that are missing, unexpected or of another shape, however they are loaded."""
+    """Hundreds of weights are missing, unexpected or have another shape; the message names only a few."""
     path = tiny_folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["text_config"]["num_hidden_layers"] = 9
     config["vision_config"] |= {"num_hidden_layers": 1, "intermediate_size": 77}
     path.write_text(json.dumps(config), encoding="utf-8")
-    for load in (load_model, lambda folder: mapped_model(folder, two_towers_config(folder))):
+    for load in (load_model, lambda folder: load_mapped_model(folder, load_two_towers_config(folder))):
         with pytest.raises(ValueError) as error:
             load(tiny_folder)
         message = str(error.value)
@@ -106,11 +107,11 @@ def test_weights_of_another_architecture_are_refused_with_at_most_five_names(tin
 
 
 @pytest.mark.parametrize("name", ["logit_scale", "logit_bias"])
-def test_a_scale_of_two_numbers_is_one_line_before_loading(tiny_folder, name, monkeypatch):
+def test_a_logit_scale_of_two_numbers_is_refused_before_loading(tiny_folder, name, monkeypatch):
     path = tiny_folder / "model.safetensors"
     save_file(load_file(path) | {name: torch.ones(2)}, path, {"format": "pt"})
     monkeypatch.setattr(AutoModel, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
-    with pytest.raises(ValueError, match=rf"^[^\n]*{name} must be one number, got 2[^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^[^\n]*{name}\b[^\n]*\b2\b[^\n]*$"):
         load_model(tiny_folder)
 
 
@@ -122,10 +123,10 @@ def test_embeddings_that_are_not_finite_are_refused(tiny_folder):
     save_file(tensors, path, {"format": "pt"})
     embedder, search = load_embedder(str(tiny_folder), "cpu"), SearchModel("tiny", "tiny", tiny_folder, "cpu")
     image = PIL.Image.new("RGB", (40, 40))
-    for call in (embedder.texts, search.texts):
+    for call in (embedder.embed_texts, search.embed_texts):
         with pytest.raises(ValueError, match="not finite"):
             call(["um gato"])
-    for call in (embedder.images, search.images):
+    for call in (embedder.embed_images, search.embed_images):
         with pytest.raises(ValueError, match="not finite"):
             call([image])
     pixels = torch.zeros(1, 3, 32, 32)
@@ -134,19 +135,19 @@ def test_embeddings_that_are_not_finite_are_refused(tiny_folder):
 
 
 @pytest.mark.parametrize("content", ["[]", '{"weight_map": [1]}', "[" * 5000])
-def test_an_index_of_weights_that_cannot_be(tiny_folder, content):
+def test_a_damaged_weight_index_is_refused(tiny_folder, content):
     (tiny_folder / "model.safetensors").rename(tiny_folder / "model-00001-of-00001.safetensors")
     (tiny_folder / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match=r"^[^\n]*index\.json[: ][^\n]*$"):
-        weight_files(tiny_folder)
+        find_weight_files(tiny_folder)
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_dataset_folder, tmp_path_factory):
-    """The data of a stage beside its output: two parts, the second with a list of rows that were left out."""
+    """Folder with the input of a stage and its output: two parts, the second with skipped rows."""
     folder = tmp_path_factory.mktemp("finished")
     rows = datasets.load_from_disk(tiny_dataset_folder)["train"]
-    rows = rows.add_column("number", range(2, len(rows) + 2))  # rows whose number ends in 5 are left out
+    rows = rows.add_column("number", range(2, len(rows) + 2))  # the stage skips rows whose number ends in 5
     datasets.DatasetDict(train=rows).save_to_disk(folder / "numbered")
     run(str(folder / "numbered"), folder / "stage")
     assert len(list((folder / "stage").glob("*.parquet"))) == 2
@@ -180,21 +181,21 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("fault", RECORDS)
-def test_a_stage_json_that_cannot_be(finished, stage, fault):
+def test_an_impossible_stage_json_is_refused(finished, stage, fault):
     path = stage / "stage.json"
     changed = RECORDS[fault](json.loads(path.read_text(encoding="utf-8")))
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed), encoding="utf-8")
     for step in (check_complete, lambda folder: run(str(finished / "numbered"), folder)):
-        with pytest.raises(ValueError, match=r"^[^\n]*stage\.json[^\n]*run its stage again\.$"):
+        with pytest.raises(ValueError, match=r"^[^\n]*stage\.json[^\n]*$"):
             step(stage)
 
 
-# Cut off, empty, and noise in the first data page, while the footer is whole.
+# Truncated, empty, and with a damaged first data page but an intact footer.
 DAMAGES = [lambda data: data[:-100], lambda data: b"", lambda data: data[:8] + b"\xff" * 60 + data[68:]]
 
 
 @pytest.mark.parametrize(("reader", "damage"), zip(READERS, DAMAGES, strict=True))
-def test_a_damaged_part_is_named(stage, tiny_folder, tmp_path, reader, damage):
+def test_a_damaged_part_is_reported(stage, tiny_folder, tmp_path, reader, damage):
     path = sorted(stage.glob("*.parquet"))[0]
     path.write_bytes(damage(path.read_bytes()))
     main, argv = reader(tiny_folder, stage, tmp_path / "out")
@@ -202,8 +203,8 @@ def test_a_damaged_part_is_named(stage, tiny_folder, tmp_path, reader, damage):
 
 
 @pytest.mark.parametrize("content", ["[]\n", "[" * 1000])
-def test_a_damaged_list_of_rows_that_were_left_out_is_named(stage, content):
+def test_a_damaged_list_of_skipped_rows_is_reported(stage, content):
     (path,) = stage.glob("*.skipped.jsonl")
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"^[^\n]*skipped\.jsonl is damaged[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*skipped\.jsonl\b[^\n]*$"):
         check_complete(stage)

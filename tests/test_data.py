@@ -1,21 +1,21 @@
-"""Which pairs a step trains on."""
+"""Pairs that a training step uses: batches, captions, views and replacements."""
 
 import numpy as np
 import pytest
 from caption_tars import measured_of, training_of
 from datasets import DatasetDict, load_from_disk
 
-from capivara_common.cli import parse
+from capivara_common.cli import parse_arguments
 from caption_data.pairs import check_bad_share
 from training.arguments import RunArguments
-from training.whole_batch import Planner, batch_counts, batch_indices, drawn_captions, drawn_views
+from training.batches import BatchPlanner, apportion_batch, batch_indices, sample_captions, sample_views
 
 CAPTIONS = [[f"gato {i}", f"uma casa azul {i}"][: 1 + i % 2] for i in range(11)]
 
 
 def arguments(*datasets, **values):
     flags = [part for key, value in values.items() for part in (f"--{key}", str(value))]
-    return parse(RunArguments, None, ["--model", "m", "--dataset", *map(str, datasets), *flags], config=True)
+    return parse_arguments(RunArguments, None, ["--model", "m", "--dataset", *map(str, datasets), *flags], config=True)
 
 
 def test_an_epoch_holds_every_image_at_most_once():
@@ -26,95 +26,95 @@ def test_an_epoch_holds_every_image_at_most_once():
     assert np.array_equal(batch_indices(5, 4, 11, 0), batch_indices(5, 4, 11, 0))
 
 
-def test_all_captions_are_drawn_in_time():
+def test_each_caption_of_an_image_is_drawn_equally_often():
     captions = [["a", "b", "c"], ["d"]]
-    drawn = [drawn_captions(captions, np.array([0, 1]), step, seed=0) for step in range(300)]
+    drawn = [sample_captions(captions, np.array([0, 1]), step, seed=0) for step in range(300)]
     shares = [sum(d[0] == text for d in drawn) / 300 for text in "abc"]
     assert min(shares) > 0.25 and all(d[1] == "d" for d in drawn)
 
 
-def test_views_are_drawn_anew_at_every_step():
-    drawn = np.stack([drawn_views(3, 5, step, seed=0) for step in range(60)])
+def test_each_step_draws_new_views():
+    drawn = np.stack([sample_views(3, 5, step, seed=0) for step in range(60)])
     assert set(drawn.flatten()) == {0, 1, 2} and len({tuple(views) for views in drawn}) > 30
-    assert (drawn_views(1, 5, 7, seed=0) == 0).all()
-    assert (drawn_views(0, 5, 7, seed=0) == 7).all(), "a fresh view is named after its step"
+    assert (sample_views(1, 5, 7, seed=0) == 0).all()
+    assert (sample_views(0, 5, 7, seed=0) == 7).all(), "a fresh view is named after its step"
 
 
-def test_counts_follow_the_sizes():
-    assert batch_counts(7, [10, 20, 40]) == [1, 2, 4]
-    assert sum(batch_counts(2816, [999_999, 31_000, 5_000])) == 2816
+def test_pairs_per_dataset_follow_the_sizes_of_the_datasets():
+    assert apportion_batch(7, [10, 20, 40]) == [1, 2, 4]
+    assert sum(apportion_batch(2816, [999_999, 31_000, 5_000])) == 2816
     for sizes in ([8], [5, 3], [1, 1, 6]):
-        assert batch_counts(8, sizes) == sizes
-        with pytest.raises(ValueError, match=r"got 9: .* --effective_batch_size 8\."):
-            batch_counts(9, sizes)
-    with pytest.raises(ValueError, match="No usable pair is left"):
-        batch_counts(9, [0])
-    with pytest.raises(ValueError, match="no room for a data set of 3 pairs"):
-        batch_counts(10, [1000, 3])
+        assert apportion_batch(8, sizes) == sizes
+        with pytest.raises(ValueError, match=r"9.*--effective_batch_size 8\b"):
+            apportion_batch(9, sizes)
+    with pytest.raises(ValueError, match="pair"):
+        apportion_batch(9, [0])
+    with pytest.raises(ValueError, match=r"\b3\b"):
+        apportion_batch(10, [1000, 3])
 
 
 def test_a_plan_is_a_function_of_step_and_seed(tiny_processor):
-    planner = Planner([CAPTIONS, CAPTIONS[:6]], [4, 2], tiny_processor, 4, 1, seed=3)
-    plans = [planner(5), Planner([CAPTIONS, CAPTIONS[:6]], [4, 2], tiny_processor, 4, 1, seed=3)(5)]
+    planner = BatchPlanner([CAPTIONS, CAPTIONS[:6]], [4, 2], tiny_processor, 4, 1, seed=3)
+    plans = [planner(5), BatchPlanner([CAPTIONS, CAPTIONS[:6]], [4, 2], tiny_processor, 4, 1, seed=3)(5)]
     assert all(np.array_equal(plans[0].rows, plan.rows) for plan in plans)
-    assert sorted(plans[0].sources) == [0, 0, 0, 0, 1, 1]
+    assert sorted(plans[0].dataset_indices) == [0, 0, 0, 0, 1, 1]
     assert not np.array_equal(planner(6).rows, plans[0].rows)
     assert [len(batch.input_ids) for batch in plans[0].batches] == [4, 2]
 
 
-def test_every_data_set_has_a_draw_of_its_own(tiny_processor):
-    """Two datasets of one size do not give the same rows and captions; the first gives those it would give alone."""
+def test_datasets_are_sampled_independently(tiny_processor):
+    """Two datasets of the same size give different rows; the first gives the same rows as if it were alone."""
     captions = [[f"gato {i}", f"casa {i}"] for i in range(40)]
     for step in range(3):
-        plan = Planner([captions, captions], [8, 8], tiny_processor, 4, 1, seed=3)(step)
-        first, second = ({*plan.rows[plan.sources == number]} for number in (0, 1))
+        plan = BatchPlanner([captions, captions], [8, 8], tiny_processor, 4, 1, seed=3)(step)
+        first, second = ({*plan.rows[plan.dataset_indices == number]} for number in (0, 1))
         assert first == {*batch_indices(step, 8, 40, seed=3)} and len(second) == 8 and second != first
 
 
 def test_texts_and_images_of_a_plan_belong_together(tiny_processor):
-    """Sorted by length, each text stays with the place of its own image."""
-    planner = Planner([CAPTIONS, [[f"the dog {i + 100}"] for i in range(6)]], [8, 4], tiny_processor, 3, 1, seed=0)
+    """Texts are sorted by length, and each stays with its own image."""
+    planner = BatchPlanner([CAPTIONS, [[f"the dog {i + 100}"] for i in range(6)]], [8, 4], tiny_processor, 3, 1, seed=0)
     for step in range(4):
         plan = planner(step)
         texts = [t for b in plan.batches for t in tiny_processor.batch_decode(b.input_ids, skip_special_tokens=True)]
-        assert [int(text.split()[-1]) for text in texts] == (plan.rows + 100 * plan.sources).tolist()
+        assert [int(text.split()[-1]) for text in texts] == (plan.rows + 100 * plan.dataset_indices).tolist()
 
 
-def test_spares_follow_the_batch_in_its_permutation(tiny_processor):
-    """Each with a caption of its own, tokenised within its micro-batch; around the permutation's end, once."""
-    planner = Planner([CAPTIONS, CAPTIONS[:6]], [8, 4], tiny_processor, 3, 1, seed=0)
+def test_replacement_pairs_come_after_the_batch_in_the_permutation(tiny_processor):
+    """Each replacement has its own caption, tokenized in its micro-batch; no row occurs twice, even around the end."""
+    planner = BatchPlanner([CAPTIONS, CAPTIONS[:6]], [8, 4], tiny_processor, 3, 1, seed=0)
     plan, left = planner(1), [int(i) for i in range(11) if i not in batch_indices(1, 8, 11, 0)]
-    place = [int(number) for number in np.flatnonzero(plan.sources == 0)]
-    first = planner.replaced(plan, place[1:3])
-    second = planner.replaced(first, place[2:3])
-    assert sorted([*first.rows[place[1:3]], second.rows[place[2]]]) == left and second.spent == {0: 3}
-    other = np.flatnonzero(plan.sources == 1)[:2].tolist()  # of the second data set, which has two of its own
-    assert len({*planner.replaced(second, other).rows[plan.sources == 1]}) == 4
+    place = [int(number) for number in np.flatnonzero(plan.dataset_indices == 0)]
+    first = planner.replace_pairs(plan, place[1:3])
+    second = planner.replace_pairs(first, place[2:3])
+    assert sorted([*first.rows[place[1:3]], second.rows[place[2]]]) == left and second.replacement_counts == {0: 3}
+    other = np.flatnonzero(plan.dataset_indices == 1)[:2].tolist()  # the second dataset has two replacement pairs
+    assert len({*planner.replace_pairs(second, other).rows[plan.dataset_indices == 1]}) == 4
     same = np.setdiff1d(np.arange(12), place[1:3])
     assert np.array_equal(second.rows[same], plan.rows[same]) and np.array_equal(plan.rows, planner(1).rows)
-    found = [t for b in second.batches for t in tiny_processor.batch_decode(b.input_ids, skip_special_tokens=True)]
-    assert found == second.texts and all(text in CAPTIONS[row] for text, row in zip(found, second.rows, strict=True))
+    texts = [t for b in second.batches for t in tiny_processor.batch_decode(b.input_ids, skip_special_tokens=True)]
+    assert texts == second.texts and all(text in CAPTIONS[row] for text, row in zip(texts, second.rows, strict=True))
     assert [batch.index for batch in second.batches] == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match=r"Step 2: .* no pair is left .* takes 8 of 11"):
-        planner.replaced(second, place[:1])
+    with pytest.raises(ValueError, match=r"\b2\b.*8 of 11"):
+        planner.replace_pairs(second, place[:1])
 
 
 def with_captions(row: int, captions: list[str]):
-    """A data set whose Portuguese captions of one row are replaced."""
+    """Return a function that replaces the Portuguese captions of one row of a dataset."""
     return lambda d: d.map(lambda _, i: {"captions-pt": captions if i == row else ["ok"]}, with_indices=True)
 
 
 BROKEN = {
-    "no split": (lambda d: DatasetDict(train=d["train"]), "no split 'validation'.*'train'"),
-    "no column": (lambda d: d.remove_columns("captions-pt"), "no column 'captions-pt'; there are .*'captions-en'"),
-    "empty caption": (with_captions(3, ["ok", " "]), "row 3 can't be used, no caption"),
-    "no caption": (with_captions(2, []), "row 2 can't be used, no caption"),
+    "no split": (lambda d: DatasetDict(train=d["train"]), "'validation'.*'train'"),
+    "no column": (lambda d: d.remove_columns("captions-pt"), "'captions-pt'.*'captions-en'"),
+    "empty caption": (with_captions(3, ["ok", " "]), "row 3 .*no caption"),
+    "no caption": (with_captions(2, []), "row 2 .*no caption"),
 }
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_split_that_is_measured_on_must_be_whole(tiny_dataset_folder, tmp_path, fault):
-    """Of the training split, rows are left out and listed."""
+def test_an_evaluation_split_must_not_have_bad_rows(tiny_dataset_folder, tmp_path, fault):
+    """In the training split, bad rows are left out and listed."""
     break_it, message = BROKEN[fault]
     break_it(load_from_disk(tiny_dataset_folder)).save_to_disk(tmp_path / "broken")
     with pytest.raises(ValueError, match=message):
@@ -127,7 +127,7 @@ def test_a_split_that_is_measured_on_must_be_whole(tiny_dataset_folder, tmp_path
 
 
 def test_pair_filter_and_strategy_read_the_authors_columns(tiny_dataset_folder, tmp_path):
-    """Also of a data set without generated captions, as `captions.select` does."""
+    """This includes datasets without generated captions, as in `captions.select`."""
     data = load_from_disk(tiny_dataset_folder)["train"].remove_columns("captions-pt").select(range(4))
     generated, texts = ("generated-captions-pt", [["um", "dois"]] * 4), [[f"original {i}"] for i in range(4)]
     scored = [[0.3, 0.1, 0.4], [0.1, 0.9, 0.9], [0.5, 0.2, 0.3], [0.2, 0.1, 0.1]]
@@ -139,14 +139,14 @@ def test_pair_filter_and_strategy_read_the_authors_columns(tiny_dataset_folder, 
         "plain": ([["dois", "um"], ["um", "dois"]], [(1, "not chosen"), (2, "no caption")]),
     }
     values = {"caption_strategy": "rank", "caption_count": 2, "min_pair_similarity": 0.2}
-    for (name, found), dataset in zip(expected.items(), (scored, plain), strict=True):
+    for (name, result), dataset in zip(expected.items(), (scored, plain), strict=True):
         DatasetDict(train=dataset).save_to_disk(tmp_path / name)
         (split,) = training_of(arguments(tmp_path / name, **values), skipped := [])
-        assert (split.captions(), [(line.row, line.reason) for line in skipped]) == found
-    check_bad_share(skipped[:1], 4, max_bad_share=0)  # what is not chosen is not bad
+        assert (split.captions(), [(line.row, line.reason) for line in skipped]) == result
+    check_bad_share(skipped[:1], 4, max_bad_share=0)  # a row that is not chosen does not count as bad
 
 
-def test_a_column_of_another_name(tiny_dataset_folder, tmp_path):
+def test_the_caption_column_can_have_another_name(tiny_dataset_folder, tmp_path):
     data = load_from_disk(tiny_dataset_folder)["train"].rename_column("captions-pt", "caption")
     DatasetDict(train=data, validation=data).save_to_disk(tmp_path / "hub")
     args = arguments(tmp_path / "hub", caption_column="caption")
@@ -154,5 +154,5 @@ def test_a_column_of_another_name(tiny_dataset_folder, tmp_path):
     assert split.captions() == data["caption"][:]
     assert measured_of(args, "validation", ["pt"])["pt"].captions() == split.captions()
     args = arguments(tiny_dataset_folder, evaluation_dataset=tmp_path / "hub", caption_column="captions-{language}")
-    with pytest.raises(ValueError, match="hub, split 'validation' has no column 'captions-pt'"):
+    with pytest.raises(ValueError, match=r"'validation'.*'captions-pt'"):
         measured_of(args, "validation", ["pt"])

@@ -1,4 +1,4 @@
-"""A data set that holds a secret, however deep, or what is no picture, or leads elsewhere, is not sent."""
+"""Datasets with secrets in any column, damaged images or paths that lead out of the folder are not uploaded."""
 
 import bz2
 import contextlib
@@ -17,7 +17,7 @@ from caption_tars import encoded
 from PIL.PngImagePlugin import PngInfo
 from pyarrow import parquet
 
-from hub_upload.allowed_files import check_data, data_files
+from hub_upload.allowed_files import check_dataset_files, list_data_files
 
 SECRET = "gho_" + "a1B2c3D4e5" * 4
 TEXTS = pyarrow.list_(pyarrow.string())
@@ -32,24 +32,26 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
-def checked(folder) -> None:
-    check_data(folder, data_files(folder))
+def check_folder(folder) -> None:
+    """Check the files of the dataset in `folder`."""
+    check_dataset_files(folder, list_data_files(folder))
 
 
 @contextlib.contextmanager
 def refused(message: str) -> Iterator[None]:
-    """ValueError of one line, which does not repeat the secret."""
+    """Expect a ValueError with a message of one line that does not repeat the secret."""
     with pytest.raises(ValueError, match=message) as caught:
         yield
     assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def png() -> bytes:
+    """Return the bytes of a valid image."""
     return encoded(PIL.Image.new("RGB", (3, 2)))
 
 
 def column(kind, value, good) -> pyarrow.Table:
-    """1,200 rows in several row groups; the value is that of row 1,000."""
+    """Return a table of 1,200 rows with `value` in row 1,000 and `good` in all others."""
     return pyarrow.table({"n": range(1200), "x": pyarrow.array([good] * 1000 + [value] + [good] * 199, kind)})
 
 
@@ -69,7 +71,7 @@ COLUMNS = {
 
 @pytest.mark.parametrize("kind", COLUMNS)
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
-def test_a_secret_in_any_column_is_named_by_its_row(folder, kind, suffix):
+def test_a_secret_in_any_column_is_refused_with_its_row_number(folder, kind, suffix):
     path = folder / "train" / f"rows{suffix}"
 
     def write(table: pyarrow.Table) -> None:
@@ -80,113 +82,114 @@ def test_a_secret_in_any_column_is_named_by_its_row(folder, kind, suffix):
 
     kind, value, good = COLUMNS[kind]
     write(column(kind, good, good))
-    checked(folder)
+    check_folder(folder)
     write(column(kind, value, good))
-    with refused(rf"train/rows\{suffix}, column 'x', row 1000, holds what looks like"):
-        checked(folder)
+    with refused(rf"train/rows\{suffix}, column 'x', row 1000"):
+        check_folder(folder)
 
 
-ELSEWHERE = [
-    ({"bytes": b"-----BEGIN OPENSSH", "path": None}, "row 1000, has bytes that are no picture"),
-    ({"bytes": None, "path": "/etc/passwd"}, "row 1000, names the file of a picture by a path outside"),
-    ({"bytes": png(), "path": "/data1/maria/1.png"}, "outside of the data set"),
-    ({"bytes": None, "path": "train/../../1.png"}, "outside of the data set"),
-    ({"bytes": None, "path": "C:\\Users\\ana\\1.png"}, "outside of the data set"),
+WRONG_IMAGES = [
+    ({"bytes": b"-----BEGIN OPENSSH", "path": None}, "bytes"),
+    ({"bytes": None, "path": "/etc/passwd"}, "path"),
+    ({"bytes": png(), "path": "/data1/maria/1.png"}, "path"),
+    ({"bytes": None, "path": "train/../../1.png"}, "path"),
+    ({"bytes": None, "path": "C:\\Users\\ana\\1.png"}, "path"),
 ]
 
 
-@pytest.mark.parametrize(("picture", "message"), ELSEWHERE)
-def test_a_picture_that_is_none_or_lies_elsewhere(folder, picture, message):
+@pytest.mark.parametrize(("picture", "field"), WRONG_IMAGES)
+def test_damaged_images_and_paths_out_of_the_folder_are_refused(folder, picture, field):
     good = {"bytes": png(), "path": "train/1.png"}
     for kind, value, fine in ((PICTURE, picture, good), (pyarrow.list_(PICTURE), [good, picture], [good])):
         parquet.write_table(column(kind, value, fine), folder / "rows.parquet")
-        with pytest.raises(ValueError, match=rf"rows\.parquet, column 'x', .*{message}"):
-            checked(folder)
+        with pytest.raises(ValueError, match=rf"rows\.parquet, column 'x', row 1000, .*\b{field}\b"):
+            check_folder(folder)
 
 
-def test_the_header_of_a_file_is_searched(folder):
+def test_the_schema_and_metadata_of_a_file_are_searched(folder):
     parquet.write_table(pyarrow.table({SECRET: [1]}, metadata={"by": SECRET}), folder / "rows.parquet")
-    with refused(r"rows\.parquet, its header, holds what looks like"):
-        checked(folder)
+    with refused(r"rows\.parquet, in its header"):
+        check_folder(folder)
 
 
-def test_texts_archives_and_records(folder):
+def test_text_files_archives_and_json_records_are_searched(folder):
     (folder / "metadata.jsonl").write_text('{"text": "homem /mulher/criança"}\n' * 9, encoding="utf-8")
     (folder / "1.png").write_bytes(png())
-    (folder / "record.json").write_text('{"licence": "mit", "share": "1/2"}', encoding="utf-8")
+    (folder / "record.json").write_text('{"license": "mit", "share": "1/2"}', encoding="utf-8")
     with tarfile.open(folder / "rows.tar", "w") as tar:
         tar.add(folder / "1.png", "1.png")
         tar.add(folder / "metadata.jsonl", "1.json")
-    checked(folder)
+    check_folder(folder)
     (folder / "captions.csv").write_text(f"a,b\n\n1,{SECRET}\n", encoding="utf-8")
-    with refused(r"captions\.csv, line 3, holds what looks like an access token or key \(gho_…\)"):
-        checked(folder)
+    with refused(r"captions\.csv, line 3.*gho_…"):
+        check_folder(folder)
     with tarfile.open(folder / "rows.tar", "a") as tar:
         tar.add(folder / "captions.csv", "2.txt")
     (folder / "captions.csv").unlink()
-    with refused(r"rows\.tar, byte \d+, holds what looks like"):
-        checked(folder)
+    with refused(r"rows\.tar, byte \d+"):
+        check_folder(folder)
     (folder / "rows.tar").unlink()
     for name, text, message in (
-        ("record.json", json.dumps({"cache": "/gpfs/users/maria/x"}), "line 1, names a place on a machine"),
-        ("1.png", "-----BEGIN", "is no picture"),
+        ("record.json", json.dumps({"cache": "/gpfs/users/maria/x"}), "line 1, .*/gpfs/users/maria/x"),
+        ("1.png", "-----BEGIN", "can't be read"),
     ):
         (folder / name).write_text(text, encoding="utf-8")
         with refused(rf"{name},? {message}"):
-            checked(folder)
+            check_folder(folder)
         (folder / name).unlink()
 
 
-def test_a_secret_in_a_picture(folder):
+def test_a_secret_in_the_text_fields_of_an_image_is_refused(folder):
     exif, comment = PIL.Image.Exif(), PngInfo()
     exif[270] = SECRET
     comment.add_text("Comment", SECRET)
     for name, more in (("1.jpg", {"exif": exif}), ("1.webp", {"exif": exif}), ("1.png", {"pnginfo": comment})):
         PIL.Image.new("RGB", (4, 4)).save(folder / name, **more)
-        with refused(rf"{name}, byte \d+, holds what looks like"):
-            checked(folder)
+        with refused(rf"{name}, byte \d+"):
+            check_folder(folder)
         (folder / name).unlink()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device", "link out", "link of a folder"])
-def test_what_is_no_file_of_the_folder_is_refused_at_once(folder, tmp_path, kind):
+def test_special_files_and_links_out_of_the_folder_are_refused_at_once(folder, tmp_path, kind):
     path = folder / "train" / "rows.json"
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "rows.json").write_text("{}", encoding="utf-8")
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "socket":
-        with contextlib.chdir(path.parent):  # the name of a socket may have 107 letters
+        with contextlib.chdir(path.parent):  # the path of a socket may have at most 107 bytes
             socket.socket(socket.AF_UNIX).bind(path.name)
     else:
         targets = {"device": "/dev/zero", "link out": tmp_path / "elsewhere/rows.json", "link of a folder": tmp_path}
         path.symlink_to(targets[kind])
-    with pytest.raises(ValueError, match="no regular file" if kind in ("pipe", "socket") else "links to files outside"):
-        data_files(folder)
+    with pytest.raises(ValueError, match=r"rows\.json"):
+        list_data_files(folder)
 
 
 @pytest.mark.parametrize("name", ["a.tar", "d.json", "e.csv"])
-def test_what_hides_its_words_is_refused(folder, name):
+def test_files_that_cannot_be_searched_are_refused(folder, name):
     for rows in ("rows.parquet", "rows.arrow"):
         (folder / rows).write_bytes(b"PAR1" * 10)
-        with pytest.raises(ValueError, match=rf"{rows} can't be read as a file of rows"):
-            check_data(folder, [Path(rows)])
+        with pytest.raises(ValueError, match=rf"{rows} can't be read"):
+            check_dataset_files(folder, [Path(rows)])
     words = f'{{"key": "hf_{"x" * 30}"}}'
     for content in (gzip.compress(words.encode()), bz2.compress(words.encode()), words.encode("utf-16")):
         (folder / "train" / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name} is compressed or no UTF-8"):
-            check_data(folder, [Path("train") / name])
+        with pytest.raises(ValueError, match=rf"{name} is compressed or UTF-16"):
+            check_dataset_files(folder, [Path("train") / name])
 
 
 @pytest.mark.slow
-def test_rows_of_a_large_group_are_never_all_in_memory(folder):
+def test_a_large_row_group_is_checked_in_small_parts(folder):
     texts = [f"uma foto de {n} gatos na praia com céu azul" * 25 for n in range(1000)]
     size = (table := pyarrow.table({"caption": texts * 30})).nbytes
     parquet.write_table(table, folder / "rows.parquet", size, compression="zstd", use_dictionary=False)
-    pool = pyarrow.proxy_memory_pool(whole := pyarrow.default_memory_pool())  # which counts from here on
+    default_pool = pyarrow.default_memory_pool()
+    pool = pyarrow.proxy_memory_pool(default_pool)  # counts the memory from here on
     pyarrow.set_memory_pool(pool)
     try:
-        checked(folder)
+        check_folder(folder)
     finally:
-        pyarrow.set_memory_pool(whole)
+        pyarrow.set_memory_pool(default_pool)
     assert size > 3e7 and 0 < pool.max_memory() < 0.5 * size

@@ -1,4 +1,4 @@
-"""A model of open_clip as it is published: fetched, converted and checked once, without open_clip; then it is there."""
+"""`from_open_clip`: a published open_clip model is downloaded, converted and verified once, without open_clip."""
 
 import json
 import os
@@ -13,20 +13,20 @@ import pytest
 import torch
 from hub_server import HubServer
 from safetensors.torch import load_file
-from tiny import randomise, tiny_config, tiny_tokenizer
+from tiny import randomize, tiny_config, tiny_tokenizer
 from towers import MAKERS, as_open_clip
 from transformers.initialization import no_init_weights
 
-from capivara_common.hub_cache import model_folder
+from capivara_common.hub_cache import resolve_model_folder
 from capivara_search.models import convert_with_torch, find_model
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
-from modeling_capivara.convert_open_clip import build_open_clip, open_clip_model_cfg
+from modeling_capivara.convert_open_clip import build_open_clip_model, to_open_clip_model_cfg
 
 NAME = "hiaac-nlp/CAPIVARA"
 WEIGHTS = "open_clip_pytorch_model.bin"
 POSITION_IDS = "text.transformer.embeddings.position_ids"
 TEXTS = ["um gato dormindo", "SÃ£o JoÃ£o &amp;amp; cia", "", "uma praia ao pôr do sol, com coqueiros " * 9]
-# What a user writes; open_clip can't be imported, as where it is not installed.
+# A user's program, in which open_clip can't be imported, as if it were not installed.
 PROGRAM = """
 import json, sys
 sys.modules["open_clip"] = None
@@ -42,14 +42,17 @@ for line in sys.stdin:
     image = Image.effect_mandelbrot((310, 227), (-2, -1.5, 1, 1.5), 100)
     with torch.no_grad():
         outputs = model(**processor(text=texts, images=[image], return_tensors="pt"))
-    found = [model.name_or_path, outputs.text_embeds.tolist(), outputs.image_embeds.tolist()]
-    print(json.dumps([found, peak_resident_bytes()]), flush=True)
+    results = [model.name_or_path, outputs.text_embeds.tolist(), outputs.image_embeds.tolist()]
+    print(json.dumps([results, peak_resident_bytes()]), flush=True)
 """
 
 
 @contextmanager
 def user(hub: HubServer, cache: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[list, int]]]:
-    """A process that loads the model when called: its folder, embeddings of texts and image; its peak in bytes."""
+    """Start a process that loads the model on each call; yield a function that makes it do so.
+
+    The function returns the model's folder with the embeddings of texts and image, and the peak memory in bytes.
+    """
     environment = {**os.environ, **hub.environment(tmp_path / "home", token=None), "CAPIVARA_CACHE": str(cache)}
     with (tmp_path / "stderr").open("w+") as errors:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
@@ -70,14 +73,14 @@ def user(hub: HubServer, cache: Path, tmp_path: Path) -> Iterator[Callable[..., 
 
 
 def published(folder: Path, config: CapivaraConfig, tokenizer, text_model: str) -> Path:
-    """A repository as open_clip's users publish theirs: configuration, pickled weights, tokenizer, card."""
+    """Write a repository as users of open_clip publish it: configuration, pickled weights, tokenizer, card."""
     folder.mkdir()
     with no_init_weights():
-        state = randomise(build_open_clip(config), seed=1).state_dict()
-    # Saved with the older versions of transformers that such models were trained with
+        state = randomize(build_open_clip_model(config), seed=1).state_dict()
+    # Older versions of transformers, with which such models were trained, saved this constant.
     state[POSITION_IDS] = torch.arange(config.text_config.max_position_embeddings)[None]
     torch.save(state, folder / WEIGHTS)
-    model_cfg = open_clip_model_cfg(config, text_model)
+    model_cfg = to_open_clip_model_cfg(config, text_model)
     model_cfg["text_cfg"]["hf_tokenizer_name"] = "xlm-roberta-base"
     settings = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}}
     (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -88,7 +91,7 @@ def published(folder: Path, config: CapivaraConfig, tokenizer, text_model: str) 
 
 @pytest.fixture
 def tiny_published(tmp_path):
-    """An open_clip folder at toy width that names its text tower's configuration by a folder."""
+    """A tiny open_clip folder whose text tower is configured by a local folder."""
     tiny_config().text_config.save_pretrained(tmp_path / "text")
     return published(tmp_path / "open", tiny_config(), tiny_tokenizer(), str(tmp_path / "text"))
 
@@ -99,8 +102,8 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def of_open_clip(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """open_clip's own embeddings of the same texts and image."""
+def open_clip_embeddings(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return open_clip's embeddings of the same texts and image."""
     import open_clip
     from PIL import Image
 
@@ -124,19 +127,19 @@ def test_fetched_converted_and_kept(tiny_published, cache, tmp_path):
         (folder, *ours), _ = load()
         assert folder == str(cache / "open_clip" / "hiaac-nlp--CAPIVARA" / commit)
         assert f"{NAME}/{WEIGHTS}" in hub.fetched and not [name for name in hub.fetched if "photo" in name]
-        for found, expected in zip(ours, of_open_clip(tiny_published), strict=True):
-            torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
+        for actual, expected in zip(ours, open_clip_embeddings(tiny_published), strict=True):
+            torch.testing.assert_close(torch.tensor(actual), expected, rtol=0, atol=1e-5)
         card, origin = ((Path(folder) / name).read_text() for name in ("README.md", "conversion.json"))
         assert "license: mit" in card and f"base_model: {NAME}" in card
         origin = json.loads(origin)
         assert origin["source"] == f"hf-hub:{NAME}" and origin["revision"] == commit
         assert len(origin["weights_digest"]) == 32
-        # Without the Hub's own cache, and without one more request
+        # The second call needs neither the Hub's cache nor another request.
         (tmp_path / "home").rename(tmp_path / "away")
         requests, files = len(hub.requests), {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
         assert load()[0] == [folder, *ours] and len(hub.requests) == requests
         assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == files
-        # What was fetched is converted without the network, as if the conversion had been killed
+        # If a conversion was killed after the download, it can be repeated without network.
         hub.__exit__()
         shutil.rmtree(tmp_path / "home", ignore_errors=True)
         (tmp_path / "away").rename(tmp_path / "home")
@@ -158,12 +161,13 @@ def test_a_revision_asks_the_hub_and_a_commit_does_not(tiny_published, cache, tm
         torch.save({**state, "logit_scale": state["logit_scale"] + 1}, tiny_published / WEIGHTS)
         added = hub.storage.add((tiny_published / WEIGHTS).read_bytes(), True)
         second = repo.commit("main", "trained on", {WEIGHTS: added}).oid
-        # What is here is used as it is; the branch's name asks for the new one, which is the usual one from then on.
-        found = folders(None, "main", None, first)
-        assert [folder.name for folder in found] == [first, second, second, first]
-        scales = [load_file(folder / "model.safetensors")["logit_scale"] for folder in found[:2]]
+        # Without a revision the cached commit is used. Naming the branch fetches the new commit, the default from then
+        # on.
+        loaded = folders(None, "main", None, first)
+        assert [folder.name for folder in loaded] == [first, second, second, first]
+        scales = [load_file(folder / "model.safetensors")["logit_scale"] for folder in loaded[:2]]
         assert scales[1] - scales[0] == pytest.approx(1)
-        hub.__exit__()  # nobody answers: what is here
+        hub.__exit__()  # without the Hub, the cache is used
         assert [folder.name for folder in folders("main", second)] == [second, second]
 
 
@@ -171,8 +175,9 @@ def test_a_revision_asks_the_hub_and_a_commit_does_not(tiny_published, cache, tm
 def test_two_at_once_convert_once(tiny_published, cache):
     program = (
         "import logging, sys; logging.basicConfig(level=logging.INFO)\n"
-        "from capivara_common.hub_cache import model_folder; from capivara_search.models import convert_with_torch\n"
-        "print(model_folder(sys.argv[1], convert_with_torch))"
+        "from capivara_common.hub_cache import resolve_model_folder\n"
+        "from capivara_search.models import convert_with_torch\n"
+        "print(resolve_model_folder(sys.argv[1], convert_with_torch))"
     )
     line = [sys.executable, "-c", program, str(tiny_published)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -187,69 +192,68 @@ def test_two_at_once_convert_once(tiny_published, cache):
 
 def test_a_folder_of_open_clip_is_converted_and_again_when_it_changes(tiny_published, cache):
     model = find_model(str(tiny_published))
-    expected, _ = of_open_clip(tiny_published)
-    torch.testing.assert_close(torch.from_numpy(model.texts(TEXTS)), expected, rtol=0, atol=1e-5)
-    assert model.folder.parent.parent == cache / "open_clip" and model.name == "open" and model.side == 32
+    expected, _ = open_clip_embeddings(tiny_published)
+    torch.testing.assert_close(torch.from_numpy(model.embed_texts(TEXTS)), expected, rtol=0, atol=1e-5)
+    assert model.folder.parent.parent == cache / "open_clip" and model.name == "open" and model.image_size == 32
     assert len(model.image_digest) == 32
-    made = (model.folder / "model.safetensors").stat().st_mtime_ns
-    assert model_folder(f"local-dir:{tiny_published}", convert_with_torch) == model.folder
-    assert (model.folder / "model.safetensors").stat().st_mtime_ns == made
+    written_at = (model.folder / "model.safetensors").stat().st_mtime_ns
+    assert resolve_model_folder(f"local-dir:{tiny_published}", convert_with_torch) == model.folder
+    assert (model.folder / "model.safetensors").stat().st_mtime_ns == written_at
     state = torch.load(tiny_published / WEIGHTS, weights_only=True)
     state["visual.proj"] = state["visual.proj"] * -1
     torch.save(state, tiny_published / WEIGHTS)
-    again = find_model(str(tiny_published))
-    assert again.image_digest != model.image_digest
-    assert [path.name for path in model.folder.parent.iterdir()] == [again.folder.name]  # the last one is kept
+    second = find_model(str(tiny_published))
+    assert second.image_digest != model.image_digest
+    remaining = [path.name for path in model.folder.parent.iterdir()]
+    assert remaining == [second.folder.name], "only the latest conversion is kept"
 
 
-def nothing_kept(cache: Path) -> bool:
-    """No folder with anything in it; the empty ones are those that a model would lie in."""
+def cache_is_empty(cache: Path) -> bool:
+    """Return whether the cache has no files except locks."""
     return not [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def test_a_tensor_that_comes_back_changed_is_noticed(tiny_published, cache, monkeypatch):
-    convert = convert_open_clip.capivara_state_dict
+    convert = convert_open_clip.to_capivara_state_dict
 
     def swapped(state):
-        found = convert(state)
-        names = "vision_model.pre_layrnorm.weight", "vision_model.post_layernorm.weight"
-        return {**found, names[0]: found[names[1]], names[1]: found[names[0]]}
+        result = convert(state)
+        first, second = "vision_model.pre_layrnorm.weight", "vision_model.post_layernorm.weight"
+        return {**result, first: result[second], second: result[first]}
 
-    monkeypatch.setattr(convert_open_clip, "capivara_state_dict", swapped)
-    with pytest.raises(
-        ValueError, match=r"changed by the conversion.*: visual\.ln_post\.weight, visual\.ln_pre\.weight\."
-    ):
-        model_folder(str(tiny_published), convert_with_torch)
-    assert nothing_kept(cache)
+    monkeypatch.setattr(convert_open_clip, "to_capivara_state_dict", swapped)
+    with pytest.raises(ValueError, match=r"visual\.ln_post\.weight, visual\.ln_pre\.weight\."):
+        resolve_model_folder(str(tiny_published), convert_with_torch)
+    assert cache_is_empty(cache)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda state: state.pop("text.proj.0.weight"), r"missing keys: text_projection\.0\.weight"),
-        (lambda state: state["visual.ln_post.bias"].fill_(torch.nan), "random images or texts are not finite"),
-        (lambda state: state["text.proj.2.weight"].zero_(), "or do not differ"),
+        (lambda state: state["visual.ln_post.bias"].fill_(torch.nan), "not finite"),
+        (lambda state: state["text.proj.2.weight"].zero_(), "do not differ"),
     ],
 )
-def test_weights_that_are_not_a_models_are_refused(tiny_published, cache, change, message):
+def test_damaged_weights_are_refused(tiny_published, cache, change, message):
     state = torch.load(tiny_published / WEIGHTS, weights_only=True)
     change(state)
     torch.save(state, tiny_published / WEIGHTS)
     with pytest.raises(ValueError, match=message):
-        model_folder(str(tiny_published), convert_with_torch)
-    assert nothing_kept(cache)
+        resolve_model_folder(str(tiny_published), convert_with_torch)
+    assert cache_is_empty(cache)
 
 
-def test_a_model_of_transformers_is_none_of_ours(tmp_path):
+def test_a_clip_model_of_transformers_is_refused(tmp_path):
     MAKERS["clip"](tmp_path / "clip")
-    assert model_folder(str(tmp_path / "clip"), convert_with_torch) == tmp_path / "clip"
-    with pytest.raises(ValueError, match=r"^[^\n]* is of no CAPIVARA model: model_type is 'clip'[^\n]*$"):
+    assert resolve_model_folder(str(tmp_path / "clip"), convert_with_torch) == tmp_path / "clip"
+    with pytest.raises(ValueError, match=r"^[^\n]*model_type[^\n]*'clip'[^\n]*$"):
         CapivaraModel.from_open_clip(str(tmp_path / "clip"))
 
 
-def test_the_copy_that_travels_says_what_it_lacks(monkeypatch):
+def test_from_open_clip_needs_the_installed_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "capivara_common.hub_cache", None)
-    with pytest.raises(ImportError, match="needs the package modeling-capivara"):
+    with pytest.raises(ImportError, match="modeling-capivara"):
         CapivaraModel.from_open_clip(NAME)
 
 
@@ -258,21 +262,21 @@ def test_the_copy_that_travels_says_what_it_lacks(monkeypatch):
 
 @pytest.mark.slow
 def test_at_full_size_in_the_published_layout(cache, tmp_path):
-    """366 million parameters, XLM-R's own vocabulary, the text tower known by its name alone; and back."""
+    """Convert 366 million parameters with XLM-R's vocabulary and a text tower given only by name, and back."""
     from capivara_search.miniature_encoders import load_tokenizer
 
     folder = published(tmp_path / "open", CapivaraConfig(), load_tokenizer(), "xlm-roberta-base")
     with HubServer(tmp_path / "hub") as hub, user(hub, cache, tmp_path) as load:
         hub.store(NAME, folder)
-        (kept, *ours), peak = load()
-        # The file that is read and the one that is written, both mapped, and less than one more copy
+        (converted, *ours), peak = load()
+        # The file that is read and the file that is written are both mapped; there is less than one further copy.
         assert peak < 2.9 * 4 * 366_121_473
         assert hub.fetched.count(f"{NAME}/{WEIGHTS}") == 1
-    assert (Path(kept) / "model.safetensors").stat().st_size > 4 * 366_121_473
-    as_open_clip(Path(kept), tmp_path / "back")
+    assert (Path(converted) / "model.safetensors").stat().st_size > 4 * 366_121_473
+    as_open_clip(Path(converted), tmp_path / "back")
     before = torch.load(folder / WEIGHTS, weights_only=True, mmap=True)
     returned = load_file(tmp_path / "back/open_clip_model.safetensors")
     assert before.keys() - returned.keys() == {POSITION_IDS} and returned.keys() < before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in returned.items())
-    for found, expected in zip(ours, of_open_clip(tmp_path / "back"), strict=True):
-        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
+    for actual, expected in zip(ours, open_clip_embeddings(tmp_path / "back"), strict=True):
+        torch.testing.assert_close(torch.tensor(actual), expected, rtol=0, atol=1e-5)

@@ -1,8 +1,8 @@
-"""What lies on people's disks opens in this tree, and gives the figures that it gave.
+"""Files that an earlier version wrote still open, and give the same figures.
 
-`tests/golden/` was made by the tree of commit a876dd5 (its README says how); a later tree does not make it anew but is
-held to it. The tests see what people see: commands, the Python interface and files. Each says what is promised. A
-checkpoint alone may be refused, in one line; all else opens.
+Commit a876dd5 made the files in `tests/golden/` (its README says how). They are never made again to fit a change. The
+tests use what users use: commands, the Python interface and files. Only a training checkpoint may be refused, with an
+error of one line.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-HOME = "/home/ana"  # where it was made; rows of the index have such paths
+HOME = "/home/ana"  # folder in which the files were made; the paths in the index start with it
 TEXTS = ["azul em cima", "SÃ£o JoÃ£o &amp; cia", "", "um gato vermelho na esquerda de uma casa " * 5]
 VECTOR_PICTURES = ["Fotos/azul/azul-em-cima.jpg", "Fotos/pequena.jpg", "Outras/y.png"]
 MODELS = ["modelos/a", "modelos/b", "runs/demo", "runs/lora", "runs/seeds/seed-1", "runs/rotated"]
 RUNS = ["demo", "lora", "seeds", "rotated"]
-MOST_BYTES = 10_000_000
+MAX_GOLDEN_BYTES = 10_000_000
 LABELS = "--labels azul verde vermelho branco --template {}_inteiro"
-COMMANDS = {  # file of golden outputs -> words of `capivara`
+COMMANDS = {  # name of the files in golden/outputs -> arguments of `capivara`
     **{f"search_{model}": f"buscar azul em cima -k 3 --all --model modelos/{model}" for model in ("a", "b")},
     "like": "buscar --all --like Fotos/verde/verde-inteiro.jpg -k 2 --since 2024-02 --until 2024-12 --model modelos/b",
     "duplicates": "duplicatas --threshold 0.95 --model modelos/b",
@@ -40,119 +40,124 @@ COMMANDS = {  # file of golden outputs -> words of `capivara`
 
 
 @pytest.fixture(scope="module")
-def copied(tmp_path_factory) -> Path:
-    """A copy of all, for tests that change nothing of it."""
+def golden_copy(tmp_path_factory) -> Path:
+    """Copy of all golden files, for tests that change nothing in it."""
     folder = tmp_path_factory.mktemp("golden") / "ana"
     return shutil.copytree(GOLDEN, folder)
 
 
 @pytest.fixture
-def home(copied, monkeypatch) -> Iterator[Path]:
-    """It, as the current folder, at the time of Greenwich."""
+def home(golden_copy, monkeypatch) -> Iterator[Path]:
+    """Copy of the golden files as the current folder, in the time zone UTC."""
     for name in ("LC_ALL", "LC_MESSAGES", "CAPIVARA_INDEX", "CAPIVARA_MODEL", "TERM"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(copied)  # of the test itself: what it changes afterwards is undone with this
+    monkeypatch.chdir(golden_copy)
     with monkeypatch.context() as patch:
         patch.setenv("TZ", "UTC")
         time.tzset()
-        yield copied
+        yield golden_copy
     time.tzset()
 
 
 @pytest.fixture
-def own_home(home, tmp_path, monkeypatch) -> Path:
-    """A copy of it that a test may change, as the current folder."""
+def changeable_home(home, tmp_path, monkeypatch) -> Path:
+    """Copy of the golden files that a test may change, as the current folder."""
     monkeypatch.chdir(shutil.copytree(home, tmp_path / "ana"))
     return tmp_path / "ana"
 
 
 @pytest.fixture
-def where(home, tmp_path) -> Path:
-    """The index, in a copy."""
+def index_path(home, tmp_path) -> Path:
+    """Path of a copy of the index."""
     return shutil.copytree(home / "fotos.lance", tmp_path / "fotos.lance")
 
 
 @pytest.fixture
-def capivara(home, where, capsys, monkeypatch) -> Iterator[Callable[[str], tuple[int, str]]]:
-    """The console script on the index: exit code, and what it wrote to stdout, as it would in /home/ana."""
+def capivara(home, index_path, capsys, monkeypatch) -> Iterator[Callable[[str], tuple[int, str]]]:
+    """Function that runs the console script on the index and returns exit code and stdout, with paths in /home/ana."""
     handler = signal.getsignal(signal.SIGINT)
     from capivara_search.__main__ import run
 
-    def call(words: str) -> tuple[int, str]:
-        parts = [word.replace("_inteiro", " inteiro") for word in words.split()]
-        monkeypatch.setattr(sys, "argv", ["capivara", *parts, "--lang", "pt", "--index", str(where)])
-        with pytest.raises(SystemExit) as ended:
+    def call(argument_text: str) -> tuple[int, str]:
+        arguments = [argument.replace("_inteiro", " inteiro") for argument in argument_text.split()]
+        monkeypatch.setattr(sys, "argv", ["capivara", *arguments, "--lang", "pt", "--index", str(index_path)])
+        with pytest.raises(SystemExit) as exit_info:
             run()
-        return ended.value.code, capsys.readouterr().out.replace(str(home), HOME)
+        return exit_info.value.code, capsys.readouterr().out.replace(str(home), HOME)
 
     yield call
     signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture
-def pictures(home, where) -> Callable[[str], Any]:
-    """The index by its Python interface, with a model."""
+def open_index(home, index_path) -> Callable[[str], Any]:
+    """Function that opens the index with one of the models in the Python interface."""
     from capivara_search.index import PictureIndex
 
-    return lambda model: PictureIndex.open(where, model=str(home / "modelos" / model))
+    return lambda model: PictureIndex.open(index_path, model=str(home / "modelos" / model))
 
 
-def check_same(found: Any, expected: Any, tolerance: float = 1e-6) -> None:
-    """Of JSON values: numbers within a tolerance, all else as it was."""
-    if isinstance(expected, float) and isinstance(found, int | float):
-        assert math.isclose(found, expected, rel_tol=0, abs_tol=tolerance), (found, expected)
+def assert_equal(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
+    """Check that JSON values are equal, with numbers equal within a tolerance."""
+    if isinstance(expected, float) and isinstance(actual, int | float):
+        assert math.isclose(actual, expected, rel_tol=0, abs_tol=tolerance), (actual, expected)
     elif isinstance(expected, dict):
-        assert list(found) == list(expected)
+        assert list(actual) == list(expected)
         for key in expected:
-            check_same(found[key], expected[key], tolerance)
+            assert_equal(actual[key], expected[key], tolerance)
     elif isinstance(expected, list):
-        assert len(found) == len(expected), (found, expected)
-        for one, other in zip(found, expected, strict=True):
-            check_same(one, other, tolerance)
+        assert len(actual) == len(expected), (actual, expected)
+        for actual_item, expected_item in zip(actual, expected, strict=True):
+            assert_equal(actual_item, expected_item, tolerance)
     else:
-        assert found == expected
+        assert actual == expected
 
 
-def without_new(rows: Any, known: Any) -> Any:
-    """Values of hits without the fields, the last ones, that a later tree has added."""
+def drop_new_fields(rows: Any, expected: Any) -> Any:
+    """Remove the fields that a later version has added; these must be the last ones."""
     if isinstance(rows, list):
-        return [without_new(row, known[0]) for row in rows]
-    assert list(rows)[: len(known)] == list(known)
-    return {name: rows[name] for name in known}
+        return [drop_new_fields(row, expected[0]) for row in rows]
+    assert list(rows)[: len(expected)] == list(expected)
+    return {name: rows[name] for name in expected}
 
 
-def table(text: str) -> list[dict[str, str | float]]:
-    """The rows of a CSV text, numbers as numbers."""
+def parse_csv(text: str) -> list[dict[str, str | float]]:
+    """Return the rows of a CSV text, with numbers as floats."""
 
-    def cell(value: str) -> str | float:
+    def parse_cell(value: str) -> str | float:
         with contextlib.suppress(ValueError):
             return float(value)
         return value
 
-    return [{name: cell(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
+    return [{name: parse_cell(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
 
 
-def read(path: Path | str) -> Any:
+def load_json(path: Path | str) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def refusal(call: Callable[[], object]) -> str | None:
-    """The line that a command ends with; None where it went through. More than a line is a fault."""
+def read_files(folder: str) -> dict[Path, bytes]:
+    """Return the contents of all files in a folder and its subfolders."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def get_error(command: Callable[[], object]) -> str | None:
+    """Run a command and return its error message, which must be a single line; None if it succeeds."""
     try:
-        call()
+        command()
     except ValueError as error:
         assert "\n" not in str(error)
         return str(error)
     return None
 
 
-def embedded(folder: Path | str) -> tuple[Any, Any]:
-    """Embeddings of `TEXTS` and `VECTOR_PICTURES`, by transformers' Auto classes."""
+def embed(folder: Path | str) -> tuple[Any, Any]:
+    """Embed `TEXTS` and `VECTOR_PICTURES` with transformers' Auto classes."""
     import torch
     from PIL import Image
     from transformers import AutoModel, AutoProcessor
 
-    import modeling_capivara  # noqa: F401 - makes them known
+    import modeling_capivara  # noqa: F401 - registers the model with the Auto classes
 
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     images = [Image.open(path).convert("RGB") for path in VECTOR_PICTURES]
@@ -161,15 +166,15 @@ def embedded(folder: Path | str) -> tuple[Any, Any]:
     return outputs.text_embeds.contiguous(), outputs.image_embeds.contiguous()
 
 
-def digest_of(model: Path | str) -> str:
-    """The digest of a model's image side, by which an index knows whether its vectors are of that model."""
+def get_image_digest(model: Path | str) -> str:
+    """Return the digest of a model's image encoder, by which an index recognizes the model of its vectors."""
     from capivara_search.models import find_model
 
     return find_model(str(model)).image_digest
 
 
-def demo_image_side(folder: Path) -> Path:
-    """The image side of the demo's base, in `folder`: the tower of the miniature, and what is frozen of the rest."""
+def make_demo_image_encoder(folder: Path) -> Path:
+    """Write the image encoder of the demo's base: the image tower of the miniature and a golden projection."""
     from safetensors.torch import load_file, save_file
 
     from capivara_search.models import find_model
@@ -182,8 +187,8 @@ def demo_image_side(folder: Path) -> Path:
     return folder
 
 
-def full_size_image_side(folder: Path) -> Path:
-    """The image side of a model of the default configuration, in `folder`, its numbers the same on every machine."""
+def make_full_size_image_encoder(folder: Path) -> Path:
+    """Write the image encoder of a model of the default configuration, with weights that are equal on every machine."""
     import torch
     from safetensors.numpy import save_file
 
@@ -191,13 +196,13 @@ def full_size_image_side(folder: Path) -> Path:
 
     with torch.device("meta"):
         state = CapivaraModel(CapivaraConfig()).state_dict()
-    dice, tensors = np.random.Generator(np.random.PCG64(2024)), {}
+    rng, tensors = np.random.Generator(np.random.PCG64(2024)), {}
     for name in sorted(name for name in state if name.startswith(("vision_model.", "visual_projection."))):
-        whole = dice.integers(-(2**23), 2**23, tuple(state[name].shape))  # as float32 without rounding
-        tensors[name] = whole.astype(np.float32) / 2**28
+        integers = rng.integers(-(2**23), 2**23, tuple(state[name].shape))  # float32 represents these exactly
+        tensors[name] = integers.astype(np.float32) / 2**28
     CapivaraConfig().save_pretrained(folder)
-    steps = {"image_processor": CapivaraImageProcessor().to_dict()}
-    (folder / "processor_config.json").write_text(json.dumps(steps), encoding="utf-8")
+    processor_config = {"image_processor": CapivaraImageProcessor().to_dict()}
+    (folder / "processor_config.json").write_text(json.dumps(processor_config), encoding="utf-8")
     save_file(tensors, folder / "model.safetensors")
     return folder
 
@@ -206,95 +211,97 @@ def full_size_image_side(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("model", ["a", "b"])
-def test_an_index_finds_what_it_found(pictures, model):
-    """An index of before opens and is searched with either text side of its image side: the same pictures in the same
-    order, scores to 1e-6, with their thumbnails, though the pictures themselves are elsewhere."""
-    index = pictures(model)
+def test_an_index_returns_the_same_hits(open_index, model):
+    """An index works with both models that share its image encoder: the same pictures in the same order, scores within
+    1e-6, and thumbnails, although the pictures themselves are elsewhere."""
+    index = open_index(model)
     hits = index.search("azul em cima", k=3)
-    for hit, expected in zip(hits, read(f"outputs/search_{model}.json"), strict=True):
+    for hit, expected in zip(hits, load_json(f"outputs/search_{model}.json"), strict=True):
         assert (hit.path, hit.width, hit.height) == (expected["path"], expected["width"], expected["height"])
         assert hit.score == pytest.approx(expected["score"], abs=1e-6)
         assert index.thumbnail(hit.path)[8:12] == b"WEBP"
-    assert len({hit.score for hit in hits}) == 3, "an order of equal scores proves nothing"
-    others = {"a": "b", "b": "a"}
-    assert abs(hits[0].score - read(f"outputs/search_{others[model]}.json")[0]["score"]) > 1e-4, "one text side"
+    assert len({hit.score for hit in hits}) == 3, "with equal scores, the order would prove nothing"
+    other = {"a": "b", "b": "a"}[model]
+    difference = abs(hits[0].score - load_json(f"outputs/search_{other}.json")[0]["score"])
+    assert difference > 1e-4, "the models have different text encoders"
 
 
-def test_a_forgotten_folder_stays_forgotten(pictures):
-    """What was forgotten is found by no search, and counted nowhere."""
-    index = pictures("a")
+def test_a_forgotten_folder_stays_forgotten(open_index):
+    """No search returns its pictures, and no count includes them."""
+    index = open_index("a")
     assert index.folders() == {f"{HOME}/Fotos": 13} and len(index) == 13
-    assert index.status().left_out[0].path == f"{HOME}/Fotos/quebrada.jpg"
+    assert index.status().skipped_files[0].path == f"{HOME}/Fotos/quebrada.jpg"
     hits = index.search("preto inteiro", k=100)
     assert len(hits) == 13 and all(hit.path.startswith(f"{HOME}/Fotos/") for hit in hits)
 
 
 @pytest.mark.parametrize("model", ["a", pytest.param("b", marks=pytest.mark.slow)])
-def test_an_index_goes_on(home, pictures, model):
-    """Folders are added to an index of before, and taken out of it: pictures that it knows by their content are not
-    embedded again, by neither text side, so the digests of files and of the image side are the same."""
-    index = pictures(model)
-    added = index.add(home / "Fotos")
-    assert (added.embedded, added.new, len(added.left_out)) == (0, 13, 1) and len(index) == 26
-    pairs = index.search("azul em cima", k=2)
-    assert {hit.path.replace(str(home), HOME) for hit in pairs} == {read(f"outputs/search_{model}.json")[0]["path"]}
-    assert pairs[0].score == pairs[1].score
+def test_folders_are_added_to_an_index_and_forgotten(home, open_index, model):
+    """Pictures with known content are not embedded again, with either model, so the digests of files and of the image
+    encoder are unchanged."""
+    index = open_index(model)
+    report = index.add(home / "Fotos")
+    assert (report.embedded, report.new, len(report.skipped_files)) == (0, 13, 1) and len(index) == 26
+    hits = index.search("azul em cima", k=2)
+    assert {hit.path.replace(str(home), HOME) for hit in hits} == {load_json(f"outputs/search_{model}.json")[0]["path"]}
+    assert hits[0].score == hits[1].score
     assert index.forget(f"{HOME}/Fotos") == 13 and len(index) == 13
     assert index.add(home / "Outras").embedded == 2
 
 
 @pytest.mark.parametrize("form", ["json", "csv"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_commands_print_what_they_printed(capivara, home, name, form):
-    """Programs that read the JSON and CSV of `capivara` find the fields, the order and the figures that they know."""
+def test_commands_print_the_same_json_and_csv(capivara, home, name, form):
+    """Programs that read the output of `capivara` get the same fields, order and figures."""
     code, text = capivara(f"{COMMANDS[name]} --{form}")
     expected = (home / "outputs" / f"{name}.{form}").read_text(encoding="utf-8")
-    parse = json.loads if form == "json" else table
+    parse = json.loads if form == "json" else parse_csv
     assert code == 0 and parse(expected)
-    check_same(without_new(parse(text), parse(expected)), parse(expected))
+    assert_equal(drop_new_fields(parse(text), parse(expected)), parse(expected))
 
 
-def test_status_prints_what_it_printed(capivara, home):
-    """The same fields and values, but for the place and its size; newer fields stand behind them."""
+def test_status_prints_the_same_fields(capivara, home):
+    """The path and the size of the index may differ. Newer fields follow the known ones."""
     code, text = capivara("status --json --model modelos/b")
-    found, expected = json.loads(text), read(home / "outputs" / "status.json")
-    assert code == 0 and found["bytes"] > 0 and found["where"].endswith("fotos.lance")
-    known = dict(list(found.items())[: len(expected)])
-    check_same(known | {"bytes": expected["bytes"], "where": expected["where"]}, expected)
-    assert not any(found[name] for name in found.keys() - known.keys()), "nothing is left out by rule"
+    actual, expected = json.loads(text), load_json(home / "outputs" / "status.json")
+    assert code == 0 and actual["bytes"] > 0 and actual["where"].endswith("fotos.lance")
+    known = dict(list(actual.items())[: len(expected)])
+    assert_equal(known | {"bytes": expected["bytes"], "where": expected["where"]}, expected)
+    assert not any(actual[name] for name in actual.keys() - known.keys()), "newer fields are empty for an old index"
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet"])
-def test_export_writes_what_it_wrote(capivara, home, tmp_path, form):
-    """The exported table has the columns, rows and, as parquet, vectors that it had."""
+def test_export_writes_the_same_table(capivara, home, tmp_path, form):
+    """The columns, the rows and, in parquet files, the vectors are equal."""
     import pyarrow.parquet as pq
 
     assert capivara(f"exportar {tmp_path}/x.{form}")[0] == 0
-    rows = []
+    tables = []
     for path in (tmp_path / f"x.{form}", home / "outputs" / f"export.{form}"):
-        found = pq.read_table(path).to_pylist() if form == "parquet" else table(path.read_text(encoding="utf-8"))
-        rows.append(sorted(found, key=lambda row: row["path"]))
-    assert len(rows[1]) == 13
-    check_same(without_new(*rows), rows[1])
+        rows = pq.read_table(path).to_pylist() if form == "parquet" else parse_csv(path.read_text(encoding="utf-8"))
+        tables.append(sorted(rows, key=lambda row: row["path"]))
+    actual, expected = tables
+    assert len(expected) == 13
+    assert_equal(drop_new_fields(actual, expected), expected)
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_saved_model_gives_what_it_gave(home, name):
-    """Models, also those of runs, load by `AutoModel.from_pretrained` and embed texts and pictures as they did."""
+def test_a_saved_model_gives_the_same_embeddings(home, name):
+    """Models, also those of runs, load with `AutoModel.from_pretrained` and embed texts and pictures as before."""
     import torch
     from safetensors.torch import load_file
 
     expected = load_file("vectors.safetensors")
-    for found, kind in zip(embedded(name), ("texts", "images"), strict=True):
-        torch.testing.assert_close(found, expected[f"{name}/{kind}"], atol=1e-5, rtol=0)
+    for embeds, kind in zip(embed(name), ("texts", "images"), strict=True):
+        torch.testing.assert_close(embeds, expected[f"{name}/{kind}"], atol=1e-5, rtol=0)
 
 
-def test_a_rotated_model_is_cut_and_its_rotation_turns_vectors(home):
-    """A model whose space was turned loads; its first 12 numbers are embeddings, too; and `rotation.safetensors` turns
-    vectors of its base, which people may have stored, into its own."""
+def test_a_rotated_model_can_be_truncated_and_its_rotation_applied(home):
+    """A model with a rotated embedding space loads. Its first 12 dimensions are embeddings, too. The matrix in
+    `rotation.safetensors` converts stored vectors of its base into its space."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModel, AutoProcessor
@@ -305,17 +312,18 @@ def test_a_rotated_model_is_cut_and_its_rotation_turns_vectors(home):
     model, processor = AutoModel.from_pretrained("runs/rotated").eval(), AutoProcessor.from_pretrained("runs/rotated")
     assert model.config.matryoshka_dims == [12, 8]
     with torch.no_grad():
-        cut = model.get_text_features(**processor(text=TEXTS, return_tensors="pt"), truncate_dim=12).pooler_output
-    wanted = torch.nn.functional.normalize(expected["runs/rotated/texts"][:, :12], dim=-1)
-    torch.testing.assert_close(torch.nn.functional.normalize(cut, dim=-1), wanted, atol=1e-5, rtol=0)
+        inputs = processor(text=TEXTS, return_tensors="pt")
+        truncated = model.get_text_features(**inputs, truncate_dim=12).pooler_output
+    first_dims = torch.nn.functional.normalize(expected["runs/rotated/texts"][:, :12], dim=-1)
+    torch.testing.assert_close(torch.nn.functional.normalize(truncated, dim=-1), first_dims, atol=1e-5, rtol=0)
     before, after = expected["modelos/a/images"], expected["runs/rotated/images"]
     torch.testing.assert_close(before @ rotation.T, after, atol=1e-5, rtol=0)
-    assert (before - after).abs().max() > 0.1, "a space that was not turned"
+    assert (before - after).abs().max() > 0.1, "the rotation must change the vectors"
 
 
 @pytest.mark.slow
-def test_adapters_fit_their_base(home):
-    """The adapters that a run with LoRA keeps load into the base and give the run's model."""
+def test_lora_adapters_load_into_their_base(home):
+    """The base with the adapters of a LoRA run gives the embeddings of the run's model."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModel, AutoProcessor
@@ -329,53 +337,53 @@ def test_adapters_fit_their_base(home):
         texts = model.eval().get_text_features(**processor(text=TEXTS, return_tensors="pt")).pooler_output
     texts, expected = torch.nn.functional.normalize(texts, dim=-1), load_file("vectors.safetensors")
     torch.testing.assert_close(texts, expected["runs/lora/texts"], atol=1e-5, rtol=0)
-    assert (texts - expected["modelos/a/texts"]).abs().max() > 1e-4, "adapters that change nothing"
+    assert (texts - expected["modelos/a/texts"]).abs().max() > 1e-4, "the adapters must change the embeddings"
 
 
 @pytest.mark.parametrize("name", ["modelos/a", "modelos/b", "runs/demo", "runs/rotated"])
-def test_the_digest_of_an_image_side_is_what_it_was(home, name):
-    """Indexes note it: another digest of the same model would have every picture embedded again."""
-    digests = read("digests.json")
-    assert digest_of(name) == digests[name]
+def test_the_digest_of_an_image_encoder_is_unchanged(home, name):
+    """Indexes store it. With another digest for the same model, every picture would be embedded again."""
+    digests = load_json("digests.json")
+    assert get_image_digest(name) == digests[name]
     assert digests["modelos/a"] == digests["modelos/b"] == digests["runs/demo"] != digests["runs/rotated"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["miniature", "demo", "full_size"])
-def test_the_digest_of_a_large_image_side_is_what_it_was(tmp_path, name):
-    """So it is for towers of timm, the miniature's and the demo's, and for one of full size."""
-    makers = {"demo": demo_image_side, "full_size": full_size_image_side}
+def test_the_digest_of_a_larger_image_encoder_is_unchanged(tmp_path, name):
+    """This includes timm's towers, which miniature and demo have, and a tower of full size."""
+    makers = {"demo": make_demo_image_encoder, "full_size": make_full_size_image_encoder}
     model = makers[name](tmp_path / name) if name in makers else name
-    assert digest_of(model) == read(GOLDEN / "digests.json")[name]
+    assert get_image_digest(model) == load_json(GOLDEN / "digests.json")[name]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["from_open_clip", "convert"])
-def test_a_model_of_open_clip_gives_open_clips_vectors(home, tmp_path, how):
-    """A folder of open_clip's is opened and converted, and embeds texts and pictures as open_clip does, to 1e-5."""
+@pytest.mark.parametrize("method", ["from_open_clip", "convert"])
+def test_a_model_of_open_clip_gives_the_vectors_of_open_clip(home, tmp_path, method):
+    """A folder of open_clip can be opened and converted. Its embeddings agree with open_clip's within 1e-5."""
     import torch
     from safetensors.torch import load_file
 
     from modeling_capivara import CapivaraModel
     from modeling_capivara.convert_open_clip import main as convert
 
-    if how == "convert":
+    if method == "convert":
         pytest.importorskip("open_clip")
         folder = str(tmp_path / "converted")
         convert(["local-dir:open_clip", folder])
     else:
         folder = CapivaraModel.from_open_clip("open_clip").name_or_path
     expected = load_file("open_clip_vectors.safetensors")
-    for found, kind in zip(embedded(folder), ("texts", "images"), strict=True):
-        torch.testing.assert_close(found, expected[kind], atol=1e-5, rtol=0)
+    for embeds, kind in zip(embed(folder), ("texts", "images"), strict=True):
+        torch.testing.assert_close(embeds, expected[kind], atol=1e-5, rtol=0)
 
 
 # --- Runs and their cards --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def card(home, tmp_path) -> Callable[[str, str], Path]:
-    """A copy of the folder of a run with its card in a language."""
+def copy_run(home, tmp_path) -> Callable[[str, str], Path]:
+    """Function that copies the folder of a run, with its card in one language as README.md."""
 
     def copy(run: str, language: str) -> Path:
         folder = shutil.copytree(home / "runs" / run, tmp_path / run)
@@ -388,108 +396,103 @@ def card(home, tmp_path) -> Callable[[str, str], Path]:
 
 @pytest.mark.parametrize("language", ["pt", "en"])
 @pytest.mark.parametrize("run", RUNS)
-def test_a_card_of_before_agrees_with_its_run(card, run, language):
-    """`hub_upload.card --check` finds no fault in a card of before: a card of an older template is checked by its
-    values and the digests of its files, and not refused for its words."""
+def test_the_check_accepts_a_card_of_an_older_template(copy_run, run, language):
+    """`hub_upload.card --check` checks an old card by its values and the digests of its files, not by its wording."""
     from hub_upload.card import main
 
-    main(["--check", str(card(run, language))])
+    main(["--check", str(copy_run(run, language))])
 
 
 @pytest.mark.parametrize(
     ("fault", "language"),
     [("value of the card", "pt"), ("value of the card", "en"), ("digest in the card", "pt"), ("value of a file", "en")],
 )
-def test_a_card_of_before_that_lies_is_refused(card, fault, language):
-    """As it was, `--check` sees a changed digit, in the card or in its files."""
+def test_the_check_refuses_a_changed_digit(copy_run, fault, language):
+    """The digit is changed in the card or in a result file."""
     from hub_upload.card import main
 
-    folder = card("demo", language)
+    folder = copy_run("demo", language)
     text, results = (folder / "README.md").read_text(encoding="utf-8"), folder / "results"
     if fault == "value of a file":
         path = next(results.glob("*_pt.json"))
-        content = read(path)
+        content = load_json(path)
         content["records"][0]["value"] += 0.01
         path.write_text(json.dumps(content), encoding="utf-8")
     else:
         pattern = r"^\|.*\d[.,]\d(\d)" if fault == "value of the card" else r"^\| `run.json` \| `[a-f]*(\d)"
-        place = re.search(pattern, text, re.MULTILINE).start(1)
-        text = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+        position = re.search(pattern, text, re.MULTILINE).start(1)
+        text = text[:position] + str((int(text[position]) + 1) % 10) + text[position + 1 :]
         (folder / "README.md").write_text(text, encoding="utf-8")
     with pytest.raises((SystemExit, ValueError)):
         main(["--check", str(folder)])
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_new_card_of_a_run_of_before_has_its_values(home, tmp_path, run):
-    """A card is made of the files of a run of before, and shows its recalls."""
+def test_a_new_card_of_an_old_run_shows_its_recalls(home, tmp_path, run):
     from hub_upload.card import main
 
     main(["--model", f"runs/{run}", "--output", str(tmp_path / "new.md")])
-    text, shown = (tmp_path / "new.md").read_text(encoding="utf-8"), 0
+    text, recalls = (tmp_path / "new.md").read_text(encoding="utf-8"), 0
     for path in Path("runs", run, "results").glob("*.json"):
-        for record in read(path)["records"]:
+        for record in load_json(path)["records"]:
             if record["metric"] == "recall@5" and record["model"] == "baseline" and not record.get("dim"):
                 assert f"{100 * record['value']:.2f}" in text, record
-                shown += 1
-    assert shown == 4
+                recalls += 1
+    assert recalls == 4
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_or_says_why_not(own_home):
-    """A run that was stopped goes on by `--resume auto` and ends as the undisturbed one did; or it is said in one line
-    that it can't, and nothing of it is lost."""
+def test_a_stopped_run_resumes_or_is_refused_without_loss(changeable_home):
+    """With `--resume auto`, a stopped run ends with the weights of an undisturbed run. Or an error of one line refuses
+    it, and no file of it changes."""
     import torch
     from safetensors.torch import load_file
 
     import train_accelerate
 
-    before = {path: path.read_bytes() for path in Path("runs/stopped.partial/checkpoints").rglob("*") if path.is_file()}
-    done = read("runs/stopped.partial/checkpoints/step-00000002/trainer.json")["curve"]
-    words = ["--config", "demo.yaml", "--output_dir", "runs/stopped", "--resume", "auto"]
-    line = refusal(lambda: train_accelerate.main(words))
-    if line:
-        assert "runs/stopped.partial" in line
-        assert all(path.read_bytes() == content for path, content in before.items())
+    contents = read_files("runs/stopped.partial/checkpoints")
+    first_steps = load_json("runs/stopped.partial/checkpoints/step-00000002/trainer.json")["curve"]
+    arguments = ["--config", "demo.yaml", "--output_dir", "runs/stopped", "--resume", "auto"]
+    error = get_error(lambda: train_accelerate.main(arguments))
+    if error:
+        assert "runs/stopped.partial" in error
+        assert read_files("runs/stopped.partial/checkpoints") == contents
     else:
-        found, expected = (load_file(f"runs/{name}/model.safetensors") for name in ("stopped", "demo"))
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-        curve = read("runs/stopped/run.json")["curve"]
-        assert curve[: len(done)] == done and len(curve) == 7, (
-            "what was done is not done again: even its times are there"
-        )
+        weights, expected = (load_file(f"runs/{name}/model.safetensors") for name in ("stopped", "demo"))
+        torch.testing.assert_close(weights, expected, atol=1e-5, rtol=0)
+        curve = load_json("runs/stopped/run.json")["curve"]
+        assert curve[: len(first_steps)] == first_steps, "finished steps are not repeated, so their times are unchanged"
+        assert len(curve) == 7
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
-def test_a_finished_run_is_left_alone(own_home, run):
-    """It is said in one line why a complete run of before does not go on; no file of it changes."""
+def test_resuming_a_finished_run_is_refused_and_changes_nothing(changeable_home, run):
     import train_accelerate
 
-    words = ["--config", "demo.yaml", "--output_dir", f"runs/{run}", "--resume", "auto"]
-    words += ["--lora_rank", "2"] * (run == "lora")
-    kept = lambda: {path: path.read_bytes() for path in Path("runs", run).rglob("*") if path.is_file()}  # noqa: E731
-    before = kept()
-    line = refusal(lambda: train_accelerate.main(words))
-    assert ("seed-0, seed-1, seed-2" if run == "seeds" else "of an earlier version of the program") in line
-    assert kept() == before and not Path(f"runs/{run}.partial").exists()
+    arguments = ["--config", "demo.yaml", "--output_dir", f"runs/{run}", "--resume", "auto"]
+    arguments += ["--lora_rank", "2"] if run == "lora" else []
+    contents = read_files(f"runs/{run}")
+    error = get_error(lambda: train_accelerate.main(arguments))
+    assert ("seed-0, seed-1, seed-2" if run == "seeds" else f"runs/{run}") in error
+    assert read_files(f"runs/{run}") == contents and not Path(f"runs/{run}.partial").exists()
 
 
 # --- Records ---------------------------------------------------------------------------------------------------------
 
 
-def figures(path: Path | str) -> dict[tuple, float]:
-    """What a result file has measured."""
+def read_figures(path: Path | str) -> dict[tuple, float]:
+    """Return the values of a result file by the fields that identify them."""
     names = ("task", "dataset", "split", "language", "direction", "metric", "n", "dim")
-    found = {}
-    for record in read(path)["records"]:
+    values = {}
+    for record in load_json(path)["records"]:
         key = (*(record.get(name) for name in names), record["protocol"] if record["task"] != "retrieval" else "")
-        assert found.setdefault(key, record["value"]) == record["value"]
-    assert found
-    return found
+        assert values.setdefault(key, record["value"]) == record["value"]
+    assert values
+    return values
 
 
-MEASURED = {
+MEASUREMENTS = {  # golden result file -> (command, its arguments)
     "retrieval_pt": ("retrieval", "--model modelos/a --dataset data/squares --language pt"),
     "retrieval_en": ("retrieval", "--model modelos/a --dataset data/squares --language en"),
     "retrieval_dim_12": ("retrieval", "--model runs/rotated --dataset data/squares --dim 12"),
@@ -502,41 +505,38 @@ MEASURED = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "linear_probe")) for name in MEASURED]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "linear_probe")) for name in MEASUREMENTS]
 )
-def test_a_measurement_is_what_it_was(home, tmp_path, name, no_pictures):
-    """Model and data of before, measured again, give the figures of the records, to 1e-6."""
+def test_measuring_again_gives_the_same_figures(home, tmp_path, name, no_pictures):
     import importlib
 
-    command, words = MEASURED[name]
-    importlib.import_module(f"eval.{command}").main([*words.split(), "--output", str(tmp_path / "again.json")])
-    found, expected = figures(tmp_path / "again.json"), figures(f"records/{name}.json")
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert found[key] == pytest.approx(value, abs=1e-6), key
+    command, argument_text = MEASUREMENTS[name]
+    importlib.import_module(f"eval.{command}").main([*argument_text.split(), "--output", str(tmp_path / "again.json")])
+    assert read_figures(tmp_path / "again.json") == pytest.approx(read_figures(f"records/{name}.json"), rel=0, abs=1e-6)
 
 
 @pytest.mark.slow
-def test_a_suite_is_what_it_was(own_home):
-    """The suite measures what it did, and goes on in the folder that it has written before."""
+def test_the_suite_gives_the_same_figures(changeable_home):
+    """This holds in a new folder and in the folder that the earlier version wrote."""
     from eval.suite import main
 
-    words = "paper --only flickr30k-pt mnist --data_dir data/benchmarks --model modelos/a --baseline modelos/b"
-    kept = shutil.copytree("records/suite", "kept")
+    arguments = "paper --only flickr30k-pt mnist --data_dir data/benchmarks --model modelos/a --baseline modelos/b"
+    expected = shutil.copytree("records/suite", "expected")
     for output in ("again", "records/suite"):
-        main([*words.split(), "--output", output])
-        names = sorted(path.name for path in Path(kept).glob("*.json"))
+        main([*arguments.split(), "--output", output])
+        names = sorted(path.name for path in Path(expected).glob("*.json"))
         assert sorted(path.name for path in Path(output).glob("*.json")) == names and len(names) == 5
         for name in names:
             if name == "suite.json":
-                check_same(read(f"{output}/{name}")["rows"], read(f"kept/{name}")["rows"])
+                assert_equal(load_json(f"{output}/{name}")["rows"], load_json(f"{expected}/{name}")["rows"])
             else:
-                check_same(list(figures(f"{output}/{name}").values()), list(figures(f"kept/{name}").values()))
+                values = [list(read_figures(f"{folder}/{name}").values()) for folder in (output, expected)]
+                assert_equal(*values)
 
 
 @pytest.mark.slow
 def test_a_report_reads_all_records(home, tmp_path, capsys):
-    """Result files and runs of before are read by the report, none is left out, and their figures are on its page."""
+    """The report reads all old result files and runs, and its page shows their figures."""
     from eval.report import main
 
     for folder, files in {"records": 9, "runs/demo": 2, "runs/seeds": 2}.items():
@@ -544,7 +544,7 @@ def test_a_report_reads_all_records(home, tmp_path, capsys):
         output, errors = capsys.readouterr()
         assert output.startswith(f"{files} result files") and not errors, errors
     page = (tmp_path / "records" / "index.html").read_text(encoding="utf-8")
-    for record in read("records/retrieval_pt.json")["records"]:
+    for record in load_json("records/retrieval_pt.json")["records"]:
         if record["metric"] == "mean_recall":
             assert f"{100 * record['value']:.2f}" in page or f"{100 * record['value']:.1f}" in page
 
@@ -552,8 +552,8 @@ def test_a_report_reads_all_records(home, tmp_path, capsys):
 # --- Captions --------------------------------------------------------------------------------------------------------
 
 
-def caption_rows(folder: Path | str, cache: Path) -> dict[str, list[dict]]:
-    """The rows of a data set that was built, by `datasets` itself."""
+def read_caption_rows(folder: Path | str, cache: Path) -> dict[str, list[dict]]:
+    """Read the rows of a built caption dataset with the library `datasets`."""
     from datasets import Image, load_dataset
 
     splits = load_dataset(str(folder), cache_dir=str(cache))
@@ -561,10 +561,10 @@ def caption_rows(folder: Path | str, cache: Path) -> dict[str, list[dict]]:
 
 
 def test_a_finished_build_opens(home, tmp_path):
-    """A caption data set that was built opens by `datasets`, with its captions, and its card has its licence."""
+    """A built caption dataset opens with `datasets`, and its card has the license."""
     from huggingface_hub import DatasetCard
 
-    rows = caption_rows("captions/built/dataset", tmp_path)
+    rows = read_caption_rows("captions/built/dataset", tmp_path)
     assert {name: len(split) for name, split in rows.items()} == {"train": 14, "test": 6}
     assert rows["train"][0]["captions-pt"] == ["azul inteiro"] and len(rows["train"][0]["similarities-pt"]) == 1
     assert rows["test"][1]["captions-pt"] == ["azul 1", "azul em cima"]
@@ -572,39 +572,38 @@ def test_a_finished_build_opens(home, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_build_is_left_alone_and_trained_on(own_home):
-    """The build that is done is not done again; a run trains on its data set."""
+def test_a_finished_build_is_not_repeated_and_can_be_trained_on(changeable_home):
     import captions.build
     import train_accelerate
 
-    before = {path: path.read_bytes() for path in Path("captions/built").rglob("*") if path.is_file()}
+    contents = read_files("captions/built")
     captions.build.main(["--config", "captions/config.yaml"])
-    kept = [path for path in before if path.suffix == ".parquet" or path.name == "README.md"]
-    assert len(kept) > 5 and all(path.read_bytes() == before[path] for path in kept)
-    words = ["--dataset", "captions/built/dataset", "--evaluation_dataset", "data/squares", "--output_dir", "runs/new"]
-    train_accelerate.main(["--config", "demo.yaml", *words])
-    assert read("runs/new/run.json")["steps"] == 6
+    finished = [path for path in contents if path.suffix == ".parquet" or path.name == "README.md"]
+    assert len(finished) > 5 and all(path.read_bytes() == contents[path] for path in finished)
+    datasets = ["--dataset", "captions/built/dataset", "--evaluation_dataset", "data/squares"]
+    train_accelerate.main(["--config", "demo.yaml", *datasets, "--output_dir", "runs/new"])
+    assert load_json("runs/new/run.json")["steps"] == 6
 
 
 @pytest.mark.slow
-def test_a_build_that_was_killed_goes_on(own_home, tmp_path):
-    """The same command finishes a build that was killed: its parts are not made again, and it ends in the rows of the
-    undisturbed one."""
+def test_a_killed_build_continues(changeable_home, tmp_path):
+    """Repeating the command makes only the missing parts, and gives the rows of an undisturbed build."""
     import captions.build
 
     parts = {path: path.read_bytes() for path in Path("captions/half").rglob("*.parquet")}
-    assert parts and not Path("captions/half/dataset").exists(), "it was not killed within"
+    assert parts and not Path("captions/half/dataset").exists(), "the golden build must be unfinished"
     captions.build.main(["--config", "captions/config.yaml", "--output", "captions/half"])
     assert all(path.read_bytes() == content for path, content in parts.items())
-    check_same(caption_rows("captions/half/dataset", tmp_path), caption_rows("captions/built/dataset", tmp_path))
+    rows, expected = (read_caption_rows(f"captions/{name}/dataset", tmp_path) for name in ("half", "built"))
+    assert_equal(rows, expected)
 
 
 # --- The files themselves --------------------------------------------------------------------------------------------
 
 
-def test_golden_files_are_small_and_name_no_machine():
-    """They are kept in git, so they are small, and hold no folder but that of the Ana who is none."""
+def test_golden_files_are_small_and_have_no_private_paths():
+    """They are stored in git. The only home folder in them is that of an invented user, Ana."""
     files = [path for path in GOLDEN.rglob("*") if path.is_file()]
-    assert len(files) > 100 and sum(path.stat().st_size for path in files) < MOST_BYTES
+    assert len(files) > 100 and sum(path.stat().st_size for path in files) < MAX_GOLDEN_BYTES
     names = [name.encode() for name in (str(ROOT), "/tmp/", "/root/")]
     assert not [(path.name, name) for path in files for name in names if name in path.read_bytes()]

@@ -1,4 +1,4 @@
-"""Pictures that are steered by a sentence: gradients are true, and the files say what they show."""
+"""Guided image optimization: preprocessing equals the processor's, and the reported similarities are correct."""
 
 import json
 
@@ -7,39 +7,39 @@ import torch
 from PIL import Image
 
 from examples import guide_generation
-from examples.guide_generation import as_image, to_pixel_values
+from examples.guide_generation import to_image, to_pixel_values
 from modeling_capivara import CapivaraModel
 from modeling_capivara.two_towers import embed_images, embed_texts
 
 SENTENCE = "um gato azul"
 
 
-def test_pixels_are_prepared_as_the_processor_does(tiny_processor):
-    """To eight bits' roundings, enlarged, made smaller, and as they are."""
+def test_differentiable_preprocessing_equals_the_processor(tiny_processor):
+    """Except for the rounding to 8 bits, for images that are enlarged, reduced or have the right size."""
     for side in (32, 20, 80):
         smooth = torch.nn.functional.interpolate(
             torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0)), size=(side, side), mode="bicubic"
         ).clamp(0, 1)
-        theirs = tiny_processor(images=as_image(smooth), return_tensors="pt")["pixel_values"]
+        theirs = tiny_processor(images=to_image(smooth), return_tensors="pt")["pixel_values"]
         ours = to_pixel_values(smooth, tiny_processor.image_processor)
         assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 0.03, side
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cells", "views"), [("10", "2"), ("40", "0")])
-def test_a_picture_comes_nearer_to_its_sentence(cells, views, tiny_folder, tmp_path, capsys, tiny_processor):
-    words = ["--model", str(tiny_folder), "--size", "40", "--steps", "15", "--views", views]
-    words += ["--others", "o pão", "a casa", "--cells", cells]
-    guide_generation.main([*words, "--sentence", SENTENCE, "--output_dir", str(tmp_path / "out")])
+def test_the_image_becomes_more_similar_to_its_sentence(cells, views, tiny_folder, tmp_path, capsys, tiny_processor):
+    flags = ["--model", str(tiny_folder), "--size", "40", "--steps", "15", "--views", views]
+    flags += ["--others", "o pão", "a casa", "--cells", cells]
+    guide_generation.main([*flags, "--sentence", SENTENCE, "--output_dir", str(tmp_path / "out")])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["picture.png", "results.json", "steps.png"]
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
-    found = results["cosines"]
-    assert list(found) == [SENTENCE, "o pão", "a casa"]
-    assert found[SENTENCE]["after"] > found[SENTENCE]["before"] + 0.05
+    cosines = results["cosines"]
+    assert list(cosines) == [SENTENCE, "o pão", "a casa"]
+    assert cosines[SENTENCE]["after"] > cosines[SENTENCE]["before"] + 0.05
     picture = Image.open(tmp_path / "out" / "picture.png")
     model = CapivaraModel.from_pretrained(tiny_folder).eval()
     cosine = embed_images(model, tiny_processor, [picture]) @ embed_texts(model, tiny_processor, [SENTENCE]).T
-    assert found[SENTENCE]["after"] == pytest.approx(cosine.item(), abs=1e-6), "what is said is what the file shows"
+    assert cosines[SENTENCE]["after"] == pytest.approx(cosine.item(), abs=1e-6), "measured on the saved file"
     assert Image.open(tmp_path / "out" / "steps.png").size == (8 * 128, 128) and picture.size == (40, 40)
-    assert f"{found[SENTENCE]['after']:6.3f}   {SENTENCE}" in capsys.readouterr().out
+    assert f"{cosines[SENTENCE]['after']:6.3f}   {SENTENCE}" in capsys.readouterr().out
     assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text(encoding="utf-8")

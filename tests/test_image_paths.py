@@ -1,4 +1,4 @@
-"""Paths and addresses in rows: whatever a data set names, nothing outside of it is read, and nothing is fetched."""
+"""Untrusted paths and URLs in dataset rows: nothing outside the dataset is read, and nothing is downloaded."""
 
 import base64
 import http.server
@@ -24,24 +24,24 @@ from test_generate import image_processor, opt_tokenizer, tiny_blip2
 
 import train_accelerate
 from capivara_common import image_files
-from capivara_common.files import Bounds
-from capivara_common.image_files import BadImage, ImageFiles, decode_image, image_bytes
-from caption_data.labelled_images import load_images
+from capivara_common.files import AllowedFolders
+from capivara_common.image_files import BadImage, ImageAccess, decode_image, read_image_bytes
+from caption_data.labeled_images import load_labeled_images
 from caption_data.sources import open_split
-from captions.build import BuildArguments, build
+from captions.build import BuildArguments, build_dataset
 from captions.generate import main as generate
 from captions.score import main as score
 from captions.select import main as select
 from eval.classification import main as classify
-from examples.openmoji.dataset import load_embedded
+from examples.openmoji.dataset import load_dataset_with_images
 
-MARK = b"SENTINEL-0f3a9c"  # stands in every file that must not be read
-MAGENTA = (255, 0, 255)  # of the private photo, all of it; no other picture has it
-GOOD = 6
+MARK = b"SENTINEL-0f3a9c"  # content of every file that must not be read
+MAGENTA = (255, 0, 255)  # color of the private photo; no other image contains it
+GOOD = 6  # valid rows of a dataset
 
 
 class Counter(http.server.BaseHTTPRequestHandler):
-    """Gives an image for every path, and counts."""
+    """HTTP server that answers every path with an image and records the requests."""
 
     def do_GET(self) -> None:
         self.server.requests.append(self.path)
@@ -55,30 +55,30 @@ class Counter(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def png(colour: tuple[int, int, int], **options) -> bytes:
+def png(color: tuple[int, int, int], **options) -> bytes:
     stream = io.BytesIO()
-    PIL.Image.new("RGB", (32, 32), colour).save(stream, "PNG", **options)
+    PIL.Image.new("RGB", (32, 32), color).save(stream, "PNG", **options)
     return stream.getvalue()
 
 
 def photo() -> bytes:
-    about = PIL.Image.Exif()
-    about[PIL.Image.ExifTags.Base.ImageDescription] = MARK.decode()
-    return png(MAGENTA, exif=about)
+    exif = PIL.Image.Exif()
+    exif[PIL.Image.ExifTags.Base.ImageDescription] = MARK.decode()
+    return png(MAGENTA, exif=exif)
 
 
 @pytest.fixture
 def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counter) as found:
-        found.requests, found.picture = [], photo()
-        threading.Thread(target=found.serve_forever, daemon=True).start()
-        yield found
-        found.shutdown()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counter) as http_server:
+        http_server.requests, http_server.picture = [], photo()
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        yield http_server
+        http_server.shutdown()
 
 
 @pytest.fixture
 def hostile(tmp_path, server) -> list[str]:
-    """Paths and addresses that a row may name, none of which may be opened; a folder `data` to put the rows into."""
+    """Paths and URLs that rows must not be able to open. The folder `data` is for the rows."""
     home, data = tmp_path / "home", tmp_path / "data"
     for name, content in (
         ("token", b"hf_" + MARK), (".ssh/id_ed25519", b"-----BEGIN OPENSSH PRIVATE KEY-----\n" + MARK),
@@ -87,7 +87,7 @@ def hostile(tmp_path, server) -> list[str]:
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_bytes(content)
     data.mkdir()
-    (data / "notes.txt").write_bytes(MARK)  # within the data set, but no image
+    (data / "notes.txt").write_bytes(MARK)  # inside the dataset, but not an image
     (data / "link.png").symlink_to(home / "private.png")
     os.mkfifo(data / "fifo.png")
     os.mkfifo(home / "fifo")
@@ -110,7 +110,7 @@ def good() -> list[bytes]:
 
 
 def rows_of(hostile: list[str]) -> dict[str, list]:
-    """Good rows with their bytes, then hostile ones with a path alone."""
+    """Return valid rows with bytes, followed by hostile rows with only a path."""
     images = [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(good())]
     images += [{"bytes": None, "path": path} for path in hostile]
     return {"image": images, "captions-pt": [[f"foto {i}"] for i in range(len(images))]}
@@ -134,8 +134,11 @@ def as_list(folder: Path, rows: dict[str, list]) -> None:
 
 
 def as_saved(folder: Path, rows: dict[str, list]) -> None:
-    shutil.rmtree(folder)  # links are refused as a whole in a saved data set; others are as in the fixture
-    image = {"bytes": Value("binary"), "path": Value("string")}  # an `Image` would be opened while it is saved
+    shutil.rmtree(folder)  # a saved dataset with links would be refused as a whole
+    image = {
+        "bytes": Value("binary"),
+        "path": Value("string"),
+    }  # datasets would open a feature of type `Image` while saving it
     features = Features({"image": image, "captions-pt": List(Value("string"))})
     DatasetDict(train=Dataset.from_dict(rows, features=features)).save_to_disk(folder)
 
@@ -143,9 +146,9 @@ def as_saved(folder: Path, rows: dict[str, list]) -> None:
 def as_tar(folder: Path, rows: dict[str, list]) -> None:
     members = []
     for number, image in enumerate(rows["image"]):
-        data = image["bytes"] or image["path"].encode()  # a tar has bytes alone: here those of a path
-        about = json.dumps({"captions-pt": rows["captions-pt"][number]}).encode()
-        members += [(f"{number:05d}.png", data), (f"{number:05d}.json", about)]
+        data = image["bytes"] or image["path"].encode()  # a tar contains only bytes: here the text of the path
+        captions = json.dumps({"captions-pt": rows["captions-pt"][number]}).encode()
+        members += [(f"{number:05d}.png", data), (f"{number:05d}.json", captions)]
     write_tar(folder / "train.tar", members)
 
 
@@ -159,72 +162,72 @@ FORMS = [as_parquet, as_list, as_saved, as_tar]
               *({"path": "a.png", "archive": name, "offset": start, "size": 9}
                 for name, start in (("/etc/passwd", 0), ("../a.tar", 0), ("a.tar", -1), (7, 0), ("a.tar", None)))]
 )  # fmt: skip
-def test_what_is_no_image_is_a_bad_row(image, tmp_path):
+def test_an_invalid_image_entry_is_a_bad_row(image, tmp_path):
     with pytest.raises(BadImage):
-        image_bytes(image, ImageFiles(Bounds(tmp_path)))
+        read_image_bytes(image, ImageAccess(AllowedFolders(tmp_path)))
 
 
-def test_a_stage_with_other_limits_is_another_stage(tmp_path):
+def test_a_stage_with_other_image_limits_is_not_resumed(tmp_path):
     as_parquet(tmp_path, {"image": [{"bytes": png((1, 2, 3)), "path": None}], "captions-pt": [["x"]]})
     command = ["--dataset", str(tmp_path / "train.parquet"), "--output", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match=r"max_pixels must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"max_pixels\b.*\b1\b.*\b0\b"):
         select([*command, "--max_pixels", "0"])
-    with pytest.raises(ValueError, match=r"image_roots must be folders that are there, got .*nowhere"):
+    with pytest.raises(ValueError, match=r"image_roots.*nowhere"):
         select([*command, "--image_roots", str(tmp_path / "nowhere")])
     select(command)
-    with pytest.raises(ValueError, match=r"other settings.*max_pixels: None there, 9 now"):
+    with pytest.raises(ValueError, match=r"max_pixels\b.*\b9\b"):
         select([*command, "--max_pixels", "9"])
 
 
 @pytest.mark.parametrize("write", FORMS)
-def test_no_form_of_a_data_set_leads_out(write, tmp_path, hostile, server, monkeypatch):
+def test_no_dataset_format_reads_outside_the_dataset(write, tmp_path, hostile, server, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     write(tmp_path / "data", rows_of(hostile))
     assert files_of(tmp_path / "data") == good() + [None] * len(hostile) and not server.requests
 
 
-def test_an_address_in_a_list_is_refused_as_one(tmp_path, server):
+def test_a_url_in_metadata_is_refused(tmp_path, server):
     for name in ("hf://datasets/a/b/c.png", f"http://127.0.0.1:{server.server_port}/a.png"):
         (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name}) + "\n", encoding="utf-8")
         split = open_split(str(tmp_path), "train", "image")
-        with pytest.raises(BadImage, match=f"'{name}': an address, which is not fetched"):
-            image_bytes(next(split.rows())["image"], split.files)
+        with pytest.raises(BadImage, match=f"'{name}'.*URL"):
+            read_image_bytes(next(split.rows())["image"], split.image_access)
     assert not server.requests
 
 
-def test_a_path_is_followed_where_it_may_be(tmp_path, hostile):
-    """Within the data set's folder, absolute or relative, and in a folder that the user names; elsewhere it is not."""
+def test_paths_are_followed_only_in_allowed_folders(tmp_path, hostile):
+    """Allowed are the dataset's folder, by absolute or relative paths, and folders that the user names."""
     (tmp_path / "data" / "in").mkdir()
     (tmp_path / "data" / "in" / "a.png").write_bytes(good()[1])
-    inside = ImageFiles(Bounds(tmp_path / "data"))
+    inside = ImageAccess(AllowedFolders(tmp_path / "data"))
     for path in ("in/a.png", str(tmp_path / "data" / "in" / "a.png"), f"{tmp_path}/home/../data/in/a.png"):
-        assert image_bytes({"bytes": None, "path": path}, inside) == good()[1]
-    with pytest.raises(BadImage, match="a path of a row that should hold the bytes"):
-        image_bytes({"bytes": None, "path": str(tmp_path / "data" / "in" / "a.png")})
+        assert read_image_bytes({"bytes": None, "path": path}, inside) == good()[1]
+    with pytest.raises(BadImage, match=r"unreadable image.*bytes"):
+        read_image_bytes({"bytes": None, "path": str(tmp_path / "data" / "in" / "a.png")})
     private = {"bytes": None, "path": str(tmp_path / "home" / "private.png")}
-    with pytest.raises(BadImage, match=r"lies outside of the data set's folder; --image_roots names others"):
-        image_bytes(private, inside)
-    assert image_bytes(private, ImageFiles(Bounds(tmp_path / "data", [tmp_path / "home"]))) == photo()
-    everywhere = ImageFiles(Bounds(tmp_path / "data", [Path("/")]))
+    with pytest.raises(BadImage, match=r"private\.png.*--image_roots"):
+        read_image_bytes(private, inside)
+    assert read_image_bytes(private, ImageAccess(AllowedFolders(tmp_path / "data", [tmp_path / "home"]))) == photo()
+    everywhere = ImageAccess(AllowedFolders(tmp_path / "data", [Path("/")]))
     for path in ("/dev/zero", "/proc/self/fd/1", str(tmp_path / "home" / "fifo"), "/etc/passwd", str(tmp_path)):
         with pytest.raises(BadImage, match="unreadable image"):
-            image_bytes({"bytes": None, "path": path}, everywhere)
+            read_image_bytes({"bytes": None, "path": path}, everywhere)
 
 
-def test_more_than_the_default_of_pixels_is_asked_for(monkeypatch):
+def test_more_pixels_than_the_default_need_max_pixels(monkeypatch):
     stream = io.BytesIO()
     PIL.Image.new("1", (8000, 7000)).save(stream, "PNG")
     row = {"bytes": stream.getvalue(), "path": None}
-    for read in (image_bytes, decode_image):
-        with pytest.raises(BadImage, match=r"8000 x 7000 pixels; all may be 50,000,000 \(--max_pixels raises it\)"):
+    for read in (read_image_bytes, decode_image):
+        with pytest.raises(BadImage, match=r"8000 x 7000 .*50,000,000 .*--max_pixels"):
             read(row)
-    assert decode_image(row, ImageFiles(max_pixels=56_000_000)).size == (8000, 7000)
-    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 10_000_000)  # PIL's own limit; put back afterwards
-    assert len(image_bytes(row, ImageFiles(max_pixels=56_000_000))) == len(stream.getvalue())
+    assert decode_image(row, ImageAccess(max_pixels=56_000_000)).size == (8000, 7000)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 10_000_000)  # PIL's own limit
+    assert len(read_image_bytes(row, ImageAccess(max_pixels=56_000_000))) == len(stream.getvalue())
 
 
-def test_what_datasets_would_open_by_itself(tmp_path, server, tiny_folder, monkeypatch):
-    """Lists of images in other columns, a README that names files, and tables outside of a saved data set."""
+def test_nothing_is_opened_that_the_datasets_library_would_open(tmp_path, server, tiny_folder, monkeypatch):
+    """Images in other columns, a README that lists data files, and tables outside a saved dataset."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     address = f"http://127.0.0.1:{server.server_port}/a.parquet"
     features = Features({"image": Image(), "label": Value("int64"), "more": List(Image()), "other": Image()})
@@ -235,7 +238,7 @@ def test_what_datasets_would_open_by_itself(tmp_path, server, tiny_folder, monke
     pq.write_table(pa.table(rows, schema=features.arrow_schema), tmp_path / "data" / "test.parquet")
     head = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": [{"split": "test", "path": address}]}]})
     (tmp_path / "data" / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
-    assert image_bytes(next(open_split(str(tmp_path / "data"), "test", "image").rows())["image"]) == good()[0]
+    assert read_image_bytes(next(open_split(str(tmp_path / "data"), "test", "image").rows())["image"]) == good()[0]
     command = ["--model", str(tiny_folder), "--benchmark", "cifar-10", "--images", str(tmp_path / "data")]
     classify([*command, "--image_column", "image", "--output", str(tmp_path / "r.json")])
     assert json.loads((tmp_path / "r.json").read_text())["skipped"] == {} and not server.requests
@@ -245,11 +248,11 @@ def test_what_datasets_would_open_by_itself(tmp_path, server, tiny_folder, monke
     content = json.loads(state.read_text(encoding="utf-8"))
     content["_data_files"] = [{"filename": str(next((tmp_path / "private").glob("*.arrow")))}]
     state.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ValueError, match="files outside of it, refused"):
+    with pytest.raises(ValueError, match=r"saved.*private"):
         open_split(str(tmp_path / "saved"), "train", "image")
 
 
-# --- Through every command -------------------------------------------------------------------------------------------
+# --- All commands -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +264,8 @@ def blip2_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def nothing_arrived(folder: Path) -> None:
-    """No file below holds the mark, or is a picture with a magenta pixel."""
+def assert_nothing_leaked(folder: Path) -> None:
+    """Assert that no file below a folder contains the mark or a magenta pixel."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert files
     for path in files:
@@ -278,7 +281,7 @@ def has_magenta(content: bytes) -> bool:
 
 
 @pytest.mark.slow
-def test_the_stages_and_a_build(tmp_path, hostile, server, tiny_folder, blip2_folder, capsys):
+def test_caption_stages_builds_and_uploads_leak_nothing(tmp_path, hostile, server, tiny_folder, blip2_folder, capsys):
     as_parquet(tmp_path / "data", rows_of(hostile))
     out, number = tmp_path / "out", len(hostile)
     generate(["--dataset", str(tmp_path / "data"), "--output", str(out / "generated"), "--model", str(blip2_folder),
@@ -293,27 +296,27 @@ def test_the_stages_and_a_build(tmp_path, hostile, server, tiny_folder, blip2_fo
         (skipped,) = (out / name).glob("*.skipped.jsonl")
         listed = [json.loads(line) for line in skipped.read_text(encoding="utf-8").splitlines()]
         assert [line["row"] for line in listed] == list(range(GOOD, GOOD + number))
-        skipped.unlink()  # it names the addresses, one of which has the photo in it
+        skipped.unlink()  # it lists the URLs, one of which contains the photo itself
     config = {
         "dataset": str(tmp_path / "data"), "output": str(out / "built"), "language": "pt",
         "select": {"caption_strategy": "none"},
         "card": {"license": "mit", "sources": [{"name": "made here", "license": "mit"}]},
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    built = build(BuildArguments(tmp_path / "config.yaml"))
+    built = build_dataset(BuildArguments(tmp_path / "config.yaml"))
     assert [row["image"]["bytes"] for row in open_split(str(built), "train", "image").rows()] == good()
     for skipped in out.rglob("*.skipped.jsonl"):
         skipped.unlink()
-    nothing_arrived(out)
+    assert_nothing_leaked(out)
     with hub_commands(tmp_path) as commands:
         done = commands("--model", built, "--repo-id", "us/built", "--repo-type", "dataset", "--push")
         assert done.code == 0, done.err
-        nothing_arrived(commands.hub.storage.folder)
+        assert_nothing_leaked(commands.hub.storage.folder)
     assert not server.requests
 
 
 @pytest.mark.slow
-def test_training_and_its_cache(tmp_path, hostile, server, tiny_folder, monkeypatch):
+def test_training_and_its_cache_leak_nothing(tmp_path, hostile, server, tiny_folder, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     as_parquet(tmp_path / "data", rows_of(hostile))
     clean = {name: values[:GOOD] for name, values in rows_of([]).items()}
@@ -326,36 +329,36 @@ def test_training_and_its_cache(tmp_path, hostile, server, tiny_folder, monkeypa
     lines = (tmp_path / "run" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == len(hostile) and not server.requests
     (tmp_path / "run" / "skipped.jsonl").unlink()
-    nothing_arrived(tmp_path / "run")
+    assert_nothing_leaked(tmp_path / "run")
     shards = list((tmp_path / "cache").rglob("shard-*.arrow"))
     assert shards and MARK not in b"".join(path.read_bytes() for path in shards)
 
 
-# --- Pictures of phones, and folders that hold more than pictures ----------------------------------------------------
+# --- HEIC ----------------------------------------------------
 
 
-def test_heic_without_its_package(monkeypatch):
-    monkeypatch.setattr(image_files, "_FORMATS", ("PNG",))
-    with pytest.raises(BadImage, match=r"'a\.heic' is no image of PNG, .*the extra `heic` reads HEIC, too: pip"):
+def test_without_the_heic_package_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setattr(image_files, "_AVAILABLE_FORMATS", ("PNG",))
+    with pytest.raises(BadImage, match=r"'a\.heic'.*PNG.*\[heic\]"):
         decode_image({"bytes": b"\0\0\0\x18ftypheic", "path": "a.heic"})
 
 
-# --- What a reviewer got past the gate -------------------------------------------------------------------------------
+# --- Attacks by TIFF files -------------------------------------------------------------------------------
 
 
-def test_a_tile_that_is_larger_than_its_image():
-    """The header promises 64 x 64 pixels, in one tile of 35,200 x 35,200."""
+def test_a_tile_larger_than_its_image_is_refused():
+    """The header declares 64 x 64 pixels, in one tile of 35,200 x 35,200."""
     stream = io.BytesIO()
     tifffile.imwrite(stream, np.zeros((64, 64), dtype=np.uint8), tile=(64, 64))
     tiff = stream.getvalue()
     assert decode_image({"bytes": tiff, "path": None}).size == (64, 64)
     for tag in (322, 323):  # TileWidth, TileLength
-        place = next(i for i in range(8, len(tiff)) if tiff[i : i + 2] == tag.to_bytes(2, "little"))
-        tiff = tiff[: place + 2] + struct.pack("<HII", 4, 1, 35_200) + tiff[place + 12 :]
-    with pytest.raises(BadImage, match=r"'a\.png' is no image of JPEG, PNG"):
-        image_bytes({"bytes": b"a text", "path": "a.png"}, ImageFiles())
-    with pytest.raises(BadImage, match=r"tiles of 35200 x 35200 pixels; all may be 50,000,000"):
-        image_bytes({"bytes": tiff, "path": None})
+        position = next(i for i in range(8, len(tiff)) if tiff[i : i + 2] == tag.to_bytes(2, "little"))
+        tiff = tiff[: position + 2] + struct.pack("<HII", 4, 1, 35_200) + tiff[position + 12 :]
+    with pytest.raises(BadImage, match=r"'a\.png'.*JPEG, PNG"):
+        read_image_bytes({"bytes": b"a text", "path": "a.png"}, ImageAccess())
+    with pytest.raises(BadImage, match=r"35200 x 35200 .*50,000,000"):
+        read_image_bytes({"bytes": tiff, "path": None})
 
 
 TILE_SIDE = struct.pack("<I", 64)
@@ -369,37 +372,39 @@ LONG8_SIDE = struct.pack("<Q", 35_200)
         (2, 4, b"64\0\0"),  # ASCII
         (7, 4, b"\0\0\0@"),  # UNDEFINED
         (5, 1, LONG8_SIDE),  # RATIONAL
-        (2, 3_000_000, bytes(3_000_000)),  # text x integer would take gigabytes
+        (2, 3_000_000, bytes(3_000_000)),  # multiplying such a text by an integer would take gigabytes
         (4, 2, TILE_SIDE * 2),
-        # libtiff reads these, PIL does not: it would take the second entry, or none.
+        # libtiff reads these types. PIL does not: it would use the second entry or none.
         (17, 1, LONG8_SIDE),  # SLONG8
         (18, 1, LONG8_SIDE),  # IFD8
     ],
     ids=["ascii", "undefined", "rational", "long-ascii", "two-longs", "slong8", "ifd8"],
 )
-def test_a_tile_whose_side_is_no_integer_is_a_bad_row(kind, count, value, order):
-    """Only a single SHORT or LONG counts, as the standard of TIFF says."""
+def test_a_tile_side_of_an_invalid_type_is_a_bad_row(kind, count, value, order):
+    """TIFF 6.0 allows only a single SHORT or LONG."""
     bad = tiff_with([(322, kind, count, value), (322, 4, 1, TILE_SIDE), (323, 4, 1, struct.pack("<I", 2_000))], order)
     with pytest.raises(BadImage) as error:
-        image_bytes({"bytes": bad, "path": None})
+        read_image_bytes({"bytes": bad, "path": None})
     assert error.value.reason == "unreadable image" and "322" in error.value.detail
 
 
-def test_tags_of_tiff_are_read_in_every_layout():
+def test_tile_sides_are_read_in_all_byte_orders_and_bigtiff():
     side = struct.pack("<I", 35_200)
     for order in "<>":
         good = tiff_with([], order)
         assert decode_image({"bytes": good, "path": None}).size == (64, 64)
-        with pytest.raises(BadImage, match="tiles of 35200 x 35200"):
-            image_bytes({"bytes": tiff_with([(322, 4, 1, side), (323, 4, 1, side)], order), "path": None})
+        with pytest.raises(BadImage, match="35200 x 35200"):
+            read_image_bytes({"bytes": tiff_with([(322, 4, 1, side), (323, 4, 1, side)], order), "path": None})
     tifffile.imwrite(stream := io.BytesIO(), np.zeros((64, 64), dtype=np.uint8), tile=(64, 64), bigtiff=True)
     assert decode_image({"bytes": stream.getvalue(), "path": None}).size == (64, 64)
     with pytest.raises(BadImage, match="unreadable image"):
-        image_bytes({"bytes": b"II*\0" + struct.pack("<I", 9_000) + bytes(64), "path": None})  # no directory there
+        read_image_bytes(
+            {"bytes": b"II*\0" + struct.pack("<I", 9_000) + bytes(64), "path": None}
+        )  # the directory offset lies outside the file
 
 
 def tiff_with(entries: list[tuple[int, int, int, bytes]], order: str) -> bytes:
-    """A TIFF file of 64 x 64 gray pixels with further directory entries: tag, kind, count and little-endian value."""
+    """Build a TIFF file of 64 x 64 gray pixels with more directory entries: tag, type, count, little-endian value."""
     longs = {256: 64, 257: 64, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 64, 279: 64 * 64}
     entries = [*((tag, 4, 1, struct.pack("<I", value)) for tag, value in longs.items()), *entries]
     unit = {3: 2, 4: 4, 5: 4, 17: 8, 18: 8}
@@ -417,8 +422,8 @@ def tiff_with(entries: list[tuple[int, int, int, bytes]], order: str) -> bytes:
 
 
 @pytest.mark.parametrize("values", [[-1.0, 2.0], [float("nan"), 0.5], [0.0, 70_000.0]])
-def test_pixels_that_are_none_are_a_bad_row(values):
-    """Such an image would end an evaluation in the processor."""
+def test_invalid_float_pixels_are_a_bad_row(values):
+    """Otherwise such an image would end an evaluation with an error of the image processor."""
     pixels = np.full((32, 32), values[1], dtype=np.float32)
     pixels[0, 0] = values[0]
     PIL.Image.fromarray(pixels).save(stream := io.BytesIO(), "TIFF")
@@ -427,7 +432,7 @@ def test_pixels_that_are_none_are_a_bad_row(values):
 
 
 @pytest.mark.parametrize("place", ["table", "state", "split", "list"])
-def test_a_pipe_in_a_data_set_is_not_waited_for(place, tmp_path):
+def test_a_pipe_in_a_dataset_is_refused_without_waiting(place, tmp_path):
     folder = tmp_path / "saved"
     os.mkfifo(tmp_path / "pipe")
     DatasetDict(train=Dataset.from_dict({"image": [1]})).save_to_disk(folder)
@@ -444,22 +449,22 @@ def test_a_pipe_in_a_data_set_is_not_waited_for(place, tmp_path):
     else:
         (tmp_path / "photos").mkdir()
         os.mkfifo(tmp_path / "photos" / "metadata.csv")
-        with pytest.raises(ValueError, match="no regular file"):
-            load_images(str(tmp_path / "photos"), "test", ["cat"])
+        with pytest.raises(ValueError, match=r"metadata\.csv"):
+            load_labeled_images(str(tmp_path / "photos"), "test", ["cat"])
         return
-    with pytest.raises(ValueError, match=r"no regular file|outside of it"):
+    with pytest.raises(ValueError, match="saved"):
         open_split(str(folder), "train", "image")
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "", "[" * 100_000, '{"splits": "train"}'])
-def test_a_list_of_splits_that_is_none_is_named(content, tmp_path):
+def test_an_invalid_list_of_splits_is_reported(content, tmp_path):
     DatasetDict(train=Dataset.from_dict({"image": [1]})).save_to_disk(tmp_path)
     (tmp_path / "dataset_dict.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"dataset_dict\.json"):
         open_split(str(tmp_path), "train", "image")
 
 
-def test_a_pattern_opens_the_folders_of_its_files_alone(tmp_path, hostile):
+def test_a_glob_pattern_allows_only_the_folders_of_its_files(tmp_path, hostile):
     for name in ("a", "b"):
         (tmp_path / "sets" / name).mkdir(parents=True)
         (tmp_path / "sets" / name / f"{name}.png").write_bytes(good()[0])
@@ -468,8 +473,8 @@ def test_a_pattern_opens_the_folders_of_its_files_alone(tmp_path, hostile):
     assert files_of(tmp_path / "*" / "*" / "train.parquet") == [good()[0], None] * 2
 
 
-def test_an_example_embeds_no_file_that_a_row_names(tmp_path, hostile):
-    """`save_to_disk` of `datasets` would open it."""
+def test_an_example_dataset_never_embeds_a_local_file(tmp_path, hostile):
+    """`save_to_disk` of `datasets` would open the path in the row."""
     image = {"bytes": None, "path": str(tmp_path / "home" / "private.png")}
     table = pa.table({"image": [image], "captions-pt": [["x"]]}, schema=FEATURES.arrow_schema)
     with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
@@ -479,5 +484,5 @@ def test_an_example_embeds_no_file_that_a_row_names(tmp_path, hostile):
     info = tmp_path / "saved" / "test" / "dataset_info.json"
     content = json.loads(info.read_text(encoding="utf-8"))
     info.write_text(json.dumps(content | {"features": FEATURES.to_dict()}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"split 'test': 1 of its images lie outside of its tables"):
-        load_embedded(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"'test'.*1"):
+        load_dataset_with_images(tmp_path / "saved")

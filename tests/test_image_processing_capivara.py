@@ -1,4 +1,4 @@
-"""Pixels equal open_clip's to the last bit, whatever the size, the mode or the container of the image."""
+"""Pixels equal open_clip's to the last bit, for every size, mode and container of an image."""
 
 import random
 
@@ -24,7 +24,7 @@ SPECIAL_SIZES = [
 ]
 OPEN_CLIP_MODES = [
     *["L", "LA", "RGB", "RGBA", "CMYK", "1", "YCbCr", "HSV", "LAB", "PA", "RGBa", "RGBX"],
-    *["P", "P-index", "P-bytes", "P-RGBA", "L-index", "RGB-colour"],  # with a transparent index, alphas, a colour
+    *["P", "P-index", "P-bytes", "P-RGBA", "L-index", "RGB-color"],  # with a transparent index, alphas, a color
 ]
 MODE_SIZES = [(224, 224), (160, 107), (37, 61), (1, 3), (225, 224)]
 
@@ -35,10 +35,10 @@ def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarr
 
 
 def image_of(mode: str, width: int, height: int) -> Image.Image:
-    """A noise image of a PIL mode; what follows a dash is the kind of transparency."""
+    """Return a noise image of a PIL mode; the part after a dash is the kind of transparency."""
     rgba = Image.fromarray(noise(width, height, 4), "RGBA")
     rgb = rgba.convert("RGB")
-    if mode in ("RGBX", "LAB", "HSV"):  # `convert` would give few of their values
+    if mode in ("RGBX", "LAB", "HSV"):  # `convert` would use only some of their possible values
         channels = 4 if mode == "RGBX" else 3
         return Image.frombytes(mode, (width, height), noise(width, height, channels).tobytes())
     if mode in ("LA", "RGBA", "RGBa"):
@@ -48,7 +48,7 @@ def image_of(mode: str, width: int, height: int) -> Image.Image:
     if mode == "P-RGBA":
         return rgba.quantize(32)
     image = rgb.quantize(64) if mode.startswith("P") else rgb.convert(mode.split("-")[0])
-    kinds = {"P-index": 3, "P-bytes": bytes(range(0, 256, 4)), "L-index": 3, "RGB-colour": rgb.getpixel((0, 0))}
+    kinds = {"P-index": 3, "P-bytes": bytes(range(0, 256, 4)), "L-index": 3, "RGB-color": rgb.getpixel((0, 0))}
     if mode in kinds:
         image.info["transparency"] = kinds[mode]
     return image
@@ -65,13 +65,14 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: object)
 
 
 def test_every_size_gives_open_clips_bits():
-    draw = random.Random(7)
+    rng = random.Random(7)
     sizes = [*SPECIAL_SIZES]
     for number in range(120):
-        size = (short := draw.randint(5, 300), int(short * draw.uniform(1, 2)))
+        short_side = rng.randint(5, 300)
+        size = (short_side, int(short_side * rng.uniform(1, 2)))
         sizes.append(size if number % 2 else size[::-1])
     margins = {(int(224 * max(s) / min(s)) - 224) % 4 for s in sizes}
-    assert margins == {0, 1, 2, 3}, "the sweep must meet the margin that other processors crop wrongly"
+    assert margins == {0, 1, 2, 3}, "the sizes must include the margin that other processors crop differently"
     for size in sizes:
         image = Image.fromarray(noise(*size))
         assert_same_bits(pixels(image)[0], OPEN_CLIP(image), size)
@@ -83,7 +84,7 @@ def test_every_mode_gives_open_clips_bits(mode):
     for size in MODE_SIZES:
         image = image_of(mode, *size)
         assert image.mode == mode.split("-")[0]
-        if mode == "LA":  # premultiplied, which open_clip refuses
+        if mode == "LA":  # open_clip refuses premultiplied images (La)
             assert_same_bits(pixels(image.convert("La")), pixels(image.convert("La").convert("LA")), "La")
         assert_same_bits(pixels(image)[0], OPEN_CLIP(image.copy()), (mode, size))
 
@@ -114,14 +115,14 @@ def test_arrays_and_tensors_equal_the_pil_image(size):
         }
         if channels == 1:
             readings["two dimensions"] = pixels(torch.from_numpy(array[..., 0]))
-        if min(size) > 4:  # no doubt which axis holds the channels
+        if min(size) > 4:  # the shape shows which axis has the channels
             readings["channels first, guessed"] = pixels(first)
             readings["tensor channels last, guessed"] = pixels(torch.from_numpy(array))
         for name, actual in readings.items():
             assert_same_bits(actual, expected, (name, channels, size))
 
 
-def test_values_of_every_type_are_read_as_the_bytes_that_they_stand_for():
+def test_values_of_every_dtype_are_converted_to_bytes():
     array, ramp = noise(20, 30), np.arange(256, dtype=np.uint8).reshape(16, 16)
     dark, tensor, shares = ramp > 127, torch.from_numpy(ramp), torch.rand(3, 20, 20, requires_grad=True)
     pairs = [(np.asfortranarray(array), array), (array[::-1][::-1], array), (dark, dark.astype(np.uint8) * 255)]
@@ -129,8 +130,8 @@ def test_values_of_every_type_are_read_as_the_bytes_that_they_stand_for():
     pairs += [((ramp / 255).astype(kind), ramp) for kind in (np.float16, np.float32, np.float64)]
     pairs += [(ramp.astype(kind), ramp) for kind in (np.float16, np.float64, np.int16, np.int64, np.uint32)]
     pairs += [(torch.from_numpy(array).permute(2, 0, 1).to(torch.int32), array)]
-    for number, (given, expected) in enumerate(pairs):
-        assert_same_bits(pixels(given), pixels(expected), number)
+    for number, (image, expected) in enumerate(pairs):
+        assert_same_bits(pixels(image), pixels(expected), number)
 
 
 # --- more than eight bits -----------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path):
         assert_same_bits(pixels(image), pixels(Image.fromarray(eight)), name)
     rgb = noise(50, 40)
     assert_same_bits(pixels(rgb.astype(np.uint16) * 257), pixels(rgb), "three channels")
-    dark = np.full((30, 30), 200, dtype=np.uint16)  # 0.3 % of white, though it would fit into a byte
+    dark = np.full((30, 30), 200, dtype=np.uint16)  # 0.3 % of white, although the values would fit into a byte
     for image in (dark, Image.fromarray(dark)):
         assert_same_bits(pixels(image), pixels(np.full((30, 30), 1, np.uint8)), "dark")
 
@@ -179,7 +180,7 @@ def test_file_keeps_its_mode_and_is_turned_upright(tmp_path, mode):
     for source in (str(path), path, [path]):
         assert_same_bits(pixels(source)[0], expected, mode)
     turned, image = Image.Exif(), image_of(mode, 61, 45)
-    turned[0x0112] = 6  # the orientation tag: turn by 90 degrees to see it upright
+    turned[0x0112] = 6  # EXIF orientation tag: rotate by 90 degrees to display the image upright
     image.save(path, exif=turned)
     assert_same_bits(pixels(path), pixels(image.transpose(Image.Transpose.ROTATE_270)), "exif")
 
@@ -212,7 +213,7 @@ def test_oversized_resize_is_refused_with_its_size():
 
 BAD_IMAGES = {
     "negative": (np.full((4, 5, 3), -0.1), r"0 to 255 for float64, got -0\.1"),
-    "normalised": (torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(0)), "go to the model"),
+    "normalized": (torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(0)), "`pixel_values`.* model"),
     "text": (np.array([["a"]]), "booleans, integers or floats"),
     "five channels": (np.zeros((9, 9, 5), np.uint8), r"1 to 4 channels.*\(9, 9, 5\)"),
     "empty PIL": (Image.new("RGB", (0, 5)), "empty: 0 x 5"),
@@ -235,10 +236,10 @@ BAD_SETTINGS = {
     "two means": ({"image_mean": [0.5, 0.5]}, r"image_mean.*\(0\.5, 0\.5\)"),
     "no spread": ({"image_std": [0.5, 0.5, 0.0]}, "image_std.*above 0"),
     "no number": ({"image_std": float("nan")}, "image_std.*above 0"),
-    "no conversion": ({"do_convert_rgb": False}, "three channels"),
-    "channels last": ({"data_format": "channels_last"}, "channels_first"),
+    "no conversion": ({"do_convert_rgb": False}, "do_convert_rgb"),
+    "channels last": ({"data_format": "channels_last"}, "data_format"),
     "wrong layout": ({"input_data_format": "channels_first"}, r"\(30, 20, 3\).*channels_first"),
-    "misspelt": ({"do_normalise": False}, "do_normalise"),
+    "misspelled": ({"do_normalise": False}, "do_normalise"),
 }
 
 
@@ -251,17 +252,17 @@ def test_bad_settings_are_refused_by_name(kind):
 
 @pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])
 @pytest.mark.parametrize("high", [1, 200, 255, 256, 65535])
-def test_eight_bits_are_made_alike_without_the_package(kind, high):
-    """The formula stands twice: this file travels with a model, without the room that all tools share."""
+def test_model_files_and_tools_convert_to_8_bits_alike(kind, high):
+    """The formula exists twice, because the model files must not import capivara_common."""
     values = (np.random.default_rng(0).random((5, 7)) * high).astype(kind)
     values.flat[0] = high
-    found = []
-    for formula in (lambda image: image_processing_capivara.to_eight_bits(np.asarray(image)), image_files.eight_bits):
+    results = []
+    for convert in (lambda image: image_processing_capivara.to_uint8(np.asarray(image)), image_files.to_8_bit):
         try:
-            found.append(np.asarray(formula(Image.fromarray(values))).tolist())
-        except ValueError as error:
-            found.append(str(error).partition(" Normalised")[0])
-    assert found[0] == found[1]
+            results.append(np.asarray(convert(Image.fromarray(values))).tolist())
+        except ValueError:
+            results.append(ValueError)
+    assert results[0] == results[1]
 
 
 def test_each_step_can_be_left_out():
@@ -272,4 +273,4 @@ def test_each_step_can_be_left_out():
     plain = PROCESSOR([image, noise(60, 40)], do_center_crop=False, do_rescale=False, do_normalize=False).pixel_values
     assert [tuple(result.shape) for result in plain] == [(3, 224, 224), (3, 224, 336)] and torch.equal(plain[0], raw)
     expected = Compose([CenterCrop(64), *OPEN_CLIP.transforms[2:]])(small)
-    assert_same_bits(pixels(small, do_resize=False, crop_size=64)[0], expected, "black where the crop is larger")
+    assert_same_bits(pixels(small, do_resize=False, crop_size=64)[0], expected, "a larger crop is padded with black")

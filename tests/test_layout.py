@@ -1,4 +1,4 @@
-"""The house: data flows one way, and so do imports."""
+"""Structure of the project: allowed imports, sizes of files and functions, and self-contained model files."""
 
 import ast
 import subprocess
@@ -13,19 +13,19 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 
 COMMON = "capivara_common"
-# Folder or top-level file -> what of this project it may import, beside its own modules.
+# Folder or top-level file -> parts of this project that it may import besides its own modules.
 ALLOWED = {
-    "modeling_capivara": {COMMON},  # but for the files that travel with a model
-    COMMON: set(),  # what all tools share; it is installed with them
+    "modeling_capivara": {COMMON},  # not for the files that are published with models, see MODEL_FILES
+    COMMON: set(),  # shared by all tools and installed with them
     "capivara_search": {COMMON, "modeling_capivara"},
-    "caption_data": {COMMON, "modeling_capivara"},  # rows in
-    "eval.records": {COMMON},  # values out: it knows no card and no report
+    "caption_data": {COMMON, "modeling_capivara"},  # reads rows
+    "eval.records": {COMMON},  # writes results; does not know cards and reports
     "captions": {COMMON, "caption_data", "eval.records", "modeling_capivara"},
-    "training": {COMMON, "caption_data", "eval.records", "modeling_capivara", "eval"},  # it measures what it trains
+    "training": {COMMON, "caption_data", "eval.records", "modeling_capivara", "eval"},  # training evaluates its models
     "eval": {COMMON, "caption_data", "eval.records", "modeling_capivara"},
-    # hub_upload/space: the page of capivara_search, as a Space
+    # hub_upload/space publishes the page of capivara_search as a Space
     "hub_upload": {COMMON, "capivara_search", "eval.records", "modeling_capivara", "eval"},
-    # hub_upload: a run can end with a push; `training` itself knows nothing of it
+    # A run can end with a push, so the command imports hub_upload; `training` itself does not.
     "train_accelerate": {
         *(COMMON, "caption_data", "eval.records", "training", "eval", "modeling_capivara", "hub_upload"),
     },
@@ -38,17 +38,25 @@ ALLOWED = {
         *("hub_upload", "train_accelerate", "capivara_search"),
     },
 }
-# What travels to the Hub: these reach each other by `from .sibling import name` alone.
+# Files that are published with every model. They import each other only by `from .sibling import name`.
 MODEL_FILES = [
     f"modeling_capivara/{name}_capivara.py"
-    for name in ("checks", "configuration", "image_processing", "modeling", "processing", "text_repair", "tokenization")
+    for name in (
+        "checks",
+        "configuration",
+        "image_processing",
+        "modeling",
+        "processing",
+        "text_cleaning",
+        "tokenization",
+    )
 ]
 # Limits in lines of code: docstrings, comments and blank lines don't count.
 MAX_FILE_CODE_LINES, MAX_FUNCTION_CODE_LINES = 600, 60
-# What loads code by a name that no test of imports sees; and what only looks which packages are there, and where.
+# Names that import code dynamically, which the tests of imports can't see, and names that only look up packages.
 BY_NAME = {"importlib", "runpy", "pkgutil", "__import__", "import_module", "__path__"}
-LOOKS = ("importlib.metadata", "importlib.resources", "importlib.util.find_spec")
-MODEL_FILES_ALONE = "capivara_search.model_files"  # whose `__path__` is the folder modeling_capivara
+LOOKUPS = ("importlib.metadata", "importlib.resources", "importlib.util.find_spec")
+MODEL_FILES_PACKAGE = "capivara_search.model_files"  # its `__path__` is the folder modeling_capivara
 MODEL_PACKAGES = {"torch", "transformers", "PIL", "numpy", "huggingface_hub", "ftfy"}
 
 
@@ -58,7 +66,9 @@ def python_files() -> list[Path]:
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
-    return [Path(name) for name in listed if (ROOT / name).is_file()]  # what was removed is listed until a commit
+    return [
+        Path(name) for name in listed if (ROOT / name).is_file()
+    ]  # git lists removed files until they are committed
 
 
 @cache
@@ -90,13 +100,13 @@ def imports(path: Path) -> list[ast.Import | ast.ImportFrom]:
 
 
 def owner(module: str) -> str:
-    """The place that a module belongs to: its top-level folder or file, or `eval.records`, which others read from."""
+    """Return the part of the project that a module belongs to: a top-level folder or file, or `eval.records`."""
     parts = module.split(".")
     return "eval.records" if parts[:2] == ["eval", "records"] else parts[0]
 
 
 def imported_packages(path: Path) -> set[str]:
-    """The place of every absolute import."""
+    """Return the parts of all absolute imports of a file."""
     names = set()
     for node in imports(path):
         if isinstance(node, ast.Import):
@@ -106,66 +116,66 @@ def imported_packages(path: Path) -> set[str]:
     return names
 
 
-def test_imports_go_one_way():
+def test_imports_follow_the_direction_of_the_data():
     wrong = []
     for path in python_files():
         place = owner(".".join(path.with_suffix("").parts))
         if place == "tests":
             continue
-        assert place in ALLOWED, f"{path}: say in ALLOWED what this new place may import"
+        assert place in ALLOWED, f"{path}: add to ALLOWED what {place} may import"
         forbidden = set(ALLOWED) - ALLOWED[place] - {place}
         wrong += [f"{path} imports {name}" for name in imported_packages(path) & forbidden]
     assert not wrong, wrong
 
 
 def sources() -> dict[str, Path]:
-    """Module -> file, of all but the tests."""
+    """Return module -> file, without tests."""
     files = [path for path in python_files() if path.parts[0] != "tests"]
     return {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in files}
 
 
 def imported_modules(name: str, path: Path, known: set[str]) -> set[str]:
-    """Modules of this project that one imports, in functions and for type hints, too."""
+    """Return the modules of this project that a module imports, also within functions and for type hints."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    found = set()
+    imported = set()
     for node in imports(path):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
             continue
-        base = (node.module or "").replace(MODEL_FILES_ALONE, "modeling_capivara")
+        base = (node.module or "").replace(MODEL_FILES_PACKAGE, "modeling_capivara")
         if node.level:
             parents = package.split(".")
             base = ".".join([*parents[: len(parents) - node.level + 1], *([node.module] if node.module else [])])
         for alias in node.names:
-            found.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base)
-    return (found & known) - {name}
+            imported.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base)
+    return (imported & known) - {name}
 
 
-def test_no_circle_of_imports():
-    """Take away, again and again, the modules that import none of the others, or that none imports."""
+def test_there_are_no_circular_imports():
+    """Repeatedly remove modules without imports and modules that no other imports; nothing may remain."""
     modules = sources()
-    left = {name: imported_modules(name, path, set(modules)) for name, path in modules.items()}
+    graph = {name: imported_modules(name, path, set(modules)) for name, path in modules.items()}
     while True:
-        wanted = set().union(*left.values())
-        kept = {name: imported & left.keys() for name, imported in left.items() if name in wanted}
-        kept = {name: imported for name, imported in kept.items() if imported}
-        if kept == left:
+        targets = set().union(*graph.values())
+        reduced = {name: imported & graph.keys() for name, imported in graph.items() if name in targets}
+        reduced = {name: imported for name, imported in reduced.items() if imported}
+        if reduced == graph:
             break
-        left = kept
-    assert not left, "these import each other"
+        graph = reduced
+    assert not graph, "these modules import each other"
 
 
-def test_nothing_is_imported_by_name():
-    """But by `CapivaraModel.from_open_clip`, whose file travels with a model, without the rest of the package."""
+def test_there_are_no_dynamic_imports():
+    """Except in `CapivaraModel.from_open_clip`, whose file is published without the rest of the package."""
     wrong = []
     for path in sources().values():
         nodes = list(ast.walk(tree(path)))
-        spared = {id(node) for top in nodes if getattr(top, "name", "") == "from_open_clip" for node in ast.walk(top)}
-        for node in (node for node in nodes if id(node) not in spared):
+        exempt = {id(node) for top in nodes if getattr(top, "name", "") == "from_open_clip" for node in ast.walk(top)}
+        for node in (node for node in nodes if id(node) not in exempt):
             names = {ast.unparse(node).rpartition(".")[2]} if isinstance(node, ast.Name | ast.Attribute) else set()
             if isinstance(node, ast.Import | ast.ImportFrom):
                 base = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-                names = {f"{base}{alias.name}" for alias in node.names if not f"{base}{alias.name}".startswith(LOOKS)}
+                names = {f"{base}{alias.name}" for alias in node.names if not f"{base}{alias.name}".startswith(LOOKUPS)}
                 names = {name.partition(".")[0] for name in names}
             if names & BY_NAME and not (names == {"__path__"} and path.parts[-2] == "model_files"):
                 wrong.append(f"{path}:{node.lineno}")
@@ -194,10 +204,13 @@ def test_code_lines_leave_out_docstrings_comments_and_blank_lines(tmp_path):
     assert code_lines(path) == {5, 6, 9, 11}
 
 
-def test_every_mutation_has_a_place():
+def test_every_mutation_applies_exactly_once():
     mutations = yaml.safe_load((ROOT / "tests/mutations.yaml").read_text(encoding="utf-8"))
-    found = {one["find"]: (ROOT / one["file"]).read_text(encoding="utf-8").count(one["find"]) for one in mutations}
-    assert set(found.values()) == {1}, [find for find, number in found.items() if number != 1]
+    counts = {
+        mutation["find"]: (ROOT / mutation["file"]).read_text(encoding="utf-8").count(mutation["find"])
+        for mutation in mutations
+    }
+    assert set(counts.values()) == {1}, [text for text, count in counts.items() if count != 1]
 
 
 @pytest.mark.parametrize("path", MODEL_FILES)
@@ -205,6 +218,6 @@ def test_model_files_are_self_contained(path):
     for node in imports(Path(path)):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1 and node.module and "." not in node.module, "only `from .sibling import name`"
-            assert f"modeling_capivara/{node.module}.py" in MODEL_FILES, f"{node.module} would not travel"
+            assert f"modeling_capivara/{node.module}.py" in MODEL_FILES, f"{node.module} is not published with models"
     standard = set(sys.stdlib_module_names)
     assert imported_packages(Path(path)) - standard <= MODEL_PACKAGES

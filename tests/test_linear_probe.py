@@ -1,4 +1,4 @@
-"""Logistic regression on frozen embeddings."""
+"""The linear probe: logistic regression on frozen image embeddings."""
 
 import json
 import shutil
@@ -7,53 +7,54 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from eval.linear_probe import Features, few_of_each, held_out, main, probe_scores
+from eval.linear_probe import LabeledFeatures, fit_and_score, main, make_validation_fold, sample_few_shot
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def blobs(number: int, seed: int, classes: int = 4) -> Features:
-    generator = np.random.default_rng(seed)
-    labels = np.arange(number) % classes
-    centres = np.random.default_rng(99).normal(size=(classes, 8))
-    return ((centres[labels] + 0.3 * generator.normal(size=(number, 8))).astype(np.float32), labels)
+def make_blobs(count: int, seed: int, classes: int = 4) -> LabeledFeatures:
+    """Draw points around one center per class."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    centers = np.random.default_rng(99).normal(size=(classes, 8))
+    return ((centers[labels] + 0.3 * rng.normal(size=(count, 8))).astype(np.float32), labels)
 
 
-def test_separable_classes_are_learnt_and_unseen_ones_never_chosen():
-    """Also two alone, but not one."""
+def test_separable_classes_are_learned_and_unseen_classes_never_predicted():
+    """Two classes are enough, one is not."""
     for classes in (4, 2):
-        train, test = (blobs(20 * classes, seed, classes) for seed in range(2))
-        scores, penalty = probe_scores(train, None, test, classes=6, generator=np.random.default_rng(0))
+        train, test = (make_blobs(20 * classes, seed, classes) for seed in range(2))
+        scores, penalty = fit_and_score(train, None, test, class_count=6, rng=np.random.default_rng(0))
         assert (scores.argmax(1).numpy() == test[1]).mean() > 0.9 and penalty > 0
         assert (scores[:, classes:] == -1e9).all()
     train = (np.zeros((3, 2), dtype=np.float32), np.zeros(3, dtype=int))
-    with pytest.raises(ValueError, match="at least two classes"):
-        probe_scores(train, None, train, 2, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"\b1\.$"):
+        fit_and_score(train, None, train, 2, np.random.default_rng(0))
 
 
-def test_few_of_each_class():
+def test_few_shot_samples_and_validation_folds_are_stratified():
     labels = np.array([0] * 5 + [1] * 2 + [2])
-    rows = few_of_each(labels, 2, np.random.default_rng(0))
+    rows = sample_few_shot(labels, 2, np.random.default_rng(0))
     assert sorted(labels[rows]) == [0, 0, 1, 1, 2]
-    fold = held_out(labels, np.random.default_rng(0))
+    fold = make_validation_fold(labels, np.random.default_rng(0))
     assert set(fold) == {-1, 0} and sorted(labels[fold == 0]) == [0, 1]
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, saved_tiny_folder) -> list[str]:
-    """Of the command, for four noisy pictures of each of three colours in training, two in test."""
-    generator, folder = np.random.default_rng(0), tmp_path_factory.mktemp("colours")
-    for split, number in (("train", 4), ("test", 2)):
-        for name, colour in zip(CIFAR, ((250, 0, 0), (0, 250, 0), (0, 0, 250)), strict=False):
+    """Flags of the command for a dataset of three colors with four training and two test images of each."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("colors")
+    for split, count in (("train", 4), ("test", 2)):
+        for name, color in zip(CIFAR, ((250, 0, 0), (0, 250, 0), (0, 0, 250)), strict=False):
             (folder / split / name).mkdir(parents=True)
-            for i in range(number):
-                pixels = generator.random((32, 32, 3)) * 60 + 0.7 * np.array(colour)
+            for i in range(count):
+                pixels = rng.random((32, 32, 3)) * 60 + 0.7 * np.array(color)
                 PIL.Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{i}.png")
     return ["--model", str(saved_tiny_folder), "--benchmark", "cifar-10", "--images", str(folder)]
 
 
-def test_command(flags, tmp_path):
-    """On all training images; a few of each are measured beside the records of before."""
+def test_the_command_measures_a_probe_on_all_training_images(flags, tmp_path):
+    """tests/test_golden.py measures few-shot probes."""
     main([*flags, "--output", str(tmp_path / "full.json")])
     content = json.loads((tmp_path / "full.json").read_text(encoding="utf-8"))
     (full,) = [record for record in content["records"] if record["metric"] == "accuracy"]
@@ -61,9 +62,9 @@ def test_command(flags, tmp_path):
     assert len(content["chosen_penalties"]["full"]) == 1
 
 
-def test_few_shots_do_not_use_the_validation_split(flags, tmp_path):
-    """With one image per class there is nothing to choose C on, so it stays 1 in every draw."""
-    folder = shutil.copytree(flags[-1], tmp_path / "colours")
+def test_few_shot_probes_ignore_the_validation_split(flags, tmp_path):
+    """With one image per class there are no images to select C on, so it stays 1 in every draw."""
+    folder = shutil.copytree(flags[-1], tmp_path / "colors")
     for path in (folder / "train").glob("*/3.png"):
         (folder / "validation" / path.parent.name).mkdir(parents=True)
         path.rename(folder / "validation" / path.parent.name / path.name)
@@ -73,14 +74,14 @@ def test_few_shots_do_not_use_the_validation_split(flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argument_text", "message"),
     [
-        ("--shots 0", "shots and draws must be at least 1"),
-        ("--images no-data --output .", r"output file .* is a folder"),  # before any data are opened
-        ("--validation_split validation", r"no split 'validation'; there are"),
-        ("--train_split test", "splits 'test' and 'test' hold the same images"),  # what is fitted is not measured
+        ("--shots 0", r"--shots .*\[0\]"),
+        ("--images no-data --output .", r"output file .* is a folder"),  # refused before the dataset is opened
+        ("--validation_split validation", r"'validation'"),
+        ("--train_split test", "'test' and 'test'"),  # test images must not be trained on
     ],
 )
-def test_slips(flags, tmp_path, words, message):
+def test_invalid_arguments_are_refused(flags, tmp_path, argument_text, message):
     with pytest.raises(ValueError, match=message):
-        main([*flags, "--output", str(tmp_path / "p.json"), *words.split()])
+        main([*flags, "--output", str(tmp_path / "p.json"), *argument_text.split()])

@@ -1,4 +1,4 @@
-"""Metrics agree with cases counted by hand, plain implementations and scikit-learn; so does the `evaluate` module."""
+"""Metrics, and the `evaluate` module, agree with hand-counted cases, plain implementations and scikit-learn."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from eval.capivara_metrics.metrics import (
     median_rank,
     paired_bootstrap,
     per_class_accuracy,
-    ranks_of_scores,
+    ranks_from_scores,
     recall_at_k,
     retrieval_ranks,
     roc_auc,
@@ -38,51 +38,53 @@ GENERATOR = torch.Generator().manual_seed(0)
 SCORES = torch.randn(200, 7, generator=GENERATOR)
 LABELS = torch.randint(7, (200,), generator=GENERATOR)
 TARGETS = (torch.rand(200, 7, generator=GENERATOR) < 0.2).long()
-TIED = torch.randint(4, (200,), generator=GENERATOR).float()  # four values: ties everywhere
+TIED = torch.randint(4, (200,), generator=GENERATOR).float()  # four distinct values, so there are many ties
 
 
-def unit(rows: int, width: int, seed: int) -> torch.Tensor:
+def random_embeddings(rows: int, width: int, seed: int) -> torch.Tensor:
     return normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 @pytest.fixture
-def blocks(monkeypatch):
-    """Sets how many queries are scored at once."""
-    monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", 0)
-    return lambda size: monkeypatch.setattr(metrics, "BLOCK_QUERIES", size)
+def set_block_size(monkeypatch):
+    """Set the number of queries in a block of scores."""
+    monkeypatch.setattr(metrics, "BLOCK_SCORES", 0)
+    return lambda size: monkeypatch.setattr(metrics, "MIN_BLOCK_QUERIES", size)
 
 
-def test_ranks_by_hand():
+def test_ranks_equal_hand_counted_ones():
     items = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    # query 0 looks for item 2: items 0 (1.0) beats 0.6 -> 1; query 1 for item 1: first -> 0; query 2 for item 0: last.
+    # For query 0, item 0 (1.0) beats the relevant item 2 (0.6). The relevant item is the best for query 1 and the worst
+    # for query 2.
     ranks = retrieval_ranks(queries, items, torch.tensor([2, 1, 0]), torch.tensor([0, 1, 2]))
     assert ranks.tolist() == [1, 0, 2]
     assert recall_at_k(ranks, 1) == pytest.approx(1 / 3)
     assert recall_at_k(ranks, 2) == pytest.approx(2 / 3)
-    twice = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    ranks = retrieval_ranks(twice[:1], twice, torch.tensor([0]), torch.tensor([0, 1, 2]))
+    tied = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    ranks = retrieval_ranks(tied[:1], tied, torch.tensor([0]), torch.tensor([0, 1, 2]))
     assert ranks.tolist() == [1], "a tie counts against the query"
 
 
-def test_mean_recall_is_the_mean_of_three():
+def test_mean_recall_averages_recall_at_1_5_and_10():
     ranks = torch.tensor([0, 3, 7, 20])
     assert mean_recall(ranks) == pytest.approx((1 / 4 + 2 / 4 + 3 / 4) / 3)
     assert mean_hits(ranks).tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0])
 
 
-def test_chance_equals_random_scores():
+def test_chance_recall_equals_the_recall_of_random_scores():
     query_groups, item_groups = torch.arange(40), torch.arange(40).repeat_interleave(3)
     hits = []
     for seed in range(60):
-        ranks = retrieval_ranks(unit(40, 16, seed), unit(120, 16, 1000 + seed), query_groups, item_groups)
+        queries, items = random_embeddings(40, 16, seed), random_embeddings(120, 16, 1000 + seed)
+        ranks = retrieval_ranks(queries, items, query_groups, item_groups)
         hits.append(recall_at_k(ranks, 5))
     assert sum(hits) / len(hits) == pytest.approx(chance_recall(query_groups, item_groups, 5), abs=0.02)
     assert chance_recall(torch.arange(4), torch.arange(4), 1) == pytest.approx(1 / 4)
     assert chance_recall(torch.arange(4), torch.arange(4), 10) == 1
 
 
-def test_bootstrap_interval():
+def test_bootstrap_interval_of_many_samples_is_the_normal_interval():
     generator = torch.Generator().manual_seed(0)
     before = torch.rand(200, generator=generator)
     after = before + 0.1 + 0.3 * torch.randn(200, generator=generator)
@@ -94,38 +96,38 @@ def test_bootstrap_interval():
 
 
 def test_bootstrap_draws_whole_groups():
-    """Ten copies of each query carry no further information: the interval must not shrink."""
+    """Ten copies of each query carry no further information, so the interval must not shrink."""
     values = torch.randn(50, generator=torch.Generator().manual_seed(1))
     single = paired_bootstrap(torch.zeros(50), values, torch.arange(50))
     copies = paired_bootstrap(torch.zeros(500), values.repeat_interleave(10), torch.arange(50).repeat_interleave(10))
     assert copies == pytest.approx(single)
 
 
-@pytest.mark.parametrize("block", [1, 7, 100])
-def test_both_directions_equal_a_count_of_each_pair(block, blocks):
-    blocks(block)
+@pytest.mark.parametrize("block_size", [1, 7, 100])
+def test_ranks_of_both_directions_equal_pairwise_counts(block_size, set_block_size):
+    set_block_size(block_size)
     generator = torch.Generator().manual_seed(0)
     texts, images = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (23, 9))  # many ties
     groups = torch.cat([torch.arange(9), torch.randint(0, 9, (14,), generator=generator)])[torch.randperm(23)]
-    of_texts = retrieval_ranks(texts, images, groups, torch.arange(9))
-    of_images = retrieval_ranks(images, texts, torch.arange(9), groups)
-    with FlopCounterMode(display=False) as counted:
-        both = cross_modal_ranks(texts, images, groups, torch.arange(9))
-    assert counted.get_total_flops() == 2 * 23 * 9 * 3, "one product, which takes most of the time"
-    assert [side.tolist() for side in both] == [of_texts.tolist(), of_images.tolist()]
+    text_ranks = retrieval_ranks(texts, images, groups, torch.arange(9))
+    image_ranks = retrieval_ranks(images, texts, torch.arange(9), groups)
+    with FlopCounterMode(display=False) as counter:
+        ranks = cross_modal_ranks(texts, images, groups, torch.arange(9))
+    assert counter.get_total_flops() == 2 * 23 * 9 * 3, "the score matrix is computed only once"
+    assert [direction.tolist() for direction in ranks] == [text_ranks.tolist(), image_ranks.tolist()]
     scores = texts @ images.T
-    for text, rank in enumerate(of_texts.tolist()):
+    for text, rank in enumerate(text_ranks.tolist()):
         wrong = [scores[text, i] for i in range(9) if i != groups[text]]
         assert rank == sum(score >= scores[text, groups[text]] for score in wrong)
-    for image, rank in enumerate(of_images.tolist()):
+    for image, rank in enumerate(image_ranks.tolist()):
         best = max(scores[t, image] for t in range(23) if groups[t] == image)
         assert rank == sum(scores[t, image] >= best for t in range(23) if groups[t] != image)
 
 
-# --- Classification, and the module of `evaluate` --------------------------------------------------------------------
+# --- Classification, and the metric module for `evaluate` ------------------------------------------------------------
 
 
-def test_accuracies_equal_scikit_learns():
+def test_accuracies_equal_those_of_scikit_learn():
     for k in (1, 3, 7):
         expected = top_k_accuracy_score(LABELS.numpy(), SCORES.numpy(), k=k, labels=range(7))
         assert top_k_accuracy(SCORES, LABELS, k) == pytest.approx(expected)
@@ -134,13 +136,13 @@ def test_accuracies_equal_scikit_learns():
     assert per_class_accuracy(SCORES[:1], torch.tensor([2])).isnan().sum() == 6
 
 
-@pytest.mark.parametrize("kind", [torch.float, torch.double, torch.long])
-def test_the_diagonal_of_the_confusion_matrix_is_the_accuracy(kind):
-    scores = torch.randint(3, (200, 7), generator=GENERATOR).to(kind)  # three values: ties in every row
+@pytest.mark.parametrize("dtype", [torch.float, torch.double, torch.long])
+def test_the_diagonal_of_the_confusion_matrix_is_the_accuracy(dtype):
+    scores = torch.randint(3, (200, 7), generator=GENERATOR).to(dtype)  # three distinct values, so every row has ties
     matrix = confusion_matrix(scores, LABELS)
     assert matrix.sum() == 200 and matrix.trace() / 200 == pytest.approx(top_k_accuracy(scores, LABELS))
-    apart = confusion_matrix(torch.tensor([[9, 1], [2, 8], [6, 4], [5, 5]]).to(kind), torch.tensor([0, 0, 1, 0]))
-    assert apart.tolist() == [[1, 2], [1, 0]], "a tie counts against the class"
+    matrix = confusion_matrix(torch.tensor([[9, 1], [2, 8], [6, 4], [5, 5]]).to(dtype), torch.tensor([0, 0, 1, 0]))
+    assert matrix.tolist() == [[1, 2], [1, 0]], "a tie counts against the class"
 
 
 @pytest.mark.parametrize("scores", [SCORES[:, 0], TIED], ids=["distinct", "tied"])
@@ -156,71 +158,71 @@ def test_roc_auc_is_the_share_of_pairs_in_the_right_order(scores):
 def test_eleven_point_map_equals_the_definition(scores):
     expected = []
     for values, targets in zip(scores.T, TARGETS.T, strict=True):
-        shown = [values >= threshold for threshold in values.unique()]  # images of equal score enter together
-        found = [(targets[of].sum() / targets.sum(), targets[of].double().mean()) for of in shown]
+        selections = [values >= threshold for threshold in values.unique()]  # images of equal score enter together
+        hits = [targets[selection] for selection in selections]
+        curve = [(hit.sum() / targets.sum(), hit.double().mean()) for hit in hits]
         for point in np.linspace(0, 1, 11) - 1e-9:
-            expected.append(max(precision.item() for recall, precision in found if recall >= point))
+            expected.append(max(precision.item() for recall, precision in curve if recall >= point))
     assert eleven_point_map(scores, TARGETS) == pytest.approx(np.mean(expected))
 
 
 NAN = SCORES.clone()
 NAN[3, 2] = float("nan")
 FAULTS = [
-    (lambda: retrieval_ranks(NAN[3:4], SCORES, LABELS[3:4], LABELS), "embedding is NaN or infinite"),
-    (lambda: cross_modal_ranks(SCORES, SCORES, LABELS + 1, LABELS), r"Queries \[\d+, .* have no right item"),
-    (lambda: recall_at_k(torch.tensor([0]), 0), "at least 1, got 0"),
-    (lambda: mean_recall(torch.tensor([])), "no query"),
-    (lambda: top_k_accuracy(NAN, LABELS), "NaN or infinite"),
-    (lambda: top_k_accuracy(SCORES, LABELS, 8), "at most the number of classes, 7, got 8"),
-    (lambda: top_k_accuracy(SCORES, LABELS + 1), r"Labels \[7\] are outside the 7 classes"),
-    (lambda: roc_auc(SCORES[:, 0], torch.ones(200)), "only one of them occurs"),
-    (lambda: eleven_point_map(SCORES, TARGETS[:, :3]), "same shape"),
-    (lambda: ranks_of_scores(SCORES[:1], [[]]), "no right item"),
+    (lambda: retrieval_ranks(NAN[3:4], SCORES, LABELS[3:4], LABELS), "query embedding .*NaN"),
+    (lambda: cross_modal_ranks(SCORES, SCORES, LABELS + 1, LABELS), r"queries \[\d+, "),
+    (lambda: recall_at_k(torch.tensor([0]), 0), r"\bk\b.*\b0\b"),
+    (lambda: mean_recall(torch.tensor([])), "query"),
+    (lambda: top_k_accuracy(NAN, LABELS), "NaN"),
+    (lambda: top_k_accuracy(SCORES, LABELS, 8), r"\bk\b.*\b7\b.*\b8\b"),
+    (lambda: top_k_accuracy(SCORES, LABELS + 1), r"Labels .*\b6\b.*\[7\]"),
+    (lambda: roc_auc(SCORES[:, 0], torch.ones(200)), "ROC AUC"),
+    (lambda: eleven_point_map(SCORES, TARGETS[:, :3]), r"\(200, 7\).*\(200, 3\)"),
+    (lambda: ranks_from_scores(SCORES[:1], [[]]), "query 0"),
 ]
 
 
 @pytest.mark.parametrize(("call", "message"), FAULTS)
-def test_bad_input_is_named(call, message):
+def test_invalid_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-RIGHT = [[int(label)] for label in LABELS]
+RELEVANT_ITEMS = [[int(label)] for label in LABELS]
 CASES = {
-    "recall_at_k": (SCORES, RIGHT, {"k": 2}, recall_at_k(ranks_of_scores(SCORES, RIGHT), 2)),
-    "median_rank": (SCORES, RIGHT, {}, median_rank(ranks_of_scores(SCORES, RIGHT))),
+    "recall_at_k": (SCORES, RELEVANT_ITEMS, {"k": 2}, recall_at_k(ranks_from_scores(SCORES, RELEVANT_ITEMS), 2)),
+    "median_rank": (SCORES, RELEVANT_ITEMS, {}, median_rank(ranks_from_scores(SCORES, RELEVANT_ITEMS))),
     "top_k_accuracy": (SCORES, LABELS.tolist(), {"k": 3}, top_k_accuracy(SCORES, LABELS, 3)),
     "eleven_point_map": (SCORES, TARGETS.tolist(), {}, eleven_point_map(SCORES, TARGETS)),
     "roc_auc": (SCORES[:, 0], TARGETS[:, 0].tolist(), {}, roc_auc(SCORES[:, 0], TARGETS[:, 0])),
 }
-ELSEWHERE = """
+PROGRAM = """
 import json, sys
 import evaluate
 
 path, cases = json.load(sys.stdin)
-found = {}
+results = {}
 for name, (scores, references, options) in cases.items():
     metric = evaluate.load(path, name)
-    found |= metric.compute(predictions=scores, references=references, **options)
+    results |= metric.compute(predictions=scores, references=references, **options)
 try:
     evaluate.load(path)
 except ValueError as error:
-    found["unnamed"] = str(error)
-print(json.dumps(found))
+    results["error"] = str(error)
+print(json.dumps(results))
 """
 
 
 @pytest.mark.slow
-def test_evaluate_loads_metrics_away_from_the_checkout(tmp_path):
-    """By the path of a copy alone: nothing of this project can be imported there."""
+def test_evaluate_loads_a_copy_of_the_metrics_folder_without_the_project(tmp_path):
     shutil.copytree(Path(metrics.__file__).parent, tmp_path / "capivara_metrics")
     cases = {name: (scores.tolist(), references, options) for name, (scores, references, options, _) in CASES.items()}
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     run = subprocess.run(
-        [sys.executable, "-P", "-c", ELSEWHERE], input=json.dumps(["./capivara_metrics", cases]), text=True,
+        [sys.executable, "-P", "-c", PROGRAM], input=json.dumps(["./capivara_metrics", cases]), text=True,
         cwd=tmp_path, env=environment | {"HF_HOME": str(tmp_path / "hf")}, capture_output=True, timeout=120,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
-    assert "Name one of recall_at_k, " in found.pop("unnamed")
-    assert found == {name: pytest.approx(expected, rel=1e-6) for name, (*_, expected) in CASES.items()}
+    results = json.loads(run.stdout)
+    assert "recall_at_k, " in results.pop("error"), "a missing name lists all metrics"
+    assert results == {name: pytest.approx(expected, rel=1e-6) for name, (*_, expected) in CASES.items()}

@@ -1,4 +1,4 @@
-"""What a maintainer does with a run on a model of transformers' own class: its card, export, push and figures."""
+"""Card, export, push and figures of a run on SigLIP or CLIP, which have classes of transformers."""
 
 import contextlib
 import io
@@ -18,22 +18,22 @@ from tiny import draw_nothing
 from towers import MAKERS, gemma_like, siglip2
 
 from capivara_common.files import read_json
-from capivara_common.image_side_digest import image_side_digest
+from capivara_common.image_encoder_digest import image_encoder_digest
 from eval import report, retrieval, suite
-from hub_upload.card import check, write_card
-from hub_upload.export import export, main
+from hub_upload.card import find_card_faults, write_card
+from hub_upload.export import export_model, main
 from modeling_capivara.loading import load_processor
-from modeling_capivara.two_towers import load_embedder, random_images, random_texts, tokenise
+from modeling_capivara.two_towers import load_embedder, random_images, random_texts, tokenize
 
-OWN = "transformers,open_clip,sentence_transformers"  # what a push after a run exports
+PUBLISHED_FORMATS = "transformers,open_clip,sentence_transformers"  # formats that a push after a run exports
 WORDS = ["um gato azul", "um céu verde", "uma foto vermelha", "um quadrado branco"]
-FACTS = {"siglip": ("SiglipModel", "sigmoid"), "clip": ("CLIPModel", "contrastive")}
+CLASS_AND_LOSS = {"siglip": ("SiglipModel", "sigmoid"), "clip": ("CLIPModel", "contrastive")}
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=FACTS)
+@pytest.fixture(scope="module", params=CLASS_AND_LOSS)
 def run(request, tmp_path_factory, tiny_dataset_folder):
-    """A short run on SigLIP 2 or CLIP, made from within its folder, so that no path of the machine is in it."""
+    """A short run on SigLIP 2 or CLIP, with relative paths, so that it contains no path of this machine."""
     make = MAKERS[request.param] if request.param == "clip" else lambda base: siglip2(base, gemma_like(WORDS, 320))
     with pytest.MonkeyPatch.context() as patch:
         draw_nothing(patch)
@@ -41,17 +41,19 @@ def run(request, tmp_path_factory, tiny_dataset_folder):
 
 
 @pytest.fixture(scope="module")
-def own(run, tmp_path_factory) -> Path:
-    """What a push exports of it; tests change copies."""
-    export(run, folder := tmp_path_factory.mktemp("own") / "made", OWN.split(","))
+def exported(run, tmp_path_factory) -> Path:
+    """The export that a push makes of the run. Tests must change copies only."""
+    folder = tmp_path_factory.mktemp("exported") / "made"
+    export_model(run, folder, PUBLISHED_FORMATS.split(","))
     return folder
 
 
 @pytest.fixture(scope="module")
 def graphs(run, tmp_path_factory) -> Path:
-    """Its export for a browser, with a card."""
+    """An export of the run for transformers.js, with a card."""
     pytest.importorskip("onnxscript")
-    export(run, folder := tmp_path_factory.mktemp("graphs") / "made", ["transformers", "transformers_js"])
+    folder = tmp_path_factory.mktemp("graphs") / "made"
+    export_model(run, folder, ["transformers", "transformers_js"])
     write_card(folder)
     return folder
 
@@ -62,45 +64,48 @@ def kind(run) -> str:
 
 
 def printed(code: str, folder: Path) -> str:
-    """What a block of a card prints where it is run."""
+    """Run a code block of a card in a folder and return what it prints."""
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
         exec(compile(code, "card", "exec"), {"__name__": "card"})
     return out.getvalue()
 
 
 @pytest.mark.parametrize("language", ["en", "pt"])
-def test_the_card_is_of_the_models_class(run, own, kind, language, tmp_path):
-    for source, name in ((run, "run"), (own, "made")):
-        write_card(folder := shutil.copytree(source, tmp_path / name), language=language)
-        assert check(folder) == []
+def test_the_card_names_class_and_loss_and_its_code_runs(run, exported, kind, language, tmp_path):
+    for source, name in ((run, "run"), (exported, "made")):
+        folder = shutil.copytree(source, tmp_path / name)
+        write_card(folder, language=language)
+        assert find_card_faults(folder) == []
     data, body = split_card(card_of(tmp_path / "made"))
     assert kind in data["tags"] and "sentence-transformers" in data["tags"]
     assert not re.search(r"trust_remote_code|modeling_capivara|XLM|examples\.caption|get_text_features|MIT licen", body)
-    loss = {"en": FACTS[kind][1], "pt": {"sigmoid": "sigmoide", "contrastive": "contrastiva"}[FACTS[kind][1]]}[language]
-    assert f"`{FACTS[kind][0]}`" in body and re.search(rf"\b(the {loss} loss|perda {loss})\b", body)
+    model_class, loss = CLASS_AND_LOSS[kind]
+    if language == "pt":
+        loss = {"sigmoid": "sigmoide", "contrastive": "contrastiva"}[loss]
+    assert f"`{model_class}`" in body and re.search(rf"\b(the {loss} loss|perda {loss})\b", body)
     assert f"{64 if kind == 'siglip' else 77} tokens" in body and f": {32 if kind == 'siglip' else 24}." in body
     assert ('padding="max_length"' in body) == (kind == "siglip")
-    given, package, classify, sentences = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
-    scores = re.findall(r"0\.\d+", printed(given + package, tmp_path / "made"))
+    inputs, package, classify, sentences = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    scores = re.findall(r"0\.\d+", printed(inputs + package, tmp_path / "made"))
     assert len(scores) == 4 and (".sigmoid()" if kind == "siglip" else ".softmax(dim=-1)") in package
-    assert printed(given + classify, tmp_path / "made").count("'score'") == 3
-    assert printed(given + sentences, tmp_path / "made").startswith("tensor([[")
+    assert printed(inputs + classify, tmp_path / "made").count("'score'") == 3
+    assert printed(inputs + sentences, tmp_path / "made").startswith("tensor([[")
 
 
-def test_the_hub_has_the_run_and_its_export(run, kind, tmp_path):
-    """The folder of the run itself, with open_clip's files in it, and what a run pushes."""
+def test_a_run_and_its_export_are_pushed(run, kind, tmp_path):
+    """The folder of the run also has files of open_clip here, which are pushed too."""
     folder = shutil.copytree(run, tmp_path / "run")
     shutil.copyfile(run / "model.safetensors", folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text("{}", encoding="utf-8")
-    write_card(folder)  # which now shows open_clip, too
+    write_card(folder)  # the files of open_clip add a section to the card
     with hub_commands(tmp_path) as commands:
         done = commands("--model", folder, "--repo-id", "us/run", "--push")
         assert done.code == 0, done.err
         files = set(commands.hub.files("us/run"))
         assert files >= {"open_clip_model.safetensors", "open_clip_config.json", "model.safetensors", "run.json"}
         made = tmp_path / "made"
-        done = commands("--model", run, "--output", made, "--formats", OWN, call="hub_upload.export:main")
-        assert done.code == 0 and "open_clip is left out: open_clip" in done.err, done.err
+        done = commands("--model", run, "--output", made, "--formats", PUBLISHED_FORMATS, call="hub_upload.export:main")
+        assert done.code == 0 and "open_clip is left out" in done.err, done.err
         write_card(made, repo_id="us/model")
         assert commands("--model", made, "--repo-id", "us/model", "--push").code == 0
         sent = commands.hub.files("us/model")
@@ -113,17 +118,17 @@ def test_the_hub_has_the_run_and_its_export(run, kind, tmp_path):
 
 
 @pytest.mark.parametrize("alone", ["drop_in", "immich"])
-def test_the_text_side_alone_of_a_run(run, kind, alone, tmp_path):
-    """Of SigLIP by the command that exports CAPIVARA's; where pictures do not fit, one line, and nothing is written."""
+def test_the_text_encoder_of_a_siglip_run_is_exported_and_clip_is_refused(run, kind, alone, tmp_path):
+    """If the image encoder of the base differs, the export fails in one line and writes nothing."""
     output, base = tmp_path / "made", shutil.copytree(run.parent / "base", tmp_path / "base")
     words = ["--model", str(run), "--output", str(output), "--formats", alone, "--base"]
     if kind == "clip":
-        with pytest.raises(ValueError, match=r"^[^\n]* and SigLIP alone, and \S+ is clip\. The whole [^\n]*$"):
+        with pytest.raises(ValueError, match=r"^[^\n]*\bclip\b[^\n]*--formats transformers,onnx[^\n]*$"):
             main([*words, str(base)])
         return
     weights, name = load_file(base / "model.safetensors"), "vision_model.post_layernorm.bias"
     save_file({**weights, name: weights[name] + 1e-6}, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"^[^\n]* embeds pictures otherwise than [^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^[^\n]*{re.escape(str(base))}[^\n]*$"):
         main([*words, str(base)])
     assert not output.exists()
     main([*words, str(run.parent / "base")])
@@ -133,29 +138,39 @@ def test_the_text_side_alone_of_a_run(run, kind, alone, tmp_path):
         assert made == {"config.json", *(f"textual/{name}" for name in textual)}
     else:
         assert {"model.safetensors", "onnx/text_model.onnx", "tokenizer.json"} <= made and "modules.json" not in made
-        assert read_json(output / "drop_in.json")["image_digest"] == image_side_digest(run.parent / "base")
+        assert read_json(output / "drop_in.json")["image_digest"] == image_encoder_digest(run.parent / "base")
 
 
-def test_a_text_config_is_for_capivara_alone(run, tmp_path):
-    with pytest.raises(ValueError, match=r"^text_config is for CAPIVARA's own class[^\n]*$"):
-        main(["--model", str(run), "--output", str(tmp_path / "made"), "--formats", OWN, "--text_config", str(run)])
+def test_a_text_config_is_refused_for_other_classes(run, tmp_path):
+    with pytest.raises(ValueError, match=r"^--text_config [^\n]*$"):
+        main(
+            [
+                "--model",
+                str(run),
+                "--output",
+                str(tmp_path / "made"),
+                "--formats",
+                PUBLISHED_FORMATS,
+                "--text_config",
+                str(run),
+            ]
+        )
     assert not (tmp_path / "made").exists()
 
 
-def test_figures_name_class_and_loss(run, kind, tmp_path, capsys):
-    """In result files, in the table of a suite and on the page; embeddings are cut as any model's."""
-    named, output = dict(zip(("model_class", "loss"), FACTS[kind], strict=True)), tmp_path / "results"
+def test_results_suite_and_report_name_class_and_loss(run, kind, tmp_path, capsys):
+    named, output = dict(zip(("model_class", "loss"), CLASS_AND_LOSS[kind], strict=True)), tmp_path / "results"
     words = ["--model", str(run), "--dataset", str(run.parent / "data/squares"), "--output", str(output / "cut.json")]
     retrieval.main([*words, "--dim", "16"])
-    found = read_json(output / "cut.json")
-    assert found | named == found and {record["dim"] for record in found["records"]} == {16}
-    with pytest.raises(ValueError, match=rf"dim must be .* {32 if kind == 'siglip' else 24}, got 99"):
+    cut = read_json(output / "cut.json")
+    assert cut | named == cut and {record["dim"] for record in cut["records"]} == {16}
+    with pytest.raises(ValueError, match=rf"\bdim\b.* {32 if kind == 'siglip' else 24}\b.*99"):
         retrieval.main([*words, "--dim", "99"])
     ours = read_json(next((run / "results").glob("*_pt.json")))
     assert ours | named == ours
     make_data(tmp_path / "data" / "mnist", "mnist")
-    where = ["--output", str(output / "suite"), "--data_dir", str(tmp_path / "data"), "--only", "mnist"]
-    suite.main(["--model", str(run), "--baseline", str(run.parent / "base"), *where])
+    folders = ["--output", str(output / "suite"), "--data_dir", str(tmp_path / "data"), "--only", "mnist"]
+    suite.main(["--model", str(run), "--baseline", str(run.parent / "base"), *folders])
     (table,) = re.findall(r"Models: .*", capsys.readouterr().out)
     assert table.count(f"({named['model_class']}, {named['loss']} loss)") == 2
     shutil.copytree(run, output / "run")
@@ -164,49 +179,51 @@ def test_figures_name_class_and_loss(run, kind, tmp_path, capsys):
     assert f"model class: {named['model_class']};" in page and f"<td>{named['loss']}</td>" in page
 
 
-def test_the_card_and_the_report_have_what_was_published_of_the_base(run, kind, tmp_path):
-    """With its source, where as many captions were measured in the same language; of a base that has a figure."""
+def test_card_and_report_show_the_published_figure_of_the_base(run, kind, tmp_path):
+    """Only if the same number of captions in the same language was measured, and only for bases with a figure."""
     folder = shutil.copytree(run, tmp_path / "results" / "run")
     content = read_json(next((run / "results").glob("*_pt.json")))
     content |= {"model": "google/siglip2-base-patch16-224" if kind == "siglip" else "openai/clip-vit-base-patch32"}
-    of_xm3600 = {"dataset": "xm3600-first", "n": 3600}
-    content["records"] = [one | of_xm3600 for one in content["records"] if one["metric"] == "mean_recall"]
+    xm3600 = {"dataset": "xm3600-first", "n": 3600}
+    content["records"] = [record | xm3600 for record in content["records"] if record["metric"] == "mean_recall"]
     (folder / "results" / "xm3600.json").write_text(json.dumps(content), encoding="utf-8")
-    for language, figure in {"en": "published of the base: 77.54", "pt": "publicado do modelo de base: 77,54"}.items():
+    for language, figure in {"en": "published for the base: 77.54", "pt": "publicado do modelo de base: 77,54"}.items():
         write_card(folder, language=language)
-        assert check(folder) == []
+        assert find_card_faults(folder) == []
         line = re.search(rf"^\| [^\n]* \|\n(\n?)- [^|\n]*, {figure} \(\[\w+\]\(https://", card_of(folder), re.MULTILINE)
         assert bool(line) == (kind == "siglip")
     report.main([str(tmp_path / "results"), "--output", str(tmp_path / "page")])
     page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
-    told = re.search(r'published of the baseline: <data value="0\.7754\d*">77\.5</data>, <a href="https://', page)
-    assert bool(told) == (kind == "siglip")
+    baseline = re.search(r'published of the baseline: <data value="0\.7754\d*">77\.5</data>, <a href="https://', page)
+    assert bool(baseline) == (kind == "siglip")
 
 
-def test_graphs_are_the_model(run, graphs, kind, tmp_path):
-    """Texts of SigLIP are 64 ids without a mask; alone or beside a longer one, a text is the same."""
-    from hub_upload.formats.onnx import open_graph
+def test_onnx_graphs_give_the_embeddings_of_the_model(run, graphs, kind, tmp_path):
+    """SigLIP takes 64 token ids without a mask."""
+    from hub_upload.formats.onnx import open_session
 
     folder = shutil.copytree(graphs, tmp_path / "made")
-    assert check(folder) == []
-    text, vision, both = (open_graph(folder / f"onnx/{name}.onnx") for name in ("text_model", "vision_model", "model"))
-    inputs = {one.name: one.shape for one in text.get_inputs()}
+    assert find_card_faults(folder) == []
+    text, vision, both = (
+        open_session(folder / f"onnx/{name}.onnx") for name in ("text_model", "vision_model", "model")
+    )
+    inputs = {node.name: node.shape for node in text.get_inputs()}
     assert ("attention_mask" in inputs) == (kind == "clip")
     assert (inputs["input_ids"][1] == 64) == (kind == "siglip")
     model, processor = load_embedder(str(run)), load_processor(run)
-    expected, images = model.texts(random_texts()), [image.convert("RGB") for image in random_images()]
-    for row, wanted in zip(tokenise(processor, random_texts()), expected, strict=True):
-        (found,) = text.run(None, {name: [values] for name, values in row.items()})
-        torch.testing.assert_close(torch.from_numpy(found[0]), wanted, rtol=0, atol=1e-5)
+    expected, images = model.embed_texts(random_texts()), [image.convert("RGB") for image in random_images()]
+    for row, expected_embeds in zip(tokenize(processor, random_texts()), expected, strict=True):
+        (embeds,) = text.run(None, {name: [values] for name, values in row.items()})
+        torch.testing.assert_close(torch.from_numpy(embeds[0]), expected_embeds, rtol=0, atol=1e-5)
     pixels = processor(images=images, return_tensors="np")["pixel_values"]
-    (found,) = vision.run(None, {"pixel_values": pixels})
-    torch.testing.assert_close(torch.from_numpy(found), model.images(images), rtol=0, atol=1e-5)
-    assert {one.name for one in both.get_inputs()} == {*inputs, "pixel_values"}
-    given, *_, block = re.findall(r"```python\n(.*?)```", card_of(folder), re.DOTALL)
-    assert "onnxruntime" in block and printed(given + block, folder).startswith("[[")
+    (embeds,) = vision.run(None, {"pixel_values": pixels})
+    torch.testing.assert_close(torch.from_numpy(embeds), model.embed_images(images), rtol=0, atol=1e-5)
+    assert {node.name for node in both.get_inputs()} == {*inputs, "pixel_values"}
+    example_inputs, *_, block = re.findall(r"```python\n(.*?)```", card_of(folder), re.DOTALL)
+    assert "onnxruntime" in block and printed(example_inputs + block, folder).startswith("[[")
 
 
-def test_transformers_js_classifies_as_the_pipeline(run, graphs, tmp_path):
+def test_transformers_js_classifies_like_the_pipeline(run, graphs, tmp_path):
     in_browser = pytest.importorskip("in_browser")
     from skimage import data
     from transformers import pipeline
@@ -214,17 +231,17 @@ def test_transformers_js_classifies_as_the_pipeline(run, graphs, tmp_path):
     try:
         packages = in_browser.node_packages()
     except RuntimeError as error:
-        answer = pytest.fail if os.environ.get("CI_REQUIRES_NODE") == "1" else pytest.skip
-        answer(f"transformers.js can't be asked: {error}")
+        end_test = pytest.fail if os.environ.get("CI_REQUIRES_NODE") == "1" else pytest.skip
+        end_test(f"transformers.js can't run: {error}")
     (tmp_path / "photos").mkdir()
     in_browser.Image.fromarray(data.astronaut()).resize((32, 32)).save(tmp_path / "photos" / "a.png")
-    asked = {"labels": in_browser.LABELS, "template": in_browser.TEMPLATE, "texts": WORDS, "dtype": "fp32"}
+    options = {"labels": in_browser.LABELS, "template": in_browser.TEMPLATE, "texts": WORDS, "dtype": "fp32"}
     with in_browser.served({in_browser.NAME: graphs}, packages, photos=tmp_path / "photos") as address:
-        request = in_browser.request(address, pictures=[f"{address}photos/a.png"], **asked)
-        found = in_browser.ask("node", request, packages)
+        request = in_browser.request(address, pictures=[f"{address}photos/a.png"], **options)
+        answer = in_browser.ask("node", request, packages)
     classify = pipeline("zero-shot-image-classification", str(graphs))
     picture = str(tmp_path / "photos" / "a.png")
     ours = classify(picture, candidate_labels=in_browser.LABELS, hypothesis_template=in_browser.TEMPLATE)
     expected = {entry["label"]: entry["score"] for entry in ours}
-    assert {entry["label"]: entry["score"] for entry in found["classes"][0]} == pytest.approx(expected, abs=1e-4)
-    assert found["ids"] == [load_processor(run).tokenizer(text)["input_ids"] for text in WORDS]
+    assert {entry["label"]: entry["score"] for entry in answer["classes"][0]} == pytest.approx(expected, abs=1e-4)
+    assert answer["ids"] == [load_processor(run).tokenizer(text)["input_ids"] for text in WORDS]

@@ -1,4 +1,4 @@
-"""Names, versions, extras and authors agree."""
+"""Package names, versions, extras and authors agree in all files."""
 
 import configparser
 import re
@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import modeling_capivara
-from capivara_common.environment import how_to_install, require
+from capivara_common.environment import install_command, require_packages
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = configparser.ConfigParser()
@@ -23,27 +23,29 @@ def tracked() -> list[Path]:
     return [ROOT / name for name in listed.splitlines() if (ROOT / name).is_file()]
 
 
-def test_what_is_said_to_be_installed_is_this_project():
-    """`capivara` is a stranger's package: extras are asked of the checkout, or of the distribution's whole name."""
+def test_install_commands_name_this_project():
+    """`capivara` is a package of somebody else: commands must name the checkout or `modeling-capivara`."""
     assert NAME == "modeling-capivara"
-    found = []
+    requirements = []
     for path in tracked():
         if path == Path(__file__) or path.suffix not in {".py", ".md", ".j2", ".cfg", ".yaml", ".js", ""}:
             continue
         text = path.read_text(encoding="utf-8")
-        found += [(path.name, *asked) for asked in re.findall(r"([\w.-]*capivara|[\"']\.)\[([^\]\n]+)\]['\"]", text)]
-    assert len(found) > 10
-    for file, target, extras in found:
+        requirements += [
+            (path.name, *match) for match in re.findall(r"([\w.-]*capivara|[\"']\.)\[([^\]\n]+)\]['\"]", text)
+        ]
+    assert len(requirements) > 10
+    for file, target, extras in requirements:
         assert target.strip("\"'") in {".", NAME}, f"{file}: {target}[{extras}]"
         assert set(extras.split(",")) <= EXTRAS or not extras.isidentifier(), f"{file}: {target}[{extras}]"
 
 
-def test_a_missing_package_is_said_with_what_brings_it():
+def test_the_error_for_a_missing_package_has_the_install_command():
     for extra in EXTRAS:
-        assert how_to_install(extra).endswith(f'pip install -e ".[{extra}]"')
-    with pytest.raises(ImportError, match=r'^X needs no_such.module, .* checkout: pip install -e "\.\[app\]"$'):
-        require("X", "app", "json", "no_such.module")
-    require("X", "app", "json")
+        assert install_command(extra).endswith(f'pip install -e ".[{extra}]"')
+    with pytest.raises(ImportError, match=r'^X .*no_such\.module.*pip install -e "\.\[app\]"$'):
+        require_packages("X", "app", "json", "no_such.module")
+    require_packages("X", "app", "json")
 
 
 def test_versions_and_authors_agree():

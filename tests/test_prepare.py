@@ -1,9 +1,9 @@
-"""The embedded default's preparation: what is missing is made, once, whole or not at all."""
+"""Preparation of the demo: missing parts are built once, complete or not at all."""
 
 import pytest
 import torch
 from datasets import Dataset
-from tiny import TINY_TEXT, randomise, tiny_config
+from tiny import TINY_TEXT, randomize, tiny_config
 
 from eval.capivara_metrics.metrics import recall_at_k, retrieval_ranks
 from examples.openmoji import prepare
@@ -11,15 +11,15 @@ from modeling_capivara import CapivaraModel
 from modeling_capivara.two_towers import embed_texts
 
 
-def test_ridge_finds_the_pictures_of_its_captions(tiny_processor):
-    """With as many features as pictures and next to no penalty, every caption finds its own picture."""
+def test_ridge_regression_finds_the_image_of_each_caption(tiny_processor):
+    """With more features than images and almost no penalty, every caption finds its own image."""
     config = tiny_config(text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"])
-    model = randomise(CapivaraModel(config)).eval()
+    model = randomize(CapivaraModel(config)).eval()
     captions = ["um gato", "a casa verde", "pão", "água azul", "são joão", "carro"]
     features = torch.rand(6, 48, generator=torch.Generator().manual_seed(0))
     penalty, prepare.RIDGE_PENALTY = prepare.RIDGE_PENALTY, 1e-4
     try:
-        prepare.start_by_ridge(model, tiny_processor, features, captions)
+        prepare.initialize_projections(model, tiny_processor, features, captions)
     finally:
         prepare.RIDGE_PENALTY = penalty
     texts = embed_texts(model, tiny_processor, captions)
@@ -28,79 +28,88 @@ def test_ridge_finds_the_pictures_of_its_captions(tiny_processor):
     assert recall_at_k(retrieval_ranks(texts, images, rows, rows), 1) == 1
 
 
-def test_the_alignment_ends_at_its_best(tiny_processor, monkeypatch):
-    """Two runs give the same bits: the weights of the highest recall, with what has followed in the curve."""
+def test_the_alignment_returns_the_weights_of_the_highest_recall(tiny_processor, monkeypatch):
+    """The curve also has the evaluations after it, and two runs give the same bits."""
     constants = {"BATCH_SIZE": 4, "MICRO_BATCH_SIZE": 2, "EVAL_STEPS": 2, "PATIENCE": 1, "WARMUP_STEPS": 3}
     for name, value in constants.items():
         monkeypatch.setattr(prepare, name, value)
-    captions = [[f"{colour} {thing}"] for colour in ("um", "água", "pão") for thing in ("gato", "carro", "azul", "são")]
+    captions = [[f"{first} {second}"] for first in ("um", "água", "pão") for second in ("gato", "carro", "azul", "são")]
     dataset = {split: {"captions-en": captions} for split in ("train", "validation")}
     pixels = torch.rand(12, 48, generator=torch.Generator().manual_seed(0))
 
     def run():
         config = tiny_config(text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"])
-        model = randomise(CapivaraModel(config))
-        return model, prepare.align(model, tiny_processor, dataset, {"train": pixels, "validation": pixels})
+        model = randomize(CapivaraModel(config))
+        return model, prepare.align_towers(model, tiny_processor, dataset, {"train": pixels, "validation": pixels})
 
-    (model, curve), (again, same_curve) = run(), run()
+    (model, curve), (second_model, second_curve) = run(), run()
     recalls = [point["validation_mean_recall"] for point in curve]
-    assert len(curve) > 2 and recalls[-1] < max(recalls) > recalls[0] and same_curve == curve
-    assert prepare.validation_recall(model, tiny_processor, dataset["validation"], pixels) == max(recalls)
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert len(curve) > 2 and recalls[-1] < max(recalls) > recalls[0] and second_curve == curve
+    assert prepare.compute_validation_recall(model, tiny_processor, dataset["validation"], pixels) == max(recalls)
+    assert all(torch.equal(tensor, second_model.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("loss", prepare.LOSSES)
-def test_a_step_is_of_the_loss_that_the_model_starts_for(loss, tiny_processor, monkeypatch):
+@pytest.mark.parametrize("loss", prepare.LOSS_CONFIGS)
+def test_a_step_trains_with_the_loss_of_the_configuration(loss, tiny_processor, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH_SIZE", 4)
-    config = tiny_config(text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"], **prepare.LOSSES[loss])
-    model = randomise(CapivaraModel(config))
-    optimizer, _ = prepare._optimizer(model)
+    config = tiny_config(
+        text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"], **prepare.LOSS_CONFIGS[loss]
+    )
+    model = randomize(CapivaraModel(config))
+    optimizer, _ = prepare._build_optimizer(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pixels = torch.rand(4, 48, generator=torch.Generator().manual_seed(0))
     captions = [["um gato"], ["são"], ["água"], ["pão"]]
     prepare.align_step(model, tiny_processor, captions, pixels, torch.zeros(48), optimizer, 0)
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert ("logit_bias" in moved) == (loss == "sigmoid") and "logit_scale" in moved
-    assert not [name for name in moved if name.startswith("vision_model.")]
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert ("logit_bias" in changed) == (loss == "sigmoid") and "logit_scale" in changed
+    assert not [name for name in changed if name.startswith("vision_model.")]
 
 
 @pytest.mark.parametrize("file", ["dataset_dict.json", "train-0.parquet"])
-def test_what_is_there_is_left_alone(tmp_path, monkeypatch, file):
-    """`--config configs/openmoji.yaml --dataset DATA` trains on what somebody else made, too, in any form."""
-    for name, kept in (("data", file), ("base", "config.json")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / kept).write_text("kept")
-    monkeypatch.setattr(prepare, "build_dataset", lambda: pytest.fail("the data set was made again"))
-    monkeypatch.setattr(prepare, "build_base", lambda *_: pytest.fail("the base was made again"))
+def test_existing_datasets_and_models_are_not_changed(tmp_path, monkeypatch, file):
+    """`--config configs/openmoji.yaml --dataset DATA` also trains on other datasets, of any format."""
+    for folder, name in (("data", file), ("base", "config.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("kept")
+    monkeypatch.setattr(prepare, "build_dataset", lambda: pytest.fail("the dataset was built again"))
+    monkeypatch.setattr(prepare, "build_base", lambda *_: pytest.fail("the base model was built again"))
     for dataset in (tmp_path / "data", tmp_path / "data" / file):
-        prepare.prepare(dataset, tmp_path / "base")
+        prepare.prepare_base(dataset, tmp_path / "base")
     assert [(path.name, path.read_text()) for path in (tmp_path / "data").iterdir()] == [(file, "kept")]
     assert (tmp_path / "base" / "config.json").read_text() == "kept"
 
 
-def test_word_counts_are_kept_for_the_next_run(tmp_path, tiny_processor, monkeypatch):
-    """As after Ctrl-C during the alignment; other captions or words are counted anew."""
+def test_selected_tokens_are_cached_for_the_next_run(tmp_path, tiny_processor, monkeypatch):
+    """A run that was stopped does not select them again; other settings do."""
     monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path))
-    counted = []
-    monkeypatch.setattr(prepare, "kept_ids", lambda processor, languages, words, texts: counted.append(texts) or [1, 2])
+    calls = []
+
+    def select_token_ids(processor, languages, words, texts):
+        calls.append(texts)
+        return [1, 2]
+
+    monkeypatch.setattr(prepare, "select_token_ids", select_token_ids)
     dataset = {"train": Dataset.from_dict({"captions-en": [["a cat"]], "captions-pt": [["um gato"]]})}
-    assert prepare.word_piece_ids(dataset, tiny_processor) == prepare.word_piece_ids(dataset, tiny_processor) == [1, 2]
-    assert counted == [["a cat", "um gato"]]
-    monkeypatch.setattr(prepare, "WORDS", (10, 10))
-    prepare.word_piece_ids(dataset, tiny_processor)
-    assert len(counted) == 2
+    for _ in range(2):
+        assert prepare.select_vocabulary_ids(dataset, tiny_processor) == [1, 2]
+    assert calls == [["a cat", "um gato"]]
+    monkeypatch.setattr(prepare, "VOCABULARY_WORD_COUNTS", (10, 10))
+    prepare.select_vocabulary_ids(dataset, tiny_processor)
+    assert len(calls) == 2
 
 
-def test_it_says_what_it_will_take_before_it_begins(tmp_path, monkeypatch, caplog):
+def test_time_and_space_are_announced_before_the_work(tmp_path, monkeypatch, caplog):
     def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare, "build_dataset", stop)
     with caplog.at_level("INFO", "capivara"), pytest.raises(KeyboardInterrupt):
-        prepare.prepare(tmp_path / "data", tmp_path / "base")
-    assert prepare.DATASET_NEEDS in caplog.text
-    (tmp_path / "data").mkdir(), (tmp_path / "data" / "made").touch()
-    monkeypatch.setattr(prepare, "load_embedded", stop)
+        prepare.prepare_base(tmp_path / "data", tmp_path / "base")
+    assert prepare.DATASET_COST_NOTE in caplog.text
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "file").touch()
+    monkeypatch.setattr(prepare, "load_dataset_with_images", stop)
     with caplog.at_level("INFO", "capivara"), pytest.raises(KeyboardInterrupt):
-        prepare.prepare(tmp_path / "data", tmp_path / "base")
-    assert prepare.BASE_NEEDS in caplog.text and not (tmp_path / "base").exists()
+        prepare.prepare_base(tmp_path / "data", tmp_path / "base")
+    assert prepare.BASE_COST_NOTE in caplog.text and not (tmp_path / "base").exists()

@@ -1,4 +1,4 @@
-"""Texts: the ids of open_clip's tokenizer, on the real XLM-R vocabulary."""
+"""The processor: token ids equal those of open_clip on the real XLM-R vocabulary, and options of calls and loading."""
 
 import itertools
 import json
@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny import randomise, tiny_config, tiny_tokenizer
+from tiny import randomize, tiny_config, tiny_tokenizer
 from transformers import AutoProcessor, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
@@ -28,10 +28,10 @@ EXTRA.append("Ð¿Ñ€Ð¸Ð²ÐµÑ‚")
 
 
 def awkward_strings() -> list[str]:
-    """The pieces alone, in pairs, and in mixtures drawn from a seed."""
-    draw = random.Random(0)
+    """Return the pieces alone, in pairs, and in random mixtures."""
+    rng = random.Random(0)
     pairs = itertools.islice(itertools.combinations(PIECES, 2), 0, None, 4)
-    mixed = ["".join(draw.choices([*PIECES, *EXTRA], k=draw.randint(2, 6))) for _ in range(60)]
+    mixed = ["".join(rng.choices([*PIECES, *EXTRA], k=rng.randint(2, 6))) for _ in range(60)]
     return [*PIECES, *(f"{a} {b}" for a, b in pairs), *(f"{piece}{piece}" for piece in PIECES), "   ", "\n", *mixed]
 
 
@@ -41,22 +41,23 @@ def test_ids_equal_open_clip(xlmr):
     assert len(set(strings)) >= 250
     actual = processor(text=strings, padding="max_length", return_tensors="pt")
     expected = reference(strings)
-    different = [s for s, a, e in zip(strings, actual["input_ids"], expected, strict=True) if not torch.equal(a, e)]
+    rows = zip(strings, actual["input_ids"], expected, strict=True)
+    different = [text for text, ids, expected_ids in rows if not torch.equal(ids, expected_ids)]
     assert not different, different[:5]
     assert torch.equal(actual["attention_mask"], (expected != 1).long())
     assert max(actual["attention_mask"].sum(1)) == 77, "some strings must reach the limit"
-    plain = processor.tokenizer.plain()(
+    plain = processor.tokenizer.without_cleaning()(
         [text.encode(errors="replace").decode() for text in strings],
         padding="max_length", max_length=77, truncation=True, return_tensors="pt",
     )  # fmt: skip
-    assert (plain["input_ids"] != expected).any(dim=1).sum() > 50, "the repair must matter"
-    longest = processor(text=strings[:3], return_tensors="pt")["input_ids"]  # padded to it by default
-    assert torch.equal(longest, expected[:3, : longest.shape[1]]) and longest.shape[1] < 77
-    assert (longest != 1).all(dim=1).any()
+    assert (plain["input_ids"] != expected).any(dim=1).sum() > 50, "the cleaning must matter"
+    padded = processor(text=strings[:3], return_tensors="pt")["input_ids"]  # by default, to the longest text
+    assert torch.equal(padded, expected[:3, : padded.shape[1]]) and padded.shape[1] < 77
+    assert (padded != 1).all(dim=1).any()
 
 
-def test_what_comes_back(tiny_processor):
-    """Of a single text, of both modalities, of any container, as any tensors."""
+def test_output_types_and_shapes(tiny_processor):
+    """For a single text, several containers, both modalities, and different tensor types."""
     image, expected = np.zeros((40, 50, 3), np.uint8), tiny_processor(text=["um", "gato"])["input_ids"]
     assert isinstance(expected, list) and tiny_processor(text="um")["input_ids"] == expected[0]
     for texts in (("um", "gato"), np.array(["um", "gato"]), (word for word in ["um", "gato"])):
@@ -67,7 +68,7 @@ def test_what_comes_back(tiny_processor):
     assert {type(value) for value in both.values()} == {np.ndarray} and both["pixel_values"].shape == (1, 3, 32, 32)
 
 
-def test_overrides(tiny_processor):
+def test_options_of_a_call_override_defaults(tiny_processor):
     text = "um gato azul de casa"
     full = tiny_processor(text=[text], padding="max_length", return_tensors="pt")
     assert full["input_ids"].shape == (1, 77) and full["attention_mask"].sum() == 7
@@ -80,14 +81,14 @@ def test_overrides(tiny_processor):
 
 
 def test_length_of_an_earlier_call_is_not_remembered(tmp_path):
-    """A tokenizer keeps the length and padding of its last call: they are not saved, and not loaded where they were."""
+    """A fast tokenizer stores length and padding of its last call. They are not saved, nor loaded from older files."""
     processor = CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer())
     texts = ["um gato azul de casa", "gato " * 100]
     expected = processor(text=texts)["input_ids"]
     processor(text=texts, max_length=4, padding="max_length")
     assert processor(text=texts)["input_ids"] == expected
     processor(text=texts, max_length=4, padding="max_length")
-    older = processor.tokenizer.backend_tokenizer.to_str()  # what earlier versions saved
+    older = processor.tokenizer.backend_tokenizer.to_str()  # earlier versions saved this
     assert json.loads(older)["truncation"]["max_length"] == json.loads(older)["padding"]["strategy"]["Fixed"] == 4
     processor.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
@@ -99,12 +100,13 @@ def test_length_of_an_earlier_call_is_not_remembered(tmp_path):
         assert isinstance(reloaded, CapivaraProcessor) and isinstance(reloaded.image_processor, CapivaraImageProcessor)
         foreign = PreTrainedTokenizerFast.from_pretrained(tmp_path)
         assert CapivaraProcessor(CapivaraImageProcessor(), foreign)(text=texts)["input_ids"] == expected
-        again = AutoTokenizer.from_pretrained(tmp_path, max_length=4)  # asked for, though it is the remembered length
-        assert len(CapivaraProcessor(CapivaraImageProcessor(), again)(text=texts[1])["input_ids"]) == 4
+        # An explicit max_length is respected even if it equals the length of the last call.
+        limited = AutoTokenizer.from_pretrained(tmp_path, max_length=4)
+        assert len(CapivaraProcessor(CapivaraImageProcessor(), limited)(text=texts[1])["input_ids"]) == 4
 
 
 def test_length_and_padding_of_a_configured_tokenizer_are_kept(tiny_folder, tmp_path):
-    """As transformers' other processors have it; what the caller passes comes first."""
+    """As in transformers' other processors; options of a call override them."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder, max_length=20, padding="max_length")
     processor, text = CapivaraProcessor(CapivaraImageProcessor(), tokenizer), "um gato " * 50
     for _ in range(2):
@@ -117,23 +119,33 @@ def test_length_and_padding_of_a_configured_tokenizer_are_kept(tiny_folder, tmp_
         processor = AutoProcessor.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("model_max_length", "expected_length"), [(40, 40), (512, 77)])
+def test_texts_are_truncated_to_the_shorter_of_the_tokenizers_length_and_77(
+    tiny_folder, model_max_length, expected_length
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder, model_max_length=model_max_length)
+    processor, text = CapivaraProcessor(CapivaraImageProcessor(), tokenizer), "um gato " * 50
+    assert len(processor(text=text)["input_ids"]) == len(tokenizer(text)["input_ids"]) == expected_length
+    assert len(processor(text=text, max_length=60)["input_ids"]) == 60
+
+
 def test_token_types_of_bert_tokenizers_are_accepted():
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "um", "gato", "azul"]
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocab)})
     processor = CapivaraProcessor(CapivaraImageProcessor(size=32, crop_size=32), tokenizer)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text_config = {"model_type": "bert", "vocab_size": len(vocab), **sizes}
-    model, texts = randomise(CapivaraModel(tiny_config(text_config=text_config))).eval(), ["um gato azul", "gato"]
+    model, texts = randomize(CapivaraModel(tiny_config(text_config=text_config))).eval(), ["um gato azul", "gato"]
     types = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=True)
     assert "token_type_ids" in types
     assert torch.equal(model(**types).text_embeds, model(**processor(text=texts, return_tensors="pt")).text_embeds)
 
 
 BAD_TEXTS = {
-    "number": (3, "must be a string, got int: 3"),
-    "missing caption": (["um gato", None], "must be a string, got NoneType: None"),
-    "empty list": ([], "no text: got an empty list"),
-    "none": (None, "at least one input"),
+    "number": (3, "int: 3"),
+    "missing caption": (["um gato", None], "NoneType: None"),
+    "empty list": ([], "empty list"),
+    "none": (None, "at least one input"),  # an error of transformers
 }
 
 

@@ -1,4 +1,4 @@
-"""Bars are for terminals: a log gets the state of a long one now and then, and nothing of a quick one."""
+"""Progress bars: terminals show bars of long work; logs get a line of long work now and then; quick work shows none."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,7 @@ PROGRAM = textwrap.dedent(
     from capivara_common import progress
     from capivara_common.cli import run_command
 
-    progress.QUICK_S, progress.EVERY_S = 0.2, 0.4
+    progress.BAR_DELAY_S, progress.LOG_INTERVAL_S = 0.2, 0.4
 
     def main():
         for name in sys.argv[1:]:
@@ -36,28 +36,29 @@ PROGRAM = textwrap.dedent(
 LIBRARIES = ("tqdm.auto", "datasets.utils", "huggingface_hub.utils", "transformers.utils.logging")
 
 
-def started(stderr: int, *libraries: str) -> subprocess.Popen:
+def start_program(stderr: int, *libraries: str) -> subprocess.Popen:
+    """Start a process that shows a quick and a long bar of each library."""
     words = [sys.executable, "-c", PROGRAM, *libraries]
     return subprocess.Popen(words, cwd=ROOT, stderr=stderr)
 
 
 @pytest.mark.slow
-def test_a_log_gets_a_state_now_and_then():
-    process = started(subprocess.PIPE, *LIBRARIES)
-    lines = process.communicate(timeout=120)[1].decode().splitlines()  # a state begins with a return of the carriage
+def test_a_log_gets_a_line_of_long_work_now_and_then():
+    process = start_program(subprocess.PIPE, *LIBRARIES)
+    lines = process.communicate(timeout=120)[1].decode().splitlines()  # each line begins with \r
     assert process.returncode == 0 and all(line.startswith("long: ") for line in filter(None, lines)), lines
     assert 2 * len(LIBRARIES) <= len(list(filter(None, lines))) <= 8 * len(LIBRARIES)
 
 
-def test_a_terminal_gets_bars_of_what_takes_time():
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows and columns
-    process = started(theirs, "tqdm.auto")
-    os.close(theirs)
-    said = b""
-    with contextlib.suppress(OSError):  # the other end is closed
-        while data := os.read(ours, 65536):
-            said += data
-    os.close(ours)
+def test_a_terminal_shows_bars_of_long_work():
+    terminal, child_end = pty.openpty()
+    fcntl.ioctl(child_end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows and columns
+    process = start_program(child_end, "tqdm.auto")
+    os.close(child_end)
+    output = b""
+    with contextlib.suppress(OSError):  # raised when the process has closed its end
+        while data := os.read(terminal, 65536):
+            output += data
+    os.close(terminal)
     assert process.wait(timeout=120) == 0
-    assert b"quick" not in said and said.count(b"\rlong") > 4
+    assert b"quick" not in output and output.count(b"\rlong") > 4

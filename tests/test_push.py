@@ -1,4 +1,4 @@
-"""A push shows first, sends once, survives a bad line, and keeps the token to itself: by the real client, over HTTP."""
+"""Push to a simulated Hub over HTTP, with the real client: preview, upload, broken connections, errors and secrets."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ CARD = "---\nlicense: mit\nlanguage: [pt, en]\n---\n\n# Capivara\n\nA model.\n"
 
 
 def weights(letter: bytes, size: int) -> bytes:
-    """A safetensors file of so many bytes."""
+    """Return a safetensors file of `size` bytes with one tensor of a repeated byte."""
     number = size - 100
     header = json.dumps({"w": {"dtype": "U8", "shape": [number], "data_offsets": [0, number]}}).encode().ljust(92)
     return len(header).to_bytes(8, "little") + header + letter * number
@@ -31,13 +31,13 @@ def weights(letter: bytes, size: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    with hub_commands(tmp_path_factory.mktemp("push")) as found:
-        yield found
+    with hub_commands(tmp_path_factory.mktemp("push")) as run_push:
+        yield run_push
 
 
 @pytest.fixture
 def hub(commands):
-    """The server, empty and in order."""
+    """The simulated Hub, without repositories and faults."""
     commands.hub.faults, commands.hub.page_size, commands.hub.uploaded = Faults(), 1000, 0
     commands.hub.storage.repos.clear()
     for path in (commands.hub.storage.folder / "lfs").iterdir():
@@ -48,7 +48,7 @@ def hub(commands):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two large files as the Hub sees them, and small ones."""
+    """The folder of a model: two files that the Hub stores in LFS, and two small ones."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "README.md").write_text(CARD, encoding="utf-8")
@@ -60,7 +60,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def push(commands, hub, folder):
-    """The command on the folder; `push("--push")` sends."""
+    """The push command on the folder; `push("--push")` uploads it."""
 
     def run(*flags, **options):
         return commands("--model", folder, "--repo-id", "us/model", *flags, **options)
@@ -69,17 +69,17 @@ def push(commands, hub, folder):
 
 
 def written(hub) -> list[str]:
-    """Paths of the requests that change something."""
+    """Return the paths of the requests that change something on the Hub."""
     return [path for method, path in hub.requests if method != "GET" and not path.endswith("validate-yaml")]
 
 
-# --- What is sent ----------------------------------------------------------------------------------------------------
+# --- Uploaded files --------------------------------------------------------------------------------------------------
 
 
-def test_without_push_it_shows_and_changes_nothing(hub, push):
+def test_a_push_without_the_flag_shows_changes_and_makes_none(hub, push):
     done = push()
     assert done.code == 0 and not written(hub) and not hub.storage.repos
-    for shown in ("us/model (does not exist, will be made)", "add     README.md", "model.safetensors  (300kB)"):
+    for shown in ("us/model (does not exist, will be created)", "add     README.md", "model.safetensors  (300kB)"):
         assert shown in done.out
     assert "license: mit" in done.out and "token of ana" in done.out
     assert "Nothing was sent. With --push, 4 files (400kB)" in done.out
@@ -90,7 +90,7 @@ def test_without_push_it_shows_and_changes_nothing(hub, push):
     ("offline", "token"), [({"HF_HUB_OFFLINE": "1"}, ""), ({"HF_ENDPOINT": "http://127.0.0.1:9"}, TOKEN)]
 )
 def test_a_preview_needs_no_hub(folder, tmp_path, offline, token):
-    """It shows the files and claims nothing about the Hub; with --push it fails as before."""
+    """If the Hub can't be reached, a preview lists the files and claims nothing about the Hub. A push fails."""
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", **offline}
     words = [sys.executable, "-m", "hub_upload.push", "--model", str(folder), "--repo_id", "us/model"]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -100,7 +100,7 @@ def test_a_preview_needs_no_hub(folder, tmp_path, offline, token):
         and "4 files (400kB)" in done.stdout
         and TOKEN not in done.stdout + done.stderr
     )
-    for claim in ("will be made", "pull request", "have arrived", "no commit", "nobody"):
+    for claim in ("will be created", "pull request", "have already arrived", "no commit", "nobody"):
         assert claim not in done.stdout + done.stderr
     assert ("there is no token" in done.stdout) == (not token)
     pushed = subprocess.run([*words, "--push"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -121,11 +121,11 @@ def test_create_push_and_push_again(hub, push, folder):
 
 
 @pytest.mark.slow
-def test_only_what_changed_is_sent_and_what_others_have_put_there_stays(hub, push, folder):
-    hub.page_size = 2  # of the Hub's list of files: all of its pages are read
+def test_only_changed_files_are_sent_and_files_of_others_stay(hub, push, folder):
+    hub.page_size = 2  # the Hub lists files in pages; all of them must be read
     push("--push")
-    there = hub.storage.add(b"of others", lfs=False)
-    hub.repo("us/model").commit("main", "theirs", {"notes.txt": there})
+    notes = hub.storage.add(b"of others", lfs=False)
+    hub.repo("us/model").commit("main", "theirs", {"notes.txt": notes})
     (folder / "README.md").write_text(CARD.replace("mit", "apache-2.0"), encoding="utf-8")
     (folder / "config.json").unlink()
     hub.uploaded = 0
@@ -140,22 +140,22 @@ def test_only_what_changed_is_sent_and_what_others_have_put_there_stays(hub, pus
 
 
 @pytest.mark.slow
-def test_branch(hub, push, folder):
+def test_a_branch_is_created_from_main_and_committed_to(hub, push, folder):
     push("--push")
-    assert "next, will be made from main" in push("--revision", "next").out
+    assert "next, will be created from main" in push("--revision", "next").out
     assert "next" not in hub.repo("us/model").branches
-    assert "no commit was made" in push("--revision", "next", "--push").out  # nothing differs, and the branch is made
+    assert "no commit was made" in push("--revision", "next", "--push").out  # no file differs; only the branch is new
     (folder / "config.json").write_text("{}", encoding="utf-8")
     assert push("--revision", "next", "--push").code == 0
     assert hub.commits("us/model", "next") == ["Update config.json", "Add 4 files"]
     assert hub.commits("us/model") == ["Add 4 files"]
-    other = push("--repo-id", "us/other", "--revision", "v2", "--push")  # the last flag counts
+    other = push("--repo-id", "us/other", "--revision", "v2", "--push")  # if a flag is repeated, the last one counts
     assert other.code == 0 and hub.commits("us/other", "v2") == ["Add 4 files"] and not hub.commits("us/other")
 
 
 @pytest.mark.slow
-def test_pull_request_of_somebody_who_may_only_read(hub, push, folder):
-    assert "a pull request needs one" in push("--push", "--pull-request", token=READ_TOKEN).err
+def test_a_pull_request_with_a_read_token(hub, push, folder):
+    assert "us/model" in push("--push", "--pull-request", token=READ_TOKEN).err
     push("--push")
     (folder / "config.json").write_text("{}", encoding="utf-8")
     (folder / "model.safetensors").write_bytes(weights(b"n", 300_000))
@@ -164,13 +164,13 @@ def test_pull_request_of_somebody_who_may_only_read(hub, push, folder):
     assert hub.files("us/model")["config.json"] != b"{}" == hub.files("us/model", "refs/pr/1")["config.json"]
     hub.faults = Faults(lost_commit_replies=9)
     done = push("--push", "--pull-request")
-    assert done.code == 1 and "Whether a pull request was opened is seen on the page" in done.err
-    assert len(hub.repo("us/model").pulls) == 2, "it is not sent once more"
+    assert done.code == 1 and "--pull_request" in done.err
+    assert len(hub.repo("us/model").pulls) == 2, "a second pull request was opened"
 
 
 @pytest.fixture
 def space(commands, hub, tmp_path):
-    """The command on the folder of a Space, whose repository also holds other files, two of them in its folders."""
+    """Push of a Space whose repository holds other files too, some of them in the folders that are uploaded."""
     folder = tmp_path / "space"
     (folder / "index").mkdir(parents=True)
     (folder / "README.md").write_text("---\nsdk: docker\n---\n# Fotos\n", encoding="utf-8")
@@ -183,23 +183,23 @@ def space(commands, hub, tmp_path):
     return lambda: commands(*flags)
 
 
-def test_a_space_loses_only_older_files_of_the_folders_that_are_sent(hub, space):
+def test_a_push_of_a_space_deletes_only_old_files_in_uploaded_folders(hub, space):
     done = space()
     assert done.code == 0 and "delete  index/old.bin" in done.out, done.err
-    kept = {"README.md", "index/new.bin", "notes/theirs.txt", "indexes/old.bin", "theirs.txt"}
-    assert {*hub.files("us/demo", kind="spaces")} == kept
+    expected = {"README.md", "index/new.bin", "notes/theirs.txt", "indexes/old.bin", "theirs.txt"}
+    assert {*hub.files("us/demo", kind="spaces")} == expected
 
 
-def test_a_refused_commit_whose_files_are_there_and_old_ones_too_is_an_error(hub, space):
-    """Somebody else has committed meanwhile (412): what was to be deleted still lies there."""
+def test_a_refused_commit_fails_if_files_to_delete_are_still_on_the_hub(hub, space):
+    """Somebody else has committed in the meantime (412), so the files that the push would delete are still there."""
     hub.faults = Faults(concurrent_commit=True)
     done = space()
-    assert done.code == 1 and "us/demo was changed meanwhile (412)" in done.err
+    assert done.code == 1 and "us/demo" in done.err and "(412)" in done.err
     assert "index/old.bin" in hub.files("us/demo", kind="spaces") and "Pushed" not in done.out
 
 
 @pytest.mark.slow
-def test_data_set(commands, hub, tmp_path):
+def test_a_push_of_a_dataset_sends_rows_and_card_and_refuses_secrets_in_rows(commands, hub, tmp_path):
     data = tmp_path / "data"
     (data / "train").mkdir(parents=True)
     (data / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Fotos\n", encoding="utf-8")
@@ -216,7 +216,7 @@ def test_data_set(commands, hub, tmp_path):
     secret = "github_pat_" + "a1B2c3" * 9
     parquet.write_table(pyarrow.table({"captions": [["um gato"], ["a", f"b {secret}"]]}), data / "more.parquet")
     done = commands(*flags, "--push")
-    assert done.code == 1 and "more.parquet, column 'captions', row 1, holds what looks like" in done.err
+    assert done.code == 1 and "more.parquet, column 'captions', row 1" in done.err
     assert secret not in done.out + done.err and hub.requests == []
     code = "import datasets; print(datasets.load_dataset('us/data')['train'][0]['caption'])"
     read = subprocess.run(
@@ -226,34 +226,34 @@ def test_data_set(commands, hub, tmp_path):
     assert read.stdout.splitlines()[-1] == "um gato"
 
 
-# --- What goes wrong -------------------------------------------------------------------------------------------------
+# --- Errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_token_that_is_wrong_or_missing_is_refused_before_anything(hub, push):
+def test_a_wrong_or_missing_token_is_refused_before_anything_is_sent(hub, push):
     for flags in ((), ("--push",)):
         done = push(*flags, token="hf_" + "w" * 34)
-        assert done.code == 1 and "error: The Hub refuses the token (401)" in done.err
-    assert "there is no token, which --push needs" in push(token=None).out
+        assert done.code == 1 and "error: " in done.err and "(401)" in done.err
+    assert "HF_TOKEN" in push(token=None).out
     done = push("--push", token=None)
-    assert done.code == 1 and "There is no token. Save one" in done.err and not written(hub)
+    assert done.code == 1 and "HF_TOKEN" in done.err and not written(hub)
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_forbidden(hub, push, folder, there):
-    if there:
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_token_without_write_access_is_refused_in_one_line(hub, push, folder, exists):
+    if exists:
         push("--push")
         (folder / "config.json").write_text("{}", encoding="utf-8")
     done = push("--push", token=READ_TOKEN)
-    assert done.code == 1 and "The Hub refuses it to the token (403)" in done.err
+    assert done.code == 1 and "(403)" in done.err
     assert "member of us" in done.err and done.err.strip().count("\n") == 0
 
 
 @pytest.mark.slow
-def test_an_interrupted_upload_goes_on_with_what_is_missing(hub, push, folder):
+def test_an_interrupted_upload_continues_with_the_missing_files(hub, push, folder):
     hub.faults = Faults(fail_upload_after_bytes=200_000)  # the smaller file arrives, the larger one never
     done = push("--push")
-    assert done.code == 1 and "The connection to the Hub broke" in done.err and "not sent a second time" in done.err
-    assert 5 <= len(done.waits_s) <= 10 and sum(done.waits_s) < 60  # bounded
+    assert done.code == 1 and "error: " in done.err and "Run the same command again" in done.err
+    assert 5 <= len(done.waits_s) <= 10 and sum(done.waits_s) < 60  # retries must end
     assert not hub.commits("us/model") and hub.storage.lfs_bytes() == 100_000
     hub.faults, hub.uploaded = Faults(), 0
     assert push("--push").code == 0
@@ -263,9 +263,9 @@ def test_an_interrupted_upload_goes_on_with_what_is_missing(hub, push, folder):
 
 
 @pytest.mark.slow
-def test_a_line_that_has_died_is_noticed(hub, folder, tmp_path):
+def test_a_dead_connection_is_noticed_after_the_timeout(hub, folder, tmp_path):
     hub.faults = Faults(silent_uploads=1)
-    code = "import time; time.sleep = lambda s: None; import hub_upload.push as push; push.TIMEOUT_S = 2\n"
+    code = "import time; time.sleep = lambda s: None; import hub_upload.push as push; push.HUB_TIMEOUT_S = 2\n"
     code += "push.main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "--model", str(folder), "--repo-id", "us/model", "--push"],
@@ -277,7 +277,7 @@ def test_a_line_that_has_died_is_noticed(hub, folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("faults", [{"lost_commit_replies": 1}, {"commit_statuses": [503], "late_commit": True}])
-def test_a_commit_whose_answer_is_lost_or_that_arrives_late_is_not_made_twice(hub, push, faults):
+def test_a_commit_with_a_lost_or_late_answer_is_not_made_twice(hub, push, faults):
     hub.faults = Faults(**faults)
     done = push("--push")
     assert done.code == 0 and f"Pushed in one commit: {hub.url}/us/model/commit/" in done.out, done.err
@@ -286,19 +286,18 @@ def test_a_commit_whose_answer_is_lost_or_that_arrives_late_is_not_made_twice(hu
 
 
 @pytest.mark.slow
-def test_a_hub_in_trouble_is_asked_again_and_not_for_ever(hub, push):
+def test_server_errors_are_retried_a_limited_number_of_times(hub, push):
     hub.faults = Faults(commit_statuses=[503])
     assert push("--push").code == 0
     hub.storage.repos.clear()
     hub.faults = Faults(commit_statuses=[500] * 99)
     done = push("--push")
-    assert done.code == 1 and "The Hub refused (500): " in done.err and "Run the same command again" in done.err
+    assert done.code == 1 and "(500)" in done.err and "Run the same command again" in done.err
     assert sum(done.waits_s) < 60
 
 
 @pytest.mark.parametrize("status", [403, 507])
-def test_full_quota(hub, push, status):
-    """By the Hub's own words."""
+def test_a_full_quota_is_reported_in_the_words_of_the_hub(hub, push, status):
     hub.faults = Faults(quota_bytes=350_000, quota_status=status)
     done = push("--push")
     assert done.code == 1 and f"({status}): {QUOTA.rstrip('.')}" in done.err
@@ -308,28 +307,28 @@ def test_full_quota(hub, push, status):
 
 
 @pytest.mark.slow
-def test_somebody_else_commits_meanwhile(hub, push, folder):
+def test_a_push_fails_if_somebody_else_commits_in_the_meantime(hub, push, folder):
     push("--push")
     (folder / "config.json").write_text("{}", encoding="utf-8")
     hub.faults = Faults(concurrent_commit=True)
     done = push("--push")
-    assert done.code == 1 and "us/model was changed meanwhile (412)" in done.err
+    assert done.code == 1 and "us/model" in done.err and "(412)" in done.err
     assert hub.commits("us/model")[0] == "A line of \x1b[31mtheirs"
-    done = push("--push")  # run again, as the message says
+    done = push("--push")  # the message says to run it again
     assert done.code == 0 and "stays   theirs.txt" in done.out and hub.files("us/model")["config.json"] == b"{}"
 
 
-def test_a_card_that_is_no_card_is_refused_before_the_upload(hub, push, folder):
+def test_a_card_with_invalid_front_matter_is_refused_before_the_upload(hub, push, folder):
     (folder / "README.md").write_text("---\nlicense: [mit\n---\n", encoding="utf-8")
     done = push("--push")
-    assert done.code == 1 and "not valid YAML" in done.err and not written(hub)
+    assert done.code == 1 and "README.md" in done.err and "YAML" in done.err and not written(hub)
 
 
 JSON = {"Content-Type": "application/json"}
-FORM = "has answered in another form than the Hub does"
+FORM = "HF_ENDPOINT"  # the message for an answer that is not from the Hub tells to check HF_ENDPOINT
 ANSWERS = {
     ("whoami", FORM): (200, {"Content-Type": "text/html"}, b"<html>Sign in</html>"),
-    ("info", r"The Hub refused \(404\)"): (302, {"Location": "/login"}, b""),
+    ("info", r"\(404\)"): (302, {"Location": "/login"}, b""),
     ("tree", FORM): (200, JSON, b"\xff\xfe{"),
     ("preupload", FORM): (200, JSON, b"[" * 100_000),
     ("commit", FORM): (200, JSON, b'{"sha": "ab'),
@@ -337,8 +336,8 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize(("call", "message"), one_in(2, [*ANSWERS]))
-def test_what_is_no_answer_of_the_hub_is_one_line(hub, push, call, message):
-    """A proxy's page, say: nothing is taken for success."""
+def test_an_answer_that_is_not_from_the_hub_is_an_error_in_one_line(hub, push, call, message):
+    """For example the page of a proxy. It must not be taken for success."""
     hub.faults = Faults(answers={call: ANSWERS[call, message]})
     done = push("--push")
     lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
@@ -351,7 +350,7 @@ def test_what_is_no_answer_of_the_hub_is_one_line(hub, push, call, message):
 
 
 @pytest.mark.slow
-def test_what_the_hub_says_is_shown_without_the_token_and_as_plain_text(hub, push, folder):
+def test_texts_from_the_hub_are_shown_without_token_and_control_characters(hub, push, folder):
     hub.faults = Faults(commit_statuses=[400], commit_message=f"no {TOKEN} \x1b[2J")
     hub.faults.commit_message = hub.faults.commit_message.encode().decode("latin-1")
     done = push("--push")
@@ -364,53 +363,53 @@ def test_what_the_hub_says_is_shown_without_the_token_and_as_plain_text(hub, pus
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", done.out)
 
 
-def test_a_token_in_a_file_or_a_flag_goes_nowhere(hub, push, folder):
+def test_a_token_in_a_file_or_flag_is_neither_sent_nor_shown(hub, push, folder):
     for flags in (("--token", TOKEN), (f"--token={TOKEN}",), ("--repo-type", TOKEN), ("--repo-id", TOKEN)):
-        done = push(*flags)  # that it is not printed is seen to at every command
+        done = push(*flags)  # `commands` checks that no output holds the token
         assert done.code in (1, 2) and "error: " in done.err
     (folder / "config.json").write_text(json.dumps({"note": TOKEN}), encoding="utf-8")
     done = push("--push")
-    assert done.code == 1 and "config.json, line 1, holds a token of this machine" in done.err and not written(hub)
+    assert done.code == 1 and "config.json, line 1" in done.err and not written(hub)
     (folder / "config.json").write_text(json.dumps({"dataset": str(folder)}), encoding="utf-8")
     done = push("--push")
-    assert done.code == 1 and "config.json, line 1, names a place" in done.err and "hub_upload.export" in done.err
+    assert done.code == 1 and "config.json, line 1" in done.err and "hub_upload.export" in done.err
 
 
 @pytest.mark.parametrize(("flag", "secret"), [("--message", "ghp_" + "a1B2" * 9), ("--revision", "AKIA" + "ABCD" * 4)])
-def test_a_secret_in_what_everybody_reads_is_not_sent(hub, push, flag, secret):
+def test_a_secret_or_path_in_a_commit_title_or_branch_is_refused(hub, push, flag, secret):
     done = push("--push", flag, secret)
-    assert done.code == 2 and f"{flag} holds what looks like an access token or key" in done.err
+    assert done.code == 2 and f"{flag} " in done.err
     assert secret not in done.out + done.err and hub.requests == []
     done = push("--push", "--message", "Of /data1/maria/runs")
-    assert done.code == 2 and "--message names a place on a machine" in done.err and hub.requests == []
+    assert done.code == 2 and "--message" in done.err and hub.requests == []
 
 
 @pytest.mark.parametrize("name", ["README.md", "curves.png"])
-def test_what_is_no_regular_file_is_refused_at_once(hub, push, folder, name):
+def test_a_file_that_is_not_regular_is_refused_at_once(hub, push, folder, name):
     (folder / name).unlink(missing_ok=True)
-    os.mkfifo(folder / name)  # to read it would wait for ever
+    os.mkfifo(folder / name)  # reading it would block forever
     done = push("--push")
-    assert done.code == 1 and f"{name} is no regular file" in done.err and not written(hub)
+    assert done.code == 1 and name in done.err and not written(hub)
 
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
 BAD_ARGUMENTS = {
-    "one part": ({"repo_id": "model"}, "must be owner/name"),
-    "not a name": ({"repo_id": "a/b?c"}, "Repo id must"),
-    "no folder": ({"model": Path("/nowhere/model")}, "does not exist"),
-    "branch of a pull request": ({"revision": "next", "pull_request": True}, "goes to main"),
+    "id without owner": ({"repo_id": "model"}, "owner/name.*'model'"),
+    "id with invalid characters": ({"repo_id": "a/b?c"}, r"a/b\?c"),
+    "missing folder": ({"model": Path("/nowhere/model")}, "/nowhere/model"),
+    "branch of a pull request": ({"revision": "next", "pull_request": True}, "--revision next"),
 }
 
 
 @pytest.mark.parametrize("fault", BAD_ARGUMENTS)
-def test_bad_arguments(tmp_path, fault):
+def test_wrong_arguments_are_refused(tmp_path, fault):
     overrides, message = BAD_ARGUMENTS[fault]
     with pytest.raises(ValueError, match=message):
         PushArguments(**{"model": tmp_path, "repo_id": "us/model", **overrides})
 
 
-def test_what_shall_be_private_is_not_sent_to_a_public_repository(hub, push):
+def test_a_private_push_to_a_public_repository_is_refused(hub, push):
     hub.storage.create("models", "us/model", private=False)
     done = push("--push", "--private")
-    assert done.code == 1 and "us/model is public, and --private makes new" in done.err and not written(hub)
+    assert done.code == 1 and "us/model" in done.err and "--private" in done.err and not written(hub)

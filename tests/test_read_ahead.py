@@ -1,4 +1,4 @@
-"""Pictures decoded ahead of the model: in order, in batches, within a bound of memory."""
+"""Pictures are prefetched in order, in batches, within a bound of memory."""
 
 import random
 import threading
@@ -7,8 +7,9 @@ from contextlib import closing
 
 import PIL.Image
 
-from capivara_search.adding import read_ahead
-from capivara_search.picture_files import FileState, Picture
+from capivara_search.folder_scan import FileState
+from capivara_search.indexing import prefetch_pictures
+from capivara_search.picture_reading import Picture
 
 SIDE = 10
 
@@ -23,39 +24,40 @@ def picture(file: FileState) -> Picture:
 
 
 def test_all_pictures_come_in_order_and_the_first_batch_is_small():
-    times = random.Random(0)
+    rng = random.Random(0)
 
     def read(file: FileState) -> Picture:
-        time.sleep(times.random() / 500)
+        time.sleep(rng.random() / 500)
         if file.size % 7 == 3:
             raise ValueError(str(file.size))
         return picture(file)
 
-    batches = list(read_ahead(files(100), read, 8))
-    got = [(file, found) for batch in batches for file, found in batch]
-    assert [file for file, _ in got] == files(100)
-    assert all(isinstance(found, ValueError) == (file.size % 7 == 3) for file, found in got)
+    batches = list(prefetch_pictures(files(100), read, 8))
+    results = [(file, result) for batch in batches for file, result in batch]
+    assert [file for file, _ in results] == files(100)
+    assert all(isinstance(result, ValueError) == (file.size % 7 == 3) for file, result in results)
     assert [len(batch) for batch in batches] == [4, *[8] * 12]
 
 
-def test_no_more_wait_than_two_batches():
-    held, most, lock = [0], [0], threading.Lock()
+def test_at_most_two_batches_are_read_ahead():
+    waiting, max_waiting, lock = 0, 0, threading.Lock()
 
     def read(file: FileState) -> Picture:
+        nonlocal waiting, max_waiting
         with lock:
-            held[0] += 1
-            most[0] = max(most[0], held[0])
+            waiting += 1
+            max_waiting = max(max_waiting, waiting)
         return picture(file)
 
-    for batch in read_ahead(files(60), read, 8):
-        time.sleep(0.005)  # the model computes, and the threads go on
+    for batch in prefetch_pictures(files(60), read, 8):
+        time.sleep(0.005)  # stands for the model, while the threads continue
         with lock:
-            held[0] -= len(batch)
-    assert 8 < most[0] <= 2 * 8 + len(batch)
+            waiting -= len(batch)
+    assert 8 < max_waiting <= 2 * 8 + len(batch)
 
 
-def test_leaving_early_ends_the_threads():
-    before = threading.active_count()
-    with closing(read_ahead(files(1000), picture, 4)) as batches:
+def test_closing_the_iterator_ends_the_threads():
+    thread_count = threading.active_count()
+    with closing(prefetch_pictures(files(1000), picture, 4)) as batches:
         next(batches)
-    assert threading.active_count() == before
+    assert threading.active_count() == thread_count

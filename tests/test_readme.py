@@ -1,4 +1,4 @@
-"""The documentation holds: figures are those of the committed JSON, code and commands run, links lead somewhere."""
+"""Checks of the documentation: figures equal the committed JSON, code and commands run, links and names exist."""
 
 import argparse
 import importlib
@@ -14,7 +14,7 @@ from parsed_command import parsed
 from PIL import Image
 
 from benchmarks import readme
-from capivara_search.words import COMMANDS
+from capivara_search.messages import COMMAND_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "LEIAME.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
@@ -25,57 +25,57 @@ LINK = re.compile(r"\]\((?!http)([^)\s]+)\)")
 
 
 def code_with(page: str, word: str) -> str:
-    """The one Python block of a page that holds a word."""
+    """Return the only Python block of a page that contains a word."""
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL) if word in block)
     return code
 
 
 def anchors(text: str) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """Return the anchors of the headings, as GitHub builds them."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", readme.pages())
-def test_figures_are_those_of_the_json(page):
-    assert readme.filled(page, TEXTS[page]) == TEXTS[page], "run `python -m benchmarks.readme`"
+@pytest.mark.parametrize("page", readme.find_pages())
+def test_figures_equal_the_committed_json(page):
+    assert readme.fill_blocks(page, TEXTS[page]) == TEXTS[page], "run `python -m benchmarks.readme`"
 
 
-def test_every_table_is_on_a_page():
-    made = {name for name in vars(readme.template().module) if not name.startswith("_")} - {"on"}
-    assert made == {name for text in TEXTS.values() for _, name, _ in readme.BLOCK.findall(text)}
-    with pytest.raises(ValueError, match="has the block 'no_such', which"):
-        readme.filled("README.md", TEXTS["README.md"].replace("demo_summary", "no_such"))
+def test_every_table_macro_is_used_on_a_page():
+    macros = {name for name in vars(readme.load_template().module) if not name.startswith("_")} - {"on"}
+    assert macros == {name for text in TEXTS.values() for _, name, _ in readme.BLOCK_RE.findall(text)}
+    with pytest.raises(ValueError, match=r"README\.md.*'no_such'"):
+        readme.fill_blocks("README.md", TEXTS["README.md"].replace("demo_summary", "no_such"))
 
 
-def test_a_changed_digit_is_noticed_and_a_new_commit_shown(monkeypatch, tmp_path):
-    for name in readme.pages():
+def test_a_changed_figure_is_detected_and_a_new_commit_is_shown(monkeypatch, tmp_path):
+    for name in readme.find_pages():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         changed = re.sub(r"(captions per second, float32 \|) \d", r"\1 x", TEXTS[name])
         (tmp_path / name).write_text(changed, encoding="utf-8")
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
-    with pytest.raises(SystemExit, match=r"docs/benchmarks\.md is not what benchmarks/results says"):
+    monkeypatch.setattr(readme, "CODE_ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=r"docs/benchmarks\.md"):
         readme.main(["--check"])
     readme.main([])
-    assert all((tmp_path / name).read_text(encoding="utf-8") == TEXTS[name] for name in readme.pages())
+    assert all((tmp_path / name).read_text(encoding="utf-8") == TEXTS[name] for name in readme.find_pages())
     readme.main(["--check"])
-    found = readme.results("recipe") | {"commit": "0123abc", "date": "2026-11-28"}
-    monkeypatch.setattr(readme, "results", lambda name: found)
-    assert "commit 0123abc, 2026-11-28" in readme.template().module.demo_summary(False)
+    results = readme.load_results("recipe") | {"commit": "0123abc", "date": "2026-11-28"}
+    monkeypatch.setattr(readme, "load_results", lambda name: results)
+    assert "commit 0123abc, 2026-11-28" in readme.load_template().module.demo_summary(False)
 
 
-def test_pictures_are_small():
+def test_images_of_the_documentation_are_small():
     for path in (ROOT / "docs").glob("*.png"):
-        assert path.stat().st_size < 400_000, f"{path.name}: save it by benchmarks.readme.save_small_picture"
+        assert path.stat().st_size < 400_000, f"{path.name}: save it by benchmarks.readme.save_small_image"
 
 
-def test_the_readme_is_read_in_a_minute():
+def test_the_readme_is_short():
     for page in ("README.md", "LEIAME.md"):
-        assert len(TEXTS[page].splitlines()) <= 110, "details are for the pages in docs/"
+        assert len(TEXTS[page].splitlines()) <= 110, "details belong into docs/"
         assert all(code.count("\n") <= 12 for _, code in FENCE.findall(TEXTS[page]))
 
 
-def test_code_runs(tiny_folder, capsys):
+def test_the_model_example_of_the_readme_runs(tiny_folder, capsys):
     code = code_with("README.md", "pipeline")
     assert code.count("data/openmoji/base") == 1
     exec(compile(code.replace("data/openmoji/base", str(tiny_folder)), "README.md", "exec"), {})
@@ -83,7 +83,7 @@ def test_code_runs(tiny_folder, capsys):
 
 
 @pytest.mark.slow
-def test_the_search_example_runs_without_a_network(capsys, monkeypatch, tmp_path):
+def test_the_search_example_of_the_readme_runs_offline(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("CAPIVARA_MODEL", raising=False)
@@ -112,31 +112,38 @@ def test_the_metric_example_runs(capsys, monkeypatch):
 # ---- commands ----
 
 LANGUAGES = {"LEIAME.md": "pt", "docs/busca.md": "pt", "docs/seu_idioma.md": "pt", "docs/immich.md": "pt"}
-OF_OTHERS = ("http.server", "pip", "pytest", "venv")  # modules behind `python -m` that are none of the project's
-OWN = ("capivara ", "python -m ", "python train_accelerate.py ", "accelerate launch ", "make ", "pip install ")
-LEFT_OUT = "…"  # a command with it names another one's flags, as text
+FOREIGN_MODULES = ("http.server", "pip", "pytest", "venv")  # modules after `python -m` that are not of this project
+COMMAND_STARTS = (
+    "capivara ",
+    "python -m ",
+    "python train_accelerate.py ",
+    "accelerate launch ",
+    "make ",
+    "pip install ",
+)
+ELLIPSIS = "…"  # a command with an ellipsis is text, not a complete command
 
 
 class Parsed(BaseException):
-    """A command line was parsed; nothing after it shall run."""
+    """Raised when a command line has been parsed, so that the command does not start."""
 
 
 def commands_of(text: str) -> list[list[str]]:
-    """The words of each command of a page: the lines of its shell blocks, and what its text says with flags."""
+    """Return the words of each command on a page: lines of shell blocks, and inline code with flags."""
     blocks = [code for kind, code in FENCE.findall(text) if kind in ("bash", "sh")]
     lines = [line.strip() for code in blocks for line in code.replace("\\\n", " ").splitlines()]
     inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
     lines += [code for code in inline if " -" in code.removeprefix("python -m ")]
     commands = (re.sub(r"^([A-Z_]+=\S* +)+", "", command) for line in lines for command in re.split(r"\s&&\s", line))
-    words = [shlex.split(command, comments=True) for command in commands if command.startswith(OWN)]
-    return [command for command in words if LEFT_OUT not in command]
+    words = [shlex.split(command, comments=True) for command in commands if command.startswith(COMMAND_STARTS)]
+    return [command for command in words if ELLIPSIS not in command]
 
 
 def parse_command(words: list[str], language: str, parse_known_args: Callable) -> None:
-    """Parse a command as it would itself. Raises SystemExit, ValueError or AssertionError where it is refused."""
+    """Parse a command with its own parser. Raises SystemExit, ValueError or AssertionError if it is refused."""
     if words[:1] == ["capivara"] or words[:3] == ["python", "-m", "capivara_search"]:
         parsed(words[1 if words[0] == "capivara" else 3 :], language)
-    elif words[:2] == ["python", "-m"] and words[2] not in OF_OTHERS:
+    elif words[:2] == ["python", "-m"] and words[2] not in FOREIGN_MODULES:
         run_until_parsed(words[2], words[3:])
     elif words[:2] in (["python", "train_accelerate.py"], ["accelerate", "launch"]):
         start = words.index("-m") + 1 if "-m" in words else words.index("train_accelerate.py")
@@ -147,14 +154,14 @@ def parse_command(words: list[str], language: str, parse_known_args: Callable) -
     elif words[:2] == ["pip", "install"]:
         setup = ConfigParser(interpolation=None)
         setup.read(ROOT / "setup.cfg", encoding="utf-8")
-        extras = {extra for word in words for found in re.findall(r"\[(.+)\]", word) for extra in found.split(",")}
+        extras = {extra for word in words for names in re.findall(r"\[(.+)\]", word) for extra in names.split(",")}
         assert extras <= set(setup["options.extras_require"]) | {"image"}
 
 
 def run_until_parsed(module: str, words: list[str]) -> None:
-    """`main` of a module up to where its flags are parsed; the files of configs have to be there."""
+    """Run `main` of a module until its flags are parsed; config files of the project must exist."""
     configs = [ROOT / words[words.index("--config") + 1]] if "--config" in words else []
-    assert all(path.is_file() for path in configs if path.parent != ROOT), configs  # my.yaml is the reader's own
+    assert all(path.is_file() for path in configs if path.parent != ROOT), configs  # my.yaml is a file of the reader
     main = importlib.import_module(
         module + ("" if (ROOT / f"{module.replace('.', '/')}.py").is_file() else ".__main__")
     )
@@ -164,7 +171,7 @@ def run_until_parsed(module: str, words: list[str]) -> None:
 
 @pytest.fixture
 def stops_when_parsed(monkeypatch, tmp_path):
-    """Every parser raises Parsed once it has taken its words, all of them."""
+    """Make every parser raise Parsed after it has accepted all words."""
     parse_known_args = argparse.ArgumentParser.parse_known_args
 
     def parsed_all(parser, *args, **options):
@@ -174,7 +181,7 @@ def stops_when_parsed(monkeypatch, tmp_path):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parsed_all)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))  # of somebody with pictures
+    monkeypatch.setenv("HOME", str(tmp_path))  # a home folder with pictures
     (tmp_path / "Fotos" / "2023").mkdir(parents=True)
     (tmp_path / "foto.jpg").touch()
     return parse_known_args
@@ -182,7 +189,7 @@ def stops_when_parsed(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", TEXTS)
-def test_commands_parse_as_they_stand(page, stops_when_parsed):
+def test_commands_on_pages_can_be_parsed(page, stops_when_parsed):
     wrong = []
     for words in commands_of(TEXTS[page]):
         try:
@@ -195,14 +202,21 @@ def test_commands_parse_as_they_stand(page, stops_when_parsed):
 
 
 @pytest.mark.parametrize("page", [*TEXTS, "CHANGELOG.md"])
-def test_commands_exist(page):
+def test_modules_named_on_pages_exist(page):
     for name in re.findall(r"python -m ([\w.]+)", (ROOT / page).read_text(encoding="utf-8")):
         path = ROOT / name.rstrip(".").replace(".", "/")
-        assert name in OF_OTHERS or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
+        assert name in FOREIGN_MODULES or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
+
+
+@pytest.mark.parametrize("page", sorted(set(TEXTS) - {"docs/training.md"}))  # which explains the difference
+def test_training_on_a_single_device_is_started_with_python(page):
+    """Without these flags, `accelerate launch` trains the same, but prints warnings."""
+    launches = [line for line in TEXTS[page].splitlines() if re.search(r"accelerate launch.*\btrain_accelerate", line)]
+    assert all("--config_file" in line or "--multi_gpu" in line for line in launches), launches
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_links_lead_somewhere(page):
+def test_links_and_anchors_exist(page):
     for target in LINK.findall(re.sub(r"`[^`]+`", "", FENCE.sub("", TEXTS[page]))):
         name, _, anchor = target.partition("#")
         file = (ROOT / page).parent / name if name else ROOT / page
@@ -210,7 +224,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{page}: {target}"
 
 
-def test_the_architecture_names_what_is_there():
+def test_the_architecture_page_names_existing_files_and_functions():
     text = TEXTS["docs/architecture.md"]
     for path in set(re.findall(r"`([\w./]+(?:\.py|/))`", text)):
         assert (ROOT / path).exists(), path
@@ -225,30 +239,29 @@ def test_the_architecture_names_what_is_there():
 
 TRANSLATIONS = {"README.md": "LEIAME.md", "docs/search.md": "docs/busca.md"}
 TRANSLATIONS |= {"docs/your_language.md": "docs/seu_idioma.md"}
-ENGLISH = {  # in code: what a reader fills in, flags with two names, and the names of commands
+ENGLISH = {  # Portuguese -> English in code: placeholders, flags with two names, and commands
     **{"ARQUIVO": "FILE", "MODELO": "MODEL", "NOME": "NAME", "PASTA": "FOLDER", "meu_modelo": "mine"},
     **{"--mais": "--more", "--menos": "--less"},
-    **{portuguese: english for english, portuguese in COMMANDS.items()},
+    **{portuguese: english for english, portuguese in COMMAND_NAMES.items()},
 }
 OTHER_PAGE = {Path(name).name: Path(other).name for name, other in TRANSLATIONS.items()}
 OTHER_PAGE |= {other: name for name, other in OTHER_PAGE.items()}
 
 
 def in_english(code: str) -> str:
-    """Code of either language with the English names; a name within a longer word stays."""
-    return re.sub(rf"(?<![\w-])(?:{'|'.join(ENGLISH)})(?!\w)", lambda found: ENGLISH[found[0]], code)
+    """Replace Portuguese names in code by the English ones; a name within a longer word stays."""
+    return re.sub(rf"(?<![\w-])(?:{'|'.join(ENGLISH)})(?!\w)", lambda match: ENGLISH[match[0]], code)
 
 
 def parts(text: str, swap: bool) -> dict[str, list]:
-    """What both languages have alike.
+    """Extract the parts of a page that must be equal in both languages.
 
     Args:
-        text: of a page.
-        swap: whether links to translated pages are those of the other language, as in a translation; the link of a page
-            to its own translation is the same either way.
+        text: Text of the page.
+        swap: Whether to replace links to translated pages by links to the page in the other language.
     """
     prose = FENCE.sub("", text)
-    links = [re.sub(r"[\w.]+$", lambda found: OTHER_PAGE.get(found[0], found[0]), link) if swap else link
+    links = [re.sub(r"[\w.]+$", lambda match: OTHER_PAGE.get(match[0], match[0]), link) if swap else link
              for link in re.findall(r"\]\(([^)\s]+)\)", prose)]  # fmt: skip
     code = [in_english(" ".join(code.split())) for code in re.findall(r"`[^`]+`", prose)]
     plain = re.sub(r"\]\([^)\s]+\)", "]", re.sub(r"`[^`]+`", "", prose))
@@ -266,11 +279,11 @@ def parts(text: str, swap: bool) -> dict[str, list]:
 def test_the_portuguese_guides_name_commands_in_portuguese():
     for page in ("LEIAME.md", "docs/busca.md"):
         named = re.findall(r"(?<=capivara )\w+|--more|--less", " ".join(TEXTS[page].split()))
-        assert not {"--more", "--less", *COMMANDS} & set(named), page
+        assert not {"--more", "--less", *COMMAND_NAMES} & set(named), page
 
 
 @pytest.mark.parametrize("page", TRANSLATIONS)
-def test_translations_are_in_step(page):
+def test_translations_have_the_same_structure(page):
     english, portuguese = parts(TEXTS[page], swap=False), parts(TEXTS[TRANSLATIONS[page]], swap=True)
-    for what, expected in english.items():
-        assert portuguese[what] == expected, f"{what} of {page} and {TRANSLATIONS[page]}"
+    for part, expected in english.items():
+        assert portuguese[part] == expected, f"{part} of {page} and {TRANSLATIONS[page]}"

@@ -1,4 +1,4 @@
-"""A saved folder, used by the package and by processes that do not have it."""
+"""A saved model folder works in processes that do not have the package (`trust_remote_code=True`)."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 LABELS = ["um gato", "SÃ£o JoÃ£o &amp;amp; cia", "um <pad> gato " * 40]
-# What `tests/loader_process.py` does not try: the other Auto classes, and what was loaded saved again.
+# Checks that tests/loader_process.py does not do: the other Auto classes, and saving what was loaded.
 WITHOUT_PACKAGE = """
 import json, sys
 from PIL import Image
@@ -47,26 +47,26 @@ print(json.dumps({
 def test_without_the_package(tiny_folder, tiny_model, tiny_processor, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    # -I: not even the folder of an editable install is on the path
+    # -I and these lines also remove the folder of an editable installation from the path.
     hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]\n"
     hide += f"sys.path = [p for p in sys.path if p not in ({os.getcwd()!r}, '')]\n"
-    words = [str(tiny_folder), str(tmp_path / "copy"), json.dumps(LABELS)]
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", hide + WITHOUT_PACKAGE, *words],
+    arguments = [str(tiny_folder), str(tmp_path / "copy"), json.dumps(LABELS)]
+    completed = subprocess.run(
+        [sys.executable, "-I", "-c", hide + WITHOUT_PACKAGE, *arguments],
         capture_output=True, text=True, timeout=180, env=environment, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert all(module.startswith("transformers_modules") for module in found["modules"]), found["modules"]
-    assert not found["faults"]
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    results = json.loads(completed.stdout.splitlines()[-1])
+    assert all(module.startswith("transformers_modules") for module in results["modules"]), results["modules"]
+    assert not results["faults"]
     image = Image.new("RGB", (40, 37), (200, 30, 30))
     inputs = tiny_processor(images=image, text=LABELS, return_tensors="pt")
     expected = tiny_model(**inputs)
-    torch.testing.assert_close(torch.tensor(found["logits"]), expected.logits_per_text)
-    assert found["again"] == found["logits"]
-    torch.testing.assert_close(torch.tensor(found["features"]), expected.image_embeds)
-    assert found["classes"] == [1, 3]
-    # What was loaded by `trust_remote_code` is saved with its code, for the next reader.
+    torch.testing.assert_close(torch.tensor(results["logits"]), expected.logits_per_text)
+    assert results["again"] == results["logits"]
+    torch.testing.assert_close(torch.tensor(results["features"]), expected.image_embeds)
+    assert results["classes"] == [1, 3]
+    # A model that was loaded with `trust_remote_code=True` is saved with its code.
     auto_map = json.loads((tiny_folder / "config.json").read_text())["auto_map"]
     for copy in ("copy", "copy-zero-shot"):
         assert json.loads((tmp_path / copy / "config.json").read_text())["auto_map"] == auto_map
@@ -76,5 +76,5 @@ def test_without_the_package(tiny_folder, tiny_model, tiny_processor, tmp_path):
     assert {path.name for path in (tmp_path / "copy-zero-shot").iterdir()} >= modeling
 
 
-def test_a_folder_holds_code_and_safetensors_alone(tiny_folder):
+def test_a_folder_has_only_json_code_and_safetensors(tiny_folder):
     assert {path.suffix for path in tiny_folder.iterdir()} == {".json", ".py", ".safetensors"}

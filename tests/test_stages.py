@@ -1,4 +1,4 @@
-"""A stage: no row doubled or lost, whatever is killed, shared out or full; images as they were."""
+"""Stages: no row is lost or doubled if tasks are killed, split or out of disk space; image bytes do not change."""
 
 import errno
 import json
@@ -22,17 +22,14 @@ from test_checkpoints import flipped
 from test_sources import FORMS
 
 from capivara_common.image_files import BadRow
-from caption_data.rows import CAPTIONS, SIMILARITIES
-from caption_data.sources import open_split, unfinished
+from caption_data.parquet_split import SAMPLE_BYTES, SAMPLE_COUNT, open_in_place, source_fingerprint
+from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
+from caption_data.sources import open_split, read_stage_progress
 from captions.score import ScoreArguments
 from captions.stages import (
-    SAMPLED_BYTES,
-    SAMPLED_PIECES,
     RowStage,
     StageArguments,
     check_complete,
-    fingerprint,
-    open_in_place,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,8 +43,8 @@ def cache_in_tmp(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def numbered(tmp_path_factory) -> str:
-    """A saved data set of 40 rows with their numbers."""
-    features = Features({"image": Image(), "captions-pt": CAPTIONS, "number": Value("int32")})
+    """A saved dataset of 40 numbered rows."""
+    features = Features({"image": Image(), "captions-pt": CAPTIONS_FEATURE, "number": Value("int32")})
     rows = {
         "image": [{"bytes": PICTURES[i % ROWS], "path": f"{i}.png"} for i in range(NUMBER)],
         "captions-pt": [[f"foto {i}", f"São João {i}"][: 1 + i % 2] for i in range(NUMBER)],
@@ -66,18 +63,17 @@ def undisturbed(numbered, tmp_path_factory) -> Path:
 
 
 def parts(folder: Path) -> dict[str, bytes]:
-    """Name -> bytes of all that a stage leaves but its stage.json, hidden files included."""
+    """Return the content of all files of a stage except stage.json, by name, including hidden files."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "stage.json"}
 
 
-def run_stage(args: StageArguments, *what, task=(0, 1)):
-    """Columns, settings and process of a stage."""
-    return RowStage(args, *task).run(*what)
+def run_stage(args: StageArguments, columns, settings, process, task=(0, 1)):
+    return RowStage(args, *task).run(columns, settings, process)
 
 
 @pytest.mark.slow
-def test_killed_anywhere_it_goes_on_to_the_same_bytes(numbered, undisturbed, tmp_path):
-    """SIGKILL after every kind of thing that a run does, to one run, tasks at once, changing numbers, and twins."""
+def test_a_killed_stage_resumes_to_the_same_bytes(numbered, undisturbed, tmp_path):
+    """SIGKILL after any kind of action: one run, parallel tasks, changing numbers of tasks, two identical runs."""
     rounds = ["1", "1,3,2", "4,1", "-2"]
     done = subprocess.run(
         [sys.executable, "tests/killed_stage.py", numbered, str(tmp_path / "out"), *rounds],
@@ -86,36 +82,38 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(numbered, undisturbed, tmp
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     kills = [int(line) for line in done.stdout.split()]
-    assert len(kills) == len(rounds) and min(kills) >= 3, "hardly anything was killed"
+    assert len(kills) == len(rounds) and min(kills) >= 3, "too few processes were killed"
     for place in range(len(rounds)):
         folder = tmp_path / f"out-{place}"
         report = check_complete(folder)
         assert (report.rows, report.skipped) == (NUMBER - 4, {"ends in five": 4})
-        run(numbered, folder)  # a run with nothing to do cleans up
+        run(numbered, folder)  # a run with nothing to do deletes temporary files
         assert parts(folder) == parts(undisturbed)
         assert [row["number"] for row in rows_of(folder)] == [i for i in range(NUMBER) if i % 10 != 5]
 
 
-def test_tasks_make_what_one_run_makes_and_another_number_finishes_it(numbered, undisturbed, tmp_path):
+def test_any_number_of_tasks_writes_the_same_parts(numbered, undisturbed, tmp_path):
     first = run(numbered, tmp_path / "out", (2, 3))
     assert sorted(parts(tmp_path / "out")) == [
         "train-000000028-000000035.parquet",
         "train-000000035-000000040.parquet", "train-000000035-000000040.skipped.jsonl",
     ]  # fmt: skip
     assert (first.rows, first.skipped) == (11, {"ends in five": 1})
-    assert unfinished(tmp_path / "out")[0] == 28
+    assert read_stage_progress(tmp_path / "out")[0] == 28
 
     def done(number: int, **other) -> list[int]:
         args = replace(arguments(numbered, tmp_path / "out"), **other)
-        return [rank for rank in range(number) if RowStage(args, rank, number).done]
+        return [rank for rank in range(number) if RowStage(args, rank, number).is_done]
 
-    assert [done(number) for number in (1, 3, 6, 7)] == [[], [2], [4, 5], [0, 5, 6]], "of six parts; one has none"
-    assert done(3, batch_rows=4) == [], "of another command"
+    assert [done(number) for number in (1, 3, 6, 7)] == [[], [2], [4, 5], [0, 5, 6]], (
+        "six parts, so one of seven tasks has none"
+    )
+    assert done(3, batch_rows=4) == [], "another command"
     record = json.loads((tmp_path / "out" / "stage.json").read_text())
     program, *flags = record["command"].split(" --")
     record["command"] = " --".join([program, *reversed(flags)])
     (tmp_path / "out" / "stage.json").write_text(json.dumps(record))
-    assert len(flags) > 2 and done(3) == [2], "flags in another order, as an earlier version has recorded them"
+    assert len(flags) > 2 and done(3) == [2], "earlier versions recorded flags in another order"
     calls = Counter()
 
     def counting(rows):
@@ -124,38 +122,38 @@ def test_tasks_make_what_one_run_makes_and_another_number_finishes_it(numbered, 
 
     for index in range(2):
         run(numbered, tmp_path / "out", (index, 2), counting)
-    assert calls == Counter(range(28)), "done parts are not done again, and no other one twice"
+    assert calls == Counter(range(28)), "no part is written twice"
     assert parts(tmp_path / "out") == parts(undisturbed)
     many = [run(numbered, tmp_path / "many", (index, 100)) for index in range(100)]
     assert sum(report.rows for report in many) == NUMBER - 4 and parts(tmp_path / "many") == parts(undisturbed)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_images_of_every_form_pass_as_their_bytes(tmp_path, form):
+def test_image_bytes_of_every_form_do_not_change(tmp_path, form):
     args = StageArguments(form(tmp_path), tmp_path / "out", rows_per_part=3, batch_rows=2)
-    run_stage(args, {"captions-xh": CAPTIONS}, {}, lambda rows: [{"captions-xh": ["x", ""]} for _ in rows])
+    run_stage(args, {"captions-xh": CAPTIONS_FEATURE}, {}, lambda rows: [{"captions-xh": ["x", ""]} for _ in rows])
     rows = rows_of(tmp_path / "out")
     assert [row["image"]["bytes"] for row in rows] == PICTURES
     assert [row["captions-pt"] for row in rows] == TEXTS and rows[0]["captions-xh"] == ["x", ""]
-    assert all("/" not in (row["image"]["path"] or "") for row in rows), "names no folder"
+    assert all("/" not in (row["image"]["path"] or "") for row in rows), "the name has no folder"
     loaded = datasets.load_dataset("parquet", data_files=str(tmp_path / "out" / "*.parquet"), split="train")
-    assert loaded.features["image"] == Image() and loaded.features["captions-xh"] == CAPTIONS
+    assert loaded.features["image"] == Image() and loaded.features["captions-xh"] == CAPTIONS_FEATURE
     assert loaded[3]["image"].size == (9, 12)
 
 
-def test_a_stage_reads_what_a_stage_wrote_without_a_copy(numbered, undisturbed, tmp_path):
+def test_the_output_of_a_stage_is_read_without_a_copy(numbered, undisturbed, tmp_path):
     run(str(undisturbed), tmp_path / "again")
     assert not (tmp_path / "cache").exists()
     source = open_in_place(str(undisturbed), "train", "image")
     expected = [row["number"] for row in source.rows()]
     assert len(source) == NUMBER - 4 == len(expected)
     for start in (0, 1, 6, 13, 35, 36, 99):
-        assert [row["number"] for row in source.rows(start, only=["number"])] == expected[start:]
+        assert [row["number"] for row in source.rows(start, column_names=["number"])] == expected[start:]
     assert [source.row(i)["number"] for i in (35, 0, 17)] == [expected[i] for i in (35, 0, 17)]
-    assert list(next(source.rows(only=["number", "captions-xx"]))) == ["number", "captions-xx"]
+    assert list(next(source.rows(column_names=["number", "captions-xx"]))) == ["number", "captions-xx"]
 
 
-def test_all_columns_with_a_feature_pass_and_old_ones_are_replaced(tmp_path):
+def test_other_columns_are_copied_and_existing_columns_replaced(tmp_path):
     text, nested = Value("string"), {"a": Value("int8"), "b": List(Value("string"))}
     features = {"picture": Image(), "label": ClassLabel(names=["a", "b"]), "grid": datasets.Array2D((2, 2), "float32")}
     features |= {"caption": text, "similarities-pt": List(Value("float64")), "nested": nested}
@@ -173,30 +171,31 @@ def test_all_columns_with_a_feature_pass_and_old_ones_are_replaced(tmp_path):
         seen.extend(batch)
         return [{"similarities-pt": [0.25], "unknown": 1} for _ in batch]
 
-    run_stage(args, {"similarities-pt": SIMILARITIES}, {}, process)
+    run_stage(args, {"similarities-pt": SIMILARITIES_FEATURE}, {}, process)
     source = open_in_place(str(tmp_path / "out"), "test", "image")
     assert dict(source.features) == {
-        "image": Image(), "label": features["label"], "captions-pt": CAPTIONS, "similarities-pt": SIMILARITIES,
-        "nested": nested,
+        "image": Image(), "label": features["label"], "captions-pt": CAPTIONS_FEATURE, "nested": nested,
+        "similarities-pt": SIMILARITIES_FEATURE,
     }  # fmt: skip
     written = list(source.rows())
     assert [row["captions-pt"] for row in written] == [["um gato"], []] == [row["captions-pt"] for row in seen]
     assert [row["label"] for row in written] == [1, None] and written[0]["nested"] == {"a": 1, "b": ["x"]}
     assert written[0]["similarities-pt"] == [0.25] and seen[0]["picture"]["bytes"] == PICTURES[0]
-    for rename, message in (("caption", "OLD=NEW"), ("no=captions-pt", "no column 'no'"), ("caption=label", "two")):
+    slips = (("caption", r"\['caption'\]"), ("no=captions-pt", "'no'"), ("caption=label", "'label'"))
+    for rename, message in slips:
         with pytest.raises(ValueError, match=message):
             run_stage(StageArguments(args.dataset, tmp_path / "x", rename=[rename], **names), {}, {}, shout)
 
 
 def test_rows_that_cannot_be_used_are_listed(tmp_path):
-    features = Features({"image": Image(), "captions-pt": CAPTIONS})
+    features = Features({"image": Image(), "captions-pt": CAPTIONS_FEATURE})
     pairs = [(b"", None), (None, "/no/such.png"), (PICTURES[0], "a/b"), (b"no", "a/b")]
     images = [None, *({"bytes": data, "path": path} for data, path in pairs)]
     rows = {"image": images, "captions-pt": [["x"], ["x"], ["x"], ["y" * 10_000], ["z"]]}
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table(rows, schema=features.arrow_schema), tmp_path / "data" / "train.parquet")
     args = StageArguments(str(tmp_path / "data"), tmp_path / "out", batch_rows=2)
-    report = args.rows()
+    report = args.write_rows()
     assert report.rows == 1 and report.skipped == {"no image": 2, "unreadable image": 2}
     assert str(report) == "1 rows written, 4 left out (2 no image, 2 unreadable image)"
     (row,) = rows_of(tmp_path / "out")
@@ -205,80 +204,80 @@ def test_rows_that_cannot_be_used_are_listed(tmp_path):
     assert [json.loads(line)["row"] for line in lines] == [0, 1, 2, 4] and "/no/such.png" in lines[2]
     args = StageArguments(str(tmp_path / "data"), tmp_path / "none")
     assert run_stage(args, {}, {}, lambda batch: [BadRow("bad", "") for _ in batch]).rows == 0
-    with pytest.raises(ValueError, match=r"none, split 'train' is empty"):
+    with pytest.raises(ValueError, match=r"none\b.*'train'"):
         run_stage(StageArguments(str(tmp_path / "none"), tmp_path / "x"), {}, {}, shout)
 
 
 def test_other_settings_are_refused_and_named(numbered, tmp_path):
     run(numbered, tmp_path / "out", (0, 2))
-    there = parts(tmp_path / "out")
+    before = parts(tmp_path / "out")
 
     def again(columns=("captions-xx",), voice="loud", **changes):
         args = StageArguments(**{"dataset": numbered, "output": tmp_path / "out", "rows_per_part": 7} | changes)
-        run_stage(args, dict.fromkeys(columns, CAPTIONS), {"voice": voice}, shout)
+        run_stage(args, dict.fromkeys(columns, CAPTIONS_FEATURE), {"voice": voice}, shout)
 
-    with pytest.raises(ValueError, match=r"settings.voice: 'loud' there, 'low' now"):
+    with pytest.raises(ValueError, match=r"settings\.voice: 'loud' .*'low'"):
         again(voice="low")
-    with pytest.raises(ValueError, match=r"rows_per_part: 7 there, 8 now"):
+    with pytest.raises(ValueError, match=r"rows_per_part: 7 .*\b8\b"):
         again(rows_per_part=8)
-    with pytest.raises(ValueError, match=r"columns.captions-xh: None there"):
+    with pytest.raises(ValueError, match=r"columns\.captions-xh: None "):
         again(columns=("captions-xx", "captions-xh"))
     data = datasets.load_from_disk(numbered)
     shorter = DatasetDict(train=data["train"].select(range(30)))
     shorter.save_to_disk(tmp_path / "shorter")
-    with pytest.raises(ValueError, match=r"source.rows: 40 there, 30 now; source.fingerprint"):
+    with pytest.raises(ValueError, match=r"source\.rows: 40 .*\b30\b.*source\.fingerprint"):
         again(dataset=str(tmp_path / "shorter"))
-    assert parts(tmp_path / "out") == there, "nothing is touched"
+    assert parts(tmp_path / "out") == before, "nothing changed"
     again(batch_rows=5)
     check_complete(tmp_path / "out")
 
 
-def test_a_moved_data_set_is_the_same_one(tmp_path):
+def test_a_moved_dataset_is_the_same_source(tmp_path):
     members = [member for number in range(ROWS) for member in sample(number)]
     write_tar(tmp_path / "a" / "train-0.tar", members)
-    StageArguments(str(tmp_path / "a"), tmp_path / "out", rows_per_part=2).rows(0, 2)
+    StageArguments(str(tmp_path / "a"), tmp_path / "out", rows_per_part=2).write_rows(0, 2)
     (tmp_path / "a").rename(tmp_path / "b")
     args = StageArguments(str(tmp_path / "b"), tmp_path / "out", rows_per_part=2)
-    assert args.rows().rows == ROWS
+    assert args.write_rows().rows == ROWS
     write_tar(tmp_path / "b" / "train-0.tar", [*members[2:], *sample(0, data=PICTURES[4])])
     with pytest.raises(ValueError, match=r"source\.fingerprint"):
-        args.rows()
+        args.write_rows()
 
 
-@pytest.mark.parametrize("piece", [0, 31, SAMPLED_PIECES - 1])
-def test_a_large_file_is_compared_by_pieces_all_over_it(tmp_path, piece):
-    """A change of one byte without a change of size; the folder does not matter."""
-    path, size = tmp_path / "a" / "train-0.tar", 2 * SAMPLED_PIECES * SAMPLED_BYTES
+@pytest.mark.parametrize("piece", [0, 31, SAMPLE_COUNT - 1])
+def test_samples_all_over_a_large_file_are_compared(tmp_path, piece):
+    """A changed byte of the same size changes the fingerprint; another folder does not."""
+    path, size = tmp_path / "a" / "train-0.tar", 2 * SAMPLE_COUNT * SAMPLE_BYTES
     path.parent.mkdir()
     path.write_bytes(bytes(size))
-    first = fingerprint(SimpleNamespace(paths=[path]))
+    first = source_fingerprint(SimpleNamespace(paths=[path]))
     path = path.parent.rename(tmp_path / "b") / path.name
-    assert fingerprint(SimpleNamespace(paths=[path])) == first
-    flipped(path, (size - SAMPLED_BYTES) * piece // (SAMPLED_PIECES - 1) + SAMPLED_BYTES // 2)
-    assert fingerprint(SimpleNamespace(paths=[path])) != first
+    assert source_fingerprint(SimpleNamespace(paths=[path])) == first
+    flipped(path, (size - SAMPLE_BYTES) * piece // (SAMPLE_COUNT - 1) + SAMPLE_BYTES // 2)
+    assert source_fingerprint(SimpleNamespace(paths=[path])) != first
 
 
-def test_folders_that_are_no_output(numbered, undisturbed, tmp_path):
-    with pytest.raises(ValueError, match="is the data set or lies in it"):
+def test_invalid_output_folders_and_columns_are_refused(numbered, undisturbed, tmp_path):
+    with pytest.raises(ValueError, match=f"{undisturbed}"):
         StageArguments(str(undisturbed), undisturbed)
-    with pytest.raises(ValueError, match="is the data set or lies in it"):
+    with pytest.raises(ValueError, match=f"{undisturbed}"):
         StageArguments(str(undisturbed), undisturbed / "new")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match=r"holds parquet files but no stage.json"):
+    with pytest.raises(ValueError, match=r"stage\.json"):
         run(numbered, tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"is a file"):
+    with pytest.raises(ValueError, match=r"/file\b"):
         run(numbered, tmp_path / "file")
-    for change, message in (({"batch_rows": 0}, "batch_rows"), ({"split": "a/b"}, "split must be a name")):
+    for change, message in (({"batch_rows": 0}, "batch_rows"), ({"split": "a/b"}, "split.*'a/b'")):
         with pytest.raises(ValueError, match=message):
             StageArguments(numbered, tmp_path / "x", **change)
-    with pytest.raises(ValueError, match=r"no column 'img'; there are"):
+    with pytest.raises(ValueError, match=r"'img'.*'captions-pt'"):
         run_stage(StageArguments(numbered, tmp_path / "x", image_column="img"), {}, {}, shout)
-    with pytest.raises(ValueError, match=r"no column captions-xh or .*--rename OLD=captions-xh"):
+    with pytest.raises(ValueError, match=r"--rename OLD=captions-xh"):
         RowStage(ScoreArguments(numbered, tmp_path / "x", language="xh", model="m"))
 
 
-def test_a_full_disk_leaves_whole_parts_and_the_command_goes_on(numbered, undisturbed, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_complete_parts_and_the_run_can_resume(numbered, undisturbed, tmp_path, monkeypatch):
     write, left = pq.ParquetWriter.write_table, [3]
 
     def full(*args, **kwargs):
@@ -289,20 +288,20 @@ def test_a_full_disk_leaves_whole_parts_and_the_command_goes_on(numbered, undist
 
     with monkeypatch.context() as patch:
         patch.setattr(pq.ParquetWriter, "write_table", full)
-        with pytest.raises(OSError, match=r"No space left on the disk while writing .*out.*; nothing was kept"):
+        with pytest.raises(OSError, match=r"\bout\b"):
             run(numbered, tmp_path / "out")
     assert {name for name in parts(tmp_path / "out") if name.endswith(".parquet")} == {
         "train-000000000-000000007.parquet", "train-000000007-000000014.parquet",
     }  # fmt: skip
-    assert not [name for name in parts(tmp_path / "out") if name.startswith(".")], "the broken one is gone"
+    assert not [name for name in parts(tmp_path / "out") if name.startswith(".")], "the incomplete part is deleted"
     run(numbered, tmp_path / "out")
     assert parts(tmp_path / "out") == parts(undisturbed)
 
 
-def test_an_unfinished_stage_is_no_data_set(numbered, tmp_path):
+def test_an_unfinished_stage_cannot_be_read(numbered, tmp_path):
     run(numbered, tmp_path / "out", (1, 3))
     command = (
-        r"26 rows are missing\..*python -m captions.stages "
+        r"\b26 rows .*python -m captions.stages "
         rf"--dataset {numbered} --output {tmp_path}/out --batch_rows 3 --rows_per_part 7"
     )
     for read in (check_complete, lambda out: open_split(str(out), "train", "image")):
@@ -310,25 +309,25 @@ def test_an_unfinished_stage_is_no_data_set(numbered, tmp_path):
             read(tmp_path / "out")
     with pytest.raises(ValueError, match=command):
         run(str(tmp_path / "out"), tmp_path / "next")
-    with pytest.raises(ValueError, match="is no output of a stage"):
+    with pytest.raises(ValueError, match=r"stage\.json"):
         check_complete(tmp_path)
 
 
-def test_broken_parts_are_named(numbered, undisturbed, tmp_path):
+def test_damaged_parts_are_named(numbered, undisturbed, tmp_path):
     run(numbered, tmp_path / "out")
     path, listed = (tmp_path / "out" / f"train-000000000-000000007.{end}" for end in ("parquet", "skipped.jsonl"))
     whole = path.read_bytes()
     path.write_bytes((undisturbed / "train-000000007-000000014.parquet").read_bytes())
-    with pytest.raises(ValueError, match=r"has 7 rows and a list of 1.* of 7\. Remove both, and run again: python -m "):
+    with pytest.raises(ValueError, match=r"\b7 rows.*\b1 .*\b7\..*python -m "):
         check_complete(tmp_path / "out")
     path.write_bytes(whole)
     listed.unlink()
-    with pytest.raises(ValueError, match=r"has 6 rows and a list of 0 that were left out, of 7"):
+    with pytest.raises(ValueError, match=r"\b6 rows.*\b0 .*\b7\."):
         check_complete(tmp_path / "out")
 
 
-def test_a_list_of_a_killed_run_does_not_outlive_it(numbered, undisturbed, tmp_path):
-    """Killed between the list and its part, then run again where nothing is left out."""
+def test_a_list_of_skipped_rows_of_a_killed_run_is_deleted(numbered, undisturbed, tmp_path):
+    """The run was killed between writing the list and its part; the next run skips no rows of the part."""
     run(numbered, tmp_path / "out")
     (tmp_path / "out" / "train-000000000-000000007.parquet").unlink()
     stale = tmp_path / "out" / "train-000000007-000000014.skipped.jsonl"
@@ -340,7 +339,7 @@ def test_a_list_of_a_killed_run_does_not_outlive_it(numbered, undisturbed, tmp_p
     assert parts(tmp_path / "out") == parts(undisturbed)
 
 
-def test_no_more_rows_are_held_than_asked_for(numbered, tmp_path):
+def test_batches_are_not_larger_than_batch_rows(numbered, tmp_path):
     sizes = []
     run(numbered, tmp_path / "out", process=lambda rows: sizes.append(len(rows)) or shout(rows))
     assert set(sizes) == {3, 1, 2} and sum(sizes) == NUMBER, "parts of seven rows, and one of five"

@@ -1,4 +1,4 @@
-"""A language that is neither Portuguese nor English: from its data to training, all measurements, report and card."""
+"""A language other than Portuguese and English: data, training, all evaluations, report and model card."""
 
 import contextlib
 import json
@@ -15,29 +15,30 @@ from eval import classification, linear_probe, report, retrieval
 from eval.records.schema import read_records
 from hub_upload import card
 
-COLOURS = {"rojo": (255, 0, 0), "azul": (0, 0, 255), "verde": (0, 255, 0)}
-CLASSES = {"dataset": "colores", "language": "es", "classes": list(COLOURS), "templates": ["una imagen de color {}"]}
+COLORS = {"rojo": (255, 0, 0), "azul": (0, 0, 255), "verde": (0, 255, 0)}
+CLASSES = {"dataset": "colores", "language": "es", "classes": list(COLORS), "templates": ["una imagen de color {}"]}
 TRAINING = ["--effective_batch_size", "10", "--micro_batch_size", "5", "--max_steps", "1", "--warmup_steps", "0"]
 
 
 def pictures(number: int) -> list[tuple[str, PIL.Image.Image]]:
-    generator = np.random.default_rng(number)
-    names = [list(COLOURS)[row % len(COLOURS)] for row in range(number)]
-    noise = generator.random((number, 40, 36, 3)) * 60
-    pixels = [0.7 * np.array(COLOURS[name]) + one for name, one in zip(names, noise, strict=True)]
-    return [(name, PIL.Image.fromarray(one.astype(np.uint8))) for name, one in zip(names, pixels, strict=True)]
+    """Return noisy images of a single color with the Spanish names of the colors."""
+    rng = np.random.default_rng(number)
+    names = [list(COLORS)[row % len(COLORS)] for row in range(number)]
+    noise = rng.random((number, 40, 36, 3)) * 60
+    pixels = [0.7 * np.array(COLORS[name]) + image_noise for name, image_noise in zip(names, noise, strict=True)]
+    return [(name, PIL.Image.fromarray(array.astype(np.uint8))) for name, array in zip(names, pixels, strict=True)]
 
 
 def make_data(folder, splits: dict[str, int]) -> None:
-    """`captions`, a saved data set; `photos`, a folder a split and class; `colores.json`."""
+    """Write `captions` (a saved dataset), `photos` (one folder per split and class) and `colores.json`."""
     features = Features({"image": Image(), "captions-es": List(Value("string"))})
     captions = {}
     for split, number in splits.items():
-        found = pictures(number)
-        rows = {"image": [one for _, one in found]}
-        rows |= {"captions-es": [[f"foto {row} {name}"] for row, (name, _) in enumerate(found)]}
+        named_pictures = pictures(number)
+        rows = {"image": [picture for _, picture in named_pictures]}
+        rows |= {"captions-es": [[f"foto {row} {name}"] for row, (name, _) in enumerate(named_pictures)]}
         captions[split] = Dataset.from_dict(rows, features=features)
-        for row, (name, picture) in enumerate(found):
+        for row, (name, picture) in enumerate(named_pictures):
             (folder / "photos" / split / name).mkdir(parents=True, exist_ok=True)
             picture.save(folder / "photos" / split / name / f"{row}.png")
     DatasetDict(captions).save_to_disk(folder / "captions")
@@ -49,17 +50,17 @@ def test_spanish_from_end_to_end(tmp_path, tiny_processor):
     make_data(tmp_path, {"train": 20, "validation": 12, "test": 14})
     save_model(tmp_path / "base", tiny_processor)
     with contextlib.chdir(tmp_path):
-        given = ["--model", "base", "--dataset", "captions", "--language", "es", "--output_dir", "run"]
-        train_accelerate.main([*given, *TRAINING, "--learning_rate", "1e-3"])
+        flags = ["--model", "base", "--dataset", "captions", "--language", "es", "--output_dir", "run"]
+        train_accelerate.main([*flags, *TRAINING, "--learning_rate", "1e-3"])
         for role, model in (("baseline", "base"), ("capivara", "run")):
-            own = ["--benchmark", "colores.json", "--images", "photos"]
-            for name, command, words in (
+            benchmark = ["--benchmark", "colores.json", "--images", "photos"]
+            for name, command, flags in (
                 ("captions", retrieval, ["--dataset", "captions", "--language", "es", "--dataset_name", "again"]),
-                ("classes", classification, own),
-                ("probe", linear_probe, [*own, "--validation_split", "validation"]),
+                ("classes", classification, benchmark),
+                ("probe", linear_probe, [*benchmark, "--validation_split", "validation"]),
             ):
                 output = f"run/results/{role}-{name}.json"
-                command.main(["--model", model, "--role", role, "--output", output, *words])
+                command.main(["--model", model, "--role", role, "--output", output, *flags])
         records = [record for path in (tmp_path / "run/results").glob("*.json") for record in read_records(path)]
         assert {(r.task, r.language) for r in records} == {
             ("retrieval", "es"), ("classification", "es"), ("linear_probe", ""),
@@ -72,6 +73,7 @@ def test_spanish_from_end_to_end(tmp_path, tiny_processor):
     assert "Classification, own, in es, split test" in page and "Retrieval, captions, in es" in page
     assert "those of the benchmark&#39;s own file" in page and "this project" not in page
     (entry,) = split_card(card_of(tmp_path / "run"))[0]["model-index"]
-    of_classes = [one for one in entry["results"] if one["dataset"]["name"] == "colores"]
-    assert {one["dataset"].get("config") for one in of_classes} == {"es", None}, "the probe reads no text"
-    assert all(one["dataset"]["config"] == "es" for one in entry["results"] if one not in of_classes)
+    class_results = [result for result in entry["results"] if result["dataset"]["name"] == "colores"]
+    configs = {result["dataset"].get("config") for result in class_results}
+    assert configs == {"es", None}, "the linear probe uses no text"
+    assert all(result["dataset"]["config"] == "es" for result in entry["results"] if result not in class_results)

@@ -1,4 +1,4 @@
-"""Texts, whoever tokenises them: open_clip's ids, at a cost that no text can drive up."""
+"""The tokenizer returns open_clip's ids, alone and in the processor, and no text can make it slow."""
 
 import copy
 import html
@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import AutoTokenizer, ByT5Tokenizer, pipeline
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, CapivaraTokenizer
-from modeling_capivara.text_repair_capivara import MAX_CHARACTERS, repair_text
+from modeling_capivara.text_cleaning_capivara import MAX_CHARACTERS, clean_text
 
 PORTUGUESE = "Uma menina de vestido azul está à beira da água, com São João e o cão; a ação começou às três. "
 RUSSIAN = "Красивая девушка сидит на берегу реки и смотрит на воду. "
@@ -51,15 +51,15 @@ LONG = {
 
 @pytest.mark.slow
 def test_long_texts_have_open_clips_ids(xlmr):
-    """Among them one of the longest pieces, a third of the stated size: it is read to its last character."""
+    """One text has the 75 longest tokens: a third of `MAX_CHARACTERS`, so it must be read to its last character."""
     processor, reference = xlmr
-    longest = sorted(processor.tokenizer.get_vocab(), key=lambda piece: (len(piece), piece))[-75:]
-    fitting = " ".join(piece.removeprefix("▁") for piece in longest)
-    assert len(fitting) * 3 < MAX_CHARACTERS
-    for kind, text in {**LONG, "longest pieces": fitting}.items():
+    longest_tokens = sorted(processor.tokenizer.get_vocab(), key=lambda token: (len(token), token))[-75:]
+    longest_text = " ".join(token.removeprefix("▁") for token in longest_tokens)
+    assert len(longest_text) * 3 < MAX_CHARACTERS
+    for kind, text in {**LONG, "longest tokens": longest_text}.items():
         actual = processor(text=[text], padding="max_length", return_tensors="pt")["input_ids"]
         assert torch.equal(actual, reference([text])), kind
-        assert (actual != 1).sum() > 3, "a text of which nothing is left would prove nothing"
+        assert (actual != 1).sum() > 3, "an empty text would prove nothing"
 
 
 HOSTILE = {
@@ -73,7 +73,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_megabyte_of_anything_costs_a_twentieth_of_a_second(tiny_processor, kind):
+def test_a_megabyte_of_text_takes_less_than_50_ms(tiny_processor, kind):
     text = HOSTILE[kind][: 10**6]
     assert len(tiny_processor(text=text)["input_ids"]) <= 77
     assert min(timeit.repeat(lambda: tiny_processor(text=text), timer=time.process_time, number=1, repeat=3)) < 0.05
@@ -85,16 +85,16 @@ def test_tokenizer_alone_reads_texts_as_the_processor_does(tiny_folder, tiny_pro
     expected = dict(tiny_processor(text=LABELS))
     assert dict(tokenizer(LABELS, padding=True)) == expected
     assert max(map(len, expected["input_ids"])) == 77
-    one = tiny_processor(text=LABELS[0])["input_ids"]
-    assert one != tokenizer.plain()(LABELS[0])["input_ids"], "the repair must matter"
-    assert one == tokenizer(LABELS[0])["input_ids"] == tokenizer.encode(LABELS[0])
-    assert tokenizer.tokenize(LABELS[0]) == tokenizer.convert_ids_to_tokens(one)[1:-1]
-    assert tokenizer.batch_decode([one], skip_special_tokens=True) == ["uma casa azul & ção"]
-    for again in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
-        assert dict(again(LABELS, padding=True)) == expected
+    ids = tiny_processor(text=LABELS[0])["input_ids"]
+    assert ids != tokenizer.without_cleaning()(LABELS[0])["input_ids"], "the cleaning must matter"
+    assert ids == tokenizer(LABELS[0])["input_ids"] == tokenizer.encode(LABELS[0])
+    assert tokenizer.tokenize(LABELS[0]) == tokenizer.convert_ids_to_tokens(ids)[1:-1]
+    assert tokenizer.batch_decode([ids], skip_special_tokens=True) == ["uma casa azul & ção"]
+    for copied in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert dict(copied(LABELS, padding=True)) == expected
 
 
-def test_pairs_and_texts_in_words_are_repaired_part_by_part(tiny_folder):
+def test_pairs_and_texts_in_words_are_cleaned_part_by_part(tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     dirty, clean = ("uma  casa &amp;amp;", "céu &lt;"), ("uma casa &", "céu <")
     assert tokenizer([dirty, dirty]).input_ids == tokenizer([clean, clean]).input_ids
@@ -104,16 +104,16 @@ def test_pairs_and_texts_in_words_are_repaired_part_by_part(tiny_folder):
 
 
 @pytest.mark.parametrize("length", [None, 77, 20])
-def test_a_multiple_to_pad_to_applies_after_truncation(tiny_folder, tiny_processor, length):
-    """So that the ids are those without it; transformers refuses a length that the multiple does not divide."""
-    tokenizer, given = AutoTokenizer.from_pretrained(tiny_folder), {} if length is None else {"max_length": length}
-    expected = tokenizer(LABELS, padding=True, return_tensors="pt", **given)
+def test_pad_to_multiple_of_applies_after_truncation(tiny_folder, tiny_processor, length):
+    """The ids do not change. transformers itself refuses a length that the multiple does not divide."""
+    tokenizer, options = AutoTokenizer.from_pretrained(tiny_folder), {} if length is None else {"max_length": length}
+    expected = tokenizer(LABELS, padding=True, return_tensors="pt", **options)
     longest = length or 77
     assert expected["input_ids"].shape == (3, longest)
     width = -(-longest // 8) * 8
     for padding in (True, "max_length"):
-        for read in (tokenizer, lambda texts, **kwargs: tiny_processor(text=texts, **kwargs)):
-            actual = read(LABELS, padding=padding, pad_to_multiple_of=8, return_tensors="pt", **given)
+        for tokenize in (tokenizer, lambda texts, **kwargs: tiny_processor(text=texts, **kwargs)):
+            actual = tokenize(LABELS, padding=padding, pad_to_multiple_of=8, return_tensors="pt", **options)
             assert actual["input_ids"].shape == (3, width)
             assert torch.equal(actual["input_ids"][:, :longest], expected["input_ids"])
             assert torch.equal(actual["attention_mask"][:, :longest], expected["attention_mask"])
@@ -125,7 +125,7 @@ def test_a_multiple_to_pad_to_applies_after_truncation(tiny_folder, tiny_process
 def test_pipelines_give_the_numbers_of_model_and_processor(tiny_folder, tiny_model, tiny_processor, kind):
     image = Image.new("RGB", (40, 37), (200, 30, 30))
     parts, tokenizer = {"model": str(tiny_folder)}, {}
-    if kind == "parts":  # a loaded model: transformers does not take them from `processor=`
+    if kind == "parts":  # for a loaded model, pipelines ignore `processor=`
         parts = {"model": tiny_model, "image_processor": tiny_processor.image_processor}
         tokenizer = {"tokenizer": tiny_processor.tokenizer}
     classify = pipeline("zero-shot-image-classification", **parts, **tokenizer)
@@ -152,13 +152,13 @@ def test_importing_the_package_leaves_pipelines_of_other_models_alone():
     subprocess.run([sys.executable, "-c", IMPORT], check=True, timeout=120)
 
 
-def test_only_fast_tokenizers_are_taken():
-    with pytest.raises(ValueError, match="must be one of the tokenizers library, got ByT5Tokenizer"):
+def test_slow_tokenizers_are_refused():
+    with pytest.raises(ValueError, match="ByT5Tokenizer"):
         CapivaraProcessor(CapivaraImageProcessor(), ByT5Tokenizer())
 
 
-def test_repair_equals_open_clips_on_nested_mixtures():
+def test_cleaning_equals_that_of_open_clip_on_nested_mixtures():
     pieces = "& amp; &amp; &lt; < &#227; &ccedil; &Atilde; &pound; Ã£ Ã© ã â€™ “ a &copy; &semi; #38; &NewLine; ； ＆ ﬁ"
-    pieces, draw = [*pieces.split(), "\n", " ", "Ã ", "\x85", "&nbsp;"], random.Random(0)
-    for text in ("".join(draw.choices(pieces, k=draw.randint(5, 80))) for _ in range(600)):
-        assert repair_text(text) == " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+    pieces, rng = [*pieces.split(), "\n", " ", "Ã ", "\x85", "&nbsp;"], random.Random(0)
+    for text in ("".join(rng.choices(pieces, k=rng.randint(5, 80))) for _ in range(600)):
+        assert clean_text(text) == " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())

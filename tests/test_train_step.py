@@ -1,4 +1,4 @@
-"""The training benchmark at toy width: what it times is the engine's own step, and its figures follow from its runs."""
+"""The training benchmark with tiny models: it times the real training step, and its figures follow from its runs."""
 
 import json
 import statistics
@@ -11,16 +11,23 @@ from transformers import SiglipConfig
 
 from benchmarks import timing
 from benchmarks import train_step as bench
-from benchmarks.train_step import PEER, PRECISIONS, PROGRAMS, Engine, TrainStepArguments, measure_ours
+from benchmarks.train_step import (
+    PEER_PROGRAM,
+    PRECISION_NAMES,
+    PROGRAMS,
+    TrainingEngine,
+    TrainStepArguments,
+    measure_ours,
+)
 
 SIGLIP = SiglipConfig(text_config=TOWER | {"vocab_size": 300, "projection_size": 32}, vision_config=VISION)
 
 
 @pytest.fixture(autouse=True)
 def config(monkeypatch):
-    """Toy widths of both architectures."""
+    """Replace both architectures by tiny ones."""
     monkeypatch.setattr(
-        bench, "published_config", lambda args: {"capivara": tiny_config(), "siglip2": SIGLIP}[args.model]
+        bench, "build_published_config", lambda args: {"capivara": tiny_config(), "siglip2": SIGLIP}[args.model]
     )
 
 
@@ -32,7 +39,8 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def moved(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+def changed_weights(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    """Return the names of the weights that differ from a copy."""
     return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
@@ -40,7 +48,7 @@ def moved(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
     ("program", "changes"),
     [("no_cache", {}), ("cache", {"precision": "bf16"}), ("cache_recomputed", {}), ("no_cache", {"model": "siglip2"})],
 )
-def test_a_run_of_ours(program, changes):
+def test_a_measurement_of_our_trainer_is_complete(program, changes):
     results = measure_ours(worker(program, **changes))
     json.dumps(results, allow_nan=False)
     assert len(results["step_s"]) == 2, "the warm-up is not among them"
@@ -51,32 +59,32 @@ def test_a_run_of_ours(program, changes):
 
 def test_texts_are_padded_to_the_longest_of_a_micro_batch():
     config = tiny_config()
-    ids, (texts, _) = bench.random_texts(config, 200), bench.random_batch(config, worker(pairs=200, micro=16))
+    ids, (texts, _) = bench.make_random_texts(config, 200), bench.make_random_batch(config, worker(pairs=200, micro=16))
     lengths = (ids != 1).sum(dim=1)
     assert ids.shape == (200, 77) and abs(lengths.float().mean() - 20) < 1 and lengths.tolist() == sorted(lengths)
-    for batch, of in zip(texts, lengths.split(16), strict=True):
-        assert batch.input_ids.shape == batch.attention_mask.shape == (len(of), of.max())
-        assert batch.attention_mask.sum(dim=1).tolist() == of.tolist()
+    for batch, expected in zip(texts, lengths.split(16), strict=True):
+        assert batch.input_ids.shape == batch.attention_mask.shape == (len(expected), expected.max())
+        assert batch.attention_mask.sum(dim=1).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_the_text_tower_alone_is_trained_with_dropout(cached):
+def test_only_the_text_encoder_is_trained_with_dropout(cached):
     config, args = tiny_config(), worker("cache" if cached else "no_cache")
-    engine, batch = Engine(config, args), bench.random_batch(config, args)
+    engine, batch = TrainingEngine(config, args), bench.make_random_batch(config, args)
     assert batch[1].ndim == (2 if cached else 4)
     engine.args.learning_rate, engine.args.min_learning_rate = 1e-3, 1e-3
     before = weights_of(engine.model)
     losses = [engine(number, *batch).loss for number in range(2)]
-    trained = moved(engine.model, before)
+    trained = changed_weights(engine.model, before)
     assert {"logit_scale", "text_model.embeddings.word_embeddings.weight", "text_projection.0.weight"} <= trained
     assert not [name for name in trained if name.startswith("vis")]
     assert losses[0] != losses[1]
     assert engine.model.text_model.training and not engine.model.vision_model.training
 
 
-def test_siglip_is_trained_under_its_own_loss():
+def test_siglip_is_trained_with_its_sigmoid_loss():
     args = worker("no_cache", model="siglip2")
-    engine, batch = Engine(SIGLIP, args), bench.random_batch(SIGLIP, args)
+    engine, batch = TrainingEngine(SIGLIP, args), bench.make_random_batch(SIGLIP, args)
     texts = torch.cat([part.input_ids for part in batch[0]])
     assert texts.shape == (7, 64) and [part.attention_mask for part in batch[0]] == [None] * 3
     with torch.no_grad():
@@ -84,34 +92,34 @@ def test_siglip_is_trained_under_its_own_loss():
     engine.args.learning_rate, engine.args.min_learning_rate = 1e-3, 1e-3
     before = weights_of(engine.model)
     assert engine(0, *batch).loss == pytest.approx(expected.item(), rel=1e-4)
-    trained = moved(engine.model, before)
-    assert trained and all(name.startswith("text_model.") for name in trained), "scale and bias stay, too"
+    trained = changed_weights(engine.model, before)
+    assert trained and all(name.startswith("text_model.") for name in trained), "scale and bias must not change"
 
 
 # --- open_clip's trainer ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("accum", "precision"), [(1, "no"), (3, "no"), (3, "bf16")])
-def test_the_real_trainer_trains_the_text_tower_alone(monkeypatch, accum, precision):
+def test_open_clips_trainer_trains_only_the_text_encoder(monkeypatch, accum, precision):
     import open_clip_train.scheduler
 
     from modeling_capivara import convert_open_clip
 
-    seen, build = [], convert_open_clip.build_open_clip
+    models, build = [], convert_open_clip.build_open_clip_model
 
-    def built(config):
+    def build_and_record(config):
         model = build(config)
-        seen.append((model, weights_of(model)))
+        models.append((model, weights_of(model)))
         return model
 
-    monkeypatch.setattr(convert_open_clip, "build_open_clip", built)
-    # No warm-up: the weights move.
+    monkeypatch.setattr(convert_open_clip, "build_open_clip_model", build_and_record)
+    # Without warm-up of the learning rate, so that the weights change.
     monkeypatch.setattr(open_clip_train.scheduler, "cosine_lr", lambda optimizer, *_: lambda step: None)
-    args = worker(PEER, pairs=2 * accum, peer_micro=2, precision=precision, steps=4)
+    args = worker(PEER_PROGRAM, pairs=2 * accum, peer_micro=2, precision=precision, steps=4)
     results = bench.measure_open_clip(args)
-    ((model, before),) = seen
+    ((model, before),) = models
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {"logit_scale", "text.proj.0.weight"} <= moved(model, before) <= trained
+    assert {"logit_scale", "text.proj.0.weight"} <= changed_weights(model, before) <= trained
     assert not [name for name in trained if name.startswith("visual.")]
     assert model.text.transformer.is_gradient_checkpointing and model.visual.transformer.grad_checkpointing
     assert len(results["step_s"]) == 4, "the warm-up is not among them"
@@ -119,7 +127,7 @@ def test_the_real_trainer_trains_the_text_tower_alone(monkeypatch, accum, precis
     assert results["padded_tokens"] == 77 and results["peak_memory_bytes"] > 2**20
 
 
-def test_the_real_trainer_trains_siglip(monkeypatch):
+def test_open_clips_trainer_trains_siglip(monkeypatch):
     import open_clip
     import open_clip_train.scheduler
 
@@ -131,56 +139,59 @@ def test_the_real_trainer_trains_siglip(monkeypatch):
     monkeypatch.setattr(open_clip_train.scheduler, "cosine_lr", lambda optimizer, *_: lambda step: None)
     config = SiglipConfig(text_config=SIGLIP.text_config, vision_config=VISION | {"image_size": 160})
     before = weights_of(model)
-    args = worker(PEER, model="siglip2", pairs=4, peer_micro=2, precision="bf16")
-    theirs = bench.open_clip_arguments(args)
+    args = worker(PEER_PROGRAM, model="siglip2", pairs=4, peer_micro=2, precision="bf16")
+    theirs = bench.parse_open_clip_arguments(args)
     assert theirs.siglip and theirs.accum_freq == 2 and theirs.lock_image and theirs.grad_checkpointing
-    monkeypatch.setattr(bench, "published_config", lambda args: config)
+    monkeypatch.setattr(bench, "build_published_config", lambda args: config)
     results = bench.measure_open_clip(args)
-    trained = moved(model, before)
-    assert {"logit_bias", "text.token_embedding.weight"} <= trained, "the bias is in its loss alone"
+    trained = changed_weights(model, before)
+    assert {"logit_bias", "text.token_embedding.weight"} <= trained, "only the sigmoid loss has a bias"
     assert not [name for name in trained if name.startswith("visual.")]
     assert results["padded_tokens"] == 64 and len(results["step_s"]) == 2
 
 
-def test_open_clips_arguments_and_optimizer_are_those_of_its_command():
-    theirs = bench.open_clip_arguments(TrainStepArguments(pairs=12, peer_micro=4, precision="bf16"))
+def test_open_clips_arguments_and_optimizer_equal_its_command():
+    theirs = bench.parse_open_clip_arguments(TrainStepArguments(pairs=12, peer_micro=4, precision="bf16"))
     assert (theirs.batch_size, theirs.accum_freq, theirs.precision) == (4, 3, "amp_bfloat16")
     assert theirs.lock_image and theirs.grad_checkpointing and theirs.world_size == 1
-    assert (theirs.beta1, theirs.beta2, theirs.eps, theirs.wd) == (0.9, 0.98, 1e-6, 0.2), "open_clip's for a ViT"
+    assert (theirs.beta1, theirs.beta2, theirs.eps, theirs.wd) == (0.9, 0.98, 1e-6, 0.2), (
+        "open_clip's defaults for a ViT"
+    )
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "ln": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
     model["b"].requires_grad_(False)
-    free, decayed = bench.open_clip_optimizer(model, theirs).param_groups
+    free, decayed = bench.build_open_clip_optimizer(model, theirs).param_groups
     assert [id(p) for p in decayed["params"]] == [id(model["a"].weight)] and decayed["weight_decay"] == 0.2
-    assert len(free["params"]) == 3 and free["weight_decay"] == 0.0, "matrices alone decay"
+    assert len(free["params"]) == 3 and free["weight_decay"] == 0.0, "only matrices have weight decay"
 
 
 # --- Side by side -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beside", [False, True])
-def test_programs_alternate_and_the_ratio_is_the_median_of_the_rounds(beside, monkeypatch, tmp_path, capsys):
-    """The machine is twice as slow in the second run of three, the ratios are not."""
-    seen, ours = [], {"no_cache": 4.0, "cache": 6.0, "cache_recomputed": 5.0}
+def test_programs_alternate_and_ratios_are_medians_of_the_runs(beside, monkeypatch, tmp_path, capsys):
+    """The simulated machine is half as fast in the second of three runs, which must not change the ratios."""
+    calls, ours = [], {"no_cache": 4.0, "cache": 6.0, "cache_recomputed": 5.0}
 
     def run(module, root, worker, **flags):
-        seen.append((worker, root != timing.ROOT))
-        slower = 1 + ((len(seen) - 1) // (10 if beside else 9) == 1)
-        rate = (1.0 if worker == PEER else ours[worker]) / slower / (1 + (root != timing.ROOT))
+        calls.append((worker, root != timing.CODE_ROOT))
+        slowdown = 1 + ((len(calls) - 1) // (10 if beside else 9) == 1)
+        rate = (1.0 if worker == PEER_PROGRAM else ours[worker]) / slowdown / (1 + (root != timing.CODE_ROOT))
         return {"pairs_per_second": rate, "peak_memory_bytes": 5 * 2**30}
 
-    monkeypatch.setattr(timing, "in_own_process", run)
+    monkeypatch.setattr(timing, "run_in_process", run)
     flags = ["--pairs", "8", "--micro", "4", "--peer_micro", "4", "--runs", "3", *["--beside", str(tmp_path)] * beside]
     bench.main([*flags, "--output", str(tmp_path / "o.json")])
     results = json.loads((tmp_path / "o.json").read_text())
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == results, "JSON is the last line"
     measured = results["measured"]["float32"]
-    assert set(results["measured"]) == set(PRECISIONS.values())
+    assert set(results["measured"]) == set(PRECISION_NAMES.values())
     assert results["recipe"]["step_s"] == 2816 / 5.0 and results["recipe"]["peak_memory_bytes"] == 5 * 2**30
     assert measured["cache"]["pairs_per_second"] == {"median": 6.0, "slowest": 3.0, "fastest": 6.0}
     if beside:
         assert measured["cache"]["ratio_to_before"] == 2.0 and "ratio_to_before" not in measured["cache_before"]
-        assert results["recipe"]["ratio_to_before"] == 2.0 and len(seen) == 30 and sum(other for _, other in seen) == 15
+        assert results["recipe"]["ratio_to_before"] == 2.0
+        assert len(calls) == 30 and sum(is_other_checkout for _, is_other_checkout in calls) == 15
     else:
-        assert [worker for worker, _ in seen] == ["cache_recomputed", *PROGRAMS, *PROGRAMS] * 3
+        assert [worker for worker, _ in calls] == ["cache_recomputed", *PROGRAMS, *PROGRAMS] * 3
         assert measured["no_cache"]["ratio"] == 4.0 and measured["cache"]["ratio"] == 6.0
-        assert results["peer_accum"] == 2 and measured[PEER]["ratio"] == 1.0 and set(measured) == set(PROGRAMS)
+        assert results["peer_accum"] == 2 and measured[PEER_PROGRAM]["ratio"] == 1.0 and set(measured) == set(PROGRAMS)

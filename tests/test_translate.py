@@ -1,4 +1,4 @@
-"""Captions out, translations in: each sentence once, by any number of tasks, whatever is killed."""
+"""Translation of captions: each distinct sentence once, with any number of tasks and every backend."""
 
 import json
 import subprocess
@@ -13,19 +13,20 @@ from google_server import KEY, google_service, translated
 from seq2seq_models import m2m100_folder, marian_folder
 
 from capivara_common.files import read_json
-from caption_data.rows import CAPTIONS
+from caption_data.rows import CAPTIONS_FEATURE
 from caption_data.sources import open_split
 from captions.stages import check_complete
-from captions.translate import TranslationMemory, main, unescape
+from captions.translate import TranslationMemory, main
+from captions.translation_tables import unescape_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 24
-LONG = " ".join(f"Cat {i} sits on mat {i}." for i in range(430))  # over 10,000 characters
+LONG = " ".join(f"Cat {i} sits on mat {i}." for i in range(430))  # more than 10,000 characters
 NASTY = 'it\'s "a cat"\ton a mat\r\nand \\n a dog\u2028'
 
 
 def rows() -> list[dict]:
-    """Sentences of which most occur in several rows, in both columns, and some of which are hard."""
+    """Make rows whose sentences mostly occur several times, in both columns; some have special characters."""
     return [
         {
             "captions-en": [f"a photo of thing {i % 7}"] + ["a cat on a mat"] * (i % 2),
@@ -41,8 +42,13 @@ def distinct() -> set[str]:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> str:
-    """A saved data set."""
-    features = {"image": Image(), "id": Value("int32"), "captions-en": CAPTIONS, "generated-captions-en": CAPTIONS}
+    """A saved dataset with English captions."""
+    features = {
+        "image": Image(),
+        "id": Value("int32"),
+        "captions-en": CAPTIONS_FEATURE,
+        "generated-captions-en": CAPTIONS_FEATURE,
+    }
     columns = [[row[name] for row in rows()] for name in list(features)[2:]]
     return saved_train(
         tmp_path_factory.mktemp("translate") / "data", features, map(picture, range(ROWS)), range(ROWS), *columns
@@ -68,15 +74,15 @@ def written(output: Path) -> list[dict]:
 
 
 def check_rows(output: Path, language: str = "pt") -> None:
-    """All rows once and in order, with the pictures and all translations in their places."""
-    there, expected = written(output), rows()
-    assert [row["id"] for row in there] == list(range(ROWS))
-    for number, (row, source) in enumerate(zip(there, expected, strict=True)):
+    """Check that all rows are written once, in order, with their images and all translations in their positions."""
+    result, expected = written(output), rows()
+    assert [row["id"] for row in result] == list(range(ROWS))
+    for number, (row, source) in enumerate(zip(result, expected, strict=True)):
         assert row["image"]["bytes"] == picture(number)
         for column, texts in source.items():
-            assert row[column] == texts, "what was there stays"
+            assert row[column] == texts, "existing captions do not change"
             for text, translation in zip(texts, row[column.removesuffix("en") + language], strict=True):
-                if text == LONG:  # in pieces, each turned around
+                if text == LONG:  # translated in pieces, each of which is reversed
                     assert len(translation.replace(f"{language}: ", "")) == pytest.approx(len(LONG), abs=3)
                 else:
                     assert translation == (translated(text, language) if text else "")
@@ -87,7 +93,7 @@ def test_each_distinct_sentence_is_translated_once(service, dataset, tmp_path, c
     check_rows(tmp_path / "pt")
     sent = Counter(service.sentences())
     assert set(sent.values()) == {1}
-    assert {text for text in sent if text in distinct()} == distinct() - {LONG}, "and the long one in pieces"
+    assert {text for text in sent if text in distinct()} == distinct() - {LONG}, "the long sentence is sent in pieces"
     assert "24 rows written, 0 left out" in capsys.readouterr().out
     main(google_flags(service, dataset, tmp_path / "again", "--memory", str(tmp_path / "pt.memory")))
     check_rows(tmp_path / "again")
@@ -98,19 +104,19 @@ def test_each_distinct_sentence_is_translated_once(service, dataset, tmp_path, c
 
 
 @pytest.mark.slow
-def test_what_a_task_says_has_no_key_in_it(service, dataset, tmp_path):
-    """Google refuses in two processes: their logs, failures and outputs tell why, and nothing secret."""
+def test_logs_of_failed_tasks_do_not_contain_the_key(service, dataset, tmp_path):
+    """Google refuses requests of two processes: logs, failures and outputs contain the reason, but not the key."""
     flags = google_flags(service, dataset, tmp_path / "pt", "--workers", "2", "--rows_per_part", "2")
     service.faults[:] = ["none", *[403] * 20]
     command = [sys.executable, "-m", "captions.translate", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "2 tasks have failed" in done.stderr, done.stderr
-    assert "task 0: " in done.stderr and "task 1: " in done.stderr and "Google refuses" in done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "task 0: " in done.stderr and "task 1: " in done.stderr and "403" in done.stderr
     written_down = [path.read_text(errors="replace") for path in (tmp_path / "pt.logs").rglob("*") if path.is_file()]
     assert not [text for text in [done.stdout, done.stderr, *written_down] if KEY in text]
 
 
-def test_the_memory_keeps_what_differs_apart_and_names_damage(tmp_path):
+def test_the_memory_separates_translators_and_names_damaged_files(tmp_path):
     nasty = {"quotes \"' and \0 \t\n": "ção 🦫", "x" * 10_000: "", "a cat": "um gato"}
     fingerprint = {"backend": "transformers", "model": "marian", "target": "por"}
     memory = TranslationMemory(tmp_path, fingerprint)
@@ -120,39 +126,39 @@ def test_the_memory_keeps_what_differs_apart_and_names_damage(tmp_path):
     assert again.find([*nasty, "a dog", "a fish"]) == nasty | {"a dog": "um cão"}
     assert TranslationMemory(tmp_path, fingerprint | {"beams": 4}).find(nasty) == {}
     (memory.folder / "broken.parquet").write_bytes(b"PAR1 half")
-    with pytest.raises(ValueError, match=r"broken\.parquet can't be loaded: .*Remove it: its sentences are"):
+    with pytest.raises(ValueError, match=r"broken\.parquet"):
         again.find(["a dog"])
 
 
-def test_google_stops_and_goes_on(service, dataset, tmp_path, monkeypatch):
+def test_a_run_that_google_interrupts_continues(service, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("captions.translators.MAX_TRIES", 2)
     monkeypatch.setattr("captions.translators.FIRST_WAIT_S", 0.01)
     flags = google_flags(service, dataset, tmp_path / "pt")
     service.faults[:] = ["none", 429, "none", "none", 500, "none", "none", 503, 503]
-    with pytest.raises(OSError, match=r"Google has failed 2 times, at last so: .*503") as caught:
+    with pytest.raises(OSError, match=r"\b2 times.*503") as caught:
         main(flags)
     assert KEY not in str(caught.value)
     main(flags)
     check_rows(tmp_path / "pt")
-    assert sum(service.answered.values()) == len(service.answered), "what was answered was not asked for again"
+    assert sum(service.answered.values()) == len(service.answered), "no translated sentence is sent again"
 
 
 def test_languages_and_keys_are_refused_before_any_work(service, dataset, tmp_path, monkeypatch):
     for flags, message in [
-        (["--language", "kk"], "does not know the language 'kk'; of its 9 codes the nearest are"),
-        (["--language", "p!t"], "language must be a code such as pt"),
-        (["--language", "en"], "there is nothing to translate"),
+        (["--language", "kk"], r"'kk'.*\b9\b"),
+        (["--language", "p!t"], "language.*'p!t'"),
+        (["--language", "en"], "'en'"),
     ]:
         with pytest.raises(ValueError, match=message):
             main(google_flags(service, dataset, tmp_path / "pt", *flags))
     monkeypatch.setenv("GOOGLE_API_KEY", "wrong")
-    with pytest.raises(ValueError, match=r"Google refuses it.*API key not valid: <key>"):
+    with pytest.raises(ValueError, match=r"<key>"):
         main(google_flags(service, dataset, tmp_path / "pt"))
     monkeypatch.delenv("GOOGLE_API_KEY")
-    with pytest.raises(ValueError, match="needs a key"):
+    with pytest.raises(ValueError, match="GOOGLE_API_KEY"):
         main(google_flags(service, dataset, tmp_path / "pt"))
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="not launched by Accelerate or torchrun: rows are shared out by --tasks"):
+    with pytest.raises(ValueError, match="--tasks"):
         main(google_flags(service, dataset, tmp_path / "pt"))
     assert service.requests == [] and [path.name for path in tmp_path.iterdir()] == ["pt.logs"]
 
@@ -162,18 +168,18 @@ def test_languages_and_keys_are_refused_before_any_work(service, dataset, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["marian", "m2m100"])
-def test_a_model_translates_a_data_set(dataset, tmp_path, kind, capsys):
+def test_a_model_translates_a_dataset(dataset, tmp_path, kind, capsys):
     model = marian_folder(tmp_path / "m" / "model") if kind == "marian" else m2m100_folder(tmp_path / "m" / "model")
     flags = ["--dataset", dataset, "--output", str(tmp_path / "xh"), "--language", "xh", "--model", str(model)]
     flags += ["--max_new_tokens", "4", "--batch_size", "16", "--rows_per_part", "10"]
     main([*flags, "--tasks", "2"])
-    there = written(tmp_path / "xh")
-    assert [row["id"] for row in there] == list(range(ROWS))
-    for row in there:
+    translated_rows = written(tmp_path / "xh")
+    assert [row["id"] for row in translated_rows] == list(range(ROWS))
+    for row in translated_rows:
         for column in ("captions", "generated-captions"):
             assert len(row[f"{column}-xh"]) == len(row[f"{column}-en"])
-    made = {pair for row in there for pair in zip(row["captions-en"], row["captions-xh"], strict=True)}
-    assert len(made) == 8, "one sentence, one translation"
+    pairs = {pair for row in translated_rows for pair in zip(row["captions-en"], row["captions-xh"], strict=True)}
+    assert len(pairs) == 8, "each sentence has one translation"
     assert check_complete(tmp_path / "xh").rows == ROWS
     assert "translations look wrong" in capsys.readouterr().out
 
@@ -188,29 +194,29 @@ def file_flags(dataset: str, output: Path, *more: str) -> list[str]:
     ]
 
 
-def test_a_table_goes_out_and_comes_back(dataset, tmp_path, caplog):
+def test_a_table_is_written_filled_and_read(dataset, tmp_path, caplog):
     table = tmp_path / "yo.tsv"
     main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
-    assert f"has {len(distinct())} sentences" in caplog.text and not (tmp_path / "yo").exists()
+    assert f"{len(distinct())} sentences" in caplog.text and not (tmp_path / "yo").exists()
     head, *lines = table.read_text(encoding="utf-8").split("\n")[:-1]
-    assert {unescape(line.split("\t")[1]) for line in lines} == distinct()
+    assert {unescape_cell(line.split("\t")[1]) for line in lines} == distinct()
     main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
-    assert "34 of 34 sentences have no translation yet" in caplog.text and head in table.read_text(encoding="utf-8")
+    assert "34 of 34 " in caplog.text and head in table.read_text(encoding="utf-8")
     filled = [line + "yo: " + line.split("\t")[1] for line in lines]
     table.write_text("\n".join([head, *filled]) + "\n", encoding="utf-8")
-    main(file_flags(dataset, tmp_path / "yo", "--import", str(table), "--tasks", "2"))  # a table is for all tasks
+    main(file_flags(dataset, tmp_path / "yo", "--import", str(table), "--tasks", "2"))  # all tasks read the same table
     for row, source in zip(written(tmp_path / "yo"), rows(), strict=True):
         for column, texts in source.items():
             assert row[column.removesuffix("en") + "yo"] == [text and f"yo: {text}" for text in texts]
 
     table.write_text("\n".join([head, *filled[:2], *filled[3:], filled[0]]) + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"yo\.tsv, line 4: s4_\w+ \(.*\) in place of s3_\w+ "):
+    with pytest.raises(ValueError, match=r"yo\.tsv, line 4: .*\bs3_\w+ .*\bs4_\w+ "):
         main(file_flags(dataset, tmp_path / "other", "--import", str(table)))
     assert not (tmp_path / "other").exists()
 
 
-def test_a_corrected_cell_is_taken_over(dataset, tmp_path):
-    """Only the files with a row that changes are made again; with another setting the folder is refused as it is."""
+def test_a_corrected_cell_changes_only_its_part(dataset, tmp_path):
+    """Only the files with a changed row are written again; with another setting the folder is refused, unchanged."""
     table = tmp_path / "yo.tsv"
     flags = file_flags(dataset, tmp_path / "yo", "--import", str(table))
     main(flags)
@@ -219,7 +225,7 @@ def test_a_corrected_cell_is_taken_over(dataset, tmp_path):
     main(flags)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "yo").glob("*.parquet")}
     table.write_text(filled.replace("thing 7 in a park\told", "thing 7 in a park\tnew"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"settings\.drop_flagged: False there, True now"):
+    with pytest.raises(ValueError, match=r"settings\.drop_flagged: False .*True"):
         main([*flags, "--drop_flagged"])
     assert {path: path.stat().st_mtime_ns for path in before} == before
     main(flags)
@@ -242,14 +248,14 @@ def test_a_table_states_its_languages_and_its_source(dataset, tmp_path):
             main(flags)
         assert not (tmp_path / "yo").exists()
     table.write_text("\n".join([head.replace(digest, "id:0123456789abcdef"), *lines]), encoding="utf-8")
-    main(flags)  # the same sentences, of whatever file
+    main(flags)  # another dataset with the same sentences is accepted
     table.write_text("\n".join([head.replace(digest, "id:0123456789abcdef"), *lines[1:]]), encoding="utf-8")
     with pytest.raises(ValueError, match="0123456789abcdef"):
         main(flags)
 
 
 @pytest.mark.parametrize("language", ["swahili", "zz"])
-def test_a_language_that_is_none_is_refused(dataset, tmp_path, language):
+def test_an_invalid_language_code_is_refused(dataset, tmp_path, language):
     with pytest.raises(ValueError, match=f"'{language}'"):
         main(["--dataset", dataset, "--output", str(tmp_path / "out"), "--language", language, "--model", "m"])
 
@@ -263,7 +269,7 @@ def test_flagged_translations_are_counted_shown_and_dropped(dataset, tmp_path, c
     lines = table.read_text(encoding="utf-8").split("\n")[:-1]
     wrong = {"a cat on a mat": "a cat on a mat", "thing 3 in a park": "-", "thing 4 in a park": "&amp; кошка кошка"}
     for number, line in enumerate(lines[1:], 1):
-        source = unescape(line.split("\t")[1])
+        source = unescape_cell(line.split("\t")[1])
         lines[number] += wrong.get(source, line.split("\t")[1][::-1].replace("\\", "/"))
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     main(file_flags(dataset, tmp_path / "kept", "--import", str(table)))
@@ -277,16 +283,16 @@ def test_flagged_translations_are_counted_shown_and_dropped(dataset, tmp_path, c
     assert written(tmp_path / "kept")[3]["generated-captions-yo"][0] == "-"
 
     main(file_flags(dataset, tmp_path / "dropped", "--import", str(table), "--drop_flagged"))
-    there = written(tmp_path / "dropped")
-    assert [len(row["captions-yo"]) for row in there] == [1] * ROWS, "the copies are gone"
-    assert len(there[3]["generated-captions-yo"]) == 2
-    (flagged,) = [one for one in there[3]["quality-yo"]["flagged"] if one["column"] == "generated-captions-yo"]
+    dropped = written(tmp_path / "dropped")
+    assert [len(row["captions-yo"]) for row in dropped] == [1] * ROWS, "the copies are dropped"
+    assert len(dropped[3]["generated-captions-yo"]) == 2
+    (flagged,) = [entry for entry in dropped[3]["quality-yo"]["flagged"] if entry["column"].startswith("generated")]
     assert flagged == {"column": "generated-captions-yo", "position": 0, "flags": ["empty"]} | example
     assert read_json(tmp_path / "dropped" / "quality.json")["flags"] == report["flags"]
 
 
-def test_columns_of_other_names_and_forms(service, tmp_path):
-    """A list of images, one caption a row under another name, one of them no text and one with half a letter."""
+def test_captions_of_other_names_and_types_are_translated(service, tmp_path):
+    """The column is renamed; a caption may be a text, a list, None or a number, and have a lone surrogate."""
     folder = tmp_path / "images"
     folder.mkdir()
     captions = ["a cat", ["a dog", "a cat"], None, "half \ud83e", 7, ["a", 3]]
@@ -300,13 +306,13 @@ def test_columns_of_other_names_and_forms(service, tmp_path):
     expected = [[text and translated(text, "pt") for text in texts] for texts in expected]
     assert [row["captions-pt"] for row in written(tmp_path / "pt")] == expected
     assert sorted(service.sentences()) == ["a", "a cat", "a dog", "half ?"]
-    assert not check_complete(tmp_path / "pt").skipped, "what is no text counts as missing"
-    with pytest.raises(ValueError, match=r"has no column captions-en or generated-captions-en; .*--rename OLD=capt"):
+    assert not check_complete(tmp_path / "pt").skipped, "other types count as missing"
+    with pytest.raises(ValueError, match=r"captions-en.*generated-captions-en.*--rename OLD=capt"):
         main(google_flags(service, str(folder), tmp_path / "other"))
 
 
 @pytest.mark.parametrize("column", ["captions-pt", "similarities-pt"])
-def test_columns_of_other_translations_are_not_replaced(service, tmp_path, column):
+def test_existing_translations_are_not_replaced(service, tmp_path, column):
     data = {
         "image": [{"bytes": picture(0), "path": None}],
         "captions-en": [["a cat"]],
@@ -314,7 +320,7 @@ def test_columns_of_other_translations_are_not_replaced(service, tmp_path, colum
     }
     DatasetDict(train=Dataset.from_dict(data)).save_to_disk(tmp_path / "data")
     flags = google_flags(service, str(tmp_path / "data"), tmp_path / "pt")
-    with pytest.raises(ValueError, match=f"has {column} already. Give it another name, --rename {column}=old-"):
+    with pytest.raises(ValueError, match=f"{column}.*--rename {column}=old-"):
         main(flags)
     main([*flags, "--rename", f"{column}=old-{column}"])
     assert {f"old-{column}", "captions-pt"} <= written(tmp_path / "pt")[0].keys()
@@ -323,13 +329,12 @@ def test_columns_of_other_translations_are_not_replaced(service, tmp_path, colum
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--backend", "file"], "needs --import FILE.tsv"),
-        (["--import", "x.tsv"], "the others have none"),
-        (["--language", "hi"], "--model is needed for en to hi, such as facebook/nllb"),
-        (["--backend", "google", "--max_cost", "5"], "`--max_cost` is gone: a quota of characters"),
-        (["--num_beams", "5"], "`--num_beams` is gone: the search is as the model's generation_config says"),
+        (["--backend", "file"], "--import"),
+        (["--import", "x.tsv"], "--backend file"),
+        (["--language", "hi"], "--model.*en to hi"),
+        (["--num_beams", "5"], "--num_beams"),
     ],
 )
-def test_bad_arguments(dataset, tmp_path, flags, message):
+def test_invalid_flags_are_refused(dataset, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         main(["--dataset", dataset, "--output", str(tmp_path / "pt"), "--language", "pt", *flags])

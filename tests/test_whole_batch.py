@@ -1,5 +1,6 @@
-"""A step over the whole batch equals one graph over the same micro-batches, with dropout, however it is run."""
+"""A step of `WholeBatch` equals one graph over the same micro-batches, with dropout, for any memory and processes."""
 
+import doctest
 import os
 import subprocess
 import sys
@@ -16,9 +17,16 @@ from torch.nn import functional as F
 from whole_batch_process import CAPTIONS, MICRO, SEED, STEP, VARIANTS, build, gradients_of, make_batch
 
 from modeling_capivara import clip_loss
-from modeling_capivara.two_towers import text_embeds
+from modeling_capivara.two_towers import compute_text_embeds
 from training import whole_batch
-from training.whole_batch import WholeBatch, contrastive_loss, graph_bytes, micro_batches, sigmoid_loss, word_rows
+from training.batches import apportion_batch, make_micro_batches
+from training.memory import measure_graph_bytes
+from training.whole_batch import (
+    WholeBatch,
+    cached_word_rows,
+    contrastive_loss,
+    sigmoid_loss,
+)
 
 TESTS = Path(__file__).resolve().parent
 TOLERANCE = {"no": 1e-6, "bf16": 1e-2}
@@ -26,14 +34,15 @@ ALL_GRAPHS = float("inf")
 
 
 def forward(model, batch):
-    """A micro-batch with the random state of the step."""
+    """Run the model on a micro-batch with the random state that `WholeBatch` uses."""
     return seeded(batch, lambda inputs: model(**inputs))
 
 
 def seeded(batch, call):
+    """Call a function with the inputs of a micro-batch and the random state that `WholeBatch` uses."""
     state = np.random.SeedSequence([SEED, STEP, batch.index]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(state) >> 1)
-    return call(batch.inputs("cpu"))
+    return call(batch.model_inputs("cpu"))
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -41,7 +50,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def reference_gradients(model, batches, image_embeds, autocast: torch.dtype | None = None):
-    """One graph over all micro-batches, one loss."""
+    """Compute loss and gradients with one graph over all micro-batches."""
     device = model.device
     with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
         outputs = [forward(model, batch) for batch in batches]
@@ -54,38 +63,38 @@ def reference_gradients(model, batches, image_embeds, autocast: torch.dtype | No
 
 
 def siglip_gradients(model, batches, image_embeds):
-    """Of all texts at once: the model's own loss, `return_loss=True`, or with images of a cache its formula."""
+    """Compute loss and gradients of all texts at once, by the model's own loss or, with cached images, its formula."""
     ids = torch.cat([batch.input_ids for batch in batches])
     if image_embeds is None:
         loss = model(ids, torch.cat([batch.pixel_values for batch in batches]), return_loss=True).loss
     else:
-        logits = model.logit_scale.exp() * text_embeds(model, ids) @ image_embeds.double().T + model.logit_bias
+        logits = model.logit_scale.exp() * compute_text_embeds(model, ids) @ image_embeds.double().T + model.logit_bias
         loss = -F.logsigmoid((2 * torch.eye(len(ids)) - 1) * logits).sum() / len(ids)
     loss.backward()
     return loss.item(), gradients(model)
 
 
 def largest_error(actual: dict, expected: dict) -> float:
-    """Largest relative error of any parameter's gradient: norm of the difference over the norm."""
+    """Return the largest error of any parameter's gradient: norm of the difference over norm of the gradient."""
     assert actual.keys() == expected.keys()
     errors = {}
     for name, gradient in expected.items():
         norm = gradient.norm()
-        if name.endswith(("key.bias", "k_proj.bias")):  # softmax does not see it: its gradient is rounding alone
+        if name.endswith(("key.bias", "k_proj.bias")):  # softmax cancels it: its gradient is only rounding error
             norm = expected[name.replace("key", "query").replace("k_proj", "q_proj")].norm()
         assert norm > 0, "an all-zero gradient would prove nothing"
         errors[name] = ((actual[name] - gradient).norm() / norm).item()
     return max(errors.values())
 
 
-# Each pair of two choices is here, not all products. Of 7 pairs a size of 3 leaves a remainder, 50 exceeds the batch.
+# Every combination of two parameters, not of all five. Of 7 pairs, size 3 leaves a remainder and 50 exceeds the batch.
 CASES = [(0.0, False, "bf16", False, 2), (ALL_GRAPHS, True, "no", False, 2), (None, False, "no", True, 3)]
 CASES += [(0.0, True, "no", True, 50), (ALL_GRAPHS, False, "bf16", True, 2), (None, True, "bf16", False, 2)]
 CASES += [(0.0, False, "no", False, 1)]
 
 
 @pytest.mark.parametrize(("budget", "trained_images", "precision", "checkpointing", "size"), CASES)
-def test_step_equals_one_graph(budget, trained_images, precision, checkpointing, size):
+def test_a_step_equals_one_graph(budget, trained_images, precision, checkpointing, size):
     batches, embeds = make_batch(trained_images, size)
     loss, expected = reference_gradients(
         build(trained_images), batches, embeds, torch.bfloat16 if precision == "bf16" else None
@@ -100,7 +109,7 @@ def test_step_equals_one_graph(budget, trained_images, precision, checkpointing,
 
 
 class Float64Tower(torch.nn.Module):
-    """A text tower whose embeddings are in float64; the model's own are in float32, whatever its weights are."""
+    """A text tower with embeddings in float64. The embeddings of `CapivaraModel` are always in float32."""
 
     def __init__(self):
         super().__init__()
@@ -118,10 +127,10 @@ class Float64Tower(torch.nn.Module):
 
 @pytest.mark.parametrize("budget", [0.0, ALL_GRAPHS])
 def test_in_float64_it_equals_one_graph_to_1e_9(budget):
-    (batches, embeds), model, right = make_batch(False), Float64Tower(), torch.arange(7)
-    texts = torch.cat([seeded(batch, lambda inputs: text_embeds(model, **inputs)) for batch in batches])
+    (batches, embeds), model, targets = make_batch(False), Float64Tower(), torch.arange(7)
+    texts = torch.cat([seeded(batch, lambda inputs: compute_text_embeds(model, **inputs)) for batch in batches])
     logits = model.logit_scale.exp() * texts @ embeds.double().T
-    loss = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
     loss.backward()
     report, actual = gradients_of(Float64Tower(), Accelerator(cpu=True), batches, embeds.double(), budget)
     assert report.loss == pytest.approx(loss.item(), rel=1e-12)
@@ -132,7 +141,7 @@ def test_in_float64_it_equals_one_graph_to_1e_9(budget):
 
 
 def by_micro_batch(model, batches, embeds) -> dict[str, torch.Tensor]:
-    """bfloat16, with a backward pass of its own for each micro-batch: no gradient is summed in 8 bits."""
+    """Compute gradients in bfloat16 with one backward pass per micro-batch, so that no gradient is summed in 8 bits."""
     outputs = []
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16):
@@ -145,34 +154,35 @@ def by_micro_batch(model, batches, embeds) -> dict[str, torch.Tensor]:
 
 
 def mean_error(actual: dict, expected: dict) -> float:
+    """Return the mean relative error over the parameters' gradients."""
     return float(np.mean([((actual[n] - g).norm() / g.norm()).item() for n, g in expected.items() if "key.b" not in n]))
 
 
 @pytest.mark.parametrize("number", [4, 44, pytest.param(176, marks=pytest.mark.slow)])
-def test_bfloat16_is_as_near_to_float32_with_many_micro_batches(number):
+def test_bfloat16_stays_as_accurate_with_many_micro_batches(number):
     captions = [f"{CAPTIONS[i % 7]} {CAPTIONS[i // 7 % 7]}" for i in range(number)]
     batches, embeds = make_batch(False, 1, captions)
     exact = reference_gradients(build(False), batches, embeds)[1]
-    apart = mean_error(by_micro_batch(build(False), batches, embeds), exact)
+    separate_error = mean_error(by_micro_batch(build(False), batches, embeds), exact)
     for budget in (0.0, ALL_GRAPHS):
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-        found = mean_error(gradients_of(build(False), accelerator, batches, embeds, budget)[1], exact)
-        assert 0 < found < 1.05 * apart
-    if number > 4:  # the fault that this would notice
+        error = mean_error(gradients_of(build(False), accelerator, batches, embeds, budget)[1], exact)
+        assert 0 < error < 1.05 * separate_error
+    if number > 4:  # a common backward pass, which sums gradients in bfloat16, would be noticed
         together = reference_gradients(build(False), batches, embeds, torch.bfloat16)[1]
-        assert mean_error(together, exact) > 1.05 * apart
+        assert mean_error(together, exact) > 1.05 * separate_error
 
 
-def test_a_loss_that_is_not_finite_leaves_no_gradient():
+def test_a_nan_loss_raises_and_leaves_no_gradient():
     batches, embeds = make_batch(False)
     model = build(False)
-    with pytest.raises(FloatingPointError, match="The loss is nan"):
+    with pytest.raises(FloatingPointError, match="nan"):
         gradients_of(model, Accelerator(cpu=True), batches, embeds * float("nan"))
     assert not gradients(model)
 
 
-def test_fp16_scales_what_flows_back():
-    """The scaler that a GPU's training has, on a CPU: its scale is in all gradients, the temperature's too."""
+def test_the_fp16_scaler_scales_all_gradients():
+    """Also that of the logit scale. The scaler is set by hand, because Accelerate has none on a CPU."""
     batches, embeds = make_batch(False)
     _, expected = reference_gradients(build(False), batches, embeds)
     accelerator = Accelerator(cpu=True)
@@ -184,23 +194,24 @@ def test_fp16_scales_what_flows_back():
 # ---- memory ----
 
 
-def test_what_fits_is_kept(monkeypatch):
-    """Its measure of a graph, against the memory that is said to be free."""
+def test_graphs_that_fit_into_free_memory_are_kept(monkeypatch):
     batches, embeds = make_batch(False)
     model, accelerator = build(False), Accelerator(cpu=True)
     step = WholeBatch(accelerator.prepare_model(model, evaluation_mode=True), accelerator, SEED)
-    assert step(STEP, batches, 7, embeds).graphs_kept == 4, "there is memory enough"
-    size = graph_bytes(lambda: model(batches[0].input_ids, attention_mask=batches[0].attention_mask), model)
-    assert step._bytes_a_text * len(batches[0].input_ids) == pytest.approx(size, rel=0.1)
+    assert step(STEP, batches, 7, embeds).graphs_kept == 4, "all graphs fit"
+    size = measure_graph_bytes(lambda: model(batches[0].input_ids, attention_mask=batches[0].attention_mask), model)
+    assert step._bytes_per_text * len(batches[0].input_ids) == pytest.approx(size, rel=0.1)
     step.budget = None
     enough_for_two = 2.5 * size * max(b.input_ids.numel() for b in batches[:2]) / batches[0].input_ids.numel()
-    monkeypatch.setattr(whole_batch, "free_memory", lambda device: (enough_for_two / 0.6) + step._state_bytes())
+    monkeypatch.setattr(
+        whole_batch, "available_memory", lambda device: (enough_for_two / 0.6) + step._pending_state_bytes()
+    )
     assert 1 <= step(STEP, batches, 7, embeds).graphs_kept <= 3
 
 
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_kept_and_recomputed_graphs_agree_to_the_bit(precision):
-    """What fits in memory may then differ between a run and its continuation."""
+    """A run and its continuation may therefore keep different numbers of graphs."""
     results = {}
     for budget in (0.0, ALL_GRAPHS, "half"):
         batches, embeds = make_batch(False)
@@ -208,7 +219,7 @@ def test_kept_and_recomputed_graphs_agree_to_the_bit(precision):
         step = WholeBatch(accelerator.prepare_model(model, evaluation_mode=True), accelerator, SEED)
         step.budget = budget
         if budget == "half":
-            step.budget, step._bytes_a_text = 1.0, 0.25
+            step.budget, step._bytes_per_text = 1.0, 0.25
         results[step(STEP, batches, 7, embeds).graphs_kept] = gradients(model)
     assert len(results) == 3 and 0 in results and 4 in results, "none, some and all graphs were kept"
     first, *others = results.values()
@@ -216,26 +227,28 @@ def test_kept_and_recomputed_graphs_agree_to_the_bit(precision):
 
 
 @pytest.mark.parametrize(("precision", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_graph_bytes_counts_what_is_saved_and_neither_weights_nor_their_casts(precision, size):
+def test_graph_bytes_count_saved_tensors_but_not_weights_or_their_casts(precision, size):
     linear = torch.nn.Linear(100, 50)
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        counted = graph_bytes(lambda: torch.sigmoid(linear(torch.randn(30, 100))), linear)
+        counted = measure_graph_bytes(lambda: torch.sigmoid(linear(torch.randn(30, 100))), linear)
     assert counted == (30 * 100 + 30 * 50) * size  # the input and the sigmoid's result
 
 
 @pytest.mark.slow
 def test_the_loss_of_32768_pairs_costs_under_half_a_gibibyte():
-    """In a process of its own, for 2,048 of the rows: the most memory it held, less what it held before. In one tile it
-    would take twice as much; every 2,048 rows more take 20 MB."""
+    """Measure the peak memory of a new process above its start, for 2,048 of the rows.
+
+    A single tile would take twice as much. Every further 2,048 rows take 20 MB.
+    """
     code = """
 import torch
-from benchmarks.timing import peak_resident_bytes, restart_peak
+from benchmarks.timing import peak_resident_bytes, restart_peak_memory
 from training.whole_batch import contrastive_loss
 torch.manual_seed(0)
 texts, images = torch.nn.functional.normalize(torch.randn(2, 32768, 512), dim=-1)
 texts, scale = texts.requires_grad_(), torch.tensor(4.6, requires_grad=True)
 torch.randn(64, 512) @ torch.randn(512, 64)
-before = restart_peak()
+before = restart_peak_memory()
 contrastive_loss(texts, images, scale, torch.arange(2048)).backward()
 print(peak_resident_bytes() - before)
 """
@@ -243,91 +256,103 @@ print(peak_resident_bytes() - before)
     assert 2**26 < int(done.stdout) < 2**29
 
 
-# ---- the loss and the word rows ----
+# ---- losses and cached token embeddings ----
 
 
-def sides(pairs: int, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+def random_embeds(pairs: int, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return text and image embeddings of unit length in float64, which require gradients."""
     generator = torch.Generator().manual_seed(pairs)
-    both = F.normalize(torch.randn(2, pairs, width, generator=generator, dtype=torch.double), dim=-1)
-    return both[0].requires_grad_(), both[1].requires_grad_()
+    texts, images = F.normalize(torch.randn(2, pairs, width, generator=generator, dtype=torch.double), dim=-1)
+    return texts.requires_grad_(), images.requires_grad_()
 
 
 @pytest.mark.parametrize("kind", ["contrastive", "sigmoid"])
 @pytest.mark.parametrize("tile", [1, 3, 11, 100])
 @pytest.mark.parametrize("cut", [0, 5, 11])
-def test_the_shares_of_processes_add_up_to_the_plain_formula(cut, tile, kind, monkeypatch):
-    monkeypatch.setattr(whole_batch, "TILE_LOGITS", tile * 11)
-    texts, images = sides(11)
+def test_the_losses_of_all_processes_sum_to_the_plain_formula(cut, tile, kind, monkeypatch):
+    monkeypatch.setattr(whole_batch, "MAX_TILE_LOGITS", tile * 11)
+    texts, images = random_embeds(11)
     scale, bias = (torch.tensor(value, dtype=torch.double, requires_grad=True) for value in (2.9, -9.0))
-    logits, right, inputs = scale.exp() * texts @ images.T, torch.arange(11), [texts, images, scale]
+    logits, targets, inputs = scale.exp() * texts @ images.T, torch.arange(11), [texts, images, scale]
     if kind == "contrastive":
-        expected = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+        expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
         share = partial(contrastive_loss, *inputs)
     else:
         expected = -F.logsigmoid((2 * torch.eye(11) - 1) * (logits + bias)).sum() / 11
         share = partial(sigmoid_loss, *inputs, logit_bias=bias)
         inputs.append(bias)
-    found = sum(share(own=rows) for rows in (right[:cut], right[cut:]))
-    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
-    for one, other in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    total = sum(share(local_rows=rows) for rows in (targets[:cut], targets[cut:]))
+    assert total.item() == pytest.approx(expected.item(), rel=1e-12)
+    pairs = zip(torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs), strict=True)
+    for actual_gradient, expected_gradient in pairs:
+        torch.testing.assert_close(actual_gradient, expected_gradient, rtol=1e-9, atol=1e-12)
 
 
-class Scaled(torch.nn.Embedding):
-    """As Gemma's and BART's tables scale their rows."""
+class ScaledEmbedding(torch.nn.Embedding):
+    """Token embeddings that scale their rows, as those of Gemma and BART do."""
 
     def forward(self, ids):
         return 3 * super().forward(ids)
 
 
-@pytest.mark.parametrize("kind", [torch.nn.Embedding, Scaled])
-def test_word_rows_give_the_gradient_of_the_table(kind):
-    """Padding's row has none, as in nn.Embedding."""
+@pytest.mark.parametrize("kind", [torch.nn.Embedding, ScaledEmbedding])
+def test_cached_rows_give_the_same_gradient_as_the_table(kind):
+    """The row of padding gets no gradient, as in nn.Embedding."""
     table, plain = (kind(9, 4, padding_idx=0) for _ in range(2))
     plain.load_state_dict(table.state_dict())
     ids = [torch.tensor([[1, 3, 3], [0, 1, 8]]), torch.tensor([[3, 0]])]
     factors = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
-    sum((plain(some) * factors[: some.shape[1]]).sum() for some in ids).backward()
-    with word_rows(table, ids):
-        sum((table(some) * factors[: some.shape[1]]).sum() for some in ids).backward()
+    sum((plain(batch) * factors[: batch.shape[1]]).sum() for batch in ids).backward()
+    with cached_word_rows(table, ids):
+        sum((table(batch) * factors[: batch.shape[1]]).sum() for batch in ids).backward()
     torch.testing.assert_close(table.weight.grad, plain.weight.grad)
     assert not plain.weight.grad[0].any() and "forward" not in vars(table)
 
 
-def test_word_rows_add_to_the_gradient_that_is_there():
-    """A dense gradient of their own would be as large as the table, and be made at every step."""
-    table, seen = torch.nn.Embedding(9, 4), []
-    table.weight.register_hook(lambda gradient: seen.append(gradient.is_sparse))
+def test_cached_rows_add_a_sparse_gradient_to_the_existing_one():
+    """A dense gradient, allocated at every step, would be as large as the table."""
+    table, sparse = torch.nn.Embedding(9, 4), []
+    table.weight.register_hook(lambda gradient: sparse.append(gradient.is_sparse))
     for step in range(2):
-        with word_rows(table, [torch.tensor([[5, 3]])]):
+        with cached_word_rows(table, [torch.tensor([[5, 3]])]):
             table(torch.tensor([5, 5])).sum().backward()
         assert table.weight.grad.layout == torch.strided
         assert table.weight.grad[5].tolist() == [2.0 * (step + 1)] * 4 and not table.weight.grad[3].any()
-    assert seen == [True, True] and not table.sparse
+    assert sparse == [True, True] and not table.sparse
 
 
-def test_a_backward_pass_outside_of_word_rows_is_an_error():
+def test_a_backward_pass_outside_of_the_context_is_an_error():
     table, ids = torch.nn.Embedding(9, 4), torch.tensor([[5, 3]])
-    with word_rows(table, [ids]):
+    with cached_word_rows(table, [ids]):
         result = torch.utils.checkpoint.checkpoint(lambda: table(ids).pow(2).sum(), use_reentrant=False)
-    with pytest.raises(RuntimeError, match="within `word_rows`"):
+    with pytest.raises(RuntimeError, match="cached_word_rows"):
         result.backward()
     assert table.weight.grad is None
+
+
+# ---- documentation ----
+
+
+def test_the_example_of_whole_batch_runs():
+    result = doctest.testmod(whole_batch)
+    assert result.attempted >= 10 and not result.failed
 
 
 # ---- processes ----
 
 
 @pytest.mark.slow
-def test_processes_equal_one(tmp_path):
-    """Two and three, also with unequal shares, and with a process that has none; CLIP's loss and SigLIP's."""
+def test_several_processes_equal_one_graph(tmp_path):
+    """Two and three processes, also with unequal shares or none for one process; CLIP's loss and SigLIP's."""
     command = [sys.executable, str(TESTS / "whole_batch_process.py"), str(tmp_path)]
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300)
     results = [torch.load(path, weights_only=True) for path in tmp_path.iterdir()]
     assert len(results) == 2 + 3
     for variant, (trained_images, _, siglip) in VARIANTS.items():
-        of_all = siglip_gradients if siglip else reference_gradients
-        loss, expected = of_all(build(trained_images, siglip=siglip), *make_batch(trained_images, siglip=siglip))
+        compute_reference = siglip_gradients if siglip else reference_gradients
+        loss, expected = compute_reference(
+            build(trained_images, siglip=siglip), *make_batch(trained_images, siglip=siglip)
+        )
         assert ("logit_bias" in expected) == siglip
         for result in results:
             assert result[variant]["loss"] == pytest.approx(loss, rel=1e-9 if siglip else 1e-5)
@@ -338,11 +363,11 @@ def test_processes_equal_one(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, MICRO, 3, 7])
-def test_micro_batches_are_in_order_of_length_and_no_wider_than_their_longest(size, tiny_processor):
+def test_micro_batches_are_sorted_by_length_and_padded_to_their_longest_text(size, tiny_processor):
     ids = tiny_processor(text=CAPTIONS, padding=False)["input_ids"]
     lengths = [len(tokens) for tokens in ids]
-    assert lengths != sorted(lengths), "captions that come in order would prove nothing"
-    batches, order = micro_batches(tiny_processor, CAPTIONS, size)
+    assert lengths != sorted(lengths), "captions that are sorted already would prove nothing"
+    batches, order = make_micro_batches(tiny_processor, CAPTIONS, size)
     rows = [row[mask.bool()].tolist() for b in batches for row, mask in zip(b.input_ids, b.attention_mask, strict=True)]
     assert rows == [ids[i] for i in order] and sorted(order) == list(range(len(CAPTIONS)))
     assert [len(row) for row in rows] == sorted(lengths)
@@ -350,15 +375,22 @@ def test_micro_batches_are_in_order_of_length_and_no_wider_than_their_longest(si
     assert [batch.input_ids.shape[1] for batch in batches] == widths
 
 
+@pytest.mark.parametrize("sizes", [[], [0], [1], [0, 1]])
+def test_fewer_than_two_usable_pairs_are_refused_without_proposing_a_batch(sizes):
+    with pytest.raises(ValueError, match=rf"\b2\b.*\b{sum(sizes)}\b") as error:
+        apportion_batch(2, sizes)
+    assert "--effective_batch_size" not in str(error.value)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-5), ("bf16", 1e-2), ("fp16", 1e-2)])
 @pytest.mark.parametrize("trained_images", [False, True], ids=["frozen image tower", "both towers"])
-def test_step_on_a_gpu(precision, tolerance, trained_images):
-    """With fp16 the scaler is on, its scale taken out of the gradients before they are compared."""
+def test_a_step_on_a_gpu_equals_one_graph(precision, tolerance, trained_images):
+    """With fp16, the scaler is active; `gradients_of` divides the gradients by its scale."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     batches, embeds = make_batch(trained_images)
-    scaler = GradScalerKwargs(init_scale=256.0)  # the default overflows at the first step, which training leaves out
+    scaler = GradScalerKwargs(init_scale=256.0)  # the default overflows at the first step, which training then skips
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[scaler])
     autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     loss, expected = reference_gradients(build(trained_images).cuda(), batches, embeds, autocast)

@@ -1,4 +1,4 @@
-"""The real model at toy width, and a small tokenizer of XLM-R's kind: built here, nothing is downloaded."""
+"""Tiny models with the real architecture and a small XLM-R-like tokenizer, built without downloads."""
 
 import math
 from pathlib import Path
@@ -26,10 +26,10 @@ def tiny_config(**overrides) -> CapivaraConfig:
     return CapivaraConfig(**{"vision_config": TINY_VISION, "text_config": TINY_TEXT, "projection_dim": 24, **overrides})
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every tensor random and non-trivial, biases, norms and `logit_scale` included: a swapped layer cannot hide."""
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Set every tensor to non-trivial random values, including biases and norms, so that swapped layers are noticed."""
     generator = torch.Generator().manual_seed(seed)
-    saved = model.state_dict().keys()  # rotary frequencies, say, are computed and not saved
+    saved = model.state_dict().keys()  # other buffers, such as rotary frequencies, are computed
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point() or name not in saved:
             continue
@@ -48,17 +48,17 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def save_model(
     folder: Path, processor: CapivaraProcessor, seed: int = 0, text_seed: int | None = None, **overrides
 ) -> Path:
-    """A tiny model with random weights beside its processor; `text_seed`: for those of the text side alone."""
-    model = randomise(CapivaraModel(tiny_config(**overrides)), seed)
+    """Save a tiny model with random weights and its processor; `text_seed` sets other weights of the text tower."""
+    model = randomize(CapivaraModel(tiny_config(**overrides)), seed)
     if text_seed is not None:
-        randomise(model.text_model, text_seed)
+        randomize(model.text_model, text_seed)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
-    """A dot stands for each picture of a run or a measurement, which takes longer to draw than what it shows."""
+    """Replace all plots of runs and evaluations by a dot, because drawing them takes longer than the tests."""
     from eval.records import plots
 
     def dot(figure: object, path: Path) -> None:
@@ -70,7 +70,7 @@ def draw_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """An XLM-R-like Unigram tokenizer of under 300 pieces: every Latin letter, and a few words."""
+    """Build an XLM-R-like Unigram tokenizer with less than 300 tokens: all Latin letters and a few words."""
     letters = [chr(c) for c in range(0x21, 0x7F)] + list("áàâãéêíóôõúüçÁÉÍÓÚÇ")
     pieces = [("▁" + w, -5.0) for w in dict.fromkeys(WORDS.split())] + [(c, -9.0) for c in ["▁", *letters]]
     vocab = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), *pieces]

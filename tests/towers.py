@@ -1,10 +1,10 @@
-"""Models of two towers of transformers at toy width, saved as their publishers save them; nothing is downloaded."""
+"""Tiny two-tower models of transformers, saved as their publishers save them, built without downloads."""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tiny import randomise, tiny_tokenizer
+from tiny import randomize, tiny_tokenizer
 from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import (
     AltCLIPConfig,
@@ -32,10 +32,10 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from hub_upload.formats.open_clip import save_state
-from modeling_capivara.convert_open_clip import open_clip_model_cfg, open_clip_state_dict, preprocess_cfg_of
+from hub_upload.formats.open_clip import save_state_dict
+from modeling_capivara.convert_open_clip import to_open_clip_model_cfg, to_open_clip_state_dict, to_preprocess_cfg
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import IMAGE_SIDE
+from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = TOWER | {"image_size": 32, "patch_size": 16}
@@ -44,13 +44,13 @@ SIDE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 
 
 def save(folder: Path, config: type, model: type, text: dict, processor: object, **sizes) -> None:
-    made = config(text_config=TOWER | text, vision_config=VISION, **sizes)
-    randomise(model(made)).save_pretrained(folder)
+    model_config = config(text_config=TOWER | text, vision_config=VISION, **sizes)
+    randomize(model(model_config)).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
 def siglip(folder: Path) -> None:
-    """Its processor says nothing of padding, and its tokenizer gives no mask."""
+    """Save a SigLIP model. Its processor has no padding setting, and its tokenizer returns no mask."""
     tokenizer = tiny_tokenizer()
     tokenizer.model_input_names, tokenizer.model_max_length = ["input_ids"], 64
     processor = SiglipProcessor(SiglipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
@@ -89,16 +89,17 @@ MAKERS = {maker.__name__: maker for maker in (siglip, clip, chinese_clip, altcli
 
 
 def gemma_like(texts: list[str], size: int, more: Iterable[str] = (), filled: int = 0) -> Siglip2Tokenizer:
-    """A tokenizer as SigLIP 2's: BPE over whole texts in small letters, with a piece for each byte.
+    """Build a tokenizer like SigLIP 2's: BPE over whole lowercase texts, with a token for each byte.
 
-    To train more than some ten thousand pieces takes long: beginnings of `more` texts fill it up.
+    Training more than ten thousand tokens would take long, so prefixes of the texts `more` are added until the
+    vocabulary has `filled` tokens.
     """
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    made.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False, max_token_length=16)
-    made.train_from_iterator(texts, trainer)
-    model = json.loads(made.to_str())["model"]
+    tokenizer.train_from_iterator(texts, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
     vocab, merges = model["vocab"], [tuple(merge) for merge in model["merges"]]
     pairs = ((text[:end], text[end]) for text in more for end in range(1, len(text)))
     while len(vocab) < filled:
@@ -112,35 +113,37 @@ def gemma_like(texts: list[str], size: int, more: Iterable[str] = (), filled: in
 
 
 def siglip2(folder: Path, tokenizer: Siglip2Tokenizer, config: SiglipConfig | None = None) -> None:
-    """SigLIP 2 of fixed resolution: its model is transformers' SigLIP, its tokenizer Gemma's kind."""
+    """Save a SigLIP 2 of fixed resolution, which is transformers' SiglipModel with a tokenizer like Gemma's."""
     text = TOWER | {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "pad_token_id": 0}
     config = config or SiglipConfig(text_config=text | {"projection_size": 32}, vision_config=VISION)
-    with no_init_weights():  # of a full-sized one it would take most of the time
-        randomise(SiglipModel(config)).save_pretrained(folder)
+    with no_init_weights():  # initializing a full-size model would take most of the time
+        randomize(SiglipModel(config)).save_pretrained(folder)
     side = config.vision_config.image_size
     SiglipProcessor(SiglipImageProcessor(size={"height": side, "width": side}), tokenizer).save_pretrained(folder)
 
 
 def other_texts(base: Path, folder: Path) -> Path:
-    """A model whose image side is that of the one in `base`, and whose text side is another."""
-    model = AutoModel.from_pretrained(base)  # of the type that it was saved in
-    images = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(IMAGE_SIDE)}
-    randomise(model, seed=1).load_state_dict(images, strict=False)
+    """Save a model with the image encoder of the model in `base` and another text encoder."""
+    model = AutoModel.from_pretrained(base)
+    image_encoder = {
+        name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(IMAGE_ENCODER_PREFIXES)
+    }
+    randomize(model, seed=1).load_state_dict(image_encoder, strict=False)
     model.save_pretrained(folder)
     load_processor(base).save_pretrained(folder)
     return folder
 
 
 def as_published(folder: Path) -> None:
-    """The same model in the files that older versions of transformers wrote, and most of the Hub has.
+    """Rewrite a model's files in the format of older versions of transformers, which most models on the Hub have.
 
-    Default values are left out, the image processor has a file of its own, SigLIP 2's tokenizer is called Gemma's and
-    says nothing of small letters.
+    Default values are left out, the image processor has its own file, and SigLIP 2's tokenizer has the class name of
+    Gemma's tokenizer and does not lowercase texts.
     """
     config = json.loads((folder / "config.json").read_text())
-    known = AutoConfig.for_model(config["model_type"])
+    default_config = AutoConfig.for_model(config["model_type"])
     for name in ("text_config", "vision_config"):
-        defaults = getattr(known, name).to_dict() | {"model_type": None}
+        defaults = getattr(default_config, name).to_dict() | {"model_type": None}
         config[name] = {field: value for field, value in config[name].items() if defaults.get(field) != value}
     (folder / "config.json").write_text(json.dumps(config))
     processor = json.loads((folder / "processor_config.json").read_text())
@@ -161,13 +164,15 @@ def as_published(folder: Path) -> None:
 
 
 def as_open_clip(source: Path, folder: Path) -> Path:
-    """A CAPIVARA in open_clip's own format, the configuration of its text tower beside it."""
+    """Write a CAPIVARA model in open_clip's format, with the configuration of its text tower in a subfolder."""
     model, processor = load_model(source), load_processor(source)
-    processor.tokenizer.plain().save_pretrained(folder)  # open_clip repairs texts itself
+    processor.tokenizer.without_cleaning().save_pretrained(folder)  # open_clip cleans texts itself
     model.config.text_config.save_pretrained(folder / "text")
-    pixels = preprocess_cfg_of(processor.image_processor)
-    model_cfg = open_clip_model_cfg(model.config, str(folder / "text"), processor.image_processor.size["shortest_edge"])
+    pixels = to_preprocess_cfg(processor.image_processor)
+    model_cfg = to_open_clip_model_cfg(
+        model.config, str(folder / "text"), processor.image_processor.size["shortest_edge"]
+    )
     settings = {"model_cfg": model_cfg, "preprocess_cfg": pixels}
     (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    save_state(open_clip_state_dict(model), folder / "open_clip_model.safetensors")
+    save_state_dict(to_open_clip_state_dict(model), folder / "open_clip_model.safetensors")
     return folder

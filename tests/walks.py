@@ -1,8 +1,8 @@
-"""Which files a value goes through: those with a function that is given it, or gives it back, in a real run.
+"""Trace which files of the project a value passes through in a real run.
 
-The model is one place, `modeling_capivara/`: it is called as one, whether its classes are transformers' or ours. Not
-counted are `capivara_common/` but for the gate of pictures, files of settings and their checks, what happens in
-functions beside the way, and methods that have the value in `self` alone.
+A file counts if one of its functions gets the value as an argument or returns it. `modeling_capivara/` counts as a
+single file, because it is used as one library. Not counted are `capivara_common/` except for `image_files.py`, files
+of settings and their checks, excluded functions, and methods that only hold the value in `self`.
 """
 
 import inspect
@@ -15,13 +15,13 @@ from types import CodeType, FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-GATE, MODEL = "capivara_common/image_files.py", "modeling_capivara/"
+IMAGE_FILES, MODEL = "capivara_common/image_files.py", "modeling_capivara/"
 SETTINGS = ("arguments", "configuration_capivara", "checks_capivara")
-LOOKED_AT = 40  # items of a list
+MAX_ITEMS = 40  # items of a list that are searched for the value
 
 
 def project_file(code: CodeType) -> str:
-    """The file of a function of the project, from its root; empty for those of others, of tests, and for imports."""
+    """Return the file of a function, relative to the project; empty for other packages, tests and module-level code."""
     path = Path(code.co_filename)
     if code.co_name == "<module>" or not path.is_relative_to(ROOT):
         return ""
@@ -29,61 +29,71 @@ def project_file(code: CodeType) -> str:
     return "" if name.startswith(("tests/", ".venv/")) else name
 
 
-def holds(thing: Any, is_value: Callable[[Any], bool], depth: int = 4) -> bool:
-    """Whether something is the value, or has it in lists and dictionaries."""
-    inside = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple | set) else ()
-    return is_value(thing) or any(holds(one, is_value, depth - 1) for one in list(inside)[: LOOKED_AT * (depth > 0)])
+def contains(container: Any, is_value: Callable[[Any], bool], depth: int = 4) -> bool:
+    """Return whether an object is the value, or contains it in nested lists and dictionaries."""
+    if is_value(container):
+        return True
+    if isinstance(container, dict):
+        container = container.values()
+    elif not isinstance(container, list | tuple | set):
+        return False
+    return depth > 0 and any(contains(item, is_value, depth - 1) for item in list(container)[:MAX_ITEMS])
 
 
-def walked(
-    run: Callable[[], object], is_value: Callable[[Any], bool], first: str, last: str, beside: Collection[str] = ()
+def trace_files(
+    run: Callable[[], object], is_value: Callable[[Any], bool], first: str, last: str, excluded: Collection[str] = ()
 ) -> set[str]:
-    """The files from the first call of `first` to the last return of `last`, FILE:NAME each, those two included.
+    """Run a function and return the files that the value passes through.
 
-    `beside` are names of functions within which nothing counts.
+    Args:
+        run: Function to trace.
+        is_value: Returns whether an object is the value.
+        first: FILE:NAME of the function whose first call starts the trace; its file is included.
+        last: FILE:NAME of the function whose last return ends the trace; its file is included.
+        excluded: Names of functions within which nothing counts.
     """
-    found, kept, files, begun, aside = {first.split(":")[0]}, set(), {}, [], []
+    passed, at_last_return, files, started, excluded_calls = {first.split(":")[0]}, set(), {}, [], []
 
-    def note(frame: FrameType, event: str, given: Any) -> None:
+    def trace(frame: FrameType, event: str, result: Any) -> None:
         code = frame.f_code
         file = files[code] if code in files else files.setdefault(code, project_file(code))
         if not file or event not in ("call", "return"):
             return
-        place = f"{file}:{code.co_name}"
+        function, values = f"{file}:{code.co_name}", result
         if event == "call":
-            begun.extend([place] * (place == first))
-            aside.extend([place] * (code.co_name in beside))
-            names, several, options, local = inspect.getargvalues(frame)
-            given = [local.get(name) for name in (*names, several, options) if name not in ("self", "cls", None)]
-        if begun and not aside and file not in found and holds(given, is_value):
-            found.add(file)
-        if event == "return" and code.co_name in beside:
-            aside.pop()
-        if place == last and event == "return":
-            kept.update(found, [file])
+            started.extend([function] * (function == first))
+            excluded_calls.extend([function] * (code.co_name in excluded))
+            names, varargs, varkw, local = inspect.getargvalues(frame)
+            values = [local.get(name) for name in (*names, varargs, varkw) if name not in ("self", "cls", None)]
+        if started and not excluded_calls and file not in passed and contains(values, is_value):
+            passed.add(file)
+        if event == "return" and code.co_name in excluded:
+            excluded_calls.pop()
+        if function == last and event == "return":
+            at_last_return.update(passed, [file])
 
-    threading.setprofile(note)
-    sys.setprofile(note)
+    threading.setprofile(trace)
+    sys.setprofile(trace)
     try:
         run()
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-    counted = {file for file in kept if not Path(file).stem.endswith(SETTINGS)}
+    counted = {file for file in at_last_return if not Path(file).stem.endswith(SETTINGS)}
     counted = {MODEL if file.startswith(MODEL) else file for file in counted}
-    return {file for file in counted if file == GATE or not file.startswith("capivara_common/")}
+    return {file for file in counted if file == IMAGE_FILES or not file.startswith("capivara_common/")}
 
 
 def publish(argv: list[str]) -> None:
-    """Print the files that publishing a run goes through: FOLDER, REPO_ID; in a process with a stand-in for the Hub."""
+    """Print the files that publishing a run passes through. `argv`: FOLDER, REPO_ID. Needs a stand-in for the Hub."""
     from hub_upload.push import publish_run
 
     run = Path(argv[0]).resolve()
 
-    def of_run(thing: Any) -> bool:
-        is_path = isinstance(thing, Path) and thing.resolve().is_relative_to(run)
-        return is_path or type(thing).__name__ in ("ModelCard", "PushPlan")
+    def is_of_run(value: Any) -> bool:
+        is_path = isinstance(value, Path) and value.resolve().is_relative_to(run)
+        return is_path or type(value).__name__ in ("ModelCard", "PushPlan")
 
-    place = "hub_upload/push.py:"
-    found = walked(lambda: publish_run(run, argv[1]), of_run, f"{place}publish_run", f"{place}push")
-    print(json.dumps(sorted(found)))
+    module = "hub_upload/push.py:"
+    files = trace_files(lambda: publish_run(run, argv[1]), is_of_run, f"{module}publish_run", f"{module}push_folder")
+    print(json.dumps(sorted(files)))

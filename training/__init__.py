@@ -1,3 +1,7 @@
-"""The training of CAPIVARA: arguments, data, the step, the optimiser. `train_accelerate.py` puts them in sequence."""
+"""Fine-tune CAPIVARA models: command-line arguments, data, training loop and checkpoints.
+
+The command `train_accelerate.py` runs the training. Importing this package first imports `capivara_common.interrupt`,
+so that Ctrl-C during slow imports ends the program without a traceback.
+"""
 
 import capivara_common.interrupt  # noqa: F401

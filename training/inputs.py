@@ -1,7 +1,9 @@
-"""What a run starts from: data sets, model, pairs with their images; what is quick to fail comes first.
+"""Load what a training run needs: datasets, model, and the embeddings or pixels of the images.
 
-A view of an image is the image as it is (`augmented_views` 1), one of V fixed augmentations (V over 1), or a fresh
-augmentation at every step (0), as in the paper. The frozen image tower's vectors of fixed views are made once.
+`load_inputs` does quick checks first, so that wrong arguments fail before long work starts. A view of an image is what
+the model sees of the image at a training step. The setting `augmented_views` selects the views: 1 is the image itself;
+V above 1 is V fixed augmentations of the image; 0 is a new augmentation at every step, as in the paper (arXiv
+2310.13683). The frozen image tower embeds fixed views once, and the embeddings are cached on disk.
 """
 
 import copy
@@ -28,139 +30,182 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from capivara_common.environment import cache_home
 from capivara_common.files import write_json
-from capivara_common.image_files import BadImage, eight_bits
-from capivara_common.tasks import all_parts
-from caption_data.pairs import check_bad_share, lacking, pair_table, pairs_fingerprint, skipped_rows, usable
-from caption_data.rows import Skipped, digest_of
+from capivara_common.image_files import BadImage, to_8_bit
+from capivara_common.tasks import split_rows
+from caption_data.pairs import (
+    build_pair_table,
+    check_bad_share,
+    drop_invalid,
+    list_skipped_rows,
+    missing_columns,
+    pairs_fingerprint,
+)
+from caption_data.rows import SkippedRow, json_digest
 from caption_data.sources import Split, open_split
-from eval.embeddings import FILES_VERSION, Bad, EmbeddingCache, vectors_of
+from eval.embeddings import EMBEDDING_FORMAT_VERSION, BadRows, EmbeddingCache, vectors_to_array
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import (
-    IMAGE_SIDE,
-    checked_finite,
+    IMAGE_ENCODER_PREFIXES,
+    check_finite,
+    compute_image_embeds,
     embed_images,
     embedding_width,
-    image_embeds,
-    image_parts,
+    split_for_device,
 )
 from training.arguments import RunArguments
+from training.batches import BatchPlanner, StepPlan, apportion_batch, derive_seed
 from training.trainable import prepare_trainable
-from training.whole_batch import Planner, StepPlan, batch_counts, random_state
 
-PIXELS_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
+PIXELS_VERSION = 1  # part of the cache key; increase it when preprocessing or augmentation changes the pixels
 AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4
-SHARD_ROWS = 2048  # images of one file of the cache: what a kill can lose
+SHARD_ROWS = 2048  # images per file of the cache; a process that is killed loses at most one unfinished file
 logger = logging.getLogger("capivara")
-FLAGS = (
-    "--dataset and --train_split name what is trained on; --evaluation_dataset, --validation_split, --test_split what "
-    "is measured on; --image_column, --caption_column, --language and --eval_languages the columns; --caption_strategy "
-    "none --min_pair_similarity null do without similarities."
+DATA_FLAGS_HINT = (
+    "--dataset and --train_split choose the training data; --evaluation_dataset, --validation_split and --test_split "
+    "the evaluation data; --image_column, --caption_column, --language and --eval_languages the columns. Without "
+    "similarities, use --caption_strategy none --min_pair_similarity null."
 )
-Splits = dict[tuple[str, str], Split]  # data set and split -> the rows
+Splits = dict[tuple[str, str], Split]  # (dataset, split name) -> opened split
 
 
 @dataclass
-class Pairs:
-    """The pairs of one split of one data set, as a sequence of their images: all rows, or the usable ones."""
+class PairDataset:
+    """Pairs of one dataset split, each an image with its captions. Indexing with a pair's number decodes its image."""
 
-    source: Split
-    table: Dataset  # `row`, `digest` and `captions` of each pair; with a cache `vectors`, (views x width,), float16
-    processor: ProcessorMixin | None  # None where pairs are only counted
-    augmented_views: int = 1  # see the module's text
-    seed: int = 0  # of the augmentation
+    source: Split  # the opened split, which reads and decodes images
+    # One row for each pair. `row` is its row number in the split, `digest` identifies the image, and `captions` is a
+    # list of texts. `reason` and `detail` say why the pair can't be used; they are empty for usable pairs. With an
+    # embedding cache, the column `vectors` has the embeddings of all views, (views x width,), float16.
+    table: Dataset
+    processor: ProcessorMixin | None  # processor of the model; None if pairs are only counted
+    augmented_views: int = 1  # number of fixed views, or 0, see the module docstring
+    seed: int = 0  # seed of the augmentation
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, pair: int) -> PIL.Image.Image:
-        """The image of a pair that is measured on, decoded. Raises ValueError where it can't be used."""
+        """Decode the image of a pair. Only for evaluation splits, because an unusable image is an error.
+
+        Raises:
+            ValueError: If the image can't be used. The message names the row.
+        """
         row = self.table[pair]["row"]
         try:
-            return self.source.image(row)
+            return self.source.load_image(row)
         except BadImage as bad:
-            raise _not_whole(self.source, row, bad.reason, bad.detail) from bad
+            raise _bad_row_error(self.source, row, bad.reason, bad.detail) from bad
 
     def captions(self) -> list[list[str]]:
-        """The captions of each image."""
+        """Return a list with the captions of each pair."""
         return self.table["captions"][:]
 
-    def pixels(self, pair: int, view: int) -> Tensor:
-        """(3, height, width) of a pair's image in a view. Raises BadImage where it or the processor refuses the image.
+    def load_pixels(self, pair: int, view: int) -> Tensor:
+        """Load a view of an image, and preprocess it for the model.
 
-        An augmentation depends on the image's digest, not on its pair, whose number changes with the rows left out.
+        The random augmentation depends on the digest of the image instead of the number of its pair, because this
+        number changes when other rows are skipped.
+
+        Args:
+            pair: Number of the pair in this dataset.
+            view: Number of the view; ignored if `augmented_views` is 1.
+
+        Returns:
+            Pixels, (3, height, width).
+
+        Raises:
+            BadImage: If the image can't be decoded, or the processor rejects it.
         """
-        image = self.source.image(self.table[pair]["row"])
+        image = self.source.load_image(self.table[pair]["row"])
         try:
             if self.augmented_views != 1:
-                image = eight_bits(image)  # PIL would clip 16 bits
-                image = augmented(image, random_state(self.seed, int(self.table[pair]["digest"], 16), view))
+                image = to_8_bit(image)  # PIL's conversion to RGB would clip 16-bit images instead of scaling them
+                image = augment_image(image, derive_seed(self.seed, int(self.table[pair]["digest"], 16), view))
             return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:
             raise BadImage("unreadable image", str(error)) from error
 
     @cached_property
     def vectors(self) -> Dataset | None:
-        """The column `vectors` alone, as Arrow tables; None without a cache."""
+        """Column `vectors` of the table in Arrow format, or None if there is no embedding cache."""
         names = self.table.column_names
         return self.table.select_columns("vectors").with_format("arrow") if "vectors" in names else None
 
 
 @dataclass
-class Inputs:
-    """What a run starts from."""
+class TrainingInputs:
+    """Data and image embeddings that a training run needs."""
 
-    processor: ProcessorMixin
-    training: list[Pairs]  # the usable pairs of each data set
-    validation: Pairs  # that choices are made on
-    validation_embeds: Tensor  # (images, width) by the frozen image tower
-    test: dict[str, Pairs]  # language -> the split of the final table
-    test_embeds: Tensor  # (images, width) by the base's image tower, float32
-    skipped: list[Skipped]  # training rows that were left out
-    base_digest: str  # of the base's weights
+    processor: ProcessorMixin  # processor of the base model
+    training: list[PairDataset]  # usable pairs of each training dataset
+    validation: PairDataset  # validation split, which is evaluated during training
+    validation_embeds: Tensor  # image embeddings of the validation split, (images, width)
+    test: dict[str, PairDataset]  # language code -> test split with captions in this language, for the final evaluation
+    test_embeds: Tensor  # image embeddings of the test split, (images, width), float32
+    skipped: list[SkippedRow]  # training rows that can't be used
+    base_digest: str  # digest of the base model's weights
 
-    def planner(self, args: RunArguments) -> Planner:
-        """What draws the batches of a run."""
+    def make_planner(self, args: RunArguments) -> BatchPlanner:
+        """Create the planner that selects pairs, captions and views for every step of the run."""
         captions = [pairs.table["captions"] for pairs in self.training]
-        counts = batch_counts(args.effective_batch_size, list(map(len, self.training)))
-        # A copy: it plans in a thread, and a tokenizer remembers padding and length from its last call.
+        counts = apportion_batch(args.effective_batch_size, list(map(len, self.training)))
+        # A copy, because the planner runs in a thread, and a tokenizer stores padding and length of its last call.
         processor = copy.deepcopy(self.processor)
-        return Planner(captions, counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
+        return BatchPlanner(captions, counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
 
     def fingerprints(self, args: RunArguments) -> dict[str, str]:
-        """Name of a data set and split -> digest of its images and captions."""
+        """Return the fingerprints of base model and data, so that a resumed run can be compared with them.
+
+        Returns:
+            Name -> fingerprint. Names are "base model", "DATASET SPLIT" for the training and validation splits, and
+            "DATASET SPLIT LANGUAGE" for the test split.
+        """
         tables = {f"{pairs.source.name} {args.train_split}": pairs.table for pairs in self.training}
         tables[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.table
-        tables |= {f"{args.evaluation_dataset} {args.test_split} {code}": of.table for code, of in self.test.items()}
+        for code, pairs in self.test.items():
+            tables[f"{args.evaluation_dataset} {args.test_split} {code}"] = pairs.table
         return {"base model": self.base_digest} | {name: pairs_fingerprint(table) for name, table in tables.items()}
 
 
-def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
-    """Everything a run needs. Raises ValueError where anything is missing or bad, or too little for a batch."""
-    splits, named = open_splits(args), args.image_embedding_cache  # before a model is loaded
-    root = cache_home() / "image_embeddings" if named in ("auto", "off") else Path(named)
+def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
+    """Load the data and the image embeddings of a training run. Embeddings that are not cached are computed.
+
+    Args:
+        args: Arguments of the run.
+        accelerator: Device, precision and processes of the run.
+
+    Raises:
+        ValueError: If data, columns or model are missing or invalid, or the usable pairs do not fill a batch.
+    """
+    splits = open_splits(args)  # before a model is loaded, because missing data is the most common error
+    cache = args.image_embedding_cache
+    root = cache_home() / "image_embeddings" if cache in ("auto", "off") else Path(cache)
     processor = load_processor(args.model)
     base = load_model(args.model)
-    prepare_trainable(load_model(args.model), args)  # its names match, before any long work
+    # Checks the regular expressions of --frozen_parameters and --lora_targets before any long work.
+    prepare_trainable(load_model(args.model), args)
     base.to(accelerator.device).eval()
-    measured = [splits[args.evaluation_dataset, name] for name in (args.validation_split, args.test_split)]
-    validation = evaluation_pairs(args, measured[0], [args.language], processor)[args.language]
-    test = evaluation_pairs(args, measured[1], args.eval_languages, processor)
-    training = training_pairs(args, splits, processor)
-    usable_pairs(training, args)  # before the vectors are made
+    validation_split = splits[args.evaluation_dataset, args.validation_split]
+    test_split = splits[args.evaluation_dataset, args.test_split]
+    validation = load_evaluation_pairs(args, validation_split, [args.language], processor)[args.language]
+    test = load_evaluation_pairs(args, test_split, args.eval_languages, processor)
+    training = load_training_pairs(args, splits, processor)
+    drop_invalid_pairs(training, args)  # fails early if there are too many bad rows, before images are embedded
     test_embeds = embed_images(base, processor, test[args.language], args.embedding_batch_size, "Images, test")
 
-    def cached(pairs: Pairs) -> Pairs:
-        options = args.embedding_batch_size, loading_workers(args, accelerator), accelerator
-        return with_vectors(base, pairs, root, *options)
+    def embed_with_cache(pairs: PairDataset) -> PairDataset:
+        workers = resolve_loading_workers(args, accelerator)
+        return add_vectors(base, pairs, root, args.embedding_batch_size, workers, accelerator)
 
     if args.image_embedding_cache == "off":
         vectors = embed_images(base, processor, validation, args.embedding_batch_size, "Images, validation")
     else:
-        _refuse_bad(validation := cached(validation))
-        vectors = torch.from_numpy(vectors_of(validation.table.data.table).astype(np.float32))
-        training = list(map(cached, training))
-    training, skipped = usable_pairs(training, args)
-    return Inputs(
+        validation = embed_with_cache(validation)
+        _check_no_bad_rows(validation)
+        vectors = torch.from_numpy(vectors_to_array(validation.table.data.table).astype(np.float32))
+        training = list(map(embed_with_cache, training))
+    training, skipped = drop_invalid_pairs(training, args)
+    return TrainingInputs(
         processor=processor,
         training=training,
         validation=validation,
@@ -172,152 +217,246 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
     )
 
 
-def usable_pairs(training: list[Pairs], args: RunArguments) -> tuple[list[Pairs], list[Skipped]]:
-    """The usable pairs, and the other rows. Raises ValueError where these are too many, or those too few."""
-    good = [replace(pairs, table=usable(pairs.table)) for pairs in training]
-    skipped = [line for pairs in training for line in skipped_rows(pairs.table, pairs.source)]
-    check_bad_share(skipped, sum(map(len, good)) + len(skipped), args.max_bad_share)
-    batch_counts(args.effective_batch_size, list(map(len, good)))
-    return good, skipped
+def drop_invalid_pairs(training: list[PairDataset], args: RunArguments) -> tuple[list[PairDataset], list[SkippedRow]]:
+    """Divide the rows of the training datasets into usable pairs and skipped rows.
+
+    Args:
+        training: All pairs of each training dataset.
+        args: Arguments of the run.
+
+    Returns:
+        The datasets with only their usable pairs, and the skipped rows of all datasets with reasons.
+
+    Raises:
+        ValueError: If more than `args.max_bad_share` of the rows can't be used, or too few pairs are left for a batch.
+    """
+    usable = [replace(pairs, table=drop_invalid(pairs.table)) for pairs in training]
+    skipped = [row for pairs in training for row in list_skipped_rows(pairs.table, pairs.source)]
+    check_bad_share(skipped, sum(map(len, usable)) + len(skipped), args.max_bad_share)
+    apportion_batch(args.effective_batch_size, list(map(len, usable)))
+    return usable, skipped
 
 
 def open_splits(args: RunArguments) -> Splits:
-    """All splits that the settings ask for, each opened once; no image is read.
+    """Open each dataset split that the run uses, and check that it has the required columns. No image is read.
 
-    Raises ValueError, with the flags that name it, where one or a column is missing, or rows are too few for a batch.
+    Args:
+        args: Arguments of the run.
+
+    Returns:
+        (dataset, split name) -> opened split.
+
+    Raises:
+        ValueError: If a split or column is missing, or there are too few rows for a batch. The message about a missing
+            split or column names the flags that choose splits and columns.
     """
-    asked = [(name, args.train_split, _training_columns(args)) for name in args.dataset]
-    measured = [(args.validation_split, args.language), *((args.test_split, code) for code in args.eval_languages)]
-    asked += [(args.evaluation_dataset, split, [caption_column(args, code)]) for split, code in measured]
+    requested = [(name, args.train_split, _training_columns(args)) for name in args.dataset]
+    evaluated = [(args.validation_split, args.language), *((args.test_split, code) for code in args.eval_languages)]
+    requested += [(args.evaluation_dataset, split, [get_caption_column(args, code)]) for split, code in evaluated]
     splits: Splits = {}
-    for dataset, split, columns in asked:
+    for dataset, split, columns in requested:
         try:
             if (dataset, split) not in splits:
-                splits[dataset, split] = open_split(dataset, split, args.image_column, **args.limits())
-            found = splits[dataset, split]
-            found.check_columns([args.image_column, *lacking(columns, found.columns)])
+                splits[dataset, split] = open_split(dataset, split, args.image_column, **args.image_options())
+            opened = splits[dataset, split]
+            opened.check_columns([args.image_column, *missing_columns(columns, opened.columns)])
         except ValueError as error:
-            raise ValueError(f"{str(error).rstrip('.')}. {FLAGS}") from error
+            raise ValueError(f"{str(error).rstrip('.')}. {DATA_FLAGS_HINT}") from error
     sizes = [len(splits[name, args.train_split]) for name in args.dataset]
     if sum(sizes) < args.effective_batch_size:
-        usable_pairs(training_pairs(args, splits), args)  # raises and names the largest batch: few rows, so it is quick
-    batch_counts(args.effective_batch_size, sizes)
+        # Raises an error that names the largest possible batch. Quick, because there are few rows.
+        drop_invalid_pairs(load_training_pairs(args, splits), args)
+    apportion_batch(args.effective_batch_size, sizes)
     return splits
 
 
 def _training_columns(args: RunArguments) -> list[str]:
-    """Columns that the captions of a pair are chosen by."""
-    _, *others = args.columns_of(args.language)
+    """Return the names of the columns that are needed to choose the training captions, such as similarities."""
+    _, *others = args.strategy_columns(args.language)
     similarities = [] if args.min_pair_similarity is None else [f"similarities-{args.language}"]
-    return list(dict.fromkeys([caption_column(args, args.language), *others, *similarities]))
+    return list(dict.fromkeys([get_caption_column(args, args.language), *others, *similarities]))
 
 
-def training_pairs(args: RunArguments, splits: Splits, processor: ProcessorMixin | None = None) -> list[Pairs]:
-    """Return all rows of every training dataset. Without a processor the pairs can be counted, not trained on."""
+def load_training_pairs(
+    args: RunArguments, splits: Splits, processor: ProcessorMixin | None = None
+) -> list[PairDataset]:
+    """Load all rows of every training dataset, and choose the captions to train on.
+
+    Args:
+        args: Arguments of the run.
+        splits: Opened splits, see `open_splits`.
+        processor: Processor of the model. If it is None, the pairs can be counted but not trained on.
+
+    Returns:
+        The datasets in the order of `args.dataset`. They still contain unusable rows, see `drop_invalid_pairs`.
+    """
     columns = _training_columns(args)
-    column, own = caption_column(args, args.language), f"captions-{args.language}"
+    caption_column, standard_column = get_caption_column(args, args.language), f"captions-{args.language}"
     choice = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
     settings = {name: getattr(args, name) for name in ("language", "caption_column", *choice)}
-    found = []
+
+    def choose(row: dict) -> list[str]:
+        return args.choose_captions(row | {standard_column: row[caption_column]}, args.language)
+
+    datasets = []
     for name in args.dataset:
         split = splits[name, args.train_split]
-        choose = lambda row: args.chosen(row | {own: row[column]}, args.language)  # noqa: E731
-        table = pair_table(split, columns, choose, settings)
-        found.append(Pairs(split, table, processor, args.augmented_views, args.seed))
-    return found
+        table = build_pair_table(split, columns, choose, settings)
+        datasets.append(PairDataset(split, table, processor, args.augmented_views, args.seed))
+    return datasets
 
 
-def evaluation_pairs(
+def load_evaluation_pairs(
     args: RunArguments, split: Split, languages: list[str], processor: ProcessorMixin
-) -> dict[str, Pairs]:
-    """Language -> the pairs of a split that is measured on: all its rows, or figures would depend on what is left.
+) -> dict[str, PairDataset]:
+    """Load the pairs of an evaluation split. No row may be unusable, because skipping rows would change the results.
 
-    Raises ValueError, which names it, where a row can't be used.
+    Args:
+        args: Arguments of the run.
+        split: Opened validation or test split.
+        languages: Codes of the caption languages.
+        processor: Processor of the model.
+
+    Returns:
+        Language code -> pairs with the captions of that language.
+
+    Raises:
+        ValueError: If a row can't be used; the message names the row.
     """
-    found = {}
+    pairs = {}
     for language in languages:
-        column = caption_column(args, language)
-        table = pair_table(split, [column], lambda row, c=column: _complete(row[c]), {"whole": column})
-        found[language] = Pairs(split, table, processor, seed=args.seed)
-        _refuse_bad(found[language])
-    return found
+        column = get_caption_column(args, language)
+        table = build_pair_table(split, [column], lambda row, c=column: _check_complete(row[c]), {"whole": column})
+        pairs[language] = PairDataset(split, table, processor, seed=args.seed)
+        _check_no_bad_rows(pairs[language])
+    return pairs
 
 
-def caption_column(args: RunArguments, language: str) -> str:
-    """The column of the captions in a language."""
+def get_caption_column(args: RunArguments, language: str) -> str:
+    """Return the name of the column that holds the captions of a language.
+
+    Args:
+        args: Arguments of the run. In `args.caption_column`, {language} is replaced by the language code.
+        language: Language code, such as "pt".
+    """
     return args.caption_column.replace("{language}", language)
 
 
-def _complete(texts: list[str]) -> list[str]:
-    """`texts`. Raises ValueError where one is empty."""
+def _check_complete(texts: list[str]) -> list[str]:
+    """Return the captions of a row unchanged. Raises ValueError if a caption is empty or not a text."""
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"an empty caption in {texts!r}")
+        raise ValueError(f"an empty caption in {texts!r}")  # the caller adds the row to the message
     return texts
 
 
-def _refuse_bad(pairs: Pairs) -> None:
-    """Raise ValueError where a row of a split that is measured on can't be used."""
-    for line in skipped_rows(pairs.table, pairs.source):
-        raise _not_whole(pairs.source, line.row, line.reason, line.detail)
+def _check_no_bad_rows(pairs: PairDataset) -> None:
+    """Raise ValueError if an evaluation split has a row that can't be used. The message names the first such row."""
+    for skipped in list_skipped_rows(pairs.table, pairs.source):
+        raise _bad_row_error(pairs.source, skipped.row, skipped.reason, skipped.detail)
 
 
-def _not_whole(split: Split, row: int, reason: str, detail: str) -> ValueError:
+def _bad_row_error(split: Split, row: int, reason: str, detail: str) -> ValueError:
+    """Create the error for a row of an evaluation split that can't be used.
+
+    Args:
+        split: The evaluation split.
+        row: Number of the row.
+        reason: Short reason, such as "unreadable image".
+        detail: Further information for the user, such as the message of the image decoder.
+    """
     return ValueError(
-        f"{split.where}: row {row} can't be used, {reason} ({detail}). A split that is measured on must be whole; mend "
-        "the row, or remove it."
+        f"{split.display_name}: row {row} can't be used, {reason} ({detail}). Every row of an evaluation split must be "
+        "usable. Repair the row, or remove it."
     )
 
 
-def cached_embeds(training: list[Pairs], plan: StepPlan) -> Tensor:
-    """(pairs, width), float32: of the images of a step, whose data sets have caches."""
-    places = [np.flatnonzero(plan.sources == number) for number in range(len(training))]
-    found = []
-    for pairs, own in zip(training, places, strict=True):
-        vectors = vectors_of(pairs.vectors[plan.rows[own]]).reshape(len(own), pairs.augmented_views, -1)
-        found.append(vectors[np.arange(len(own)), plan.views[own]])
-    return torch.from_numpy(np.concatenate(found)[np.argsort(np.concatenate(places))].astype(np.float32))
+def load_cached_embeds(training: list[PairDataset], plan: StepPlan) -> Tensor:
+    """Read the image embeddings of a step from the cache.
+
+    Args:
+        training: Training datasets, with the column `vectors`.
+        plan: Plan of the step.
+
+    Returns:
+        Embeddings in the order of the plan, (pairs, width), float32.
+    """
+    places_by_dataset = [np.flatnonzero(plan.dataset_indices == number) for number in range(len(training))]
+    embeds = []
+    for pairs, places in zip(training, places_by_dataset, strict=True):
+        vectors = vectors_to_array(pairs.vectors[plan.rows[places]]).reshape(len(places), pairs.augmented_views, -1)
+        embeds.append(vectors[np.arange(len(places)), plan.views[places]])
+    plan_order = np.argsort(np.concatenate(places_by_dataset))
+    return torch.from_numpy(np.concatenate(embeds)[plan_order].astype(np.float32))
 
 
 @dataclass
-class _Views:
-    """The views of images, as what a `DataLoader` reads; a bad one as a result, since exceptions lose what they say."""
+class _ViewDataset:
+    """Dataset for PyTorch's `DataLoader` that loads and preprocesses views of training images.
 
-    training: list[Pairs]
+    An item is selected by (dataset index, pair, view). If an image can't be used, the item is a `BadImage` object. The
+    `BadImage` is not raised, because exceptions lose their attributes on the way out of a worker process.
+    """
+
+    training: list[PairDataset]  # training datasets
 
     def __getitem__(self, item: tuple[int, int, int]) -> Tensor | BadImage:
         number, pair, view = map(int, item)
         try:
-            return self.training[number].pixels(pair, view)
+            return self.training[number].load_pixels(pair, view)
         except BadImage as bad:
             return bad
 
 
-def read_ahead(
-    training: list[Pairs], items: Iterable[list[tuple[int, int, int]]], workers: int
+def prefetch_pixels(
+    training: list[PairDataset], items: Iterable[list[tuple[int, int, int]]], workers: int
 ) -> Iterator[list[Tensor | BadImage]]:
-    """The pixels, or what is wrong with the image, for each list of data set, pair and view, by `workers` processes."""
-    # A fork would inherit torch's threads, and can hang.
-    ahead = {"multiprocessing_context": "spawn", "prefetch_factor": 4} if workers else {}
-    return iter(DataLoader(_Views(training), batch_sampler=items, num_workers=workers, collate_fn=list, **ahead))
+    """Load and preprocess images in worker processes, several batches ahead of their use.
+
+    Args:
+        training: Training datasets.
+        items: Batches of images. A batch is a list of tuples: dataset index, number of the pair, number of the view.
+        workers: Number of worker processes. With 0, this process loads each batch when it is needed.
+
+    Returns:
+        An iterator over the batches. A batch is a list that has for each image the pixels, (3, height, width), or a
+        `BadImage` if the image can't be used.
+    """
+    options = {}
+    if workers:  # spawn: a forked process would inherit the locks of torch's threads, and can hang
+        options = {"multiprocessing_context": "spawn", "prefetch_factor": 4}
+    dataset = _ViewDataset(training)
+    return iter(DataLoader(dataset, batch_sampler=items, num_workers=workers, collate_fn=list, **options))
 
 
-def loading_workers(args: RunArguments, accelerator: Accelerator) -> int:
-    """Processes that decode images: as asked for, else none beside a CPU that computes, up to 12 beside a GPU."""
+def resolve_loading_workers(args: RunArguments, accelerator: Accelerator) -> int:
+    """Return the number of worker processes that decode images.
+
+    It is `args.loading_workers` if this is set. Otherwise, it is 12 on a GPU, but at most the number of CPU cores. On a
+    CPU it is 0, which means no worker process, because the model itself needs all cores.
+    """
     if args.loading_workers is not None:
         return args.loading_workers
     return 0 if accelerator.device.type == "cpu" else min(12, os.cpu_count() or 1)
 
 
-def augmented(image: PIL.Image.Image, state: int) -> PIL.Image.Image:
-    """The recipe's augmentation: 250 pixels, a crop of 90 to 100 % to 224 pixels, AugMix of severity 2.
+def augment_image(image: PIL.Image.Image, seed: int) -> PIL.Image.Image:
+    """Augment an image as in CAPIVARA (arXiv 2310.13683), section 4.
 
-    Source: CAPIVARA (arXiv 2310.13683), section 4; the draws are a function of `state`.
+    The image is resized to 250 pixels on its shorter side. A random crop with 90 to 100 % of the area is then resized
+    to 224 x 224 pixels, and AugMix with severity 2 is applied.
+
+    Args:
+        image: Decoded image.
+        seed: Seed of all random choices; the same seed gives the same result.
+
+    Returns:
+        The augmented image, 224 x 224 pixels, RGB.
     """
     from torchvision.transforms import v2 as transforms
 
-    torch.manual_seed(state)
+    torch.manual_seed(seed)
     bicubic = transforms.InterpolationMode.BICUBIC
-    image = image.convert("LA") if image.mode == "La" else image  # PIL has no way from La to RGB
+    image = image.convert("LA") if image.mode == "La" else image  # PIL cannot convert La to RGB
     image = transforms.Resize(AUGMENTATION["resize"], bicubic)(image.convert("RGB"))
     image = transforms.RandomResizedCrop(AUGMENTATION["crop"], AUGMENTATION["scale"], interpolation=bicubic)(image)
     return transforms.AugMix(severity=AUGMENTATION["augmix_severity"])(image)
@@ -325,24 +464,45 @@ def augmented(image: PIL.Image.Image, state: int) -> PIL.Image.Image:
 
 @torch.no_grad()
 def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerator) -> Tensor:
-    """(images, width), unit length, float32, on the device: in the precision of the run."""
+    """Embed images with the frozen image encoder, in the precision of the run.
+
+    Args:
+        model: The model.
+        pixels: Preprocessed images, (images, 3, height, width).
+        accelerator: Device and precision of the run.
+
+    Returns:
+        Embeddings of unit length, (images, width), float32, on the device of the run.
+
+    Raises:
+        ValueError: If an embedding is not finite.
+    """
     with accelerator.autocast():
-        parts = image_parts(pixels, accelerator.device)
-        return checked_finite(torch.cat([image_embeds(model, part) for part in parts]))
+        parts = split_for_device(pixels, accelerator.device)
+        return check_finite(torch.cat([compute_image_embeds(model, part) for part in parts]))
 
 
-def image_cache(model: PreTrainedModel, pairs: Pairs, root: Path, precision: str) -> EmbeddingCache:
-    """Where the vectors of all rows of a data set lie: under `root`, in a folder named after all that they depend on.
+def open_image_cache(model: PreTrainedModel, pairs: PairDataset, root: Path, precision: str) -> EmbeddingCache:
+    """Open the cache for the image embeddings of a dataset. The cache folder is created if it does not exist.
 
-    The model's image tower is frozen and in evaluation mode; `precision` is as Accelerate names it.
+    The name of the cache folder is a hash of everything that the embeddings depend on, so a cache is never out of date.
+
+    Args:
+        model: Model whose image tower is frozen and in evaluation mode.
+        pairs: Dataset with all rows, including unusable rows.
+        root: Folder that holds all caches.
+        precision: Mixed precision, as named by Accelerate: "no", "bf16" or "fp16".
+
+    Returns:
+        The cache, with one shard for every `SHARD_ROWS` images.
     """
     images = hashlib.blake2b(digest_size=16)
     for chunk in pairs.table.select_columns(["digest"]).iter(10_000):
         images.update("".join(digest or "-" for digest in chunk["digest"]).encode())
     parts = {
         "version": PIXELS_VERSION,
-        "files": FILES_VERSION,
-        "tower_weights": weights_digest(model, IMAGE_SIDE),
+        "files": EMBEDDING_FORMAT_VERSION,
+        "tower_weights": weights_digest(model, IMAGE_ENCODER_PREFIXES),
         "tower_config": hashlib.blake2b(model.config.vision_config.to_json_string().encode()).hexdigest()[:32],
         "preprocessing": json.loads(pairs.processor.image_processor.to_json_string()),
         "augmented_views": pairs.augmented_views,
@@ -351,22 +511,33 @@ def image_cache(model: PreTrainedModel, pairs: Pairs, root: Path, precision: str
         "precision": precision,
         "images": images.hexdigest(),
     }
-    cache = EmbeddingCache(root / digest_of(parts, sort_keys=True), all_parts(len(pairs), SHARD_ROWS))
+    cache = EmbeddingCache(root / json_digest(parts, sort_keys=True), split_rows(len(pairs), SHARD_ROWS))
     if not (cache.folder / "cache.json").exists():
         write_json(cache.folder / "cache.json", parts)
     return cache
 
 
-def with_vectors(
-    model: PreTrainedModel, pairs: Pairs, root: Path, batch_size: int, workers: int, accelerator: Accelerator
-) -> Pairs:
-    """All rows of a data set, with the column `vectors` and what is wrong with images in `reason` and `detail`.
+def add_vectors(
+    model: PreTrainedModel, pairs: PairDataset, root: Path, batch_size: int, workers: int, accelerator: Accelerator
+) -> PairDataset:
+    """Add the column `vectors` with image embeddings to a dataset, and mark rows with unreadable images as unusable.
 
-    They come out of the cache, of which all processes make what is missing.
+    The embeddings are read from the cache. If embeddings are missing, all processes compute a share of them.
+
+    Args:
+        model: Model whose image tower is frozen and in evaluation mode.
+        pairs: Dataset with all rows, including unusable rows.
+        root: Folder that holds all caches.
+        batch_size: Images that go through the image tower together.
+        workers: Processes that decode images.
+        accelerator: Device, precision and processes of the run.
+
+    Returns:
+        A copy of the dataset with the new column. Rows with unusable images have a `reason` and a `detail`.
     """
-    cache = image_cache(model, pairs, root, accelerator.mixed_precision)
-    views, width = row = (pairs.augmented_views, embedding_width(model.config))
-    missing, is_usable = cache.missing(), np.asarray(pc.equal(pairs.table.data.column("reason"), ""))
+    cache = open_image_cache(model, pairs, root, accelerator.mixed_precision)
+    views, width = pairs.augmented_views, embedding_width(model.config)
+    missing, is_usable = cache.find_missing(), np.asarray(pc.equal(pairs.table.data.column("reason"), ""))
     if missing and accelerator.is_main_process:
         size = len(pairs) * views * width * 2 / 1e6
         logger.info(f"Image-embedding cache: {len(pairs):,} images x {views} views, {size:,.1f} MB in {cache.folder}.")
@@ -375,33 +546,38 @@ def with_vectors(
         items = [(0, pair, view) for pair in part if is_usable[pair] for view in range(views)]
         return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
 
-    def embedded(numbers: list[int]) -> Iterator[tuple[np.ndarray, Bad]]:
-        own = [cache.parts[number] for number in numbers]
-        # One set of workers for all shards: opening them anew costs seconds.
-        ahead = read_ahead([pairs], (batch for part in own for batch in batches_of(part)), workers)
-        bar = {"desc": f"Images, {pairs.source.where}", "unit": "image", "disable": not accelerator.is_main_process}
-        with tqdm(total=sum(map(len, own)), **bar) as progress:
-            for part in own:
-                embeds = np.zeros((len(part), *row), dtype=np.float16)
+    def embed_shards(numbers: list[int]) -> Iterator[tuple[np.ndarray, BadRows]]:
+        local_shards = [cache.shards[number] for number in numbers]
+        # One set of workers for all shards, because starting worker processes takes seconds.
+        loaded = prefetch_pixels([pairs], (batch for part in local_shards for batch in batches_of(part)), workers)
+        bar = {
+            "desc": f"Images, {pairs.source.display_name}",
+            "unit": "image",
+            "disable": not accelerator.is_main_process,
+        }
+        with tqdm(total=sum(map(len, local_shards)), **bar) as progress:
+            for part in local_shards:
+                embeds = np.zeros((len(part), views, width), dtype=np.float16)
                 bad = {place: ("", "") for place, pair in enumerate(part) if not is_usable[pair]}
-                for batch, images in zip(batches_of(part), ahead, strict=False):
-                    good = []
+                for batch, images in zip(batches_of(part), loaded, strict=False):
+                    usable = []
                     for (_, pair, view), image in zip(batch, images, strict=True):
                         if isinstance(image, BadImage):
                             bad[pair - part.start] = image.reason, image.detail
                         else:
-                            good.append((pair - part.start, view, image))
-                    if good:
-                        places, numbers_of_views, images = map(list, zip(*good, strict=True))
+                            usable.append((pair - part.start, view, image))
+                    if usable:
+                        places, numbers_of_views, images = map(list, zip(*usable, strict=True))
                         vectors = embed_pixels(model, torch.stack(images), accelerator)
                         embeds[places, numbers_of_views] = vectors.half().cpu().numpy()
                     progress.update(len(batch) / views)
                 yield embeds, bad
 
-    cache.make(missing, embedded)
-    made, table = cache.table(), pairs.table.data.table
-    for name in ("reason", "detail"):  # a row has that of the table or that of the cache, never both
-        both = pc.binary_join_element_wise(table[name], made[name], "")
-        table = table.set_column(table.column_names.index(name), name, both)
-    table = Dataset(table.append_column("vectors", made["vectors"]), fingerprint=cache.folder.name)
+    cache.make_shards(missing, embed_shards)
+    cached, table = cache.load_table(), pairs.table.data.table
+    # A row has a reason in at most one of the two tables, so joining the texts keeps this reason.
+    for name in ("reason", "detail"):
+        joined = pc.binary_join_element_wise(table[name], cached[name], "")
+        table = table.set_column(table.column_names.index(name), name, joined)
+    table = Dataset(table.append_column("vectors", cached["vectors"]), fingerprint=cache.folder.name)
     return replace(pairs, table=table)

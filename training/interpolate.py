@@ -1,60 +1,69 @@
-"""Weights between a base and what was trained from it (WiSE-FT), without training again.
+"""Interpolate the weights of a base model and its fine-tuned version (WiSE-FT, arXiv 2109.01903), without training.
 
     python -m training.interpolate models/base runs/pt --share 0.7 --output models/between
 
-0.7 is the recipe's (docs/recipe.md); `python -m eval.retrieval` measures what other shares gain and keep. The processor
-and the configuration are those of the trained model.
+In languages that were not trained on, the new model keeps more of the base model's quality than the fine-tuned model
+does. docs/recipe.md recommends a share of 0.7. Compare other shares with `python -m eval.retrieval`. Processor and
+configuration are copied from the fine-tuned model.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from capivara_common.cli import between, flag, parse, run_command
-from capivara_common.files import check_output_folder, whole_folder
+from capivara_common.cli import check_between, flag, parse_arguments, run_command
+from capivara_common.files import atomic_folder, check_output_folder
 from modeling_capivara.loading import load_model, load_processor, weights_digest
-from modeling_capivara.two_towers import IMAGE_SIDE
-from training.rotate import load_rotation, rotate_, save_rotation
+from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES
+from training.rotate import load_rotation, rotate_model_, save_rotation
 from training.trainable import interpolate_weights
-
-MEASURED = "give --share, 0.7 as in docs/recipe.md, and measure models of several shares by `python -m eval.retrieval`"
 
 
 @dataclass
 class InterpolateArguments:
-    """Arguments of `training.interpolate`."""
+    """Command-line arguments of `training.interpolate`."""
 
-    gone = dict.fromkeys(("validation", "split", "languages", "max_loss"), MEASURED)
-
-    base: str = flag(..., "Folder or Hub id of the model before training.", positional=True)
-    trained: str = flag(..., "Folder or Hub id of the model after training.", positional=True)
-    output: Path = flag(..., "Folder of the new model.")
-    share: float = flag(0.5, "Of the trained weights, 0 to 1.")
+    base: str = flag(..., "Base model: folder or Hub id.", positional=True)
+    trained: str = flag(..., "Model that was fine-tuned from the base: folder or Hub id.", positional=True)
+    output: Path = flag(..., "Folder for the new model; it must be new or empty.")
+    share: float = flag(0.5, "Weight of the trained model, 0 (base) to 1 (trained).")
 
     def __post_init__(self) -> None:
-        between(self, 0, 1, "share")
+        check_between(self, 0, 1, "share")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(InterpolateArguments, __doc__, argv)
+    """Run the command: write the interpolated model to a new folder.
+
+    Args:
+        argv: Command-line arguments; the arguments of the program if None.
+
+    Raises:
+        ValueError: If the models differ in the names or shapes of their tensors, or if `training.rotate` was applied to
+            the trained model and the file rotation.safetensors is missing from its folder.
+    """
+    args = parse_arguments(InterpolateArguments, __doc__, argv)
     check_output_folder(args.output)
-    start, model = load_model(args.base), load_model(args.trained)
+    base_model, model = load_model(args.base), load_model(args.trained)
     rotation = load_rotation(args.trained)
-    if rotation is not None:  # the space that was trained in is the base's, rotated
-        rotate_(start, rotation)
-    base, trained = start.state_dict(), model.state_dict()
+    if rotation is not None:  # `training.rotate` was applied after training, so the base must be rotated alike
+        rotate_model_(base_model, rotation)
+    base, trained = base_model.state_dict(), model.state_dict()
     if {key: tensor.shape for key, tensor in trained.items()} != {key: tensor.shape for key, tensor in base.items()}:
-        raise ValueError(f"{args.trained} was not trained from {args.base}: their tensors differ in name or shape.")
-    turned = weights_digest(start, IMAGE_SIDE) != weights_digest(model, IMAGE_SIDE)
-    if rotation is None and getattr(model.config, "matryoshka_dims", None) and turned:
-        raise ValueError(f"{args.trained} was rotated, and its rotation.safetensors is missing. Fetch the file.")
+        raise ValueError(
+            f"{args.trained} was not trained from {args.base}: their tensors differ in name or shape. Give its base."
+        )
+    images_differ = weights_digest(base_model, IMAGE_ENCODER_PREFIXES) != weights_digest(model, IMAGE_ENCODER_PREFIXES)
+    if rotation is None and getattr(model.config, "matryoshka_dims", None) and images_differ:
+        raise ValueError(
+            f"{args.trained} was rotated, and its rotation.safetensors is missing. Copy the file into the folder again."
+        )
     interpolate_weights(model, base, args.share)
-    with whole_folder(args.output) as folder:
+    with atomic_folder(args.output) as folder:
         model.save_pretrained(folder)
         load_processor(args.trained).save_pretrained(folder)
         if rotation is not None:
             save_rotation(rotation, folder)
-    print(f"Written to {args.output}, with {args.share:g} of the trained weights.")
+    print(f"Wrote the interpolated model, {args.share:g} of it trained weights, to {args.output}.")
 
 
 if __name__ == "__main__":

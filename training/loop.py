@@ -1,4 +1,8 @@
-"""The loop over optimiser steps: plan, images, gradients, optimiser, measurement, checkpoint."""
+"""Run the training loop.
+
+Each optimizer step is planned, its images are loaded, the gradients are computed, and the weights are updated. At
+regular intervals, the model is evaluated on the validation split and a checkpoint is saved.
+"""
 
 import logging
 import math
@@ -19,104 +23,147 @@ from transformers import PreTrainedModel
 
 from capivara_common.image_files import BadImage
 from caption_data.pairs import check_bad_share
-from caption_data.rows import Skipped, write_skipped
-from eval.retrieval import embed_captions, validation_measures
-from modeling_capivara.two_towers import embedding_width, is_sigmoid
+from caption_data.rows import SkippedRow, write_skipped_rows
+from eval.retrieval import compute_validation_metrics, embed_captions
+from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
 from training.arguments import RunArguments
-from training.checkpoints import Checkpoints, TrainerState, handle_signals
-from training.inputs import Inputs, cached_embeds, embed_pixels, loading_workers, read_ahead
+from training.batches import MicroBatch, StepPlan
+from training.checkpoints import Checkpoints, TrainingState, handle_signals
+from training.inputs import TrainingInputs, embed_pixels, load_cached_embeds, prefetch_pixels, resolve_loading_workers
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
-from training.whole_batch import MicroBatch, StepPlan, WholeBatch, loss_of
+from training.whole_batch import WholeBatch, select_loss
 
 logger = logging.getLogger("capivara")
-MAX_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the loss itself is at fault
-PLANS_KEPT = 16  # steps whose plan is drawn once, though the images of several are read ahead
+# Number of consecutive steps whose gradients may overflow in fp16. The gradient scaler halves its scale at each of
+# these steps. If gradients still overflow after 20 steps, the loss itself has diverged.
+MAX_CONSECUTIVE_OVERFLOWS = 20
+# Number of step plans to keep in memory. Workers load the images of several future steps, and the loop needs the plans
+# of these steps again.
+CACHED_PLANS = 16
 
 
 @dataclass
-class Trainer:
-    """The training of one model."""
+class TrainingLoop:
+    """Loop that trains one model, from the first step or the step of a checkpoint to the last step."""
 
-    args: RunArguments
-    inputs: Inputs  # pairs, their images, and the validation split
-    model: PreTrainedModel  # the plain model; its adapters, where there are any, are in it
-    wrapped: nn.Module  # what is trained: the model, or peft's wrapper around it
-    checkpoints: Checkpoints  # of the run, with its device, precision and processes
-    state: TrainerState  # where the run is
-    overflows: int = field(default=0, init=False)  # in a row, of fp16
+    args: RunArguments  # arguments of the run
+    inputs: TrainingInputs  # pairs with their images, and the validation split
+    model: PreTrainedModel  # the model without peft's wrapper; LoRA adapters, if any, are inside of its linear layers
+    wrapped_model: nn.Module  # peft's wrapper around the model if there are LoRA adapters, otherwise `model` itself
+    checkpoints: Checkpoints  # checkpoints of the run; their accelerator also has device, precision and processes
+    state: TrainingState  # progress of the run
+    overflows: int = field(default=0, init=False)  # number of consecutive steps whose gradients have overflowed in fp16
 
-    def train(self, resume: Path | None = None) -> TrainerState:
-        """Train to `max_steps`.
+    def train(self, resume: Path | None = None) -> TrainingState:
+        """Train until `args.max_steps` optimizer steps are complete.
 
-        Raises KeyboardInterrupt at SIGTERM and Ctrl-C, with its number and what to say, a checkpoint being written;
-        FloatingPointError, with the step, where loss or gradient is not finite; OSError as of `Checkpoints.save`.
+        Args:
+            resume: Folder of the checkpoint to resume from. None: start at step 0 with the current weights.
+
+        Returns:
+            The state of the run after the last step.
+
+        Raises:
+            KeyboardInterrupt: After SIGTERM or Ctrl-C, when the current step is complete and saved. The arguments of
+                the exception are the number of the signal and a message.
+            FloatingPointError: If the loss, a gradient or an embedding is not finite. The message names the step.
+            ValueError: If the checkpoint does not belong to this run, or too many images can't be used.
+            OSError: If a checkpoint can't be written.
         """
         args, accelerator = self.args, self.checkpoints.accelerator
         self.accelerator = accelerator
-        self.prepared = accelerator.prepare_model(self.wrapped, evaluation_mode=True)  # see WholeBatch
-        self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped, args))
+        # evaluation_mode=True: without the DDP wrapper, see `WholeBatch`.
+        self.prepared_model = accelerator.prepare_model(self.wrapped_model, evaluation_mode=True)
+        self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped_model, args))
         if resume:
             self.state = self.checkpoints.load(resume, self.state)
-        state, self.planner = self.state, self.inputs.planner(args)
-        self.inputs.skipped += [Skipped(**line) for line in state.skipped]
+        state, self.planner = self.state, self.inputs.make_planner(args)
+        self.inputs.skipped += [SkippedRow(**row) for row in state.skipped]
         self._write_skipped()
-        self.step = WholeBatch(self.prepared, accelerator, args.seed)
+        self.compute_gradients = WholeBatch(self.prepared_model, accelerator, args.seed)
         if not state.curve:
-            state.curve.append({"step": 0, "validation": self._measured()})
-        self.started, size = time.perf_counter() - state.seconds, args.effective_batch_size
+            state.curve.append({"step": 0, "validation": self._measure_validation()})
+        self.start_time, size = time.perf_counter() - state.seconds, args.effective_batch_size
         bar = tqdm(
             total=args.max_steps * size, initial=state.step * size, desc=f"Training, seed {args.seed}", unit="pair",
             unit_scale=True, disable=not accelerator.is_main_process,
         )  # fmt: skip
-        self.received = []
-        with handle_signals(self._note, signal.SIGTERM, signal.SIGINT), ThreadPoolExecutor(1) as self.executor, bar:
-            plans = lru_cache(PLANS_KEPT)(lambda step: self.executor.submit(self.planner, step))
-            pixels = self._pixels(plans)
+        self.received_signals = []
+        with (
+            handle_signals(self._handle_stop_signal, signal.SIGTERM, signal.SIGINT),
+            ThreadPoolExecutor(1) as self.executor,
+            bar,
+        ):
+            plans = lru_cache(CACHED_PLANS)(lambda step: self.executor.submit(self.planner, step))
+            pixels = self._prefetch_steps(plans)
             while state.step < args.max_steps:
                 started = time.perf_counter()
                 plan = plans(state.step).result()
-                plans(min(state.step + 1, args.max_steps - 1))  # drawn while this step computes
+                plans(min(state.step + 1, args.max_steps - 1))  # starts planning the next step in the other thread
                 try:
-                    point = self._one_step(plan, pixels, started)
+                    point = self._run_step(plan, pixels, started)
                     bar.set_postfix(loss=f"{point['loss']:.3f}", lr=f"{point['learning_rate']:.1e}")
                     bar.update(size)
-                    self._after_step(point)
+                    self._finish_step(point)
                 except FloatingPointError as error:
-                    way_out = "Lower the learning rate or use --mixed_precision no."
-                    raise FloatingPointError(f"Step {plan.step + 1}: {error} {way_out}") from error
-                if self.received:
+                    hint = "Lower the learning rate or use --mixed_precision no."
+                    raise FloatingPointError(f"Step {plan.step + 1}: {error} {hint}") from error
+                if self.received_signals:
                     accelerator.set_trigger()
-                if accelerator.check_trigger():  # of any process: all stop after the same step
+                if accelerator.check_trigger():  # set by any process, so that all stop after the same step
                     self.checkpoints.save(state)
-                    number = self.received[0][0] if self.received else signal.SIGTERM
-                    raise KeyboardInterrupt(number, f"Stopped at step {state.step}, which is saved.")
-        # Without Accelerate's autocast around `forward`: base and result are measured in the same precision.
-        accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False).eval()
+                    number = self.received_signals[0][0] if self.received_signals else signal.SIGTERM
+                    raise KeyboardInterrupt(number, f"Stopped after step {state.step}, which is saved.")
+        # Remove Accelerate's autocast from `forward`, so that base and trained model are evaluated in one precision.
+        accelerator.unwrap_model(self.prepared_model, keep_fp32_wrapper=False).eval()
         accelerator.free_memory()
         return state
 
-    def _note(self, number: int, frame: object) -> None:
-        """SIGTERM and Ctrl-C end the run after its step, a second Ctrl-C at once.
+    def _handle_stop_signal(self, number: int, frame: object) -> None:
+        """Request a stop after the current step. A second Ctrl-C stops the run immediately.
 
-        A launcher passes on what the terminal has sent already: what comes within a second is the same Ctrl-C.
+        A second signal within one second of the first is ignored, because a single Ctrl-C can reach a process twice:
+        from the terminal and from the launcher of the process.
+
+        Args:
+            number: Number of the signal.
+            frame: Not used; Python passes the current stack frame.
+
+        Raises:
+            KeyboardInterrupt: At the second Ctrl-C.
         """
-        self.received.append((number, time.monotonic()))
-        if len(self.received) == 1:
+        self.received_signals.append((number, time.monotonic()))
+        if len(self.received_signals) == 1:
             logger.info("Stopping after this step; the run will be saved.")
-        elif number == signal.SIGINT and self.received[-1][1] - self.received[0][1] > 1:
+        elif number == signal.SIGINT and self.received_signals[-1][1] - self.received_signals[0][1] > 1:
             raise KeyboardInterrupt
 
-    def _one_step(self, plan: StepPlan, pixels: Iterator[list] | None, started: float) -> dict:
-        """One optimiser step, whose plan was awaited from `started` on; returns its entry of the curve."""
-        plan, image_embeds = self._image_embeds(plan, pixels)
+    def _run_step(self, plan: StepPlan, pixels: Iterator[list] | None, started: float) -> dict:
+        """Run one optimizer step.
+
+        Args:
+            plan: Plan of the step.
+            pixels: Iterator over preloaded images, see `_prefetch_steps`. None if image embeddings are cached.
+            started: Value of `time.perf_counter()` before the plan was requested.
+
+        Returns:
+            The entry of this step for the training curve: `step` (counted from 1), `loss`, `learning_rate`, and
+            measurements of gradient, speed and memory.
+
+        Raises:
+            FloatingPointError: If the loss, a gradient or an embedding is not finite.
+        """
+        plan, image_embeds = self._load_image_embeds(plan, pixels)
         waited = time.perf_counter() - started
-        self.wrapped.train()  # the image tower, whose batch norms would be moved, is not run in it
+        # Only after the images are embedded, because the image tower may have batch norms and must run in evaluation
+        # mode.
+        self.wrapped_model.train()
         self.optimizer.zero_grad(set_to_none=False)
         learning_rate = learning_rate_at(plan.step, self.args)
-        report = self.step(plan.step, self._own(plan), len(plan.rows), image_embeds)
-        norm = self._update(learning_rate)
+        report = self.compute_gradients(plan.step, self._local_batches(plan), len(plan.rows), image_embeds)
+        norm = self._update_weights(learning_rate)
         seconds, device = time.perf_counter() - started, self.accelerator.device
-        held = psutil.Process().memory_info().rss  # by this process; on a GPU, the most that it has held
+        resident_bytes = psutil.Process().memory_info().rss
         return {
             "step": plan.step + 1,
             "loss": report.loss,
@@ -125,125 +172,208 @@ class Trainer:
             "gradient_norm": norm,
             "pairs_per_second": len(plan.rows) / seconds,
             "data_share_of_time": waited / seconds,
-            "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else held,
+            # On a GPU, the largest memory that was allocated so far; on a CPU, the current memory of this process.
+            "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes,
         }
 
-    def _update(self, learning_rate: float) -> float | None:
-        """The optimiser's step and the clamp; returns the norm of the gradient.
+    def _update_weights(self, learning_rate: float) -> float | None:
+        """Apply the gradients with the optimizer, then clamp the logit scale.
 
-        Raises FloatingPointError where it is not finite, and there is no scaler that leaves such a step out.
+        Args:
+            learning_rate: Learning rate of this step.
+
+        Returns:
+            The norm of the gradient of all parameters. None if it overflowed in fp16, so that the scaler skipped the
+            step.
+
+        Raises:
+            FloatingPointError: If the norm is not finite. With fp16, this is raised only after more than
+                `MAX_CONSECUTIVE_OVERFLOWS` such steps in a row.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
-        gradients = [p.grad for p in self.wrapped.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.wrapped_model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item()
         self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
         if self.overflows and self.accelerator.scaler is None:
             raise FloatingPointError(f"The norm of the gradient is {norm}.")
-        if self.overflows > MAX_OVERFLOWS:
-            raise FloatingPointError(f"The gradient overflowed fp16 at {self.overflows} steps in a row.")
-        self.optimizer.step()  # the scaler leaves out one of a norm that is not finite
-        if self.model.logit_scale.requires_grad and not is_sigmoid(self.model):  # SigLIP's is above 100
+        if self.overflows > MAX_CONSECUTIVE_OVERFLOWS:
+            raise FloatingPointError(f"The gradient overflowed in fp16 for {self.overflows} steps in a row.")
+        self.optimizer.step()  # with fp16, the scaler skips the step if a gradient is not finite
+        if self.model.logit_scale.requires_grad and not uses_sigmoid_loss(self.model):  # SigLIP's scale exceeds 100
             clamp_logit_scale(self.model.logit_scale)
         return None if self.overflows else norm
 
-    def _after_step(self, point: dict) -> None:
-        """Measure, keep the curve, write a checkpoint where one is due."""
+    def _finish_step(self, point: dict) -> None:
+        """Update the state of the run after a step, with an evaluation and a checkpoint if they are due.
+
+        An evaluation is due every `args.eval_steps` steps, a checkpoint every `args.save_steps` steps. Both are due
+        after the last step. A new best validation recall also saves a checkpoint. Runs of at most `args.save_steps`
+        steps write no checkpoints.
+
+        Args:
+            point: Entry of the step for the training curve. The results of an evaluation are added as `validation`.
+
+        Raises:
+            FloatingPointError: If the model's embeddings of the validation split are not finite.
+            OSError: If a checkpoint can't be written.
+        """
         args, state = self.args, self.state
         state.step = point["step"]
         last = state.step == args.max_steps
-        checkpointed = args.max_steps > args.save_steps  # a shorter run has none
+        checkpointed = args.max_steps > args.save_steps  # shorter runs write no checkpoints
         due = checkpointed and (last or state.step % args.save_steps == 0)
         if last or state.step % args.eval_steps == 0:
             try:
-                point["validation"] = measures = self._measured()
-            except ValueError as error:  # of numbers: the same measurement was taken before the first step
+                point["validation"] = measures = self._measure_validation()
+            except ValueError as error:
+                # The same evaluation succeeded before the first step, so the weights must have become NaN or infinite.
                 raise FloatingPointError(str(error)) from error
             recall = measures["mean_recall"]
             if checkpointed and (state.best_recall is None or recall > state.best_recall):
                 state.best_step, state.best_recall, due = state.step, recall, True
         state.curve.append(point)
-        state.seconds = time.perf_counter() - self.started
+        state.seconds = time.perf_counter() - self.start_time
         logged = point | {f"validation/{name}": value for name, value in point.get("validation", {}).items()}
         logged = {key: value for key, value in logged.items() if isinstance(value, float | int) and key != "step"}
         self.accelerator.log(logged, step=state.step)
         if due:
             self.checkpoints.save(state)
 
-    def _image_embeds(self, plan: StepPlan, pixels: Iterator[list] | None) -> tuple[StepPlan, Tensor]:
-        """(pairs, width) on the device, by the frozen image tower; and the plan, spares where images can't be used."""
+    def _load_image_embeds(self, plan: StepPlan, pixels: Iterator[list] | None) -> tuple[StepPlan, Tensor]:
+        """Load the image embeddings of a step from the cache, or compute them with the frozen image tower.
+
+        If they are computed, pairs whose image can't be used are replaced until all images of the batch are usable.
+
+        Args:
+            plan: Plan of the step.
+            pixels: Iterator over preloaded images, see `_prefetch_steps`. None if image embeddings are cached.
+
+        Returns:
+            The plan, in which unusable pairs have been replaced, and the embeddings, (pairs, width), on the device.
+
+        Raises:
+            ValueError: If more than `max_bad_share` of the images can't be used, or no replacement is left.
+        """
         if pixels is None:
-            return plan, cached_embeds(self.inputs.training, plan).to(self.accelerator.device)
+            return plan, load_cached_embeds(self.inputs.training, plan).to(self.accelerator.device)
         self.model.vision_model.eval()
         embeds = torch.zeros(len(plan.rows), embedding_width(self.model.config), device=self.accelerator.device)
-        parts = self._parts(plan)
+        parts = self._local_places(plan)
         while True:
             bad = []
             for places in parts:
                 images = dict(zip(places.tolist(), next(pixels), strict=True))
                 bad += [(place, images.pop(place)) for place in [*images] if isinstance(images[place], BadImage)]
                 if images:
-                    embeds[[*images]] = embed_pixels(self.prepared, torch.stack([*images.values()]), self.accelerator)
-            bad = dict(sorted(gather_object(bad), key=lambda one: one[0]))  # the same for any number of processes
+                    embeds[[*images]] = embed_pixels(
+                        self.prepared_model, torch.stack([*images.values()]), self.accelerator
+                    )
+            # Sorted by position in the batch, so that replacements do not depend on the number of processes.
+            bad = dict(sorted(gather_object(bad), key=lambda item: item[0]))
             if not bad:
-                return plan, self.accelerator.reduce(embeds, "sum")  # the rows of the other processes
-            self._list_bad(plan, bad)
-            plan = self.executor.submit(self.planner.replaced, plan, [*bad]).result()
-            parts = self._parts(plan, bad)
-            pixels = read_ahead(self.inputs.training, map(plan.items, parts), 0)
+                # Each process has filled the rows of its own images. All other rows are zero, so the sum is complete.
+                return plan, self.accelerator.reduce(embeds, "sum")
+            self._record_bad_images(plan, bad)
+            plan = self.executor.submit(self.planner.replace_pairs, plan, [*bad]).result()
+            parts = self._local_places(plan, bad)
+            pixels = prefetch_pixels(self.inputs.training, map(plan.items, parts), 0)
 
-    def _list_bad(self, plan: StepPlan, bad: dict[int, BadImage]) -> None:
-        """List rows of a batch, once in a run. Raises ValueError where they are more than `max_bad_share` by now."""
-        inputs, known = self.inputs, self.state.skipped
+    def _record_bad_images(self, plan: StepPlan, bad: dict[int, BadImage]) -> None:
+        """Record the rows of unusable images in the state of the run and in skipped.jsonl. A row is listed only once.
+
+        Args:
+            plan: Plan of the step.
+            bad: Position in the batch -> reason why the image can't be used.
+
+        Raises:
+            ValueError: If more than `max_bad_share` of the training rows are unusable. If a step is complete, a
+                checkpoint is saved first, so that the run can be resumed.
+        """
+        inputs, recorded = self.inputs, self.state.skipped
         for place, image in bad.items():
-            pairs = inputs.training[plan.sources[place]]
+            pairs = inputs.training[plan.dataset_indices[place]]
             row = pairs.table[int(plan.rows[place])]["row"]
-            line = Skipped(pairs.source.name, pairs.source.split, row, image.reason, image.detail)
-            if asdict(line) not in known:
-                known.append(asdict(line))
-                inputs.skipped.append(line)
-                logger.warning("%s, row %d: %s. Other pairs take its place.", pairs.source.where, row, image)
+            skipped = SkippedRow(pairs.source.name, pairs.source.split, row, image.reason, image.detail)
+            if asdict(skipped) not in recorded:
+                recorded.append(asdict(skipped))
+                inputs.skipped.append(skipped)
+                logger.warning("%s, row %d: %s. Other pairs replace it.", pairs.source.display_name, row, image)
         self._write_skipped()
-        rows = sum(map(len, inputs.training)) + len(inputs.skipped) - len(known)
+        # `inputs.training` still counts the rows recorded here as usable.
+        rows = sum(map(len, inputs.training)) + len(inputs.skipped) - len(recorded)
         try:
             check_bad_share(inputs.skipped, rows, self.args.max_bad_share)
         except ValueError as error:
             if not self.state.step:
                 raise
             self.checkpoints.save(self.state)
-            raise ValueError(f"{error} Step {self.state.step} is saved, which a larger share goes on from.") from error
+            raise ValueError(
+                f"{error} Step {self.state.step} is saved; resume from it with a larger --max_bad_share."
+            ) from error
 
     def _write_skipped(self) -> None:
+        """Write skipped.jsonl, the list of all training rows that can't be used, into the folder of the run."""
         if self.accelerator.is_main_process:
-            write_skipped(self.checkpoints.folder.parent / "skipped.jsonl", self.inputs.skipped)
+            write_skipped_rows(self.checkpoints.folder.parent / "skipped.jsonl", self.inputs.skipped)
 
-    def _pixels(self, plans: Callable[[int], Future]) -> Iterator[list[Tensor | BadImage]] | None:
-        """The pixels of all steps to come, as they go through the tower at once; None with a cache."""
+    def _prefetch_steps(self, plans: Callable[[int], Future]) -> Iterator[list[Tensor | BadImage]] | None:
+        """Start loading the images of all remaining steps.
+
+        Args:
+            plans: Function that gets the number of a step and returns a `Future` with the step's plan.
+
+        Returns:
+            An iterator over the batches of images that this process embeds, see `prefetch_pixels`. None if image
+            embeddings are cached.
+        """
         if self.inputs.training[0].vectors is not None:
             return None
         steps = (plans(step).result() for step in range(self.state.step, self.args.max_steps))
-        items = (plan.items(places) for plan in steps for places in self._parts(plan))
-        return read_ahead(self.inputs.training, items, loading_workers(self.args, self.accelerator))
+        items = (plan.items(places) for plan in steps for places in self._local_places(plan))
+        return prefetch_pixels(self.inputs.training, items, resolve_loading_workers(self.args, self.accelerator))
 
-    def _parts(self, plan: StepPlan, among: Container[int] | None = None) -> Sequence[Tensor]:
-        """This process's places in the batch, or those `among` some, as many at once as go through the tower."""
-        own = [place for batch in self._own(plan) for place in batch.positions.tolist()]
-        own = torch.tensor(own if among is None else [place for place in own if place in among])
-        return own.split(self.args.embedding_batch_size) if len(own) else []
+    def _local_places(self, plan: StepPlan, among: Container[int] | None = None) -> Sequence[Tensor]:
+        """Return the positions in the whole batch whose images this process embeds.
 
-    def _own(self, plan: StepPlan) -> list[MicroBatch]:
-        """Every n-th micro-batch: all processes get short and long ones."""
+        Args:
+            plan: Plan of the step.
+            among: Positions to choose from. None: all positions of the batch.
+
+        Returns:
+            Tensors of at most `embedding_batch_size` positions. The images of a tensor go through the image tower
+            together.
+        """
+        local = [place for batch in self._local_batches(plan) for place in batch.positions.tolist()]
+        if among is not None:
+            local = [place for place in local if place in among]
+        return torch.tensor(local).split(self.args.embedding_batch_size) if local else []
+
+    def _local_batches(self, plan: StepPlan) -> list[MicroBatch]:
+        """Return the micro-batches of this process.
+
+        With n processes, each gets every n-th micro-batch, so that all processes get short and long texts.
+        """
         return plan.batches[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def _measured(self) -> dict[str, float]:
-        """Of the validation split: mean recall in each direction and of both, shares from 0 to 1; the loss in nats."""
+    def _measure_validation(self) -> dict[str, float]:
+        """Evaluate the model on the validation split in the main process, and send the results to all processes.
+
+        Returns:
+            A dict with `text_to_image`, `image_to_text` (mean recall of each direction, from 0 to 1), `mean_recall`
+            (the mean of both) and `loss` (in nats).
+        """
         measures, inputs = [None], self.inputs
         if self.accelerator.is_main_process:
-            split = self.model.eval(), inputs.processor, inputs.validation.captions(), inputs.validation_embeds
-            embeddings = embed_captions(*split)
-            own = torch.arange(len(embeddings.image_embeds))
-            loss = lambda texts, images: loss_of(self.model)(texts, images, self.model.logit_scale, own)  # noqa: E731
-            measures = [validation_measures(embeddings, loss)]
+            embeddings = embed_captions(
+                self.model.eval(), inputs.processor, inputs.validation.captions(), inputs.validation_embeds
+            )
+            all_rows = torch.arange(len(embeddings.image_embeds))
+
+            def loss(texts: Tensor, images: Tensor) -> Tensor:
+                return select_loss(self.model)(texts, images, self.model.logit_scale, all_rows)
+
+            measures = [compute_validation_metrics(embeddings, loss)]
         return broadcast_object_list(measures)[0]

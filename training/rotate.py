@@ -1,10 +1,11 @@
-"""Turn a trained model's space so that the first numbers of an embedding hold most: a step after training.
+"""Rotate the embedding space of a trained model so that truncated embeddings lose little (uncentered PCA).
 
     python -m training.rotate runs/pt --dataset DATA --dims 256 128 64 --output runs/pt-rotated
 
-The rotation to the principal axes of a data set's images is folded into both projections: no cosine of whole embeddings
-changes, and those that are cut to their first numbers lose little (docs/recipe.md). It lies beside the weights, as
-`rotation.safetensors`: vectors of before are turned by `stored @ rotation.T`, or made anew, as an index is.
+The new axes of the embedding space are the principal axes of a dataset's image embeddings. The rotation is multiplied
+into the projections of both towers. Cosines of whole embeddings stay the same, and the first dimensions contribute most
+to them (docs/recipe.md). The rotation is saved next to the weights, as `rotation.safetensors`. Embeddings that were
+computed before the rotation must be rotated (`stored @ rotation.T`) or computed again, and indexes must be built again.
 """
 
 from dataclasses import dataclass
@@ -19,72 +20,99 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import check_output_folder, whole_folder, write_bytes
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import atomic_folder, check_output_folder, write_bytes
 from capivara_common.image_files import BadImage
 from caption_data.sources import open_split
-from modeling_capivara.configuration_capivara import checked_widths
+from modeling_capivara.configuration_capivara import normalize_matryoshka_dims
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images
 
-ROTATION_FILE = "rotation.safetensors"  # beside a model's weights
-ROTATION_IMAGES = 2**14  # that the axes are taken of: enough for the second moments of a thousand dimensions
+ROTATION_FILE = "rotation.safetensors"  # name of the file in the folder of the rotated model
+# Largest number of images from which the axes are computed. It is enough for the second moments of 1000 dimensions.
+MAX_ROTATION_IMAGES = 2**14
 
 
 @dataclass
 class RotateArguments:
-    """Arguments of `training.rotate`."""
+    """Command-line arguments of `training.rotate`."""
 
-    model: str = flag(..., "Folder or Hub id of the trained model.", positional=True)
-    dataset: str = flag(..., "Data set of the images, in the forms of a training's.")
-    output: Path = flag(..., "Folder of the new model.")
-    dims: list[int] = flag(..., "Widths that are to be embeddings, too, such as 256 128 64; each divides the whole.")
-    split: str = flag("train", "Split of the data set.")
+    model: str = flag(..., "Trained model: folder or Hub id.", positional=True)
+    dataset: str = flag(..., "Dataset whose images determine the axes, in any format that training accepts.")
+    output: Path = flag(..., "Folder for the rotated model; it must be new or empty.")
+    dims: list[int] = flag(..., "Widths of truncated embeddings, such as 256 128 64. Each must divide the full width.")
+    split: str = flag("train", "Split of the dataset.")
     image_column: str = flag("image", "Name of the image column.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command. Of more than `ROTATION_IMAGES` images so many are taken, evenly spaced; bad ones are left out."""
-    args = parse(RotateArguments, __doc__, argv)
+    """Run the command: compute the rotation, and write the rotated model to a new folder.
+
+    The rotation is computed from at most `MAX_ROTATION_IMAGES` evenly spaced images of the dataset. Images that can't
+    be read are skipped.
+
+    Args:
+        argv: Command-line arguments; the arguments of the program if None.
+
+    Raises:
+        ValueError: If the model has been rotated before, if it has no projections, or if there are not more usable
+            images than embedding dimensions.
+    """
+    args = parse_arguments(RotateArguments, __doc__, argv)
     check_output_folder(args.output)
     model, processor = load_model(args.model).eval(), load_processor(args.model)
     if load_rotation(args.model) is not None:
-        raise ValueError(f"{args.model} was turned before: it has a {ROTATION_FILE}. Give the model as it was trained.")
+        raise ValueError(f"{args.model} has been rotated before: it has a {ROTATION_FILE}. Give the original model.")
     if not hasattr(model, "visual_projection"):
-        kind = model.config.model_type
-        raise ValueError(f"{args.model} is a {kind}, which has no projections that a rotation could be folded into.")
+        raise ValueError(
+            f"{args.model} is a {model.config.model_type} model, which has no projections to fold a rotation into. "
+            "Give a CAPIVARA or CLIP model."
+        )
     width = model.config.projection_dim
-    model.config.matryoshka_dims = checked_widths(args.dims, width) or None
+    model.config.matryoshka_dims = normalize_matryoshka_dims(args.dims, width) or None
     source = open_split(args.dataset, args.split, args.image_column)
     source.check_columns([args.image_column])
-    rows = np.linspace(0, len(source) - 1, min(len(source), ROTATION_IMAGES)).astype(np.int64)
+    rows = np.linspace(0, len(source) - 1, min(len(source), MAX_ROTATION_IMAGES)).astype(np.int64)
     source.data = source.data.select(rows)
-    good = (image for _, image in source.decoded(range(len(source))) if not isinstance(image, BadImage))
-    first = list(islice(good, 1))
-    embeds = embed_images(model, processor, chain(first, good), progress="Images") if first else torch.empty(0)
+    images = (image for _, image in source.decode_images(range(len(source))) if not isinstance(image, BadImage))
+    first = list(islice(images, 1))  # `embed_images` must not be called without images
+    embeds = embed_images(model, processor, chain(first, images), progress="Images") if first else torch.empty(0)
     if len(embeds) <= width:
-        raise ValueError(f"{source.where} has {len(embeds)} usable images, {width} axes are asked of them. Give more.")
-    rotation = principal_rotation(embeds)
-    rotate_(model, rotation)
-    with whole_folder(args.output) as folder:
+        raise ValueError(
+            f"The rotation needs more than {width} usable images, one for each dimension; {source.display_name} has "
+            f"{len(embeds)}. Give a larger dataset."
+        )
+    rotation = compute_principal_rotation(embeds)
+    rotate_model_(model, rotation)
+    with atomic_folder(args.output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         save_rotation(rotation, folder)
-    print(f"Written to {args.output}.")
+    print(f"Wrote the rotated model to {args.output}.")
 
 
 @torch.no_grad()
-def principal_rotation(image_embeds: Tensor) -> Tensor:
-    """The orthogonal matrix that turns a space to the principal axes of its images, those of most variance first.
+def compute_principal_rotation(image_embeds: Tensor) -> Tensor:
+    """Compute the rotation to the principal axes of image embeddings by uncentered PCA.
 
-    Eigenvectors of the second moments: of all orthogonal bases, theirs keeps the most of the images' squared length in
-    every prefix (Eckart and Young), and cosines are taken about the origin, not about the mean. Each has its largest
-    number positive, so that the same images give the same matrix, (width, width), float32.
+    The axes are the eigenvectors of the matrix of second moments, sorted by falling eigenvalue. For any k, the first k
+    axes keep at least as much of the embeddings' squared length as any other k orthogonal axes (Eckart-Young theorem).
+    The mean is not subtracted, because cosines are measured from the origin. The sign of each axis is chosen so that
+    the coordinate with the largest absolute value is positive; the same images therefore always give the same matrix.
 
-    `image_embeds` are (images, width), unit length, more than the width; ValueError where none is, or one not finite.
+    Args:
+        image_embeds: Unit-length embeddings, (images, width). There should be more images than dimensions.
+
+    Returns:
+        An orthogonal matrix, (width, width), float32; `embeds @ rotation.T` rotates embeddings.
+
+    Raises:
+        ValueError: If there are no embeddings, or a number is not finite.
     """
     if not len(image_embeds) or not torch.isfinite(image_embeds).all():
-        raise ValueError(f"The rotation needs finite embeddings of images, got {len(image_embeds)} of them.")
+        raise ValueError(
+            f"The rotation needs finite image embeddings, got {len(image_embeds)} of them. Check model and images."
+        )
     embeds = image_embeds.cpu().double()
     axes = torch.linalg.eigh(embeds.T @ embeds / len(embeds)).eigenvectors.flip(1).T
     largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
@@ -92,34 +120,46 @@ def principal_rotation(image_embeds: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rotate_(model: PreTrainedModel, rotation: Tensor) -> None:
-    """Turn the space of a model without adapters, in place: the rotation becomes part of its two projections.
+def rotate_model_(model: PreTrainedModel, rotation: Tensor) -> None:
+    """Rotate the embedding space of a model in place, by multiplying its text and visual projections by the rotation.
 
-    It is (projection_dim, projection_dim), orthogonal. Raises ValueError where it is of another width.
+    Args:
+        model: Model with a text and a visual projection, without LoRA adapters.
+        rotation: Orthogonal matrix, (projection_dim, projection_dim).
+
+    Raises:
+        ValueError: If the rotation has another width than the embeddings of the model.
     """
     width = model.config.projection_dim
     if rotation.shape != (width, width):
-        raise ValueError(f"The rotation is of {len(rotation)} dimensions, the model's embeddings are of {width}.")
+        raise ValueError(f"The rotation must have the model's {width} dimensions, got {len(rotation)}. Use its own.")
     text = model.text_projection
     for layer in (model.visual_projection, text[-1] if isinstance(text, nn.Sequential) else text):
         layer.weight.copy_(rotation.to(layer.weight.device).double() @ layer.weight.double())
 
 
 def save_rotation(rotation: Tensor, folder: Path) -> None:
-    """Write the rotation beside a model's weights."""
+    """Write a rotation, (width, width), to the file `rotation.safetensors` in the folder of a model."""
     write_bytes(folder / ROTATION_FILE, save({"rotation": rotation}))
 
 
 def load_rotation(model: str | Path) -> Tensor | None:
-    """The rotation between a model, a folder or Hub id, and its base, (width, width); None where there was none.
+    """Load the rotation that `training.rotate` applied to a model.
 
-    Raises ValueError where its file can't be read.
+    Args:
+        model: Folder or Hub id.
+
+    Returns:
+        The rotation, (width, width), or None if the model has not been rotated.
+
+    Raises:
+        ValueError: If the file of the rotation is damaged.
     """
     path = cached_file(str(model), ROTATION_FILE, _raise_exceptions_for_missing_entries=False)
     try:
         return None if path is None else load_file(path)["rotation"]
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Fetch or make the model again.") from error
+        raise ValueError(f"{path} is damaged: {error}. Download the model again, or repeat the rotation.") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""What of the model is trained and by which steps: layers or adapters, optimiser, schedule, and the way back."""
+"""Prepare the weights of a model for training, and update them.
+
+Functions select the trainable parameters, add and merge LoRA adapters, build the optimizer, compute the learning-rate
+schedule, and interpolate weights between base and trained model.
+"""
 
 import math
 import re
@@ -9,88 +13,146 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling_capivara.two_towers import IMAGE_SIDE, freeze_image_side, is_sigmoid
+from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES, freeze_image_encoder, uses_sigmoid_loss
 from training.arguments import RunArguments
 
-MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are scaled by 100 at most
-BETAS = (0.9, 0.98)  # of Adam, in every recipe of arXiv 2310.13683
-# What is trained as a whole beside adapters: the projection as in arXiv 2310.13683, and what SigLIP has for it
-WHOLE = ["text_projection", "text_model.head"]
-OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-_PEFT_NAMES = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")  # in names of a wrapped model
+MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are multiplied by at most 100
+ADAM_BETAS = (0.9, 0.98)  # in every recipe of CAPIVARA (arXiv 2310.13683)
+# Modules that are trained in full while LoRA adapters are trained in other layers: the text projection, as in CAPIVARA
+# (arXiv 2310.13683), and `text_model.head`, which is the text projection of SigLIP.
+FULLY_TRAINED_MODULES = ["text_projection", "text_model.head"]
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+# Parts that peft inserts into the names of parameters. Without them, a name is the same as before wrapping.
+_PEFT_INFIX_RE = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")
 
 
 def prepare_trainable(model: PreTrainedModel, args: RunArguments) -> nn.Module:
-    """Freeze what is not trained; with `lora_rank`, put adapters on the model and return peft's wrapper around it.
+    """Freeze the image encoder and `args.frozen_parameters`, and add LoRA adapters if `args.lora_rank` is above 0.
 
-    Raises ValueError where an expression matches nothing, or nothing is left to train.
+    With a sigmoid loss (SigLIP), the logit scale and the logit bias are frozen, too, unless `args.frozen_parameters`
+    contains "none".
+
+    Args:
+        model: Model with a text encoder and an image encoder. It is changed in place.
+        args: Arguments of the run.
+
+    Returns:
+        peft's wrapper around the model if adapters were added, otherwise the model itself.
+
+    Raises:
+        ValueError: If a regular expression is invalid or matches no parameter, or no parameter is left to train.
     """
-    freeze_image_side(model)
+    freeze_image_encoder(model)
     names, frozen = [name for name, _ in model.named_parameters()], args.frozen_parameters
-    if "none" not in frozen and is_sigmoid(model):
+    if "none" not in frozen and uses_sigmoid_loss(model):
         frozen = [*frozen, "logit_scale", "logit_bias"]
     frozen = [expression for expression in frozen if expression != "none"]
     for expression in frozen:
-        if not _matched(expression, names, "frozen_parameters"):
-            some = names[:: max(1, len(names) // 6)]
+        if not _match_names(expression, names, "frozen_parameters"):
+            examples = names[:: max(1, len(names) // 6)]
             raise ValueError(
-                f"frozen_parameters: {expression!r} matches no parameter. There are, among others, {some}."
+                f"frozen_parameters must match names of parameters, got {expression!r}. Examples: {examples}."
             )
-    wrapped = _with_adapters(model, args) if args.lora_rank else model
-    for name, parameter in model.named_parameters():  # also what peft has made trainable
-        if any(re.fullmatch(expression, _PEFT_NAMES.sub("", name)) for expression in frozen):
+    wrapped = _add_adapters(model, args) if args.lora_rank else model
+    for name, parameter in model.named_parameters():  # after adding adapters, because peft makes its modules trainable
+        if any(re.fullmatch(expression, _PEFT_INFIX_RE.sub("", name)) for expression in frozen):
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("Nothing is left to train: frozen_parameters match everything that is not frozen already.")
+        raise ValueError("No parameter is left to train: frozen_parameters matches all of them. Use fewer expressions.")
     return wrapped
 
 
-def fixed(model: PreTrainedModel) -> dict[str, Any]:
-    """What a run states beside its settings, under the names that it had when these were settings."""
-    return {"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "lora_modules_to_save": whole(model)}
+def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the hyperparameters that no argument of the run changes, for the key `fixed` of run.json.
+
+    Args:
+        model: The model; it decides which modules are trained in full next to LoRA adapters.
+
+    Returns:
+        Name in run.json -> value.
+    """
+    return {
+        "adam_beta1": ADAM_BETAS[0],
+        "adam_beta2": ADAM_BETAS[1],
+        "lora_modules_to_save": find_fully_trained_modules(model),
+    }
 
 
 @torch.no_grad()
 def interpolate_weights(model: PreTrainedModel, base: dict[str, Tensor], share: float) -> None:
-    """Move the weights of a trained model back, in place: `share` (0 to 1) of them, the rest of the base's state.
+    """Set the weights of a trained model to the weighted mean of trained and base weights (WiSE-FT).
 
-    Source: Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT, arXiv 2109.01903), section 3.
+    Source: Wortsman et al., Robust fine-tuning of zero-shot models (arXiv 2109.01903), section 3.
+
+    Args:
+        model: Trained model. It is changed in place.
+        base: State dict of the base model, with the same names and shapes as the state dict of `model`.
+        share: Weight of the trained model, from 0 (base) to 1 (unchanged).
     """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             tensor.copy_(torch.lerp(base[name].to(tensor.device), tensor, share))
 
 
-def _with_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
-    """peft's wrapper; of itself it would train adapters of the image tower alone, which is not run in training."""
+def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
+    """Add LoRA adapters to linear layers of the text encoder. The image encoder never gets adapters.
+
+    Args:
+        model: The model. It is changed in place.
+        args: Arguments of the run; `lora_rank`, `lora_alpha` and `lora_targets` are used.
+
+    Returns:
+        peft's wrapper around the model.
+
+    Raises:
+        ValueError: If `args.lora_targets` matches no linear layer of the text encoder.
+    """
     from peft import LoraConfig, get_peft_model
 
     rank, alpha, targets = args.lora_rank, args.lora_alpha, args.lora_targets
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    linear = [name for name in linear if not name.startswith(IMAGE_SIDE)]
-    if not _matched(targets, linear, "lora_targets"):
-        raise ValueError(f"lora_targets: {targets!r} matches no linear layer of the text tower, like {linear[-1]!r}.")
+    linear = [name for name in linear if not name.startswith(IMAGE_ENCODER_PREFIXES)]
+    if not _match_names(targets, linear, "lora_targets"):
+        raise ValueError(
+            f"lora_targets must match linear layers of the text tower, got {targets!r}. Example: {linear[-1]!r}."
+        )
     return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=whole(model))
+        model,
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=find_fully_trained_modules(model)),
     )
 
 
-def whole(model: PreTrainedModel) -> list[str]:
-    """Names of the modules that are trained as a whole beside adapters."""
-    return [name for name, _ in model.named_modules() if name in WHOLE]
+def find_fully_trained_modules(model: PreTrainedModel) -> list[str]:
+    """Return the names of the model's modules that are trained in full while other layers get LoRA adapters."""
+    return [name for name, _ in model.named_modules() if name in FULLY_TRAINED_MODULES]
 
 
-def _matched(expression: str, names: list[str], key: str) -> list[str]:
+def _match_names(expression: str, names: list[str], key: str) -> list[str]:
+    """Return the names that a regular expression matches in full.
+
+    Args:
+        expression: The regular expression.
+        names: Names of parameters or modules.
+        key: Command-line argument that the expression comes from, for the error message.
+
+    Raises:
+        ValueError: If the regular expression is invalid.
+    """
     try:
         return [name for name in names if re.fullmatch(expression, name)]
     except re.error as error:
-        raise ValueError(f"{key}: {expression!r} is no regular expression ({error}).") from error
+        raise ValueError(f"{key} must be a valid regular expression, got {expression!r} ({error}).") from error
 
 
 def merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> PreTrainedModel:
-    """The plain model with the adapters' updates in its weights; the model itself where it has no adapters.
+    """Merge LoRA adapters into the weights of the model.
 
-    In `folder`, if it is given, they are kept in peft's own format, safetensors.
+    Args:
+        wrapped: peft's wrapper around a model with adapters, or a model without adapters.
+        folder: Folder of the run. If it is given, the adapters are first saved in `folder/adapter`, in peft's format.
+
+    Returns:
+        The model without peft's wrapper. A model without adapters is returned unchanged.
     """
     if not hasattr(wrapped, "peft_config"):
         return wrapped
@@ -100,22 +162,33 @@ def merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> PreTrained
 
 
 def build_optimizer(model: nn.Module, args: RunArguments) -> torch.optim.Optimizer:
-    """The optimiser over everything that is trained.
+    """Build the optimizer for all trainable parameters.
 
-    "adam" is the paper's: Adam with coupled L2 (CAPIVARA, arXiv 2310.13683, appendix); "adamw" decouples it.
+    Args:
+        model: Model whose parameters with `requires_grad` are trained.
+        args: Arguments of the run. The optimizer "adam" is Adam with coupled L2 regularization, as in the appendix of
+            CAPIVARA (arXiv 2310.13683). "adamw" is Adam with decoupled weight decay.
     """
-    return OPTIMISERS[args.optimizer](
+    return OPTIMIZERS[args.optimizer](
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
-        betas=BETAS,
+        betas=ADAM_BETAS,
         eps=args.adam_epsilon,
         weight_decay=args.weight_decay,
-        fused=True,  # one pass over the 190 million word embeddings instead of ten
+        fused=True,  # one pass over the 190 million numbers of the token embeddings instead of ten
     )
 
 
 def learning_rate_at(step: int, args: RunArguments) -> float:
-    """Learning rate of a step (counted from 0): linear from the floor to the top, then cosine back to the floor."""
+    """Return the learning rate of an optimizer step.
+
+    The learning rate rises linearly from `args.min_learning_rate` to `args.learning_rate` in the first
+    `args.warmup_steps` steps. It then falls along a cosine, back to `args.min_learning_rate` at `args.max_steps`.
+
+    Args:
+        step: Optimizer step, counted from 0.
+        args: Arguments of the run.
+    """
     low, high = args.min_learning_rate, args.learning_rate
     if step < args.warmup_steps:
         return low + (high - low) * step / args.warmup_steps
@@ -125,5 +198,9 @@ def learning_rate_at(step: int, args: RunArguments) -> float:
 
 @torch.no_grad()
 def clamp_logit_scale(logit_scale: Tensor) -> None:
-    """Keep the scale from 0 to ln 100, after every optimiser step."""
+    """Clamp the logit scale to the range from 0 to ln 100, in place, as CLIP does after every optimizer step.
+
+    Args:
+        logit_scale: Natural logarithm of the factor by which logits are multiplied, a scalar.
+    """
     logit_scale.clamp_(0, MAX_LOGIT_SCALE)

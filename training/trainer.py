@@ -1,7 +1,8 @@
-"""transformers' `Trainer` with an exact contrastive batch, for those whose training is built on it.
+"""Train with `transformers.Trainer` on exact contrastive batches, in projects that already use `Trainer`.
 
-`Trainer` takes the loss of every micro-batch by itself: with `gradient_accumulation_steps` each text is compared with
-the images of its own micro-batch alone. Here the micro-batches of an optimiser step are one batch under one loss.
+`Trainer` computes a separate loss for every micro-batch. With `gradient_accumulation_steps`, each text is therefore
+compared only with the images of its own micro-batch. `ExactBatchTrainer` computes one loss over all micro-batches of an
+optimizer step.
 """
 
 from collections.abc import Sequence
@@ -11,64 +12,96 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from modeling_capivara.two_towers import IMAGE_SIDE
+from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES
+from training.batches import MicroBatch
 from training.inputs import embed_pixels
-from training.whole_batch import MicroBatch, WholeBatch
+from training.whole_batch import WholeBatch
 
-NEEDED = ("input_ids", "attention_mask", "pixel_values")
+# Fields that every batch from the data collator must have, in the order of `MicroBatch`.
+REQUIRED_INPUTS = ("input_ids", "attention_mask", "pixel_values")
 
 
 class ExactBatchTrainer(Trainer):
-    """`Trainer` for `CapivaraModel`, on one device; ValueError on several, where `train_accelerate.py` is exact.
+    """`transformers.Trainer` for `CapivaraModel` with one contrastive loss per optimizer step, on a single device.
 
-    The contrastive batch is `per_device_train_batch_size` times `gradient_accumulation_steps` pairs; the former alone
-    decides how many go through the towers at once. The loss that is logged is that of the whole batch. Batches hold
-    what `CapivaraProcessor` gives for texts and images, padded each for itself, and `return_loss=True` where there is
-    an evaluation.
+    It takes the same arguments as `Trainer`. A contrastive batch has `per_device_train_batch_size` times
+    `gradient_accumulation_steps` pairs. A micro-batch of `per_device_train_batch_size` pairs goes through the model
+    together. The logged loss is the loss of the whole batch. The data collator must return what `CapivaraProcessor`
+    returns for texts and images; each micro-batch may be padded to another length. If there is an evaluation, the
+    collator must also return `return_loss=True`.
+
+    Raises:
+        ValueError: If there are several processes or GPUs. Use `train_accelerate.py` there.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.accelerator.num_processes > 1 or self.args.n_gpu > 1:
             raise ValueError(
-                f"ExactBatchTrainer is for one device, got {self.accelerator.num_processes} processes of "
-                f"{self.args.n_gpu} GPUs; train_accelerate.py has one exact batch over several."
+                f"ExactBatchTrainer needs a single device, got {self.accelerator.num_processes} processes with "
+                f"{self.args.n_gpu} GPUs each. Use train_accelerate.py, whose batch extends over several devices."
             )
-        self._step, self._samples, self._given = None, [], 0
+        self._whole_batch, self._step_batches, self._micro_step = None, [], 0
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:
-        """As in transformers; the micro-batches of a step are kept for `training_step`."""
-        self._samples, items = super().get_batch_samples(*args, **kwargs)
-        self._given = 0
-        return self._samples, items
+        """Get the micro-batches of an optimizer step as `Trainer` does, and store them for `training_step`.
+
+        Returns:
+            The result of `Trainer.get_batch_samples`: the micro-batches, and the number of items in them or None.
+        """
+        self._step_batches, items = super().get_batch_samples(*args, **kwargs)
+        self._micro_step = 0
+        return self._step_batches, items
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
-        """Gradients of the whole batch with its last micro-batch, nothing with those before; the loss likewise."""
-        self._given += 1
-        if self._given < len(self._samples):
+        """Compute the gradients of the whole batch when `Trainer` passes its last micro-batch.
+
+        Args:
+            model: The model.
+            inputs: A micro-batch. It is not used, because `get_batch_samples` has stored all micro-batches of the step.
+            num_items_in_batch: Not used.
+
+        Returns:
+            For the last micro-batch, the loss of the whole batch. For all other micro-batches zero, because `Trainer`
+            sums the losses of all micro-batches.
+
+        Raises:
+            ValueError: If a micro-batch lacks one of `REQUIRED_INPUTS`.
+        """
+        self._micro_step += 1
+        if self._micro_step < len(self._step_batches):
             return torch.zeros((), device=self.args.device)
         model.train()
-        if self._step is None:
-            self._step = WholeBatch(model, self.accelerator, self.args.seed)
-        batches = _micro_batches(self._samples)
+        if self._whole_batch is None:
+            self._whole_batch = WholeBatch(model, self.accelerator, self.args.seed)
+        batches = _micro_batches(self._step_batches)
         pairs, image_embeds = sum(len(batch.input_ids) for batch in batches), None
         names = [name for name, p in self.accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
-        if not any(name.startswith(IMAGE_SIDE) for name in names):
+        if not any(name.startswith(IMAGE_ENCODER_PREFIXES) for name in names):
             image_embeds = torch.cat([embed_pixels(model, batch.pixel_values, self.accelerator) for batch in batches])
             for batch in batches:
-                batch.pixel_values = None  # embedded once, and not with the texts again
-        report = self._step(self.state.global_step, batches, pairs, image_embeds)
+                batch.pixel_values = None  # otherwise `WholeBatch` would embed the images again, with gradients
+        report = self._whole_batch(self.state.global_step, batches, pairs, image_embeds)
         return torch.tensor(report.loss, device=self.args.device)
 
 
 def _micro_batches(samples: Sequence[dict]) -> list[MicroBatch]:
+    """Convert the batches that a data collator returned to micro-batches.
+
+    Args:
+        samples: Batches of the data collator: input name -> tensor.
+
+    Raises:
+        ValueError: If a batch lacks one of `REQUIRED_INPUTS`.
+    """
     batches, start = [], 0
     for sample in samples:
-        if missing := [name for name in NEEDED if name not in sample]:
+        if missing := [name for name in REQUIRED_INPUTS if name not in sample]:
             raise ValueError(
-                f"A batch must hold {', '.join(NEEDED)}, as CapivaraProcessor gives them; {', '.join(missing)} is "
-                f"missing from {', '.join(sample)}. With a collator of your own, set remove_unused_columns=False."
+                f"A batch must have {', '.join(REQUIRED_INPUTS)}, as CapivaraProcessor returns them; "
+                f"{', '.join(missing)} is missing from {', '.join(sample)}. With your own data collator, set "
+                "remove_unused_columns=False."
             )
-        batches.append(MicroBatch(len(batches), start, *(sample[name] for name in NEEDED)))
+        batches.append(MicroBatch(len(batches), start, *(sample[name] for name in REQUIRED_INPUTS)))
         start += len(sample["input_ids"])
     return batches

@@ -1,408 +1,365 @@
-"""The pairs of a step, and one loss over all of them, in the memory of a few micro-batches, on any number of processes.
+"""Compute the exact gradients of a contrastive loss over a whole batch, in the memory of a few micro-batches.
 
     step = WholeBatch(model, accelerator, seed=0)
     report = step(0, batches, pairs=2816, image_embeds=embeds)  # the gradients are in the parameters
 
-What is drawn is a function of seed and step alone, so that a run resumes anywhere. The gradients are plain autograd's:
-every micro-batch is embedded, those whose graph does not fit under `torch.utils.checkpoint`, the loss is taken of all
-embeddings together, and each micro-batch has a backward pass of its own. One that is embedded again has the random
-state of its first time, so the gradient is the same to the bit whatever was kept.
+The method is gradient caching (GradCache, arXiv 2101.06983): embed every micro-batch, compute the loss of all
+embeddings together, and run one backward pass per micro-batch, starting from the gradients of its embeddings. GradCache
+embeds each micro-batch twice. Here, a micro-batch is embedded a second time (by `torch.utils.checkpoint`) only if its
+autograd graph does not fit into memory. Both times it has the same random state, so the gradients are bit-identical
+whichever graphs were kept. With several processes, the loss covers the pairs of all processes.
 """
 
-import ctypes
-import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import ProcessorMixin
 
-from modeling_capivara.two_towers import embedding_width, image_embeds, is_sigmoid, pad, text_embeds, tokenise
+from modeling_capivara.two_towers import (
+    compute_image_embeds,
+    compute_text_embeds,
+    embedding_width,
+    uses_sigmoid_loss,
+)
+from training.batches import MicroBatch, derive_seed
+from training.memory import available_memory, keep_freed_memory, measure_graph_bytes, return_freed_memory
 
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # in bytes, as a container sees it; other limits are not known
-TILE_LOGITS = 2**24  # logits at once, 64 MiB in float32
-BUDGET_SHARE = 0.6  # of the memory that is free beside optimiser and gradients; the rest is for one more micro-batch
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # texts, images, logit_scale, own -> scalar
-
-
-@dataclass
-class MicroBatch:
-    """Texts that go through the tower at once."""
-
-    index: int  # of the micro-batch within the whole batch, over all processes; its random state derives from it
-    start: int  # row of its first text in the whole batch, which is in order of length
-    input_ids: Tensor  # (texts, tokens)
-    attention_mask: Tensor | None = None  # (texts, tokens); None where padding is read as any token
-    pixel_values: Tensor | None = None  # (texts, 3, height, width), where the image tower is trained; else None
-
-    def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """What the model is called with, on a device."""
-        found = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "pixel_values")}
-        return {name: values.to(device) for name, values in found.items() if values is not None}
-
-    @property
-    def positions(self) -> Tensor:
-        """(texts,), its rows in the whole batch."""
-        return torch.arange(self.start, self.start + len(self.input_ids))
-
-
-def micro_batches(processor: ProcessorMixin, captions: Sequence[str], size: int) -> tuple[list[MicroBatch], list[int]]:
-    """Captions tokenised and cut in order of length, each micro-batch padded to its own longest; and the order, of each
-    row in them its index in `captions`.
-    """
-    tokens = tokenise(processor, captions)
-    order = sorted(range(len(captions)), key=lambda i: len(tokens[i]["input_ids"]))
-    batches = []
-    for start in range(0, len(order), size):
-        batch = pad(processor, [tokens[i] for i in order[start : start + size]])
-        batches.append(MicroBatch(len(batches), start, **batch))
-    return batches, order
-
-
-def batch_counts(batch_size: int, sizes: Sequence[int]) -> list[int]:
-    """Split a batch over the datasets in proportion to their sizes (largest-remainder apportionment).
-
-    Raises ValueError if there are fewer pairs than a batch needs, or a dataset is too small to be in every batch.
-    """
-    if not (pairs := sum(sizes)):
-        raise ValueError("No usable pair is left: --min_pair_similarity and --caption_strategy leave all others out.")
-    if batch_size > pairs:
-        raise ValueError(
-            f"effective_batch_size must be at most the number of usable pairs, {pairs}, got {batch_size}: an image "
-            f"would be its own negative. The largest batch that fits is --effective_batch_size {pairs}."
-        )
-    exact = [batch_size * size / pairs for size in sizes]
-    counts = [int(share) for share in exact]
-    by_rest = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])  # largest remainder first
-    for i in by_rest[: batch_size - sum(counts)]:
-        counts[i] += 1
-    for count, size in zip(counts, sizes, strict=True):
-        if count == 0:
-            raise ValueError(f"A batch of {batch_size} has no room for a data set of {size} pairs; raise the batch.")
-    return counts
-
-
-def batch_indices(step: int, batch_size: int, number: int, seed: int) -> np.ndarray:
-    """Rows of the batch of a step (counted from 0).
-
-    Every epoch is a permutation of its own, cut into whole batches; its tail is left out, since a batch over the
-    border could hold an image twice, as its own negative.
-    """
-    batches_per_epoch = number // batch_size
-    epoch, position = divmod(step, batches_per_epoch)
-    return _permutation(seed, epoch, number)[position * batch_size : (position + 1) * batch_size]
-
-
-def spare_index(step: int, batch_size: int, number: int, seed: int, count: int) -> int:
-    """The row that follows the batch of a step by `count` (from 0) in its permutation, around its end; ValueError where
-    all others were tried.
-    """
-    if count >= number - batch_size:
-        raise ValueError(
-            f"Step {step + 1}: images can't be used, and no pair is left to take the place of one: "
-            f"effective_batch_size takes {batch_size} of {number}. Choose a smaller batch, or mend the images."
-        )
-    epoch, position = divmod(step, number // batch_size)
-    return int(_permutation(seed, epoch, number)[((position + 1) * batch_size + count) % number])
-
-
-@lru_cache(maxsize=8)
-def _permutation(seed: int, epoch: int, number: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(number)
-
-
-def drawn_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, seed: int) -> list[str]:
-    """One caption of each row, drawn at random: each step draws anew (CAPIVARA, arXiv 2310.13683, section 3)."""
-    draws = np.random.default_rng([seed, step, 1]).random(len(rows))  # 1: a stream apart from that of `batch_indices`
-    # A column of `datasets` reads many rows at once.
-    chosen = [captions[row] for row in rows] if isinstance(captions, list) else captions[rows.tolist()]
-    return [texts[int(draw * len(texts))] for texts, draw in zip(chosen, draws, strict=True)]
-
-
-def drawn_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
-    """(number,), a view of each image of a step; the step itself, a fresh view, where `views` is 0."""
-    if views == 0:
-        return np.full(number, step)
-    return np.random.default_rng([seed, step, 2]).integers(views, size=number)
-
-
-def random_state(*numbers: int) -> int:
-    """A seed that depends on all `numbers`, each at least 0, and on nothing else."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-@dataclass
-class StepPlan:
-    """All that is drawn for a step, in the order of its micro-batches."""
-
-    step: int  # counted from 0
-    sources: np.ndarray  # (pairs,), which data set each is from
-    rows: np.ndarray  # (pairs,), its number there
-    views: np.ndarray  # (pairs,), the view of its image
-    texts: list[str]
-    batches: list[MicroBatch]  # all micro-batches, of all processes
-    spent: Counter[int] = field(default_factory=Counter)  # data set -> its spares that were put in
-
-    def items(self, places: Tensor) -> list[tuple[int, int, int]]:
-        """Data set, row and view of the images at these places."""
-        return [(self.sources[place], self.rows[place], self.views[place]) for place in places.tolist()]
-
-
-@dataclass
-class Planner:
-    """Draws the batches of a run; step n is the same whatever was drawn before."""
-
-    captions: list[Sequence[list[str]]]  # data set -> pair -> captions
-    counts: list[int]  # pairs of a batch from each data set
-    processor: ProcessorMixin
-    micro_batch_size: int  # texts of a micro-batch
-    augmented_views: int  # of every image
-    seed: int
-
-    def __call__(self, step: int) -> StepPlan:
-        """The pairs of a step, counted from 0."""
-        drawn, texts = [], []
-        for number, count in enumerate(self.counts):
-            seed = self.seed + (number << 32)  # the first data set is drawn from as if it were alone
-            rows = batch_indices(step, count, len(self.captions[number]), seed)
-            drawn.append((np.full(count, number), rows))
-            texts += drawn_captions(self.captions[number], rows, step, seed)
-        batches, order = micro_batches(self.processor, texts, self.micro_batch_size)
-        sources, rows = (np.concatenate(column)[order] for column in zip(*drawn, strict=True))
-        return StepPlan(
-            step=step,
-            sources=sources,
-            rows=rows,
-            views=drawn_views(self.augmented_views, len(order), step, self.seed)[order],
-            texts=[texts[i] for i in order],
-            batches=batches,
-        )
-
-    def replaced(self, plan: StepPlan, places: Sequence[int]) -> StepPlan:
-        """A plan with the next spares of its permutations at these places, and their micro-batches tokenised anew."""
-        rows, texts, spent = plan.rows.copy(), [*plan.texts], Counter(plan.spent)
-        for place in places:
-            number = int(plan.sources[place])
-            count, spent[number] = spent[number], spent[number] + 1
-            captions, seed = self.captions[number], self.seed + (number << 32)
-            rows[place] = spare_index(plan.step, self.counts[number], len(captions), seed, count)
-            (texts[place],) = drawn_captions(captions, rows[[place]], plan.step, seed + count)
-        batches = [*plan.batches]
-        for i, batch in enumerate(batches):
-            if not {*batch.positions.tolist()}.isdisjoint(places):
-                tokens = tokenise(self.processor, [texts[place] for place in batch.positions])
-                batches[i] = MicroBatch(i, batch.start, **pad(self.processor, tokens))
-        return replace(plan, rows=rows, texts=texts, batches=batches, spent=spent)
+# Logits computed at once by a loss: 64 MiB in float32. Larger batches are processed in tiles of this size.
+MAX_TILE_LOGITS = 2**24
+# Share of the memory that kept autograd graphs may use. It is a share of the memory that is free after gradients and
+# optimizer state are allocated. The rest is for the micro-batch that is being recomputed.
+GRAPH_MEMORY_SHARE = 0.6
+# Function of text embeddings, image embeddings, logit scale and the row numbers of this process that returns a scalar.
+LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step gave beside the gradients."""
+    """Measurements of one step. The gradients are not part of it: they are in the parameters of the model."""
 
-    loss: float  # of the whole batch, in nats
-    graphs_kept: int  # micro-batches of this process whose graph was kept, not made again
+    loss: float  # loss of the whole batch, in nats
+    graphs_kept: int  # number of micro-batches of this process whose autograd graph was kept instead of recomputed
 
 
 @dataclass
 class WholeBatch:
-    """The gradients of one optimiser step, for every trained parameter of a model.
+    """Callable that computes the gradients of one optimizer step for all trained parameters of a model.
 
-    The model is called, but not wrapped for gradient averaging: a wrapper averages at every micro-batch, and waits for
-    ever where one process has fewer of them. The processes' gradients are summed once, at the end.
+    Do not wrap the model in `DistributedDataParallel`. The wrapper would average gradients at every micro-batch, and
+    wait forever if one process has fewer micro-batches than another. `WholeBatch` sums the gradients of all processes
+    once, at the end of the step.
+
+    Example:
+        >>> import torch
+        >>> from accelerate import Accelerator
+        >>> from modeling_capivara import CapivaraConfig, CapivaraModel
+        >>> from training.batches import MicroBatch
+        >>> from training.whole_batch import WholeBatch
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> config = CapivaraConfig(text_config=sizes, vision_config=sizes, projection_dim=8)
+        >>> model = CapivaraModel(config).train()
+        >>> model.freeze_image_encoder()
+        >>> ids = torch.tensor([[0, 5, 2], [0, 6, 2], [0, 7, 2], [0, 8, 2]])
+        >>> batches = [MicroBatch(0, 0, ids[:2], ids[:2] != 1), MicroBatch(1, 2, ids[2:], ids[2:] != 1)]
+        >>> image_embeds = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+        >>> step = WholeBatch(model, Accelerator(cpu=True), seed=0)
+        >>> report = step(0, batches, pairs=4, image_embeds=image_embeds)
+        >>> report.loss > 0
+        True
+        >>> model.text_projection[0].weight.grad.shape
+        torch.Size([12, 16])
     """
 
-    model: nn.Module  # in training mode, of two towers (`modeling_capivara.two_towers`)
+    model: nn.Module  # model with two encoders, in training mode, see `modeling_capivara.two_towers`
     accelerator: Accelerator  # device, precision and processes
-    seed: int
-    budget: float | None = None  # bytes of graphs that are kept; what is free at the first step where None
-    _bytes_a_token: float = 0.0  # of a graph, as the first micro-batch has it
-    _bytes_a_text: float = 1.0
+    seed: int  # seed of dropout
+    budget: float | None = None  # bytes that kept graphs may use; None: a share of the free memory at the first step
+    _bytes_per_token: float = 0.0  # size of a graph divided by its number of tokens, measured on the first micro-batch
+    _bytes_per_text: float = 1.0  # size of a graph divided by its number of texts, measured on the first micro-batch
 
     def __call__(
         self, step: int, batches: Sequence[MicroBatch], pairs: int, image_embeds: Tensor | None = None
     ) -> StepReport:
-        """Fill the gradients of a step, counted from 0; they are zero or None before.
+        """Compute the gradients of a step, and add them to the gradients of the parameters.
 
-        `batches` are the micro-batches of this process, any number of them, also none; `pairs` those of the whole batch
-        over all processes, at least 2, else ValueError. `image_embeds` are (pairs, width), unit length, in the order of
-        the micro-batches; None where each has its pixels, whose embeddings then have a gradient.
+        The gradients of the parameters should be None or zero before the call.
 
-        Raises FloatingPointError where the loss is not finite; no gradient was computed.
+        Args:
+            step: Optimizer step, counted from 0. It is part of the seed of dropout.
+            batches: Micro-batches of this process. Each process may have another number of micro-batches, also none.
+            pairs: Number of pairs in the whole batch, over all processes.
+            image_embeds: Unit-length embeddings of all images of the batch, (pairs, width), in the order of the
+                micro-batches. If it is None, the micro-batches must hold pixels, and the image encoder gets gradients,
+                too.
+
+        Returns:
+            Loss of the whole batch, and the number of autograd graphs that were kept.
+
+        Raises:
+            ValueError: If `pairs` is below 2.
+            FloatingPointError: If the loss is not finite. No gradient has been computed then.
         """
         if pairs < 2:
             raise ValueError(f"The loss needs at least 2 pairs, got {pairs}.")
-        own = torch.cat([torch.empty(0, dtype=torch.long), *(batch.positions for batch in batches)])
-        own = own.to(self.accelerator.device)
-        words = word_rows(
-            self.model.text_model.get_input_embeddings(), [batch.input_ids.to(own.device) for batch in batches]
+        local_rows = torch.cat([torch.empty(0, dtype=torch.long), *(batch.positions for batch in batches)])
+        local_rows = local_rows.to(self.accelerator.device)
+        word_rows = cached_word_rows(
+            self.model.text_model.get_input_embeddings(), [batch.input_ids.to(local_rows.device) for batch in batches]
         )
-        with words, self.accelerator.autocast():  # one for all micro-batches: each weight is cast once a step
-            parts, kept = self._embedded(step, batches)
-            if kept == len(batches):
+        with word_rows, self.accelerator.autocast():  # one context, so that autocast casts each weight once a step
+            parts, graphs_kept = self._embed_batches(step, batches)
+            if graphs_kept == len(batches):
                 keep_freed_memory()
-            leaves = [[side.detach().requires_grad_(side.requires_grad) for side in part] for part in parts]
-            texts = self._of_all([leaf[0] for leaf in leaves], own, pairs)
+            # The loss is computed from detached copies of the embeddings. Their gradients are then the start of the
+            # backward passes through the encoders.
+            leaves = [[embeds.detach().requires_grad_(embeds.requires_grad) for embeds in part] for part in parts]
+            texts = self._gather([leaf[0] for leaf in leaves], local_rows, pairs)
             if image_embeds is None:
-                image_embeds = self._of_all([leaf[1] for leaf in leaves], own, pairs)
-            loss = loss_of(self.model)(texts, image_embeds, self.model.logit_scale, own)
+                image_embeds = self._gather([leaf[1] for leaf in leaves], local_rows, pairs)
+            loss = select_loss(self.model)(texts, image_embeds, self.model.logit_scale, local_rows)
             whole = loss.detach().clone()
             if self.accelerator.num_processes > 1:
                 torch.distributed.all_reduce(whole)
             if not torch.isfinite(whole):
                 raise FloatingPointError(f"The loss is {whole.item()}.")
-            with torch.autocast(own.device.type, enabled=False):
+            with torch.autocast(local_rows.device.type, enabled=False):
                 self.accelerator.backward(loss)
-                # One by one: of a weight's cast, which all share, a common pass would sum the gradients in 8 bits.
+                # A separate backward pass for each micro-batch: a common pass would sum the gradients of a weight's
+                # bfloat16 cast, which all micro-batches share, with 8 bits of precision.
                 for part, leaf in zip(parts, leaves, strict=True):
-                    sides = [i for i, side in enumerate(leaf) if side.grad is not None]
-                    torch.autograd.backward([part[i] for i in sides], [leaf[i].grad for i in sides])
-        if kept < len(batches):  # graphs that are made again leave holes, beside which Adam's moments would come to lie
-            give_back_freed_memory()
+                    trained = [i for i, embeds in enumerate(leaf) if embeds.grad is not None]
+                    torch.autograd.backward([part[i] for i in trained], [leaf[i].grad for i in trained])
+        if graphs_kept < len(batches):
+            # Recomputed graphs leave gaps in the heap. Adam's moments, allocated between them, would fragment it.
+            return_freed_memory()
         if self.accelerator.num_processes > 1:
-            self._sum_over_processes()
-        return StepReport(whole.item(), kept)
+            self._sum_gradients()
+        return StepReport(whole.item(), graphs_kept)
 
-    def _embedded(self, step: int, batches: Sequence[MicroBatch]) -> tuple[list[list[Tensor]], int]:
-        """The embeddings of each micro-batch, and how many of them, from the longest on, keep their graph."""
-        parts, kept, spent = [], 0, 0.0
-        if self.budget is None and batches:  # of the first micro-batch: its graph, and what is left beside Adam
-            size, texts = graph_bytes(lambda: self._embed(step, batches[0]), self.model), batches[0].input_ids
-            self._bytes_a_token, self._bytes_a_text = size / texts.numel(), size / len(texts)
-            self.budget = BUDGET_SHARE * max(free_memory(self.accelerator.device) - self._state_bytes(), 0)
-        for batch in reversed(batches):  # the longest texts first: what follows fits into the memory that they leave
-            texts = batch.input_ids
-            size = max(self._bytes_a_token * texts.numel(), self._bytes_a_text * len(texts))
-            if spent + size <= self.budget:
-                spent += size
+    def _embed_batches(self, step: int, batches: Sequence[MicroBatch]) -> tuple[list[list[Tensor]], int]:
+        """Embed all micro-batches, and keep the autograd graphs that fit into memory.
+
+        Micro-batches with the longest texts come first. A graph that is not kept is recomputed in the backward pass.
+
+        Args:
+            step: Optimizer step, counted from 0.
+            batches: Micro-batches of this process, sorted by text length.
+
+        Returns:
+            The result of `_embed` for each micro-batch, in the order of `batches`, and the number of graphs kept.
+        """
+        parts, graphs_kept, bytes_used = [], 0, 0.0
+        if self.budget is None and batches:
+            first_ids = batches[0].input_ids
+            size = measure_graph_bytes(lambda: self._embed(step, batches[0]), self.model)
+            self._bytes_per_token, self._bytes_per_text = size / first_ids.numel(), size / len(first_ids)
+            free = available_memory(self.accelerator.device) - self._pending_state_bytes()
+            self.budget = GRAPH_MEMORY_SHARE * max(free, 0)
+        for batch in reversed(batches):  # longest texts first, so that shorter texts fit into the memory they free
+            ids = batch.input_ids
+            size = max(self._bytes_per_token * ids.numel(), self._bytes_per_text * len(ids))
+            if bytes_used + size <= self.budget:
+                bytes_used += size
                 parts.append(self._embed(step, batch))
-                kept += 1
-            else:  # it sets its random state itself
+                graphs_kept += 1
+            else:  # `_embed` sets the random state itself, so `checkpoint` need not store it
                 parts.append(checkpoint(self._embed, step, batch, use_reentrant=False, preserve_rng_state=False))
-        return parts[::-1], kept
+        return parts[::-1], graphs_kept
 
     def _embed(self, step: int, batch: MicroBatch) -> list[Tensor]:
-        """(rows, width) of the texts, and of the images where the micro-batch has their pixels."""
-        # Dropout: the same both times, on any number of processes.
-        torch.manual_seed(random_state(self.seed, step, batch.index))
-        inputs = batch.inputs(self.accelerator.device)
-        pixels = inputs.pop("pixel_values", None)
-        sides = [text_embeds(self.model, **inputs)]
-        return sides if pixels is None else [*sides, image_embeds(self.model, pixels)]
+        """Embed a micro-batch.
 
-    def _of_all(self, parts: Sequence[Tensor], own: Tensor, pairs: int) -> Tensor:
-        """(pairs, width) of all processes; `parts` are this one's rows `own`, and gradients come back to them."""
+        Args:
+            step: Optimizer step, counted from 0. It is part of the seed of dropout.
+            batch: The micro-batch.
+
+        Returns:
+            A list with the text embeddings, (texts, width). If the micro-batch has pixels, the list also has the image
+            embeddings, (texts, width).
+        """
+        # Dropout must be the same when a micro-batch is embedded again, and for any number of processes.
+        torch.manual_seed(derive_seed(self.seed, step, batch.index))
+        inputs = batch.model_inputs(self.accelerator.device)
+        pixels = inputs.pop("pixel_values", None)
+        embeds = [compute_text_embeds(self.model, **inputs)]
+        return embeds if pixels is None else [*embeds, compute_image_embeds(self.model, pixels)]
+
+    def _gather(self, parts: Sequence[Tensor], local_rows: Tensor, pairs: int) -> Tensor:
+        """Collect the embeddings of all processes. Gradients flow back to the embeddings of this process.
+
+        Args:
+            parts: Embeddings of the micro-batches of this process, each (texts, width).
+            local_rows: Positions of the embeddings in the whole batch, (rows,).
+            pairs: Number of pairs in the whole batch.
+
+        Returns:
+            Embeddings of the whole batch, (pairs, width).
+        """
         if self.accelerator.num_processes == 1:
             return torch.cat(parts)
         model = self.accelerator.unwrap_model(self.model)
-        options = {"device": own.device, "dtype": torch.promote_types(model.dtype, torch.float32)}
-        # It requires a gradient by itself: a process without micro-batches takes part in the backward pass, too.
+        options = {"device": local_rows.device, "dtype": torch.promote_types(model.dtype, torch.float32)}
+        # requires_grad=True: a process without micro-batches must take part in the collective backward pass, too.
         whole = torch.zeros(pairs, embedding_width(model.config), requires_grad=True, **options)
         if parts:
-            whole = whole.index_copy(0, own, torch.cat(parts).to(whole.dtype))
+            whole = whole.index_copy(0, local_rows, torch.cat(parts).to(whole.dtype))
         return all_reduce(whole)
 
-    def _sum_over_processes(self) -> None:
+    def _sum_gradients(self) -> None:
+        """Replace the gradient of each parameter with the sum over all processes.
+
+        If a process has no gradient for a parameter, it contributes zeros.
+        """
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad)
 
-    def _state_bytes(self) -> int:
-        """Bytes of gradients and of Adam's moments that are still to be allocated."""
+    def _pending_state_bytes(self) -> int:
+        """Return the number of bytes that the first step will allocate for Adam's two moments and missing gradients."""
         return sum(p.nbytes * (2 + (p.grad is None)) for p in self.model.parameters() if p.requires_grad)
 
 
-def loss_of(model: nn.Module) -> Loss:
-    """The loss that a model of two towers is trained with: SigLIP's where it has a bias, else CLIP's."""
-    return partial(sigmoid_loss, logit_bias=model.logit_bias) if is_sigmoid(model) else contrastive_loss
+def select_loss(model: nn.Module) -> LossFunction:
+    """Return the loss function of a model: SigLIP's loss if the model has a logit bias, otherwise CLIP's loss."""
+    return partial(sigmoid_loss, logit_bias=model.logit_bias) if uses_sigmoid_loss(model) else contrastive_loss
 
 
-def contrastive_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, own: Tensor) -> Tensor:
-    """This process's share of CLIP's loss: the sum over the processes is `clip_loss` of the whole batch.
+def contrastive_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, local_rows: Tensor) -> Tensor:
+    """Compute this process's share of CLIP's contrastive loss.
 
-    Source: CLIP (arXiv 2103.00020), section 2.3, figure 3. Of both sides of the whole batch, (pairs, width), unit
-    length, row i of one belonging to row i of the other; the natural logarithm of the scale; and `own`, (rows,), those
-    whose cross-entropies this process takes. A scalar, in nats, at least in float32.
+    The sum of the shares of all processes is the loss of the whole batch, as `modeling_capivara.clip_loss` computes it.
+    Source: CLIP (arXiv 2103.00020), section 2.3, figure 3.
+
+    Args:
+        text_embeds: Text embeddings of the whole batch, (pairs, width), unit length.
+        image_embeds: Image embeddings of the whole batch, (pairs, width), unit length; row i belongs to text i.
+        logit_scale: Natural logarithm of the scale, a scalar.
+        local_rows: Row numbers of the pairs whose cross-entropies this process computes, (rows,).
+
+    Returns:
+        A scalar in nats, in float32 or the higher precision of the inputs.
     """
-    texts, images, scale = _wide(text_embeds, image_embeds, logit_scale)
+    texts, images, scale = _upcast(text_embeds, image_embeds, logit_scale)
     with torch.autocast(texts.device.type, enabled=False):
-        to_images = _in_tiles(_cross_entropy, scale.exp() * texts[own], images, own)
-        return (to_images + _in_tiles(_cross_entropy, scale.exp() * images[own], texts, own)) / (2 * len(texts))
+        text_to_image = _sum_tiles(_cross_entropy, scale.exp() * texts[local_rows], images, local_rows)
+        image_to_text = _sum_tiles(_cross_entropy, scale.exp() * images[local_rows], texts, local_rows)
+        return (text_to_image + image_to_text) / (2 * len(texts))
 
 
 def sigmoid_loss(
-    text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, own: Tensor, logit_bias: Tensor
+    text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, local_rows: Tensor, logit_bias: Tensor
 ) -> Tensor:
-    """This process's share of SigLIP's loss, of every text with every image: transformers' own of the whole batch.
+    """Compute this process's share of SigLIP's sigmoid loss.
 
-    Source: SigLIP (arXiv 2303.15343), section 3.1, algorithm 1. Arguments and result as of `contrastive_loss`: `own`
-    are the texts whose pairs this process takes, `logit_bias` is a scalar.
+    The sum of the shares of all processes is the loss of the whole batch. It equals the loss that
+    `transformers.SiglipModel` computes with `return_loss=True`.
+    Source: SigLIP (arXiv 2303.15343), section 3.1, algorithm 1.
+
+    Args:
+        text_embeds: Text embeddings of the whole batch, (pairs, width), unit length.
+        image_embeds: Image embeddings of the whole batch, (pairs, width), unit length; row i belongs to text i.
+        logit_scale: Natural logarithm of the scale, a scalar.
+        local_rows: Row numbers of the texts that this process compares with all images, (rows,).
+        logit_bias: Number added to every scaled cosine, a scalar.
+
+    Returns:
+        A scalar in nats, in float32 or the higher precision of the inputs.
     """
-    texts, images, scale, bias = _wide(text_embeds, image_embeds, logit_scale, logit_bias)
+    texts, images, scale, bias = _upcast(text_embeds, image_embeds, logit_scale, logit_bias)
 
-    def pairs(some: Tensor, items: Tensor, right: Tensor) -> Tensor:
-        signs = torch.full((len(some), len(items)), -1.0, dtype=some.dtype, device=some.device)
-        signs[torch.arange(len(some)), right] = 1
-        return -F.logsigmoid(signs * (some @ items.T + bias)).sum()
+    def sum_over_pairs(queries: Tensor, items: Tensor, target_rows: Tensor) -> Tensor:
+        signs = torch.full((len(queries), len(items)), -1.0, dtype=queries.dtype, device=queries.device)
+        signs[torch.arange(len(queries)), target_rows] = 1
+        return -F.logsigmoid(signs * (queries @ items.T + bias)).sum()
 
     with torch.autocast(texts.device.type, enabled=False):
-        return _in_tiles(pairs, scale.exp() * texts[own], images, own) / len(texts)
+        return _sum_tiles(sum_over_pairs, scale.exp() * texts[local_rows], images, local_rows) / len(texts)
 
 
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    """`tensors` where the first is, in its precision, at least in float32."""
+def _upcast(*tensors: Tensor) -> list[Tensor]:
+    """Convert all tensors to the device and precision of the first tensor. The precision is at least float32."""
     first = tensors[0]
     return [tensor.to(first.device, torch.promote_types(first.dtype, torch.float32)) for tensor in tensors]
 
 
-def _cross_entropy(queries: Tensor, items: Tensor, right: Tensor) -> Tensor:
-    return F.cross_entropy(queries @ items.T, right, reduction="sum")
+def _cross_entropy(queries: Tensor, items: Tensor, target_rows: Tensor) -> Tensor:
+    """Sum the cross-entropies of all queries.
+
+    Args:
+        queries: Scaled embeddings, (queries, width).
+        items: Embeddings that each query is compared with, (items, width).
+        target_rows: Row of `items` that belongs to each query, (queries,).
+
+    Returns:
+        A scalar in nats.
+    """
+    return F.cross_entropy(queries @ items.T, target_rows, reduction="sum")
 
 
-def _in_tiles(one: Callable[..., Tensor], queries: Tensor, items: Tensor, right: Tensor) -> Tensor:
-    """Sum over the queries; in tiles of rows, which are made again in the backward pass where there are several."""
-    rows = max(1, TILE_LOGITS // len(items))
+def _sum_tiles(loss: Callable[..., Tensor], queries: Tensor, items: Tensor, target_rows: Tensor) -> Tensor:
+    """Sum a loss over all queries, in tiles of at most `MAX_TILE_LOGITS` logits.
+
+    If there are several tiles, the backward pass recomputes the logits of each tile, so that only one tile is in
+    memory.
+
+    Args:
+        loss: Function of queries, items and target rows that returns the summed loss of the queries.
+        queries: Scaled embeddings, (queries, width).
+        items: Embeddings that each query is compared with, (items, width).
+        target_rows: Row of `items` that belongs to each query, (queries,).
+
+    Returns:
+        A scalar.
+    """
+    rows = max(1, MAX_TILE_LOGITS // len(items))
     if len(queries) <= rows:
-        return one(queries, items, right)
-    tiles = zip(queries.split(rows), right.split(rows), strict=True)
+        return loss(queries, items, target_rows)
+    tiles = zip(queries.split(rows), target_rows.split(rows), strict=True)
     options = {"use_reentrant": False, "preserve_rng_state": False}
-    return sum(checkpoint(one, some, items, targets, **options) for some, targets in tiles)
+    return sum(checkpoint(loss, tile, items, targets, **options) for tile, targets in tiles)
 
 
 @contextmanager
-def word_rows(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None]:
-    """Within it `table` answers from the rows that a step's texts use, looked up once.
+def cached_word_rows(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None]:
+    """Look up the token embeddings of a step once, and use them for all lookups inside of the `with` block.
 
-    The table then has one gradient, not one of its full size for every micro-batch: 768 MB for the 250,002 pieces of
-    XLM-R. The backward pass has to be within it, too; after it, RuntimeError is raised.
+    The embedding table then gets one sparse gradient per step. Without this, every micro-batch would compute a dense
+    gradient, which takes 768 MB for the 250,002 tokens of XLM-RoBERTa. Run the backward passes inside of the block,
+    too.
+
+    Args:
+        table: Token embeddings of the text encoder.
+        input_ids: Token ids of all micro-batches. Only these tokens can be looked up inside of the block.
+
+    Raises:
+        RuntimeError: If a backward pass through the token embeddings runs after the block has ended.
     """
     ids = torch.cat([torch.empty(0, dtype=torch.long, device=table.weight.device), *map(torch.flatten, input_ids)])
     ids = ids.unique()
-    before, table.sparse = table.sparse, True  # added to the gradient that is there; a dense one is as large again
-    found = table(ids)  # by its own forward: some tables scale their rows, and padding's has a gradient of zero
-    table.sparse = before
-    rows = found.detach().requires_grad_(found.requires_grad)  # a leaf, where several backward passes are summed
+    # A sparse gradient is added to the existing one; a dense gradient would be as large as the table.
+    was_sparse, table.sparse = table.sparse, True
+    # The table's own `forward`: some tables scale their rows, and the row of padding gets no gradient.
+    looked_up = table(ids)
+    table.sparse = was_sparse
+    rows = looked_up.detach().requires_grad_(looked_up.requires_grad)  # a leaf, which sums several backward passes
     ended = False
 
-    def within(gradient: Tensor) -> None:
-        if ended:  # what was looked up again, meanwhile, was looked up in the whole table
-            raise RuntimeError("The backward pass of texts belongs within `word_rows`.")
+    def check_context(gradient: Tensor) -> None:
+        if ended:  # a recomputed micro-batch would have used the whole table instead of these rows
+            raise RuntimeError("The backward pass of the texts must run within `cached_word_rows`.")
 
     if rows.requires_grad:
-        rows.register_hook(within)
-    table.forward = lambda wanted: F.embedding(torch.searchsorted(ids, wanted), rows)
+        rows.register_hook(check_context)
+    table.forward = lambda wanted_ids: F.embedding(torch.searchsorted(ids, wanted_ids), rows)
     try:
         yield
     finally:
@@ -411,48 +368,4 @@ def word_rows(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None
     if rows.grad is not None:
         if table.weight.grad is None:
             table.weight.grad = torch.zeros_like(table.weight)
-        found.backward(rows.grad)
-
-
-def graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
-    """Bytes that autograd saves for the backward pass of `run`, the model's own tensors and their casts left out."""
-    seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    sizes = []
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            sizes.append(storage.nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        results = [run()]  # alive until all is counted: freed storage would be given out again
-        shared = sum(sizes)  # with the casts of weights, which another run has again
-        results.append(run())
-    return sum(sizes) - shared
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: given back, it would be fetched again, page by page, at the next training step."""
-    with suppress(OSError, AttributeError):  # another system, or its C library
-        for option, value in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: mallopt(3)
-            ctypes.CDLL(None).mallopt(option, value)
-
-
-def give_back_freed_memory() -> None:
-    """Let glibc give free pages back to the system: what comes next may be of other sizes."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device`, the limit of a container included."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # no container, or one without a limit, which is "max"
-        limit = int(CONTAINER_LIMIT.read_text(encoding="ascii"))
-        free = min(free, limit - psutil.Process().memory_info().rss)
-    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of one machine share it
+        looked_up.backward(rows.grad)

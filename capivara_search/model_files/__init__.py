@@ -1,6 +1,8 @@
-"""The files of `modeling_capivara` that need no torch, without that package's own import, which takes seconds.
+"""Import files of `modeling_capivara` without importing that package, which loads torch and takes seconds.
 
-from capivara_search.model_files.text_repair_capivara import repair_text
+Only files that do not need torch can be imported in this way:
+
+    from capivara_search.model_files.text_cleaning_capivara import clean_text
 """
 
 from pathlib import Path

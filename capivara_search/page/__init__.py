@@ -1,4 +1,4 @@
-"""The page of an index, in a browser: `serve_index(PictureIndex.open("fotos.lance"))`, until Ctrl-C."""
+"""The search page for a browser. `serve_index(PictureIndex.open("fotos.lance"))` serves the page until Ctrl-C."""
 
 from capivara_search.page.server import Credit, serve_index
 

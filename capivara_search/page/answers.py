@@ -1,6 +1,12 @@
-"""Answers of the page, from a question to plain values for JSON.
+"""Compute the responses to the requests of the search page, as dictionaries that are sent as JSON.
 
-Answers(index).search(Question.read({"text": "um gato", "k": 12}), None)["hits"]
+Example:
+    answers = PageAnswers(index)
+    hits = answers.search(Question.parse({"text": "um gato", "k": 12}), None)["hits"]
+
+A question is a POST request of the page, such as a search. `server.py` receives it, and `guard.py` checks and limits
+it. If a question is refused, RequestRefusedError is raised. The JSON files in `page/words` have a text for each of its
+codes.
 """
 
 import contextlib
@@ -14,179 +20,328 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
-from capivara_search.asking import checked_labels
-from capivara_search.page.guard import Refusal
-from capivara_search.results import TEMPLATE, Hit
+from capivara_search.page.guard import RequestRefusedError
+from capivara_search.query import check_labels
+from capivara_search.results import DEFAULT_LABEL_TEMPLATE, Hit
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
-MAX_LETTERS = 10_000  # of a text; the model reads some 400 of them
-READ_LETTERS = 400  # beyond which 77 tokens do not reach
-MAX_PICTURES = 240  # of an answer
+MAX_TEXT_CHARACTERS = 10_000  # a longer text is refused
+MODEL_TEXT_CHARACTERS = 400  # about 77 tokens, the context length of the model; further text is ignored
+MAX_ANSWER_PICTURES = 240
 MAX_LABELS, MIN_LABELS = 50, 2
-MAX_PULLS = 20  # pictures, a way
-LAST_YEAR = 9999  # of dates; it has a day that none follows
+MAX_FEEDBACK_PICTURES = 20  # limit for `Question.more` and for `Question.less`
+YEAR_LIMIT = 9999  # dates must be before this year, because Python has no date after its last day
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a visitor asks; every field may be left out."""
+    """The checked values of a request of the page. Every field is optional; a request uses only some of them.
 
-    text: str = ""  # that is searched for
-    like: str = ""  # path of a picture of the index that is searched for, or whose copies are
-    k: int = 48  # pictures of the answer
-    folder: str = ""  # that pictures must lie in; "" for all
-    since: date | None = None  # first day
-    until: date | None = None  # last day
-    labels: tuple[str, ...] = ()  # of a classification
-    template: str = TEMPLATE  # sentence of a classification, with {} for the label
-    more: tuple[str, ...] = ()  # paths of pictures of the index that the search is pulled towards
-    less: tuple[str, ...] = ()  # those that it is pulled away from
-    language: str = "pt"  # of what is said of the model
+    Attributes:
+        text: Text of the query.
+        like: Path of a picture of the index. In a search, it is the query picture. In a request for near-duplicates, it
+            is the picture whose near-duplicates are returned.
+        k: Maximum number of pictures in the response.
+        folder: Return only pictures in this folder and its subfolders; "" for all folders.
+        since: Return only pictures from this day on; None for no limit.
+        until: Return only pictures up to and including this day; None for no limit.
+        labels: Labels for classification.
+        template: Sentence for classification, with {} in place of the label.
+        more: Paths of pictures of the index that the search is moved towards.
+        less: Paths of pictures of the index that the search is moved away from.
+        language: "pt" or "en": language of the notice about the model.
+    """
+
+    text: str = ""
+    like: str = ""
+    k: int = 48
+    folder: str = ""
+    since: date | None = None
+    until: date | None = None
+    labels: tuple[str, ...] = ()
+    template: str = DEFAULT_LABEL_TEMPLATE
+    more: tuple[str, ...] = ()
+    less: tuple[str, ...] = ()
+    language: str = "pt"
 
     @classmethod
-    def read(cls, values: object) -> "Question":
-        """Check what a visitor has sent. Raises Refusal."""
+    def parse(cls, values: object) -> "Question":
+        """Check the JSON value of a request and convert it to a question.
+
+        Args:
+            values: Parsed JSON. It must be a dictionary from field names of this class to values.
+
+        Returns:
+            The question.
+
+        Raises:
+            RequestRefusedError: If a key or value is not allowed, the text is too long, or `since` is after `until`.
+        """
         if not isinstance(values, dict) or not values.keys() <= {field.name for field in fields(cls)}:
-            raise Refusal("bad_question")
-        question = cls(**{name: _checked(name, value) for name, value in values.items()})
-        if len(question.text) > MAX_LETTERS:
-            raise Refusal("long_text", letters=MAX_LETTERS)
+            raise RequestRefusedError("bad_question")
+        question = cls(**{name: _check_value(name, value) for name, value in values.items()})
+        if len(question.text) > MAX_TEXT_CHARACTERS:
+            raise RequestRefusedError("long_text", letters=MAX_TEXT_CHARACTERS)
         if question.since and question.until and question.since > question.until:
-            raise Refusal("dates")
+            raise RequestRefusedError("dates")
         return question
 
-    def where(self) -> dict[str, Any]:
-        """The folder and the days, as the searches of the index take them."""
+    def filters(self) -> dict[str, Any]:
+        """Return `folder`, `since` and `until` as keyword arguments for the search methods of `PictureIndex`."""
         return {"folder": self.folder or None, "since": self.since, "until": self.until}
 
-    def labels_and_template(self) -> tuple[list[str], str]:
-        """The labels, each once, and the sentence, by default the label alone. Raises Refusal."""
-        names = list(dict.fromkeys(name for label in self.labels if (name := " ".join(label.split()))))
-        if len(names) < MIN_LABELS:
-            raise Refusal("few_labels")
-        if len(names) > MAX_LABELS:
-            raise Refusal("many_labels", labels=len(names), limit=MAX_LABELS)
+    def check_labels_and_template(self) -> tuple[list[str], str]:
+        """Check the labels and the sentence of a classification.
+
+        Returns:
+            Tuple of the distinct labels and the sentence. An empty sentence is replaced by "{}".
+
+        Raises:
+            RequestRefusedError: If there are fewer than `MIN_LABELS` or more than `MAX_LABELS` labels, or the sentence
+                does not have exactly one {}.
+        """
+        names = [" ".join(label.split()) for label in self.labels]
+        labels = list(dict.fromkeys(filter(None, names)))
+        if len(labels) < MIN_LABELS:
+            raise RequestRefusedError("few_labels")
+        if len(labels) > MAX_LABELS:
+            raise RequestRefusedError("many_labels", labels=len(labels), limit=MAX_LABELS)
         template = self.template.strip() or "{}"
         try:
-            return checked_labels(names, template), template
+            return check_labels(labels, template), template
         except ValueError:
-            raise Refusal("template") from None
+            raise RequestRefusedError("template") from None
 
 
-def _checked(name: str, value: object) -> Any:
-    """A value of a question in the type of its field. Raises Refusal."""
+def _check_value(name: str, value: object) -> Any:
+    """Check a JSON value and convert it to the type of a field of `Question`.
+
+    Args:
+        name: Name of the field.
+        value: Value from the request.
+
+    Returns:
+        The value of the field.
+
+    Raises:
+        RequestRefusedError: If the value is not allowed for this field.
+    """
     match name, value:
-        case (("text" | "like" | "template" | "folder"), str()) if _is_text(value):
-            # A folder as the index names it: "~ana" would say who has a home here, ".." how deep it lies.
+        case (("text" | "like" | "template" | "folder"), str()) if _is_encodable(value):
+            # A folder must be an absolute path without "..", because the responses for "~ana" or ".." would tell a
+            # client which users and folders this machine has.
             if name != "folder" or not value or (os.path.isabs(value) and ".." not in Path(value).parts):
                 return value
-        case "k", int() if not isinstance(value, bool) and 1 <= value <= MAX_PICTURES:
+        case "k", int() if not isinstance(value, bool) and 1 <= value <= MAX_ANSWER_PICTURES:
             return value
         case (("since" | "until"), ""):
             return None
         case (("since" | "until"), str()):
             with contextlib.suppress(ValueError):
-                if (day := date.fromisoformat(value)).year < LAST_YEAR:
+                if (day := date.fromisoformat(value)).year < YEAR_LIMIT:
                     return day
-        case (("labels" | "more" | "less"), list()) if all(isinstance(one, str) and _is_text(one) for one in value):
-            if name == "labels" or len(value) <= MAX_PULLS:
+        case (("labels" | "more" | "less"), list()) if all(
+            isinstance(text, str) and _is_encodable(text) for text in value
+        ):
+            if name == "labels" or len(value) <= MAX_FEEDBACK_PICTURES:
                 return tuple(value)
         case "language", str():
             return "pt" if value.startswith("pt") else "en"
-    raise Refusal("bad_question")
+    raise RequestRefusedError("bad_question")
 
 
-def _is_text(text: str) -> bool:
-    """Whether a text can be written: JSON may hold half a character, which nothing can store or look for."""
+def _is_encodable(text: str) -> bool:
+    """Return whether a text can be encoded as UTF-8.
+
+    Strings in JSON may contain half of a surrogate pair, which has no UTF-8 encoding.
+    """
     return text.isprintable() or text.encode("utf-8", "ignore").decode() == text
 
 
-class Answers:
-    """All questions of the page to an index. Called in one thread at a time."""
+class PageAnswers:
+    """Computes the responses to the requests of the page with an index.
+
+    Each public method answers one type of request. The methods may be called from any thread, but only one at a time.
+
+    Args:
+        index: Index that is searched.
+    """
 
     def __init__(self, index: "PictureIndex"):
         self.index = index
-        self._videos = (-1, 0)  # version of the index, how many are left out
+        self._video_count = (-1, 0)  # version of the index, and number of videos that are left out of this version
 
     def search(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
-        """The pictures that are nearest to what is asked for, or the newest where nothing is. Raises Refusal."""
-        where = question.where() | {"stacked": True}
-        vector = self._vector(question, image) if len(self.index) else None
+        """Find the pictures that are most similar to the query, or the newest pictures if the query is empty.
+
+        Args:
+            question: The query: `text`, `like`, `more` and `less`, the filters `folder`, `since` and `until`, and `k`.
+            image: Uploaded picture of the query, or None.
+
+        Returns:
+            Dictionary with the keys "hits" (dictionaries of `hit_to_dict`, best first), "version" (version of the
+            index), "count" (number of pictures in the index) and "cut" (whether the text is longer than the context
+            length of the model). The scores of hits are None if the query is empty or has only `less`.
+
+        Raises:
+            RequestRefusedError: If a picture of the query is not in the index or was not embedded by the model yet.
+        """
+        filters = question.filters()
+        vector = self._query_vector(question, image) if len(self.index) else None
         if vector is None:
-            found = self.index.newest(question.k, **where)
+            hits = self.index.newest(question.k, group_duplicates=True, **filters)
         else:
-            where["of_text"] = image is None and not (question.like or question.more or question.less)
-            found = self.index.search_vector(vector, question.k + bool(question.like), **where)
-        towards = vector is not None and (question.text.strip() or image is not None or question.like or question.more)
-        hits = [picture(hit, bool(towards)) for hit in found if hit.path != question.like][: question.k]
-        return self._state() | {"hits": hits, "cut": len(question.text) > READ_LETTERS}
+            is_text_query = image is None and not (question.like or question.more or question.less)
+            k = question.k + bool(question.like)  # the query picture is found, too, and removed below
+            hits = self.index.search_vector(vector, k, is_text_query=is_text_query, group_duplicates=True, **filters)
+        has_target = question.text.strip() or image is not None or question.like or question.more
+        with_score = vector is not None and bool(has_target)
+        shown_hits = [hit for hit in hits if hit.path != question.like][: question.k]
+        answer = {"hits": [hit_to_dict(hit, with_score) for hit in shown_hits]}
+        return self._index_state() | answer | {"cut": len(question.text) > MODEL_TEXT_CHARACTERS}
 
     def copies(self, question: Question, image: object = None) -> dict[str, Any]:
-        """The other pictures that are nearly the same as one of the index. Raises Refusal."""
-        self._known_vectors([question.like])
-        found = self.index.copies(question.like, MAX_PICTURES, **question.where())
-        return {"hits": [picture(hit, scored=False) for hit in found]}
+        """Find the near-duplicates of the picture `question.like`.
+
+        Args:
+            question: The picture `like`, and the filters `folder`, `since` and `until`.
+            image: Not used.
+
+        Returns:
+            Dictionary with the key "hits": at most `MAX_ANSWER_PICTURES` dictionaries of `hit_to_dict`, without scores.
+
+        Raises:
+            RequestRefusedError: If the picture is not in the index or was not embedded by the model yet.
+        """
+        self._require_vectors([question.like])
+        hits = self.index.copies(question.like, MAX_ANSWER_PICTURES, **question.filters())
+        return {"hits": [hit_to_dict(hit, with_score=False) for hit in hits]}
 
     def folders(self, question: Question, image: object = None) -> dict[str, Any]:
-        """Every folder, with the number of pictures in it and below."""
+        """Return all folders of the index with their numbers of pictures.
+
+        Args:
+            question: Not used.
+            image: Not used.
+
+        Returns:
+            Dictionary with the key "folders". Its value maps the path of each folder to the number of pictures in the
+            folder and its subfolders.
+        """
         return {"folders": self.index.all_folders()}
 
     def classify(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
-        """The labels' shares for a picture. Raises Refusal."""
-        labels, template = question.labels_and_template()
+        """Find the label that describes an uploaded picture best.
+
+        Args:
+            question: `labels` and `template`.
+            image: Uploaded picture.
+
+        Returns:
+            Dictionary with the keys "label" (the best label, or None if a neutral sentence, which describes nothing in
+            particular, fits better than every label) and "shares" (list of pairs of a label and its share, 0 to 1, the
+            largest share first).
+
+        Raises:
+            RequestRefusedError: If the labels or the sentence are not allowed, or `image` is None.
+        """
+        labels, template = question.check_labels_and_template()
         if image is None:
-            raise Refusal("nothing_given")
-        one = self.index.classify(image, labels, template)[0]
-        shares = sorted(one.shares.items(), key=lambda share: -share[1])
-        return {"label": one.label, "shares": [[label, float(share)] for label, share in shares]}
+            raise RequestRefusedError("nothing_given")
+        result = self.index.classify(image, labels, template)[0]
+        shares = sorted(result.shares.items(), key=lambda share: -share[1])
+        return {"label": result.label, "shares": [[label, float(share)] for label, share in shares]}
 
     def prepare_images(self) -> None:
-        """Load what pictures of visitors need."""
-        self.index.model.images([PIL.Image.new("RGB", (8, 8))])
+        """Load the model and embed a small image, so that the first uploaded picture is embedded quickly."""
+        self.index.model.embed_images([PIL.Image.new("RGB", (8, 8))])
 
     def status(self, question: Question) -> dict[str, Any]:
-        """What the index holds by now, and how far an indexing is."""
-        state, model = self._state(), self.index.model
-        if self._videos[0] != state["version"]:
-            self._videos = state["version"], self.index.status().skipped.get("video", 0)
-        facts = {"model": model.name, "note": model.note_in(question.language), "progress": self.index.progress()}
-        return state | facts | {"videos": self._videos[1]}
+        """Return the state of the index for the page.
 
-    def _state(self) -> dict[str, int]:
+        Args:
+            question: `language` selects the language of the notice about the model.
+
+        Returns:
+            Dictionary with the keys "version" (version of the index), "count" (number of pictures), "model" (name),
+            "note" (notice about the model, or None), "videos" (number of videos that are left out) and "progress"
+            (progress of a running update of the index, or None).
+        """
+        state, model = self._index_state(), self.index.model
+        if self._video_count[0] != state["version"]:
+            self._video_count = state["version"], self.index.status().ignored_counts.get("video", 0)
+        values = {"model": model.name, "note": model.get_notice(question.language), "videos": self._video_count[1]}
+        return state | values | {"progress": self.index.progress()}
+
+    def _index_state(self) -> dict[str, int]:
         return {"version": self.index.version(), "count": len(self.index)}
 
-    def _vector(self, question: Question, image: PIL.Image.Image | None) -> np.ndarray | None:
-        """(width,): the mean of all that is asked for; None where nothing is. Raises Refusal."""
+    def _query_vector(self, question: Question, image: PIL.Image.Image | None) -> np.ndarray | None:
+        """Compute the query vector: the mean of the vectors of the text and the query pictures, moved by feedback.
+
+        Args:
+            question: `text`, `like`, and the feedback `more` and `less`.
+            image: Uploaded picture of the query, or None.
+
+        Returns:
+            The vector (width,), or None if the query is empty.
+
+        Raises:
+            RequestRefusedError: If a picture of the query is not in the index or was not embedded by the model yet.
+        """
         vectors = []
         if question.text.strip():
-            vectors.append(self.index.model.texts([question.text])[0])
+            vectors.append(self.index.model.embed_texts([question.text])[0])
         if image is not None:
-            vectors.append(self.index.model.images([image])[0])
+            vectors.append(self.index.model.embed_images([image])[0])
         if question.like:
-            vectors.append(self._known_vectors([question.like])[0])
-        pulls = [(1.0, self._known_vectors([path])[0]) for path in question.more]
-        pulls += [(-1.0, self._known_vectors([path])[0]) for path in question.less]
-        if question.more and not vectors:  # what is looked for, by which a pull away counts half
-            vectors = [pulls.pop(0)[1]]
+            vectors.append(self._require_vectors([question.like])[0])
+        feedback = [(1.0, self._require_vectors([path])[0]) for path in question.more]
+        feedback += [(-1.0, self._require_vectors([path])[0]) for path in question.less]
+        if question.more and not vectors:
+            # The first picture of `more` becomes the query. The pictures of `less` then have half the weight of the
+            # query.
+            vectors = [feedback.pop(0)[1]]
         vector = np.mean(vectors, axis=0) if vectors else None
-        return self.index.steered(vector, pulls) if pulls else vector
+        return self.index.apply_feedback(vector, feedback) if feedback else vector
 
-    def _known_vectors(self, paths: list[str]) -> np.ndarray:
-        """Vectors of rows. Raises Refusal where the first is gone, or the model has not seen all of them."""
+    def _require_vectors(self, paths: list[str]) -> np.ndarray:
+        """Return the embeddings of pictures of the index.
+
+        Args:
+            paths: Paths of the pictures.
+
+        Returns:
+            Embeddings (paths, width).
+
+        Raises:
+            RequestRefusedError: With the code "gone" if the first picture is not in the index. With the code
+                "not_ready" if the model has not embedded all of the pictures yet.
+        """
         try:
             return self.index.vectors(paths)
         except KeyError:
-            gone = self.index.row(paths[0]) is None
-            raise (Refusal("gone", 404) if gone else Refusal("not_ready", 503)) from None
+            is_gone = self.index.get_picture(paths[0]) is None
+            raise (RequestRefusedError("gone", 404) if is_gone else RequestRefusedError("not_ready", 503)) from None
 
 
-def picture(hit: Hit, scored: bool) -> dict[str, Any]:
-    """What the page shows of a picture: its row, its name, and a number that changes with its file."""
+def hit_to_dict(hit: Hit, with_score: bool) -> dict[str, Any]:
+    """Convert a search hit to a dictionary for JSON.
+
+    Args:
+        hit: The hit.
+        with_score: Whether the score is returned. If False, the score is None.
+
+    Returns:
+        Dictionary with the fields of `Hit`, with times as texts in ISO 8601, and two more keys: "name" (file name
+        without the extension) and "v" (a number that changes when the file changes; it is part of the address of the
+        picture, so that browsers do not show an outdated picture from their cache).
+    """
     values = dataclasses.asdict(hit) | {"name": Path(hit.path).stem}
     times = ("taken", "modified", "date")
     values |= {key: value.isoformat() for key in times if isinstance(value := values[key], datetime)}
     values["v"] = int(hit.modified.timestamp()) if hit.modified else 0
-    values["score"] = float(hit.score) if scored else None
+    values["score"] = float(hit.score) if with_score else None
     return values

@@ -1,10 +1,12 @@
-"""What stands before the page: who may ask, with how much and in what time; nothing outside of this machine is fetched.
+"""Protect the server of the search page: check hosts, and limit the size, time and number of requests and connections.
 
-    app = Guard(app, allowed_hosts("127.0.0.1"), behind_proxy=False)
-    uvicorn.Config(app, http=Connection, backlog=BACKLOG)
-    answer = await Queue().ask(lambda: index.search("um gato"))
+Example:
+    app = RequestGuard(app, list_allowed_hosts("127.0.0.1"), behind_proxy=False)
+    uvicorn.Config(app, http=LimitedHttpProtocol, backlog=BACKLOG)
+    answer = await QuestionQueue().ask(lambda: index.search("um gato"))
 
-A question is a POST whose body is a line of JSON and, after it, the bytes of a picture or nothing.
+In this package, a question is a POST request of the page, such as a search. Its body is a line of JSON, which may be
+followed by the bytes of an uploaded picture.
 """
 
 import asyncio
@@ -26,30 +28,30 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from capivara_search.words import failure
+from capivara_search.messages import localized_error
 
-MAX_UPLOAD_BYTES = 20_000_000  # of a picture; photographs of telephones have under 15 MB
-MAX_QUESTION_BYTES = 200_000  # of its line of JSON; one has under 10 kB
-UPLOADS_AT_ONCE = 8  # bodies over MAX_QUESTION_BYTES in memory, until they are answered; others wait
-PLACE_S = 30  # for one of these places
-RECEIVE_S = 30  # for a body; the page makes large pictures smaller before it sends them
-HEAD_S = 10  # for the head of a request, of a new connection or after an answer
-READ_S = 60  # for a visitor to read what is buffered for him: 64 KiB to 320 KiB, beside what the system holds
+MAX_UPLOAD_BYTES = 20_000_000  # size of an uploaded picture; photos from phones have less than 15 MB
+MAX_QUESTION_BYTES = 200_000  # length of the line of JSON of a question; it usually has less than 10 kB
+MAX_LARGE_BODIES = 8  # bodies above MAX_QUESTION_BYTES that are in memory at a time; further requests wait
+BODY_SLOT_TIMEOUT_S = 30  # how long a request with a large body waits until it is one of the MAX_LARGE_BODIES
+BODY_TIMEOUT_S = 30  # time to receive a body; the page shrinks large pictures before it sends them
+HEADER_TIMEOUT_S = 10  # time to receive the headers of a request on a new connection, or after a response
+READ_TIMEOUT_S = 60  # time for a client to read the buffer of a response: 64 to 320 KiB, plus the system's buffer
 MAX_CONNECTIONS = 400
-OTHER_DESCRIPTORS = 128  # of the index, the model, and connections that were just accepted
-BACKLOG = 64  # connections that are accepted at a time, before any of them is looked at
-QUERY_S = 20  # of a question, which takes well under 1 s; then it is given up, and the next one is answered
-WAIT_S = 30  # for the questions before it
-MAX_ASKED = 64  # questions in a queue, the current one included; others are refused at once
-MAX_GIVEN_UP = 3  # threads of questions that were given up and still run, as no thread can be ended
-POLICY = (
+RESERVED_DESCRIPTORS = 128  # file descriptors for the index, the model and connections that were just accepted
+BACKLOG = 64  # connections that may wait in the operating system until asyncio handles them
+QUESTION_TIMEOUT_S = 20  # time to answer a question (usually well under 1 s), after which the next one is answered
+QUEUE_TIMEOUT_S = 30  # how long a question waits until the questions before it are answered
+MAX_QUEUED_QUESTIONS = 64  # including the question that is being answered; further questions are refused at once
+MAX_ABANDONED_THREADS = 3  # threads that still answer a question that took too long, as a thread can't be ended
+CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors "
 )
-HEADERS = {
+SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    # Another page can neither show a picture of this one nor learn, by trying, which paths there are.
+    # Other websites can neither embed a picture of this page nor find out which paths exist.
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
@@ -57,28 +59,47 @@ HEADERS = {
 logger = logging.getLogger("capivara")
 
 
-class Refusal(ValueError):
-    """A request that is not answered: code of the reason, whose text `page/words` has, status of HTTP, values of it."""
+class RequestRefusedError(ValueError):
+    """Error for a request that the server refuses to answer.
+
+    Args:
+        code: Code of the reason, such as "busy". The JSON files in `page/words` have its text under `errors`.
+        status: HTTP status of the response.
+        **values: Values of the placeholders in the text.
+    """
 
     def __init__(self, code: str, status: int = 400, **values: object):
         super().__init__(code)
         self.code, self.status, self.values = code, status, values
 
 
-class Guard:
-    """ASGI middleware before all others: refuses what is not the page's, and puts its headers on every answer.
+class RequestGuard:
+    """ASGI middleware that validates the Host and Origin headers and adds security headers to every response.
 
-    The name of a host that a header says was asked of a proxy is believed only `behind_proxy`, and where it is one of
-    `hosts`. A request by another name is refused: a foreign page whose own name resolves to this machine would pass for
-    this one, and read the pictures.
+    A request with an unknown Host header is refused to prevent DNS rebinding: without this check, another website could
+    let its own name resolve to this machine and then read the pictures. `X-Forwarded-Host` is trusted only if
+    `behind_proxy` is set and its value is in `hosts`.
+
+    Args:
+        app: ASGI application that answers the valid requests.
+        hosts: Allowed host names and addresses. "*" allows all of them.
+        behind_proxy: Whether the page may be behind a proxy, because other machines can reach it. An example is a
+            Hugging Face Space. If True, huggingface.co may show the page in a frame.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], behind_proxy: bool):
         self.app, self.hosts, self.behind_proxy = app, hosts, behind_proxy
-        self._policy = POLICY + ("'self' https://huggingface.co" if behind_proxy else "'none'")  # which frames a Space
+        frame_ancestors = "'self' https://huggingface.co" if behind_proxy else "'none'"
+        self._content_security_policy = CONTENT_SECURITY_POLICY + frame_ancestors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it with a status and a reason."""
+        """Answer a request, or refuse it with an HTTP status and the code of the reason in JSON.
+
+        Args:
+            scope: ASGI scope of the request.
+            receive: ASGI function that returns the parts of the request.
+            send: ASGI function that sends the parts of the response.
+        """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -89,7 +110,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 headers = MutableHeaders(scope=message)
-                headers.update(HEADERS | {"Content-Security-Policy": self._policy})
+                headers.update(SECURITY_HEADERS | {"Content-Security-Policy": self._content_security_policy})
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
@@ -98,163 +119,236 @@ class Guard:
             self._check_origin(scope)
             await self.app(scope, receive, send_guarded)
             return
-        except ClientDisconnect:  # nobody is left to be answered
+        except ClientDisconnect:  # the client has closed the connection, so nobody would receive a response
             return
-        except Refusal as error:
+        except RequestRefusedError as error:
             refusal = error
         except Exception:
             logger.exception("A request to %s has failed.", scope["path"])
-            refusal = Refusal("failed", 500)
-        if not started:  # the page has the words of its code in each language
+            refusal = RequestRefusedError("failed", 500)
+        if not started:  # if a response was started, a second response can't be sent
             answer = JSONResponse({"error": refusal.code, "values": refusal.values}, refusal.status)
             await answer(scope, receive, send_guarded)
 
-    def _is_own(self, host: str) -> bool:
-        return "*" in self.hosts or host_name(host) in self.hosts
+    def _is_allowed_host(self, host: str) -> bool:
+        return "*" in self.hosts or parse_host_name(host) in self.hosts
 
     def _check_host(self, scope: Scope) -> None:
-        """Raise Refusal where the page is asked for by a name that it does not have."""
+        """Check the Host header of a request.
+
+        Args:
+            scope: ASGI scope of the request.
+
+        Raises:
+            RequestRefusedError: If the host is neither in `hosts` nor the address that the client has connected to.
+        """
         host = Headers(scope=scope).get("host", "")
-        address = (scope.get("server") or ("",))[0]  # of this machine, to which the visitor has connected
-        if not self._is_own(host) and (not host or host_name(host) != address):
-            raise Refusal("unknown_host", 400, host=host, flag=f"--allow-host {host_name(host)}")
+        address = (scope.get("server") or ("",))[0]  # address of this machine that the client has connected to
+        if not self._is_allowed_host(host) and (not host or parse_host_name(host) != address):
+            raise RequestRefusedError("unknown_host", 400, host=host, flag=f"--allow-host {parse_host_name(host)}")
 
     def _check_origin(self, scope: Scope) -> None:
-        """Raise Refusal where another page asks. It may only lead to this one, by a link."""
+        """Check that no other website makes the request. Other websites may only link to the page (path "/").
+
+        Args:
+            scope: ASGI scope of the request.
+
+        Raises:
+            RequestRefusedError: If the Origin or Sec-Fetch-Site header names another website.
+        """
         headers = Headers(scope=scope)
         forwarded = headers.get("x-forwarded-host", "") if self.behind_proxy else ""
-        hosts = {host.strip().lower() for host in forwarded.split(",") if self._is_own(host.strip())}
+        hosts = {host.strip().lower() for host in forwarded.split(",") if self._is_allowed_host(host.strip())}
         hosts.add(headers.get("host", "").strip().lower())
         if any(origin.partition("://")[2].lower() not in hosts for origin in headers.getlist("origin")):
-            raise Refusal("foreign", 403)
+            raise RequestRefusedError("foreign", 403)
+        # If another website embeds a picture, browsers send no Origin header, but they send a Sec-Fetch-Site header.
         if scope["path"] != "/" and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-            raise Refusal("foreign", 403)  # a picture of this page in another one comes without an origin
+            raise RequestRefusedError("foreign", 403)
 
 
 @asynccontextmanager
-async def place(places: asyncio.Semaphore, seconds: float) -> AsyncIterator[None]:
-    """One of some places, for as long as it is needed. Raises Refusal where none is free in time."""
+async def acquire_slot(slots: asyncio.Semaphore, seconds: float) -> AsyncIterator[None]:
+    """Acquire a slot of a semaphore, and release it when the block ends.
+
+    Args:
+        slots: The semaphore.
+        seconds: Maximum time to wait for a free slot.
+
+    Yields:
+        None.
+
+    Raises:
+        RequestRefusedError: If no slot becomes free in time ("busy").
+    """
     try:
         async with asyncio.timeout(seconds):
-            await places.acquire()
+            await slots.acquire()
     except TimeoutError:
-        raise Refusal("busy", 503) from None
+        raise RequestRefusedError("busy", 503) from None
     try:
         yield
     finally:
-        places.release()
+        slots.release()
 
 
 @asynccontextmanager
-async def body_of(request: Request, places: asyncio.Semaphore) -> AsyncIterator[bytearray]:
-    """Receive the body of a question, and keep its place while it is answered if it is large. Raises Refusal."""
-    length = request.headers.get("content-length", "")  # a server holds a body to that
+async def receive_body(request: Request, slots: asyncio.Semaphore) -> AsyncIterator[bytearray]:
+    """Receive the body of a POST request. A body above `MAX_QUESTION_BYTES` holds a slot until the block ends.
+
+    Args:
+        request: The request.
+        slots: Semaphore that limits the number of large bodies in memory.
+
+    Yields:
+        The body.
+
+    Raises:
+        RequestRefusedError: If the request does not state the length of the body, if the body is too large or is
+            received too slowly, or if no slot becomes free in time.
+    """
+    length = request.headers.get("content-length", "")  # uvicorn does not read beyond this length
     if "transfer-encoding" in request.headers or not length.isdecimal():
-        raise Refusal("no_length", 411)
+        raise RequestRefusedError("no_length", 411)
     if int(length) > MAX_UPLOAD_BYTES + MAX_QUESTION_BYTES:
-        raise Refusal("too_large", 413, megabytes=MAX_UPLOAD_BYTES // 1_000_000)
-    async with place(places, PLACE_S) if int(length) > MAX_QUESTION_BYTES else nullcontext():
+        raise RequestRefusedError("too_large", 413, megabytes=MAX_UPLOAD_BYTES // 1_000_000)
+    async with acquire_slot(slots, BODY_SLOT_TIMEOUT_S) if int(length) > MAX_QUESTION_BYTES else nullcontext():
         try:
-            async with asyncio.timeout(RECEIVE_S):
-                body = await _received(request)
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = await _read_body(request)
         except TimeoutError:
-            raise Refusal("slow_upload", 408) from None
+            raise RequestRefusedError("slow_upload", 408) from None
         yield body
 
 
-async def _received(request: Request) -> bytearray:
-    """Receive a body, and stop if its line of JSON exceeds `MAX_QUESTION_BYTES`. Raises Refusal."""
+async def _read_body(request: Request) -> bytearray:
+    """Receive the body of a request.
+
+    Raises:
+        RequestRefusedError: If the first line of the body, which is JSON, is longer than `MAX_QUESTION_BYTES`.
+    """
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > MAX_QUESTION_BYTES and body.find(b"\n", 0, MAX_QUESTION_BYTES + 1) < 0:
-            raise Refusal("long_question", 413, kilobytes=MAX_QUESTION_BYTES // 1000)
+            raise RequestRefusedError("long_question", 413, kilobytes=MAX_QUESTION_BYTES // 1000)
     return body
 
 
-class Connection(H11Protocol):
-    """HTTP protocol of uvicorn with a connection limit and deadlines for visitors who neither ask nor read.
+class LimitedHttpProtocol(H11Protocol):
+    """HTTP protocol of uvicorn with a connection limit, and with deadlines for clients that do not send or read data.
 
-    At the limit, the connection that has waited longest for its visitor is closed: for the head of a request, or for
-    the visitor to read an answer. If new connections were refused instead, whoever holds all of them could keep
-    everybody out; if all were accepted, file descriptors would run out.
+    At the limit, the server closes the connection that has waited longest for its client, either to send the headers of
+    a request or to read a response. If the server refused new connections instead, a single client could open all
+    connections and lock out all other clients. Without a limit, the process would run out of file descriptors.
     """
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Accept a connection; at the limit, close another one."""
+        """Accept a connection. If the limit is exceeded, close the connection that has waited longest.
+
+        Args:
+            transport: Transport of the new connection.
+        """
         super().connection_made(transport)
-        self._wait()
-        if len(self.connections) > most_connections():
-            longest = min((one for one in self.connections if one.is_waiting()), key=lambda one: one._since)
+        self._restart_deadline()
+        if len(self.connections) > connection_limit():
+            waiting = (connection for connection in self.connections if connection.is_waiting())
+            longest = min(waiting, key=lambda connection: connection._waiting_since)
             self.connections.discard(longest)
             longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Cancel the deadline of a closed connection, because the timer would keep this object in memory.
+
+        Args:
+            exc: Error that closed the connection; None if it was closed normally.
+        """
         if self._deadline is not None:
-            self._deadline.cancel()  # it would keep this object in memory for its time
+            self._deadline.cancel()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
-        self._wait()
+        """Start the deadline for the headers of the next request, because a response is complete."""
+        self._restart_deadline()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """Wait for the visitor to read."""
+        """Start the deadline for reading, because the buffer of the response is full."""
         super().pause_writing()
-        self._wait()
+        self._restart_deadline()
 
     def resume_writing(self) -> None:
-        """Wait anew, because the visitor has read most of what was buffered."""
+        """Restart the deadline, because the client has read most of the buffer."""
         super().resume_writing()
-        self._wait()
+        self._restart_deadline()
 
     def is_waiting(self) -> bool:
-        """Whether the visitor has to act: no request has come since the last answer, or an answer is not read."""
+        """Return whether the server waits for the client to send a request or to read a response."""
         return self.flow.write_paused or self.cycle is None or self.cycle.response_complete
 
-    def _wait(self) -> None:
-        """Start the deadline again."""
+    def _restart_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._since = self.loop.time()
-        seconds = READ_S if self.transport.get_write_buffer_size() else HEAD_S
-        self._deadline = self.loop.call_later(seconds, self._end_late)
+        self._waiting_since = self.loop.time()
+        seconds = READ_TIMEOUT_S if self.transport.get_write_buffer_size() else HEADER_TIMEOUT_S
+        self._deadline = self.loop.call_later(seconds, self._close_if_waiting)
 
-    def _end_late(self) -> None:
+    def _close_if_waiting(self) -> None:
         if self.is_waiting():
             self.transport.abort()
 
 
-def most_connections() -> int:
-    """How many there may be: a download takes two descriptors, and the process needs some beside."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    most = MAX_CONNECTIONS if limit == resource.RLIM_INFINITY else (limit - OTHER_DESCRIPTORS) // 2
-    return max(1, min(MAX_CONNECTIONS, most))
+def connection_limit() -> int:
+    """Return how many connections the server accepts, from 1 to `MAX_CONNECTIONS`.
 
-
-def allowed_hosts(host: str, more: Sequence[str] = ()) -> list[str]:
-    """The names that a page answers to, beside the addresses of this machine: those of `host`, which it is bound to.
-
-    Raises ValueError where one of `more`, other names of the machine or of a proxy before it or "*" for any, is none.
+    The number depends on how many files the process may open. A connection that downloads a picture needs two file
+    descriptors, and `RESERVED_DESCRIPTORS` are needed for everything else.
     """
-    own = ["localhost", "127.0.0.1", "::1", host.lower()]
-    names = own + [name if name == "*" else host_name(name) for name in more]
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if descriptors == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(1, min(MAX_CONNECTIONS, (descriptors - RESERVED_DESCRIPTORS) // 2))
+
+
+def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
+    """Return the host names and addresses that are allowed in the Host header of requests.
+
+    Args:
+        host: Address that the server listens on. For 0.0.0.0 and ::, the name of this machine is allowed, too.
+        extra_hosts: Further names of this machine, or names of a proxy in front of it. "*" allows all names.
+
+    Returns:
+        Distinct lowercase names and addresses. The first three are localhost, 127.0.0.1 and ::1.
+
+    Raises:
+        ValueError: If a value of `extra_hosts` is neither a name nor an address.
+    """
+    names = ["localhost", "127.0.0.1", "::1", host.lower()]
+    names += [name if name == "*" else parse_host_name(name) for name in extra_hosts]
     if "" in names:
-        wrong = (name for name in more if name != "*" and not host_name(name))
-        raise failure(ValueError, "bad_host", value=", ".join(wrong))
+        invalid_hosts = (name for name in extra_hosts if name != "*" and not parse_host_name(name))
+        raise localized_error(ValueError, "bad_host", value=", ".join(invalid_hosts))
     if host in ("0.0.0.0", "::"):
         machine = socket.gethostname().lower()
-        names += [machine, f"{machine.partition('.')[0]}.local"]  # as a network without a server of names finds it
+        names += [
+            machine,
+            f"{machine.partition('.')[0]}.local",
+        ]  # in networks without DNS, the name is NAME.local (mDNS)
     return list(dict.fromkeys(names))
 
 
-def host_name(host: str) -> str:
-    """The name or address in a Host header, without its port; "" where there is none."""
-    with suppress(ValueError):  # an address of IPv6 as people write it
+def parse_host_name(host: str) -> str:
+    """Return the host name or address in a Host header.
+
+    Args:
+        host: Value of the header, such as "Fotos.local:7860".
+
+    Returns:
+        The name or address in lowercase, without the port; "" if the value is invalid.
+    """
+    with suppress(ValueError):  # an IPv6 address that was written without brackets
         return str(ipaddress.IPv6Address(host))
     with suppress(ValueError):
         parts = urlsplit(f"//{host}")
@@ -263,45 +357,57 @@ def host_name(host: str) -> str:
     return ""
 
 
-class Queue:
-    """Questions one after another, each within a stated time: tokenizers are no good in two threads at once.
+class QuestionQueue:
+    """Queue that answers questions (requests of the page) one at a time.
 
-    A question is answered in a thread that is left to itself where it takes too long.
+    Only one question is answered at a time, because two threads must not use a tokenizer at once. Each question is
+    answered in a new thread. If the answer takes too long, the request is refused, and the thread continues unobserved.
     """
 
     def __init__(self) -> None:
         self._turn = asyncio.Semaphore(1)
-        self._asked = self._given_up = 0
+        self._queued_count = self._abandoned_count = 0
 
     async def ask(self, question: Callable[[], Any], seconds: float | None = None) -> Any:
-        """The answer to a question, when its turn has come; it is given up after `seconds`, or else `QUERY_S`.
+        """Wait until earlier questions are answered, then answer this question.
 
-        Raises Refusal where `MAX_ASKED` are here already, its turn does not come within `WAIT_S`, or it took too long.
+        Args:
+            question: Function that computes the answer.
+            seconds: Time limit for the answer, without the time in the queue; None for `QUESTION_TIMEOUT_S`.
+
+        Returns:
+            The return value of `question`.
+
+        Raises:
+            RequestRefusedError: With the code "busy" if `MAX_QUEUED_QUESTIONS` are in the queue, if
+                `MAX_ABANDONED_THREADS` still run, or if the time in the queue exceeds `QUEUE_TIMEOUT_S`. With the code
+                "too_slow" if the answer takes too long.
         """
-        if self._given_up >= MAX_GIVEN_UP or self._asked >= MAX_ASKED:
-            raise Refusal("busy", 503)
+        if self._abandoned_count >= MAX_ABANDONED_THREADS or self._queued_count >= MAX_QUEUED_QUESTIONS:
+            raise RequestRefusedError("busy", 503)
         answer: Future[Any] = Future()
 
-        def work() -> None:
+        def run_question() -> None:
             try:
                 answer.set_result(question())
             except BaseException as error:
                 answer.set_exception(error)
 
-        self._asked += 1
+        self._queued_count += 1
         try:
-            async with place(self._turn, WAIT_S):
-                waited = asyncio.wrap_future(answer)
-                # A thread of its own, which, unlike those of a pool, no end of a process awaits.
-                threading.Thread(target=work, daemon=True).start()
-                if (await asyncio.wait([waited], timeout=seconds or QUERY_S))[0]:
-                    return waited.result()
+            async with acquire_slot(self._turn, QUEUE_TIMEOUT_S):
+                waiter = asyncio.wrap_future(answer)
+                # A daemon thread is used instead of a thread pool, because Python waits for all threads of a pool
+                # when it exits.
+                threading.Thread(target=run_question, daemon=True).start()
+                if (await asyncio.wait([waiter], timeout=seconds or QUESTION_TIMEOUT_S))[0]:
+                    return waiter.result()
         finally:
-            self._asked -= 1
-        self._given_up += 1
-        waited.add_done_callback(self._ended)
-        raise Refusal("too_slow", 503)
+            self._queued_count -= 1
+        self._abandoned_count += 1
+        waiter.add_done_callback(self._release_abandoned)
+        raise RequestRefusedError("too_slow", 503)
 
-    def _ended(self, answered: asyncio.Future) -> None:
-        answered.exception()  # nobody waits for it any more
-        self._given_up -= 1
+    def _release_abandoned(self, answered: asyncio.Future) -> None:
+        answered.exception()  # retrieve the exception, because asyncio would log it otherwise
+        self._abandoned_count -= 1

@@ -1,8 +1,10 @@
-"""The page: search and classification of one's own pictures in a browser, served to this machine alone.
+"""Serve the search page, on which a browser searches and classifies the pictures of an index.
 
+Example:
     serve_index(PictureIndex.open("fotos.lance"))  # until Ctrl-C
 
-A small Starlette application of files and JSON: every route stands below, nothing else is answered.
+By default, only this machine can reach the page. The server is a small Starlette application that sends static files
+and JSON. `PageSite.routes` lists all of its addresses.
 """
 
 import asyncio
@@ -38,48 +40,55 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from capivara_common.image_files import BadImage, open_regular_file
-from capivara_search.page.answers import Answers, Question
-from capivara_search.page.decoder import Decoder
+from capivara_search.folder_scan import is_picture_name
+from capivara_search.messages import localized_error
+from capivara_search.page.answers import PageAnswers, Question
+from capivara_search.page.decoder import DecoderProcess
 from capivara_search.page.guard import (
     BACKLOG,
-    UPLOADS_AT_ONCE,
-    WAIT_S,
-    Connection,
-    Guard,
-    Queue,
-    Refusal,
-    allowed_hosts,
-    body_of,
+    MAX_LARGE_BODIES,
+    QUEUE_TIMEOUT_S,
+    LimitedHttpProtocol,
+    QuestionQueue,
+    RequestGuard,
+    RequestRefusedError,
+    list_allowed_hosts,
+    receive_body,
 )
-from capivara_search.picture_files import contents, is_picture_name
-from capivara_search.words import failure
+from capivara_search.picture_reading import read_bounded
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
-FOLDER = Path(__file__).parent
+PAGE_FOLDER = Path(__file__).parent
 LANGUAGES = ("pt", "en")
 DEFAULT_PORT = 7860
-WARM_UP_S = 600  # for torch and the model, on a slow machine
-ENDING_S = 3  # for open connections, when the page ends
-CHUNK_BYTES = 2**18  # of a file that is downloaded
-VIEW_QUALITY = 88  # of the JPEG of a large picture
-KEPT_S = 3600  # by a browser, of a picture; its address changes with the file
+MODEL_LOAD_TIMEOUT_S = 600  # time to import torch and load the model; a slow machine needs minutes
+SHUTDOWN_TIMEOUT_S = 3  # how long open connections may finish their responses when the server ends
+DOWNLOAD_CHUNK_BYTES = 2**18
+VIEW_JPEG_QUALITY = 88  # JPEG quality of the large view of a picture
+BROWSER_CACHE_S = 3600  # how long a browser may cache a picture; its address changes when the file changes
 
 
 @dataclass(frozen=True)
 class Credit:
-    """Whose pictures they are, as a page says that is open to others."""
+    """Source and license of the pictures, shown on a page that is open to other people.
 
-    name: str  # of the data set
-    licence: str = ""  # identifier, such as "cc-by-sa-4.0"; "" where none is stated
-    attribution: str = ""  # the sentence that the licence asks for; "" where it asks for none
+    Attributes:
+        name: Name of the dataset.
+        license: Identifier of the license, such as "cc-by-sa-4.0"; "" if the dataset states no license.
+        attribution: Sentence that names the authors, if the license requires one; otherwise "".
+    """
+
+    name: str
+    license: str = ""
+    attribution: str = ""
 
     @property
-    def link(self) -> str:
-        """Address of a Creative Commons licence that asks to be linked to; "" of others."""
-        known = re.fullmatch(r"cc-(by[a-z-]*)-(\d\.\d)", self.licence, re.ASCII)
-        return f"https://creativecommons.org/licenses/{known[1]}/{known[2]}/" if known else ""
+    def license_url(self) -> str:
+        """URL of the license text for Creative Commons licenses that require attribution; "" for other licenses."""
+        match = re.fullmatch(r"cc-(by[a-z-]*)-(\d\.\d)", self.license, re.ASCII)
+        return f"https://creativecommons.org/licenses/{match[1]}/{match[2]}/" if match else ""
 
 
 def serve_index(
@@ -92,33 +101,41 @@ def serve_index(
     on_open: Callable[[str], None] | None = None,
     allow_hosts: Sequence[str] = (),
 ) -> None:
-    """Serve the page of an index, which may grow meanwhile, until Ctrl-C.
+    """Serve the search page of an index until Ctrl-C.
+
+    Other processes may add pictures to the index meanwhile; the page then shows the new pictures.
 
     Args:
-        host: address of the page; any but that of this machine itself opens it, without a login, to a network.
-        port: of the page. Where the default one is taken, a free one is.
-        open_browser: whether the visitor's browser is opened.
-        language: "pt" or "en"; `?lang=` in the address of the page chooses the other one.
-        credit: whose pictures they are, for a page that is open to others.
-        on_open: is called with the address when the page is open.
-        allow_hosts: names that the page answers to, beside those of `allowed_hosts`.
+        index: Index that the page searches.
+        host: Address that the server listens on. With any address other than a loopback address, everybody on the
+            network can open the page, without a password.
+        port: Port that the server listens on. If it is the default port and another program uses it, a free port is
+            used.
+        open_browser: Whether the page is opened in the browser of this machine.
+        language: Default language of the page, "pt" or "en". The URL parameter `lang` selects the other language.
+        credit: Source and license of the pictures, which are shown on the page; None to show no credit.
+        on_open: Function that is called with the URL of the page when the server has started.
+        allow_hosts: Host names that are accepted in requests, in addition to the default names of
+            `list_allowed_hosts`.
 
     Raises:
-        OSError: the port is taken, there is no such host, or the page did not open.
-        ValueError: there is no such language, a name is none, or a model does not fit its index.
+        OSError: If the port is taken, the host does not exist, or the page did not start.
+        ValueError: If the language or a name of `allow_hosts` is invalid, or the model does not match the index.
     """
-    server, listening, url = page_server(index, host, port, language, credit, allow_hosts)
-    serving = threading.Thread(target=server.run, args=([listening],), daemon=True)  # here a notebook's loop may run
+    server, listening, url = create_page_server(index, host, port, language, credit, allow_hosts)
+    # The server runs in another thread, because the event loop of a notebook may already run in this thread.
+    serving = threading.Thread(target=server.run, args=([listening],), daemon=True)
     serving.start()
     try:
         while not server.started:
             if not serving.is_alive():
-                raise failure(OSError, "no_start", url=url)
+                raise localized_error(OSError, "no_start", url=url)
             time.sleep(0.01)
         if on_open is not None:
             on_open(url)
         if open_browser and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
-            # Elsewhere it would be one that fills this terminal. Some return when they are closed.
+            # The browser is not opened if there is no display, because a text browser would take over this terminal. It
+            # is opened in a thread, because the call returns only when the browser is closed for some browsers.
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         while serving.is_alive():
             serving.join(1)
@@ -126,10 +143,10 @@ def serve_index(
         pass
     finally:
         server.should_exit = True
-        serving.join(ENDING_S + 10)
+        serving.join(SHUTDOWN_TIMEOUT_S + 10)
 
 
-def page_server(
+def create_page_server(
     index: "PictureIndex",
     host: str = "127.0.0.1",
     port: int = DEFAULT_PORT,
@@ -137,12 +154,31 @@ def page_server(
     credit: Credit | None = None,
     allow_hosts: Sequence[str] = (),
 ) -> tuple[uvicorn.Server, socket.socket, str]:
-    """What serves the page when it is run, the socket for it, and its address; arguments, errors: `serve_index`."""
+    """Create the server of the search page without running it.
+
+    Args:
+        index: Index that the page searches.
+        host: Address that the server listens on.
+        port: Port that the server listens on. If it is the default port and another program uses it, a free port is
+            used.
+        language: Default language of the page, "pt" or "en".
+        credit: Source and license of the pictures, which are shown on the page; None to show no credit.
+        allow_hosts: Host names that are accepted in requests, in addition to the default names of `list_allowed_hosts`.
+
+    Returns:
+        Tuple of the server, the listening socket that must be passed to `server.run`, and the URL of the page.
+
+    Raises:
+        OSError: If the port is taken or the host does not exist.
+        ValueError: If the language or a name of `allow_hosts` is invalid, or the model does not match the index.
+    """
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
-    hosts = allowed_hosts(host, allow_hosts)
+    hosts = list_allowed_hosts(host, allow_hosts)
     if len(index):
-        index.search_vector(np.ones(index.model.width, np.float32), k=1)  # says now where the model does not fit
+        index.search_vector(
+            np.ones(index.model.width, np.float32), k=1
+        )  # raises an error if the model does not match the index
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family)
@@ -151,179 +187,301 @@ def page_server(
             raise
         listening = socket.create_server((host, 0), family=family)
     name = f"[{host}]" if ":" in host else host
-    site = Site(Answers(index), is_loopback(host), language, credit)
-    guard = Middleware(Guard, hosts=hosts, behind_proxy=not site.local)
+    site = PageSite(PageAnswers(index), is_loopback(host), language, credit)
+    guard = Middleware(RequestGuard, hosts=hosts, behind_proxy=not site.is_local)
     config = uvicorn.Config(
         Starlette(routes=site.routes(), middleware=[guard], lifespan=site.lifespan),
-        http=Connection, backlog=BACKLOG, ws="none", lifespan="on", timeout_graceful_shutdown=ENDING_S,
-        log_level="error", access_log=False,  # visitors could fill a log with warnings
+        http=LimitedHttpProtocol, backlog=BACKLOG, ws="none", lifespan="on",
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
+        log_level="error", access_log=False,  # otherwise, clients could fill the disk with warnings
         server_header=False, proxy_headers=False,
     )  # fmt: skip
     return uvicorn.Server(config), listening, f"http://{name}:{listening.getsockname()[1]}"
 
 
-class Site:
-    """What is answered at each address."""
+class PageSite:
+    """The addresses (routes) of the search page and the functions that answer requests to them.
 
-    def __init__(self, answers: Answers, local: bool, language: str, credit: Credit | None):
-        self.answers, self.local, self.language, self.credit = answers, local, language, credit
-        self._decoder = Decoder()
-        self._questions, self._views, self._places = Queue(), Queue(), asyncio.Semaphore(UPLOADS_AT_ONCE)
+    Args:
+        answers: Computes the responses to POST requests.
+        is_local: Whether only this machine can reach the page.
+        language: Default language of the page, "pt" or "en".
+        credit: Source and license of the pictures, which are shown on the page; None to show no credit.
+    """
+
+    def __init__(self, answers: PageAnswers, is_local: bool, language: str, credit: Credit | None):
+        self.answers, self.is_local, self.language, self.credit = answers, is_local, language, credit
+        self._decoder = DecoderProcess()
+        self._question_queue, self._view_queue = QuestionQueue(), QuestionQueue()
+        self._body_slots = asyncio.Semaphore(MAX_LARGE_BODIES)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Load the model before it is asked; end the process for pictures."""
-        # In no turn: words wait for neither torch nor the image tower, and a picture is not given up for them.
-        self._warming = asyncio.create_task(Queue().ask(self.answers.prepare_images, WARM_UP_S))
-        preparing = asyncio.create_task(self._questions.ask(lambda: self.answers.index.model.texts(["gato"])))
-        for task in (self._warming, preparing):
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # each question says so
+        """Start to load the model when the server starts, and end the decoder process when the server ends.
+
+        Args:
+            app: The application. It is not used, but Starlette passes it.
+        """
+        # The model is loaded in a separate queue, so that text queries do not wait for torch and the image encoder.
+        self._loading_model = asyncio.create_task(
+            QuestionQueue().ask(self.answers.prepare_images, MODEL_LOAD_TIMEOUT_S)
+        )
+        embedding_text = asyncio.create_task(
+            self._question_queue.ask(lambda: self.answers.index.model.embed_texts(["gato"]))
+        )
+        for task in (self._loading_model, embedding_text):
+            # Retrieve the exception, because asyncio would log it otherwise. Each request that needs the model raises
+            # it again.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
         yield
-        self._warming.cancel()
-        preparing.cancel()
+        self._loading_model.cancel()
+        embedding_text.cancel()
         self._decoder.close()
 
     def routes(self) -> list[Route]:
-        """All that is answered."""
-        asked = {name: getattr(self.answers, name) for name in ("search", "classify", "copies", "folders")}
-        asked["status"] = lambda question, _: self.answers.status(question) | {"local": self.local}
+        """Return all routes of the page. A request to any other path gets the status 404."""
+        questions = {name: getattr(self.answers, name) for name in ("search", "classify", "copies", "folders")}
+        questions["status"] = lambda question, _: self.answers.status(question) | {"local": self.is_local}
         return [
             Route("/", self.page),
-            Mount("/static", StaticFiles(directory=FOLDER / "static")),
-            *(Route(f"/api/{name}", self._asked(ask), methods=["POST"]) for name, ask in asked.items()),
+            Mount("/static", StaticFiles(directory=PAGE_FOLDER / "static")),
+            *(Route(f"/api/{name}", self._make_endpoint(ask), methods=["POST"]) for name, ask in questions.items()),
             Route("/thumbnail", self.thumbnail),
             Route("/picture", self.picture),
             Route("/download", self.download),
         ]
 
     async def page(self, request: Request) -> Response:
-        """The page itself, in the language that its address names."""
+        """Return the HTML page in the language of the URL parameter `lang` (default: language of the server)."""
         language = request.query_params.get("lang", "")
-        html = _page(language if language in LANGUAGES else self.language, self.local, self.credit)
+        html = _render_page(language if language in LANGUAGES else self.language, self.is_local, self.credit)
         return Response(html, media_type="text/html")
 
-    def _asked(self, ask: Callable[[Question, Any], dict[str, Any]]) -> Callable[[Request], Any]:
+    def _make_endpoint(self, ask: Callable[[Question, Any], dict[str, Any]]) -> Callable[[Request], Any]:
+        """Create the handler of a POST route.
+
+        Args:
+            ask: Function `(question, image)` that computes the response. The image is the decoded upload, or None.
+
+        Returns:
+            Handler that takes a request and returns a JSON response.
+        """
+
         async def answer(request: Request) -> Response:
-            async with body_of(request, self._places) as body:
-                question, upload = await run_in_threadpool(_read, body)  # the loop answers others meanwhile
-                image = await self._shown(upload) if upload else None
-                return JSONResponse(await self._questions.ask(lambda: ask(question, image)))
+            async with receive_body(request, self._body_slots) as body:
+                # The body is parsed in a thread, so that the event loop can answer other clients meanwhile.
+                question, upload = await run_in_threadpool(_parse_body, body)
+                image = await self._decode_upload(upload) if upload else None
+                return JSONResponse(await self._question_queue.ask(lambda: ask(question, image)))
 
         return answer
 
-    async def _shown(self, upload: bytearray) -> PIL.Image.Image:
-        """A picture of a visitor, in a turn of its own, for which no question of words waits. Raises Refusal."""
+    async def _decode_upload(self, upload: bytearray) -> PIL.Image.Image:
+        """Decode an uploaded picture and wait until the model is loaded.
+
+        The picture is decoded in a separate queue, so that text queries do not wait for it.
+
+        Args:
+            upload: Content of the picture file.
+
+        Returns:
+            The picture as an RGB image.
+
+        Raises:
+            RequestRefusedError: If the picture can't be decoded, or the model is still being loaded.
+        """
         try:
-            image = await self._views.ask(lambda: self._decoder.image(upload))
+            image = await self._view_queue.ask(lambda: self._decoder.decode(upload))
         except BadImage as bad:
-            raise Refusal("too_many_pixels" if bad.reason == "absurd image size" else "no_picture") from bad
-        if not (await asyncio.wait([self._warming], timeout=WAIT_S))[0]:
-            raise Refusal("busy", 503)
+            raise RequestRefusedError("too_many_pixels" if bad.reason == "absurd image size" else "no_picture") from bad
+        if not (await asyncio.wait([self._loading_model], timeout=QUEUE_TIMEOUT_S))[0]:
+            raise RequestRefusedError("busy", 503)
         return image
 
     async def thumbnail(self, request: Request) -> Response:
-        """The thumbnail of a row."""
-        return _kept(await run_in_threadpool(self._thumbnail, _path(request)), "image/webp")
+        """Return the thumbnail of the picture whose path is the URL parameter `path`."""
+        return _cached_response(await run_in_threadpool(self._load_thumbnail, _path_parameter(request)), "image/webp")
 
     async def picture(self, request: Request) -> Response:
-        """A row's picture, large; its thumbnail where the file is not there, or can't be read."""
-        return _kept(*await self._views.ask(partial(self._view, _path(request))))
+        """Return a large view of the picture whose path is the URL parameter `path`.
+
+        If the original file is missing or can't be shown, the thumbnail is returned instead.
+        """
+        return _cached_response(*await self._view_queue.ask(partial(self._render_view, _path_parameter(request))))
 
     async def download(self, request: Request) -> Response:
-        """A row's file as it is."""
-        path = _path(request)
-        file, _ = await self._views.ask(lambda: self._original(path))
+        """Return the original file of the picture whose path is the URL parameter `path`."""
+        path = _path_parameter(request)
+        file, _ = await self._view_queue.ask(lambda: self._open_original(path))
         file.seek(0)
         size, kind = os.fstat(file.fileno()).st_size, mimetypes.guess_type(path)[0] or "application/octet-stream"
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(Path(path).name, safe='')}"}
-        return StreamingResponse(_chunks(file, size), media_type=kind, headers=headers | {"Content-Length": str(size)})
+        return StreamingResponse(
+            _iter_chunks(file, size), media_type=kind, headers=headers | {"Content-Length": str(size)}
+        )
 
-    # Of the disk: every path is looked up first, and one that is no row gets one answer.
+    # The path in a request is looked up in the index before any file is opened. All unknown paths get the same
+    # response, so that a client can't find out which files exist on this machine.
 
-    def _thumbnail(self, path: str) -> bytes:
-        """WebP. Raises Refusal where there is no such row."""
-        if path and (found := self.answers.index.thumbnail(path)):
-            return found
-        raise Refusal("gone", 404)
+    def _load_thumbnail(self, path: str) -> bytes:
+        """Return the thumbnail of a picture of the index.
 
-    def _original(self, path: str) -> tuple[BinaryIO, PIL.Image.Image]:
-        """The open file of a row, below a folder that `add` was told of on this machine, and its image.
+        Args:
+            path: Absolute path of the picture.
 
-        Raises Refusal where it can't be shown: what is decoded and what is sent are one open file.
+        Returns:
+            Content of a WebP file.
+
+        Raises:
+            RequestRefusedError: If the picture is not in the index.
         """
-        if not path or self.answers.index.row(path) is None:
-            raise Refusal("gone", 404)
-        with contextlib.ExitStack() as opened, contextlib.suppress(BadImage, OSError, ValueError):
-            if is_picture_name(path):  # the rows of an index of others may name any file
-                folders = list(self.answers.index.asked_folders().values())
-                file = opened.enter_context(open_regular_file(path, repr(path), folders))
-                image = self._decoder.image(contents(file), path)
-                opened.pop_all()
-                return file, image
-        raise Refusal("no_original", 404)
+        if path and (thumbnail := self.answers.index.thumbnail(path)):
+            return thumbnail
+        raise RequestRefusedError("gone", 404)
 
-    def _view(self, path: str) -> tuple[bytes, str]:
-        """A JPEG, or WebP of the thumbnail, and its media type. Raises Refusal where there is no such row."""
+    def _open_original(self, path: str) -> tuple[BinaryIO, PIL.Image.Image]:
+        """Open and decode the file of a picture of the index.
+
+        The file must be in a folder that was passed to `PictureIndex.add` on this machine, because the paths of an
+        index from other people may lead to any file. The open file is returned, so that the checked file is sent even
+        if the path leads to another file in the meantime.
+
+        Args:
+            path: Absolute path of the picture.
+
+        Returns:
+            Tuple of the open file and the decoded picture.
+
+        Raises:
+            RequestRefusedError: If the index does not have the picture, or its file can't be shown.
+        """
+        if not path or self.answers.index.get_picture(path) is None:
+            raise RequestRefusedError("gone", 404)
+        with contextlib.ExitStack() as stack, contextlib.suppress(BadImage, OSError, ValueError):
+            if is_picture_name(path):
+                folders = list(self.answers.index.requested_folders().values())
+                file = stack.enter_context(open_regular_file(path, repr(path), folders))
+                image = self._decoder.decode(read_bounded(file), path)
+                stack.pop_all()  # keeps the file open
+                return file, image
+        raise RequestRefusedError("no_original", 404)
+
+    def _render_view(self, path: str) -> tuple[bytes, str]:
+        """Return a large view of a picture, or its thumbnail if the original file can't be shown.
+
+        Args:
+            path: Absolute path of the picture.
+
+        Returns:
+            Tuple of the file content and its media type: "image/jpeg" for the large view, "image/webp" for the
+            thumbnail.
+
+        Raises:
+            RequestRefusedError: If the index does not have the picture.
+        """
         try:
-            file, image = self._original(path)
-        except Refusal:
-            return self._thumbnail(path), "image/webp"
+            file, image = self._open_original(path)
+        except RequestRefusedError:
+            return self._load_thumbnail(path), "image/webp"
         file.close()
-        image.save(view := io.BytesIO(), "JPEG", quality=VIEW_QUALITY)
+        image.save(view := io.BytesIO(), "JPEG", quality=VIEW_JPEG_QUALITY)
         return view.getvalue(), "image/jpeg"
 
 
-def _read(body: bytearray) -> tuple[Question, bytearray]:
-    """A question, and the picture that came with it. Raises Refusal."""
+def _parse_body(body: bytearray) -> tuple[Question, bytearray]:
+    """Split the body of a POST request into the question and the uploaded picture.
+
+    Args:
+        body: A line of JSON, followed by the content of a picture file or by nothing.
+
+    Returns:
+        Tuple of the question and the content of the picture file, which may be empty.
+
+    Raises:
+        RequestRefusedError: If the first line is not valid JSON, or not a valid question.
+    """
     line, _, upload = body.partition(b"\n")
     try:
-        values = json.loads(line, parse_constant=int)  # which raises ValueError for NaN and Infinity, that are no JSON
+        # `int` raises ValueError for NaN and Infinity, which are not valid JSON but are accepted by Python.
+        values = json.loads(line, parse_constant=int)
     except (ValueError, RecursionError) as error:
-        raise Refusal("bad_question") from error
-    return Question.read(values), upload
+        raise RequestRefusedError("bad_question") from error
+    return Question.parse(values), upload
 
 
-def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """A file in parts, as long as it was when it was opened."""
+def _iter_chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """Yield the content of a file in chunks, and close the file at the end.
+
+    Args:
+        file: Open file.
+        size: Maximum number of bytes. It is the size that the response has stated, even if the file grows meanwhile.
+
+    Yields:
+        Chunks of at most `DOWNLOAD_CHUNK_BYTES` bytes.
+    """
     with file:
-        while size > 0 and (chunk := file.read(min(CHUNK_BYTES, size))):
+        while size > 0 and (chunk := file.read(min(DOWNLOAD_CHUNK_BYTES, size))):
             size -= len(chunk)
             yield chunk
 
 
-def _path(request: Request) -> str:
+def _path_parameter(request: Request) -> str:
     return request.query_params.get("path", "")
 
 
-def _kept(data: bytes, kind: str) -> Response:
-    return Response(data, media_type=kind, headers={"Cache-Control": f"private, max-age={KEPT_S}"})
+def _cached_response(data: bytes, kind: str) -> Response:
+    return Response(data, media_type=kind, headers={"Cache-Control": f"private, max-age={BROWSER_CACHE_S}"})
 
 
 @cache
-def _page(language: str, local: bool, credit: Credit | None) -> str:
-    words = words_of(language)
-    here, there = (f"?lang={one}" for one in (language, words["other"]))
-    privacy = words["privacy_here" if local else "privacy_there"]
-    return page_html(words, here=here, there=there, privacy=privacy, credit=credit)
+def _render_page(language: str, is_local: bool, credit: Credit | None) -> str:
+    messages = load_page_messages(language)
+    here, there = f"?lang={language}", f"?lang={messages['other']}"
+    privacy = messages["privacy_here" if is_local else "privacy_there"]
+    return render_page_html(messages, here=here, there=there, privacy=privacy, credit=credit)
 
 
-def words_of(language: str, own: bool = False) -> dict[str, Any]:
-    """What the page says, "pt" or "en", or, with `own`, that of `hub_upload.space`, which has no server."""
-    words = json.loads((FOLDER / "words" / f"{language}.json").read_text(encoding="utf-8"))
-    ours = words.pop("own")
-    return words | ours | {"errors": words["errors"] | ours["errors"]} if own else words
+def load_page_messages(language: str, is_static: bool = False) -> dict[str, Any]:
+    """Load the texts of the page in one language.
+
+    Args:
+        language: "pt" or "en".
+        is_static: Whether the texts are for the page that works without a server (`hub_upload.space`). If True, texts
+            in the section `static` of the JSON file replace texts with the same keys.
+
+    Returns:
+        Dictionary from keys to texts. The value of the key "errors" is a dictionary from error codes to texts.
+    """
+    messages = json.loads((PAGE_FOLDER / "words" / f"{language}.json").read_text(encoding="utf-8"))
+    static_messages = messages.pop("static")
+    if not is_static:
+        return messages
+    return messages | static_messages | {"errors": messages["errors"] | static_messages["errors"]}
 
 
-def page_html(words: dict[str, Any], own: bool = False, **values: object) -> str:
-    """The page in the words of a language, with a server or, `own`, without."""
-    strict = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    strict.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    template = strict.from_string((FOLDER / "page.html").read_text(encoding="utf-8"))
-    return template.render({"t": words, "own": own, "credit": None, **values})
+def render_page_html(messages: dict[str, Any], is_static: bool = False, **values: object) -> str:
+    """Render the HTML of the page.
+
+    Args:
+        messages: Texts of the page (`load_page_messages`).
+        is_static: Whether to render the page that works without a server.
+        **values: Further variables of the template `page.html`: `here` and `there` (URLs of the page in this language
+            and in the other language), `privacy` (sentence about privacy), `credit` (`Credit` or None), and `model`
+            (only for the page without a server).
+
+    Returns:
+        HTML of the whole page.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    template = environment.from_string((PAGE_FOLDER / "page.html").read_text(encoding="utf-8"))
+    return template.render({"t": messages, "is_static": is_static, "credit": None, **values})
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name is that of this machine alone."""
+    """Return whether a host name or address belongs to the loopback interface, which only this machine can reach."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,11 +1,13 @@
-"""Benchmarks as data: a JSON file each says where the data come from, how they are measured and what was published.
+"""Load benchmarks from the JSON files of this folder.
+
+Each file says where the dataset comes from, how it is measured, and which results were published for it.
 
     flickr = load_benchmarks()["flickr30k-pt"]
-    flickr.published_figure("baseline", "text_to_image")  # {"mean": 76.23}, per cent
+    flickr.get_published_figure("baseline", "text_to_image")  # {"mean": 76.23}, in percent
 
-Published figures are those of CAPIVARA's model card and paper, and of others where `protocol_note` says so, in per
-cent; what was not published is absent. A Hub id that was not looked up is null: such data are taken from a local path
-alone.
+Published results ("figures") are in percent. They come from CAPIVARA's model card and paper, unless `protocol_note`
+names another source. A file has no entry for a result that was not published. A dataset whose `hub_id` is null is only
+read from a local folder.
 """
 
 from dataclasses import dataclass, field
@@ -16,116 +18,164 @@ from typing import Any
 from capivara_common.files import read_json
 from eval.records.schema import DIRECTIONS
 
-FOLDER = Path(__file__).resolve().parent
-OWN_CLASSES = ("CapivaraModel", "CustomTextCLIP")  # CAPIVARA's, and open_clip's of the same towers
-SUITES = ("paper", "elevater", "beyond", "retrieval", "classification")  # "paper" has all of them
+BENCHMARKS_FOLDER = Path(__file__).resolve().parent
+# Classes of models that CAPIVARA's published results apply to: this project's class, and open_clip's class for the same
+# two towers.
+CAPIVARA_CLASSES = ("CapivaraModel", "CustomTextCLIP")
+SUITES = ("paper", "elevater", "beyond", "retrieval", "classification")  # "paper" includes all benchmarks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What is measured on which data; or, of the task "average", a published mean over others."""
+    """A dataset with its protocol and published results. With the task "average", a published mean over benchmarks."""
 
-    key: str  # name of the file, and of the data in --data_dir
-    title: str  # as tables show it
+    key: str  # name of the JSON file, and of the folder in --data_dir
+    title: str  # name that tables show
     task: str  # "retrieval", "classification" or "average"
-    suite: tuple[str, ...]  # the suites that it belongs to, of `SUITES`
-    metric: str  # of records, that the published figures are in; "average"
-    protocol_note: str  # what a reader of the figures must know
-    # "baseline", "capivara" or "capivara_opt" -> `mean` and `std` in per cent, of retrieval by direction
+    suite: tuple[str, ...]  # suites that include the benchmark, from `SUITES`
+    metric: str  # metric of the published results, as in `Record.metric`; "average" for a mean over benchmarks
+    protocol_note: str  # remark that tables show with the results, for example on their source
+    # Published results: "baseline", "capivara" or "capivara_opt" -> dict with `mean` and `std` in percent. For
+    # retrieval, each model has a dict that maps the direction to such a dict.
     published: dict[str, dict[str, Any]]
-    bases: dict[str, dict[str, Any]] = field(default_factory=dict)  # last part of a base's Hub id -> the same of it
-    bases_from: str = ""  # address of their source
-    language: str = "pt"  # that the published figures are of
-    # `hub_id` (None where it was not looked up), `local_layout` in words, and `url` of where people get it
+    # Published results of other base models, with the same values as `published`. The keys are the repository names of
+    # the models (the last part of the Hub id) in lowercase.
+    bases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bases_from: str = ""  # URL of the source of `bases`
+    language: str = "pt"  # language code of the published results
+    # `hub_id` (None if unknown), `local_layout` (description of the local folder) and `url` (download page)
     source: dict[str, str | None] = field(default_factory=dict)
-    split: str = ""  # that is measured
-    protocol: str = ""  # "ours" or "babel" for names and prompts; "captions" for retrieval
-    test_images: int | None = None  # of the published split where known; on other numbers figures are not like for like
-    image_column: str | None = None  # None for the only column of images
-    label_column: str | None = None  # None for one of the usual names
-    caption_column: str = ""  # of retrieval, a pattern with `{language}`
-    caption_positions: str = "all"  # of retrieval, as `eval.retrieval` takes them
-    prompts: str | None = None  # of classification, key in `eval/prompts/pt`
-    other_languages: tuple[str, ...] = ()  # that are measured, too
-    known_languages: tuple[str, ...] = ()  # that may be asked for; those above where empty
-    data_of: str | None = None  # key of the benchmark whose local data serve where there are none of this key
-    like_for_like: bool = True  # whether the published figures are of the same texts and images
-    count: int = 0  # of an average: how many benchmarks of the suite of its key must have been measured
+    split: str = ""  # split to measure
+    protocol: str = ""  # "ours" or "babel" (source of class names and prompts); "captions" for retrieval
+    test_images: int | None = None  # size of the published split; None if unknown
+    image_column: str | None = None  # None: the only column with images
+    label_column: str | None = None  # None: the first column with a usual name
+    caption_column: str = ""  # retrieval: column name, a pattern with `{language}`
+    caption_positions: str = "all"  # retrieval: value of --caption_positions of `eval.retrieval`
+    prompts: str | None = None  # classification: name of the file in `eval/prompts/pt`
+    other_languages: tuple[str, ...] = ()  # languages that are measured by default besides `language`
+    known_languages: tuple[str, ...] = ()  # languages that --languages accepts; empty: `languages`
+    data_of: str | None = None  # key of another benchmark; its local folder is used if this benchmark has none
+    like_for_like: bool = True  # whether the published results were measured on the same texts and images
+    count: int = 0  # task "average": number of benchmarks that must be measured before the mean is shown
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Those that are measured where none are asked for."""
+        """Language codes that are measured by default."""
         return (self.language, *self.other_languages)
 
     @property
-    def all_languages(self) -> tuple[str, ...]:
-        """Codes of the languages that may be asked for."""
+    def available_languages(self) -> tuple[str, ...]:
+        """Language codes that --languages accepts."""
         return self.known_languages or self.languages
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """Of retrieval both, else an empty one, as in records."""
+        """Values of `Record.direction` in the results: both directions for retrieval, only "" for other tasks."""
         return DIRECTIONS if self.task == "retrieval" else ("",)
 
-    def published_figure(self, model: str, direction: str = "") -> dict[str, float] | None:
-        """`mean`, and `std` where it was published, in per cent, of the benchmark's metric and language."""
+    def get_published_figure(self, model: str, direction: str = "") -> dict[str, float] | None:
+        """Return the published result of a model for the benchmark's metric and language.
+
+        Args:
+            model: "baseline", "capivara", "capivara_opt", or a key of `bases`.
+            direction: "text_to_image" or "image_to_text" for retrieval; ignored for classification.
+
+        Returns:
+            A dict with `mean` and, if it was published, `std` (standard deviation), both in percent. None if no result
+            was published.
+        """
         figure = (self.published | self.bases).get(model)
         return figure.get(direction) if figure and self.task == "retrieval" else figure
 
 
 @cache
 def load_benchmarks() -> dict[str, Benchmark]:
-    """All but the average, in the order of tables: retrieval, ELEVATER, ImageNet, those beyond the paper."""
+    """Read all benchmarks, in the order in which tables show them.
 
-    def order(benchmark: Benchmark) -> tuple:
+    Benchmarks of the paper come first: retrieval, then ELEVATER, then ImageNet. Benchmarks that the paper does not have
+    follow.
+
+    Returns:
+        Key -> benchmark. The mean over the ELEVATER benchmarks (`elevater.json`) is not included.
+    """
+
+    def table_order(benchmark: Benchmark) -> tuple:
         suite = benchmark.suite
         return "beyond" in suite, benchmark.task != "retrieval", "elevater" not in suite, benchmark.title.casefold()
 
-    found = sorted(map(read_benchmark, FOLDER.glob("*.json")), key=order)
-    return {benchmark.key: benchmark for benchmark in found if benchmark.task != "average"}
+    benchmarks = sorted(map(read_benchmark, BENCHMARKS_FOLDER.glob("*.json")), key=table_order)
+    return {benchmark.key: benchmark for benchmark in benchmarks if benchmark.task != "average"}
 
 
-def published_as(name: str, role: str, model_class: str, loss: str) -> str | None:
-    """What `published_figure` knows a model by: a base's own name, else its role if it is of CAPIVARA's kind."""
+def find_published_name(name: str, role: str, model_class: str, loss: str) -> str | None:
+    """Return the name under which results of a model were published, as `get_published_figure` expects it.
+
+    Args:
+        name: Folder or Hub id of the model.
+        role: "baseline" or "capivara".
+        model_class: Class of the model, for example "CapivaraModel".
+        loss: "contrastive" or "sigmoid".
+
+    Returns:
+        The last part of the model's name in lowercase if a benchmark lists it in `bases`. Otherwise the role, if the
+        model has CAPIVARA's architecture and a contrastive loss. Otherwise None.
+    """
     base = Path(name).name.casefold()
     if any(base in benchmark.bases for benchmark in load_benchmarks().values()):
         return base
-    return role if (model_class in OWN_CLASSES and loss == "contrastive") else None
+    return role if (model_class in CAPIVARA_CLASSES and loss == "contrastive") else None
 
 
-def published_base(pair: dict[str, Any]) -> tuple[float, str] | None:
-    """What was published of a pair's base, a share, and its source; None where that is not what was measured.
+def get_published_base(pair: dict[str, Any]) -> tuple[float, str] | None:
+    """Return the published result of the baseline model in a pair of results.
 
-    `pair` is of `eval.records.tables.pairs_of`.
+    Args:
+        pair: Dict for a baseline and a model, from `eval.records.tables.pair_with_baselines`.
+
+    Returns:
+        The published value, from 0 to 1, and the URL of its source. None if nothing was published for the baseline, or
+        if language, metric, number of images or embedding width of the published result differ from the measured one.
     """
     value, benchmark = pair["baseline"], load_benchmarks().get(pair["dataset"])
     if not value or not benchmark or pair["dim"]:
         return None
     name = Path(str(value.measured[0].file.content.get("model"))).name.casefold()
     measured = pair["language"], pair["metric"], pair["n"]
-    same = measured == (benchmark.language, benchmark.metric, benchmark.test_images)
-    figure = benchmark.published_figure(name, pair["direction"]) if same and name in benchmark.bases else None
+    if name not in benchmark.bases or measured != (benchmark.language, benchmark.metric, benchmark.test_images):
+        return None
+    figure = benchmark.get_published_figure(name, pair["direction"])
     return figure and (figure["mean"] / 100, benchmark.bases_from)
 
 
 def read_benchmark(path: Path) -> Benchmark:
-    """The benchmark, or average, of a file. Raises ValueError where it has other keys than the class here."""
+    """Read one benchmark from a JSON file of this folder, or the mean over benchmarks in `elevater.json`.
+
+    Raises:
+        ValueError: If the file is not JSON, lacks a required field of `Benchmark`, or has an unknown field.
+    """
     try:
         data = read_json(path)
         return Benchmark(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path.name} is no benchmark: {error}.") from error
+        raise ValueError(f"{path.name} is not a valid benchmark file: {error}.") from error
 
 
-def locate(benchmark: Benchmark, folder: Path | None) -> dict[str, Any]:
-    """Where the data of a benchmark are: in `folder` under its key, or on the Hub.
+def locate_data(benchmark: Benchmark, folder: Path | None) -> dict[str, Any]:
+    """Find the data of a benchmark: first in a local folder, then on the Hub.
 
-    That is `data`, a path or Hub id, whether it is `local`, and the `reason` why there are none, or "".
+    Args:
+        benchmark: The benchmark.
+        folder: Folder with one entry per benchmark key (--data_dir), or None.
+
+    Returns:
+        A dict with three keys: `data`, the path or Hub id ("" if there is neither); `local`, whether `data` is a path;
+        and `reason`, why no data were found ("" if data were found).
     """
     for key in filter(None, (benchmark.key, benchmark.data_of)):
         if folder and (folder / key).exists():
             return {"data": str(folder / key), "local": True, "reason": ""}
     identity, url = benchmark.source["hub_id"] or "", benchmark.source["url"]
-    way = f"put them into --data_dir as {benchmark.key}{f', from {url}' if url else ''}"
-    reason = "" if identity else f"no local data, and no Hub id is known; {way}"
-    return {"data": identity, "local": False, "reason": reason}
+    source = f" (download: {url})" if url else ""
+    hint = f"there are no local data, and no Hub id is known. Put the data into --data_dir as {benchmark.key}{source}"
+    return {"data": identity, "local": False, "reason": "" if identity else hint}

@@ -1,8 +1,11 @@
-"""The formulas of `metrics.py` as a module of Hugging Face's `evaluate`; its second argument names the metric.
+"""Metric module for Hugging Face's `evaluate` that computes the metrics of `metrics.py`.
+
+The second argument of `evaluate.load` selects the metric, a key of `METRIC_DEFINITIONS`:
 
     evaluate.load("/path/to/eval/capivara_metrics", "recall_at_k").compute(predictions=..., references=..., k=5)
 
-The folder may be copied anywhere under its name, or uploaded to a Space of that name.
+The folder `capivara_metrics` needs no other file of the project. It can be copied anywhere, or uploaded to a Space on
+the Hub, but it must keep its name.
 """
 
 from collections.abc import Callable
@@ -17,51 +20,90 @@ from .metrics import (
     mean_per_class_accuracy,
     mean_recall,
     median_rank,
-    ranks_of_scores,
+    ranks_from_scores,
     recall_at_k,
     roc_auc,
     top_k_accuracy,
 )
 
-SCORE, LABEL = datasets.Value("float32"), datasets.Value("int64")
-SCORES, LABELS = datasets.Sequence(SCORE), datasets.Sequence(LABEL)
+SCORE_FEATURE = datasets.Value("float32")
+LABEL_FEATURE = datasets.Value("int64")
+SCORES_FEATURE = datasets.Sequence(SCORE_FEATURE)
+LABELS_FEATURE = datasets.Sequence(LABEL_FEATURE)
 
 
-def _recall_at_k(scores: Tensor, right_items: list[list[int]], k: int = 1) -> float:
+def _recall_at_k(scores: Tensor, relevant_items: list[list[int]], k: int = 1) -> float:
+    """Compute recall@k from scores.
+
+    Args:
+        scores: Similarities (queries, items).
+        relevant_items: For each query, the indices of its relevant items.
+        k: Number of highest-scored items in which a relevant item counts as a hit.
+
+    Raises:
+        ValueError: If k is larger than the number of items, because recall@k would always be 1.
+    """
     if k > scores.shape[1]:
         raise ValueError(f"k must be at most the number of items, {scores.shape[1]}, got {k}.")
-    return recall_at_k(ranks_of_scores(scores, right_items), k)
+    return recall_at_k(ranks_from_scores(scores, relevant_items), k)
 
 
-def _labelled(metric: Callable[..., float]) -> Callable[..., float]:
-    """`metric` of labels that come as a list."""
+def _with_label_tensor(metric: Callable[..., float]) -> Callable[..., float]:
+    """Wrap a metric so that it accepts labels as a list, because `evaluate` passes lists instead of tensors."""
     return lambda scores, labels, **options: metric(scores, torch.tensor(labels), **options)
 
 
-RETRIEVAL = "predictions: (queries, items), scores. references: for each query, the indices of its right items."
-CLASSES = "predictions: (images, classes), scores. references: (images,), index of the right class."
-SETS = "predictions: (images, classes), scores. references: (images, classes), 1 where the image has the class."
-BINARY = "predictions: (images,), higher for the positive class. references: (images,), 1 for positive, 0 for negative."
-HOW_MANY = " k: how many are looked at, 1 where not given."
-# Name -> formula, what a row of predictions and of references is, and both in words.
-METRICS = {
-    "recall_at_k": (_recall_at_k, SCORES, LABELS, RETRIEVAL + HOW_MANY),
-    "mean_recall": (lambda scores, right: mean_recall(ranks_of_scores(scores, right)), SCORES, LABELS, RETRIEVAL),
-    "median_rank": (lambda scores, right: median_rank(ranks_of_scores(scores, right)), SCORES, LABELS, RETRIEVAL),
-    "top_k_accuracy": (_labelled(top_k_accuracy), SCORES, LABEL, CLASSES + HOW_MANY),
-    "mean_per_class_accuracy": (_labelled(mean_per_class_accuracy), SCORES, LABEL, CLASSES),
-    "eleven_point_map": (_labelled(eleven_point_map), SCORES, LABELS, SETS),
-    "roc_auc": (_labelled(roc_auc), SCORE, LABEL, BINARY),
+RETRIEVAL_INPUTS = (
+    "predictions: scores (queries, items). references: for each query, the indices of its relevant items."
+)
+CLASSIFICATION_INPUTS = "predictions: scores (images, classes). references: index of the right class (images,)."
+MULTILABEL_INPUTS = (
+    "predictions: scores (images, classes). references: 1 if the image has the class, else 0 (images, classes)."
+)
+BINARY_INPUTS = (
+    "predictions: scores (images,), higher for the positive class. references: 1 if positive, else 0 (images,)."
+)
+K_DESCRIPTION = " k: number of highest-scored items or classes that count, by default 1."
+# Name -> (function, feature of a row of predictions, feature of a row of references, description of both).
+METRIC_DEFINITIONS = {
+    "recall_at_k": (_recall_at_k, SCORES_FEATURE, LABELS_FEATURE, RETRIEVAL_INPUTS + K_DESCRIPTION),
+    "mean_recall": (
+        lambda scores, relevant_items: mean_recall(ranks_from_scores(scores, relevant_items)),
+        SCORES_FEATURE,
+        LABELS_FEATURE,
+        RETRIEVAL_INPUTS,
+    ),
+    "median_rank": (
+        lambda scores, relevant_items: median_rank(ranks_from_scores(scores, relevant_items)),
+        SCORES_FEATURE,
+        LABELS_FEATURE,
+        RETRIEVAL_INPUTS,
+    ),
+    "top_k_accuracy": (
+        _with_label_tensor(top_k_accuracy),
+        SCORES_FEATURE,
+        LABEL_FEATURE,
+        CLASSIFICATION_INPUTS + K_DESCRIPTION,
+    ),
+    "mean_per_class_accuracy": (
+        _with_label_tensor(mean_per_class_accuracy),
+        SCORES_FEATURE,
+        LABEL_FEATURE,
+        CLASSIFICATION_INPUTS,
+    ),
+    "eleven_point_map": (_with_label_tensor(eleven_point_map), SCORES_FEATURE, LABELS_FEATURE, MULTILABEL_INPUTS),
+    "roc_auc": (_with_label_tensor(roc_auc), SCORE_FEATURE, LABEL_FEATURE, BINARY_INPUTS),
 }
 
 
 class CapivaraMetrics(evaluate.Metric):
-    """One of `METRICS`, by its name. Ties count against the query; in `roc_auc` half."""
+    """Retrieval and classification metrics of CAPIVARA. Ties count against the query; in `roc_auc`, ties count half."""
 
     def _info(self) -> evaluate.MetricInfo:
-        if self.config_name not in METRICS:
-            raise ValueError(f"Name one of {', '.join(METRICS)} as second argument of load, got {self.config_name!r}.")
-        _, predictions, references, inputs = METRICS[self.config_name]
+        if self.config_name not in METRIC_DEFINITIONS:
+            names = ", ".join(METRIC_DEFINITIONS)
+            raise ValueError(f"The second argument of load must be one of {names}, got {self.config_name!r}.")
+        _, predictions, references, inputs = METRIC_DEFINITIONS[self.config_name]
         return evaluate.MetricInfo(
             description=CapivaraMetrics.__doc__,
             citation="",
@@ -70,5 +112,5 @@ class CapivaraMetrics(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, **options) -> dict[str, float]:
-        formula = METRICS[self.config_name][0]
+        formula = METRIC_DEFINITIONS[self.config_name][0]
         return {self.config_name: formula(torch.tensor(predictions), references, **options)}

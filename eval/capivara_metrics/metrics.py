@@ -1,4 +1,17 @@
-"""Metrics of retrieval and classification: pure functions of embeddings, scores and ranks."""
+"""Metrics of cross-modal retrieval and of classification, as pure functions of embeddings, scores and ranks.
+
+A query is an embedding that is compared with all items: a text with all images, or an image with all texts. Ranks count
+from 0: rank 0 means that a relevant item has the highest score. A tie always counts against the query, so that a model
+that gives every item the same score does not look perfect.
+
+Example:
+    >>> import torch
+    >>> from eval.capivara_metrics.metrics import ranks_from_scores, recall_at_k
+    >>> scores = torch.tensor([[0.9, 0.1, 0.3], [0.2, 0.8, 0.7]])  # (queries, items)
+    >>> ranks = ranks_from_scores(scores, relevant_items=[[0], [2]])
+    >>> ranks.tolist()
+    [0, 1]
+"""
 
 import math
 from collections import Counter
@@ -9,156 +22,297 @@ import torch
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 from torch import Tensor
 
-RECALL_CUTOFFS = (1, 5, 10)  # CAPIVARA (arXiv 2310.13683) reports the mean of these three
-BLOCK_ELEMENTS = 2**22  # scores of a block, 16 MiB in float32: so small, their memory is taken from the last block's
-KEPT_ELEMENTS = 2**27  # scores that both directions are counted in, 512 MiB in float32; more are computed twice
-COMPARED_ELEMENTS = 2**20  # scores at once where they are there: they stay in a processor's cache
-BLOCK_QUERIES = 32  # at least, however many items there are: fewer would read all items for hardly any scores
+RECALL_CUTOFFS = (1, 5, 10)  # values of k; CAPIVARA (arXiv 2310.13683) reports the mean of these three recall@k
+# Scores that `retrieval_ranks` computes at a time: 16 MiB in float32, which the allocator reuses for the next block.
+BLOCK_SCORES = 2**22
+# Largest score matrix that `cross_modal_ranks` stores: 512 MiB in float32. A larger one is computed once per direction.
+MAX_STORED_SCORES = 2**27
+COMPARISON_BLOCK_SCORES = 2**20  # stored scores compared at a time: 4 MiB in float32, which fits into the CPU's cache
+# Queries in a block, at least: with fewer, reading all item embeddings would take longer than computing the scores.
+MIN_BLOCK_QUERIES = 32
 
 
-def ranks_of(scores: Tensor, right: Tensor) -> Tensor:
-    """(queries,), how many wrong items score at least as high as the best right one: 0 is a hit at rank 1.
+def ranks_from_mask(scores: Tensor, is_relevant: Tensor) -> Tensor:
+    """Return the rank of each query's best relevant item.
 
-    Of scores (queries, items) and of which items are right (queries, items); a tie counts against the query.
+    The rank is the number of wrong items that score at least as high as the best relevant item, so a tie counts against
+    the query. Rank 0 is the best.
+
+    Args:
+        scores: Similarities (queries, items).
+        is_relevant: Whether an item is relevant to a query, bool (queries, items).
+
+    Returns:
+        Ranks (queries,), int64, from 0.
     """
-    wrong = ~right
-    best = scores.masked_fill(wrong, -torch.inf).amax(dim=1, keepdim=True)
-    return ((scores >= best) & wrong).sum(dim=1, dtype=torch.int32).long()
+    is_wrong = ~is_relevant
+    best = scores.masked_fill(is_wrong, -torch.inf).amax(dim=1, keepdim=True)
+    return ((scores >= best) & is_wrong).sum(dim=1, dtype=torch.int32).long()
 
 
 @torch.no_grad()
 def retrieval_ranks(query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor) -> Tensor:
-    """(queries,), `ranks_of` unit-length embeddings (queries, width) among (items, width).
+    """Return the rank of each query's best relevant item (see `ranks_from_mask`), computed from embeddings.
 
-    An item is right when its group, of (items,), is the query's, of (queries,): an image and its captions share one.
-    ValueError where a query has no right item, or an embedding is not finite.
+    Works in blocks of queries, so that the whole score matrix is never in memory.
+
+    Args:
+        query_embeds: Unit-length embeddings (queries, width).
+        item_embeds: Unit-length embeddings (items, width).
+        query_groups: Group of each query (queries,). An image and its captions form a group.
+        item_groups: Group of each item (items,). An item is relevant to the queries of its group.
+
+    Returns:
+        Ranks (queries,), int64, from 0.
+
+    Raises:
+        ValueError: If a query has no relevant item, or if an embedding is not finite.
     """
     _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
-    block_size = max(BLOCK_QUERIES, BLOCK_ELEMENTS // len(item_embeds))
+    block_size = max(MIN_BLOCK_QUERIES, BLOCK_SCORES // len(item_embeds))
     blocks = zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True)
-    return torch.cat([ranks_of(queries @ item_embeds.T, groups[:, None] == item_groups) for queries, groups in blocks])
+    return torch.cat(
+        [ranks_from_mask(queries @ item_embeds.T, groups[:, None] == item_groups) for queries, groups in blocks]
+    )
 
 
 @torch.no_grad()
 def cross_modal_ranks(
     query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`retrieval_ranks` of the queries among the items (queries,), and of the items among the queries (items,)."""
-    there = query_embeds, item_embeds, query_groups, item_groups
-    back = item_embeds, query_embeds, item_groups, query_groups
-    if len(query_embeds) * len(item_embeds) > KEPT_ELEMENTS:
-        return retrieval_ranks(*there), retrieval_ranks(*back)
-    _check_embeddings(*there)
-    _check_embeddings(*back)
-    scores, block_size = query_embeds @ item_embeds.T, max(1, COMPARED_ELEMENTS // len(item_embeds))
+    """Return the ranks of both directions: queries among items, and items among queries.
+
+    Equals two calls of `retrieval_ranks`, but computes the score matrix only once if it fits into memory.
+
+    Args:
+        query_embeds: Unit-length embeddings (queries, width), for example of texts.
+        item_embeds: Unit-length embeddings (items, width), for example of images.
+        query_groups: Group of each query (queries,). An image and its captions form a group.
+        item_groups: Group of each item (items,). An item is relevant to the queries of its group.
+
+    Returns:
+        Two tensors, int64, from 0. The first has for each query the rank of its best relevant item (queries,). The
+        second has for each item the rank of its best relevant query (items,).
+
+    Raises:
+        ValueError: If a query has no item of its group, an item has no query of its group, or an embedding is not
+            finite.
+    """
+    forward = query_embeds, item_embeds, query_groups, item_groups
+    backward = item_embeds, query_embeds, item_groups, query_groups
+    if len(query_embeds) * len(item_embeds) > MAX_STORED_SCORES:
+        return retrieval_ranks(*forward), retrieval_ranks(*backward)
+    _check_embeddings(*forward)
+    _check_embeddings(*backward)
+    scores, block_size = query_embeds @ item_embeds.T, max(1, COMPARISON_BLOCK_SCORES // len(item_embeds))
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield blocks of rows of the score matrix, each with a mask of the relevant items, (rows, items)."""
         for block, groups in zip(scores.split(block_size), query_groups.split(block_size), strict=True):
             yield block, groups[:, None] == item_groups
 
-    of_queries = torch.cat([ranks_of(block, right) for block, right in blocks()])
-    # Blocks of items would be read across the rows: of each item, `ranks_of` in two passes over all queries.
-    best = torch.stack([block.masked_fill(~right, -torch.inf).amax(dim=0) for block, right in blocks()]).amax(dim=0)
-    return of_queries, sum(((block >= best) & ~right).sum(dim=0) for block, right in blocks())
+    query_ranks = torch.cat([ranks_from_mask(block, relevant) for block, relevant in blocks()])
+    # The items' ranks need columns of the matrix. Reading columns is slow, so two passes over blocks of rows do what
+    # `ranks_from_mask` does: the first finds each item's best relevant score, the second counts what reaches it.
+    best_of_blocks = [block.masked_fill(~relevant, -torch.inf).amax(dim=0) for block, relevant in blocks()]
+    best = torch.stack(best_of_blocks).amax(dim=0)
+    return query_ranks, sum(((block >= best) & ~relevant).sum(dim=0) for block, relevant in blocks())
 
 
 def _check_embeddings(query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor) -> None:
+    """Raise ValueError if an embedding is NaN or infinite, or if the group of a query has no item."""
     for name, embeds in (("query", query_embeds), ("item", item_embeds)):
-        if embeds.numel() and not torch.stack(embeds.aminmax()).isfinite().all():  # these pass NaN on, and copy nothing
-            raise ValueError(f"A {name} embedding is NaN or infinite; the model's weights or precision are at fault.")
+        # aminmax propagates NaN and, unlike isfinite on all elements, allocates no mask.
+        if embeds.numel() and not torch.stack(embeds.aminmax()).isfinite().all():
+            raise ValueError(f"A {name} embedding is NaN or infinite. Check the model's weights and the precision.")
     if missing := (~torch.isin(query_groups, item_groups)).nonzero().flatten()[:10].tolist():
-        raise ValueError(f"Queries {missing} have no right item to find.")
+        raise ValueError(f"Every query needs a relevant item, but queries {missing} have none.")
 
 
 def _check_finite(scores: Tensor) -> None:
+    """Raise ValueError if a score is NaN or infinite."""
     if not torch.isfinite(scores).all():
-        raise ValueError("A score is NaN or infinite; the embeddings are at fault.")
+        raise ValueError("Scores must be finite, but one is NaN or infinite. Check the embeddings that they come from.")
 
 
 def recall_at_k(ranks: Tensor, k: int) -> float:
-    """Share (0 to 1) of queries whose best right item is among the k best-scored ones, by their ranks (queries,).
+    """Return the share of queries with a relevant item among their k highest-scored items.
 
-    Raises ValueError where k is below 1, or there is no query.
+    Args:
+        ranks: Rank of each query's best relevant item (queries,), from 0, as `ranks_from_scores` returns it.
+        k: Number of highest-scored items in which a relevant item counts as a hit.
+
+    Returns:
+        Recall@k, from 0 to 1.
+
+    Raises:
+        ValueError: If k is below 1, or if there is no query.
+
+    Example:
+        >>> import torch
+        >>> from eval.capivara_metrics.metrics import recall_at_k
+        >>> ranks = torch.tensor([0, 3, 1, 9])  # the best relevant item of the first query has the highest score
+        >>> recall_at_k(ranks, k=1), recall_at_k(ranks, k=5)
+        (0.25, 0.75)
     """
     return hits_at_k(ranks, k).mean().item()
 
 
 def mean_recall(ranks: Tensor) -> float:
-    """Mean of recall at 1, 5 and 10, a share from 0 to 1: the paper's figure for one direction."""
+    """Return the mean of recall@1, recall@5 and recall@10, which CAPIVARA's paper reports per direction.
+
+    Args:
+        ranks: Rank of each query's best relevant item (queries,), from 0.
+
+    Returns:
+        Mean recall, from 0 to 1.
+    """
     return mean_hits(ranks).mean().item()
 
 
 def hits_at_k(ranks: Tensor, k: int) -> Tensor:
-    """(queries,), 1.0 where the best right item is among the k best-scored ones, else 0.0."""
+    """Return for each query whether a relevant item is among its k highest-scored items.
+
+    Args:
+        ranks: Rank of each query's best relevant item (queries,), from 0.
+        k: Number of highest-scored items in which a relevant item counts as a hit.
+
+    Returns:
+        1.0 for a hit, 0.0 otherwise, (queries,), float64.
+
+    Raises:
+        ValueError: If k is below 1, or if there is no query.
+    """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
     if not len(ranks):
-        raise ValueError("There is no query to average over; is the split empty?")
+        raise ValueError("There must be at least one query to average over, got none. Is the split empty?")
     return (ranks < k).double()
 
 
 def mean_hits(ranks: Tensor) -> Tensor:
-    """(queries,), each query's own share in the mean recall: its mean hit at 1, 5 and 10."""
+    """Return the contribution of each query to the mean recall: the mean of `hits_at_k` for k = 1, 5 and 10.
+
+    Args:
+        ranks: Rank of each query's best relevant item (queries,), from 0.
+
+    Returns:
+        Values from 0 to 1, (queries,), float64.
+    """
     return torch.stack([hits_at_k(ranks, k) for k in RECALL_CUTOFFS]).mean(dim=0)
 
 
 def chance_recall(query_groups: Tensor, item_groups: Tensor, k: int) -> float:
-    """Expected recall@k of random scores: 1 - C(wrong, k) / C(items, k), averaged over the queries."""
-    items, right = len(item_groups), Counter(item_groups.tolist())
+    """Return the recall@k that random scores are expected to reach.
+
+    For one query this is 1 - C(wrong, k) / C(items, k), the probability that k items drawn at random include a relevant
+    item.
+
+    Args:
+        query_groups: Group of each query (queries,).
+        item_groups: Group of each item (items,). An item is relevant to the queries of its group.
+        k: Number of highest-scored items in which a relevant item counts as a hit.
+
+    Returns:
+        Mean over the queries, from 0 to 1.
+    """
+    items, relevant_counts = len(item_groups), Counter(item_groups.tolist())
     k = min(k, items)
-    misses = [math.comb(items - right[group], k) / math.comb(items, k) for group in query_groups.tolist()]
+    misses = [math.comb(items - relevant_counts[group], k) / math.comb(items, k) for group in query_groups.tolist()]
     return 1 - sum(misses) / len(misses)
 
 
 def paired_bootstrap(
     baseline: Tensor, model: Tensor, groups: Tensor, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean of model - baseline over the same queries, then the ends of its 95 % interval (2.5th, 97.5th percentile).
+    """Compute the mean gain of a model over a baseline on the same queries, with its 95 % confidence interval.
 
-    `baseline` and `model` are each query's value (queries,). Whole groups of (queries,), an image with all its
-    captions, are drawn with replacement, since their queries are not independent.
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13, percentile interval.
+    The interval is a percentile bootstrap interval of the differences between model and baseline (Efron and Tibshirani,
+    An Introduction to the Bootstrap, 1993, chapter 13). Whole groups are drawn with replacement, because the captions
+    of one image are not independent.
+
+    Args:
+        baseline: The baseline's value of the metric for each query (queries,).
+        model: The model's value of the metric for each query (queries,).
+        groups: Group of each query (queries,). An image and its captions form a group.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the random draws.
+
+    Returns:
+        Three numbers: the mean of model minus baseline, then the low and the high end of its interval (2.5th and 97.5th
+        percentile).
+
+    Raises:
+        ValueError: If the three tensors differ in length.
     """
     if not len(baseline) == len(model) == len(groups):
-        raise ValueError(f"Paired values differ in number: {len(baseline)}, {len(model)} and {len(groups)}.")
+        sizes = f"{len(baseline)}, {len(model)} and {len(groups)}"
+        raise ValueError(f"baseline, model and groups must have the same length, got {sizes}.")
     difference = model.double() - baseline.double()
     _, index = groups.unique(return_inverse=True)
-    number = int(index.max()) + 1
-    sums = torch.zeros(number, dtype=torch.double).index_add_(0, index, difference)
-    counts = torch.zeros(number, dtype=torch.double).index_add_(0, index, torch.ones_like(difference))
+    group_count = int(index.max()) + 1
+    sums = torch.zeros(group_count, dtype=torch.double).index_add_(0, index, difference)
+    counts = torch.zeros(group_count, dtype=torch.double).index_add_(0, index, torch.ones_like(difference))
     generator = torch.Generator().manual_seed(seed)
     means = torch.empty(resamples, dtype=torch.double)
     for i in range(resamples):
-        drawn = torch.randint(number, (number,), generator=generator)
+        drawn = torch.randint(group_count, (group_count,), generator=generator)
         means[i] = sums[drawn].sum() / counts[drawn].sum()
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     return difference.mean().item(), low, high
 
 
-def ranks_of_scores(scores: Tensor, right_items: Sequence[Sequence[int]]) -> Tensor:
-    """(queries,), `ranks_of` scores (queries, items) by the indices of each query's right items, at least one."""
+def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -> Tensor:
+    """Return the rank of each query's best relevant item (see `ranks_from_mask`), computed from scores.
+
+    Args:
+        scores: Similarities (queries, items), finite.
+        relevant_items: For each query, the indices of its relevant items, at least one.
+
+    Returns:
+        Ranks (queries,), int64, from 0.
+
+    Raises:
+        ValueError: If a score is not finite, `scores` and `relevant_items` differ in length, a query has no relevant
+            item, or an index is out of range.
+    """
     _check_finite(scores)
-    if len(scores) != len(right_items):
-        raise ValueError(f"There are {len(scores)} rows of scores for {len(right_items)} queries.")
-    right = torch.zeros(scores.shape, dtype=torch.bool)
-    for query, items in enumerate(right_items):
+    if len(scores) != len(relevant_items):
+        raise ValueError(f"scores must have a row per query, got {len(scores)} for {len(relevant_items)} queries.")
+    is_relevant = torch.zeros(scores.shape, dtype=torch.bool)
+    for query, items in enumerate(relevant_items):
         if not len(items):
-            raise ValueError(f"Query {query} has no right item to find.")
+            raise ValueError(f"Every query needs a relevant item, but query {query} has none.")
         if not all(0 <= item < scores.shape[1] for item in items):
-            raise ValueError(f"Query {query} has a right item outside the {scores.shape[1]} items: {list(items)}.")
-        right[query, list(items)] = True
-    return ranks_of(scores, right)
+            raise ValueError(f"Items must be from 0 to {scores.shape[1] - 1}, got {list(items)} for query {query}.")
+        is_relevant[query, list(items)] = True
+    return ranks_from_mask(scores, is_relevant)
 
 
 def median_rank(ranks: Tensor) -> float:
-    """Median over the queries of the rank of the best right item, 1 for the best."""
+    """Return the median rank over all queries, counted from 1 as papers report it.
+
+    Args:
+        ranks: Rank of each query's best relevant item (queries,), from 0.
+    """
     return ranks.double().quantile(0.5).item() + 1
 
 
 def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
-    """Share of images whose class is among the k best-scored ones; a tie with a wrong class counts against it.
+    """Return the share of images whose class is among the k highest-scored classes.
 
-    Of scores (images, classes), finite, and labels (images,), the index of the right class.
+    A tie with a wrong class counts against the image.
+
+    Args:
+        scores: Finite scores (images, classes).
+        labels: Index of the right class of each image (images,).
+        k: Number of highest-scored classes in which the right class counts as a hit.
+
+    Returns:
+        Accuracy, from 0 to 1.
+
+    Raises:
+        ValueError: If a score is not finite, a label is out of range, or k is not from 1 to the number of classes.
     """
     ranks = _class_ranks(scores, labels)
     if k > scores.shape[1]:
@@ -167,63 +321,124 @@ def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
 
 
 def mean_per_class_accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Mean of the accuracies within each class that occurs: small classes count as much as large ones."""
+    """Return the mean of the top-1 accuracies of all classes that have images.
+
+    Every class has the same weight, however many images it has. Ties count against the image.
+
+    Args:
+        scores: Finite scores (images, classes).
+        labels: Index of the right class of each image (images,).
+
+    Returns:
+        Mean accuracy, from 0 to 1.
+    """
     return per_class_accuracy(scores, labels).nanmean().item()
 
 
 def per_class_accuracy(scores: Tensor, labels: Tensor) -> Tensor:
-    """(classes,), top-1 accuracy within each class, NaN for a class without images; ties as in `top_k_accuracy`."""
+    """Return the top-1 accuracy of each class.
+
+    A tie with a wrong class counts against the image.
+
+    Args:
+        scores: Finite scores (images, classes).
+        labels: Index of the right class of each image (images,).
+
+    Returns:
+        Accuracies from 0 to 1, (classes,); NaN for a class without images.
+    """
     matrix = confusion_matrix(scores, labels).double()
     return matrix.diag() / matrix.sum(dim=1)
 
 
 def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
-    """(classes, classes), how many images of the row's class are taken for the column's.
+    """Count how many images of each class are classified as each class.
 
-    A tie with a wrong class goes to that one, so that the diagonal holds what `top_k_accuracy` counts.
+    A tie between the right class and a wrong class counts as the wrong class, so that the diagonal sums to the hits of
+    `top_k_accuracy`.
+
+    Args:
+        scores: Finite scores (images, classes).
+        labels: Index of the right class of each image (images,).
+
+    Returns:
+        Counts (classes, classes), int64: rows are right classes, columns are predicted classes.
     """
     ranks, classes = _class_ranks(scores, labels), scores.shape[1]
-    floating = scores.to(torch.promote_types(scores.dtype, torch.float))
-    wrong = floating.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
-    taken = torch.where(ranks == 0, labels, wrong)
-    return torch.bincount(labels * classes + taken, minlength=classes**2).reshape(classes, classes)
+    floating = scores.to(torch.promote_types(scores.dtype, torch.float))  # integers can't be set to -inf
+    best_wrong = floating.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
+    predicted = torch.where(ranks == 0, labels, best_wrong)
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
 def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
-    """Mean over classes of the average precision at the recalls 0, 0.1, …, 1; images can have several classes.
+    """Return the 11-point interpolated mean average precision (mAP) for images with several classes.
 
-    Of scores and targets, both (images, classes), 1 where the image has the class; a class without images is left out,
-    images of equal score enter together.
-    Source: Everingham et al., The PASCAL Visual Object Classes Challenge (2010), section 4.2.
+    The average precision of a class is the mean of the interpolated precision at the recalls 0, 0.1, …, 1 (Everingham
+    et al., The PASCAL Visual Object Classes Challenge, 2010, section 4.2). Images with equal scores share one point of
+    the precision-recall curve. Classes without images are left out of the mean.
+
+    Args:
+        scores: Finite scores (images, classes).
+        targets: 1 if the image has the class, else 0 (images, classes).
+
+    Returns:
+        Mean over classes, from 0 to 1.
+
+    Raises:
+        ValueError: If the shapes differ, if a score is not finite, or if no class has an image.
     """
     if scores.shape != targets.shape:
-        raise ValueError(f"scores {tuple(scores.shape)} and targets {tuple(targets.shape)} must have the same shape.")
+        raise ValueError(f"Shapes must be equal, got scores {tuple(scores.shape)}, targets {tuple(targets.shape)}.")
     _check_finite(scores)
     if not (present := targets.sum(dim=0).nonzero().flatten().tolist()):
-        raise ValueError("No class has an image; are the targets empty?")
-    points, means = np.linspace(0, 1, 11) - 1e-12, []
+        raise ValueError("At least one class must have an image, but targets has no 1.")
+    points, means = np.linspace(0, 1, 11) - 1e-12, []  # the tolerance allows for rounding errors of the recall
     for column in present:
-        of_column = targets[:, column].numpy(), scores[:, column].numpy()
-        # But for the last point, of recall 0, which scikit-learn adds
-        precision, recall = (of[:-1] for of in precision_recall_curve(*of_column)[:2])
+        precision, recall, _ = precision_recall_curve(targets[:, column].numpy(), scores[:, column].numpy())
+        precision, recall = precision[:-1], recall[:-1]  # scikit-learn appends a point with precision 1 and recall 0
         means.append(np.mean([precision[recall >= point].max() for point in points]))
     return float(np.mean(means))
 
 
 def roc_auc(scores: Tensor, labels: Tensor) -> float:
-    """Chance that a positive (label 1) scores above a negative (0), a tie counting half: area under the ROC curve."""
+    """Return the area under the ROC curve of a binary classifier.
+
+    It equals the probability that a random positive image scores above a random negative image; a tie counts half.
+
+    Args:
+        scores: Finite scores (images,), higher for the positive class.
+        labels: 1 for positive, 0 for negative (images,).
+
+    Returns:
+        Area, from 0 to 1.
+
+    Raises:
+        ValueError: If only one of the two labels occurs, or if a score is not finite.
+    """
     positives = labels.bool()
     if not positives.any() or positives.all():
-        raise ValueError("ROC AUC needs positives and negatives; only one of them occurs.")
+        raise ValueError("ROC AUC needs positive and negative labels, but all labels are the same.")
     _check_finite(scores)
     return float(roc_auc_score(positives.numpy(), scores.numpy()))
 
 
 def _class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """(images,), how many wrong classes score at least as high as the right one."""
+    """Return the rank of each image's right class: the number of wrong classes that score at least as high.
+
+    Args:
+        scores: Scores (images, classes).
+        labels: Index of the right class of each image (images,).
+
+    Returns:
+        Ranks from 0, (images,).
+
+    Raises:
+        ValueError: If scores and labels differ in length, a score is not finite, or a label is out of range.
+    """
     if len(scores) != len(labels):
-        raise ValueError(f"There are {len(scores)} rows of scores for {len(labels)} labels.")
+        raise ValueError(f"scores must have a row per label, got {len(scores)} for {len(labels)} labels.")
     _check_finite(scores)
     if outside := labels[(labels < 0) | (labels >= scores.shape[1])].unique().tolist():
-        raise ValueError(f"Labels {outside[:10]} are outside the {scores.shape[1]} classes that have a name.")
+        raise ValueError(f"Labels must be from 0 to {scores.shape[1] - 1}, the last named class, got {outside[:10]}.")
     return (scores >= scores.gather(1, labels[:, None])).sum(dim=1) - 1

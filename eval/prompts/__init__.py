@@ -1,8 +1,13 @@
-"""Class names and prompt templates, as data; three protocols of zero-shot classification.
+"""Load class names and prompt templates for zero-shot classification, from four sources.
 
-`ours` are the Portuguese names and templates in `pt/`, `authors` those that CAPIVARA's authors publish, read from their
-file, `babel` the names of Babel-ImageNet out of the package `clip-benchmark`, in any of its languages. What a file of
-one's own names, in whatever language, is recorded as `own`.
+A protocol is the name of a source:
+
+- `ours`: this project's Portuguese names and templates, in `pt/`.
+- `authors`: the names and templates of CAPIVARA's authors, read from their `portuguese_prompts.py`.
+- `babel`: the class names of Babel-ImageNet, from the package `clip-benchmark`, in any of its languages.
+- `own`: a user's JSON file, in any language.
+
+Results that were measured with different protocols are not comparable.
 """
 
 import ast
@@ -14,17 +19,23 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from capivara_common.cli import unknown
+from capivara_common.cli import unknown_name_message
 from capivara_common.files import read_json
 
-FOLDER = Path(__file__).resolve().parent
-ARTICLES = {("m", "s"): ("um", "o"), ("f", "s"): ("uma", "a"), ("m", "p"): ("uns", "os"), ("f", "p"): ("umas", "as")}
-METRICS = ("accuracy", "mean-per-class", "11point_mAP", "roc_auc")
-# A file of one's own, whole: a class is its name, or an object with "en" where the data call it otherwise.
-EXAMPLE = (
+PROMPTS_FOLDER = Path(__file__).resolve().parent
+# (gender, number) -> indefinite and definite article. Gender is "m" or "f", number is "s" (singular) or "p" (plural).
+PORTUGUESE_ARTICLES = {
+    ("m", "s"): ("um", "o"),
+    ("f", "s"): ("uma", "a"),
+    ("m", "p"): ("uns", "os"),
+    ("f", "p"): ("umas", "as"),
+}
+DATASET_METRICS = ("accuracy", "mean-per-class", "11point_mAP", "roc_auc")
+# A complete classes file. A class is a name, or an object with "en" if the dataset uses another (English) name.
+CLASSES_FILE_EXAMPLE = (
     '{"language": "es", "classes": ["rojo", {"es": "azul", "en": "blue"}], "templates": ["una imagen de color {}"]}'
 )
-FOOD_FAULT = (
+FOOD_101_NOTE = (
     "The authors' list has 100 names for 101 classes: 'tacos' (index 96) is missing, so the last four names are "
     "shifted by one and class 100 cannot be predicted."
 )
@@ -32,152 +43,224 @@ FOOD_FAULT = (
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a classifier is made of."""
+    """Class names and prompts of a zero-shot classifier. A prompt is a template filled with the name of a class."""
 
-    benchmark: str  # key of the data set, such as "cifar-10"
-    protocol: str  # "ours", "authors", "babel" or, of a file of one's own, "own"
-    names: list[str]  # of the classes, in the order of the labels, as results show them
-    names_en: list[str]  # English names of all classes of the data set, by which its own order is matched
-    filled: list[list[str]]  # class -> its prompts
-    metric: str  # of `METRICS`
-    language: str = "pt"  # of `filled`
-    notes: tuple[str, ...] = ()  # what a reader of the figure must know
-    indices: list[int] | None = None  # class of these prompts -> its index in `names_en`; None where they are the same
+    benchmark: str  # key of the dataset, such as "cifar-10"
+    protocol: str  # "ours", "authors", "babel" or "own"
+    names: list[str]  # names of the classes in the language of the prompts, in the order of the labels
+    english_names: list[str]  # names of all classes of the dataset, as the data have them (usually English)
+    class_prompts: list[list[str]]  # for each class in `names`, its prompts
+    metric: str  # metric of the dataset, from `DATASET_METRICS`
+    language: str = "pt"  # language code of `class_prompts`
+    notes: tuple[str, ...] = ()  # remarks to show with the results
+    # Index in `english_names` of each class in `names`. None: `names` has the same classes in the same order.
+    class_indices: list[int] | None = None
 
 
-def benchmarks() -> list[str]:
-    """Keys of the data sets that `ours` has."""
-    return sorted(path.stem for path in (FOLDER / "pt").glob("*.json") if path.stem != "review")
+def list_benchmarks() -> list[str]:
+    """Return the keys of all benchmarks that have Portuguese prompts: the names of the JSON files in `pt/`."""
+    return sorted(path.stem for path in (PROMPTS_FOLDER / "pt").glob("*.json") if path.stem != "review")
 
 
 def load_prompts(
     benchmark: str, protocol: str = "ours", language: str | None = None, authors_file: str | None = None
 ) -> Prompts:
-    """Names and prompts of a data set: a key of `benchmarks()`, or a JSON file such as `EXAMPLE`.
+    """Load the class names and prompts of a benchmark.
 
-    The language is babel's; that of the other prompts is their file's, and another one is refused. `authors_file` is
-    the path of the authors' `portuguese_prompts.py`; it is parsed, never executed. ValueError where something is
-    unknown (the nearest are named), or a file is not as expected; ImportError of babel without clip-benchmark.
+    Args:
+        benchmark: A key of `list_benchmarks()`, or the path of a JSON file with your own classes
+            (`CLASSES_FILE_EXAMPLE`).
+        protocol: Source of names and templates: "ours", "authors" or "babel". It must be "ours" for a JSON file.
+        language: Language code for protocol "babel", by default "pt". For other protocols it must be None or the
+            language of the prompts.
+        authors_file: Path of the authors' `portuguese_prompts.py`. The file is parsed, never executed.
+
+    Raises:
+        ValueError: If a name is unknown (the message suggests similar names), or a file has the wrong form.
+        ImportError: If protocol "babel" is used without clip-benchmark.
     """
     if protocol not in ("ours", "authors", "babel"):
-        raise ValueError(f"Unknown protocol {protocol!r}; there are ours, authors and babel.")
+        raise ValueError(f"protocol must be ours, authors or babel, got {protocol!r}.")
     if benchmark.endswith(".json"):
         if protocol != "ours":
-            raise ValueError(f"{benchmark} has prompts of its own; protocol {protocol!r} is for the known data sets.")
-        prompts = _own(Path(benchmark))
-    elif benchmark in benchmarks():
-        prompts = _prompts(benchmark, "ours", read_json(FOLDER / "pt" / f"{benchmark}.json"))
+            raise ValueError(f"{benchmark} has its own prompts, so protocol must be ours, got {protocol!r}.")
+        prompts = _load_classes_file(Path(benchmark))
+    elif benchmark in list_benchmarks():
+        prompts = _build_prompts(benchmark, "ours", read_json(PROMPTS_FOLDER / "pt" / f"{benchmark}.json"))
     else:
-        known = f"There are {', '.join(benchmarks())}, and files of one's own, FILE.json, such as {EXAMPLE}"
-        raise ValueError(unknown(benchmark, "benchmark", benchmarks(), known))
+        known = ", ".join(list_benchmarks())
+        hint = f"Known are {known}, and the path of your own JSON file, such as {CLASSES_FILE_EXAMPLE}"
+        raise ValueError(unknown_name_message(benchmark, "benchmark", list_benchmarks(), hint))
     if protocol == "authors":
-        prompts = _authors(prompts, authors_file)
+        prompts = _load_authors_prompts(prompts, authors_file)
     elif protocol == "babel":
-        prompts = _babel(prompts, language or "pt")
+        prompts = _load_babel_prompts(prompts, language or "pt")
     if language and language != prompts.language:
-        raise ValueError(
-            f"The prompts of {benchmark} are in {prompts.language!r}; leave out --language {language}, it is babel's."
-        )
+        raise ValueError(f"The prompts of {benchmark} are in {prompts.language!r}, not {language!r}. Omit --language.")
     return prompts
 
 
-def fill(template: str, entry: dict, language: str = "pt") -> str:
-    """A template with a class's name in place of {}; in Portuguese of {nome}, too, and of {um}, {o}, {do} or {no}.
+def fill_template(template: str, class_entry: dict, language: str = "pt") -> str:
+    """Fill the placeholders of a template with a class name.
 
-    `entry` has the name under its `language` and, for Portuguese articles and contractions that agree, `gender`,
-    `number` and, for a name without article, `article` false.
+    In all languages, the placeholder {} becomes the name. Portuguese templates have more placeholders: {nome} also
+    becomes the name. {um} and {o} become the name with its indefinite or definite article, as in "um gato" or "o gato".
+    {do} and {no} become the name with the preposition "de" or "em" and the definite article, as in "do gato". Articles
+    agree with the name in gender and number.
+
+    Args:
+        template: The template.
+        class_entry: Dict with the name under the key `language`. For Portuguese also `gender` ("m" or "f"), `number`
+            ("s" for singular or "p" for plural), and `article` (False for a name that is used without an article).
+        language: Language code of the template.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        ValueError: If the template has no placeholder, or an unknown placeholder.
     """
-    name = entry[language]
+    name = class_entry[language]
     forms = {"": name}
     if language == "pt":
         forms |= {"nome": name, "um": name, "o": name, "do": f"de {name}", "no": f"em {name}"}
-        if entry.get("article", True) and "gender" in entry:
-            indefinite, definite = ARTICLES[entry["gender"], entry["number"]]
+        if class_entry.get("article", True) and "gender" in class_entry:
+            indefinite, definite = PORTUGUESE_ARTICLES[class_entry["gender"], class_entry["number"]]
             forms |= {"um": f"{indefinite} {name}", "o": f"{definite} {name}"}
             forms |= {"do": f"d{definite} {name}", "no": f"n{definite} {name}"}
-    places = re.findall(r"\{([^{}]*)\}", template)
-    if not places or not forms.keys() >= set(places):
+    placeholders = re.findall(r"\{([^{}]*)\}", template)
+    if not placeholders or not forms.keys() >= set(placeholders):
         known = ", ".join(f"{{{form}}}" for form in forms)
-        raise ValueError(f"the template {template!r} needs the class's name in place of {known}")
-    return re.sub(r"\{([^{}]*)\}", lambda place: forms[place[1]], template)
+        raise ValueError(f"the template {template!r} must have a placeholder for the class name, one of {known}")
+    return re.sub(r"\{([^{}]*)\}", lambda match: forms[match[1]], template)
 
 
-def _own(path: Path) -> Prompts:
+def _load_classes_file(path: Path) -> Prompts:
+    """Load prompts from a JSON file with a user's own classes and templates, see `CLASSES_FILE_EXAMPLE`.
+
+    Raises:
+        ValueError: If the file does not exist, or its content is invalid. The message shows a valid example.
+    """
     if not path.is_file():
-        raise ValueError(f"The file of classes {path} does not exist.")
+        raise ValueError(f"The classes file {path} does not exist.")
     try:
         data = {"dataset": path.stem, "language": "pt", "metric": "accuracy"}
         data |= read_json(path, classes=list, templates=list)
         language, metric, names = data["language"], data["metric"], []
         if not isinstance(language, str) or not re.fullmatch(r"[A-Za-z]{2,3}([-_]\w+)*", language):
             raise ValueError(f"language must be a code such as 'es', got {language!r}")
-        if metric not in METRICS:
-            raise ValueError(f"unknown metric {metric!r}, the known ones are {', '.join(METRICS)}")
+        if metric not in DATASET_METRICS:
+            raise ValueError(f"metric must be one of {', '.join(DATASET_METRICS)}, got {metric!r}")
         texts = [data["dataset"], *data["templates"]]
         if not data["classes"] or not data["templates"] or not all(isinstance(text, str) for text in texts):
-            raise ValueError("it needs at least one of classes and of templates, and the latter are texts")
-        for number, entry in enumerate(data["classes"]):  # an object, or the name alone
+            raise ValueError("classes and templates must not be empty, and dataset and templates must be texts")
+        for number, entry in enumerate(data["classes"]):
             entry = entry if isinstance(entry, dict) else {language: entry}
             name = entry.get(language)
             if not all(isinstance(text, str) and text.strip() for text in (name, entry.get("en", name))):
-                raise ValueError(f"class {number} needs a name in the file's language, {language!r}, got {entry}")
-            if "gender" in entry and (entry["gender"], entry.get("number")) not in [*ARTICLES]:
-                raise ValueError(f"class {number} needs gender m or f and number s or p, got {entry}")
+                raise ValueError(f"class {number} must have a name in the language {language!r}, got {entry}")
+            if "gender" in entry and (entry["gender"], entry.get("number")) not in [*PORTUGUESE_ARTICLES]:
+                raise ValueError(f"gender must be m or f and number s or p, got class {number}: {entry}")
             names.append(entry.get("en", name))
             data["classes"][number] = entry | {"en": names[-1]}
-        if repeated := sorted(name for name, times in Counter(names).items() if times > 1):
-            raise ValueError(f"no class may be there twice, as {repeated[:10]} are")
-        return _prompts(data["dataset"], "own", data)
+        if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+            raise ValueError(f"class names must be distinct, but {repeated[:10]} occur more than once")
+        return _build_prompts(data["dataset"], "own", data)
     except ValueError as error:
-        raise ValueError(f"{path} is no file of classes: {error}. Such a file works: {EXAMPLE}") from error
+        raise ValueError(f"{path} is not a classes file: {error}. Example: {CLASSES_FILE_EXAMPLE}") from error
 
 
-def _prompts(benchmark: str, protocol: str, data: dict[str, Any]) -> Prompts:
+def _build_prompts(benchmark: str, protocol: str, data: dict[str, Any]) -> Prompts:
+    """Fill all templates with all class names.
+
+    Args:
+        benchmark: Key of the dataset.
+        protocol: "ours" or "own".
+        data: Content of a JSON file with the keys `language`, `metric`, `templates` and `classes`. Each class is a dict
+            with its name under the language code and under "en".
+    """
     classes, language = data["classes"], data["language"]
-    filled = [[fill(template, entry, language) for template in data["templates"]] for entry in classes]
-    names, names_en = ([entry[key] for entry in classes] for key in (language, "en"))
-    return Prompts(benchmark, protocol, names, names_en, filled, data["metric"], language, _shared_names(names))
+    class_prompts = [[fill_template(template, entry, language) for template in data["templates"]] for entry in classes]
+    names, english_names = ([entry[key] for entry in classes] for key in (language, "en"))
+    notes = _describe_shared_names(names)
+    return Prompts(benchmark, protocol, names, english_names, class_prompts, data["metric"], language, notes)
 
 
-def _shared_names(names: list[str]) -> tuple[str, ...]:
-    """A note on the names of several classes, which no prompt can tell apart; none where there is no such name."""
-    twice = sorted(name for name, times in Counter(names).items() if times > 1)
-    note = f"{len(twice)} names stand for several classes, whose images count as wrong: {', '.join(twice)}."
-    return (note,) if twice else ()
+def _describe_shared_names(names: list[str]) -> tuple[str, ...]:
+    """Return a note for the reader if several classes have the same name, because prompts can't tell them apart.
+
+    Args:
+        names: Names of all classes.
+
+    Returns:
+        A tuple with the note, or an empty tuple if all names are distinct.
+    """
+    shared = sorted(name for name, count in Counter(names).items() if count > 1)
+    note = f"{len(shared)} names are shared by several classes, whose images count as wrong: {', '.join(shared)}."
+    return (note,) if shared else ()
 
 
-def _authors(ours: Prompts, source: str | None) -> Prompts:
-    if not source or not Path(source).is_file():
-        raise ValueError(f"Protocol authors needs their file: give --authors_file, a path; got {source}.")
-    values, key, found = assignments(Path(source).read_text(encoding="utf-8")), ours.benchmark, []
-    for what, name in (("classes", "class_map"), ("templates", "template_map")):
-        texts = values[name].get(key) if isinstance(values.get(name), dict) else None
-        if what == "classes" and isinstance(texts, list):
-            texts = [text[0] if isinstance(text, list) and text else text for text in texts]  # as they do
-        if not isinstance(texts, list) or not texts or not all(isinstance(v, str) and v.strip() for v in texts):
-            raise ValueError(f"The authors' file has no {name} with a list of texts for {key!r}: the {what}.")
-        found.append(texts)
-    names, templates = found
-    if lacking := [template for template in templates if "{}" not in template]:
-        raise ValueError(f"The authors' templates of {key!r} have no {{}} for the name: {lacking[:3]}.")
-    note = FOOD_FAULT if key == "food-101" else f"The list has {len(names)} names for {len(ours.names)} classes."
-    notes = (note,) if len(names) != len(ours.names) else ()
-    filled = [[template.replace("{}", name) for template in templates] for name in names]
-    return Prompts(key, "authors", names, ours.names_en, filled, ours.metric, notes=notes)
+def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Prompts:
+    """Load the prompts of CAPIVARA's authors.
+
+    Args:
+        our_prompts: This project's prompts for the same dataset, from which English class names and metric are taken.
+        authors_file: Path of the authors' `portuguese_prompts.py`. The file is parsed, never executed.
+
+    Raises:
+        ValueError: If the file does not exist, or has no valid class names and templates for the dataset.
+    """
+    if not authors_file or not Path(authors_file).is_file():
+        raise ValueError(f"--authors_file must be the path of portuguese_prompts.py, got {authors_file}.")
+    values, key, lists = parse_assignments(Path(authors_file).read_text(encoding="utf-8")), our_prompts.benchmark, []
+    for variable in ("class_map", "template_map"):
+        texts = values[variable].get(key) if isinstance(values.get(variable), dict) else None
+        if variable == "class_map" and isinstance(texts, list):
+            # A class may have a list of synonyms. As in the authors' code, the first one is used.
+            texts = [text[0] if isinstance(text, list) and text else text for text in texts]
+        if (
+            not isinstance(texts, list)
+            or not texts
+            or not all(isinstance(text, str) and text.strip() for text in texts)
+        ):
+            raise ValueError(f"{variable} in {authors_file} must have a list of texts for {key!r}.")
+        lists.append(texts)
+    names, templates = lists
+    if invalid := [template for template in templates if "{}" not in template]:
+        raise ValueError(f"Templates must have {{}} for the name, got {invalid[:3]} for {key!r} in {authors_file}.")
+    note = f"The list has {len(names)} names for {len(our_prompts.names)} classes."
+    note = FOOD_101_NOTE if key == "food-101" else note
+    notes = (note,) if len(names) != len(our_prompts.names) else ()
+    class_prompts = [[template.replace("{}", name) for template in templates] for name in names]
+    return Prompts(key, "authors", names, our_prompts.english_names, class_prompts, our_prompts.metric, notes=notes)
 
 
-def assignments(text: str) -> dict:
-    """Plain assignments of a Python file, parsed and never executed; ValueError where it holds anything else."""
+def parse_assignments(text: str) -> dict:
+    """Parse the assignments of a Python file without executing it.
+
+    An assigned value may be a text, a number, a list, a tuple, a dict, the name of an earlier variable, or a template,
+    which is a lambda that returns an f-string.
+
+    Args:
+        text: Source code of the file.
+
+    Returns:
+        Name of each variable -> value. A template becomes a text in which {} stands for the argument of the lambda.
+
+    Raises:
+        ValueError: If an assigned value is anything else, such as a call, or if the text is not valid Python.
+    """
     values: dict = {}
 
-    def value(node: ast.expr):
+    def evaluate(node: ast.expr):
         if isinstance(node, ast.Name) and node.id in values:
             return values[node.id]
         if isinstance(node, ast.Dict):
-            return {value(key): value(item) for key, item in zip(node.keys, node.values, strict=True)}
+            return {evaluate(key): evaluate(item) for key, item in zip(node.keys, node.values, strict=True)}
         if isinstance(node, ast.List | ast.Tuple):
-            return [value(item) for item in node.elts]
-        if isinstance(node, ast.Lambda) and isinstance(node.body, ast.JoinedStr):  # lambda c: f"uma foto de {c}."
+            return [evaluate(item) for item in node.elts]
+        # A template is a lambda with an f-string, such as `lambda c: f"uma foto de {c}."`.
+        if isinstance(node, ast.Lambda) and isinstance(node.body, ast.JoinedStr):
             parts = node.body.values
             return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
         return ast.literal_eval(node)
@@ -185,26 +268,42 @@ def assignments(text: str) -> dict:
     try:
         for statement in ast.parse(text).body:
             if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-                values[statement.targets[0].id] = value(statement.value)
+                values[statement.targets[0].id] = evaluate(statement.value)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"The authors' file is not what it is known to be, plain assignments: {error}.") from error
+        raise ValueError(f"The authors' file must contain only plain assignments of texts: {error}.") from error
     return values
 
 
-def _babel(ours: Prompts, language: str) -> Prompts:
-    if ours.benchmark != "imagenet-1k":
-        raise ValueError(f"Babel-ImageNet names the classes of imagenet-1k alone, not of {ours.benchmark}.")
+def _load_babel_prompts(our_prompts: Prompts, language: str) -> Prompts:
+    """Load the class names of Babel-ImageNet, with the templates that clip-benchmark has for the language.
+
+    If there are no templates in the language, the English templates are used.
+
+    Args:
+        our_prompts: This project's prompts for ImageNet, from which the English names of all classes are taken.
+        language: Language code, such as "pt".
+
+    Raises:
+        ValueError: If `our_prompts` is not for ImageNet, or Babel-ImageNet does not have the language.
+        ImportError: If clip-benchmark is not installed.
+    """
+    if our_prompts.benchmark != "imagenet-1k":
+        raise ValueError(f"Protocol babel is only for the benchmark imagenet-1k, got {our_prompts.benchmark}.")
     try:
         folder = files("clip_benchmark.datasets")
     except ImportError as error:
-        raise ImportError("Babel-ImageNet comes with clip-benchmark: pip install clip-benchmark.") from error
+        raise ImportError("Protocol babel needs clip-benchmark. Install it: pip install clip-benchmark") from error
     data = json.loads((folder / "babel_imagenet.json").read_text(encoding="utf-8"))
     key = language.upper()
     if key not in data:
-        raise ValueError(f"Babel-ImageNet has no language {language!r}; there are {', '.join(sorted(data))}.")
+        raise ValueError(f"Babel-ImageNet has no language {language!r}. Known are {', '.join(sorted(data))}.")
     indices, names = data[key]
     templates = json.loads((folder / "nllb_dist13b_prompts.json").read_text(encoding="utf-8"))
-    filled = [[template.replace("{}", name) for template in templates.get(key, templates["EN"])] for name in names]
+    templates = templates.get(key, templates["EN"])
+    class_prompts = [[template.replace("{}", name) for template in templates] for name in names]
     note = f"Babel-ImageNet names {len(indices)} of the 1000 classes in {language}; only their images are classified."
-    notes = (note, *_shared_names(names))
-    return Prompts("imagenet-1k", "babel", names, ours.names_en, filled, "accuracy", language, notes, list(indices))
+    notes = (note, *_describe_shared_names(names))
+    english_names = our_prompts.english_names
+    return Prompts(
+        "imagenet-1k", "babel", names, english_names, class_prompts, "accuracy", language, notes, list(indices)
+    )

@@ -1,1 +1,1 @@
-"""Figures out: what was measured, and its tables, plots and pages."""
+"""Read and write result files, and show their records as tables, plots and HTML pages."""

@@ -1,9 +1,10 @@
-"""Result files: what was measured, and on what, in the one form that tables, plots, pages and the model card read.
+"""Read, validate and write result files. Tables, plots, HTML pages and model cards are made from these JSON files.
 
     records = read_records(Path("results/retrieval_pt.json"))
     records[0].value, records[0].interval_95
 
-A `Record` checks itself, so that a figure out of its range is neither written nor read.
+A `Record` is one measured value with the conditions of its measurement. It validates itself, so a value that is out of
+range is neither written nor read.
 """
 
 import json
@@ -21,44 +22,47 @@ from capivara_common.environment import package_versions
 from capivara_common.files import write_json
 from capivara_common.privacy import hide_paths, short_name
 
-SCHEMA_VERSION = 2  # of result files and of run.json
-MAX_JSON_BYTES = 64 * 2**20  # a 1000 x 1000 confusion matrix takes 12 MB, indented
-MODEL_NAMES = {"baseline": "Baseline", "capivara": "CAPIVARA"}  # role -> as tables show it
+SCHEMA_VERSION = 2  # version of the format of result files and of run.json
+MAX_JSON_BYTES = 64 * 2**20  # the largest part, an indented confusion matrix of 1000 classes, takes 12 MB
+ROLE_NAMES = {"baseline": "Baseline", "capivara": "CAPIVARA"}  # role -> name that tables show
 TASKS = ("retrieval", "classification", "linear_probe")
 DIRECTIONS = ("text_to_image", "image_to_text")
-RANK_METRICS = ("median_rank",)  # ranks from 1, the lower the better; every other metric is a share
-GAIN = "mean_recall_gain"  # model minus baseline, from -1 to 1
-METRICS = {  # metric -> the task that reports it; beside `recall@k` of any k
-    **dict.fromkeys(("mean_recall", "median_rank", GAIN), "retrieval"),
+RANK_METRICS = ("median_rank",)  # ranks from 1, lower is better; every other metric is a share from 0 to 1 or a gain
+GAIN_METRIC = "mean_recall_gain"  # model minus baseline, from -1 to 1
+METRIC_TASKS = {  # metric -> "retrieval", or "classes" for other tasks; `recall@k` for any k is not listed
+    **dict.fromkeys(("mean_recall", "median_rank", GAIN_METRIC), "retrieval"),
     **dict.fromkeys(("accuracy", "mean_per_class_accuracy", "top_5_accuracy", "11point_mAP", "roc_auc"), "classes"),
 }
-LARGEST_K = 10  # of the mean recall
-ROUNDING = 1e-9  # that a computed share may lie outside of its range
+LARGEST_RECALL_CUTOFF = 10  # the mean recall is the mean of recall@k for k = 1, 5 and 10; this is the largest k
+ROUNDING_TOLERANCE = 1e-9  # rounding errors may move a share out of its range by at most this much
 
-
-# What two figures must share to be compared: fields of `Record`.
+# Two records are comparable only if all of these fields of `Record` are equal.
 Condition = namedtuple("Condition", "task dataset split language protocol direction metric dim", defaults=(None,))
 
 
 @dataclass(frozen=True)
 class Record:
-    """One measured figure; ValueError, beginning with the field, for another type, or a value out of range."""
+    """One measured value, with the conditions of the measurement.
+
+    Raises:
+        ValueError: If a field has the wrong type or is out of range. The message starts with the name of the field.
+    """
 
     task: str  # "retrieval", "classification" or "linear_probe"
     dataset: str
     split: str
-    language: str  # code of the captions' or prompts' language, such as "pt"
-    protocol: str  # what was compared with what; figures of different protocols are not comparable
-    direction: str  # "text_to_image" or "image_to_text" of retrieval, else ""
+    language: str  # language code of the captions or prompts, such as "pt"; "" for the linear probe
+    protocol: str  # how the value was measured; records of different protocols are not comparable
+    direction: str  # "text_to_image" or "image_to_text" for retrieval, otherwise ""
     metric: str  # such as "recall@1", "mean_recall", "accuracy", or "mean_recall_gain" (model minus baseline)
-    value: float  # a share from 0 to 1; of "median_rank" a rank from 1; of a gain from -1 to 1
-    n: int  # queries or images averaged over
-    model: str  # role, "baseline" or "capivara"
-    model_folder: str  # relative to the run's
-    seed: int | None = None  # of the training run, None for a model that was not trained in it
-    chance: float | None = None  # expected value of random scores; None where it has no meaning
-    interval_95: tuple[float, float] | None = None  # low and high end of a 95 % interval, for a gain
-    dim: int | None = None  # first numbers of the embeddings that were compared, `protocol` says it too; None of all
+    value: float  # a share from 0 to 1; for "median_rank" a rank from 1; for a gain a difference from -1 to 1
+    n: int  # number of queries (retrieval) or images (other tasks) that the value averages over
+    model: str  # role of the model, "baseline" or "capivara"
+    model_folder: str  # folder or Hub id of the model; "." in the results that a training run writes about itself
+    seed: int | None = None  # seed of the training run; None if unknown, or if the model was not fine-tuned
+    chance: float | None = None  # expected value for random scores; None if it is not defined
+    interval_95: tuple[float, float] | None = None  # for a gain: low and high end of the 95 % confidence interval
+    dim: int | None = None  # dimensions of truncated embeddings (`protocol` names them, too); None: not truncated
 
     def __post_init__(self) -> None:
         if isinstance(self.interval_95, list):
@@ -71,64 +75,83 @@ class Record:
         for name in ("seed", "dim"):
             self._check(name, type(getattr(self, name)) in (int, type(None)), "a whole number or null")
         ends, is_retrieval = self.interval_95, self.task == "retrieval"
-        pair = isinstance(ends, tuple) and len(ends) == 2 and all(map(is_number, ends)) and ends[0] <= ends[1]
-        self._check("interval_95", ends is None or pair, "two numbers, the low end first")
+        is_pair = isinstance(ends, tuple) and len(ends) == 2 and all(map(is_number, ends)) and ends[0] <= ends[1]
+        self._check("interval_95", ends is None or is_pair, "two numbers, the lower one first")
         self._check("task", self.task in TASKS, f"one of {', '.join(TASKS)}")
-        self._check("model", self.model in MODEL_NAMES, f"one of {', '.join(MODEL_NAMES)}")
+        self._check("model", self.model in ROLE_NAMES, f"one of {', '.join(ROLE_NAMES)}")
         rule = f"one of {', '.join(DIRECTIONS)}" if is_retrieval else "empty"
         self._check("direction", self.direction in (DIRECTIONS if is_retrieval else ("",)), f"{rule} for {self.task}")
         recall = re.fullmatch(r"recall@([1-9]\d{0,8})", self.metric)
-        kind = "retrieval" if recall else METRICS.get(self.metric)
-        self._check("metric", kind is not None and (kind == "retrieval") == is_retrieval, f"one of {self.task}")
-        low, of = -1 if self.is_gain else 0, f" for {self.metric}"
-        is_share = low - ROUNDING <= self.value <= 1 + ROUNDING
-        rule = "a rank from 1" if self.is_rank else f"a share from {low} to 1"
-        self._check("value", self.value >= 1 if self.is_rank else is_share, rule, of)
-        self._check("chance", self.chance is None or -ROUNDING <= self.chance <= 1 + ROUNDING, "a share from 0 to 1")
+        kind = "retrieval" if recall else METRIC_TASKS.get(self.metric)
+        rule = f"a metric of {self.task}"
+        self._check("metric", kind is not None and (kind == "retrieval") == is_retrieval, rule)
+        low = -1 if self.is_gain else 0
+        is_share = low - ROUNDING_TOLERANCE <= self.value <= 1 + ROUNDING_TOLERANCE
+        rule = "a rank of at least 1" if self.is_rank else f"a share from {low} to 1"
+        self._check("value", self.value >= 1 if self.is_rank else is_share, rule, f" for {self.metric}")
+        is_share = self.chance is None or -ROUNDING_TOLERANCE <= self.chance <= 1 + ROUNDING_TOLERANCE
+        self._check("chance", is_share, "a share from 0 to 1")
         for name in ("n", "dim"):
             self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        k = int(recall[1]) if recall else LARGEST_K if self.metric.startswith("mean_recall") else 0
-        # Among so few every query would be a hit.
-        self._check("n", not k or self.n > k, f"above {k} for {self.metric}", ": among so few it has no meaning")
+        k = int(recall[1]) if recall else 0
+        if self.metric.startswith("mean_recall"):
+            k = LARGEST_RECALL_CUTOFF
+        # With k items or fewer, every query is a hit.
+        self._check("n", not k or self.n > k, f"greater than {k} for {self.metric}")
 
     @property
     def condition(self) -> Condition:
-        """What another figure must share to be compared with this one."""
+        """Fields that must be equal in another record for the two values to be comparable."""
         return Condition(*(getattr(self, name) for name in Condition._fields))
 
     @property
     def is_rank(self) -> bool:
-        """Whether the value is a rank from 1, the lower the better, and no share."""
+        """Whether the value is a rank (from 1, lower is better) instead of a share."""
         return self.metric in RANK_METRICS
 
     @property
     def is_gain(self) -> bool:
-        """Whether the value is a difference of two models."""
-        return self.metric == GAIN
+        """Whether the value is a gain: the mean recall of a model minus the mean recall of its baseline."""
+        return self.metric == GAIN_METRIC
 
-    def _check(self, name: str, holds: bool, rule: str, rest: str = "") -> None:
-        if not holds:
-            raise ValueError(f"{name} must be {rule}, got {reprlib.repr(getattr(self, name))}{rest}")
+    def _check(self, name: str, is_valid: bool, rule: str, suffix: str = "") -> None:
+        """Raise ValueError unless a field is valid.
+
+        Args:
+            name: Name of the field.
+            is_valid: Whether the value of the field is valid.
+            rule: What the value must be, such as "at least 1". It is part of the message, after "must be".
+            suffix: End of the message.
+        """
+        if not is_valid:
+            raise ValueError(f"{name} must be {rule}, got {reprlib.repr(getattr(self, name))}{suffix}")
 
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A result file that has the right form."""
+    """A valid result file, with its records and its whole content."""
 
-    name: str  # path of the file within the folder that was read
-    records: tuple[Record, ...]  # its figures, at least one
-    content: dict[str, Any]  # the whole JSON object, as `write_records` has it
+    name: str  # path of the file relative to the folder that is read
+    records: tuple[Record, ...]  # the measured values, at least one
+    content: dict[str, Any]  # the whole JSON object, with the keys that `write_records` writes
 
 
 def write_records(
     path: Path, records: list[Record], *, dataset: str, fingerprint: str | None, model: str, name: str | None = None,
-    skipped: dict[Any, str] | None = None, **parts: Any,
+    skipped: dict[Any, str] | None = None, **metadata: Any,
 ) -> None:  # fmt: skip
-    """Write a result file in one piece: what its figures depend on, the records, and further `parts` of the file.
+    """Write a result file atomically.
 
-    `dataset` is a folder, pattern of files, or Hub id of the images, `name` what the records call it where that is
-    another, `skipped` says of a row why it is not in the figures. Parts are `device`, in words; `precision`, "float32"
-    or the type of autocast; `seconds` of the measurement alone.
+    Args:
+        path: JSON file to write.
+        records: The measured values.
+        dataset: Folder, file pattern or Hub id of the images.
+        fingerprint: Digest of the data that were measured; None if it was not computed.
+        model: Folder or Hub id of the model.
+        name: Name of the dataset in the records, if it differs from `dataset`.
+        skipped: Row number -> reason why the row was not measured, for example an unreadable image.
+        metadata: Further keys of the file, such as `device`, `precision` ("float32" or the autocast type) and `seconds`
+            (duration of the measurement).
     """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module, skipped = spec.name if spec else Path(sys.argv[0]).stem, skipped or {}
@@ -136,10 +159,10 @@ def write_records(
     content = {
         "schema_version": SCHEMA_VERSION,
         "dataset": short_name(name or dataset),
-        "dataset_revision": hub_revision(dataset, "dataset"),
+        "dataset_revision": find_hub_revision(dataset, "dataset"),
         "dataset_fingerprint": fingerprint,
         "model": hide_paths(model),
-        "model_revision": hub_revision(model, "model"),
+        "model_revision": find_hub_revision(model, "model"),
         "versions": package_versions(),
         "seconds": None,
         "skipped_rows": len(skipped),
@@ -147,13 +170,18 @@ def write_records(
         "records": listed,
         "skipped": skipped,
     }
-    write_json(path, content | parts)
+    write_json(path, content | metadata)
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a result file; ValueError names file, place, value and rule where it has another form."""
+    """Read the records of a result file.
+
+    Raises:
+        ValueError: If the content of the file is invalid. The message names the file, the JSON path of the wrong value,
+            the value and the rule that it breaks.
+    """
     try:
-        content, _ = read_object(path)
+        content, _ = read_json_object(path)
     except ValueError as error:
         raise ValueError(f"{path} {error}.") from error
     try:
@@ -163,13 +191,22 @@ def read_records(path: Path) -> list[Record]:
 
 
 def parse_result(content: dict[str, Any], name: str) -> ResultFile:
-    """A result file out of its JSON object; a ValueError begins with the place in it, such as `records/3/value`."""
+    """Validate the JSON object of a result file.
+
+    Args:
+        content: The JSON object.
+        name: Path of the file relative to the folder that is read; it becomes `ResultFile.name`.
+
+    Raises:
+        ValueError: If the object is invalid. The message starts with the JSON path of the wrong value, such as
+            `records/3/value`.
+    """
     version, listed, records = content.get("schema_version"), content.get("records"), []
     if version != SCHEMA_VERSION:
-        found = f"{reprlib.repr(version)}: measure it again with this package"
-        raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {found}")
+        hint = "Measure again with this version of the package"
+        raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {reprlib.repr(version)}. {hint}")
     if not isinstance(listed, list) or not listed:
-        raise ValueError(f"records must be a list of at least one figure, got {reprlib.repr(listed)}")
+        raise ValueError(f"records must be a list with at least one record, got {reprlib.repr(listed)}")
     for number, entry in enumerate(listed):
         if not isinstance(entry, dict):
             raise ValueError(f"records/{number} must be an object, got {reprlib.repr(entry)}")
@@ -182,35 +219,52 @@ def parse_result(content: dict[str, Any], name: str) -> ResultFile:
     return ResultFile(name, tuple(records), content)
 
 
-def read_object(path: Path) -> tuple[dict[str, Any], bytes]:
-    """A JSON object out of a file that may be anybody's, and the file's bytes, for a digest or a search in them.
+def read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Read a JSON object from a file that is not trusted.
 
-    ValueError, to follow the file's name, where it is no regular file, too large or no JSON object in UTF-8, a number
-    is NaN or infinite, or a key stands twice.
+    Returns:
+        The object, and the bytes of the file, from which callers compute a digest or which they search for a text.
+
+    Raises:
+        ValueError: If the path is not a regular file, the file is too large or not a JSON object in UTF-8, a number is
+            NaN or infinite, or an object has a duplicate key. The message starts with a verb, so that callers can put
+            the name of the file before it.
     """
-    if not path.is_file():  # to read a pipe would wait for ever
-        raise ValueError("is no regular file")
+    if not path.is_file():  # reading a pipe could block forever
+        raise ValueError("is not a regular file")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"is larger than {MAX_JSON_BYTES // 2**20} MiB")
     data = path.read_bytes()
     try:
-        content = json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_distinct_keys)
+        text = data.decode("utf-8")
+        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_check_distinct_keys)
     except RecursionError as error:
-        raise ValueError("is no JSON that can be read: it nests too deep") from error
-    except ValueError as error:  # also text that is not UTF-8
-        raise ValueError(f"is no JSON: {error}") from error
+        raise ValueError("is not readable JSON: it is nested too deeply") from error
+    except ValueError as error:  # includes UnicodeDecodeError
+        raise ValueError(f"is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError("must hold a JSON object")
+        raise ValueError("must contain a JSON object")
     return content, data
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number that can be computed with: no truth value, NaN or infinity."""
+    """Return whether a JSON value is a number, not a bool, whose absolute value is below 1e18.
+
+    The limit excludes NaN, infinity and integers that are too large for float arithmetic.
+    """
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
 
 
-def hub_revision(name: str, repo_type: str) -> str | None:
-    """Commit of a model or data set that was loaded from the Hub, as its cache tells; None for a local one."""
+def find_hub_revision(name: str, repo_type: str) -> str | None:
+    """Look up in the local Hub cache which commit of a model or dataset was downloaded.
+
+    Args:
+        name: Hub id, or a path.
+        repo_type: "model" or "dataset".
+
+    Returns:
+        The commit hash. None for a local path, or if the cache does not have the repository.
+    """
     if Path(name).exists() or name.count("/") != 1:
         return None
     owner, repository = name.split("/")
@@ -218,12 +272,14 @@ def hub_revision(name: str, repo_type: str) -> str | None:
     return reference.read_text(encoding="ascii").strip() if reference.is_file() else None
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"it holds {name}")
+def _refuse_constant(name: str) -> None:
+    """Raise ValueError. `json.loads` calls this function for NaN and Infinity, which JSON does not allow."""
+    raise ValueError(f"it contains {name}")
 
 
-def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _check_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dict from the (key, value) pairs of a JSON object. Raises ValueError if a key occurs twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a key stands twice in an object")
+        raise ValueError("an object has a duplicate key")
     return content

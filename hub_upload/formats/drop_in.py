@@ -1,12 +1,16 @@
-"""The text side alone, for whoever has pictures embedded with the base: these stay, and better sentences find them.
+"""Export only the text encoder of a model.
 
-    config.json, model.safetensors, tokenizer  the text tower, which transformers opens; of SigLIP the whole text side
-    modules.json, 1_Pooling/, 2_Dense/, ...    CAPIVARA's: with it the whole text side, for sentence-transformers
-    open_clip_text.safetensors                 `text.*`, `logit_scale` and `logit_bias`, under open_clip's names
-    onnx/text_model.onnx                       input_ids, CAPIVARA's attention_mask -> text_embeds (texts, width)
-    drop_in.json, README.md                    which pictures it is for
+This format is for users who have embedded their images with the base model and want to keep these image embeddings. The
+text encoder replaces the text encoder of the base model. These files are written:
 
-Before anything is written it is proved that the model embeds pictures as the base does, to the bit.
+    config.json, model.safetensors, tokenizer  text tower, for transformers (SigLIP: the whole text encoder)
+    modules.json, 1_Pooling/, 2_Dense/, ...    CAPIVARA only: the whole text encoder, for sentence-transformers
+    open_clip_text.safetensors                 text encoder, `logit_scale` and `logit_bias`, under open_clip's names
+    onnx/text_model.onnx                       input_ids, attention_mask (CAPIVARA only) -> text_embeds (texts, width)
+    drop_in.json                               names of model and base, and digest of their common image encoder
+    README.md                                  card with code examples
+
+Before anything is written, the image encoders of the model and the base model are compared. They must be bit-identical.
 """
 
 import logging
@@ -20,147 +24,236 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from capivara_common.files import read_json, write_json, write_text
-from capivara_common.image_side_digest import image_side_digest
+from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.privacy import short_name
-from capivara_common.weight_file import weight_files
+from capivara_common.weight_file import find_weight_files
 from hub_upload import formats
-from hub_upload.card_values import LICENCES, MARKDOWN_TEMPLATES, code, code_examples, escaped
-from hub_upload.formats import onnx, open_clip, text_length
-from hub_upload.formats.open_clip import check_tensors, digests, save_state
+from hub_upload.card_values import HUB_LICENSES, MARKDOWN_TEMPLATES, select_code_examples, to_code, to_markdown
+from hub_upload.formats import max_text_tokens, onnx, open_clip
+from hub_upload.formats.open_clip import check_tensors, compute_tensor_digests, save_state_dict
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
-    capivara_state_dict,
-    open_clip_model_cfg,
-    open_clip_state_dict,
+    to_capivara_state_dict,
+    to_open_clip_model_cfg,
+    to_open_clip_state_dict,
 )
-from modeling_capivara.loading import WEIGHTS, card_metadata, load_processor, mapped_model, mapped_tensors
+from modeling_capivara.loading import (
+    WEIGHTS_FILE,
+    load_mapped_model,
+    load_mapped_tensors,
+    load_processor,
+    read_card_metadata,
+)
 from modeling_capivara.two_towers import embedding_width
 
-FACTS, OPEN_CLIP_TEXT = "drop_in.json", "open_clip_text.safetensors"
-TEXT_SIDE = ("text_model.", "text_projection.")
-# Names of before version 6, which reads them, too (tried: 3.4, 4.1, 5.0, 5.2, 6.2).
-MODULES = "sentence_transformers.models"
-BETWEEN, LAST = "torch.nn.modules.activation.GELU", "torch.nn.modules.linear.Identity"  # what follows a matrix
+METADATA_FILE = "drop_in.json"
+OPEN_CLIP_TEXT_FILE = "open_clip_text.safetensors"
+TEXT_ENCODER_PREFIXES = ("text_model.", "text_projection.")  # start of the tensor names of the text encoder
+# Python package that held the module classes of Sentence Transformers before its version 6. Version 6 still accepts
+# these old class names in modules.json, so they work in all versions (tested with 3.4, 4.1, 5.0, 5.2 and 6.2).
+SENTENCE_TRANSFORMERS_MODELS = "sentence_transformers.models"
+HIDDEN_ACTIVATION = "torch.nn.modules.activation.GELU"  # follows each hidden layer of the text projection
+OUTPUT_ACTIVATION = "torch.nn.modules.linear.Identity"  # follows the last layer of the text projection
 logger = logging.getLogger("capivara")
 
 
-def write(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_id: str | None = None) -> None:
-    """Write the text side of the model in `source`, CAPIVARA's or SigLIP's, into an empty folder.
+def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_id: str | None = None) -> None:
+    """Write the text encoder of a CAPIVARA or SigLIP model, in all formats that the module docstring lists.
 
-    Raises ValueError where the model embeds pictures otherwise than the base (the first tensor or setting that differs
-    is named), its text side is the base's, too, or one of the two is damaged.
+    Args:
+        source: Folder of the model.
+        folder: Empty folder to write to.
+        config: Configuration of the model.
+        base: Folder or Hub id of the base model that embedded the images.
+        repo_id: Hub id under which the folder will be published, for the code examples in the card.
+
+    Raises:
+        ValueError: If the image encoders of model and base differ, their text encoders are equal, or one of the two
+            models is damaged.
     """
-    base_folder = formats.base_of(source, base)
-    if digests(_text_side(source)) == digests(_text_side(base_folder)):
-        raise ValueError(f"The text side of {source} is that of {base}, to the bit: there is nothing to exchange.")
-    model, processor, is_own = mapped_model(source, config), load_processor(source), config.model_type == "capivara"
-    about = {"is_own": is_own, "length": text_length(processor)}
-    denses = _write_tower(model, folder)
-    if is_own:
-        _write_modules(model, folder, denses)
-    about["open_clip"] = _write_open_clip(model, source, base_folder, folder)
-    _write_tokenizer(processor.tokenizer, folder, text_length(processor), is_own)
-    del model
+    base_folder = formats.resolve_base_folder(source, base)
+    if compute_tensor_digests(_load_text_tensors(source)) == compute_tensor_digests(_load_text_tensors(base_folder)):
+        raise ValueError(f"The text encoders of {source} and {base} are bit-identical, so there is nothing to replace.")
+    model, processor = load_mapped_model(source, config), load_processor(source)
+    is_capivara, length = config.model_type == "capivara", max_text_tokens(processor)
+    dense_folders = _write_text_tower(model, folder)
+    if is_capivara:
+        _write_sentence_transformers(model, folder, dense_folders)
+    has_open_clip = _write_open_clip(model, source, base_folder, folder)
+    _write_tokenizer(processor.tokenizer, folder, length, is_capivara)
+    del model  # frees memory before the ONNX export loads the model
     onnx.write_onnx(folder, source, ["text_model"])
-    facts = {
+    metadata = {
         "model": short_name(str(source)),
         "base": short_name(base),
-        "image_digest": image_side_digest(source),
+        "image_digest": image_encoder_digest(source),
         "width": embedding_width(config),
         "distance": "cosine",
         "unit_length": True,
     }
-    write_json(folder / FACTS, facts)
-    write_text(folder / "README.md", _card(source, folder, facts, repo_id, **about))
+    write_json(folder / METADATA_FILE, metadata)
+    card = _render_card(
+        source, folder, metadata, repo_id, is_capivara=is_capivara, length=length, open_clip=has_open_clip
+    )
+    write_text(folder / "README.md", card)
     if (source / "LICENSE").is_file():
         shutil.copyfile(source / "LICENSE", folder / "LICENSE")
 
 
-def _text_side(folder: Path) -> dict[str, Tensor]:
-    tensors = mapped_tensors(weight_files(folder))
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_SIDE)}
+def _load_text_tensors(folder: Path) -> dict[str, Tensor]:
+    """Load the tensors of a model's text encoder (text tower and text projection), memory-mapped.
+
+    Args:
+        folder: Folder of the whole model.
+
+    Returns:
+        Tensors by name.
+    """
+    tensors = load_mapped_tensors(find_weight_files(folder))
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_PREFIXES)}
 
 
-def _write_tower(model: PreTrainedModel, folder: Path) -> list[str]:
-    """The tower, and each matrix of the projection in a folder of its own, compared with the model; their names."""
+def _write_text_tower(model: PreTrainedModel, folder: Path) -> list[str]:
+    """Write the text tower for transformers, and its projection as Dense modules of Sentence Transformers.
+
+    Each linear layer of the projection is written to a separate subfolder, such as `2_Dense`.
+
+    Args:
+        model: Whole model. SigLIP has no separate text projection, so no Dense module is written.
+        folder: Folder to write to.
+
+    Returns:
+        Names of the subfolders of the linear layers, in the order of execution.
+
+    Raises:
+        ValueError: If a written tensor differs from the model.
+    """
     model.text_model.save_pretrained(folder)
-    written = {f"text_model.{name}": tensor for name, tensor in mapped_tensors([folder / WEIGHTS]).items()}
-    matrices = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-    matrices = {name: part for name, part in matrices.items() if name.startswith("text_projection")}
-    denses = [f"{number}_Dense" for number in range(2, 2 + len(matrices))]
-    for dense, (name, matrix) in zip(denses, matrices.items(), strict=True):
-        settings = {"in_features": matrix.in_features, "out_features": matrix.out_features, "bias": False}
-        settings["activation_function"] = LAST if dense == denses[-1] else BETWEEN
-        write_json(folder / dense / "config.json", settings)
-        save_state({"linear.weight": matrix.weight}, folder / dense / WEIGHTS)
-        written[f"{name}.weight"] = mapped_tensors([folder / dense / WEIGHTS])["linear.weight"]
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE)}
-    check_tensors(folder / WEIGHTS, written, digests(expected))
-    return denses
+    written = {f"text_model.{name}": tensor for name, tensor in load_mapped_tensors([folder / WEIGHTS_FILE]).items()}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: layer for name, layer in layers.items() if name.startswith("text_projection")}
+    dense_folders = [f"{number}_Dense" for number in range(2, 2 + len(layers))]
+    for dense_folder, (name, layer) in zip(dense_folders, layers.items(), strict=True):
+        is_last = dense_folder == dense_folders[-1]
+        settings = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": False}
+        settings["activation_function"] = OUTPUT_ACTIVATION if is_last else HIDDEN_ACTIVATION
+        write_json(folder / dense_folder / "config.json", settings)
+        save_state_dict({"linear.weight": layer.weight}, folder / dense_folder / WEIGHTS_FILE)
+        written[f"{name}.weight"] = load_mapped_tensors([folder / dense_folder / WEIGHTS_FILE])["linear.weight"]
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(TEXT_ENCODER_PREFIXES)}
+    check_tensors(folder / WEIGHTS_FILE, written, compute_tensor_digests(expected))
+    return dense_folders
 
 
-def _write_modules(model: PreTrainedModel, folder: Path, denses: list[str]) -> None:
-    """What sentence-transformers makes of CAPIVARA's tower and matrices; of SigLIP's tower it makes nothing."""
+def _write_sentence_transformers(model: PreTrainedModel, folder: Path, dense_folders: list[str]) -> None:
+    """Write the configuration files with which Sentence Transformers loads the text encoder of a CAPIVARA model.
+
+    There is no such function for SigLIP, because Sentence Transformers can't load SigLIP's text encoder alone.
+
+    Args:
+        model: Whole model.
+        folder: Folder to write to.
+        dense_folders: Subfolders with the layers of the text projection, from `_write_text_tower`.
+    """
     modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
     pooling = {"word_embedding_dimension": model.config.text_config.hidden_size}
     pooling |= {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes}
     write_json(folder / "1_Pooling/config.json", pooling)
-    kinds = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(denses, "Dense")}
-    kinds[f"{len(kinds)}_Normalize"] = "Normalize"
-    open_clip.write_modules(folder, [(path, f"{MODULES}.{kind}") for path, kind in kinds.items()])
-    # transformers' own encoders come with a pooler that mean pooling leaves unused, and would draw one at random.
+    classes = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(dense_folders, "Dense")}
+    classes[f"{len(classes)}_Normalize"] = "Normalize"
+    modules = [(path, f"{SENTENCE_TRANSFORMERS_MODELS}.{name}") for path, name in classes.items()]
+    open_clip.write_sentence_modules(folder, modules)
+    # The encoder is loaded without the pooler layer of transformers: mean pooling does not use it, and it would be
+    # initialized at random, because the export has no weights for it.
     kwargs = {"model_args": {"add_pooling_layer": False}} if hasattr(model.text_model, "pooler") else {}
     settings = {"max_seq_length": formats.CONTEXT_LENGTH, "do_lower_case": False} | kwargs
     write_json(folder / "sentence_bert_config.json", settings)
 
 
 def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: Path) -> bool:
-    """The text side for open_clip's model of the base, compared with the model; False where it does not fit there."""
+    """Write the text encoder under open_clip's tensor names, for loading into the base model in open_clip.
+
+    The written tensors are compared with the model.
+
+    Args:
+        model: Whole model.
+        source: Folder of the model.
+        base: Folder of the base model.
+        folder: Folder to write to.
+
+    Returns:
+        Whether the file was written. False, with a log message, if open_clip can't represent the model, or if the model
+        and the base have different tensor names or shapes.
+    """
     try:
-        mapped_model(base, model.config)  # as without the same tensors no state dict can be exchanged
-        if is_own := model.config.model_type == "capivara":
-            open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
-            state = open_clip_state_dict(model)
+        load_mapped_model(base, model.config)  # raises ValueError if the base has other tensor names or shapes
+        is_capivara = model.config.model_type == "capivara"
+        if is_capivara:
+            to_open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
+            state = to_open_clip_state_dict(model)
         else:
-            open_clip.check_siglip(model.config)
-            with TemporaryDirectory(dir=folder) as place:  # the whole model, with which it is compared
-                state = open_clip.write_siglip(source, Path(place), short_name(str(source)))
+            open_clip.check_siglip_supported(model.config)
+            # Writes the whole model to a temporary folder, because the comparison with open_clip needs both towers.
+            with TemporaryDirectory(dir=folder) as temporary:
+                state = open_clip.write_open_clip_siglip(source, Path(temporary), short_name(str(source)))
     except (ValueError, ImportError) as error:
         logger.info("open_clip is left out: %s", error)
         return False
-    ours = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
-    save_state(ours, folder / OPEN_CLIP_TEXT)
-    if is_own:
-        written = capivara_state_dict(state | mapped_tensors([folder / OPEN_CLIP_TEXT]))
-        check_tensors(folder / OPEN_CLIP_TEXT, written, digests(model.state_dict()))
+    text_state = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
+    save_state_dict(text_state, folder / OPEN_CLIP_TEXT_FILE)
+    if is_capivara:
+        written = to_capivara_state_dict(state | load_mapped_tensors([folder / OPEN_CLIP_TEXT_FILE]))
+        check_tensors(folder / OPEN_CLIP_TEXT_FILE, written, compute_tensor_digests(model.state_dict()))
     return True
 
 
-def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: int, is_own: bool) -> None:
-    """The tokenizer for texts alone; CAPIVARA's with its code, without which curly quotation marks are plain, too."""
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: int, is_capivara: bool) -> None:
+    """Write the files of the tokenizer, so that it can be loaded without the processor of the model.
+
+    CAPIVARA's tokenizer refers to its Python code for text cleaning. For programs that don't run this code, normalizer
+    steps in tokenizer.json at least straighten curly quotes and normalize accents.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        folder: Folder to write to.
+        length: Maximum number of tokens in a text.
+        is_capivara: Whether it is CAPIVARA's own tokenizer.
+    """
     tokenizer.model_max_length = min(tokenizer.model_max_length, length)
     settings = formats.save_tokenizer(tokenizer, folder)
     settings.pop("processor_class", None)
-    if is_own:
-        formats.write_tokenizer(folder, read_json(folder / "tokenizer.json"), is_own)
+    if is_capivara:
+        formats.write_tokenizer_json(folder, read_json(folder / "tokenizer.json"), is_capivara)
         settings["auto_map"] = {"AutoTokenizer": settings["auto_map"]["AutoTokenizer"]}
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def _card(source: Path, folder: Path, facts: dict[str, Any], repo_id: str | None, **values: Any) -> str:
-    """README.md: for which indexes it holds, and how each program opens it. Its figures have been measured just now."""
-    known, language = card_metadata(source / "README.md"), "pt"  # of a model that doesn't say in which it was trained
+def _render_card(source: Path, folder: Path, metadata: dict[str, Any], repo_id: str | None, **values: Any) -> str:
+    """Render README.md. It says which image embeddings the text encoder fits, and how each library loads it.
+
+    Args:
+        source: Folder of the model. Its card states the license, and its run.json the language.
+        folder: Folder of the export.
+        metadata: Content of drop_in.json.
+        repo_id: Hub id that the code examples load. None: the examples load the current folder.
+        values: Further variables of the template: `is_capivara`, `length` (maximum number of tokens in a text) and
+            `open_clip` (whether the file for open_clip was written).
+
+    Returns:
+        The text of the card.
+    """
+    model_card, language = read_card_metadata(source / "README.md"), "pt"  # default for models without run.json
     if (source / "run.json").is_file():
         language = read_json(source / "run.json", config=dict)["config"]["language"]
-    library, *tags = ["sentence-transformers", "clip"] if values["is_own"] else ["transformers", "siglip"]
-    tags += ["sentence-transformers"] * values["is_own"] + ["onnx"] + ["open_clip"] * values["open_clip"]
-    licence = known["license"] if known.get("license") in LICENCES else None
-    about = {"library_name": library, "license": licence, "tags": ["capivara", *tags]}
-    texts = [f"{number} text in {escaped(language)}" for number in ("a", "another")]
+    library, *tags = ["sentence-transformers", "clip"] if values["is_capivara"] else ["transformers", "siglip"]
+    tags += ["sentence-transformers"] * values["is_capivara"] + ["onnx"] + ["open_clip"] * values["open_clip"]
+    license = model_card["license"] if model_card.get("license") in HUB_LICENSES else None
+    card_data = {"library_name": library, "license": license, "tags": ["capivara", *tags]}
+    texts = [f"{number} text in {to_markdown(language)}" for number in ("a", "another")]
     return MARKDOWN_TEMPLATES.get_template("drop_in.md.j2").render(
-        **facts | {name: code(facts[name]) for name in ("model", "base", "image_digest")},
+        **metadata | {name: to_code(metadata[name]) for name in ("model", "base", "image_digest")},
         **values,
-        metadata=ModelCardData(pipeline_tag="feature-extraction", **about),
+        metadata=ModelCardData(pipeline_tag="feature-extraction", **card_data),
         repo_id=repo_id,
-        examples=code_examples(language, texts)["texts"],
+        examples=select_code_examples(language, texts)["texts"],
     )

@@ -1,13 +1,16 @@
-"""A folder that Immich's machine-learning service reads, as a model of open_clip's kind (read in 1.134 and 2.5).
+"""Export a model for the machine-learning service of the photo server Immich (tested with Immich 1.134 and 2.5).
 
-    config.json                                   text_cfg: the tokens of a text, and how it is cleaned
+Immich loads the folder as one of the OpenCLIP models in its list. These files are written:
+
+    config.json                                   embedding width, and maximum number of tokens in a text
     textual/model.onnx                            text (1, tokens), int32 -> embedding (1, width), unit length
-    textual/tokenizer.json, tokenizer_config.json pad_token, which fills every text up
+    textual/tokenizer.json, tokenizer_config.json tokenizer and its pad_token; texts are padded to the full length
     visual/model.onnx                             image (1, 3, side, side), float32 -> embedding (1, width)
     visual/preprocess_cfg.json                    size, interpolation, mean, std, resize_mode
 
-It lies as clip/NAME in Immich's model cache, under a name of its own list. With a base, `visual/` is left out: the rest
-replaces that of the base. What was written is compared with the model. docs/immich.md has the steps.
+Copy the folder to clip/NAME in Immich's model cache, where NAME is the name of a model in Immich's list. If a base
+model is given, `visual/` is not written, and the other files replace the files of the base model in the cache. The
+outputs of all ONNX graphs are compared with the outputs of the model. docs/immich.md describes the steps.
 """
 
 import json
@@ -20,99 +23,146 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from capivara_common.files import write_json
-from hub_upload.formats import base_of, text_length, write_tokenizer
-from hub_upload.formats.onnx import check_difference, data_file, open_graph, write_graph
-from modeling_capivara.convert_open_clip import preprocess_cfg_of
+from hub_upload.formats import max_text_tokens, resolve_base_folder, write_tokenizer_json
+from hub_upload.formats.onnx import check_difference, export_graph, open_session, weights_file
+from modeling_capivara.convert_open_clip import to_preprocess_cfg
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import (
+    compute_image_embeds,
+    compute_text_embeds,
     embedding_width,
-    fills_up,
-    image_embeds,
+    pads_to_max_length,
     random_images,
     random_texts,
-    text_embeds,
 )
 
-# In Immich's list, the published architecture of each kind.
-NAMES = {"capivara": "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k", "siglip": "ViT-B-16-SigLIP2__webli"}
+# Model type in config.json -> name of the model in Immich's list that has the same architecture.
+IMMICH_MODEL_NAMES = {"capivara": "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k", "siglip": "ViT-B-16-SigLIP2__webli"}
 logger = logging.getLogger("capivara")
 
 
-class Tower(nn.Module):
-    """A tower as Immich asks it."""
+class ImmichTower(nn.Module):
+    """Module to export to ONNX: a text or image encoder with the inputs that Immich provides.
+
+    Immich provides padded texts without an attention mask, and pixels of images.
+
+    Args:
+        model: Model with both towers.
+        pad_id: Token id of padding, from which the attention mask is computed. None: the model uses no mask.
+    """
 
     def __init__(self, model: PreTrainedModel, pad_id: int | None):
         super().__init__()
         self.model, self.pad_id = model, pad_id
 
     def forward(self, text: Tensor | None = None, image: Tensor | None = None) -> Tensor:
-        """Ids of padded texts, (texts, tokens), int32, or pixels, (images, 3, side, side) -> (rows, width)."""
+        """Embed texts or images. Exactly one of the two arguments is given.
+
+        Args:
+            text: Padded token ids (texts, tokens), int32.
+            image: Pixels (images, 3, height, width).
+
+        Returns:
+            Embeddings of unit length (rows, width).
+        """
         if image is not None:
-            return image_embeds(self.model, image)
-        ids = text.long()  # Immich gives no mask
-        return text_embeds(self.model, ids, None if self.pad_id is None else (ids != self.pad_id).long())
+            return compute_image_embeds(self.model, image)
+        ids = text.long()
+        return compute_text_embeds(self.model, ids, None if self.pad_id is None else (ids != self.pad_id).long())
 
 
-def write(source: Path, folder: Path, config: PreTrainedConfig, base: str | None = None) -> None:
-    """Write both towers of the model in `source` to `folder`; where there is a `base`, the text side alone.
+def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str | None = None) -> None:
+    """Write a CAPIVARA or SigLIP model in the layout that Immich reads (see the module docstring).
 
-    Raises ValueError where the model is damaged or can't be expressed, a tower has 2 GB, its graph differs by more than
-    `TOLERANCE`, or its image side is not the base's.
+    Args:
+        source: Folder of the model.
+        folder: Folder to write to.
+        config: Configuration of the model.
+        base: Folder or Hub id of the base model. If given, only the text encoder is written.
+
+    Raises:
+        ValueError: If the model is damaged or can't be represented, a tower exceeds 2 GB (the limit of an ONNX file),
+            the outputs of a graph differ from the model's, or the image encoder differs from the base model's.
     """
     if base is not None:
-        base_of(source, base)
-    processor, is_own = load_processor(source), config.model_type == "capivara"
-    # Nothing else is read of it. Of a SigLIP, Immich's own asks for punctuation to be taken away, which ours reads.
-    about = {"embed_dim": embedding_width(config), "text_cfg": {"context_length": text_length(processor)}}
-    write_json(folder / "config.json", about)
-    ids = _write_tokenizer(processor, folder / "textual", is_own)
+        resolve_base_folder(source, base)
+    processor, is_capivara = load_processor(source), config.model_type == "capivara"
+    # Immich reads only these settings from config.json. For SigLIP, Immich's own config.json also requests the removal
+    # of punctuation (`"clean": "canonicalize"`). This config.json does not, because the model was trained with
+    # punctuation.
+    settings = {"embed_dim": embedding_width(config), "text_cfg": {"context_length": max_text_tokens(processor)}}
+    write_json(folder / "config.json", settings)
+    ids = _write_tokenizer(processor, folder / "textual", is_capivara)
     model = load_model(source).eval()
-    tower = Tower(model, None if fills_up(processor) else processor.tokenizer.pad_token_id)
-    _write_graph(tower, "text", ids, folder / "textual/model.onnx")
+    tower = ImmichTower(model, None if pads_to_max_length(processor) else processor.tokenizer.pad_token_id)
+    _write_tower_graph(tower, "text", ids, folder / "textual/model.onnx")
     if base is None:
-        steps = preprocess_cfg_of(processor.image_processor)
+        steps = to_preprocess_cfg(processor.image_processor)
         pictures = [image.convert("RGB") for image in random_images()]
         pixels = processor(images=pictures, return_tensors="np")["pixel_values"]
         write_json(folder / "visual/preprocess_cfg.json", {"size": [*pixels.shape[2:]], "mode": "RGB", **steps})
-        _write_graph(tower, "image", [image[None] for image in pixels], folder / "visual/model.onnx")
+        _write_tower_graph(tower, "image", [image[None] for image in pixels], folder / "visual/model.onnx")
     logger.info(
-        "Immich reads it as clip/NAME of its cache: NAME is one of its own list, with embeddings of %d numbers, and %s "
-        "for the published architecture.", embedding_width(config), NAMES[config.model_type],
+        "Copy the folder to clip/NAME in Immich's model cache. NAME must be a model in Immich's list with an embedding "
+        "width of %d; for the published architecture, it is %s.",
+        embedding_width(config), IMMICH_MODEL_NAMES[config.model_type],
     )  # fmt: skip
 
 
-def _write_tokenizer(processor: ProcessorMixin, textual: Path, is_own: bool) -> list[np.ndarray]:
-    """Write the tokenizer; returns (1, tokens) ids of texts as Immich reads them by it, which are the model's own."""
+def _write_tokenizer(processor: ProcessorMixin, textual: Path, is_capivara: bool) -> list[np.ndarray]:
+    """Write the tokenizer for Immich, and compare its token ids of example texts with the model's.
+
+    Args:
+        processor: Processor of the model.
+        textual: Folder to write to, `textual/` of the export.
+        is_capivara: Whether it is CAPIVARA's own tokenizer.
+
+    Returns:
+        Token ids of example texts, each (1, tokens), int32.
+
+    Raises:
+        ValueError: If the tokenizer can't be written as tokenizer.json, or Immich would tokenize a text differently.
+    """
     from tokenizers import Tokenizer
 
-    tokenizer, length = processor.tokenizer, text_length(processor)
+    tokenizer, length = processor.tokenizer, max_text_tokens(processor)
     if not tokenizer.is_fast:
-        raise ValueError(f"A {type(tokenizer).__name__} has no tokenizer.json, which Immich reads.")
+        raise ValueError(f"Immich needs a tokenizer.json, but a {type(tokenizer).__name__} has none.")
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    write_tokenizer(textual, content | {"padding": None, "truncation": None}, is_own)
+    write_tokenizer_json(textual, content | {"padding": None, "truncation": None}, is_capivara)
     write_json(textual / "tokenizer_config.json", {"pad_token": tokenizer.pad_token})
     written, texts = Tokenizer.from_file(str(textual / "tokenizer.json")), ["um gato", *random_texts()]
     written.enable_padding(length=length, pad_token=tokenizer.pad_token, pad_id=tokenizer.pad_token_id)
     written.enable_truncation(max_length=length)
     ids = [np.array([written.encode(text).ids], np.int32) for text in texts]
-    wanted = tokenizer(texts, padding="max_length", truncation=True, max_length=length)["input_ids"]
-    for text, found, own in zip(texts, ids, wanted, strict=True):
-        if found[0].tolist() != own:
+    expected = tokenizer(texts, padding="max_length", truncation=True, max_length=length)["input_ids"]
+    for text, immich_ids, model_ids in zip(texts, ids, expected, strict=True):
+        if immich_ids[0].tolist() != model_ids:
             raise ValueError(
-                f"Immich's tokenizer would read {text[:80]!r} otherwise than the model's; nothing was kept."
+                f"The export was removed, because Immich would tokenize {text[:80]!r} differently from the model."
             )
     return ids
 
 
-def _write_graph(tower: Tower, name: str, examples: list[np.ndarray], path: Path) -> None:
-    """Write a tower as one file with its weights, and compare it with the model on examples of its input `name`."""
+def _write_tower_graph(tower: ImmichTower, input_name: str, examples: list[np.ndarray], path: Path) -> None:
+    """Write a tower as an ONNX file that includes the weights, and compare the outputs of the file with the tower's.
+
+    Args:
+        tower: Tower to export.
+        input_name: "text" or "image".
+        examples: Input arrays for the comparison. The first array is also the example input of the export.
+        path: File to write.
+
+    Raises:
+        ValueError: If an output differs by more than `EMBEDDING_TOLERANCE` of `hub_upload/formats/onnx.py`.
+    """
     import onnx
 
     with torch.inference_mode():
-        expected = np.concatenate([tower(**{name: torch.from_numpy(example)}).numpy() for example in examples])
-    write_graph(tower, {name: torch.from_numpy(examples[0])}, [f"{name}_embeds"], path)
-    onnx.save(onnx.load(path), path)  # its external data, too
-    data_file(path).unlink()
-    session = open_graph(path)
-    found = np.concatenate([session.run(None, {name: example})[0] for example in examples])
-    check_difference(path, float(np.abs(found - expected).max()))
+        expected = np.concatenate([tower(**{input_name: torch.from_numpy(example)}).numpy() for example in examples])
+    export_graph(tower, {input_name: torch.from_numpy(examples[0])}, [f"{input_name}_embeds"], path)
+    onnx.save(onnx.load(path), path)  # Immich expects the weights in the same file
+    weights_file(path).unlink()
+    session = open_session(path)
+    outputs = np.concatenate([session.run(None, {input_name: example})[0] for example in examples])
+    check_difference(path, float(np.abs(outputs - expected).max()))

@@ -1,12 +1,12 @@
-"""ONNX's part of a repository: each tower as a graph of its own, in float32 and in int8, compared with the model.
+"""Export a model to ONNX graphs in float32, int8 and float16, and compare their outputs with the model's.
 
     onnx/vision_model.onnx  pixel_values (images, 3, side, side)               -> image_embeds (images, width)
     onnx/text_model.onnx    input_ids, attention_mask (texts, tokens), int64   -> text_embeds (texts, width)
-                            of SigLIP, input_ids (texts, 64) alone
-    onnx/model.onnx         all of these -> logits_per_image (images, texts), logits_per_text, text_embeds, image_embeds
+                            SigLIP: only input_ids (texts, 64)
+    onnx/model.onnx         all inputs -> logits_per_image (images, texts), logits_per_text, text_embeds, image_embeds
 
-Embeddings have unit length. Weights lie beside their graph in `.onnx_data`; int8 graphs end in `_quantized`, those of
-float16 in `_fp16`: the names that transformers.js looks for.
+Embeddings have unit length. The weights of a graph are in a file with the suffix `.onnx_data` next to the graph. The
+names of int8 graphs end in `_quantized` and the names of float16 graphs in `_fp16`, as transformers.js expects.
 """
 
 import logging
@@ -26,36 +26,55 @@ from capivara_common.environment import package_versions
 from capivara_common.files import write_json
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.modeling_capivara import similarity_logits
-from modeling_capivara.two_towers import fills_up, image_embeds, pad, random_images, random_texts, text_embeds, tokenise
+from modeling_capivara.two_towers import (
+    compute_image_embeds,
+    compute_text_embeds,
+    pad_batch,
+    pads_to_max_length,
+    random_images,
+    random_texts,
+    tokenize,
+)
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-TOLERANCE = 1e-4  # of an embedding's numbers between model and float32 graph; they differ by some 1e-7
-SCORE_TOLERANCE = 1e-3  # of scores, which are cosines times the temperature, up to 100
-# Rounded are matrix products, and embeddings, most of a multilingual text tower. Convolutions stay float32: in 8 bits
-# they lose the image (lowest cosine 0.56 with EfficientNet-Lite0, whose weights are 16 MB).
-BLOCK = 128  # numbers of a weight's row that share a scale and a zero point
-# Blocks, not one scale for all activations of a batch, as `quantize_dynamic` has it for MatMul: of the same bytes and
-# speed, but its mean cosine on Portuguese captions is 0.986, that of the blocks 0.998 (text tower of the demo).
-METHOD = (
-    f"by onnxruntime: weights of matrix products in 8 bits, with a scale and a zero point for {BLOCK} numbers, their "
-    "activations too (MatMulNBits, onnxruntime from 1.22); embeddings in 8 bits with a scale and a zero point a column"
+# Largest allowed difference between the embeddings of model and float32 graph, in any component. Typical: 1e-7.
+EMBEDDING_TOLERANCE = 1e-4
+SCORE_TOLERANCE = 1e-3  # largest allowed difference of scores (cosines times the logit scale, which may be up to 100)
+# Only matrix products and token embeddings are quantized to int8; they are most of a multilingual text tower.
+# Convolutions stay float32: with int8 convolutions, embeddings of EfficientNet-Lite0 become unusable (lowest cosine
+# with the float32 embeddings 0.56), and quantization would save little, because this image tower has only 16 MB.
+QUANTIZATION_BLOCK_SIZE = 128  # consecutive weights that share a scale and a zero point
+# MatMulNBits uses a scale per block. `quantize_dynamic`, which uses one scale for all activations of a batch in MatMul,
+# would be less accurate at the same size and speed: on Portuguese captions, the mean cosine with the float32 embeddings
+# is 0.998 with MatMulNBits and 0.986 with `quantize_dynamic` (text tower of the demo model).
+QUANTIZATION_METHOD = (
+    "by onnxruntime: weights of matrix products in 8 bits, with a scale and a zero point for "
+    f"{QUANTIZATION_BLOCK_SIZE} numbers, their activations too (MatMulNBits, onnxruntime from 1.22); embeddings in 8 "
+    "bits with a scale and a zero point a column"
 )
-ENDINGS = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # of a graph's name
-IMAGES, TEXTS = ("pixel_values",), ("input_ids", "attention_mask")
-SCORES = ("logits_per_image", "logits_per_text")
-GRAPHS = {  # name -> inputs, outputs
-    "vision_model": (IMAGES, ("image_embeds",)),
-    "text_model": (TEXTS, ("text_embeds",)),
-    "model": ((*TEXTS, *IMAGES), (*SCORES, "text_embeds", "image_embeds")),
+PRECISION_SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # precision -> end of a graph's name
+IMAGE_INPUTS, TEXT_INPUTS = ("pixel_values",), ("input_ids", "attention_mask")
+SCORE_OUTPUTS = ("logits_per_image", "logits_per_text")
+GRAPH_SIGNATURES = {  # name of a graph -> (names of its inputs, names of its outputs)
+    "vision_model": (IMAGE_INPUTS, ("image_embeds",)),
+    "text_model": (TEXT_INPUTS, ("text_embeds",)),
+    "model": ((*TEXT_INPUTS, *IMAGE_INPUTS), (*SCORE_OUTPUTS, "text_embeds", "image_embeds")),
 }
-TOWERS = ("vision_model", "text_model")
+TOWER_GRAPHS = ("vision_model", "text_model")
 
 
-class Graph(nn.Module):
-    """Images, tokens or both to embeddings of unit length, and scores; float32 in and out for any weights."""
+class EmbeddingGraph(nn.Module):
+    """Module to export to ONNX: computes unit-length embeddings of images, texts or both, and their similarity scores.
+
+    Pixels and outputs are float32, also if the model is float16.
+
+    Args:
+        model: Model with both towers.
+        outputs: Names of the outputs to compute, from `GRAPH_SIGNATURES`.
+    """
 
     def __init__(self, model: PreTrainedModel, outputs: Sequence[str]):
         super().__init__()
@@ -64,69 +83,92 @@ class Graph(nn.Module):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """The outputs, in their order."""
-        model, found = self.model, {}
+        """Compute the outputs named in `self.outputs`, in this order.
+
+        Args:
+            input_ids: Token ids (texts, tokens). None if no output needs texts.
+            attention_mask: 1 for tokens, 0 for padding (texts, tokens). None if the model uses no mask.
+            pixel_values: Preprocessed images (images, 3, height, width). None if no output needs images.
+        """
+        model, results = self.model, {}
         if pixel_values is not None:
             pixel_values = pixel_values.to(next(model.vision_model.parameters()).dtype)
-            found["image_embeds"] = image_embeds(model, pixel_values)
+            results["image_embeds"] = compute_image_embeds(model, pixel_values)
         if input_ids is not None:
-            found["text_embeds"] = text_embeds(model, input_ids, attention_mask)
-        if len(found) == 2:
-            scale = model.logit_scale, getattr(model, "logit_bias", None)
-            found["logits_per_text"] = similarity_logits(found["text_embeds"], found["image_embeds"], *scale)
-            found["logits_per_image"] = found["logits_per_text"].T
-        return tuple(found[name].float() for name in self.outputs)
+            results["text_embeds"] = compute_text_embeds(model, input_ids, attention_mask)
+        if len(results) == 2:
+            scale, bias = model.logit_scale, getattr(model, "logit_bias", None)
+            results["logits_per_text"] = similarity_logits(results["text_embeds"], results["image_embeds"], scale, bias)
+            results["logits_per_image"] = results["logits_per_text"].T
+        return tuple(results[name].float() for name in self.outputs)
 
 
 def write_onnx(
     folder: Path,
     source: Path | None = None,
-    graphs: Sequence[str] = TOWERS,
+    graphs: Sequence[str] = TOWER_GRAPHS,
     precisions: Sequence[str] = ("float32", "int8"),
 ) -> None:
-    """Write `graphs` of the model in `source`, else in `folder`, to `onnx/` there, and `quantisation.json` about them.
+    """Write ONNX graphs of a model to `folder/onnx`, and `quantisation.json` with the size and accuracy of each graph.
 
-    `precisions` are of `ENDINGS`: int8, which is made of float32, after it, and float16 last. Raises ValueError where a
-    float32 graph differs from the model by more than `TOLERANCE` or `SCORE_TOLERANCE`.
+    Args:
+        folder: Folder to write to.
+        source: Folder of the model. None: the model is in `folder`.
+        graphs: Names from `GRAPH_SIGNATURES`.
+        precisions: Names from `PRECISION_SUFFIXES`. "int8" must follow "float32", from which it is quantized, and
+            "float16" must be last, because the export converts the model to float16 in place.
+
+    Raises:
+        ValueError: If a float32 graph differs from the model by more than `EMBEDDING_TOLERANCE` or `SCORE_TOLERANCE`.
     """
     model, processor, onnx = load_model(source or folder).eval(), load_processor(source or folder), folder / "onnx"
-    # Six of each, and one of each alone: both of other sizes than the exporter sees.
-    pictures = [image.convert("RGB") for image in random_images()]  # not every processor does it
+    # The graphs are compared on batches of six and one, because they must also work for batch sizes other than those of
+    # the example inputs that the exporter sees (three images, two texts).
+    pictures = [image.convert("RGB") for image in random_images()]  # some processors don't convert to RGB
     batches = [
-        pad(processor, tokenise(processor, random_texts()[:n]))
+        pad_batch(processor, tokenize(processor, random_texts()[:n]))
         | {"pixel_values": processor(images=pictures[:n], return_tensors="pt")["pixel_values"]}
         for n in (6, 1)
     ]
     with torch.inference_mode():
         expected = [model(**batch) for batch in batches]
     images, texts, tokens = (torch.export.Dim(name, min=1) for name in ("images", "texts", "tokens"))
-    length = {} if fills_up(processor) else {1: tokens}
-    shapes = {key: {0: images} if key in IMAGES else {0: texts} | length for key in batches[0]}
-    example = {key: of[:3] if key in IMAGES else of[:2, : 7 if length else None] for key, of in batches[0].items()}
+    length = {} if pads_to_max_length(processor) else {1: tokens}
+    shapes = {key: {0: images} if key in IMAGE_INPUTS else {0: texts} | length for key in batches[0]}
+    example = {
+        key: values[:3] if key in IMAGE_INPUTS else values[:2, : 7 if length else None]
+        for key, values in batches[0].items()
+    }
     onnx.mkdir()
     paths = []
     for precision in precisions:
         if precision == "float16":
-            exact = {name: value.data.clone() for name, value in model.named_parameters() if name.startswith("logit_")}
+            # The logit scale and bias stay float32, because rounding them would change all scores.
+            scalars = {
+                name: value.data.clone() for name, value in model.named_parameters() if name.startswith("logit_")
+            }
             model.half()
-            for key, value in exact.items():
+            for key, value in scalars.items():
                 getattr(model, key).data = value
         for name in graphs:
-            inputs, outputs = GRAPHS[name]
-            paths.append(onnx / f"{name}{ENDINGS[precision]}.onnx")
+            inputs, outputs = GRAPH_SIGNATURES[name]
+            paths.append(onnx / f"{name}{PRECISION_SUFFIXES[precision]}.onnx")
             if precision == "int8":
-                _round_weights(onnx / f"{name}.onnx", paths[-1])
+                _quantize_weights(onnx / f"{name}.onnx", paths[-1])
                 continue
-            given, dims = ({key: of[key] for key in inputs if key in of} for of in (example, shapes))
-            write_graph(Graph(model, outputs), given, outputs, paths[-1], dims)
-    del model  # before graphs are in memory, whole
-    found = {path.name: _facts(path, batches, expected) for path in paths}
+            example_inputs = {key: example[key] for key in inputs if key in example}
+            dynamic_shapes = {key: shapes[key] for key in inputs if key in shapes}
+            export_graph(EmbeddingGraph(model, outputs), example_inputs, outputs, paths[-1], dynamic_shapes)
+    del model  # frees memory before the graphs are loaded
+    measurements = {path.name: _measure_graph(path, batches, expected) for path in paths}
     versions = {**package_versions(), **{name: version(name) for name in ONNX_PACKAGES}}
-    write_json(onnx / "quantisation.json", {"method": METHOD, "graphs": found, "versions": versions})
+    write_json(
+        onnx / "quantisation.json", {"method": QUANTIZATION_METHOD, "graphs": measurements, "versions": versions}
+    )
 
 
-def open_graph(path: Path) -> "InferenceSession":
-    """A graph in onnxruntime, on the CPU."""
+def open_session(path: Path) -> "InferenceSession":
+    """Load an ONNX graph with onnxruntime on the CPU, with as many threads as PyTorch uses."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -134,29 +176,42 @@ def open_graph(path: Path) -> "InferenceSession":
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def data_file(graph: Path) -> Path:
-    """Where the weights of a graph lie."""
+def weights_file(graph: Path) -> Path:
+    """Return the path of the file with the weights of an ONNX graph: `text_model.onnx` -> `text_model.onnx_data`."""
     return graph.with_name(f"{graph.name}_data")
 
 
-def write_graph(
+def export_graph(
     module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], path: Path, shapes: dict | None = None
 ) -> None:
-    """Export a module with example `inputs`, weights beside it; dimensions without a name in `shapes` are fixed."""
-    with _quiet(), torch.no_grad():
-        # In evaluation mode: the exporter restores what it finds, and would leave dropout on.
+    """Export a module as an ONNX graph, with the weights in a separate file next to it (see `weights_file`).
+
+    Args:
+        module: Module to export.
+        inputs: Example inputs by name.
+        outputs: Names of the outputs.
+        path: File of the graph.
+        shapes: `dynamic_shapes` of `torch.onnx.export`: for each input, the dimensions that may vary, by index. All
+            other dimensions have the size of the example inputs. None: no dimension may vary.
+    """
+    with _silence_logging(), torch.no_grad():
+        # The exporter keeps the mode of the module. Without `eval()`, dropout would therefore stay active in the graph.
         program = torch.onnx.export(
             module.eval(), (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False,
             input_names=list(inputs), output_names=list(outputs),
         )  # fmt: skip
         program.save(path, external_data=True)
-    _strip(path)
+    _strip_exporter_notes(path)
 
 
-def _strip(path: Path) -> None:
-    """Take the exporter's notes out of a graph: they hold the stack of every operation, with this machine's paths.
+def _strip_exporter_notes(path: Path) -> None:
+    """Remove the exporter's metadata from a graph file, and rename its weight file as transformers.js expects.
 
-    The weights get the name that transformers.js looks for.
+    The metadata must not be published, because it contains a stack trace of every operation, with paths of this
+    machine.
+
+    Args:
+        path: File of the graph, which is rewritten.
     """
     import onnx
 
@@ -166,60 +221,93 @@ def _strip(path: Path) -> None:
     for owner in [*owners, *parts, *(item for part in parts for item in (*part.node, *part.value_info))]:
         owner.ClearField("metadata_props")
         owner.ClearField("doc_string")
-    data = path.with_name(f"{path.name}.data").replace(data_file(path))
+    data = path.with_name(f"{path.name}.data").replace(weights_file(path))
     for entry in (entry for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"):
         entry.value = data.name
     onnx.save(model, path)
 
 
-def _round_weights(source: Path, target: Path) -> None:
-    """Make the int8 graph of a float32 one."""
-    with _quiet():
+def _quantize_weights(source: Path, target: Path) -> None:
+    """Write the int8 version of a float32 graph. Only matrix products and token embeddings are quantized.
+
+    Args:
+        source: File of the float32 graph.
+        target: File of the int8 graph. The weights are written next to it.
+    """
+    with _silence_logging():
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
         unsigned = {"per_channel": True, "weight_type": QuantType.QUInt8}
         quantize_dynamic(source, target, op_types_to_quantize=["Gather"], **unsigned)
-        # Level 4 is arithmetic in 8 bits.
-        quantiser = MatMulNBitsQuantizer(
-            onnx.load(target), bits=8, block_size=BLOCK, accuracy_level=4, op_types_to_quantize=("MatMul",)
+        # With accuracy level 4, activations are quantized, too, so that products are computed with 8-bit integers.
+        quantizer = MatMulNBitsQuantizer(
+            onnx.load(target),
+            bits=8,
+            block_size=QUANTIZATION_BLOCK_SIZE,
+            accuracy_level=4,
+            op_types_to_quantize=("MatMul",),
         )
-        quantiser.process()
-        onnx.save(quantiser.model.model, target, save_as_external_data=True, location=data_file(target).name)
+        quantizer.process()
+        onnx.save(quantizer.model.model, target, save_as_external_data=True, location=weights_file(target).name)
 
 
-def _facts(path: Path, batches: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Bytes of a graph and its weights, and how far it is from the model on some inputs."""
-    session, size = open_graph(path), sum(part.stat().st_size for part in (path, data_file(path)))
-    inputs, outputs = ([one.name for one in ends] for ends in (session.get_inputs(), session.get_outputs()))
+def _measure_graph(path: Path, batches: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Measure the size of an ONNX graph, and how much its outputs differ from the model's.
+
+    Args:
+        path: File of the graph.
+        batches: Model inputs by name, one dict per batch.
+        expected: Model outputs by name, one dict per batch.
+
+    Returns:
+        "bytes", the size of graph and weights, and the differences as far as they apply to the graph: "lowest_cosine"
+        between embeddings of graph and model, "largest_difference" of an embedding component, and
+        "largest_score_difference".
+
+    Raises:
+        ValueError: If a float32 graph differs by more than `EMBEDDING_TOLERANCE` or `SCORE_TOLERANCE`.
+    """
+    session, size = open_session(path), sum(part.stat().st_size for part in (path, weights_file(path)))
+    inputs, outputs = ([node.name for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
     differences, cosines = [], []
-    for batch, wanted in zip(batches, expected, strict=True):
-        found = dict(zip(outputs, session.run(None, {name: batch[name].numpy() for name in inputs}), strict=True))
-        ours = {name: wanted[name].numpy() for name in outputs}
-        differences.append(float(np.abs(found[outputs[0]] - ours[outputs[0]]).max()))
-        cosines += [float((found[k] * ours[k]).sum(axis=-1).min()) for k in outputs if k.endswith("_embeds")]
-    is_float32, has_scores = path.stem in GRAPHS, outputs[0] in SCORES
+    for batch, model_outputs in zip(batches, expected, strict=True):
+        values = session.run(None, {name: batch[name].numpy() for name in inputs})
+        theirs, ours = dict(zip(outputs, values, strict=True)), {name: model_outputs[name].numpy() for name in outputs}
+        differences.append(float(np.abs(theirs[outputs[0]] - ours[outputs[0]]).max()))
+        cosines += [float((theirs[k] * ours[k]).sum(axis=-1).min()) for k in outputs if k.endswith("_embeds")]
+    is_float32, has_scores = path.stem in GRAPH_SIGNATURES, outputs[0] in SCORE_OUTPUTS
     if is_float32:
-        check_difference(path, max(differences), SCORE_TOLERANCE if has_scores else TOLERANCE)
-    facts = {"bytes": size, "lowest_cosine": min(cosines)}
+        check_difference(path, max(differences), SCORE_TOLERANCE if has_scores else EMBEDDING_TOLERANCE)
     if has_scores:
-        return facts | {"largest_score_difference": max(differences)}
-    return {"bytes": size, "largest_difference": max(differences)} if is_float32 else facts
+        return {"bytes": size, "lowest_cosine": min(cosines), "largest_score_difference": max(differences)}
+    if is_float32:
+        return {"bytes": size, "largest_difference": max(differences)}
+    return {"bytes": size, "lowest_cosine": min(cosines)}
 
 
-def check_difference(graph: Path, difference: float, tolerance: float = TOLERANCE) -> None:
-    """Raise ValueError where a graph differs from the model by more than a tolerance, or by what is no number."""
+def check_difference(graph: Path, difference: float, tolerance: float = EMBEDDING_TOLERANCE) -> None:
+    """Raise ValueError if the difference between a graph's and a model's outputs is above `tolerance` or is NaN.
+
+    Args:
+        graph: File of the graph, for the error message.
+        difference: Largest absolute difference of an output.
+        tolerance: Largest allowed difference.
+    """
     if not difference <= tolerance:
         raise ValueError(
-            f"The graph {graph.parent.name}/{graph.name} differs from the model by {difference:.3g}, above "
-            f"{tolerance:g}; nothing was kept. Leave its format out of --formats."
+            f"The export was removed, because the graph {graph.parent.name}/{graph.name} differs from the model by "
+            f"{difference:.3g}, more than {tolerance:g}. Leave its format out of --formats."
         )
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's and the quantiser's remarks on their own workings, one of which sets up all logging."""
+def _silence_logging() -> Iterator[None]:
+    """Hide log messages and warnings in a block, and restore the configuration of the root logger afterwards.
+
+    The ONNX exporter and the quantizer log much, and one of them changes the configuration of the root logger.
+    """
     root = logging.root
     disabled, level, handlers = root.manager.disable, root.level, root.handlers[:]
     logging.disable(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What transformers, open_clip and sentence-transformers read of a repository; every tensor is accounted for."""
+"""Export a model for transformers, open_clip and Sentence Transformers, and compare the export with the model."""
 
 import hashlib
 import logging
@@ -12,260 +12,400 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from capivara_common.environment import require
+from capivara_common.environment import require_packages
 from capivara_common.files import write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
     BASE_TEXT_NAMES,
-    build_open_clip,
-    capivara_state_dict,
-    open_clip_model_cfg,
-    open_clip_state_dict,
-    preprocess_cfg_of,
+    build_open_clip_model,
+    to_capivara_state_dict,
+    to_open_clip_model_cfg,
+    to_open_clip_state_dict,
+    to_preprocess_cfg,
 )
 from modeling_capivara.loading import (
-    WEIGHTS,
+    WEIGHTS_FILE,
+    build_model_from_tensors,
+    format_keys,
+    load_mapped_model,
+    load_mapped_tensors,
     load_model,
     load_processor,
-    mapped_model,
-    mapped_tensors,
-    model_of_tensors,
-    named_keys,
 )
-from modeling_capivara.two_towers import embed_texts, fills_up, image_embeds, pad, random_texts, text_embeds, tokenise
+from modeling_capivara.two_towers import (
+    compute_image_embeds,
+    compute_text_embeds,
+    embed_texts,
+    pad_batch,
+    pads_to_max_length,
+    random_texts,
+    tokenize,
+)
 
-OPEN_CLIP_WEIGHTS = OPEN_CLIP_WEIGHT_FILES[0]
-SENTENCE_MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it
-SENTENCE_EMBEDDING = "sentence_embedding"  # its name for a finished embedding, which Normalize scales to unit length
-# What changes the tower's output; the rest of its configuration is about training and generation.
-TEXT_FIELDS = "model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
-TEXT_FIELDS += "layer_norm_eps max_position_embeddings type_vocab_size pad_token_id"
-# A type whose tokenizer is read as tokenizer.json has it; XLM-R's is rebuilt and loses its own normaliser. Without one
-# open_clip reads config.json first, and asks on the terminal whether to run the code that it names.
-TOKENIZER = {"tokenizer_type": "xlm-roberta-xl"}
-TOLERANCE = 1e-4  # largest difference of embeddings of unit length, in float32
+OPEN_CLIP_WEIGHTS_FILE = OPEN_CLIP_WEIGHT_FILES[0]
+# Python package of Sentence Transformers' module classes since its version 6, for the class names in modules.json.
+SENTENCE_TRANSFORMERS_MODULES = "sentence_transformers.base.modules"
+SENTENCE_EMBEDDING_KEY = "sentence_embedding"  # key under which Sentence Transformers passes embeddings between modules
+# Fields of the text tower's configuration that change its output. Other fields concern training and text generation.
+TEXT_CONFIG_FIELDS = (
+    "model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+)
+TEXT_CONFIG_FIELDS += "layer_norm_eps max_position_embeddings type_vocab_size pad_token_id"
+# With the tokenizer type "xlm-roberta-xl", open_clip uses tokenizer.json as it is. With "xlm-roberta", it would build
+# the tokenizer again without the normalizer. Without a type, open_clip reads config.json and asks on the terminal
+# whether to run the Python code that config.json names.
+TOKENIZER_SETTINGS = {"tokenizer_type": "xlm-roberta-xl"}
+EMBEDDING_TOLERANCE = 1e-4  # largest allowed difference of a component of unit-length float32 embeddings
 logger = logging.getLogger("capivara")
 
 
 def write_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool) -> None:
-    """Configuration, code and weights, for transformers and open_clip, each compared with the model by tensor.
+    """Write configuration and weights for transformers, and optionally weights for open_clip.
 
-    All are views of their files, and memory holds the pages of one at a time.
+    Each written tensor is compared with the model. The weights are memory-mapped, so that memory never holds more than
+    one copy of them.
+
+    Args:
+        model: Folder of the model.
+        folder: Folder to write to.
+        config: Configuration of the model.
+        with_open_clip: Whether to also write the weights in open_clip's layout.
+
+    Raises:
+        ValueError: If a written tensor differs from the model.
     """
-    mapped = mapped_model(model, config)
-    expected = digests(mapped.state_dict())
+    mapped = load_mapped_model(model, config)
+    expected = compute_tensor_digests(mapped.state_dict())
     mapped.save_pretrained(folder)
     if with_open_clip:
-        save_state(open_clip_state_dict(mapped), folder / OPEN_CLIP_WEIGHTS)
+        save_state_dict(to_open_clip_state_dict(mapped), folder / OPEN_CLIP_WEIGHTS_FILE)
     del mapped
-    check_tensors(folder / WEIGHTS, mapped_model(folder, config).state_dict(), expected)
+    check_tensors(folder / WEIGHTS_FILE, load_mapped_model(folder, config).state_dict(), expected)
     if with_open_clip:
-        written = capivara_state_dict(mapped_tensors([folder / OPEN_CLIP_WEIGHTS]))  # under transformers' names again
-        check_tensors(folder / OPEN_CLIP_WEIGHTS, written, expected)
+        written = to_capivara_state_dict(load_mapped_tensors([folder / OPEN_CLIP_WEIGHTS_FILE]))
+        check_tensors(folder / OPEN_CLIP_WEIGHTS_FILE, written, expected)
         logger.info("transformers and open_clip: %d tensors compared, all equal.", len(written))
 
 
-def save_state(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors; none is copied but what is no row after row in memory."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+def save_state_dict(state_dict: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors to a safetensors file. To save memory, only tensors that are not contiguous are copied.
+
+    Args:
+        state_dict: Tensors by name.
+        path: File to write.
+    """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
-    """Name -> type, shape and SHA-256 of each tensor, to compare with where the tensors themselves are not held."""
+def compute_tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
+    """Compute digests of tensors, so that tensors can be compared later without keeping them in memory.
+
+    Args:
+        tensors: Tensors by name.
+
+    Returns:
+        A tuple (dtype, shape, SHA-256 of the values) for each name.
+    """
     raw = {name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
-    return {name: (one.dtype, one.shape, hashlib.sha256(raw[name]).digest()) for name, one in tensors.items()}
+    return {name: (tensor.dtype, tensor.shape, hashlib.sha256(raw[name]).digest()) for name, tensor in tensors.items()}
 
 
-def check_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, tuple]) -> None:
-    """Raise ValueError, naming the first, if tensors read from `file` are not those of the expected `digests`."""
-    if wrong := {name for name, _ in digests(found).items() ^ expected.items()}:
+def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple]) -> None:
+    """Check that the tensors in a written file are bit-identical to the model's.
+
+    Args:
+        file: File that the tensors were read from, for the error message.
+        tensors: Tensors by name.
+        expected: Digests of the model's tensors, from `compute_tensor_digests`.
+
+    Raises:
+        ValueError: If a tensor is missing, is not expected, or differs.
+    """
+    if wrong := {name for name, _ in compute_tensor_digests(tensors).items() ^ expected.items()}:
         raise ValueError(
-            f"{file.name} does not hold the model as it was: {named_keys(wrong)} differ; nothing was kept."
+            f"The export was removed, because {file.name} differs from the model in {format_keys(wrong)}. Run it "
+            "again, and report the error if it persists."
         )
 
 
-def text_config_source(config: CapivaraConfig, text_config: str | None) -> str | None:
-    """The Hub id where open_clip shall find the text tower's configuration: the one that is named, else the published
-    one, and None where the model's tower is another.
+def resolve_text_config(config: CapivaraConfig, text_config: str | None) -> str | None:
+    """Choose the Hub id from which open_clip loads the configuration of the text tower, and check that it fits.
 
-    ValueError where it is no Hub id, or another text tower than the model's; the fields that differ are named.
+    Args:
+        config: Configuration of the model.
+        text_config: Hub id given by the user, or None for XLM-RoBERTa base.
+
+    Returns:
+        The Hub id. None if no id is given and the text tower is not XLM-RoBERTa base.
+
+    Raises:
+        ValueError: If `text_config` is not a Hub id with a configuration, or that configuration differs from the
+            model's text tower. In this case, the message names the fields that differ.
     """
-    base = CapivaraConfig().text_config  # known by heart: no network
+    base = CapivaraConfig().text_config  # the default is XLM-RoBERTa base, so no network is needed
     if text_config is None:
-        return None if _differences(config.text_config, base) else BASE_TEXT_MODEL
+        return None if _config_differences(config.text_config, base) else BASE_TEXT_MODEL
     try:
         if Path(text_config).is_dir():
-            raise ValueError("it is a folder, and everybody shall find it")
+            raise ValueError("it is a folder, but users of the model need a Hub id")
         is_base = text_config in BASE_TEXT_NAMES
-        named = base if is_base else AutoConfig.from_pretrained(text_config, trust_remote_code=False)
+        hub_config = base if is_base else AutoConfig.from_pretrained(text_config, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        fault = " ".join(str(error).split())
-        raise ValueError(f"text_config {text_config!r} is no Hub id with a configuration: {fault}") from error
-    if differences := _differences(config.text_config, named):
-        raise ValueError(f"text_config {text_config} is not the model's text tower: {'; '.join(differences)}.")
+        reason = " ".join(str(error).split())
+        raise ValueError(f"text_config must be a Hub id with a configuration, got {text_config!r}: {reason}") from error
+    if differences := _config_differences(config.text_config, hub_config):
+        raise ValueError(f"text_config {text_config} differs from the model's text tower: {'; '.join(differences)}.")
     return text_config
 
 
-def open_clip_settings(
+def build_open_clip_config(
     config: CapivaraConfig, image_processor: CapivaraImageProcessor, text_config: str | None, repo_id: str | None
 ) -> dict[str, Any] | None:
-    """open_clip's configuration of a model; None where the text tower has no name. Either way it is logged.
+    """Build the content of open_clip_config.json for a CAPIVARA model, without reading weights.
 
-    Nothing is written, no weights are read. Where open_clip is installed its own model is built, without memory, and
-    its tensors are compared by name and shape. ValueError where it has no such architecture, tower or preprocessing.
+    If open_clip is installed, it builds the model on PyTorch's meta device (without memory for weights), so that names
+    and shapes of all tensors can be compared.
+
+    Args:
+        config: Configuration of the model.
+        image_processor: Image processor of the model.
+        text_config: Hub id with the configuration of the text tower; None for XLM-RoBERTa base.
+        repo_id: Hub id under which the model will be published, from which open_clip loads the tokenizer. None:
+            open_clip loads the tokenizer from the same Hub id as the configuration of the text tower.
+
+    Returns:
+        Content of open_clip_config.json. None (with a log message) if the text tower is not XLM-RoBERTa base and
+        `text_config` is None.
+
+    Raises:
+        ValueError: If open_clip can't represent the architecture, a tower or the preprocessing.
     """
-    source = text_config_source(config, text_config)
+    source = resolve_text_config(config, text_config)
     if source is None:
-        pieces = f", trimmed to {config.text_config.vocab_size:,} word pieces" if config.trimmed_vocabulary else ""
+        vocabulary = f" (trimmed to {config.text_config.vocab_size:,} tokens)" if config.trimmed_vocabulary else ""
         logger.info(
-            "open_clip is left out: it takes the text tower's configuration from XLM-RoBERTa base, and this is another "
-            "tower%s. Put its config.json on the Hub, and name the id by --text_config.", pieces,
+            "open_clip is left out: it loads the text tower's configuration from XLM-RoBERTa base, but this text tower "
+            "differs%s. Publish its config.json on the Hub and pass the id with --text_config.", vocabulary,
         )  # fmt: skip
         return None
-    preprocess_cfg = preprocess_cfg_of(image_processor)
-    model_cfg = open_clip_model_cfg(config, source, dict(image_processor.size)["shortest_edge"])
+    preprocess_cfg = to_preprocess_cfg(image_processor)
+    model_cfg = to_open_clip_model_cfg(config, source, dict(image_processor.size)["shortest_edge"])
     if find_spec("open_clip"):
         try:
             with torch.device("meta"):
-                tensors = capivara_state_dict(build_open_clip(config).state_dict())
-                model_of_tensors(tensors, config, "Its tensors")
-        except (RuntimeError, ValueError) as error:  # a few timm models have, under open_clip, a head of another width
-            raise ValueError(f"open_clip does not build this model: {' '.join(str(error).split())}") from error
-    # `hf-hub:` takes the tokenizer from that repository; a folder's own is taken from there.
+                tensors = to_capivara_state_dict(build_open_clip_model(config).state_dict())
+                build_model_from_tensors(tensors, config, "Its tensors")
+        except (RuntimeError, ValueError) as error:  # for a few timm models, open_clip's head has another width
+            raise ValueError(f"open_clip can't build this model: {' '.join(str(error).split())}") from error
+    # open_clip loads the tokenizer from this Hub id if the model is loaded with a `hf-hub:` name. If it is loaded with
+    # a `local-dir:` name, open_clip loads the tokenizer from the local folder.
     tokenizer = model_cfg["text_cfg"]["hf_tokenizer_name"] = repo_id or source
-    model_cfg["text_cfg"]["tokenizer_kwargs"] = TOKENIZER
+    model_cfg["text_cfg"]["tokenizer_kwargs"] = TOKENIZER_SETTINGS
     logger.info("open_clip: configuration of the text tower from %s, tokenizer from %s.", source, tokenizer)
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
 
 def write_sentence_transformers(folder: Path, processor: ProcessorMixin) -> None:
-    """Write `modules.json` of sentence-transformers and the files that it names: how to embed, and unit length."""
-    kinds = [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
-    write_modules(folder, [(path, f"{SENTENCE_MODULES}.{kind}") for path, kind in kinds])
+    """Write the configuration files with which Sentence Transformers loads the exported model.
+
+    It loads the whole model, with both towers, as a Transformer module. A Normalize module follows.
+
+    Args:
+        folder: Folder of the export, which already has the files for transformers.
+        processor: Processor of the model.
+    """
+    modules = [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
+    write_sentence_modules(folder, [(path, f"{SENTENCE_TRANSFORMERS_MODULES}.{name}") for path, name in modules])
     settings = {
         "transformer_task": "feature-extraction",
-        # Without it sentence-transformers 6 takes the model for a text encoder, and does not say so.
+        # Without these entries, Sentence Transformers 6 would silently treat the model as a text encoder.
         "modality_config": {
             "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
             "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
         },
-        "module_output_name": SENTENCE_EMBEDDING,
+        "module_output_name": SENTENCE_EMBEDDING_KEY,
     }
-    if fills_up(processor):  # as SigLIP's texts are; others are padded as sentence-transformers does it
+    if pads_to_max_length(processor):
+        # Some models, such as SigLIP, need texts of the full length. By default, Sentence Transformers would pad texts
+        # only to the longest text of a batch.
         rule = {"padding": "max_length", "max_length": processor.tokenizer.model_max_length}
         settings["processing_kwargs"] = {"text": rule}
     write_json(folder / "sentence_bert_config.json", settings)
-    names = {"module_input_name": SENTENCE_EMBEDDING, "module_output_name": SENTENCE_EMBEDDING}
+    names = {"module_input_name": SENTENCE_EMBEDDING_KEY, "module_output_name": SENTENCE_EMBEDDING_KEY}
     write_json(folder / "1_Normalize/config.json", names)
 
 
 def check_sentence_transformers(source: Path, folder: Path) -> None:
-    """Compare the text embeddings that sentence-transformers gives of an exported folder with the model's.
+    """Compare the text embeddings of an export, computed by Sentence Transformers, with those of the original model.
 
-    Skipped, with a log message, if sentence-transformers is not installed.
+    If Sentence Transformers is not installed, the comparison is skipped, and a message is logged.
 
     Args:
         source: Folder of the model.
-        folder: Folder that was exported of it.
+        folder: Folder of the export.
 
     Raises:
-        ValueError: If an embedding differs by more than `TOLERANCE`.
+        ValueError: If an embedding differs by more than `EMBEDDING_TOLERANCE`.
     """
     if not find_spec("sentence_transformers"):
-        logger.info("sentence-transformers is not installed: its text embeddings were not compared with the model's.")
+        logger.info(
+            "sentence-transformers is not installed, so its text embeddings were not compared with the model's."
+        )
         return
     from sentence_transformers import SentenceTransformer
 
-    texts = [*random_texts(), "Uma FOTO de São João"]  # of all lengths, and with capital letters
+    texts = [*random_texts(), "Uma FOTO de São João"]  # texts of several lengths, and a text with capital letters
     ours = embed_texts(load_model(source).eval(), load_processor(source), texts)
-    # One at a time: in a batch, a long text would hide that short ones are not padded to the full length.
+    # Each batch has one text, because in a larger batch the longest text could hide an error: if short texts are not
+    # padded to the full length, they are at least padded to the longest text.
     theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, batch_size=1, show_progress_bar=False)
     _check_difference("sentence-transformers", [(ours, torch.from_numpy(theirs))])
 
 
-def write_modules(folder: Path, kinds: list[tuple[str, str]]) -> None:
-    """Write which modules of sentence-transformers a text goes through: the folder and the class of each, in order."""
-    modules = [{"idx": at, "name": str(at), "path": path, "type": kind} for at, (path, kind) in enumerate(kinds)]
+def write_sentence_modules(folder: Path, module_types: list[tuple[str, str]]) -> None:
+    """Write modules.json and config_sentence_transformers.json, from which Sentence Transformers builds its pipeline.
+
+    Args:
+        folder: Folder to write to.
+        module_types: A tuple (subfolder, full class name) for each module, in the order of execution.
+    """
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": class_name}
+        for index, (path, class_name) in enumerate(module_types)
+    ]
     write_json(folder / "modules.json", modules)
-    # No versions in it: an older sentence-transformers 6 would warn of a newer one.
-    facts = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
-    write_json(folder / "config_sentence_transformers.json", facts)
+    # Library versions are left out. Otherwise, users with an older release of Sentence Transformers 6 would see a
+    # warning.
+    settings = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
+    write_json(folder / "config_sentence_transformers.json", settings)
 
 
-def _differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
-    pairs = {name: (getattr(ours, name, None), getattr(theirs, name, None)) for name in TEXT_FIELDS.split()}
+def _config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
+    """Compare two configurations of text towers in the fields that change the output (`TEXT_CONFIG_FIELDS`).
+
+    Args:
+        ours: Configuration of the model's text tower.
+        theirs: Configuration that open_clip would load.
+
+    Returns:
+        A description of each field that differs, such as "vocab_size is 250002, not 50000".
+    """
+    pairs = {name: (getattr(ours, name, None), getattr(theirs, name, None)) for name in TEXT_CONFIG_FIELDS.split()}
     return [f"{name} is {theirs!r}, not {ours!r}" for name, (ours, theirs) in pairs.items() if ours != theirs]
 
 
-# --- SigLIP: the layout of open_clip's own ViT-…-SigLIP2 -------------------------------------------------------------
+# --- SigLIP in the layout of open_clip's ViT-…-SigLIP2 ---------------------------------------------------------------
 
-# Towers of timm that are these, by width, layers and patch: its name, and pixels a side follow
-TIMM = {(768, 12, 16): "vit_base_patch16_siglip", (768, 12, 32): "vit_base_patch32_siglip"}
-TIMM |= {(1024, 24, 16): "vit_large_patch16_siglip", (1152, 27, 14): "vit_so400m_patch14_siglip"}
+# (width, layers, patch size) -> start of the name of timm's SigLIP image tower. The full name ends in the image size.
+TIMM_TOWERS = {(768, 12, 16): "vit_base_patch16_siglip", (768, 12, 32): "vit_base_patch32_siglip"}
+TIMM_TOWERS |= {(1024, 24, 16): "vit_large_patch16_siglip", (1152, 27, 14): "vit_so400m_patch14_siglip"}
 
 
-def check_siglip(config: PreTrainedConfig) -> None:
-    """Raise ValueError where open_clip has no such model, ImportError where it is not installed to be compared with."""
+def check_siglip_supported(config: PreTrainedConfig) -> None:
+    """Check that open_clip can represent a SigLIP model.
+
+    Args:
+        config: Configuration of the model.
+
+    Raises:
+        ValueError: If the model is not a SigLIP model, or open_clip has no SigLIP model of this architecture.
+        ImportError: If open_clip is not installed.
+    """
     if config.model_type != "siglip":
-        raise ValueError(f"open_clip's layout is written of CAPIVARA and SigLIP alone, not of {config.model_type}.")
-    if _sizes(config) not in TIMM or config.text_config.hidden_size % config.text_config.num_attention_heads:
-        known = ", ".join(map(str, TIMM))
-        raise ValueError(f"open_clip has no SigLIP of width, layers and patch {_sizes(config)}; there are {known}.")
-    require("open_clip's format", "open_clip", "open_clip")
+        raise ValueError(
+            f"open_clip's format supports CAPIVARA and SigLIP only, but this is a {config.model_type} model."
+        )
+    if (
+        _tower_sizes(config) not in TIMM_TOWERS
+        or config.text_config.hidden_size % config.text_config.num_attention_heads
+    ):
+        known = ", ".join(map(str, TIMM_TOWERS))
+        raise ValueError(
+            f"open_clip has no SigLIP with (width, layers, patch size) {_tower_sizes(config)}. It has {known}."
+        )
+    require_packages("open_clip's format", "open_clip", "open_clip")
 
 
-def _sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
+def _tower_sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Return (width, number of layers, patch size in pixels) of the image tower in a SigLIP configuration."""
     return config.vision_config.hidden_size, config.vision_config.num_hidden_layers, config.vision_config.patch_size
 
 
-def write_siglip(source: Path, folder: Path, name: str) -> dict[str, Tensor]:
-    """Write open_clip's files of a model that `check_siglip` lets through; the tokenizer is that of the repository
-    `name`. Returns the tensors of open_clip's model. Raises ValueError where its embeddings are others.
+def write_open_clip_siglip(source: Path, folder: Path, tokenizer_repository: str) -> dict[str, Tensor]:
+    """Write a SigLIP model in open_clip's format. Call `check_siglip_supported` first.
+
+    Args:
+        source: Folder of the model.
+        folder: Folder to write to.
+        tokenizer_repository: Hub id from which open_clip loads the tokenizer.
+
+    Returns:
+        The model's tensors by open_clip's names.
+
+    Raises:
+        ValueError: If open_clip can't build the model, or its embeddings differ from the model's.
     """
     model, processor = load_model(source).eval(), load_processor(source)
     vision, text = model.config.vision_config, model.config.text_config
-    side = {"image_size": vision.image_size, "timm_model_name": f"{TIMM[_sizes(model.config)]}_{vision.image_size}"}
-    side |= {"timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
-    texts = {
+    timm_name = f"{TIMM_TOWERS[_tower_sizes(model.config)]}_{vision.image_size}"
+    vision_cfg = {"image_size": vision.image_size, "timm_model_name": timm_name}
+    vision_cfg |= {"timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
+    text_cfg = {
         "context_length": text.max_position_embeddings, "vocab_size": text.vocab_size, "width": text.hidden_size,
         "heads": text.num_attention_heads, "layers": text.num_hidden_layers, "no_causal_mask": True, "proj_bias": True,
         "pool_type": "last", "norm_kwargs": {"eps": text.layer_norm_eps}, "act_kwargs": {"approximate": "tanh"},
-        "mlp_ratio": text.intermediate_size / text.hidden_size, "hf_tokenizer_name": name,
-        "tokenizer_kwargs": {"clean": "whitespace"},  # small letters are the tokenizer's own affair
+        "mlp_ratio": text.intermediate_size / text.hidden_size, "hf_tokenizer_name": tokenizer_repository,
+        "tokenizer_kwargs": {"clean": "whitespace"},  # open_clip must not lowercase; the tokenizer does if needed
     }  # fmt: skip
     model_cfg = {"embed_dim": text.projection_size, "init_logit_bias": model.logit_bias.item(), "custom_text": True}
-    model_cfg |= {"vision_cfg": side, "text_cfg": texts}
-    state = open_clip_state_dict(model)
-    save_state(state, folder / OPEN_CLIP_WEIGHTS)
-    preprocess_cfg = preprocess_cfg_of(processor.image_processor)
+    model_cfg |= {"vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    state = to_open_clip_state_dict(model)
+    save_state_dict(state, folder / OPEN_CLIP_WEIGHTS_FILE)
+    preprocess_cfg = to_preprocess_cfg(processor.image_processor)
     write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
-    _compare(model, processor, folder)
+    _compare_embeddings(model, processor, folder)
     return state
 
 
 @torch.inference_mode()
-def _compare(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
-    """Raise ValueError where open_clip's embeddings, of the same pixels and ids, differ by more than rounding."""
+def _compare_embeddings(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
+    """Compare the embeddings that open_clip and the model compute from the same pixels and token ids.
+
+    Args:
+        model: SigLIP model.
+        processor: Processor of the model.
+        folder: Folder of the export, from which open_clip loads the model.
+
+    Raises:
+        ValueError: If open_clip can't build the model, or an embedding differs by `EMBEDDING_TOLERANCE` or more.
+    """
     import open_clip
 
     try:
         theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-    except RuntimeError as error:  # a size that timm lacks
+    except RuntimeError as error:  # for example, timm has no tower for this image size
         raise ValueError(f"open_clip can't build this model: {' '.join(str(error).split())}") from error
-    ids = pad(processor, tokenise(processor, random_texts()))["input_ids"]
-    side = model.config.vision_config.image_size
-    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ids = pad_batch(processor, tokenize(processor, random_texts()))["input_ids"]
+    image_size = model.config.vision_config.image_size
+    pixels = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     texts, images = theirs.eval().encode_text(ids, normalize=True), theirs.encode_image(pixels, normalize=True)
-    pairs = (text_embeds(model, ids), texts), (image_embeds(model, pixels), images)
+    pairs = (compute_text_embeds(model, ids), texts), (compute_image_embeds(model, pixels), images)
     _check_difference("open_clip", pairs)
 
 
 def _check_difference(program: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Raise ValueError if a program's embeddings, the second of each pair, differ from ours by `TOLERANCE` or more."""
-    difference = max((ours - found).abs().max().item() for ours, found in pairs)
-    if not difference < TOLERANCE:
-        fault = f"the embeddings of {program} differ by {difference:.1e}, more than {TOLERANCE:.0e}"
-        raise ValueError(f"The export is wrong: {fault}; nothing was kept.")
+    """Raise ValueError if embeddings differ by `EMBEDDING_TOLERANCE` or more.
+
+    Args:
+        program: Name of the library that computed embeddings with the export, for the error message.
+        pairs: Tuples (embeddings of the model, embeddings computed by the library), each (rows, width).
+    """
+    difference = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
+    if not difference < EMBEDDING_TOLERANCE:
+        raise ValueError(
+            f"The export was removed, because embeddings computed by {program} differ from the model's by "
+            f"{difference:.1e}, more than {EMBEDDING_TOLERANCE:.0e}. Leave this format out of --formats."
+        )

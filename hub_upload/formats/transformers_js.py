@@ -1,11 +1,12 @@
-"""transformers.js's part of a repository, beside the graphs of `formats/onnx.py`: what it loads by name alone.
+"""Write the files that transformers.js needs in addition to the ONNX graphs from `hub_upload/formats/onnx.py`.
 
-    onnx/model.onnx, onnx/*_fp16.onnx     both towers and their scores, and every graph in float16, too
-    config.json                           transformers.js_config: whose weights lie beside the graph
-    preprocessor_config.json              the image processor, under a name that it knows
-    tokenizer.json, tokenizer_config.json the same tokens by steps that it knows, and the longest text
+    onnx/model.onnx, onnx/*_fp16.onnx     both towers with their scores, and every graph in float16
+    config.json                           transformers.js_config: number of weight files of each graph
+    preprocessor_config.json              image processor, with a class name that transformers.js knows
+    tokenizer.json                        tokenizer with only those normalizer steps that transformers.js knows
+    tokenizer_config.json                 maximum number of tokens in a text
 
-Source: its `models/session.js` and `utils/model-loader.js`, 4.3.
+The file names and settings follow `models/session.js` and `utils/model-loader.js` of transformers.js 4.3.
 """
 
 from pathlib import Path
@@ -15,69 +16,112 @@ from capivara_common.files import read_json, write_json
 from hub_upload import formats
 from modeling_capivara.loading import load_processor
 from modeling_capivara.processing_capivara import CapivaraProcessor
-from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
+from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 
-OPTION = "transformers.js_config"  # its part of config.json
-PIXELS = (
+CONFIG_KEY = "transformers.js_config"  # key in config.json that transformers.js reads
+# Settings of image processors that transformers.js supports. Other settings are left out of preprocessor_config.json.
+IMAGE_SETTINGS = (
     *("do_resize", "size", "do_center_crop", "crop_size", "do_convert_rgb", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std"),
-)  # settings of the image processor that it knows
-# The steps of a normaliser that it has, and what stands for the one of the tokenizers library that it lacks: control
-# characters out, other white space as blanks (`do_nmt` of tokenizers' normalizers/unicode.rs).
-KNOWN_STEPS = (
+)
+# Types of normalizer steps in tokenizer.json that transformers.js supports.
+NORMALIZER_TYPES = (
     *("BertNormalizer", "Precompiled", "Sequence", "Replace", "NFC", "NFD", "NFKC", "NFKD"),
     *("Strip", "StripAccents", "Lowercase", "Prepend"),
 )
-NMT = {
+# Replacements for the normalizer type `Nmt`, which transformers.js does not support: pattern -> replacement. They
+# remove control characters and turn other white space into spaces, as `do_nmt` does in normalizers/unicode.rs of the
+# tokenizers library.
+NMT_REPLACEMENTS = {
     r"[\u0001-\u0008\u000B\u000E-\u001F\u007F\u008F\u009F]": "",
     r"[\u0009\u000A\u000C\u000D\u1680\u200B-\u200F\u2028\u2029\u2581\uFEFF\uFFFD]": " ",
 }
-# Its own bicubic resize leaves out pixels of larger pictures; LANCZOS is the filter that does not, and is the nearest
-# to ours. In a browser it is the canvas that resizes, whatever is named.
-LANCZOS = 1
+# PIL's number of the LANCZOS resize filter. The bicubic filter of transformers.js skips pixels when it makes images
+# smaller. The LANCZOS filter does not, and its result is closest to that of the model's image processor in Python. In a
+# browser, this setting has no effect, because the canvas resizes the images.
+LANCZOS_RESAMPLE = 1
 
 
-def write_settings(folder: Path) -> None:
-    """Configuration and image processor; of the former, Python reads the rest, and of the latter nothing."""
-    weights = {path.name: 1 for path in sorted((folder / "onnx").glob("*.onnx"))}  # files beside each
+def write_configs(folder: Path) -> None:
+    """Add the settings of transformers.js to config.json, and write preprocessor_config.json.
+
+    The transformers library for Python ignores both: it reads only the other keys of config.json, and it reads the
+    settings of the image processor from processor_config.json.
+
+    Args:
+        folder: Folder of the export, which already has the ONNX graphs and the files for transformers.
+    """
+    weight_files = {path.name: 1 for path in sorted((folder / "onnx").glob("*.onnx"))}
     settings: dict[str, Any] = read_json(folder / "config.json")
-    write_json(folder / "config.json", settings | {OPTION: {"use_external_data_format": weights}})
+    write_json(folder / "config.json", settings | {CONFIG_KEY: {"use_external_data_format": weight_files}})
     processor = load_processor(folder)
-    ours, kind = processor.image_processor.to_dict(), type(processor.image_processor).__name__
+    image_processor, class_name = processor.image_processor.to_dict(), type(processor.image_processor).__name__
     if isinstance(processor, CapivaraProcessor):
-        kind = "CLIPImageProcessor"
-    pixels = {name: ours[name] for name in PIXELS if name in ours} | {"image_processor_type": kind, "resample": LANCZOS}
-    write_json(folder / "preprocessor_config.json", pixels)
+        class_name = "CLIPImageProcessor"  # transformers.js does not know CAPIVARA's class
+    settings = {name: image_processor[name] for name in IMAGE_SETTINGS if name in image_processor}
+    settings |= {"image_processor_type": class_name, "resample": LANCZOS_RESAMPLE}
+    write_json(folder / "preprocessor_config.json", settings)
 
 
-def readable_tokenizer(folder: Path) -> dict[str, Any]:
-    """`tokenizer.json` in steps that transformers.js has; ValueError where there is none for one of them."""
+def convert_tokenizer(folder: Path) -> dict[str, Any]:
+    """Convert a tokenizer.json, so that it has only normalizer steps that transformers.js supports.
+
+    Args:
+        folder: Folder with the tokenizer.json to convert. The file is not changed.
+
+    Returns:
+        The converted content.
+
+    Raises:
+        ValueError: If a normalizer step can't be converted.
+    """
     tokenizer = read_json(folder / "tokenizer.json")
-    return tokenizer | {"normalizer": _known_steps(tokenizer["normalizer"])}
+    return tokenizer | {"normalizer": _convert_normalizer(tokenizer["normalizer"])}
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Make the tokenizer of a folder readable to transformers.js, with its ids (CAPIVARA: of repaired texts)."""
-    is_own = read_json(folder / "config.json")["model_type"] == "capivara"
-    formats.write_tokenizer(folder, readable_tokenizer(folder), is_own)
-    if is_own:  # whose texts are repaired before
+def write_converted_tokenizer(folder: Path) -> None:
+    """Rewrite the tokenizer files of an export, so that transformers.js can read them and gives the same token ids.
+
+    For a CAPIVARA model, the token ids are the same for texts that CAPIVARA's Python code has already cleaned.
+
+    Args:
+        folder: Folder of the export, with config.json and the tokenizer files.
+    """
+    is_capivara = read_json(folder / "config.json")["model_type"] == "capivara"
+    formats.write_tokenizer_json(folder, convert_tokenizer(folder), is_capivara)
+    if is_capivara:
+        # In Python, CAPIVARA's text cleaning code removes superfluous white space. transformers.js does not run this
+        # code, but its setting `remove_space` has the same effect.
         settings = read_json(folder / "tokenizer_config.json")
-        longest = min(settings.get("model_max_length", CONTEXT_LENGTH), CONTEXT_LENGTH)
-        write_json(folder / "tokenizer_config.json", settings | {"model_max_length": longest, "remove_space": True})
+        max_length = min(settings.get("model_max_length", CONTEXT_LENGTH), CONTEXT_LENGTH)
+        write_json(folder / "tokenizer_config.json", settings | {"model_max_length": max_length, "remove_space": True})
 
 
-def _known_steps(normaliser: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The same normaliser without `Nmt`."""
-    if normaliser is None:
+def _convert_normalizer(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Replace the normalizer steps of type `Nmt`, also inside of sequences, by steps that transformers.js supports.
+
+    Args:
+        normalizer: Value of "normalizer" in tokenizer.json; None if the tokenizer has no normalizer.
+
+    Returns:
+        The converted value.
+
+    Raises:
+        ValueError: If transformers.js does not support a step of another type.
+    """
+    if normalizer is None:
         return None
-    if normaliser["type"] == "Sequence":
-        return normaliser | {"normalizers": [_known_steps(step) for step in normaliser["normalizers"]]}
-    if normaliser["type"] == "Nmt":
-        steps = [{"type": "Replace", "pattern": {"Regex": kind}, "content": by} for kind, by in NMT.items()]
+    if normalizer["type"] == "Sequence":
+        return normalizer | {"normalizers": [_convert_normalizer(step) for step in normalizer["normalizers"]]}
+    if normalizer["type"] == "Nmt":
+        steps = [
+            {"type": "Replace", "pattern": {"Regex": pattern}, "content": replacement}
+            for pattern, replacement in NMT_REPLACEMENTS.items()
+        ]
         return {"type": "Sequence", "normalizers": steps}
-    if normaliser["type"] not in KNOWN_STEPS:
+    if normalizer["type"] not in NORMALIZER_TYPES:
         raise ValueError(
-            f"transformers.js has no normaliser {normaliser['type']}, which tokenizer.json names, so that no browser "
-            "reads the model. Leave transformers_js out of --formats, or --static."
+            f"transformers.js does not support the normalizer {normalizer['type']} in tokenizer.json, so the model "
+            "can't run in a browser. Leave out transformers_js in --formats, or --static."
         )
-    return normaliser
+    return normalizer

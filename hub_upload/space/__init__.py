@@ -1,1 +1,1 @@
-"""The page of `capivara_search` as a Space of the Hub."""
+"""Publish the search page of `capivara_search` as a Space (web demo) on the Hub, with a server or as static files."""

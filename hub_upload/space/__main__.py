@@ -1,70 +1,69 @@
-"""The page as a Space: an index of pictures, the model that searches it, and the program, in a folder.
+"""Write the search page as a folder that can be pushed to the Hub as a Space (web demo).
 
     python -m hub_upload.space --model runs/mine --pictures pictures.lance --space demo
-    python -m hub_upload.space --model runs/mine --static page --library node_modules  # searches visitors' own pictures
-    python -m hub_upload.push --model demo --repo_id org/demo --repo_type space --push     # sends either folder
+    python -m hub_upload.space --model runs/mine --static page --library node_modules  # page without a server
+    python -m hub_upload.push --model demo --repo_id org/demo --repo_type space --push     # uploads either folder
 
-Thumbnails stand for the pictures, whose files stay here, as do their folders' names and the places where they were
-taken. To search on this machine: `capivara app`.
+With --space, the folder holds the program with its server, the model and an index of your pictures. The Space shows
+thumbnails of the pictures. The picture files, the full paths of their folders and the GPS coordinates at which pictures
+were taken are not published. With --static, the folder holds a page on which users search the pictures on their own
+device. To search on this machine only, use `capivara app`.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import require
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.environment import require_packages
 
-NPM = "npm install --ignore-scripts @huggingface/transformers"
-INDEX = "make the index by `capivara index`, and name it by --pictures"
+NPM_COMMAND = "npm install --ignore-scripts @huggingface/transformers"
 
 
 @dataclass
 class SpaceArguments:
-    """Arguments of `hub_upload.space`."""
+    """Command-line arguments of `python -m hub_upload.space`, which writes the search page as a Space (web demo)."""
 
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model.")
-    pictures: str | None = flag(None, "Of --space: an index of pictures, as `capivara index` makes it.")
-    space: Path | None = flag(None, "Write the folder of the Space here.")
+    pictures: str | None = flag(None, "Index of pictures, created by `capivara index` (required for --space).")
+    space: Path | None = flag(None, "Folder to write: a Space with a server, the model and an index.")
     static: Path | None = flag(
         None,
-        "Write a page without a server here instead: it searches the pictures that a visitor chooses, in the visitor's "
-        "own browser, and takes none of --pictures. Any file server serves the folder.",
+        "Folder to write: a page without a server, which any file server can serve. Users choose pictures on their "
+        "own device and search them in the browser. --pictures is not used.",
     )
-    library: Path | None = flag(None, f"Of --static: the node_modules of `{NPM}`, version 4.3 or later.")
-    gone: ClassVar = {
-        "compare": "a Space shows one model; make two Spaces",
-        **dict.fromkeys(("cache_dir", "device", "batch_size", "image_roots", "max_pixels"), INDEX),
-        **dict.fromkeys(("form", "split", "image_column", "caption_column"), INDEX),
-        **dict.fromkeys(("repo_id", "push", "private"), "send the folder by `hub_upload.push --repo_type space`"),
-    }
+    library: Path | None = flag(
+        None, f"Folder node_modules that `{NPM_COMMAND}` creates, version 4.3 or later (required for --static)."
+    )
 
     def __post_init__(self) -> None:
         if (self.static is None) == (self.space is None):
-            raise ValueError("Say what is made: --space FOLDER, or --static FOLDER alone; `capivara app` searches.")
+            raise ValueError(
+                "Give either --space FOLDER or --static FOLDER. To search on this machine, use `capivara app`."
+            )
         if self.space and not self.pictures:
-            raise ValueError("--space FOLDER needs --pictures, an index of pictures; `capivara index` makes it.")
+            raise ValueError("--space needs --pictures, an index of pictures. Create it with `capivara index`.")
         if self.static and not self.library:
-            raise ValueError(f"--static FOLDER needs --library, the node_modules of `{NPM}`.")
+            raise ValueError(f"--static needs --library, the folder node_modules that `{NPM_COMMAND}` creates.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the Space or the page."""
-    args = parse(SpaceArguments, __doc__, argv)
-    require("A Space", "search", "lancedb", "starlette", "uvicorn")
+    """Run the command line: write the folder of a Space with a server (--space) or of a static page (--static)."""
+    args = parse_arguments(SpaceArguments, __doc__, argv)
+    require_packages("A Space", "search", "lancedb", "starlette", "uvicorn")
     from hub_upload.space.publish_space import open_index, write_space
     from hub_upload.space.static_page import write_static_page
 
     folder = args.static or args.space
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is a file or not empty. Choose another one, or remove it.")  # before an hour's work
+        # The folder is checked first, because reading the index and exporting the model may take an hour.
+        raise ValueError(f"{folder} is a file or a folder that is not empty. Choose another folder, or remove it.")
     if args.static:
         write_static_page(args.model, folder, args.library)
     else:
         write_space(*open_index(args.pictures, args.model), args.model, folder)
-    started = "`python -m http.server` there shows it" if args.static else "`python app.py` there starts it"
-    print(f"The {'page' if args.static else 'Space'} is in {folder}; {started}, and hub_upload.push sends it.")
+    product, command = ("page", "python -m http.server") if args.static else ("Space", "python app.py")
+    print(f"Wrote the {product} to {folder}. To try it, run `{command}` there. To publish it, use hub_upload.push.")
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

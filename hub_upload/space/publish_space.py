@@ -1,8 +1,8 @@
-"""The page as a Space: a folder with the program, an index of pictures and the model.
+"""Write the search page as a Docker Space of the Hub: a folder with the program, an index of pictures and the model.
 
-Whose the pictures are is read from the README of their folder, where that is there. The index is copied without the
-names of this machine's folders and the places where pictures were taken; thumbnails stand for the pictures.
-Requirements are pinned to the versions that built it. The Space is one of Docker.
+The published index is a copy that has only thumbnails of the pictures. It contains neither the paths of this machine's
+folders nor the GPS coordinates at which pictures were taken. Owner and license of the pictures come from the README.md
+of the folder with the pictures. The Python requirements are pinned to the installed versions.
 """
 
 import json
@@ -16,156 +16,253 @@ import jinja2
 import pyarrow as pa
 from huggingface_hub import SpaceCard, SpaceCardData
 
-from capivara_common.files import whole_folder, write_text
-from capivara_common.privacy import secret_in, short_name
-from capivara_search.adding import FOLDER_KEY
+from capivara_common.files import atomic_folder, write_text
+from capivara_common.privacy import find_secret, short_name
 from capivara_search.index import PictureIndex
+from capivara_search.indexing import FOLDER_KEY_PREFIX
 from capivara_search.models import find_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
 from capivara_search.table import PictureTable
-from hub_upload.allowed_files import TOKENIZER_FILES, check_contents, check_paths, check_secrets
-from modeling_capivara.loading import card_metadata
+from hub_upload.allowed_files import TOKENIZER_FILES, check_model_files, check_paths, check_secrets
+from modeling_capivara.loading import read_card_metadata
 
-ROOT, TEMPLATES = Path(__file__).resolve().parents[2], Path(__file__).parent / "templates"
-PROGRAM = ("capivara_common", "capivara_search", "modeling_capivara")
+CODE_ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE_FOLDER = Path(__file__).parent / "templates"
+PROGRAM_PACKAGES = ("capivara_common", "capivara_search", "modeling_capivara")
 PROGRAM_SUFFIXES = (".py", ".html", ".css", ".js", ".svg", ".json", ".txt", ".yaml")
-STORES = ("s3://", "gs://", "az://")  # how addresses of indexes begin
-# Of the page, beside those of the model.
-PACKAGES = ("jinja2", "lancedb", "pillow-heif", "starlette", "threadpoolctl", "uvicorn")
-MODEL_FILES = (
+STORAGE_PREFIXES = ("s3://", "gs://", "az://")  # URIs of indexes in cloud storage
+# Python packages that the search page needs in addition to the packages that the model needs.
+PAGE_PACKAGES = ("jinja2", "lancedb", "pillow-heif", "starlette", "threadpoolctl", "uvicorn")
+SPACE_MODEL_FILES = (
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 )
-TITLE = "CAPIVARA: busca em português"
-LOOK = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "pinned": False}  # of the Hub's list of Spaces
+SPACE_TITLE = "CAPIVARA: busca em português"
+# Front matter of the Space's README.md that sets its appearance in the Hub's list of Spaces.
+SPACE_CARD_STYLE = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "pinned": False}
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 
 def open_index(pictures: str, model: str) -> tuple[PictureIndex, Credit]:
-    """An index of pictures, and whose they are. Raises ValueError where there is no such index, or no such model."""
-    if not Path(pictures, "pictures.lance").is_dir() and not pictures.startswith(STORES):
-        raise ValueError(f"--pictures {pictures} is no index. Make one: capivara index FOLDER --index pictures.lance")
-    index = PictureIndex.open(pictures, model)
-    return index, credit_of(Path(next(iter(index.folders()), pictures)))
-
-
-def credit_of(folder: Path) -> Credit:
-    """Whose the pictures of a folder are, as its README says."""
-    found = card_metadata(folder / "README.md")
-    keys = ("pretty_name", "license", "attribution")
-    name, licence, attribution = (value if isinstance(value := found.get(key), str) else "" for key in keys)
-    return Credit(name or folder.resolve().name, licence, attribution)
-
-
-def publish_index(index: PictureIndex, where: Path, model: str, title: str = "") -> int:
-    """Copy an index without the names of this machine's folders, and without the places where pictures were taken.
+    """Open an index of pictures, and read who must be credited for the pictures.
 
     Args:
-        index: with rows.
-        where: folder of the copy, which is not there yet.
-        model: where the Space finds the model: a folder relative to the Space's, or a Hub id.
-        title: name of the folder that stands for the one that was added, where it is only one.
+        pictures: Path or URI of the index.
+        model: Folder or Hub id of the model.
 
-    Returns the number of pictures. Raises ValueError where the index's model has embedded none.
+    Returns:
+        The index, and name, license and attribution of its pictures (see `read_credit`).
+
+    Raises:
+        ValueError: If the index or the model does not exist.
     """
-    names: dict[str, str] = {}  # folder that was added -> name in its place, the innermost first
-    for folder in sorted(folders := list(index.folders()), key=len, reverse=True):
-        name = "/" + ((title if len(folders) == 1 else "") or PurePath(folder).name or "pictures").replace("/", "-")
+    if not Path(pictures, "pictures.lance").is_dir() and not pictures.startswith(STORAGE_PREFIXES):
+        raise ValueError(
+            f"--pictures {pictures} is not an index. Create one: capivara index FOLDER --index pictures.lance"
+        )
+    index = PictureIndex.open(pictures, model)
+    return index, read_credit(Path(next(iter(index.folders()), pictures)))
+
+
+def read_credit(folder: Path) -> Credit:
+    """Read the credit for the pictures in a folder from the front matter of the folder's README.md.
+
+    Args:
+        folder: Folder with the pictures.
+
+    Returns:
+        Name, license and attribution of the pictures. If README.md states no name, the name of the folder is used. A
+        license or attribution that is not stated is "".
+    """
+    metadata = read_card_metadata(folder / "README.md")
+    keys = ("pretty_name", "license", "attribution")
+    values = [metadata.get(key) for key in keys]
+    name, license, attribution = (value if isinstance(value, str) else "" for value in values)
+    return Credit(name or folder.resolve().name, license, attribution)
+
+
+def publish_index(index: PictureIndex, output: Path, model: str, title: str = "") -> int:
+    """Copy an index of pictures for publication.
+
+    In the copy, the paths of this machine's folders are replaced by public names, and the GPS coordinates at which
+    pictures were taken are removed.
+
+    Args:
+        index: Index to copy.
+        output: Folder of the copy. It must not exist.
+        model: Folder of the model relative to the Space, or its Hub id.
+        title: Name to show for the folder of pictures, if the index has only one.
+
+    Returns:
+        Number of copied pictures. Only pictures that the model of the index has embedded are copied.
+
+    Raises:
+        ValueError: If the model of the index has not embedded any picture.
+    """
+    # Indexed folder -> public name. Subfolders are before their parents, because `_anonymize_path` uses the first
+    # match.
+    names: dict[str, str] = {}
+    folders = sorted(index.folders(), key=len, reverse=True)
+    for folder in folders:
+        public_name = (title if len(folders) == 1 else "") or PurePath(folder).name or "pictures"
+        name = "/" + public_name.replace("/", "-")
         while name in names.values():
             name += "-"
         names[folder] = name
-    source, target, width = PictureTable(index.where), PictureTable(where), index.model.width
+    source, target, width = PictureTable(index.where), PictureTable(output), index.model.width
     target.create(width)
-    kept, digest, copied = target.pictures.schema, index.model.image_digest, 0
-    for batch in source.batches(kept.names, f"model = '{digest}'"):
-        rows, nowhere = pa.Table.from_batches([batch]), pa.nulls(len(batch), pa.float64())
-        renamed = pa.array([_renamed(path, names) for path in rows["path"].to_pylist()], pa.string())
-        changed: dict[str, Any] = {"path": renamed, "latitude": nowhere, "longitude": nowhere}
-        target.merge(pa.Table.from_arrays([changed.get(name, rows[name]) for name in kept.names], schema=kept))
+    schema, digest, copied = target.pictures.schema, index.model.image_digest, 0
+    for batch in source.batches(schema.names, f"model = '{digest}'"):
+        rows, nulls = pa.Table.from_batches([batch]), pa.nulls(len(batch), pa.float64())
+        paths = pa.array([_anonymize_path(path, names) for path in rows["path"].to_pylist()], pa.string())
+        changed: dict[str, Any] = {"path": paths, "latitude": nulls, "longitude": nulls}
+        target.upsert(pa.Table.from_arrays([changed.get(name, rows[name]) for name in schema.names], schema=schema))
         copied += len(rows)
     if not copied:
-        raise ValueError(f"The index {index.where} has no picture that {index.model.name} has embedded.")
-    facts = {"source": model, "name": index.model.name, "width": width, "image_digest": digest}
-    target.note({"model": json.dumps(facts), **{FOLDER_KEY + name: "" for name in names.values()}})
+        raise ValueError(
+            f"The index {index.where} has no pictures embedded with {index.model.name}. Create it with this model."
+        )
+    model_metadata = {"source": model, "name": index.model.name, "width": width, "image_digest": digest}
+    folder_keys = {FOLDER_KEY_PREFIX + name: "" for name in names.values()}
+    target.set_metadata({"model": json.dumps(model_metadata), **folder_keys})
     return copied
 
 
-def _renamed(path: str, names: dict[str, str]) -> str:
-    for folder, name in names.items():
+def _anonymize_path(path: str, new_names: dict[str, str]) -> str:
+    """Replace the folder of a picture's path with its public name.
+
+    Args:
+        path: Absolute path of a picture.
+        new_names: Indexed folder -> public name. Subfolders must be before their parents, because the first folder that
+            contains the picture is used.
+
+    Returns:
+        The path with the public name. If no folder contains the picture, only the file name is kept.
+    """
+    for folder, name in new_names.items():
         if PurePath(path).is_relative_to(folder):
             return str(PurePath(name, PurePath(path).relative_to(folder)))
-    return str(PurePath("/", PurePath(path).name))  # of a folder that is no longer listed
+    return str(PurePath("/", PurePath(path).name))  # the folder is no longer listed in the index
 
 
-# --- The folder -----------------------------------------------------------------------------------------------------
+# --- Folder of the Space ---------------------------------------------------------------------------------------------
 
 
 def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -> None:
-    """Write the folder of a Space; of the model, a folder is copied, and a Hub id left to the Space to fetch.
+    """Write the folder of a Space that shows the search page: program, model, index, requirements and card.
 
-    Raises ValueError where the folder is not empty, or a file names a path of this machine or a token.
+    Args:
+        index: Index of pictures to copy.
+        credit: Name, license and attribution of the pictures.
+        model: Folder or Hub id of the model. A folder is copied to the Space. With a Hub id, the Space downloads the
+            model.
+        folder: Folder to write.
+
+    Raises:
+        ValueError: If `folder` is not empty, or a file contains an absolute path or a token.
     """
-    with whole_folder(folder) as made:
-        program = (path for package in PROGRAM for path in (ROOT / package).rglob("*"))
-        for path in (ROOT / "LICENSE", *(path for path in program if path.suffix in PROGRAM_SUFFIXES)):
-            copy_file(path, made / path.relative_to(ROOT))
-        there = _copied_model(model, made)
-        publish_index(index, made / "index.lance", there, credit.name)
-        names = "\n".join(PictureTable(made / "index.lance").rows(["path"])["path"].to_pylist())
-        if found := secret_in(names):
-            raise ValueError(f"A picture's name holds {found[0]}. Rename it, and revoke it if it is real.")
-        pinned = requirements(model)
-        write_text(made / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pinned.items()))
-        values = {"title": TITLE, "model": repr(there), "credit": repr(credit), "port": DEFAULT_PORT, "pinned": pinned}
+    with atomic_folder(folder) as output:
+        program = (path for package in PROGRAM_PACKAGES for path in (CODE_ROOT / package).rglob("*"))
+        for path in (CODE_ROOT / "LICENSE", *(path for path in program if path.suffix in PROGRAM_SUFFIXES)):
+            copy_file(path, output / path.relative_to(CODE_ROOT))
+        model_location = _copy_model(model, output)
+        publish_index(index, output / "index.lance", model_location, credit.name)
+        names = "\n".join(PictureTable(output / "index.lance").rows(["path"])["path"].to_pylist())
+        if secret := find_secret(names):
+            raise ValueError(
+                f"The file name of a picture contains {secret[0]}. Rename it, and revoke it if it is real."
+            )
+        pinned = pin_requirements(model)
+        write_text(output / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pinned.items()))
+        values = {
+            "title": SPACE_TITLE,
+            "model": repr(model_location),
+            "credit": repr(credit),
+            "port": DEFAULT_PORT,
+            "pinned": pinned,
+        }
         for name in ("app.py", "Dockerfile"):
-            template = jinja2.Template((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
-            write_text(made / name, template.render(values) + "\n")
-        licence = model_licence(Path(model))
-        known = {one for one in (credit.licence, licence) if one}
-        about = {"sdk": "docker", "app_port": DEFAULT_PORT, "license": known.pop() if len(known) == 1 else "other"}
-        about |= {"title": TITLE, "short_description": "Busca de imagens com palavras em português"}
-        about["models"] = None if Path(model).is_dir() else [model]
-        write_card(made, "space", about, name=short_name(model), credit=credit, model_licence=licence)
-        for name in ("README.md", "app.py"):  # what a stranger's card is called
-            check_secrets(made / name, name)
-            check_paths(made / name, name)
+            template = jinja2.Template((TEMPLATE_FOLDER / f"{name}.jinja").read_text(encoding="utf-8"))
+            write_text(output / name, template.render(values) + "\n")
+        model_license = read_model_license(Path(model))
+        licenses = {credit.license, model_license} - {""}
+        card_data = {"sdk": "docker", "app_port": DEFAULT_PORT}
+        card_data["license"] = licenses.pop() if len(licenses) == 1 else "other"
+        card_data |= {"title": SPACE_TITLE, "short_description": "Busca de imagens com palavras em português"}
+        card_data["models"] = None if Path(model).is_dir() else [model]
+        write_space_card(output, "space", card_data, name=short_name(model), credit=credit, model_license=model_license)
+        for name in ("README.md", "app.py"):  # they contain texts from the cards of model and pictures
+            check_secrets(output / name, name)
+            check_paths(output / name, name)
 
 
-def write_card(folder: Path, template: str, about: dict[str, Any], **values: Any) -> None:
-    """Write the README.md of a Space, of "space" or "static"; `about` is what the Hub reads."""
-    path = TEMPLATES / f"{template}.md.jinja"
-    card = SpaceCard.from_template(SpaceCardData(**about, **LOOK), template_path=str(path), **values)
+def write_space_card(folder: Path, template: str, card_data: dict[str, Any], **values: Any) -> None:
+    """Write README.md, the card of a Space.
+
+    Args:
+        folder: Folder of the Space.
+        template: "space" for a Space with a server, "static" for a page without a server.
+        card_data: Front matter of the card, from which the Hub reads the settings of the Space.
+        values: Variables of the template.
+    """
+    path = TEMPLATE_FOLDER / f"{template}.md.jinja"
+    card = SpaceCard.from_template(SpaceCardData(**card_data, **SPACE_CARD_STYLE), template_path=str(path), **values)
     write_text(folder / "README.md", f"{card}\n")
 
 
-def model_licence(model: Path) -> str:
-    """What the card of a model in a folder says; the Hub shows that of others."""
-    return str(card_metadata(model / "README.md").get("license") or "")
+def read_model_license(model: Path) -> str:
+    """Read the license that the card in a model folder states.
+
+    Args:
+        model: Folder of the model. A Hub id is accepted, but its card is not read.
+
+    Returns:
+        Identifier of the license, such as "mit". "" if no license is stated, or `model` is a Hub id.
+    """
+    return str(read_card_metadata(model / "README.md").get("license") or "")
 
 
-def requirements(model: str) -> dict[str, str]:
-    """What the page and its model need: package -> version, that which is installed."""
-    needed = [line for line in metadata.requires("modeling-capivara") if "extra ==" not in line]
-    names = [*(re.match(r"[\w.-]+", line)[0] for line in needed), *PACKAGES]
+def pin_requirements(model: str) -> dict[str, str]:
+    """Return the Python packages that the search page and a model need, with their installed versions.
+
+    Args:
+        model: Folder or Hub id of the model. Only some models need timm.
+
+    Returns:
+        Package name -> version, without local suffixes such as "+cu128".
+    """
+    requirements = [line for line in metadata.requires("modeling-capivara") if "extra ==" not in line]
+    names = [*(re.match(r"[\w.-]+", line)[0] for line in requirements), *PAGE_PACKAGES]
     if "timm_wrapper" in (find_model(model).folder / "config.json").read_text("utf-8"):
         names.append("timm")
     return {name: metadata.version(name).partition("+")[0] for name in names}
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file into a folder, which is made."""
+    """Copy the file `source` to the path `target`. The folder of `target` is created if it does not exist."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
 
 
-def _copied_model(model: str, made: Path) -> str:
-    """Where the Space finds a model: an id stays one, a folder is copied, without what only training needs."""
+def _copy_model(model: str, space_folder: Path) -> str:
+    """Copy a model to the folder of a Space, without the files that search does not need, and check the copy.
+
+    Args:
+        model: Folder or Hub id of the model.
+        space_folder: Folder of the Space.
+
+    Returns:
+        Folder of the copy relative to the Space. A Hub id is returned unchanged, and nothing is copied.
+
+    Raises:
+        ValueError: If a copied file contains an absolute path or an access token.
+    """
     source = Path(model)
     if not source.is_dir():
         return model
     target = Path("models", short_name(model))
-    for file in (file for pattern in MODEL_FILES for file in source.glob(pattern)):
-        copy_file(file, made / target / file.name)
-    check_contents(made / target)
+    for file in (file for pattern in SPACE_MODEL_FILES for file in source.glob(pattern)):
+        copy_file(file, space_folder / target / file.name)
+    check_model_files(space_folder / target)
     return str(target)

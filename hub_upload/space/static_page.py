@@ -1,15 +1,16 @@
-"""A page without a server: the search of one's own pictures in the browser, as a folder of plain files.
+"""Write the search page as static files, which need no server program. Users search their own pictures in the browser.
 
     npm install --ignore-scripts @huggingface/transformers          # version 4.3 or later
     python -m hub_upload.space --static page --model runs/mine --library node_modules
     cd page && python -m http.server
 
     index.html, en.html    the page, in Portuguese and in English
-    static/                those of capivara_search's page, with our source.js in place of the server's
-    library/               transformers.js and its onnxruntime, as npm gives them
-    model/<digest>/        both towers in 8 bits, tokenizer and settings, as `hub_upload.export` makes them for it
+    static/                scripts and styles of capivara_search's page; source.js is replaced by this package's
+    library/               transformers.js and onnxruntime, from npm
+    model/<digest>/        both towers in int8, tokenizer and settings, as `hub_upload.export` writes them
 
-Nothing is asked of another host: the page's own policy forbids it.
+This package's source.js runs the model in the browser; capivara_search's source.js sends requests to a server. The
+page's Content-Security-Policy forbids requests to other hosts.
 """
 
 import hashlib
@@ -17,91 +18,124 @@ import re
 import tempfile
 from pathlib import Path
 
-from capivara_common.environment import require
-from capivara_common.files import read_json, whole_folder, write_bytes, write_text
+from capivara_common.environment import require_packages
+from capivara_common.files import atomic_folder, read_json, write_bytes, write_text
 from capivara_common.privacy import short_name
 from capivara_search.models import find_model
 from capivara_search.page import server
-from hub_upload.allowed_files import check_contents, check_paths, check_secrets
-from hub_upload.export import export
+from hub_upload.allowed_files import check_model_files, check_paths, check_secrets
+from hub_upload.export import export_model
 from hub_upload.formats import onnx, transformers_js
-from hub_upload.space.publish_space import ROOT, copy_file, model_licence, write_card
+from hub_upload.space.publish_space import CODE_ROOT, copy_file, read_model_license, write_space_card
 
-SOURCE = Path(__file__).parent / "static" / "source.js"
-PAGES = {"pt": ("index.html", "./", "en.html"), "en": ("en.html", "en.html", "./")}  # file, its address, the other's
-LIBRARY = "@huggingface/transformers"  # of npm
-# File of the page -> where it lies in node_modules; the ends of their names are known to every file server.
-SOURCES = {
+SOURCE_SCRIPT = Path(__file__).parent / "static" / "source.js"
+# Language -> file of the page, its relative URL, and the URL of the page in the other language.
+PAGE_FILES = {"pt": ("index.html", "./", "en.html"), "en": ("en.html", "en.html", "./")}
+LIBRARY_PACKAGE = "@huggingface/transformers"  # npm package
+# File in `library/` -> file in node_modules. `.mjs` files are renamed to `.js`, because some file servers send `.mjs`
+# files with a media type that browsers don't run.
+LIBRARY_FILES = {
     "transformers.js": "@huggingface/transformers/dist/transformers.min.js",
     "onnxruntime.js": "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
     "onnxruntime.wasm": "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.wasm",
 }
-GRAPHS = tuple(f"onnx/{kind}_model_quantized.onnx{end}" for kind in ("text", "vision") for end in ("", "_data"))
-MODEL_FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", *GRAPHS)
-ABOUT = {  # of the page as a Space
+MODEL_GRAPHS = tuple(f"onnx/{kind}_model_quantized.onnx{end}" for kind in ("text", "vision") for end in ("", "_data"))
+PAGE_MODEL_FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", *MODEL_GRAPHS)
+# Front matter of README.md, from which the Hub reads the settings of the page if it is published as a Space.
+SPACE_CARD_DATA = {
     "title": "CAPIVARA: busca nas suas imagens",
     "sdk": "static",
-    # With these two the browser gives the page several threads.
+    # Browsers allow WebAssembly threads only for pages with these headers.
     "custom_headers": {"cross-origin-embedder-policy": "require-corp", "cross-origin-opener-policy": "same-origin"},
     "short_description": "Busca nas suas imagens, no seu navegador",
 }
 
 
 def write_static_page(model: str, folder: Path, library: Path) -> None:
-    """Write the folder of the page.
+    """Write the folder of the search page without a server.
 
     Args:
-        model: folder or Hub id of a CAPIVARA model. A folder that `hub_upload.export` has made for transformers.js is
-            taken as it is; of others the graphs are made, which takes minutes at full size.
-        folder: where to; missing or empty.
-        library: a `node_modules` that has `LIBRARY`.
+        model: Folder or Hub id of a CAPIVARA model. If the folder is an export for transformers.js, its graphs are
+            copied. Otherwise they are exported, which takes minutes for a full-size model.
+        folder: Folder to write. It must not exist or must be empty.
+        library: Folder node_modules in which npm has installed `LIBRARY_PACKAGE` (transformers.js).
 
-    Raises ValueError where transformers.js can't express the model, the library is not there, or a file names a path of
-    this machine or a token; ImportError where a package that ONNX needs is missing.
+    Raises:
+        ValueError: If transformers.js can't represent the model, `library` does not contain the package, or a file to
+            publish contains an absolute path or an access token.
+        ImportError: If a package that the ONNX export needs is missing.
     """
-    require("A page without a server", "onnx", *onnx.ONNX_PACKAGES)
-    with whole_folder(folder) as made, tempfile.TemporaryDirectory() as work:
+    require_packages("A page without a server", "onnx", *onnx.ONNX_PACKAGES)
+    with atomic_folder(folder) as output, tempfile.TemporaryDirectory() as temporary:
         source = find_model(model).folder
-        _write_library(library, made / "library")
+        _write_library(library, output / "library")
         repository = source
-        if not all((source / name).is_file() for name in MODEL_FILES):
-            repository = Path(work, "repository")
-            export(source, repository, ["transformers"])
-            transformers_js.write_tokenizer(repository)
-            onnx.write_onnx(repository)  # of transformers.js's nine graphs those that lead to the two of the page
-            transformers_js.write_settings(repository)
-        check_contents(repository)
-        digests = [hashlib.sha256((repository / name).read_bytes()).digest() for name in MODEL_FILES]
-        digest = hashlib.sha256(b"".join(digests)).hexdigest()[:16]  # browsers keep a model under its address
-        for name in MODEL_FILES:
-            copy_file(repository / name, made / "model" / digest / name)
-        size = sum(path.stat().st_size for path in (*made.glob("model/**/*.*"), made / "library" / "onnxruntime.wasm"))
-        facts = {"id": digest, "name": short_name(model), "megabytes": round(size / 1e6)}
-        facts["side"] = read_json(repository / "preprocessor_config.json")["size"]["shortest_edge"]
-        for path in (server.FOLDER / "static").iterdir():
-            copy_file(SOURCE if path.name == SOURCE.name else path, made / "static" / path.name)
-        copy_file(ROOT / "LICENSE", made / "LICENSE")
-        for language, (page, *_) in PAGES.items():
-            write_text(made / page, page_html(language, facts))
-        licence, about = model_licence(source), ABOUT | {"models": None if Path(model).is_dir() else [facts["name"]]}
-        version = read_json(library / LIBRARY / "package.json", version=str)["version"]
-        values = {"name": facts["name"], "model_licence": licence, "version": version}
-        write_card(made, "static", about | {"license": licence or "other"}, **values)
-        for path in (*made.glob("*.*"), *made.glob("static/*")):
+        if not all((source / name).is_file() for name in PAGE_MODEL_FILES):
+            repository = Path(temporary, "repository")
+            export_model(source, repository, ["transformers"])
+            transformers_js.write_converted_tokenizer(repository)
+            onnx.write_onnx(repository)  # float32 and int8 graphs of both towers; the page uses the int8 ones
+            transformers_js.write_configs(repository)
+        check_model_files(repository)
+        digests = [hashlib.sha256((repository / name).read_bytes()).digest() for name in PAGE_MODEL_FILES]
+        # The URL of the model contains the digest. Otherwise, browsers would use the cached files of an old model.
+        digest = hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+        for name in PAGE_MODEL_FILES:
+            copy_file(repository / name, output / "model" / digest / name)
+        size = sum(
+            path.stat().st_size for path in (*output.glob("model/**/*.*"), output / "library" / "onnxruntime.wasm")
+        )
+        page_model = {"id": digest, "name": short_name(model), "megabytes": round(size / 1e6)}
+        page_model["side"] = read_json(repository / "preprocessor_config.json")["size"]["shortest_edge"]
+        for path in (server.PAGE_FOLDER / "static").iterdir():
+            copy_file(SOURCE_SCRIPT if path.name == SOURCE_SCRIPT.name else path, output / "static" / path.name)
+        copy_file(CODE_ROOT / "LICENSE", output / "LICENSE")
+        for language, (page, *_) in PAGE_FILES.items():
+            write_text(output / page, render_static_page(language, page_model))
+        license = read_model_license(source)
+        models = None if Path(model).is_dir() else [page_model["name"]]
+        version = read_json(library / LIBRARY_PACKAGE / "package.json", version=str)["version"]
+        card_data = SPACE_CARD_DATA | {"models": models, "license": license or "other"}
+        values = {"name": page_model["name"], "model_license": license, "version": version}
+        write_space_card(output, "static", card_data, **values)
+        for path in (*output.glob("*.*"), *output.glob("static/*")):
             check_secrets(path, path.name)
             check_paths(path, path.name)
 
 
-def page_html(language: str, model: dict[str, str | int]) -> str:
-    """The page in a language, "pt" or "en", with what it says and needs to know of its model."""
-    words = server.words_of(language, own=True) | {"own_model": model}
-    _, here, there = PAGES[language]
-    return server.page_html(words, own=True, here=here, there=there, model=model)
+def render_static_page(language: str, model: dict[str, str | int]) -> str:
+    """Render the HTML of the search page without a server.
+
+    Args:
+        language: Language of the page, "pt" or "en".
+        model: Properties of the model that the scripts of the page need: "id" (name of the subfolder of `model/`),
+            "name", "megabytes" (size of the download) and "side" (height and width of the model's images in pixels).
+
+    Returns:
+        HTML of the page.
+    """
+    words = server.load_page_messages(language, is_static=True) | {"own_model": model}
+    _, url, other_url = PAGE_FILES[language]
+    return server.render_page_html(words, is_static=True, here=url, there=other_url, model=model)
 
 
-def _write_library(modules: Path, target: Path) -> None:
-    if missing := [name for name in SOURCES.values() if not (modules / name).is_file()]:
-        raise ValueError(f"--library {modules} has no {missing[0]}. It must be a node_modules with {LIBRARY} of npm.")
-    for name, source in SOURCES.items():
-        write_bytes(target / name, re.sub(rb"(?m)^//# sourceMappingURL=.*$", b"", (modules / source).read_bytes()))
-    copy_file(modules / LIBRARY / "LICENSE", target / "transformers.js-LICENSE")
+def _write_library(node_modules: Path, target: Path) -> None:
+    """Copy the scripts of transformers.js and onnxruntime, and the license of transformers.js.
+
+    References to source maps are removed from the scripts, because the source maps are not published.
+
+    Args:
+        node_modules: Folder in which npm has installed `LIBRARY_PACKAGE`.
+        target: Folder to write to.
+
+    Raises:
+        ValueError: If a script is missing.
+    """
+    if missing := [name for name in LIBRARY_FILES.values() if not (node_modules / name).is_file()]:
+        raise ValueError(
+            f"--library {node_modules} contains no {missing[0]}. It must be a node_modules folder in which npm has "
+            f"installed {LIBRARY_PACKAGE}."
+        )
+    for name, source in LIBRARY_FILES.items():
+        write_bytes(target / name, re.sub(rb"(?m)^//# sourceMappingURL=.*$", b"", (node_modules / source).read_bytes()))
+    copy_file(node_modules / LIBRARY_PACKAGE / "LICENSE", target / "transformers.js-LICENSE")

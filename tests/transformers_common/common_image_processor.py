@@ -8,7 +8,7 @@ from modeling_capivara import CapivaraImageProcessor
 
 
 class CapivaraImageProcessingTester(ImageProcessingTester):
-    """Settings and images. The crop is smaller than the short side, so that it shows."""
+    """Settings and images. The crop is smaller than the short side, so that cropping has an effect."""
 
     def __init__(self, parent, **kwargs):
         kwargs = {"size": {"shortest_edge": 20}, "crop_size": {"height": 18, "width": 18}} | kwargs

@@ -45,7 +45,7 @@ class ModelTester:
 
 
 class ClassifierTester(ModelTester):
-    """As `ModelTester`, of images only."""
+    """`ModelTester` for a model that takes only images."""
 
     def __init__(self, config: dict):
         super().__init__(config)

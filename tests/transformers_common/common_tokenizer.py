@@ -14,7 +14,7 @@ class CapivaraTokenizationTest(TokenizerTesterMixin, unittest.TestCase):
     """The tokenizer, with a small vocabulary."""
 
     tokenizer_class = CapivaraTokenizer
-    test_tokenizer_from_extractor = False  # it is made from a tokenizer.json, not from a vocabulary
+    test_tokenizer_from_extractor = False  # the tokenizer is built from a tokenizer.json, not from a vocabulary file
 
     @classmethod
     def setUpClass(cls):

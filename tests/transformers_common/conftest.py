@@ -1,4 +1,4 @@
-"""Expect the failures that CONTRIBUTING.md lists with their reasons; a listed test that passes is a failure, too."""
+"""Mark the tests that CONTRIBUTING.md lists as expected failures; a listed test that passes counts as failed."""
 
 import re
 from pathlib import Path

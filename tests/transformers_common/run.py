@@ -1,11 +1,11 @@
 """Run the common test suites of transformers on the classes of CAPIVARA.
 
     python tests/transformers_common/run.py                     # downloads the suites of the installed version once
-    python tests/transformers_common/run.py -k test_save_load   # other arguments are pytest's
+    python tests/transformers_common/run.py -k test_save_load   # other arguments are passed to pytest
     python tests/transformers_common/run.py --source transformers-5.24.0.tar.gz
 
-The suites are the classes that every model of transformers is tested with. Its source distribution contains them, its
-wheel does not. CONTRIBUTING.md lists the tests that are expected to fail, with the reasons.
+The suites are the classes with which every model of transformers is tested. The source distribution of transformers
+contains them, the wheel does not. CONTRIBUTING.md lists the tests that are expected to fail, with the reasons.
 """
 
 import argparse
@@ -20,11 +20,13 @@ from tempfile import TemporaryDirectory
 import transformers
 from PIL import Image
 
-from capivara_common.files import whole_folder
+from capivara_common.cli import run_command
+from capivara_common.environment import require_packages
+from capivara_common.files import atomic_folder
 
 HERE = Path(__file__).resolve().parent
-PACKAGE = "transformers_tests"  # the end of the name matters: transformers looks for its fixtures in a folder "…tests"
-# What the suites import or read, and no distribution contains: tests of exporters and generation, fixtures of the Hub.
+PACKAGE = "transformers_tests"  # transformers looks for its fixtures in a folder whose name ends with "tests"
+# Files that the suites import or read, but that no distribution contains: path -> content.
 STUBS = {
     f"{PACKAGE}/__init__.py": "",
     f"{PACKAGE}/exporters/__init__.py": "",
@@ -42,20 +44,21 @@ def main(argv: list[str] | None = None) -> int:
     source_help = "Source distribution of transformers: a .tar.gz file, or the folder it unpacks to. Default: PyPI's."
     parser.add_argument("--source", type=Path, help=source_help)
     args, pytest_args = parser.parse_known_args(argv)
+    require_packages("The common test suite of transformers", "test", "parameterized")
     cache = HERE.parents[1] / ".pytest_cache" / f"transformers-{transformers.__version__}"
     with TemporaryDirectory() as scratch:
         if args.source or not cache.is_dir():
             write_suites(args.source or download(Path(scratch)), cache)
     paths = [str(cache), str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     files = sorted(map(str, HERE.glob("common_*.py")))
-    # The suites use markers of their own, which --strict-markers in `setup.cfg` would refuse.
+    # The suites use pytest markers that --strict-markers in `setup.cfg` would refuse.
     command = [sys.executable, "-m", "pytest", "-o", "addopts=-rfE", "-W", "ignore", *files, *pytest_args]
     return subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, check=False).returncode
 
 
 def download(folder: Path) -> Path:
     """Download the source distribution of the installed version of transformers into `folder`; return its path."""
-    # `--no-binary :all:` would also build the build tools from source.
+    # Only transformers: `--no-binary :all:` would also build the build tools from source.
     command = ["download", "--no-binary", "transformers", "--no-deps", f"transformers=={transformers.__version__}"]
     subprocess.run([sys.executable, "-m", "pip", *command, "--dest", str(folder)], check=True)
     return next(folder.glob("transformers-*.tar.gz"))
@@ -63,7 +66,7 @@ def download(folder: Path) -> Path:
 
 def write_suites(source: Path, folder: Path) -> None:
     """Write the package `PACKAGE` into `folder`: the top-level test modules of a source distribution, and the stubs."""
-    with whole_folder(folder, overwrite=True) as new, TemporaryDirectory() as scratch:
+    with atomic_folder(folder, overwrite=True) as new, TemporaryDirectory() as scratch:
         if source.is_file():
             with tarfile.open(source) as archive:
                 archive.extractall(scratch, filter="data")
@@ -82,4 +85,4 @@ def write_suites(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda: sys.exit(main()))

@@ -1,34 +1,35 @@
-// Classification of a picture with labels of the visitor.
+// Classification of an uploaded picture with labels that the user writes.
 import { ask } from "./source.js";
-import { element, find, notice, number, say, takeFiles } from "./common.js";
+import { byId, element, formatNumber, message, onFiles, showError } from "./common.js";
 
-let [file, runs] = [null, 0];
+let [file, lastRequest] = [null, 0];
 
-async function run() {
-  const question = { labels: find("labels").value.split(/[\n,;]/), template: find("template").value };
-  find("classify-said").textContent = say("classifying");
-  const mine = ++runs;
+async function classify() {
+  const question = { labels: byId("labels").value.split(/[\n,;]/), template: byId("template").value };
+  byId("classify-said").textContent = message("classifying");
+  const request = ++lastRequest;
   const answer = await ask("classify", question, file).catch((error) => ({ error }));
-  if (mine !== runs) return;
-  notice(answer.error);
-  find("classify-said").textContent = "";
-  find("classified").replaceChildren(...(answer.error ? [] : shares(answer)));
-  find("classified").scrollIntoView({ block: "nearest" }); // on a narrow screen it lies below the form
+  if (request !== lastRequest) return; // a later request was sent, and its result will be shown
+  showError(answer.error);
+  byId("classify-said").textContent = "";
+  byId("classified").replaceChildren(...(answer.error ? [] : resultElements(answer)));
+  byId("classified").scrollIntoView({ block: "nearest" }); // on a narrow screen the result is below the form
 }
 
-/** What fits best, and the shares of the labels for the picture. */
-function shares({ label, shares }) {
-  const lines = shares.map(([name, share]) => {
+/** Creates the elements that show a result: the best label, and a bar with the share of each label. */
+function resultElements({ label, shares }) {
+  const rows = shares.map(([name, share]) => {
     const bar = element("progress", { value: share, "aria-hidden": "true" });
-    return element("li", {}, element("span", {}, name), bar, element("data", {}, `${number(100 * share, 1)} %`));
+    return element("li", {}, element("span", {}, name), bar, element("data", {}, `${formatNumber(100 * share, 1)} %`));
   });
-  const best = label === null ? [element("h2", {}, say("no_label")), element("p", {}, say("no_label_long"))] : [element("h2", {}, say("label_is", { label }))];
-  return [...best, element("ol", { class: label === null ? "none" : false }, ...lines)];
+  const noLabel = [element("h2", {}, message("no_label")), element("p", {}, message("no_label_long"))];
+  const best = label === null ? noLabel : [element("h2", {}, message("label_is", { label }))];
+  return [...best, element("ol", { class: label === null ? "none" : false }, ...rows)];
 }
 
-takeFiles(find("classify"), [find("classify-file")], ([picture]) => {
+onFiles(byId("classify"), [byId("classify-file")], ([picture]) => {
   file = picture;
-  find("classify-picture").src = URL.createObjectURL(file);
-  run();
+  byId("classify-picture").src = URL.createObjectURL(file);
+  classify();
 });
-find("labels-form").addEventListener("submit", (event) => (event.preventDefault(), run()));
+byId("labels-form").addEventListener("submit", (event) => (event.preventDefault(), classify()));

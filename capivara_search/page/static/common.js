@@ -1,41 +1,55 @@
-// What all parts of the page share, with a server or without: words, errors, elements, files of the visitor.
-export const WORDS = JSON.parse(document.getElementById("words").textContent);
-export const LANGUAGE = WORDS.tag;
+// Functions that all scripts of the page use, with and without a server: texts, errors, HTML elements and files that
+// the user chooses.
+export const MESSAGES = JSON.parse(document.getElementById("words").textContent);
+export const LANGUAGE = MESSAGES.tag;
 const PLURAL = new Intl.PluralRules(LANGUAGE);
 
-export const find = (id) => document.getElementById(id);
-export const number = (value, digits = 0) =>
+export const byId = (id) => document.getElementById(id);
+export const formatNumber = (value, digits = 0) =>
   new Intl.NumberFormat(LANGUAGE, { minimumFractionDigits: digits, maximumFractionDigits: digits }).format(value);
 
-/** A score; one near 0, as SigLIP's probabilities are, with its first two digits. */
-export const score = (value, digits) => number(value, value > 1e-12 && value < 0.01 ? 1 - Math.floor(Math.log10(value)) : digits);
+/**
+ * Formats a score with `digits` decimals. Scores between 1e-12 and 0.01 get two significant digits, because the
+ * probabilities of SigLIP models are often very small.
+ */
+export const formatScore = (value, digits) =>
+  formatNumber(value, value > 1e-12 && value < 0.01 ? 1 - Math.floor(Math.log10(value)) : digits);
 
-/** A text of the page with its values, `{name}` by `{name}`; a number `n` chooses singular or plural where there are both. */
-export function say(key, values = {}, words = WORDS) {
-  const forms = "n" in values ? `${key}_${PLURAL.select(values.n) === "one" ? "one" : "other"}` : key;
-  const text = words[forms] ?? words[key] ?? key;
-  return text.replace(/\{(\w+)\}/g, (_, name) => (typeof values[name] === "number" ? number(values[name]) : values[name] ?? ""));
+/**
+ * Returns the text with a key, in which each `{name}` is replaced by `values.name`. If `values` has `n`, the text is
+ * `key_one` (singular) or `key_other` (plural).
+ */
+export function message(key, values = {}, messages = MESSAGES) {
+  const pluralKey = "n" in values ? `${key}_${PLURAL.select(values.n) === "one" ? "one" : "other"}` : key;
+  const text = messages[pluralKey] ?? messages[key] ?? key;
+  return text.replace(/\{(\w+)\}/g, (_, name) => (typeof values[name] === "number" ? formatNumber(values[name]) : values[name] ?? ""));
 }
 
-/** What went wrong, in words. */
-export const reason = (error) => say(error.code ?? "failed", error.values, WORDS.errors);
+/** Returns the text of an error. `error.code` is its key, and `error.values` replace its placeholders. */
+export const errorMessage = (error) => message(error.code ?? "failed", error.values, MESSAGES.errors);
 
-/** Shows what went wrong until the next question; nothing where there is no error. */
-export const notice = (error) => (find("notice").textContent = error ? reason(error) : "");
+/** Shows the text of an error until the next request. If `error` is undefined or null, hides the previous text. */
+export const showError = (error) => (byId("notice").textContent = error ? errorMessage(error) : "");
 
-/** An element with attributes (a function is a listener, false none) and children, texts among them as texts. */
+/**
+ * Creates an HTML element.
+ * @param name Name of the element, such as "button".
+ * @param attributes Attributes by name. A function is added as a listener of the event with this name. An attribute with
+ *     the value false, null or undefined is left out, and true stands for an empty value.
+ * @param children Elements or texts; null is left out.
+ */
 export function element(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
+  const node = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
-    if (typeof value === "function") made.addEventListener(key, value);
-    else if (value !== false && value != null) made.setAttribute(key, value === true ? "" : value);
+    if (typeof value === "function") node.addEventListener(key, value);
+    else if (value !== false && value != null) node.setAttribute(key, value === true ? "" : value);
   }
-  made.append(...children.filter((child) => child != null));
-  return made;
+  node.append(...children.filter((child) => child != null));
+  return node;
 }
 
-/** A picture on white whose sides are `scale` times as long. */
-export function drawn(image, scale) {
+/** Returns a white canvas with a resized image. Width and height are those of the image multiplied by `scale`. */
+export function drawScaled(image, scale) {
   const sides = [image.width, image.height].map((side) => Math.max(1, Math.round(side * scale)));
   const canvas = new OffscreenCanvas(...sides);
   const context = canvas.getContext("2d", { alpha: false });
@@ -46,15 +60,18 @@ export function drawn(image, scale) {
   return canvas;
 }
 
-/** Calls `take(files)` for those chosen in one of `inputs`, and for those dropped or pasted while `area` is in sight. */
-export function takeFiles(area, inputs, take) {
-  const given = (files) => files.length && area.checkVisibility() && take([...files]);
+/**
+ * Calls `receive(files)` when the user chooses files in one of the elements `inputs`, or drops or pastes files while the
+ * element `area` is visible.
+ */
+export function onFiles(area, inputs, receive) {
+  const pass = (files) => files.length && area.checkVisibility() && receive([...files]);
   for (const input of inputs)
     input.addEventListener("change", () => {
-      given(input.files);
-      input.value = ""; // the same file may be chosen again
+      pass(input.files);
+      input.value = ""; // so that a "change" event is also sent if the user chooses the same file again
     });
-  document.addEventListener("dragover", (event) => event.preventDefault()); // or the browser leaves the page for the file
-  document.addEventListener("drop", (event) => (event.preventDefault(), given(event.dataTransfer.files)));
-  document.addEventListener("paste", (event) => given(event.clipboardData.files));
+  document.addEventListener("dragover", (event) => event.preventDefault()); // otherwise the browser would open the dropped file
+  document.addEventListener("drop", (event) => (event.preventDefault(), pass(event.dataTransfer.files)));
+  document.addEventListener("paste", (event) => pass(event.clipboardData.files));
 }

@@ -1,42 +1,42 @@
-// The choice of a folder of the index: a tree of all of them, with counts, that is asked for when it is opened.
-import { element, find, notice, number, say } from "./common.js";
+// The folder filter: a tree of all folders of the index with their numbers of pictures, loaded when the user opens it.
+import { byId, element, formatNumber, message, showError } from "./common.js";
 import { ask } from "./source.js";
 
-const [button, tree] = find("folder").children;
-let [chosen, choose] = ["", null];
+const [button, tree] = byId("folder").children;
+let [chosenPath, onChoice] = ["", null];
 
-/** The end of a path, as far as it tells folders apart well enough. */
-const short = (path) => path.split(/[\\/]/).filter(Boolean).slice(-2).join("/") || path;
-const above = (path) => path.slice(0, Math.max(path.lastIndexOf("/"), path.lastIndexOf("\\")));
+/** Returns the last two names in a path, which usually suffice to tell folders apart. */
+const shortName = (path) => path.split(/[\\/]/).filter(Boolean).slice(-2).join("/") || path;
+const parentPath = (path) => path.slice(0, Math.max(path.lastIndexOf("/"), path.lastIndexOf("\\")));
 
-/** Calls `take(path)` with a folder that is chosen, "" for all. */
-export const onFolder = (take) => (choose = take);
+/** Sets the function that is called when the user chooses a folder. Its argument is the path, or "" for all folders. */
+export const onFolder = (callback) => (onChoice = callback);
 
-/** Shows a folder as the chosen one. */
+/** Shows the chosen folder on the button of the filter. `path` is "" for all folders. */
 export function showFolder(path) {
-  chosen = path;
-  button.lastElementChild.textContent = path ? short(path) : say("all_folders");
+  chosenPath = path;
+  button.lastElementChild.textContent = path ? shortName(path) : message("all_folders");
   button.title = path;
 }
 
-function row(path, name, count) {
-  const click = () => (tree.hidePopover(), choose(path));
-  return element("button", { type: "button", title: path, "aria-current": path === chosen && "true", click }, element("span", {}, name), count);
+function folderButton(path, name, count) {
+  const click = () => (tree.hidePopover(), onChoice(path));
+  return element("button", { type: "button", title: path, "aria-current": path === chosenPath && "true", click }, element("span", {}, name), count);
 }
 
-async function fill() {
-  const { folders } = await ask("folders").catch((error) => (notice(error), { folders: {} }));
-  const inside = Map.groupBy(Object.keys(folders), (path) => (above(path) in folders ? above(path) : ""));
-  const list = (parent) => element("ul", {}, ...(inside.get(parent) ?? []).map((path) => leaf(path, parent)));
-  const leaf = (path, parent) => {
-    const name = parent ? path.slice(parent.length + 1) : short(path);
-    const made = element("li", {}, row(path, name, element("span", {}, number(folders[path]))));
-    if (!inside.has(path)) return made;
-    const open = chosen.startsWith(`${path}/`) || (!parent && inside.get("").length === 1);
-    made.append(element("details", { open }, element("summary", { "aria-label": say("folders_in", { name }) }), list(path)));
-    return made;
+async function fillTree() {
+  const { folders } = await ask("folders").catch((error) => (showError(error), { folders: {} }));
+  const subfolders = Map.groupBy(Object.keys(folders), (path) => (parentPath(path) in folders ? parentPath(path) : ""));
+  const list = (parent) => element("ul", {}, ...(subfolders.get(parent) ?? []).map((path) => item(path, parent)));
+  const item = (path, parent) => {
+    const name = parent ? path.slice(parent.length + 1) : shortName(path);
+    const node = element("li", {}, folderButton(path, name, element("span", {}, formatNumber(folders[path]))));
+    if (!subfolders.has(path)) return node;
+    const open = chosenPath.startsWith(`${path}/`) || (!parent && subfolders.get("").length === 1);
+    node.append(element("details", { open }, element("summary", { "aria-label": message("folders_in", { name }) }), list(path)));
+    return node;
   };
-  tree.replaceChildren(row("", say("all_folders")), list(""));
+  tree.replaceChildren(folderButton("", message("all_folders")), list(""));
 }
 
-tree.addEventListener("toggle", (event) => (event.newState === "open" ? fill() : tree.replaceChildren()));
+tree.addEventListener("toggle", (event) => (event.newState === "open" ? fillTree() : tree.replaceChildren()));

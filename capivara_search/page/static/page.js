@@ -1,185 +1,209 @@
-// The search: as one types, by a picture, or by one of the results; its state is the page's address.
-import { WORDS, element, find, notice, say, takeFiles } from "./common.js";
+// The search by text (while the user types), by an uploaded picture, or by one of the results. The query is also stored in
+// the address of the page, so that a search can be bookmarked.
+import { MESSAGES, byId, element, message, onFiles, showError } from "./common.js";
 import { onFolder, showFolder } from "./folders.js";
-import { gallery, leave, tile } from "./pictures.js";
-import { address, ask, start } from "./source.js";
+import { closeViewer, gallery, tile } from "./pictures.js";
+import { ask, imageUrl, startBackgroundWork } from "./source.js";
 
-const PAGE = 48; // pictures at first, and with each "more"
-const TYPING_MS = 250; // without a key, then a search begins
-const [OWN_POLL_MS, POLL_MS] = [2000, 10_000]; // of one's own page, of others
-const STATE = ["text", "like", "folder", "since", "until", "more", "less"]; // what the address has
-const PULLS = ["more", "less"]; // paths of pictures that steer the search
-const asked = { k: PAGE, file: null };
-let facts = { version: null };
-let searches = 0;
+const PAGE_SIZE = 48; // number of pictures that are shown at first, and that each click on "Show more" adds
+const TYPING_MS = 250; // time from the last key until the search begins
+// Time between requests of the status. LOCAL_POLL_MS is used if only this machine can open the page.
+const [LOCAL_POLL_MS, POLL_MS] = [2000, 10_000];
+const STATE_KEYS = ["text", "like", "folder", "since", "until", "more", "less"]; // values stored in the address
+const FEEDBACK_KEYS = ["more", "less"]; // lists of pictures that the search is moved towards or away from
+const query = { k: PAGE_SIZE, file: null };
+let indexStatus = { version: null };
+let lastRequest = 0;
 
-// --- Questions -------------------------------------------------------------------------------------------------------
+// --- Requests --------------------------------------------------------------------------------------------------------
 
-/** Asks and shows the answer. `keep`: how the address changes, "push", "replace" or not at all. */
-async function search(keep) {
-  const mine = ++searches;
-  remember(keep);
-  find("results").ariaBusy = "true";
-  const slow = setTimeout(() => mine === searches && (find("said").textContent = say("searching")), 400);
-  const { file, ...question } = asked;
+/**
+ * Sends the query to the server and shows the results.
+ * @param historyMode How the address of the page changes: "push" adds a history entry, "replace" changes the current
+ *     entry, and null keeps the address.
+ */
+async function search(historyMode) {
+  const request = ++lastRequest;
+  saveState(historyMode);
+  byId("results").ariaBusy = "true";
+  const slow = setTimeout(() => request === lastRequest && (byId("said").textContent = message("searching")), 400);
+  const { file, ...question } = query;
   const answer = await ask("search", question, file).catch((error) => ({ error })).finally(() => clearTimeout(slow));
-  if (mine !== searches) return;
-  find("results").ariaBusy = "false";
-  notice(answer.error);
+  if (request !== lastRequest) return; // a later search has begun, and its results will be shown
+  byId("results").ariaBusy = "false";
+  showError(answer.error);
   if (!answer.error) return showAnswer(answer);
-  find("said").textContent = "";
+  byId("said").textContent = "";
   if (["no_picture", "too_many_pixels", "too_large"].includes(answer.error.code)) {
-    asked.file = null; // the next word shall not fail because of it
-    showAsked();
+    query.file = null; // so that the next search by words does not fail because of this picture
+    showQuery();
   }
 }
 
-/** Begins a search of another kind; the fields and the place on the page follow. */
-function begin(changes, focused = find("results")) {
-  Object.assign(asked, changes, { k: PAGE });
-  showAsked();
+/**
+ * Changes the query, shows it in the fields of the form, scrolls to the top and begins a new search.
+ * @param changes New values of `query`.
+ * @param focused Element that gets the keyboard focus; null keeps the focus.
+ */
+function startSearch(changes, focused = byId("results")) {
+  Object.assign(query, changes, { k: PAGE_SIZE });
+  showQuery();
   scrollTo({ top: 0 });
   search("push");
   focused?.focus({ preventScroll: true });
 }
 
-function remember(keep) {
-  const address = new URL(location.href);
-  for (const key of STATE) {
-    address.searchParams.delete(key);
-    for (const value of [asked[key]].flat()) if (value) address.searchParams.append(key, value);
+/** Writes the query to the address of the page (`historyMode` as for `search`), and to the link to the other language. */
+function saveState(historyMode) {
+  const url = new URL(location.href);
+  for (const key of STATE_KEYS) {
+    url.searchParams.delete(key);
+    for (const value of [query[key]].flat()) if (value) url.searchParams.append(key, value);
   }
-  if (keep && address.href !== location.href) history[`${keep}State`](null, "", address);
-  address.searchParams.set("lang", WORDS.other);
-  document.querySelector(".language").search = address.search; // the same search, in the other language
+  if (historyMode && url.href !== location.href) history[`${historyMode}State`](null, "", url);
+  url.searchParams.set("lang", MESSAGES.other);
+  document.querySelector(".language").search = url.search;
 }
 
-function recall() {
+/** Reads the query from the address of the page and searches. */
+function restoreState() {
   const saved = new URL(location.href).searchParams;
-  for (const key of STATE) asked[key] = PULLS.includes(key) ? saved.getAll(key) : saved.get(key) ?? "";
-  Object.assign(asked, { k: PAGE, file: null });
-  showAsked();
+  for (const key of STATE_KEYS) query[key] = FEEDBACK_KEYS.includes(key) ? saved.getAll(key) : saved.get(key) ?? "";
+  Object.assign(query, { k: PAGE_SIZE, file: null });
+  showQuery();
   search(null);
 }
 
-/** What the index holds by now; the answers follow where it has changed, and nobody is deep in them. */
+/**
+ * Requests and shows the status of the index. If the index has changed, repeats the search. If the user is looking at
+ * results or has uploaded a picture, shows a notice instead.
+ */
 async function refresh() {
-  const before = facts.version;
-  const found = await ask("status", { language: WORDS.tag }).catch(() => null);
-  if (!found) return; // the next question says so
-  facts = found;
-  showFacts();
-  if (before === null || before === facts.version) return;
-  const isDeep = document.querySelector("#results .copy, dialog[open]") || find("results").getBoundingClientRect().top <= 0;
-  if (isDeep || asked.file) find("said").textContent = say("changed", { n: facts.count });
+  const previousVersion = indexStatus.version;
+  const answer = await ask("status", { language: MESSAGES.tag }).catch(() => null);
+  if (!answer) return; // the next search will show the error
+  indexStatus = answer;
+  showStatus();
+  if (previousVersion === null || previousVersion === indexStatus.version) return;
+  const isBrowsing = document.querySelector("#results .copy, dialog[open]") || byId("results").getBoundingClientRect().top <= 0;
+  if (isBrowsing || query.file) byId("said").textContent = message("changed", { n: indexStatus.count });
   else search(null);
 }
 
 // --- What is shown ---------------------------------------------------------------------------------------------------
 
 function showAnswer({ hits, count, version, cut }) {
-  if (version !== facts.version && facts.version !== null) refresh((facts.version = version));
-  find("said").textContent = `${hits.length ? found() : say(count ? "nothing" : "empty")}${cut ? ` ${say("cut")}` : ""}`;
+  if (version !== indexStatus.version && indexStatus.version !== null) refresh((indexStatus.version = version));
+  const summary = hits.length ? describeAnswer() : message(count ? "nothing" : "empty");
+  byId("said").textContent = `${summary}${cut ? ` ${message("cut")}` : ""}`;
   const focused = document.activeElement.closest("#results li")?.firstChild.dataset.path;
-  find("results").replaceChildren(gallery(hits));
+  byId("results").replaceChildren(gallery(hits));
   document.querySelectorAll("#results .tile").forEach((tile, i) => {
-    if (hits[i].copies) stack(tile.parentElement, hits[i]);
+    if (hits[i].copies) addCopiesButton(tile.parentElement, hits[i]);
     if (hits[i].path === focused) tile.focus({ preventScroll: true });
   });
-  find("more").hidden = hits.length < asked.k || asked.k >= 240;
+  byId("more").hidden = hits.length < query.k || query.k >= 240;
 }
 
-/** What is found, in words. */
-function found() {
-  const [text, image] = [asked.text.trim().slice(0, 80), asked.like || asked.file];
-  const kind = text ? (image ? "found_both" : "found_text") : image || asked.more.length ? "found_picture" : asked.less.length ? "farthest" : "newest";
-  const pulls = PULLS.flatMap((way) => asked[way].map((path) => pulled(way, path)));
-  return `${[say(kind, { text }), ...pulls].join(", ")}.`;
+/** Returns a sentence that describes the order of the results, such as "Closest to “sea” first, less of city." */
+function describeAnswer() {
+  const [text, image] = [query.text.trim().slice(0, 80), query.like || query.file];
+  let key = "newest";
+  if (text) key = image ? "found_both" : "found_text";
+  else if (image || query.more.length) key = "found_picture";
+  else if (query.less.length) key = "found_least";
+  const feedback = FEEDBACK_KEYS.flatMap((way) => query[way].map((path) => feedbackText(way, path)));
+  return `${[message(key, { text }), ...feedback].join(", ")}.`;
 }
 
-/** Gives the place of a picture that stands for others, nearly the same, their number, which shows them after it. */
-function stack(place, picture) {
-  const { folder, since, until } = asked;
-  const same = say("same", { n: picture.copies + 1 });
+/**
+ * Adds a button to the tile of a picture that has near-duplicates. Its label is the number of near-duplicates, and a click
+ * shows or hides them.
+ */
+function addCopiesButton(item, picture) {
+  const { folder, since, until } = query;
+  const label = message("duplicates", { n: picture.copies + 1 });
   let copies = [];
-  const turn = async () => {
-    button.disabled = true; // a second click would ask again
-    copies.forEach((one) => one.remove());
+  const toggle = async () => {
+    button.disabled = true; // otherwise a second click would send the request again
+    copies.forEach((copy) => copy.remove());
     const question = { folder, since, until, like: picture.path };
-    const { hits } = copies.length ? { hits: [] } : await ask("copies", question).catch((error) => (notice(error), { hits: [] }));
-    copies = hits.map((hit, i) => tile(hits, i, say("same_as", { name: hit.name, other: picture.name })));
-    copies.forEach((one) => (one.className = "copy"));
-    place.after(...copies);
+    const { hits } = copies.length ? { hits: [] } : await ask("copies", question).catch((error) => (showError(error), { hits: [] }));
+    copies = hits.map((hit, i) => tile(hits, i, message("duplicate_of", { name: hit.name, other: picture.name })));
+    copies.forEach((copy) => (copy.className = "copy"));
+    item.after(...copies);
     Object.assign(button, { disabled: false, ariaExpanded: String(copies.length > 0) }).focus();
   };
-  const button = element("button", { type: "button", class: "same", "aria-expanded": "false", "aria-label": `${same}: ${picture.name}`, title: say("same_title", picture), click: turn }, same);
-  place.append(button);
+  const button = element("button", { type: "button", class: "same", "aria-expanded": "false", "aria-label": `${label}: ${picture.name}`, title: message("duplicates_title", picture), click: toggle }, label);
+  item.append(button);
 }
 
-/** Steers the search towards a picture, `way` "more", or away from it, "less"; once more takes the picture out again. */
-function pull(way, path) {
-  const others = (one) => asked[one].filter((other) => other !== path);
-  begin({ more: others("more"), less: others("less"), ...(asked[way].includes(path) ? {} : { [way]: [...others(way), path] }) });
+/** Moves the search towards a picture (`way` is "more") or away from it ("less"). A second call undoes the first call. */
+function toggleFeedback(way, path) {
+  const others = (key) => query[key].filter((other) => other !== path);
+  startSearch({ more: others("more"), less: others("less"), ...(query[way].includes(path) ? {} : { [way]: [...others(way), path] }) });
 }
 
-const pulled = (way, path) => say(way === "more" ? "more_of" : "less_of", { name: path.split(/[\\/]/).pop().replace(/\.[^.]*$/, "") });
+const feedbackText = (way, path) => message(way === "more" ? "more_of" : "less_of", { name: path.split(/[\\/]/).pop().replace(/\.[^.]*$/, "") });
 
-/** The fields say what is asked; of pictures, each has a button that takes it out. */
-function showAsked() {
-  find("text").value = asked.text;
-  showFolder(asked.folder);
-  for (const id of ["since", "until"]) find(id).value = asked[id];
-  find("clear").hidden = !asked.folder && !asked.since && !asked.until;
+/** Shows the query in the fields of the form. Each picture of the query gets a button that removes it from the query. */
+function showQuery() {
+  byId("text").value = query.text;
+  showFolder(query.folder);
+  for (const id of ["since", "until"]) byId(id).value = query[id];
+  byId("clear").hidden = !query.folder && !query.since && !query.until;
   const chip = (src, text, click) =>
-    element("li", { title: text }, element("img", { src, alt: "" }), element("span", {}, text), element("button", { type: "button", "aria-label": say("pull_remove", { pull: text }), click }, "×"));
-  const given = asked.file ? URL.createObjectURL(asked.file) : asked.like && address("thumbnail", { path: asked.like });
-  const chips = given ? [chip(given, say("picture_given"), () => begin({ like: "", file: null }, find("text")))] : [];
-  for (const way of PULLS) chips.push(...asked[way].map((path) => chip(address("thumbnail", { path }), pulled(way, path), () => pull(way, path))));
-  find("pulls").replaceChildren(...chips);
+    element("li", { title: text }, element("img", { src, alt: "" }), element("span", {}, text), element("button", { type: "button", "aria-label": message("feedback_remove", { feedback: text }), click }, "×"));
+  const pictureUrl = query.file ? URL.createObjectURL(query.file) : query.like && imageUrl("thumbnail", { path: query.like });
+  const chips = pictureUrl ? [chip(pictureUrl, message("picture_given"), () => startSearch({ like: "", file: null }, byId("text")))] : [];
+  for (const way of FEEDBACK_KEYS)
+    chips.push(...query[way].map((path) => chip(imageUrl("thumbnail", { path }), feedbackText(way, path), () => toggleFeedback(way, path))));
+  byId("feedback").replaceChildren(...chips);
 }
 
-function showFacts() {
-  const videos = facts.videos ? [say("videos", { n: facts.videos })] : [];
-  find("facts").textContent = [say("of_n", { n: facts.count }), ...videos, say("model", { name: facts.model })].join(", ");
-  find("note").textContent = facts.note ?? "";
-  find("work").hidden = !facts.progress; // of an indexing, in any process of the server's machine, or a download of the model
-  if (!facts.progress) return;
-  const { what = "indexing", done, total, left_s } = facts.progress;
+function showStatus() {
+  const videos = indexStatus.videos ? [message("videos", { n: indexStatus.videos })] : [];
+  byId("facts").textContent = [message("of_n", { n: indexStatus.count }), ...videos, message("model", { name: indexStatus.model })].join(", ");
+  byId("note").textContent = indexStatus.note ?? "";
+  // The progress is that of an update of the index, by any process on the server's machine, or of a download of the model.
+  byId("work").hidden = !indexStatus.progress;
+  if (!indexStatus.progress) return;
+  const { what = "indexing", done, total, left_s } = indexStatus.progress;
   const [key, n] = left_s < 60 ? ["left_moment"] : left_s < 7200 ? ["left", Math.round(left_s / 60)] : ["left_hours", left_s / 3600];
-  Object.assign(find("progress"), { value: done, max: total });
-  find("progress-said").textContent = [say(what, { done, total }), ...(left_s === null ? [] : [say(key, n ? { n } : {})])].join(", ");
+  Object.assign(byId("progress"), { value: done, max: total });
+  byId("progress-said").textContent = [message(what, { done, total }), ...(left_s === null ? [] : [message(key, n ? { n } : {})])].join(", ");
 }
 
-// --- What the visitor does -------------------------------------------------------------------------------------------
+// --- Events of the user ----------------------------------------------------------------------------------------------
 
 let typing = 0;
-find("text").addEventListener("input", () => {
-  Object.assign(asked, { text: find("text").value, k: PAGE });
+byId("text").addEventListener("input", () => {
+  Object.assign(query, { text: byId("text").value, k: PAGE_SIZE });
   clearTimeout(typing);
   typing = setTimeout(search, TYPING_MS, "replace");
 });
-find("ask").addEventListener("submit", (event) => {
+byId("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   clearTimeout(typing);
   search("push");
 });
-find("more").addEventListener("click", async () => {
+byId("more").addEventListener("click", async () => {
   const tiles = () => document.querySelectorAll("#results li:not(.copy) .tile");
   const shown = tiles().length;
-  asked.k += PAGE;
+  query.k += PAGE_SIZE;
   await search(null);
   tiles()[shown]?.focus({ preventScroll: true });
 });
-for (const id of ["since", "until"]) find(id).addEventListener("change", () => begin({ [id]: find(id).value }, null));
-find("clear").addEventListener("click", () => begin({ folder: "", since: "", until: "" }));
-onFolder((folder) => begin({ folder }));
-find("similar").addEventListener("click", () => leave(({ path }) => begin({ text: "", like: path, more: [], less: [], file: null })));
-for (const way of PULLS) find(`pull-${way}`).addEventListener("click", () => leave(({ path }) => pull(way, path)));
-addEventListener("popstate", recall);
-if (find("search-file")) takeFiles(find("search"), [find("search-file")], ([file]) => begin({ file, like: "" }, null));
-start(refresh);
-recall();
+for (const id of ["since", "until"]) byId(id).addEventListener("change", () => startSearch({ [id]: byId(id).value }, null));
+byId("clear").addEventListener("click", () => startSearch({ folder: "", since: "", until: "" }));
+onFolder((folder) => startSearch({ folder }));
+byId("similar").addEventListener("click", () => closeViewer(({ path }) => startSearch({ text: "", like: path, more: [], less: [], file: null })));
+for (const way of FEEDBACK_KEYS) byId(`feedback-${way}`).addEventListener("click", () => closeViewer(({ path }) => toggleFeedback(way, path)));
+addEventListener("popstate", restoreState);
+if (byId("search-file")) onFiles(byId("search"), [byId("search-file")], ([file]) => startSearch({ file, like: "" }, null));
+startBackgroundWork(refresh);
+restoreState();
 refresh();
 (function poll() {
-  setTimeout(() => (document.hidden ? Promise.resolve() : refresh()).finally(poll), facts.local ? OWN_POLL_MS : POLL_MS);
+  setTimeout(() => (document.hidden ? Promise.resolve() : refresh()).finally(poll), indexStatus.local ? LOCAL_POLL_MS : POLL_MS);
 })();

@@ -1,89 +1,102 @@
-// Pictures of an answer: as tiles, and large in a dialog, with what is known of each, steps, keys and focus.
-import { LANGUAGE, element, find, number, say, score } from "./common.js";
-import { address, large } from "./source.js";
+// Pictures in search results: thumbnails in a gallery, and a dialog that shows a large view and metadata of a picture.
+import { LANGUAGE, byId, element, formatNumber, formatScore, message } from "./common.js";
+import { fetchLargeView, imageUrl } from "./source.js";
 
-const viewer = find("viewer");
-let [list, place, source] = [[], 0, ""];
+const viewer = byId("viewer");
+// Pictures that the dialog can show, index of the picture that it shows, and URL of the large view of this picture.
+let [viewed, position, objectUrl] = [[], 0, ""];
 
-/** A picture of a list as a button, which opens it large. `text` is its name for screen readers; `more` is in its caption. */
-export function tile(pictures, i, text, more = null) {
+/**
+ * Creates a tile: a list item with a button that shows a thumbnail and opens the dialog.
+ * @param pictures Pictures that the dialog can show.
+ * @param i Index of the picture in `pictures`.
+ * @param label Text for screen readers.
+ * @param extra Element that is added to the caption, or null.
+ */
+export function tile(pictures, i, label, extra = null) {
   const picture = pictures[i];
-  const image = element("img", { src: address("thumbnail", picture), alt: "", loading: "lazy", decoding: "async" });
-  const caption = element("span", { class: "caption", "aria-hidden": "true" }, element("span", {}, picture.name), more);
-  const named = { title: picture.name, "data-path": picture.path, "aria-label": text };
-  const made = element("li", {}, element("button", { type: "button", class: "tile", ...named, click: () => open(pictures, i) }, image, caption));
-  made.style.setProperty("--ratio", Math.min(Math.max(picture.width / picture.height, 0.6), 2.4));
-  return made;
+  const image = element("img", { src: imageUrl("thumbnail", picture), alt: "", loading: "lazy", decoding: "async" });
+  const caption = element("span", { class: "caption", "aria-hidden": "true" }, element("span", {}, picture.name), extra);
+  const attributes = { title: picture.name, "data-path": picture.path, "aria-label": label };
+  const node = element("li", {}, element("button", { type: "button", class: "tile", ...attributes, click: () => open(pictures, i) }, image, caption));
+  node.style.setProperty("--ratio", Math.min(Math.max(picture.width / picture.height, 0.6), 2.4));
+  return node;
 }
 
-/** Pictures as a list of tiles, with place and score where there are scores; a line stands before those that hardly fit. */
+/** Creates a list of tiles with ranks and scores, and with a line before the pictures below the relevance threshold. */
 export function gallery(pictures) {
   const tiles = pictures.map((picture, i) => {
     if (picture.score === null) return tile(pictures, i, picture.name);
-    const shown = score(picture.score, 2);
-    const text = `${say("place_of", { rank: i + 1, name: picture.name })}, ${say("score", { score: shown })}`;
-    return tile(pictures, i, text, element("span", { class: "score" }, shown));
+    const score = formatScore(picture.score, 2);
+    const label = `${message("place_of", { rank: i + 1, name: picture.name })}, ${message("score", { score })}`;
+    return tile(pictures, i, label, element("span", { class: "score" }, score));
   });
-  const line = pictures.findIndex(({ fits }) => fits === false); // no better than the background
-  if (line >= 0) tiles.splice(line, 0, element("li", { class: "line" }, say(line ? "line" : "line_first")));
+  // `above_threshold` is null if the model has no relevance threshold.
+  const firstBelow = pictures.findIndex(({ above_threshold }) => above_threshold === false);
+  if (firstBelow >= 0) tiles.splice(firstBelow, 0, element("li", { class: "threshold" }, message(firstBelow ? "threshold" : "threshold_first")));
   return element("ol", { class: "gallery" }, ...tiles);
 }
 
 function open(pictures, i) {
-  [list, place] = [pictures, i];
-  step(0);
+  [viewed, position] = [pictures, i];
+  showNeighbor(0);
   viewer.showModal();
 }
 
-/** Closes the dialog for another search, begun by `action(picture)`, which has the focus then. */
-export function leave(action) {
+/** Closes the dialog and calls `action` with the picture that it has shown, for example to begin another search. */
+export function closeViewer(action) {
   viewer.close();
-  action(list[place]);
+  action(viewed[position]);
 }
 
-function step(by) {
-  place = Math.min(Math.max(place + by, 0), list.length - 1);
-  const [shown, image] = [list[place], find("viewer-picture")];
-  find("viewer-title").textContent = shown.name;
-  find("viewer-path").textContent = shown.path;
-  find("viewer-facts").replaceChildren(...facts(shown).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
-  find("viewer-said").textContent = "";
-  find("before").disabled = place === 0;
-  find("after").disabled = place === list.length - 1;
-  find("download").hidden = true;
-  find("download").href = address("download", shown);
-  const sides = { width: 2 * shown.width, height: 2 * shown.height }; // a small picture is not blown up to the whole window
-  Object.assign(image, { alt: shown.name, ...sides, src: address("thumbnail", shown) }); // until the large one is there
-  URL.revokeObjectURL(source);
-  large(shown).catch(() => null).then((file) => {
-    if (shown !== list[place]) return;
-    if (!file) return (find("viewer-said").textContent = say("gone_original"));
-    find("download").hidden = file === shown.file; // chosen by the visitor
-    image.src = source = URL.createObjectURL(file);
+/** Shows another picture of the list in the dialog: `offset` is 1 for the next, -1 for the previous, 0 for the current. */
+function showNeighbor(offset) {
+  position = Math.min(Math.max(position + offset, 0), viewed.length - 1);
+  const [picture, image] = [viewed[position], byId("viewer-picture")];
+  byId("viewer-title").textContent = picture.name;
+  byId("viewer-path").textContent = picture.path;
+  byId("viewer-facts").replaceChildren(...metadataRows(picture).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+  byId("viewer-said").textContent = "";
+  byId("before").disabled = position === 0;
+  byId("after").disabled = position === viewed.length - 1;
+  byId("download").hidden = true;
+  byId("download").href = imageUrl("download", picture);
+  const sides = { width: 2 * picture.width, height: 2 * picture.height }; // at most twice the size of a small picture
+  // The thumbnail is shown until the large view is loaded.
+  Object.assign(image, { alt: picture.name, ...sides, src: imageUrl("thumbnail", picture) });
+  URL.revokeObjectURL(objectUrl);
+  fetchLargeView(picture).catch(() => null).then((file) => {
+    if (picture !== viewed[position]) return; // the user has opened another picture meanwhile
+    if (!file) return (byId("viewer-said").textContent = message("gone_original"));
+    // If the user has chosen this file on the page, there is nothing to download.
+    byId("download").hidden = file === picture.file;
+    image.src = objectUrl = URL.createObjectURL(file);
   });
 }
 
-function facts(shown) {
+/** Returns pairs of a name and a text for the known metadata of a picture: date, dimensions, size, place and score. */
+function metadataRows(picture) {
   const date = (text) => new Date(text).toLocaleString(LANGUAGE, { dateStyle: "long", timeStyle: "short" });
-  const bytes = (size) => (size < 1e6 ? `${number(size / 1e3)} kB` : `${number(size / 1e6, 1)} MB`);
-  const degrees = (value, [plus, minus]) => `${number(Math.abs(value), 5)}° ${value < 0 ? minus : plus}`;
+  const bytes = (size) => (size < 1e6 ? `${formatNumber(size / 1e3)} kB` : `${formatNumber(size / 1e6, 1)} MB`);
+  const degrees = (value, [plus, minus]) => `${formatNumber(Math.abs(value), 5)}° ${value < 0 ? minus : plus}`;
   return [
-    shown.date && [say("date"), date(shown.date) + (shown.date_source === "file" ? say("of_file") : "")],
-    [say("dimensions"), say("pixels", { width: shown.width, height: shown.height })],
-    shown.size && [say("bytes"), bytes(shown.size)],
-    shown.latitude != null && [say("place"), `${degrees(shown.latitude, "NS")}, ${degrees(shown.longitude, LANGUAGE === "en" ? "EW" : "LO")}`],
-    shown.score != null && [say("score_short"), score(shown.score, 3)],
+    picture.date && [message("date"), date(picture.date) + (picture.date_source === "file" ? message("of_file") : "")],
+    [message("dimensions"), message("pixels", { width: picture.width, height: picture.height })],
+    picture.size && [message("bytes"), bytes(picture.size)],
+    picture.latitude != null && [message("place"), `${degrees(picture.latitude, "NS")}, ${degrees(picture.longitude, LANGUAGE === "en" ? "EW" : "LO")}`],
+    picture.score != null && [message("score_short"), formatScore(picture.score, 3)],
   ].filter(Boolean);
 }
 
-find("before").addEventListener("click", () => step(-1));
-find("after").addEventListener("click", () => step(1));
-find("copy").addEventListener("click", async () => {
-  getSelection().selectAllChildren(find("viewer-path")); // for Ctrl+C, where a page without https may not copy
-  const copied = await navigator.clipboard?.writeText(list[place].path).then(() => true, () => false);
-  if (copied) find("viewer-said").textContent = say("copied");
+byId("before").addEventListener("click", () => showNeighbor(-1));
+byId("after").addEventListener("click", () => showNeighbor(1));
+byId("copy").addEventListener("click", async () => {
+  // Select the path, so that Ctrl+C copies it: browsers let only pages with https write to the clipboard.
+  getSelection().selectAllChildren(byId("viewer-path"));
+  const isCopied = await navigator.clipboard?.writeText(viewed[position].path).then(() => true, () => false);
+  if (isCopied) byId("viewer-said").textContent = message("copied");
 });
 document.addEventListener("keydown", (event) => {
-  const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (by && viewer.open) step(by); // on the document: a button that is disabled loses the focus to it
+  const offset = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (offset && viewer.open) showNeighbor(offset); // listens on the document, because a disabled button loses the focus
 });

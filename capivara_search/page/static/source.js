@@ -1,40 +1,53 @@
-// Where answers and pictures come from: here the server. The page without one has another file of this name.
-import { drawn } from "./common.js";
+// Requests to the server: searches and pictures. The page that works without a server has another file with the same name
+// and exports.
+import { drawScaled } from "./common.js";
 
-/** The answer to a question, a line of JSON and perhaps a picture; an error has the code of its words. */
+/**
+ * Sends a POST request and returns the values of the response.
+ * @param name Name of the request in the path `api/NAME`, such as "search".
+ * @param question Values that are sent as a line of JSON.
+ * @param picture File that is sent after the line of JSON, or null.
+ * @throws Error whose `code` is the key of its text in `MESSAGES.errors`.
+ */
 export async function ask(name, question = {}, picture = null) {
-  const body = new Blob([JSON.stringify(question), "\n", ...(picture ? [await shrunk(picture)] : [])]);
-  let answer, values;
+  const body = new Blob([JSON.stringify(question), "\n", ...(picture ? [await shrinkImage(picture)] : [])]);
+  let response, values;
   try {
-    answer = await fetch(`api/${name}`, { method: "POST", body });
-    values = await answer.json();
+    response = await fetch(`api/${name}`, { method: "POST", body });
+    values = await response.json();
   } catch {
-    throw Object.assign(new Error(name), { code: answer ? "failed" : "connection" });
+    throw Object.assign(new Error(name), { code: response ? "failed" : "connection" });
   }
-  if (!answer.ok) throw Object.assign(new Error(name), { code: values.error, values: values.values });
+  if (!response.ok) throw Object.assign(new Error(name), { code: values.error, values: values.values });
   return values;
 }
 
-/** A picture of the visitor, made smaller where it is large: the model sees a few hundred pixels a side of it. */
-async function shrunk(picture) {
+/** Reduces a large picture before the upload, because the model uses only a few hundred pixels of its width and height. */
+async function shrinkImage(picture) {
   if (picture.size < 600_000) return picture;
   try {
     const image = await createImageBitmap(picture);
-    const canvas = drawn(image, Math.min(1, 1024 / Math.max(image.width, image.height)));
+    const canvas = drawScaled(image, Math.min(1, 1024 / Math.max(image.width, image.height)));
     return await canvas.convertToBlob({ type: "image/jpeg", quality: 0.95 });
   } catch {
-    return picture; // a format that this browser does not know; the server may
+    return picture; // the browser can't decode this format, but the server may
   }
 }
 
-/** Address of a picture of the index; it changes with the file, so that browsers may keep the answer. */
-export const address = (kind, picture) => `${kind}?${new URLSearchParams({ path: picture.path, v: picture.v ?? 0 })}`;
+/**
+ * Returns the URL of a picture of the index. `kind` is "thumbnail", "picture" (large view) or "download". The URL changes
+ * when the file changes, so that browsers may cache the response.
+ */
+export const imageUrl = (kind, picture) => `${kind}?${new URLSearchParams({ path: picture.path, v: picture.v ?? 0 })}`;
 
-/** The picture large, as a file; null where its original is not there, for which the server sends the thumbnail. */
-export async function large(picture) {
-  const data = await (await fetch(address("picture", picture))).blob();
+/** Returns the large view of a picture as a Blob, or null if the server has only the thumbnail of the picture. */
+export async function fetchLargeView(picture) {
+  const data = await (await fetch(imageUrl("picture", picture))).blob();
   return data.type === "image/jpeg" ? data : null;
 }
 
-/** Begins what goes on beside the search; `refresh` is to be called where it changed something. */
-export function start(refresh) {}
+/**
+ * Starts background work that calls `refresh` when the status has changed. This function does nothing, because the server
+ * does all work; the page without a server needs it.
+ */
+export function startBackgroundWork(refresh) {}

@@ -1,0 +1,162 @@
+"""Compute a digest of a model's image encoder: models with the same digest embed images in the same way.
+
+The digest covers the weights of the image tower and its projection, and the preprocessing. A search index stays valid
+for every model with the digest that it was built with, for example if only the text tower was trained further.
+Digests of weights are cached by file metadata.
+"""
+
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from capivara_common.environment import cache_home
+from capivara_common.files import read_json, write_json
+from capivara_common.weight_file import WeightFile, find_weight_files
+
+DIGEST_VERSION = 1  # raise it if the digest covers other things
+IMAGE_ENCODER_PREFIXES = ("vision_model.", "visual_projection.")  # names of the image encoder's parameters
+DIGEST_CHUNK_BYTES = 1 << 24  # 16 MiB hashed at a time, to limit memory
+# Config fields that change the embedding of an image. Other fields, such as label names, versions and dropout, do not.
+# For other kinds of vision towers, all fields except `IGNORED_CONFIG_FIELDS` count.
+CLIP_VISION_FIELDS = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
+TIMM_VISION_FIELDS = ("model_type", "architecture", "model_args", "do_pooling")
+CAPIVARA_VISION_DEFAULTS = {
+    "model_type": "clip_vision_model", "hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12,
+    "patch_size": 32, "image_size": 224, "do_pooling": True, "model_args": None,
+}  # fmt: skip
+# Defaults of transformers' own models. Published configs leave them out; configs that were loaded and saved again state
+# them. Both must have the same digest.
+CLIP_VISION_DEFAULTS = CAPIVARA_VISION_DEFAULTS | {"hidden_act": "quick_gelu"}
+SIGLIP_VISION_DEFAULTS = CAPIVARA_VISION_DEFAULTS | {
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "patch_size": 16,
+}
+IMAGE_PROCESSOR_DEFAULTS = {
+    "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+}  # fmt: skip
+IGNORED_CONFIG_FIELDS = {
+    *("transformers_version", "dtype", "torch_dtype", "_name_or_path", "id2label", "label2id", "label_names"),
+}
+IMAGE_PROCESSOR_FIELDS = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std"),
+)
+
+
+def image_encoder_digest(folder: Path) -> str:
+    """Return the digest of a model folder's image encoder (BLAKE2b, 32 hexadecimal characters).
+
+    Raises:
+        ValueError: If files of the model are missing or damaged.
+    """
+    settings = (json.dumps(part, sort_keys=True) for part in _image_encoder_settings(folder).values())
+    return hashlib.blake2b("\0".join([_cached_weights_digest(folder), *settings]).encode(), digest_size=16).hexdigest()
+
+
+def image_processor_settings(folder: Path) -> dict[str, Any]:
+    """Return the image processor settings `IMAGE_PROCESSOR_FIELDS` of a model folder.
+
+    Raises:
+        ValueError: If files of the model are missing or damaged.
+    """
+    return _image_encoder_settings(folder)["image_processor"]
+
+
+def _image_encoder_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return everything except the weights that changes the embedding of an image, by section of the model's files."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        vision, processor = config.get("vision_config") or {}, _read_processor_settings(folder)
+        steps = {name: _normalize_setting(name, processor.get(name)) for name in IMAGE_PROCESSOR_FIELDS}
+        kind = config.get("model_type", "capivara")
+        if kind == "capivara":
+            return {"vision_config": _vision_settings(vision), "image_processor": steps}
+        defaults = SIGLIP_VISION_DEFAULTS if kind == "siglip" else CLIP_VISION_DEFAULTS
+        vision = defaults | vision | {"model_type": kind}
+        steps = {name: IMAGE_PROCESSOR_DEFAULTS.get(name) if value is None else value for name, value in steps.items()}
+        return {"vision_config": {name: vision[name] for name in CLIP_VISION_FIELDS}, "image_processor": steps}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"The settings of the model {folder} can't be read: {error!r}") from error
+
+
+def _read_processor_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of a model folder's image processor.
+
+    transformers reads them from processor_config.json, or from preprocessor_config.json of older models.
+    """
+    path = folder / "processor_config.json"
+    nested = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    older = folder / "preprocessor_config.json"
+    if "image_processor" in nested or not older.is_file():
+        return nested["image_processor"]
+    return json.loads(older.read_text(encoding="utf-8"))
+
+
+def _normalize_setting(name: str, value: Any) -> Any:
+    """Return a setting of the image processor in a canonical form: sizes that are one number become an object.
+
+    Args:
+        name: Name of the setting. Only "size" and "crop_size" are changed.
+        value: Value of the setting.
+
+    Returns:
+        For example `{"shortest_edge": 224}` for the size 224, and `{"height": 224, "width": 224}` for the crop size
+        224.
+
+    Raises:
+        TypeError: If a size is neither a whole number, an object nor None.
+    """
+    if name not in ("size", "crop_size") or isinstance(value, dict | None):
+        return value
+    if type(value) is not int:
+        raise TypeError(f"{name} must be a whole number or an object of them, got {value!s:.80}")
+    return {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
+
+
+def _vision_settings(vision: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a CAPIVARA vision tower that change the embedding of an image."""
+    fields_by_type = {"clip_vision_model": CLIP_VISION_FIELDS, "timm_wrapper": TIMM_VISION_FIELDS}
+    if fields := fields_by_type.get(vision.get("model_type", CAPIVARA_VISION_DEFAULTS["model_type"])):
+        return {name: vision.get(name, CAPIVARA_VISION_DEFAULTS.get(name)) for name in fields}
+    return {name: value for name, value in vision.items() if name not in IGNORED_CONFIG_FIELDS}
+
+
+def _cached_weights_digest(folder: Path) -> str:
+    """Return the digest of the image encoder's weights, from the cache if the files are unchanged."""
+    paths = find_weight_files(folder)
+    # ctime is included because archives and `cp -p` can give the file of another model the same size and mtime.
+    stats = [(path.stat(), path) for path in paths]
+    metadata = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat, path in stats]
+    name = hashlib.blake2b(json.dumps(metadata).encode(), digest_size=16).hexdigest()
+    cache_file = cache_home() / "image_digests" / f"{name}-{DIGEST_VERSION}.json"
+    with suppress(OSError, ValueError):  # if the file is missing or damaged, the digest is computed again
+        cached = read_json(cache_file, weights=str)["weights"]
+        if len(cached) == 32:
+            return cached
+    digest = _compute_weights_digest(paths)
+    with suppress(OSError):  # without a cache, the next call only takes seconds longer
+        write_json(cache_file, {"weights": digest, "files": [Path(entry[0]).name for entry in metadata]})
+    return digest
+
+
+def _compute_weights_digest(paths: list[Path]) -> str:
+    """Return the BLAKE2b digest of names, types, shapes and bytes of the image encoder's tensors."""
+    tensors = {
+        name: file
+        for file in map(WeightFile, paths)
+        for name in file.tensors
+        if name.startswith(IMAGE_ENCODER_PREFIXES)
+    }
+    tensors.pop("vision_model.embeddings.position_ids", None)  # a constant that older CLIP files contain
+    if not tensors:
+        raise ValueError(f"The weights of {paths[0].parent} contain no image tower.")
+    digest = hashlib.blake2b(digest_size=16)
+    for name, file in sorted(tensors.items()):
+        digest.update(f"{name} {file.tensors[name].dtype} {file.tensors[name].shape}".encode())
+        raw = file.raw_bytes(name)
+        for start in range(0, len(raw), DIGEST_CHUNK_BYTES):
+            digest.update(raw[start : start + DIGEST_CHUNK_BYTES])
+    return digest.hexdigest()

@@ -1,0 +1,288 @@
+"""Find the picture files in the user's folders, and report files and folders that can't be read.
+
+Picture files are recognized by the suffix of their name. They are not opened here; `picture_reading` opens them.
+"""
+
+import os
+import shlex
+import stat
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from capivara_common.cli import coded_error
+from capivara_common.image_files import IMAGE_SUFFIXES, BadImage
+from capivara_search.ignore_rules import SYSTEM_NAMES, IgnoreRules, resolve_parent_links
+from capivara_search.messages import localized_error
+from capivara_search.results import SkippedFile
+
+# Suffixes of RAW files of Adobe and phones, Canon, Nikon, Sony, Panasonic, Olympus, Fujifilm, Pentax and Samsung.
+RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".rw2", ".orf", ".raf", ".pef", ".srw")
+PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, *RAW_SUFFIXES)
+VIDEO_SUFFIXES = (
+    *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mts", ".m2ts", ".wmv", ".mpg", ".mpeg", ".flv"),
+)
+# Files that were skipped for these reasons are tried again in each update, because they could not even be opened. The
+# reason "needs rawpy" is no longer given, but old indexes may contain it.
+RETRYABLE_REASONS = ("no permission", "read error", "gone", "needs rawpy")
+
+
+@dataclass(frozen=True)
+class FileState:
+    """Path, size and modification time of a file at a certain moment.
+
+    A file is read again only if its size or modification time has changed since the index stored its state.
+    """
+
+    path: str  # absolute
+    size: int  # bytes
+    mtime_ns: int  # modification time, in nanoseconds since 1970
+
+    @classmethod
+    def of(cls, path: str, state: os.stat_result | None = None) -> "FileState":
+        """Create the state of a file from its path.
+
+        Args:
+            path: Absolute path of the file.
+            state: Result of `os.stat` for the path. None: `os.stat` is called now.
+
+        Returns:
+            The current state of the file.
+
+        Raises:
+            OSError: If `os.stat` fails.
+        """
+        state = state or os.stat(path)
+        return cls(path, state.st_size, state.st_mtime_ns)
+
+
+def to_absolute_path(folder: str | Path) -> Path:
+    """Return the absolute path of a folder or file.
+
+    `~` and `..` are resolved. Symbolic links are not resolved.
+
+    Args:
+        folder: Absolute path, or path relative to the working directory.
+
+    Raises:
+        ValueError: If the path is not valid UTF-8.
+    """
+    path = os.path.abspath(Path(folder).expanduser())
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise localized_error(ValueError, "folder_no_text", path=ascii(path)) from None
+    return Path(path)
+
+
+def find_pictures(
+    folders: Mapping[Path, str] | Sequence[str | Path],
+    rules: IgnoreRules | None = None,
+    ignored_counts: dict[str, Counter[str]] | None = None,
+    only_paths: Collection[str] | None = None,
+) -> tuple[list[FileState], list[SkippedFile]]:
+    """Find the picture files in folders and their subfolders.
+
+    A symbolic link is followed only if it is one of `folders`. Links inside the folders are not followed.
+
+    Args:
+        folders: Folders to scan: a list of paths, or a mapping from each path to its expected real path. A folder whose
+            real path differs from the expected real path is refused.
+        rules: Rules for ignoring files. None: only hidden files and the names in `SYSTEM_NAMES` are ignored.
+        ignored_counts: Dictionary that this function fills in: folder -> reason -> number of ignored files and folders.
+            The reasons "forgotten" and "excluded" count pictures, "hidden" and "system" count pictures and folders,
+            "link" counts symbolic links and "video" counts video files. None: the numbers are not returned.
+        only_paths: Absolute paths of files and folders inside `folders`. Only these are scanned, and finding no picture
+            in them is not an error. None: everything in the folders is scanned.
+
+    Returns:
+        Two lists, each sorted by path: the picture files, and the files and folders that could not be read.
+
+    Raises:
+        ValueError: If a folder does not exist, can't be opened, was forgotten (`IgnoreRules.forgotten`), has another
+            real path than expected, or contains no picture although no rule ignores anything in it.
+    """
+    roots = [str(to_absolute_path(folder)) for folder in folders]
+    for root in roots:
+        if not os.path.isdir(root):
+            fault = "is a file, not a folder" if os.path.exists(root) else "does not exist"
+            text = "The folder {path} {fault}. Name a folder of pictures."
+            raise coded_error(ValueError, None, text, path=root, fault=fault)
+    rules = rules or IgnoreRules()
+    for root in roots:
+        if forgotten := rules.find_forgotten_parent(root):
+            raise localized_error(ValueError, "folder_forgotten", path=root, forgotten=shlex.quote(forgotten))
+    scan = _FolderScan(roots, rules, only_paths)
+    for root in roots:
+        scan.scan_folder(root)
+    for folder, real_path in folders.items() if isinstance(folders, Mapping) else ():
+        # The real path is checked after the scan, because a folder that was replaced by a link during the scan may have
+        # led the scan into another folder.
+        if os.path.realpath(folder) != real_path:
+            raise localized_error(ValueError, "folder_swapped", path=str(folder), real=real_path)
+    if ignored_counts is not None:
+        ignored_counts.update({root: +counts for root, counts in scan.ignored_counts.items()})
+    skipped_files = {skipped.path: skipped for skipped in scan.skipped_files}
+    for root in roots:
+        if root in skipped_files:
+            raise localized_error(ValueError, "folder_shut", path=root, reason=skipped_files[root])
+        # If rules ignore something in a folder, it is not an error that no picture is left.
+        ignored_count = sum(scan.ignored_counts[root][reason] for reason in ("forgotten", "excluded", "link"))
+        if only_paths is None and not ignored_count and not _contains_any([*scan.pictures, *skipped_files], root):
+            raise localized_error(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
+    pictures = sorted(scan.pictures.values(), key=lambda file: file.path)
+    return pictures, sorted(scan.skipped_files, key=lambda skipped: skipped.path)
+
+
+def _contains_any(paths: Sequence[str], root: str) -> bool:
+    """Return whether at least one of the paths lies inside a folder.
+
+    Both the paths and the folder are compared as they are given and with symbolic links resolved.
+
+    Args:
+        paths: Absolute paths of files.
+        root: Absolute path of the folder.
+    """
+    if any(path.startswith(os.path.join(root, "")) for path in paths):
+        return True
+    # The scan visits each folder only once. If two roots lead to the same folder, its pictures are listed under one of
+    # the roots, so real paths are compared as well.
+    real = Path(os.path.realpath(root))
+    return any(Path(os.path.realpath(folder)).is_relative_to(real) for folder in {os.path.dirname(p) for p in paths})
+
+
+class _FolderScan:
+    """Scan of folders for pictures, which collects pictures, skipped files and numbers of ignored files.
+
+    Each folder is visited only once, even if it can be reached from several roots.
+
+    Args:
+        roots: Absolute paths of the folders to scan.
+        rules: Rules for ignoring files.
+        only_paths: Absolute paths of files and folders inside the roots. Only these are scanned. None: everything.
+
+    Attributes:
+        ignored_counts: Root -> reason -> number of ignored files and folders.
+        pictures: Path of each picture that was found -> state of its file.
+        skipped_files: Files and folders that can't be read.
+    """
+
+    def __init__(self, roots: Sequence[str], rules: IgnoreRules, only_paths: Collection[str] | None):
+        # A forgotten path may have been recorded under a root that is a symbolic link. The scan may reach the same file
+        # by its resolved path, so this path is added to the rules.
+        self.rules = IgnoreRules(rules.exclude, rules.forgotten | set(map(resolve_parent_links, rules.forgotten)))
+        self.ignored_counts = {root: Counter[str]() for root in roots}
+        self.relevant_paths = {str(entry) for path in only_paths or () for entry in (path, *Path(path).parents)}
+        self.relevant_prefixes = ("",)
+        if only_paths is not None:
+            self.relevant_prefixes = tuple(os.path.join(path, "") for path in only_paths if os.path.isdir(path))
+        self.pictures: dict[str, FileState] = {}
+        self.skipped_files: list[SkippedFile] = []
+        self.visited_folders: set[tuple[int, int]] = set()  # device and inode of each folder
+
+    def scan_folder(self, root: str) -> None:
+        """Scan one root and its subfolders, and add what is found to the attributes.
+
+        Args:
+            root: Absolute path of the folder, one of the roots.
+        """
+        waiting = [root]
+        while waiting:
+            folder = waiting.pop()
+            try:
+                state = os.stat(folder)
+                if (state.st_dev, state.st_ino) in self.visited_folders:
+                    continue
+                self.visited_folders.add((state.st_dev, state.st_ino))
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        if not entry.path.startswith(self.relevant_prefixes) and entry.path not in self.relevant_paths:
+                            continue
+                        is_link = entry.is_symlink()
+                        is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
+                        if reason := self.rules.reason(entry.path, root, is_folder) or "link" * is_link:
+                            is_counted = is_folder and not is_link and reason in ("forgotten", "excluded")
+                            is_entry = is_folder or is_picture_name(entry.name)
+                            self.ignored_counts[root][reason] += count_pictures(entry.path) if is_counted else is_entry
+                        elif is_folder:
+                            waiting.append(entry.path)
+                        elif is_picture_name(entry.name):
+                            self.add_file(entry.path)
+                        else:
+                            self.ignored_counts[root]["video"] += entry.name.lower().endswith(VIDEO_SUFFIXES)
+            except OSError as error:
+                self.skip_file(folder, to_bad_image(error))
+
+    def add_file(self, path: str) -> None:
+        """Add a file to `pictures`, or to `skipped_files` if it can't be read.
+
+        Args:
+            path: Absolute path of the file. Its name has the suffix of a picture.
+        """
+        try:
+            state = os.stat(path)
+        except OSError as error:  # for example, the file was deleted since its folder was listed
+            return self.skip_file(path, to_bad_image(error))
+        if any("\ud800" <= letter <= "\udfff" for letter in path):
+            self.skip_file(path, BadImage("name is no text", "its name is not in UTF-8; rename it"))
+        elif not stat.S_ISREG(state.st_mode):
+            self.skip_file(path, BadImage("no regular file", "it is a pipe, a socket or a device"))
+        elif not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            self.skip_file(path, to_bad_image(PermissionError()))
+        else:
+            self.pictures[path] = FileState.of(path, state)
+
+    def skip_file(self, path: str, fault: BadImage) -> None:
+        """Add a file or folder that can't be read to `skipped_files`.
+
+        Args:
+            path: Absolute path of the file or folder. It need not be valid UTF-8.
+            fault: Reason why it can't be read.
+        """
+        printable_path = path.encode(errors="surrogateescape").decode(errors="replace")
+        self.skipped_files.append(SkippedFile(printable_path, fault.reason, fault.detail))
+
+
+def count_pictures(folder: str) -> int:
+    """Return the number of files in a folder and its subfolders that have the suffix of a picture.
+
+    Hidden files and folders, the names in `SYSTEM_NAMES` and symbolic links are not counted. Folders that can't be read
+    count as empty.
+
+    Args:
+        folder: Path of the folder.
+    """
+    number, waiting = 0, [folder]
+    while waiting:
+        with suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in SYSTEM_NAMES or entry.is_symlink():
+                    continue
+                if entry.is_dir():
+                    waiting.append(entry.path)
+                else:
+                    number += is_picture_name(entry.name)
+    return number
+
+
+def is_picture_name(name: str) -> bool:
+    """Return whether a file name or path has the suffix of a picture (`PICTURE_SUFFIXES`), in any case."""
+    return name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def to_bad_image(error: OSError) -> BadImage:
+    """Convert an operating system error for a file to a BadImage, whose `reason` says why the file is skipped.
+
+    Args:
+        error: Error raised when the file was opened or read.
+
+    Returns:
+        A BadImage with the reason "gone", "no permission" or "read error", for the caller to raise or to record.
+    """
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return BadImage("gone", "the file does not exist")
+    if isinstance(error, PermissionError):
+        return BadImage("no permission", "there is no permission to read it; its owner can grant it")
+    return BadImage("read error", error.strerror or str(error))

@@ -1,0 +1,132 @@
+"""Rules that decide which files and subfolders of the indexed folders are ignored."""
+
+import os
+import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from capivara_search.messages import localized_error
+
+if TYPE_CHECKING:
+    from pathspec import GitIgnoreSpec
+
+# Names of files and folders that are not the user's own. File systems, network storage devices, zip files made on a Mac
+# and programming tools create them. They are ignored, as hidden files are.
+SYSTEM_NAMES = {
+    *("@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "node_modules")
+}
+
+
+@dataclass(frozen=True)
+class IgnoreRules:
+    """Rules for the files and folders that an index ignores. The index stores them (`folders.load_rules`).
+
+    Besides these rules of the user, hidden files and the names in `SYSTEM_NAMES` are always ignored.
+
+    Attributes:
+        exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`. The patterns are relative to
+            each indexed folder.
+        forgotten: Absolute paths of folders and pictures that the user has removed from the index
+            (`PictureIndex.forget`).
+    """
+
+    exclude: tuple[str, ...] = ()
+    forgotten: frozenset[str] = frozenset()
+
+    def updated(self, exclude: Sequence[str] = (), include: Sequence[str | Path] = ()) -> "IgnoreRules":
+        """Return a copy of the rules in which some patterns are added, and other patterns or forgotten paths removed.
+
+        Args:
+            exclude: Patterns to add.
+            include: What to stop ignoring. Each entry is a pattern of `self.exclude`, or a path. For a path, all
+                forgotten paths that are equal to it or lie inside it are removed from the rules.
+
+        Returns:
+            The new rules.
+
+        Raises:
+            ValueError: If `exclude` contains an invalid or negated pattern, or `include` contains an entry that is
+                neither a pattern nor a forgotten path of the rules. A path inside a forgotten folder is refused, too,
+                because the folder can only be included as a whole.
+        """
+        for pattern in exclude:
+            if pattern.startswith("!") and pattern != "!":
+                raise localized_error(ValueError, "negated_pattern", pattern=pattern)
+            if not _is_valid_pattern(pattern):
+                raise localized_error(ValueError, "bad_pattern", pattern=pattern)
+        forgotten = self.forgotten
+        for entry in include:
+            target = os.path.abspath(Path(entry).expanduser())
+            still_forgotten = frozenset(path for path in forgotten if not Path(path).is_relative_to(target))
+            if str(entry) not in self.exclude:
+                if parent := IgnoreRules(forgotten=still_forgotten).find_forgotten_parent(target):
+                    raise localized_error(ValueError, "folder_forgotten", path=target, forgotten=shlex.quote(parent))
+                if still_forgotten == forgotten:
+                    raise localized_error(ValueError, "nothing_to_include", path=entry)
+            forgotten = still_forgotten
+        patterns, removed = dict.fromkeys([*self.exclude, *exclude]), set(map(str, include))
+        return IgnoreRules(tuple(pattern for pattern in patterns if pattern not in removed), forgotten)
+
+    def find_forgotten_parent(self, path: str) -> str | None:
+        """Return the forgotten path that makes a path ignored.
+
+        The path is compared both as it is given and with its symbolic links resolved.
+
+        Args:
+            path: Absolute path of a file or folder.
+
+        Returns:
+            The forgotten path that is equal to this path or a parent folder of it; the outermost such path if there are
+            several. None if there is none.
+        """
+        names = {str(parent) for name in (path, os.path.realpath(path)) for parent in (Path(name), *Path(name).parents)}
+        matches = (forgotten for forgotten in self.forgotten if names & {forgotten, resolve_parent_links(forgotten)})
+        return min(matches, default=None)
+
+    def reason(self, path: str, root: str, is_folder: bool) -> str | None:
+        """Return why a file or folder is ignored.
+
+        Args:
+            path: Absolute path of the file or folder.
+            root: Indexed folder that contains the path. Patterns are relative to this folder.
+            is_folder: Whether the path is a folder. Some patterns match only folders.
+
+        Returns:
+            "forgotten" (the user removed the path), "hidden" (the name starts with a dot), "system" (the name is in
+            `SYSTEM_NAMES`) or "excluded" (a pattern matches). None if the path is not ignored.
+        """
+        name = os.path.basename(path)
+        if path in self.forgotten:
+            return "forgotten"
+        if name.startswith("."):
+            return "hidden"
+        if name in SYSTEM_NAMES:
+            return "system"
+        relative = path[len(root) :].lstrip(os.sep) + os.sep * is_folder
+        return "excluded" if self.exclude and self._gitignore_spec.match_file(relative) else None
+
+    @cached_property
+    def _gitignore_spec(self) -> "GitIgnoreSpec":
+        """The patterns of `exclude`, compiled by the package pathspec."""
+        from pathspec import GitIgnoreSpec  # imported late because only users with patterns need it
+
+        return GitIgnoreSpec.from_lines(self.exclude)
+
+
+def _is_valid_pattern(pattern: str) -> bool:
+    """Return whether a text is a valid `.gitignore` pattern; comments and blank lines are not."""
+    with suppress(ValueError):
+        return any(parsed.include is not None for parsed in IgnoreRules((pattern,))._gitignore_spec.patterns)
+    return False
+
+
+def resolve_parent_links(path: str) -> str:
+    """Return a path with the symbolic links in its parent folders resolved.
+
+    If the last component of the path is itself a symbolic link, it is not resolved.
+    """
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))

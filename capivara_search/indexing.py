@@ -1,0 +1,575 @@
+"""Update the table of an index from folders: plan the work, then read and embed pictures and write their rows.
+
+`PictureIndex.add` calls three functions in turn. `start_indexing` plans the work and prepares the table.
+`IndexWriter.run` embeds pictures and writes rows. `finish_indexing` removes rows and optimizes the table.
+
+A file whose size and modification time have not changed since the last update is not read again, even if it could not
+be decoded then. Only files that could not be opened (`RETRYABLE_REASONS`) are tried again. If the content of a file is
+in the index already, because the file was moved, copied or touched, the stored vector is reused.
+
+Rows are committed every `COMMIT_ROWS` files or `COMMIT_INTERVAL_S` seconds, and removed only at the end. If an update
+is killed, it loses at most the rows since its last commit, and the next update does the rest.
+"""
+
+import json
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from capivara_common.cli import coded_error
+from capivara_common.image_files import DECODER_THREADS, BadImage
+from capivara_search.duplicates import color_signature
+from capivara_search.estimates import ProgressCallback, RateEstimator
+from capivara_search.folder_scan import RETRYABLE_REASONS, FileState, find_pictures
+from capivara_search.folders import load_rules, record_requested_folders, save_rules
+from capivara_search.ignore_rules import IgnoreRules
+from capivara_search.messages import log_message
+from capivara_search.picture_reading import Picture, read_picture
+from capivara_search.results import IndexReport, SkippedFile
+from capivara_search.table import (
+    COLOR_SIGNATURE_COLUMN,
+    FOLDER_KEY_PREFIX,
+    PICTURES_TABLE,
+    SKIPPED_FILES_TABLE,
+    TABLE_SCHEMAS,
+    PictureTable,
+    folders_clause,
+    in_clause,
+    quote_sql,
+    to_array,
+    vector_column,
+)
+
+if TYPE_CHECKING:
+    from capivara_search.models import SearchModel
+
+COMMIT_ROWS = 400  # files per commit; the rows of 400 files, with thumbnails, take about 5 MB
+COMMIT_INTERVAL_S = 20.0  # maximum time between two commits
+CLASSIFY_BATCH_SIZE = 32  # pictures per batch for classifying pictures that are not in the index
+# Number of pictures in the first batch. Each later batch has twice as many pictures as the batch before it, up to the
+# batch size. Batches start small so that the time left can be estimated early.
+FIRST_BATCH_SIZE = 4
+
+# A file, and its decoded picture or the exception that was raised when it was read.
+ReadResult = tuple[FileState, Picture | Exception]
+
+# --- Planning --------------------------------------------------------------------------------------------------------
+
+
+class StoredRows:
+    """Rows of the table `pictures` in memory, for looking up what the index knows about a path.
+
+    `stored_rows[path]` is None if the path has no row, otherwise a tuple (digest, is_current). `digest` is the
+    hexadecimal digest of the file's content. `is_current` says whether the stored vector was made with the model in
+    use. Rows are stored in arrays to save memory.
+
+    Args:
+        rows: Rows with the columns path, size, mtime_ns, digest and model.
+        image_digest: Digest of the model in use (`SearchModel.image_digest`).
+    """
+
+    def __init__(self, rows: pa.Table, image_digest: str):
+        self.sizes, self.times = rows["size"].to_numpy(), rows["mtime_ns"].to_numpy()
+        self.digests = rows["digest"].combine_chunks()
+        self.is_current = np.equal(rows["model"].to_numpy(zero_copy_only=False), image_digest)
+        self.positions = {path: position for position, path in enumerate(rows["path"].to_pylist())}
+
+    def __getitem__(self, path: str) -> tuple[str, bool] | None:
+        """Return (digest, is_current) of the row of a path, or None if the path has no row."""
+        position = self.positions.get(path)
+        return None if position is None else (self.digests[position].as_py(), bool(self.is_current[position]))
+
+    def is_done(self, file: FileState) -> bool:
+        """Return whether a file needs no work.
+
+        This is the case if its size and modification time are those of its row, and the stored vector was made with the
+        model in use.
+
+        Args:
+            file: Current state of the file.
+        """
+        position = self.positions.get(file.path)
+        if position is None or (self.sizes[position], self.times[position]) != (file.size, file.mtime_ns):
+            return False
+        return bool(self.is_current[position])
+
+
+@dataclass
+class IndexPlan:
+    """Work of one index update: the files to read, the rows to remove, and what the folder scan has found."""
+
+    clause: str  # SQL condition for the rows that were compared with the files on disk
+    covers_folders: bool  # True if whole folders were compared, False if only some paths in them
+    roots: Sequence[str]  # real paths of the folders; files outside of these folders are not read
+    files: list[FileState]  # files to read: new, changed, or with a vector of another model
+    stored_rows: StoredRows  # rows of the table `pictures` before the update
+    removed_paths: list[str]  # paths of rows to remove, because the file is gone or is now ignored
+    unchanged: int  # number of files that need no work
+    unreadable: list[SkippedFile]  # files and folders that the folder scan could not read
+    known_bad_files: set[FileState]  # files that could not be decoded in an earlier update and have not changed since
+    ignored_counts: dict[str, Counter[str]]  # folder -> reason -> number of ignored files and folders
+
+
+def make_plan(
+    table: PictureTable,
+    image_digest: str,
+    folders: Mapping[Path, str],
+    rules: IgnoreRules | None = None,
+    only_paths: Collection[str] | None = None,
+) -> IndexPlan:
+    """Plan an index update by comparing the files in folders with the rows of the table.
+
+    An unavailable folder, for example on a disk that is not mounted, does not stop an update of several folders that
+    are all in the index already: a warning is logged, and the plan covers the other folders.
+
+    Args:
+        table: Table of the index.
+        image_digest: Digest of the model in use (`SearchModel.image_digest`).
+        folders: Absolute path of each folder -> real path that the folder must have.
+        rules: Rules for ignoring files. None: the rules that the index stores.
+        only_paths: Absolute paths of files and folders inside `folders`. Only these are compared. None: everything in
+            the folders is compared.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If a folder does not exist, can't be opened, was forgotten (`IgnoreRules.forgotten`), has another
+            real path than the given one, or contains no picture.
+    """
+    clause, counts = folders_clause(*folders if only_paths is None else only_paths), dict[str, Counter[str]]()
+    try:
+        files, unreadable = find_pictures(folders, rules or load_rules(table), counts, only_paths)
+    except ValueError as error:
+        other_folders = {folder: real for folder, real in folders.items() if str(folder) != error.values["path"]}
+        if other_folders and {*map(str, folders)} <= {*table.folders()}:
+            log_message("left_as_it_is", error, level=logging.WARNING)
+            return make_plan(table, image_digest, other_folders, rules, only_paths)
+        if number := table.count(folders_clause(error.values["path"])):
+            text = "{error} The index keeps its {number} pictures of this folder; `forget` removes them."
+            raise coded_error(ValueError, error.code, text, error=error, number=number, **error.values) from error
+        raise
+    columns = ["path", "size", "mtime_ns", "digest", "model"]
+    stored = StoredRows(table.rows(columns, clause), image_digest)
+    todo = [file for file in files if not stored.is_done(file)]
+    known_bad_files = {
+        FileState(row["path"], row["size"], row["mtime_ns"])
+        for row in table.rows([*columns[:3], "reason"], clause, SKIPPED_FILES_TABLE).to_pylist()
+        if SkippedFile.from_row(row).code not in RETRYABLE_REASONS
+    } & set(todo)
+    present = {file.path for file in files} | {skipped.path for skipped in unreadable}
+    folder_prefixes = tuple(os.path.join(folder, "") for folder in folders)
+    # A file may still exist in a folder that can't be read, so the rows of such files are not removed.
+    unreadable_prefixes = tuple(skipped.path + os.sep for skipped in unreadable)
+    missing = (path for path in stored.positions if path not in present and path.startswith(folder_prefixes))
+    removed = [path for path in missing if not path.startswith(unreadable_prefixes)]
+    if only_paths is not None and any(_is_emptied(table, folder, removed, files) for folder in folders):
+        # The folder seems to be empty. A plan for whole folders is made instead, because it refuses empty folders.
+        return make_plan(table, image_digest, folders, rules)
+    unchanged = len(files) - len(todo)
+    files = [file for file in todo if file not in known_bad_files]
+    return IndexPlan(
+        clause=clause,
+        covers_folders=only_paths is None,
+        roots=[*folders.values()],
+        files=files,
+        stored_rows=stored,
+        removed_paths=removed,
+        unchanged=unchanged,
+        unreadable=unreadable,
+        known_bad_files=known_bad_files,
+        ignored_counts=counts,
+    )
+
+
+def _is_emptied(table: PictureTable, folder: Path, removed: Sequence[str], files: Sequence[FileState]) -> bool:
+    """Return whether a plan would remove all rows of a folder, for example because its disk was unmounted.
+
+    Args:
+        table: Table of the index.
+        folder: Absolute path of the folder.
+        removed: Paths of the rows that the plan removes.
+        files: Files that the folder scan has found.
+    """
+    prefix = os.path.join(folder, "")
+    number = sum(path.startswith(prefix) for path in removed)
+    has_files = any(file.path.startswith(prefix) for file in files)
+    return 0 < number == table.count(folders_clause(folder)) and not has_files
+
+
+# --- Reading, embedding, writing -------------------------------------------------------------------------------------
+
+
+class IndexWriter:
+    """Worker that reads the files of a plan, embeds them in batches, and commits their rows to the table.
+
+    Args:
+        table: Table of the index.
+        model: Model that embeds the pictures.
+        plan: Plan of the update, which lists the files to read.
+        batch_size: Number of pictures per batch of the model.
+        progress: Callback that takes the number of processed files and the total number.
+
+    Attributes:
+        report: Numbers of pictures that were embedded, new, changed and so on up to now.
+        reported: Number of processed files in the last call of `progress`.
+    """
+
+    def __init__(
+        self,
+        table: PictureTable,
+        model: "SearchModel",
+        plan: IndexPlan,
+        batch_size: int,
+        progress: ProgressCallback = lambda done, total: None,
+    ):
+        self.table, self.model, self.plan = table, model, plan
+        self.batch_size, self.progress = batch_size, progress
+        self.columns, self.image_digest, self.column = table.columns(), model.image_digest, vector_column(model.width)
+        self.report, self.done_count, self.reported = IndexReport(unchanged=plan.unchanged), 0, 0
+        self.estimate, self.write_s = RateEstimator(), 0.0
+        new = sum(plan.stored_rows[file.path] is None for file in plan.files)
+        self.optimize_s = table.estimate_optimize_seconds(model.width, table.count() + new)
+        # Digests of the contents of files that are gone. If a new file has one of these contents, it counts as moved.
+        self.removed_digests = Counter(plan.stored_rows[path][0] for path in plan.removed_paths)
+        self._start_commit()
+
+    def _start_commit(self) -> None:
+        """Start to collect rows and skipped files for the next commit, and measure the time from now on."""
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.vectors_by_digest: dict[str, np.ndarray] = {}
+        self.skipped_files: dict[FileState, SkippedFile] = {}
+        self.commit_start = time.monotonic()
+
+    def run(self) -> IndexReport:
+        """Read, embed and commit all files of the plan.
+
+        If an exception is raised, for example by Ctrl-C, the rows of finished files are committed first.
+
+        Returns:
+            The report of this update. Removed rows are added by `finish_indexing`.
+        """
+        files = self.plan.files
+        read = partial(
+            read_picture,
+            image_size=self.model.image_size,
+            resize_filter=self.model.resize_filter,
+            folders=self.plan.roots,
+        )
+        self.progress(0, len(files))
+        try:
+            with closing(prefetch_pictures(files, read, self.batch_size)) as batches:
+                for batch in batches:
+                    self._embed_batch(batch)
+                    self._report()
+                    is_late = time.monotonic() - self.commit_start > COMMIT_INTERVAL_S
+                    if len(self.rows) + len(self.skipped_files) >= COMMIT_ROWS or is_late:
+                        self.commit()
+        finally:  # pictures that are embedded already must not be lost, even after Ctrl-C
+            self.commit()
+        return self.report
+
+    def _report(self) -> None:
+        """Call the progress callback with the number of processed files.
+
+        After the last picture, the last commit and `PictureTable.optimize` still have to run. The reported number is
+        therefore lowered: their expected duration counts like the pictures that could be processed in this time. So
+        the reported number reaches the total only when everything is done.
+        """
+        self.estimate.update(self.done_count)
+        total, remaining_s = len(self.plan.files), self.write_s + self.optimize_s
+        reported = int(self.done_count * total / (total + remaining_s * (self.estimate.rate or 0)))
+        # Reporting the same number twice would mean that the model was loaded in between (`RateEstimator.update`).
+        if reported > self.reported:
+            self.reported = reported
+            self.progress(reported, total)
+
+    def commit(self) -> None:
+        """Write the collected rows and skipped files to the tables.
+
+        If a file of the index can't be decoded any more, its row is removed. If a file could not be opened, its row
+        stays, because the file may be intact.
+        """
+        start = time.monotonic()
+        if self.rows:
+            self.table.upsert(pa.Table.from_pylist(list(self.rows.values()), self.columns))
+        if self.skipped_files:
+            rows = [asdict(file) | {"reason": skipped.reason} for file, skipped in self.skipped_files.items()]
+            self.table.upsert(pa.Table.from_pylist(rows, TABLE_SCHEMAS[SKIPPED_FILES_TABLE]), SKIPPED_FILES_TABLE)
+            undecodable = [skipped for skipped in self.skipped_files.values() if skipped.code not in RETRYABLE_REASONS]
+            self.table.delete_paths([skipped.path for skipped in undecodable])
+            self.report.removed += sum(skipped.path in self.plan.stored_rows.positions for skipped in undecodable)
+        self._start_commit()
+        self.write_s = time.monotonic() - start
+
+    def _embed_batch(self, batch: Sequence[ReadResult]) -> None:
+        """Embed the pictures of a batch, and collect their rows for the next commit.
+
+        Only pictures whose content has no stored vector are embedded. Files that could not be read are collected as
+        skipped files.
+
+        Args:
+            batch: Pairs of a file and its decoded picture or the exception that was raised when it was read.
+
+        Raises:
+            Exception: An exception of the batch that is not a BadImage.
+        """
+        pictures = dict[FileState, Picture]()
+        for file, result in batch:
+            if isinstance(result, Picture):
+                pictures[file] = result
+            elif not isinstance(result, BadImage):
+                raise result
+            elif result.reason != "gone":  # a file deleted since the scan is no error; the next update removes its row
+                self.skipped_files[file] = SkippedFile(file.path, result.reason, result.detail)
+                self.report.skipped_files.append(self.skipped_files[file])
+        vectors = self._load_vectors({picture.digest for picture in pictures.values()}) | self.vectors_by_digest
+        new = {picture.digest: picture.image for picture in pictures.values() if picture.digest not in vectors}
+        if new and not self.report.embedded:
+            self.model.prepare_images()
+            self.estimate.update(self.done_count)
+            # Reporting the same number again tells the callback that the model was loaded, so that this time does not
+            # count in the estimated rate.
+            self.progress(self.reported, len(self.plan.files))
+        vectors |= dict(zip(new, self.model.embed_images(list(new.values()), self.batch_size), strict=True))
+        self.report.embedded += len(new)
+        for file, picture in pictures.items():
+            self._add_row(file, picture, vectors[picture.digest])
+        self.done_count += len(batch)
+
+    def _load_vectors(self, digests: Collection[str]) -> dict[str, np.ndarray]:
+        """Return the stored vectors of file contents that were embedded with the model in use.
+
+        Args:
+            digests: Digests of the file contents.
+
+        Returns:
+            Digest -> vector (width,), float16. Digests without a stored vector are left out.
+        """
+        if not digests:
+            return {}
+        clause = f"{in_clause('digest', digests)} AND model = {quote_sql(self.image_digest)}"
+        rows = self.table.rows(["digest", self.column], clause)
+        return dict(zip(rows["digest"].to_pylist(), to_array(rows[self.column]), strict=True))
+
+    def _add_row(self, file: FileState, picture: Picture, vector: np.ndarray) -> None:
+        """Collect the row of a picture for the next commit, and count the picture in the report.
+
+        The picture counts as new, moved, changed, unchanged or reembedded (`IndexReport`).
+
+        Args:
+            file: State of the file when the folder was scanned.
+            picture: The decoded picture with its metadata.
+            vector: Vector (width,) of the picture.
+        """
+        digest, stored = picture.digest, self.plan.stored_rows[file.path]
+        values = {name: value for name, value in vars(picture).items() if name != "image"}
+        values |= {
+            COLOR_SIGNATURE_COLUMN: color_signature(picture.image),
+            "model": self.image_digest,
+            self.column: np.float16(vector),
+        }
+        # The row contains the file's state at the time of the scan. If the file has changed since then, the next update
+        # notices the difference and reads the file again.
+        self.rows[file.path] = values | asdict(file)
+        self.vectors_by_digest[digest] = vector
+        if stored is None:
+            kind = "moved" if self.removed_digests[digest] > 0 else "new"
+        elif stored[0] != digest:
+            kind = "changed"
+        else:
+            kind = "unchanged" if stored[1] else "reembedded"
+        self.removed_digests[digest] -= kind == "moved"
+        setattr(self.report, kind, getattr(self.report, kind) + 1)
+
+
+def start_indexing(
+    table: PictureTable,
+    model: "SearchModel",
+    folders: Mapping[Path, str],
+    exclude: Sequence[str] = (),
+    include: Sequence[str | Path] = (),
+    only_paths: Collection[str] | None = None,
+    progress: ProgressCallback | None = None,
+) -> IndexPlan:
+    """Plan an index update, create the tables if necessary, and store the folders, rules and model in the index.
+
+    Args:
+        table: Table of the index.
+        model: Model that embeds the pictures.
+        folders: Absolute path of each folder -> real path that the folder must have.
+        exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`. The index stores them.
+        include: Stored patterns to remove, and forgotten paths (`IgnoreRules.forgotten`) to index again.
+        only_paths: Absolute paths of files and folders inside `folders`. Only these are updated. None: everything in
+            the folders is updated.
+        progress: Callback that takes the number of processed files and the total number. If it is given and the index
+            was built with another model or none, the model is loaded now, so that its errors are raised before the
+            index is changed. Without a callback, the model is not loaded, because tasks on a cluster load it later.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If a folder does not exist, can't be opened, was forgotten, has another real path than the given one
+            or contains no picture, if a pattern is invalid, if an entry of `include` is neither a stored pattern nor a
+            forgotten path, or if the model can't embed pictures. In these cases, a new index is not created, and an
+            existing index keeps its model.
+    """
+    _ = model.image_size  # raises an error now if the search does not support the model's image processor
+    rules = load_rules(table).updated(exclude, include)
+    plan = make_plan(table, model.image_digest, folders, rules=rules, only_paths=only_paths)
+    stored_model = table.model()
+    if progress and plan.files and (stored_model is None or stored_model["image_digest"] != model.image_digest):
+        progress(0, len(plan.files))  # the web page shows a new index only after the first report of progress
+        model.prepare_images()  # loads the model, which raises all other errors of the model
+    table.create(model.width)
+    record_requested_folders(table, folders)
+    save_rules(table, rules)
+    if plan.covers_folders:
+        # The folders are recorded now, so that the index knows them even if this update is interrupted.
+        # `finish_indexing` adds the numbers of ignored files.
+        new_folders = plan.ignored_counts.keys() - set(table.folders())
+        table.set_metadata({FOLDER_KEY_PREFIX + folder: "" for folder in new_folders})
+    record_current_model(table, model, plan)
+    return plan
+
+
+def record_current_model(table: PictureTable, model: "SearchModel", plan: IndexPlan) -> None:
+    """Store in the index which model it uses.
+
+    If the index used another model before, a message is logged. It says whether pictures must be embedded again because
+    the image encoder is different, or whether only the text encoder is different.
+
+    Args:
+        table: Table of the index.
+        model: Model that the index uses from now on.
+        plan: Plan of the update, to count the pictures that will be embedded again.
+    """
+    stored_model, other_count = table.model(), table.count_other_models(model.image_digest)
+    metadata = {"source": model.source, "name": model.name, "width": model.width, "image_digest": model.image_digest}
+    stored_rows = [plan.stored_rows[file.path] for file in plan.files]
+    to_reembed = sum(row is not None and not row[1] for row in stored_rows)
+    is_new_image_encoder = (stored_model or {}).get("image_digest") != model.image_digest
+    if other_count and (to_reembed or is_new_image_encoder):
+        log_message("image_side", model.name, to_reembed, other_count)
+    elif stored_model and stored_model != metadata and table.count():
+        log_message("text_exchanged", model.name, stored_model.get("name"))
+    table.set_metadata({"model": json.dumps(metadata)})
+
+
+def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, report: IndexReport) -> None:
+    """Finish an index update: remove rows, record ignored and skipped files, and optimize the table.
+
+    Args:
+        table: Table of the index.
+        model: Model that embedded the pictures.
+        plan: Plan of the update.
+        report: Report of `IndexWriter.run`. Its fields `removed`, `ignored_counts` and `skipped_files` are updated in
+            place.
+    """
+    table.delete_paths(plan.removed_paths)
+    report.removed += len(plan.removed_paths) - report.moved
+    report.ignored_counts = dict(sum(plan.ignored_counts.values(), Counter()))
+    if plan.covers_folders:
+        counts = {folder: json.dumps(numbers, sort_keys=True) for folder, numbers in plan.ignored_counts.items()}
+        table.set_metadata({FOLDER_KEY_PREFIX + folder: text for folder, text in counts.items()})
+    report.skipped_files = _update_skipped_files(table, plan, {skipped.path for skipped in report.skipped_files})
+    if len(table.widths()) > 1 and not table.count_other_models(model.image_digest):
+        # All rows have vectors of the model in use, so the columns of models with other widths are no longer needed.
+        columns = [vector_column(width) for width in table.widths() if width != model.width]
+        table.run_write(PICTURES_TABLE, lambda opened: opened.drop_columns(columns))
+    table.optimize(model.width)
+
+
+def _update_skipped_files(table: PictureTable, plan: IndexPlan, new_paths: Collection[str]) -> list[SkippedFile]:
+    """Update the table of skipped files at the end of an index update.
+
+    Rows of files that can be read now, or no longer exist, are removed. Files and folders that the folder scan could
+    not read are added.
+
+    Args:
+        table: Table of the index.
+        plan: Plan of the update.
+        new_paths: Paths of the files that `IndexWriter` could not read in this update and has written to the table.
+
+    Returns:
+        All skipped files among the paths that the plan compared, sorted by path.
+    """
+    columns = ["path", "size", "mtime_ns", "reason"]
+    rows = table.rows(columns, plan.clause, SKIPPED_FILES_TABLE).to_pylist()
+    rows_by_file = {FileState(row["path"], row["size"], row["mtime_ns"]): row for row in rows}
+    valid_rows = {
+        file.path: row for file, row in rows_by_file.items() if file.path in new_paths or file in plan.known_bad_files
+    }
+    for skipped in plan.unreadable:
+        path = skipped.path.encode("utf-8", "replace").decode()  # LanceDB stores only valid UTF-8
+        # With -1 as size and time, the row matches no file on disk, so the file is tried again in each update.
+        valid_rows[path] = {"path": path, "size": -1, "mtime_ns": -1, "reason": skipped.reason}
+    table.delete_paths([row["path"] for row in rows if row["path"] not in valid_rows], SKIPPED_FILES_TABLE)
+    if new_rows := [row for row in valid_rows.values() if row not in rows]:
+        table.upsert(pa.Table.from_pylist(new_rows, TABLE_SCHEMAS[SKIPPED_FILES_TABLE]), SKIPPED_FILES_TABLE)
+    return [SkippedFile.from_row(valid_rows[path]) for path in sorted(valid_rows)]
+
+
+def embed_files(model: "SearchModel", files: Sequence[FileState], folder: Path) -> dict[str, np.ndarray]:
+    """Embed picture files without adding them to an index.
+
+    Args:
+        model: Model that embeds the pictures.
+        files: Files to read.
+        folder: Folder that contains the files, or the path of the only file. Files whose real path lies outside of this
+            folder are not read, for example symbolic links to other folders.
+
+    Returns:
+        Path -> vector (width,). Files that can't be read are left out.
+    """
+    vectors = {}
+    read = partial(
+        read_picture, image_size=model.image_size, resize_filter=model.resize_filter, folders=[os.path.realpath(folder)]
+    )
+    for batch in prefetch_pictures(files, read, CLASSIFY_BATCH_SIZE):
+        pictures = {file.path: result for file, result in batch if isinstance(result, Picture)}
+        embeddings = model.embed_images([picture.image for picture in pictures.values()])
+        vectors |= dict(zip(pictures, embeddings, strict=True))
+    return vectors
+
+
+def prefetch_pictures(
+    files: Iterable[FileState], read: Callable[[FileState], Picture], batch_size: int
+) -> Iterator[list[ReadResult]]:
+    """Read files in background threads while the caller works on earlier batches.
+
+    Args:
+        files: Files to read.
+        read: Function that reads one file, for example `read_picture`.
+        batch_size: Maximum number of files per batch. The first batches are smaller (`FIRST_BATCH_SIZE`).
+
+    Yields:
+        Batches in the order of the files. A batch is a list of pairs: a file, and either the result of `read` or the
+        exception that `read` raised.
+    """
+    files, waiting = iter(files), deque[tuple[FileState, Future[Picture]]]()
+    size = min(FIRST_BATCH_SIZE, batch_size)
+    threads = ThreadPoolExecutor(DECODER_THREADS)
+    try:
+        while True:
+            waiting.extend((file, threads.submit(read, file)) for file in islice(files, 2 * batch_size - len(waiting)))
+            batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+            if not batch:
+                return
+            yield [(file, future.exception() or future.result()) for file, future in batch]
+            size = min(2 * size, batch_size)
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,298 @@
+"""Read picture files: decode them, rotate them upright, read their metadata and make a thumbnail.
+
+Each file is opened only once, by `capivara_common.image_files`, which validates the file and limits its size. If a file
+can't be read, BadImage is raised. Its text is "reason: detail", and messages.yaml translates the reason.
+"""
+
+import io
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import blake2b
+from pathlib import Path
+from typing import BinaryIO
+
+import PIL.Image
+from PIL.Image import Resampling
+
+from capivara_common.image_files import (
+    LARGE_IMAGE_LOCK,
+    MAX_IMAGE_BYTES,
+    MAX_IMAGE_PIXELS,
+    BadImage,
+    check_byte_count,
+    decode_upright,
+    exif_orientation,
+    open_image,
+    open_regular_file,
+)
+from capivara_search.exif import read_exif
+from capivara_search.folder_scan import RAW_SUFFIXES, FileState, to_absolute_path, to_bad_image
+from capivara_search.messages import localized_error
+
+# First bytes of JPEG and PNG files. A file with these first bytes is not decoded as a RAW file, even if its name has
+# the suffix of a RAW format.
+NON_RAW_FILE_STARTS = (b"\xff\xd8\xff", b"\x89PNG")
+TIFF_SUBFILE_TYPE = 254  # TIFF tag; its lowest bit marks a thumbnail of another image in the file
+# Maximum number of pixels of a picture. It allows for phones whose cameras take 16,320 x 12,240 pixels. Pictures with
+# more than `MAX_IMAGE_PIXELS` pixels are decoded one at a time, to limit the memory, and reduced immediately.
+MAX_PICTURE_PIXELS = 200_000_000
+# To save time, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its short side is then still at least this many
+# times as long as the side of the model's input. The embedding then has a cosine of 0.999 with the embedding of the
+# full-size picture. With a factor of 3, one photograph of 40 has a cosine of only 0.997.
+REDUCED_DECODE_FACTOR = 4
+THUMBNAIL_SIDE = 256  # pixels of the longer side
+# The web page searches with thumbnails, so the embedding of a thumbnail must be close to the embedding of its picture.
+# Measured on pictures of OpenMoji with the demo model: WebP at quality 90 takes 4.0 kB, and the cosine between both
+# embeddings is 0.994. JPEG at quality 85 takes 7.3 kB, and the cosine is 0.950.
+THUMBNAIL_QUALITY = 90
+# Effort of the WebP encoder, from 0 to 6. With 2, encoding the thumbnail of a photograph takes 2.5 ms. The default of 4
+# takes 16 ms and saves only 1 % of the bytes.
+THUMBNAIL_WEBP_METHOD = 2
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture file: resized image for the model, thumbnail and metadata."""
+
+    digest: str  # BLAKE2b-128 digest of the file's content, in hexadecimal
+    # Width and height in pixels after rotating the picture upright. For a RAW file, the size of the RAW picture, not of
+    # the preview in the file.
+    width: int
+    height: int
+    taken: datetime | None  # EXIF date, in the camera's local time
+    latitude: float | None  # degrees, from the EXIF data; south is negative
+    longitude: float | None  # degrees, from the EXIF data; west is negative
+    image: PIL.Image.Image  # resized for the model's image processor: RGB, upright, on a white background
+    thumbnail: bytes  # WebP file, upright, longer side at most `THUMBNAIL_SIDE` pixels
+
+
+def read_picture(
+    file: FileState,
+    image_size: int = 224,
+    resize_filter: int | None = None,
+    folders: Sequence[str | Path] | None = None,
+) -> Picture:
+    """Read a picture file: compute its digest, decode it, resize it for the model, and read its EXIF data.
+
+    This function is thread-safe. A large JPEG is decoded at reduced size (`REDUCED_DECODE_FACTOR`).
+
+    Args:
+        file: State of a file that `find_pictures` has found.
+        image_size: Side of the model's input in pixels. The image is resized as the model's image processor would do.
+        resize_filter: PIL filter, for an image processor that resizes both sides to `image_size`. None: the short side
+            is resized to `image_size` with the bicubic filter, and the proportions are kept.
+        folders: Real paths of the folders that may be read. The real path of the file must lie in one of them. None:
+            the location of the file is not checked.
+
+    Returns:
+        The decoded picture.
+
+    Raises:
+        BadImage: If the file can't be read, is damaged, is too large or no longer exists.
+    """
+    data = _read_picture_bytes(file.path, folders)
+    opened, size = _open_undecoded(data, file.path)
+    shape = opened.size
+    with LARGE_IMAGE_LOCK if shape[0] * shape[1] > MAX_IMAGE_PIXELS else nullcontext():
+        min_short_side = max(REDUCED_DECODE_FACTOR * image_size, THUMBNAIL_SIDE)
+        pixels = flatten_on_white(decode_upright(opened, "the file", min_short_side))
+        if exif_orientation(opened) > 4:  # these orientations swap width and height
+            size, shape = size[::-1], shape[::-1]
+        image = resize_short_side(pixels, shape, image_size, resize_filter)
+        small, thumbnail = limit_long_side(pixels, THUMBNAIL_SIDE), io.BytesIO()
+        small.save(thumbnail, "WEBP", quality=THUMBNAIL_QUALITY, method=THUMBNAIL_WEBP_METHOD)
+    digest = blake2b(data, digest_size=16).hexdigest()
+    return Picture(digest, *size, *read_exif(opened), image, thumbnail.getvalue())
+
+
+def open_query_picture(path: str | Path) -> PIL.Image.Image:
+    """Read and decode a picture that is used as the query of a search.
+
+    Args:
+        path: Path of the picture file.
+
+    Returns:
+        The image at full size, upright, RGB, on a white background.
+
+    Raises:
+        ValueError: If the picture can't be read; the message names the path and the reason.
+    """
+    path = to_absolute_path(path)
+    try:
+        return decode_picture(_read_picture_bytes(path), str(path))
+    except BadImage as error:
+        raise localized_error(ValueError, "bad_picture", path=path, reason=error) from error
+
+
+def decode_picture(
+    data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS, min_short_side: int = 0
+) -> PIL.Image.Image:
+    """Decode the bytes of a picture file to an upright RGB image on a white background.
+
+    Args:
+        data: Content of the file.
+        name: File name. If it has the suffix of a RAW format, the file is decoded as a RAW file, unless its content is
+            another image, such as a JPEG or TIFF.
+        max_pixels: Maximum number of pixels. A larger picture is refused.
+        min_short_side: Allows to decode a JPEG at 1/2, 1/4 or 1/8 of its size if its short side still has at least this
+            many pixels. 0: decode at full size.
+
+    Returns:
+        The image.
+
+    Raises:
+        BadImage: If the content is damaged, too large or not a picture.
+    """
+    return flatten_on_white(decode_upright(_open_undecoded(data, name, max_pixels)[0], "the file", min_short_side))
+
+
+def _read_picture_bytes(path: str | Path, folders: Sequence[str | Path] | None = None) -> bytes:
+    """Read the content of a picture file.
+
+    Args:
+        path: Path of the file.
+        folders: Real paths of the folders that may be read. None: the location of the file is not checked.
+
+    Raises:
+        BadImage: If the file can't be read, is empty or too large, or lies outside of the folders.
+    """
+    try:
+        with open_regular_file(path, "it", folders) as file:
+            return read_bounded(file)
+    except OSError as error:
+        raise to_bad_image(error) from error
+
+
+def read_bounded(file: BinaryIO) -> bytes:
+    """Read an open file whole, if its size is acceptable.
+
+    Args:
+        file: The file, opened in binary mode.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        BadImage: If the file is empty or has more than `MAX_IMAGE_BYTES` bytes.
+    """
+    return check_byte_count(file.read(MAX_IMAGE_BYTES + 1), "the file")
+
+
+def _open_undecoded(
+    data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS
+) -> tuple[PIL.Image.Image, tuple[int, int]]:
+    """Open a picture without decoding its pixels.
+
+    Args:
+        data: Content of the file.
+        name: File name. Its suffix tells RAW files.
+        max_pixels: Maximum number of pixels. A larger picture is refused.
+
+    Returns:
+        The image, of which only the header has been read, and the (width, height) of the picture before rotation. For a
+        RAW file, the image is its JPEG preview, and the size is the size of the RAW picture.
+
+    Raises:
+        BadImage: If the content is damaged, too large or not a picture.
+    """
+    is_raw = name.lower().endswith(RAW_SUFFIXES) and not data.startswith(NON_RAW_FILE_STARTS)
+    preview, size = (extract_raw_preview(data) if is_raw else None) or (data, None)
+    image = open_image(preview, "the file", max_pixels, hint="")
+    if is_raw and size is None and image.format == "TIFF" and image.tag_v2.get(TIFF_SUBFILE_TYPE, 0) & 1:
+        # A damaged RAW file, or one of a camera that LibRaw does not know, begins with a thumbnail of the picture.
+        raise BadImage("unreadable image", "the RAW file is damaged, or of an unknown camera; export it as JPEG")
+    return image, size or image.size
+
+
+def extract_raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
+    """Extract the largest JPEG preview from a RAW file.
+
+    LibRaw adds EXIF data to a preview that has none.
+
+    Args:
+        data: Content of the file.
+
+    Returns:
+        The JPEG file of the preview, and the (width, height) of the RAW picture before rotation. None if LibRaw does
+        not recognize the file as RAW: it may be another image, such as a TIFF.
+
+    Raises:
+        BadImage: If the file can't be decoded or contains no JPEG preview.
+    """
+    import rawpy  # imported late because only users with RAW files need it
+
+    try:
+        with rawpy.imread(io.BytesIO(data)) as raw:
+            sizes, thumb = raw.sizes, raw.extract_thumb()
+    except rawpy.LibRawFileUnsupportedError:
+        return None
+    except Exception as error:  # LibRaw raises its own errors, and errors of memory and files
+        reason = error.args[0] if error.args else error
+        if isinstance(reason, bytes):  # errors of LibRaw
+            reason = reason.decode(errors="replace")
+        detail = f"the RAW file has no preview that can be read: {reason}"
+        raise BadImage("unreadable image", detail) from error
+    if thumb.format != rawpy.ThumbFormat.JPEG:
+        raise BadImage("unreadable image", "the RAW file has no JPEG preview; export it as JPEG")
+    return thumb.data, (sizes.width, sizes.height)
+
+
+def flatten_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Convert an image to RGB, with a white background behind transparent pixels.
+
+    Without the white background, transparent pixels would become black, and the model would see a black logo on a
+    transparent background as a black square.
+    """
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def limit_long_side(image: PIL.Image.Image, max_side: int) -> PIL.Image.Image:
+    """Reduce an image so that its longer side has at most `max_side` pixels. Its proportions are kept.
+
+    Args:
+        image: The image.
+        max_side: Maximum length of the longer side, in pixels.
+
+    Returns:
+        The reduced image, or the image itself if it is small enough.
+    """
+    long = max(image.size)
+    if long <= max_side:
+        return image
+    size = tuple(max(1, round(length * max_side / long)) for length in image.size)
+    return image.resize(size, Resampling.BICUBIC, reducing_gap=2.0)
+
+
+def resize_short_side(
+    image: PIL.Image.Image, size: tuple[int, int], image_size: int, resize_filter: int | None = None
+) -> PIL.Image.Image:
+    """Resize an image as the model's image processor would do.
+
+    Args:
+        image: The image, which was decoded at full or reduced size.
+        size: (width, height) of the image in its file. The proportions are computed from it, because the JPEG decoder
+            rounds the sides of an image up when it reduces the image.
+        image_size: Length of the short side of the result in pixels.
+        resize_filter: PIL filter, for an image processor that resizes both sides to `image_size`. None: the short side
+            is resized to `image_size` with the bicubic filter, and the proportions are kept.
+
+    Returns:
+        The resized image. If its short side in the file has at most `image_size` pixels, the image itself.
+    """
+    short, long = min(size), max(size)
+    if short <= image_size:
+        return image
+    long_side = int(image_size * long / short)  # truncated, because the image processor truncates it, too
+    new_size, resample = (
+        ((image_size, long_side) if size[0] <= size[1] else (long_side, image_size)),
+        Resampling.BICUBIC,
+    )
+    if resize_filter is not None:
+        new_size, resample = (image_size, image_size), resize_filter
+    scale = round(size[0] / image.width)  # reduction by the JPEG decoder: 1, 2, 4 or 8
+    return image.resize(new_size, resample, box=(0, 0, size[0] / scale, size[1] / scale))

@@ -1,0 +1,206 @@
+"""Arithmetic of queries: relevance feedback, the relevance threshold, and classification with free labels.
+
+Feedback moves the vector of a query towards or away from words or pictures (Rocchio relevance feedback). It changes the
+ranking and excludes no picture.
+
+The relevance threshold separates pictures that match a sentence from pictures that do not. It is calibrated with
+neutral sentences: sentences such as "uma imagem" that describe no particular picture. Cosines of
+different sentences are not comparable, so they are first converted to z-scores: the number of standard deviations above
+the mean of the sentence's cosines with a sample of the index. A picture is relevant to a sentence if its z-score
+reaches the z-score that the best picture of the index reaches for a neutral sentence (`background_z_score`).
+
+The constants were chosen by `python -m benchmarks.nothing_fits` (docs/search.md). An argument `sample` is always an
+array of picture vectors that were drawn from the index.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from capivara_common.files import read_json
+from capivara_search.messages import localized_error
+from capivara_search.results import Classification
+
+if TYPE_CHECKING:
+    from capivara_search.models import SearchModel
+
+MAX_FEEDBACK_WEIGHT = 4
+# Strength of feedback that has the weight 1. The query itself has the strength 1. At twice this value, words in `less`
+# would push down not only the pictures that show them, but also half of the pictures that match the query (measured by
+# benchmarks.nothing_fits).
+FEEDBACK_STRENGTH = 0.5
+SAMPLE_ROWS = 2000  # maximum number of vectors that are drawn from an index
+# File in a model's folder, written by `benchmarks.nothing_fits --keep`. Its key `auc` is the area under the ROC curve
+# for telling sentences that fit a picture of the index from sentences that fit none, by the score of the best picture.
+RELEVANCE_AUC_FILE = "nothing_fits.json"
+AUTO_THRESHOLD_MIN_AUC = 0.8  # models with at least this AUC use the relevance threshold by default
+# Sentences that describe no particular picture. They are in Portuguese, like the captions that CAPIVARA was trained on.
+NEUTRAL_SENTENCES = (
+    *("uma imagem", "uma foto", "uma fotografia de alguma coisa", "isto é uma imagem", "uma imagem qualquer", "algo"),
+    *("uma foto comum", "uma imagem sem nada de especial", "o que se vê aqui", "imagem"),
+)
+# Quantile of the neutral sentences' z-scores that becomes the threshold. The quantile is low, because marking a
+# relevant picture as irrelevant is a worse error than the opposite.
+BACKGROUND_QUANTILE = 0.25
+
+
+def parse_feedback(text: str) -> tuple[float, str]:
+    """Split feedback such as "0.5:pessoas" into its weight 0.5 and its words "pessoas".
+
+    Args:
+        text: Words, optionally preceded by a weight and a colon. The weight may have a decimal comma.
+
+    Returns:
+        The weight and the words. The weight is 1 if the text has none, as in "pessoas".
+
+    Raises:
+        ValueError: If the text is empty, the weight is not above 0 and at most `MAX_FEEDBACK_WEIGHT`, or no words
+            follow the weight.
+    """
+    if not text.strip():
+        raise localized_error(ValueError, "empty_feedback")
+    weight, words = 1.0, text.strip()
+    prefix, colon, rest = text.partition(":")
+    if colon:
+        with suppress(ValueError):  # the text before the colon is no number, so the colon belongs to the words
+            weight, words = float(prefix.replace(",", ".")), rest.strip()
+    if not (words and 0 < weight <= MAX_FEEDBACK_WEIGHT):
+        raise localized_error(ValueError, "bad_feedback", text=text, most=MAX_FEEDBACK_WEIGHT)
+    return weight, words
+
+
+def apply_feedback(
+    vector: np.ndarray | None, feedback: Iterable[tuple[float, np.ndarray]], sample: np.ndarray
+) -> np.ndarray:
+    """Move a query vector towards or away from other vectors (Rocchio relevance feedback).
+
+    Each vector is divided by the standard deviation of its cosines with the sample. Without this division, pictures
+    would outweigh sentences, because a picture's cosines with the sample vary much more than a sentence's cosines.
+
+    Args:
+        vector: Vector (width,) of the query, which is a sentence or a picture. None: the feedback alone is the query.
+        feedback: Pairs of a weight and the vector (width,) of a sentence or picture. A positive weight moves the query
+            towards the vector, a negative weight away from it.
+        sample: Vectors (pictures, width) drawn from the index, of unit length. If it is empty, no vector is divided.
+
+    Returns:
+        The new query vector (width,), not normalized: the weighted sum of all vectors.
+    """
+    weighted_vectors = [(FEEDBACK_STRENGTH * weight, direction) for weight, direction in feedback]
+    weighted_vectors += [] if vector is None else [(1.0, vector)]
+    spreads = [max((sample @ other).std(), 1e-6) if len(sample) else 1.0 for _, other in weighted_vectors]
+    return sum(weight * other / spread for (weight, other), spread in zip(weighted_vectors, spreads, strict=True))
+
+
+def z_score(score: float, scores: np.ndarray) -> float:
+    """Return the z-score of a score: how many standard deviations it lies above the mean of other scores.
+
+    Args:
+        score: The score to convert.
+        scores: Scores (pictures,) that mean and standard deviation are computed from.
+
+    Returns:
+        The z-score; negative if the score is below the mean.
+    """
+    return float((score - scores.mean()) / max(scores.std(), 1e-6))
+
+
+def background_z_score(
+    sample: np.ndarray, neutral_vectors: Sequence[np.ndarray], best_cosines: Sequence[float]
+) -> float:
+    """Return the z-score that the best picture of an index reaches for a neutral sentence.
+
+    A neutral sentence describes no particular picture (`NEUTRAL_SENTENCES`), so this z-score is what the best picture
+    reaches by chance. Searches use it as the relevance threshold. For each neutral sentence, the z-score of its best
+    picture is computed from the mean and the standard deviation of the sentence's cosines with a sample of the index.
+
+    Args:
+        sample: Vectors (pictures, width) drawn from the index, of unit length.
+        neutral_vectors: Vector (width,) of each neutral sentence, of unit length.
+        best_cosines: For each neutral sentence, its cosine with the picture of the whole index that is nearest to it.
+
+    Returns:
+        The quantile `BACKGROUND_QUANTILE` over the z-scores of all neutral sentences.
+    """
+    z_scores = [z_score(best, sample @ vector) for vector, best in zip(neutral_vectors, best_cosines, strict=True)]
+    return float(np.quantile(z_scores, BACKGROUND_QUANTILE))
+
+
+def supports_relevance_threshold(folder: Path) -> bool:
+    """Return whether the relevance threshold is reliable for a model, according to its measured AUC.
+
+    The AUC measures how well the model recognizes sentences that fit no picture of an index. It must be at least
+    `AUTO_THRESHOLD_MIN_AUC`.
+
+    Args:
+        folder: Folder of the model. Its file `RELEVANCE_AUC_FILE` contains the AUC.
+
+    Returns:
+        True if the AUC is high enough. False if it is too low, or if the file is missing or damaged.
+    """
+    with suppress(OSError, ValueError, TypeError, KeyError):  # the file is missing or damaged
+        return read_json(folder / RELEVANCE_AUC_FILE)["auc"] >= AUTO_THRESHOLD_MIN_AUC
+    return False
+
+
+def check_labels(labels: Sequence[str], template: str) -> list[str]:
+    """Validate the labels and the sentence template of a zero-shot classification.
+
+    Args:
+        labels: Words or phrases to choose from, at least one.
+        template: Sentence with the placeholder {}, which each label replaces in turn.
+
+    Returns:
+        The labels, without blanks at both ends and with single blanks between words.
+
+    Raises:
+        ValueError: If `labels` is a string or an empty list, a label is empty or occurs twice (ignoring case), or the
+            template does not have exactly one {}.
+    """
+    if isinstance(labels, str):
+        raise ValueError(f"labels must be a list of words, got the text {labels[:80]!r}. Write [{labels[:80]!r}].")
+    labels = [" ".join(str(label).split()) for label in labels]
+    counts = Counter(label.casefold() for label in labels)
+    if not labels or not all(labels):
+        raise localized_error(ValueError, "empty_label")
+    if repeated := [label for label in labels if counts[label.casefold()] > 1]:
+        raise localized_error(ValueError, "label_twice", label=repeated[0])
+    if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+        raise localized_error(ValueError, "bad_template", template=template)
+    return labels
+
+
+def classify_vectors(
+    model: "SearchModel", paths: Sequence[str], vectors: np.ndarray, labels: Sequence[str], template: str
+) -> list[Classification]:
+    """Find the label that describes each picture best (zero-shot classification).
+
+    Args:
+        model: Model that embedded the pictures. It also embeds the labels.
+        paths: Path of each picture, for the results.
+        vectors: Vectors (pictures, width) of the pictures, of unit length.
+        labels: Labels, as `check_labels` returns them.
+        template: Sentence with the placeholder {}, which each label replaces in turn.
+
+    Returns:
+        One classification per picture, in the order of `paths`. Its label is None if the neutral sentence "uma imagem",
+        the first of `NEUTRAL_SENTENCES`, fits the picture better than every label.
+    """
+    texts = model.embed_texts([*(template.replace("{}", label) for label in labels), NEUTRAL_SENTENCES[0]])
+    cosines = np.asarray(vectors, np.float32) @ texts.T  # (pictures, labels + 1)
+    if model.logit_bias is None:
+        logits = model.logit_scale * (cosines[:, :-1] - cosines[:, :-1].max(axis=1, keepdims=True))
+        shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    else:
+        shares = model.scale_scores(cosines[:, :-1])
+    results = []
+    for path, picture_cosines, picture_shares in zip(paths, cosines, shares, strict=True):
+        best = int(picture_cosines.argmax())
+        label = labels[best] if best < len(labels) else None
+        shares_by_label = dict(zip(labels, picture_shares.tolist(), strict=True))
+        results.append(Classification(path, label, shares_by_label))
+    return results

@@ -1,0 +1,291 @@
+"""Terminal output of `capivara`: tables of paths, links to files, CSV, and pictures drawn with colored characters.
+
+Example:
+    print(render_contact_sheet(thumbnails, ["1 praia.jpg", "2 mar.jpg"], 80), end="")
+"""
+
+import csv
+import os
+import re
+import shutil
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from functools import partial
+from typing import Any, TextIO
+from urllib.parse import quote
+
+import click
+
+from capivara_common.privacy import escape_control_characters
+from capivara_search.messages import Messages, localized_error
+from capivara_search.results import Hit
+
+# A spreadsheet would compute a cell that begins with one of these characters as a formula. A single quote before the
+# character makes the cell a text.
+FORMULA_PATTERN = r"^([=+\-@\t\r])"
+MAX_OPENED_PICTURES = 12  # limit of --open, whose help states this number; nobody can look at more windows at once
+print_notice = partial(click.echo, err=True)  # stdout holds results only; everything else goes to stderr
+MIN_TILE_COLUMNS = 34  # least width of a drawn picture in characters; a character shows two pixels, upper and lower
+TILE_ROWS_PER_COLUMN = 0.375  # aspect ratio 4:3 of a drawn picture, because characters are twice as high as wide
+
+
+def escape_csv_cell(text: str) -> str:
+    """Escape a text for a CSV cell.
+
+    Control characters are escaped, so that a terminal does not act on them. A text that a spreadsheet would compute as
+    a formula gets a single quote in front.
+    """
+    return re.sub(FORMULA_PATTERN, r"'\1", escape_control_characters(text))
+
+
+def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write rows as CSV with a header.
+
+    Texts are escaped by `escape_csv_cell`. Times are written in ISO 8601.
+
+    Args:
+        file: Open text file.
+        columns: Names of the columns, in order.
+        rows: Rows as dictionaries from column name to value. Keys that are not in `columns` are ignored.
+
+    Returns:
+        Number of rows written.
+    """
+    writer, row_count = csv.writer(file, lineterminator="\n"), 0
+    writer.writerow(map(escape_csv_cell, columns))
+    for row in rows:
+        row_count += 1
+        cells = [row[name].isoformat() if isinstance(row[name], datetime) else row[name] for name in columns]
+        writer.writerow([escape_csv_cell(cell) if isinstance(cell, str) else cell for cell in cells])
+    file.flush()  # a closed pipe raises its error here, rather than when Python exits
+    return row_count
+
+
+def shorten_path(path: str) -> str:
+    """Return a short form of a path for display.
+
+    Args:
+        path: Absolute path.
+
+    Returns:
+        The path relative to the current folder if it is inside this folder, otherwise with `~` for the home folder if
+        it is inside the home folder, otherwise the absolute path. Control characters are escaped.
+    """
+    for folder, prefix in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
+        if folder != "/" and path.startswith(folder.rstrip("/") + "/"):
+            return escape_control_characters(prefix + path[len(folder.rstrip("/")) + 1 :])
+    return escape_control_characters(path)
+
+
+def display_width(text: str) -> int:
+    """Return the number of terminal columns that a text takes.
+
+    A combining mark takes no column, a wide East Asian character takes two columns, and any other character takes one.
+    """
+    drawn = (c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in drawn)
+
+
+def fit_to_columns(text: str, columns: int) -> str:
+    """Pad a text with spaces, or shorten it and add "…", so that it takes a given number of terminal columns.
+
+    Args:
+        text: Text without control characters.
+        columns: Number of terminal columns.
+
+    Returns:
+        A text that takes exactly `columns` columns.
+    """
+    if display_width(text) > columns:
+        while text and display_width(text) >= columns:
+            text = text[:-1]
+        text += "…"
+    return text + " " * (columns - display_width(text))
+
+
+def format_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()) -> Iterator[str]:
+    """Format rows of texts as a table with aligned columns.
+
+    Args:
+        rows: Cells of each row. The last column is not padded.
+        right_aligned: Indices, from 0, of the columns that are aligned to the right.
+
+    Yields:
+        One line of text per row.
+    """
+    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            " " * (widths[number] - display_width(text)) + text
+            if number in right_aligned
+            else fit_to_columns(text, widths[number])
+            for number, text in enumerate(row[:-1])
+        ]
+        yield "  ".join([*cells, row[-1]]).rstrip()
+
+
+def format_link(path: str, text: str) -> str:
+    """Return a text that a terminal shows as a link to a file (escape sequence OSC 8).
+
+    Args:
+        path: Absolute path of the file.
+        text: Text of the link.
+
+    Returns:
+        The text with escape sequences, or the plain text if the path contains control characters.
+    """
+    if escape_control_characters(path) != path:
+        return text
+    return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\"
+
+
+def supports_true_color(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a stream is a terminal with 24-bit colors. Such terminals also support links.
+
+    Args:
+        stream: Output stream.
+        environment: Environment variables; TERM and COLORTERM are used.
+
+    Returns:
+        True if the stream is a terminal and the environment variables announce 24-bit colors.
+    """
+    has_colors = environment.get("TERM", "dumb") != "dumb" and environment.get("COLORTERM") in ("truecolor", "24bit")
+    return stream.isatty() and has_colors
+
+
+def supports_pictures(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether pictures can be drawn on a stream with colored characters.
+
+    Args:
+        stream: Output stream.
+        environment: Environment variables; TERM, COLORTERM and NO_COLOR are used.
+
+    Returns:
+        True for a UTF-8 terminal with 24-bit colors, unless NO_COLOR is set.
+    """
+    return (
+        supports_true_color(stream, environment) and "NO_COLOR" not in environment and "utf" in stream.encoding.lower()
+    )
+
+
+def render_contact_sheet(
+    pictures: Sequence[bytes | None], captions: Sequence[str], width: int, max_lines: int = 10**9
+) -> str:
+    """Draw pictures in rows as text for a terminal, with a caption below each picture.
+
+    Args:
+        pictures: Content of image files. For None or a damaged file, the space of the picture stays blank.
+        captions: One caption per picture.
+        width: Number of columns of the terminal.
+        max_lines: Maximum number of lines of the result. Rows of pictures beyond this number are left out, but the
+            first row is always drawn.
+
+    Returns:
+        Text with escape sequences for 24-bit colors.
+    """
+    pictures_per_row = max(1, (width - 1) // MIN_TILE_COLUMNS)
+    columns = min((width - 1) // pictures_per_row, 60)
+    rows = max(1, round(columns * TILE_ROWS_PER_COLUMN))
+    shown = max(1, max_lines // (rows + 1)) * pictures_per_row
+    text = ""
+    for start in range(0, min(shown, len(pictures)), pictures_per_row):
+        row = slice(start, min(start + pictures_per_row, shown))
+        for parts in zip(*(_render_picture(data, columns, rows) for data in pictures[row]), strict=True):
+            text += "".join(parts) + "\n"
+        text += "".join(fit_to_columns(f" {caption}", columns) for caption in captions[row]).rstrip() + "\n"
+    return text
+
+
+def _render_picture(data: bytes | None, columns: int, rows: int) -> list[str]:
+    """Draw a picture as large as fits into a block of characters.
+
+    Each character is an upper half block (▀). Its foreground color shows one pixel, and its background color shows the
+    pixel below.
+
+    Args:
+        data: Content of an image file. None or a damaged file gives a blank block.
+        columns: Width of the block in characters.
+        rows: Height of the block in characters.
+
+    Returns:
+        One text per row of the block, with escape sequences for 24-bit colors.
+    """
+    import numpy as np
+    import PIL.Image
+
+    from capivara_common.image_files import BadImage, decode_image
+
+    try:
+        picture = decode_image({"bytes": data, "path": None}).convert("RGB")
+    except BadImage:
+        return [" " * columns] * rows
+    scale = min((columns - 1) / picture.width, 2 * rows / picture.height)
+    width, height = max(1, round(picture.width * scale)), max(2, round(picture.height * scale) // 2 * 2)
+    picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    lines = []
+    for upper, lower in np.asarray(picture).reshape(-1, 2, width, 3).tolist():
+        cells = ("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*a, *b) for a, b in zip(upper, lower, strict=True))
+        lines.append(f" {''.join(cells)}\x1b[0m{' ' * (columns - 1 - width)}")
+    return [" " * columns] * (rows - len(lines)) + lines  # the blank rows are above; the caption is below
+
+
+def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], messages: Messages) -> None:
+    """Print search hits as a table. If the terminal supports pictures, draw as many thumbnails as fit above the table.
+
+    Args:
+        hits: Search hits, best first.
+        thumbnail: Function that takes the path of a picture and returns the content of its thumbnail file, or None if
+            the picture has no thumbnail.
+        messages: Texts of the user's language.
+    """
+    if supports_pictures(sys.stdout):
+        columns, lines = shutil.get_terminal_size()
+        thumbnails = [thumbnail(hit.path) for hit in hits]
+        captions = [
+            f"{rank} {escape_control_characters(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)
+        ]
+        click.echo(render_contact_sheet(thumbnails, captions, columns, lines - len(hits) - 3))
+    rows = [[messages(f"column.{name}") for name in ("rank", "score", "date", "path")]]
+    for rank, hit in enumerate(hits, 1):
+        path = shorten_path(hit.path)
+        if supports_true_color(sys.stdout):
+            path = format_link(hit.path, path)
+        duplicates = f"  ({messages.format_count('duplicate_count', hit.copies + 1)})" if hit.copies else ""
+        date = messages.format_date(hit.date) + messages("of_file") * (hit.date_source == "file")
+        rows.append([str(rank), messages.format_score(hit.score), date, path + duplicates])
+    lines = list(format_table(rows, right_aligned=(0, 1)))
+    below_threshold = [rank for rank, hit in enumerate(hits, 1) if hit.above_threshold is False]
+    if below_threshold:
+        lines.insert(below_threshold[0], f"-- {messages('relevance_threshold')} --")
+    click.echo("\n".join(lines))
+
+
+def open_pictures(paths: Sequence[str], messages: Messages) -> None:
+    """Open the first `MAX_OPENED_PICTURES` pictures in the system's viewer.
+
+    An index may come from other people, and its paths may lead to any file. If such a file were a program, the system
+    would start it. Therefore a file is opened only if its extension is an extension of pictures and its content can be
+    read as a picture. A notice is printed for every other file.
+
+    Args:
+        paths: Absolute paths of pictures.
+        messages: Texts of the user's language.
+
+    Raises:
+        RuntimeError: If the system has no viewer for pictures.
+    """
+    from capivara_search.folder_scan import is_picture_name
+    from capivara_search.picture_reading import open_query_picture
+
+    valid_paths = []
+    for path in paths[:MAX_OPENED_PICTURES]:
+        with suppress(ValueError):
+            if is_picture_name(path) and open_query_picture(path):
+                valid_paths.append(path)
+                continue
+        print_notice(messages("not_opened", path=shorten_path(path)))
+    if any(map(click.launch, valid_paths)):
+        raise localized_error(RuntimeError, "no_viewer")

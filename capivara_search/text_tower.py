@@ -1,0 +1,333 @@
+"""Text encoders in NumPy, which embed texts without torch and transformers.
+
+A search would take too long if it had to import torch and transformers. The embeddings differ by less than 1e-5 from
+the embeddings that `CapivaraModel` (with XLM-RoBERTa as text encoder) and SigLIP compute in PyTorch. Weights are read
+from `model.safetensors` by memory mapping.
+"""
+
+import json
+import math
+import operator
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+
+from capivara_common.weight_file import WeightFile
+from capivara_search.model_files.checks_capivara import NOT_FINITE_MESSAGE, check_sizes, wrap_tokenizer_errors
+from capivara_search.model_files.text_cleaning_capivara import CONTEXT_LENGTH, clean_text
+
+# Number of texts per batch. Each thread computes a whole batch. If several threads shared a matrix product, they would
+# wait for each other on a busy machine.
+TEXTS_PER_BATCH = 8
+WEIGHT_DTYPES = {"F32", "F16", "BF16"}  # supported types of weights, as safetensors names them
+EMBEDDINGS_PREFIX = "text_model.embeddings."  # prefix of the names of all embedding tensors
+
+
+@dataclass
+class TextTower:
+    """The text encoder of a `CapivaraModel` in NumPy: XLM-RoBERTa, mean pooling and projection.
+
+    The class attributes (in capitals) describe the supported architecture. Subclasses override them.
+
+    Attributes:
+        CONFIG_DEFAULTS: Values of keys that `text_config` in a published config.json may leave out.
+        REQUIRED_CONFIG: Keys of `text_config` for which only one value is supported, with this value. A missing key
+            counts as supported.
+        OTHER_TENSOR_COUNTS: Possible numbers of text tensors in addition to the 16 tensors of each layer.
+        CLEAN_TEXT: Function that cleans a text before tokenization.
+        weights: Memory-mapped weights of the model.
+        tokenizer: Tokenizer that truncates texts. It also pads them if the encoder expects texts of fixed length.
+        layer_count: Number of transformer layers.
+        head_count: Number of attention heads of each layer.
+        epsilon: Small number that the layer norms add to the variance.
+        pad_token_id: Id of the padding token; None for SigLIP, which has no attention mask.
+    """
+
+    CONFIG_DEFAULTS: ClassVar[dict[str, Any]] = {}
+    REQUIRED_CONFIG: ClassVar[dict[str, Any]] = {"model_type": "xlm-roberta", "hidden_act": "gelu", "is_decoder": False}
+    OTHER_TENSOR_COUNTS: ClassVar[tuple[int, ...]] = (6, 7)
+    CLEAN_TEXT: ClassVar = staticmethod(clean_text)
+
+    weights: WeightFile
+    tokenizer: Tokenizer
+    layer_count: int
+    head_count: int
+    epsilon: np.float32
+    pad_token_id: int | None
+
+    @classmethod
+    def prepare_tokenizer(
+        cls, tokenizer: Tokenizer, settings: dict[str, Any], text_config: dict[str, Any]
+    ) -> Tokenizer | None:
+        """Configure a tokenizer so that it encodes texts like the tokenizer that transformers would load.
+
+        Args:
+            tokenizer: Tokenizer of `tokenizer.json`.
+            settings: Content of `tokenizer_config.json`.
+            text_config: `text_config` of the model.
+
+        Returns:
+            The same tokenizer. None if transformers would not load a `CapivaraTokenizer`, or if the padding token of
+            the tokenizer is not the padding token of the model.
+        """
+        is_capivara = settings.get("tokenizer_class") == "CapivaraTokenizer"
+        pad = tokenizer.token_to_id(_token_text(settings["pad_token"]))  # None if the token is not in the vocabulary
+        if not is_capivara or pad is None or pad != text_config["pad_token_id"]:
+            return None
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(CONTEXT_LENGTH, direction=settings.get("truncation_side", "right"))
+        return tokenizer
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Embed texts, which are cleaned, tokenized and encoded in batches of similar length.
+
+        Args:
+            texts: Texts, at least one.
+
+        Returns:
+            Embeddings (texts, width) in float32, of unit length.
+
+        Raises:
+            ValueError: If a text has no token, or an embedding is not finite.
+        """
+        with wrap_tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
+            encodings = self.tokenizer.encode_batch_fast([self.CLEAN_TEXT(text) for text in texts])
+            ids = [encoding.ids for encoding in encodings]
+        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # texts of a batch get similar lengths
+        batches = [
+            [ids[n] for n in order[start : start + TEXTS_PER_BATCH]] for start in range(0, len(ids), TEXTS_PER_BATCH)
+        ]
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count() or 1) as executor:
+            embeds = np.concatenate(list(executor.map(self._embed_ids, batches)))[np.argsort(order)]
+        if not np.isfinite(embeds).all():
+            raise ValueError(NOT_FINITE_MESSAGE)
+        return embeds / np.maximum(np.linalg.norm(embeds, axis=-1, keepdims=True), 1e-12)
+
+    def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:
+        """Encode texts that are given as token ids.
+
+        Args:
+            ids: Token ids of each text, without padding.
+
+        Returns:
+            Embeddings (texts, width) that are not normalized.
+
+        Raises:
+            ValueError: If a text has no token except padding tokens.
+        """
+        tokens = np.full((len(ids), max(map(len, ids))), self.pad_token_id)
+        for row, text_ids in zip(tokens, ids, strict=True):
+            row[: len(text_ids)] = text_ids
+        mask = tokens != self.pad_token_id  # (texts, tokens); also False if a text itself contains the padding token
+        if not mask.any(axis=1).all():
+            raise ValueError("Every text needs at least one token; the tokenizer gives none for an empty text.")
+        # In XLM-RoBERTa, positions of tokens begin at `pad_token_id` + 1, and padding has the position `pad_token_id`.
+        positions = np.where(mask, mask.cumsum(axis=1) + self.pad_token_id, self.pad_token_id)
+        hidden = self._embed_tokens(f"{EMBEDDINGS_PREFIX}word_embeddings.weight", tokens)
+        hidden = hidden + self.weights.array(f"{EMBEDDINGS_PREFIX}token_type_embeddings.weight")[0]
+        hidden = hidden + self.weights.array(f"{EMBEDDINGS_PREFIX}position_embeddings.weight")[positions]
+        hidden = self._layer_norm(hidden, f"{EMBEDDINGS_PREFIX}LayerNorm.")
+        for number in range(self.layer_count):
+            name = f"text_model.encoder.layer.{number}."
+            names = [f"{name}attention.self.{part}." for part in ("query", "key", "value")]
+            attended = self._linear(self._attention(hidden, mask, names), f"{name}attention.output.dense.")
+            hidden = self._layer_norm(attended + hidden, f"{name}attention.output.LayerNorm.")
+            inner = gelu(self._linear(hidden, f"{name}intermediate.dense."))
+            hidden = self._layer_norm(self._linear(inner, f"{name}output.dense.") + hidden, f"{name}output.LayerNorm.")
+        token_weights = mask[..., None].astype(np.float32)
+        pooled = (hidden * token_weights).sum(axis=1) / token_weights.sum(axis=1)  # (texts, hidden size)
+        if "text_projection.weight" in self.weights.tensors:
+            return pooled @ self.weights.array("text_projection.weight").T
+        inner = gelu(pooled @ self.weights.array("text_projection.0.weight").T)
+        return inner @ self.weights.array("text_projection.2.weight").T
+
+    def _embed_tokens(self, name: str, tokens: np.ndarray) -> np.ndarray:
+        """Look up token embeddings. Each row of the embedding matrix is read from the file only once.
+
+        Args:
+            name: Name of the embedding matrix.
+            tokens: Token ids (texts, tokens).
+
+        Returns:
+            Embeddings (texts, tokens, hidden size).
+        """
+        distinct, inverse = np.unique(tokens, return_inverse=True)
+        return self.weights.rows(name, distinct)[inverse.reshape(tokens.shape)]
+
+    def _attention(self, hidden: np.ndarray, mask: np.ndarray, names: list[str]) -> np.ndarray:
+        """Apply multi-head self-attention without the output projection.
+
+        Args:
+            hidden: Hidden states (texts, tokens, hidden size).
+            mask: True for tokens that may be attended to (texts, tokens).
+            names: Prefixes of the tensor names of the query, key and value layers, in this order.
+
+        Returns:
+            Attended values (texts, tokens, hidden size).
+        """
+        texts, tokens, width = hidden.shape
+        query, key, value = (
+            self._linear(hidden, name).reshape(texts, tokens, self.head_count, -1).swapaxes(1, 2) for name in names
+        )  # (texts, heads, tokens, width of a head)
+        scores = query @ key.swapaxes(-1, -2) / np.float32((width // self.head_count) ** 0.5)
+        scores = np.where(mask[:, None, None], scores, -np.inf)
+        shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        shares /= shares.sum(axis=-1, keepdims=True)
+        return (shares @ value).swapaxes(1, 2).reshape(hidden.shape)
+
+    def _linear(self, hidden: np.ndarray, name: str) -> np.ndarray:
+        flat = hidden.reshape(-1, hidden.shape[-1])  # so that NumPy computes one matrix product instead of one per text
+        result = flat @ self.weights.array(f"{name}weight").T + self.weights.array(f"{name}bias")
+        return result.reshape(*hidden.shape[:-1], -1)
+
+    def _layer_norm(self, hidden: np.ndarray, name: str) -> np.ndarray:
+        centered = hidden - hidden.mean(axis=-1, keepdims=True)
+        normalized = centered / np.sqrt(np.square(centered).mean(axis=-1, keepdims=True) + self.epsilon)
+        return normalized * self.weights.array(f"{name}weight") + self.weights.array(f"{name}bias")
+
+
+@dataclass
+class SiglipTextTower(TextTower):
+    """The text encoder of a SigLIP model in NumPy, for models with the tokenizer of SigLIP 2."""
+
+    CONFIG_DEFAULTS = {  # defaults of transformers' `SiglipTextConfig`
+        **{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-6},
+        **{"max_position_embeddings": 64},
+    }
+    REQUIRED_CONFIG = {"hidden_act": "gelu_pytorch_tanh"}
+    OTHER_TENSOR_COUNTS = (6,)
+    CLEAN_TEXT = str
+
+    @classmethod
+    def prepare_tokenizer(
+        cls, tokenizer: Tokenizer, settings: dict[str, Any], text_config: dict[str, Any]
+    ) -> Tokenizer | None:
+        """Configure a tokenizer like `Siglip2Tokenizer` of transformers: lowercase texts, padded to a fixed length.
+
+        Args:
+            tokenizer: Tokenizer of `tokenizer.json`.
+            settings: Content of `tokenizer_config.json`.
+            text_config: `text_config` of the model.
+
+        Returns:
+            The same tokenizer, or None if transformers would load a tokenizer of a class other than Gemma's or SigLIP
+            2's.
+        """
+        if settings.get("tokenizer_class") not in ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast"):
+            return None
+        padding = _token_text(settings["pad_token"])
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        length = min(text_config["max_position_embeddings"], settings.get("model_max_length", math.inf))
+        tokenizer.enable_truncation(length, direction=settings.get("truncation_side", "right"))
+        side, pad_id = settings.get("padding_side", "left"), tokenizer.token_to_id(padding)
+        tokenizer.enable_padding(direction=side, pad_id=pad_id, pad_token=padding, length=length)
+        return tokenizer
+
+    def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:
+        """Encode texts that are given as token ids. The embedding is the projected hidden state of the last token.
+
+        Args:
+            ids: Token ids of each text, padded to the same length. Padding is attended to like any other token.
+
+        Returns:
+            Embeddings (texts, width) that are not normalized.
+        """
+        tokens = np.array(ids)
+        hidden = self._embed_tokens(f"{EMBEDDINGS_PREFIX}token_embedding.weight", tokens)
+        hidden = hidden + self.weights.array(f"{EMBEDDINGS_PREFIX}position_embedding.weight")[: tokens.shape[1]]
+        mask = np.ones(tokens.shape, bool)
+        for number in range(self.layer_count):
+            name = f"text_model.encoder.layers.{number}."
+            names = [f"{name}{part}." for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
+            attended = self._attention(self._layer_norm(hidden, f"{name}layer_norm1."), mask, names)
+            hidden = hidden + self._linear(attended, f"{name}self_attn.out_proj.")
+            inner = gelu_tanh(self._linear(self._layer_norm(hidden, f"{name}layer_norm2."), f"{name}mlp.fc1."))
+            hidden = hidden + self._linear(inner, f"{name}mlp.fc2.")
+        return self._linear(self._layer_norm(hidden[:, -1], "text_model.final_layer_norm."), "text_model.head.")
+
+
+def load_text_tower(folder: str | Path) -> TextTower | None:
+    """Load the text encoder of a model if this module implements its architecture.
+
+    Adapters, other encoders, other tokenizers, quantized weights and weights in several files are not supported. A
+    folder with damaged JSON files counts as not supported, so that transformers loads the model and reports the error.
+
+    Args:
+        folder: Folder of the model, with `config.json`, `model.safetensors` and the tokenizer files.
+
+    Returns:
+        The text encoder, or None if the model is not supported.
+
+    Raises:
+        ValueError: If the weights or the tokenizer can't be read, or a size in `config.json` is outside of the range
+            that `check_sizes` allows.
+    """
+    names = ("config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors")
+    config_file, settings_file, tokenizer_file, weights_file = paths = [Path(folder, name) for name in names]
+    if not all(path.is_file() for path in paths) or Path(folder, "adapter_config.json").exists():
+        return None
+    try:
+        config, settings = (json.loads(path.read_text(encoding="utf-8")) for path in (config_file, settings_file))
+        check_sizes(config, f"{config_file}: ")
+        tower_class = {"capivara": TextTower, "siglip": SiglipTextTower}[config["model_type"]]
+        text_config, weights = tower_class.CONFIG_DEFAULTS | config["text_config"], WeightFile(weights_file)
+        layers, heads = (operator.index(text_config[name]) for name in ("num_hidden_layers", "num_attention_heads"))
+        dtypes = [tensor.dtype for name, tensor in weights.tensors.items() if name.startswith("text_")]
+        has_known_config = all(
+            text_config.get(name, value) == value for name, value in tower_class.REQUIRED_CONFIG.items()
+        )
+        has_known_tensors = len(dtypes) - 16 * layers in tower_class.OTHER_TENSOR_COUNTS
+        if not (has_known_config and has_known_tensors and WEIGHT_DTYPES.issuperset(dtypes)):
+            return None
+        with wrap_tokenizer_errors(str(tokenizer_file)):
+            tokenizer = Tokenizer.from_file(str(tokenizer_file))
+            tokenizer = tower_class.prepare_tokenizer(tokenizer, settings, text_config)
+        epsilon = np.float32(text_config["layer_norm_eps"])
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError, RecursionError):
+        return None
+    return tokenizer and tower_class(weights, tokenizer, layers, heads, epsilon, text_config.get("pad_token_id"))
+
+
+def _token_text(token: Any) -> Any:
+    """Return the text of a special token of `tokenizer_config.json`.
+
+    Args:
+        token: The text, or a dictionary that has the text under the key "content".
+
+    Returns:
+        The text.
+    """
+    return token["content"] if isinstance(token, dict) else token
+
+
+def gelu(values: np.ndarray) -> np.ndarray:
+    """Compute the exact GELU of each element x: x times the standard normal distribution function at x."""
+    return values * np.float32(0.5) * (1 + erf(values * np.float32(0.5**0.5)))
+
+
+def gelu_tanh(values: np.ndarray) -> np.ndarray:
+    """Compute the tanh approximation of GELU of each element, as the activation `gelu_pytorch_tanh` of transformers."""
+    inner = np.float32((2 / np.pi) ** 0.5) * (values + np.float32(0.044715) * values**3)
+    return np.float32(0.5) * values * (1 + np.tanh(inner))
+
+
+def erf(values: np.ndarray) -> np.ndarray:
+    """Compute the Gauss error function of each element, with an error of at most 6e-7.
+
+    This error is a few units in the last place of float32. The approximation is formula 7.1.26 of Abramowitz and
+    Stegun, Handbook of Mathematical Functions.
+    """
+    size = np.abs(values)
+    t = 1 / (1 + np.float32(0.3275911) * size)
+    series = np.full_like(t, 1.061405429)
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        series = series * t + np.float32(coefficient)
+    return np.copysign(1 - series * t * np.exp(-size * size), values)

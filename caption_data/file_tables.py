@@ -1,0 +1,352 @@
+"""Build tables of the rows of WebDataset tars and of image folders with a metadata file.
+
+`open_split` builds one table per split. The table holds the columns of the JSON or CSV files, and for each image its
+path, or its offset and size in a tar. The image bytes stay in the original files and are read from there when needed.
+The cache of `datasets` stores the table until one of the files changes.
+"""
+
+import csv
+import itertools
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, AnyStr, BinaryIO
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, Features, List, Value
+
+from capivara_common.image_files import MAX_DETAIL_CHARACTERS
+from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE, SIMILARITY_COLUMN_RE, json_digest, replace_surrogates
+
+METADATA_SUFFIXES = (".jsonl", ".csv")  # suffixes of the metadata files, which list images with their captions
+IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
+MAX_ROW_JSON_BYTES = 1_000_000  # largest size of one row; twenty captions with similarities need less than 10 kB
+JSON_FEATURES = {str: Value("string"), bool: Value("bool"), int: Value("int64"), float: Value("float64")}
+SCHEMA_SAMPLE_ROWS = 100  # number of rows from which column types are inferred, because JSON and CSV have no schema
+# Version in the fingerprint of a table. Increase it if a code change makes different rows from the same files, so that
+# cached tables are built again.
+FILE_TABLE_VERSION = 3
+# If an archive is damaged, the table has one additional row after the last readable row of the archive. This column
+# holds the description of the damage in that row, and is null in all other rows.
+DAMAGE_COLUMN = "damaged archive"
+IMAGE_FIELDS = {"bytes": Value("binary"), "path": Value("string")}  # an image that `datasets` has not decoded
+# Additional fields of an image in a plain tar: path of the tar, and offset and size of the image in bytes.
+ARCHIVE_FIELDS = {"archive": Value("string"), "offset": Value("int64"), "size": Value("int64")}
+
+
+def build_file_table(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
+    """Build the table of rows of tars, or of image folders with a metadata file.
+
+    The table has the columns of the JSON or CSV files, and an image column with the path of each image or its position
+    in a tar. Column types are inferred from the first `SCHEMA_SAMPLE_ROWS` rows. A value of another type is replaced by
+    None.
+
+    Args:
+        paths: Files of one form: plain tars, `metadata.jsonl` files or `metadata.csv` files.
+        image_column: Name of the image column in the table.
+
+    Returns:
+        The table, and a list with one tuple (number of rows of the table before the damage, description of the damage)
+        for each damaged file.
+
+    Raises:
+        ValueError: If a tar is compressed, because the members of a compressed tar cannot be read by their offset, or
+            if a CSV file has an error.
+    """
+    if compressed := [path for path in paths if path.suffix not in (".tar", *METADATA_SUFFIXES)]:
+        raise ValueError(
+            f"{compressed[0]} is compressed; only plain tars can be read in place. Decompress it to a .tar file."
+        )
+    sample = list(itertools.islice(_iter_rows(paths, image_column), SCHEMA_SAMPLE_ROWS))
+    if not sample:
+        return Dataset.from_dict({image_column: []}), []
+    image_fields = IMAGE_FIELDS if paths[0].suffix in METADATA_SUFFIXES else IMAGE_FIELDS | ARCHIVE_FIELDS
+    names = dict.fromkeys(name for row in sample for name in row if name not in (image_column, DAMAGE_COLUMN))
+    column_features = {name: _infer_feature(name, [row.get(name) for row in sample]) for name in names}
+    column_features = {name: kind for name, kind in column_features.items() if kind is not None}
+    features = Features({image_column: image_fields} | column_features | {DAMAGE_COLUMN: JSON_FEATURES[str]})
+    states = [(os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    table = Dataset.from_generator(
+        _iter_table_rows,
+        features=features,
+        gen_kwargs={"paths": paths, "image_column": image_column, "features": features},
+        fingerprint=json_digest([FILE_TABLE_VERSION, image_column, states, repr(features)]),
+    )
+    damage, rows = table.data.column(DAMAGE_COLUMN), table.remove_columns(DAMAGE_COLUMN)
+    if damage.null_count == len(table):
+        return rows, []
+    places = np.flatnonzero(pc.is_valid(damage)) - np.arange(len(table) - damage.null_count)
+    rows = rows.select(np.flatnonzero(pc.is_null(damage)))
+    return rows, list(zip(places.tolist(), damage.drop_null().to_pylist(), strict=True))
+
+
+def iter_samples(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
+    """Iterate over the samples of a WebDataset tar.
+
+    A sample is a group of consecutive members that have the same folder and the same file name up to the first dot. A
+    member whose extension is already in the sample begins a new sample.
+
+    Args:
+        path: A plain tar.
+
+    Yields:
+        A dict for each sample, with the keys "image", "json" and "cls" of the members that exist. A value is the tuple
+        (name of the member, offset in bytes, size in bytes).
+
+    Raises:
+        tarfile.ReadError: If the archive is damaged. The samples before the damage are yielded first.
+    """
+    key, extensions, sample = None, set(), {}
+    try:
+        for name, offset, size in _iter_tar_members(path):
+            folder, _, base = name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            extension = extension.lower()
+            if (folder, stem) != key or extension in extensions:
+                if sample:
+                    yield sample
+                key, extensions, sample = (folder, stem), set(), {}
+            extensions.add(extension)
+            kind = "image" if extension in IMAGE_EXTENSIONS else extension
+            # A file without a stem is hidden, for example `._a.jpg` of macOS.
+            if stem and kind in ("image", "json", "cls"):
+                sample.setdefault(kind, (name, offset, size))
+    except tarfile.TarError:
+        if len(sample) > 1:
+            yield sample
+        raise
+    if sample:
+        yield sample
+
+
+def _infer_feature(name: str, values: list[Any]) -> Any:
+    """Return the feature (column type of `datasets`) of a column.
+
+    Caption and similarity columns are recognized by their name. The other columns get the most common type of their
+    values, or a list of that type if any value is a list.
+
+    Args:
+        name: Name of the column.
+        values: Values of the column in the sample rows.
+
+    Returns:
+        The feature; None if the most common type is not a text, number or bool, so that the column is left out.
+    """
+    if CAPTION_COLUMN_RE.fullmatch(name):
+        return CAPTIONS_FEATURE
+    if SIMILARITY_COLUMN_RE.fullmatch(name):
+        return List(JSON_FEATURES[float])
+    lists = [value for value in values if isinstance(value, list)]
+    counts = Counter(type(item) for item in (itertools.chain(*lists) if lists else values) if item is not None)
+    most_common = counts.most_common(1)[0][0] if counts else str
+    kind = JSON_FEATURES.get(float if most_common is int and float in counts else most_common)
+    return List(kind) if lists and kind else kind
+
+
+def _cast_value(value: Any, feature: Any) -> Any:
+    """Return a JSON value in the type of its column, or None if the value has another type.
+
+    A single text becomes a list with one text if the column holds lists.
+
+    Args:
+        value: Value from a JSON or CSV file.
+        feature: Feature (column type of `datasets`) of the column.
+    """
+    if isinstance(feature, List):
+        values = [value] if isinstance(value, str) else value
+        return [_cast_value(item, feature.feature) for item in values] if isinstance(values, list) else None
+    if JSON_FEATURES.get(type(value)) != feature and (type(value), feature) != (int, JSON_FEATURES[float]):
+        return None
+    return replace_surrogates(value) if isinstance(value, str) else value
+
+
+def _iter_table_rows(paths: list[Path], image_column: str, features: Features) -> Iterator[dict[str, Any]]:
+    """Iterate over the rows of the table, with the values in the types of their columns.
+
+    A row that describes a damaged file has the description in `DAMAGE_COLUMN` and no other value.
+    """
+    for row in _iter_rows(paths, image_column):
+        image = row.pop(image_column, None)
+        values = {name: _cast_value(row.get(name), kind) for name, kind in features.items() if name != image_column}
+        yield values | {image_column: image}
+
+
+def _iter_rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]:
+    """Iterate over the rows of all files, as dicts of JSON values by column name.
+
+    The value of `image_column` is a dict with the path of the image (in a tar also the tar, offset and size), or None.
+    If a tar or JSON Lines file is damaged, its last row is a dict with the single key `DAMAGE_COLUMN`, which describes
+    the damage. Raises ValueError if a CSV file has an error.
+    """
+    for path in paths:
+        read = _iter_metadata_rows if path.suffix in METADATA_SUFFIXES else _iter_tar_rows
+        try:
+            for row, image in read(path):
+                row = row if isinstance(row, dict) else {}  # a JSON value that is not an object has no columns
+                yield {name: row[name] for name in row if name != DAMAGE_COLUMN} | {image_column: image}
+        # For a damaged header, `tarfile` also raises ValueError, LookupError and OverflowError.
+        except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:
+            # People write CSV files by hand, and a typo must not silently drop all rows after it.
+            if path.suffix == ".csv":
+                raise ValueError(f"{path}: {error}.") from None
+            ending = "; this line and all later lines are left out" if path.suffix == ".jsonl" else ""
+            yield {DAMAGE_COLUMN: replace_surrogates(f"{path}: {error}{ending}"[:MAX_DETAIL_CHARACTERS])}
+
+
+def _iter_tar_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
+    """Iterate over the samples of a plain tar.
+
+    Yields:
+        The tuple (row, image) for each sample. `row` is the JSON value of the sample, with the class index of the
+        sample under "cls" if the sample has one. `image` is a dict with the keys "path", "archive", "offset" and
+        "size" (both in bytes); None if the sample has no image.
+    """
+    with path.open("rb") as file:
+        for sample in iter_samples(path):
+            image, row = None, {}
+            if "image" in sample:
+                name, offset, size = sample["image"]
+                image = {
+                    "path": replace_surrogates(name),
+                    "archive": os.path.abspath(path),
+                    "offset": offset,
+                    "size": size,
+                }
+            if "json" in sample:
+                row = _read_json_at(file, *sample["json"][1:])
+            if "cls" in sample:  # class index, as in the tars of clip-benchmark
+                row = (row if isinstance(row, dict) else {}) | {"cls": _read_json_at(file, *sample["cls"][1:])}
+            yield row, image
+
+
+def _iter_metadata_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
+    """Iterate over the rows of a `metadata.jsonl` or `metadata.csv` file.
+
+    Yields:
+        The tuple (row, image) for each row. `row` is the row without its value `file_name`, which is the path of the
+        image relative to the folder of the metadata file. `image` is {"path": absolute path or URL}; None if the row
+        has no `file_name`.
+    """
+    for row in (_iter_csv_rows if path.suffix == ".csv" else _iter_json_rows)(path):
+        image, name = None, row.pop("file_name", None) if isinstance(row, dict) else None
+        if isinstance(name, str):  # a URL stays as it is; opening it is refused later
+            image = {"path": replace_surrogates(name if "://" in name else os.path.abspath(path.parent / name))}
+        yield row, image
+
+
+def _iter_json_rows(path: Path) -> Iterator[Any]:
+    """Iterate over the JSON values of the lines of a JSON Lines file; an invalid line gives None.
+
+    Blank lines are skipped. Raises ValueError if a line is longer than `MAX_ROW_JSON_BYTES`.
+    """
+    with path.open("rb") as file:
+        yield from map(_parse_json, filter(bytes.strip, _iter_bounded_lines(file)))
+
+
+def _iter_csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
+    """Iterate over the rows of a CSV file as dicts from column name to text; an empty cell is None.
+
+    Raises:
+        ValueError: If the file is not UTF-8 or not valid CSV, a line is too long, a row has more cells than the first
+            line, or the first line does not name the column `file_name` or names a column twice.
+    """
+    first_line = 1  # line in which the current row begins; a quoted cell may span several lines
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(_iter_bounded_lines(file), strict=True)
+        try:
+            names = next(rows, [])
+            if "file_name" not in names:
+                raise ValueError(
+                    f"the first line must name the columns, separated by commas, and one must be file_name, got {names}"
+                )
+            if repeated := [name for name, number in Counter(names).items() if number > 1]:
+                raise ValueError(
+                    f"the first line names the column {repeated[0]!r} more than once; a cell holds one caption, so "
+                    "use metadata.jsonl for several captions per image"
+                )
+            first_line = rows.line_num + 1
+            for cells in rows:
+                if len(cells) > len(names):
+                    raise ValueError(
+                        f"line {first_line} has more cells than the first line; quote texts that contain commas"
+                    )
+                if cells:  # skip blank lines
+                    yield {name: cell or None for name, cell in itertools.zip_longest(names, cells)}
+                first_line = rows.line_num + 1
+        except csv.Error as error:
+            raise ValueError(
+                f"the row that begins in line {first_line} is not valid CSV ({error}); close each quote, and double "
+                "quotes inside a quoted text"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ValueError("the file must be UTF-8; in a spreadsheet, save it as CSV UTF-8") from error
+
+
+def _iter_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """Iterate over the lines of an open text or binary file.
+
+    Raises ValueError if a line is longer than `MAX_ROW_JSON_BYTES`, so that a file with an endless line, for example a
+    sparse file, cannot fill the memory.
+    """
+    number = 0
+    while line := file.readline(MAX_ROW_JSON_BYTES + 1):
+        number += 1
+        if len(line) > MAX_ROW_JSON_BYTES:
+            raise ValueError(f"line {number} has more than {MAX_ROW_JSON_BYTES:,} bytes")
+        yield line
+
+
+def _iter_tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Iterate over the regular files of a plain tar, each as (name, offset in bytes, size in bytes).
+
+    Raises tarfile.ReadError if the tar is damaged. The check is needed because `tarfile` mistakes most kinds of damage
+    for the end of the archive.
+    """
+    length = path.stat().st_size
+    with tarfile.open(path, "r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # tarfile would keep all members in memory
+            if not member.offset_data <= member.offset_data + member.size <= length:
+                raise tarfile.ReadError(f"cut off at byte {length}, within {member.name!r}")
+            if member.isreg() and not member.issparse():
+                yield member.name, member.offset_data, member.size
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no member and no end mark at byte {tar.offset} of {length}")
+
+
+def _read_json_at(file: BinaryIO, offset: int, length: int) -> Any:
+    """Read and parse a JSON value that is stored inside a file, for example a member of a tar.
+
+    Args:
+        file: The file, opened in binary mode.
+        offset: Position of the first byte of the value.
+        length: Number of bytes of the value.
+
+    Returns:
+        The value; None if it is not valid JSON or longer than `MAX_ROW_JSON_BYTES`.
+    """
+    file.seek(offset)
+    # Read one byte more than the limit, so that `_parse_json` notices a value that is too long.
+    return _parse_json(file.read(min(length, MAX_ROW_JSON_BYTES + 1)))
+
+
+def _parse_json(data: bytes) -> Any:
+    """Parse a JSON value. An integer that does not fit into 64 bits becomes None.
+
+    Returns None if the value is not valid JSON or longer than `MAX_ROW_JSON_BYTES`.
+    """
+    try:
+        return json.loads(data, parse_int=_parse_integer) if len(data) <= MAX_ROW_JSON_BYTES else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _parse_integer(digits: str) -> int | None:
+    """Convert decimal digits to an integer; return None if it does not fit into 64 bits, which Arrow requires."""
+    number = int(digits)
+    return number if -(2**63) <= number < 2**63 else None

@@ -1,0 +1,115 @@
+"""Read splits of parquet files in place, and compute fingerprints of the files of a split.
+
+`open_split` copies parquet files to the cache of `datasets`, where random access is fast. The stages of a caption build
+read each file only once and in order. They use `open_in_place`, which reads the files without a copy.
+"""
+
+import bisect
+import hashlib
+import itertools
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Features
+from tqdm.auto import tqdm
+
+from caption_data.file_tables import METADATA_SUFFIXES
+from caption_data.sources import PARQUET_BATCH_ROWS, Split, open_parquet, open_split
+
+# The fingerprint of a large file covers this number of samples, spread evenly over the file, each of this size.
+SAMPLE_COUNT, SAMPLE_BYTES = 64, 4096
+
+
+@dataclass(eq=False)
+class ParquetSplit(Split):
+    """A split of parquet files that are read in place, a few rows at a time.
+
+    Reading rows in order is fast, random access is slow. Opening the split reads only the metadata of the files, so an
+    error in damaged rows is raised when these rows are read.
+
+    Raises ValueError if a file is damaged, or if the files have different columns or types.
+    """
+
+    def __post_init__(self) -> None:
+        self._row_groups: list[tuple[Path, int, int]] = []  # file, index and number of rows of each row group
+        schema = None
+        for path in tqdm(self.paths, desc=f"Parquet files, {self.display_name}", unit="file", leave=False):
+            with open_parquet(path) as file:
+                schema = file.schema_arrow if schema is None else schema
+                if not file.schema_arrow.equals(schema):
+                    raise ValueError(f"{path} and {self.paths[0]} must have the same columns and types.")
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            self._row_groups += [(path, group, size) for group, size in enumerate(sizes)]
+        # Number of the first row of each row group, followed by the total number of rows.
+        self._row_group_starts = list(itertools.accumulate((size for *_, size in self._row_groups), initial=0))
+        self._features = Features.from_arrow_schema(schema)
+
+    @property
+    def features(self) -> Features:
+        """Types of the columns, as a dict from column name to feature of `datasets`."""
+        return self._features
+
+    def __len__(self) -> int:
+        return self._row_group_starts[-1]
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return the row with number `index`, counted from 0, as a dict. The image is not decoded."""
+        return next(self.rows(index))
+
+    def rows(self, start: int = 0, column_names: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Iterate over the rows as dicts, with images not decoded.
+
+        Args:
+            start: Number of the first row, counted from 0.
+            column_names: Columns to read. Default: all columns.
+        """
+        if start >= len(self):
+            return
+        first = bisect.bisect_right(self._row_group_starts, start) - 1
+        to_skip = start - self._row_group_starts[first]  # rows of the first row group before `start`
+        columns = None if column_names is None else list(column_names)
+        for path, groups in itertools.groupby(self._row_groups[first:], key=lambda group: group[0]):
+            numbers = [number for _, number, _ in groups]
+            with open_parquet(path) as file:
+                for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=numbers, columns=columns):
+                    rows = batch.slice(min(to_skip, len(batch))).to_pylist()
+                    to_skip -= len(batch) - len(rows)
+                    for row in rows:
+                        image = row.get(self.image_column)
+                        if isinstance(image, bytes | str):  # files of other programs hold plain bytes or paths
+                            kind = "path" if isinstance(image, str) else "bytes"
+                            row[self.image_column] = {"bytes": None, "path": None, kind: image}
+                        yield row
+
+
+# `open_split`, but parquet files are read in place, without a copy in the cache of `datasets`.
+open_in_place = partial(open_split, parquet_type=ParquetSplit)
+
+
+def source_fingerprint(source: Split) -> str:
+    """Return a digest of the files of a split, so that changed data can be detected.
+
+    The digest covers the name, size and content of each file, but not the folder. The content of a large file is
+    represented by `SAMPLE_COUNT` samples of `SAMPLE_BYTES` bytes each.
+
+    Returns:
+        A BLAKE2b-128 hex digest. For saved datasets and datasets of the Hub, the fingerprint that `datasets` computes.
+    """
+    if not source.paths:
+        return str(source.data._fingerprint)
+    digest = hashlib.blake2b(digest_size=16)
+    for path in tqdm(source.paths, desc="Fingerprint", unit="file", leave=False):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            # Metadata files are digested completely, because a corrected caption may change a single byte.
+            is_whole = path.suffix in METADATA_SUFFIXES or size <= SAMPLE_COUNT * SAMPLE_BYTES
+            if is_whole:
+                hashlib.file_digest(file, lambda: digest)
+            for number in range(0 if is_whole else SAMPLE_COUNT):  # the last sample covers the parquet footer
+                file.seek((size - SAMPLE_BYTES) * number // (SAMPLE_COUNT - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,98 @@
+"""Find translations that look wrong, with simple heuristics. A quality flag is the name of such a problem.
+
+The thresholds are chosen to accept translations by people, and to detect typical failures of translation models.
+Endless repetitions are detected only by the length of the translation.
+"""
+
+import re
+from functools import lru_cache
+
+import regex
+
+from caption_data.rows import TOKEN_PATTERN
+from captions.translators import parse_language
+
+QUALITY_FLAGS = ("empty", "copy", "wrong script", "length", "markup")
+# Up to this number of words, a translation may be equal to the source, because it may be a name ("Rio de Janeiro").
+MAX_NAME_WORDS = 3
+# Smallest share of letters that must be in the script of the language. The share is low because brands and names keep
+# their script, so that half of the letters of a Hindi caption may be Latin.
+MIN_SCRIPT_SHARE = 0.3
+TWO_SCRIPT_LANGUAGES = ("az", "kk", "ku", "pa", "sr", "tk", "ug", "uz")  # languages that are written in several scripts
+# Unicode scripts, as regular expressions, of the ISO 15924 script codes that stand for a variant or several scripts.
+SCRIPT_PATTERNS = {
+    "Hans": r"\p{Hani}",
+    "Hant": r"\p{Hani}",
+    "Jpan": r"\p{Hani}\p{Hira}\p{Kana}",
+    "Kore": r"\p{Hang}\p{Hani}",
+}
+LETTER_RE, DENSE_SCRIPT_RE = regex.compile(r"\p{L}"), regex.compile(r"[\p{Hani}\p{Hira}\p{Kana}\p{Hang}]")
+# The length of a translation looks wrong if the longer of source and translation has more than
+# `3 * characters of the shorter + 20` characters. The additional 20 characters allow the Zulu "isilwane sasekhaya" for
+# "cat". A character of Chinese, Japanese or Korean counts as 3.
+MAX_LENGTH_RATIO, LENGTH_SLACK_LETTERS, LETTERS_PER_DENSE_SIGN = 3, 20, 3
+# Markup that must not occur in a translation: HTML entities and tags, and symbols that translation models write if they
+# fail. These symbols are SentencePiece's symbols for an unknown token and for a blank, the replacement character of
+# Unicode, and language tokens.
+MARKUP_RE = re.compile(
+    r"&(?:[a-zA-Z][a-zA-Z0-9]{1,9}|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});|</?[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>|<!--"
+    r"|\u2047|\u2581|\ufffd|>>[\w-]+<<|__[a-z]{2,3}__"
+)
+
+
+def find_quality_flags(source: str, translation: str, language: str) -> list[str]:
+    """Return the names of the problems that a translation seems to have.
+
+    Args:
+        source: Sentence that was translated.
+        translation: Translation of the sentence.
+        language: Code of the language of the translation, for example "pt".
+
+    Returns:
+        A list of quality flags, which is empty if the translation looks right or the source is blank:
+            empty: The translation is blank, or has no letter or digit although the source has one.
+            copy: The translation has the same words as the source, and more than `MAX_NAME_WORDS`.
+            wrong script: Less than `MIN_SCRIPT_SHARE` of the letters are in the script of the language.
+            length: The translation is much longer or shorter than the source.
+            markup: The translation contains HTML, or symbols that translation models write if they fail.
+    """
+    if not source.strip():
+        return []
+    if not translation.strip() or (_has_letters(source) and not _has_letters(translation)):
+        return ["empty"]
+    words, letters = _split_words(source), "".join(LETTER_RE.findall(translation))
+    short, long = sorted(
+        len(text) + (LETTERS_PER_DENSE_SIGN - 1) * len(DENSE_SCRIPT_RE.findall(text)) for text in (source, translation)
+    )
+    checks = {
+        "copy": len(words) > MAX_NAME_WORDS and words == _split_words(translation),
+        "wrong script": len(_script_pattern(language).findall(letters)) < MIN_SCRIPT_SHARE * len(letters),
+        "length": long > MAX_LENGTH_RATIO * short + LENGTH_SLACK_LETTERS,
+        "markup": bool(MARKUP_RE.search(translation)),
+    }
+    return [name for name, is_flagged in checks.items() if is_flagged]
+
+
+def _split_words(text: str) -> list[str]:
+    """Return the words of a text in lowercase, without punctuation."""
+    return re.findall(TOKEN_PATTERN, text.lower())
+
+
+def _has_letters(text: str) -> bool:
+    """Return True if a text contains at least one letter or digit."""
+    return any(map(str.isalnum, text))
+
+
+@lru_cache
+def _script_pattern(language: str) -> regex.Pattern:
+    """Return a regular expression for one letter of the script in which a language is written.
+
+    If the code is invalid, or the language is written in several scripts and the code names none of them, the pattern
+    matches any letter.
+    """
+    parsed = parse_language(language)
+    if parsed is None or (parsed.language in TWO_SCRIPT_LANGUAGES and not parsed.script):
+        return LETTER_RE
+    script = parsed.maximize().script
+    letters = SCRIPT_PATTERNS.get(script, rf"\p{{{script}}}")
+    return regex.compile(f"[{letters}]")

@@ -1,0 +1,181 @@
+"""Write and read translation tables: TSV files of sentences that people, or another program, translate.
+
+`write_translation_table` writes the sentences, with an empty last column for the translations. After people have filled
+this column, `read_translation_table` reads the table, and checks that each translation still belongs to its sentence.
+"""
+
+import csv
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from capivara_common.files import write_text
+
+# Column names. In the first line of a table, a name can be followed by `:` and a value, for example `translation:pt`.
+TABLE_COLUMNS = ("id", "source", "translation")
+MAX_NAMED_ROWS = 5  # largest number of rows without a translation that a message lists
+BLANK_CHARACTERS = " \xa0\u3000"  # a cell with only these characters looks empty
+MAX_QUOTED_CHARACTERS = 40  # largest number of characters of a sentence in an error message
+UNCHANGED_ROWS_HINT = (
+    "All rows must be the ones that were written, in the same order. Restore missing rows, sort by the number in the "
+    "id, and import the file into a spreadsheet without a text delimiter, which would change the source column."
+)
+# Characters that are escaped in addition to the escapes of JSON:
+# - `=`, `+`, `@` and `-` at the start of a cell, because a spreadsheet would run the cell as a formula;
+# - control characters and line separators, because some programs take them for the end of a line;
+# - byte-order marks, because editors remove them;
+# - lone surrogates, because UTF-8 cannot represent them.
+UNSAFE_CELL_RE = re.compile("^[=+@-]|[\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
+
+
+def escape_cell(text: str) -> str:
+    """Escape a text for a cell of a table, with the escapes of JSON strings. Quotes are not escaped.
+
+    The result has no tab and no line break, and a spreadsheet does not read it as a formula.
+    """
+    text = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"')
+    # Four digits are enough, because the code point of each of these characters has at most four hex digits.
+    return UNSAFE_CELL_RE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def unescape_cell(text: str) -> str:
+    """Return the original text of a cell that `escape_cell` has escaped.
+
+    Raises ValueError if a backslash in the cell does not begin a JSON escape.
+    """
+    try:
+        return json.loads('"' + text.replace('"', '\\"') + '"', strict=False)
+    except ValueError as error:
+        raise ValueError(
+            f"{text[:MAX_QUOTED_CHARACTERS]!r} has a backslash that does not begin a JSON escape; write it twice"
+        ) from error
+
+
+def sentence_id(number: int, sentence: str) -> str:
+    """Return the id of a sentence in a table, for example "s1_2cf24dba".
+
+    The id contains the number of the sentence and the first 8 hex digits of its SHA-256 digest. It begins with a
+    letter, because spreadsheets would convert some other ids to dates or times.
+
+    Args:
+        number: Number of the sentence in the table, counted from 1.
+        sentence: The sentence.
+    """
+    return f"s{number}_{hashlib.sha256(sentence.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def write_translation_table(path: Path, sentences: list[str], header: Sequence[str] = TABLE_COLUMNS) -> None:
+    """Write a table of sentences to be translated.
+
+    The file is UTF-8, with one sentence per line and columns separated by tabs, without quoting. The last column, for
+    the translations, is empty. The id of a sentence contains its digest, so that no translation is assigned to a wrong
+    sentence later.
+
+    Args:
+        path: TSV file to write.
+        sentences: Sentences, in the order of the lines.
+        header: Names of the columns for the first line; each name can be followed by `:` and a value.
+    """
+    lines = [f"{sentence_id(number, text)}\t{escape_cell(text)}\t" for number, text in enumerate(sentences, 1)]
+    write_text(path, "\n".join(["\t".join(header), *lines]) + "\n")
+
+
+def read_translation_table(path: Path, sentences: list[str]) -> dict[str, str]:
+    """Read the translations from a table in which people have filled the last column.
+
+    The file must be UTF-8, with or without a byte-order mark, and can have any line endings.
+
+    Args:
+        path: TSV file.
+        sentences: The sentences that were written to the table, in the same order.
+
+    Returns:
+        A dict from each sentence to its translation.
+
+    Raises:
+        ValueError: If the rows do not match the sentences, or a sentence has no translation.
+    """
+    check_table_rows(path, sentences)
+    if missing := describe_untranslated(path):
+        raise ValueError(f"{path}: {missing} Fill the last column of these lines.")
+    return {source: row["translation"] for source, row in zip(sentences, read_table(path)[1], strict=True)}
+
+
+def check_table_rows(path: Path, sentences: list[str]) -> None:
+    """Check that the rows of a table belong to the given sentences, in the same order.
+
+    Ids are always compared, sentences only if the table has the column `source`.
+
+    Raises:
+        ValueError: If a row is missing, added or changed. The message names the first such line.
+    """
+    _, rows = read_table(path)
+    for number, (row, text) in enumerate(itertools.zip_longest(rows, sentences), 1):
+        expected = {"id": sentence_id(number, text), "source": text} if text is not None else {}
+        if row is None or not expected or any(row.get(name, value) != value for name, value in expected.items()):
+            raise ValueError(
+                f"{path}, line {number + 1}: expected {_describe_cells(expected)}, got {_describe_cells(row)}. "
+                f"{UNCHANGED_ROWS_HINT}"
+            )
+
+
+def _describe_cells(row: dict[str, str] | None) -> str:
+    """Return the id of a table row and the beginning of its sentence, for error messages.
+
+    Returns "no row" if `row` is None or empty.
+    """
+    return f"{row['id']} ({row.get('source', '')[:MAX_QUOTED_CHARACTERS]!r})" if row else "no row"
+
+
+def describe_untranslated(path: Path) -> str:
+    """Return a sentence that counts the rows of a table without a translation, and lists the first of them.
+
+    Returns "" if all rows have a translation. Raises ValueError if the file is not a translation table.
+    """
+    _, rows = read_table(path)
+    names = [
+        f"line {line} ({row['id'][:MAX_QUOTED_CHARACTERS]})"
+        for line, row in enumerate(rows, 2)
+        if not row["translation"].strip(BLANK_CHARACTERS)
+    ]
+    more = f", and {len(names) - MAX_NAMED_ROWS} more" if len(names) > MAX_NAMED_ROWS else ""
+    shown = ", ".join(names[:MAX_NAMED_ROWS]) + more
+    return f"{len(names)} of {len(rows)} sentences have no translation yet: {shown}." if names else ""
+
+
+def read_table(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Read a translation table.
+
+    Args:
+        path: TSV file.
+
+    Returns:
+        A dict from column name to the value that follows it in the first line (for the header "translation:pt",
+        {"translation": "pt"}; "" if there is no value), and the list of rows as dicts from column name to text.
+
+    Raises:
+        ValueError: If the file is not a translation table.
+    """
+    try:
+        table = pd.read_csv(path, sep="\t", dtype=str, quoting=csv.QUOTE_NONE, na_filter=False, encoding="utf-8-sig")
+        stated = {name.strip(): text.strip() for name, _, text in (str(column).partition(":") for column in table)}
+        table.columns = list(stated) if len(stated) == len(table.columns) else table.columns
+        rows = [
+            {name: unescape_cell(cell) for name, cell in row.items()} for row in table.fillna("").to_dict("records")
+        ]
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} can't be read: {reason}. It must be UTF-8, with columns separated by tabs."
+        ) from error
+    if not {"id", "translation"} <= set(table):
+        raise ValueError(
+            f"The first line of {path} must name the columns id, translation and optionally source, separated by tabs, "
+            f"got {' '.join(map(str, table))[:80]!r}."
+        )
+    return stated, rows

@@ -1,0 +1,125 @@
+"""Text cleaning and length limits that are applied before tokenization, as open_clip's tokenizer does.
+
+This module imports neither torch nor transformers, so that `capivara_search` can use it without these packages.
+"""
+
+import html
+import re
+from collections.abc import Iterable
+
+import ftfy
+from ftfy.fixes import unescape_html
+
+CONTEXT_LENGTH = 77  # tokens, including the begin and end tokens; open_clip's default, which CAPIVARA uses
+# Only this many characters and lines of a text are read, after long white space is shortened. 77 tokens need a quarter
+# of the characters even if every letter is written as an HTML entity. The limits are necessary because the time of ftfy
+# grows with the square of the number of characters, and with the number of lines.
+MAX_CHARACTERS = 4096
+MAX_LINES = 512
+LONG_WHITESPACE_RE = re.compile(r"\s{6,}")
+# ftfy may need one pass for each "&" or ";". A text with more than this number of these characters is cleaned by
+# `_fix_line`, which limits the number of passes.
+MAX_FTFY_ENTITY_SIGNS = 8
+# Nested entities ("&amp;amp;") up to this depth are resolved one level per pass, as in ftfy. All deeper levels are
+# resolved together in the last pass.
+MAX_ENTITY_NESTING = 4
+
+
+def clean_text(text: str) -> str:
+    """Clean a text: repair mojibake (wrongly decoded characters), resolve HTML entities and collapse white space.
+
+    Nested entities such as "&amp;amp;" are resolved too. The steps equal the `whitespace` cleaning of open_clip 3.3's
+    `HFTokenizer`. Only the first 4096 characters and 512 lines are read. A run of white space counts as at most five
+    of these characters.
+
+    Args:
+        text: Text of any length.
+
+    Returns:
+        The cleaned text on a single line, with single spaces between words.
+
+    Raises:
+        ValueError: If `text` is not a string.
+    """
+    check_texts([text])
+    if len(text) > MAX_CHARACTERS or text.count("\n") > MAX_LINES:
+        text = _truncate_text(text)
+    return " ".join(html.unescape(html.unescape(_fix_text(text))).split())
+
+
+def _truncate_text(text: str) -> str:
+    """Shorten each long run of white space, then return the first `MAX_CHARACTERS` characters and `MAX_LINES` lines."""
+    # Each replacement leaves at least four characters, so more than `MAX_CHARACTERS` replacements can't be needed.
+    shortened = LONG_WHITESPACE_RE.sub(_shorten_whitespace, text, count=MAX_CHARACTERS)
+    truncated = "\n".join(shortened[:MAX_CHARACTERS].split("\n")[:MAX_LINES])
+    if truncated == shortened:
+        return shortened
+    # If possible, end with an ASCII character: a sequence of mojibake that is cut in two would keep ftfy from
+    # recognizing the mojibake in the rest of the line.
+    ends = range(len(truncated), max(len(truncated) - 256, 0), -1)
+    return truncated[: next((end for end in ends if truncated[end - 1].isascii()), len(truncated))]
+
+
+def _shorten_whitespace(match: re.Match) -> str:
+    r"""Return a shortened run of white space: its first two and its last two characters.
+
+    If the run contains a line break, "\n" is inserted between them, so that the text keeps its lines.
+
+    Args:
+        match: Match of `LONG_WHITESPACE_RE`.
+    """
+    return match[0][:2] + "\n" * ("\n" in match[0]) + match[0][-2:]
+
+
+def _fix_text(text: str) -> str:
+    """Return the same result as `ftfy.fix_text`, but limit the number of passes over the text.
+
+    ftfy makes one pass for each level of nested entities, so its time may be quadratic in the length of the text.
+    """
+    if sum(map(text.count, "&;＆；")) <= MAX_FTFY_ENTITY_SIGNS:
+        return ftfy.fix_text(text)
+    bracket = text.find("<")  # ftfy resolves no entities from the line with the first "<" on
+    end = len(text) if bracket < 0 else text.rfind("\n", 0, bracket) + 1
+    return "".join(map(_fix_line, re.split("(?<=\n)", text[:end]))) + ftfy.fix_text(text[end:])
+
+
+def _fix_line(line: str) -> str:
+    """Resolve HTML entities and repair mojibake in one line of text, in at most `MAX_ENTITY_NESTING` + 1 passes."""
+    for level in range(MAX_ENTITY_NESTING + 1):
+        before, line = line, unescape_html(line)
+        if level == MAX_ENTITY_NESTING:  # the last pass resolves all remaining levels
+            line = _unescape_all_levels(line)
+        line = ftfy.fix_text_segment(line, unescape_html=False)
+        if line == before:
+            break
+    return line
+
+
+def _unescape_all_levels(line: str) -> str:
+    resolved = unescape_html(line)
+    while resolved != line:
+        line, resolved = resolved, unescape_html(resolved)
+    return line
+
+
+def check_texts(text: str | Iterable[str]) -> str | list[str]:
+    """Check that `text` is a string or contains only strings.
+
+    Args:
+        text: One text, or an iterable of texts.
+
+    Returns:
+        A single text unchanged, or the texts of an iterable as a list.
+
+    Raises:
+        ValueError: If a text is not a string, or there is no text.
+    """
+    if isinstance(text, str):
+        return text
+    texts = list(text) if isinstance(text, Iterable) and not isinstance(text, bytes) else [text]
+    if not texts:
+        raise ValueError("There is no text: got an empty list; give at least one text, or leave `text` out.")
+    for value in texts:
+        if not isinstance(value, str):
+            raise ValueError(f"A text must be a string, got {type(value).__name__}: {repr(value)[:200]}.")
+    return texts

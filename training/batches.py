@@ -1,0 +1,285 @@
+"""Plan the batches of a training run: which pairs, captions and image views each optimizer step uses.
+
+A pair is an image with its captions. A view of an image is the image itself or one of its augmentations. Everything
+random depends only on the seed and the step number, so a run can resume at any step, and every process of a distributed
+run computes the same plan. `BatchPlanner` returns the `StepPlan` of a step number. A plan holds micro-batches, from
+which `training.whole_batch.WholeBatch` computes the gradients.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from modeling_capivara.two_towers import pad_batch, tokenize
+
+
+@dataclass
+class MicroBatch:
+    """Texts that go through the text encoder together, with their images' pixels if the image encoder is trained."""
+
+    index: int  # position in the list of all micro-batches of the step, over all processes; seeds the dropout
+    start: int  # position of the first text in the whole batch, which is sorted by text length
+    input_ids: Tensor  # (texts, tokens)
+    attention_mask: Tensor | None = None  # (texts, tokens); None if the model reads padding like any other token
+    pixel_values: Tensor | None = None  # (texts, 3, height, width) if the image encoder is trained, otherwise None
+
+    def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the tensors as keyword arguments of the model, moved to `device`, without those that are None."""
+        tensors = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "pixel_values")}
+        return {name: values.to(device) for name, values in tensors.items() if values is not None}
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the micro-batch's texts in the whole batch, (texts,)."""
+        return torch.arange(self.start, self.start + len(self.input_ids))
+
+
+def make_micro_batches(
+    processor: ProcessorMixin, captions: Sequence[str], size: int
+) -> tuple[list[MicroBatch], list[int]]:
+    """Tokenize captions, sort them by number of tokens, and divide them into micro-batches.
+
+    Args:
+        processor: Processor of the model; its tokenizer is used.
+        captions: One caption for each pair of the batch.
+        size: Maximum number of captions in a micro-batch.
+
+    Returns:
+        The micro-batches and the sort order. Each micro-batch is padded to the length of its longest caption. With the
+        sort order `order`, the caption at position i of the whole batch is `captions[order[i]]`.
+    """
+    tokens = tokenize(processor, captions)
+    order = sorted(range(len(captions)), key=lambda i: len(tokens[i]["input_ids"]))
+    batches = []
+    for start in range(0, len(order), size):
+        batch = pad_batch(processor, [tokens[i] for i in order[start : start + size]])
+        batches.append(MicroBatch(len(batches), start, **batch))
+    return batches, order
+
+
+def apportion_batch(batch_size: int, dataset_sizes: Sequence[int]) -> list[int]:
+    """Split a batch over datasets in proportion to their sizes, by largest-remainder apportionment (Hamilton's method).
+
+    Args:
+        batch_size: Pairs in a batch.
+        dataset_sizes: Usable pairs of each dataset.
+
+    Returns:
+        Pairs that each dataset contributes to every batch; they sum to `batch_size`.
+
+    Raises:
+        ValueError: If all datasets together have fewer than 2 pairs or fewer than `batch_size` pairs, or if a dataset
+            is too small to contribute a pair to every batch.
+    """
+    pairs = sum(dataset_sizes)
+    if pairs < 2:
+        raise ValueError(
+            f"Training needs at least 2 usable pairs, got {pairs}. Add data, or relax --min_pair_similarity and "
+            "--caption_strategy, which leave out rows."
+        )
+    if batch_size > pairs:
+        raise ValueError(
+            f"effective_batch_size must be at most the number of usable pairs, {pairs}, got {batch_size}: an image "
+            f"would be its own negative. The largest batch that fits is --effective_batch_size {pairs}."
+        )
+    exact = [batch_size * size / pairs for size in dataset_sizes]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])  # largest remainder first
+    for i in by_remainder[: batch_size - sum(counts)]:
+        counts[i] += 1
+    for count, size in zip(counts, dataset_sizes, strict=True):
+        if count == 0:
+            raise ValueError(
+                f"effective_batch_size {batch_size} leaves no room for the dataset of {size} pairs: every batch must "
+                "hold at least one pair of each dataset. Use a larger batch, or remove the dataset."
+            )
+    return counts
+
+
+def batch_indices(step: int, batch_size: int, dataset_size: int, seed: int) -> np.ndarray:
+    """Return the row numbers that a step uses from a dataset.
+
+    The rows are shuffled again in each epoch and divided into batches. An incomplete batch at the end of an epoch is
+    dropped. If it were filled up with rows of the next epoch, it could hold an image twice, and the image would be its
+    own negative.
+
+    Args:
+        step: Optimizer step, counted from 0.
+        batch_size: Rows of this dataset in each batch.
+        dataset_size: Rows of the dataset.
+        seed: Seed of the permutations.
+
+    Returns:
+        Row numbers without repetition, (batch_size,).
+    """
+    batches_per_epoch = dataset_size // batch_size
+    epoch, position = divmod(step, batches_per_epoch)
+    return _epoch_permutation(seed, epoch, dataset_size)[position * batch_size : (position + 1) * batch_size]
+
+
+def replacement_index(step: int, batch_size: int, dataset_size: int, seed: int, attempt: int) -> int:
+    """Return the row that replaces a row of a batch whose image can't be used.
+
+    Replacements are the rows that follow the batch in the shuffled order of its epoch. After the last row, they
+    continue with the first. A replacement is therefore never in the batch already.
+
+    Args:
+        step: Optimizer step, counted from 0.
+        batch_size: Rows of this dataset in each batch.
+        dataset_size: Rows of the dataset.
+        seed: Seed of the permutations, as in `batch_indices`.
+        attempt: Number of replacements that this step has already used from this dataset.
+
+    Returns:
+        Row number of the replacement.
+
+    Raises:
+        ValueError: If every row outside the batch has already been used as a replacement.
+    """
+    if attempt >= dataset_size - batch_size:
+        raise ValueError(
+            f"Step {step + 1}: images can't be used, and no pair is left to replace them: a batch takes {batch_size} "
+            f"of {dataset_size} pairs of the dataset. Choose a smaller effective_batch_size, or repair the images."
+        )
+    epoch, position = divmod(step, dataset_size // batch_size)
+    return int(_epoch_permutation(seed, epoch, dataset_size)[((position + 1) * batch_size + attempt) % dataset_size])
+
+
+@lru_cache(maxsize=8)
+def _epoch_permutation(seed: int, epoch: int, dataset_size: int) -> np.ndarray:
+    """Return the row numbers of a dataset in the shuffled order of an epoch, (dataset_size,).
+
+    The last results are cached, because an epoch has many steps.
+    """
+    return np.random.default_rng([seed, epoch]).permutation(dataset_size)
+
+
+def sample_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, seed: int) -> list[str]:
+    """Draw one random caption for each row of a step (CAPIVARA, arXiv 2310.13683, section 3).
+
+    Args:
+        captions: The captions of every row of a dataset: a list, or a column of a `datasets.Dataset`.
+        rows: Row numbers, (rows,).
+        step: Optimizer step, counted from 0.
+        seed: Seed of the draws.
+
+    Returns:
+        One caption for each of `rows`, in their order.
+    """
+    # The third number, 1, makes these random numbers independent of those that shuffle rows in `batch_indices`.
+    draws = np.random.default_rng([seed, step, 1]).random(len(rows))
+    # A column of `datasets` is read in one call for all rows, which is much faster than row by row.
+    choices = [captions[row] for row in rows] if isinstance(captions, list) else captions[rows.tolist()]
+    return [texts[int(draw * len(texts))] for texts, draw in zip(choices, draws, strict=True)]
+
+
+def sample_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
+    """Draw the number of the view to use for each image of a step.
+
+    Args:
+        views: Number of fixed views of every image; 0 means a new augmentation at every step.
+        number: Number of images in the step.
+        step: Optimizer step, counted from 0.
+        seed: Seed of the draws.
+
+    Returns:
+        View numbers below `views`, (number,). If `views` is 0, the step number for every image, so that the
+        augmentation is new at every step.
+    """
+    if views == 0:
+        return np.full(number, step)
+    return np.random.default_rng([seed, step, 2]).integers(views, size=number)
+
+
+def derive_seed(*numbers: int) -> int:
+    """Hash non-negative integers to one 63-bit seed. The result is the same on every machine."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@dataclass
+class StepPlan:
+    """Pairs, captions and views of one optimizer step, in the order of its micro-batches (sorted by caption length)."""
+
+    step: int  # counted from 0
+    dataset_indices: np.ndarray  # (pairs,), position of each pair's dataset in the list of training datasets
+    rows: np.ndarray  # (pairs,), row number of each pair in its dataset
+    views: np.ndarray  # (pairs,), number of each image's view, see `sample_views`
+    texts: list[str]  # caption of each pair
+    batches: list[MicroBatch]  # the micro-batches of all processes
+    replacement_counts: Counter[int] = field(default_factory=Counter)  # dataset index -> replacements used so far
+
+    def items(self, places: Tensor) -> list[tuple[int, int, int]]:
+        """Return the images at some positions of the batch, in the form that `training.inputs.prefetch_pixels` takes.
+
+        Args:
+            places: Positions in the batch, (images,).
+
+        Returns:
+            A tuple for each image: index of its dataset, row number in the dataset, and number of the view.
+        """
+        return [(self.dataset_indices[place], self.rows[place], self.views[place]) for place in places.tolist()]
+
+
+@dataclass
+class BatchPlanner:
+    """Callable that plans the batches of a run. The plan of a step does not depend on the steps planned before it."""
+
+    captions: list[Sequence[list[str]]]  # for each dataset, the captions of each of its pairs
+    pairs_per_dataset: list[int]  # pairs that each dataset contributes to a batch, see `apportion_batch`
+    processor: ProcessorMixin
+    micro_batch_size: int  # captions per micro-batch
+    augmented_views: int  # number of fixed views of every image, or 0, see `sample_views`
+    seed: int
+
+    def __call__(self, step: int) -> StepPlan:
+        """Plan an optimizer step. Steps count from 0."""
+        drawn, texts = [], []
+        for number, count in enumerate(self.pairs_per_dataset):
+            seed = self.seed + (number << 32)  # the first dataset is sampled exactly as if it were the only one
+            rows = batch_indices(step, count, len(self.captions[number]), seed)
+            drawn.append((np.full(count, number), rows))
+            texts += sample_captions(self.captions[number], rows, step, seed)
+        batches, order = make_micro_batches(self.processor, texts, self.micro_batch_size)
+        sources, rows = (np.concatenate(column)[order] for column in zip(*drawn, strict=True))
+        return StepPlan(
+            step=step,
+            dataset_indices=sources,
+            rows=rows,
+            views=sample_views(self.augmented_views, len(order), step, self.seed)[order],
+            texts=[texts[i] for i in order],
+            batches=batches,
+        )
+
+    def replace_pairs(self, plan: StepPlan, places: Sequence[int]) -> StepPlan:
+        """Replace pairs whose images can't be used, and tokenize the affected micro-batches again.
+
+        Args:
+            plan: Plan of a step. It is not changed.
+            places: Positions in the batch of the pairs to replace.
+
+        Returns:
+            A new plan. Each replacement comes from the same dataset as the pair that it replaces.
+
+        Raises:
+            ValueError: If a dataset has no unused pair left, see `replacement_index`.
+        """
+        rows, texts, counts = plan.rows.copy(), [*plan.texts], Counter(plan.replacement_counts)
+        for place in places:
+            number = int(plan.dataset_indices[place])
+            attempt = counts[number]
+            counts[number] += 1
+            captions, seed = self.captions[number], self.seed + (number << 32)
+            rows[place] = replacement_index(plan.step, self.pairs_per_dataset[number], len(captions), seed, attempt)
+            (texts[place],) = sample_captions(captions, rows[[place]], plan.step, seed + attempt)
+        batches = [*plan.batches]
+        for i, batch in enumerate(batches):
+            if not {*batch.positions.tolist()}.isdisjoint(places):
+                tokens = tokenize(self.processor, [texts[place] for place in batch.positions])
+                batches[i] = MicroBatch(i, batch.start, **pad_batch(self.processor, tokens))
+        return replace(plan, rows=rows, texts=texts, batches=batches, replacement_counts=counts)

@@ -1,0 +1,88 @@
+"""Measure and manage the memory of a training step.
+
+Functions measure the size of an autograd graph and the free memory of a device, and tell glibc's allocator when to keep
+and when to return freed memory.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+# Memory limit of a Linux container (cgroup v2) in bytes, or "max". Other kinds of limits are not detected.
+CONTAINER_MEMORY_FILE = Path("/sys/fs/cgroup/memory.max")
+# Options of glibc's function `mallopt`, see mallopt(3): name -> (number of the option, value in bytes). The first makes
+# glibc keep freed memory of the heap. The second makes it take blocks below 32 MiB, its upper limit, from the heap.
+MALLOC_OPTIONS = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_MMAP_THRESHOLD": (-3, 2**25)}
+
+
+def measure_graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
+    """Measure how many bytes autograd saves for the backward pass of `run()`.
+
+    Args:
+        run: Function that runs a forward pass. It is called twice. It must return tensors that keep the autograd graph
+            alive, such as the embeddings.
+        model: Model that `run` uses. Parameters, buffers and their copies in autocast's precision are not counted.
+
+    Returns:
+        Bytes of the saved tensors of one call.
+    """
+    counted = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    sizes = []
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            sizes.append(storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        # Both results stay alive until the end. Otherwise new storage could get the address of freed storage, and would
+        # not be counted.
+        results = [run()]
+        shared = sum(sizes)  # includes the casts of the weights, which autocast caches: the second run reuses them
+        results.append(run())
+    return sum(sizes) - shared
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the process, which makes training steps faster.
+
+    By default, glibc returns the memory of a step's autograd graphs to the operating system, which must map the memory
+    again page by page at the next step. Does nothing on systems without glibc.
+    """
+    with suppress(OSError, AttributeError):
+        for option, value in MALLOC_OPTIONS.values():
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+def return_freed_memory() -> None:
+    """Tell glibc to return free memory pages to the operating system.
+
+    Useful if the next allocations have other sizes, so that they would not fit into the free pages. Does nothing on
+    systems without glibc.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_memory(device: torch.device) -> int:
+    """Return how many bytes this process can still allocate on `device`.
+
+    On a GPU, memory that PyTorch has reserved but does not use counts as free. On a CPU, the memory limit of a Linux
+    container is respected, and the free memory is divided equally among the training processes on this machine.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # outside a container there is no file; without a limit it says "max"
+        limit = int(CONTAINER_MEMORY_FILE.read_text(encoding="ascii"))
+        free = min(free, limit - psutil.Process().memory_info().rss)
+    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
