@@ -65,7 +65,7 @@ def load_labeled_images(
         class_names: English names of all classes of the dataset, in the order of the prompt file.
         image_column: Name of the image column. Default: the image column, if the dataset has exactly one.
         label_column: Name of the label column. Default: the first of `LABEL_COLUMNS` that exists.
-        class_indices: Indices into `class_names` of the classes to distinguish. Images of other classes are left out
+        class_indices: Indices into `class_names` of the classes to distinguish. Images of other classes are skipped
             (for example, Babel-ImageNet translates only some of ImageNet's classes). Default: all classes.
         image_roots: Folders outside of the dataset in which images may lie. Image paths and links to all other folders
             are refused.

@@ -154,7 +154,8 @@ def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float)
     """Raise an error if too many rows of a split have a missing or invalid image or caption.
 
     Args:
-        skipped: Rows that are left out. Rows with the reason "not chosen" do not count as bad, because they are valid.
+        skipped: All skipped rows of the split. Rows with the reason "not chosen" do not count as bad, because their
+            data is valid.
         total: Number of rows in the split.
         max_bad_share: Largest accepted share of bad rows, from 0 to 1.
 

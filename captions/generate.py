@@ -7,7 +7,7 @@ A prefix is the beginning of a caption, for example "a photo of". The model cont
 caption is the prefix followed by the continuation. The file captions/prefixes.json has the ten prefixes of the CAPIVARA
 authors; `--prefixes` selects another file of the same format.
 
-The captions are written to the column `generated-captions-en`. Rows whose image cannot be used are left out, and listed
+The captions are written to the column `generated-captions-en`. Rows whose image cannot be used are skipped, and listed
 in *.skipped.jsonl files. To finish an interrupted run, run the same command again; the captions do not change.
 """
 
@@ -71,7 +71,7 @@ class GenerateArguments(StageArguments):
         self.prefixes = Path(self.prefixes)
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Return the name of the column that the stage adds. No column besides the image column is required.
+        """Return the name of the column that the stage adds. The stage requires no column except the image column.
 
         Args:
             columns: Names of the columns of the dataset.

@@ -166,7 +166,10 @@ class TranslateArguments(StageArguments):
             require_packages("--backend google", "google", *GOOGLE_MODULES)
 
     def required_columns(self) -> list[str]:
-        """Return the names of the caption columns in the source language. The dataset must have at least one."""
+        """Return the names of the caption columns in the source language.
+
+        The dataset must have at least one of these columns.
+        """
         return [f"{kind}-{self.source_language}" for kind in CAPTION_KINDS]
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
@@ -200,7 +203,8 @@ class TranslateArguments(StageArguments):
         """Return the settings of the stage for `stage.json`.
 
         Args:
-            translator: Fingerprint of the translator: everything besides the sentence that a translation depends on.
+            translator: Fingerprint of the translator: everything that affects a translation, except the sentence
+                itself.
         """
         settings = {"translator": translator, "language": self.language, "source_language": self.source_language}
         # `existing` was a flag of earlier versions of the program. With it, their output folders stay valid.
@@ -360,7 +364,10 @@ class TranslateArguments(StageArguments):
             stage: The opened rows.
 
         Returns:
-            The positional arguments of `RowStage.run`: columns, settings, and the functions `process` and `prepare`.
+            A tuple with the arguments of `RowStage.run`: `columns`, a dict from the name of each new column to its
+            feature (column type of `datasets`); `settings`, a dict with the settings for `stage.json`; `process`, the
+            function that returns the new columns of a list of rows; and `prepare`, the function that translates the
+            sentences of the next parts before these parts are written.
 
         Raises:
             ValueError, OSError, ImportError: If the translator cannot be loaded, or the table is incomplete.
@@ -495,8 +502,8 @@ class TranslationMemory:
 
     Args:
         folder: Folder with the translation memories of all translators. Each translator has a sub-folder.
-        fingerprint: Everything besides the sentence that a translation depends on (translator, languages, options), as
-            JSON values. Its digest is the name of the sub-folder.
+        fingerprint: Everything that affects a translation (translator, languages, options), except the sentence itself,
+            as a dict of JSON values. The digest of this dict is the name of the translator's sub-folder.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):

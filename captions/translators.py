@@ -196,8 +196,8 @@ class Seq2SeqTranslator:
     Attributes:
         name: Type and name of the model, for messages.
         code: The code that the model uses for the target language.
-        fingerprint: Everything besides the sentence that a translation depends on, as JSON values. Translations with
-            equal fingerprints can be shared.
+        fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
+            Translators with equal fingerprints can share their translations.
 
     Raises:
         ValueError: If the model is not a translation model or does not know a language (the message lists similar
@@ -401,8 +401,8 @@ class GoogleTranslator:
 
     Attributes:
         code: The code that Google uses for the target language.
-        fingerprint: Everything besides the sentence that a translation depends on, as JSON values. Translations with
-            equal fingerprints can be shared.
+        fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
+            Translators with equal fingerprints can share their translations.
 
     Raises:
         ValueError: If the key is missing or refused, or the service does not know a language.

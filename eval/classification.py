@@ -129,7 +129,7 @@ def compute_classification_metrics(scores: Tensor, labels: list, metric: str) ->
         targets = torch.zeros(scores.shape)
         for row, classes in enumerate(labels):
             targets[row, classes] = 1
-        # As in the published figures, images are ranked by their class probabilities, since cosines of different images
+        # As in the published results, images are ranked by their class probabilities, since cosines of different images
         # are not on one scale.
         return {"11point_mAP": metrics.eleven_point_map((CLIP_LOGIT_SCALE * scores).softmax(dim=-1), targets)}
     label_tensor = torch.tensor(labels)

@@ -272,7 +272,7 @@ class RetrievalData:
 
         Returns:
             The embeddings of captions and images, and the result of `EmbeddingStore.embed_images`. The latter lists the
-            images that could not be read, with reasons; their captions are left out of the embeddings.
+            images that could not be read, with reasons; the captions of these images are not embedded.
         """
         images = store.embed_images(self.images)
         texts, row_of_text = flatten_captions(self.captions)

@@ -2,8 +2,9 @@
 
 `load_inputs` does quick checks first, so that wrong arguments fail before long work starts. A view of an image is what
 the model sees of the image at a training step. The setting `augmented_views` selects the views: 1 is the image itself;
-V above 1 is V fixed augmentations of the image; 0 is a new augmentation at every step, as in the paper (arXiv
-2310.13683). The frozen image tower embeds fixed views once, and the embeddings are cached on disk.
+V above 1 is V augmentations of the image that stay the same during the whole run; 0 is a new augmentation at every
+step, as in the paper (arXiv 2310.13683). If `augmented_views` is at least 1, the frozen image tower can embed every
+view once, and the embeddings are cached on disk.
 """
 
 import copy
@@ -78,7 +79,9 @@ class PairDataset:
     # embedding cache, the column `vectors` has the embeddings of all views, (views x width,), float16.
     table: Dataset
     processor: ProcessorMixin | None  # processor of the model; None if pairs are only counted
-    augmented_views: int = 1  # number of fixed views, or 0, see the module docstring
+    # Views of every image. 1: the image itself. V above 1: V augmentations that stay the same during the whole run. 0:
+    # a new augmentation at every step.
+    augmented_views: int = 1
     seed: int = 0  # seed of the augmentation
 
     def __len__(self) -> int:
@@ -485,7 +488,8 @@ def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerato
 def open_image_cache(model: PreTrainedModel, pairs: PairDataset, root: Path, precision: str) -> EmbeddingCache:
     """Open the cache for the image embeddings of a dataset. The cache folder is created if it does not exist.
 
-    The name of the cache folder is a hash of everything that the embeddings depend on, so a cache is never out of date.
+    The name of the cache folder is a hash of all data and settings that affect the embeddings, so a cache is never out
+    of date.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.

@@ -33,8 +33,8 @@ from training.memory import available_memory, keep_freed_memory, measure_graph_b
 
 # Logits computed at once by a loss: 64 MiB in float32. Larger batches are processed in tiles of this size.
 MAX_TILE_LOGITS = 2**24
-# Share of the memory that kept autograd graphs may use. It is a share of the memory that is free after gradients and
-# optimizer state are allocated. The rest is for the micro-batch that is being recomputed.
+# Share of the memory for micro-batches whose autograd graph is kept. It is a share of the memory that is free
+# after gradients and optimizer state are allocated. The rest is for the micro-batch that is being recomputed.
 GRAPH_MEMORY_SHARE = 0.6
 # Function of text embeddings, image embeddings, logit scale and the row numbers of this process that returns a scalar.
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -80,7 +80,9 @@ class WholeBatch:
     model: nn.Module  # model with two encoders, in training mode, see `modeling_capivara.two_towers`
     accelerator: Accelerator  # device, precision and processes
     seed: int  # seed of dropout
-    budget: float | None = None  # bytes that kept graphs may use; None: a share of the free memory at the first step
+    # Bytes for the micro-batches whose autograd graph is kept. None: the first step sets it to the share
+    # `GRAPH_MEMORY_SHARE` of the free memory.
+    budget: float | None = None
     _bytes_per_token: float = 0.0  # size of a graph divided by its number of tokens, measured on the first micro-batch
     _bytes_per_text: float = 1.0  # size of a graph divided by its number of texts, measured on the first micro-batch
 

@@ -376,7 +376,7 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
 
     The average precision of a class is the mean of the interpolated precision at the recalls 0, 0.1, …, 1 (Everingham
     et al., The PASCAL Visual Object Classes Challenge, 2010, section 4.2). Images with equal scores share one point of
-    the precision-recall curve. Classes without images are left out of the mean.
+    the precision-recall curve. Classes without images do not count in the mean.
 
     Args:
         scores: Finite scores (images, classes).
