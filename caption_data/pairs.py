@@ -258,10 +258,10 @@ def _has_content(text: str) -> bool:
 
 
 def _source_state(split: Split) -> list[Any]:
-    """Return JSON values that change if the rows or image files of a split change; part of the cache key.
+    """Return a list of JSON values that changes if the rows or image files of a split change.
 
-    Image files are compared by path, size and modification time. Raises ValueError if the image column holds neither
-    bytes nor paths.
+    The list is used in the key of the cache. Image files are compared by path, size and modification time. Raises
+    ValueError if the image column holds neither bytes nor paths.
     """
     tables = [(file["filename"], os.stat(file["filename"])) for file in split.data.cache_files]
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in tables]

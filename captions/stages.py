@@ -174,7 +174,10 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return False
 
     def corrections(self) -> "Corrections | None":
-        """Return the rows and parts that a corrected translation table changes; None if no table was corrected."""
+        """Return the rows and parts (parquet files) that a corrected translation table changes.
+
+        Returns None if no table was corrected.
+        """
         return None
 
     def prepare_processing(self, stage: "RowStage") -> tuple[Any, ...]:
@@ -690,6 +693,9 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     Args:
         data: The nested dict.
         prefix: Text that is put before each key.
+
+    Returns:
+        A dict from the keys on the path to each value, joined with dots, to the value.
     """
     leaves: dict[str, Any] = {}
     for key, value in data.items():

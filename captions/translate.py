@@ -189,10 +189,12 @@ class TranslateArguments(StageArguments):
         return [*added, *translated_columns(columns, where, self).values(), f"quality-{self.language}"]
 
     def known_settings(self) -> dict[str, Any]:
-        """Return the settings that are known before a translator is loaded.
+        """Return the settings for `stage.json` that are known before a translator is loaded.
 
-        With a translation table, these are the target language and the SHA-256 digest of the table. Otherwise, the dict
-        is empty.
+        Returns:
+            With a translation table, a dict with the single key "translator". Its value is a dict with the keys
+            "backend" ("file"), "target" (code of the target language) and "sha256" (SHA-256 hex digest of the table).
+            Without a translation table, an empty dict.
         """
         if self.backend != "file":
             return {}
@@ -225,7 +227,7 @@ class TranslateArguments(StageArguments):
 
     @property
     def translations(self) -> dict[str, str]:
-        """Dict from the target language to who translates ("human" or "machine"), for dataset and model cards."""
+        """Dict with one entry for dataset and model cards: code of the target language -> "human" or "machine"."""
         return {self.language: self.translated_by if self.backend == "file" else "machine"}
 
     def check_translator(self) -> None:
@@ -284,8 +286,8 @@ class TranslateArguments(StageArguments):
     def table_header(self, stage: RowStage) -> list[str]:
         """Return the column names for the first line of the translation table, for example "translation:pt".
 
-        The column `id` is followed by the fingerprint of the dataset, the columns `source` and `translation` by their
-        language.
+        The name `id` is followed by the fingerprint of the dataset. The names `source` and `translation` are followed
+        by the code of the source language and the code of the target language.
         """
         stated = (stage.record["source"]["fingerprint"], self.source_language, self.language)
         return [f"{column}:{text}" for column, text in zip(TABLE_COLUMNS, stated, strict=True)]
@@ -510,7 +512,9 @@ class TranslationMemory:
         self.folder, self.fingerprint = folder / json_digest(fingerprint, sort_keys=True), fingerprint
 
     def find(self, sentences: Iterable[str]) -> dict[str, str]:
-        """Return a dict from sentence to translation for those of the given sentences that have been translated.
+        """Return the stored translations of sentences, as a dict: sentence -> translation.
+
+        Sentences without a stored translation are not in the dict.
 
         Each call reads all files of the memory, so a single call with many sentences is faster than many calls.
         """

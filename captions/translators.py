@@ -352,6 +352,9 @@ def _load_model(name: str, revision: str | None, precision: str) -> tuple[PreTra
         revision: Branch, tag or commit on the Hub.
         precision: Data type of the weights: a key of `DTYPES`.
 
+    Returns:
+        The tokenizer and the model.
+
     Raises:
         ValueError: If the model does not exist or is not a translation model. The message is a single line.
         ImportError: If the tokenizer needs a package that is not installed.

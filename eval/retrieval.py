@@ -115,7 +115,10 @@ class RetrievalEmbeddings:
 
     @cached_property
     def ranks(self) -> dict[str, Tensor]:
-        """Ranks of the best relevant item of each query, as a dict: direction -> ranks (queries,), counted from 0."""
+        """Rank of the best relevant item of each query, for both directions.
+
+        Dict: "text_to_image" or "image_to_text" -> ranks (queries,), counted from 0.
+        """
         groups = (self.query_groups(direction) for direction in DIRECTIONS)
         ranks = metrics.cross_modal_ranks(self.text_embeds, self.image_embeds, *groups)
         return dict(zip(DIRECTIONS, ranks, strict=True))

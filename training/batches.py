@@ -24,7 +24,7 @@ class MicroBatch:
     """Texts that go through the text encoder together, with their images' pixels if the image encoder is trained."""
 
     index: int  # position in the list of all micro-batches of the step, over all processes; seeds the dropout
-    start: int  # position of the first text in the whole batch, which is sorted by text length
+    start: int  # position of the first text in the whole batch, whose texts are sorted by number of tokens
     input_ids: Tensor  # (texts, tokens)
     attention_mask: Tensor | None = None  # (texts, tokens); None if the model reads padding like any other token
     pixel_values: Tensor | None = None  # (texts, 3, height, width) if the image encoder is trained, otherwise None
@@ -36,7 +36,7 @@ class MicroBatch:
 
     @property
     def positions(self) -> Tensor:
-        """Positions of the micro-batch's texts in the whole batch, (texts,)."""
+        """Positions of this micro-batch's texts in the whole batch, (texts,), counted from 0."""
         return torch.arange(self.start, self.start + len(self.input_ids))
 
 
@@ -235,8 +235,8 @@ class BatchPlanner:
     pairs_per_dataset: list[int]  # pairs that each dataset contributes to a batch, see `apportion_batch`
     processor: ProcessorMixin
     micro_batch_size: int  # captions per micro-batch
-    # Views of every image. 1: the image itself. V above 1: V augmentations that stay the same during the whole run; each
-    # step draws one of them. 0: a new augmentation at every step.
+    # Views of every image. 1: the image itself. V above 1: V augmentations that stay the same during the whole run, one
+    # of which is drawn at every step. 0: a new augmentation at every step.
     augmented_views: int
     seed: int
 

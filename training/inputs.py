@@ -130,7 +130,7 @@ class PairDataset:
 
     @cached_property
     def vectors(self) -> Dataset | None:
-        """Column `vectors` of the table in Arrow format, or None if there is no embedding cache."""
+        """Cached image embeddings: column `vectors` of the table, in Arrow format. None without an embedding cache."""
         names = self.table.column_names
         return self.table.select_columns("vectors").with_format("arrow") if "vectors" in names else None
 
@@ -274,7 +274,7 @@ def open_splits(args: RunArguments) -> Splits:
 
 
 def _training_columns(args: RunArguments) -> list[str]:
-    """Return the names of the columns that are needed to choose the training captions, such as similarities."""
+    """Return the names of all columns that the choice of training captions reads: captions, and similarities if used."""
     _, *others = args.strategy_columns(args.language)
     similarities = [] if args.min_pair_similarity is None else [f"similarities-{args.language}"]
     return list(dict.fromkeys([get_caption_column(args, args.language), *others, *similarities]))

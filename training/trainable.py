@@ -123,7 +123,7 @@ def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
 
 
 def find_fully_trained_modules(model: PreTrainedModel) -> list[str]:
-    """Return the names of the model's modules that are trained in full while other layers get LoRA adapters."""
+    """Return the names of the modules that are trained in full (`FULLY_TRAINED_MODULES`) and get no LoRA adapters."""
     return [name for name, _ in model.named_modules() if name in FULLY_TRAINED_MODULES]
 
 

@@ -288,7 +288,7 @@ def sigmoid_loss(
 
 
 def _upcast(*tensors: Tensor) -> list[Tensor]:
-    """Convert all tensors to the device and precision of the first tensor. The precision is at least float32."""
+    """Return all tensors on the device of the first tensor, in its data type, or in float32 if that is more precise."""
     first = tensors[0]
     return [tensor.to(first.device, torch.promote_types(first.dtype, torch.float32)) for tensor in tensors]
 
