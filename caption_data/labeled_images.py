@@ -21,7 +21,7 @@ from caption_data.rows import json_digest
 from caption_data.sources import Split, dataset_folders, disable_decoding, load_data_files, open_split, select_split
 
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # names that the label column may have; WebDataset uses cls
-SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # from the name of a folder to its split
+SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # folder name -> split name
 SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
 
 

@@ -45,7 +45,7 @@ PAIR_TABLE_FEATURES = Features(
     {name: Value("string") for name in ("digest", "reason", "detail")}
     | {"row": Value("int64"), "captions": CAPTIONS_FEATURE}
 )
-TEXT_REASONS = ("", NOT_CHOSEN, "no caption")  # no image problem; all other reasons concern the image
+TEXT_REASONS = ("", NOT_CHOSEN, "no caption")  # reasons that do not concern the image; all other reasons do
 IMAGE_KEYS = ("bytes", "path")  # keys of an encoded image in a row; at least one must be present
 ASCII_ALPHANUMERIC_RE = re.compile("[0-9A-Za-z]")
 ChooseCaptions = Callable[[dict[str, Any]], list[str]]  # returns the captions to use from a row

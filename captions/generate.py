@@ -100,7 +100,7 @@ class GenerateArguments(StageArguments):
             "prefixes": prefixes,
             "max_new_tokens": self.max_new_tokens,
             "precision": self.precision,
-            "sampling": None,  # earlier versions of the program recorded this key; it keeps their folders valid
+            "sampling": None,  # a key of earlier versions of the program; it keeps existing output folders valid
         }
         return {OUTPUT_COLUMN: CAPTIONS_FEATURE}, settings, lambda rows: caption_rows(captioner, prefixes, rows)
 
@@ -134,7 +134,7 @@ class Captioner:
     def __post_init__(self) -> None:
         self.device, self.language_model, tokenizer = self.model.device, self.model.language_model, self.tokenizer
         config = self.language_model.generation_config
-        config.max_length = None  # with it, each call of `generate` would warn that `max_new_tokens` is set too
+        config.max_length = None  # if it were set, each `generate` would warn about `max_new_tokens`
         if config.pad_token_id is None:  # padding is needed because the texts of a batch end at different steps
             config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         parameters = inspect.signature(self.language_model.forward).parameters

@@ -209,7 +209,7 @@ class TranslateArguments(StageArguments):
                 itself.
         """
         settings = {"translator": translator, "language": self.language, "source_language": self.source_language}
-        # `existing` was a flag of earlier versions of the program. With it, their output folders stay valid.
+        # `existing` was a flag of earlier versions of the program. The key keeps existing output folders valid.
         return settings | {"existing": "refuse", "drop_flagged": self.drop_flagged}
 
     def pending_manual_step(self) -> str:
@@ -375,7 +375,8 @@ class TranslateArguments(StageArguments):
             ValueError, OSError, ImportError: If the translator cannot be loaded, or the table is incomplete.
         """
         columns = translated_columns(stage.features, stage.source.display_name, self)
-        translations: dict[str, str] = {}  # by sentence; for the next parts only, or for all rows if there is a table
+        # Sentence -> translation. With a table, the dict has all sentences; otherwise, only those of the next parts.
+        translations: dict[str, str] = {}
         if self.backend == "file":
             identity = self.known_settings()["translator"]
             translations.update(read_translation_table(self.import_file, self.check_source_rows(stage)))

@@ -236,7 +236,7 @@ class Seq2SeqTranslator:
         positions = getattr(model.config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
         self._max_source_tokens = min(positions, tokenizer.model_max_length, MAX_SOURCE_TOKENS + len(self._prefix_ids))
         self._generate_options["max_new_tokens"] = min(positions - 1, max_new_tokens or 2 * MAX_SOURCE_TOKENS)
-        model.generation_config.max_length = None  # with it, `generate` would warn that `max_new_tokens` is set too
+        model.generation_config.max_length = None  # if it were set, `generate` would warn about `max_new_tokens`
         settings = model.generation_config.to_diff_dict() | self._generate_options
         settings.pop("transformers_version", None)
         self.fingerprint = {
@@ -245,7 +245,7 @@ class Seq2SeqTranslator:
             "revision": _resolve_revision(name, model),
             "source": getattr(tokenizer, "src_lang", None) or source_language,
             "target": self.code,
-            "source_prefix": None,  # earlier versions recorded this key; it keeps their translation memories valid
+            "source_prefix": None,  # a key of earlier versions; it keeps existing translation memories valid
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_source_tokens": self._max_source_tokens,
             "generation": settings,
@@ -465,7 +465,7 @@ class GoogleTranslator:
                 time.sleep(min(FIRST_WAIT_S * 2 ** (attempt - 1), MAX_WAIT_S) * random.uniform(0.5, 1.0))
             try:
                 return request()
-            except Exception as error:  # the client and its HTTP libraries raise many types
+            except Exception as error:  # the client and the HTTP libraries raise errors of many types
                 reason, is_temporary = self._describe_failure(error)
             # The error is raised outside of `except`, so that the original error, which may contain the API key, is not
             # chained to it.

@@ -194,7 +194,7 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     ]
     if process_state().is_main_process:
         parts = {"classes": prompts.names + ["(sem nome)"] * unnamed, "notes": list(prompts.notes)}
-        if not isinstance(labels[0], list):  # with several classes per image, these two are not defined
+        if not isinstance(labels[0], list):  # both of these values need one class per image
             label_tensor = torch.tensor(labels)
             accuracies = metrics.per_class_accuracy(scores, label_tensor).tolist()
             parts["per_class_accuracy"] = [None if math.isnan(accuracy) else accuracy for accuracy in accuracies]

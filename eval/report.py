@@ -67,7 +67,7 @@ class ResultsFolder:
     folder: Path  # absolute, with links resolved
     results: list[ResultFile] = field(default_factory=list)  # ordered by name
     runs: list[tuple[str, dict]] = field(default_factory=list)  # name and content of each run.json
-    faults: list[tuple[str, str]] = field(default_factory=list)  # file, and why it is not shown, or only partly
+    faults: list[tuple[str, str]] = field(default_factory=list)  # (file name, why it is not fully shown)
     image_count: int = 0  # images written so far next to the page
 
 

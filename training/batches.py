@@ -23,7 +23,7 @@ from modeling_capivara.two_towers import pad_batch, tokenize
 class MicroBatch:
     """Texts that go through the text encoder together, with their images' pixels if the image encoder is trained."""
 
-    index: int  # position in the list of all micro-batches of the step, over all processes; seeds the dropout
+    index: int  # position in the list of the step's micro-batches of all processes; part of the seed of dropout
     start: int  # position of the first text in the whole batch, whose texts are sorted by number of tokens
     input_ids: Tensor  # (texts, tokens)
     attention_mask: Tensor | None = None  # (texts, tokens); None if the model reads padding like any other token

@@ -241,7 +241,7 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
             f"{path} has settings of an earlier version of the program, which this version does not know: "
             f"{', '.join(unknown)}. A finished model in it can still be used. To train again, use another --output_dir."
         )
-    # The location of the image cache does not matter, but whether there is one does: cached embeddings are float16.
+    # Compare only whether an image cache is used, not its location: cached embeddings are float16, others are not.
     old, new = ({**c, "image_embedding_cache": c.get("image_embedding_cache") != "off"} for c in (state.config, config))
     differences = {
         key: (state.config.get(key), config.get(key))

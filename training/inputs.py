@@ -274,7 +274,10 @@ def open_splits(args: RunArguments) -> Splits:
 
 
 def _training_columns(args: RunArguments) -> list[str]:
-    """Return the names of all columns that the choice of training captions reads: captions, and similarities if used."""
+    """Return the names of the columns from which the training captions are chosen.
+
+    They are the caption columns, and the column of similarities if the strategy or the pair filter reads it.
+    """
     _, *others = args.strategy_columns(args.language)
     similarities = [] if args.min_pair_similarity is None else [f"similarities-{args.language}"]
     return list(dict.fromkeys([get_caption_column(args, args.language), *others, *similarities]))

@@ -36,13 +36,14 @@ MAX_TILE_LOGITS = 2**24
 # Share of the memory for micro-batches whose autograd graph is kept. It is a share of the memory that is free
 # after gradients and optimizer state are allocated. The rest is for the micro-batch that is being recomputed.
 GRAPH_MEMORY_SHARE = 0.6
-# Function of text embeddings, image embeddings, logit scale and the row numbers of this process that returns a scalar.
+# Function that returns the loss as a scalar. Arguments: text embeddings, image embeddings, logit scale, and the numbers
+# of the rows of this process.
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Measurements of one step. The gradients are not part of it: they are in the parameters of the model."""
+    """Loss and memory use of one optimizer step. The gradients are stored in the parameters of the model, not here."""
 
     loss: float  # loss of the whole batch, in nats
     graphs_kept: int  # number of micro-batches of this process whose autograd graph was kept instead of recomputed
@@ -95,18 +96,19 @@ class WholeBatch:
 
         Args:
             step: Optimizer step, counted from 0. It is part of the seed of dropout.
-            batches: Micro-batches of this process. Each process may have another number of micro-batches, also none.
+            batches: Micro-batches of this process. The number of micro-batches can differ between processes, and can be
+                zero.
             pairs: Number of pairs in the whole batch, over all processes.
             image_embeds: Unit-length embeddings of all images of the batch, (pairs, width), in the order of the
                 micro-batches. If it is None, the micro-batches must hold pixels, and the image encoder gets gradients,
                 too.
 
         Returns:
-            Loss of the whole batch, and the number of autograd graphs that were kept.
+            The loss of the whole batch, and the number of micro-batches whose autograd graph was kept in memory.
 
         Raises:
             ValueError: If `pairs` is below 2.
-            FloatingPointError: If the loss is not finite. No gradient has been computed then.
+            FloatingPointError: If the loss is not finite. The error is raised before any gradient is computed.
         """
         if pairs < 2:
             raise ValueError(f"The loss needs at least 2 pairs, got {pairs}.")
@@ -146,16 +148,18 @@ class WholeBatch:
         return StepReport(whole.item(), graphs_kept)
 
     def _embed_batches(self, step: int, batches: Sequence[MicroBatch]) -> tuple[list[list[Tensor]], int]:
-        """Embed all micro-batches, and keep the autograd graphs that fit into memory.
+        """Embed all micro-batches, and keep the autograd graphs of as many micro-batches as fit into memory.
 
-        Micro-batches with the longest texts come first. A graph that is not kept is recomputed in the backward pass.
+        The micro-batches are embedded in descending order of text length. If the graph of a micro-batch is not kept, it
+        is computed again in the backward pass.
 
         Args:
             step: Optimizer step, counted from 0.
             batches: Micro-batches of this process, sorted by text length.
 
         Returns:
-            The result of `_embed` for each micro-batch, in the order of `batches`, and the number of graphs kept.
+            The result of `_embed` for each micro-batch, in the order of `batches`, and the number of micro-batches
+            whose autograd graph was kept.
         """
         parts, graphs_kept, bytes_used = [], 0, 0.0
         if self.budget is None and batches:
