@@ -190,7 +190,7 @@ class EmbeddedImages:
 
 @dataclass
 class EmbeddingStore:
-    """A model that computes embeddings, with a cache on disk for them."""
+    """A model that computes embeddings of images and texts, with a cache of these embeddings on disk."""
 
     embedder: Embedder
     cache_folder: Path | None = None  # folder of all caches; None: a temporary folder that is deleted with this object

@@ -77,7 +77,7 @@ def read_results_folder(folder: Path) -> ResultsFolder:
     Skips hidden files and unfinished runs (`NAME.partial`). Files that can't be read are listed in `faults`.
 
     Returns:
-        The result files and training runs.
+        The result files, the training runs, and the files that can't be read.
 
     Raises:
         ValueError: If the folder does not exist or contains no result file.

@@ -149,7 +149,7 @@ class TrainingInputs:
     base_digest: str  # digest of the base model's weights
 
     def make_planner(self, args: RunArguments) -> BatchPlanner:
-        """Create the planner that selects pairs, captions and views for every step of the run."""
+        """Return the planner that selects the pairs, captions and image views for every step of the run."""
         captions = [pairs.table["captions"] for pairs in self.training]
         counts = apportion_batch(args.effective_batch_size, list(map(len, self.training)))
         # A copy, because the planner runs in a thread, and a tokenizer stores padding and length of its last call.
@@ -157,11 +157,11 @@ class TrainingInputs:
         return BatchPlanner(captions, counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
 
     def fingerprints(self, args: RunArguments) -> dict[str, str]:
-        """Return the fingerprints of base model and data, so that a resumed run can be compared with them.
+        """Return the fingerprints of base model and data, which are compared when a run is resumed.
 
         Returns:
-            Name -> fingerprint. Names are "base model", "DATASET SPLIT" for the training and validation splits, and
-            "DATASET SPLIT LANGUAGE" for the test split.
+            Dict: name -> fingerprint. The names are "base model", "DATASET SPLIT" for the training and validation
+            splits, and "DATASET SPLIT LANGUAGE" for the test split.
         """
         tables = {f"{pairs.source.name} {args.train_split}": pairs.table for pairs in self.training}
         tables[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.table
@@ -176,6 +176,9 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     Args:
         args: Arguments of the run.
         accelerator: Device, precision and processes of the run.
+
+    Returns:
+        The usable training pairs, the validation and test pairs with image embeddings, and the skipped training rows.
 
     Raises:
         ValueError: If data, columns or model are missing or invalid, or the usable pairs do not fill a batch.
@@ -315,7 +318,7 @@ def load_training_pairs(
 def load_evaluation_pairs(
     args: RunArguments, split: Split, languages: list[str], processor: ProcessorMixin
 ) -> dict[str, PairDataset]:
-    """Load the pairs of an evaluation split. No row may be unusable, because skipping rows would change the results.
+    """Load the pairs of an evaluation split. Every row must be usable, because skipping rows would change the results.
 
     Args:
         args: Arguments of the run.
