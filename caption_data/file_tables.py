@@ -134,7 +134,7 @@ def _infer_feature(name: str, values: list[Any]) -> Any:
         values: Values of the column in the sample rows.
 
     Returns:
-        The feature; None if the most common type is not a text, number or bool, so that the column is left out.
+        The feature; None if the most common type is not a text, number or bool, so that the column is not read.
     """
     if CAPTION_COLUMN_RE.fullmatch(name):
         return CAPTIONS_FEATURE

@@ -21,7 +21,7 @@ from caption_data.rows import json_digest
 from caption_data.sources import Split, dataset_folders, disable_decoding, load_data_files, open_split, select_split
 
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # names that the label column may have; WebDataset uses cls
-SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # from the name of a folder to its split
+SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # folder name -> split name
 SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
 
 
@@ -65,7 +65,7 @@ def load_labeled_images(
         class_names: English names of all classes of the dataset, in the order of the prompt file.
         image_column: Name of the image column. Default: the image column, if the dataset has exactly one.
         label_column: Name of the label column. Default: the first of `LABEL_COLUMNS` that exists.
-        class_indices: Indices into `class_names` of the classes to distinguish. Images of other classes are left out
+        class_indices: Indices into `class_names` of the classes to distinguish. Images of other classes are skipped
             (for example, Babel-ImageNet translates only some of ImageNet's classes). Default: all classes.
         image_roots: Folders outside of the dataset in which images may lie. Image paths and links to all other folders
             are refused.

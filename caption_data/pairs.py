@@ -45,7 +45,7 @@ PAIR_TABLE_FEATURES = Features(
     {name: Value("string") for name in ("digest", "reason", "detail")}
     | {"row": Value("int64"), "captions": CAPTIONS_FEATURE}
 )
-TEXT_REASONS = ("", NOT_CHOSEN, "no caption")  # no image problem; all other reasons concern the image
+TEXT_REASONS = ("", NOT_CHOSEN, "no caption")  # reasons that do not concern the image; all other reasons do
 IMAGE_KEYS = ("bytes", "path")  # keys of an encoded image in a row; at least one must be present
 ASCII_ALPHANUMERIC_RE = re.compile("[0-9A-Za-z]")
 ChooseCaptions = Callable[[dict[str, Any]], list[str]]  # returns the captions to use from a row
@@ -154,7 +154,8 @@ def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float)
     """Raise an error if too many rows of a split have a missing or invalid image or caption.
 
     Args:
-        skipped: Rows that are left out. Rows with the reason "not chosen" do not count as bad, because they are valid.
+        skipped: All skipped rows of the split. Rows with the reason "not chosen" do not count as bad, because their
+            data is valid.
         total: Number of rows in the split.
         max_bad_share: Largest accepted share of bad rows, from 0 to 1.
 
@@ -257,10 +258,10 @@ def _has_content(text: str) -> bool:
 
 
 def _source_state(split: Split) -> list[Any]:
-    """Return JSON values that change if the rows or image files of a split change; part of the cache key.
+    """Return a list of JSON values that changes if the rows or image files of a split change.
 
-    Image files are compared by path, size and modification time. Raises ValueError if the image column holds neither
-    bytes nor paths.
+    The list is used in the key of the cache. Image files are compared by path, size and modification time. Raises
+    ValueError if the image column holds neither bytes nor paths.
     """
     tables = [(file["filename"], os.stat(file["filename"])) for file in split.data.cache_files]
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in tables]

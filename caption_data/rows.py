@@ -34,7 +34,7 @@ DATASET_HELP = (
     "Dataset: a saved Hugging Face dataset, a folder or glob pattern of parquet files or WebDataset tars, a folder of "
     "images with metadata.jsonl or metadata.csv, or a Hub id."
 )
-# Reason in `SkippedRow` of a row that the pair filter or the caption strategy leaves out. Such a row does not count as
+# Reason in `SkippedRow` of a row that the pair filter or the caption strategy skips. Such a row does not count as
 # bad, because its data is valid.
 NOT_CHOSEN = "not chosen"
 STRATEGIES = ("none", "first", "all", "rank", "threshold", "diverse")
@@ -46,7 +46,7 @@ TOKEN_PATTERN = r"[^\s!-/:-@\[-`{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u0964\u0965\u2
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """Record of a row that is left out; one line of `skipped.jsonl`.
+    """Record of a skipped row (a row that can't be used or was not chosen); one line of `skipped.jsonl`.
 
     A record with the reason "damaged archive" stands for all rows of the archive after the damage.
 

@@ -382,7 +382,7 @@ def _iter_checked_tables(generate: Callable, files: Sequence[str], **options: An
         **options: Other arguments of `generate`.
 
     Yields:
-        The tuples of key and table that `generate` yields.
+        The tuples (key, table) that `generate` yields: the key of the table in `datasets`, and the Arrow table.
     """
     _check_expansion(files)
     yield from generate(files=files, **options)

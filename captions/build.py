@@ -334,7 +334,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
         ready = list(itertools.takewhile(lambda step: not step.pending_manual_step(), steps))
         runnable, waiting = runnable + ready, waiting + steps[len(ready) :][:1]
     # Complete stages are run as well, and return at once. But if a stage waits for a translation table, complete stages
-    # are left out, so that the table is requested as soon as nothing else is left to do.
+    # are skipped, so that the table is requested as soon as all other work is done.
     left = [step for step in runnable if not waiting or _describe_state(step) != "done"]
     logs = (args.logging_dir or plan.output / "logs") / "dataset"
     phases = [phase for step in left for phase in PhaseStep.from_phases(step, step.phases, step.title)]
@@ -534,8 +534,8 @@ def _group_parts(split: str, stage: Path) -> list[list[Path]]:
         stage: Output folder of the last stage of the split.
 
     Returns:
-        For each file of the dataset, the paths of its parts, with a total size of about `TARGET_FILE_BYTES`. Parts
-        without rows are left out.
+        A list with one element for each file of the dataset: the list of paths of the parts that the file will
+        contain. Their total size is about `TARGET_FILE_BYTES`. Parts without rows are omitted.
 
     Raises:
         ValueError: If the stage is not complete, or no row is left.
@@ -593,7 +593,7 @@ def _step_metadata(step: StageArguments) -> dict[str, Any]:
     """Return information about a complete stage for the dataset card.
 
     Returns:
-        A dict with the name of the stage, its settings, the numbers of rows read, written and left out (by reason), the
+        A dict with the name of the stage, its settings, the numbers of rows read, written and skipped (by reason), the
         numbers of translations and of flagged translations, who translated, and the versions of packages.
     """
     record, report, quality = read_stage_record(step.output), check_complete(step.output), step.output / QUALITY_FILE
@@ -664,7 +664,7 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
 def _describe_settings(settings: dict[str, Any]) -> str:
     """Return the settings of a stage as one line for the dataset card, for example "model openmoji, language pt".
 
-    The model comes first. Settings without a value, digests and long lists are left out.
+    The model comes first. Settings without a value, digests and long lists are omitted.
     """
     leaves = sorted(flatten(settings).items(), key=lambda leaf: not leaf[0].endswith("model"))
     shown = [(k, v) for k, v in leaves if v is not None and v is not False and not HIDDEN_SETTINGS_RE.search(k)]

@@ -7,7 +7,7 @@ A prefix is the beginning of a caption, for example "a photo of". The model cont
 caption is the prefix followed by the continuation. The file captions/prefixes.json has the ten prefixes of the CAPIVARA
 authors; `--prefixes` selects another file of the same format.
 
-The captions are written to the column `generated-captions-en`. Rows whose image cannot be used are left out, and listed
+The captions are written to the column `generated-captions-en`. Rows whose image cannot be used are skipped, and listed
 in *.skipped.jsonl files. To finish an interrupted run, run the same command again; the captions do not change.
 """
 
@@ -71,7 +71,7 @@ class GenerateArguments(StageArguments):
         self.prefixes = Path(self.prefixes)
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Return the name of the column that the stage adds. No column besides the image column is required.
+        """Return the name of the column that the stage adds. The stage requires no column except the image column.
 
         Args:
             columns: Names of the columns of the dataset.
@@ -100,7 +100,7 @@ class GenerateArguments(StageArguments):
             "prefixes": prefixes,
             "max_new_tokens": self.max_new_tokens,
             "precision": self.precision,
-            "sampling": None,  # earlier versions of the program recorded this key; it keeps their folders valid
+            "sampling": None,  # a key of earlier versions of the program; it keeps existing output folders valid
         }
         return {OUTPUT_COLUMN: CAPTIONS_FEATURE}, settings, lambda rows: caption_rows(captioner, prefixes, rows)
 
@@ -134,7 +134,7 @@ class Captioner:
     def __post_init__(self) -> None:
         self.device, self.language_model, tokenizer = self.model.device, self.model.language_model, self.tokenizer
         config = self.language_model.generation_config
-        config.max_length = None  # with it, each call of `generate` would warn that `max_new_tokens` is set too
+        config.max_length = None  # if it were set, each `generate` would warn about `max_new_tokens`
         if config.pad_token_id is None:  # padding is needed because the texts of a batch end at different steps
             config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         parameters = inspect.signature(self.language_model.forward).parameters

@@ -51,7 +51,7 @@ def find_quality_flags(source: str, translation: str, language: str) -> list[str
     Returns:
         A list of quality flags, which is empty if the translation looks right or the source is blank:
             empty: The translation is blank, or has no letter or digit although the source has one.
-            copy: The translation has the same words as the source, and more than `MAX_NAME_WORDS`.
+            copy: The translation has the same words as the source, and has more than `MAX_NAME_WORDS` words.
             wrong script: Less than `MIN_SCRIPT_SHARE` of the letters are in the script of the language.
             length: The translation is much longer or shorter than the source.
             markup: The translation contains HTML, or symbols that translation models write if they fail.

@@ -8,7 +8,7 @@ Each row gets the column `similarities-<language>`. It holds one number for each
 then one number for each caption in `generated-captions-<language>`. The number is None if the caption is empty.
 `captions.select` and the caption strategies of training use this column.
 
-Rows without captions, and rows whose image cannot be used, are left out and listed in *.skipped.jsonl files. To finish
+Rows without captions, and rows whose image cannot be used, are skipped and listed in *.skipped.jsonl files. To finish
 an interrupted run, run the same command again.
 """
 
@@ -57,7 +57,10 @@ class ScoreArguments(StageArguments):
             require_packages("The stage score", "open_clip", "open_clip")
 
     def required_columns(self) -> list[str]:
-        """Return the names of the caption columns of the language. The dataset must have at least one of them."""
+        """Return the names of the caption columns in the language `language`.
+
+        The dataset must have at least one of these columns.
+        """
         return [f"captions-{self.language}", f"generated-captions-{self.language}"]
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:

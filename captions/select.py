@@ -3,13 +3,13 @@ r"""Select captions and images with a caption strategy and the pair filter, and 
     python -m captions.select --dataset data/scored --output data/selected --language pt \
         --caption_strategy rank --caption_count 5 --min_pair_similarity 0.2
 
-A caption strategy is a rule that selects captions of an image. The pair filter leaves out images whose first caption
-has a low similarity. Training has the same strategies, pair filter and flags (`caption_data.rows`). Selecting captions
+A caption strategy is a rule that selects captions of an image. The pair filter skips images whose first caption has
+a low similarity. Training has the same strategies, pair filter and flags (`caption_data.rows`). Selecting captions
 before training makes the dataset smaller, and the selection can be inspected.
 
 In the output, `captions-<language>` holds the selected captions in the order of the strategy, `similarities-<language>`
 holds the similarities of these captions, and `generated-captions-<language>` is empty. Columns of other languages do
-not change. Images without a selected caption are left out, and listed in *.skipped.jsonl files.
+not change. Images without a selected caption are skipped, and listed in *.skipped.jsonl files.
 
 The folder `report` in the output has an HTML page, `index.html`, with counts, a histogram and the images whose
 similarity is closest to the cutoff. The file `selection.json` has all numbers of the page.
@@ -64,7 +64,12 @@ class SelectArguments(CaptionChoice, StageArguments):
         return self.min_similarity if self.caption_strategy in ("threshold", "diverse") else None
 
     def columns(self) -> list[str]:
-        """Return the names of three columns of the language: captions, generated captions and similarities."""
+        """Return the names of the three dataset columns for the language `language`.
+
+        Returns:
+            The column names of the captions, of the generated captions, and of the similarities of image and caption,
+            for example ["captions-pt", "generated-captions-pt", "similarities-pt"].
+        """
         return [f"{name}-{self.language}" for name in ("captions", "generated-captions", "similarities")]
 
     def required_columns(self) -> list[str]:
@@ -77,13 +82,15 @@ class SelectArguments(CaptionChoice, StageArguments):
         return self.columns()[2:] if scored else self.columns()[:2]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """Return the settings of the selection, and the function that selects captions.
+        """Return the arguments with which `RowStage.run` selects the captions of all rows.
 
         Args:
             stage: The opened rows; not used.
 
         Returns:
-            The positional arguments of `RowStage.run`: columns, settings, and the function that processes rows.
+            A tuple with the first three arguments of `RowStage.run`: `columns`, a dict from the name of the column of
+            selected captions to its feature (column type of `datasets`); `settings`, a dict with the settings of the
+            selection for `stage.json`; and `process`, the function that selects the captions of a list of rows.
         """
         settings = {
             "language": self.language,
@@ -118,7 +125,7 @@ def choose_with_similarities(args: SelectArguments, row: dict[str, Any]) -> tupl
 
     Returns:
         A dict from each distinct caption of the row, in order, to its similarity (None if unknown), and the list of
-        chosen captions. The list is empty if the image must be left out.
+        chosen captions. The list is empty if the image must be skipped.
 
     Raises:
         BadRow: If the row has no caption, or the number of similarities differs from the number of captions.

@@ -89,7 +89,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
     uses_model = False  # True if tasks need a GPU
     decodes_images = False  # True if the stage needs the decoded image of each row, under the key `DECODED_KEY`
-    import_file = None  # translation table; a flag of `captions.translate` only
+    import_file = None  # path of a translation table; None here, because only `captions.translate` has this flag
     dataset: str = flag(..., f"{DATASET_HELP} Can be the output folder of another stage.")
     output: Path = flag(..., "Output folder. To finish an interrupted run, run the same command again.")
     split: str = flag("train", "Split to read; output files are named after it.")
@@ -174,7 +174,10 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return False
 
     def corrections(self) -> "Corrections | None":
-        """Return the rows and parts that a corrected translation table changes; None if no table was corrected."""
+        """Return the rows and parts (parquet files) that a corrected translation table changes.
+
+        Returns None if no table was corrected.
+        """
         return None
 
     def prepare_processing(self, stage: "RowStage") -> tuple[Any, ...]:
@@ -211,7 +214,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     def command(self) -> str:
         """Return the shell command that runs the stage, without flags that have their default value.
 
-        Flags that choose where tasks run (`ExecutorArguments`) are also left out.
+        The flags that choose where tasks run (`ExecutorArguments`) are omitted as well.
         """
         words, executor_flags = ["python", "-m", type(self).__module__], vars(ExecutorArguments())
         for argument in fields(self):
@@ -242,7 +245,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 def output_features(source: Split, args: StageArguments) -> Features:
     """Return the columns that a stage copies from its source to its output.
 
-    Columns with an Arrow extension type are left out.
+    Columns with an Arrow extension type are not copied.
 
     Args:
         source: The rows to read.
@@ -252,7 +255,8 @@ def output_features(source: Split, args: StageArguments) -> Features:
         Feature (column type of `datasets`) of each column, by its name in the output.
 
     Raises:
-        ValueError: If the image column or all required columns are missing, or two columns would get the same name.
+        ValueError: If the source has no image column, if it has none of the columns `args.required_columns()` (one of
+            them is enough), or if two columns would get the same name in the output.
     """
     names = args.column_renames() | {args.image_column: IMAGE_COLUMN}
     source.check_columns(names)
@@ -366,7 +370,7 @@ class RowStage:
         Args:
             columns: Feature (column type of `datasets`) of each new column. A new column replaces an existing column of
                 the same name.
-            settings: Everything that the values of the new columns depend on, as JSON values for `stage.json`. All
+            settings: All settings that affect the values of the new columns, as JSON values for `stage.json`. All
                 parts of a folder must have the same settings.
             process: Function that takes a list of at most `args.batch_rows` rows and returns a list with a dict of the
                 new columns, or a BadRow, for each row. Results must not depend on how rows are batched. In a row, the
@@ -689,6 +693,9 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     Args:
         data: The nested dict.
         prefix: Text that is put before each key.
+
+    Returns:
+        A dict from the keys on the path to each value, joined with dots, to the value.
     """
     leaves: dict[str, Any] = {}
     for key, value in data.items():

@@ -166,7 +166,10 @@ class TranslateArguments(StageArguments):
             require_packages("--backend google", "google", *GOOGLE_MODULES)
 
     def required_columns(self) -> list[str]:
-        """Return the names of the caption columns in the source language. The dataset must have at least one."""
+        """Return the names of the caption columns in the source language.
+
+        The dataset must have at least one of these columns.
+        """
         return [f"{kind}-{self.source_language}" for kind in CAPTION_KINDS]
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
@@ -186,10 +189,12 @@ class TranslateArguments(StageArguments):
         return [*added, *translated_columns(columns, where, self).values(), f"quality-{self.language}"]
 
     def known_settings(self) -> dict[str, Any]:
-        """Return the settings that are known before a translator is loaded.
+        """Return the settings for `stage.json` that are known before a translator is loaded.
 
-        With a translation table, these are the target language and the SHA-256 digest of the table. Otherwise, the dict
-        is empty.
+        Returns:
+            With a translation table, a dict with the single key "translator". Its value is a dict with the keys
+            "backend" ("file"), "target" (code of the target language) and "sha256" (SHA-256 hex digest of the table).
+            Without a translation table, an empty dict.
         """
         if self.backend != "file":
             return {}
@@ -200,10 +205,11 @@ class TranslateArguments(StageArguments):
         """Return the settings of the stage for `stage.json`.
 
         Args:
-            translator: Fingerprint of the translator: everything besides the sentence that a translation depends on.
+            translator: Fingerprint of the translator: everything that affects a translation, except the sentence
+                itself.
         """
         settings = {"translator": translator, "language": self.language, "source_language": self.source_language}
-        # `existing` was a flag of earlier versions of the program. With it, their output folders stay valid.
+        # `existing` was a flag of earlier versions of the program. The key keeps existing output folders valid.
         return settings | {"existing": "refuse", "drop_flagged": self.drop_flagged}
 
     def pending_manual_step(self) -> str:
@@ -221,7 +227,7 @@ class TranslateArguments(StageArguments):
 
     @property
     def translations(self) -> dict[str, str]:
-        """Dict from the target language to who translates ("human" or "machine"), for dataset and model cards."""
+        """Dict with one entry for dataset and model cards: code of the target language -> "human" or "machine"."""
         return {self.language: self.translated_by if self.backend == "file" else "machine"}
 
     def check_translator(self) -> None:
@@ -280,8 +286,8 @@ class TranslateArguments(StageArguments):
     def table_header(self, stage: RowStage) -> list[str]:
         """Return the column names for the first line of the translation table, for example "translation:pt".
 
-        The column `id` is followed by the fingerprint of the dataset, the columns `source` and `translation` by their
-        language.
+        The name `id` is followed by the fingerprint of the dataset. The names `source` and `translation` are followed
+        by the code of the source language and the code of the target language.
         """
         stated = (stage.record["source"]["fingerprint"], self.source_language, self.language)
         return [f"{column}:{text}" for column, text in zip(TABLE_COLUMNS, stated, strict=True)]
@@ -360,13 +366,17 @@ class TranslateArguments(StageArguments):
             stage: The opened rows.
 
         Returns:
-            The positional arguments of `RowStage.run`: columns, settings, and the functions `process` and `prepare`.
+            A tuple with the arguments of `RowStage.run`: `columns`, a dict from the name of each new column to its
+            feature (column type of `datasets`); `settings`, a dict with the settings for `stage.json`; `process`, the
+            function that returns the new columns of a list of rows; and `prepare`, the function that translates the
+            sentences of the next parts before these parts are written.
 
         Raises:
             ValueError, OSError, ImportError: If the translator cannot be loaded, or the table is incomplete.
         """
         columns = translated_columns(stage.features, stage.source.display_name, self)
-        translations: dict[str, str] = {}  # by sentence; for the next parts only, or for all rows if there is a table
+        # Sentence -> translation. With a table, the dict has all sentences; otherwise, only those of the next parts.
+        translations: dict[str, str] = {}
         if self.backend == "file":
             identity = self.known_settings()["translator"]
             translations.update(read_translation_table(self.import_file, self.check_source_rows(stage)))
@@ -495,15 +505,17 @@ class TranslationMemory:
 
     Args:
         folder: Folder with the translation memories of all translators. Each translator has a sub-folder.
-        fingerprint: Everything besides the sentence that a translation depends on (translator, languages, options), as
-            JSON values. Its digest is the name of the sub-folder.
+        fingerprint: Everything that affects a translation (translator, languages, options), except the sentence itself,
+            as a dict of JSON values. The digest of this dict is the name of the translator's sub-folder.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
         self.folder, self.fingerprint = folder / json_digest(fingerprint, sort_keys=True), fingerprint
 
     def find(self, sentences: Iterable[str]) -> dict[str, str]:
-        """Return a dict from sentence to translation for those of the given sentences that have been translated.
+        """Return the stored translations of sentences, as a dict: sentence -> translation.
+
+        Sentences without a stored translation are not in the dict.
 
         Each call reads all files of the memory, so a single call with many sentences is faster than many calls.
         """

@@ -196,8 +196,8 @@ class Seq2SeqTranslator:
     Attributes:
         name: Type and name of the model, for messages.
         code: The code that the model uses for the target language.
-        fingerprint: Everything besides the sentence that a translation depends on, as JSON values. Translations with
-            equal fingerprints can be shared.
+        fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
+            Translators with equal fingerprints can share their translations.
 
     Raises:
         ValueError: If the model is not a translation model or does not know a language (the message lists similar
@@ -236,7 +236,7 @@ class Seq2SeqTranslator:
         positions = getattr(model.config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
         self._max_source_tokens = min(positions, tokenizer.model_max_length, MAX_SOURCE_TOKENS + len(self._prefix_ids))
         self._generate_options["max_new_tokens"] = min(positions - 1, max_new_tokens or 2 * MAX_SOURCE_TOKENS)
-        model.generation_config.max_length = None  # with it, `generate` would warn that `max_new_tokens` is set too
+        model.generation_config.max_length = None  # if it were set, `generate` would warn about `max_new_tokens`
         settings = model.generation_config.to_diff_dict() | self._generate_options
         settings.pop("transformers_version", None)
         self.fingerprint = {
@@ -245,7 +245,7 @@ class Seq2SeqTranslator:
             "revision": _resolve_revision(name, model),
             "source": getattr(tokenizer, "src_lang", None) or source_language,
             "target": self.code,
-            "source_prefix": None,  # earlier versions recorded this key; it keeps their translation memories valid
+            "source_prefix": None,  # a key of earlier versions; it keeps existing translation memories valid
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_source_tokens": self._max_source_tokens,
             "generation": settings,
@@ -352,6 +352,9 @@ def _load_model(name: str, revision: str | None, precision: str) -> tuple[PreTra
         revision: Branch, tag or commit on the Hub.
         precision: Data type of the weights: a key of `DTYPES`.
 
+    Returns:
+        The tokenizer and the model.
+
     Raises:
         ValueError: If the model does not exist or is not a translation model. The message is a single line.
         ImportError: If the tokenizer needs a package that is not installed.
@@ -401,8 +404,8 @@ class GoogleTranslator:
 
     Attributes:
         code: The code that Google uses for the target language.
-        fingerprint: Everything besides the sentence that a translation depends on, as JSON values. Translations with
-            equal fingerprints can be shared.
+        fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
+            Translators with equal fingerprints can share their translations.
 
     Raises:
         ValueError: If the key is missing or refused, or the service does not know a language.
@@ -462,7 +465,7 @@ class GoogleTranslator:
                 time.sleep(min(FIRST_WAIT_S * 2 ** (attempt - 1), MAX_WAIT_S) * random.uniform(0.5, 1.0))
             try:
                 return request()
-            except Exception as error:  # the client and its HTTP libraries raise many types
+            except Exception as error:  # the client and the HTTP libraries raise errors of many types
                 reason, is_temporary = self._describe_failure(error)
             # The error is raised outside of `except`, so that the original error, which may contain the API key, is not
             # chained to it.

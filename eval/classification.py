@@ -129,7 +129,7 @@ def compute_classification_metrics(scores: Tensor, labels: list, metric: str) ->
         targets = torch.zeros(scores.shape)
         for row, classes in enumerate(labels):
             targets[row, classes] = 1
-        # As in the published figures, images are ranked by their class probabilities, since cosines of different images
+        # As in the published results, images are ranked by their class probabilities, since cosines of different images
         # are not on one scale.
         return {"11point_mAP": metrics.eleven_point_map((CLIP_LOGIT_SCALE * scores).softmax(dim=-1), targets)}
     label_tensor = torch.tensor(labels)
@@ -194,7 +194,7 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     ]
     if process_state().is_main_process:
         parts = {"classes": prompts.names + ["(sem nome)"] * unnamed, "notes": list(prompts.notes)}
-        if not isinstance(labels[0], list):  # with several classes per image, these two are not defined
+        if not isinstance(labels[0], list):  # both of these values need one class per image
             label_tensor = torch.tensor(labels)
             accuracies = metrics.per_class_accuracy(scores, label_tensor).tolist()
             parts["per_class_accuracy"] = [None if math.isnan(accuracy) else accuracy for accuracy in accuracies]

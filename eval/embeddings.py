@@ -190,7 +190,7 @@ class EmbeddedImages:
 
 @dataclass
 class EmbeddingStore:
-    """A model that computes embeddings, with a cache on disk for them."""
+    """A model that computes embeddings of images and texts, with a cache of these embeddings on disk."""
 
     embedder: Embedder
     cache_folder: Path | None = None  # folder of all caches; None: a temporary folder that is deleted with this object
@@ -324,8 +324,9 @@ def write_result(
         records: The measured values.
         store: The model that was measured, with its cache.
         start_time: Value of `time.perf_counter()` before the first embedding.
-        metadata: Other arguments of `write_records`, such as `dataset`, `fingerprint` and `skipped`. All further names
-            become keys of the result file.
+        metadata: Further keyword arguments of `write_records`. `dataset` (folder, file pattern or Hub id of the images)
+            and `fingerprint` (digest of the measured data) are required; `skipped` (row number -> reason) and `name`
+            are optional. Any other keyword, such as `notes`, becomes a key of the result file.
     """
     seconds, device = time.perf_counter() - start_time, describe_device(store.embedder.device)
     shared = {"model": args.model, "device": device, "precision": args.precision, "seconds": seconds}

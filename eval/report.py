@@ -67,7 +67,7 @@ class ResultsFolder:
     folder: Path  # absolute, with links resolved
     results: list[ResultFile] = field(default_factory=list)  # ordered by name
     runs: list[tuple[str, dict]] = field(default_factory=list)  # name and content of each run.json
-    faults: list[tuple[str, str]] = field(default_factory=list)  # file, and why it is not shown, or only partly
+    faults: list[tuple[str, str]] = field(default_factory=list)  # (file name, why it is not fully shown)
     image_count: int = 0  # images written so far next to the page
 
 
@@ -77,7 +77,7 @@ def read_results_folder(folder: Path) -> ResultsFolder:
     Skips hidden files and unfinished runs (`NAME.partial`). Files that can't be read are listed in `faults`.
 
     Returns:
-        The result files and training runs.
+        The result files, the training runs, and the files that can't be read.
 
     Raises:
         ValueError: If the folder does not exist or contains no result file.

@@ -96,7 +96,7 @@ class RetrievalEmbeddings:
             direction: "text_to_image" (captions are the queries) or "image_to_text" (images are the queries).
 
         Returns:
-            For each query the index of its image, (queries,). A query and an item with the same index are a match.
+            For each query the index of its image, (queries,). An item with the same index is relevant to the query.
         """
         return self.image_of_text if direction == "text_to_image" else torch.arange(len(self.image_embeds))
 
@@ -115,7 +115,10 @@ class RetrievalEmbeddings:
 
     @cached_property
     def ranks(self) -> dict[str, Tensor]:
-        """Ranks of the best relevant item of each query, as a dict: direction -> ranks (queries,), counted from 0."""
+        """Rank of the best relevant item of each query, for both directions.
+
+        Dict: "text_to_image" or "image_to_text" -> ranks (queries,), counted from 0.
+        """
         groups = (self.query_groups(direction) for direction in DIRECTIONS)
         ranks = metrics.cross_modal_ranks(self.text_embeds, self.image_embeds, *groups)
         return dict(zip(DIRECTIONS, ranks, strict=True))
@@ -271,8 +274,9 @@ class RetrievalData:
             store: The model with its embedding cache.
 
         Returns:
-            The embeddings of captions and images, and the result of `EmbeddingStore.embed_images`. The latter lists the
-            images that could not be read, with reasons; their captions are left out of the embeddings.
+            The embeddings of captions and images, and the result of `EmbeddingStore.embed_images`. The field `skipped`
+            of the result lists the images that could not be read, with reasons; the captions of these
+            images are not in the embeddings.
         """
         images = store.embed_images(self.images)
         texts, row_of_text = flatten_captions(self.captions)

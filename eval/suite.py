@@ -172,6 +172,9 @@ def run_measurement(
         benchmark: The benchmark.
         model: The model's dict from `load_models`.
         measurement: The measurement's dict from `plan_measurements`.
+
+    Returns:
+        One record per metric and, for retrieval, direction.
     """
     options = {field.name: getattr(args, field.name) for field in fields(EmbeddingArguments)}
     options |= {"model": model["name"], "output": args.output / measurement["file"], "split": benchmark.split}
@@ -232,8 +235,8 @@ def _build_summary(
     Args:
         args: Arguments of the suite.
         models: The models, see `load_models`.
-        measurements: All measurements, see `plan_measurements`. Results are read from the files of those with the
-            status "measured".
+        measurements: All measurements, see `plan_measurements`. The results of measurements with the status "measured"
+            are read from the result files.
     """
     values = []
     for measurement in measurements:

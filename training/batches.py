@@ -23,8 +23,8 @@ from modeling_capivara.two_towers import pad_batch, tokenize
 class MicroBatch:
     """Texts that go through the text encoder together, with their images' pixels if the image encoder is trained."""
 
-    index: int  # position in the list of all micro-batches of the step, over all processes; seeds the dropout
-    start: int  # position of the first text in the whole batch, which is sorted by text length
+    index: int  # position in the list of the step's micro-batches of all processes; part of the seed of dropout
+    start: int  # position of the first text in the whole batch, whose texts are sorted by number of tokens
     input_ids: Tensor  # (texts, tokens)
     attention_mask: Tensor | None = None  # (texts, tokens); None if the model reads padding like any other token
     pixel_values: Tensor | None = None  # (texts, 3, height, width) if the image encoder is trained, otherwise None
@@ -36,7 +36,7 @@ class MicroBatch:
 
     @property
     def positions(self) -> Tensor:
-        """Positions of the micro-batch's texts in the whole batch, (texts,)."""
+        """Positions of this micro-batch's texts in the whole batch, (texts,), counted from 0."""
         return torch.arange(self.start, self.start + len(self.input_ids))
 
 
@@ -183,7 +183,8 @@ def sample_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
     """Draw the number of the view to use for each image of a step.
 
     Args:
-        views: Number of fixed views of every image; 0 means a new augmentation at every step.
+        views: Number of views of every image, which stay the same during the whole run; 0 means a new augmentation at
+            every step.
         number: Number of images in the step.
         step: Optimizer step, counted from 0.
         seed: Seed of the draws.
@@ -234,11 +235,13 @@ class BatchPlanner:
     pairs_per_dataset: list[int]  # pairs that each dataset contributes to a batch, see `apportion_batch`
     processor: ProcessorMixin
     micro_batch_size: int  # captions per micro-batch
-    augmented_views: int  # number of fixed views of every image, or 0, see `sample_views`
+    # Views of every image. 1: the image itself. V above 1: V augmentations that stay the same during the whole run, one
+    # of which is drawn at every step. 0: a new augmentation at every step.
+    augmented_views: int
     seed: int
 
     def __call__(self, step: int) -> StepPlan:
-        """Plan an optimizer step. Steps count from 0."""
+        """Return the plan of the optimizer step with the number `step`, counted from 0."""
         drawn, texts = [], []
         for number, count in enumerate(self.pairs_per_dataset):
             seed = self.seed + (number << 32)  # the first dataset is sampled exactly as if it were the only one

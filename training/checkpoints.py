@@ -241,7 +241,7 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
             f"{path} has settings of an earlier version of the program, which this version does not know: "
             f"{', '.join(unknown)}. A finished model in it can still be used. To train again, use another --output_dir."
         )
-    # The location of the image cache does not matter, but whether there is one does: cached embeddings are float16.
+    # Compare only whether an image cache is used, not its location: cached embeddings are float16, others are not.
     old, new = ({**c, "image_embedding_cache": c.get("image_embedding_cache") != "off"} for c in (state.config, config))
     differences = {
         key: (state.config.get(key), config.get(key))
@@ -307,7 +307,8 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
         check_output_folder(args.output_dir, args.overwrite_output_dir)
     if args.overwrite_output_dir:
         needed = [args.model, args.evaluation_dataset, *args.dataset]
-        # The parent, too: the folder of a pattern such as `shards/*.tar`.
+        # Check the parent folders as well, because an input can be a pattern such as `shards/*.tar`, whose files lie in
+        # its parent folder.
         check_inputs_outside(args.output_dir, *needed, *(Path(name).parent for name in needed))
     partial = partial_folder(args.output_dir)
     if args.resume is None and not args.overwrite_output_dir and can_resume(partial):
@@ -443,7 +444,7 @@ def _raise_interrupt(number: int, frame: object) -> None:
 def _compute_checksums(folder: Path) -> bytes:
     """Return the checksums of all files of a checkpoint in the format of `sha256sum`: digest, two spaces, file name.
 
-    Hidden files are left out, because file managers and network drives create them.
+    Hidden files are ignored, because file managers and network drives create them.
     """
     lines = []
     for path in sorted(folder.rglob("*")):

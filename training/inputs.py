@@ -2,8 +2,9 @@
 
 `load_inputs` does quick checks first, so that wrong arguments fail before long work starts. A view of an image is what
 the model sees of the image at a training step. The setting `augmented_views` selects the views: 1 is the image itself;
-V above 1 is V fixed augmentations of the image; 0 is a new augmentation at every step, as in the paper (arXiv
-2310.13683). The frozen image tower embeds fixed views once, and the embeddings are cached on disk.
+V above 1 is V augmentations of the image that stay the same during the whole run; 0 is a new augmentation at every
+step, as in the paper (arXiv 2310.13683). If `augmented_views` is at least 1, the frozen image tower can embed every
+view once, and the embeddings are cached on disk.
 """
 
 import copy
@@ -78,7 +79,9 @@ class PairDataset:
     # embedding cache, the column `vectors` has the embeddings of all views, (views x width,), float16.
     table: Dataset
     processor: ProcessorMixin | None  # processor of the model; None if pairs are only counted
-    augmented_views: int = 1  # number of fixed views, or 0, see the module docstring
+    # Views of every image. 1: the image itself. V above 1: V augmentations that stay the same during the whole run. 0:
+    # a new augmentation at every step.
+    augmented_views: int = 1
     seed: int = 0  # seed of the augmentation
 
     def __len__(self) -> int:
@@ -127,7 +130,7 @@ class PairDataset:
 
     @cached_property
     def vectors(self) -> Dataset | None:
-        """Column `vectors` of the table in Arrow format, or None if there is no embedding cache."""
+        """Cached image embeddings: column `vectors` of the table, in Arrow format. None without an embedding cache."""
         names = self.table.column_names
         return self.table.select_columns("vectors").with_format("arrow") if "vectors" in names else None
 
@@ -146,7 +149,7 @@ class TrainingInputs:
     base_digest: str  # digest of the base model's weights
 
     def make_planner(self, args: RunArguments) -> BatchPlanner:
-        """Create the planner that selects pairs, captions and views for every step of the run."""
+        """Return the planner that selects the pairs, captions and image views for every step of the run."""
         captions = [pairs.table["captions"] for pairs in self.training]
         counts = apportion_batch(args.effective_batch_size, list(map(len, self.training)))
         # A copy, because the planner runs in a thread, and a tokenizer stores padding and length of its last call.
@@ -154,11 +157,11 @@ class TrainingInputs:
         return BatchPlanner(captions, counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
 
     def fingerprints(self, args: RunArguments) -> dict[str, str]:
-        """Return the fingerprints of base model and data, so that a resumed run can be compared with them.
+        """Return the fingerprints of base model and data, which are compared when a run is resumed.
 
         Returns:
-            Name -> fingerprint. Names are "base model", "DATASET SPLIT" for the training and validation splits, and
-            "DATASET SPLIT LANGUAGE" for the test split.
+            Dict: name -> fingerprint. The names are "base model", "DATASET SPLIT" for the training and validation
+            splits, and "DATASET SPLIT LANGUAGE" for the test split.
         """
         tables = {f"{pairs.source.name} {args.train_split}": pairs.table for pairs in self.training}
         tables[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.table
@@ -173,6 +176,9 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     Args:
         args: Arguments of the run.
         accelerator: Device, precision and processes of the run.
+
+    Returns:
+        The usable training pairs, the validation and test pairs with image embeddings, and the skipped training rows.
 
     Raises:
         ValueError: If data, columns or model are missing or invalid, or the usable pairs do not fill a batch.
@@ -271,7 +277,10 @@ def open_splits(args: RunArguments) -> Splits:
 
 
 def _training_columns(args: RunArguments) -> list[str]:
-    """Return the names of the columns that are needed to choose the training captions, such as similarities."""
+    """Return the names of the columns from which the training captions are chosen.
+
+    They are the caption columns, and the column of similarities if the strategy or the pair filter reads it.
+    """
     _, *others = args.strategy_columns(args.language)
     similarities = [] if args.min_pair_similarity is None else [f"similarities-{args.language}"]
     return list(dict.fromkeys([get_caption_column(args, args.language), *others, *similarities]))
@@ -309,7 +318,7 @@ def load_training_pairs(
 def load_evaluation_pairs(
     args: RunArguments, split: Split, languages: list[str], processor: ProcessorMixin
 ) -> dict[str, PairDataset]:
-    """Load the pairs of an evaluation split. No row may be unusable, because skipping rows would change the results.
+    """Load the pairs of an evaluation split. Every row must be usable, because skipping rows would change the results.
 
     Args:
         args: Arguments of the run.
@@ -485,7 +494,8 @@ def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerato
 def open_image_cache(model: PreTrainedModel, pairs: PairDataset, root: Path, precision: str) -> EmbeddingCache:
     """Open the cache for the image embeddings of a dataset. The cache folder is created if it does not exist.
 
-    The name of the cache folder is a hash of everything that the embeddings depend on, so a cache is never out of date.
+    The name of the cache folder is a hash of all data and settings that affect the embeddings, so a cache is never out
+    of date.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.

@@ -95,8 +95,10 @@ def main(argv: list[str] | None = None) -> None:
 def compute_principal_rotation(image_embeds: Tensor) -> Tensor:
     """Compute the rotation to the principal axes of image embeddings by uncentered PCA.
 
-    The axes are the eigenvectors of the matrix of second moments, sorted by falling eigenvalue. For any k, the first k
-    axes keep at least as much of the embeddings' squared length as any other k orthogonal axes (Eckart-Young theorem).
+    The axes are the eigenvectors of the matrix of second moments, sorted by eigenvalue in descending order. For
+    any k, the first k axes keep at least as much of the squared length of the embeddings as any other k orthogonal axes
+    (Eckart-Young theorem).
+
     The mean is not subtracted, because cosines are measured from the origin. The sign of each axis is chosen so that
     the coordinate with the largest absolute value is positive; the same images therefore always give the same matrix.
 

@@ -66,10 +66,11 @@ def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
     """Return the hyperparameters that no argument of the run changes, for the key `fixed` of run.json.
 
     Args:
-        model: The model; it decides which modules are trained in full next to LoRA adapters.
+        model: Model whose module names are searched for the modules that are trained in full.
 
     Returns:
-        Name in run.json -> value.
+        A dict with the keys "adam_beta1", "adam_beta2" and "lora_modules_to_save" (names of the modules that are
+        trained in full while other layers get LoRA adapters).
     """
     return {
         "adam_beta1": ADAM_BETAS[0],
@@ -123,7 +124,7 @@ def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
 
 
 def find_fully_trained_modules(model: PreTrainedModel) -> list[str]:
-    """Return the names of the model's modules that are trained in full while other layers get LoRA adapters."""
+    """Return the names of those modules of the model that are trained in full, without LoRA adapters."""
     return [name for name, _ in model.named_modules() if name in FULLY_TRAINED_MODULES]
 
 

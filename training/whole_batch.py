@@ -33,16 +33,17 @@ from training.memory import available_memory, keep_freed_memory, measure_graph_b
 
 # Logits computed at once by a loss: 64 MiB in float32. Larger batches are processed in tiles of this size.
 MAX_TILE_LOGITS = 2**24
-# Share of the memory that kept autograd graphs may use. It is a share of the memory that is free after gradients and
-# optimizer state are allocated. The rest is for the micro-batch that is being recomputed.
+# Share of the memory for micro-batches whose autograd graph is kept. It is a share of the memory that is free
+# after gradients and optimizer state are allocated. The rest is for the micro-batch that is being recomputed.
 GRAPH_MEMORY_SHARE = 0.6
-# Function of text embeddings, image embeddings, logit scale and the row numbers of this process that returns a scalar.
+# Function that returns the loss as a scalar. Arguments: text embeddings, image embeddings, logit scale, and the numbers
+# of the rows of this process.
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Measurements of one step. The gradients are not part of it: they are in the parameters of the model."""
+    """Loss and memory use of one optimizer step. The gradients are stored in the parameters of the model, not here."""
 
     loss: float  # loss of the whole batch, in nats
     graphs_kept: int  # number of micro-batches of this process whose autograd graph was kept instead of recomputed
@@ -80,7 +81,9 @@ class WholeBatch:
     model: nn.Module  # model with two encoders, in training mode, see `modeling_capivara.two_towers`
     accelerator: Accelerator  # device, precision and processes
     seed: int  # seed of dropout
-    budget: float | None = None  # bytes that kept graphs may use; None: a share of the free memory at the first step
+    # Bytes for the micro-batches whose autograd graph is kept. None: the first step sets it to the share
+    # `GRAPH_MEMORY_SHARE` of the free memory.
+    budget: float | None = None
     _bytes_per_token: float = 0.0  # size of a graph divided by its number of tokens, measured on the first micro-batch
     _bytes_per_text: float = 1.0  # size of a graph divided by its number of texts, measured on the first micro-batch
 
@@ -93,18 +96,19 @@ class WholeBatch:
 
         Args:
             step: Optimizer step, counted from 0. It is part of the seed of dropout.
-            batches: Micro-batches of this process. Each process may have another number of micro-batches, also none.
+            batches: Micro-batches of this process. The number of micro-batches can differ between processes, and can be
+                zero.
             pairs: Number of pairs in the whole batch, over all processes.
             image_embeds: Unit-length embeddings of all images of the batch, (pairs, width), in the order of the
                 micro-batches. If it is None, the micro-batches must hold pixels, and the image encoder gets gradients,
                 too.
 
         Returns:
-            Loss of the whole batch, and the number of autograd graphs that were kept.
+            The loss of the whole batch, and the number of micro-batches whose autograd graph was kept in memory.
 
         Raises:
             ValueError: If `pairs` is below 2.
-            FloatingPointError: If the loss is not finite. No gradient has been computed then.
+            FloatingPointError: If the loss is not finite. The error is raised before any gradient is computed.
         """
         if pairs < 2:
             raise ValueError(f"The loss needs at least 2 pairs, got {pairs}.")
@@ -144,16 +148,18 @@ class WholeBatch:
         return StepReport(whole.item(), graphs_kept)
 
     def _embed_batches(self, step: int, batches: Sequence[MicroBatch]) -> tuple[list[list[Tensor]], int]:
-        """Embed all micro-batches, and keep the autograd graphs that fit into memory.
+        """Embed all micro-batches, and keep the autograd graphs of as many micro-batches as fit into memory.
 
-        Micro-batches with the longest texts come first. A graph that is not kept is recomputed in the backward pass.
+        The micro-batches are embedded in descending order of text length. If the graph of a micro-batch is not kept, it
+        is computed again in the backward pass.
 
         Args:
             step: Optimizer step, counted from 0.
             batches: Micro-batches of this process, sorted by text length.
 
         Returns:
-            The result of `_embed` for each micro-batch, in the order of `batches`, and the number of graphs kept.
+            The result of `_embed` for each micro-batch, in the order of `batches`, and the number of micro-batches
+            whose autograd graph was kept.
         """
         parts, graphs_kept, bytes_used = [], 0, 0.0
         if self.budget is None and batches:
@@ -286,7 +292,7 @@ def sigmoid_loss(
 
 
 def _upcast(*tensors: Tensor) -> list[Tensor]:
-    """Convert all tensors to the device and precision of the first tensor. The precision is at least float32."""
+    """Return all tensors on the device of the first tensor, in its data type, or in float32 if that is more precise."""
     first = tensors[0]
     return [tensor.to(first.device, torch.promote_types(first.dtype, torch.float32)) for tensor in tensors]
 

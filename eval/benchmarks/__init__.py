@@ -35,11 +35,12 @@ class Benchmark:
     suite: tuple[str, ...]  # suites that include the benchmark, from `SUITES`
     metric: str  # metric of the published results, as in `Record.metric`; "average" for a mean over benchmarks
     protocol_note: str  # remark that tables show with the results, for example on their source
-    # Published results: "baseline", "capivara" or "capivara_opt" -> dict with `mean` and `std` in percent. For
-    # retrieval, each model has a dict that maps the direction to such a dict.
+    # Published results. The keys are the models "baseline", "capivara" and "capivara_opt". For classification, the
+    # value is a dict with `mean` and, if it was published, `std` (standard deviation), both in percent. For retrieval,
+    # the value is a dict that maps each direction ("text_to_image", "image_to_text") to such a dict.
     published: dict[str, dict[str, Any]]
-    # Published results of other base models, with the same values as `published`. The keys are the repository names of
-    # the models (the last part of the Hub id) in lowercase.
+    # Published results of other base models. Key: repository name of the model (the last part of its Hub id) in
+    # lowercase. Value: a dict with the same structure as a value of `published`.
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
     bases_from: str = ""  # URL of the source of `bases`
     language: str = "pt"  # language code of the published results
@@ -53,7 +54,7 @@ class Benchmark:
     caption_column: str = ""  # retrieval: column name, a pattern with `{language}`
     caption_positions: str = "all"  # retrieval: value of --caption_positions of `eval.retrieval`
     prompts: str | None = None  # classification: name of the file in `eval/prompts/pt`
-    other_languages: tuple[str, ...] = ()  # languages that are measured by default besides `language`
+    other_languages: tuple[str, ...] = ()  # languages measured by default in addition to `language`
     known_languages: tuple[str, ...] = ()  # languages that --languages accepts; empty: `languages`
     data_of: str | None = None  # key of another benchmark; its local folder is used if this benchmark has none
     like_for_like: bool = True  # whether the published results were measured on the same texts and images
@@ -61,7 +62,7 @@ class Benchmark:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Language codes that are measured by default."""
+        """Codes of the languages in which the benchmark is measured by default."""
         return (self.language, *self.other_languages)
 
     @property

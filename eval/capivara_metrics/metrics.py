@@ -107,7 +107,10 @@ def cross_modal_ranks(
     scores, block_size = query_embeds @ item_embeds.T, max(1, COMPARISON_BLOCK_SCORES // len(item_embeds))
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of rows of the score matrix, each with a mask of the relevant items, (rows, items)."""
+        """Yield (block, mask) for blocks of rows of the score matrix.
+
+        Both tensors have the shape (rows, items). The mask is True where the item is relevant to the query.
+        """
         for block, groups in zip(scores.split(block_size), query_groups.split(block_size), strict=True):
             yield block, groups[:, None] == item_groups
 
@@ -376,7 +379,7 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
 
     The average precision of a class is the mean of the interpolated precision at the recalls 0, 0.1, …, 1 (Everingham
     et al., The PASCAL Visual Object Classes Challenge, 2010, section 4.2). Images with equal scores share one point of
-    the precision-recall curve. Classes without images are left out of the mean.
+    the precision-recall curve. Classes without images do not count in the mean.
 
     Args:
         scores: Finite scores (images, classes).

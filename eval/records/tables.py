@@ -160,7 +160,7 @@ def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
 
 
 def _sort_by_seed(rows: pandas.Series) -> tuple:
-    """Sort rows of `build_records_frame` by their seed. Rows without a seed come first."""
+    """Return rows of `build_records_frame` as a tuple, sorted by seed. Rows without a seed come first."""
     return tuple(sorted(rows, key=lambda row: -1 if row.seed is None else row.seed))
 
 
