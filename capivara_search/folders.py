@@ -159,7 +159,7 @@ def folders_to_add(
 def _is_mistaken_path(pattern: str, folders: Iterable[Path]) -> bool:
     """Return whether the user has probably given a path relative to the working directory instead of a pattern.
 
-    Patterns are relative to the indexed folders, so such a path has no effect as a pattern.
+    Patterns are relative to the indexed folders, so such a path usually has no effect as a pattern.
 
     Args:
         pattern: Pattern in the syntax of `.gitignore`.
