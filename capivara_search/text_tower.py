@@ -309,7 +309,7 @@ def _token_text(token: Any) -> Any:
 
 
 def gelu(values: np.ndarray) -> np.ndarray:
-    """Compute the exact GELU of each element x: x times the standard normal distribution function at x."""
+    """Compute the exact GELU of each element: x * P(X <= x) for an element x and a standard normal variable X."""
     return values * np.float32(0.5) * (1 + erf(values * np.float32(0.5**0.5)))
 
 
