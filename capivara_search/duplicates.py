@@ -12,7 +12,7 @@ is its leader, and every other picture of the group is similar to the leader. Wi
 of small differences could put pictures of different scenes into one group.
 
 Flat pictures are pictures such as icons, charts and blank pages, in which many pixels have exactly the same color. Two
-different flat pictures may share most of their pixels, and the model hardly distinguishes them. Two flat pictures are
+different flat pictures often share most pixels, and the model hardly distinguishes such pictures. Two flat pictures are
 therefore compared by their details only (a larger version of the picture in YCbCr), with a much stricter limit.
 """
 

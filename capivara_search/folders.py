@@ -73,8 +73,8 @@ def record_requested_folders(
 def _record_path(table: PictureTable) -> Path:
     """Return the path of the JSON file that records the folders of an index on this machine.
 
-    The file is in the user's state directory. It is not in the index, which may come from another machine, and not in a
-    cache, which may be emptied.
+    The file is in the user's state directory. It is not in the index, because the index possibly comes from another
+    machine, and not in a cache, because users can empty a cache.
     """
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     where = table.where if table.is_remote else os.path.realpath(table.where)

@@ -371,12 +371,12 @@ class PictureIndex:
             since: Only pictures of this day or later (`Hit.date`).
             until: Only pictures of this day or earlier.
             exact: Compare every vector, even in an index large enough for an approximate vector index.
-            more: Words to move the query towards (Rocchio relevance feedback). A weight may precede the words, as in
+            more: Words to move the query towards (Rocchio relevance feedback), optionally preceded by a weight, as in
                 "0.5:praia". The default weight is 1.
             less: Words to move the query away from, optionally with a weight. Pictures that show what the words say get
                 a lower rank; no picture is excluded.
             group_duplicates: Return only the best hit of each group of near-duplicates (`DUPLICATE_MIN_SIMILARITY`).
-                `Hit.copies` is the number of its near-duplicates.
+                `Hit.copies` is the number of near-duplicates of a hit.
 
         Returns:
             Hits, best first.
@@ -652,7 +652,7 @@ class PictureIndex:
             One clause if the index also contains vectors of other models, otherwise an empty list.
 
         Raises:
-            ValueError: If there is no index, or all of its vectors are of other models.
+            ValueError: If there is no index, or all vectors in the index were made with other models.
         """
         _ = self._table.pictures  # raises an error if there is no index
         digest, total = self.model.image_digest, len(self)

@@ -93,7 +93,8 @@ class StoredRows:
             path: Absolute path of the picture.
 
         Returns:
-            Tuple (digest, is_current) of the row, as the docstring of the class describes. None if the path has no row.
+            Tuple of the hexadecimal digest of the file's content, and whether the stored vector was made with the model
+            in use. None if the path has no row.
         """
         position = self.positions.get(path)
         return None if position is None else (self.digests[position].as_py(), bool(self.is_current[position]))
@@ -179,7 +180,7 @@ def make_plan(
     } & set(todo)
     present = {file.path for file in files} | {skipped.path for skipped in unreadable}
     folder_prefixes = tuple(os.path.join(folder, "") for folder in folders)
-    # A file may still exist in a folder that can't be read, so the rows of such files are not removed.
+    # A file in a folder that can't be read possibly still exists, so the rows of such files are not removed.
     unreadable_prefixes = tuple(skipped.path + os.sep for skipped in unreadable)
     missing = (path for path in stored.positions if path not in present and path.startswith(folder_prefixes))
     removed = [path for path in missing if not path.startswith(unreadable_prefixes)]

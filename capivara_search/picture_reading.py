@@ -83,8 +83,8 @@ def read_picture(
         image_size: Side of the model's input in pixels. The image is resized as the model's image processor would do.
         resize_filter: PIL filter, for an image processor that resizes both sides to `image_size`. None: the short side
             is resized to `image_size` with the bicubic filter, and the proportions are kept.
-        folders: Real paths of the folders that may be read. The real path of the file must lie in one of them. None:
-            the location of the file is not checked.
+        folders: Real paths of the folders that are allowed to be read. The real path of the file must lie in one of
+            these folders. None: the location of the file is not checked.
 
     Returns:
         The decoded picture.
@@ -136,8 +136,8 @@ def decode_picture(
         name: File name. If it has the suffix of a RAW format, the file is decoded as a RAW file, unless its content is
             another image, such as a JPEG or TIFF.
         max_pixels: Maximum number of pixels. A larger picture is refused.
-        min_short_side: Allows to decode a JPEG at 1/2, 1/4 or 1/8 of its size if its short side still has at least this
-            many pixels. 0: decode at full size.
+        min_short_side: Minimum length in pixels of the short side of a JPEG that is decoded at reduced size, which is
+            1/2, 1/4 or 1/8 of the full size. 0: decode at full size.
 
     Returns:
         The image.
@@ -153,7 +153,7 @@ def _read_picture_bytes(path: str | Path, folders: Sequence[str | Path] | None =
 
     Args:
         path: Path of the file.
-        folders: Real paths of the folders that may be read. None: the location of the file is not checked.
+        folders: Real paths of the folders that are allowed to be read. None: the location of the file is not checked.
 
     Returns:
         The content of the file.

@@ -52,7 +52,7 @@ def parse_feedback(text: str) -> tuple[float, str]:
     """Split feedback such as "0.5:pessoas" into its weight 0.5 and its words "pessoas".
 
     Args:
-        text: Words, optionally preceded by a weight and a colon. The weight may have a decimal comma.
+        text: Words, optionally preceded by a weight and a colon. The weight can have a decimal point or comma.
 
     Returns:
         Tuple of the weight and the words. The weight is 1 if the text has no weight, as in "pessoas".

@@ -453,7 +453,7 @@ class PictureTable:
         """Return the model that the latest update of the index used.
 
         Returns:
-            Dictionary with the keys `source` (folder or Hub id), `name`, `width` (of its vectors) and `image_digest`
+            Dictionary with the keys `source` (folder or Hub id), `name`, `width` (of the vectors) and `image_digest`
             (`SearchModel.image_digest`). None if the index has no model yet.
         """
         with suppress(KeyError, json.JSONDecodeError):

@@ -135,8 +135,8 @@ def pop_settled(waiting: dict[str, FileState | None]) -> list[str]:
     """Remove the paths whose files have not changed since the previous call, and return them.
 
     Args:
-        waiting: Path -> state of its file in the previous call, None if there was no file. The dictionary is changed in
-            place: settled paths are removed, and the states of the other paths are updated.
+        waiting: Path -> state of the file in the previous call, None if there was no file. The dictionary is changed in
+            place: settled paths are removed, and the states of the remaining paths are updated.
 
     Returns:
         The settled paths, which were removed from `waiting`.
