@@ -56,7 +56,7 @@ RELEVANCE_THRESHOLD_OPTION = option(
     "--relevance-threshold", type=localized_type(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES))), default="auto"
 )
 MAX_SHOWN_SKIPPED_FILES = 5  # files that the report of `capivara index` lists; `capivara status --all` lists all
-# Rules by which files and folders are left out of the index, in the order of the report.
+# Keys of the rules by which files and folders are ignored, in the order of the report.
 IGNORE_REASONS = ("forgotten", "excluded", "hidden", "system", "link", "video")
 MAX_STATUS_LINES = 4  # lines of each list of `capivara status`, so that all lists fit on a screen of 24 lines
 # Fields of `IndexStatus` whose keys in `status --json` differ from their names, because scripts read these keys.
@@ -128,7 +128,7 @@ def index(
     Args:
         messages: Texts of the user's language.
         folders: Folders to add. If it is empty, all folders that were added on this machine are updated.
-        exclude: Patterns, written as in a .gitignore file, of files and folders to leave out.
+        exclude: Patterns of files and folders to ignore, in the syntax of a .gitignore file.
         include: Earlier `exclude` patterns that no longer apply, and forgotten paths that are accepted again.
         batch_size: Number of pictures per forward pass of the model.
     """
@@ -153,8 +153,8 @@ def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callab
         leave: Whether the last state of the bar stays on the screen.
 
     Yields:
-        A function `(done, total)` that can be passed to `PictureIndex.add` as `on_progress`. It takes the number of
-        finished pictures and the total number of pictures.
+        A function `(done, total)` that can be passed to `PictureIndex.add` as `on_progress`. The arguments are the
+        number of processed pictures and the total number of pictures.
     """
     from capivara_search.estimates import RateEstimator
 
@@ -191,8 +191,8 @@ def format_report(report: IndexReport, picture_count: int, messages: Messages) -
 
     Yields:
         Lines of text. The first line has the numbers of new, changed, moved, re-embedded and removed pictures. The next
-        lines list the first skipped files with reasons, and then what was left out by rules. The last line has the
-        number of pictures in the index.
+        lines list the first skipped files with reasons, and then the numbers of files that rules ignored. The last line
+        has the number of pictures in the index.
     """
     keys = ("new", "changed", "moved", "reembedded", "removed")
     parts = [messages.format_count(key, number) for key in keys if (number := getattr(report, key))]
@@ -210,14 +210,14 @@ def format_report(report: IndexReport, picture_count: int, messages: Messages) -
 
 
 def format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages) -> str:
-    """Describe how many pictures, folders, links and videos were left out of the index by each rule.
+    """Describe how many pictures, folders, links and videos each rule ignored.
 
     Args:
-        ignored_counts: Maps a rule (one of `IGNORE_REASONS`) to the number of files and folders that it left out.
+        ignored_counts: Rule (one of `IGNORE_REASONS`) -> number of files and folders that the rule ignored.
         messages: Texts of the user's language.
 
     Returns:
-        The numbers with their descriptions, separated by commas; "" if nothing was left out.
+        The numbers with descriptions of the rules, separated by commas; "" if nothing was ignored.
     """
     counts = [(reason, ignored_counts.get(reason)) for reason in IGNORE_REASONS]
     return ", ".join(messages.format_count(f"ignored.{reason}", number) for reason, number in counts if number)
@@ -405,7 +405,7 @@ def app(
 @register_command("status")
 @add_switches("--all", "--json")
 def status(messages: Messages, all: bool, json: bool) -> None:
-    """Print a summary of the index: its location, pictures, model and folders, and the files that were left out.
+    """Print a summary of the index: location, pictures, model, folders, skipped files, and ignored files.
 
     Args:
         messages: Texts of the user's language.
@@ -434,8 +434,8 @@ def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str
         messages: Texts of the user's language.
 
     Returns:
-        Lines of each section, in the order of the sections. The key KEY of a section stands for the heading with the
-        key `status.KEY` in `messages.yaml`. A section without lines is not printed.
+        Key of each section -> lines of the section, in the order of the output. The heading of the section KEY is the
+        text `status.KEY` of `messages.yaml`. A section without lines is not printed.
     """
     codes = Counter(skipped.code for skipped in state.skipped_files)
     sections = {
@@ -648,8 +648,8 @@ def detect_language(argv: Sequence[str]) -> str:
 def run() -> None:
     """Run the console script `capivara`.
 
-    Calls `main` after two preparations: Ctrl-C during slow imports prints a single line in the user's language, and
-    characters that the terminal can't show are printed as escapes.
+    Before `main` is called, this function makes two preparations: Ctrl-C during slow imports prints a single line in
+    the user's language, and characters that the terminal can't show are printed as escapes.
     """
     interrupt.message = Messages(detect_language(sys.argv[1:]))("stopped")
     interrupt.exit_on_interrupt()
@@ -693,8 +693,8 @@ def describe_error(error: Exception, messages: Messages) -> tuple[int, str]:
         messages: Texts of the user's language.
 
     Returns:
-        The exit code and one line of text. The text is in the user's language if `messages.yaml` has a text for the
-        error, otherwise in English.
+        Tuple of the exit code and one line of text. The text is in the user's language if `messages.yaml` has a text
+        for the error, otherwise in English.
     """
     if isinstance(error, click.UsageError):
         return EXIT_USAGE_ERROR, describe_usage_error(error, messages)

@@ -122,7 +122,13 @@ def add_switches(*names: str) -> Callable[[Callable], Callable]:
 def _store_global_value(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Store the value of a shared flag in `ctx.meta` under the name of the flag (a click callback).
 
-    Shared flags may stand before or after the name of the command. If a flag is given twice, the later value is used.
+    Users can write shared flags before or after the name of the command. If a flag is given twice, the later value is
+    used.
+
+    Args:
+        ctx: Context of the command.
+        param: The flag.
+        value: Value of the flag; None if the flag was not given, which keeps a value that was stored before.
     """
     if value is not None:
         ctx.meta[param.name] = value
@@ -260,8 +266,8 @@ def describe_parameter(param: click.Parameter, ctx: click.Context) -> tuple[str,
         ctx: Context of the command that has the flag or argument.
 
     Returns:
-        The name with a placeholder for the value, such as "--index FOLDER", and the description. An argument has the
-        description "".
+        Tuple of the name with a placeholder for the value, such as "--index FOLDER", and the description. The
+        description of an argument is "".
     """
     messages, name = ctx.obj, param.opts[0].lstrip("-").replace("-", "_")
     placeholder = ""

@@ -12,7 +12,7 @@ is its leader, and every other picture of the group is similar to the leader. Wi
 of small differences could put pictures of different scenes into one group.
 
 Flat pictures are pictures such as icons, charts and blank pages, in which many pixels have exactly the same color. Two
-different flat pictures may share most of their pixels, and the model hardly distinguishes them. Two flat pictures are
+different flat pictures often share most pixels, and the model hardly distinguishes such pictures. Two flat pictures are
 therefore compared by their details only (a larger version of the picture in YCbCr), with a much stricter limit.
 """
 
@@ -78,10 +78,12 @@ def color_signature(image: PIL.Image.Image) -> bytes:
 def is_flat(pixels: np.ndarray) -> bool:
     """Return whether a picture is flat: nearly one color, or with many pixels of exactly the same color.
 
-    The limits are `MAX_CONSTANT_STD` and `MIN_FLAT_PIXEL_SHARE`.
-
     Args:
         pixels: RGB array (height, width, 3) with values from 0 to 255.
+
+    Returns:
+        True if the standard deviation of each color channel is below `MAX_CONSTANT_STD`, or if the share of the pixels
+        that have the most frequent color is at least `MIN_FLAT_PIXEL_SHARE`.
     """
     if pixels.std(axis=(0, 1)).max() < MAX_CONSTANT_STD:
         return True
@@ -94,9 +96,10 @@ def add_color_signatures(vectors: np.ndarray, signatures: Sequence[bytes | None]
     """Combine the model's vectors and the color signatures of pictures into vectors for near-duplicate detection.
 
     `pairwise_similarity` compares the result. The dot product of two combined vectors (without details) is one third of
-    the cosine of the model's vectors plus two thirds of the cosine of the color signatures. Before, half of the
-    picture's mean color is subtracted from its signature. Otherwise any two crops of a red picture would be similar. If
-    a picture has no signature, or a uniform color, its combined vector contains only the model's vector.
+    the cosine of the model's vectors plus two thirds of the cosine of the color signatures. To make the signature
+    depend less on the main color, half of the picture's mean color and half of its mean brightness are subtracted from
+    the signature first. Otherwise any two crops of a red picture would be similar. If a picture has no signature, or a
+    uniform color, its combined vector contains only the model's vector.
 
     Args:
         vectors: The model's vector of each picture: array (rows, width), of unit length.
@@ -126,7 +129,8 @@ def _decode_details(signatures: Sequence[bytes | None]) -> np.ndarray:
         signatures: The color signature of each picture, or None if the picture has no signature.
 
     Returns:
-        Array (rows, `DETAIL_BYTES`), float32, with values from -127 to 128. Rows of other pictures are zeros.
+        Array (rows, `DETAIL_BYTES`), float32. The row of a flat picture has values from -127 to 128. The row of any
+        other picture is all zeros.
     """
     details = np.zeros((len(signatures), DETAIL_BYTES), np.float32)
     for row, signature in enumerate(signatures):
@@ -136,7 +140,7 @@ def _decode_details(signatures: Sequence[bytes | None]) -> np.ndarray:
 
 
 def pairwise_similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the similarity of each picture of one set to each picture of another set.
+    """Return the similarity of each picture in a first set to each picture in a second set.
 
     The similarity of two flat pictures is 1 minus the scaled mean squared difference of their details. The scale is
     chosen so that a root mean square difference of `DUPLICATE_DETAIL_RMS` gives the similarity
@@ -147,7 +151,8 @@ def pairwise_similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
         others: Second set: array (others, columns), a result of `add_color_signatures`.
 
     Returns:
-        Array (rows, others). Similarities are at most 1.
+        Array (rows, others) of similarities, which are at most 1. Row i and column j compare `vectors[i]` and
+        `others[j]`.
     """
     vectors, others = np.asarray(vectors, np.float32), np.asarray(others, np.float32)
     details, other_details = vectors[:, DETAIL_COLUMNS], others[:, DETAIL_COLUMNS]
@@ -249,12 +254,19 @@ class CachedRows:
         return self.rows.take(order).append_column("score", pa.array(scores[order], pa.float64()))
 
     def newest(self, k: int) -> pa.Table:
-        """Return the k rows with the latest dates, latest first (`newest_first_order`)."""
+        """Return the rows with the latest dates, latest first (`newest_first_order`).
+
+        Args:
+            k: Maximum number of rows.
+
+        Returns:
+            At most k rows.
+        """
         return self.rows.take(newest_first_order(self.rows)[:k])
 
 
 def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY) -> np.ndarray:
-    """Return whether each picture of one set is a near-duplicate of each picture of another set.
+    """Compare each picture in a first set with each picture in a second set, and return which are near-duplicates.
 
     Args:
         vectors: First set: array (rows, columns), a result of `add_color_signatures`.
@@ -262,7 +274,7 @@ def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUP
         threshold: Minimum similarity of near-duplicates (`pairwise_similarity`).
 
     Returns:
-        Boolean array (rows, others).
+        Boolean array (rows, others): True where `vectors[i]` and `others[j]` are near-duplicates.
     """
     return pairwise_similarity(vectors, others) >= threshold - FLOAT16_TOLERANCE
 
@@ -278,11 +290,11 @@ def leaders(
     Args:
         vectors: Array (rows, columns), a result of `add_color_signatures`.
         threshold: Minimum similarity of a row to its leader (`pairwise_similarity`).
-        max_groups: Stop as soon as this number of leaders is known. Rows that were not processed may then be listed as
-            their own leaders, although they are near-duplicates of earlier rows. None: process all rows.
+        max_groups: Stop as soon as this number of leaders is known. A row that was not processed then possibly counts
+            as a leader, although it is a near-duplicate of an earlier row. None: process all rows.
 
     Returns:
-        Array (rows,) with the row number of each row's leader. For a leader, it is its own row number.
+        Array (rows,) with the row number of each row's leader. The entry of a leader is the leader's own row number.
     """
     rows = np.arange(len(vectors))
     leader_of = rows.copy()

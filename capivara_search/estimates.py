@@ -45,7 +45,7 @@ class RateEstimator:
 
     @property
     def rate(self) -> float | None:
-        """Pictures per second over the recent past, or None if there are fewer than two measurements."""
+        """Processed pictures per second in the recent past (`RATE_WINDOW_S`); None before the second measurement."""
         if len(self._measurements) < 2:
             return None
         end, done = self._measurements[-1]
@@ -72,7 +72,7 @@ def estimate_for(where: str, progress: ProgressCallback) -> Iterator[ProgressCal
     file, estimate, last_write = Path(where, PROGRESS_FILE), RateEstimator(), float("-inf")
 
     def report_progress(done: int, total: int) -> None:
-        """Call `progress`, and write the progress file if the last write is `WRITE_INTERVAL_S` seconds ago."""
+        """Call `progress`. Write the progress file if it was not written in the last `WRITE_INTERVAL_S` seconds."""
         nonlocal last_write
         progress(done, total)
         estimate.update(done)

@@ -20,12 +20,12 @@ def read_exif(image: PIL.Image.Image) -> tuple[datetime | None, float | None, fl
         image: An image that was opened from a file.
 
     Returns:
-        The date and time in the camera's local time, the latitude in degrees (south is negative), and the longitude in
-        degrees (west is negative).
+        Tuple of the date and time in the camera's local time, the latitude in degrees (south is negative), and the
+        longitude in degrees (west is negative). Each is None if it is not known.
     """
     taken, position, dates, exif = None, (None, None), [], PIL.Image.Exif()
-    # Each value is read in its own `suppress`, because PIL raises a dozen kinds of errors for invalid EXIF data, and an
-    # invalid value must not hide the others.
+    # Each value is read in a `suppress` block of its own, because PIL raises a dozen kinds of errors for invalid EXIF
+    # data, and an invalid value must not hide the valid values.
     with suppress(Exception):
         exif = image.getexif()
     with suppress(Exception):

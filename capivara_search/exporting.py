@@ -66,7 +66,7 @@ def _to_export_rows(rows: pa.Table | pa.RecordBatch, as_csv: bool) -> pa.Table |
         as_csv: Whether the file is a CSV file. Otherwise it is a Parquet file.
 
     Returns:
-        The same rows with the columns of the file.
+        The same rows with the columns of the exported file, of the same type as `rows`.
     """
     modified = pa.array([datetime.fromtimestamp(ns // 10**9) for ns in rows["mtime_ns"].to_pylist()], pa.timestamp("s"))
     rows = rows.set_column(rows.schema.get_field_index("mtime_ns"), "modified", modified)

@@ -98,7 +98,8 @@ def find_pictures(
             in them is not an error. None: everything in the folders is scanned.
 
     Returns:
-        Two lists, each sorted by path: the picture files, and the files and folders that could not be read.
+        Tuple of two lists, each sorted by path: the states of the picture files, and the files and folders that could
+        not be read.
 
     Raises:
         ValueError: If a folder does not exist, can't be opened, was forgotten (`IgnoreRules.forgotten`), has another
@@ -137,13 +138,16 @@ def find_pictures(
 
 
 def _contains_any(paths: Sequence[str], root: str) -> bool:
-    """Return whether at least one of the paths lies inside a folder.
+    """Return whether at least one of several files lies inside a folder.
 
-    Both the paths and the folder are compared as they are given and with symbolic links resolved.
+    The paths are compared twice: as they are given, and with symbolic links resolved.
 
     Args:
-        paths: Absolute paths of files.
+        paths: Absolute paths of the files.
         root: Absolute path of the folder.
+
+    Returns:
+        True if a path lies inside the folder in one of the two comparisons.
     """
     if any(path.startswith(os.path.join(root, "")) for path in paths):
         return True
@@ -216,7 +220,7 @@ class _FolderScan:
                 self.skip_file(folder, to_bad_image(error))
 
     def add_file(self, path: str) -> None:
-        """Add a file to `pictures`, or to `skipped_files` if it can't be read.
+        """Add a picture file to the attribute `pictures`, or to `skipped_files` if the file can't be read.
 
         Args:
             path: Absolute path of the file. Its name has the suffix of a picture.
@@ -235,11 +239,11 @@ class _FolderScan:
             self.pictures[path] = FileState.of(path, state)
 
     def skip_file(self, path: str, fault: BadImage) -> None:
-        """Add a file or folder that can't be read to `skipped_files`.
+        """Add a file or folder that can't be read to the attribute `skipped_files`.
 
         Args:
-            path: Absolute path of the file or folder. It need not be valid UTF-8.
-            fault: Reason why it can't be read.
+            path: Absolute path of the file or folder. The path need not be valid UTF-8.
+            fault: Reason why the file or folder can't be read.
         """
         printable_path = path.encode(errors="surrogateescape").decode(errors="replace")
         self.skipped_files.append(SkippedFile(printable_path, fault.reason, fault.detail))
@@ -268,7 +272,7 @@ def count_pictures(folder: str) -> int:
 
 
 def is_picture_name(name: str) -> bool:
-    """Return whether a file name or path has the suffix of a picture (`PICTURE_SUFFIXES`), in any case."""
+    """Return whether a file name or path has the suffix of a picture (`PICTURE_SUFFIXES`); case does not matter."""
     return name.lower().endswith(PICTURE_SUFFIXES)
 
 

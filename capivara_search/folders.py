@@ -50,7 +50,9 @@ def requested_folders(table: PictureTable) -> dict[str, str]:
 def record_requested_folders(
     table: PictureTable, folders: Mapping[str | Path, str], moved_from: Path | None = None
 ) -> None:
-    """Record on this machine that the user has added folders to an index. If the record can't be written, log it.
+    """Record on this machine that the user has added folders to an index.
+
+    If the record can't be written, a message is logged, and no error is raised.
 
     Args:
         table: Table of the index.
@@ -71,8 +73,8 @@ def record_requested_folders(
 def _record_path(table: PictureTable) -> Path:
     """Return the path of the JSON file that records the folders of an index on this machine.
 
-    The file is in the user's state directory. It is not in the index, which may come from another machine, and not in a
-    cache, which may be emptied.
+    The file is in the user's state directory. It is not in the index, because the index possibly comes from another
+    machine, and not in a cache, because users can empty a cache.
     """
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     where = table.where if table.is_remote else os.path.realpath(table.where)
@@ -155,14 +157,17 @@ def folders_to_add(
 
 
 def _is_mistaken_path(pattern: str, folders: Iterable[Path]) -> bool:
-    """Return whether the user has probably confused a pattern with a path.
+    """Return whether the user has probably given a path relative to the working directory instead of a pattern.
 
-    This is the case if the pattern, read as a path relative to the working directory, names an existing file or folder
-    inside one of the folders, but does not match this file as a pattern. Patterns are relative to the indexed folders.
+    Patterns are relative to the indexed folders, so such a path usually has no effect as a pattern.
 
     Args:
         pattern: Pattern in the syntax of `.gitignore`.
         folders: Absolute paths of the indexed folders.
+
+    Returns:
+        True if the pattern, read as a path relative to the working directory, names an existing file or folder inside
+        one of the indexed folders, but the pattern does not match this file or folder.
     """
     path = Path(os.path.abspath(os.path.expanduser(pattern)))
     parents = [folder for folder in folders if path.is_relative_to(folder)] if "/" in pattern.rstrip("/") else []
@@ -221,8 +226,8 @@ def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
         new: Absolute path of the folder now.
 
     Returns:
-        The number of pictures that the index had in the old folder, and the number of these pictures whose files exist
-        in the new folder.
+        Tuple of two numbers: the pictures that the index had in the old folder, and those of these pictures whose
+        files exist in the new folder.
 
     Raises:
         ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
@@ -263,7 +268,13 @@ def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
 
 
 def _moved_path(path: str, old: Path, new: Path) -> str:
-    """Return the path that a file or folder inside `old` has after `old` was moved to `new`."""
+    """Return the new path of a file or folder after its parent folder was moved.
+
+    Args:
+        path: Absolute path before the move, equal to `old` or inside it.
+        old: Absolute path of the parent folder before the move.
+        new: Absolute path of the parent folder now.
+    """
     return str(new) + path[len(str(old)) :]
 
 

@@ -25,7 +25,7 @@ SYSTEM_NAMES = {
 class IgnoreRules:
     """Rules for the files and folders that an index ignores. The index stores them (`folders.load_rules`).
 
-    Besides these rules of the user, hidden files and the names in `SYSTEM_NAMES` are always ignored.
+    The attributes contain the rules of the user. Hidden files and the names in `SYSTEM_NAMES` are always ignored.
 
     Attributes:
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`. The patterns are relative to
@@ -38,7 +38,7 @@ class IgnoreRules:
     forgotten: frozenset[str] = frozenset()
 
     def updated(self, exclude: Sequence[str] = (), include: Sequence[str | Path] = ()) -> "IgnoreRules":
-        """Return a copy of the rules in which some patterns are added, and other patterns or forgotten paths removed.
+        """Return a copy of the rules with added patterns, and without some stored patterns and forgotten paths.
 
         Args:
             exclude: Patterns to add.
@@ -80,15 +80,15 @@ class IgnoreRules:
             path: Absolute path of a file or folder.
 
         Returns:
-            The forgotten path that is equal to this path or a parent folder of it; the outermost such path if there are
-            several. None if there is none.
+            The forgotten path that is equal to `path` or is a parent folder of `path`. If there are several such
+            paths, the outermost folder. None if there is no such path.
         """
         names = {str(parent) for name in (path, os.path.realpath(path)) for parent in (Path(name), *Path(name).parents)}
         matches = (forgotten for forgotten in self.forgotten if names & {forgotten, resolve_parent_links(forgotten)})
         return min(matches, default=None)
 
     def reason(self, path: str, root: str, is_folder: bool) -> str | None:
-        """Return why a file or folder is ignored.
+        """Return the reason why a file or folder is ignored.
 
         Args:
             path: Absolute path of the file or folder.
@@ -118,7 +118,7 @@ class IgnoreRules:
 
 
 def _is_valid_pattern(pattern: str) -> bool:
-    """Return whether a text is a valid `.gitignore` pattern; comments and blank lines are not."""
+    """Return whether a text is a valid `.gitignore` pattern. Comments and blank lines do not count as patterns."""
     with suppress(ValueError):
         return any(parsed.include is not None for parsed in IgnoreRules((pattern,))._gitignore_spec.patterns)
     return False

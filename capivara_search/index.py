@@ -99,9 +99,9 @@ class PictureIndex:
 
     Attributes:
         relevance_threshold: Whether a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
-            The threshold is what the best picture of the index reaches for a neutral sentence, which describes no
-            particular picture (`query.background_z_score`). None: mark hits only if the model was measured to separate
-            relevant from irrelevant pictures well enough (`query.supports_relevance_threshold`).
+            The threshold is the z-score that the best picture of the index reaches for a neutral sentence, which
+            describes no particular picture (`query.background_z_score`). None: mark hits only if measurements show
+            that the model separates relevant from irrelevant pictures well (`query.supports_relevance_threshold`).
 
     Example:
         >>> from pathlib import Path
@@ -207,7 +207,7 @@ class PictureIndex:
                 real path now is refused. None: the real paths are resolved now.
 
         Returns:
-            Numbers of embedded, new, changed, moved and removed pictures, and the files that were skipped.
+            Report with the numbers of embedded, new, changed, moved and removed pictures, and the skipped files.
 
         Raises:
             ValueError: If a folder does not exist, was forgotten or contains no picture (in these cases nothing is
@@ -241,9 +241,10 @@ class PictureIndex:
     ) -> dict[Path, str]:
         """Return the folders that `add` would scan if it were called with these arguments.
 
-        The result contains all folders in `folders`. If `folders` is empty, it contains all folders that were added on
-        this machine before and whose real path is the same as then; a warning in the log lists the other folders of the
-        index. A forgotten folder in `include` is part of the result if it lies outside of these folders.
+        The result contains all folders in `folders`. If `folders` is empty, the result contains all folders that were
+        added on this machine before and whose real path is the same as at that time. A warning in the log lists the
+        other folders of the index. A forgotten folder in `include` is added to the result if it lies outside of all
+        these folders.
 
         Args:
             folders: Folders of pictures that the user names now.
@@ -335,8 +336,8 @@ class PictureIndex:
             new: Path of the folder now.
 
         Returns:
-            The number of pictures that the index had in the old folder, and the number of these pictures whose files
-            exist in the new folder.
+            Tuple of two numbers: the pictures that the index had in the old folder, and those of these pictures whose
+            files exist in the new folder.
 
         Raises:
             ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
@@ -370,12 +371,12 @@ class PictureIndex:
             since: Only pictures of this day or later (`Hit.date`).
             until: Only pictures of this day or earlier.
             exact: Compare every vector, even in an index large enough for an approximate vector index.
-            more: Words to move the query towards (Rocchio relevance feedback). A weight may precede the words, as in
+            more: Words to move the query towards (Rocchio relevance feedback), optionally preceded by a weight, as in
                 "0.5:praia". The default weight is 1.
             less: Words to move the query away from, optionally with a weight. Pictures that show what the words say get
                 a lower rank; no picture is excluded.
             group_duplicates: Return only the best hit of each group of near-duplicates (`DUPLICATE_MIN_SIMILARITY`).
-                `Hit.copies` is the number of its near-duplicates.
+                `Hit.copies` is the number of near-duplicates of a hit.
 
         Returns:
             Hits, best first.
@@ -428,13 +429,16 @@ class PictureIndex:
         return self._table.cached("sample", lambda: l2_normalize(self._table.sample(width, digest, query.SAMPLE_ROWS)))
 
     def _compute_relevance_threshold(self, vector: np.ndarray) -> float:
-        """Return the cosine from which on a picture counts as relevant to a sentence.
+        """Compute the minimum cosine with a sentence that makes a picture count as relevant.
 
-        The threshold is a z-score (`query.background_z_score`), which is converted here to a cosine with the mean and
-        standard deviation of the sentence's cosines with a sample of the index.
+        The threshold is a z-score (`query.background_z_score`). It is converted to a cosine with the mean and the
+        standard deviation of the cosines between the sentence and a sample of the index.
 
         Args:
             vector: Vector (width,) of the sentence, of unit length.
+
+        Returns:
+            The minimum cosine.
         """
 
         def background() -> float:
@@ -527,8 +531,8 @@ class PictureIndex:
             exact: Compare every vector, even if there is an approximate vector index.
 
         Returns:
-            Function of a unit-length vector (width,) and a maximum number of rows. It returns the nearest rows with
-            their cosine in the column `score`, best first.
+            Function that takes a unit-length vector (width,) and a maximum number of rows. The function returns the
+            nearest rows, best first. The column `score` of the rows contains the cosine with the vector.
         """
         cached = self._load_cached_rows(clause)
         return cached.nearest if cached else partial(self._table.nearest, clause=clause, exact=exact)
@@ -648,7 +652,7 @@ class PictureIndex:
             One clause if the index also contains vectors of other models, otherwise an empty list.
 
         Raises:
-            ValueError: If there is no index, or all of its vectors are of other models.
+            ValueError: If there is no index, or all vectors in the index were made with other models.
         """
         _ = self._table.pictures  # raises an error if there is no index
         digest, total = self.model.image_digest, len(self)
@@ -737,7 +741,7 @@ class PictureIndex:
         """Return the stored vectors of those pictures that were embedded with the model in use.
 
         Args:
-            paths: Paths of pictures. Paths without a vector of this model are left out of the result.
+            paths: Paths of pictures. A path without a vector of this model is missing from the result.
 
         Returns:
             Path -> vector (width,), float32, of unit length.
@@ -776,7 +780,7 @@ class PictureIndex:
     def requested_folders(self) -> dict[str, str]:
         """Return the folders of the index that the user has added on this machine.
 
-        Folders that were added on another machine are left out, so the result is empty for an index that was copied
+        Folders that were added on another machine are not returned, so the result is empty for an index that was copied
         from another machine.
 
         Returns:
@@ -806,7 +810,7 @@ class PictureIndex:
         )
 
     def version(self) -> int:
-        """Return a number that grows whenever the index changes, so that callers can tell if cached results are old."""
+        """Return a number that grows whenever the index changes, so that callers notice when cached results are old."""
         return self._table.version()
 
     def __len__(self) -> int:
@@ -841,13 +845,13 @@ class PictureIndex:
     def _load_or_embed_vectors(self, source: Path) -> tuple[list[str], np.ndarray]:
         """Return the vectors of a picture or of all pictures in a folder.
 
-        Vectors that the index does not contain are computed now. Pictures that can't be read are left out.
+        Vectors that the index does not contain are computed now. Pictures that can't be read are not returned.
 
         Args:
             source: Absolute path of the picture or folder.
 
         Returns:
-            The paths of the pictures, sorted, and their vectors (paths, width), of unit length.
+            Tuple of the sorted paths of the pictures, and the array (paths, width) of their vectors, of unit length.
         """
         files = [FileState.of(str(source))] if source.is_file() else find_pictures([source])[0]
         rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], folders_clause(source))

@@ -73,7 +73,7 @@ class StoredRows:
 
     `stored_rows[path]` is None if the path has no row, otherwise a tuple (digest, is_current). `digest` is the
     hexadecimal digest of the file's content. `is_current` says whether the stored vector was made with the model in
-    use. Rows are stored in arrays to save memory.
+    use. The rows are stored in arrays to save memory.
 
     Args:
         rows: Rows with the columns path, size, mtime_ns, digest and model.
@@ -87,18 +87,27 @@ class StoredRows:
         self.positions = {path: position for position, path in enumerate(rows["path"].to_pylist())}
 
     def __getitem__(self, path: str) -> tuple[str, bool] | None:
-        """Return (digest, is_current) of the row of a path, or None if the path has no row."""
+        """Look up the row of a picture.
+
+        Args:
+            path: Absolute path of the picture.
+
+        Returns:
+            Tuple of the hexadecimal digest of the file's content, and whether the stored vector was made with the model
+            in use. None if the path has no row.
+        """
         position = self.positions.get(path)
         return None if position is None else (self.digests[position].as_py(), bool(self.is_current[position]))
 
     def is_done(self, file: FileState) -> bool:
-        """Return whether a file needs no work.
-
-        This is the case if its size and modification time are those of its row, and the stored vector was made with the
-        model in use.
+        """Return whether the row of a file is up to date, so that the file need not be read again.
 
         Args:
             file: Current state of the file.
+
+        Returns:
+            True if the file has a row with the same size and modification time, and the stored vector was made with
+            the model in use. False otherwise.
         """
         position = self.positions.get(file.path)
         if position is None or (self.sizes[position], self.times[position]) != (file.size, file.mtime_ns):
@@ -137,7 +146,7 @@ def make_plan(
     Args:
         table: Table of the index.
         image_digest: Digest of the model in use (`SearchModel.image_digest`).
-        folders: Absolute path of each folder -> real path that the folder must have.
+        folders: Absolute path of each folder -> real path (with symbolic links resolved) that the folder must have.
         rules: Rules for ignoring files. None: the rules that the index stores.
         only_paths: Absolute paths of files and folders inside `folders`. Only these are compared. None: everything in
             the folders is compared.
@@ -171,7 +180,7 @@ def make_plan(
     } & set(todo)
     present = {file.path for file in files} | {skipped.path for skipped in unreadable}
     folder_prefixes = tuple(os.path.join(folder, "") for folder in folders)
-    # A file may still exist in a folder that can't be read, so the rows of such files are not removed.
+    # A file in a folder that can't be read possibly still exists, so the rows of such files are not removed.
     unreadable_prefixes = tuple(skipped.path + os.sep for skipped in unreadable)
     missing = (path for path in stored.positions if path not in present and path.startswith(folder_prefixes))
     removed = [path for path in missing if not path.startswith(unreadable_prefixes)]
@@ -195,13 +204,18 @@ def make_plan(
 
 
 def _is_emptied(table: PictureTable, folder: Path, removed: Sequence[str], files: Sequence[FileState]) -> bool:
-    """Return whether a plan would remove all rows of a folder, for example because its disk was unmounted.
+    """Return whether a plan would remove all rows of a folder although no file was found in the folder.
+
+    An example is a folder on a disk that was unmounted.
 
     Args:
         table: Table of the index.
         folder: Absolute path of the folder.
         removed: Paths of the rows that the plan removes.
         files: Files that the folder scan has found.
+
+    Returns:
+        True if the folder has rows, the plan removes all of these rows, and no file was found in the folder.
     """
     prefix = os.path.join(folder, "")
     number = sum(path.startswith(prefix) for path in removed)
@@ -223,7 +237,7 @@ class IndexWriter:
         progress: Callback that takes the number of processed files and the total number.
 
     Attributes:
-        report: Numbers of pictures that were embedded, new, changed and so on up to now.
+        report: Report of the update up to now: numbers of embedded, new, changed and other pictures.
         reported: Number of processed files in the last call of `progress`.
     """
 
@@ -282,11 +296,12 @@ class IndexWriter:
         return self.report
 
     def _report(self) -> None:
-        """Call the progress callback with the number of processed files.
+        """Call the progress callback with a number of processed files that is scaled down.
 
-        After the last picture, the last commit and `PictureTable.optimize` still have to run. The reported number is
-        therefore lowered: their expected duration counts like the pictures that could be processed in this time. So
-        the reported number reaches the total only when everything is done.
+        After the last picture is embedded, the last commit and `PictureTable.optimize` still have to run. Their
+        expected duration is converted to the number of pictures that could be processed in the same time, and this
+        number is added to the total in the scaling. So the reported number reaches the total only when everything is
+        done.
         """
         self.estimate.update(self.done_count)
         total, remaining_s = len(self.plan.files), self.write_s + self.optimize_s
@@ -299,8 +314,9 @@ class IndexWriter:
     def commit(self) -> None:
         """Write the collected rows and skipped files to the tables.
 
-        If a file of the index can't be decoded any more, its row is removed. If a file could not be opened, its row
-        stays, because the file may be intact.
+        If a picture file was opened but could not be decoded, the picture's row is removed from the table `pictures`.
+        If a picture file could not be opened or read (`RETRYABLE_REASONS`), the picture's row stays in the table,
+        because the file may be intact.
         """
         start = time.monotonic()
         if self.rows:
@@ -356,7 +372,7 @@ class IndexWriter:
             digests: Digests of the file contents.
 
         Returns:
-            Digest -> vector (width,), float16. Digests without a stored vector are left out.
+            Digest -> vector (width,), float16. Digests without a stored vector are missing from the dictionary.
         """
         if not digests:
             return {}
@@ -533,7 +549,7 @@ def embed_files(model: "SearchModel", files: Sequence[FileState], folder: Path) 
             folder are not read, for example symbolic links to other folders.
 
     Returns:
-        Path -> vector (width,). Files that can't be read are left out.
+        Path -> vector (width,), float32, of unit length. Files that can't be read are missing from the dictionary.
     """
     vectors = {}
     read = partial(

@@ -43,12 +43,12 @@ class Messages:
             key: Key of the text.
 
         Returns:
-            The text with its placeholders, or a list of two texts: the singular and the plural.
+            The text, which can contain placeholders such as `{path}`, or a list of two texts (singular and plural).
         """
         return self._messages[key][self.language]
 
     def has(self, key: str) -> bool:
-        """Return whether `messages.yaml` has a text with this key."""
+        """Return whether `messages.yaml` has a text with the given key."""
         return key in self._messages
 
     def skip_reason(self, code: str | None, text: object = None) -> str:
@@ -110,8 +110,8 @@ class Messages:
     def format_score(self, value: float) -> str:
         """Format a score with three decimals.
 
-        Scores between 1e-12 and 0.01 are formatted with two significant digits, because the probabilities of SigLIP
-        models are often very small.
+        A score between 1e-12 and 0.01 is formatted with two significant digits instead, because the probabilities of
+        SigLIP models are often very small.
 
         Args:
             value: Cosine similarity, or probability of a SigLIP model.
@@ -127,7 +127,7 @@ class Messages:
         return f"{self.format_number(number / divisor, 1)} {unit}"
 
     def format_date(self, moment: datetime) -> str:
-        """Format the date of a moment as "24/06/2024" (Portuguese) or "2024-06-24" (English); the time is left out."""
+        """Format the date of a moment, without the time, as "24/06/2024" (Portuguese) or "2024-06-24" (English)."""
         return moment.strftime("%d/%m/%Y" if self.language == "pt" else "%Y-%m-%d")
 
 

@@ -34,9 +34,9 @@ licensed CC BY-SA 4.0 (https://openmoji.org), and so is the projection. Made by 
 
 
 def get_miniature_folder() -> Path:
-    """Return the folder of the miniature model in the cache.
+    """Return the cache folder of the miniature model, and build the model if it is not in the cache yet.
 
-    The first call builds the model, which takes some seconds. Later calls return the cached folder.
+    Building the model takes some seconds.
 
     Raises:
         ImportError: If a package that contains one of the encoders is not installed.
@@ -89,10 +89,13 @@ def _write_model(folder: Path) -> None:
 
 
 def _cache_key() -> str:
-    """Return a digest of everything that the miniature model depends on, to name its folder in the cache.
+    """Return the name of the miniature model's folder in the cache.
 
-    The BLAKE2b digest covers `FOLDER_VERSION`, the versions of the packages and the projection file. If one of them
-    changes, the digest changes, and the model is built again in a new folder.
+    The name is a BLAKE2b digest of `FOLDER_VERSION`, the versions of the packages in `REQUIRED_PACKAGES`, and the
+    projection file. If one of these changes, the digest changes, and the model is built again in a new folder.
+
+    Returns:
+        The digest, 16 hexadecimal digits.
     """
     versions = [
         next((dist.version for dist in metadata.distributions(name=name)), "none") for name in REQUIRED_PACKAGES

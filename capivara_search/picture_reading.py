@@ -83,8 +83,8 @@ def read_picture(
         image_size: Side of the model's input in pixels. The image is resized as the model's image processor would do.
         resize_filter: PIL filter, for an image processor that resizes both sides to `image_size`. None: the short side
             is resized to `image_size` with the bicubic filter, and the proportions are kept.
-        folders: Real paths of the folders that may be read. The real path of the file must lie in one of them. None:
-            the location of the file is not checked.
+        folders: Real paths of the folders that are allowed to be read. The real path of the file must lie in one of
+            these folders. None: the location of the file is not checked.
 
     Returns:
         The decoded picture.
@@ -136,8 +136,8 @@ def decode_picture(
         name: File name. If it has the suffix of a RAW format, the file is decoded as a RAW file, unless its content is
             another image, such as a JPEG or TIFF.
         max_pixels: Maximum number of pixels. A larger picture is refused.
-        min_short_side: Allows to decode a JPEG at 1/2, 1/4 or 1/8 of its size if its short side still has at least this
-            many pixels. 0: decode at full size.
+        min_short_side: Minimum length in pixels of the short side of a JPEG that is decoded at reduced size, which is
+            1/2, 1/4 or 1/8 of the full size. 0: decode at full size.
 
     Returns:
         The image.
@@ -153,7 +153,10 @@ def _read_picture_bytes(path: str | Path, folders: Sequence[str | Path] | None =
 
     Args:
         path: Path of the file.
-        folders: Real paths of the folders that may be read. None: the location of the file is not checked.
+        folders: Real paths of the folders that are allowed to be read. None: the location of the file is not checked.
+
+    Returns:
+        The content of the file.
 
     Raises:
         BadImage: If the file can't be read, is empty or too large, or lies outside of the folders.
@@ -187,12 +190,12 @@ def _open_undecoded(
 
     Args:
         data: Content of the file.
-        name: File name. Its suffix tells RAW files.
+        name: File name. The suffix of the name tells whether the file is a RAW file.
         max_pixels: Maximum number of pixels. A larger picture is refused.
 
     Returns:
-        The image, of which only the header has been read, and the (width, height) of the picture before rotation. For a
-        RAW file, the image is its JPEG preview, and the size is the size of the RAW picture.
+        Tuple of the image, of which only the header has been read, and the (width, height) of the picture before
+        rotation. For a RAW file, the image is the JPEG preview in the file, and the size is that of the RAW picture.
 
     Raises:
         BadImage: If the content is damaged, too large or not a picture.
@@ -215,8 +218,8 @@ def extract_raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
         data: Content of the file.
 
     Returns:
-        The JPEG file of the preview, and the (width, height) of the RAW picture before rotation. None if LibRaw does
-        not recognize the file as RAW: it may be another image, such as a TIFF.
+        Tuple of the content of the preview's JPEG file, and the (width, height) of the RAW picture before rotation.
+        None if LibRaw does not recognize the file as RAW, for example because it is a TIFF image.
 
     Raises:
         BadImage: If the file can't be decoded or contains no JPEG preview.
@@ -240,7 +243,7 @@ def extract_raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
 
 
 def flatten_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert an image to RGB, with a white background behind transparent pixels.
+    """Convert an image of any mode to RGB, with a white background behind transparent pixels.
 
     Without the white background, transparent pixels would become black, and the model would see a black logo on a
     transparent background as a black square.
@@ -282,7 +285,7 @@ def resize_short_side(
             is resized to `image_size` with the bicubic filter, and the proportions are kept.
 
     Returns:
-        The resized image. If its short side in the file has at most `image_size` pixels, the image itself.
+        The resized image. If the short side in `size` has at most `image_size` pixels, the given image is returned.
     """
     short, long = min(size), max(size)
     if short <= image_size:

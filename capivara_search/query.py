@@ -52,10 +52,10 @@ def parse_feedback(text: str) -> tuple[float, str]:
     """Split feedback such as "0.5:pessoas" into its weight 0.5 and its words "pessoas".
 
     Args:
-        text: Words, optionally preceded by a weight and a colon. The weight may have a decimal comma.
+        text: Words, optionally preceded by a weight and a colon. The weight can have a decimal point or comma.
 
     Returns:
-        The weight and the words. The weight is 1 if the text has none, as in "pessoas".
+        Tuple of the weight and the words. The weight is 1 if the text has no weight, as in "pessoas".
 
     Raises:
         ValueError: If the text is empty, the weight is not above 0 and at most `MAX_FEEDBACK_WEIGHT`, or no words
@@ -85,7 +85,8 @@ def apply_feedback(
         vector: Vector (width,) of the query, which is a sentence or a picture. None: the feedback alone is the query.
         feedback: Pairs of a weight and the vector (width,) of a sentence or picture. A positive weight moves the query
             towards the vector, a negative weight away from it.
-        sample: Vectors (pictures, width) drawn from the index, of unit length. If it is empty, no vector is divided.
+        sample: Vectors (pictures, width) drawn from the index, of unit length. If the sample is empty, no vector is
+            divided.
 
     Returns:
         The new query vector (width,), not normalized: the weighted sum of all vectors.
@@ -97,11 +98,11 @@ def apply_feedback(
 
 
 def z_score(score: float, scores: np.ndarray) -> float:
-    """Return the z-score of a score: how many standard deviations it lies above the mean of other scores.
+    """Return the z-score of a score: how many standard deviations the score lies above the mean of a set of scores.
 
     Args:
         score: The score to convert.
-        scores: Scores (pictures,) that mean and standard deviation are computed from.
+        scores: Set of scores (pictures,), from which the mean and the standard deviation are computed.
 
     Returns:
         The z-score; negative if the score is below the mean.

@@ -20,8 +20,8 @@ class Hit:
     """A picture that a search found, with its score and metadata."""
 
     path: str  # absolute path of the file
-    # Cosine similarity to the query, from -1 to 1. For a sentence and a SigLIP model: the probability, from 0 to 1,
-    # that sentence and picture belong together.
+    # Cosine similarity to the query, from -1 to 1. If the query is a sentence and the model is a SigLIP model, the
+    # score is the probability, from 0 to 1, that sentence and picture match.
     score: float
     width: int  # pixels, after rotating the picture upright
     height: int
@@ -69,7 +69,7 @@ class SkippedFile:
 
 @dataclass
 class IndexReport:
-    """Result of an update of an index by `PictureIndex.add`. Its integers are numbers of pictures."""
+    """Result of an update of an index by `PictureIndex.add`. Each integer field is a number of pictures."""
 
     embedded: int = 0  # pictures that the image encoder processed
     new: int = 0  # pictures that were added to the index, including copies of pictures that are already in it
@@ -77,7 +77,7 @@ class IndexReport:
     moved: int = 0  # pictures that have moved to another path; their stored vectors were reused
     reembedded: int = 0  # unchanged pictures that were embedded again, because their vectors were of another model
     unchanged: int = 0  # pictures whose rows were kept
-    removed: int = 0  # rows that were removed, because the file is gone, became unreadable or is now ignored by a rule
+    removed: int = 0  # rows that were removed because the file is gone, can't be decoded any more, or is now ignored
     skipped_files: list[SkippedFile] = field(default_factory=list)  # unreadable files of this and earlier updates
     # Number of ignored files and folders, by reason. "forgotten" (removed by the user) and "excluded" (matched a
     # pattern) count pictures, "hidden" and "system" count pictures and folders, "link" counts symbolic links and
@@ -88,7 +88,7 @@ class IndexReport:
 
 @dataclass(frozen=True)
 class Classification:
-    """Result of the zero-shot classification of one picture."""
+    """Result of the zero-shot classification of one picture: the best label and the share of each label."""
 
     path: str  # path of the picture; empty if the picture was given as an image
     label: str | None  # the best label; None if a neutral sentence such as "uma imagem" fits better than every label

@@ -21,7 +21,8 @@ ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 ENDPOINT_RE = re.compile(
     r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII
 )
-# A path that looks like an address, and the addresses that LanceDB accepts. It takes any other one for a folder.
+# `SCHEME_RE` matches a location that begins like an address. `ADDRESS_RE` matches the addresses that LanceDB accepts.
+# LanceDB treats any other location as a local folder.
 SCHEME_RE = re.compile(r"[A-Za-z][\w+.-]+:/", re.ASCII)
 ADDRESS_RE = re.compile(r"[A-Za-z][\w+.-]+://([^/@\s]*@)?[\w.%-]*(:\d{1,5})?([/?#].*)?", re.ASCII)
 # Patterns in LanceDB's error texts. If a text matches `LANCE_ERROR_RE` and no other pattern of this module, a file of
@@ -107,10 +108,13 @@ def to_index_error(error: Exception, where: str, part: str = "") -> Exception:
 def is_write_conflict(error: Exception) -> bool:
     """Return whether a write failed because another process wrote at the same time.
 
-    If so, the write may succeed when it is tried again.
+    After such an error, the write can succeed if it is repeated.
 
     Args:
         error: Error that LanceDB raised.
+
+    Returns:
+        True if the text of the error matches `WRITE_CONFLICT_RE`.
     """
     return bool(WRITE_CONFLICT_RE.search(str(error)))
 
@@ -138,9 +142,16 @@ def to_access_error(error: Exception, where: str) -> OSError | None:
 
 
 def check_address(where: str) -> None:
-    """Raise ValueError if the location of an index begins like an address, such as `s3:/x`, but is not a valid one.
+    """Check that the location of an index is a local path or a valid address of an object storage.
 
-    LanceDB would create a local folder, whose name would repeat the keys in the address.
+    Without this check, LanceDB would create a local folder for an invalid address such as `s3:/x`, and the name of the
+    folder would contain the access keys that are part of the address.
+
+    Args:
+        where: Folder or address of the index.
+
+    Raises:
+        ValueError: If the location begins like an address but is not a valid address.
     """
     if SCHEME_RE.match(where) and not ADDRESS_RE.fullmatch(where):
         # `redact` finds the keys only after "://".

@@ -2,7 +2,7 @@
 
 An index has three tables. `pictures` has one row per picture. `left_out` lists the files that could not be read, with
 the reason. `about` contains key-value metadata of the index. LanceDB writes a new version of a table for each change;
-every call in this module reads the newest version.
+every method of this module reads the newest version.
 
 Searches compare all vectors in tables of up to `MAX_EXACT_ROWS` rows. Larger tables get an approximate vector index of
 the type IVF-RQ: an inverted file (IVF) whose vectors are quantized to RaBitQ codes (arXiv 2405.12497). A search
@@ -88,7 +88,7 @@ T = TypeVar("T")
 
 
 def pictures_schema(width: int) -> pa.Schema:
-    """Return the schema of the table `pictures` for a model.
+    """Return the schema (names and types of the columns) of the table `pictures` for a model.
 
     Args:
         width: Width of the model's vectors, which determines the name and type of the vector column.
@@ -404,7 +404,7 @@ class PictureTable:
 
         Args:
             width: Width of the model's vectors.
-            image_digest: Digest of the model (`SearchModel.image_digest`). Vectors of other models are left out.
+            image_digest: Digest of the model (`SearchModel.image_digest`). Vectors of other models are not returned.
             max_rows: Maximum number of rows to read, including rows with vectors of other models.
 
         Returns:
@@ -432,7 +432,7 @@ class PictureTable:
         return 0 if self.open_table(table) is None else self.run_read(table, lambda opened: opened.count_rows(clause))
 
     def count_other_models(self, image_digest: str) -> int:
-        """Return the number of pictures that were embedded with other models than the given model.
+        """Return the number of pictures whose vectors were not made with a given model.
 
         Args:
             image_digest: Digest of the given model (`SearchModel.image_digest`).
@@ -453,7 +453,7 @@ class PictureTable:
         """Return the model that the latest update of the index used.
 
         Returns:
-            Dictionary with the keys `source` (folder or Hub id), `name`, `width` (of its vectors) and `image_digest`
+            Dictionary with the keys `source` (folder or Hub id), `name`, `width` (of the vectors) and `image_digest`
             (`SearchModel.image_digest`). None if the index has no model yet.
         """
         with suppress(KeyError, json.JSONDecodeError):
@@ -472,8 +472,8 @@ class PictureTable:
             exact: Compare every vector, even if there is an approximate vector index.
 
         Returns:
-            Rows with the columns that `comparison_columns` lists, and the column `score` with the cosine of each row's
-            vector with the query vector. Rows are sorted by score, best first, then by path.
+            Rows with the columns that `comparison_columns` lists, and an additional column `score`: the cosine between
+            the row's vector and the query vector. Rows are sorted by score, best first, then by path.
         """
         approximate = not exact and self.has_approximate_index(len(vector))
         rows = self.run_read(
@@ -624,7 +624,8 @@ class PictureTable:
     def optimize(self, width: int) -> None:
         """Merge small data files, train or update the approximate vector index, and remove old versions of the table.
 
-        Each of these is done only if it is worthwhile, according to the constants of this module.
+        Each step is done only if the table is large enough, or has changed enough, for the step to save time. The
+        constants of this module, such as `MAX_EXACT_ROWS` and `MAX_SMALL_FRAGMENTS`, are the limits.
 
         Args:
             width: Width of the model's vectors.
@@ -652,6 +653,10 @@ class PictureTable:
         Args:
             width: Width of the model's vectors.
             row_count: Number of rows of the table `pictures`.
+
+        Returns:
+            True if the table has more than `MAX_EXACT_ROWS` rows, the width is divisible by 8, and the table either has
+            no vector index for this width or has grown by `RETRAIN_GROWTH_FACTOR` since the vector index was trained.
         """
         if row_count <= MAX_EXACT_ROWS or width % 8:  # IVF-RQ requires a width divisible by 8
             return False
@@ -693,7 +698,14 @@ class PictureTable:
             self._repair_table(name)
 
     def _repair_table(self, name: str) -> None:
-        """Restore the newest readable version of one table; see `repair`."""
+        """Restore the newest readable version of one table, as `repair` describes.
+
+        Args:
+            name: Name of the table.
+
+        Raises:
+            DamagedIndexError: If the newest manifest of the table is complete but can't be read.
+        """
         folder = Path(self._table_path(name))
         try:
             table = self.open_table(name)
@@ -730,11 +742,17 @@ class PictureTable:
     def _is_readable(self, table: Any) -> bool:
         """Return whether the current version of a table can be read.
 
-        To find out, all columns except the thumbnails are read. In a table of more than `MAX_EXACT_ROWS` rows, only one
-        column is read. If there is a vector index, one of its partitions is searched.
+        To find out, all columns except the thumbnails are read. In a table of more than `MAX_EXACT_ROWS` rows, only the
+        column `size` is read. If there is a vector index, one of its partitions is searched.
 
         Args:
             table: LanceDB's table.
+
+        Returns:
+            False if a read fails because a file is missing or damaged.
+
+        Raises:
+            OSError: If the disk or the operating system refuses access to the files.
         """
         names = [name for name in table.schema.names if name != THUMBNAIL_COLUMN]
         try:
@@ -822,7 +840,14 @@ def in_clause(column: str, values: Iterable[str]) -> str:
 
 
 def join_clauses(clauses: Sequence[str]) -> str | None:
-    """Join SQL conditions with AND. Return None, which means no condition, if the list is empty."""
+    """Join SQL conditions with AND.
+
+    Args:
+        clauses: SQL conditions.
+
+    Returns:
+        A single SQL condition, or None, which means no condition, if `clauses` is empty.
+    """
     return " AND ".join(clauses) or None
 
 

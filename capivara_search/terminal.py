@@ -35,8 +35,12 @@ TILE_ROWS_PER_COLUMN = 0.375  # aspect ratio 4:3 of a drawn picture, because cha
 def escape_csv_cell(text: str) -> str:
     """Escape a text for a CSV cell.
 
-    Control characters are escaped, so that a terminal does not act on them. A text that a spreadsheet would compute as
-    a formula gets a single quote in front.
+    Args:
+        text: Content of the cell.
+
+    Returns:
+        The text, in which control characters are escaped, so that a terminal does not execute them. If a spreadsheet
+        would compute the text as a formula, a single quote is added at the beginning.
     """
     return re.sub(FORMULA_PATTERN, r"'\1", escape_control_characters(text))
 
@@ -71,8 +75,8 @@ def shorten_path(path: str) -> str:
         path: Absolute path.
 
     Returns:
-        The path relative to the current folder if it is inside this folder, otherwise with `~` for the home folder if
-        it is inside the home folder, otherwise the absolute path. Control characters are escaped.
+        A path inside the current folder is returned relative to the current folder. Otherwise, a path inside the home
+        folder begins with `~`, and any other path stays absolute. Control characters are escaped.
     """
     for folder, prefix in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
         if folder != "/" and path.startswith(folder.rstrip("/") + "/"):
@@ -81,7 +85,7 @@ def shorten_path(path: str) -> str:
 
 
 def display_width(text: str) -> int:
-    """Return the number of terminal columns that a text takes.
+    """Return the number of terminal columns that a text occupies.
 
     A combining mark takes no column, a wide East Asian character takes two columns, and any other character takes one.
     """
@@ -180,8 +184,8 @@ def render_contact_sheet(
         pictures: Content of image files. For None or a damaged file, the space of the picture stays blank.
         captions: One caption per picture.
         width: Number of columns of the terminal.
-        max_lines: Maximum number of lines of the result. Rows of pictures beyond this number are left out, but the
-            first row is always drawn.
+        max_lines: Maximum number of lines of the result. Rows of pictures that need more lines are not drawn, except
+            for the first row, which is always drawn.
 
     Returns:
         Text with escape sequences for 24-bit colors.
@@ -200,7 +204,7 @@ def render_contact_sheet(
 
 
 def _render_picture(data: bytes | None, columns: int, rows: int) -> list[str]:
-    """Draw a picture as large as fits into a block of characters.
+    """Draw a picture with colored characters, as large as possible in a block of given width and height.
 
     Each character is an upper half block (▀). Its foreground color shows one pixel, and its background color shows the
     pixel below.

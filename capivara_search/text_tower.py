@@ -37,7 +37,7 @@ class TextTower:
     The class attributes (in capitals) describe the supported architecture. Subclasses override them.
 
     Attributes:
-        CONFIG_DEFAULTS: Values of keys that `text_config` in a published config.json may leave out.
+        CONFIG_DEFAULTS: Default values of keys that can be missing from `text_config` in a published config.json.
         REQUIRED_CONFIG: Keys of `text_config` for which only one value is supported, with this value. A missing key
             counts as supported.
         OTHER_TENSOR_COUNTS: Possible numbers of text tensors in addition to the 16 tensors of each layer.
@@ -166,7 +166,7 @@ class TextTower:
 
         Args:
             hidden: Hidden states (texts, tokens, hidden size).
-            mask: True for tokens that may be attended to (texts, tokens).
+            mask: Boolean array (texts, tokens), True for tokens that are attended to, False for padding.
             names: Prefixes of the tensor names of the query, key and value layers, in this order.
 
         Returns:
@@ -309,12 +309,12 @@ def _token_text(token: Any) -> Any:
 
 
 def gelu(values: np.ndarray) -> np.ndarray:
-    """Compute the exact GELU of each element x: x times the standard normal distribution function at x."""
+    """Compute the exact GELU of each element: x * P(X <= x) for an element x and a standard normal variable X."""
     return values * np.float32(0.5) * (1 + erf(values * np.float32(0.5**0.5)))
 
 
 def gelu_tanh(values: np.ndarray) -> np.ndarray:
-    """Compute the tanh approximation of GELU of each element, as the activation `gelu_pytorch_tanh` of transformers."""
+    """Compute GELU of each element in its tanh approximation, like `gelu_pytorch_tanh` of transformers."""
     inner = np.float32((2 / np.pi) ** 0.5) * (values + np.float32(0.044715) * values**3)
     return np.float32(0.5) * values * (1 + np.tanh(inner))
 

@@ -81,11 +81,11 @@ def follow_index(
         return {folder: real for folder, real in named_paths.items() if not rules.find_forgotten_parent(str(folder))}
 
     def available_folders(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
-        """Return the folders that exist and can be read, each with its device and inode."""
+        """Return the available folders (path -> device and inode); see the function `_available_folders`."""
         return _available_folders(folders, allow_empty=bool(named_folders))
 
     def add(paths: Iterable[Path], only_paths: Collection[str] | None) -> IndexReport:
-        """Update the index from some folders (`paths`), or only from some paths inside them (`only_paths`)."""
+        """Update the index from the folders `paths`, or only from the paths `only_paths` inside these folders."""
         report = index.add(*paths, only_paths=only_paths, on_progress=on_progress, real_paths=folders)
         index.model.prepare_images()  # loads the model now, so that the first change need not wait for it
         return report
@@ -135,8 +135,8 @@ def pop_settled(waiting: dict[str, FileState | None]) -> list[str]:
     """Remove the paths whose files have not changed since the previous call, and return them.
 
     Args:
-        waiting: Path -> state of its file in the previous call, None if there was no file. The dictionary is changed in
-            place: settled paths are removed, and the states of the other paths are updated.
+        waiting: Path -> state of the file in the previous call, None if there was no file. The dictionary is changed in
+            place: settled paths are removed, and the states of the remaining paths are updated.
 
     Returns:
         The settled paths, which were removed from `waiting`.
@@ -157,8 +157,8 @@ def _affected_paths(change_type: str, path: str) -> Iterator[str]:
         path: Path of the changed file or folder.
 
     Yields:
-        Paths with the suffix of a picture, and paths that no longer exist and may have been folders. For a new folder,
-        the paths of the pictures inside it.
+        The path if it has the suffix of a picture, or if it no longer exists, because it was possibly a folder of
+        pictures. If the path is a new folder, the paths of the pictures inside this folder.
     """
     paths = [path]
     if change_type == "added" and os.path.isdir(path):
@@ -171,7 +171,7 @@ def _affected_paths(change_type: str, path: str) -> Iterator[str]:
 
 
 def _file_state(path: str) -> FileState | None:
-    """Return the current size and modification time of a file, or None if the file does not exist."""
+    """Return the current state of a file (size and modification time), or None if the file can't be accessed."""
     with suppress(OSError):
         return FileState.of(path)
     return None
@@ -185,8 +185,8 @@ def _available_folders(folders: Mapping[Path, str], allow_empty: bool) -> dict[P
         allow_empty: Whether an empty folder counts as available.
 
     Returns:
-        Path of each available folder -> its device and inode. If a disk is mounted or unmounted, the path has another
-        device and inode afterwards, so the caller can notice the change.
+        Path of each available folder -> tuple of the folder's device and inode. If a disk is mounted or unmounted at
+        this path, the device and inode change, so the caller can notice the change.
     """
     available = {}
     for folder, real in folders.items():

@@ -67,7 +67,8 @@ def add_with_workers(arguments: WorkerArguments, real_paths: Mapping[Path, str] 
             `PictureIndex.folders_to_add` returns them. None: the real paths are resolved now.
 
     Returns:
-        True if the index is up to date. False if jobs were submitted to Slurm and have not run yet.
+        True if all tasks are done and the index is up to date. False if the tasks were submitted to Slurm as jobs and
+        have not run yet.
 
     Raises:
         ValueError: If a folder does not exist, was forgotten or contains no picture, if a pattern is invalid, or if
@@ -112,8 +113,8 @@ def embed_share(arguments: WorkerArguments, rank: int, world_size: int) -> str:
         A sentence for the log: the number of embedded pictures.
     """
     table, model, plan = _load_plan(arguments)
-    # A checksum of its path decides which task embeds a file. So each file belongs to exactly one task, even if the
-    # tasks find different lists of files, because files were added or embedded in the meantime.
+    # The checksum of a file's path decides which task embeds the file. So each file belongs to exactly one task, even
+    # if the tasks find different lists of files because files were added or embedded in the meantime.
     plan.files = [file for file in plan.files if zlib.crc32(file.path.encode()) % world_size == rank]
     report = IndexWriter(table, model, plan, arguments.batch_size).run()
     return f"{report.embedded} pictures embedded"

@@ -4,9 +4,9 @@ Example:
     answers = PageAnswers(index)
     hits = answers.search(Question.parse({"text": "um gato", "k": 12}), None)["hits"]
 
-A question is a POST request of the page, such as a search. `server.py` receives it, and `guard.py` checks and limits
-it. If a question is refused, RequestRefusedError is raised. The JSON files in `page/words` have a text for each of its
-codes.
+A question is a POST request of the page, such as a search. `server.py` receives the request, and `guard.py` checks and
+limits it. If a request is refused, RequestRefusedError is raised. The JSON files in `page/words` have a text for each
+code of this error.
 """
 
 import contextlib
@@ -68,13 +68,13 @@ class Question:
 
     @classmethod
     def parse(cls, values: object) -> "Question":
-        """Check the JSON value of a request and convert it to a question.
+        """Check the JSON value of a request and convert it to a `Question`.
 
         Args:
             values: Parsed JSON. It must be a dictionary from field names of this class to values.
 
         Returns:
-            The question.
+            The checked values.
 
         Raises:
             RequestRefusedError: If a key or value is not allowed, the text is too long, or `since` is after `until`.
@@ -89,7 +89,12 @@ class Question:
         return question
 
     def filters(self) -> dict[str, Any]:
-        """Return `folder`, `since` and `until` as keyword arguments for the search methods of `PictureIndex`."""
+        """Return the filters of the request as keyword arguments for the search methods of `PictureIndex`.
+
+        Returns:
+            Dictionary with the keys "folder" (path, None for all folders), "since" and "until" (date, None for no
+            limit).
+        """
         return {"folder": self.folder or None, "since": self.since, "until": self.until}
 
     def check_labels_and_template(self) -> tuple[list[str], str]:
@@ -155,7 +160,7 @@ def _check_value(name: str, value: object) -> Any:
 def _is_encodable(text: str) -> bool:
     """Return whether a text can be encoded as UTF-8.
 
-    Strings in JSON may contain half of a surrogate pair, which has no UTF-8 encoding.
+    A string in JSON can contain half of a surrogate pair, which has no UTF-8 encoding.
     """
     return text.isprintable() or text.encode("utf-8", "ignore").decode() == text
 
@@ -163,7 +168,8 @@ def _is_encodable(text: str) -> bool:
 class PageAnswers:
     """Computes the responses to the requests of the page with an index.
 
-    Each public method answers one type of request. The methods may be called from any thread, but only one at a time.
+    Each public method answers one type of request. The methods can be called from any thread, but no two methods can
+    run at the same time.
 
     Args:
         index: Index that is searched.
@@ -171,7 +177,9 @@ class PageAnswers:
 
     def __init__(self, index: "PictureIndex"):
         self.index = index
-        self._video_count = (-1, 0)  # version of the index, and number of videos that are left out of this version
+        # Cached pair: the version of the index for which videos were counted (-1 if they were not counted yet), and the
+        # number of video files in the indexed folders, which the index ignores.
+        self._video_count = (-1, 0)
 
     def search(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
         """Find the pictures that are most similar to the query, or the newest pictures if the query is empty.
@@ -266,8 +274,8 @@ class PageAnswers:
 
         Returns:
             Dictionary with the keys "version" (version of the index), "count" (number of pictures), "model" (name),
-            "note" (notice about the model, or None), "videos" (number of videos that are left out) and "progress"
-            (progress of a running update of the index, or None).
+            "note" (notice about the model, or None), "videos" (number of video files in the indexed folders, which
+            are ignored) and "progress" (result of `PictureIndex.progress`, None if no update of the index is running).
         """
         state, model = self._index_state(), self.index.model
         if self._video_count[0] != state["version"]:
@@ -286,7 +294,7 @@ class PageAnswers:
             image: Uploaded picture of the query, or None.
 
         Returns:
-            The vector (width,), or None if the query is empty.
+            Query vector (width,), not always of unit length. None if the query is empty.
 
         Raises:
             RequestRefusedError: If a picture of the query is not in the index or was not embedded by the model yet.
@@ -308,13 +316,13 @@ class PageAnswers:
         return self.index.apply_feedback(vector, feedback) if feedback else vector
 
     def _require_vectors(self, paths: list[str]) -> np.ndarray:
-        """Return the embeddings of pictures of the index.
+        """Return the stored embeddings of pictures of the index, and refuse the request if one is missing.
 
         Args:
             paths: Paths of the pictures.
 
         Returns:
-            Embeddings (paths, width).
+            Embeddings (paths, width), float32, of unit length.
 
         Raises:
             RequestRefusedError: With the code "gone" if the first picture is not in the index. With the code
@@ -335,9 +343,10 @@ def hit_to_dict(hit: Hit, with_score: bool) -> dict[str, Any]:
         with_score: Whether the score is returned. If False, the score is None.
 
     Returns:
-        Dictionary with the fields of `Hit`, with times as texts in ISO 8601, and two more keys: "name" (file name
-        without the extension) and "v" (a number that changes when the file changes; it is part of the address of the
-        picture, so that browsers do not show an outdated picture from their cache).
+        Dictionary with the fields of `Hit`, in which times are texts in ISO 8601, and two more keys. "name" is the file
+        name without the extension. "v" is the modification time of the file in seconds since 1970, or 0 if it is not
+        known. The page adds "v" to the URL of the picture, so that browsers do not show an outdated picture from their
+        cache.
     """
     values = dataclasses.asdict(hit) | {"name": Path(hit.path).stem}
     times = ("taken", "modified", "date")

@@ -34,7 +34,7 @@ MAX_VIEW_SIDE = 1600  # longest side of a decoded image, in pixels; the model us
 
 
 class DecoderProcess:
-    """A child process that decodes pictures, one after another. Its methods may be called from several threads."""
+    """A child process that decodes pictures, one after another. Several threads can call the methods at once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -85,7 +85,7 @@ class DecoderProcess:
 
 
 def main(descriptor: int, seconds: float) -> None:
-    """Decode pictures in the child process until the parent process closes its end of the pipe.
+    """Decode pictures until the parent process closes the pipe. The child process runs this function.
 
     Args:
         descriptor: File descriptor of the pipe to the parent process, which serves the page.

@@ -5,8 +5,8 @@ Example:
     uvicorn.Config(app, http=LimitedHttpProtocol, backlog=BACKLOG)
     answer = await QuestionQueue().ask(lambda: index.search("um gato"))
 
-In this package, a question is a POST request of the page, such as a search. Its body is a line of JSON, which may be
-followed by the bytes of an uploaded picture.
+In this package, a question is a POST request of the page, such as a search. The body of the request is a line of JSON,
+optionally followed by the bytes of an uploaded picture.
 """
 
 import asyncio
@@ -77,14 +77,15 @@ class RequestGuard:
     """ASGI middleware that validates the Host and Origin headers and adds security headers to every response.
 
     A request with an unknown Host header is refused to prevent DNS rebinding: without this check, another website could
-    let its own name resolve to this machine and then read the pictures. `X-Forwarded-Host` is trusted only if
-    `behind_proxy` is set and its value is in `hosts`.
+    let its own name resolve to this machine and then read the pictures. The header `X-Forwarded-Host` is trusted only
+    if `behind_proxy` is True and the value of the header is in `hosts`.
 
     Args:
         app: ASGI application that answers the valid requests.
         hosts: Allowed host names and addresses. "*" allows all of them.
-        behind_proxy: Whether the page may be behind a proxy, because other machines can reach it. An example is a
-            Hugging Face Space. If True, huggingface.co may show the page in a frame.
+        behind_proxy: Whether a proxy possibly forwards the requests, as on a Hugging Face Space. The server sets it if
+            other machines can reach the page. If True, the host in `X-Forwarded-Host` is accepted as the origin of a
+            request if it is in `hosts`, and the website huggingface.co is allowed to show the page in a frame.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], behind_proxy: bool):
@@ -140,7 +141,8 @@ class RequestGuard:
             scope: ASGI scope of the request.
 
         Raises:
-            RequestRefusedError: If the host is neither in `hosts` nor the address that the client has connected to.
+            RequestRefusedError: If the host is neither in `hosts` nor the address of this machine to which the client
+                is connected.
         """
         host = Headers(scope=scope).get("host", "")
         address = (scope.get("server") or ("",))[0]  # address of this machine that the client has connected to
@@ -148,7 +150,7 @@ class RequestGuard:
             raise RequestRefusedError("unknown_host", 400, host=host, flag=f"--allow-host {parse_host_name(host)}")
 
     def _check_origin(self, scope: Scope) -> None:
-        """Check that no other website makes the request. Other websites may only link to the page (path "/").
+        """Check that no other website makes the request. Other websites are only allowed to link to the path "/".
 
         Args:
             scope: ASGI scope of the request.
@@ -285,7 +287,7 @@ class LimitedHttpProtocol(H11Protocol):
         self._restart_deadline()
 
     def is_waiting(self) -> bool:
-        """Return whether the server waits for the client to send a request or to read a response."""
+        """Return whether the server is waiting until the client sends a request or reads a response."""
         return self.flow.write_paused or self.cycle is None or self.cycle.response_complete
 
     def _restart_deadline(self) -> None:
@@ -303,8 +305,8 @@ class LimitedHttpProtocol(H11Protocol):
 def connection_limit() -> int:
     """Return how many connections the server accepts, from 1 to `MAX_CONNECTIONS`.
 
-    The number depends on how many files the process may open. A connection that downloads a picture needs two file
-    descriptors, and `RESERVED_DESCRIPTORS` are needed for everything else.
+    The number depends on how many files the process is allowed to open. A connection that downloads a picture needs two
+    file descriptors, and `RESERVED_DESCRIPTORS` file descriptors are needed for everything else.
     """
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
@@ -340,7 +342,7 @@ def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
 
 
 def parse_host_name(host: str) -> str:
-    """Return the host name or address in a Host header.
+    """Extract the host name or address from the value of a Host header.
 
     Args:
         host: Value of the header, such as "Fotos.local:7860".
@@ -358,10 +360,11 @@ def parse_host_name(host: str) -> str:
 
 
 class QuestionQueue:
-    """Queue that answers questions (requests of the page) one at a time.
+    """Queue that answers questions (POST requests of the page) one at a time.
 
-    Only one question is answered at a time, because two threads must not use a tokenizer at once. Each question is
-    answered in a new thread. If the answer takes too long, the request is refused, and the thread continues unobserved.
+    Two questions are never answered at the same time, because two threads must not use a tokenizer at once. Each
+    question is answered in a new thread. If the answer takes too long, the request is refused. The thread continues to
+    run, because a thread can't be ended from outside, and its result is ignored.
     """
 
     def __init__(self) -> None:
@@ -379,9 +382,9 @@ class QuestionQueue:
             The return value of `question`.
 
         Raises:
-            RequestRefusedError: With the code "busy" if `MAX_QUEUED_QUESTIONS` are in the queue, if
-                `MAX_ABANDONED_THREADS` still run, or if the time in the queue exceeds `QUEUE_TIMEOUT_S`. With the code
-                "too_slow" if the answer takes too long.
+            RequestRefusedError: With the code "busy" if `MAX_QUEUED_QUESTIONS` questions are in the queue, if
+                `MAX_ABANDONED_THREADS` threads still work on refused questions, or if the question waits longer than
+                `QUEUE_TIMEOUT_S` seconds in the queue. With the code "too_slow" if the answer takes too long.
         """
         if self._abandoned_count >= MAX_ABANDONED_THREADS or self._queued_count >= MAX_QUEUED_QUESTIONS:
             raise RequestRefusedError("busy", 503)

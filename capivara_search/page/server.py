@@ -112,7 +112,7 @@ def serve_index(
         port: Port that the server listens on. If it is the default port and another program uses it, a free port is
             used.
         open_browser: Whether the page is opened in the browser of this machine.
-        language: Default language of the page, "pt" or "en". The URL parameter `lang` selects the other language.
+        language: Default language of the page, "pt" or "en". The URL parameter `lang` overrides it.
         credit: Source and license of the pictures, which are shown on the page; None to show no credit.
         on_open: Function that is called with the URL of the page when the server has started.
         allow_hosts: Host names that are accepted in requests, in addition to the default names of
@@ -200,7 +200,7 @@ def create_page_server(
 
 
 class PageSite:
-    """The addresses (routes) of the search page and the functions that answer requests to them.
+    """Routes (URL paths) of the search page, and the functions that answer the requests to each route.
 
     Args:
         answers: Computes the responses to POST requests.
@@ -343,8 +343,8 @@ class PageSite:
         """Open and decode the file of a picture of the index.
 
         The file must be in a folder that was passed to `PictureIndex.add` on this machine, because the paths of an
-        index from other people may lead to any file. The open file is returned, so that the checked file is sent even
-        if the path leads to another file in the meantime.
+        index from other people can lead to any file. The open file is returned, so that the server sends the checked
+        file even if another file has replaced it at this path in the meantime.
 
         Args:
             path: Absolute path of the picture.
@@ -389,13 +389,14 @@ class PageSite:
 
 
 def _parse_body(body: bytearray) -> tuple[Question, bytearray]:
-    """Split the body of a POST request into the question and the uploaded picture.
+    """Split the body of a POST request into the values of the request (`Question`) and the uploaded picture.
 
     Args:
         body: A line of JSON, followed by the content of a picture file or by nothing.
 
     Returns:
-        Tuple of the question and the content of the picture file, which may be empty.
+        Tuple of the checked values and the content of the picture file. The content is empty if no picture was
+        uploaded.
 
     Raises:
         RequestRefusedError: If the first line is not valid JSON, or not a valid question.
@@ -481,7 +482,14 @@ def render_page_html(messages: dict[str, Any], is_static: bool = False, **values
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host name or address belongs to the loopback interface, which only this machine can reach."""
+    """Return whether a host name or address belongs to the loopback interface, which only this machine can reach.
+
+    Args:
+        host: Host name, IPv4 address or IPv6 address.
+
+    Returns:
+        True for "localhost" and for loopback addresses; False for all other names and addresses.
+    """
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
