@@ -98,7 +98,11 @@ def build_scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Capt
 
 
 def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """Build a tokenizer with one token per word; it puts "</s>" before each text."""
+    """Build a tokenizer with one token per word. The tokenizer puts the token "</s>" before each text.
+
+    Args:
+        words: Words of the vocabulary. A word may occur several times; any word that is missing becomes "<unk>".
+    """
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -155,7 +155,16 @@ def make_vectors(work: Path, rows: int) -> None:
 
 
 def sample_near_centers(centers: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Sample unit vectors of shape (count, width), each near a random cluster center."""
+    """Sample unit vectors, each near a random cluster center.
+
+    Args:
+        centers: Unit vectors of shape (clusters, width).
+        count: Number of vectors.
+        rng: Random number generator.
+
+    Returns:
+        Vectors of shape (count, width).
+    """
     noise = rng.standard_normal((count, EMBEDDING_WIDTH), dtype=np.float32) * (NOISE_SPREAD / EMBEDDING_WIDTH**0.5)
     return l2_normalize(centers[rng.integers(0, len(centers), count)] + noise)
 
@@ -206,6 +215,9 @@ def make_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table:
         vectors: Vectors of shape (rows, width).
         start: Number of the first row.
         digest: Image encoder digest of the model.
+
+    Returns:
+        Table with one row for each vector.
     """
     numbers, count = range(start, start + len(vectors)), len(vectors)
     columns = {

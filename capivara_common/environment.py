@@ -35,8 +35,9 @@ def require_packages(purpose: str, extra_name: str | None, *modules: str) -> Non
     """Check that modules are installed.
 
     Args:
-        purpose: What needs the modules; the error message begins with it.
-        extra_name: Extra of setup.cfg that installs them. None: the message names the packages themselves.
+        purpose: Name of the feature that needs the modules. The error message begins with this name.
+        extra_name: Extra of setup.cfg that installs the modules. If None, the error message tells the user to install
+            the modules by their own names.
         *modules: Import names of the modules.
 
     Raises:
@@ -65,6 +66,7 @@ def install_command(extra_name: str) -> str:
 
 
 def _is_installed(module: str) -> bool:
+    """Return whether the module with the import name `module` is installed, without importing the module itself."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # raised if the parent package of `module` is missing

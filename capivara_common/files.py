@@ -190,7 +190,11 @@ def _move_folder_into_place(new: Path, path: Path, overwrite: bool) -> None:
 
 
 def _remove_folder(folder: Path) -> None:
-    """Remove a replaced or unfinished folder, after renaming it to a name that marks it as incomplete."""
+    """Remove a replaced or unfinished folder that lies next to an output folder.
+
+    The folder is first renamed to a name with ".tmp-". If the process is killed before all files are deleted,
+    `remove_leftovers` then does not mistake the rest of the folder for a complete one.
+    """
     doomed = folder.with_name(f"{folder.name[: -len('old-01234567')]}tmp-{folder.name[-8:]}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
@@ -203,7 +207,13 @@ def partial_folder(path: Path) -> Path:
 
 
 def seed_folders(folder: Path) -> list[Path]:
-    """Return the finished runs `seed-0`, `seed-1`, … in the output folder of a training with several seeds.
+    """Return the folders of the runs `seed-0`, `seed-1`, … of a finished training with several seeds.
+
+    Args:
+        folder: Output folder of the training.
+
+    Returns:
+        Folders of the runs, sorted by name; empty if the training had a single seed.
 
     Raises:
         ValueError: If the training is unfinished.
@@ -214,7 +224,15 @@ def seed_folders(folder: Path) -> list[Path]:
 
 
 def finish_folder(path: Path, overwrite: bool = False) -> None:
-    """Rename `partial_folder(path)` to `path`. With `overwrite`, replace a folder that exists there."""
+    """Move the files of a finished run into place: rename `partial_folder(path)` to `path`.
+
+    Args:
+        path: Output folder of the run.
+        overwrite: Whether a folder that exists at `path` and is not empty may be replaced.
+
+    Raises:
+        ValueError: If `path` can't be written (see `check_output_folder`).
+    """
     path, partial = path.resolve(), partial_folder(path)
     check_output_folder(path, overwrite)
     for leftover in partial.rglob(".*.tmp"):
@@ -317,10 +335,10 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def lock_folder(folder: Path) -> int:
-    """Lock a folder exclusively.
+    """Lock a folder exclusively, without waiting.
 
     Returns:
-        File descriptor; closing it, or the end of the process, releases the lock.
+        File descriptor of the folder. Closing the descriptor, or the end of the process, releases the lock.
 
     Raises:
         BlockingIOError: If another process holds the lock.
@@ -340,7 +358,7 @@ class AllowedFolders:
     consists of links to the `blobs` folder of its repository, so that folder is allowed, too.
 
     Args:
-        folder: Folder of the dataset; it may itself be reached through a link.
+        folder: Folder of the dataset. Its path may contain links.
         extra_folders: Further folders that links and paths may lead to.
     """
 
