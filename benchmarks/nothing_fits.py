@@ -110,14 +110,17 @@ def measure_feedback(
     """Measure how feedback changes the first `TOP_K` results.
 
     Args:
-        model: Model of the texts.
-        feedback_queries: Queries of the YAML file: `text`, `each` (class of an object -> words for it) and `wanted`.
+        model: Model that embeds the texts.
+        feedback_queries: Queries of the YAML file, each with `text`, `each` (class of an object -> words for the object)
+            and `wanted` (list of classes that the results should show).
         images: Image embeddings of shape (images, width).
         classes: Classes of the objects in each image.
 
     Yields:
-        For each weight and kind of feedback (words or image), the mean number of results with the object and with the
-        wanted classes, each before and after, and how often the object disappears.
+        For each weight and kind of feedback ("by": words or a picture), a dict. "object" and "wanted": mean number of
+        results that show the object, or an object of a wanted class, as lists [before feedback, after feedback].
+        "gone": fraction (0 to 1) of the cases with the object before feedback in which no result shows it afterwards.
+        "had": number of cases with the object before feedback. "cases": number of all cases.
     """
     cases = [
         (query["text"], object_class, words, set(query["wanted"]))

@@ -50,10 +50,13 @@ def measure_following(work: Path, number: int, runs: int) -> dict[str, Any]:
     Args:
         work: Folder for photographs and index; it contains the folder `model`.
         number: Number of photographs.
-        runs: Repetitions of changes and of runs without changes.
+        runs: How often the changes of the folder, and the indexing run that finds nothing new, are measured.
 
     Returns:
-        The results, as in search_follow.json.
+        The results, as in search_follow.json: "pictures" and "burst" (numbers of photographs), "estimates" (result of
+        `measure_estimate` by indexing run), "nothing_new_s" (seconds of each run that finds nothing new),
+        "change_in_the_answers_s" (seconds by kind of change, see `time_changes`), and "page_ms" (results of
+        `time_questions` while the folder is unchanged and while many new photographs are read).
     """
     work = work.absolute()  # the index stores absolute paths
     folder, where = work / "followed", work / "followed.lance"
@@ -165,10 +168,10 @@ def interrupt_indexing(words: list[str], where: Path, done_count: int) -> None:
 
 
 def measure_estimate(words: list[str], where: Path) -> dict[str, Any]:
-    """Measure how wrong the estimates of the remaining time are.
+    """Run `capivara index`, and measure how wrong its estimates of the remaining time are.
 
     Args:
-        words: Command line of the indexing run.
+        words: Arguments of the command `capivara`.
         where: Folder of the index.
 
     Returns:

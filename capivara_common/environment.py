@@ -149,7 +149,7 @@ def resolve_precision(requested: str, device: "torch.device") -> str:
 
 
 def describe_device(device: "torch.device | str" = "cpu") -> str:
-    """Describe a CPU or GPU in words, such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)"."""
+    """Return the name of a CPU or GPU for results, such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)"."""
     import torch  # imported here so that commands can read their flags without torch
 
     device = torch.device(device)
