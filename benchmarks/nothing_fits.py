@@ -111,7 +111,7 @@ def measure_feedback(
 
     Args:
         model: Model that embeds the texts.
-        feedback_queries: Queries of the YAML file, each with `text`, `each` (class of an object -> words for the object)
+        feedback_queries: Queries of the YAML file, with `text`, `each` (class of an object -> words for the object)
             and `wanted` (list of classes that the results should show).
         images: Image embeddings of shape (images, width).
         classes: Classes of the objects in each image.
