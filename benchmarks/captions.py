@@ -9,7 +9,8 @@ on the same images:
 - `plain`: `Blip2ForConditionalGeneration.generate`, which encodes an image once per prefix;
 - `ours`: `captions.generate`, which encodes an image once and lets the language model read its query tokens once.
 
-The gain is the median of the ratios of each run. Both programs pad prefixes to the longest one.
+The gain is the median, over the runs, of the seconds of `plain` divided by the seconds of `ours`. Both programs pad the
+prefixes to the length of the longest prefix.
 """
 
 from collections.abc import Callable
@@ -66,7 +67,14 @@ def main(argv: list[str] | None = None) -> None:
 def build_scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Captioner:
     """Build a scaled-down BLIP-2 with random weights.
 
-    It has no end-of-sequence token, so that all captions have the same length.
+    The model has no end-of-sequence token, so that all captions have the same length.
+
+    Args:
+        args: Command-line arguments: divisors of the model's sizes, number of images, and tokens per caption.
+        prefixes: Beginnings of the captions. Their words are the vocabulary of the tokenizer.
+
+    Returns:
+        The model with its image processor and tokenizer.
     """
     tokenizer = build_word_tokenizer(" ".join(prefixes).split())
     language = {"model_type": "opt", "hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -90,7 +98,11 @@ def build_scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Capt
 
 
 def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """Build a tokenizer with one token per word; it puts "</s>" before each text."""
+    """Build a tokenizer with one token per word. The tokenizer puts the token "</s>" before each text.
+
+    Args:
+        words: Words of the vocabulary. A word may occur several times; any word that is missing becomes "<unk>".
+    """
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -16,7 +16,7 @@ Three kinds of pairs must not be recognized as duplicates:
   the same, such as "full moon" and "yellow circle", are not counted.
 
 The value of `capivara_search.results.DUPLICATE_MIN_SIMILARITY` and the constants of `capivara_search.duplicates` were
-chosen by these results. They are in benchmarks/results/duplicates.json, and docs/benchmarks.md shows them.
+chosen by the results of this benchmark, which benchmarks/results/duplicates.json contains and docs/benchmarks.md shows.
 """
 
 import io
@@ -69,9 +69,14 @@ class DuplicatesArguments:
 
 
 def reduce_image(pixels: int, image: Image.Image) -> Image.Image:
-    """Return the image scaled down so that its longer side has at most `pixels` pixels.
+    """Scale an image down, unless it is already small enough.
 
-    An image that is small enough already keeps its size.
+    Args:
+        pixels: Largest length of the longer side in pixels.
+        image: The image.
+
+    Returns:
+        The image with at most this length.
     """
     scale = min(1, pixels / max(image.size))
     return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)

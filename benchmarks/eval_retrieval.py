@@ -93,7 +93,18 @@ def compute_our_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text
 
 
 def compute_clip_benchmark_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
-    """Return the recalls of clip-benchmark: the part of `zeroshot_retrieval.evaluate` that follows the embedding."""
+    """Compute recall at 1, 5 and 10 in both directions with the functions of clip-benchmark.
+
+    The code is that of `zeroshot_retrieval.evaluate` in clip-benchmark, without the computation of the embeddings.
+
+    Args:
+        image_embeds: Image embeddings (images, width).
+        text_embeds: Text embeddings (texts, width).
+        image_of_text: Image index of each text (texts,).
+
+    Returns:
+        Recall from 0 to 1 by direction and cutoff, such as "text_to_image@5".
+    """
     from clip_benchmark.metrics.zeroshot_retrieval import batchify
     from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k as theirs
 
@@ -109,7 +120,17 @@ def compute_clip_benchmark_recalls(image_embeds: Tensor, text_embeds: Tensor, im
 
 
 def compare_recalls(embeddings: tuple[Tensor, Tensor, Tensor], runs: int) -> dict[str, Any]:
-    """Return the median seconds of both programs, the median ratio, and the largest difference of a recall."""
+    """Time the functions of clip-benchmark and of this project, and compare their recalls.
+
+    Args:
+        embeddings: Image embeddings, text embeddings, and image index of each text, from `make_random_embeddings`.
+        runs: Number of alternating runs.
+
+    Returns:
+        "runs": number of runs. "seconds": median seconds of "clip_benchmark" and "ours". "ratio": median over the runs
+        of clip-benchmark's seconds divided by our seconds. "largest_difference_of_a_recall": largest absolute
+        difference between the recalls (0 to 1) of the two programs.
+    """
     steps = {
         "clip_benchmark": lambda: compute_clip_benchmark_recalls(*embeddings),
         "ours": lambda: compute_our_recalls(*embeddings),

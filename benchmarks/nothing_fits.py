@@ -8,7 +8,7 @@ The last command measures another model on your own photographs. `mine.yaml` lis
 photograph under `there`, and others under `absent`, as benchmarks/nothing_fits.yaml does. The AUC of a statistic says
 how well it separates both kinds of sentences (0.5 is chance). If YOLO boxes lie next to the photographs, the effect of
 feedback is measured as well: how many of the first ten results show an object before and after less or more of it is
-requested. docs/benchmarks.md has the figures of statistics and forms of feedback that were rejected, with their commit.
+requested. docs/benchmarks.md has the results of statistics and forms of feedback that were rejected, with their commit.
 """
 
 from collections.abc import Iterator
@@ -56,7 +56,15 @@ class NothingFitsArguments:
 
 
 def auc(present: np.ndarray, absent: np.ndarray) -> float:
-    """Return the area under the ROC curve: the probability that `present` exceeds `absent` (a tie counts 0.5)."""
+    """Compute the area under the ROC curve (AUC) of a statistic.
+
+    Args:
+        present: Statistic of each sentence with a matching image, of shape (n,).
+        absent: Statistic of each sentence without a matching image, of shape (m,).
+
+    Returns:
+        Probability that a random value of `present` is larger than a random value of `absent`; a tie counts 0.5.
+    """
     return float(((present[:, None] > absent) + (present[:, None] == absent) / 2).mean())
 
 
@@ -68,7 +76,8 @@ def measure_separation(present: np.ndarray, absent: np.ndarray) -> dict[str, obj
         absent: Statistic of each sentence without a matching image, of shape (m,).
 
     Returns:
-        The AUC, its 95 % bootstrap interval, and the AUC of the even and the odd sentences.
+        "auc": the AUC. "interval_95": lower and upper end of its 95 % bootstrap interval. "halves": list of two AUCs,
+        of the sentences with even and with odd index.
     """
     rng = np.random.default_rng(0)
     resampled = [
@@ -80,7 +89,15 @@ def measure_separation(present: np.ndarray, absent: np.ndarray) -> dict[str, obj
 
 
 def read_box_classes(path: Path, class_names: dict[int, str]) -> set[str]:
-    """Return the classes of the objects in a photograph from its YOLO label file; empty if there is no such file."""
+    """Read the classes of the objects in a photograph from the YOLO label file of the photograph.
+
+    Args:
+        path: Path of the photograph, inside a folder `images`.
+        class_names: Name of each class by its number in the label file.
+
+    Returns:
+        Names of the classes; empty if the photograph has no label file.
+    """
     labels = Path(str(path).replace("/images/", "/object_detection/labels/")).with_suffix(".txt")
     if not labels.is_file():
         return set()
@@ -93,14 +110,17 @@ def measure_feedback(
     """Measure how feedback changes the first `TOP_K` results.
 
     Args:
-        model: Model of the texts.
-        feedback_queries: Queries of the YAML file: `text`, `each` (class of an object -> words for it) and `wanted`.
+        model: Model that embeds the texts.
+        feedback_queries: Queries of the YAML file, with `text`, `each` (class of an object -> words for the object)
+            and `wanted` (list of classes that the results should show).
         images: Image embeddings of shape (images, width).
         classes: Classes of the objects in each image.
 
     Yields:
-        For each weight and kind of feedback (words or image), the mean number of results with the object and with the
-        wanted classes, each before and after, and how often the object disappears.
+        For each weight and kind of feedback ("by": words or a picture), a dict. "object" and "wanted": mean number of
+        results that show the object, or an object of a wanted class, as lists [before feedback, after feedback].
+        "gone": fraction (0 to 1) of the cases with the object before feedback in which no result shows it afterwards.
+        "had": number of cases with the object before feedback. "cases": number of all cases.
     """
     cases = [
         (query["text"], object_class, words, set(query["wanted"]))

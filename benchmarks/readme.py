@@ -1,10 +1,11 @@
-"""Fill the marked blocks of the documentation with tables from benchmarks/results.
+"""Write tables of the results in benchmarks/results into the documentation.
 
 python -m benchmarks.readme           # fill the blocks between the markers
 python -m benchmarks.readme --demo runs/openmoji-pt-001   # first import the results of a demo run
 python -m benchmarks.readme --check   # fail if a block differs from the JSON
 
-Each block is written by the macro of its name in `tables.md.j2`.
+A block is the text between a begin marker and an end marker (HTML comments, see `BLOCK_RE`) in a Markdown file. The
+begin marker contains the name of the block. The macro with the same name in `tables.md.j2` writes the text.
 """
 
 import re
@@ -37,20 +38,25 @@ class ReadmeArguments:
 
 
 def find_pages() -> list[str]:
-    """Return the paths of all pages with a marked block, relative to the checkout."""
+    """Find the Markdown files that contain a block between markers.
+
+    Returns:
+        Sorted paths relative to the checkout, such as "docs/benchmarks.md". Only the checkout's top folder and its
+        folder `docs` are searched.
+    """
     paths = (path.relative_to(CODE_ROOT) for path in (*CODE_ROOT.glob("*.md"), *CODE_ROOT.glob("docs/*.md")))
     return sorted(str(path) for path in paths if BLOCK_RE.search((CODE_ROOT / path).read_text(encoding="utf-8")))
 
 
 def fill_blocks(page: str, text: str) -> str:
-    """Fill the marked blocks of a page.
+    """Replace the text of all blocks between markers in a Markdown file. The file itself is not written.
 
     Args:
-        page: Path of the page, relative to the checkout.
-        text: Its text.
+        page: Path of the file relative to the checkout. The blocks of LEIAME.md are written in Portuguese.
+        text: Current content of the file.
 
     Returns:
-        The text with the content of every block replaced.
+        Content of the file with the new text in every block.
 
     Raises:
         ValueError: If `tables.md.j2` has no macro for a block.
@@ -67,7 +73,11 @@ def fill_blocks(page: str, text: str) -> str:
 
 
 def load_template() -> Template:
-    """Return the template `tables.md.j2`, which has a macro per block, with the functions that it calls."""
+    """Load the template `tables.md.j2`, and register the filters and functions that the template calls.
+
+    Returns:
+        The template. It has a macro for each block of the documentation.
+    """
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), extensions=["jinja2.ext.do"], **options)
     environment.filters |= {
@@ -92,12 +102,26 @@ def load_template() -> Template:
 
 
 def _percent(shares: float | list[float]) -> str:
-    """Format one share or the shares of several seeds in percent."""
+    """Format fractions in percent.
+
+    Args:
+        shares: A fraction from 0 to 1, or the fractions of several seeds.
+
+    Returns:
+        Text such as `format_percent` returns.
+    """
     return format_percent([shares] if isinstance(shares, float) else shares)
 
 
 def load_results(name: str) -> dict[str, Any]:
-    """Return the results of a benchmark, by the name of its file without `.json`."""
+    """Read the results of a benchmark.
+
+    Args:
+        name: Name of the file in benchmarks/results without `.json`, such as "search".
+
+    Returns:
+        The JSON object in the file.
+    """
     return read_json(RESULTS_FOLDER / f"{name}.json")
 
 
@@ -112,25 +136,44 @@ def format_milliseconds(percentiles: dict[str, float], digits: int = 0) -> list[
 
 
 def format_table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
-    """Build a Markdown table. The first `text_columns` columns are aligned left, the others, with figures, right."""
+    """Build a Markdown table.
+
+    Args:
+        header: Titles of the columns.
+        rows: Cells of each row.
+        text_columns: Number of columns with text. These first columns are aligned left; all further columns contain
+            numbers and are aligned right.
+
+    Returns:
+        The table in Markdown.
+    """
     lines = [header, ["---"] * text_columns + ["---:"] * (len(header) - text_columns), *rows]
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
 def format_versions(results: dict[str, Any], *packages: str) -> str:
-    """Format the versions of packages that results record, for example "torch 2.13.0, transformers 5.24.0"."""
+    """Format the versions of packages that a benchmark used.
+
+    Args:
+        results: Results of a benchmark, with the versions of its packages under "versions".
+        *packages: Names of the packages to list. A package without a recorded version is skipped.
+
+    Returns:
+        Text such as "torch 2.13.0, transformers 5.24.0".
+    """
     versions = {package: results["versions"][package] for package in packages if package in results["versions"]}
     return ", ".join(f"{package.removesuffix('_torch')} {version}" for package, version in versions.items())
 
 
 def mean_recalls(recipe_row: dict[str, Any]) -> list[list[float]]:
-    """Average the mean recall of both directions.
+    """Average the mean recall over both directions (text to image, image to text).
 
     Args:
-        recipe_row: A row of recipe.json.
+        recipe_row: An entry of "rows" in recipe.json.
 
     Returns:
-        For each test set and language (pt, en), the average of each seed.
+        A list for each pair of test set and language, in the order openmoji pt, openmoji en, twemoji pt, and so on. It
+        contains the average (0 to 1) of each seed.
     """
     test_sets = [f"{name}/test/{code}" for name in ("openmoji", "twemoji", "noto", "photos") for code in ("pt", "en")]
     recalls = []
@@ -141,7 +184,11 @@ def mean_recalls(recipe_row: dict[str, Any]) -> list[list[float]]:
 
 
 def import_demo_runs(runs: list[Path]) -> None:
-    """Copy the records, run.json files and images of demo runs, one per seed, to benchmarks/results and docs."""
+    """Copy the results of demo runs to benchmarks/results/demo.json, and the charts of the first run to docs.
+
+    Args:
+        runs: Output folders of the runs, one per seed. Their evaluation records and run.json files are copied.
+    """
     records = []
     for run in runs:
         for path in sorted((run / "results").glob("*.json"), reverse=True):
@@ -157,13 +204,18 @@ def import_demo_runs(runs: list[Path]) -> None:
 
 
 def save_small_image(source: Path, target: Path) -> None:
-    """Save a chart with 256 colors, which looks the same and takes a third of the bytes."""
+    """Save a copy of a chart with 256 colors, which looks the same and takes a third of the bytes.
+
+    Args:
+        source: Image file of the chart.
+        target: PNG file to write.
+    """
     with PIL.Image.open(source) as picture:
         picture.convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE).save(target, "PNG", optimize=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: fill the marked blocks of all pages or, with `--check`, fail if a block is outdated."""
+    """Run the command: write the blocks of all Markdown files or, with `--check`, fail if a block is outdated."""
     args = parse_arguments(ReadmeArguments, __doc__, argv)
     if args.demo:
         import_demo_runs(args.demo)

@@ -35,7 +35,8 @@ from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import build_embedder
 from training.trainable import interpolate_weights
 
-REFERENCE_ROW = "paper"  # row that the others are compared with: the trained weights without interpolation
+# Name of the row with the trained weights without interpolation. All other rows are compared with this row.
+REFERENCE_ROW = "paper"
 # Row -> α of WiSE-FT: share of the trained weights; the rest are the base model's
 TRAINED_SHARES = {REFERENCE_ROW: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7": 0.7}
 DRAWING_SETS = ("openmoji", "twemoji", "noto")  # only these get intervals, because there are too few photographs
@@ -87,6 +88,9 @@ def find_or_train_run(seed: int, args: RecipeArguments, base_digest: str) -> Pat
         seed: Seed of the training.
         args: Command-line arguments.
         base_digest: Digest of the base model's weights.
+
+    Returns:
+        Output folder of the run, with the weights and run.json.
     """
     digest = json_digest([str([read_yaml_config(args.config), base_digest])])[:8]
     folder = args.work / digest / f"seed-{seed}"
@@ -110,8 +114,10 @@ def build_row(
         groups: Image index of each query, by condition; the bootstrap resamples images.
 
     Returns:
-        For each condition, the mean recall of each seed (0 to 1) under "values". Under "gain", the difference of the
-        seeds' average to the reference, with its 95 % interval from a paired bootstrap.
+        "name": name of the row. "values": for each condition, the mean recall (0 to 1) of each seed. "gain": for each
+        condition with drawings, three numbers: the mean recall of this row minus the mean recall of the reference row,
+        both averaged over the seeds; then the low and the high end of the 95 % interval of this difference, from a
+        paired bootstrap. The dict is empty if `hits` is `reference`.
     """
 
     def average_seeds(hits_of_seeds: list[HitsByCondition], key: str) -> Tensor:
@@ -129,7 +135,10 @@ def build_row(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train the missing runs, measure all of them, and write the results."""
+    """Run the command: train the seeds without a finished run, evaluate all runs, and write the results as JSON.
+
+    The base model is evaluated, too. The weights of each run are evaluated with every share in `TRAINED_SHARES`.
+    """
     args = parse_arguments(RecipeArguments, __doc__, argv)
     data, processor, base = load_evaluation_data(args), load_processor(args.base), load_model(args.base)
 

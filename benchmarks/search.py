@@ -80,7 +80,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure_indexes(args: SearchArguments) -> dict[str, Any]:
-    """Measure an index of each size, and the first search of a new process on the largest index."""
+    """Measure an index of each size, and the first search of a new process on the largest index.
+
+    Args:
+        args: Command-line arguments.
+
+    Returns:
+        "index": the results of `fill_index` and `measure_index` by number of pictures, and under "approximate" whether
+        the index is searched approximately. "first_search_s": the seconds from `time_first_searches`.
+    """
     sizes = {}
     for rows in tqdm(args.sizes, desc="Indexes", unit="size"):
         make_vectors(args.work, rows)
@@ -93,7 +101,18 @@ def measure_indexes(args: SearchArguments) -> dict[str, Any]:
 
 
 def time_first_searches(args: SearchArguments, rows: int) -> list[float]:
-    """Return the seconds of `capivara search` in new processes, each from start to end."""
+    """Measure how long the command `capivara search` takes, including the start of its process.
+
+    Args:
+        args: Command-line arguments: work folder and number of runs.
+        rows: Number of pictures of the index to search.
+
+    Returns:
+        Seconds of each run, from the start to the end of a new process.
+
+    Raises:
+        RuntimeError: If the search finds nothing.
+    """
     words = ["search", QUERY_TEXTS[0], "--index", str(index_path(args.work, rows)), "--model", str(args.work / "model")]
     command = [sys.executable, "-m", "capivara_search", *words, "--json"]
     if not json.loads(subprocess.check_output(command)):  # this call also brings the files into the page cache
@@ -110,7 +129,15 @@ def index_path(work: Path, rows: int) -> Path:
 
 
 def make_vectors(work: Path, rows: int) -> None:
-    """Write float16 vectors to `vectors-ROWS.npy`, and queries with their exact nearest rows to `answers-ROWS.npz`."""
+    """Generate the vectors of an index and queries, unless their files exist.
+
+    The file `vectors-ROWS.npy` contains float16 vectors of shape (rows, width). The file `answers-ROWS.npz` contains
+    "queries" of shape (queries, width) and "nearest", the row numbers of the K most similar vectors of each query.
+
+    Args:
+        work: Folder for the files.
+        rows: Number of vectors.
+    """
     file, answers = work / f"vectors-{rows}.npy", work / f"answers-{rows}.npz"
     if answers.is_file():
         return
@@ -128,7 +155,16 @@ def make_vectors(work: Path, rows: int) -> None:
 
 
 def sample_near_centers(centers: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Sample unit vectors of shape (count, width), each near a random cluster center."""
+    """Sample unit vectors, each near a random cluster center.
+
+    Args:
+        centers: Unit vectors of shape (clusters, width).
+        count: Number of vectors.
+        rng: Random number generator.
+
+    Returns:
+        Vectors of shape (count, width).
+    """
     noise = rng.standard_normal((count, EMBEDDING_WIDTH), dtype=np.float32) * (NOISE_SPREAD / EMBEDDING_WIDTH**0.5)
     return l2_normalize(centers[rng.integers(0, len(centers), count)] + noise)
 
@@ -150,7 +186,8 @@ def fill_index(args: SearchArguments) -> dict[str, Any]:
     """Create an index of `args.rows` rows and optimize it, as the search would for this number of rows.
 
     Returns:
-        Seconds to write the rows, seconds to optimize the index, and the size of the index in bytes.
+        "written_s": seconds to write the rows. "optimised_s": seconds to optimize the index. "bytes": size of the index
+        on disk.
     """
     where, model = index_path(args.work, args.rows), args.work / "model"
     shutil.rmtree(where, ignore_errors=True)
@@ -178,6 +215,9 @@ def make_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table:
         vectors: Vectors of shape (rows, width).
         start: Number of the first row.
         digest: Image encoder digest of the model.
+
+    Returns:
+        Table with one row for each vector.
     """
     numbers, count = range(start, start + len(vectors)), len(vectors)
     columns = {
@@ -199,7 +239,17 @@ def make_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table:
 
 
 def measure_index(args: SearchArguments) -> dict[str, Any]:
-    """Measure an index: query time with and without the text encoder, memory, recall, and the time to add pictures."""
+    """Measure the searches of an index, the memory that they need, and the time to add pictures.
+
+    Args:
+        args: Command-line arguments: work folder, number of rows of the index, and largest number of pictures to add.
+
+    Returns:
+        "vector_ms", "text_ms", "page_ms" and "page_newest_ms": median and 95th percentile of the milliseconds of a
+        search by vector, by text, by text through the search page, and of the newest pictures. "memory_bytes": peak
+        resident memory after the searches by vector. "recall": fraction (0 to 1) of the exact K nearest rows that a
+        search by vector finds. "added_s": by number of added pictures, the seconds to add them.
+    """
     answers = np.load(args.work / f"answers-{args.rows}.npz")
     index = PictureIndex.open(index_path(args.work, args.rows), model=str(args.work / "model"))
     hits: list[set[str]] = []
@@ -225,7 +275,19 @@ def measure_index(args: SearchArguments) -> dict[str, Any]:
 
 
 def time_add(args: SearchArguments, index: PictureIndex, count: int) -> float:
-    """Return the seconds to add `count` pictures of 640 x 480 pixels to an index; they are removed again afterwards."""
+    """Add pictures of 640 x 480 pixels to an index, and remove them from the index afterwards.
+
+    Args:
+        args: Command-line arguments; the work folder contains the pictures.
+        index: The index.
+        count: Number of pictures to add.
+
+    Returns:
+        Seconds to add the pictures, without the time to remove them.
+
+    Raises:
+        RuntimeError: If the number of added pictures is not `count`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted((args.work / "photographs").iterdir())[:count]:
             shutil.copy(path, folder)
@@ -236,7 +298,15 @@ def time_add(args: SearchArguments, index: PictureIndex, count: int) -> float:
 
 
 def time_calls(call: Callable[[Any], Any], inputs: Any) -> dict[str, float]:
-    """Return the median and 95th percentile of a call in milliseconds, after warming up with a tenth of the inputs."""
+    """Time the calls of a function, after untimed calls with the first tenth of the inputs.
+
+    Args:
+        call: Function of one argument.
+        inputs: Sequence of arguments; the function is called once with each of them.
+
+    Returns:
+        Median ("p50") and 95th percentile ("p95") of the time of a call, in milliseconds.
+    """
     for value in inputs[: len(inputs) // 10]:
         call(value)
     milliseconds = [1000 * timing.time_call(lambda value=value: call(value)) for value in inputs]

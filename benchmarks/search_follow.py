@@ -1,8 +1,9 @@
-"""Measure a folder of photographs that is kept up to date. Run by `benchmarks.search --parts follow`.
+"""Measure a search index that follows a folder of photographs. Run by `benchmarks.search --parts follow`.
 
-Everything runs through the command, in separate processes, as for a user: the accuracy of the estimated time of an
-indexing run, a run that finds nothing new, and the page while a process follows the folder. The photographs, 640 x 480
-pixels, are generated from real ones: crops, resized, with the noise of a sensor.
+The benchmark starts the command `capivara` in separate processes, as a user would. It measures how accurately an
+indexing run estimates its remaining time, how long a run takes that finds nothing new, and how fast the search page
+answers while a process follows the folder. The photographs of 640 x 480 pixels are random crops of real photographs,
+resized, with added noise like that of a camera sensor.
 """
 
 import io
@@ -32,7 +33,7 @@ from examples.real_images import CLASS_PHOTOGRAPHS, load_photo
 
 PHOTO_SIZE = (640, 480)  # width and height in pixels
 PIXEL_NOISE = 3.0  # standard deviation of the noise, in pixel values from 0 to 255
-# Run -> first and last share of the photographs that it adds
+# Name of an indexing run -> (start, end) of the photographs that the run adds, as fractions of all photographs
 INDEXING_SHARES = {"first": (0, 0.6), "second": (0.6, 0.8), "resumed": (0.8, 1)}
 INTERRUPTION_SHARE = 0.4  # share of the run "resumed" that is done when it is interrupted
 ESTIMATE_START_S = 5  # estimates count from this many seconds after the first picture
@@ -49,10 +50,13 @@ def measure_following(work: Path, number: int, runs: int) -> dict[str, Any]:
     Args:
         work: Folder for photographs and index; it contains the folder `model`.
         number: Number of photographs.
-        runs: Repetitions of changes and of runs without changes.
+        runs: How often the changes of the folder, and the indexing run that finds nothing new, are measured.
 
     Returns:
-        The results, as in search_follow.json.
+        The results, as in search_follow.json: "pictures" and "burst" (numbers of photographs), "estimates" (result of
+        `measure_estimate` by indexing run), "nothing_new_s" (seconds of each run that finds nothing new),
+        "change_in_the_answers_s" (seconds by kind of change, see `time_changes`), and "page_ms" (results of
+        `time_questions` while the folder is unchanged and while many new photographs are read).
     """
     work = work.absolute()  # the index stores absolute paths
     folder, where = work / "followed", work / "followed.lance"
@@ -83,7 +87,15 @@ def measure_following(work: Path, number: int, runs: int) -> dict[str, Any]:
 
 
 def make_photos(folder: Path, count: int) -> list[Path]:
-    """Return the paths of `count` photographs; generate those that are missing."""
+    """Generate photographs as JPEG files. Existing files are kept.
+
+    Args:
+        folder: Folder for the files.
+        count: Number of photographs.
+
+    Returns:
+        Paths of the photographs.
+    """
     paths = [folder / f"IMG_{number:05d}.jpg" for number in range(count)]
     for number, path in enumerate(tqdm(paths, desc="Photographs", unit="picture")):
         if not path.is_file():
@@ -95,12 +107,19 @@ def make_photos(folder: Path, count: int) -> list[Path]:
 
 @cache
 def load_source_photos() -> list[PIL.Image.Image]:
-    """Return the real photographs from which others are generated."""
+    """Return the real photographs whose crops are the generated photographs."""
     return [load_photo(name) for name in CLASS_PHOTOGRAPHS]
 
 
 def make_photo(seed: int) -> PIL.Image.Image:
-    """Generate a photograph: a random crop of a real one, resized, with noise. The same seed gives the same image."""
+    """Generate a photograph of size `PHOTO_SIZE`: a random crop of a real photograph, resized, with noise.
+
+    Args:
+        seed: Seed of the random numbers. The same seed gives the same image.
+
+    Returns:
+        The image in mode RGB.
+    """
     rng, image = np.random.default_rng(seed), load_source_photos()[seed % len(CLASS_PHOTOGRAPHS)]
     width = int(min(image.width, image.height * 4 / 3) * rng.uniform(0.6, 1))
     height = width * 3 // 4
@@ -135,7 +154,13 @@ def run_indexing(words: list[str]) -> None:
 
 
 def interrupt_indexing(words: list[str], where: Path, done_count: int) -> None:
-    """Start an indexing run and interrupt it by Ctrl-C once it has done `done_count` pictures."""
+    """Start an indexing run, and interrupt the run by Ctrl-C after `done_count` pictures.
+
+    Args:
+        words: Arguments of the command `capivara`.
+        where: Folder of the index.
+        done_count: Number of pictures that the run has read when it is interrupted.
+    """
     process, index = start_command(words), PictureIndex.open(where)
     wait_until(lambda: process.poll() is not None or (index.progress() or {"done": 0})["done"] >= done_count, 3600)
     process.send_signal(signal.SIGINT)
@@ -143,14 +168,15 @@ def interrupt_indexing(words: list[str], where: Path, done_count: int) -> None:
 
 
 def measure_estimate(words: list[str], where: Path) -> dict[str, Any]:
-    """Measure how wrong the estimates of the remaining time are.
+    """Run `capivara index`, and measure how wrong its estimates of the remaining time are.
 
     Args:
-        words: Command line of the indexing run.
+        words: Arguments of the command `capivara`.
         where: Folder of the index.
 
     Returns:
-        Seconds of the run, number of estimates, and the factor by which they were off (median and maximum).
+        "seconds": seconds of the run. "looks": number of estimates. "factor_off": median and maximum of the factor, at
+        least 1, between the estimated and the actual remaining time; None if there are no estimates.
     """
     process, index = start_command(words), PictureIndex.open(where)
     start, readings = time.perf_counter(), []
@@ -170,7 +196,18 @@ def measure_estimate(words: list[str], where: Path) -> dict[str, Any]:
 
 
 def wait_until(condition: Callable[[], object], seconds: float = WAIT_TIMEOUT_S) -> float:
-    """Wait until a condition is true and return the seconds; raise RuntimeError after `seconds`."""
+    """Wait until a condition is true.
+
+    Args:
+        condition: Function that is called every 0.02 seconds.
+        seconds: Longest time to wait.
+
+    Returns:
+        Seconds until the condition was true.
+
+    Raises:
+        RuntimeError: If the condition is still false after `seconds`.
+    """
     start = time.perf_counter()
     while not condition():
         if time.perf_counter() - start > seconds:
@@ -186,10 +223,11 @@ def time_changes(index: PictureIndex, folder: Path, photo: Path, other: Path) ->
         index: Index of the folder.
         folder: The followed folder.
         photo: Photograph that is added, changed, moved and removed again.
-        other: Photograph that replaces it in the change.
+        other: Photograph that replaces the content of `photo` when the file is changed.
 
     Returns:
-        Seconds for "new", "changed", "moved" and "removed".
+        Seconds from the change of the file until the index shows the change, for "new", "changed", "moved" and
+        "removed".
     """
     path, moved = folder / "changing.jpg", folder / "moved.jpg"
 
@@ -209,7 +247,17 @@ def time_changes(index: PictureIndex, folder: Path, photo: Path, other: Path) ->
 
 @contextmanager
 def serve_page(flags: list[str]) -> Iterator[Callable[[str], None]]:
-    """Start the page with a process that follows the folder; yield a function that sends a search to the page."""
+    """Start the search page with a process that follows the indexed folder, and stop both at the end of the block.
+
+    Args:
+        flags: Flags of the command `capivara app`, which name the index and the model.
+
+    Yields:
+        Function that sends a text to the page as a search and waits for the results.
+
+    Raises:
+        RuntimeError: If the command ends without following the folder.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free_socket:
         port = free_socket.getsockname()[1]
     process = start_command(["app", "--watch", "--no-open", "--port", str(port), *flags], subprocess.PIPE)
@@ -230,14 +278,16 @@ def serve_page(flags: list[str]) -> Iterator[Callable[[str], None]]:
 
 
 def time_questions(search: Callable[[str], None], should_continue: Callable[[int], bool]) -> dict[str, float]:
-    """Send searches to the page one after another.
+    """Send searches to the page one after another, and time them.
 
     Args:
-        search: Function that sends a text and waits for the answer.
-        should_continue: Called with the number of answers so far; False ends the measurement.
+        search: Function that sends a text and waits for the results.
+        should_continue: Function that is called with the number of finished searches; if it returns False, the
+            measurement ends.
 
     Returns:
-        Percentiles and maximum in milliseconds, and the number of searches.
+        "p50", "p95" and "max": median, 95th percentile and maximum of the time of a search, in milliseconds.
+        "questions": number of searches.
     """
     times: list[float] = []
     while should_continue(len(times)):

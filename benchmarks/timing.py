@@ -37,7 +37,11 @@ def peak_resident_bytes() -> int:
 
 
 def restart_peak_memory() -> int:
-    """Reset the peak of `peak_resident_bytes` to the memory that is in use now, and return it in bytes."""
+    """Reset the peak memory that `peak_resident_bytes` returns to the memory that this process uses now.
+
+    Returns:
+        The new peak: resident memory of this process in bytes.
+    """
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5 resets the peak, see proc(5)
     return peak_resident_bytes()
 
@@ -68,12 +72,21 @@ def run_alternating(programs: dict[Any, Callable[[], Result]], runs: int, title:
 
 
 def time_alternating(steps: dict[str, Callable[[], Any]], runs: int, title: str) -> dict[str, list[float]]:
-    """Return the seconds of each function in alternating runs, by name. Call each function once before."""
+    """Time functions in alternating runs.
+
+    Args:
+        steps: Functions by name. Call each function once before, so that the first run is not slower.
+        runs: Number of calls of each function.
+        title: Title of the progress bar.
+
+    Returns:
+        Seconds of each run, by name of the function.
+    """
     return run_alternating({name: partial(time_call, step) for name, step in steps.items()}, runs, title)
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Return the median of `numerators[i] / denominators[i]` over the runs `i`.
+    """Return the median of `numerators[i] / denominators[i]` over the runs `i`, with seconds or rates of two programs.
 
     A slow phase of the machine slows down both programs in the same run, so its effect cancels out in the ratio.
     """
@@ -81,7 +94,14 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 
 
 def summarize_rates(rates: Sequence[float]) -> dict[str, float]:
-    """Summarize the rates of several runs (items per second) by median, slowest and fastest."""
+    """Summarize the rates of several runs.
+
+    Args:
+        rates: Rate of each run in items per second.
+
+    Returns:
+        Median, minimum and maximum of the rates under "median", "slowest" and "fastest".
+    """
     return {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)}
 
 
@@ -112,8 +132,11 @@ def make_captions(count: int, words: int = 18, deviation: float = 4.5) -> list[s
 
     Args:
         count: Number of captions.
-        words: Average number of words. Every caption has between 5 and 68.
+        words: Average number of words. Every caption has between 5 and 68 words.
         deviation: Standard deviation of the number of words.
+
+    Returns:
+        The captions, as Portuguese words separated by spaces.
     """
     rng = np.random.default_rng(0)
     lengths = rng.normal(words, deviation, count).round().clip(5, 68).astype(int)
@@ -121,7 +144,14 @@ def make_captions(count: int, words: int = 18, deviation: float = 4.5) -> list[s
 
 
 def save_random_model(folder: Path) -> int:
-    """Save a model of the published size with random weights, unless it exists; return the bytes of its weights."""
+    """Save a CAPIVARA model of the published size with random weights, unless the folder already contains a model.
+
+    Args:
+        folder: Folder for the model with its processor.
+
+    Returns:
+        Size of the weight file in bytes.
+    """
     import torch
 
     from capivara_search.miniature_encoders import load_tokenizer
@@ -136,7 +166,15 @@ def save_random_model(folder: Path) -> int:
 
 
 def describe_conditions(*packages: str) -> dict[str, Any]:
-    """Return what results depend on: commit ("+" marks uncommitted changes), date, device, threads and versions."""
+    """Describe the conditions of a measurement, to be stored with its results.
+
+    Args:
+        *packages: Names of further packages whose versions are recorded.
+
+    Returns:
+        "commit": short Git commit, with "+" appended if there are uncommitted changes. "date": YYYY-MM-DD. "device":
+        description of the CPU. "threads": number of threads of torch. "versions": versions by package.
+    """
     import torch  # imported here, as above, so that programs without torch are measured without its memory
 
     words = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty=+"]

@@ -5,25 +5,26 @@
     python -m benchmarks.train_step --parts recipe --beside ../capivara-before
     python -m benchmarks.train_step --parts demo --output benchmarks/results/main_job.json
 
-Setup: random weights, captions of 20 tokens, dropout, a frozen image tower; whole steps including the optimizer,
-after an untimed step. Each measurement is a separate process with its own peak memory. The programs run alternately:
+The models have random weights, dropout and a frozen image tower; captions have 20 tokens on average. Whole steps
+including the optimizer are timed, after an untimed step. Each measurement runs in a separate process, which has its own
+peak memory. The programs run alternately:
 
 - `open_clip`: `open_clip_train` with `--lock-image --grad-checkpointing --accum-freq`; it pads texts to 77 tokens.
 - `no_cache`: our trainer; images pass through the frozen tower at every step, from pixels in memory as for open_clip.
 - `cache`: our trainer on image embeddings that were computed before.
-- `cache_recomputed`: as `cache`, but all autograd graphs are recomputed, as for a batch of 2816 that exceeds the
-memory.
+- `cache_recomputed`: as `cache`, but the autograd graphs of all micro-batches are recomputed, as for a batch of 2816
+  pairs, whose graphs do not fit into memory.
 
-`--beside CHECKOUT` measures only `no_cache`, `cache` and the recipe's step, each alternating with the same program of
-another checkout that has its own .venv; ratios are relative to that checkout. `--parts demo` runs `make demo` end to
-end after the installation, twice per checkout.
+`--beside CHECKOUT` measures only `no_cache`, `cache` and the recipe's step. Each alternates with the same program of
+another checkout, which needs its own .venv. Ratios are the rate of this checkout divided by the rate of the other
+checkout. `--parts demo` runs `make demo` end to end after the installation, twice per checkout.
 
 `--model siglip2` measures SigLIP 2 B/16 with the sigmoid loss against open_clip's `--siglip` on its ViT-B-16-SigLIP2.
 Texts have 64 random ids, because SigLIP always pads to 64, and neither program has dropout.
 
 All programs get the same batch, in micro-batches of their own size (see the results). open_clip needs at least two
-micro-batches: with one, it does not accumulate gradients, and a batch of 2816 would be impossible. Apart from that, its
-cost per pair does not depend on the number of micro-batches.
+micro-batches: with one, it does not accumulate gradients, and a batch of 2816 would be impossible. Apart from that,
+open_clip's cost per pair does not depend on the number of micro-batches.
 """
 
 import os
@@ -60,7 +61,7 @@ PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names ->
 PEER_PROGRAM = "open_clip"
 RECOMPUTED_PROGRAM = "cache_recomputed"
 PROGRAMS = (PEER_PROGRAM, "no_cache", "cache", RECOMPUTED_PROGRAM)
-BEFORE_SUFFIX = "_before"  # suffix of the other checkout's programs
+BEFORE_SUFFIX = "_before"  # suffix of the names of programs that run in the checkout `--beside`
 RECIPE_SIZES = {"pairs": 2816, "micro": 64}  # CAPIVARA, arXiv 2310.13683, appendix
 # --model -> open_clip's flags for the same architecture and loss
 OPEN_CLIP_FLAGS = {"capivara": "--model xlm-roberta-base-ViT-B-32", "siglip2": "--model ViT-B-16-SigLIP2 --siglip"}
@@ -117,7 +118,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure_parts(args: TrainStepArguments) -> dict[str, Any]:
-    """Measure the requested parts in alternating runs, and return the results."""
+    """Measure the requested parts in alternating runs.
+
+    Args:
+        args: Command-line arguments of the benchmark.
+
+    Returns:
+        The results, as in train_step.json: the conditions and sizes of the benchmark; under "measured", the summary of
+        each program (see `summarize_runs`) by precision and program; under "recipe", the summary of the recipe's step;
+        and under "demo", the result of `time_demo` for "new" (this checkout) and "old" (`--beside`).
+    """
     suffixes = ["", BEFORE_SUFFIX] if args.beside else [""]
     names = [name + suffix for name in ("no_cache", "cache") for suffix in suffixes] if args.beside else PROGRAMS
     programs = {(title, name): {"precision": key} for key, title in PRECISION_NAMES.items() for name in names}
@@ -143,7 +153,17 @@ def measure_parts(args: TrainStepArguments) -> dict[str, Any]:
 
 
 def time_demo(checkout: Path) -> dict[str, Any]:
-    """Run `make demo` twice in a checkout and return the seconds of its commands and its records, for each run."""
+    """Run the commands of `make demo` twice in a checkout.
+
+    Both runs use the same cache folder, and the same folders for the base model and the dataset.
+
+    Args:
+        checkout: Folder of the checkout.
+
+    Returns:
+        For "first" and "second", a dict with the keys "seconds" (seconds of each command by module name, and their sum
+        under "total") and "records" (evaluation records that the training wrote).
+    """
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"CAPIVARA_CACHE": f"{folder}/cache", "PYTHONPATH": str(checkout)}
@@ -167,6 +187,9 @@ def run_program(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, 
         name: Name of the program, with `BEFORE_SUFFIX` for the other checkout.
         args: Command-line arguments of the benchmark.
         **flags: Flags of the worker that override `args`.
+
+    Returns:
+        The result of `measure_open_clip` or `measure_ours` in that process.
     """
     numbers = ("pairs", "steps", *(["peer_micro"] if name == PEER_PROGRAM else ["micro", "warmup"]))
     flags = {key: getattr(args, key) for key in numbers} | flags
@@ -180,12 +203,14 @@ def summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict]
     """Summarize the runs of a program.
 
     Args:
-        runs: Result of each run.
-        peer: Results of open_clip's trainer, if it was measured.
-        before: Results of the same program in the other checkout, if it was measured.
+        runs: Result of each run of the program, from `run_program`.
+        peer: Results of open_clip's trainer in the same runs; None if it was not measured.
+        before: Results of the same program in the other checkout; None if it was not measured.
 
     Returns:
-        Rates and peak memory, and the median ratios to `peer` and `before`.
+        "pairs_per_second": median, slowest and fastest rate of the runs. "peak_memory_bytes": largest peak memory of a
+        run. "ratio" and "ratio_to_before", if measured: median over the runs of the program's rate divided by the rate
+        of `peer` or `before`.
     """
     rates = [run["pairs_per_second"] for run in runs]
     memory = max(run["peak_memory_bytes"] for run in runs)
@@ -228,7 +253,15 @@ def make_random_texts(config: PreTrainedConfig, pairs: int) -> Tensor:
 
 
 def make_random_pixels(config: PreTrainedConfig, pairs: int) -> Tensor:
-    """Generate random pixel values of shape (pairs, 3, side, side)."""
+    """Generate random pixel values.
+
+    Args:
+        config: Config of the model, which defines the side of an image in pixels.
+        pairs: Number of images.
+
+    Returns:
+        Standard normal numbers of shape (pairs, 3, side, side).
+    """
     side = config.vision_config.image_size
     return torch.randn(pairs, 3, side, side, generator=torch.Generator().manual_seed(0))
 
@@ -242,7 +275,8 @@ class TrainingEngine:
     Args:
         config: Config of the model.
         args: Command-line arguments of the benchmark.
-        budget: Bytes of autograd graphs to keep instead of recomputing them. Default: what fits into memory.
+        budget: Bytes of memory for micro-batches whose autograd graph is kept until the backward pass instead of being
+            recomputed; 0 recomputes all graphs. Default: what fits into memory.
     """
 
     def __init__(self, config: PreTrainedConfig, args: TrainStepArguments, budget: float | None = None) -> None:
@@ -270,7 +304,7 @@ class TrainingEngine:
             images: Pixel values (pairs, 3, side, side), or cached embeddings (pairs, width).
 
         Returns:
-            The report of the step.
+            Report of the step, which includes the number of micro-batches whose autograd graph was kept.
         """
         if images.ndim == 4:  # pixel values, because no cache is used
             self.model.vision_model.eval()
@@ -291,7 +325,17 @@ class TrainingEngine:
 
 
 def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tuple[list[MicroBatch], Tensor]:
-    """Generate texts and random pixel values (pairs, 3, side, side) or, for a cache, embeddings (pairs, width)."""
+    """Generate a batch of random texts and images.
+
+    Args:
+        config: Config of the model.
+        args: Command-line arguments of the benchmark. `worker` determines the kind of images.
+
+    Returns:
+        The texts, split into micro-batches of `args.micro` texts; and the images. For the program "no_cache", the
+        images are pixel values of shape (pairs, 3, side, side). For all other programs, they are unit-length image
+        embeddings of shape (pairs, width).
+    """
     texts = []
     for number, ids in enumerate(make_random_texts(config, args.pairs).split(args.micro)):
         ids = ids[
@@ -308,9 +352,13 @@ def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tup
 def measure_ours(args: TrainStepArguments) -> dict[str, Any]:
     """Measure our trainer once.
 
+    Args:
+        args: Command-line arguments of the benchmark.
+
     Returns:
-        Pairs per second (median of the timed steps), seconds and number of kept graphs of each timed step, and the
-        peak memory of the process.
+        "pairs_per_second": number of pairs divided by the median seconds of the timed steps. "step_s": seconds of each
+        timed step. "graphs_kept": for each timed step, the number of micro-batches whose autograd graph was kept
+        instead of being recomputed. "peak_memory_bytes": peak resident memory of the process.
     """
     config, seconds, reports = build_published_config(args), [], []
     batch = make_random_batch(config, args)
@@ -334,11 +382,15 @@ class PeerBatches(list):
 
 
 def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
-    """Measure open_clip's trainer once, on its model of the same architecture.
+    """Measure open_clip's trainer once, on open_clip's model of the same architecture.
+
+    Args:
+        args: Command-line arguments of the benchmark.
 
     Returns:
-        Pairs per second (median of the timed steps), seconds of each timed step, the padded text length, and the peak
-        memory of the process.
+        "pairs_per_second": number of pairs divided by the median seconds of the timed steps. "step_s": seconds of each
+        timed step. "padded_tokens": length to which all texts are padded. "peak_memory_bytes": peak resident memory of
+        the process.
     """
     from open_clip import create_loss, create_model
     from open_clip_train.data import DataInfo
@@ -378,7 +430,14 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
 
 
 def parse_open_clip_arguments(args: TrainStepArguments) -> Any:
-    """Return the arguments of open_clip's trainer: defaults, our flags, and the fields that its `main` adds."""
+    """Build the arguments of open_clip's trainer.
+
+    Args:
+        args: Command-line arguments of this benchmark.
+
+    Returns:
+        The namespace of open_clip's parser, with the fields that the `main` function of open_clip would add.
+    """
     from open_clip_train.distributed import init_distributed_device
     from open_clip_train.params import parse_args
 
@@ -391,7 +450,17 @@ def parse_open_clip_arguments(args: TrainStepArguments) -> Any:
 
 
 def build_open_clip_optimizer(model: nn.Module, open_clip_args: Any) -> torch.optim.AdamW:
-    """Build AdamW as open_clip 3.3 does. The lines are copied from the middle of its `main`, which cannot be called."""
+    """Build the AdamW optimizer as open_clip 3.3 does.
+
+    The code is copied from the middle of open_clip's `main` function, because open_clip has no function for it.
+
+    Args:
+        model: Model of open_clip; only parameters with `requires_grad` are trained.
+        open_clip_args: Arguments from `parse_open_clip_arguments`.
+
+    Returns:
+        The optimizer, without weight decay for biases, gains of normalization layers, and the logit scale.
+    """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     gain_or_bias = {n for n, p in trained if p.ndim < 2 or any(w in n for w in ("bn", "ln", "bias", "logit_scale"))}
     groups = [

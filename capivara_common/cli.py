@@ -256,7 +256,7 @@ def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str)
 
     Returns:
         Words such as `["--steps=100", "--seeds", "0", "1"]`. Keys without a value (empty, `~`, `null` or an empty list)
-        are left out, so that the default value applies.
+        are skipped, so that the default value applies.
 
     Raises:
         ValueError: If a key is unknown, a value is a mapping, or a list contains a word that looks like a flag.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-# Packages whose versions results record, because measured figures depend on them.
+# Packages whose versions are stored with results, because measurements depend on these versions.
 RECORDED_PACKAGES = (
     *("torch", "transformers", "accelerate", "datasets", "peft", "open_clip_torch", "safetensors", "timm"),
     *("tokenizers", "ftfy", "huggingface_hub", "numpy", "pillow"),
@@ -35,8 +35,9 @@ def require_packages(purpose: str, extra_name: str | None, *modules: str) -> Non
     """Check that modules are installed.
 
     Args:
-        purpose: What needs the modules; the error message begins with it.
-        extra_name: Extra of setup.cfg that installs them. None: the message names the packages themselves.
+        purpose: Name of the feature that needs the modules. The error message begins with this name.
+        extra_name: Extra of setup.cfg that installs the modules. If None, the error message tells the user to install
+            the modules by their own names.
         *modules: Import names of the modules.
 
     Raises:
@@ -54,11 +55,18 @@ def missing_modules(*modules: str) -> list[str]:
 
 
 def install_command(extra_name: str) -> str:
-    """Return the command that installs an extra from a checkout, because the tools that need extras run there."""
+    """Return an instruction with the command that installs an extra.
+
+    The command installs from a checkout, because the tools that need extras run in a checkout.
+
+    Args:
+        extra_name: Name of the extra in setup.cfg.
+    """
     return f'run in the checkout: pip install -e ".[{extra_name}]"'
 
 
 def _is_installed(module: str) -> bool:
+    """Return whether the module with the import name `module` is installed, without importing the module itself."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # raised if the parent package of `module` is missing
@@ -75,11 +83,14 @@ def package_versions(*extra_packages: str) -> dict[str, str]:
 
 
 def process_state(timeout: timedelta | None = None) -> "PartialState":
-    """Return Accelerate's state: the rank and device of this process, and the number of processes.
+    """Return Accelerate's state, and initialize it in the first call.
 
     Args:
-        timeout: How long a process waits for the others before it fails. Default: torch.distributed's, ten minutes on
-            the CPU. The first call decides.
+        timeout: How long this process waits for other processes before it fails. Default: the timeout of
+            torch.distributed, which is ten minutes on the CPU. Only the first call can set the timeout.
+
+    Returns:
+        State with the rank and the device of this process, and the number of processes.
     """
     import torch
     from accelerate import PartialState
@@ -94,10 +105,14 @@ def process_state(timeout: timedelta | None = None) -> "PartialState":
 
 
 def resolve_device(name: str | None) -> "torch.device":
-    """Return a device by name, or by default the GPU if there is one, otherwise the CPU.
+    """Return a device of this machine by its name.
 
     Args:
-        name: Name that torch accepts, for example "cpu" or "cuda:1".
+        name: Name that torch accepts, for example "cpu" or "cuda:1". If the name is None or empty, a GPU is used if
+            there is one, otherwise the CPU.
+
+    Returns:
+        The device.
 
     Raises:
         ValueError: If this machine has no such device.
@@ -134,7 +149,7 @@ def resolve_precision(requested: str, device: "torch.device") -> str:
 
 
 def describe_device(device: "torch.device | str" = "cpu") -> str:
-    """Describe a CPU or GPU in words, such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)"."""
+    """Return the name of a CPU or GPU for results, such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)"."""
     import torch  # imported here so that commands can read their flags without torch
 
     device = torch.device(device)

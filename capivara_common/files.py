@@ -24,12 +24,15 @@ os.umask(UMASK)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text to a file atomically, as UTF-8."""
+    """Write text to a file as UTF-8, atomically (see `write_bytes`)."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write bytes to a file atomically: readers see the old or the new content, also if the process crashes."""
+    """Write bytes to a file atomically, and replace the file if it exists.
+
+    Other processes see either the complete old content or the complete new content, even if this process crashes.
+    """
     with atomic_file(path) as new:
         new.write_bytes(data)
 
@@ -51,7 +54,8 @@ def read_json(path: Path, **fields: type) -> Any:
 
     Raises:
         OSError: If the file can't be read.
-        ValueError: If it is not JSON, not an object, or a field is missing or of another type.
+        ValueError: If the file is not JSON; or if fields are given, and the value is not an object, or a field is
+            missing or of another type.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -72,7 +76,7 @@ def append_digest(path: Path) -> None:
 
 
 def digest_matches(path: Path) -> bool:
-    """Return whether a file exists and is unchanged since `append_digest`. Reads every byte."""
+    """Return whether a file exists and is unchanged since `append_digest` was called. The whole file is read."""
     with suppress(OSError, ValueError), path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
         return data[-DIGEST_HEX_LENGTH:] == hashlib.sha256(memoryview(data)[:-DIGEST_HEX_LENGTH]).hexdigest().encode()
     return False
@@ -80,7 +84,19 @@ def digest_matches(path: Path) -> bool:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that is renamed to `path` when the block ends, and removed if the block fails."""
+    """Write a file atomically through a temporary file next to `path`.
+
+    When the block ends, the temporary file is renamed to `path`. If the block fails, the temporary file is removed.
+
+    Args:
+        path: Final path of the file. Missing parent folders are created.
+
+    Yields:
+        Path of the temporary file, which the block must create.
+
+    Raises:
+        OSError: If writing fails. If the disk is full, the message says so.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with _cleanup_on_error(path, lambda: new.unlink(missing_ok=True)):
@@ -123,7 +139,15 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _cleanup_on_error(path: Path, remove: Callable[[], object]) -> Iterator[None]:
-    """Call `remove` if the block fails; if the disk is full, raise an OSError that names `path`."""
+    """Clean up if the block fails.
+
+    Args:
+        path: Output that the block writes, for the error message.
+        remove: Function that removes the incomplete output.
+
+    Raises:
+        OSError: If the block failed because the disk is full. Any other exception of the block is raised unchanged.
+    """
     try:
         yield
     except BaseException as error:
@@ -136,9 +160,16 @@ def _cleanup_on_error(path: Path, remove: Callable[[], object]) -> Iterator[None
 
 
 def _move_folder_into_place(new: Path, path: Path, overwrite: bool) -> None:
-    """Rename the folder `new` to `path`. At any moment the old or the new folder is complete (see `remove_leftovers`).
+    """Rename the folder `new` to `path`.
 
-    Files get the default permissions, because safetensors makes files that only their owner can read.
+    At any moment, the old or the new folder is complete on the disk. If the process is killed in between,
+    `remove_leftovers` renames the old folder back. Files and folders get the default permissions, because safetensors
+    creates files that only their owner can read.
+
+    Args:
+        new: The complete new folder.
+        path: Final path of the folder.
+        overwrite: Whether a folder that exists at `path` is replaced.
     """
     for entry in [new, *new.rglob("*")]:
         if not entry.is_symlink():
@@ -159,20 +190,30 @@ def _move_folder_into_place(new: Path, path: Path, overwrite: bool) -> None:
 
 
 def _remove_folder(folder: Path) -> None:
-    """Remove a replaced or unfinished folder, after renaming it to a name that marks it as incomplete."""
+    """Remove a replaced or unfinished folder that lies next to an output folder.
+
+    The folder is first renamed to a name with ".tmp-". If the process is killed before all files are deleted,
+    `remove_leftovers` then does not mistake the rest of the folder for a complete one.
+    """
     doomed = folder.with_name(f"{folder.name[: -len('old-01234567')]}tmp-{folder.name[-8:]}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def partial_folder(path: Path) -> Path:
-    """Return the folder in which the run with output folder `path` works until it is finished."""
+    """Return the folder for the files of an unfinished run: the output folder `path` with the suffix ".partial"."""
     path = path.resolve()
     return path.with_name(path.name + ".partial")
 
 
 def seed_folders(folder: Path) -> list[Path]:
-    """Return the finished runs `seed-0`, `seed-1`, … in the output folder of a training with several seeds.
+    """Return the folders of the runs `seed-0`, `seed-1`, … of a finished training with several seeds.
+
+    Args:
+        folder: Output folder of the training.
+
+    Returns:
+        Folders of the runs, sorted by name; empty if the training had a single seed.
 
     Raises:
         ValueError: If the training is unfinished.
@@ -183,7 +224,15 @@ def seed_folders(folder: Path) -> list[Path]:
 
 
 def finish_folder(path: Path, overwrite: bool = False) -> None:
-    """Rename `partial_folder(path)` to `path`. With `overwrite`, replace a folder that exists there."""
+    """Move the files of a finished run into place: rename `partial_folder(path)` to `path`.
+
+    Args:
+        path: Output folder of the run.
+        overwrite: Whether a folder that exists at `path` and is not empty may be replaced.
+
+    Raises:
+        ValueError: If `path` can't be written (see `check_output_folder`).
+    """
     path, partial = path.resolve(), partial_folder(path)
     check_output_folder(path, overwrite)
     for leftover in partial.rglob(".*.tmp"):
@@ -286,10 +335,10 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def lock_folder(folder: Path) -> int:
-    """Lock a folder exclusively.
+    """Lock a folder exclusively, without waiting.
 
     Returns:
-        File descriptor; closing it, or the end of the process, releases the lock.
+        File descriptor of the folder. Closing the descriptor, or the end of the process, releases the lock.
 
     Raises:
         BlockingIOError: If another process holds the lock.
@@ -309,7 +358,7 @@ class AllowedFolders:
     consists of links to the `blobs` folder of its repository, so that folder is allowed, too.
 
     Args:
-        folder: Folder of the dataset; it may itself be reached through a link.
+        folder: Folder of the dataset. Its path may contain links.
         extra_folders: Further folders that links and paths may lead to.
     """
 

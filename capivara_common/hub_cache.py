@@ -347,6 +347,12 @@ def _cached_snapshot(repo_id: str, name: str, revision: str | None = None) -> Pa
 
 
 def cache_folder_lock(folder: Path) -> AbstractContextManager:
-    """Return a context manager that locks a cache folder, so that two processes don't convert the same model."""
+    """Return a context manager that locks a cache folder, so that two processes don't convert the same model.
+
+    The context manager waits while another process holds the lock. The lock is a file next to the folder.
+
+    Args:
+        folder: The cache folder. It need not exist.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     return WeakFileLock(folder.parent / f".{folder.name}.lock")

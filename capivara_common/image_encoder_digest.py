@@ -1,8 +1,9 @@
-"""Compute a digest of a model's image encoder: models with the same digest embed images in the same way.
+"""Compute a digest of a model's image encoder. Models with the same digest embed images in the same way.
 
-The digest covers the weights of the image tower and its projection, and the preprocessing. A search index stays valid
-for every model with the digest that it was built with, for example if only the text tower was trained further.
-Digests of weights are cached by file metadata.
+The digest covers the weights of the image tower and of its projection, the settings of the image tower, and the image
+preprocessing. If two models have the same digest, for example because only the text tower was trained further, a search
+index that was built with one model is also valid for the other model. Digests of weights are cached; the key of the
+cache is the metadata of the weight files.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from capivara_common.environment import cache_home
 from capivara_common.files import read_json, write_json
 from capivara_common.weight_file import WeightFile, find_weight_files
 
-DIGEST_VERSION = 1  # raise it if the digest covers other things
+DIGEST_VERSION = 1  # must be raised when the content that the digest covers is changed
 IMAGE_ENCODER_PREFIXES = ("vision_model.", "visual_projection.")  # names of the image encoder's parameters
 DIGEST_CHUNK_BYTES = 1 << 24  # 16 MiB hashed at a time, to limit memory
 # Config fields that change the embedding of an image. Other fields, such as label names, versions and dropout, do not.
@@ -26,8 +27,8 @@ CAPIVARA_VISION_DEFAULTS = {
     "model_type": "clip_vision_model", "hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12,
     "patch_size": 32, "image_size": 224, "do_pooling": True, "model_args": None,
 }  # fmt: skip
-# Defaults of transformers' own models. Published configs leave them out; configs that were loaded and saved again state
-# them. Both must have the same digest.
+# Defaults of transformers' own models. Published configs omit fields with default values, but configs that were loaded
+# and saved again contain them. A published config and its saved copy must have the same digest.
 CLIP_VISION_DEFAULTS = CAPIVARA_VISION_DEFAULTS | {"hidden_act": "quick_gelu"}
 SIGLIP_VISION_DEFAULTS = CAPIVARA_VISION_DEFAULTS | {
     "hidden_act": "gelu_pytorch_tanh",
@@ -66,7 +67,15 @@ def image_processor_settings(folder: Path) -> dict[str, Any]:
 
 
 def _image_encoder_settings(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return everything except the weights that changes the embedding of an image, by section of the model's files."""
+    """Read the settings of a model that change the embedding of an image.
+
+    Returns:
+        "vision_config": settings of the image tower by name. "image_processor": settings of the image processor by
+        name. Settings that the files omit have their default values.
+
+    Raises:
+        ValueError: If files of the model are missing or damaged.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         vision, processor = config.get("vision_config") or {}, _read_processor_settings(folder)
@@ -96,7 +105,7 @@ def _read_processor_settings(folder: Path) -> dict[str, Any]:
 
 
 def _normalize_setting(name: str, value: Any) -> Any:
-    """Return a setting of the image processor in a canonical form: sizes that are one number become an object.
+    """Convert a setting of the image processor to a canonical form. A size that is one number becomes an object.
 
     Args:
         name: Name of the setting. Only "size" and "crop_size" are changed.
@@ -117,7 +126,14 @@ def _normalize_setting(name: str, value: Any) -> Any:
 
 
 def _vision_settings(vision: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a CAPIVARA vision tower that change the embedding of an image."""
+    """Select the settings of a CAPIVARA vision tower that change the embedding of an image.
+
+    Args:
+        vision: The object "vision_config" in config.json.
+
+    Returns:
+        Settings by name, with default values for settings that `vision` omits.
+    """
     fields_by_type = {"clip_vision_model": CLIP_VISION_FIELDS, "timm_wrapper": TIMM_VISION_FIELDS}
     if fields := fields_by_type.get(vision.get("model_type", CAPIVARA_VISION_DEFAULTS["model_type"])):
         return {name: vision.get(name, CAPIVARA_VISION_DEFAULTS.get(name)) for name in fields}
@@ -125,7 +141,11 @@ def _vision_settings(vision: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cached_weights_digest(folder: Path) -> str:
-    """Return the digest of the image encoder's weights, from the cache if the files are unchanged."""
+    """Return the digest of the image encoder's weights (32 hexadecimal characters).
+
+    The digest is read from the cache if the weight files of the model folder are unchanged; otherwise it is computed
+    and cached.
+    """
     paths = find_weight_files(folder)
     # ctime is included because archives and `cp -p` can give the file of another model the same size and mtime.
     stats = [(path.stat(), path) for path in paths]
@@ -143,7 +163,17 @@ def _cached_weights_digest(folder: Path) -> str:
 
 
 def _compute_weights_digest(paths: list[Path]) -> str:
-    """Return the BLAKE2b digest of names, types, shapes and bytes of the image encoder's tensors."""
+    """Compute the digest of the image encoder's tensors: of their names, types, shapes and bytes.
+
+    Args:
+        paths: Weight files of a model.
+
+    Returns:
+        BLAKE2b digest as 32 hexadecimal characters.
+
+    Raises:
+        ValueError: If the files contain no image tower, or a file is damaged.
+    """
     tensors = {
         name: file
         for file in map(WeightFile, paths)

@@ -156,7 +156,10 @@ def _find_all(content: str | bytes | mmap.mmap, part: str | bytes) -> Iterator[i
 
 
 def redact(text: str) -> str:
-    """Return `text` with secrets replaced by `***`: the Hub tokens of this machine, and text that looks like a key."""
+    """Replace the secrets in a text by `***` or `hf_***`.
+
+    Secrets are the Hub tokens of this machine, and any text that looks like a key, a token or a password in a URL.
+    """
     for secret in find_hub_tokens():
         text = text.replace(secret, "hf_***")
     text = SECRET_RE.sub(lambda match: "hf_***" if match[0].startswith("hf_") else "***", text)

@@ -1,6 +1,6 @@
-"""Command-line flags and phases of work that is split into tasks.
+"""Command-line flags and phases of commands whose work is split into tasks.
 
-Imports nothing heavy, so that `--help` answers at once.
+This module imports no large library, so that `--help` answers at once.
 """
 
 import os
@@ -87,7 +87,14 @@ class ExecutorArguments:
 
 @dataclass(frozen=True)
 class Phase:
-    """One step of a command, such as scoring rows. A command runs its phases in order, each as one or more tasks."""
+    """One step of a command, such as scoring rows. A command runs its phases in order, each as one or more tasks.
+
+    Attributes:
+        run: Function that does the work of one task. It is called with the arguments of the command, the rank of the
+            task, and the number of tasks.
+        is_parallel: Whether the phase is split over all tasks. If False, a single task runs it.
+        uses_model: Whether each task gets `gpus_per_task` GPUs.
+    """
 
     # Called with the command's arguments, rank and world size; returns at once if the share of the rank is finished.
     run: Callable[[Any, int, int], Any]
@@ -96,5 +103,13 @@ class Phase:
 
 
 def split_rows(row_count: int, rows_per_part: int) -> list[range]:
-    """Split `range(row_count)` into contiguous chunks of at most `rows_per_part` rows."""
+    """Split the row numbers of a dataset into contiguous chunks.
+
+    Args:
+        row_count: Number of rows of the dataset.
+        rows_per_part: Number of rows of each chunk. The last chunk may be smaller.
+
+    Returns:
+        Range of row numbers of each chunk.
+    """
     return [range(start, min(start + rows_per_part, row_count)) for start in range(0, row_count, rows_per_part)]
