@@ -58,7 +58,14 @@ MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # limit of the safetensors library
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise ValueError unless `repo_id` is a valid Hub repository id of the form `owner/name`."""
+    """Check that a string is a valid id of a repository on the Hub, such as `my-name/my-model`.
+
+    Args:
+        repo_id: String to check.
+
+    Raises:
+        ValueError: If the string does not have the form `owner/name`, or the Hub does not accept one of the two names.
+    """
     if repo_id.count("/") != 1:
         raise ValueError(
             f"The repository id must be owner/name, for example my-name/my-model, got {make_printable(repo_id)!r}."
@@ -102,13 +109,16 @@ def list_files_to_send(folder: Path, repo_type: str) -> list[Path]:
 
 
 def list_allowed_files(folder: Path) -> list[Path]:
-    """List the files of a model folder that match a pattern of `ALLOWED_FILES`. Symbolic links are left out.
+    """List the files of a model folder that match a pattern of `ALLOWED_FILES`. Symbolic links are skipped.
+
+    Args:
+        folder: Folder of the model.
 
     Returns:
         Sorted paths relative to `folder`.
 
     Raises:
-        ValueError: If a matching path is not a regular file.
+        ValueError: If a path that matches a pattern is not a regular file.
     """
     names = []
     for path in sorted(folder.rglob("*")):
@@ -121,7 +131,14 @@ def list_allowed_files(folder: Path) -> list[Path]:
 
 
 def check_regular_file(path: Path) -> None:
-    """Raise ValueError if `path` is not a regular file, for example a folder, or a pipe, which would block a reader."""
+    """Check that a path is a regular file. A folder or a pipe is refused, because reading from a pipe would never end.
+
+    Args:
+        path: Path to check.
+
+    Raises:
+        ValueError: If `path` is not a regular file.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file. Remove it.")
 
@@ -374,9 +391,14 @@ def _check_table(path: Path, name: Path) -> None:
 
 
 def _iter_batches(path: Path) -> Iterator[Any]:
-    """Yield the pyarrow record batches of a Parquet or Arrow file.
+    """Read a Parquet or Arrow file in batches of rows.
 
-    For a Parquet file, the first batch has no rows, so that the schema is checked even if the file has none.
+    Args:
+        path: File to read.
+
+    Yields:
+        The pyarrow record batches of the file. For a Parquet file, the first batch has no rows, so that the schema is
+        checked even if the file contains no rows.
     """
     import pyarrow
     from pyarrow import parquet

@@ -234,7 +234,12 @@ def _read_json(path: Path, folder: Path, digests: dict[str, str]) -> dict[str, A
 
 
 def _read_result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | None:
-    """Read a result file and record its SHA-256 in `digests`, as `_read_json` does.
+    """Read a result file and record its SHA-256.
+
+    Args:
+        path: File to read.
+        folder: Folder of the run or export.
+        digests: Relative path -> SHA-256 of each file that was read. The file is added, relative to `folder`.
 
     Returns:
         The parsed result file. None for a JSON file without `records`, such as the summary of an evaluation suite.
@@ -398,7 +403,14 @@ def to_safe_line(value: Any) -> str:
 
 
 def to_markdown(value: Any) -> str:
-    """Escape a text from a file, so that Markdown shows it literally, without interpreting markup or HTML."""
+    """Escape a text from a file, so that Markdown shows it literally, without interpreting markup or HTML.
+
+    Args:
+        value: Text, or another value that is converted to a text.
+
+    Returns:
+        One line of escaped text.
+    """
     line = re.sub(r"([\\`*_\[\]|~$!#])", r"\\\1", to_safe_line(value))
     # At the start of a line, these characters and numbers would begin a list or mark a heading.
     line = re.sub(r"^([-+=]|\d+(?=[.)](\s|$)))", r"\\\1" if line[:1] in "-+=" else r"\1\\", line)
@@ -419,7 +431,11 @@ def to_code(value: Any) -> str:
 
 
 def is_portuguese(language: str) -> bool:
-    """Return whether a language code stands for Portuguese, as "pt", "pt-BR" and "por" do."""
+    """Return whether a language code stands for Portuguese.
+
+    Args:
+        language: Language code. "pt", "pt-BR" and "por" are Portuguese.
+    """
     return re.split("[-_]", language)[0] in ("pt", "por")
 
 
@@ -502,12 +518,20 @@ class CardWriter:
         return self.words["languages"].get(key) or to_markdown(key)
 
     def dataset(self, name: str) -> str:
-        """Return the title of a dataset if its card states one, otherwise its name, formatted as Markdown code."""
+        """Return the title of a dataset for the card. If the title is unknown, the name is returned as Markdown code.
+
+        Args:
+            name: Name of the dataset in the result files.
+        """
         titles = self.run_metadata["titles"]
         return to_code(name) if titles.get(name) is None else to_markdown(titles[name])
 
     def phrase(self, text: str) -> str:
-        """Translate an English text from a result file, such as a protocol, to the card's language, and escape it."""
+        """Translate an English text from a result file to the card's language, and escape it for Markdown.
+
+        Args:
+            text: English text, such as the description of an evaluation protocol.
+        """
         for english, translation in self.words["phrases"].items():
             text = text.replace(english, translation)
         return to_markdown(text)

@@ -117,12 +117,23 @@ def _fetch_card(name: str, repo_type: str) -> Path | None:
 
 
 def _as_texts(value: Any) -> list[str]:
-    """Convert a value from YAML, or a list of values, to a list of strings. Empty values and None are left out."""
+    """Convert a value of a card's front matter to a list of strings.
+
+    Args:
+        value: A single value or a list of values. Empty values and None are skipped.
+    """
     return [str(text) for text in (value if isinstance(value, list) else [value]) if text]
 
 
 def _read_card_title(card: Path) -> str | None:
-    """Return the text of the first level-1 heading (`# Title`) in a Markdown file, or None if there is none."""
+    """Read the title of a card: the text of the first level-1 heading (`# Title`).
+
+    Args:
+        card: Markdown file, which need not exist.
+
+    Returns:
+        The title, or None if there is no file or no such heading.
+    """
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     heading = re.search(r"^# +(.+)$", text, re.MULTILINE)
     return heading[1].strip() if heading else None

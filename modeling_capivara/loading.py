@@ -296,9 +296,12 @@ def _check_padding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig)
 
 
 def pads_to_max_length(processor: ProcessorMixin) -> bool:
-    """Return whether the model requires texts that are padded to the maximum length, without an attention mask.
+    """Return whether a model requires texts that are padded to the maximum length, without an attention mask.
 
-    This is true for processors of SigLIP models, which were trained with such texts.
+    SigLIP models require such texts, because they were trained with them.
+
+    Args:
+        processor: Processor of the model.
     """
     return type(processor).__name__.startswith("Siglip")
 

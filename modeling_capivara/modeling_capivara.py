@@ -263,7 +263,11 @@ class CapivaraModel(CapivaraPreTrainedModel):
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding layer of the text tower by `value`."""
+        """Replace the token embedding layer of the text tower.
+
+        Args:
+            value: New embedding layer.
+        """
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
@@ -739,9 +743,13 @@ def _fill_templates(
 
 
 def l2_normalize(features: Tensor) -> Tensor:
-    """Scale each row of `features`, (rows, width), to Euclidean length 1.
+    """Scale each row of a matrix to Euclidean length 1.
 
-    The result is float64 if `features` are float64, otherwise float32.
+    Args:
+        features: (rows, width), in any floating-point type.
+
+    Returns:
+        (rows, width). The result is float64 if `features` are float64, otherwise float32.
     """
     return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 

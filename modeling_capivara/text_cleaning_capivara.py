@@ -84,7 +84,14 @@ def _fix_text(text: str) -> str:
 
 
 def _fix_line(line: str) -> str:
-    """Resolve HTML entities and repair mojibake in one line of text, in at most `MAX_ENTITY_NESTING` + 1 passes."""
+    """Resolve HTML entities and repair mojibake in one line of text, in at most `MAX_ENTITY_NESTING` + 1 passes.
+
+    Args:
+        line: Line of text.
+
+    Returns:
+        The repaired line.
+    """
     for level in range(MAX_ENTITY_NESTING + 1):
         before, line = line, unescape_html(line)
         if level == MAX_ENTITY_NESTING:  # the last pass resolves all remaining levels

@@ -168,7 +168,14 @@ def write_onnx(
 
 
 def open_session(path: Path) -> "InferenceSession":
-    """Load an ONNX graph with onnxruntime on the CPU, with as many threads as PyTorch uses."""
+    """Load an ONNX graph with onnxruntime on the CPU, with as many threads as PyTorch uses.
+
+    Args:
+        path: File of the graph.
+
+    Returns:
+        The onnxruntime session that runs the graph.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -177,7 +184,11 @@ def open_session(path: Path) -> "InferenceSession":
 
 
 def weights_file(graph: Path) -> Path:
-    """Return the path of the file with the weights of an ONNX graph: `text_model.onnx` -> `text_model.onnx_data`."""
+    """Return the path of the file that holds the weights of an ONNX graph.
+
+    Args:
+        graph: File of the graph. For `text_model.onnx`, the result is `text_model.onnx_data` in the same folder.
+    """
     return graph.with_name(f"{graph.name}_data")
 
 

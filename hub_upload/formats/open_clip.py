@@ -330,7 +330,14 @@ def check_siglip_supported(config: PreTrainedConfig) -> None:
 
 
 def _tower_sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Return (width, number of layers, patch size in pixels) of the image tower in a SigLIP configuration."""
+    """Return the sizes of the image tower that a SigLIP configuration describes.
+
+    Args:
+        config: Configuration of the SigLIP model.
+
+    Returns:
+        Width of the image tower, number of its layers, and width of a patch in pixels.
+    """
     return config.vision_config.hidden_size, config.vision_config.num_hidden_layers, config.vision_config.patch_size
 
 
