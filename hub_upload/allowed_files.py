@@ -308,11 +308,11 @@ def list_data_files(folder: Path, is_space: bool = False) -> list[Path]:
     """List the files of a dataset or Space that may be uploaded.
 
     For a dataset, these are rows, images, card and license. For a Space, these are all files except Python bytecode.
-    Hidden files and folders are left out. For a dataset, names that begin with two underscores are left out, too.
+    Hidden files and folders are skipped. For a dataset, names that begin with two underscores are also skipped.
 
     Args:
         folder: Folder of the dataset or Space.
-        is_space: Whether `folder` is a Space; otherwise it is a dataset.
+        is_space: True if `folder` is a Space, False if it is a dataset.
 
     Returns:
         Paths relative to `folder`.
@@ -413,10 +413,16 @@ def _iter_batches(path: Path) -> Iterator[Any]:
 
 
 def _find_fault(array: Any) -> str | None:
-    """Return the reason why a pyarrow array must not be published, or None if it may be published.
+    """Check the values of a pyarrow array, including nested arrays at any depth.
 
-    Texts and binary values are searched for secrets (access tokens and keys), at any depth of nested arrays. Structs
-    with the fields `bytes` and `path` are images, which `_find_image_fault` checks, too.
+    Texts and binary values are searched for secrets (access tokens and keys). Structs with the fields `bytes` and
+    `path` are images, which are also checked by `_find_image_fault`.
+
+    Args:
+        array: pyarrow array of any type.
+
+    Returns:
+        Reason why the array must not be published. None if it may be published.
     """
     from pyarrow import ExtensionArray, ListArray, compute, types
 
@@ -442,11 +448,14 @@ def _find_fault(array: Any) -> str | None:
 
 
 def _find_image_fault(contents: Any, paths: Any) -> str | None:
-    """Return the reason why the images of a `datasets.Image` column must not be published, or None.
+    """Check the images of a `datasets.Image` column.
 
     Args:
         contents: pyarrow array with the bytes of each image file, or null.
         paths: pyarrow array with the path of each image file. A path must not lead out of the dataset.
+
+    Returns:
+        Reason why the images must not be published. None if they may be published.
     """
     from pyarrow import compute, types
 

@@ -285,7 +285,7 @@ def _read_text(path: Path) -> str:
 def build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
     """Build the front matter of a card, with the metrics of the model (the Hub's "model index").
 
-    Languages, licenses and Hub ids that the Hub does not accept are left out.
+    Languages, licenses and Hub ids that the Hub does not accept are omitted.
 
     Args:
         run_metadata: Values from `collect_run_metadata`.

@@ -392,8 +392,14 @@ def _compare_widths(group: list[Any]) -> list[dict[str, Any]]:
 def to_safe_line(value: Any) -> str:
     """Convert a value from a file to one line of text that is safe to publish.
 
-    Invisible characters and the folders of absolute paths are removed. A line longer than `MAX_LINE_CHARACTERS` is
-    truncated.
+    Invisible characters are removed. An absolute path is reduced to its file name. A line longer than
+    `MAX_LINE_CHARACTERS` is truncated.
+
+    Args:
+        value: Text, or another value that is converted to a text.
+
+    Returns:
+        The line of text, which is not escaped for Markdown.
     """
     line = " ".join(str(value).split())
     # Category C of Unicode: control characters, text direction marks, private use.
@@ -420,9 +426,12 @@ def to_markdown(value: Any) -> str:
 def to_code(value: Any) -> str:
     """Format a JSON value for Markdown.
 
+    Args:
+        value: Text, or another value that is written as JSON.
+
     Returns:
-        The value in backticks if it has only characters of names and paths (`PLAIN_CODE_RE`), otherwise as escaped
-        text.
+        The value in backticks if it has only characters of names and paths (`PLAIN_CODE_RE`). Any other value is
+        returned as escaped text.
     """
     written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = to_safe_line(written)
@@ -636,7 +645,7 @@ def _find_gains_including_zero(gains: list[Any]) -> list[tuple[Any, list[Any]]]:
         gains: Results of `average_over_seeds` for the metric `GAIN_METRIC`.
 
     Returns:
-        Pairs of a gain and its measurements (one per seed) whose interval includes zero. Other gains are left out.
+        Pairs of a gain and its measurements (one per seed) whose interval includes zero. Other gains are skipped.
     """
     measurements = [
         (gain, [row for row in gain.measured if row.interval_95 and row.interval_95[0] <= 0 <= row.interval_95[1]])

@@ -66,7 +66,8 @@ REFUSAL_MESSAGES = {
     "without --push to see what the repository holds now, then with --push.",
 }
 REPOSITORY_FOLDER = "repository"  # subfolder of the run that holds the export until it is on the Hub
-# Formats that a training run publishes. ONNX is left out: it takes minutes and needs additional packages.
+# Formats that a training run publishes. ONNX is not one of them, because its export takes minutes and needs additional
+# packages.
 PUBLISHED_FORMATS = ("transformers", "open_clip", "sentence_transformers")
 format_bytes = partial(tqdm.format_sizeof, suffix="B")  # 1 kB is 1000 bytes, for example "1.46GB"
 logger = logging.getLogger("capivara")
@@ -124,7 +125,7 @@ class RemoteRepository:
 
 @dataclass
 class PushPlan:
-    """Comparison of a local folder with a repository on the Hub: the changes that a push would make there."""
+    """Comparison of a local folder with a repository on the Hub: the changes that a push would make on the Hub."""
 
     args: PushArguments
     user: str | None  # name of the token's owner; None without a token
@@ -347,8 +348,8 @@ def push_folder(plan: PushPlan) -> str | None:
 def _create_commit(plan: PushPlan, parent: str) -> str:
     """Commit the planned changes on top of an existing commit.
 
-    If the answer of the Hub is lost, the commit is sent once more. A pull request is sent only once, because otherwise
-    two pull requests might be opened.
+    If the answer of the Hub is lost, the commit is sent once more. A pull request is sent only once, because
+    sending it again might open a second pull request.
 
     Args:
         plan: Result of `plan_push`.
@@ -406,8 +407,8 @@ def _read_remote(repo_id: str, repo_type: str, revision: str) -> RemoteRepositor
         revision: Name of the branch. If the branch does not exist, the files of main are listed.
 
     Returns:
-        The state of the repository. `exists` is False if there is no such repository, or the access token gives no access to
-        it.
+        The state of the repository. `exists` is False if there is no such repository, or the access token gives no
+        access to it.
     """
     api = HfApi()
     try:
@@ -585,7 +586,8 @@ def _error_sentence(error: BaseException) -> str:
     """Describe an exception in one sentence that ends with a full stop. Access tokens and keys are masked.
 
     Args:
-        error: Exception of any type. For types other than ValueError and OSError, the sentence starts with the type.
+        error: Exception of any type. For types other than ValueError and OSError, the sentence starts with the name
+            of the type. For a KeyboardInterrupt, the sentence is "Stopped.".
     """
     if isinstance(error, KeyboardInterrupt):
         return "Stopped."

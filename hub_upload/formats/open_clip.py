@@ -277,7 +277,7 @@ def write_sentence_modules(folder: Path, module_types: list[tuple[str, str]]) ->
         for index, (path, class_name) in enumerate(module_types)
     ]
     write_json(folder / "modules.json", modules)
-    # Library versions are left out. Otherwise, users with an older release of Sentence Transformers 6 would see a
+    # Library versions are not written. If they were, users with an older release of Sentence Transformers 6 would see a
     # warning.
     settings = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
     write_json(folder / "config_sentence_transformers.json", settings)
@@ -404,11 +404,14 @@ def _compare_embeddings(model: PreTrainedModel, processor: ProcessorMixin, folde
 
 
 def _check_difference(program: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Raise ValueError if embeddings differ by `EMBEDDING_TOLERANCE` or more.
+    """Check that the embeddings of an export are the same as those of the model.
 
     Args:
         program: Name of the library that computed embeddings with the export, for the error message.
         pairs: Tuples (embeddings of the model, embeddings computed by the library), each (rows, width).
+
+    Raises:
+        ValueError: If a number in the two embeddings differs by `EMBEDDING_TOLERANCE` or more.
     """
     difference = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
     if not difference < EMBEDDING_TOLERANCE:
