@@ -350,7 +350,7 @@ def _group_values(values: list[Any]) -> list[dict[str, Any]]:
 
 
 def _pair_by_direction(values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Pair the results of the baseline and the trained model. Results of the metric `GAIN_METRIC` are left out.
+    """Pair the results of the baseline and the trained model. Results of the metric `GAIN_METRIC` are skipped.
 
     Args:
         values: Results of `average_over_seeds`.
@@ -480,12 +480,12 @@ class CardWriter:
         self.separators = str.maketrans(",.", ".," if language == "pt" else ",.")
 
     def number(self, value: Any, digits: int = 0, sign: bool = False, kind: str = "f") -> str:
-        """Format a number with the thousands and decimal separators of the card's language.
+        """Format a number with the separators for thousands and decimals that the card's language uses.
 
         Args:
             value: Number from a file.
             digits: Digits after the decimal separator.
-            sign: Whether to write a plus sign.
+            sign: Whether to write a plus sign before a number that is not negative.
             kind: "f" for fixed-point or "e" for exponent notation.
 
         Raises:
@@ -499,7 +499,7 @@ class CardWriter:
         """Format a share (0 to 1) as a percentage with two decimals, but without a percent sign.
 
         Args:
-            share: Share, or difference of two shares; a difference is formatted in percentage points.
+            share: Share, or difference of two shares, which is formatted in percentage points.
             sign: Whether to write a plus sign.
 
         Raises:
@@ -519,10 +519,10 @@ class CardWriter:
         return f"{self.number(seconds / part, 1)} {unit}"
 
     def language(self, key: str) -> str:
-        """Return the name of a language in the card's language. An unknown language code is returned, escaped.
+        """Return the name of a language in the card's language.
 
         Args:
-            key: Language code, such as "pt".
+            key: Code of the language to name, such as "pt". An unknown code is returned, escaped for Markdown.
         """
         return self.words["languages"].get(key) or to_markdown(key)
 
@@ -669,7 +669,7 @@ def _describe_translators(datasets: list[dict[str, Any]], language: str) -> str:
 
 
 def _select_settings(config: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
-    """Select the hyperparameters in `_SETTING_NAMES` that the card shows. Those without effect in the run are left out.
+    """Select the hyperparameters in `_SETTING_NAMES` that the card shows. Those without effect in the run are skipped.
 
     Args:
         config: Settings of the run, "config" in `run.json`.

@@ -68,7 +68,7 @@ def read_origin(name: str, repo_type: str) -> dict[str, Any]:
     Returns:
         A dict with these keys. Values that the card does not state are None or empty.
 
-        - "name": name without the folders of this machine.
+        - "name": the argument `name` without the folders of this machine.
         - "title": title on the card; if the card has none, the Hub id or the last part of the path.
         - "hub_id" and "revision": Hub id and commit. None if the card does not come from the Hub.
         - "base_model": list of the Hub ids that the card names as base models.

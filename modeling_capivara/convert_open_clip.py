@@ -334,6 +334,9 @@ def to_open_clip_model_cfg(
 def _is_vit(config: CapivaraConfig) -> bool:
     """Return whether the image tower is a ViT that open_clip implements itself (True) or a timm model (False).
 
+    Args:
+        config: Configuration of the model.
+
     Raises:
         ValueError: If the image tower is of another type, which open_clip can't represent.
     """

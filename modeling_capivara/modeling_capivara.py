@@ -669,7 +669,13 @@ def _check_attention_mask(attention_mask: Tensor, tokens: Tensor) -> None:
 def _pooler_kwargs(text_config: PreTrainedConfig) -> dict[str, bool]:
     """Return keyword arguments for `AutoModel.from_config` that build the text tower without its own pooling layer.
 
-    Mean pooling does not use this layer. The dictionary is empty if the model type has no such option.
+    Mean pooling does not use this layer.
+
+    Args:
+        text_config: Configuration of the text tower.
+
+    Returns:
+        The arguments. Empty if models of this type have no such option.
     """
     model_class = MODEL_MAPPING.get(type(text_config), object)  # for unknown types, AutoModel raises a clear error
     has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters

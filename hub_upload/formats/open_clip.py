@@ -107,14 +107,14 @@ def compute_tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
         tensors: Tensors by name.
 
     Returns:
-        A tuple (dtype, shape, SHA-256 of the values) for each name.
+        Name of each tensor -> tuple (dtype, shape, SHA-256 of the values).
     """
     raw = {name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
     return {name: (tensor.dtype, tensor.shape, hashlib.sha256(raw[name]).digest()) for name, tensor in tensors.items()}
 
 
 def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple]) -> None:
-    """Check that the tensors in a written file are bit-identical to the model's.
+    """Check that the tensors in a written file are bit-identical to the tensors of the model.
 
     Args:
         file: File that the tensors were read from, for the error message.
@@ -211,7 +211,7 @@ def build_open_clip_config(
 def write_sentence_transformers(folder: Path, processor: ProcessorMixin) -> None:
     """Write the configuration files with which Sentence Transformers loads the exported model.
 
-    It loads the whole model, with both towers, as a Transformer module. A Normalize module follows.
+    Sentence Transformers loads the whole model, with both towers, as a Transformer module. A Normalize module follows.
 
     Args:
         folder: Folder of the export, which already has the files for transformers.
