@@ -285,7 +285,7 @@ def _printable_name(text: str) -> str:
 def _is_on_hub(file: CommitOperationAdd, remote_file: RepoFile | None) -> bool:
     """Return whether a local file and a file on the Hub have the same content.
 
-    Sizes and hashes are compared. Nothing is downloaded.
+    Sizes and hashes are compared, so the file on the Hub is not downloaded.
 
     Args:
         file: Local file.
@@ -496,8 +496,8 @@ def _explain_error(error: BaseException, repo_id: str, again: str) -> str:
     """Return an error message that says why a call to the Hub failed and what the user can do about it.
 
     Args:
-        error: Error that the call raised.
-        repo_id: Repository to name in the message.
+        error: Error that the call to the Hub raised.
+        repo_id: Repository to name in the message, owner/name.
         again: Hint that is added if the failure may be temporary.
     """
     if isinstance(error, errors.HfHubHTTPError):

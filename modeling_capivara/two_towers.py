@@ -79,8 +79,8 @@ def embedding_width(config: PreTrainedConfig) -> int:
 def freeze_image_encoder(model: PreTrainedModel) -> None:
     """Freeze the image tower and its projection, so that their parameters get no gradient.
 
-    The frozen image tower of a CAPIVARA model also stays in evaluation mode after `train()`. The image towers of other
-    models do not.
+    The frozen image tower of a CAPIVARA model also stays in evaluation mode after `train()`. The image tower of any
+    other model switches to training mode.
 
     Args:
         model: Two-tower model, which is changed.
@@ -144,7 +144,7 @@ def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, 
 
 
 def pad_batch(processor: ProcessorMixin, tokenized: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-    """Pad tokenized texts to the length of the longest one, and convert them to tensors.
+    """Pad tokenized texts to the length of the longest text, and convert them to tensors.
 
     Args:
         processor: Processor that `tokenize` was called with.
