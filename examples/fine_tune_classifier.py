@@ -100,7 +100,7 @@ def make_digits_dataset(names: list[str], seed: int) -> DatasetDict:
 class LabeledRows:
     """Dataset for transformers' `Trainer` that decodes each labeled image when it is accessed.
 
-    An item is a dictionary with `image` (PIL image) and `labels` (class index). Images that can't be read are left out.
+    An item is a dictionary with `image` (PIL image) and `labels` (class index). Images that can't be read are skipped.
 
     Args:
         labeled_images: Images with their labels, from `load_labeled_images`. All images are decoded once, to find those

@@ -124,6 +124,9 @@ def to_image(pixels: Tensor) -> PIL.Image.Image:
 
     Args:
         pixels: (1, 3, height, width), values from 0 to 1.
+
+    Returns:
+        The RGB image.
     """
     array = (255 * pixels[0].detach()).round().clamp(0, 255).to(torch.uint8)
     return PIL.Image.fromarray(array.permute(1, 2, 0).cpu().numpy())

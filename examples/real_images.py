@@ -196,12 +196,15 @@ def run_linear_probe(args: RealImagesArguments) -> None:
 
 
 def _build_labeled_dataset(images: list, labels: list[int], names: list[str]) -> Dataset:
-    """Build a dataset of labeled images with the columns image and label.
+    """Build a dataset of labeled images.
 
     Args:
         images: PIL images.
         labels: Class index of each image.
         names: Class names, in the order of the class indices.
+
+    Returns:
+        Dataset with the columns image and label.
     """
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
     return Dataset.from_dict({"image": images, "label": labels}, features=features)

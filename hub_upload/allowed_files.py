@@ -58,7 +58,14 @@ MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # limit of the safetensors library
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise ValueError unless `repo_id` is a valid Hub repository id of the form `owner/name`."""
+    """Check that a string is a valid id of a repository on the Hub, such as `my-name/my-model`.
+
+    Args:
+        repo_id: String to check.
+
+    Raises:
+        ValueError: If the string does not have the form `owner/name`, or the Hub does not accept one of the two names.
+    """
     if repo_id.count("/") != 1:
         raise ValueError(
             f"The repository id must be owner/name, for example my-name/my-model, got {make_printable(repo_id)!r}."
@@ -102,13 +109,16 @@ def list_files_to_send(folder: Path, repo_type: str) -> list[Path]:
 
 
 def list_allowed_files(folder: Path) -> list[Path]:
-    """List the files of a model folder that match a pattern of `ALLOWED_FILES`. Symbolic links are left out.
+    """List the files of a model folder that match a pattern of `ALLOWED_FILES`. Symbolic links are skipped.
+
+    Args:
+        folder: Folder of the model.
 
     Returns:
         Sorted paths relative to `folder`.
 
     Raises:
-        ValueError: If a matching path is not a regular file.
+        ValueError: If a path that matches a pattern is not a regular file.
     """
     names = []
     for path in sorted(folder.rglob("*")):
@@ -121,7 +131,14 @@ def list_allowed_files(folder: Path) -> list[Path]:
 
 
 def check_regular_file(path: Path) -> None:
-    """Raise ValueError if `path` is not a regular file, for example a folder, or a pipe, which would block a reader."""
+    """Check that a path is a regular file. A folder or a pipe is refused, because reading from a pipe would never end.
+
+    Args:
+        path: Path to check.
+
+    Raises:
+        ValueError: If `path` is not a regular file.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file. Remove it.")
 
@@ -291,11 +308,11 @@ def list_data_files(folder: Path, is_space: bool = False) -> list[Path]:
     """List the files of a dataset or Space that may be uploaded.
 
     For a dataset, these are rows, images, card and license. For a Space, these are all files except Python bytecode.
-    Hidden files and folders are left out. For a dataset, names that begin with two underscores are left out, too.
+    Hidden files and folders are skipped. For a dataset, names that begin with two underscores are also skipped.
 
     Args:
         folder: Folder of the dataset or Space.
-        is_space: Whether `folder` is a Space; otherwise it is a dataset.
+        is_space: True if `folder` is a Space, False if it is a dataset.
 
     Returns:
         Paths relative to `folder`.
@@ -374,9 +391,14 @@ def _check_table(path: Path, name: Path) -> None:
 
 
 def _iter_batches(path: Path) -> Iterator[Any]:
-    """Yield the pyarrow record batches of a Parquet or Arrow file.
+    """Read a Parquet or Arrow file in batches of rows.
 
-    For a Parquet file, the first batch has no rows, so that the schema is checked even if the file has none.
+    Args:
+        path: File to read.
+
+    Yields:
+        The pyarrow record batches of the file. For a Parquet file, the first batch has no rows, so that the schema is
+        checked even if the file contains no rows.
     """
     import pyarrow
     from pyarrow import parquet
@@ -391,10 +413,16 @@ def _iter_batches(path: Path) -> Iterator[Any]:
 
 
 def _find_fault(array: Any) -> str | None:
-    """Return the reason why a pyarrow array must not be published, or None if it may be published.
+    """Check the values of a pyarrow array, including nested arrays at any depth.
 
-    Texts and binary values are searched for secrets (access tokens and keys), at any depth of nested arrays. Structs
-    with the fields `bytes` and `path` are images, which `_find_image_fault` checks, too.
+    Texts and binary values are searched for secrets (access tokens and keys). Structs with the fields `bytes` and
+    `path` are images, which are also checked by `_find_image_fault`.
+
+    Args:
+        array: pyarrow array of any type.
+
+    Returns:
+        Reason why the array must not be published. None if it may be published.
     """
     from pyarrow import ExtensionArray, ListArray, compute, types
 
@@ -420,11 +448,14 @@ def _find_fault(array: Any) -> str | None:
 
 
 def _find_image_fault(contents: Any, paths: Any) -> str | None:
-    """Return the reason why the images of a `datasets.Image` column must not be published, or None.
+    """Check the images of a `datasets.Image` column.
 
     Args:
         contents: pyarrow array with the bytes of each image file, or null.
         paths: pyarrow array with the path of each image file. A path must not lead out of the dataset.
+
+    Returns:
+        Reason why the images must not be published. None if they may be published.
     """
     from pyarrow import compute, types
 

@@ -239,7 +239,15 @@ def read_card_options(text: str) -> dict[str, Any] | None:
 
 
 def _split_front_matter(text: str) -> tuple[str, str]:
-    """Split the text of a card into its YAML front matter and the Markdown text that follows."""
+    """Split the text of a card into its YAML front matter and its Markdown text.
+
+    Args:
+        text: Text of the card.
+
+    Returns:
+        The front matter up to and including its last line `---` (an empty string if there is no such line), and the
+        Markdown text that follows.
+    """
     end = text.find("\n---\n", 1) + 1
     return text[:end], text[end:]
 
@@ -277,7 +285,7 @@ def _read_text(path: Path) -> str:
 def build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
     """Build the front matter of a card, with the metrics of the model (the Hub's "model index").
 
-    Languages, licenses and Hub ids that the Hub does not accept are left out.
+    Languages, licenses and Hub ids that the Hub does not accept are omitted.
 
     Args:
         run_metadata: Values from `collect_run_metadata`.
@@ -318,7 +326,14 @@ def build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
 
 
 def filter_hub_ids(names: Any) -> list[str]:
-    """Return the elements of `names` that are strings and valid Hub ids (owner/name), in the same order."""
+    """Select the valid Hub ids among values from a file.
+
+    Args:
+        names: Iterable of values of any type.
+
+    Returns:
+        The values that are strings of the form `owner/name` and that the Hub accepts as ids, in the order of `names`.
+    """
     return [name for name in names if isinstance(name, str) and values.HUB_ID_RE.fullmatch(name)]
 
 
@@ -328,6 +343,9 @@ def _build_eval_result(run_metadata: dict[str, Any], measurement: Any) -> EvalRe
     Args:
         run_metadata: Values from `collect_run_metadata`.
         measurement: Measurement of one seed, from the `measured` field of an `average_over_seeds` result.
+
+    Returns:
+        The entry, with a metric value from 0 to 1 for metrics that are shares.
     """
     record, commit = measurement.record, find_data_revision(run_metadata["run"], measurement)
     task_type, task_name = HUB_TASKS[record.task, record.direction]

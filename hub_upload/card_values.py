@@ -234,7 +234,12 @@ def _read_json(path: Path, folder: Path, digests: dict[str, str]) -> dict[str, A
 
 
 def _read_result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | None:
-    """Read a result file and record its SHA-256 in `digests`, as `_read_json` does.
+    """Read a result file and record its SHA-256.
+
+    Args:
+        path: File to read.
+        folder: Folder of the run or export.
+        digests: Relative path -> SHA-256 of each file that was read. The file is added, relative to `folder`.
 
     Returns:
         The parsed result file. None for a JSON file without `records`, such as the summary of an evaluation suite.
@@ -345,7 +350,7 @@ def _group_values(values: list[Any]) -> list[dict[str, Any]]:
 
 
 def _pair_by_direction(values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Pair the results of the baseline and the trained model. Results of the metric `GAIN_METRIC` are left out.
+    """Pair the results of the baseline and the trained model. Results of the metric `GAIN_METRIC` are skipped.
 
     Args:
         values: Results of `average_over_seeds`.
@@ -387,8 +392,14 @@ def _compare_widths(group: list[Any]) -> list[dict[str, Any]]:
 def to_safe_line(value: Any) -> str:
     """Convert a value from a file to one line of text that is safe to publish.
 
-    Invisible characters and the folders of absolute paths are removed. A line longer than `MAX_LINE_CHARACTERS` is
-    truncated.
+    Invisible characters are removed. An absolute path is reduced to its file name. A line longer than
+    `MAX_LINE_CHARACTERS` is truncated.
+
+    Args:
+        value: Text, or another value that is converted to a text.
+
+    Returns:
+        The line of text, which is not escaped for Markdown.
     """
     line = " ".join(str(value).split())
     # Category C of Unicode: control characters, text direction marks, private use.
@@ -398,7 +409,14 @@ def to_safe_line(value: Any) -> str:
 
 
 def to_markdown(value: Any) -> str:
-    """Escape a text from a file, so that Markdown shows it literally, without interpreting markup or HTML."""
+    """Escape a text from a file, so that Markdown shows it literally, without interpreting markup or HTML.
+
+    Args:
+        value: Text, or another value that is converted to a text.
+
+    Returns:
+        One line of escaped text.
+    """
     line = re.sub(r"([\\`*_\[\]|~$!#])", r"\\\1", to_safe_line(value))
     # At the start of a line, these characters and numbers would begin a list or mark a heading.
     line = re.sub(r"^([-+=]|\d+(?=[.)](\s|$)))", r"\\\1" if line[:1] in "-+=" else r"\1\\", line)
@@ -408,9 +426,12 @@ def to_markdown(value: Any) -> str:
 def to_code(value: Any) -> str:
     """Format a JSON value for Markdown.
 
+    Args:
+        value: Text, or another value that is written as JSON.
+
     Returns:
-        The value in backticks if it has only characters of names and paths (`PLAIN_CODE_RE`), otherwise as escaped
-        text.
+        The value in backticks if it has only characters of names and paths (`PLAIN_CODE_RE`). Any other value is
+        returned as escaped text.
     """
     written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = to_safe_line(written)
@@ -419,7 +440,11 @@ def to_code(value: Any) -> str:
 
 
 def is_portuguese(language: str) -> bool:
-    """Return whether a language code stands for Portuguese, as "pt", "pt-BR" and "por" do."""
+    """Return whether a language code stands for Portuguese.
+
+    Args:
+        language: Language code. "pt", "pt-BR" and "por" are Portuguese.
+    """
     return re.split("[-_]", language)[0] in ("pt", "por")
 
 
@@ -455,12 +480,12 @@ class CardWriter:
         self.separators = str.maketrans(",.", ".," if language == "pt" else ",.")
 
     def number(self, value: Any, digits: int = 0, sign: bool = False, kind: str = "f") -> str:
-        """Format a number with the thousands and decimal separators of the card's language.
+        """Format a number with the separators for thousands and decimals that the card's language uses.
 
         Args:
             value: Number from a file.
             digits: Digits after the decimal separator.
-            sign: Whether to write a plus sign.
+            sign: Whether to write a plus sign before a number that is not negative.
             kind: "f" for fixed-point or "e" for exponent notation.
 
         Raises:
@@ -474,7 +499,7 @@ class CardWriter:
         """Format a share (0 to 1) as a percentage with two decimals, but without a percent sign.
 
         Args:
-            share: Share, or difference of two shares; a difference is formatted in percentage points.
+            share: Share, or difference of two shares, which is formatted in percentage points.
             sign: Whether to write a plus sign.
 
         Raises:
@@ -494,20 +519,28 @@ class CardWriter:
         return f"{self.number(seconds / part, 1)} {unit}"
 
     def language(self, key: str) -> str:
-        """Return the name of a language in the card's language. An unknown language code is returned, escaped.
+        """Return the name of a language in the card's language.
 
         Args:
-            key: Language code, such as "pt".
+            key: Code of the language to name, such as "pt". An unknown code is returned, escaped for Markdown.
         """
         return self.words["languages"].get(key) or to_markdown(key)
 
     def dataset(self, name: str) -> str:
-        """Return the title of a dataset if its card states one, otherwise its name, formatted as Markdown code."""
+        """Return the title of a dataset for the card. If the title is unknown, the name is returned as Markdown code.
+
+        Args:
+            name: Name of the dataset in the result files.
+        """
         titles = self.run_metadata["titles"]
         return to_code(name) if titles.get(name) is None else to_markdown(titles[name])
 
     def phrase(self, text: str) -> str:
-        """Translate an English text from a result file, such as a protocol, to the card's language, and escape it."""
+        """Translate an English text from a result file to the card's language, and escape it for Markdown.
+
+        Args:
+            text: English text, such as the description of an evaluation protocol.
+        """
         for english, translation in self.words["phrases"].items():
             text = text.replace(english, translation)
         return to_markdown(text)
@@ -612,7 +645,7 @@ def _find_gains_including_zero(gains: list[Any]) -> list[tuple[Any, list[Any]]]:
         gains: Results of `average_over_seeds` for the metric `GAIN_METRIC`.
 
     Returns:
-        Pairs of a gain and its measurements (one per seed) whose interval includes zero. Other gains are left out.
+        Pairs of a gain and its measurements (one per seed) whose interval includes zero. Other gains are skipped.
     """
     measurements = [
         (gain, [row for row in gain.measured if row.interval_95 and row.interval_95[0] <= 0 <= row.interval_95[1]])
@@ -636,7 +669,7 @@ def _describe_translators(datasets: list[dict[str, Any]], language: str) -> str:
 
 
 def _select_settings(config: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
-    """Select the hyperparameters in `_SETTING_NAMES` that the card shows. Those without effect in the run are left out.
+    """Select the hyperparameters in `_SETTING_NAMES` that the card shows. Those without effect in the run are skipped.
 
     Args:
         config: Settings of the run, "config" in `run.json`.

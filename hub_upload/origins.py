@@ -68,7 +68,7 @@ def read_origin(name: str, repo_type: str) -> dict[str, Any]:
     Returns:
         A dict with these keys. Values that the card does not state are None or empty.
 
-        - "name": name without the folders of this machine.
+        - "name": the argument `name` without the folders of this machine.
         - "title": title on the card; if the card has none, the Hub id or the last part of the path.
         - "hub_id" and "revision": Hub id and commit. None if the card does not come from the Hub.
         - "base_model": list of the Hub ids that the card names as base models.
@@ -117,12 +117,23 @@ def _fetch_card(name: str, repo_type: str) -> Path | None:
 
 
 def _as_texts(value: Any) -> list[str]:
-    """Convert a value from YAML, or a list of values, to a list of strings. Empty values and None are left out."""
+    """Convert a value of a card's front matter to a list of strings.
+
+    Args:
+        value: A single value or a list of values. Empty values and None are skipped.
+    """
     return [str(text) for text in (value if isinstance(value, list) else [value]) if text]
 
 
 def _read_card_title(card: Path) -> str | None:
-    """Return the text of the first level-1 heading (`# Title`) in a Markdown file, or None if there is none."""
+    """Read the title of a card: the text of the first level-1 heading (`# Title`).
+
+    Args:
+        card: Markdown file, which need not exist.
+
+    Returns:
+        The title, or None if there is no file or no such heading.
+    """
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     heading = re.search(r"^# +(.+)$", text, re.MULTILINE)
     return heading[1].strip() if heading else None

@@ -66,7 +66,8 @@ REFUSAL_MESSAGES = {
     "without --push to see what the repository holds now, then with --push.",
 }
 REPOSITORY_FOLDER = "repository"  # subfolder of the run that holds the export until it is on the Hub
-# Formats that a training run publishes. ONNX is left out: it takes minutes and needs additional packages.
+# Formats that a training run publishes. ONNX is not one of them, because its export takes minutes and needs additional
+# packages.
 PUBLISHED_FORMATS = ("transformers", "open_clip", "sentence_transformers")
 format_bytes = partial(tqdm.format_sizeof, suffix="B")  # 1 kB is 1000 bytes, for example "1.46GB"
 logger = logging.getLogger("capivara")
@@ -112,7 +113,7 @@ class PushArguments:
 class RemoteRepository:
     """State of a repository on the Hub.
 
-    A private repository that the access token may not see is described as if it did not exist.
+    A private repository that can't be read with the access token is described as if it did not exist.
     """
 
     exists: bool = False
@@ -124,7 +125,7 @@ class RemoteRepository:
 
 @dataclass
 class PushPlan:
-    """Comparison of a local folder with a repository on the Hub: the changes that a push would make there."""
+    """Comparison of a local folder with a repository on the Hub: the changes that a push would make on the Hub."""
 
     args: PushArguments
     user: str | None  # name of the token's owner; None without a token
@@ -270,12 +271,21 @@ def describe_push(plan: PushPlan) -> str:
 
 
 def _printable_name(text: str) -> str:
-    """Escape line feeds and control characters in a text, so that it is safe to print on one line."""
+    """Escape line feeds and control characters in a text, so that it is safe to print on one line.
+
+    Args:
+        text: Text from a file or from the Hub.
+
+    Returns:
+        The escaped text.
+    """
     return make_printable(text.replace("\n", "\\n"))
 
 
 def _is_on_hub(file: CommitOperationAdd, remote_file: RepoFile | None) -> bool:
-    """Return whether the Hub already has a file with the same content. Only hashes are compared, nothing is downloaded.
+    """Return whether a local file and a file on the Hub have the same content.
+
+    Sizes and hashes are compared, so the file on the Hub is not downloaded.
 
     Args:
         file: Local file.
@@ -338,8 +348,8 @@ def push_folder(plan: PushPlan) -> str | None:
 def _create_commit(plan: PushPlan, parent: str) -> str:
     """Commit the planned changes on top of an existing commit.
 
-    If the answer of the Hub is lost, the commit is sent once more. A pull request is sent only once, because otherwise
-    two pull requests might be opened.
+    If the answer of the Hub is lost, the commit is sent once more. A pull request is sent only once, because
+    sending it again might open a second pull request.
 
     Args:
         plan: Result of `plan_push`.
@@ -375,7 +385,11 @@ def _create_commit(plan: PushPlan, parent: str) -> str:
 
 
 def _default_commit_title(plan: PushPlan) -> str:
-    """Return the commit title for a push without --message, such as "Add 4 files" or "Update README.md"."""
+    """Return the commit title for a push without --message, such as "Add 4 files" or "Update README.md".
+
+    Args:
+        plan: Changes to commit. The verb is "Update" if at least one of the files exists on the Hub.
+    """
     names = [file.path_in_repo for file in plan.added_files] + plan.deleted_paths
     verb = "Update" if {*names} & {*plan.remote.files} else "Add"
     return f"{verb} {names[0]}" if len(names) == 1 else f"{verb} {len(names)} files"
@@ -391,6 +405,10 @@ def _read_remote(repo_id: str, repo_type: str, revision: str) -> RemoteRepositor
         repo_id: Repository on the Hub, owner/name.
         repo_type: "model", "dataset" or "space".
         revision: Name of the branch. If the branch does not exist, the files of main are listed.
+
+    Returns:
+        The state of the repository. `exists` is False if there is no such repository, or the access token gives no
+        access to it.
     """
     api = HfApi()
     try:
@@ -431,7 +449,9 @@ def _retry_once(call: Callable[[], Any]) -> Any:
 
 @contextmanager
 def wrap_hub_errors(repo_id: str, again: str = RETRY_HINT) -> Iterator[None]:
-    """Convert all errors of calls to the Hub in a block to PushError. Secrets are masked in all log messages meanwhile.
+    """Convert all errors that calls to the Hub raise in a `with` block to PushError.
+
+    Inside the block, access tokens and keys are masked in all log messages.
 
     Args:
         repo_id: Repository to name in error messages.
@@ -476,8 +496,8 @@ def _explain_error(error: BaseException, repo_id: str, again: str) -> str:
     """Return an error message that says why a call to the Hub failed and what the user can do about it.
 
     Args:
-        error: Error that the call raised.
-        repo_id: Repository to name in the message.
+        error: Error that the call to the Hub raised.
+        repo_id: Repository to name in the message, owner/name.
         again: Hint that is added if the failure may be temporary.
     """
     if isinstance(error, errors.HfHubHTTPError):
@@ -563,7 +583,12 @@ def publish_run(run: Path, repo_id: str, private: bool = False, card_language: s
 
 
 def _error_sentence(error: BaseException) -> str:
-    """Return the message of any exception as one sentence with a full stop, and with access tokens and keys masked."""
+    """Describe an exception in one sentence that ends with a full stop. Access tokens and keys are masked.
+
+    Args:
+        error: Exception of any type. For types other than ValueError and OSError, the sentence starts with the name
+            of the type. For a KeyboardInterrupt, the sentence is "Stopped.".
+    """
     if isinstance(error, KeyboardInterrupt):
         return "Stopped."
     kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "

@@ -111,7 +111,7 @@ class CapivaraConfig(PreTrainedConfig):
     def to_dict(self) -> dict:
         """Convert the configuration to a dictionary that can be saved as JSON.
 
-        `logit_bias_init_value` is left out if it is None. Older configurations do not have this field, and digests that
+        `logit_bias_init_value` is omitted if it is None. Older configurations do not have this field, and digests that
         were computed from them must stay valid.
         """
         omitted = {"logit_bias_init_value"} if self.logit_bias_init_value is None else set()

@@ -334,6 +334,9 @@ def to_open_clip_model_cfg(
 def _is_vit(config: CapivaraConfig) -> bool:
     """Return whether the image tower is a ViT that open_clip implements itself (True) or a timm model (False).
 
+    Args:
+        config: Configuration of the model.
+
     Raises:
         ValueError: If the image tower is of another type, which open_clip can't represent.
     """
@@ -518,9 +521,10 @@ def find_open_clip_model(source: str, tokenizer: str | None = None, revision: st
 
 
 def first_error_line(error: BaseException) -> str:
-    """Return the first line of an error's message, because some libraries append pages of advice.
+    """Return only the first line of an error's message, because some libraries append pages of advice.
 
-    If the message is empty, the name of the error's type is returned.
+    Args:
+        error: Exception of any type. If its message is empty, the name of its type is returned.
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

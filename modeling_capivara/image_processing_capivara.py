@@ -308,7 +308,10 @@ def _flatten_images(images) -> list:
     """Convert the images of a call to a flat list of single images.
 
     Args:
-        images: A single image, a batch as a four-dimensional array or tensor, or nested lists of both.
+        images: A single image, a batch as a four-dimensional array or tensor, or nested lists of images and batches.
+
+    Returns:
+        The single images in their order.
     """
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in _flatten_images(item)]

@@ -109,7 +109,7 @@ def _silence_load_report() -> Iterator[None]:
     """Return a context manager that keeps transformers from printing a report of weights that do not fit the model.
 
     The report is not needed, because the error of `_check_keys` names the first of these weights. The logger is
-    disabled instead of setting its level, because at a level of WARNING or higher transformers prints a plan of sharded
+    disabled, and its level is not set, because at a level of WARNING or higher transformers prints a plan of sharded
     layers instead of the report.
     """
     transformers_logger = logging.getLogger("transformers.modeling_utils")
@@ -212,7 +212,8 @@ def _check_keys(
         mismatched: Weights with a wrong shape: name, shape in the files, and shape in the model.
 
     Raises:
-        ValueError: If any of the three is not empty. The message names at most `MAX_NAMED_KEYS` weights.
+        ValueError: If `missing`, `unexpected` or `mismatched` is not empty. The message names at most
+            `MAX_NAMED_KEYS` weights.
     """
     shapes = [f"{key} {list(actual)}, not {list(expected)}" for key, actual, expected in mismatched]
     all_faults = {"missing": missing, "unexpected": unexpected, "mismatched": shapes}
@@ -296,9 +297,12 @@ def _check_padding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig)
 
 
 def pads_to_max_length(processor: ProcessorMixin) -> bool:
-    """Return whether the model requires texts that are padded to the maximum length, without an attention mask.
+    """Return whether a model requires texts that are padded to the maximum length, without an attention mask.
 
-    This is true for processors of SigLIP models, which were trained with such texts.
+    SigLIP models require such texts, because they were trained with them.
+
+    Args:
+        processor: Processor of the model.
     """
     return type(processor).__name__.startswith("Siglip")
 
@@ -391,7 +395,7 @@ def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) ->
         prefixes: Prefixes of tensor names. Only tensors whose names start with one of them are included. Default: all.
 
     Returns:
-        32 hexadecimal digits.
+        The digest as 32 hexadecimal digits.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
@@ -408,7 +412,7 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
         card: Path of the card, a README.md.
 
     Returns:
-        Values by field name. Empty if there is no card or no metadata block, or it can't be read.
+        Values by field name. Empty if there is no card, or if its metadata block is missing or can't be read.
     """
     try:
         # huggingface_hub's `metadata_load` would reject the whole card for a single byte that is not UTF-8.

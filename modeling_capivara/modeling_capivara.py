@@ -263,7 +263,11 @@ class CapivaraModel(CapivaraPreTrainedModel):
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding layer of the text tower by `value`."""
+        """Replace the token embedding layer of the text tower.
+
+        Args:
+            value: New embedding layer.
+        """
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
@@ -665,7 +669,13 @@ def _check_attention_mask(attention_mask: Tensor, tokens: Tensor) -> None:
 def _pooler_kwargs(text_config: PreTrainedConfig) -> dict[str, bool]:
     """Return keyword arguments for `AutoModel.from_config` that build the text tower without its own pooling layer.
 
-    Mean pooling does not use this layer. The dictionary is empty if the model type has no such option.
+    Mean pooling does not use this layer.
+
+    Args:
+        text_config: Configuration of the text tower.
+
+    Returns:
+        The arguments. Empty if models of this type have no such option.
     """
     model_class = MODEL_MAPPING.get(type(text_config), object)  # for unknown types, AutoModel raises a clear error
     has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
@@ -739,9 +749,13 @@ def _fill_templates(
 
 
 def l2_normalize(features: Tensor) -> Tensor:
-    """Scale each row of `features`, (rows, width), to Euclidean length 1.
+    """Scale each row of a matrix to Euclidean length 1.
 
-    The result is float64 if `features` are float64, otherwise float32.
+    Args:
+        features: (rows, width), in any floating-point type.
+
+    Returns:
+        (rows, width). The result is float64 if `features` are float64, otherwise float32.
     """
     return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 

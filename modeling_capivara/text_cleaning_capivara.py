@@ -48,7 +48,14 @@ def clean_text(text: str) -> str:
 
 
 def _truncate_text(text: str) -> str:
-    """Shorten each long run of white space, then return the first `MAX_CHARACTERS` characters and `MAX_LINES` lines."""
+    """Shorten each long run of white space in a text, and then truncate the text.
+
+    Args:
+        text: Text of any length.
+
+    Returns:
+        The start of the shortened text, with at most `MAX_CHARACTERS` characters and `MAX_LINES` lines.
+    """
     # Each replacement leaves at least four characters, so more than `MAX_CHARACTERS` replacements can't be needed.
     shortened = LONG_WHITESPACE_RE.sub(_shorten_whitespace, text, count=MAX_CHARACTERS)
     truncated = "\n".join(shortened[:MAX_CHARACTERS].split("\n")[:MAX_LINES])
@@ -74,7 +81,10 @@ def _shorten_whitespace(match: re.Match) -> str:
 def _fix_text(text: str) -> str:
     """Return the same result as `ftfy.fix_text`, but limit the number of passes over the text.
 
-    ftfy makes one pass for each level of nested entities, so its time may be quadratic in the length of the text.
+    ftfy makes one pass for each level of nested entities, so its time can be quadratic in the length of the text.
+
+    Args:
+        text: Text to repair.
     """
     if sum(map(text.count, "&;＆；")) <= MAX_FTFY_ENTITY_SIGNS:
         return ftfy.fix_text(text)
@@ -84,7 +94,14 @@ def _fix_text(text: str) -> str:
 
 
 def _fix_line(line: str) -> str:
-    """Resolve HTML entities and repair mojibake in one line of text, in at most `MAX_ENTITY_NESTING` + 1 passes."""
+    """Resolve HTML entities and repair mojibake in one line of text, in at most `MAX_ENTITY_NESTING` + 1 passes.
+
+    Args:
+        line: Line of text.
+
+    Returns:
+        The repaired line.
+    """
     for level in range(MAX_ENTITY_NESTING + 1):
         before, line = line, unescape_html(line)
         if level == MAX_ENTITY_NESTING:  # the last pass resolves all remaining levels

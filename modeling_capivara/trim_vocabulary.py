@@ -314,7 +314,14 @@ def check_tokenization(
 
 
 def _iter_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Split texts into batches, and yield each batch as a list of at most `TOKENIZER_BATCH_SIZE` texts."""
+    """Split texts into batches for the tokenizer.
+
+    Args:
+        texts: Texts, which may come from a generator.
+
+    Yields:
+        Lists of at most `TOKENIZER_BATCH_SIZE` texts.
+    """
     remaining = iter(texts)
     while batch := list(islice(remaining, TOKENIZER_BATCH_SIZE)):
         yield batch

@@ -46,7 +46,11 @@ CPU_CHUNK_IMAGES = 4
 
 
 def uses_sigmoid_loss(model: nn.Module) -> bool:
-    """Return whether the model is trained with SigLIP's sigmoid loss instead of CLIP's softmax loss."""
+    """Return whether a model is trained with SigLIP's sigmoid loss (True) or CLIP's softmax loss (False).
+
+    Args:
+        model: Two-tower model.
+    """
     return getattr(model, "logit_bias", None) is not None
 
 
@@ -64,15 +68,19 @@ def describe_model(model: nn.Module) -> dict[str, str]:
 
 
 def embedding_width(config: PreTrainedConfig) -> int:
-    """Return the number of dimensions of the embeddings of a two-tower model with the given configuration."""
+    """Return the number of dimensions that the image and text embeddings of a two-tower model have.
+
+    Args:
+        config: Configuration of the model.
+    """
     return config.text_config.projection_size if config.model_type == "siglip" else config.projection_dim
 
 
 def freeze_image_encoder(model: PreTrainedModel) -> None:
     """Freeze the image tower and its projection, so that their parameters get no gradient.
 
-    The frozen image tower of a CAPIVARA model also stays in evaluation mode after `train()`. The image towers of other
-    models do not.
+    The frozen image tower of a CAPIVARA model also stays in evaluation mode after `train()`. The image tower of any
+    other model switches to training mode.
 
     Args:
         model: Two-tower model, which is changed.
@@ -136,7 +144,7 @@ def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, 
 
 
 def pad_batch(processor: ProcessorMixin, tokenized: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-    """Pad tokenized texts to the length of the longest one, and convert them to tensors.
+    """Pad tokenized texts to the length of the longest text, and convert them to tensors.
 
     Args:
         processor: Processor that `tokenize` was called with.
@@ -292,7 +300,14 @@ def _load_open_clip_embedder(source: str, device: torch.device, precision: str) 
 
 
 def _digest_parts(*parts: str) -> str:
-    """Return the BLAKE2b digest of several strings as 32 hexadecimal digits."""
+    """Compute one digest of several strings.
+
+    Args:
+        *parts: Strings, whose order matters.
+
+    Returns:
+        The BLAKE2b digest as 32 hexadecimal digits.
+    """
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 

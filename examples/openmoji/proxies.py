@@ -67,7 +67,7 @@ def redraw_dataset(rows: Dataset, draw: Callable[[str], bytes | None]) -> Datase
             PNG bytes, or None if the artist has not drawn this emoji.
 
     Returns:
-        Dataset with the same columns and the new images. Rows without a drawing are left out.
+        Dataset with the same columns and the new images. Rows without a drawing are skipped.
     """
     pngs = [draw(emoji) for emoji in rows["emoji"]]
     drawn_rows = [row for row, png in enumerate(pngs) if png is not None]
@@ -166,10 +166,16 @@ def _to_png(picture: PIL.Image.Image) -> bytes:
 
 
 def _package_folder(package: str) -> Path:
-    """Return the folder of an installed package without importing the package.
+    """Find the folder of an installed package without importing the package.
+
+    Args:
+        package: Name under which Python imports the package.
+
+    Returns:
+        The folder of the package.
 
     Raises:
-        ImportError: If the package is not installed. The message has the installation command.
+        ImportError: If the package is not installed. The message contains the installation command.
     """
     require_packages("The proxies", "recipe", package)
     return Path(find_spec(package).origin).parent

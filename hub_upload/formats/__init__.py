@@ -33,7 +33,11 @@ PLAIN_QUOTE_STEPS = [
 
 
 def max_text_tokens(processor: ProcessorMixin) -> int:
-    """Return the maximum number of tokens to which a model's processor truncates texts."""
+    """Return the maximum number of tokens in a text. Longer texts are truncated by the processor.
+
+    Args:
+        processor: Processor of the model.
+    """
     return CONTEXT_LENGTH if isinstance(processor, CapivaraProcessor) else processor.tokenizer.model_max_length
 
 

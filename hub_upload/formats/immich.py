@@ -110,7 +110,7 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
 
 
 def _write_tokenizer(processor: ProcessorMixin, textual: Path, is_capivara: bool) -> list[np.ndarray]:
-    """Write the tokenizer for Immich, and compare its token ids of example texts with the model's.
+    """Write the tokenizer for Immich, and check that it gives the same token ids as the tokenizer of the model.
 
     Args:
         processor: Processor of the model.
@@ -145,7 +145,7 @@ def _write_tokenizer(processor: ProcessorMixin, textual: Path, is_capivara: bool
 
 
 def _write_tower_graph(tower: ImmichTower, input_name: str, examples: list[np.ndarray], path: Path) -> None:
-    """Write a tower as an ONNX file that includes the weights, and compare the outputs of the file with the tower's.
+    """Write a tower as an ONNX file that includes the weights, and compare its outputs with the outputs of the tower.
 
     Args:
         tower: Tower to export.

@@ -168,7 +168,14 @@ def write_onnx(
 
 
 def open_session(path: Path) -> "InferenceSession":
-    """Load an ONNX graph with onnxruntime on the CPU, with as many threads as PyTorch uses."""
+    """Load an ONNX graph with onnxruntime on the CPU, with as many threads as PyTorch uses.
+
+    Args:
+        path: File of the graph.
+
+    Returns:
+        The onnxruntime session that runs the graph.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -177,7 +184,11 @@ def open_session(path: Path) -> "InferenceSession":
 
 
 def weights_file(graph: Path) -> Path:
-    """Return the path of the file with the weights of an ONNX graph: `text_model.onnx` -> `text_model.onnx_data`."""
+    """Return the path of the file that holds the weights of an ONNX graph.
+
+    Args:
+        graph: File of the graph. For `text_model.onnx`, the result is `text_model.onnx_data` in the same folder.
+    """
     return graph.with_name(f"{graph.name}_data")
 
 
@@ -254,7 +265,7 @@ def _quantize_weights(source: Path, target: Path) -> None:
 
 
 def _measure_graph(path: Path, batches: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Measure the size of an ONNX graph, and how much its outputs differ from the model's.
+    """Measure the size of an ONNX graph, and how much the outputs of the graph differ from those of the model.
 
     Args:
         path: File of the graph.
@@ -262,9 +273,13 @@ def _measure_graph(path: Path, batches: list[dict[str, Tensor]], expected: list[
         expected: Model outputs by name, one dict per batch.
 
     Returns:
-        "bytes", the size of graph and weights, and the differences as far as they apply to the graph: "lowest_cosine"
-        between embeddings of graph and model, "largest_difference" of an embedding component, and
-        "largest_score_difference".
+        A dict with "bytes" (size of graph and weights) and one or two differences between graph and model:
+
+        - "lowest_cosine": lowest cosine similarity between an embedding of the graph and the same embedding of the
+          model. Missing for float32 graphs without scores.
+        - "largest_difference": largest absolute difference of an embedding component. Only for float32 graphs without
+          scores.
+        - "largest_score_difference": largest absolute difference of a score. Only for graphs with scores.
 
     Raises:
         ValueError: If a float32 graph differs by more than `EMBEDDING_TOLERANCE` or `SCORE_TOLERANCE`.
@@ -288,12 +303,15 @@ def _measure_graph(path: Path, batches: list[dict[str, Tensor]], expected: list[
 
 
 def check_difference(graph: Path, difference: float, tolerance: float = EMBEDDING_TOLERANCE) -> None:
-    """Raise ValueError if the difference between a graph's and a model's outputs is above `tolerance` or is NaN.
+    """Check that the outputs of an ONNX graph differ from the outputs of the model by at most a tolerance.
 
     Args:
         graph: File of the graph, for the error message.
         difference: Largest absolute difference of an output.
         tolerance: Largest allowed difference.
+
+    Raises:
+        ValueError: If `difference` is above `tolerance` or is NaN.
     """
     if not difference <= tolerance:
         raise ValueError(

@@ -107,14 +107,14 @@ def compute_tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
         tensors: Tensors by name.
 
     Returns:
-        A tuple (dtype, shape, SHA-256 of the values) for each name.
+        Name of each tensor -> tuple (dtype, shape, SHA-256 of the values).
     """
     raw = {name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
     return {name: (tensor.dtype, tensor.shape, hashlib.sha256(raw[name]).digest()) for name, tensor in tensors.items()}
 
 
 def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple]) -> None:
-    """Check that the tensors in a written file are bit-identical to the model's.
+    """Check that the tensors in a written file are bit-identical to the tensors of the model.
 
     Args:
         file: File that the tensors were read from, for the error message.
@@ -211,7 +211,7 @@ def build_open_clip_config(
 def write_sentence_transformers(folder: Path, processor: ProcessorMixin) -> None:
     """Write the configuration files with which Sentence Transformers loads the exported model.
 
-    It loads the whole model, with both towers, as a Transformer module. A Normalize module follows.
+    Sentence Transformers loads the whole model, with both towers, as a Transformer module. A Normalize module follows.
 
     Args:
         folder: Folder of the export, which already has the files for transformers.
@@ -277,7 +277,7 @@ def write_sentence_modules(folder: Path, module_types: list[tuple[str, str]]) ->
         for index, (path, class_name) in enumerate(module_types)
     ]
     write_json(folder / "modules.json", modules)
-    # Library versions are left out. Otherwise, users with an older release of Sentence Transformers 6 would see a
+    # Library versions are not written. If they were, users with an older release of Sentence Transformers 6 would see a
     # warning.
     settings = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
     write_json(folder / "config_sentence_transformers.json", settings)
@@ -330,7 +330,14 @@ def check_siglip_supported(config: PreTrainedConfig) -> None:
 
 
 def _tower_sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Return (width, number of layers, patch size in pixels) of the image tower in a SigLIP configuration."""
+    """Return the sizes of the image tower that a SigLIP configuration describes.
+
+    Args:
+        config: Configuration of the SigLIP model.
+
+    Returns:
+        Width of the image tower, number of its layers, and width of a patch in pixels.
+    """
     return config.vision_config.hidden_size, config.vision_config.num_hidden_layers, config.vision_config.patch_size
 
 
@@ -397,11 +404,14 @@ def _compare_embeddings(model: PreTrainedModel, processor: ProcessorMixin, folde
 
 
 def _check_difference(program: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Raise ValueError if embeddings differ by `EMBEDDING_TOLERANCE` or more.
+    """Check that the embeddings of an export are the same as those of the model.
 
     Args:
         program: Name of the library that computed embeddings with the export, for the error message.
         pairs: Tuples (embeddings of the model, embeddings computed by the library), each (rows, width).
+
+    Raises:
+        ValueError: If a number in the two embeddings differs by `EMBEDDING_TOLERANCE` or more.
     """
     difference = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
     if not difference < EMBEDDING_TOLERANCE:

@@ -19,7 +19,7 @@ from modeling_capivara.processing_capivara import CapivaraProcessor
 from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 
 CONFIG_KEY = "transformers.js_config"  # key in config.json that transformers.js reads
-# Settings of image processors that transformers.js supports. Other settings are left out of preprocessor_config.json.
+# Settings of image processors that transformers.js supports. preprocessor_config.json gets no other settings.
 IMAGE_SETTINGS = (
     *("do_resize", "size", "do_center_crop", "crop_size", "do_convert_rgb", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std"),
@@ -45,8 +45,8 @@ LANCZOS_RESAMPLE = 1
 def write_configs(folder: Path) -> None:
     """Add the settings of transformers.js to config.json, and write preprocessor_config.json.
 
-    The transformers library for Python ignores both: it reads only the other keys of config.json, and it reads the
-    settings of the image processor from processor_config.json.
+    The transformers library for Python ignores these settings: it reads only the other keys of config.json, and it
+    reads the settings of the image processor from processor_config.json.
 
     Args:
         folder: Folder of the export, which already has the ONNX graphs and the files for transformers.

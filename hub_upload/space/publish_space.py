@@ -240,7 +240,12 @@ def pin_requirements(model: str) -> dict[str, str]:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the file `source` to the path `target`. The folder of `target` is created if it does not exist."""
+    """Copy a file.
+
+    Args:
+        source: File to copy.
+        target: Path of the copy. The folder that contains this path is created if it does not exist.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
 
