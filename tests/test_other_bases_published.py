@@ -194,7 +194,7 @@ def test_card_and_report_show_the_published_figure_of_the_base(run, kind, tmp_pa
         assert bool(line) == (kind == "siglip")
     report.main([str(tmp_path / "results"), "--output", str(tmp_path / "page")])
     page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
-    baseline = re.search(r'published of the baseline: <data value="0\.7754\d*">77\.5</data>, <a href="https://', page)
+    baseline = re.search(r'baseline: <data value="0\.7754\d*">77\.5</data>, <a href="https://', page)
     assert bool(baseline) == (kind == "siglip")
 
 

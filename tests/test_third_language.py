@@ -71,7 +71,7 @@ def test_spanish_from_end_to_end(tmp_path, tiny_processor):
         card.main(["--model", "run"])
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert "Classification, own, in es, split test" in page and "Retrieval, captions, in es" in page
-    assert "those of the benchmark&#39;s own file" in page and "this project" not in page
+    assert "own: class names and templates of the user&#39;s file" in page and "of this project" not in page
     (entry,) = split_card(card_of(tmp_path / "run"))[0]["model-index"]
     class_results = [result for result in entry["results"] if result["dataset"]["name"] == "colores"]
     configs = {result["dataset"].get("config") for result in class_results}
