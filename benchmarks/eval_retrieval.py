@@ -69,9 +69,8 @@ def make_random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor
     image_embeds = torch.nn.functional.normalize(torch.randn(images, EMBEDDING_WIDTH, generator=generator), dim=-1)
     image_of_text = torch.arange(images).repeat_interleave(captions_per_image)
     text_embeds = image_embeds[image_of_text]
-    text_embeds += 0.3 * torch.randn(
-        text_embeds.shape, generator=generator
-    )  # in place, because it is the largest tensor
+    # In place, because it is the largest tensor.
+    text_embeds += 0.3 * torch.randn(text_embeds.shape, generator=generator)
     return image_embeds, torch.nn.functional.normalize(text_embeds, dim=-1), image_of_text
 
 

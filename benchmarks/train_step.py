@@ -289,9 +289,8 @@ class TrainingEngine:
             micro_batch_size=args.micro, mixed_precision=args.precision,
         )  # fmt: skip
         prepare_trainable(self.model, self.args)
-        self.prepared_model = self.accelerator.prepare_model(
-            self.model, evaluation_mode=True
-        )  # not wrapped: WholeBatch sums the gradients itself
+        # Not wrapped: WholeBatch sums the gradients itself.
+        self.prepared_model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, self.args))
         self.step = WholeBatch(self.prepared_model, self.accelerator, self.args.seed, budget)
 
@@ -313,9 +312,8 @@ class TrainingEngine:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=False)
         report = self.step(number, texts, len(images), images)
-        for (
-            group
-        ) in self.optimizer.param_groups:  # as in `TrainingLoop._update_weights`, including the norm of the gradient
+        # As in `TrainingLoop._update_weights`, including the norm of the gradient.
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(number, self.args)
         torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
         self.optimizer.step()
@@ -338,9 +336,8 @@ def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tup
     """
     texts = []
     for number, ids in enumerate(make_random_texts(config, args.pairs).split(args.micro)):
-        ids = ids[
-            :, : (ids != PAD_TOKEN_ID).sum(dim=1).max()
-        ].contiguous()  # padded to the longest text of the micro-batch
+        # Padded to the longest text of the micro-batch.
+        ids = ids[:, : (ids != PAD_TOKEN_ID).sum(dim=1).max()].contiguous()
         mask = None if isinstance(config, SiglipConfig) else (ids != PAD_TOKEN_ID).long()
         texts.append(MicroBatch(number, number * args.micro, ids, mask))
     if args.worker == "no_cache":

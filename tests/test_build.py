@@ -112,9 +112,8 @@ def test_an_incomplete_table_stops_the_build_without_an_error(config, tmp_path, 
     """An incomplete table is not an error: the command prints which translations are missing and ends normally."""
     table = tmp_path / "tables" / "train.tsv"
     text = table.read_text(encoding="utf-8")
-    emptied = text.replace("\tikati 0\n", "\t\n").replace(
-        "\tinja\n", "\t \xa0\n"
-    )  # spreadsheets may write other blanks
+    # Spreadsheets may write other blanks.
+    emptied = text.replace("\tikati 0\n", "\t\n").replace("\tinja\n", "\t \xa0\n")
     table.write_text(emptied, encoding="utf-8")
     with caplog.at_level("INFO", "capivara"):
         main(["--config", str(config)])

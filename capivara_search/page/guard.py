@@ -334,10 +334,8 @@ def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
         raise localized_error(ValueError, "bad_host", value=", ".join(invalid_hosts))
     if host in ("0.0.0.0", "::"):
         machine = socket.gethostname().lower()
-        names += [
-            machine,
-            f"{machine.partition('.')[0]}.local",
-        ]  # in networks without DNS, the name is NAME.local (mDNS)
+        # In networks without DNS, the name is NAME.local (mDNS).
+        names += [machine, f"{machine.partition('.')[0]}.local"]
     return list(dict.fromkeys(names))
 
 
