@@ -20,8 +20,8 @@ from hub_upload.origins import read_origin
 from modeling_capivara import CapivaraConfig
 from modeling_capivara import convert_open_clip as conversion
 from modeling_capivara.convert_open_clip import (
-    new_open_clip_model,
     convert,
+    new_open_clip_model,
     to_capivara_config,
     to_open_clip_model_cfg,
     to_preprocess_cfg,
@@ -164,10 +164,7 @@ def test_no_card_is_written_if_the_source_has_no_metadata(tmp_path, card):
 
 def lightning_file(folder: Path, **extra) -> Path:
     """Write a Lightning checkpoint: the model two modules deep, with other tensors of the training program."""
-    state = {
-        f"model.model.{n}": t
-        for n, t in randomize(new_open_clip_model(tiny_config())).state_dict().items()
-    }
+    state = {f"model.model.{n}": t for n, t in randomize(new_open_clip_model(tiny_config())).state_dict().items()}
     state["model.model.text.transformer.embeddings.position_ids"] = torch.arange(82)[None]
     state |= {"train_accuracy.total": torch.tensor(3), "loss.logit_scale": torch.tensor(1.0)}
     torch.save({"state_dict": state, "epoch": 3, **extra}, folder / "epoch.ckpt")
@@ -190,10 +187,7 @@ def test_checkpoint_files(tmp_path, tokenizer_folder, kind):
         path, expected_note = lightning_file(tmp_path), "train_accuracy.total"
     else:
         path, expected_note, prefix = tmp_path / f"weights{kind}", "Weights: ", "module." * (kind == ".pt")
-        state = {
-            prefix + k: v.half()
-            for k, v in randomize(new_open_clip_model(tiny_config())).state_dict().items()
-        }
+        state = {prefix + k: v.half() for k, v in randomize(new_open_clip_model(tiny_config())).state_dict().items()}
         is_new = kind == ".pt"
         torch.save({"state_dict": state, "epoch": 3} if is_new else state, path, _use_new_zipfile_serialization=is_new)
     notes = " ".join(convert(str(path), tmp_path / "out", tokenizer=str(tokenizer_folder), config=tiny_config()))
