@@ -3,11 +3,12 @@
     python -m benchmarks.captions --output benchmarks/results/captions.json
 
 The model is BLIP-2 with random weights and the proportions of `Salesforce/blip2-opt-2.7b-coco`: widths, heads and
-vocabulary divided by 4, layers by 6. It continues each of the ten prefixes by 12 tokens. Two programs run alternately
-on the same images:
+vocabulary divided by 4, layers by 6. For each image, it continues ten prefixes, such as "a photo of", by 12 tokens each
+(captions/prefixes.json lists the prefixes). Two programs run alternately on the same images:
 
 - `plain`: `Blip2ForConditionalGeneration.generate`, which encodes an image once per prefix;
-- `ours`: `captions.generate`, which encodes an image once and lets the language model read its query tokens once.
+- `ours`: `captions.generate`, which encodes an image once. The language model processes the query tokens of the image
+  once, too, and all prefixes share the keys and values that it caches for these tokens.
 
 The gain is the median, over the runs, of the seconds of `plain` divided by the seconds of `ours`. Both programs pad the
 prefixes to the length of the longest prefix.
@@ -46,7 +47,7 @@ class CaptionsArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure the programs `plain` and `ours`, and print the results as JSON."""
+    """Run the command: time caption generation with `plain` and `ours`, and print the results as JSON."""
     args = parse_arguments(CaptionsArguments, __doc__, argv)
     transformers_logging.set_verbosity_error()
     prefixes = read_prefixes(PREFIXES_FILE)

@@ -47,7 +47,7 @@ class EncodeArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure this project and open_clip, and print the results as JSON."""
+    """Run the command: time the encoders of this project and of open_clip, and print the results as JSON."""
     args = parse_arguments(EncodeArguments, __doc__, argv)
     encoders = build_encoders(args)
     measured = {

@@ -1,4 +1,4 @@
-"""Measure the paper's recipe on the demo's base model, with weight interpolation (WiSE-FT) and several seeds.
+"""Measure the recall of the paper's recipe on the demo's base model, with weight interpolation and several seeds.
 
     python -m benchmarks.recipe
     python -m benchmarks.recipe --base data/openmoji/base-sigmoid --output benchmarks/results/recipe_sigmoid.json
@@ -135,9 +135,11 @@ def build_row(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: train the seeds without a finished run, evaluate all runs, and write the results as JSON.
+    """Run the command: train every seed that has no finished run, evaluate all runs, and write the results as JSON.
 
-    The base model is evaluated, too. The weights of each run are evaluated with every share in `TRAINED_SHARES`.
+    Each run is evaluated several times: with its trained weights, and with weighted means of its trained weights and
+    the weights of the base model. `TRAINED_SHARES` holds the weights of the trained model in these means. The base
+    model is evaluated, too.
     """
     args = parse_arguments(RecipeArguments, __doc__, argv)
     data, processor, base = load_evaluation_data(args), load_processor(args.base), load_model(args.base)

@@ -42,7 +42,7 @@ CHANCE_DRAWS = 20  # number of random score matrices; the mean of their 11-point
 class LabeledImageArguments(ModelArguments):
     """Command-line arguments shared by zero-shot classification and the linear probe."""
 
-    model: str = flag(..., "Folder or Hub id of a CLIP-like model. With --role baseline also a model of open_clip.")
+    model: str = flag(..., "Folder or Hub id of a CLIP-like model, or an open_clip model (see --role).")
     benchmark: str = flag(
         ..., "A file in eval/prompts/pt, such as cifar-10, or a JSON file of your own classes (see docs/evaluation.md)."
     )

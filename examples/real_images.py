@@ -79,8 +79,8 @@ def make_digits_dataset() -> tuple[DatasetDict, dict]:
     """Make a dataset of scikit-learn's 1,797 handwritten digits.
 
     Returns:
-        The dataset, in which every fourth digit is in the split test and the others are in train, and the content of
-        classes.json with the class names and templates of MNIST.
+        The dataset, in which every fourth digit is in the split test and the others are in train; and the content of
+        classes.json, with the class names and prompt templates for zero-shot classification of MNIST.
     """
     from sklearn.datasets import load_digits
 

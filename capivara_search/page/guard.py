@@ -277,12 +277,12 @@ class LimitedHttpProtocol(H11Protocol):
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """Start the deadline for reading, because the buffer of the response is full."""
+        """Start the client's deadline for reading the response, because the buffer of the response is full."""
         super().pause_writing()
         self._restart_deadline()
 
     def resume_writing(self) -> None:
-        """Restart the deadline, because the client has read most of the buffer."""
+        """Restart the client's deadline for reading the response, because it has read most of the buffer."""
         super().resume_writing()
         self._restart_deadline()
 
@@ -381,8 +381,9 @@ class QuestionQueue:
 
         Raises:
             RequestRefusedError: With the code "busy" if `MAX_QUEUED_QUESTIONS` questions are in the queue, if
-                `MAX_ABANDONED_THREADS` threads still work on refused questions, or if the question waits longer than
-                `QUEUE_TIMEOUT_S` seconds in the queue. With the code "too_slow" if the answer takes too long.
+                `MAX_ABANDONED_THREADS` threads still work on earlier questions that exceeded their time limit, or if
+                the question waits longer than `QUEUE_TIMEOUT_S` seconds in the queue. With the code "too_slow" if the
+                answer takes longer than the time limit.
         """
         if self._abandoned_count >= MAX_ABANDONED_THREADS or self._queued_count >= MAX_QUEUED_QUESTIONS:
             raise RequestRefusedError("busy", 503)
