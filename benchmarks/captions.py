@@ -40,7 +40,7 @@ class CaptionsArguments:
 
     images: int = flag(16, "Number of images, all in one batch.")
     new_tokens: int = flag(12, "Number of tokens to generate per caption.")
-    runs: int = flag(5, "Number of alternating runs.")
+    runs: int = flag(5, "How often each program is timed; the programs take turns.")
     widths: int = flag(4, "Divisor of BLIP-2's widths, heads and vocabulary.")
     layers: int = flag(6, "Divisor of BLIP-2's number of layers.")
     output: Path | None = flag(None, "JSON file for the results.")
@@ -113,7 +113,7 @@ def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_generation_programs(captioner: Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[], Tensor]]:
-    """Build the programs to compare, on random pixels.
+    """Build the programs to compare, `plain` and `ours`, which caption images of random pixels.
 
     Args:
         captioner: The model with its processors.

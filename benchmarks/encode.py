@@ -42,7 +42,7 @@ class EncodeArguments:
 
     images: int = flag(32, "Number of images per run.")
     captions: int = flag(64, "Number of captions per run.")
-    runs: int = flag(5, "Number of alternating runs.")
+    runs: int = flag(5, "How often each program is timed; the programs take turns.")
     output: Path | None = flag(None, "JSON file for the results.")
 
 

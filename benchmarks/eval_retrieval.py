@@ -30,7 +30,7 @@ class EvalRetrievalArguments:
 
     images: int = flag(5000, "Number of images.")
     captions: int = flag(5, "Number of captions per image.")
-    runs: int = flag(5, "Number of alternating runs.")
+    runs: int = flag(5, "How often each program is timed; the programs take turns.")
     worker: bool = flag(False, "Measure only our time and memory.")
     output: Path | None = flag(
         None, "JSON file for the results: key `scores`, or `large` with --worker. The other key is kept."

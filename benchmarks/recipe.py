@@ -37,7 +37,7 @@ from training.trainable import interpolate_weights
 
 # Name of the row with the trained weights without interpolation. All other rows are compared with this row.
 REFERENCE_ROW = "paper"
-# Row -> α of WiSE-FT: share of the trained weights; the rest are the base model's
+# Row -> α of WiSE-FT: weight of the trained model in the mean; the base model has the weight 1 - α
 TRAINED_SHARES = {REFERENCE_ROW: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7": 0.7}
 DRAWING_SETS = ("openmoji", "twemoji", "noto")  # only these get intervals, because there are too few photographs
 EVALUATION_SPLITS = [*((name, split) for name in DRAWING_SETS for split in ("validation", "test")), ("photos", "test")]
@@ -49,8 +49,8 @@ HitsByCondition = dict[str, Tensor]
 class RecipeArguments:
     """Command-line arguments of `benchmarks.recipe`. Raises ValueError if seeds repeat or are missing."""
 
-    config: Path = flag(CODE_ROOT / "configs" / "openmoji.yaml", "Training config.")
-    seeds: list[int] = flag([0, 1, 2], "Seeds; each is a training.")
+    config: Path = flag(CODE_ROOT / "configs" / "openmoji.yaml", "YAML file with the training flags.")
+    seeds: list[int] = flag([0, 1, 2], "Seeds of the training runs, one run per seed.")
     base: str = flag("data/openmoji/base", "Folder of the base model.")
     openmoji: str = flag("data/openmoji/dataset", "Folder of the demo's dataset.")
     proxies: Path = flag(Path("data/openmoji/proxies"), "Output folder of `examples.openmoji.proxies`.")

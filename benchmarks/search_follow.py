@@ -35,7 +35,7 @@ PHOTO_SIZE = (640, 480)  # width and height in pixels
 PIXEL_NOISE = 3.0  # standard deviation of the noise, in pixel values from 0 to 255
 # Name of an indexing run -> (start, end) of the photographs that the run adds, as fractions of all photographs
 INDEXING_SHARES = {"first": (0, 0.6), "second": (0.6, 0.8), "resumed": (0.8, 1)}
-INTERRUPTION_SHARE = 0.4  # share of the run "resumed" that is done when it is interrupted
+INTERRUPTION_SHARE = 0.4  # fraction of the pictures of the run "resumed" after which it is interrupted
 ESTIMATE_START_S = 5  # estimates count from this many seconds after the first picture
 POLL_INTERVAL_S = 0.25  # time between two readings of the progress
 QUESTION_COUNT = 100  # number of searches that are sent to the search page, to time them
@@ -185,7 +185,8 @@ def measure_estimate(words: list[str], where: Path) -> dict[str, Any]:
             readings.append((time.perf_counter(), progress["done"], progress["left_s"]))
         time.sleep(POLL_INTERVAL_S)
     end = max((now for now, _, _ in readings), default=start)
-    first_picture = max((now for now, done, _ in readings if not done), default=start)  # before, the model is loaded
+    # Until then, the model is loaded.
+    first_picture = max((now for now, done, _ in readings if not done), default=start)
     estimates = [
         (end - now, left) for now, _, left in readings if now - first_picture >= ESTIMATE_START_S and left is not None
     ]

@@ -136,7 +136,7 @@ class CaptionChoice:
         "Captions of an image to use; training draws one of them at every step. none: the original captions. first: "
         "the original captions and the first `caption_count` generated ones. all: original and generated captions. "
         "rank: the `caption_count` captions most similar to the image. threshold: captions with a similarity of at "
-        "least `min_similarity`. diverse: captions of threshold that differ from each other.",
+        "least `min_similarity`. diverse: captions as for threshold that differ from each other.",
     )
     # The default values are those of the released CAPIVARA models.
     caption_count: int = flag(5, "Number of captions, for the strategies first and rank.")

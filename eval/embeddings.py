@@ -174,9 +174,7 @@ class ModelArguments(EmbeddingArguments):
     """Command-line arguments shared by the commands that measure one model on one dataset split."""
 
     role: Literal["baseline", "capivara"] = flag(
-        "capivara",
-        "Role of the model in tables. With the role baseline, the model may also be open_clip:NAME:PRETRAINED or "
-        "open_clip:local-dir:FOLDER.",
+        "capivara", "Role of the model in tables: capivara or baseline. An open_clip model must be a baseline."
     )
     split: str = flag("test", "Split of the dataset to measure.")
 

@@ -44,7 +44,11 @@ CAPTION_POSITIONS = {"all": slice(None), "first": slice(1), "even": slice(0, Non
 class RetrievalArguments(ModelArguments):
     """Command-line arguments of `eval.retrieval`."""
 
-    model: str = flag(..., "Folder or Hub id of a CLIP-like model, or an open_clip model (see --role).")
+    model: str = flag(
+        ...,
+        "Folder or Hub id of a CLIP-like model. With the role baseline, also open_clip:NAME:PRETRAINED or "
+        "open_clip:local-dir:FOLDER.",
+    )
     dataset: str = flag(..., DATASET_HELP)
     output: Path = flag(..., "JSON file to write the result to. Sample queries are drawn in OUTPUT.queries.png.")
     image_column: str = flag("image", "Name of the image column.")

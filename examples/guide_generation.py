@@ -91,7 +91,7 @@ def make_random_views(pixels: Tensor, count: int, generator: torch.Generator) ->
         return bound * (2 * torch.rand(count, generator=generator) - 1)
 
     angle, shift = uniform(MAX_ROTATION), torch.stack([uniform(MAX_SHIFT), uniform(MAX_SHIFT)], dim=1)
-    side = 1 - MAX_ZOOM * torch.rand(count, generator=generator)  # as a share of the image's side
+    side = 1 - MAX_ZOOM * torch.rand(count, generator=generator)  # fraction of the image's side
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
     affine = torch.cat([side[:, None, None] * rotation, shift[:, :, None]], dim=2).to(pixels.device)
     grid = F.affine_grid(affine, [count, *pixels.shape[1:]], align_corners=False)
