@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(EvalRetrievalArguments, __doc__, argv)
     embeddings = make_random_embeddings(args.images, args.captions)
     compute_our_recalls(*make_random_embeddings(64, args.captions))  # loads the libraries
-    before = timing.restart_peak_memory()  # generating the embeddings took more memory than they have
+    before = timing.restart_peak_memory()  # making the embeddings took more memory than they take now
     measured = {
         **timing.describe_conditions(), "width": EMBEDDING_WIDTH,
         "images": args.images, "captions": args.images * args.captions,

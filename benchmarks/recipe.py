@@ -39,7 +39,8 @@ from training.trainable import interpolate_weights
 REFERENCE_ROW = "paper"
 # Row -> α of WiSE-FT: weight of the trained model in the mean; the base model has the weight 1 - α
 TRAINED_SHARES = {REFERENCE_ROW: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7": 0.7}
-DRAWING_SETS = ("openmoji", "twemoji", "noto")  # only these get intervals, because there are too few photographs
+# Datasets of drawings. Only they get confidence intervals, because the dataset photos has too few images.
+DRAWING_SETS = ("openmoji", "twemoji", "noto")
 EVALUATION_SPLITS = [*((name, split) for name in DRAWING_SETS for split in ("validation", "test")), ("photos", "test")]
 # Condition, such as "noto/test/pt/text_to_image" -> mean hit at 1, 5 and 10 of each query, 0 to 1, of shape (queries,)
 HitsByCondition = dict[str, Tensor]
@@ -144,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(RecipeArguments, __doc__, argv)
     data, processor, base = load_evaluation_data(args), load_processor(args.base), load_model(args.base)
 
-    def embed(model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:  # images are embedded once per image tower
+    # The store caches image embeddings, so images are embedded only once for all models with the same image tower.
+    def embed(model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:
         store = EmbeddingStore(build_embedder("", model.eval(), processor, "float32"), args.work / "cache")
         return {key: dataset.embed(store)[0] for key, dataset in data.items()}
 

@@ -33,7 +33,7 @@ from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
 STRIP_IMAGES = 8  # images in steps.png
-STRIP_SIDE = 128  # side of each of these images in pixels
+STRIP_SIDE = 128  # side of each image in steps.png, in pixels
 INITIAL_NOISE = 0.02  # standard deviation of the initial values, before the sigmoid
 # Largest random changes in a view, which is a randomly transformed copy of the image.
 MAX_ROTATION = 0.15  # radians

@@ -33,7 +33,7 @@ from capivara_search.messages import localized_error
 MAX_UPLOAD_BYTES = 20_000_000  # size of an uploaded picture; photos from phones have less than 15 MB
 MAX_QUESTION_BYTES = 200_000  # length of the line of JSON of a question; it usually has less than 10 kB
 MAX_LARGE_BODIES = 8  # bodies above MAX_QUESTION_BYTES that are in memory at a time; further requests wait
-BODY_SLOT_TIMEOUT_S = 30  # how long a request with a large body waits until it is one of the MAX_LARGE_BODIES
+BODY_SLOT_TIMEOUT_S = 30  # how long a request with a large body waits while `MAX_LARGE_BODIES` others are in memory
 BODY_TIMEOUT_S = 30  # time to receive a body; the page shrinks large pictures before it sends them
 HEADER_TIMEOUT_S = 10  # time to receive the headers of a request on a new connection, or after a response
 READ_TIMEOUT_S = 60  # time for a client to read the buffer of a response: 64 to 320 KiB, plus the system's buffer
