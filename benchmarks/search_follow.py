@@ -190,9 +190,8 @@ def measure_estimate(words: list[str], where: Path) -> dict[str, Any]:
     estimates = [
         (end - now, left) for now, _, left in readings if now - first_picture >= ESTIMATE_START_S and left is not None
     ]
-    ratios = [
-        max(actual, 1) / max(left, 1) for actual, left in estimates
-    ]  # at least 1 s, because estimates are whole seconds
+    # Both times count as at least 1 s, because estimates are whole seconds.
+    ratios = [max(actual, 1) / max(left, 1) for actual, left in estimates]
     factors = [max(ratio, 1 / ratio) for ratio in ratios]
     factor_off = {"median": statistics.median(factors), "max": max(factors)} if factors else None
     return {"seconds": end - start, "looks": len(estimates), "factor_off": factor_off}
