@@ -41,10 +41,10 @@ def find_pages() -> list[str]:
     """Find the Markdown files that contain a generated block, which is text between two markers (see `BLOCK_RE`).
 
     Returns:
-        Sorted paths relative to the checkout, such as "docs/benchmarks.md". Only the checkout's top folder and its
-        folder `docs` are searched.
+        Sorted paths relative to the checkout, such as "docs/reference/benchmarks.md". Only the checkout's top
+        folder and its folder `docs` are searched.
     """
-    paths = (path.relative_to(CODE_ROOT) for path in (*CODE_ROOT.glob("*.md"), *CODE_ROOT.glob("docs/*.md")))
+    paths = (path.relative_to(CODE_ROOT) for path in (*CODE_ROOT.glob("*.md"), *CODE_ROOT.glob("docs/**/*.md")))
     return sorted(str(path) for path in paths if BLOCK_RE.search((CODE_ROOT / path).read_text(encoding="utf-8")))
 
 

@@ -18,7 +18,7 @@ from capivara_search.messages import COMMAND_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "LEIAME.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!http)([^)\s]+)\)")
@@ -50,11 +50,11 @@ def test_every_table_macro_is_used_on_a_page():
 
 def test_a_changed_figure_is_detected_and_a_new_commit_is_shown(monkeypatch, tmp_path):
     for name in readme.find_pages():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         changed = re.sub(r"(captions per second, float32 \|) \d", r"\1 x", TEXTS[name])
         (tmp_path / name).write_text(changed, encoding="utf-8")
     monkeypatch.setattr(readme, "CODE_ROOT", tmp_path)
-    with pytest.raises(SystemExit, match=r"docs/benchmarks\.md"):
+    with pytest.raises(SystemExit, match=r"docs/reference/benchmarks\.md"):
         readme.main(["--check"])
     readme.main([])
     assert all((tmp_path / name).read_text(encoding="utf-8") == TEXTS[name] for name in readme.find_pages())
@@ -99,19 +99,24 @@ def test_the_trainer_example_runs(tiny_model, tiny_processor, monkeypatch, tmp_p
     captions = ["um gato", "a casa azul", "o carro", "pão"]
     pairs = [{"caption": text, "image": Image.new("RGB", (40, 37), (40 * i, 9, 9))} for i, text in enumerate(captions)]
     names = {"model": tiny_model, "processor": tiny_processor, "pairs": pairs}
-    exec(compile(code_with("docs/training.md", "ExactBatchTrainer"), "training.md", "exec"), names)
+    exec(compile(code_with("docs/how-to/training.md", "ExactBatchTrainer"), "training.md", "exec"), names)
     assert names["trainer"].state.global_step == 3
 
 
 def test_the_metric_example_runs(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    exec(compile(code_with("docs/evaluation.md", "evaluate.load"), "evaluation.md", "exec"), {})
+    exec(compile(code_with("docs/how-to/evaluation.md", "evaluate.load"), "evaluation.md", "exec"), {})
     assert "{'recall_at_k': 0.5}" in capsys.readouterr().out
 
 
 # ---- commands ----
 
-LANGUAGES = {"LEIAME.md": "pt", "docs/busca.md": "pt", "docs/seu_idioma.md": "pt", "docs/immich.md": "pt"}
+LANGUAGES = {
+    "LEIAME.md": "pt",
+    "docs/how-to/busca.md": "pt",
+    "docs/how-to/seu_idioma.md": "pt",
+    "docs/how-to/immich.md": "pt",
+}
 FOREIGN_MODULES = ("http.server", "pip", "pytest", "venv")  # modules after `python -m` that are not of this project
 COMMAND_STARTS = (
     "capivara ",
@@ -208,7 +213,7 @@ def test_modules_named_on_pages_exist(page):
         assert name in FOREIGN_MODULES or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
 
 
-@pytest.mark.parametrize("page", sorted(set(TEXTS) - {"docs/training.md"}))  # which explains the difference
+@pytest.mark.parametrize("page", sorted(set(TEXTS) - {"docs/how-to/training.md"}))  # which explains the difference
 def test_training_on_a_single_device_is_started_with_python(page):
     """Without these flags, `accelerate launch` trains the same, but prints warnings."""
     launches = [line for line in TEXTS[page].splitlines() if re.search(r"accelerate launch.*\btrain_accelerate", line)]
@@ -225,7 +230,7 @@ def test_links_and_anchors_exist(page):
 
 
 def test_the_architecture_page_names_existing_files_and_functions():
-    text = TEXTS["docs/architecture.md"]
+    text = TEXTS["docs/explanation/architecture.md"]
     for path in set(re.findall(r"`([\w./]+(?:\.py|/))`", text)):
         assert (ROOT / path).exists(), path
     steps = re.findall(r"^\| \d+ \| `([^`]+)` \| `(\w+)` \|", text, re.MULTILINE)
@@ -237,8 +242,8 @@ def test_the_architecture_page_names_existing_files_and_functions():
 
 # ---- translations ----
 
-TRANSLATIONS = {"README.md": "LEIAME.md", "docs/search.md": "docs/busca.md"}
-TRANSLATIONS |= {"docs/your_language.md": "docs/seu_idioma.md"}
+TRANSLATIONS = {"README.md": "LEIAME.md", "docs/how-to/search.md": "docs/how-to/busca.md"}
+TRANSLATIONS |= {"docs/how-to/your_language.md": "docs/how-to/seu_idioma.md"}
 ENGLISH = {  # Portuguese -> English in code: placeholders, flags with two names, and commands
     **{"ARQUIVO": "FILE", "MODELO": "MODEL", "NOME": "NAME", "PASTA": "FOLDER", "meu_modelo": "mine"},
     **{"--mais": "--more", "--menos": "--less"},
@@ -277,7 +282,7 @@ def parts(text: str, swap: bool) -> dict[str, list]:
 
 
 def test_the_portuguese_guides_name_commands_in_portuguese():
-    for page in ("LEIAME.md", "docs/busca.md"):
+    for page in ("LEIAME.md", "docs/how-to/busca.md"):
         named = re.findall(r"(?<=capivara )\w+|--more|--less", " ".join(TEXTS[page].split()))
         assert not {"--more", "--less", *COMMAND_NAMES} & set(named), page
 
