@@ -52,7 +52,7 @@ def fill_blocks(page: str, text: str) -> str:
     """Replace the text of all blocks between markers in a Markdown file. The file itself is not written.
 
     Args:
-        page: Path of the file relative to the checkout. The blocks of LEIAME.md are written in Portuguese.
+        page: Path of the file relative to the checkout, for the error message.
         text: Current content of the file.
 
     Returns:
@@ -61,13 +61,13 @@ def fill_blocks(page: str, text: str) -> str:
     Raises:
         ValueError: If `tables.md.j2` has no macro for a block.
     """
-    tables, portuguese = load_template().module, page == "LEIAME.md"
+    tables = load_template().module
 
     def block(match: re.Match) -> str:
         begin, name, end = match.groups()
         if not hasattr(tables, name):
             raise ValueError(f"{page} has the block {name!r}, for which benchmarks/tables.md.j2 has no macro.")
-        return f"{begin}{getattr(tables, name)(portuguese).strip()}\n{end}"
+        return f"{begin}{getattr(tables, name)().strip()}\n{end}"
 
     return BLOCK_RE.sub(block, text)
 

@@ -1,0 +1,120 @@
+"""Measure what quantization does to embeddings and recall of a trained model.
+
+    pip install "torchao>=0.18"
+    python -m benchmarks.quantize --output benchmarks/results/quantize.json
+
+Each kind of quantization is applied to a new copy of the model. Its embeddings of a test split are compared with the
+embeddings of the float32 model (cosines), and ranked among themselves (mean recall). Random weights would not do:
+quantization errors depend on the outliers that trained weights have.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from benchmarks.timing import describe_conditions, report_results
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_search.miniature import get_miniature_folder
+from eval.capivara_metrics.metrics import cross_modal_ranks, mean_recall
+from examples.openmoji.dataset import load_dataset_with_images
+from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import build_embedder
+
+GROUP_SIZE = 32  # weights that share a scale in 4 bits, torchao's usual size
+
+
+@dataclass
+class QuantizeArguments:
+    """Command-line arguments of `benchmarks.quantize`."""
+
+    model: str | None = flag(None, "Folder or Hub id of a trained model. Default: the miniature of `capivara`.")
+    dataset: Path = flag(
+        Path("data/openmoji/dataset"), "Dataset of `examples.openmoji.prepare`; its test split is used."
+    )
+    language: str = flag("pt", "Language of the captions.")
+    output: Path | None = flag(None, "JSON file for the results.")
+
+
+def _is_linear(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _has_weight_matrix(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding)
+
+
+def _apply_torchao(config: Any, selects: Callable[[nn.Module, str], bool] = _is_linear) -> Callable:
+    """Return a function that quantizes the selected layers of a model with torchao, and returns the model."""
+
+    def quantize(model: nn.Module) -> nn.Module:
+        from torchao.quantization import quantize_
+
+        quantize_(model, config, filter_fn=selects)
+        return model
+
+    return quantize
+
+
+def quantizers() -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """Return the kinds of quantization: functions that quantize a model in place and return it, by name."""
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        PerAxis,
+        PerGroup,
+    )
+
+    int8_rows = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+    four_bits = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP_SIZE))
+    return {
+        "float32": lambda model: model,
+        "bfloat16": lambda model: model.to(torch.bfloat16),
+        "torchao int8, weights": _apply_torchao(Int8WeightOnlyConfig()),
+        "torchao int8, weights and word table": _apply_torchao(int8_rows, _has_weight_matrix),
+        "torchao int8, weights and activations": _apply_torchao(Int8DynamicActivationInt8WeightConfig()),
+        "torch dynamic int8": lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}),
+        f"4 bits, weights in groups of {GROUP_SIZE}": _apply_torchao(four_bits),
+    }
+
+
+def compare(reference: Tensor, embeds: Tensor) -> dict[str, float]:
+    """Return the mean and the lowest cosine between two lists of embeddings (rows, width) of unit length."""
+    cosines = (reference * embeds).sum(dim=-1).tolist()
+    return {"mean_cosine": statistics.mean(cosines), "min_cosine": min(cosines)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command: quantize, embed, compare, and print the results as JSON."""
+    args = parse_arguments(QuantizeArguments, __doc__, argv)
+    source = args.model or str(get_miniature_folder())
+    rows = load_dataset_with_images(args.dataset)["test"]
+    texts, images = [captions[0] for captions in rows[f"captions-{args.language}"]], list(rows["image"])
+    processor, groups = load_processor(source), torch.arange(len(texts))
+    reference, measured = None, {}
+    for name, quantize in tqdm(quantizers().items(), unit="kind"):
+        embedder = build_embedder(source, quantize(load_model(source).eval()), processor, "float32")
+        embeds = (
+            embedder.embed_texts(texts, batch_size=64).float(),
+            embedder.embed_images(images, batch_size=32).float(),
+        )
+        reference = embeds if name == "float32" else reference
+        text_ranks, image_ranks = cross_modal_ranks(*embeds, groups, groups)
+        measured[name] = {
+            "texts": compare(reference[0], embeds[0]),
+            "images": compare(reference[1], embeds[1]),
+            "text_to_image": mean_recall(text_ranks),
+            "image_to_text": mean_recall(image_ranks),
+        }
+    what = {"model": args.model or "miniature", "rows": len(texts), "language": args.language}
+    report_results(describe_conditions("torchao") | what | {"measured": measured}, args.output)
+
+
+if __name__ == "__main__":
+    run_command(main)
