@@ -253,7 +253,7 @@ def assert_refused(match: str, model: Path, base: Path, output: Path, *flags: st
     assert not output.exists() and not [path for path in output.parent.iterdir() if ".tmp-" in path.name]
 
 
-@pytest.mark.parametrize("alone", ["drop_in", "immich"])
+@pytest.mark.parametrize("alone", ["drop_in", pytest.param("immich", marks=pytest.mark.slow)])
 def test_a_model_with_a_changed_image_encoder_is_refused(alone, model, base, tmp_path):
     if alone == "immich":  # the unchanged model is exported
         output = export(model, base, tmp_path / "made", "--formats", alone)

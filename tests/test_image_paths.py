@@ -71,7 +71,7 @@ def photo() -> bytes:
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counter) as http_server:
         http_server.requests, http_server.picture = [], photo()
-        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        threading.Thread(target=http_server.serve_forever, args=(0.01,), daemon=True).start()
         yield http_server
         http_server.shutdown()
 

@@ -141,7 +141,8 @@ def test_a_damaged_small_table_is_created_again(intact, copy, model, name, part,
     assert len(fresh.status().skipped_files) == 1
 
 
-@pytest.mark.parametrize("files", ["*.idx", "page_*.lance"])  # files of the vector index, and of the index of paths
+# Files of the vector index, and of the index of paths
+@pytest.mark.parametrize("files", ["*.idx", pytest.param("page_*.lance", marks=pytest.mark.slow)])
 def test_a_damaged_search_index_is_reported_and_built_again(tmp_path, model, monkeypatch, caplog, files):
     monkeypatch.setattr(table, "MAX_EXACT_ROWS", 280), monkeypatch.setattr(index_module, "MAX_CACHED_ROWS", 100)
     fotos = tmp_path / "fotos"

@@ -543,6 +543,7 @@ def test_a_picture_that_takes_too_long_is_refused(page):
     assert page.ask("search", {}, png(3))[0] == 200
 
 
+@pytest.mark.slow
 def test_questions_are_answered_one_at_a_time_and_abandoned_after_the_time_limit(monkeypatch):
     monkeypatch.setattr(guard, "QUESTION_TIMEOUT_S", 0.3)
 

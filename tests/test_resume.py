@@ -126,6 +126,7 @@ def test_a_run_killed_in_every_phase_is_resumed(run, uninterrupted, tmp_path):
     assert_equals_uninterrupted(out, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_a_forward_pass_is_resumed(run, uninterrupted, tmp_path):
     out = tmp_path / "out"
     kill_run(run(out), WholeBatch, "_embed", 13)
@@ -253,6 +254,7 @@ def test_a_finished_training_is_not_lost(run, uninterrupted, tmp_path, monkeypat
 # ---- other settings ----
 
 
+@pytest.mark.slow
 def test_starting_over_or_resuming_with_other_settings_is_refused_and_changes_nothing(run, tmp_path):
     argv = run(tmp_path / "out")
     kill_run(argv, TrainingLoop, "_run_step", 4)

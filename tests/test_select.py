@@ -73,6 +73,7 @@ def test_a_selection_keeps_what_training_would_use(scored, tmp_path, flags, monk
     assert again.captions() == split.captions() and again.table["digest"][:] == split.table["digest"][:]
 
 
+@pytest.mark.slow
 def test_similarities_stay_with_their_captions(scored, tmp_path):
     report = select(SelectArguments(scored, tmp_path / "out", caption_strategy="rank", caption_count=2))
     rows = rows_of(tmp_path / "out")
@@ -85,6 +86,7 @@ def test_similarities_stay_with_their_captions(scored, tmp_path):
     assert [row["image"]["bytes"] for row in rows[:2]] == [picture(0), picture(1)]
 
 
+@pytest.mark.slow
 def test_the_report_counts_each_image_and_caption(scored, tmp_path):
     args = SelectArguments(scored, tmp_path / "out", caption_strategy="threshold", min_pair_similarity=0.2)
     select(args)
@@ -139,6 +141,7 @@ def test_texts_are_escaped_in_the_report(tmp_path):
     assert {"<script>alert(1)</script>", "हिन्दी में", "a b c", "[x](http://y) | `code`"} <= set(captions)
 
 
+@pytest.mark.slow
 def test_without_similarities(tmp_path):
     dataset = saved(tmp_path / "data", scored=False)
     report = select(SelectArguments(dataset, tmp_path / "out", caption_strategy="all"))
@@ -161,6 +164,7 @@ def test_several_tasks_write_the_same_report(scored, tmp_path):
         assert (tmp_path / "three" / "report" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_the_command_and_invalid_flags(scored, tmp_path, capsys):
     flags = ["--dataset", scored, "--output", str(tmp_path / "out"), "--min_pair_similarity", "0.2"]
     main(flags)

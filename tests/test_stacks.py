@@ -90,6 +90,7 @@ def expected(vectors: np.ndarray, order: list[int], k: int) -> list[tuple[int, i
     return [(row, int(sum(vectors[order] @ vectors[row] >= threshold)) - 1) for row in first]
 
 
+@pytest.mark.slow
 def test_groups_equal_those_of_comparing_one_picture_after_the_other(monkeypatch):
     monkeypatch.setattr(duplicates, "BLOCK_ROWS", 70), monkeypatch.setattr(duplicates, "LATER_BLOCK_ROWS", 150)
     rng = np.random.default_rng(0)
@@ -164,6 +165,7 @@ def test_flat_pictures_are_near_duplicates_only_if_their_details_are(tmp_path, m
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_photograph_is_not_flat_and_a_flat_copy_of_it_is_found():
     """Reducing a photograph to four colors makes it flat; it is still compared by its colors and its vector."""
     rng = np.random.default_rng(0)
@@ -195,6 +197,7 @@ def test_the_newest_pictures_are_grouped_too(index, vectors, k):
     assert [number_of(hit.path) for hit in without.newest(k)] == order[:k], "without grouping, no model is needed"
 
 
+@pytest.mark.slow
 def test_copies_are_counted_and_listed_within_the_filters(index, vectors):
     query = vectors[3].astype(np.float32)
     filters = {"folder": "/fotos/0", "since": date(2024, 1, 20), "until": date(2024, 5, 1)}

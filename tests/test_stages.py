@@ -92,6 +92,7 @@ def test_a_killed_stage_resumes_to_the_same_bytes(numbered, undisturbed, tmp_pat
         assert [row["number"] for row in rows_of(folder)] == [i for i in range(NUMBER) if i % 10 != 5]
 
 
+@pytest.mark.slow
 def test_any_number_of_tasks_writes_the_same_parts(numbered, undisturbed, tmp_path):
     first = run(numbered, tmp_path / "out", (2, 3))
     assert sorted(parts(tmp_path / "out")) == [

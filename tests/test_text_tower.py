@@ -66,6 +66,7 @@ def save(folder: Path, config: CapivaraConfig) -> Path:
 # --- XLM-RoBERTa ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_500_awkward_texts_match_pytorch(tiny_folder):
     texts = awkward_texts(500)
     assert len(set(texts)) > 480

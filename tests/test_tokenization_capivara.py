@@ -157,6 +157,7 @@ def test_slow_tokenizers_are_refused():
         CapivaraProcessor(CapivaraImageProcessor(), ByT5Tokenizer())
 
 
+@pytest.mark.slow
 def test_cleaning_equals_that_of_open_clip_on_nested_mixtures():
     pieces = "& amp; &amp; &lt; < &#227; &ccedil; &Atilde; &pound; Ã£ Ã© ã â€™ “ a &copy; &semi; #38; &NewLine; ； ＆ ﬁ"
     pieces, rng = [*pieces.split(), "\n", " ", "Ã ", "\x85", "&nbsp;"], random.Random(0)

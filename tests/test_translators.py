@@ -105,6 +105,7 @@ def test_long_texts_are_split_at_sentences_clauses_and_words():
     assert split_text("ab", lambda text: False) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_the_fingerprint_covers_everything_that_changes_translations(marian, m2m100, tmp_path):
     base = Seq2SeqTranslator(str(marian), "pt", **SHORT).fingerprint
     assert base == Seq2SeqTranslator(str(marian), "por", **SHORT, batch_size=3).fingerprint
@@ -167,6 +168,7 @@ def google(service, language="pt", endpoint=None):
     return GoogleTranslator(language, "en", endpoint or service.url)
 
 
+@pytest.mark.slow
 def test_requests_to_google_stay_within_its_limits(service):
     sentences = [f"sentence {i}" for i in range(300)] + ["word " * 400 for _ in range(5)]
     assert google(service).translate(sentences) == [translated(text, "pt") for text in sentences]
