@@ -126,7 +126,7 @@ def test_a_card_from_an_older_template_is_checked_by_its_values(run, capsys):
     (run / "README.md").write_text(text, encoding="utf-8")
     main(["--check", str(run)])
     output = capsys.readouterr().out
-    assert "older template" in output and "All figures" not in output
+    assert "older template" in output and "All values" not in output
     for added in ("<script>", "| <b>a | b |", "<!-- made by hub_upload.card with {} -->"):
         (run / "README.md").write_text(text.replace(MARKER, f"{added}\n\n{MARKER}"), encoding="utf-8")
         assert find_card_faults(run) == [f"README.md: the card has {added!r}."]
@@ -223,7 +223,7 @@ def test_the_command_writes_and_checks_cards_and_refuses_wrong_flags(run, tmp_pa
     main(["--model", str(run), "--language", "pt", "--output", str(tmp_path / "ficha.md")])
     assert "Usos e limites" in (tmp_path / "ficha.md").read_text(encoding="utf-8") and card_of(run) == before
     main(["--check", str(run)])
-    assert "All figures" in capsys.readouterr().out
+    assert "All values" in capsys.readouterr().out
     (run / "README.md").write_text(before.replace("all 10 pairs", "all 11 pairs"), encoding="utf-8")
     with pytest.raises(SystemExit, match=r"the files give .*all 10 pairs.*\n.*the card has .*all 11 pairs"):
         main(["--check", str(run)])

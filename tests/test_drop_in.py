@@ -238,7 +238,7 @@ def test_open_clip_is_left_out_if_the_base_has_another_vocabulary(base, model, t
     trimmed.save_pretrained(smaller)
     caplog.set_level("INFO")
     folder = export(smaller, base, tmp_path / "out")
-    assert "open_clip is left out" in caplog.text and "word_embeddings.weight" in caplog.text
+    assert "open_clip is skipped" in caplog.text and "word_embeddings.weight" in caplog.text
     assert not (folder / "open_clip_text.safetensors").exists()
     assert "open_clip_text" not in (folder / "README.md").read_text(encoding="utf-8")
 

@@ -291,7 +291,7 @@ def test_caption_stages_builds_and_uploads_leak_nothing(tmp_path, hostile, serve
         (select, "selected", ["--caption_strategy", "none"]),
     ):
         command(["--dataset", str(tmp_path / "data"), "--output", str(out / name), *more])
-    assert capsys.readouterr().out.count(f"{GOOD} rows written, {number} left out ({number} unreadable image)") == 3
+    assert capsys.readouterr().out.count(f"{GOOD} rows written, {number} skipped ({number} unreadable image)") == 3
     for name in ("generated", "scored", "selected"):
         (skipped,) = (out / name).glob("*.skipped.jsonl")
         listed = [json.loads(line) for line in skipped.read_text(encoding="utf-8").splitlines()]

@@ -169,7 +169,7 @@ def test_the_command_and_invalid_flags(scored, tmp_path, capsys):
     flags = ["--dataset", scored, "--output", str(tmp_path / "out"), "--min_pair_similarity", "0.2"]
     main(flags)
     output_text = capsys.readouterr().out
-    assert "3 rows written, 6 left out" in output_text and "report/index.html" in output_text
+    assert "3 rows written, 6 skipped" in output_text and "report/index.html" in output_text
     for more, message in (
         (["--min_pair_similarity", "2"], r"min_pair_similarity.*\b2\b"),
         (["--caption_count", "0"], r"caption_count.*\b0\b"),

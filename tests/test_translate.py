@@ -95,7 +95,7 @@ def test_each_distinct_sentence_is_translated_once(service, dataset, tmp_path, c
     sent = Counter(service.sentences())
     assert set(sent.values()) == {1}
     assert {text for text in sent if text in distinct()} == distinct() - {LONG}, "the long sentence is sent in pieces"
-    assert "24 rows written, 0 left out" in capsys.readouterr().out
+    assert "24 rows written, 0 skipped" in capsys.readouterr().out
     main(google_flags(service, dataset, tmp_path / "again", "--memory", str(tmp_path / "pt.memory")))
     check_rows(tmp_path / "again")
     assert Counter(service.sentences()) == sent, "another run with the same memory sends nothing"
