@@ -393,7 +393,6 @@ def first_bytes(sent: socket.socket) -> bytes:
     return b""
 
 
-@pytest.mark.slow
 def test_unread_downloads_are_closed_for_new_visitors(page, folder, monkeypatch):
     """The download that has been unread for the longest time is closed."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (guard.RESERVED_DESCRIPTORS + 2 * 4,) * 2)
