@@ -33,6 +33,8 @@ def test_the_size_is_read_from_the_stream(mode, frames):
     data = encode(mode=mode, frames=frames)
     assert largest_frame_size(data) == SIZE
     assert largest_frame_size(declare(data, SMALL)) == SIZE
+    without_items = data.replace(b"meta", b"free", 1)  # an image sequence also has its first frame as an item
+    assert largest_frame_size(without_items) == (SIZE if frames > 1 else (0, 0))
 
 
 def test_a_file_that_declares_too_few_pixels_is_refused_before_decoding():
