@@ -108,6 +108,7 @@ def test_complete_stages_are_not_repeated_and_no_model_is_loaded(finished, monke
     assert "2-score, train: done" in caplog.text and "dataset: done" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_incomplete_table_stops_the_build_without_an_error(config, tmp_path, capsys, caplog):
     """An incomplete table is not an error: the command prints which translations are missing and ends normally."""
     table = tmp_path / "tables" / "train.tsv"

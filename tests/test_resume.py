@@ -311,6 +311,7 @@ def test_tensorboard_gets_the_curves(run, tmp_path):
     assert {"validation/loss", "learning_rate", "gradient_norm"} <= set(curves.Tags()["scalars"])
 
 
+@pytest.mark.slow
 def test_a_nan_loss_stops_the_run_and_names_the_step(run, tmp_path, monkeypatch):
     original, calls = whole_batch.contrastive_loss, itertools.count(1)
 

@@ -114,6 +114,7 @@ def test_a_second_run_embeds_only_damaged_shards(saved_tiny_folder, dataset, mea
     assert all(path.read_bytes() == data and f"{path} is damaged" in caplog.text for path, data in contents.items())
 
 
+@pytest.mark.slow
 def test_a_changed_model_or_image_is_embedded_again(tiny_folder, dataset_copy, measured, tmp_path):
     cache = shutil.copytree(measured / "cache", tmp_path / "cache")
 
