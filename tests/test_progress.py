@@ -50,7 +50,6 @@ def test_a_log_gets_a_line_of_long_work_now_and_then():
     assert 2 * len(LIBRARIES) <= len(list(filter(None, lines))) <= 8 * len(LIBRARIES)
 
 
-@pytest.mark.slow
 def test_a_terminal_shows_bars_of_long_work():
     terminal, child_end = pty.openpty()
     fcntl.ioctl(child_end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows and columns
