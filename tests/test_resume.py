@@ -254,7 +254,6 @@ def test_a_finished_training_is_not_lost(run, uninterrupted, tmp_path, monkeypat
 # ---- other settings ----
 
 
-@pytest.mark.slow
 def test_starting_over_or_resuming_with_other_settings_is_refused_and_changes_nothing(run, tmp_path):
     argv = run(tmp_path / "out")
     kill_run(argv, TrainingLoop, "_run_step", 4)
