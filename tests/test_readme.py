@@ -49,6 +49,7 @@ def test_every_table_macro_is_used_on_a_page():
         readme.fill_blocks(page, TEXTS[page].replace("demo_summary", "no_such"))
 
 
+@pytest.mark.slow
 def test_a_changed_figure_is_detected_and_a_new_commit_is_shown(monkeypatch, tmp_path):
     for name in readme.find_pages():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
