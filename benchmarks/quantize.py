@@ -38,6 +38,7 @@ class QuantizeArguments:
         Path("data/openmoji/dataset"), "Dataset of `examples.openmoji.prepare`; its test split is used."
     )
     language: str = flag("pt", "Language of the captions.")
+    rows: int = flag(350, "Number of rows of the test split, from the first one.")
     output: Path | None = flag(None, "JSON file for the results.")
 
 
@@ -94,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: quantize, embed, compare, and print the results as JSON."""
     args = parse_arguments(QuantizeArguments, __doc__, argv)
     source = args.model or str(get_miniature_folder())
-    rows = load_dataset_with_images(args.dataset)["test"]
+    split = load_dataset_with_images(args.dataset)["test"]
+    rows = split.select(range(min(args.rows, len(split))))
     texts, images = [captions[0] for captions in rows[f"captions-{args.language}"]], list(rows["image"])
     processor, groups = load_processor(source), torch.arange(len(texts))
     reference, measured = None, {}
