@@ -20,7 +20,7 @@ check: .venv/test  ## style and fast tests, required for every change
 	$(PYTEST) -n auto -m "not slow and not gpu"
 
 docs: .venv/docs  ## the documentation site, in build/docs; warnings are errors, and every link and anchor is checked
-	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
+	$(BIN)/python -m sphinx -q -E -W --keep-going docs build/docs
 
 # One stamp file per extra; it is remade when the dependencies change. The extra `test` includes `demo` and `docs`.
 .venv/demo .venv/test .venv/docs: setup.cfg pyproject.toml

@@ -24,7 +24,7 @@ from capivara_search.miniature import get_miniature_folder
 from eval.capivara_metrics.metrics import cross_modal_ranks, mean_recall
 from examples.openmoji.dataset import load_dataset_with_images
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import build_embedder
+from modeling_capivara.two_towers import embed_images, embed_texts
 
 GROUP_SIZE = 32  # weights that share a scale in 4 bits, torchao's usual size
 
@@ -101,11 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     processor, groups = load_processor(source), torch.arange(len(texts))
     reference, measured = None, {}
     for name, quantize in tqdm(quantizers().items(), unit="kind"):
-        embedder = build_embedder(source, quantize(load_model(source).eval()), processor, "float32")
-        embeds = (
-            embedder.embed_texts(texts, batch_size=64).float(),
-            embedder.embed_images(images, batch_size=32).float(),
-        )
+        model = quantize(load_model(source).eval())
+        embeds = embed_texts(model, processor, texts).float(), embed_images(model, processor, images).float()
         reference = embeds if name == "float32" else reference
         text_ranks, image_ranks = cross_modal_ranks(*embeds, groups, groups)
         measured[name] = {

@@ -14,10 +14,12 @@ project, author, release = "CAPIVARA", "The CAPIVARA developers", __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["package.md"]  # the description on the package index
 html_theme = "furo"
+html_static_path, html_css_files = ["_static"], ["site.css"]
 html_title = f"CAPIVARA {release}"
 html_copy_source = html_show_sourcelink = False
 myst_heading_anchors = 3
 myst_enable_extensions = ["attrs_inline"]
+default_role = "code"  # single backticks in docstrings are code
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
