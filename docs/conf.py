@@ -16,7 +16,7 @@ exclude_patterns = ["package.md"]  # the description on the package index
 html_theme = "furo"
 html_static_path, html_css_files = ["_static"], ["site.css"]
 html_title = f"CAPIVARA {release}"
-html_copy_source = html_show_sourcelink = False
+html_copy_source = html_show_sourcelink = html_show_copyright = False
 myst_heading_anchors = 3
 myst_enable_extensions = ["attrs_inline"]
 default_role = "code"  # single backticks in docstrings are code

@@ -95,6 +95,14 @@ def test_the_search_example_of_the_readme_runs_offline(capsys, monkeypatch, tmp_
 
 
 @pytest.mark.slow
+def test_the_code_of_the_search_tutorial_finds_the_coffee(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for word in ("load_photo", "PictureIndex"):
+        exec(compile(code_with("docs/tutorials/first_search.md", word), "first_search.md", "exec"), {})
+    assert "fotos/coffee.jpg" in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.slow
 def test_the_trainer_example_runs(tiny_model, tiny_processor, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     captions = ["um gato", "a casa azul", "o carro", "pão"]
@@ -190,6 +198,8 @@ def stops_when_parsed(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))  # a home folder with pictures
     (tmp_path / "Fotos" / "2023").mkdir(parents=True)
     (tmp_path / "foto.jpg").touch()
+    (tmp_path / "fotos").mkdir()
+    (tmp_path / "fotos" / "chelsea.jpg").touch()
     return parse_known_args
 
 
