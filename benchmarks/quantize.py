@@ -5,7 +5,8 @@
 
 Each kind of quantization is applied to a new copy of the model. Its embeddings of a test split are compared with the
 embeddings of the float32 model (cosines), and ranked among themselves (mean recall). Random weights would not do:
-quantization errors depend on the outliers that trained weights have.
+quantization errors depend on the outliers that trained weights have. The linear layers of the towers are quantized, but
+not the projections, except in the kind that says so: a single outlier in a projection can spoil all embeddings.
 """
 
 import statistics
@@ -42,15 +43,19 @@ class QuantizeArguments:
     output: Path | None = flag(None, "JSON file for the results.")
 
 
+def _in_tower(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and "projection" not in name
+
+
+def _in_tower_or_table(module: nn.Module, name: str) -> bool:
+    return _in_tower(module, name) or isinstance(module, nn.Embedding)
+
+
 def _is_linear(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _has_weight_matrix(module: nn.Module, name: str) -> bool:
-    return isinstance(module, nn.Linear | nn.Embedding)
-
-
-def _apply_torchao(config: Any, selects: Callable[[nn.Module, str], bool] = _is_linear) -> Callable:
+def _apply_torchao(config: Any, selects: Callable[[nn.Module, str], bool] = _in_tower) -> Callable:
     """Return a function that quantizes the selected layers of a model with torchao, and returns the model."""
 
     def quantize(model: nn.Module) -> nn.Module:
@@ -60,6 +65,13 @@ def _apply_torchao(config: Any, selects: Callable[[nn.Module, str], bool] = _is_
         return model
 
     return quantize
+
+
+def _apply_dynamic(model: nn.Module) -> nn.Module:
+    """Quantize the linear layers of both towers with PyTorch's own dynamic quantization, and return the model."""
+    for tower in ("text_model", "vision_model"):
+        setattr(model, tower, torch.ao.quantization.quantize_dynamic(getattr(model, tower), {nn.Linear}))
+    return model
 
 
 def quantizers() -> dict[str, Callable[[nn.Module], nn.Module]]:
@@ -78,9 +90,10 @@ def quantizers() -> dict[str, Callable[[nn.Module], nn.Module]]:
         "float32": lambda model: model,
         "bfloat16": lambda model: model.to(torch.bfloat16),
         "torchao int8, weights": _apply_torchao(Int8WeightOnlyConfig()),
-        "torchao int8, weights and word table": _apply_torchao(int8_rows, _has_weight_matrix),
+        "torchao int8, weights and token embeddings": _apply_torchao(int8_rows, _in_tower_or_table),
+        "torchao int8, weights, with projections": _apply_torchao(Int8WeightOnlyConfig(), _is_linear),
         "torchao int8, weights and activations": _apply_torchao(Int8DynamicActivationInt8WeightConfig()),
-        "torch dynamic int8": lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}),
+        "torch dynamic int8": _apply_dynamic,
         f"4 bits, weights in groups of {GROUP_SIZE}": _apply_torchao(four_bits),
     }
 
