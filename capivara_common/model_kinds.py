@@ -2,8 +2,8 @@
 
     find_kind(read_json(folder / "config.json")).pads_to_max_length
 
-A kind is a `model_type` of transformers. An entry of `KINDS` says in what the kind differs from transformers' CLIP, so a
-kind that is built like CLIP needs only its names:
+A kind is a `model_type` of transformers. An entry of `KINDS` says in what the kind differs from transformers' CLIP, so
+a kind that is built like CLIP needs only its names:
 
     KINDS["my_clip"] = ModelKind(model_type="my_clip", title="My CLIP", class_name="MyCLIPModel")
 
@@ -43,14 +43,15 @@ METACLIP_2_TEXT_DEFAULTS = {
 UNSUPPORTED_MODEL_TYPES = {"siglip2": " (SigLIP 2 of any resolution, NaFlex)"}
 
 
-def _read_projection_dim(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (config.get("projection_dim"),)
+def _read_projection_dim(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"projection_dim": config.get("projection_dim")}
 
 
-def _read_siglip_widths(config: Mapping[str, Any]) -> tuple[Any, ...]:
+def _read_siglip_widths(config: Mapping[str, Any]) -> dict[str, Any]:
     text = SIGLIP_TEXT_DEFAULTS | (config.get("text_config") or {})
     vision = {"hidden_size": 768} | (config.get("vision_config") or {})
-    return text.get("projection_size", text["hidden_size"]), vision["hidden_size"]
+    text_width = text.get("projection_size", text["hidden_size"])
+    return {"text_config.projection_size": text_width, "vision_config.hidden_size": vision["hidden_size"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +67,19 @@ class ModelKind:
         processors: Names of the classes of processors that fit the kind.
         pads_to_max_length: Whether texts are padded to the maximum length and padding is attended to, so that there is
             no attention mask. Otherwise, texts are padded to the longest text of a batch, and padding is masked.
-        read_widths: Function that returns the embedding widths of the towers (text first) from a config.json. Towers
-            whose width is the same setting have a single entry.
+        read_widths: Function from the content of config.json to the settings that are the width of embeddings, by name.
+            Two settings, the text tower's first, if the towers have separate ones.
         text_towers: Supported values of `text_config.model_type`; empty if the kind has a single type of text tower, or
             supports all types.
         text_defaults: Default values of `text_config`.
-        vision_towers: Type of image tower (`vision_config.model_type`) -> default values of the settings that change the
-            embedding of an image. The first type is the default. Empty if the kind has a single type of image tower.
+        vision_towers: Type of image tower (`vision_config.model_type`) -> default values of the settings that change
+            the embedding of an image. The first type is the default. Empty if the kind has a single type of image
+            tower.
         vision_defaults: The same default values for a kind with a single type of image tower.
         numpy_text_tower: Name of the class in `capivara_search/text_tower.py` that embeds texts without torch. None:
             PyTorch embeds texts.
-        open_clip_layout: Layout of the weights in open_clip: "hf_text" for a text tower of transformers with a projection,
-            "timm_siglip" for SigLIP. None: the export leaves open_clip out.
+        open_clip_layout: Layout of the weights in open_clip: "hf_text" for a text tower of transformers with a
+            projection, "timm_siglip" for SigLIP. None: the export leaves open_clip out.
         immich_name: Model in Immich's list that has this architecture. None: the formats for Immich and for exchanging
             the text encoder (`drop_in`) are refused.
         js_image_processor: Class of transformers.js that preprocesses images. None: the class has the same name as in
@@ -92,7 +94,7 @@ class ModelKind:
         *("CLIPProcessor", "ChineseCLIPProcessor", "AltCLIPProcessor", "VisionTextDualEncoderProcessor"),
     )
     pads_to_max_length: bool = False
-    read_widths: Callable[[Mapping[str, Any]], tuple[Any, ...]] = _read_projection_dim
+    read_widths: Callable[[Mapping[str, Any]], dict[str, Any]] = _read_projection_dim
     text_towers: tuple[str, ...] = ()
     text_defaults: Mapping[str, Any] = field(default_factory=dict)
     vision_towers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -115,11 +117,12 @@ class ModelKind:
         for section, supported in towers.items():
             tower = (config.get(section) or {}).get("model_type", supported and supported[0])
             if supported and tower not in supported:
-                # The embedding is `pooler_output`, which the models of some other types, such as ModernBERT, don't have.
+                # An embedding is `pooler_output`, which the models of other types, such as ModernBERT, may not have.
                 raise ValueError(f"{section}.model_type is {tower!r}; supported are {', '.join(supported)}")
         widths = self.read_widths(config)
-        if len({*map(str, widths)}) > 1:
-            raise ValueError("its text embeddings have the width {}, but its image embeddings {}".format(*widths))
+        if len({*map(str, widths.values())}) > 1:
+            settings = " and ".join(f"{name} is {width!s:.80}" for name, width in widths.items())
+            raise ValueError(f"the towers have embeddings of different widths: {settings}")
 
     def select_vision_settings(self, vision: Mapping[str, Any]) -> dict[str, Any] | None:
         """Select the settings of the image tower that change the embedding of an image.
@@ -186,7 +189,10 @@ KINDS = {
         ModelKind(model_type="clip", title="CLIP", class_name="CLIPModel"),
         ModelKind(model_type="chinese_clip", title="Chinese-CLIP", class_name="ChineseCLIPModel"),
         ModelKind(model_type="altclip", title="AltCLIP", class_name="AltCLIPModel"),
-        ModelKind(model_type="metaclip_2", title="MetaCLIP 2", class_name="MetaClip2Model"),
+        ModelKind(
+            model_type="metaclip_2", title="MetaCLIP 2", class_name="MetaClip2Model",
+            text_defaults=METACLIP_2_TEXT_DEFAULTS, numpy_text_tower="ClipTextTower",
+        ),
         ModelKind(
             model_type="vision-text-dual-encoder", title="VisionTextDualEncoder",
             class_name="VisionTextDualEncoderModel", text_towers=("bert", "roberta", "xlm-roberta"),

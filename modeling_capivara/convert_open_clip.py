@@ -30,6 +30,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import atomic_folder, read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
+from capivara_common.model_kinds import KINDS
 
 from .checks_capivara import check_sizes, wrap_tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
@@ -144,7 +145,7 @@ def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     Raises:
         ValueError: If open_clip has no image tower of this type.
     """
-    is_capivara, result, state = model.config.model_type == "capivara", {}, model.state_dict()
+    is_capivara, result, state = KINDS[model.config.model_type].is_native, {}, model.state_dict()
     names = {ours: theirs for theirs, ours in (PARAMETER_NAMES if is_capivara else SIGLIP_PARAMETER_NAMES).items()}
     is_vit = is_capivara and _is_vit(model.config)
     for name, tensor in state.items():

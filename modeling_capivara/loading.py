@@ -39,7 +39,6 @@ from capivara_common.weight_file import find_weight_files, read_scalar
 
 from .checks_capivara import PADDING_MODEL_TYPES, check_sizes, wrap_tokenizer_errors
 from .configuration_capivara import get_sizes
-from .processing_capivara import CapivaraProcessor
 
 WEIGHTS_FILE = "model.safetensors"
 MAX_NAMED_KEYS = 5  # largest number of weights that an error message names, because a model has hundreds of weights
@@ -282,14 +281,18 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
         config: Configuration of the model.
 
     Raises:
-        ValueError: If the tokenizer has more tokens than the model, or no padding token, or the id of the padding token
-            is not the `pad_token_id` of a model that needs this id.
+        ValueError: If the tokenizer has more tokens than the model, or no padding token, or the padding token is not in
+            the model's vocabulary, or its id is not the `pad_token_id` of a model that needs this id.
     """
     token, token_id, text_config = tokenizer.pad_token, tokenizer.pad_token_id, config.text_config
     if token_id is None:
         raise ValueError("its tokenizer has no padding token")
+    if token_id >= text_config.vocab_size:
+        raise ValueError(f"its padding token {token!r} is not among the model's {text_config.vocab_size} tokens")
     if len(tokenizer) > text_config.vocab_size:
-        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, but the model has {text_config.vocab_size} tokens")
+        raise ValueError(
+            f"its tokenizer has {len(tokenizer)} tokens, but the model has {text_config.vocab_size} tokens"
+        )
     # Some text towers number positions from the id of the padding token, so another id would shift them.
     needs_same_id = KINDS[config.model_type].is_native or text_config.model_type in PADDING_MODEL_TYPES
     if needs_same_id and token_id != text_config.pad_token_id:
@@ -317,8 +320,8 @@ def _fit_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
         config: Configuration of the model.
 
     Raises:
-        ValueError: If the type, the tokenizer or the image size of the processor does not fit the model, or its tokenizer
-            returns no attention mask, but the model needs one.
+        ValueError: If the type, the tokenizer or the image size of the processor does not fit the model, or its
+            tokenizer returns no attention mask, but the model needs one.
     """
     tokenizer, kind = processor.tokenizer, KINDS[config.model_type]
     settings = processor.image_processor.to_dict()

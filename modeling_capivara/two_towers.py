@@ -74,7 +74,7 @@ def embedding_width(config: PreTrainedConfig) -> int:
     Args:
         config: Configuration of the model.
     """
-    return KINDS[config.model_type].read_widths(config.to_dict())[0]
+    return next(iter(KINDS[config.model_type].read_widths(config.to_dict()).values()))
 
 
 def freeze_image_encoder(model: PreTrainedModel) -> None:

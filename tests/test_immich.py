@@ -16,9 +16,9 @@ from towers import TOWER, gemma_like, other_texts, siglip2
 from transformers import SiglipConfig
 
 from benchmarks.timing import make_captions
+from capivara_common.model_kinds import KINDS
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_tokenizer
 from hub_upload.export import export_model
-from hub_upload.formats.immich import IMMICH_MODEL_NAMES
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
@@ -61,7 +61,7 @@ def test_the_commands_in_the_docs_keep_the_original_if_they_are_repeated(tmp_pat
 # --- The export ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=IMMICH_MODEL_NAMES)
+@pytest.fixture(scope="module", params=[kind.model_type for kind in KINDS.values() if kind.immich_name])
 def kind(request):
     return request.param
 
@@ -98,7 +98,7 @@ def exported(kind, source, tmp_path_factory):
     service, it computes the embeddings. Otherwise, `LayoutReader` does.
     """
     cache, url = os.environ.get("IMMICH_CACHE"), os.environ.get("IMMICH_URL")
-    folder = (Path(cache) / "clip" if cache else tmp_path_factory.mktemp("immich")) / IMMICH_MODEL_NAMES[kind]
+    folder = (Path(cache) / "clip" if cache else tmp_path_factory.mktemp("immich")) / KINDS[kind].immich_name
 
     def open_reader() -> LayoutReader:
         return ServiceReader(folder, url) if url else LayoutReader(folder)

@@ -1,4 +1,4 @@
-"""Every kind of model keeps its digests, embeddings and exports, and all that is special about a kind is in one table."""
+"""Every kind of model keeps its digests, embeddings and exports. What is special about a kind is in one table."""
 
 import hashlib
 import json

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from capivara_common.files import write_json
+from capivara_common.model_kinds import KINDS
 from hub_upload.formats import max_text_tokens, resolve_base_folder, write_tokenizer_json
 from hub_upload.formats.onnx import check_difference, export_graph, open_session, weights_file
 from modeling_capivara.convert_open_clip import to_preprocess_cfg
@@ -36,8 +37,6 @@ from modeling_capivara.two_towers import (
     random_texts,
 )
 
-# Model type in config.json -> name of the model in Immich's list that has the same architecture.
-IMMICH_MODEL_NAMES = {"capivara": "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k", "siglip": "ViT-B-16-SigLIP2__webli"}
 logger = logging.getLogger("capivara")
 
 
@@ -86,7 +85,7 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
     """
     if base is not None:
         resolve_base_folder(source, base)
-    processor, is_capivara = load_processor(source), config.model_type == "capivara"
+    processor, is_capivara = load_processor(source), KINDS[config.model_type].is_native
     # Immich reads only these settings from config.json. For SigLIP, Immich's own config.json also requests the removal
     # of punctuation (`"clean": "canonicalize"`). This config.json does not, because the model was trained with
     # punctuation.
@@ -105,7 +104,7 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
     logger.info(
         "Copy the folder to clip/NAME in Immich's model cache. NAME must be a model in Immich's list with an embedding "
         "width of %d; for the published architecture, it is %s.",
-        embedding_width(config), IMMICH_MODEL_NAMES[config.model_type],
+        embedding_width(config), KINDS[config.model_type].immich_name,
     )  # fmt: skip
 
 
