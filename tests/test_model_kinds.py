@@ -113,13 +113,16 @@ def find_dispatches(path: Path) -> list[str]:
     prefixes = tuple({kind.class_name.removesuffix("Model") for kind in KINDS.values()})
     found = []
     for node in ast.walk(tree(path)):
-        constants = [item.value for item in ast.walk(node) if isinstance(item, ast.Constant)]
         if isinstance(node, ast.Constant) and node.value in KINDS.keys() - AMBIGUOUS:
             found.append(repr(node.value))
-        elif isinstance(node, ast.Compare | ast.Subscript | ast.Match) and "model_type" in ast.unparse(node):
-            found += [ast.unparse(node)] * bool(AMBIGUOUS.intersection(constants))
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "startswith":
-            found += [ast.unparse(node)] * any(str(value).startswith(prefixes) for value in constants)
+        if not isinstance(node, ast.Compare | ast.Subscript | ast.Match | ast.Call):
+            continue
+        constants = [item.value for item in ast.walk(node) if isinstance(item, ast.Constant)]
+        is_prefix_test = isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "startswith"
+        if is_prefix_test and any(str(value).startswith(prefixes) for value in constants):
+            found.append(ast.unparse(node))
+        elif not isinstance(node, ast.Call) and AMBIGUOUS.intersection(constants):
+            found += [ast.unparse(node)] * ("model_type" in ast.unparse(node))
     return found
 
 
@@ -158,7 +161,7 @@ def test_a_kind_that_is_built_like_clip_takes_one_entry(tmp_path, monkeypatch):
     index = PictureIndex.open(tmp_path / "toy.lance", model=str(toy))
     assert index.add(tmp_path).embedded == 1 and len(index.search("um gato", k=3)) == 1
     assert index.model.image_digest == image_encoder_digest(toy) != image_encoder_digest(tmp_path / "clip")
-    files = export_model(toy, tmp_path / "exported", ["transformers", "sentence_transformers"])
+    files = export_model(toy, tmp_path / "exported", ["transformers"])
     assert "model.safetensors" in dict(files) and is_complete_model(tmp_path / "exported")
 
 
