@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(CaptionsArguments, __doc__, argv)
     transformers_logging.set_verbosity_error()
     prefixes = read_prefixes(PREFIXES_FILE)
-    steps = make_generation_steps(build_scaled_captioner(args, prefixes), prefixes, args.images)
+    steps = make_generation_programs(build_scaled_captioner(args, prefixes), prefixes, args.images)
     plain, ours = (step().tolist() for step in steps.values())
     seconds = time_alternating(steps, args.runs, "generate")
     rates = {name: [args.images / elapsed for elapsed in times] for name, times in seconds.items()}
@@ -111,7 +111,7 @@ def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
-def make_generation_steps(captioner: Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[], Tensor]]:
+def make_generation_programs(captioner: Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[], Tensor]]:
     """Build the programs to compare, on random pixels.
 
     Args:

@@ -30,7 +30,7 @@ from benchmarks.timing import (
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from modeling_capivara.convert_open_clip import build_open_clip_model, to_capivara_state_dict
+from modeling_capivara.convert_open_clip import new_open_clip_model, to_capivara_state_dict
 
 IMAGE_SIZE = (320, 240)  # pixels, width and height
 CAPTION_TOKENS = 20  # tokens per caption, including begin and end
@@ -72,7 +72,7 @@ def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Te
     """
     torch.manual_seed(0)
     config, tokenizer = CapivaraConfig(), load_tokenizer()
-    theirs = build_open_clip_model(config).eval()
+    theirs = new_open_clip_model(config).eval()
     ours = CapivaraModel(config)
     ours.load_state_dict(to_capivara_state_dict(theirs.state_dict()))
     ours.eval()

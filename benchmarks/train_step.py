@@ -477,7 +477,7 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
     model = (
         create_model(open_clip_args.model)
         if args.model in SIGLIP_SIZES
-        else convert_open_clip.build_open_clip_model(config)
+        else convert_open_clip.new_open_clip_model(config)
     )
     model.output_dict = True
     model.lock_image_tower(open_clip_args.lock_image_unlocked_groups, open_clip_args.lock_image_freeze_bn_stats)

@@ -874,7 +874,7 @@ class PictureIndex:
         Raises:
             ValueError: If the suffix is neither .parquet nor .csv, or the file can't be created.
         """
-        from capivara_search.exporting import export_rows
+        from capivara_search.index_export import export_rows
 
         with self._table.locked():  # so that no other process compacts the files that are being read
             return export_rows(self._table, path)

@@ -47,7 +47,7 @@ from capivara_common.files import atomic_folder, read_json, write_json, write_te
 from capivara_common.privacy import hide_paths
 from capivara_common.tasks import ExecutorArguments, Phase
 from caption_data.rows import CAPTION_COLUMN_RE, DATASET_HELP, NOT_CHOSEN
-from caption_data.sources import STAGE_FILE, read_stage_progress
+from caption_data.sources import STAGE_FILE, find_missing_rows
 from captions.generate import GenerateArguments
 from captions.score import ScoreArguments
 from captions.select import SelectArguments
@@ -475,7 +475,7 @@ def _describe_state(step: StageArguments) -> str:
         return f"needs the translations in {step.import_file}: {request.partition(':')[0]}"
     if not (step.output / STAGE_FILE).is_file():
         return "not started"
-    missing, _ = read_stage_progress(step.output)
+    missing, _ = find_missing_rows(step.output)
     if missing:
         return f"{missing:,} rows are missing"
     return f"the corrected rows of {step.import_file} are written again" if step.is_corrected() else "done"

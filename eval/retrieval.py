@@ -143,7 +143,7 @@ def flatten_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
     return [text for texts in captions for text in texts], torch.tensor(image_of_text)
 
 
-def embed_captions(
+def compute_retrieval_embeddings(
     model: PreTrainedModel, processor: ProcessorMixin, captions: list[list[str]], image_embeds: Tensor
 ) -> RetrievalEmbeddings:
     """Embed captions, and combine them with image embeddings that have already been computed.

@@ -32,7 +32,7 @@ from eval.benchmarks import get_published_base
 from eval.records import schema
 from eval.records.schema import DIRECTIONS, GAIN_METRIC, RANK_METRICS, TASKS, ResultFile, is_number
 from eval.records.tables import average_over_seeds, build_records_frame, find_conflicts, pair_with_baselines
-from hub_upload.allowed_files import RUN_PLOT_FILES
+from hub_upload.upload_checks import RUN_PLOT_FILES
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 # Language of a card ("en" or "pt") -> names of languages and metrics in that language, and translations of the texts in

@@ -187,7 +187,7 @@ def _rename_parameter(name: str, names: dict[str, str]) -> str:
     return name
 
 
-def build_open_clip_model(config: CapivaraConfig) -> nn.Module:
+def new_open_clip_model(config: CapivaraConfig) -> nn.Module:
     """Build the open_clip model that corresponds to a CAPIVARA configuration, with random weights.
 
     Nothing is downloaded. The package open_clip must be installed.

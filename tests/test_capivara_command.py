@@ -29,8 +29,8 @@ from capivara_common.environment import require_packages
 from capivara_common.progress import configure_progress_bars
 from capivara_search import estimates
 from capivara_search.command import SEARCH_MODULES, describe_error, detect_language, main, show_progress_bar
-from capivara_search.exporting import export_rows
 from capivara_search.index import PictureIndex
+from capivara_search.index_export import export_rows
 from capivara_search.messages import COMMAND_NAMES, Messages, localized_error
 from capivara_search.storage import to_index_error
 from capivara_search.table import PictureTable
