@@ -172,6 +172,7 @@ def test_siglip2_of_full_width_is_read_by_open_clip_and_sentence_transformers(tm
         *((f"ViT-gopt-16-SigLIP2-{side}", (1536, 40, 16, side), (1152, 27), 6144) for side in (256, 384)),
     ],
 )
+@pytest.mark.slow
 def test_the_large_siglip2_have_open_clips_names_and_shapes(name, vision, text, intermediate_size):
     """At full size, but on the meta device, which allocates no memory for weights."""
     import open_clip
