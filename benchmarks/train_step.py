@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step
     python -m benchmarks.train_step --model siglip2 --parts programs --runs 3
-    python -m benchmarks.train_step --model siglip2_so400m --parts recipe --pairs 256 --runs 1
+    python -m benchmarks.train_step --model siglip2_so400m --parts recipe --pairs 512 --runs 1
     python -m benchmarks.train_step --parts recipe --beside ../capivara-before
     python -m benchmarks.train_step --parts demo --output benchmarks/results/main_job.json
 
@@ -71,9 +71,9 @@ BEFORE_SUFFIX = "_before"  # suffix of the names of programs that run in the che
 PROGRAM_PAIRS = 96  # default of --pairs for the programs
 RECIPE_PAIRS, RECIPE_MICRO = 2816, 64  # CAPIVARA, arXiv 2310.13683, appendix; the micro-batch is our choice
 EXTRAPOLATION_RULE = (
-    "Linear in the pairs, through the two measured batch sizes. Weights, gradients, Adam's moments and the graph of a "
-    "micro-batch do not depend on the batch. Token ids, embeddings and their gradients grow linearly. The logits of "
-    "the loss grow with the square, up to 64 MiB for each copy."
+    "Linear in the pairs, through the two measured batch sizes, each of at least two micro-batches. Weights, "
+    "gradients, Adam's moments and the graph of a micro-batch do not depend on the batch. Token ids, embeddings and "
+    "their gradients grow linearly. The logits of the loss grow with the square, up to 64 MiB for each copy."
 )
 # --model -> open_clip's flags for the same architecture and loss
 OPEN_CLIP_FLAGS = {
@@ -136,8 +136,11 @@ class TrainStepArguments:
         self.output = self.output or timing.RESULTS_FOLDER / f"train_step{suffix}.json"
         if self.worker:
             self.pairs = self.program_pairs
-        elif self.pairs is not None and self.pairs < 2:
-            raise ValueError(f"pairs must be at least 2, got {self.pairs}.")
+        elif "recipe" in self.parts and self.recipe_pairs[0] < 2 * RECIPE_MICRO:
+            raise ValueError(
+                f"pairs must be at least {4 * RECIPE_MICRO} for the recipe, so that a step of half as many pairs has "
+                f"two micro-batches; got {self.pairs}."
+            )
         pairs = self.program_pairs
         if not self.worker and "programs" in self.parts and (pairs % self.peer_micro or pairs <= self.peer_micro):
             raise ValueError(

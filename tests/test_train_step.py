@@ -227,14 +227,14 @@ def test_the_recipe_obeys_pairs_and_extrapolates_memory_to_2816(monkeypatch, tmp
         return {"pairs_per_second": 2.0, "peak_memory_bytes": 5 * 10**9 + 1000 * flags["pairs"]}
 
     monkeypatch.setattr(timing, "run_in_process", run)
-    flags = ["--model", "siglip2_so400m", "--parts", "recipe", "--pairs", "101", "--runs", "2"]
+    flags = ["--model", "siglip2_so400m", "--parts", "recipe", "--pairs", "257", "--runs", "2"]
     bench.main([*flags, "--output", str(tmp_path / "o.json")])
     recipe = json.loads((tmp_path / "o.json").read_text())["recipe"]
-    assert [call["pairs"] for call in calls] == [50, 101] * 2
+    assert [call["pairs"] for call in calls] == [128, 257] * 2
     assert {(call["worker"], call["model"], call["micro"], call["warmup"]) for call in calls} == {
         ("cache_recomputed", "siglip2_so400m", 64, 1)
     }
-    assert recipe["pairs"] == 101 and recipe["step_s"] == 50.5 and recipe["smaller"]["pairs"] == 50
+    assert recipe["pairs"] == 257 and recipe["step_s"] == 128.5 and recipe["smaller"]["pairs"] == 128
     assert recipe["extrapolated"] == {
         "pairs": 2816, "peak_memory_bytes": 5 * 10**9 + 2_816_000, "rule": bench.EXTRAPOLATION_RULE
     }  # fmt: skip
@@ -244,7 +244,7 @@ def test_the_recipe_obeys_pairs_and_extrapolates_memory_to_2816(monkeypatch, tmp
     assert "extrapolated" not in json.loads((tmp_path / "full.json").read_text())["recipe"]
 
 
-@pytest.mark.parametrize("flags", [{"pairs": 1, "parts": ["recipe"]}, {"pairs": 97}, {"pairs": 48}])
+@pytest.mark.parametrize("flags", [{"pairs": 255, "parts": ["recipe"]}, {"pairs": 97}, {"pairs": 48}])
 def test_wrong_numbers_of_pairs_are_refused(flags):
     with pytest.raises(ValueError, match=rf"\bpairs\b.*\b{flags['pairs']}\b"):
         TrainStepArguments(**flags)
