@@ -300,11 +300,11 @@ def summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict]
     return summary
 
 
-def build_published_config(args: TrainStepArguments) -> PreTrainedConfig:
-    """Build the config of the published size of `--model`: CAPIVARA, or a SigLIP 2 of `SIGLIP_SIZES`."""
-    if args.model == "capivara":
+def build_published_config(model: str) -> PreTrainedConfig:
+    """Build the config of the published size of a model: "capivara", or a SigLIP 2 of `SIGLIP_SIZES`."""
+    if model == "capivara":
         return CapivaraConfig()
-    tower, images = SIGLIP_SIZES[args.model]
+    tower, images = SIGLIP_SIZES[model]
     text = {"vocab_size": SIGLIP_VOCABULARY_SIZE, "max_position_embeddings": SIGLIP_TOKENS}
     return SiglipConfig(text_config=tower | text, vision_config=tower | images)
 
@@ -436,7 +436,7 @@ def measure_ours(args: TrainStepArguments) -> dict[str, Any]:
         timed step. "graphs_kept": for each timed step, the number of micro-batches whose autograd graph was kept
         instead of being recomputed. "peak_memory_bytes": peak resident memory of the process.
     """
-    config, seconds, reports = build_published_config(args), [], []
+    config, seconds, reports = build_published_config(args.model), [], []
     batch = make_random_batch(config, args)
     engine = TrainingEngine(config, args, 0.0 if args.worker == RECOMPUTED_PROGRAM else None)
     for number in range(args.warmup + args.steps):
@@ -474,7 +474,7 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
     from open_clip_train.scheduler import cosine_lr
     from open_clip_train.train import train_one_epoch
 
-    config, open_clip_args = build_published_config(args), parse_open_clip_arguments(args)
+    config, open_clip_args = build_published_config(args.model), parse_open_clip_arguments(args)
     steps = 1 + args.steps  # the first step is not timed, because the optimizer allocates its state in it
     random_seed(open_clip_args.seed, open_clip_args.rank)
     model = (

@@ -29,9 +29,7 @@ BUILD_PUBLISHED_CONFIG = bench.build_published_config
 @pytest.fixture(autouse=True)
 def config(monkeypatch):
     """Replace both architectures by tiny ones."""
-    monkeypatch.setattr(
-        bench, "build_published_config", lambda args: tiny_config() if args.model == "capivara" else SIGLIP
-    )
+    monkeypatch.setattr(bench, "build_published_config", lambda model: tiny_config() if model == "capivara" else SIGLIP)
 
 
 def worker(name: str = "cache", **changes) -> TrainStepArguments:
@@ -145,7 +143,7 @@ def test_open_clips_trainer_trains_siglip(monkeypatch):
     args = worker(PEER_PROGRAM, model="siglip2", pairs=4, peer_micro=2, precision="bf16")
     theirs = bench.parse_open_clip_arguments(args)
     assert theirs.siglip and theirs.accum_freq == 2 and theirs.lock_image and theirs.grad_checkpointing
-    monkeypatch.setattr(bench, "build_published_config", lambda args: config)
+    monkeypatch.setattr(bench, "build_published_config", lambda model: config)
     results = bench.measure_open_clip(args)
     trained = changed_weights(model, before)
     assert {"logit_bias", "text.token_embedding.weight"} <= trained, "only the sigmoid loss has a bias"
@@ -173,7 +171,7 @@ def test_published_siglip_sizes_are_those_of_open_clip(model):
     import open_clip
     from open_clip.model import CustomTextCLIP
 
-    config = BUILD_PUBLISHED_CONFIG(TrainStepArguments(model=model))
+    config = BUILD_PUBLISHED_CONFIG(model)
     theirs = open_clip.get_model_config(bench.OPEN_CLIP_FLAGS[model].split()[1])
     assert config.text_config.projection_size == config.vision_config.hidden_size == theirs["embed_dim"]
     assert bench.CAPTION_TOKENS[model] == config.text_config.max_position_embeddings == 64
