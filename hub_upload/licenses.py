@@ -52,13 +52,23 @@ def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None
         ValueError: If the base model, a training dataset or the teacher is licensed for non-commercial use only, and
             the stated license permits commercial use.
     """
-    licenses = [str(license) for license in (stated if isinstance(stated, list) else [stated]) if license]
-    permissive = next((license for license in licenses if not is_non_commercial(license)), None)
-    works = [origins.get("model"), *(origins.get("datasets") or ()), origins.get("teacher")]
-    for work in filter(None, works):
-        required = next(filter(is_non_commercial, work.get("licenses") or ()), None)
+    permissive = [license for license in as_texts(stated) if not is_non_commercial(license)]
+    datasets = origins.get("datasets")
+    works = [origins.get("model"), *(datasets if isinstance(datasets, list) else []), origins.get("teacher")]
+    for work in works:
+        licenses = as_texts(work.get("licenses")) if isinstance(work, dict) else []
+        required = [license for license in licenses if is_non_commercial(license)]
         if permissive and required:
             raise ValueError(
-                f"The license {permissive} permits commercial use, but the model was made from {work.get('title')}, "
-                f"which is licensed {required}. State {required} instead."
+                f"The license {permissive[0]} permits commercial use, but the model was made from {work.get('title')}, "
+                f"which is licensed {required[0]}. State {required[0]} instead."
             )
+
+
+def as_texts(value: Any) -> list[str]:
+    """Convert a value of a card's front matter, such as `license`, to a list of strings.
+
+    Args:
+        value: A single value or a list of values. Empty values and None are skipped.
+    """
+    return [str(text) for text in (value if isinstance(value, list) else [value]) if text]

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 from capivara_common.privacy import short_name
-from hub_upload.licenses import infer_license
+from hub_upload.licenses import as_texts, infer_license
 from modeling_capivara.loading import read_card_metadata
 
 
@@ -67,8 +67,8 @@ def read_origin(name: str, repo_type: str) -> dict[str, Any]:
         "title": str(card.get("pretty_name") or default_title),
         "hub_id": name if path and is_on_hub else None,
         "revision": path.parent.name if path and is_on_hub else None,
-        "base_model": _as_texts(card.get("base_model")),
-        "licenses": _as_texts(card.get("license")),
+        "base_model": as_texts(card.get("base_model")),
+        "licenses": as_texts(card.get("license")),
         "attribution": str(card["attribution"]) if card.get("attribution") else None,
         "translations": {str(code): str(translator) for code, translator in translators.items()},
     }
@@ -91,15 +91,6 @@ def _fetch_card(name: str, repo_type: str) -> Path | None:
         return Path(cached if isinstance(cached, str) else hf_hub_download(name, "README.md", repo_type=repo_type))
     except (OSError, ValueError):
         return None
-
-
-def _as_texts(value: Any) -> list[str]:
-    """Convert a value of a card's front matter to a list of strings.
-
-    Args:
-        value: A single value or a list of values. Empty values and None are skipped.
-    """
-    return [str(text) for text in (value if isinstance(value, list) else [value]) if text]
 
 
 def _read_card_title(card: Path) -> str | None:

@@ -119,6 +119,9 @@ def test_a_handwritten_card_states_no_license_that_the_base_forbids(hub, push, f
     assert not written(hub) and not hub.storage.repos
     (folder / "README.md").write_text(CARD.replace("mit", "cc-by-nc-4.0"), encoding="utf-8")
     assert "license: cc-by-nc-4.0" in push().out
+    for damaged in ({"model": "x", "datasets": 1}, {"model": {"licenses": 1}}, [], None):
+        (folder / "run.json").write_text(json.dumps({"origins": damaged}), encoding="utf-8")
+        assert push().code == 0
 
 
 def test_create_push_and_push_again(hub, push, folder):
