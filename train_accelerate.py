@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> Path:
         check_push_access(args.hub_model_id, args.hub_private)
     with locked_run_folder(output_dir, args, accelerator) as folder:
         checkpoints = Checkpoints(folder / "checkpoints", args.keep_last, accelerator)
-        resume = checkpoints.find_resume_checkpoint(args)  # checks the settings before any long work
+        # This call also compares the settings of the run with those in the checkpoint, before any long work begins.
+        resume = checkpoints.find_resume_checkpoint(args)
         inputs = load_inputs(args, accelerator)
         if (folder / "run.json").is_file():  # the run was stopped after training, before or during the evaluation
             check_finished_run(folder, args.to_dict(), inputs.fingerprints(args))

@@ -42,12 +42,12 @@ class EncodeArguments:
 
     images: int = flag(32, "Number of images per run.")
     captions: int = flag(64, "Number of captions per run.")
-    runs: int = flag(5, "Number of alternating runs.")
+    runs: int = flag(5, "How often each program is timed; the programs take turns.")
     output: Path | None = flag(None, "JSON file for the results.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure this project and open_clip, and print the results as JSON."""
+    """Run the command: time the encoders of this project and of open_clip, and print the results as JSON."""
     args = parse_arguments(EncodeArguments, __doc__, argv)
     encoders = build_encoders(args)
     measured = {

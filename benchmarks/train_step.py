@@ -234,14 +234,15 @@ def summarize_recipe(step: dict[str, Any], smaller: dict[str, Any] | None) -> di
 def time_demo(checkout: Path) -> dict[str, Any]:
     """Run the commands of `make demo` twice in a checkout.
 
-    Both runs use the same cache folder, and the same folders for the base model and the dataset.
+    Both runs use the same cache folder, and the same folders for the base model and the dataset, so that the second run
+    finds everything that the first run stored there.
 
     Args:
         checkout: Folder of the checkout.
 
     Returns:
         For "first" and "second", a dict with the keys "seconds" (seconds of each command by module name, and their sum
-        under "total") and "records" (evaluation records that the training wrote).
+        under "total") and "records" (list of all evaluation records that the training wrote).
     """
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -260,10 +261,11 @@ def time_demo(checkout: Path) -> dict[str, Any]:
 
 
 def run_program(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, Any]:
-    """Measure one program in a separate process.
+    """Time the training steps of one program (see the module docstring) in a separate process.
 
     Args:
-        name: Name of the program, with `BEFORE_SUFFIX` for the other checkout.
+        name: Name in `PROGRAMS`. If `BEFORE_SUFFIX` is appended, the program of the checkout `--beside` is measured
+            instead of the program of this checkout.
         args: Command-line arguments of the benchmark.
         **flags: Flags of the worker that override `args`.
 

@@ -69,7 +69,7 @@ PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time
 # Parquet stores a repeated value once, so a malicious file of 1 kB can expand to gigabytes of text. Parquet reduces the
 # size of captions to about a tenth, and hardly reduces the size of images, so valid files stay far below this limit.
 MAX_PARQUET_EXPANSION = 100  # decoded bytes per byte of the parquet files
-UNLIMITED_EXPANSION_BYTES = 100_000_000  # up to this number of decoded bytes, the limit above does not apply
+UNLIMITED_EXPANSION_BYTES = 100_000_000  # files with at most this many decoded bytes may expand further
 
 
 @dataclass(eq=False)

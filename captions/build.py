@@ -284,6 +284,8 @@ def _as_list(value: Any) -> list[Any]:
 def _check_keys(content: dict[str, Any], known: Sequence[str], where: str) -> None:
     """Raise ValueError if a dict has an unknown key. The message suggests the most similar known key.
 
+    For example: "Unknown key in captions.yaml: `langauge`. Did you mean `language`? Known keys: language, output."
+
     Args:
         content: The dict.
         known: Names of the known keys.
@@ -505,7 +507,9 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
     digests = {split: identity_digest(read_stage_record(stage)) for split, stage in last_stages.items()}
     if output.is_dir():
         if not (output / BUILD_FILE).is_file() or read_json(output / BUILD_FILE).get("stages_digest") != digests:
-            raise ValueError(f"{output} was made from other stages than the current ones. Remove it, then run again.")
+            raise ValueError(
+                f"{output} was built with other data or settings than its stages have now. Remove it, then run again."
+            )
         return
     files = {split: _group_parts(split, stage) for split, stage in last_stages.items()}
     schema = _common_schema(part for split_files in files.values() for parts in split_files for part in parts)

@@ -282,7 +282,7 @@ def _read_text(path: Path) -> str:
 # --- Front matter with the model index -------------------------------------------------------------------------------
 
 # modelcard.md in https://github.com/huggingface/hub-docs describes the format of the front matter. Metric values in it
-# are shares from 0 to 1, as in the result files.
+# are fractions from 0 to 1, as in the result files.
 
 
 def build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:

@@ -55,8 +55,8 @@ FORMAT_FILES = {  # tag of an export format on the Hub -> files that exist if a 
 # owner/name as the Hub accepts it: at most 96 characters each, without "--" and "..".
 HUB_ID_RE = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
 CAPIVARA_CLASS = "CapivaraModel"
-# Two shares that differ by more than this contradict each other: a card rounds to 0.01 %, so it would show the
-# difference.
+# Two metric values (0 to 1) that differ by more than this contradict each other: a card rounds to 0.01 %, so it would
+# show the difference.
 CARD_TOLERANCE = 5e-5
 # The base model is evaluated again with every seed, possibly on another device, where rounding may change the ranks of
 # some queries. So larger differences are allowed between evaluations of the base model.
@@ -496,10 +496,10 @@ class CardWriter:
         return f"{value:{'+' if sign else ''},.{digits}{kind}}".translate(self.separators)
 
     def percent(self, share: Any, sign: bool = False) -> str:
-        """Format a share (0 to 1) as a percentage with two decimals, but without a percent sign.
+        """Format a fraction (0 to 1), such as a recall, as a percentage with two decimals, without a percent sign.
 
         Args:
-            share: Share, or difference of two shares, which is formatted in percentage points.
+            share: Fraction, or difference of two fractions, which is formatted in percentage points.
             sign: Whether to write a plus sign.
 
         Raises:
@@ -574,7 +574,7 @@ class CardWriter:
 
 
 def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: str | None) -> dict[str, Any]:
-    """Build all variables of the card template, except the title, the options and the front matter.
+    """Build the variables of the card template, except `title`, `options` and `card_data`, which `render_card` adds.
 
     Args:
         run_metadata: Values from `collect_run_metadata`.

@@ -677,7 +677,7 @@ def test_classify_labels_pictures_and_needs_no_index(capivara, index, folder, tm
     labels = ("--labels", "azul", "carro vermelho")
     code, out, error = capivara("classify", ".", *labels, "--index", index)
     lines = out.splitlines()
-    assert code == 0 and lines[0].split() == ["label", "share", "file"] and len(lines) == 6
+    assert code == 0 and lines[0].split() == ["label", "probability", "file"] and len(lines) == 6
     alone = (*labels, "--index", tmp_path / "none.lance", "--model", saved_tiny_folder, "--lang", "pt")
     (row,) = json.loads(capivara("classificar", "branco.jpg", *alone, "--json")[1])
     assert row["path"] == str(folder / "branco.jpg") and row["label"] in (None, "azul", "carro vermelho")

@@ -166,8 +166,8 @@ def build_open_clip_config(
 ) -> dict[str, Any] | None:
     """Build the content of open_clip_config.json for a CAPIVARA model, without reading weights.
 
-    If open_clip is installed, it builds the model on PyTorch's meta device (without memory for weights), so that names
-    and shapes of all tensors can be compared.
+    If open_clip is installed, this function also builds the open_clip model on PyTorch's meta device (without memory
+    for weights), and checks that its tensors have the names and shapes of the tensors of the CAPIVARA model.
 
     Args:
         config: Configuration of the model.
