@@ -121,7 +121,10 @@ class TrainStepArguments:
     steps: int = flag(1, "Timed steps per run.")
     warmup: int = flag(1, "Untimed steps before them, for our programs; open_clip has 1.")
     parts: list[str] = flag(["recipe", "programs"], "What to measure: a step of the recipe, the programs, the demo.")
-    output: Path | None = flag(None, "JSON file for the results. Default: train_step[_recipe][_MODEL].json.")
+    output: Path | None = flag(
+        None,
+        "JSON file for the results. Default: train_step.json, train_step_MODEL.json or train_step_recipe_MODEL.json.",
+    )
     beside: Path | None = flag(None, "Another checkout with its own .venv, measured in the same runs.")
     worker: Literal["open_clip", "no_cache", "cache", "cache_recomputed"] | None = flag(
         None, "Measure once in this process (internal)."
@@ -132,7 +135,8 @@ class TrainStepArguments:
         check_at_least(self, 1, "micro", "peer_micro", "runs", "steps")
         if not self.parts or set(self.parts) - {"recipe", "programs", "demo"}:
             raise ValueError(f"parts must be one or more of recipe, programs and demo, got {self.parts}.")
-        suffix = "_recipe" * (self.parts == ["recipe"]) + f"_{self.model}" * (self.model != "capivara")
+        recipe_only = self.parts == ["recipe"]
+        suffix = "_recipe" * recipe_only + f"_{self.model}" * (recipe_only or self.model != "capivara")
         self.output = self.output or timing.RESULTS_FOLDER / f"train_step{suffix}.json"
         if self.worker:
             self.pairs = self.program_pairs
