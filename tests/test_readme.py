@@ -58,6 +58,7 @@ def test_the_memory_of_a_step_is_measured_extrapolated_or_missing(monkeypatch, t
     assert [readme.format_step_memory(name) for name in ("measured", "extrapolated", "none")] == ["2.0", "3.0", "–"]
 
 
+@pytest.mark.slow
 def test_a_changed_figure_is_detected_and_a_new_commit_is_shown(monkeypatch, tmp_path):
     for name in readme.find_pages():
         (tmp_path / name).parent.mkdir(exist_ok=True)
