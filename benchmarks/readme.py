@@ -145,13 +145,15 @@ def format_step_memory(name: str) -> str:
         name: Name of a result file of `benchmarks.train_step` with the part `recipe`, without `.json`.
 
     Returns:
-        Memory in GiB, measured or extrapolated; "–" if the file does not exist, because it has not been measured.
+        Memory in GiB, as measured. If fewer pairs were measured, a range from their memory to the extrapolated one. "–"
+        if the file does not exist, because nothing has been measured.
     """
     path = RESULTS_FOLDER / f"{name}.json"
     if not path.is_file():
         return "–"
     step = read_json(path, recipe=dict)["recipe"]
-    return format_number(step.get("extrapolated", step)["peak_memory_bytes"] / 2**30, 1)
+    bounds = [step, step["extrapolated"]] if "extrapolated" in step else [step]
+    return "–".join(format_number(bound["peak_memory_bytes"] / 2**30, 1) for bound in bounds)
 
 
 def format_table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:

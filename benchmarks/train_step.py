@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step
     python -m benchmarks.train_step --model siglip2 --parts programs --runs 3
-    python -m benchmarks.train_step --model siglip2_so400m --parts recipe --pairs 512 --runs 1
+    python -m benchmarks.train_step --model siglip2_so400m --parts recipe --pairs 704 --runs 1
     python -m benchmarks.train_step --parts recipe --beside ../capivara-before
     python -m benchmarks.train_step --parts demo --output benchmarks/results/main_job.json
 
@@ -24,9 +24,9 @@ checkout. `--parts demo` runs `make demo` end to end after the installation, twi
 `siglip2_large` and `siglip2_so400m` measure L/16 at 256 pixels and So400m/14 at 224 pixels. Texts have 64 random ids,
 because SigLIP always pads to 64, and neither program has dropout.
 
-The part `recipe` measures a step of 2816 pairs with the program `cache_recomputed`. With `--parts recipe --pairs N`, a
-step of N pairs and a step of half as many pairs are measured instead, each after an untimed step, and the memory of
-2816 pairs is extrapolated from the two by `EXTRAPOLATION_RULE`.
+The part `recipe` measures the first step of 2816 pairs with the program `cache_recomputed`. `--parts recipe --pairs
+2816` measures the second step, which needs more memory. With a smaller number, that step and one of half as many pairs
+are measured, and the memory of 2816 pairs is extrapolated from the two by `EXTRAPOLATION_RULE`.
 
 All programs get the same batch, in micro-batches of their own size (see the results). open_clip needs at least two
 micro-batches: with one, it does not accumulate gradients, and a batch of 2816 would be impossible. Apart from that,
@@ -73,7 +73,8 @@ RECIPE_PAIRS, RECIPE_MICRO = 2816, 64  # CAPIVARA, arXiv 2310.13683, appendix; t
 EXTRAPOLATION_RULE = (
     "Linear in the pairs, through the two measured batch sizes, each of at least two micro-batches. Weights, "
     "gradients, Adam's moments and the graph of a micro-batch do not depend on the batch. Token ids, embeddings and "
-    "their gradients grow linearly. The logits of the loss grow with the square, up to 64 MiB for each copy."
+    "their gradients grow linearly. The logits of the loss grow with the square, up to 64 MiB for each copy. "
+    "Differences between runs that have other causes are extrapolated too, so the result is more likely too high."
 )
 # --model -> open_clip's flags for the same architecture and loss
 OPEN_CLIP_FLAGS = {
@@ -188,8 +189,9 @@ def measure_parts(args: TrainStepArguments) -> dict[str, Any]:
     names = [name + suffix for name in ("no_cache", "cache") for suffix in suffixes] if args.beside else PROGRAMS
     programs = {(title, name): {"precision": key} for key, title in PRECISION_NAMES.items() for name in names}
     sizes = {"micro": RECIPE_MICRO, "precision": resolve_precision("auto", torch.device("cpu")), "steps": 1}
-    # The first step also allocates Adam's moments. At 2816 pairs, another step before it would take too long.
-    sizes["warmup"] = len(args.recipe_pairs) - 1
+    # The first step also allocates Adam's moments, so memory is larger in the second step. By default, only the first
+    # step of 2816 pairs is measured, because a second one would take too long.
+    sizes["warmup"] = int(args.pairs is not None and "programs" not in args.parts)
     recipe = {
         ("recipe", RECOMPUTED_PROGRAM + suffix, pairs): sizes | {"pairs": pairs}
         for pairs in args.recipe_pairs

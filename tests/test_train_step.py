@@ -240,6 +240,9 @@ def test_the_recipe_obeys_pairs_and_extrapolates_memory_to_2816(monkeypatch, tmp
     calls.clear()
     bench.main(["--parts", "recipe", "--runs", "1", "--output", str(tmp_path / "full.json")])
     assert [(call["pairs"], call["warmup"]) for call in calls] == [(2816, 0)]
+    calls.clear()
+    bench.main(["--parts", "recipe", "--pairs", "2816", "--runs", "1", "--output", str(tmp_path / "full.json")])
+    assert [(call["pairs"], call["warmup"]) for call in calls] == [(2816, 1)], "the second step"
     assert "extrapolated" not in json.loads((tmp_path / "full.json").read_text())["recipe"]
 
 
