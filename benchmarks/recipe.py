@@ -18,10 +18,9 @@ from torch import Tensor
 import train_accelerate
 from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions
 from capivara_common.cli import flag, parse_arguments, read_yaml_config, run_command
-from capivara_common.files import read_json, write_json
-from caption_data.rows import json_digest
+from capivara_common.files import json_digest, read_json, write_json
 from eval.capivara_metrics.metrics import mean_hits, paired_bootstrap
-from eval.embeddings import EmbeddingStore
+from eval.embeddings import CachedEmbedder
 from eval.records.schema import DIRECTIONS
 from eval.retrieval import (
     RetrievalArguments,
@@ -143,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     data, processor, base = load_evaluation_data(args), load_processor(args.base), load_model(args.base)
 
     def embed(model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:  # images are embedded once per image tower
-        store = EmbeddingStore(build_embedder("", model.eval(), processor, "float32"), args.work / "cache")
+        store = CachedEmbedder(build_embedder("", model.eval(), processor, "float32"), args.work / "cache")
         return {key: dataset.embed(store)[0] for key, dataset in data.items()}
 
     def measure(model: CapivaraModel) -> HitsByCondition:

@@ -15,9 +15,8 @@ from datasets import ClassLabel, Image
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from capivara_common.files import check_links_stay_inside
+from capivara_common.files import check_links_stay_inside, json_digest
 from capivara_common.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, ImageAccess
-from caption_data.rows import json_digest
 from caption_data.sources import Split, dataset_folders, disable_decoding, load_data_files, open_split, select_split
 
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # names that the label column may have; WebDataset uses cls

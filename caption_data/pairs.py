@@ -21,14 +21,13 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
 from capivara_common.environment import cache_home, process_state
-from capivara_common.files import append_digest, digest_matches
+from capivara_common.files import append_digest, digest_matches, json_digest
 from capivara_common.image_files import BadRow, read_image_bytes
 from caption_data.rows import (
     CAPTIONS_FEATURE,
     NOT_CHOSEN,
     SIMILARITY_COLUMN_RE,
     SkippedRow,
-    json_digest,
     normalize_captions,
     replace_surrogates,
     rows_fingerprint,

@@ -87,16 +87,6 @@ def normalize_captions(value: Any, column: str) -> list[str]:
     return [replace_surrogates(text or "") for text in values]
 
 
-def json_digest(value: Any, sort_keys: bool = False) -> str:
-    """Return the BLAKE2b-128 hex digest of a value that is written as JSON.
-
-    Args:
-        value: Any value that `json.dumps` accepts.
-        sort_keys: Make the digest independent of the order of dict keys.
-    """
-    return blake2b(json.dumps(value, sort_keys=sort_keys).encode(), digest_size=16).hexdigest()
-
-
 def rows_fingerprint(rows: Iterable[tuple[str, list[str]]]) -> str:
     """Return a BLAKE2b-128 hex digest of rows in their order.
 

@@ -14,14 +14,13 @@ an interrupted run, run the same command again.
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-import PIL.Image
-from torch import Tensor
-
 from capivara_common.cli import check_at_least, flag, run_command
+from capivara_common.embedding_store import embed_batch
 from capivara_common.environment import require_packages
-from capivara_common.image_files import BadImage, BadRow
+from capivara_common.image_files import BadRow
 from caption_data.rows import SIMILARITIES_FEATURE
 from captions.stages import DECODED_KEY, RowStage, StageArguments, run_stage_command
 from modeling_capivara.two_towers import Embedder, load_embedder
@@ -117,34 +116,14 @@ def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, An
     distinct = sorted({text for number in captioned for text in captions[number] if text.strip()}, key=len)
     embeds = embedder.embed_texts(distinct, 2 * size) if distinct else []
     text_embeds = dict(zip(distinct, embeds, strict=True))  # shape of each embedding: (width,)
-    image_embeds = embed_row_images(embedder, [rows[number][DECODED_KEY] for number in captioned], size)
+    images = [rows[number][DECODED_KEY] for number in captioned]
+    image_embeds = embed_batch(images, partial(embedder.embed_images, batch_size=size), skip_refused=True)
     for number, embed in zip(captioned, image_embeds, strict=True):
         results[number] = embed
         if not isinstance(embed, BadRow):
             cosines = [float(text_embeds[text] @ embed) if text in text_embeds else None for text in captions[number]]
             results[number] = {f"similarities-{args.language}": cosines}
     return results
-
-
-def embed_row_images(embedder: Embedder, images: list[PIL.Image.Image], batch_size: int) -> list[Tensor | BadRow]:
-    """Embed images in batches.
-
-    If the model raises an error for a batch, its images are embedded one by one, so that only bad images fail.
-
-    Args:
-        embedder: Model that embeds images.
-        images: Decoded images.
-        batch_size: Largest number of images in a batch.
-
-    Returns:
-        For each image, its embedding (width,), or a BadImage if the model cannot embed it.
-    """
-    try:
-        return list(embedder.embed_images(images, batch_size)) if images else []
-    except ValueError as error:
-        if len(images) == 1:
-            return [BadImage("unreadable image", f"the model refuses it: {error}")]
-    return [embed for image in images for embed in embed_row_images(embedder, [image], batch_size)]
 
 
 def main(argv: list[str] | None = None) -> None:

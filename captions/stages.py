@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from capivara_common.cli import check_at_least, flag, parse_arguments
 from capivara_common.environment import package_versions
 from capivara_common.executors import PhaseStep, run_phases
-from capivara_common.files import atomic_file, read_json, write_json
+from capivara_common.files import atomic_file, json_digest, read_json, write_json
 from capivara_common.image_files import (
     DECODER_THREADS,
     BadRow,
@@ -52,7 +52,6 @@ from caption_data.rows import (
     CAPTIONS_FEATURE,
     DATASET_HELP,
     SkippedRow,
-    json_digest,
     normalize_captions,
     write_skipped_rows,
 )

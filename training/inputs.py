@@ -26,13 +26,12 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from capivara_common.embedding_store import EmbeddingStore, Place, vectors_to_array
 from capivara_common.environment import cache_home
-from capivara_common.files import write_json
+from capivara_common.files import json_digest
 from capivara_common.image_files import BadImage, to_8_bit
-from capivara_common.tasks import split_rows
 from caption_data.pairs import (
     build_pair_table,
     check_bad_share,
@@ -41,9 +40,8 @@ from caption_data.pairs import (
     missing_columns,
     pairs_fingerprint,
 )
-from caption_data.rows import SkippedRow, json_digest
+from caption_data.rows import SkippedRow
 from caption_data.sources import Split, open_split
-from eval.embeddings import EMBEDDING_FORMAT_VERSION, BadRows, EmbeddingCache, vectors_to_array
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import (
     IMAGE_ENCODER_PREFIXES,
@@ -184,8 +182,6 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
         ValueError: If data, columns or model are missing or invalid, or the usable pairs do not fill a batch.
     """
     splits = open_splits(args)  # before a model is loaded, because missing data is the most common error
-    cache = args.image_embedding_cache
-    root = cache_home() / "image_embeddings" if cache in ("auto", "off") else Path(cache)
     processor = load_processor(args.model)
     base = load_model(args.model)
     # Checks the regular expressions of --frozen_parameters and --lora_targets before any long work.
@@ -200,15 +196,14 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     test_embeds = embed_images(base, processor, test[args.language], args.embedding_batch_size, "Images, test")
 
     def embed_with_cache(pairs: PairDataset) -> PairDataset:
-        workers = resolve_loading_workers(args, accelerator)
-        return add_vectors(base, pairs, root, args.embedding_batch_size, workers, accelerator)
+        return add_vectors(base, pairs, args, accelerator)
 
     if args.image_embedding_cache == "off":
         vectors = embed_images(base, processor, validation, args.embedding_batch_size, "Images, validation")
     else:
         validation = embed_with_cache(validation)
         _check_no_bad_rows(validation)
-        vectors = torch.from_numpy(vectors_to_array(validation.table.data.table).astype(np.float32))
+        vectors = torch.from_numpy(vectors_to_array(validation.table.data.column("vectors")).astype(np.float32))
         training = list(map(embed_with_cache, training))
     training, skipped = drop_invalid_pairs(training, args)
     return TrainingInputs(
@@ -392,7 +387,9 @@ def load_cached_embeds(training: list[PairDataset], plan: StepPlan) -> Tensor:
     places_by_dataset = [np.flatnonzero(plan.dataset_indices == number) for number in range(len(training))]
     embeds = []
     for pairs, places in zip(training, places_by_dataset, strict=True):
-        vectors = vectors_to_array(pairs.vectors[plan.rows[places]]).reshape(len(places), pairs.augmented_views, -1)
+        vectors = vectors_to_array(pairs.vectors[plan.rows[places]]["vectors"]).reshape(
+            len(places), pairs.augmented_views, -1
+        )
         embeds.append(vectors[np.arange(len(places)), plan.views[places]])
     plan_order = np.argsort(np.concatenate(places_by_dataset))
     return torch.from_numpy(np.concatenate(embeds)[plan_order].astype(np.float32))
@@ -491,44 +488,36 @@ def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerato
         return check_finite(torch.cat([compute_image_embeds(model, part) for part in parts]))
 
 
-def open_image_cache(model: PreTrainedModel, pairs: PairDataset, root: Path, precision: str) -> EmbeddingCache:
-    """Open the cache for the image embeddings of a dataset. The cache folder is created if it does not exist.
-
-    The name of the cache folder is a hash of all data and settings that affect the embeddings, so a cache is never out
-    of date.
+def open_image_store(model: PreTrainedModel, pairs: PairDataset, args: RunArguments, precision: str) -> EmbeddingStore:
+    """Open the store for the image embeddings of a dataset.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
-        pairs: Dataset with all rows, including unusable rows.
-        root: Folder that holds all caches.
+        pairs: Dataset whose views are embedded.
+        args: Arguments of the run. They select the folder of all stores.
         precision: Mixed precision, as named by Accelerate: "no", "bf16" or "fp16".
 
     Returns:
-        The cache, with one shard for every `SHARD_ROWS` images.
+        The store. Its key covers everything besides the image files that affects the embeddings.
     """
-    images = hashlib.blake2b(digest_size=16)
-    for chunk in pairs.table.select_columns(["digest"]).iter(10_000):
-        images.update("".join(digest or "-" for digest in chunk["digest"]).encode())
-    parts = {
-        "version": PIXELS_VERSION,
-        "files": EMBEDDING_FORMAT_VERSION,
+    is_augmented = pairs.augmented_views != 1
+    settings = {
+        "pixels_version": PIXELS_VERSION,
         "tower_weights": weights_digest(model, IMAGE_ENCODER_PREFIXES),
         "tower_config": hashlib.blake2b(model.config.vision_config.to_json_string().encode()).hexdigest()[:32],
         "preprocessing": json.loads(pairs.processor.image_processor.to_json_string()),
         "augmented_views": pairs.augmented_views,
-        "augmentation": None if pairs.augmented_views == 1 else AUGMENTATION | {"torchvision": version("torchvision")},
-        "seed": pairs.seed,
+        "augmentation": AUGMENTATION | {"torchvision": version("torchvision")} if is_augmented else None,
+        "seed": pairs.seed if is_augmented else None,
         "precision": precision,
-        "images": images.hexdigest(),
     }
-    cache = EmbeddingCache(root / json_digest(parts, sort_keys=True), split_rows(len(pairs), SHARD_ROWS))
-    if not (cache.folder / "cache.json").exists():
-        write_json(cache.folder / "cache.json", parts)
-    return cache
+    is_default = args.image_embedding_cache in ("auto", "off")
+    root = cache_home() / "image_embeddings" if is_default else Path(args.image_embedding_cache)
+    return EmbeddingStore(root, settings, args.embedding_batch_size, np.float16)
 
 
 def add_vectors(
-    model: PreTrainedModel, pairs: PairDataset, root: Path, batch_size: int, workers: int, accelerator: Accelerator
+    model: PreTrainedModel, pairs: PairDataset, args: RunArguments, accelerator: Accelerator
 ) -> PairDataset:
     """Add the column `vectors` with image embeddings to a dataset, and mark rows with unreadable images as unusable.
 
@@ -537,57 +526,30 @@ def add_vectors(
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
         pairs: Dataset with all rows, including unusable rows.
-        root: Folder that holds all caches.
-        batch_size: Images that go through the image tower together.
-        workers: Processes that decode images.
+        args: Arguments of the run.
         accelerator: Device, precision and processes of the run.
 
     Returns:
         A copy of the dataset with the new column. Rows with unusable images have a `reason` and a `detail`.
     """
-    cache = open_image_cache(model, pairs, root, accelerator.mixed_precision)
-    views, width = pairs.augmented_views, embedding_width(model.config)
-    missing, is_usable = cache.find_missing(), np.asarray(pc.equal(pairs.table.data.column("reason"), ""))
-    if missing and accelerator.is_main_process:
-        size = len(pairs) * views * width * 2 / 1e6
-        logger.info(f"Image-embedding cache: {len(pairs):,} images x {views} views, {size:,.1f} MB in {cache.folder}.")
+    store, views = open_image_store(model, pairs, args, accelerator.mixed_precision), pairs.augmented_views
+    if accelerator.is_main_process:
+        size = len(pairs) * views * embedding_width(model.config) * 2 / 1e6
+        logger.info(f"Image-embedding cache: {len(pairs):,} images x {views} views, {size:,.1f} MB in {store.folder}.")
 
-    def batches_of(part: range) -> list[list[tuple[int, int, int]]]:
-        items = [(0, pair, view) for pair in part if is_usable[pair] for view in range(views)]
-        return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    def load(batches: Iterator[list[Place]]) -> Iterator[list[Tensor | BadImage]]:
+        items = ([(0, *place) for place in batch] for batch in batches)
+        return prefetch_pixels([pairs], items, resolve_loading_workers(args, accelerator))
 
-    def embed_shards(numbers: list[int]) -> Iterator[tuple[np.ndarray, BadRows]]:
-        local_shards = [cache.shards[number] for number in numbers]
-        # One set of workers for all shards, because starting worker processes takes seconds.
-        loaded = prefetch_pixels([pairs], (batch for part in local_shards for batch in batches_of(part)), workers)
-        bar = {
-            "desc": f"Images, {pairs.source.display_name}",
-            "unit": "image",
-            "disable": not accelerator.is_main_process,
-        }
-        with tqdm(total=sum(map(len, local_shards)), **bar) as progress:
-            for part in local_shards:
-                embeds = np.zeros((len(part), views, width), dtype=np.float16)
-                bad = {place: ("", "") for place, pair in enumerate(part) if not is_usable[pair]}
-                for batch, images in zip(batches_of(part), loaded, strict=False):
-                    usable = []
-                    for (_, pair, view), image in zip(batch, images, strict=True):
-                        if isinstance(image, BadImage):
-                            bad[pair - part.start] = image.reason, image.detail
-                        else:
-                            usable.append((pair - part.start, view, image))
-                    if usable:
-                        places, numbers_of_views, images = map(list, zip(*usable, strict=True))
-                        vectors = embed_pixels(model, torch.stack(images), accelerator)
-                        embeds[places, numbers_of_views] = vectors.half().cpu().numpy()
-                    progress.update(len(batch) / views)
-                yield embeds, bad
+    def embed(images: list[Tensor]) -> np.ndarray:
+        return embed_pixels(model, torch.stack(images), accelerator).cpu().numpy()
 
-    cache.make_shards(missing, embed_shards)
-    cached, table = cache.load_table(), pairs.table.data.table
+    title, digests = f"Images, {pairs.source.display_name}", pairs.table["digest"]
+    cached = store.load_or_embed(digests, load, embed, title, rows_per_shard=SHARD_ROWS, views=views)
+    table = pairs.table.data.table
     # A row has a reason in at most one of the two tables, so joining the texts keeps this reason.
     for name in ("reason", "detail"):
         joined = pc.binary_join_element_wise(table[name], cached[name], "")
         table = table.set_column(table.column_names.index(name), name, joined)
-    table = Dataset(table.append_column("vectors", cached["vectors"]), fingerprint=cache.folder.name)
-    return replace(pairs, table=table)
+    fingerprint = json_digest([store.folder.name, pairs.table._fingerprint])
+    return replace(pairs, table=Dataset(table.append_column("vectors", cached["vectors"]), fingerprint=fingerprint))
