@@ -34,6 +34,7 @@ from capivara_common.environment import (
 )
 from capivara_common.files import RUN_MARKER, finish_folder, partial_folder, read_json, write_json, write_text
 from capivara_common.privacy import short_name
+from caption_data.embedded import describe_embeds
 from caption_data.pairs import pairs_fingerprint
 from eval.records.plots import plot_retrieval_sheet, plot_training_curves
 from eval.records.schema import SCHEMA_VERSION, write_records
@@ -221,14 +222,16 @@ def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Acc
         write_records(
             folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",
             fingerprint=pairs_fingerprint(split.table), device=describe_device(accelerator.device),
-            **describe_model(models["capivara"]),
+            **describe_model(models["capivara"]), **describe_embeds(split.source),
         )  # fmt: skip
         all_records += records
     run["seconds"]["evaluation"] = time.perf_counter() - started
     write_text(folder / "table.md", render_retrieval_table(all_records))
     split, embeddings = inputs.test[args.language], embeddings_by_language[args.language]
     queries = [text for texts in split.captions() for text in texts]
-    plot_retrieval_sheet(folder / "retrieval.png", split.__getitem__, queries, embeddings, args.seed, args.language)
+    plot_retrieval_sheet(
+        folder / "retrieval.png", split.source.load_image, queries, embeddings, args.seed, args.language
+    )
     write_json(folder / "run.json", run)
 
 

@@ -86,6 +86,8 @@ def load_labeled_images(
     else:
         opened = open_split(source, split, image_column or "image", image_roots, max_pixels)
     rows = opened.data
+    if opened.is_embedded:
+        image_column = opened.image_column
     if image_column is None:
         image_columns = [
             name for name, feature in rows.features.items() if isinstance(feature, Image) or name == "image"

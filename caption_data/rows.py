@@ -54,7 +54,8 @@ class SkippedRow:
         source: Path, pattern or Hub id of the dataset.
         split: Name of the split.
         row: Number of the row in the split, counted from 0.
-        reason: "not chosen", "no image", "unreadable image", "absurd image size", "no caption" or "damaged archive".
+        reason: "not chosen", "no image", "unreadable image", "absurd image size", "invalid embedding", "no caption" or
+            "damaged archive".
         detail: Description of the problem for people.
     """
 

@@ -53,6 +53,7 @@ from capivara_common.image_files import (
     image_display_path,
     read_image_bytes,
 )
+from caption_data.embedded import DIGEST_COLUMN, EMBEDS_COLUMN, ENCODER_COLUMN, embeds_shape, find_invalid_embeds
 from caption_data.file_tables import build_file_table
 from caption_data.rows import SkippedRow
 
@@ -66,6 +67,7 @@ STAGE_FILE = "stage.json"  # file in each folder that a stage of `captions` writ
 PART_NAME_RE = re.compile(r"-(\d{9})-(\d{9})$")
 DATASET_INFO_TIMEOUT_S = 20  # seconds to wait for the Hub to answer whether a dataset exists
 PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time
+COLUMN_CHUNK_ROWS = 4096  # rows of a column without images that are read at the same time
 # Parquet stores a repeated value once, so a malicious file of 1 kB can expand to gigabytes of text. Parquet reduces the
 # size of captions to about a tenth, and hardly reduces the size of images, so valid files stay far below this limit.
 MAX_PARQUET_EXPANSION = 100  # decoded bytes per byte of the parquet files
@@ -105,6 +107,11 @@ class Split:
         return self.data.features
 
     @property
+    def is_embedded(self) -> bool:
+        """True if the rows have embeddings instead of images (`caption_data.embedded`)."""
+        return self.image_column == EMBEDS_COLUMN
+
+    @property
     def columns(self) -> list[str]:
         """Names of all columns of the split, in order."""
         return list(self.features)
@@ -132,11 +139,28 @@ class Split:
         """Return the row with number `index`, counted from 0, as a dict. The image is not decoded."""
         return self.data[index]
 
+    def iter_column(self, name: str) -> Iterator[pa.ChunkedArray]:
+        """Iterate over the values of a column, some thousand rows at a time."""
+        return (table[name] for table in self.data.select_columns([name]).with_format("arrow").iter(COLUMN_CHUNK_ROWS))
+
+    @cached_property
+    def image_encoders(self) -> set[str]:
+        """Digests of the image encoders that made the embeddings of a split without images."""
+        return {str(encoder) for chunk in self.iter_column(ENCODER_COLUMN) for encoder in chunk.unique().to_pylist()}
+
+    @cached_property
+    def invalid_embeds(self) -> dict[int, str]:
+        """Faults of the embeddings of a split without images: number of each invalid row -> description."""
+        _, width = embeds_shape(self.features, self.display_name)
+        return find_invalid_embeds(self.iter_column(EMBEDS_COLUMN), width)
+
     def load_image(self, row: int) -> PIL.Image.Image:
         """Decode the image of the row with number `row`. Raises BadImage if the image is missing or invalid."""
+        if self.is_embedded:
+            raise BadImage("no image", "the dataset has embeddings instead of images")
         return decode_image(self.data[row][self.image_column], self.image_access)
 
-    def decode_images(self, rows: range) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
+    def decode_images(self, rows: Sequence[int]) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
         """Decode the images of rows with several threads.
 
         Yields:
@@ -149,8 +173,11 @@ class Split:
     def image_digests(self) -> list[str]:
         """BLAKE2b-128 hex digest of each image file, one per row. The first access reads all image files.
 
-        For a missing or invalid image, the digest is computed from the error message.
+        For a missing or invalid image, the digest is computed from the error message. A split with embeddings instead
+        of images has the digests in a column.
         """
+        if self.is_embedded:
+            return [digest or "" for chunk in self.iter_column(DIGEST_COLUMN) for digest in chunk.to_pylist()]
         digests, quiet = [], not process_state().is_main_process
         for row in tqdm(range(len(self)), desc="Reading images", unit="image", disable=quiet):
             try:
@@ -185,7 +212,8 @@ def open_split(
     """Open one split of a dataset.
 
     The dataset can be a saved `DatasetDict`, a folder of parquet files, folders of images with a `metadata.jsonl` or
-    `metadata.csv`, WebDataset tars, or a Hub id.
+    `metadata.csv`, WebDataset tars, or a Hub id. It can have embeddings instead of images (`caption_data.embedded`):
+    if it lacks the image column and has the column `image_embeds`, this becomes the image column of the split.
 
     Args:
         dataset: Folder, file, glob pattern or Hub id.
@@ -226,6 +254,9 @@ def open_split(
         opened = parquet_type(dataset, split, image_column, data, access, paths)
     else:
         opened = Split(dataset, split, image_column, disable_decoding(data, image_column), access, paths, damaged)
+    if image_column not in opened.columns and EMBEDS_COLUMN in opened.columns:
+        embeds_shape(opened.features, opened.display_name)
+        opened.image_column = EMBEDS_COLUMN
     feature = opened.features.get(image_column)
     if isinstance(feature, dict) and "archive" in feature and (not paths or paths[0].suffix == ".parquet"):
         raise ValueError(
@@ -237,6 +268,19 @@ def open_split(
         ending = f"; its archives are damaged: {damage_details}" if damage_details else ""
         raise ValueError(f"{opened.display_name} is empty{ending}.")
     return opened
+
+
+def list_splits(dataset: str) -> list[str]:
+    """Return the names of all splits of a dataset, in the forms that `open_split` opens.
+
+    Raises ValueError if the dataset does not exist.
+    """
+    path = Path(dataset)
+    if (path / "dataset_dict.json").is_file():
+        return read_json(path / "dataset_dict.json", splits=list)["splits"]
+    if not path.exists() and not glob.has_magic(dataset):
+        return list(_load_from_hub(dataset))
+    return list(_group_by_split(*_find_local_files(dataset), "train"))
 
 
 def read_stage_progress(folder: Path) -> tuple[int, str]:

@@ -13,14 +13,18 @@ an interrupted run, run the same command again.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
+
+import numpy as np
+import torch
 
 from capivara_common.cli import check_at_least, flag, run_command
 from capivara_common.embedding_store import embed_batch
 from capivara_common.environment import require_packages
 from capivara_common.image_files import BadRow
+from caption_data.embedded import check_encoder, check_views
 from caption_data.rows import SIMILARITIES_FEATURE
 from captions.stages import DECODED_KEY, RowStage, StageArguments, run_stage_command
 from modeling_capivara.two_towers import Embedder, load_embedder
@@ -81,15 +85,21 @@ class ScoreArguments(StageArguments):
         """Load the model that scores captions.
 
         Args:
-            stage: The opened rows; not used.
+            stage: The opened rows.
 
         Returns:
             The positional arguments of `RowStage.run`: columns, settings, and the function that scores rows.
 
         Raises:
-            ValueError, OSError, ImportError: If the model cannot be loaded.
+            ValueError, OSError, ImportError: If the model cannot be loaded, or the dataset has embeddings that another
+                image encoder made.
         """
         embedder = load_embedder(self.model, self.device, True, self.precision)
+        if stage.source.is_embedded:
+            check_views(stage.source, 1)
+            check_encoder(stage.source, self.model, embedder.fingerprint)
+            # The rows have embeddings where other datasets have images.
+            embedder = replace(embedder, embed_images=lambda embeds, batch_size: torch.from_numpy(np.stack(embeds)))
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}
         return (
             {f"similarities-{self.language}": SIMILARITIES_FEATURE},

@@ -46,6 +46,7 @@ from capivara_common.image_files import (
     read_image_bytes,
 )
 from capivara_common.tasks import ExecutorArguments, Phase, split_rows
+from caption_data.embedded import read_row_embedding
 from caption_data.parquet_split import open_in_place, source_fingerprint
 from caption_data.rows import (
     CAPTION_COLUMN_RE,
@@ -88,6 +89,9 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
     uses_model = False  # True if tasks need a GPU
     decodes_images = False  # True if the stage needs the decoded image of each row, under the key `DECODED_KEY`
+    # True if the stage can work on a dataset of embeddings. If it needs decoded images, it gets embeddings instead.
+    accepts_embeds = True
+    keeps_images = True  # False if the output has no images
     import_file = None  # path of a translation table; None here, because only `captions.translate` has this flag
     dataset: str = flag(..., f"{DATASET_HELP} Can be the output folder of another stage.")
     output: Path = flag(..., "Output folder. To finish an interrupted run, run the same command again.")
@@ -257,8 +261,13 @@ def output_features(source: Split, args: StageArguments) -> Features:
         ValueError: If the source has no image column, if it has none of the columns `args.required_columns()` (one of
             them is enough), or if two columns would get the same name in the output.
     """
-    names = args.column_renames() | {args.image_column: IMAGE_COLUMN}
-    source.check_columns(names)
+    names = args.column_renames() | ({} if source.is_embedded else {args.image_column: IMAGE_COLUMN})
+    source.check_columns([*names, source.image_column])
+    if source.is_embedded and not args.accepts_embeds:
+        raise ValueError(
+            f"{source.display_name} has embeddings instead of images, but this stage needs images. Use the dataset "
+            "from which the embeddings were made."
+        )
     features = Features()
     for old, feature in source.features.items():
         new = names.get(old, old)
@@ -271,7 +280,10 @@ def output_features(source: Split, args: StageArguments) -> Features:
         elif "extension<" not in str(Features({new: feature}).arrow_schema.field(new).type):
             features[new] = feature
     args.check_columns(features, source.display_name)
-    return Features(features | {IMAGE_COLUMN: Image()})
+    if not source.is_embedded:
+        features.pop(IMAGE_COLUMN, None)
+        features |= {IMAGE_COLUMN: Image()} if args.keeps_images else {}
+    return Features(features)
 
 
 # Writing
@@ -374,7 +386,8 @@ class RowStage:
             process: Function that takes a list of at most `args.batch_rows` rows and returns a list with a dict of the
                 new columns, or a BadRow, for each row. Results must not depend on how rows are batched. In a row, the
                 image is a dict with the keys "bytes" and "path", and captions are lists of texts. If
-                `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`.
+                `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`. If the dataset has
+                embeddings instead of images, the embedding is under this key, as a float32 array.
             prepare: Function that is called with the row ranges of the next parts, with at most `MAX_PREPARED_ROWS`
                 rows in total, before these parts are written.
 
@@ -431,7 +444,7 @@ class RowStage:
                 rows = self._process_rows(process, part, skipped, bar)
                 while row_group := list(itertools.islice(rows, ROWS_PER_GROUP)):
                     for row in row_group:
-                        row[IMAGE_COLUMN] = row[self.args.image_column]
+                        row[IMAGE_COLUMN] = row.get(self.args.image_column)
                     parquet.write_table(pa.Table.from_pylist(row_group, schema=schema))
                 if skipped:
                     write_skipped_rows(skipped_path(path), skipped)
@@ -480,10 +493,13 @@ class RowStage:
         names, column = self.args.column_renames(), self.args.image_column
         row = {names.get(old, old): value for old, value in row.items()}
         try:
-            data = read_image_bytes(row.get(column), self.source.image_access)
-            row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
-            if self.args.decodes_images:
-                row[DECODED_KEY] = decode_image(row[column], ImageAccess(max_pixels=self.args.max_pixels))
+            if self.source.is_embedded:
+                row[DECODED_KEY] = read_row_embedding(row)
+            else:
+                data = read_image_bytes(row.get(column), self.source.image_access)
+                row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
+                if self.args.decodes_images:
+                    row[DECODED_KEY] = decode_image(row[column], ImageAccess(max_pixels=self.args.max_pixels))
             return row | {
                 name: normalize_captions(row[name], name) for name in row if CAPTION_COLUMN_RE.fullmatch(name)
             }

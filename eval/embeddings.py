@@ -10,13 +10,13 @@ The embeddings are kept in stores (`capivara_common.embedding_store`). A shard h
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
-import pyarrow.compute as pc
+import pyarrow as pa
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
@@ -26,6 +26,7 @@ from capivara_common.embedding_store import EmbeddingStore, Place, vectors_to_ar
 from capivara_common.environment import cache_home, describe_device, process_state
 from capivara_common.files import read_json
 from capivara_common.image_files import BadImage, ImageFileArguments
+from caption_data.embedded import EMBEDS_COLUMN, check_encoder, check_views, describe_embeds
 from caption_data.sources import Split
 from eval.records.schema import Record, write_records
 from modeling_capivara.two_towers import Embedder, load_embedder
@@ -75,6 +76,7 @@ class CachedEmbedder:
     embedder: Embedder
     cache_folder: Path | None = None  # folder of all caches; None: a temporary folder that is deleted with this object
     batch_size: int = 32  # images in a batch; a batch of texts is twice as large
+    result_metadata: dict[str, Any] = field(default_factory=dict, init=False)  # keys for the result file
 
     def __post_init__(self) -> None:
         self._temporary = None if self.cache_folder else tempfile.TemporaryDirectory(prefix="capivara-embeddings-")
@@ -82,7 +84,7 @@ class CachedEmbedder:
             self.cache_folder = Path(broadcast_object_list([self._temporary.name])[0])
 
     def embed_images(self, images: Split, description: str = "Images") -> EmbeddedImages:
-        """Embed the images of a dataset split, or load their embeddings from the cache.
+        """Embed the images of a dataset split, or load their embeddings from the cache or from the dataset itself.
 
         Args:
             images: The split.
@@ -92,7 +94,7 @@ class CachedEmbedder:
             Embeddings of the images that can be read, and the reasons why other images can't be read.
 
         Raises:
-            ValueError: If no image can be read.
+            ValueError: If no image can be read, or the split has embeddings that another image encoder made.
         """
 
         def load(batches: Iterator[list[Place]]) -> Iterator[list[PIL.Image.Image | BadImage]]:
@@ -108,14 +110,21 @@ class CachedEmbedder:
         def embed(batch: list[PIL.Image.Image]) -> np.ndarray:
             return self.embedder.embed_images(batch, self.batch_size).numpy()
 
-        store = self._store(self.embedder.image_fingerprint, self.batch_size)
-        table = store.load_or_embed(images.image_digests, load, embed, description, rows_per_shard=IMAGES_PER_SHARD)
-        skipped = {row: detail for row, detail in enumerate(table["detail"].to_pylist()) if detail}
+        if images.is_embedded:
+            check_views(images, 1)
+            check_encoder(images, self.embedder.name, self.embedder.fingerprint)
+            self.result_metadata, skipped = describe_embeds(images), images.invalid_embeds
+            column = pa.chunked_array([part for chunk in images.iter_column(EMBEDS_COLUMN) for part in chunk.chunks])
+        else:
+            store = self._store(self.embedder.image_fingerprint, self.batch_size)
+            table = store.load_or_embed(images.image_digests, load, embed, description, rows_per_shard=IMAGES_PER_SHARD)
+            skipped = {row: detail for row, detail in enumerate(table["detail"].to_pylist()) if detail}
+            column = table["vectors"]
         if len(skipped) == len(images):
             raise ValueError(f"At least one image must be readable, but none of {len(images)} is. First: {skipped[0]}.")
         good = np.setdiff1d(np.arange(len(images)), [*skipped])
-        embeds = vectors_to_array(table.filter(pc.equal(table["reason"], ""))["vectors"])
-        return EmbeddedImages(torch.from_numpy(embeds.copy()), torch.from_numpy(good), skipped)
+        embeds = vectors_to_array(column.take(good)).astype(np.float32)
+        return EmbeddedImages(torch.from_numpy(embeds), torch.from_numpy(good), skipped)
 
     def embed_texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
         """Embed texts, or load their embeddings from the cache. A text that occurs several times is embedded once.
@@ -174,7 +183,7 @@ def write_result(
     """
     seconds, device = time.perf_counter() - start_time, describe_device(store.embedder.device)
     shared = {"model": args.model, "device": device, "precision": args.precision, "seconds": seconds}
-    write_records(args.output, records, **shared, **store.embedder.metadata, **metadata)
+    write_records(args.output, records, **shared, **store.embedder.metadata, **store.result_metadata, **metadata)
 
 
 def run_evaluation(

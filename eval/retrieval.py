@@ -299,7 +299,7 @@ def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
     """
     source = open_split(args.dataset, args.split, args.image_column, **args.image_options())
     column = args.caption_column.replace("{language}", args.language)
-    source.check_columns([args.image_column, column])
+    source.check_columns([source.image_column, column])
     captions = [
         _select_captions(value, column, args.caption_positions, row) for row, value in enumerate(source.data[column][:])
     ]

@@ -17,9 +17,9 @@ from torchvision.transforms import v2 as transforms
 import train_accelerate
 from benchmarks.recipe import TRAINED_SHARES
 from capivara_common.cli import parse_arguments, read_yaml_config
+from caption_data.augmentation import AUGMENTATION, augment_image
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import RunArguments
-from training.inputs import AUGMENTATION, augment_image
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, WARMUP, HIGH, LOW, BATCH = 50, 5, 5e-4, 1e-4, 10

@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 from capivara_common.embedding_store import EmbeddingStore, Place, vectors_to_array
 from capivara_common.environment import cache_home
 from capivara_common.files import json_digest
-from capivara_common.image_files import BadImage, to_8_bit
+from capivara_common.image_files import BadImage
+from caption_data.augmentation import augment_view, describe_augmentation
+from caption_data.embedded import EMBEDS_COLUMN, check_encoder, check_views, embeds_shape
 from caption_data.pairs import (
     build_pair_table,
     check_bad_share,
@@ -52,11 +53,10 @@ from modeling_capivara.two_towers import (
     split_for_device,
 )
 from training.arguments import RunArguments
-from training.batches import BatchPlanner, StepPlan, apportion_batch, derive_seed
+from training.batches import BatchPlanner, StepPlan, apportion_batch
 from training.trainable import prepare_trainable
 
 PIXELS_VERSION = 1  # part of the cache key; increase it when preprocessing or augmentation changes the pixels
-AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4
 SHARD_ROWS = 2048  # images per file of the cache; a process that is killed loses at most one unfinished file
 logger = logging.getLogger("capivara")
 DATA_FLAGS_HINT = (
@@ -120,8 +120,7 @@ class PairDataset:
         image = self.source.load_image(self.table[pair]["row"])
         try:
             if self.augmented_views != 1:
-                image = to_8_bit(image)  # PIL's conversion to RGB would clip 16-bit images instead of scaling them
-                image = augment_image(image, derive_seed(self.seed, int(self.table[pair]["digest"], 16), view))
+                image = augment_view(image, self.table[pair]["digest"], view, self.seed)
             return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:
             raise BadImage("unreadable image", str(error)) from error
@@ -179,7 +178,8 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
         The usable training pairs, the validation and test pairs with image embeddings, and the skipped training rows.
 
     Raises:
-        ValueError: If data, columns or model are missing or invalid, or the usable pairs do not fill a batch.
+        ValueError: If data, columns or model are missing or invalid, the usable pairs do not fill a batch, or the
+            embeddings in a dataset were made by another image encoder.
     """
     splits = open_splits(args)  # before a model is loaded, because missing data is the most common error
     processor = load_processor(args.model)
@@ -187,30 +187,39 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     # Checks the regular expressions of --frozen_parameters and --lora_targets before any long work.
     prepare_trainable(load_model(args.model), args)
     base.to(accelerator.device).eval()
+    for split in splits.values():
+        if split.is_embedded:
+            check_encoder(split, args.model)
     validation_split = splits[args.evaluation_dataset, args.validation_split]
     test_split = splits[args.evaluation_dataset, args.test_split]
     validation = load_evaluation_pairs(args, validation_split, [args.language], processor)[args.language]
     test = load_evaluation_pairs(args, test_split, args.eval_languages, processor)
     training = load_training_pairs(args, splits, processor)
     drop_invalid_pairs(training, args)  # fails early if there are too many bad rows, before images are embedded
-    test_embeds = embed_images(base, processor, test[args.language], args.embedding_batch_size, "Images, test")
 
-    def embed_with_cache(pairs: PairDataset) -> PairDataset:
-        return add_vectors(base, pairs, args, accelerator)
+    def with_vectors(pairs: PairDataset) -> PairDataset:
+        if pairs.source.is_embedded:
+            return add_dataset_vectors(pairs)
+        return pairs if args.image_embedding_cache == "off" else add_vectors(base, pairs, args, accelerator)
 
-    if args.image_embedding_cache == "off":
-        vectors = embed_images(base, processor, validation, args.embedding_batch_size, "Images, validation")
-    else:
-        validation = embed_with_cache(validation)
-        _check_no_bad_rows(validation)
-        vectors = torch.from_numpy(vectors_to_array(validation.table.data.column("vectors")).astype(np.float32))
-        training = list(map(embed_with_cache, training))
+    def load_embeds(pairs: PairDataset, title: str) -> Tensor:
+        if pairs.vectors is None:
+            return embed_images(base, processor, pairs, args.embedding_batch_size, title)
+        _check_no_bad_rows(pairs)
+        return torch.from_numpy(vectors_to_array(pairs.table.data.column("vectors")).astype(np.float32))
+
+    test_pairs = test[args.language]  # without the cache, so that the final evaluation is in float32
+    test_pairs = add_dataset_vectors(test_pairs) if test_pairs.source.is_embedded else test_pairs
+    test_embeds = load_embeds(test_pairs, "Images, test")
+    validation = with_vectors(validation)
+    validation_embeds = load_embeds(validation, "Images, validation")
+    training = list(map(with_vectors, training))
     training, skipped = drop_invalid_pairs(training, args)
     return TrainingInputs(
         processor=processor,
         training=training,
         validation=validation,
-        validation_embeds=vectors,
+        validation_embeds=validation_embeds,
         test=test,
         test_embeds=test_embeds,
         skipped=skipped,
@@ -251,18 +260,27 @@ def open_splits(args: RunArguments) -> Splits:
         ValueError: If a split or column is missing, or there are too few rows for a batch. The message about a missing
             split or column names the flags that choose splits and columns.
     """
-    requested = [(name, args.train_split, _training_columns(args)) for name in args.dataset]
+    requested = [(name, args.train_split, _training_columns(args), args.augmented_views) for name in args.dataset]
     evaluated = [(args.validation_split, args.language), *((args.test_split, code) for code in args.eval_languages)]
-    requested += [(args.evaluation_dataset, split, [get_caption_column(args, code)]) for split, code in evaluated]
+    requested += [(args.evaluation_dataset, split, [get_caption_column(args, code)], 1) for split, code in evaluated]
     splits: Splits = {}
-    for dataset, split, columns in requested:
+    for dataset, split, columns, views in requested:
         try:
             if (dataset, split) not in splits:
                 splits[dataset, split] = open_split(dataset, split, args.image_column, **args.image_options())
             opened = splits[dataset, split]
-            opened.check_columns([args.image_column, *missing_columns(columns, opened.columns)])
+            opened.check_columns([opened.image_column, *missing_columns(columns, opened.columns)])
         except ValueError as error:
             raise ValueError(f"{str(error).rstrip('.')}. {DATA_FLAGS_HINT}") from error
+        if opened.is_embedded:
+            check_views(opened, views)
+    if (
+        args.image_embedding_cache == "off"
+        and len({splits[name, args.train_split].is_embedded for name in args.dataset}) > 1
+    ):
+        raise ValueError(
+            "image_embedding_cache off can't mix datasets of images with datasets of embeddings. Use the cache."
+        )
     sizes = [len(splits[name, args.train_split]) for name in args.dataset]
     if sum(sizes) < args.effective_batch_size:
         # Raises an error that names the largest possible batch. Quick, because there are few rows.
@@ -445,29 +463,6 @@ def resolve_loading_workers(args: RunArguments, accelerator: Accelerator) -> int
     return 0 if accelerator.device.type == "cpu" else min(12, os.cpu_count() or 1)
 
 
-def augment_image(image: PIL.Image.Image, seed: int) -> PIL.Image.Image:
-    """Augment an image as in CAPIVARA (arXiv 2310.13683), section 4.
-
-    The image is resized to 250 pixels on its shorter side. A random crop with 90 to 100 % of the area is then resized
-    to 224 x 224 pixels, and AugMix with severity 2 is applied.
-
-    Args:
-        image: Decoded image.
-        seed: Seed of all random choices; the same seed gives the same result.
-
-    Returns:
-        The augmented image, 224 x 224 pixels, RGB.
-    """
-    from torchvision.transforms import v2 as transforms
-
-    torch.manual_seed(seed)
-    bicubic = transforms.InterpolationMode.BICUBIC
-    image = image.convert("LA") if image.mode == "La" else image  # PIL cannot convert La to RGB
-    image = transforms.Resize(AUGMENTATION["resize"], bicubic)(image.convert("RGB"))
-    image = transforms.RandomResizedCrop(AUGMENTATION["crop"], AUGMENTATION["scale"], interpolation=bicubic)(image)
-    return transforms.AugMix(severity=AUGMENTATION["augmix_severity"])(image)
-
-
 @torch.no_grad()
 def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerator) -> Tensor:
     """Embed images with the frozen image encoder, in the precision of the run.
@@ -486,6 +481,22 @@ def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerato
     with accelerator.autocast():
         parts = split_for_device(pixels, accelerator.device)
         return check_finite(torch.cat([compute_image_embeds(model, part) for part in parts]))
+
+
+def add_dataset_vectors(pairs: PairDataset) -> PairDataset:
+    """Add the column `vectors` with the embeddings that a dataset has instead of images. They stay on the disk.
+
+    Args:
+        pairs: Dataset with all rows, including unusable rows.
+
+    Returns:
+        A copy of the dataset with the new column. Its `augmented_views` is the number of views in the dataset.
+    """
+    views, _ = embeds_shape(pairs.source.features, pairs.source.display_name)
+    data = pairs.source.data.select_columns(EMBEDS_COLUMN).flatten_indices()
+    table = pairs.table.data.table.append_column("vectors", data.data.column(EMBEDS_COLUMN))
+    fingerprint = json_digest([data._fingerprint, pairs.table._fingerprint])
+    return replace(pairs, table=Dataset(table, fingerprint=fingerprint), augmented_views=views)
 
 
 def open_image_store(model: PreTrainedModel, pairs: PairDataset, args: RunArguments, precision: str) -> EmbeddingStore:
@@ -507,8 +518,7 @@ def open_image_store(model: PreTrainedModel, pairs: PairDataset, args: RunArgume
         "tower_config": hashlib.blake2b(model.config.vision_config.to_json_string().encode()).hexdigest()[:32],
         "preprocessing": json.loads(pairs.processor.image_processor.to_json_string()),
         "augmented_views": pairs.augmented_views,
-        "augmentation": AUGMENTATION | {"torchvision": version("torchvision")} if is_augmented else None,
-        "seed": pairs.seed if is_augmented else None,
+        "augmentation": describe_augmentation(pairs.seed) if is_augmented else None,
         "precision": precision,
     }
     is_default = args.image_embedding_cache in ("auto", "off")
