@@ -493,7 +493,9 @@ def add_dataset_vectors(pairs: PairDataset) -> PairDataset:
         A copy of the dataset with the new column. Its `augmented_views` is the number of views in the dataset.
     """
     views, _ = embeds_shape(pairs.source.features, pairs.source.display_name)
-    data = pairs.source.data.select_columns(EMBEDS_COLUMN).flatten_indices()
+    data = pairs.source.data.select_columns(EMBEDS_COLUMN)
+    if data._indices is not None:  # rows were selected; only then are the embeddings copied
+        data = data.flatten_indices()
     table = pairs.table.data.table.append_column("vectors", data.data.column(EMBEDS_COLUMN))
     fingerprint = json_digest([data._fingerprint, pairs.table._fingerprint])
     return replace(pairs, table=Dataset(table, fingerprint=fingerprint), augmented_views=views)

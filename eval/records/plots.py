@@ -260,10 +260,10 @@ def plot_retrieval_sheet(
             for index in best:
                 try:
                     images.append((_shrink(open_image(index)), index == relevant))
-                except BadImage as bad:
+                except BadImage:
                     # The dataset has no images, or the file changed after it was embedded. This must not end a finished
                     # measurement.
-                    reason = labels["no_images"].format(reason=bad.detail)
+                    reason = labels["no_images"]
                     images.append((queries[(split.image_of_text == index).nonzero()[0, 0]], index == relevant))
             row.append((title, images))
         rows.append(row)
