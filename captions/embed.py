@@ -14,9 +14,10 @@ To finish an interrupted run, run the same command again.
 
 import glob
 import logging
+import os
 import re
 import shlex
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import blake2b
@@ -31,7 +32,7 @@ from huggingface_hub import constants, hf_hub_download
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.embedding_store import embed_batch
 from capivara_common.executors import PhaseStep, run_phases
-from capivara_common.files import check_output_folder
+from capivara_common.files import check_output_folder, lock_folder
 from capivara_common.image_files import BadImage, BadRow
 from capivara_common.privacy import short_name
 from capivara_common.tasks import Phase
@@ -196,30 +197,56 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
-    from captions.build import BUILD_FILE, BuildPlan, write_dataset  # `captions.build` imports this module
-
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     args = parse_arguments(EmbedCommandArguments, __doc__, argv)
+    card, parts = inherit_card(args), args.output.with_name(args.output.name + ".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.callback(os.close, lock_folder(parts))
+        except BlockingIOError as error:
+            raise ValueError(f"Another process is writing {args.output}. Wait for it, or change --output.") from error
+        except OSError:  # some file systems have no locks
+            logger.debug("%s can't be locked.", parts)
+        if write_embedded_dataset(args, card, parts):
+            folder = shlex.quote(str(args.output))
+            print(f"The dataset is in {args.output}. Train on it with --model {args.model} --dataset {folder}.")
+            print(f"Publish it with: python -m hub_upload.push --model {folder} --repo_id YOU/NAME --repo_type dataset")
+
+
+def write_embedded_dataset(args: EmbedCommandArguments, card: dict[str, Any], parts: Path) -> bool:
+    """Embed the images of all requested splits, and write the dataset.
+
+    Args:
+        args: Flags of the command.
+        card: Values for the dataset card, from `inherit_card`.
+        parts: Folder for the parts of each split.
+
+    Returns:
+        True if the dataset is complete. False if jobs were submitted to Slurm and are still to run.
+
+    Raises:
+        ValueError: If the dataset or the model can't be used, or the output folder has other files.
+        OSError: If the disk is full. The same command then writes the rest.
+    """
+    from captions.build import BUILD_FILE, BuildPlan, write_dataset  # `captions.build` imports this module
+
     if not (args.output / BUILD_FILE).is_file():
         check_output_folder(args.output)
-    card, steps = inherit_card(args), {}
-    parts = args.output.with_name(args.output.name + ".parts")
+    steps: dict[str, list[StageArguments]] = {}
     flags = {field.name: getattr(args, field.name) for field in fields(EmbedArguments)}
     for split in list_splits(args.dataset) if args.split == "all" else [args.split]:
         step = EmbedArguments(**flags | {"split": split, "output": parts / "1-embed" / split})
         step = replace(step, logging_dir=args.log_folder / split)
         step.rerun_command, step.translations = args.command(), card["translations"]
         steps[split] = [step]
-    columns = [name for name in steps[split][0].source().columns if CAPTION_COLUMN_RE.fullmatch(name)]
+    columns = [name for name in step.source().columns if CAPTION_COLUMN_RE.fullmatch(name)]
     language = columns[0].split("captions-", 1)[1] if columns else ""
     plan = BuildPlan(steps, parts, language, card, args.output)
     phases = [phase for (step,) in steps.values() for phase in PhaseStep.from_phases(step, step.phases, step.title)]
     phases.append(PhaseStep(Phase(write_dataset), plan, args.log_folder / "dataset", "dataset"))
-    if run_phases(phases, args):
-        folder = shlex.quote(str(args.output))
-        print(f"The dataset is in {args.output}. Train on it with --model {args.model} --dataset {folder}.")
-        print(f"Publish it with: python -m hub_upload.push --model {folder} --repo_id YOU/NAME --repo_type dataset")
+    return run_phases(phases, args)
 
 
 if __name__ == "__main__":
