@@ -34,7 +34,6 @@ from capivara_common.environment import (
 )
 from capivara_common.files import RUN_MARKER, finish_folder, partial_folder, read_json, write_json, write_text
 from capivara_common.privacy import short_name
-from caption_data.embedded import describe_embeds
 from caption_data.pairs import pairs_fingerprint
 from eval.records.plots import plot_retrieval_sheet, plot_training_curves
 from eval.records.schema import SCHEMA_VERSION, write_records
@@ -222,7 +221,7 @@ def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Acc
         write_records(
             folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",
             fingerprint=pairs_fingerprint(split.table), device=describe_device(accelerator.device),
-            **describe_model(models["capivara"]), **describe_embeds(split.source),
+            **describe_model(models["capivara"]), **split.source.describe_embeds(),
         )  # fmt: skip
         all_records += records
     run["seconds"]["evaluation"] = time.perf_counter() - started

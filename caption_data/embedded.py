@@ -9,7 +9,7 @@ Instead of an image, a row has these columns:
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +19,6 @@ from capivara_common.embedding_store import vectors_to_array
 from capivara_common.hub_cache import resolve_model_folder
 from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.image_files import BadRow
-
-if TYPE_CHECKING:
-    from caption_data.sources import Split
 
 EMBEDS_COLUMN, DIGEST_COLUMN, ENCODER_COLUMN = "image_embeds", "image_digest", "image_encoder"
 EMBEDS_DTYPE = "float16"
@@ -79,54 +76,6 @@ def image_encoder_of(model: str, fingerprint: str) -> str:
     if model.startswith("open_clip:"):
         return fingerprint
     return image_encoder_digest(resolve_model_folder(model, convert_to_folder))
-
-
-def check_encoder(split: "Split", model: str, fingerprint: str = "") -> None:
-    """Check that the embeddings of a split were made by the image encoder of a model.
-
-    Args:
-        split: A split with embeddings instead of images.
-        model: Folder or Hub id of the model, or "open_clip:…".
-        fingerprint: Fingerprint of an open_clip model.
-
-    Raises:
-        ValueError: If the embeddings were made by another image encoder or by several, or have another width. The
-            message names the digests of the encoders.
-    """
-    encoders, encoder = sorted(split.image_encoders), image_encoder_of(model, fingerprint)
-    if encoders != [encoder]:
-        raise ValueError(
-            f"{split.display_name} has embeddings of the image encoder {' and '.join(encoders)}, but the image encoder "
-            f"of {model} is {encoder}. Use the base model that the dataset card names, or embed the images again: "
-            f"python -m captions.embed --model {model} --dataset IMAGES --output FOLDER"
-        )
-
-
-def describe_embeds(split: "Split") -> dict[str, dict[str, str]]:
-    """Return the key of a result file that says that the images were embeddings in the dataset; empty for images."""
-    if not split.is_embedded:
-        return {}
-    return {"image_embeds": {"dtype": EMBEDS_DTYPE, "encoder": " ".join(sorted(split.image_encoders))}}
-
-
-def check_views(split: "Split", views: int) -> None:
-    """Raise ValueError if a split with embeddings instead of images does not have the needed views.
-
-    Args:
-        split: The split.
-        views: Views that are needed. 1: the image itself. V above 1: V augmentations. 0: a new augmentation each time.
-    """
-    stored, _ = embeds_shape(split.features, split.display_name)
-    if views == 1 < stored:
-        raise ValueError(
-            f"{split.display_name} has {stored} augmented views of each image, but the image itself is needed. Train "
-            f"on it with --augmented_views {stored}, or embed the images without --views."
-        )
-    if views == 0 or views > stored:
-        raise ValueError(
-            f"{split.display_name} has embeddings of {stored} views instead of images, so that augmented_views must be "
-            f"{'1' if stored == 1 else f'2 to {stored}'}, got {views}. captions.embed --views {views or 10} makes more."
-        )
 
 
 def has_unit_length(vectors: np.ndarray) -> np.ndarray:

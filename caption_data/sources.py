@@ -53,7 +53,15 @@ from capivara_common.image_files import (
     image_display_path,
     read_image_bytes,
 )
-from caption_data.embedded import DIGEST_COLUMN, EMBEDS_COLUMN, ENCODER_COLUMN, embeds_shape, find_invalid_embeds
+from caption_data.embedded import (
+    DIGEST_COLUMN,
+    EMBEDS_COLUMN,
+    EMBEDS_DTYPE,
+    ENCODER_COLUMN,
+    embeds_shape,
+    find_invalid_embeds,
+    image_encoder_of,
+)
 from caption_data.file_tables import build_file_table
 from caption_data.rows import SkippedRow
 
@@ -153,6 +161,60 @@ class Split:
         """Faults of the embeddings of a split without images: number of each invalid row -> description."""
         _, width = embeds_shape(self.features, self.display_name)
         return find_invalid_embeds(self.iter_column(EMBEDS_COLUMN), width)
+
+    @property
+    def stored_views(self) -> int:
+        """Number of embeddings per row of a split without images. 1: the image itself. Above 1: augmentations."""
+        return embeds_shape(self.features, self.display_name)[0]
+
+    def check_embeds(self, model: str, fingerprint: str = "", views: int = 1) -> None:
+        """Check that a model can use the embeddings of a split without images.
+
+        Args:
+            model: Folder or Hub id of the model, or "open_clip:…".
+            fingerprint: Fingerprint of an open_clip model (`Embedder.fingerprint`).
+            views: Views that are needed, see `check_views`.
+
+        Raises:
+            ValueError: If the embeddings were made by another image encoder or by several, or lack the needed views.
+                The message names the digests of the encoders.
+        """
+        self.check_views(views)
+        encoders, encoder = sorted(self.image_encoders), image_encoder_of(model, fingerprint)
+        if encoders != [encoder]:
+            raise ValueError(
+                f"{self.display_name} has embeddings of the image encoder {' and '.join(encoders)}, but the image "
+                f"encoder of {model} is {encoder}. Use the base model that the dataset card names, or embed the images "
+                f"again: python -m captions.embed --model {model} --dataset IMAGES --output FOLDER"
+            )
+
+    def check_views(self, views: int) -> None:
+        """Check that a split without images has the needed views.
+
+        Args:
+            views: 1: the image itself. V above 1: V augmentations. 0: a new augmentation each time.
+
+        Raises:
+            ValueError: If the split has other views.
+        """
+        stored = self.stored_views
+        if views == 1 < stored:
+            raise ValueError(
+                f"{self.display_name} has {stored} augmented views of each image, but the image itself is needed. "
+                f"Train on it with --augmented_views {stored}, or embed the images without --views."
+            )
+        if views == 0 or views > stored:
+            allowed = "1" if stored == 1 else f"2 to {stored}"
+            raise ValueError(
+                f"{self.display_name} has embeddings instead of images, so that augmented_views must be {allowed}, got "
+                f"{views}. More views must be made from the images, with captions.embed --views."
+            )
+
+    def describe_embeds(self) -> dict[str, dict[str, str]]:
+        """Return the key of a result file that says that images were embeddings in the dataset; empty for images."""
+        if not self.is_embedded:
+            return {}
+        return {"image_embeds": {"dtype": EMBEDS_DTYPE, "encoder": " ".join(sorted(self.image_encoders))}}
 
     def load_image(self, row: int) -> PIL.Image.Image:
         """Decode the image of the row with number `row`. Raises BadImage if the image is missing or invalid."""

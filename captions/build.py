@@ -50,7 +50,7 @@ from capivara_common.privacy import hide_paths, short_name
 from capivara_common.tasks import ExecutorArguments, Phase
 from caption_data.rows import CAPTION_COLUMN_RE, DATASET_HELP, NOT_CHOSEN, SkippedRow, write_skipped_rows
 from caption_data.sources import STAGE_FILE, read_stage_progress
-from captions.embed import EmbedArguments
+from captions.embedding_stage import EmbedArguments
 from captions.generate import GenerateArguments
 from captions.score import ScoreArguments
 from captions.select import SelectArguments

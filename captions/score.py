@@ -24,7 +24,6 @@ from capivara_common.cli import check_at_least, flag, run_command
 from capivara_common.embedding_store import embed_batch
 from capivara_common.environment import require_packages
 from capivara_common.image_files import BadRow
-from caption_data.embedded import check_encoder, check_views
 from caption_data.rows import SIMILARITIES_FEATURE
 from captions.stages import DECODED_KEY, RowStage, StageArguments, run_stage_command
 from modeling_capivara.two_towers import Embedder, load_embedder
@@ -96,8 +95,7 @@ class ScoreArguments(StageArguments):
         """
         embedder = load_embedder(self.model, self.device, True, self.precision)
         if stage.source.is_embedded:
-            check_views(stage.source, 1)
-            check_encoder(stage.source, self.model, embedder.fingerprint)
+            stage.source.check_embeds(self.model, embedder.fingerprint)
             # The rows have embeddings where other datasets have images.
             embedder = replace(embedder, embed_images=lambda embeds, batch_size: torch.from_numpy(np.stack(embeds)))
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}

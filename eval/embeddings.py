@@ -26,7 +26,7 @@ from capivara_common.embedding_store import EmbeddingStore, Place, vectors_to_ar
 from capivara_common.environment import cache_home, describe_device, process_state
 from capivara_common.files import read_json
 from capivara_common.image_files import BadImage, ImageFileArguments
-from caption_data.embedded import EMBEDS_COLUMN, check_encoder, check_views, describe_embeds
+from caption_data.embedded import EMBEDS_COLUMN
 from caption_data.sources import Split
 from eval.records.schema import Record, write_records
 from modeling_capivara.two_towers import Embedder, load_embedder
@@ -111,9 +111,8 @@ class CachedEmbedder:
             return self.embedder.embed_images(batch, self.batch_size).numpy()
 
         if images.is_embedded:
-            check_views(images, 1)
-            check_encoder(images, self.embedder.name, self.embedder.fingerprint)
-            self.result_metadata, skipped = describe_embeds(images), images.invalid_embeds
+            images.check_embeds(self.embedder.name, self.embedder.fingerprint)
+            self.result_metadata, skipped = images.describe_embeds(), images.invalid_embeds
             column = pa.chunked_array([part for chunk in images.iter_column(EMBEDS_COLUMN) for part in chunk.chunks])
         else:
             store = self._store(self.embedder.image_fingerprint, self.batch_size)

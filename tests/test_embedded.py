@@ -28,13 +28,11 @@ from caption_data.embedded import (
     EMBEDS_COLUMN,
     ENCODER_COLUMN,
     INVALID_EMBEDDING,
-    check_encoder,
-    check_views,
     embeds_feature,
 )
 from caption_data.parquet_split import open_in_place
 from caption_data.sources import list_splits, open_split
-from captions import embed, score, select
+from captions import embed, embedding_stage, score, select
 from captions.generate import GenerateArguments
 from captions.stages import RowStage
 from eval import retrieval
@@ -155,7 +153,7 @@ def test_a_full_disk_loses_nothing(saved_tiny_folder, tiny_dataset_folder, tmp_p
         with pytest.raises(OSError, match="No space left on the disk while writing"):
             embed.main(arguments)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("captions.embed.embed_rows", lambda *_: pytest.fail("embedded again"))
+    monkeypatch.setattr("captions.embedding_stage.embed_rows", lambda *_: pytest.fail("embedded again"))
     embed.main(arguments)
     assert read_data(tmp_path / "out") == read_data(embedded)
 
@@ -166,14 +164,14 @@ def read_data(folder: Path) -> dict[str, bytes]:
 
 KILLED_PROGRAM = """
 import os, signal, sys
-from captions import embed
-calls, embed_rows = [], embed.embed_rows
+from captions import embed, embedding_stage
+calls, embed_rows = [], embedding_stage.embed_rows
 def count(*args):
     calls.append(1)
     if len(calls) > 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return embed_rows(*args)
-embed.embed_rows = count
+embedding_stage.embed_rows = count
 embed.main(sys.argv[1:])
 """
 
@@ -314,7 +312,7 @@ def test_a_split_of_embeddings_survives_the_operations_of_datasets(embedded, sav
     split = open_split(str(tmp_path / "saved"), "train", "image")
     assert list_splits(str(tmp_path / "saved")) == ["train", "validation", "test"]
     assert len(split) == 10 and not split.invalid_embeds
-    check_encoder(split, str(saved_tiny_folder))
+    split.check_embeds(str(saved_tiny_folder))
 
 
 # ---- bad input ----
@@ -383,16 +381,16 @@ def test_embeddings_of_several_widths_are_refused(copy):
 
 def test_views_that_the_dataset_lacks_are_refused(embedded, saved_tiny_folder, tmp_path):
     split = open_split(str(embedded), "train", "image")
-    check_views(split, 1)
+    split.check_views(1)
     for views in (0, 2):
         with pytest.raises(ValueError, match=rf"augmented_views must be 1, got {views}"):
-            check_views(split, views)
+            split.check_views(views)
     features = Features(split.features | {EMBEDS_COLUMN: embeds_feature(24, 4)})
     augmented = replace(split, data=Dataset.from_dict({name: [] for name in features}, features=features))
-    check_views(augmented, 4)
+    augmented.check_views(4)
     for views, message in ((0, "2 to 4, got 0"), (5, "2 to 4, got 5"), (1, "--augmented_views 4")):
         with pytest.raises(ValueError, match=message):
-            check_views(augmented, views)
+            augmented.check_views(views)
     options = {"image_embedding_cache": "off", "augmented_views": 0}
     assert "augmented_views must be 1, got 0" in error_of(
         flags(saved_tiny_folder, embedded, tmp_path / "run", **options)
@@ -401,7 +399,7 @@ def test_views_that_the_dataset_lacks_are_refused(embedded, saved_tiny_folder, t
 
 def test_stages_that_need_images_refuse_embeddings(embedded, saved_tiny_folder, tmp_path):
     for arguments in (
-        embed.EmbedArguments(str(embedded), tmp_path / "out", model=str(saved_tiny_folder)),
+        embedding_stage.EmbedArguments(str(embedded), tmp_path / "out", model=str(saved_tiny_folder)),
         GenerateArguments(str(embedded), tmp_path / "out", model="m"),
     ):
         with pytest.raises(ValueError, match="embeddings instead of images"):

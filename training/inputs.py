@@ -32,7 +32,7 @@ from capivara_common.environment import cache_home
 from capivara_common.files import json_digest
 from capivara_common.image_files import BadImage
 from caption_data.augmentation import augment_view, describe_augmentation
-from caption_data.embedded import EMBEDS_COLUMN, check_encoder, check_views, embeds_shape
+from caption_data.embedded import EMBEDS_COLUMN
 from caption_data.pairs import (
     build_pair_table,
     check_bad_share,
@@ -189,7 +189,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     base.to(accelerator.device).eval()
     for split in splits.values():
         if split.is_embedded:
-            check_encoder(split, args.model)
+            split.check_embeds(args.model, views=split.stored_views)
     validation_split = splits[args.evaluation_dataset, args.validation_split]
     test_split = splits[args.evaluation_dataset, args.test_split]
     validation = load_evaluation_pairs(args, validation_split, [args.language], processor)[args.language]
@@ -273,7 +273,7 @@ def open_splits(args: RunArguments) -> Splits:
         except ValueError as error:
             raise ValueError(f"{str(error).rstrip('.')}. {DATA_FLAGS_HINT}") from error
         if opened.is_embedded:
-            check_views(opened, views)
+            opened.check_views(views)
     if (
         args.image_embedding_cache == "off"
         and len({splits[name, args.train_split].is_embedded for name in args.dataset}) > 1
@@ -492,13 +492,12 @@ def add_dataset_vectors(pairs: PairDataset) -> PairDataset:
     Returns:
         A copy of the dataset with the new column. Its `augmented_views` is the number of views in the dataset.
     """
-    views, _ = embeds_shape(pairs.source.features, pairs.source.display_name)
     data = pairs.source.data.select_columns(EMBEDS_COLUMN)
     if data._indices is not None:  # rows were selected; only then are the embeddings copied
         data = data.flatten_indices()
     table = pairs.table.data.table.append_column("vectors", data.data.column(EMBEDS_COLUMN))
     fingerprint = json_digest([data._fingerprint, pairs.table._fingerprint])
-    return replace(pairs, table=Dataset(table, fingerprint=fingerprint), augmented_views=views)
+    return replace(pairs, table=Dataset(table, fingerprint=fingerprint), augmented_views=pairs.source.stored_views)
 
 
 def open_image_store(model: PreTrainedModel, pairs: PairDataset, args: RunArguments, precision: str) -> EmbeddingStore:
