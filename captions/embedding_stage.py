@@ -8,7 +8,7 @@ The output is a folder of parts, as of every stage. `captions.embed` makes a dat
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -19,39 +19,26 @@ from capivara_common.embedding_store import embed_batch
 from capivara_common.image_files import BadImage, BadRow
 from caption_data.augmentation import augment_view, describe_augmentation
 from caption_data.embedded import DIGEST_COLUMN, EMBEDS_COLUMN, ENCODER_COLUMN, embeds_feature, image_encoder_of
-from captions.stages import DECODED_KEY, RowStage, StageArguments, run_stage_command
+from captions.stages import DECODED_KEY, EncoderStageArguments, RowStage, run_stage_command
 from modeling_capivara.two_towers import Embedder, load_embedder
 
 
 @dataclass
-class EmbedArguments(StageArguments):
+class EmbedArguments(EncoderStageArguments):
     """Flags of the stage that replaces images by their embeddings."""
 
-    uses_model = decodes_images = True
     accepts_embeds = keeps_images = False
     translations: ClassVar[dict[str, str]] = {}  # who translated each language, for the dataset card
     rerun_command: ClassVar[str] = ""  # command that writes missing rows; default: the command of this stage
-    model: str | None = flag(
-        None,
-        "Model whose image encoder embeds the images (required): folder or Hub id of a CAPIVARA, SigLIP or CLIP model, "
-        "open_clip:NAME:PRETRAINED, or open_clip:local-dir:FOLDER.",
-    )
     views: int = flag(
         1, "Embeddings per image. 1: the image itself. N above 1: N augmentations, for --augmented_views N of training."
     )
     seed: int = flag(0, "Seed of the augmentations (with --views).")
     batch_rows: int = flag(64, "Rows to process at the same time.")
-    embedding_batch_size: int = flag(32, "Images to embed at the same time.")
-    precision: Literal["float32", "bf16"] = flag(
-        "float32", "Data type of activations. bf16 is faster on most GPUs. Embeddings are stored in float16."
-    )
-    device: str | None = flag(None, "cpu or cuda. Default: cuda if a GPU is available, otherwise cpu.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.model:
-            raise ValueError("--model is missing. Choose the base model of the training.")
-        check_at_least(self, 1, "views", "embedding_batch_size")
+        check_at_least(self, 1, "views")
         check_at_least(self, 0, "seed")
 
     def command(self) -> str:
@@ -100,22 +87,28 @@ def embed_rows(
         For each row, a dict with the new columns, or a BadImage if the image cannot be used.
     """
     digests = [blake2b(row[args.image_column]["bytes"], digest_size=16).hexdigest() for row in rows]
-    images: list[PIL.Image.Image | BadImage] = []
-    for row, digest in zip(rows, digests, strict=True):
-        try:
-            views = [augment_view(row[DECODED_KEY], digest, view, args.seed) for view in range(args.views)]
-            images += views if args.views > 1 else [row[DECODED_KEY]]
-        except ValueError as error:
-            images += [BadImage("unreadable image", str(error))] * args.views
+    images = [view for row, digest in zip(rows, digests, strict=True) for view in _make_views(row, digest, args)]
     vectors = embed_batch(images, partial(embedder.embed_images, batch_size=args.embedding_batch_size), True)
-    results = []
-    for number, digest in enumerate(digests):
-        views = vectors[number * args.views : (number + 1) * args.views]
-        bad = next((vector for vector in views if isinstance(vector, BadImage)), None)
-        embeds = None if bad else [vector.numpy().astype(np.float16) for vector in views]
-        row = {DIGEST_COLUMN: digest, ENCODER_COLUMN: encoder, EMBEDS_COLUMN: embeds}
-        results.append(bad or (row if args.views > 1 else row | {EMBEDS_COLUMN: embeds[0]}))
+    results: list[dict[str, Any] | BadRow] = []
+    for digest, start in zip(digests, range(0, len(vectors), args.views), strict=True):
+        views = vectors[start : start + args.views]
+        if bad := [vector for vector in views if isinstance(vector, BadImage)]:
+            results.append(bad[0])
+            continue
+        embeds = [vector.numpy().astype(np.float16) for vector in views]
+        embeds = embeds[0] if args.views == 1 else embeds
+        results.append({EMBEDS_COLUMN: embeds, DIGEST_COLUMN: digest, ENCODER_COLUMN: encoder})
     return results
+
+
+def _make_views(row: dict[str, Any], digest: str, args: EmbedArguments) -> list[PIL.Image.Image | BadImage]:
+    """Return the views of a row's image: the image itself, or `args.views` augmentations."""
+    if args.views == 1:
+        return [row[DECODED_KEY]]
+    try:
+        return [augment_view(row[DECODED_KEY], digest, view, args.seed) for view in range(args.views)]
+    except ValueError as error:
+        return [BadImage("unreadable image", str(error))] * args.views
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,48 +15,24 @@ an interrupted run, run the same command again.
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from capivara_common.cli import check_at_least, flag, run_command
+from capivara_common.cli import flag, run_command
 from capivara_common.embedding_store import embed_batch
-from capivara_common.environment import require_packages
 from capivara_common.image_files import BadRow
 from caption_data.rows import SIMILARITIES_FEATURE
-from captions.stages import DECODED_KEY, RowStage, StageArguments, run_stage_command
+from captions.stages import DECODED_KEY, EncoderStageArguments, RowStage, run_stage_command
 from modeling_capivara.two_towers import Embedder, load_embedder
 
 
 @dataclass
-class ScoreArguments(StageArguments):
+class ScoreArguments(EncoderStageArguments):
     """Command-line flags of `captions.score`, the stage that computes similarities of captions to their images."""
 
-    uses_model = decodes_images = True
     language: str = flag("pt", "Language code at the end of the names of the caption columns.")
-    model: str | None = flag(
-        None,
-        "Model to score with (required): folder or Hub id of a CAPIVARA, SigLIP or CLIP model, "
-        "open_clip:NAME:PRETRAINED, or open_clip:local-dir:FOLDER.",
-    )
-    embedding_batch_size: int = flag(
-        32, "Images to embed at the same time. Captions are embedded in batches of twice this size."
-    )
-    precision: Literal["float32", "bf16"] = flag(
-        "float32", "Data type of weights and activations. bf16 is faster on most GPUs."
-    )
-    device: str | None = flag(None, "cpu or cuda. Default: cuda if a GPU is available, otherwise cpu.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.model:
-            raise ValueError(
-                "--model is missing. Choose the model to score with, for example the base model of the training."
-            )
-        check_at_least(self, 1, "embedding_batch_size")
-        if self.model.startswith("open_clip:"):
-            require_packages("The stage score", "open_clip", "open_clip")
 
     def required_columns(self) -> list[str]:
         """Return the names of the caption columns in the language `language`.

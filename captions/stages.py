@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,7 +34,7 @@ from datasets import Features, Image
 from tqdm.auto import tqdm
 
 from capivara_common.cli import check_at_least, flag, parse_arguments
-from capivara_common.environment import package_versions
+from capivara_common.environment import package_versions, require_packages
 from capivara_common.executors import PhaseStep, run_phases
 from capivara_common.files import atomic_file, json_digest, read_json, write_json
 from capivara_common.image_files import (
@@ -243,6 +243,33 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     def title(self) -> str:
         """Name of the stage and the split for messages, for example "2-translate, train"."""
         return f"{self.output.parent.name}, {self.split}"
+
+
+@dataclass
+class EncoderStageArguments(StageArguments):
+    """Flags of a stage that embeds images with a two-tower model."""
+
+    uses_model = decodes_images = True
+    model: str | None = flag(
+        None,
+        "Model that embeds images (required): folder or Hub id of a CAPIVARA, SigLIP or CLIP model, "
+        "open_clip:NAME:PRETRAINED, or open_clip:local-dir:FOLDER.",
+    )
+    embedding_batch_size: int = flag(
+        32, "Images to embed at the same time. Captions are embedded in batches of twice this size."
+    )
+    precision: Literal["float32", "bf16"] = flag(
+        "float32", "Data type of weights and activations. bf16 is faster on most GPUs."
+    )
+    device: str | None = flag(None, "cpu or cuda. Default: cuda if a GPU is available, otherwise cpu.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise ValueError("--model is missing. Choose the model, for example the base model of the training.")
+        check_at_least(self, 1, "embedding_batch_size")
+        if self.model.startswith("open_clip:"):
+            require_packages("This stage", "open_clip", "open_clip")
 
 
 def output_features(source: Split, args: StageArguments) -> Features:
