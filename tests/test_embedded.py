@@ -38,7 +38,7 @@ from captions.stages import RowStage
 from eval import retrieval
 from eval.linear_probe import main as probe
 from hub_upload import push
-from hub_upload.allowed_files import list_files_to_send
+from hub_upload.upload_checks import list_files_to_send
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import load_embedder
 
