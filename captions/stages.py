@@ -270,7 +270,8 @@ class EncoderStageArguments(StageArguments):
             raise ValueError("--model is missing. Choose the model, for example the base model of the training.")
         check_at_least(self, 1, "embedding_batch_size")
         if self.model.startswith("open_clip:"):
-            require_packages("This stage", "open_clip", "open_clip")
+            stage = type(self).__module__.rpartition(".")[2]
+            require_packages(f"The stage {stage}", "open_clip", "open_clip")
 
 
 def output_features(source: Split, args: StageArguments) -> Features:
