@@ -29,6 +29,7 @@ from caption_data.embedded import (
     ENCODER_COLUMN,
     INVALID_EMBEDDING,
     embeds_feature,
+    has_unit_length,
 )
 from caption_data.parquet_split import open_in_place
 from caption_data.sources import list_splits, open_split
@@ -313,6 +314,10 @@ def test_a_split_of_embeddings_survives_the_operations_of_datasets(embedded, sav
     assert list_splits(str(tmp_path / "saved")) == ["train", "validation", "test"]
     assert len(split) == 10 and not split.invalid_embeds
     split.check_embeds(str(saved_tiny_folder))
+    for encoders in ({"other"}, {"other", image_encoder_digest(saved_tiny_folder)}):
+        split.__dict__["image_encoders"] = encoders
+        with pytest.raises(ValueError, match=r"\bother\b.*captions\.embed"):
+            split.check_embeds(str(saved_tiny_folder))
 
 
 # ---- bad input ----
@@ -360,6 +365,12 @@ def test_invalid_embeddings_are_skipped_and_listed(copy, saved_tiny_folder, tmp_
     change_rows(copy, "validation", image_embeds=lambda number, vector: [0.0] * 24)
     message = error_of(flags(saved_tiny_folder, copy, tmp_path / "bad", max_bad_share=0.4, **options))
     assert "row 0" in message and INVALID_EMBEDDING in message
+
+
+def test_only_finite_vectors_of_unit_length_are_valid():
+    vectors = np.zeros((6, 2, 4), np.float16)
+    vectors[:, :, 0] = [[1, 1], [1, np.nan], [2, 1], [np.inf, 1], [0, 0], [-1, 1]]
+    assert has_unit_length(vectors).tolist() == [True, False, False, False, False, True]
 
 
 @pytest.mark.parametrize("column", [DIGEST_COLUMN, ENCODER_COLUMN])
