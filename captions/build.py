@@ -475,7 +475,7 @@ def describe_plan(plan: BuildPlan) -> list[str]:
     For each stage, they contain its state, the command that runs it, and the reasons of its failed tasks. The last line
     describes the state of the dataset.
     """
-    lines, all_done = [], (plan.dataset).is_dir()
+    lines, all_done = [], plan.dataset.is_dir()
     for steps in plan.steps.values():
         is_current = True  # True if all earlier stages of the split are complete, so that their rows are final
         for step in steps:

@@ -74,7 +74,8 @@ def inherit_card(args: EmbedCommandArguments) -> dict[str, Any]:
             f"The license of {args.dataset} must be one identifier of the Hub such as cc-by-4.0, got {license_id!r}. "
             "State it with --license."
         )
-    inherited = {key: card[key] for key in ("license_name", "license_link", "attribution") if card.get(key)}
+    keys = ("attribution",) if args.license else ("attribution", "license_name", "license_link")
+    inherited = {key: card[key] for key in keys if card.get(key)}
     name = short_name(args.dataset)
     return inherited | {
         "license": license_id,
