@@ -309,10 +309,11 @@ def output_features(source: Split, args: StageArguments) -> Features:
         elif "extension<" not in str(Features({new: feature}).arrow_schema.field(new).type):
             features[new] = feature
     args.check_columns(features, source.display_name)
-    if not source.is_embedded:
-        features.pop(IMAGE_COLUMN, None)
-        features |= {IMAGE_COLUMN: Image()} if args.keeps_images else {}
-    return Features(features)
+    if source.is_embedded:
+        return features
+    if not args.keeps_images:
+        return Features({name: feature for name, feature in features.items() if name != IMAGE_COLUMN})
+    return Features(features | {IMAGE_COLUMN: Image()})
 
 
 # Writing
