@@ -77,6 +77,23 @@ def to_absolute_path(folder: str | Path) -> Path:
     return Path(path)
 
 
+def to_path_on_disk(folder: str | Path) -> Path:
+    """Return the absolute path of a folder or file that the user names, as `to_absolute_path`.
+
+    On Windows, where case does not matter, the path gets the case of the names on the disk, so that a folder has the
+    same path in every command. The path is looked up, so it must not come from a visitor of the page.
+
+    Args:
+        folder: Absolute path, or path relative to the working directory.
+
+    Raises:
+        ValueError: If the path is not valid UTF-8.
+    """
+    path = to_absolute_path(folder)
+    real_path = os.path.realpath(path)
+    return Path(real_path) if os.path.normcase(path) == os.path.normcase(real_path) else path
+
+
 def find_pictures(
     folders: Mapping[Path, str] | Sequence[str | Path],
     rules: IgnoreRules | None = None,
