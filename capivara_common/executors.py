@@ -36,12 +36,11 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import add_task_logger, close_task_logger
 
-from capivara_common.environment import require_packages
+from capivara_common.environment import CODE_ROOT, require_packages
 from capivara_common.files import write_text
 from capivara_common.progress import configure_progress_bars, disable_progress_bars
 from capivara_common.tasks import ExecutorArguments, Phase
 
-CODE_ROOT = Path(__file__).resolve().parents[1]  # folder from which tasks on other machines import the code
 MAX_NAMED_FAILURES = 8  # number of failed tasks that an error message lists
 NOT_FINISHED_MESSAGE = "has not ended: it is still running, or it was killed (out of memory?)"
 UNKNOWN_OUTCOME_MESSAGE = "has not started, or could not report how it ended"

@@ -24,7 +24,7 @@ import PIL.Image
 from PIL.Image import Transpose
 
 from capivara_common.cli import check_at_least, flag
-from capivara_common.environment import process_state
+from capivara_common.environment import install_command, process_state
 from capivara_common.files import IS_WINDOWS, AllowedFolders, find_windows_fault
 
 with suppress(ImportError):
@@ -262,7 +262,7 @@ def open_image(
         image = PIL.Image.open(io.BytesIO(data), formats=_AVAILABLE_FORMATS)
         tile = _read_tile_size(data, image)
     except PIL.UnidentifiedImageError as error:
-        heic = "" if "HEIF" in _AVAILABLE_FORMATS else "; to read HEIC, install the extra: pip install -e '.[heic]'"
+        heic = "" if "HEIF" in _AVAILABLE_FORMATS else f"; to read HEIC: {install_command('heic')}"
         detail = f"{name} is not an image in {', '.join(_AVAILABLE_FORMATS)}, or its header is damaged{heic}"
         raise BadImage("unreadable image", detail) from error
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:

@@ -699,7 +699,7 @@ def describe_error(error: Exception, messages: Messages) -> tuple[int, str]:
     if isinstance(error, click.UsageError):
         return EXIT_USAGE_ERROR, describe_usage_error(error, messages)
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return EXIT_UNUSABLE, messages("missing_package", names=error.name.partition(".")[0])
+        return EXIT_UNUSABLE, messages("error.no_search_extra", name=error.name.partition(".")[0])
     if is_disk_full(error):
         return EXIT_UNUSABLE, messages("no_space")
     code, number = getattr(error, "code", None), getattr(error, "errno", None)

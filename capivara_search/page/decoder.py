@@ -17,17 +17,16 @@ import sys
 import threading
 import warnings
 from contextlib import suppress
-from pathlib import Path
 from typing import BinaryIO
 
 import PIL.Image
 
+from capivara_common.environment import CODE_ROOT
 from capivara_common.image_files import MAX_IMAGE_PIXELS, BadImage
 from capivara_search.picture_reading import MAX_PICTURE_PIXELS, decode_picture, limit_long_side
 
 # Python code that the child process runs.
 DECODER_PROGRAM = "import sys; from capivara_search.page.decoder import main; main(float(sys.argv[1]))"
-CODE_ROOT = Path(__file__).resolve().parents[2]
 DECODE_TIMEOUT_S = 10  # a photograph of 50 million pixels takes under 2 s
 MAX_VIEW_SIDE = 1600  # longest side of a decoded image, in pixels; the model uses only a few hundred pixels
 
