@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from capivara_search import folder_scan, watch
 from capivara_search.estimates import PROGRESS_FILE, read_progress
 from capivara_search.page import decoder
 from capivara_search.table import PictureTable
+from capivara_search.terminal import shorten_path
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -193,6 +195,20 @@ def test_a_folder_has_one_path_where_case_does_not_matter(monkeypatch, tmp_path)
     assert folder_scan.to_path_on_disk(tmp_path / "fotos") == tmp_path / "fotos"
     monkeypatch.setattr(os.path, "normcase", lambda path: str(path).lower())
     assert folder_scan.to_path_on_disk(tmp_path / "fotos") == tmp_path / "Fotos"
+
+
+def test_junctions_count_as_links():
+    for link, junction in ((False, False), (True, False), (False, True)):
+        entry = SimpleNamespace(is_symlink=lambda link=link: link, is_junction=lambda junction=junction: junction)
+        assert folder_scan.is_link_or_junction(entry) == (link or junction)
+
+
+def test_paths_are_shortened_with_the_separator_of_the_system(monkeypatch):
+    monkeypatch.setattr(os, "sep", "\\")
+    monkeypatch.setattr(os, "getcwd", lambda: "C:\\Fotos")
+    monkeypatch.setattr(os.path, "expanduser", lambda _: "C:\\Users\\ana")
+    paths = ("C:\\Fotos\\2024\\a.jpg", "C:\\Users\\ana\\b.jpg", "D:\\c.jpg")
+    assert [*map(shorten_path, paths)] == ["2024\\a.jpg", "~\\b.jpg", "D:\\c.jpg"]
 
 
 def test_network_shares_of_windows_are_scanned(monkeypatch):
