@@ -354,7 +354,8 @@ def lock_folder(folder: Path, wait: bool = False) -> int:
     """Lock a folder exclusively.
 
     The descriptor of the folder itself is locked, which leaves no file behind. Windows can't open folders, so a file in
-    its folder for temporary files is locked instead. The name of this file is a hash of the path of the folder.
+    its folder for temporary files is locked instead. The name of this file is a hash of the path of the folder. The
+    file is empty. It stays, because if it was removed, two processes could lock different files of the same name.
 
     Args:
         folder: The folder.

@@ -1,5 +1,6 @@
 """Windows and macOS: what only POSIX systems have is not needed, and paths of Windows are judged correctly."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,10 +8,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import PIL.Image
 import pytest
 import yaml
 
 from capivara_common import files, image_files
+from capivara_common.cli import configure_console
 from capivara_common.files import atomic_folder, find_windows_fault, lock_folder, remove_leftovers, write_json
 from capivara_common.image_files import BadImage, open_regular_file
 from capivara_search import folder_scan, watch
@@ -216,15 +219,22 @@ def test_network_shares_of_windows_are_scanned(monkeypatch):
     assert watch.is_network_folder("\\\\nas\\fotos\\2024") and not watch.is_network_folder("C:\\Fotos")
 
 
-# --- Processes -------------------------------------------------------------------------------------------------------
+# --- Output and processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("win32", "ação → 🦫".encode()), ("linux", b"a\xe7\xe3o \\u2192 ")])
+def test_output_to_files_is_utf8_on_windows_and_never_an_error(platform, expected, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", newline="\n")
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", None)  # as in a program without a console
+    configure_console()
+    print("ação → 🦫", flush=True)
+    assert stream.buffer.getvalue().startswith(expected)
 
 
 @pytest.mark.slow
 def test_a_picture_that_takes_too_long_ends_the_decoder(monkeypatch):
-    import io
-
-    import PIL.Image
-
     PIL.Image.effect_noise((3000, 3000), 90).save(data := io.BytesIO(), "PNG")
     monkeypatch.setattr(decoder, "DECODE_TIMEOUT_S", 0.02)
     process = decoder.DecoderProcess()
