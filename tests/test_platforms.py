@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,16 @@ def test_output_to_files_is_utf8_on_windows_and_never_an_error(platform, expecte
     configure_console()
     print("ação → 🦫", flush=True)
     assert stream.buffer.getvalue().startswith(expected)
+
+
+def test_messages_of_the_decoder_are_whole_and_bounded():
+    pipe = io.BytesIO()
+    decoder._send(pipe, b"header", b"")
+    data = pipe.getvalue()
+    assert [decoder._receive(read := io.BytesIO(data)), decoder._receive(read)] == [b"header", b""]
+    for broken in (b"", data[:5], data[:10], b"\xff" * 8 + b"x", struct.pack(">Q", decoder.MAX_IMAGE_BYTES + 1)):
+        with pytest.raises(EOFError):
+            decoder._receive(io.BytesIO(broken))
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from typing import BinaryIO
 import PIL.Image
 
 from capivara_common.environment import CODE_ROOT
-from capivara_common.image_files import MAX_IMAGE_PIXELS, BadImage
+from capivara_common.image_files import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, BadImage
 from capivara_search.picture_reading import MAX_PICTURE_PIXELS, decode_picture, limit_long_side
 
 # Python code that the child process runs.
@@ -94,12 +94,17 @@ def _send(file: BinaryIO, *messages: bytes) -> None:
 
 
 def _receive(file: BinaryIO) -> bytes:
-    """Read a message that `_send` has written. Raises EOFError if the other process has closed the pipe."""
+    """Read a message that `_send` has written.
+
+    Raises:
+        EOFError: If the other process has closed the pipe, or announces more than `MAX_IMAGE_BYTES` bytes. A malicious
+            picture that controls the child process could otherwise fill the memory of this process.
+    """
     try:
         (length,) = struct.unpack(">Q", file.read(8))
     except struct.error:
         raise EOFError from None
-    if len(message := file.read(length)) < length:
+    if length > MAX_IMAGE_BYTES or len(message := file.read(length)) < length:
         raise EOFError
     return message
 
