@@ -53,6 +53,7 @@ class GenerateArguments(StageArguments):
     """Command-line flags of `captions.generate`, the stage that generates captions of images with BLIP-2."""
 
     uses_model = decodes_images = True
+    accepts_embeds = False
     max_new_tokens: int = flag(50, "Largest number of new tokens per caption.")
     micro_batch_size: int = flag(
         160, "Captions to generate at the same time. Lower values need less memory and more time."

@@ -35,10 +35,10 @@ from tqdm.auto import tqdm
 
 from capivara_common.cli import check_at_least, flag, run_command
 from capivara_common.environment import require_packages
-from capivara_common.files import read_json, write_json
+from capivara_common.files import json_digest, read_json, write_json
 from capivara_common.image_files import BadRow
 from capivara_common.tasks import split_rows
-from caption_data.rows import CAPTIONS_FEATURE, json_digest, normalize_captions
+from caption_data.rows import CAPTIONS_FEATURE, normalize_captions
 from caption_data.sources import STAGE_FILE, Split, open_parquet
 from captions.quality import QUALITY_FLAGS, find_quality_flags
 from captions.stages import (

@@ -91,6 +91,16 @@ def test_a_killed_run_ends_its_workers_and_can_be_resumed(config, built):
     check_same(built)
 
 
+def test_spawned_workers_give_the_same_bytes(config, built):
+    """Windows can only spawn processes."""
+    program = "executors.START_METHOD = 'spawn'; build.main(sys.argv[1:])"
+    program = f"import sys; from capivara_common import executors; from captions import build; {program}"
+    command = [sys.executable, "-c", program, "--config", str(config), "--workers", "2"]
+    process = subprocess.run(command, timeout=TIMEOUT_S, **surroundings())
+    assert process.returncode == 0, process.stderr
+    check_same(built)
+
+
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     """Environment variables of a Slurm cluster of one node."""

@@ -18,10 +18,10 @@ from transformers import MetaClip2Config, MetaClip2Model, SiglipConfig, SiglipMo
 import train_accelerate
 from benchmarks.recipe import TRAINED_SHARES
 from capivara_common.cli import parse_arguments, read_yaml_config
+from caption_data.augmentation import AUGMENTATION, augment_image
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import RunArguments
-from training.inputs import AUGMENTATION, augment_image
 from training.trainable import prepare_trainable
 
 ROOT = Path(__file__).resolve().parent.parent
