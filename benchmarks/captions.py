@@ -25,7 +25,7 @@ from transformers import logging as transformers_logging
 
 from benchmarks.timing import describe_conditions, median_ratio, report_results, summarize_rates, time_alternating
 from capivara_common.cli import flag, parse_arguments, run_command
-from captions.generate import PREFIXES_FILE, Captioner, read_prefixes
+from captions.captioners.blip2 import PREFIXES_FILE, PrefixCaptioner, read_prefixes
 
 IMAGE_SIDE, QUERY_TOKENS = 224, 32  # BLIP-2: side of an image in pixels; query tokens per image
 # Fields of the config that --widths divides
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     report_results(describe_conditions() | {"runs": args.runs, "measured": {"generate": measured}}, args.output)
 
 
-def build_scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Captioner:
+def build_scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> PrefixCaptioner:
     """Build a scaled-down BLIP-2 with random weights.
 
     The model has no end-of-sequence token, so that all captions have the same length.
@@ -94,7 +94,7 @@ def build_scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Capt
             torch.nn.init.normal_(parameter, std=0.02)
     model.language_model.generation_config.eos_token_id = None
     processor = BlipImageProcessor(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})
-    return Captioner(model, processor, tokenizer, args.new_tokens, len(prefixes) * args.images)
+    return PrefixCaptioner(model, processor, tokenizer, args.new_tokens, len(prefixes) * args.images)
 
 
 def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
@@ -111,7 +111,9 @@ def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
-def make_generation_steps(captioner: Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[], Tensor]]:
+def make_generation_steps(
+    captioner: PrefixCaptioner, prefixes: list[str], images: int
+) -> dict[str, Callable[[], Tensor]]:
     """Build the programs to compare, on random pixels.
 
     Args:

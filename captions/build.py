@@ -372,8 +372,8 @@ def check_columns(steps: list[StageArguments]) -> None:
     columns = [*stage.features, *first.check_columns(stage.features, stage.source.display_name)]
     for step in later:
         columns += step.check_columns(columns, f"{step.title}: the output of the stages before it")
-    for step in (step for step in steps if isinstance(step, TranslateArguments)):
-        step.check_translator()
+    for step in steps:
+        step.check_backend()
 
 
 def apply_corrections(steps: list[StageArguments], dataset: Path) -> None:

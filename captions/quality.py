@@ -10,7 +10,7 @@ from functools import lru_cache
 import regex
 
 from caption_data.rows import TOKEN_PATTERN
-from captions.translators import parse_language
+from captions.languages import parse_language
 
 QUALITY_FLAGS = ("empty", "copy", "wrong script", "length", "markup")
 # Up to this number of words, a translation may be equal to the source, because it may be a name ("Rio de Janeiro").
