@@ -22,7 +22,8 @@ import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from capivara_common.tasks import ExecutorArguments, Phase
 from caption_data.rows import CAPTION_COLUMN_RE, DATASET_HELP, NOT_CHOSEN
 from caption_data.sources import STAGE_FILE, read_stage_progress
 from captions.generate import GenerateArguments
+from captions.quality import QUALITY_FILE
 from captions.score import ScoreArguments
 from captions.select import SelectArguments
 from captions.stages import (
@@ -61,7 +63,7 @@ from captions.stages import (
     read_stage_record,
     remove_rows,
 )
-from captions.translate import QUALITY_FILE, TranslateArguments
+from captions.translate import TranslateArguments
 from eval.records.tables import escape_markdown
 
 # Sections of a config in the order in which they run. `translate` may be a list of sections, one per translator.
@@ -320,10 +322,15 @@ def build_dataset(args: BuildArguments) -> Path | None:
     for steps in plan.steps.values():
         if _describe_state(steps[0]) != "done":
             check_columns(steps)  # raises errors before a model is downloaded or loaded
+    for step in plan.all_steps():
+        if _describe_state(step) != "done":
+            step.check_backend()
     for line in describe_plan(plan):
         logger.info("%s", line)
     if args.dry_run:
         log_counts(plan)
+        for line in itertools.chain.from_iterable(map(_describe_work, plan.steps.values())):
+            logger.info("%s", line)
         return None
     for steps in plan.steps.values():
         apply_corrections(steps, plan.output / DATASET_FOLDER)
@@ -365,15 +372,13 @@ def check_columns(steps: list[StageArguments]) -> None:
 
     Raises:
         ValueError: If the dataset or the split does not exist, a stage lacks a required column or would overwrite an
-            existing column, or a translation model that is on this machine does not know a language.
+            existing column.
     """
     first, *later = steps
     stage = RowStage(first)
     columns = [*stage.features, *first.check_columns(stage.features, stage.source.display_name)]
     for step in later:
         columns += step.check_columns(columns, f"{step.title}: the output of the stages before it")
-    for step in steps:
-        step.check_backend()
 
 
 def apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
@@ -464,6 +469,24 @@ def describe_plan(plan: BuildPlan) -> list[str]:
                 reasons = failure_reasons(phase.log_folder)
                 lines += [f"    {phase}: task {rank}: {reason}" for rank, reason in reasons.items()]
     return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if all_done else 'not written yet'}"]
+
+
+def _describe_work(steps: list[StageArguments]) -> list[str]:
+    """Return lines that say what the stages of a split will request from servers.
+
+    A stage whose input does not exist yet is estimated from the captions of the source dataset.
+    """
+    lines, first = [], steps[0]
+    for number, step in enumerate(steps):
+        if _describe_state(step) == "done":
+            continue
+        is_ready = number == 0 or _describe_state(steps[number - 1]) == "done"
+        source = {name: getattr(first, name) for name in ("dataset", "rename", "image_column")}
+        args = step if is_ready else replace(step, **source)
+        if isinstance(args, GenerateArguments | TranslateArguments):
+            with suppress(ValueError):  # the source dataset can lack captions that an earlier stage will generate
+                lines += [f"{step.title}: {line}" for line in args.describe_work(RowStage(args))]
+    return lines
 
 
 def _describe_state(step: StageArguments) -> str:

@@ -14,8 +14,10 @@ does not send or wait itself, so that synchronous and asynchronous clients can u
 
 import random
 import re
+import time
 import urllib.parse
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 
 MAX_TRIES = 8  # largest number of attempts per request, with exponential backoff and jitter
 # Shortest and longest time between two attempts, in seconds. One minute is long enough, because quotas are usually per
@@ -47,10 +49,12 @@ class Retries:
     Args:
         service: Name of the service, with which error messages begin.
         advice: Sentences for the error message of a request that the service refuses, which say what to check.
+        max_tries: Largest number of attempts. Default: `MAX_TRIES`.
     """
 
-    def __init__(self, service: str, advice: str = ""):
+    def __init__(self, service: str, advice: str = "", max_tries: int | None = None):
         self.service, self.advice, self.failed = service, advice, 0
+        self.max_tries = MAX_TRIES if max_tries is None else max_tries
 
     def seconds_before_next(self, failure: Failure) -> float:
         """Count a failed attempt, and return the time to wait before the next attempt.
@@ -60,19 +64,31 @@ class Retries:
 
         Raises:
             ValueError: If the service refuses the request, so that another attempt would be useless.
-            ConnectionError: If the request has failed `MAX_TRIES` times.
+            ConnectionError: If the request has failed `max_tries` times.
         """
         self.failed += 1
         if not failure.is_temporary:
             advice = f" {self.advice}" if self.advice else ""
             raise ValueError(f"{self.service} refuses the request.{advice} Reason: {failure.reason}")
-        if self.failed == MAX_TRIES:
+        if self.failed >= self.max_tries:
             raise ConnectionError(
-                f"{self.service} has failed {MAX_TRIES} times. The last reason: {failure.reason}. All finished work is "
-                "saved; run the same command again to continue."
+                f"{self.service} has failed {self.failed} times. The last reason: {failure.reason}. All finished work "
+                "is saved; run the same command again to continue."
             )
         wait = min(FIRST_WAIT_S * 2 ** (self.failed - 1), MAX_WAIT_S) * random.uniform(0.5, 1.0)
         return max(wait, min(failure.retry_after_s or 0, MAX_RETRY_AFTER_S))
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """Return the seconds of a header Retry-After, which states seconds or a date; None if missing or invalid."""
+    try:
+        return float(value or "")
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value or "").timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
 
 
 def hide_key(text: str, key: str) -> str:

@@ -97,6 +97,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     rename: list[str] = flag([], "Columns to rename, as OLD=NEW, for example caption=captions-en.")
     batch_rows: int = flag(16, "Rows to process at the same time.")
     rows_per_part: int = flag(500, "Rows per output file. An interrupted task loses at most one file.")
+    dry_run: bool = flag(False, "Check the flags, the data and the server, print what would be done, and exit.")
 
     def __post_init__(self) -> None:
         self.dataset, self.output = self.dataset.rstrip("/") or self.dataset, Path(self.output)
@@ -788,11 +789,18 @@ def run_stage_command(
         argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Returns:
-        The flags; None if a person must first fill a translation table, or if the jobs were submitted to Slurm.
+        The flags; None after a dry run, if a person must first fill a translation table, or if the jobs were submitted
+        to Slurm.
     """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     args = parse_arguments(arguments_type, description, argv)
+    if args.dry_run:
+        stage = RowStage(args)
+        missing = sum(len(part) for part in stage.parts if not stage.path(part).is_file())
+        args.check_backend()
+        print("\n".join([f"{args.output}: {missing:,} rows are missing", *args.describe_work(stage)]))
+        return None
     if args.pending_manual_step():
         logger.info(
             "Manual step: %s Fill its last column, then run the same command again.", args.request_manual_step()

@@ -4,6 +4,8 @@ r"""Translate captions into another language with a model, a service, a server o
     python -m captions.translate --dataset data/generated --output data/xh --language xh --workers 4 \
         --model facebook/nllb-200-distilled-600M --precision bf16
     python -m captions.translate --dataset data/generated --output data/hi --language hi --backend google
+    python -m captions.translate --dataset data/generated --output data/hi --language hi --backend chat \
+        --base_url http://localhost:8000/v1 --model Qwen/Qwen3-8B
     python -m captions.translate --dataset data/generated --output data/yo --language yo --backend file --import yo.tsv
 
 With the language pt, the column `captions-en` is translated to `captions-pt`, and `generated-captions-en` to
@@ -31,7 +33,7 @@ from capivara_common.cli import check_at_least, flag, run_command
 from capivara_common.files import read_json, write_json
 from caption_data.rows import CAPTIONS_FEATURE
 from captions.languages import parse_language
-from captions.quality import QUALITY_FLAGS
+from captions.quality import QUALITY_FILE, QUALITY_FLAGS
 from captions.sentences import (
     CAPTION_KINDS,
     QUALITY_FEATURES,
@@ -39,13 +41,12 @@ from captions.sentences import (
     translate_row,
     translated_columns,
 )
-from captions.stages import RowStage, StageArguments, batch_by_length, run_stage_command
+from captions.stages import RowStage, StageArguments, batch_by_length, read_stage_record, run_stage_command
 from captions.translation_memory import TranslationMemory
 from captions.translators import TRANSLATORS
 from captions.translators.base import Answer, Translator
 from captions.translators.seq2seq import PAPER_MODEL
 
-QUALITY_FILE = "quality.json"
 EXAMPLES_PER_FLAG = 5  # examples per flag in quality.json
 MAX_EXAMPLE_CHARACTERS = 200  # longer examples are shortened, because a sentence may be very long
 
@@ -151,6 +152,18 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         """
         TRANSLATORS[self.backend].check(self)
 
+    def describe_work(self, stage: RowStage) -> list[str]:
+        """Return lines for a dry run that say what will be requested from a server, such as requests and tokens.
+
+        Args:
+            stage: The opened rows.
+        """
+        translator = TRANSLATORS[self.backend]
+        if not translator.has_estimate:
+            return []
+        sentences = set(distinct_sentences(self, stage.source, [range(len(stage.source))]))
+        return [f"{len(sentences):,} distinct captions", *translator.describe_work(self, sorted(sentences))]
+
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
         """Load the translator, or read the translation table.
 
@@ -203,6 +216,9 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
                         flag_report["captions"] += 1
                         if len(flag_report["examples"]) < EXAMPLES_PER_FLAG:
                             flag_report["examples"].append(example)
+        if TRANSLATORS[self.backend].has_estimate:
+            fingerprint = read_stage_record(self.output)["settings"]["translator"]
+            report["usage"] = open_memory(self, fingerprint).count_usage()
         write_json(self.output / QUALITY_FILE, report)
 
 

@@ -15,11 +15,10 @@ from caption_data.rows import json_digest
 from caption_data.sources import open_parquet
 from captions.journal import Journal, read_journal
 from captions.stages import atomic_parquet
-from captions.translators.base import Answer
+from captions.translators.base import USAGE_FIELDS, Answer
 
 # Columns of the parquet files of a translation memory: a sentence and its translation.
 PAIR_SCHEMA = pa.schema({"source": pa.string(), "translation": pa.string()})
-USAGE_FIELDS = ("retried", "prompt_tokens", "completion_tokens")  # fields of `Answer` that are counted
 # Columns if the translator states faults and tokens of its answers.
 ANSWER_SCHEMA = pa.schema([*PAIR_SCHEMA, ("fault", pa.string()), *((name, pa.int32()) for name in USAGE_FIELDS)])
 MEMORY_BATCH_ROWS = 10_000  # sentences of a translation memory that are read at the same time

@@ -1,6 +1,7 @@
 """The backends of `captions.translate`: each is a module with a class that implements `base.Translator`."""
 
 from captions.translators.base import Translator
+from captions.translators.chat import ChatTranslator
 from captions.translators.file import FileTranslator
 from captions.translators.google import GoogleTranslator
 from captions.translators.seq2seq import Seq2SeqTranslator
@@ -10,4 +11,5 @@ TRANSLATORS: dict[str, type[Translator]] = {
     "transformers": Seq2SeqTranslator,
     "google": GoogleTranslator,
     "file": FileTranslator,
+    "chat": ChatTranslator,
 }

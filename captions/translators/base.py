@@ -17,6 +17,9 @@ BOUNDARIES = (r"(?<=[.!?…।॥؟])\s+|(?<=[。！？])|\n+", r"(?<=[,;:،؛�
 SENTENCES_PER_ROW = 8
 
 
+USAGE_FIELDS = ("retried", "prompt_tokens", "completion_tokens")  # fields of `Answer` that reports add up
+
+
 @dataclass(frozen=True)
 class Answer:
     """Answer of a model to the request for one text, as far as reports and cards need it.
@@ -46,6 +49,7 @@ class Translator(Protocol):
         flags: Dataclass with the flags of the backend, which become flags of `captions.translate`.
         needs_table: Whether translations come from a table that people fill (`--import`). Otherwise, they are stored in
             the translation memory.
+        has_estimate: Whether `describe_work` says anything.
         name: Name for messages.
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
             Translators with equal fingerprints share their stored translations.
@@ -56,6 +60,7 @@ class Translator(Protocol):
 
     flags: ClassVar[type]
     needs_table: ClassVar[bool] = False
+    has_estimate: ClassVar[bool] = False
     name: str
     fingerprint: dict[str, Any]
     on_answer: Callable[[str, Answer], None] | None = None
@@ -90,6 +95,16 @@ class Translator(Protocol):
     def translate(self, sentences: list[str]) -> list[str]:
         """Translate sentences, and return one translation per sentence, in order. Sentences must not be blank."""
         ...
+
+    @classmethod
+    def describe_work(cls, args: Any, sentences: list[str]) -> list[str]:
+        """Return lines for a dry run that say what will be requested from a server, such as requests and tokens.
+
+        Args:
+            args: Flags of `captions.translate`.
+            sentences: Sentences to translate.
+        """
+        return []
 
     def describe_usage(self) -> str:
         """Return a note for the progress bar, such as tokens per second and cost; "" if there is nothing to say."""
