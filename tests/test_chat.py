@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from caption_tars import picture, saved_train
-from chat_server import KEY, chat_service
+from chat_server import KEY, chat_service, reversed_text
 from datasets import Image, Value
 
 from capivara_common.files import read_json
@@ -294,6 +294,7 @@ def test_captions_are_generated_in_the_language(service, dataset, tmp_path):
     report = read_json(tmp_path / "out" / "quality.json")
     assert report["usage"]["prompt_tokens"] == 40 * ROWS and report["flagged"] == 0
     assert not list((tmp_path / "out").glob("*.answers.jsonl"))
+    service.answer = reversed_text
     translate(translation_flags(service, str(tmp_path / "out"), tmp_path / "pt"))
     names = written(tmp_path / "pt")[0].keys()
     assert {"captions-pt", "generated-captions-pt"} <= names and sent(service)[4 * ROWS :], (

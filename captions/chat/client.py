@@ -297,7 +297,9 @@ class ChatClient:
         """Explain the exception that a request raised, in one line and without the key."""
         import openai
 
-        reason = hide_key(" ".join(f"{error}".split()), self._key)[:MAX_REASON_CHARACTERS] or type(error).__name__
+        # The message of a connection error is in its cause.
+        text = f"{error}" if getattr(error, "status_code", None) else f"{error.__cause__ or error}"
+        reason = hide_key(" ".join(text.split()), self._key)[:MAX_REASON_CHARACTERS] or type(error).__name__
         if isinstance(error, openai.APIStatusError):
             status = error.status_code
             advice = ADVICE.get(status, REDIRECT_ADVICE if status < 400 else BAD_REQUEST_ADVICE)
@@ -310,6 +312,8 @@ class ChatClient:
             reason = f"no complete answer within {self._args.timeout:g} s (--timeout)"
         elif not isinstance(error, openai.APIConnectionError | OSError):
             reason = "the response was no chat completion; does --base_url lead to the API of the server?"
+        else:
+            reason = f"no connection: {reason}"
         return Failure(reason, is_temporary=True)
 
     def describe_usage(self) -> str:
