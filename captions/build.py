@@ -30,6 +30,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import yaml
 from datasets import Features
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
@@ -86,7 +87,7 @@ BUILD_FILE = "build.json"  # JSON file in the dataset with all values of the dat
 SIMILARITY_PLOT_FILE = "similarities.png"  # histogram of similarities, from the report of `captions.select`
 CARD_TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
 # Settings that the dataset card does not show: digests, long lists, and values that do not help a reader.
-HIDDEN_SETTINGS_RE = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|existing|target)(\.|$)")
+HIDDEN_SETTINGS_RE = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|prompts|existing|target)(\.|$)")
 logger = logging.getLogger("capivara")
 
 
@@ -148,6 +149,8 @@ def read_build_plan(
     """
     content = {key: value for key, value in read_yaml_config(config).items() if value not in ("", "~", "null")}
     content |= {key: str(value) for key, value in overrides.items() if value is not None}
+    for section in (content, *(part for value in content.values() for part in _as_list(value))):
+        _refuse_keys_of_services(section, config)
     _check_keys(content, [*CONFIG_KEYS, *STAGES], str(config))
     for key in REQUIRED_KEYS:
         if not content.get(key):
@@ -170,6 +173,16 @@ def read_build_plan(
     steps = {train: _plan_steps(content, chain, train, executor_flags or {}, config)}
     steps |= {split: _plan_steps(content, translations, split, executor_flags or {}, config) for split in evaluation}
     return BuildPlan(steps, Path(content["output"]), content["language"], card)
+
+
+def _refuse_keys_of_services(section: Any, config: Path) -> None:
+    """Raise ValueError if a section of a config holds a key of a service. The message does not contain the value."""
+    for name in section if isinstance(section, dict) else ():
+        if re.fullmatch(r"((openai|google)_?)?(api_?)?(key|token|secret|password)", str(name).lower()):
+            raise ValueError(
+                f"{config} must not contain {name}: a key belongs in the environment variable OPENAI_API_KEY or "
+                "GOOGLE_API_KEY. Remove it, and replace the key if others could read the file."
+            )
 
 
 def _plan_steps(content: dict, chain: list[tuple[str, dict]], split: str, executor_flags: dict, config: Path) -> list:
@@ -624,6 +637,9 @@ def _step_metadata(step: StageArguments) -> dict[str, Any]:
     if quality.is_file():
         report_of_quality = read_json(quality, captions=int, flagged=int)
         quality_counts = {key: report_of_quality[key] for key in ("captions", "flagged")}
+        if usage := report_of_quality.get("usage"):  # a language model on a server
+            flags = {name: flag["captions"] for name, flag in report_of_quality["flags"].items() if flag["captions"]}
+            quality_counts |= {"flags": flags, "usage": usage}
     return {
         "name": step.output.parent.name.partition("-")[2],
         "settings": hide_paths(record["settings"]),
@@ -666,6 +682,12 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
         translations=translations or None,  # training copies this value to model cards
         configs=[{"config_name": "default", "data_files": files}],
     )
+    prompts = {  # prompts of language models, by stage; all splits have the same ones
+        step["name"]: yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
+        for split in splits
+        for step in split["steps"]
+        if (content := (step["settings"].get("translator") or step["settings"]).get("prompts"))
+    }
     text = DatasetCard.from_template(
         data,
         template_path=str(CARD_TEMPLATE),
@@ -676,6 +698,7 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
         stages=stages,
         translators=translators,
         plot_file=plot_file,
+        prompts=prompts,
         escape=escape_markdown,  # used for all texts that come from the config or the data
         code=lambda name: "`" + re.sub(r"[`|\s]", "_", name) + "`",
         link=lambda name, url: f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name,

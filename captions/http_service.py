@@ -71,9 +71,10 @@ class Retries:
             advice = f" {self.advice}" if self.advice else ""
             raise ValueError(f"{self.service} refuses the request.{advice} Reason: {failure.reason}")
         if self.failed >= self.max_tries:
+            reason = failure.reason.rstrip(".")
             raise ConnectionError(
-                f"{self.service} has failed {self.failed} times. The last reason: {failure.reason.rstrip('.')}. All finished "
-                "work is saved; run the same command again to continue."
+                f"{self.service} has failed {self.failed} times. The last reason: {reason}. All finished work is "
+                "saved; run the same command again to continue."
             )
         wait = min(FIRST_WAIT_S * 2 ** (self.failed - 1), MAX_WAIT_S) * random.uniform(0.5, 1.0)
         return max(wait, min(failure.retry_after_s or 0, MAX_RETRY_AFTER_S))

@@ -6,9 +6,11 @@ Endless repetitions are detected only by the length of the translation.
 
 import re
 from functools import lru_cache
+from pathlib import Path
 
 import regex
 
+from capivara_common.files import read_json
 from caption_data.rows import TOKEN_PATTERN
 from captions.languages import parse_language
 
@@ -94,6 +96,22 @@ def find_caption_flags(caption: str, language: str) -> list[str]:
         "markup": bool(MARKUP_RE.search(caption)),
     }
     return [name for name, is_flagged in checks.items() if is_flagged]
+
+
+def summarize_quality(path: Path, noun: str) -> str:
+    """Return a summary of a file `quality.json`: the number of texts with each quality flag, and the tokens used.
+
+    Args:
+        path: The file.
+        noun: What the file counts, for example "translations".
+    """
+    report = read_json(path, captions=int, flagged=int, flags=dict)
+    lines = [f"{report['flagged']:,} of {report['captions']:,} {noun} look wrong, see {path}."]
+    lines += [f"{flag['captions']:12,}  {name}" for name, flag in report["flags"].items() if flag["captions"]]
+    if usage := report.get("usage"):
+        read, written, retried = (usage[name] for name in ("prompt_tokens", "completion_tokens", "retried"))
+        lines.append(f"Tokens: {read:,} read, {written:,} written. Answers requested twice: {retried:,}.")
+    return "\n".join(lines)
 
 
 def _count_letters(text: str) -> int:

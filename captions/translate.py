@@ -30,10 +30,10 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from capivara_common.cli import check_at_least, flag, run_command
-from capivara_common.files import read_json, write_json
+from capivara_common.files import write_json
 from caption_data.rows import CAPTIONS_FEATURE
 from captions.languages import parse_language
-from captions.quality import QUALITY_FILE, QUALITY_FLAGS
+from captions.quality import QUALITY_FILE, QUALITY_FLAGS, summarize_quality
 from captions.sentences import (
     CAPTION_KINDS,
     QUALITY_FEATURES,
@@ -218,7 +218,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
                             flag_report["examples"].append(example)
         if TRANSLATORS[self.backend].has_estimate:
             fingerprint = read_stage_record(self.output)["settings"]["translator"]
-            report["usage"] = open_memory(self, fingerprint).count_usage()
+            report |= {"translator": fingerprint, "usage": open_memory(self, fingerprint).count_usage()}
         write_json(self.output / QUALITY_FILE, report)
 
 
@@ -287,11 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = run_stage_command(TranslateArguments, __doc__, argv)
     if args is not None:
-        report = read_json(args.output / QUALITY_FILE)
-        counts = {name: flag_report["captions"] for name, flag_report in report["flags"].items()}
-        lines = "".join(f"\n{count:12,}  {name}" for name, count in counts.items() if count)
-        path = args.output / QUALITY_FILE
-        print(f"{report['flagged']:,} of {report['captions']:,} translations look wrong, see {path}.{lines}")
+        print(summarize_quality(args.output / QUALITY_FILE, "translations"))
 
 
 if __name__ == "__main__":

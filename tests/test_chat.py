@@ -2,12 +2,16 @@
 
 import json
 import logging
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from caption_tars import picture, saved_train
+import yaml
+from caption_build import CARD
+from caption_tars import picture, rows_of, saved_train
 from chat_server import KEY, chat_service, reversed_text
 from datasets import Image, Value
 
@@ -15,10 +19,14 @@ from capivara_common.files import read_json
 from caption_data.rows import CAPTIONS_FEATURE
 from caption_data.sources import open_split
 from captions import http_service
+from captions.build import BuildArguments, build_dataset
 from captions.generate import main as generate
 from captions.stages import check_complete
 from captions.translate import main as translate
+from captions.translation_memory import TranslationMemory
+from captions.translators.base import Answer
 
+ROOT = Path(__file__).resolve().parent.parent
 ROWS = 12
 
 
@@ -438,3 +446,111 @@ def test_a_dry_run_counts_requests_and_asks_the_server(service, dataset, tmp_pat
     service.always = 401
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
         translate(translation_flags(service, dataset, tmp_path / "pt", "--dry_run"))
+
+
+# Killed runs
+
+
+def test_a_memory_reads_the_journals_of_killed_runs(tmp_path):
+    memory = TranslationMemory(tmp_path, {"model": "m"})
+    memory.append("a cat", Answer("um gato", None, 10, 2))
+    memory.append("a fish", Answer("", "refused", 10, 9, True))
+    (journal,) = memory.folder.glob("*.jsonl")
+    with journal.open("ab") as file:
+        file.write(b'{"source": "a do')  # a killed process can leave half a line
+    after = TranslationMemory(tmp_path, {"model": "m"})
+    assert after.find(["a cat", "a fish", "a dog"]) == {"a cat": "um gato", "a fish": ""}
+    assert after.faults == {"a fish": "refused"}
+    after.append("a dog", Answer("um cão", None, 5, 1))
+    assert len(list(memory.folder.glob("*.jsonl"))) == 2, "each process has a journal of its own"
+    after.add({"a dog": "um cão"})
+    assert list(memory.folder.glob("*.jsonl")) == [journal]
+    expected = {"answers": 3, "retried": 1, "prompt_tokens": 25, "completion_tokens": 12}
+    assert TranslationMemory(tmp_path, {"model": "m"}).count_usage() == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["translate", "generate"])
+def test_a_killed_run_loses_only_requests_in_flight(service, dataset, tmp_path, command):
+    make = translation_flags if command == "translate" else caption_flags
+    total = 8 if command == "translate" else 4 * ROWS
+    words = make(service, dataset, tmp_path / "out", "--concurrency", "2", "--batch_rows", "4")
+    service.delay_s = 0.3
+    with subprocess.Popen([sys.executable, "-m", f"captions.{command}", *words], cwd=ROOT, stderr=-3) as process:
+        while len(service.requests) < 6 and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    assert len(service.requests) >= 6, "the run was killed too early"
+    service.delay_s = 0
+    subprocess.run([sys.executable, "-m", f"captions.{command}", *words], cwd=ROOT, check=True, capture_output=True)
+    contents = Counter(json.dumps(request["messages"]) for request in service.requests)
+    assert len(contents) == total and sum(contents.values()) - total <= 2, "at most two requests were in flight"
+    assert check_complete(tmp_path / "out").rows == ROWS
+    if command == "translate":
+        check_rows(tmp_path / "out")
+
+
+# Builds
+
+
+@pytest.fixture
+def config(service, dataset, tmp_path, monkeypatch):
+    """A config that generates captions in Portuguese and translates the original ones, both by the server."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    server = {"base_url": service.url, "model": "stand-in"}
+    content = {
+        "dataset": dataset,
+        "output": str(tmp_path / "built"),
+        "language": "pt",
+        "generate": {"captioner": "chat", "caption_language": "pt", **server},
+        "translate": {"backend": "chat", **server},
+        "card": CARD,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    return tmp_path / "config.yaml"
+
+
+def test_a_build_by_a_server(service, config, tmp_path):
+    service.faults[:] = ["length", "length", "length", "length"]
+    folder = build_dataset(BuildArguments(config))
+    rows = rows_of(folder)
+    assert len(rows) == ROWS
+    assert all(row["captions-pt"] == [text[::-1] for text in row["captions-en"]] for row in rows)
+    counts = [len(row["generated-captions-pt"]) for row in rows]
+    assert "generated-captions-en" not in rows[0] and 4 * ROWS - 4 <= sum(counts) <= 4 * ROWS
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "model stand-in" in card and "temperature 0.0" in card and "tokens" in card
+    assert "4 bad answers were requested again" in card or "truncated" in card
+    assert "Você escreve legendas" in card and "{{ text }}" in card
+    assert KEY not in card + (folder / "build.json").read_text()
+    count = len(service.requests)
+    build_dataset(BuildArguments(config))
+    assert len(service.requests) == count
+
+
+def test_a_dry_run_of_a_build_estimates_all_stages(service, config, tmp_path, caplog):
+    with caplog.at_level("INFO", "capivara"):
+        build_dataset(BuildArguments(config, dry_run=True))
+    assert "1-generate, train: 12 images, 48 requests" in caplog.text
+    assert "2-translate, train: 8 distinct captions" in caplog.text
+    assert len(service.keys) == 2 and not service.requests and not (tmp_path / "built" / "1-generate").exists()
+    service.always = 401
+    with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+        build_dataset(BuildArguments(config))
+
+
+@pytest.mark.parametrize("place", ["generate", "translate", None])
+def test_a_key_in_a_config_is_refused(service, config, place):
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    (content[place] if place else content)["api_key"] = "sk-secret"
+    config.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"api_key.*OPENAI_API_KEY") as caught:
+        build_dataset(BuildArguments(config, dry_run=True))
+    assert "sk-secret" not in str(caught.value) and not service.keys
+
+
+def test_servers_on_the_nodes_of_a_cluster_are_not_asked_by_the_login_node(service, config, caplog):
+    flags = {"executor": "slurm", "tasks": 2, "partition": "gpu", "time": "01:00:00"}
+    with caplog.at_level("INFO", "capivara"):
+        build_dataset(BuildArguments(config, dry_run=True, **flags))
+    assert not service.keys and "48 requests" in caplog.text

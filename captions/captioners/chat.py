@@ -29,7 +29,7 @@ from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, is_server_bes
 from captions.chat.prompts import CaptionPrompts
 from captions.journal import Journal, read_journal
 from captions.quality import QUALITY_FILE, find_caption_flags
-from captions.stages import DECODED_KEY, RowStage
+from captions.stages import DECODED_KEY, RowStage, read_stage_record
 from captions.translators.base import USAGE_FIELDS, Answer
 
 JPEG_QUALITY = 90
@@ -224,7 +224,8 @@ class ChatCaptioner(Captioner):
                 counts.update(name for answer in quality["flagged"] for name in answer["flags"])
                 usage.update({name: quality[name] for name in USAGE_FIELDS})
         flags = {name: {"captions": count} for name, count in counts.most_common()}
-        write_json(args.output / QUALITY_FILE, report | {"flags": flags, "usage": dict(usage)})
+        report |= {"flags": flags, "captioner": read_stage_record(args.output)["settings"], "usage": dict(usage)}
+        write_json(args.output / QUALITY_FILE, report)
         for path in args.output.glob(f"*{JOURNAL_SUFFIX}"):
             path.unlink(missing_ok=True)
 
