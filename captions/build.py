@@ -683,7 +683,7 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
         configs=[{"config_name": "default", "data_files": files}],
     )
     prompts = {  # prompts of language models, by stage; all splits have the same ones
-        step["name"]: yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
+        step["name"]: yaml.dump(content, Dumper=_TextDumper, allow_unicode=True, sort_keys=False)
         for split in splits
         for step in split["steps"]
         if (content := (step["settings"].get("translator") or step["settings"]).get("prompts"))
@@ -705,6 +705,18 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
         settings=_describe_settings,
     )
     return f"{text}\n"
+
+
+class _TextDumper(yaml.SafeDumper):
+    """YAML dumper that writes texts of several lines as they are."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Return the YAML node of a text, in block style if the text has several lines."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_TextDumper.add_representer(str, _represent_text)
 
 
 def _describe_settings(settings: dict[str, Any]) -> str:

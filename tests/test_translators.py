@@ -3,7 +3,9 @@
 import logging
 import re
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from google_server import KEY, google_service, translated
 from seq2seq_models import m2m100_folder, marian_folder
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer
 
+from capivara_common.cli import flag
 from captions import http_service
+from captions.stages import RowStage
 from captions.translators import google as google_module
 from captions.translators import seq2seq
-from captions.translators.base import split_text
+from captions.translators.base import Translator, split_text
 from captions.translators.google import GOOGLE_MAX_CHARACTERS, GoogleTranslator
 from captions.translators.seq2seq import Seq2SeqTranslator
 
@@ -147,6 +151,18 @@ def test_other_models_are_refused(tmp_path, tiny_folder):
     for name in (str(tmp_path / "nothing"), str(tiny_folder), "owner/no-such-model"):
         with pytest.raises(ValueError, match=re.escape(name)):
             Seq2SeqTranslator(name, "pt")
+
+
+def test_the_translator_of_the_guide_works():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?class ShoutTranslator.*?)```", page, re.DOTALL)
+    names = {"dataclass": dataclass, "flag": flag, "Translator": Translator, "Any": Any, "Self": Self}
+    names["RowStage"] = RowStage
+    exec(code, names)
+    backend = names["ShoutTranslator"]
+    args = names["ShoutFlags"](shout_marks=2)
+    assert backend.load(args, None).translate(["a cat", "a dog"]) == ["A CAT!!", "A DOG!!"]
+    assert not backend.needs_table and backend.check_flags(args) is None and backend.check(args) is None
 
 
 # Google

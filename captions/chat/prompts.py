@@ -3,6 +3,7 @@
 All templates are rendered once before any work, so that a mistake in a file is reported at once.
 """
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ TRANSLATION_KEYS, CAPTION_KEYS = ("system", "user", "lines", "examples"), ("syst
 PROBE = "a cat on a mat 4711"  # text with which templates are tried
 # Prompts can come from other people, so that templates run in a sandbox.
 _ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined)
+
+_compile_template = lru_cache(_ENVIRONMENT.from_string)  # compilation takes longer than a request
 
 Message = dict[str, Any]  # a message of OpenAI's protocol, with the keys "role" and "content"
 
@@ -64,7 +67,7 @@ class Prompts:
         try:
             if not isinstance(template, str):
                 raise TypeError(f"the template must be a text, got {template!r}; quote texts that begin with {{{{")
-            text = _ENVIRONMENT.from_string(template).render(values).strip()
+            text = _compile_template(template).render(values).strip()
         except Exception as error:  # a template can raise any error
             raise ValueError(
                 f"{self.path}: `{key}` can't be rendered: {error}. Variables: {', '.join(values)}."
