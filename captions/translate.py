@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from capivara_common.cli import check_at_least, flag, run_command
 from capivara_common.files import write_json
 from caption_data.rows import CAPTIONS_FEATURE
+from captions.chat.answers import Answer
 from captions.languages import parse_language
 from captions.quality import QUALITY_FILE, QUALITY_FLAGS, summarize_quality
 from captions.sentences import (
@@ -44,7 +45,7 @@ from captions.sentences import (
 from captions.stages import RowStage, StageArguments, batch_by_length, read_stage_record, run_stage_command
 from captions.translation_memory import TranslationMemory
 from captions.translators import TRANSLATORS
-from captions.translators.base import Answer, Translator
+from captions.translators.base import Translator
 from captions.translators.seq2seq import PAPER_MODEL
 
 EXAMPLES_PER_FLAG = 5  # examples per flag in quality.json

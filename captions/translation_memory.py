@@ -13,9 +13,9 @@ import pyarrow as pa
 from capivara_common.files import write_json
 from caption_data.rows import json_digest
 from caption_data.sources import open_parquet
+from captions.chat.answers import USAGE_FIELDS, Answer
 from captions.journal import Journal, read_journal
 from captions.stages import atomic_parquet
-from captions.translators.base import USAGE_FIELDS, Answer
 
 # Columns of the parquet files of a translation memory: a sentence and its translation.
 PAIR_SCHEMA = pa.schema({"source": pa.string(), "translation": pa.string()})

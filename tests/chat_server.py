@@ -36,7 +36,7 @@ class FaultyServer(ChatServer):
         always: Fault of all requests that have no other.
         keys: Authorization headers of all requests.
         requests: Bodies of all requests for more than one token, in the order in which they arrived.
-        elsewhere: Paths of requests that followed a redirect.
+        redirect: Address to which the statuses 302 and 307 redirect.
         most: Largest number of requests at the same time.
         choices: Number of choices per answer; None for the requested number.
         model: Name of the model that answers report.
@@ -47,7 +47,7 @@ class FaultyServer(ChatServer):
     always: int | str | None = None
     keys: list[str] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
-    elsewhere: list[str] = field(default_factory=list)
+    redirect: str = ""
     most: int = 0
     choices: int | None = None
     model: str = MODEL
@@ -80,7 +80,7 @@ class FaultyServer(ChatServer):
         if isinstance(fault, int):
             headers = {"Retry-After": "2"} if fault == 429 else {}
             if fault in (302, 307):
-                headers = {"Location": self.url.replace("127.0.0.1", "localhost").replace("/v1", "/elsewhere")}
+                headers = {"Location": self.redirect}
             return handler.send_json({"error": {"message": f"status {fault} for {key}"}}, fault, headers)
         if fault == "quota":
             return handler.send_json({"error": {"message": "no money", "code": "insufficient_quota"}}, 429)

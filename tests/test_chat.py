@@ -20,11 +20,11 @@ from caption_data.rows import CAPTIONS_FEATURE
 from caption_data.sources import open_split
 from captions import http_service
 from captions.build import BuildArguments, build_dataset
+from captions.chat.answers import Answer
 from captions.generate import main as generate
 from captions.stages import check_complete
 from captions.translate import main as translate
 from captions.translation_memory import TranslationMemory
-from captions.translators.base import Answer
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 12
@@ -150,9 +150,12 @@ def test_retry_after_pauses_all_requests(service, dataset, tmp_path):
 )
 def test_permanent_faults_end_the_run_in_one_line(service, dataset, tmp_path, fault, message):
     service.faults[:] = [None, None, fault]
-    with pytest.raises(ValueError, match=message) as caught:
-        translate(translation_flags(service, dataset, tmp_path / "pt", "--concurrency", "1"))
-    assert "\n" not in str(caught.value) and KEY not in str(caught.value) and not service.elsewhere
+    with chat_service() as elsewhere:
+        service.redirect = f"{elsewhere.url}/chat/completions"
+        with pytest.raises(ValueError, match=message) as caught:
+            translate(translation_flags(service, dataset, tmp_path / "pt", "--concurrency", "1"))
+        assert not elsewhere.keys, "redirects are not followed"
+    assert "\n" not in str(caught.value) and KEY not in str(caught.value)
     assert len(service.requests) == 3, "the request is not repeated"
     translate(translation_flags(service, dataset, tmp_path / "pt"))
     check_rows(tmp_path / "pt")
@@ -268,7 +271,7 @@ def test_the_key_is_never_shown_or_stored(service, dataset, tmp_path, caplog, ca
         assert KEY not in str(caught.value) and caught.value.__cause__ is None
     service.always = None
     translate(translation_flags(service, dataset, tmp_path / "pt"))
-    assert set(service.keys) == {f"Bearer {KEY}"} and not service.elsewhere
+    assert set(service.keys) == {f"Bearer {KEY}"}
     stored = [path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
     assert not [text for text in [caplog.text, *capfd.readouterr(), *stored] if KEY in text]
 

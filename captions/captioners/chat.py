@@ -23,14 +23,13 @@ from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE
 from captions.captioners.base import Captioner
 from captions.captioners.blip2 import DEFAULT_MODEL
-from captions.chat.answers import answer_schema, clean_answer, find_fault, read_json_value
+from captions.chat.answers import USAGE_FIELDS, Answer, answer_schema, clean_answer, find_fault, read_json_value
 from captions.chat.client import ChatClient, Choice
 from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, is_server_beside_tasks, logger, sampling_settings
 from captions.chat.prompts import CaptionPrompts
 from captions.journal import Journal, read_journal
 from captions.quality import QUALITY_FILE, find_caption_flags
 from captions.stages import DECODED_KEY, RowStage, read_stage_record
-from captions.translators.base import USAGE_FIELDS, Answer
 
 JPEG_QUALITY = 90
 PROBE_SIDE = 32  # pixels; side of the gray image with which a server is tried

@@ -17,6 +17,7 @@ Then `find_fault` names an answer that is no caption at all. Other problems, suc
 
 import json
 import re
+from dataclasses import dataclass
 
 from captions.quality import REFUSED, TRUNCATED
 
@@ -49,6 +50,28 @@ REFUSAL_RE = re.compile(
     re.IGNORECASE,
 )
 LINE_RE = re.compile(r"^\s*(\d+)\s*[.):\]-]\s*(.*\S)\s*$")
+
+
+USAGE_FIELDS = ("retried", "prompt_tokens", "completion_tokens")  # fields of `Answer` that reports add up
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer of a model to the request for one text, as far as reports and cards need it.
+
+    Attributes:
+        text: The text; "" if the model did not give a usable answer.
+        fault: What is wrong with the answer ("refused" or "truncated"); None if nothing is known to be wrong.
+        prompt_tokens: Number of tokens that the model has read.
+        completion_tokens: Number of tokens that the model has written.
+        retried: Whether the first answer was bad, so that the request was sent again.
+    """
+
+    text: str
+    fault: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    retried: bool = False
 
 
 def clean_answer(text: str, source: str = "") -> str:

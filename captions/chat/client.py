@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from captions.chat.answers import Answer
 from captions.chat.flags import parse_extra_body
 from captions.chat.prompts import Message
 from captions.http_service import (
@@ -25,7 +26,6 @@ from captions.http_service import (
     hide_key,
     parse_retry_after,
 )
-from captions.translators.base import Answer
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 NO_KEY = "no-key"  # sent if the variable is not set: servers of one's own need no key, but the client requires one

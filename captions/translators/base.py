@@ -4,9 +4,9 @@ import itertools
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
+from captions.chat.answers import Answer
 from captions.stages import RowStage, batch_by_length
 
 # Regular expressions of positions at which to split a long text, in order of preference: between sentences (in Chinese
@@ -15,28 +15,6 @@ BOUNDARIES = (r"(?<=[.!?…।॥؟])\s+|(?<=[。！？])|\n+", r"(?<=[,;:،؛�
 
 # Translations are saved after every `SENTENCES_PER_ROW * batch_rows` sentences.
 SENTENCES_PER_ROW = 8
-
-
-USAGE_FIELDS = ("retried", "prompt_tokens", "completion_tokens")  # fields of `Answer` that reports add up
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Answer of a model to the request for one text, as far as reports and cards need it.
-
-    Attributes:
-        text: The text; "" if the model did not give a usable answer.
-        fault: What is wrong with the answer ("refused" or "truncated"); None if nothing is known to be wrong.
-        prompt_tokens: Number of tokens that the model has read.
-        completion_tokens: Number of tokens that the model has written.
-        retried: Whether the first answer was bad, so that the request was sent again.
-    """
-
-    text: str
-    fault: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    retried: bool = False
 
 
 class Translator(Protocol):

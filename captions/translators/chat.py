@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from capivara_common.cli import check_at_least, flag
-from captions.chat.answers import answer_schema, clean_answer, find_fault, read_json_value, split_lines
+from captions.chat.answers import Answer, answer_schema, clean_answer, find_fault, read_json_value, split_lines
 from captions.chat.client import ChatClient, Choice
 from captions.chat.flags import (
     CHAT,
@@ -23,7 +23,7 @@ from captions.chat.flags import (
 from captions.chat.prompts import TranslationPrompts
 from captions.quality import REFUSED, TRUNCATED, find_quality_flags
 from captions.stages import RowStage
-from captions.translators.base import Answer, Translator, split_text
+from captions.translators.base import Translator, split_text
 
 MAX_PIECE_CHARACTERS = 2_000  # longer sentences are split, so that their translation fits into `max_tokens`
 LETTERS_PER_TOKEN = 4  # rule of thumb for the estimate of a dry run
