@@ -106,6 +106,7 @@ def test_each_distinct_sentence_is_translated_once_in_order(service, dataset, tm
     assert len(service.requests) == 8, "another run with the same memory sends nothing"
 
 
+@pytest.mark.slow
 def test_everything_that_changes_an_answer_changes_the_fingerprint(service, dataset, tmp_path):
     prompts = tmp_path / "p.yaml"
     prompts.write_text('user: "Translate to {{ language }}: {{ text }}"\n')
@@ -122,10 +123,11 @@ def test_everything_that_changes_an_answer_changes_the_fingerprint(service, data
     assert KEY not in (tmp_path / "same" / "stage.json").read_text()
 
 
-TEMPORARY = [429, 500, 503, "timeout", "slow", "cut", "malformed", "html", "empty"]
+SLOW = {"marks": pytest.mark.slow}
+OTHER_FAULTS = (500, 503, "timeout", "slow", "malformed", "html", "empty")
 
 
-@pytest.mark.parametrize("fault", TEMPORARY)
+@pytest.mark.parametrize("fault", [429, "cut", *(pytest.param(fault, **SLOW) for fault in OTHER_FAULTS)])
 def test_temporary_faults_lose_nothing(service, dataset, tmp_path, fault):
     service.faults[:] = [fault, None, fault]
     limit = "0.5" if fault in ("timeout", "slow") else "60"
@@ -134,6 +136,7 @@ def test_temporary_faults_lose_nothing(service, dataset, tmp_path, fault):
     assert len(service.requests) == 8 + 2
 
 
+@pytest.mark.slow
 def test_retry_after_pauses_all_requests(service, dataset, tmp_path):
     arrived = []
     service.answer = lambda messages: arrived.append(time.monotonic()) or messages[-1]["content"][::-1]
@@ -146,7 +149,13 @@ def test_retry_after_pauses_all_requests(service, dataset, tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [(401, "OPENAI_API_KEY"), (404, "--base_url"), (302, "redirects"), (307, "redirects"), ("quota", "no money")],
+    [
+        (401, "OPENAI_API_KEY"),
+        (307, "redirects"),
+        pytest.param(302, "redirects", **SLOW),
+        pytest.param(404, "--base_url", **SLOW),
+        pytest.param("quota", "no money", **SLOW),
+    ],
 )
 def test_permanent_faults_end_the_run_in_one_line(service, dataset, tmp_path, fault, message):
     service.faults[:] = [None, None, fault]
@@ -191,6 +200,7 @@ def test_bad_answers_are_requested_once_more_and_then_listed(service, dataset, t
     assert [row["quality-pt"] for row in written(tmp_path / "2")] == [row["quality-pt"] for row in rows]
 
 
+@pytest.mark.slow
 def test_a_good_second_answer_replaces_a_bad_one(service, dataset, tmp_path):
     service.faults[:] = ["length", None, "refusal", None, "filter", None]
     translate(translation_flags(service, dataset, tmp_path / "pt", "--concurrency", "1"))
@@ -198,6 +208,7 @@ def test_a_good_second_answer_replaces_a_bad_one(service, dataset, tmp_path):
     assert read_json(tmp_path / "pt" / "quality.json")["usage"]["retried"] == 3
 
 
+@pytest.mark.slow
 def test_truncated_answers_are_no_translation(service, dataset, tmp_path):
     service.always = "length"
     translate(translation_flags(service, dataset, tmp_path / "pt"))
@@ -213,7 +224,7 @@ def test_many_refused_requests_in_a_row_end_the_run(service, dataset, tmp_path, 
     assert len(service.requests) == 4
 
 
-@pytest.mark.parametrize("size", [3, 20])
+@pytest.mark.parametrize("size", [3, pytest.param(20, **SLOW)])
 def test_several_captions_in_one_request(service, dataset, tmp_path, size):
     translate(translation_flags(service, dataset, tmp_path / "pt", "--captions_per_request", str(size)))
     check_rows(tmp_path / "pt")
@@ -227,6 +238,7 @@ def test_another_number_of_lines_falls_back_to_single_requests(service, dataset,
     assert len(service.requests) == 2 + 8
 
 
+@pytest.mark.slow
 def test_a_schema_is_sent_only_on_request(service, dataset, tmp_path):
     translate(translation_flags(service, dataset, tmp_path / "plain"))
     assert not any("response_format" in request for request in service.requests)
@@ -236,6 +248,7 @@ def test_a_schema_is_sent_only_on_request(service, dataset, tmp_path):
     assert all("json_schema" in request.get("response_format", {}) for request in service.requests[8:])
 
 
+@pytest.mark.slow
 def test_long_sentences_are_translated_in_pieces(service, tmp_path):
     long = "A cat sits on a mat. " * 300
     features = {"image": Image(), "id": Value("int32"), "captions-en": CAPTIONS_FEATURE}
@@ -250,6 +263,7 @@ def test_another_model_on_the_server_is_noticed(service, dataset, tmp_path):
         translate(translation_flags(service, dataset, tmp_path / "pt", "--concurrency", "1"))
 
 
+@pytest.mark.slow
 def test_requests_are_spread_over_several_servers(service, dataset, tmp_path):
     with chat_service() as second:
         second.faults[:] = [500, 500]
@@ -276,6 +290,7 @@ def test_the_key_is_never_shown_or_stored(service, dataset, tmp_path, caplog, ca
     assert not [text for text in [caplog.text, *capfd.readouterr(), *stored] if KEY in text]
 
 
+@pytest.mark.slow
 def test_a_local_server_needs_no_key(service, dataset, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     translate(translation_flags(service, dataset, tmp_path / "pt"))
@@ -323,7 +338,7 @@ def image_size(url: str) -> int:
     return max(PIL.Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size)
 
 
-@pytest.mark.parametrize("choices", [None, 1])
+@pytest.mark.parametrize("choices", [1, pytest.param(None, **SLOW)])
 def test_choices_are_counted(service, dataset, tmp_path, choices):
     service.choices = choices
     prompts = tmp_path / "p.yaml"
