@@ -174,10 +174,11 @@ class ChatTranslator(Translator):
             (part,) = await self._client.ask(
                 self._prompts.messages(piece), judge, response_format=answer_schema(SINGLE)
             )
+            # Other faults are forgotten: `captions.translate` finds them again, as for all translators.
+            fault = part.fault if part.fault in UNUSABLE else None
             text = f"{answer.text} {part.text}".strip()
-            answer = replace(_add_cost(part, answer), text=text, fault=answer.fault or part.fault)
-        # Other answers are kept: `captions.translate` flags their problems, as those of all translators.
-        return replace(answer, text="") if answer.fault in UNUSABLE else replace(answer, fault=None)
+            answer = replace(_add_cost(part, answer), text=text, fault=answer.fault or fault)
+        return answer if answer.fault is None else replace(answer, text="")
 
     def _judge_text(self, sentence: str, text: str, choice: Choice | None = None) -> tuple[str, str | None]:
         """Return the cleaned translation in an answer, and its first fault or None.
