@@ -40,6 +40,8 @@ class FaultyServer(ChatServer):
         most: Largest number of requests at the same time.
         choices: Number of choices per answer; None for the requested number.
         model: Name of the model that answers report.
+        takes_images: Whether the model takes images.
+        names: Names of the model that requests may use. Only `MODEL` is listed.
     """
 
     answer: Any = reversed_text
@@ -52,12 +54,13 @@ class FaultyServer(ChatServer):
     choices: int | None = None
     model: str = MODEL
     takes_images: bool = True
+    names: tuple[str, ...] = (MODEL,)
     _active: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def handle(self, handler: ChatHandler, body: dict[str, Any]) -> None:
         self.keys.append(handler.headers["Authorization"])
-        if body["model"] != MODEL:
+        if body["model"] not in self.names:
             return handler.send_json({"error": {"message": f"no model {body['model']}", "code": 404}}, 404)
         if not self.takes_images and "image_url" in json.dumps(body["messages"]):
             return handler.send_json({"error": {"message": f"{MODEL} is not a multimodal model"}}, 400)
