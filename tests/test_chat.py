@@ -593,3 +593,10 @@ def test_a_model_that_is_not_listed_is_only_a_warning(service, dataset, tmp_path
     check_rows(tmp_path / "pt")
     fingerprint = read_json(tmp_path / "pt" / "stage.json")["settings"]["translator"]
     assert fingerprint["model"] == "stand-in", "the name that the server reports"
+
+
+def test_keys_of_extra_body_replace_those_of_flags(service, dataset, tmp_path):
+    extra = {"max_tokens": None, "max_completion_tokens": 50, "chat_template_kwargs": {"enable_thinking": False}}
+    translate(translation_flags(service, dataset, tmp_path / "pt", "--extra_body", json.dumps(extra)))
+    check_rows(tmp_path / "pt")
+    assert all(extra.items() <= request.items() and request["temperature"] == 0 for request in service.requests)

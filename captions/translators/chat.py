@@ -54,7 +54,7 @@ class ChatTranslator(Translator):
     """
 
     flags = ChatTranslatorFlags
-    has_estimate = True
+    counts_tokens = True
 
     def __init__(self, args: Any, rank: int = 0, is_check: bool = False):
         self._args, self._prompts, self._client = args, read_translation_prompts(args), ChatClient(args, rank)
