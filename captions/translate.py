@@ -34,13 +34,7 @@ from caption_data.rows import CAPTIONS_FEATURE
 from captions.chat.answers import Answer
 from captions.languages import parse_language
 from captions.quality import QUALITY_FILE, QUALITY_FLAGS, summarize_quality
-from captions.sentences import (
-    CAPTION_KINDS,
-    QUALITY_FEATURES,
-    distinct_sentences,
-    translate_row,
-    translated_columns,
-)
+from captions.sentences import CAPTION_KINDS, QUALITY_FEATURES, distinct_sentences, translate_row, translated_columns
 from captions.stages import RowStage, StageArguments, batch_by_length, read_stage_record, run_stage_command
 from captions.translation_memory import TranslationMemory
 from captions.translators import TRANSLATORS

@@ -27,7 +27,7 @@ class Translator(Protocol):
         flags: Dataclass with the flags of the backend, which become flags of `captions.translate`.
         needs_table: Whether translations come from a table that people fill (`--import`). Otherwise, they are stored in
             the translation memory.
-        counts_tokens: Whether the backend counts tokens. `describe_work` then estimates them, and `quality.json` has them.
+        counts_tokens: Whether the backend counts tokens, so that `describe_work` estimates them.
         name: Name for messages.
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
             Translators with equal fingerprints share their stored translations.

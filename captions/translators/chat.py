@@ -12,14 +12,7 @@ from typing import Any, Self
 from capivara_common.cli import check_at_least, flag
 from captions.chat.answers import Answer, answer_schema, clean_answer, find_fault, read_json_value, split_lines
 from captions.chat.client import ChatClient, Choice
-from captions.chat.flags import (
-    CHAT,
-    ChatFlags,
-    check_chat_flags,
-    is_server_beside_tasks,
-    logger,
-    sampling_settings,
-)
+from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, is_server_beside_tasks, logger, sampling_settings
 from captions.chat.prompts import TranslationPrompts
 from captions.quality import REFUSED, TRUNCATED, find_quality_flags
 from captions.stages import RowStage
