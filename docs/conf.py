@@ -14,7 +14,7 @@ project, author, release = "CAPIVARA", "The CAPIVARA developers", __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["package.md"]  # the description on the package index
 html_theme = "furo"
-html_static_path, html_css_files = ["_static"], ["site.css"]
+smartquotes = False  # would make a dash of the two hyphens of a flag
 html_title = f"CAPIVARA {release}"
 html_copy_source = html_show_sourcelink = html_show_copyright = False
 myst_heading_anchors = 3

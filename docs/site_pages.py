@@ -8,6 +8,7 @@ import argparse
 import os
 import pydoc
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
@@ -61,6 +62,15 @@ def command_parser(module: str) -> argparse.ArgumentParser:
     raise ValueError(f"{module}.main must parse its flags before it does anything else.")
 
 
+def to_markdown(text: str) -> str:
+    """Return the description of a command as Markdown: indented paragraphs are code, the others are text."""
+    paragraphs = []
+    for paragraph in re.split(r"\n{2,}", textwrap.dedent(text).strip("\n")):
+        is_code = paragraph.startswith(" ")
+        paragraphs.append(f"```text\n{textwrap.dedent(paragraph)}\n```" if is_code else paragraph.replace("<", "&lt;"))
+    return "\n\n".join(paragraphs)
+
+
 def command_modules(folder: str) -> list[str]:
     """Return the names of the modules in a folder that are commands, in alphabetical order."""
     paths = sorted((ROOT / folder).rglob("*.py")) if (ROOT / folder).is_dir() else [ROOT / folder]
@@ -96,7 +106,7 @@ def commands() -> str:
         for module in command_modules(folder):
             parser, name = command_parser(module), module.removesuffix(".__main__")
             start = "python train_accelerate.py" if module == "train_accelerate" else f"python -m {name}"
-            text.append(f"### {name}\n\n```text\n{start}\n\n{(parser.description or '').strip()}\n```")
+            text.append(f"### {name}\n\n`{start}`\n\n{to_markdown(parser.description or '')}")
             actions = [action for action in parser._actions if action.dest != "help"]
             actions.sort(key=lambda action: not action.required)  # as `--help` lists them
             text.append(to_table(map(describe_action, actions), "Flag", "Type", "Default", "Meaning"))
@@ -111,7 +121,7 @@ def search_commands(language: str = "en") -> str:
         command = capivara.get_command(group, english)
         context = click.Context(command, group, english, obj=messages)
         name = f"{english} ({portuguese})" if portuguese != english else english
-        text.append(f"### capivara {name}\n\n```text\n{messages(f'about.{english}')}\n```")
+        text.append(f"### capivara {name}\n\n{to_markdown(messages(f'about.{english}'))}")
         rows = [describe_parameter(param, context) for param in command.get_params(context)]
         text.append(
             to_table([(f"`{flag}`", meaning.replace("<", "&lt;")) for flag, meaning in rows], "Flag", "Meaning")
