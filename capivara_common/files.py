@@ -76,6 +76,16 @@ def read_json(path: Path, **fields: type) -> Any:
     return data
 
 
+def json_digest(value: Any, sort_keys: bool = False) -> str:
+    """Return the BLAKE2b-128 hex digest of a value that is written as JSON.
+
+    Args:
+        value: Any value that `json.dumps` accepts.
+        sort_keys: Make the digest independent of the order of dict keys.
+    """
+    return hashlib.blake2b(json.dumps(value, sort_keys=sort_keys).encode(), digest_size=16).hexdigest()
+
+
 def append_digest(path: Path) -> None:
     """Append the SHA-256 of a file to the file itself, as `DIGEST_HEX_LENGTH` characters, for `digest_matches`."""
     with path.open("r+b") as file:
