@@ -62,12 +62,17 @@ def command_parser(module: str) -> argparse.ArgumentParser:
     raise ValueError(f"{module}.main must parse its flags before it does anything else.")
 
 
+def escape(text: str) -> str:
+    """Replace `<` in text by its HTML entity, except in code between backticks."""
+    return re.sub(r"(`[^`]*`)|<", lambda match: match[1] or "&lt;", text)
+
+
 def to_markdown(text: str) -> str:
     """Return the description of a command as Markdown: indented paragraphs are code, the others are text."""
     paragraphs = []
     for paragraph in re.split(r"\n{2,}", textwrap.dedent(text).strip("\n")):
         is_code = paragraph.startswith(" ")
-        paragraphs.append(f"```text\n{textwrap.dedent(paragraph)}\n```" if is_code else paragraph.replace("<", "&lt;"))
+        paragraphs.append(f"```text\n{textwrap.dedent(paragraph)}\n```" if is_code else escape(paragraph))
     return "\n\n".join(paragraphs)
 
 
@@ -94,7 +99,7 @@ def describe_action(action: argparse.Action) -> tuple[str, str, str, str]:
     elif value_type == "wrapper" or not value_type.isidentifier():
         value_type = "value"
     default = "required" if action.required else "" if action.default in (None, []) else f"`{action.default}`"
-    text = (action.help or "").replace("%%", "%").replace("<", "&lt;")
+    text = escape((action.help or "").replace("%%", "%"))
     return f"`{name}`", value_type + " …" * (action.nargs in ("*", "+")), default, text
 
 
@@ -123,9 +128,7 @@ def search_commands(language: str = "en") -> str:
         name = f"{english} ({portuguese})" if portuguese != english else english
         text.append(f"### capivara {name}\n\n{to_markdown(messages(f'about.{english}'))}")
         rows = [describe_parameter(param, context) for param in command.get_params(context)]
-        text.append(
-            to_table([(f"`{flag}`", meaning.replace("<", "&lt;")) for flag, meaning in rows], "Flag", "Meaning")
-        )
+        text.append(to_table([(f"`{flag}`", escape(meaning)) for flag, meaning in rows], "Flag", "Meaning"))
     return "\n\n".join(text)
 
 
