@@ -8,7 +8,14 @@ from accelerate import Accelerator
 from test_train_accelerate import flags
 from tiny import TINY_TEXT, randomize, tiny_config
 from towers import MAKERS, gemma_like, siglip2
-from transformers import AutoProcessor, CLIPModel, SiglipConfig, SiglipModel
+from transformers import (
+    AutoProcessor,
+    CLIPModel,
+    MetaClip2Model,
+    SiglipConfig,
+    SiglipModel,
+    VisionTextDualEncoderModel,
+)
 from whole_batch_process import CAPTIONS, gradients_of
 
 import train_accelerate
@@ -32,12 +39,16 @@ from training.trainable import prepare_trainable
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 TWELVE = [f"{caption} {ending}" for caption in CAPTIONS[:6] for ending in ("azul", "e uma casa verde")]
-CLASSES = {"siglip": SiglipModel, "clip": CLIPModel, "capivara": CapivaraModel}
+CLASSES = {
+    **{"siglip": SiglipModel, "clip": CLIPModel, "metaclip_2": MetaClip2Model, "capivara": CapivaraModel},
+    "dual_encoder": VisionTextDualEncoderModel,
+}
+SIGMOID = ("siglip", "capivara")  # kinds that the tests train with the sigmoid loss
 
 
 @pytest.fixture(params=CLASSES)
 def kind(request, tmp_path, tiny_processor):
-    """Type of a saved base model: SigLIP, CLIP, and CAPIVARA with a bias (sigmoid loss)."""
+    """Type of a saved base model. CAPIVARA has a bias (sigmoid loss)."""
     if request.param != "capivara":
         MAKERS[request.param](tmp_path / "base")
     else:
@@ -69,7 +80,7 @@ def test_a_step_equals_the_models_own_loss(kind, budget, tmp_path):
     report, actual = gradients_of(model, Accelerator(cpu=True), batches, images, budget)
     assert report.loss == pytest.approx(loss.item(), rel=1e-6)
     assert actual.keys() == expected.keys() and "logit_scale" in actual
-    assert ("logit_bias" in actual) == (kind != "clip")
+    assert ("logit_bias" in actual) == (kind in SIGMOID)
     for name, gradient in expected.items():
         assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, name  # gradients of key biases are 0
 
@@ -86,12 +97,12 @@ def test_a_run_saves_a_model_of_the_bases_class(options, kind, tmp_path, tiny_da
     before, after = base.state_dict(), trained.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any(name.startswith(IMAGE_ENCODER_PREFIXES) for name in changed)
-    assert ("logit_scale" in changed) == (kind == "clip" and "lora_rank" not in options)
+    assert ("logit_scale" in changed) == (kind not in SIGMOID and "lora_rank" not in options)
     assert "logit_bias" not in changed
     assert AutoProcessor.from_pretrained(tmp_path / "run")(text="um gato").input_ids
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["model_class"] == CLASSES[kind].__name__
-    assert run["loss"] == ("contrastive" if kind == "clip" else "sigmoid")
+    assert run["loss"] == ("sigmoid" if kind in SIGMOID else "contrastive")
 
 
 def load_trimmed(folder, output, **options):
