@@ -384,9 +384,7 @@ def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
         ValueError: If the configuration is missing or damaged, or the model is not a supported two-tower model.
     """
     try:
-        if Path(
-            source
-        ).is_dir():  # transformers' error about an unknown `model_type` would list all types that it knows
+        if Path(source).is_dir():  # transformers' own error about an unknown `model_type` would list all its types
             find_kind(read_json(Path(source) / "config.json", model_type=str))
         config = load_config(str(source))
         find_kind(config.to_dict())

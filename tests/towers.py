@@ -34,6 +34,7 @@ from transformers import (
     VisionTextDualEncoderModel,
     VisionTextDualEncoderProcessor,
     ViTImageProcessor,
+    XLMRobertaTokenizer,
 )
 from transformers.initialization import no_init_weights
 
@@ -84,9 +85,9 @@ def altclip(folder: Path) -> None:
     save(folder, AltCLIPConfig, AltCLIPModel, text, processor, projection_dim=24)
 
 
-def metaclip_2(folder: Path) -> None:
+def metaclip_2(folder: Path, tokenizer: XLMRobertaTokenizer | None = None) -> None:
     text = {"vocab_size": 300, "max_position_embeddings": 77, "pad_token_id": 1, "eos_token_id": 2}
-    processor = CLIPProcessor(CLIPImageProcessor(**SIDE), tiny_tokenizer())
+    processor = CLIPProcessor(CLIPImageProcessor(**SIDE), tokenizer or tiny_tokenizer())
     save(folder, MetaClip2Config, MetaClip2Model, text, processor, projection_dim=24)
 
 
