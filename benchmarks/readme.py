@@ -38,7 +38,7 @@ class ReadmeArguments:
 
 
 def find_pages() -> list[str]:
-    """Find the Markdown files that contain a block between markers.
+    """Find the Markdown files that contain a generated block, which is text between two markers (see `BLOCK_RE`).
 
     Returns:
         Sorted paths relative to the checkout, such as "docs/benchmarks.md". Only the checkout's top folder and its

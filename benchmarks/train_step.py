@@ -155,14 +155,15 @@ def measure_parts(args: TrainStepArguments) -> dict[str, Any]:
 def time_demo(checkout: Path) -> dict[str, Any]:
     """Run the commands of `make demo` twice in a checkout.
 
-    Both runs use the same cache folder, and the same folders for the base model and the dataset.
+    Both runs use the same cache folder, and the same folders for the base model and the dataset, so that the second run
+    finds everything that the first run stored there.
 
     Args:
         checkout: Folder of the checkout.
 
     Returns:
         For "first" and "second", a dict with the keys "seconds" (seconds of each command by module name, and their sum
-        under "total") and "records" (evaluation records that the training wrote).
+        under "total") and "records" (list of all evaluation records that the training wrote).
     """
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -181,10 +182,11 @@ def time_demo(checkout: Path) -> dict[str, Any]:
 
 
 def run_program(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, Any]:
-    """Measure one program in a separate process.
+    """Time the training steps of one program (see the module docstring) in a separate process.
 
     Args:
-        name: Name of the program, with `BEFORE_SUFFIX` for the other checkout.
+        name: Name in `PROGRAMS`. If `BEFORE_SUFFIX` is appended, the program of the checkout `--beside` is measured
+            instead of the program of this checkout.
         args: Command-line arguments of the benchmark.
         **flags: Flags of the worker that override `args`.
 
@@ -289,9 +291,8 @@ class TrainingEngine:
             micro_batch_size=args.micro, mixed_precision=args.precision,
         )  # fmt: skip
         prepare_trainable(self.model, self.args)
-        self.prepared_model = self.accelerator.prepare_model(
-            self.model, evaluation_mode=True
-        )  # not wrapped: WholeBatch sums the gradients itself
+        # Not wrapped: WholeBatch sums the gradients itself.
+        self.prepared_model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, self.args))
         self.step = WholeBatch(self.prepared_model, self.accelerator, self.args.seed, budget)
 
@@ -313,9 +314,8 @@ class TrainingEngine:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=False)
         report = self.step(number, texts, len(images), images)
-        for (
-            group
-        ) in self.optimizer.param_groups:  # as in `TrainingLoop._update_weights`, including the norm of the gradient
+        # As in `TrainingLoop._update_weights`, including the norm of the gradient.
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(number, self.args)
         torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
         self.optimizer.step()
@@ -338,9 +338,8 @@ def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tup
     """
     texts = []
     for number, ids in enumerate(make_random_texts(config, args.pairs).split(args.micro)):
-        ids = ids[
-            :, : (ids != PAD_TOKEN_ID).sum(dim=1).max()
-        ].contiguous()  # padded to the longest text of the micro-batch
+        # Padded to the longest text of the micro-batch.
+        ids = ids[:, : (ids != PAD_TOKEN_ID).sum(dim=1).max()].contiguous()
         mask = None if isinstance(config, SiglipConfig) else (ids != PAD_TOKEN_ID).long()
         texts.append(MicroBatch(number, number * args.micro, ids, mask))
     if args.worker == "no_cache":
@@ -402,9 +401,7 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
     steps = 1 + args.steps  # the first step is not timed, because the optimizer allocates its state in it
     random_seed(open_clip_args.seed, open_clip_args.rank)
     model = (
-        create_model(open_clip_args.model)
-        if args.model == "siglip2"
-        else convert_open_clip.build_open_clip_model(config)
+        create_model(open_clip_args.model) if args.model == "siglip2" else convert_open_clip.new_open_clip_model(config)
     )
     model.output_dict = True
     model.lock_image_tower(open_clip_args.lock_image_unlocked_groups, open_clip_args.lock_image_freeze_bn_stats)

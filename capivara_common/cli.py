@@ -273,9 +273,8 @@ def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str)
             flags.append(f"--{key}={value}")  # flag and value are a single word, because a value may begin with "-"
             continue
         for word in map(str, value):
-            if word.startswith("-") and not re.fullmatch(
-                r"-(\d+|\d*\.\d+)", word
-            ):  # negative numbers as argparse defines them
+            # Negative numbers as argparse defines them.
+            if word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word):
                 raise ValueError(
                     f"{subject}: `{key}` lists {word!r}, which would be read as a flag. Values must not begin with -."
                 )

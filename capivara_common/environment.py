@@ -99,7 +99,8 @@ def process_state(timeout: timedelta | None = None) -> "PartialState":
     is_first = launched and not torch.distributed.is_initialized()
     options = {"timeout": timeout} if launched and timeout else {}
     state = PartialState(cpu=launched and not torch.cuda.is_available(), **options)
-    if is_first:  # without it, threads of the process group may abort the interpreter while it exits
+    # If the process group still existed when the interpreter exits, its threads might abort the interpreter.
+    if is_first:
         atexit.register(state.destroy_process_group)
     return state
 

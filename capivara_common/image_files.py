@@ -292,7 +292,7 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
                 image.draft(None, (min_short_side, min_short_side))
             image.load()
             if image.format == "AVIF":
-                image._decoder = None  # frees the full frame, which the image would otherwise keep
+                image._decoder = None  # frees the decoder's copy of the frame, which would last as long as the image
         transpose = EXIF_TRANSPOSES.get(exif_orientation(image))
         image = to_8_bit(image)
         return image if transpose is None else image.transpose(transpose)
@@ -304,7 +304,8 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
 def exif_orientation(image: PIL.Image.Image) -> int:
     """Return the EXIF orientation of a loaded image, 1 (upright) to 8.
 
-    The result is 1 if the orientation is missing, damaged or out of range. PIL rotates TIFF images itself.
+    The result is 1 if the orientation is missing, damaged or out of range. For a TIFF image it is always 1, because PIL
+    makes the image upright when it loads the pixels.
     """
     try:
         orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation)
@@ -316,9 +317,10 @@ def exif_orientation(image: PIL.Image.Image) -> int:
 def to_8_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     """Convert an image with 16-bit, 32-bit or float pixels to 8 bits; return any other image unchanged.
 
-    The range of 16-bit integers is 0 to 65,535. The range of 32-bit integers is 0 to 255 if no pixel exceeds 255,
-    otherwise 0 to 65,535. The range of floats is 0 to 1 if no pixel exceeds 1, otherwise 0 to 255. The model's image
-    processor, which is published without this package, has the same rules.
+    The pixels are scaled from an assumed range to the range 0 to 255. The assumed range of 16-bit integers is 0 to
+    65,535. For 32-bit integers it is 0 to 255 if no pixel exceeds 255, otherwise 0 to 65,535. For floats it is 0 to 1
+    if no pixel exceeds 1, otherwise 0 to 255. The model's image processor, which is published without this package,
+    scales pixels in the same way.
 
     Raises:
         ValueError: If a pixel is negative, too large or not finite.

@@ -589,7 +589,7 @@ def _open_filled_index(allow_indexing: bool = False, relevance_threshold: str = 
 
 
 def _print_model(pictures: "PictureIndex", messages: Messages, with_name: bool = False) -> None:
-    """Print the name of the model, and a notice if the model is the miniature, which is only a toy.
+    """Print the name of the model, and a notice if the model is the miniature (see `SearchModel.get_notice`).
 
     Args:
         pictures: Index that has the model.

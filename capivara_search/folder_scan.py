@@ -102,8 +102,9 @@ def find_pictures(
         not be read.
 
     Raises:
-        ValueError: If a folder does not exist, can't be opened, was forgotten (`IgnoreRules.forgotten`), has another
-            real path than expected, or contains no picture although no rule ignores anything in it.
+        ValueError: If a folder does not exist, can't be opened, was removed from the index by the user
+            (`IgnoreRules.forgotten`), has another real path than expected, or contains no picture. A folder without
+            pictures is accepted if something in it was ignored, or could not be read.
     """
     roots = [str(to_absolute_path(folder)) for folder in folders]
     for root in roots:

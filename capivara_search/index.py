@@ -196,15 +196,17 @@ class PictureIndex:
             *folders: Folders of pictures. Their subfolders are included. If no folder is given, the folders that were
                 added on this machine before are updated.
             batch_size: Number of pictures per batch of the model, at least 1.
-            on_progress: Callback that takes the number of processed pictures and the total number. After the model has
-                been loaded, the callback is called with the same numbers again.
+            on_progress: Callback that takes the number of processed pictures and the total number. If two calls in a
+                row have the same numbers, the model was loaded between them. An estimate of the remaining time should
+                ignore this interval.
             exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`, relative to each folder.
                 The index stores them for later calls.
             include: Stored patterns to remove, and forgotten paths (see `forget`) to index again.
             only_paths: Absolute paths of files or folders inside `folders`. Only these paths are updated; rows of paths
                 that no longer exist are removed. None, or more than 500 paths: everything in the folders is updated.
-            real_paths: Absolute folder -> its real path, as `folders_to_add` returned it. A folder that has another
-                real path now is refused. None: the real paths are resolved now.
+            real_paths: Absolute path of each folder -> its real path, as `folders_to_add` returned it earlier. A folder
+                whose real path has changed since then, for example because a symbolic link was replaced, is refused.
+                None: the real paths are resolved now.
 
         Returns:
             Report with the numbers of embedded, new, changed, moved and removed pictures, and the skipped files.
@@ -874,7 +876,7 @@ class PictureIndex:
         Raises:
             ValueError: If the suffix is neither .parquet nor .csv, or the file can't be created.
         """
-        from capivara_search.exporting import export_rows
+        from capivara_search.index_export import export_rows
 
         with self._table.locked():  # so that no other process compacts the files that are being read
             return export_rows(self._table, path)

@@ -54,7 +54,9 @@ class SearchModel:
     device: str | None = None
 
     def get_notice(self, language: str) -> str | None:
-        """Return a notice for users if the model is the miniature, which is only a toy.
+        """Return a notice for users if the model is the miniature, a tiny model for trying the search without network.
+
+        The notice says that this model finds only simple things, and how to index with the real model.
 
         Args:
             language: Language of the notice, "en" or "pt".
@@ -269,7 +271,7 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
             `capivara_common.model_kinds.KINDS`, or it is an open_clip model with an XLM-RoBERTa text encoder.
             "miniature" stands for the small model that is built from PyPI packages. None stands for the value of the
             environment variable `CAPIVARA_MODEL`. If the variable is not set, None stands for `DEFAULT_MODEL` if this
-            model is in the cache or the Hub can be reached, otherwise for the miniature.
+            model is in the cache or the Hub can be reached, otherwise for "miniature".
         device: Device that embeds pictures, such as "cuda"; None for the GPU if there is one, else the CPU.
 
     Returns:
@@ -277,7 +279,7 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
 
     Raises:
         ValueError: If the model does not exist or is of another type, or the Hub can't be reached.
-        ImportError: If a package that the miniature is built from is not installed.
+        ImportError: If a package that the model "miniature" is built from is not installed.
         OSError: If the disk is full.
     """
     model = model or os.environ.get("CAPIVARA_MODEL") or None

@@ -31,10 +31,10 @@ POLL_INTERVAL_MS = 2000
 # "fuse." also matches subtypes such as fuse.sshfs.
 NETWORK_FILE_SYSTEMS = (*("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse."),)
 MOUNTINFO_FILE = Path("/proc/self/mountinfo")  # exists on Linux only
-# The follower is a process that runs `capivara watch` for the server of the web page.
+# The follower is a child process of the web page's server. It runs `capivara watch`, which updates the index.
 RESTART_DELAY_S = 30  # time before a follower that has ended is started again
 SHUTDOWN_TIMEOUT_S = 15  # time that a follower gets to finish its batch before it is killed
-# Python program of the follower.
+# Code that the follower, the child process that updates the index, runs with `python -c`.
 FOLLOWER_PROGRAM = "from capivara_search import command, watch; watch.end_with_parent(); command.run()"
 
 
@@ -238,7 +238,7 @@ def run_follower(*flags: str) -> Iterator[None]:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
             while not stopping.wait(0.2) and process.poll() is None:
                 pass
-            process.stdin.close()  # tells the follower to end (`end_with_parent`)
+            process.stdin.close()  # tells the child process, the follower, to end (`end_with_parent`)
             try:
                 process.wait(SHUTDOWN_TIMEOUT_S)
             except subprocess.TimeoutExpired:

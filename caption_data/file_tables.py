@@ -316,7 +316,9 @@ def _iter_tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
                 yield member.name, member.offset_data, member.size
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"no member and no end mark at byte {tar.offset} of {length}")
+            raise tarfile.ReadError(
+                f"at byte {tar.offset} of {length} there is neither a file header nor the end mark of the archive"
+            )
 
 
 def _read_json_at(file: BinaryIO, offset: int, length: int) -> Any:

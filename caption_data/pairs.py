@@ -54,15 +54,16 @@ ChooseCaptions = Callable[[dict[str, Any]], list[str]]  # returns the captions t
 def build_pair_table(
     split: Split, caption_columns: Sequence[str], choose: ChooseCaptions, settings: dict[str, Any]
 ) -> Dataset:
-    """Build the pair table of a split, or load it from the cache.
+    """Build the table of images and chosen captions of a split (the pair table), or load it from the cache.
 
-    The table is built again if the rows, the image files, the rules for images or the settings change. On each machine,
-    one process of a distributed launch builds the table while the other processes wait.
+    The table is built again if the rows, the image files, the accepted images (`max_pixels` and the allowed folders),
+    `caption_columns` or `settings` change. On each machine, one process of a distributed launch builds the table while
+    the other processes wait.
 
     Args:
         split: The rows.
-        caption_columns: Columns that `choose` reads. Before `choose` is called, a caption that is not in a list is
-            converted to a list with one text. A missing column becomes a column of empty lists if the split has another
+        caption_columns: Columns that `choose` reads. A column with a single text per row is converted to lists of one
+            text before `choose` is called. A missing column becomes a column of empty lists if the split has another
             column of captions.
         choose: Function that returns the captions to use from a row without its image. It may raise ValueError.
         settings: Everything that the result of `choose` depends on, as JSON values; part of the cache key.
@@ -132,7 +133,7 @@ def missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]
 
 
 def drop_invalid(table: Dataset) -> Dataset:
-    """Return the rows of a pair table that can be used, which are the rows with an empty `reason`."""
+    """Return the rows of a table of `build_pair_table` that can be used, which are those with an empty `reason`."""
     valid_rows = np.flatnonzero(pc.equal(table.data.column("reason"), ""))
     return table if len(valid_rows) == len(table) else table.select(valid_rows)
 
@@ -177,7 +178,7 @@ def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float)
 
 
 def pairs_fingerprint(pairs: Dataset) -> str:
-    """Return a hex digest of a pair table: of its image digests and captions, in order.
+    """Return a hex digest of a table of `build_pair_table`: of its image digests and captions, in order.
 
     The digest does not depend on the paths of the files.
     """

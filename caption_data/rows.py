@@ -136,7 +136,7 @@ class CaptionChoice:
         "Captions of an image to use; training draws one of them at every step. none: the original captions. first: "
         "the original captions and the first `caption_count` generated ones. all: original and generated captions. "
         "rank: the `caption_count` captions most similar to the image. threshold: captions with a similarity of at "
-        "least `min_similarity`. diverse: captions of threshold that differ from each other.",
+        "least `min_similarity`. diverse: captions as for threshold that differ from each other.",
     )
     # The default values are those of the released CAPIVARA models.
     caption_count: int = flag(5, "Number of captions, for the strategies first and rank.")
@@ -170,10 +170,13 @@ class CaptionChoice:
         """Return the captions of a row that pass the pair filter and the strategy.
 
         The pair filter rejects the image if the similarity of its first original caption is below
-        `min_pair_similarity`. A repeated caption is returned once. The strategies `none`, `first` and `all` keep the
-        order of the row, with the generated captions after the original captions. The other strategies return the
-        captions with the highest similarity first. Captions with equal similarities keep the order of the row, and
-        captions without a similarity (NaN or None) come last.
+        `min_pair_similarity`. A repeated caption is returned once. `caption_strategy` selects and orders the captions:
+
+        - `none` (only original captions), `first` (original captions and the first generated captions) and `all`
+          (original and generated captions) keep the order of the row. Generated captions follow the original captions.
+        - `rank`, `threshold` and `diverse` select captions by similarity, and return the highest similarity first.
+          Captions with equal similarities keep the order of the row, and captions without a similarity (NaN or None)
+          come last.
 
         Args:
             row: A row with the columns of `strategy_columns(language)`. If `min_pair_similarity` is set, it must also

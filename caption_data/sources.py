@@ -69,7 +69,7 @@ PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time
 # Parquet stores a repeated value once, so a malicious file of 1 kB can expand to gigabytes of text. Parquet reduces the
 # size of captions to about a tenth, and hardly reduces the size of images, so valid files stay far below this limit.
 MAX_PARQUET_EXPANSION = 100  # decoded bytes per byte of the parquet files
-UNLIMITED_EXPANSION_BYTES = 100_000_000  # up to this number of decoded bytes, the limit above does not apply
+UNLIMITED_EXPANSION_BYTES = 100_000_000  # files with at most this many decoded bytes may expand further
 
 
 @dataclass(eq=False)
@@ -239,7 +239,7 @@ def open_split(
     return opened
 
 
-def read_stage_progress(folder: Path) -> tuple[int, str]:
+def find_missing_rows(folder: Path) -> tuple[int, str]:
     """Count the rows that a stage of a caption build has not written yet, by the names of its parquet files.
 
     Args:
@@ -266,7 +266,7 @@ def check_finished(folder: Path) -> None:
 
     The message contains the command that finishes the stage. A folder without `stage.json` is accepted.
     """
-    missing, command = read_stage_progress(folder) if (folder / STAGE_FILE).is_file() else (0, "")
+    missing, command = find_missing_rows(folder) if (folder / STAGE_FILE).is_file() else (0, "")
     if missing > 0:
         raise ValueError(
             f"{folder} is unfinished: {missing} rows are missing. Other tasks may still be writing them. This command "
@@ -348,14 +348,14 @@ def load_data_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
     """
     names = {"train": [glob.escape(str(path)) for path in paths]}
     try:
-        return _call_loader(dataset, _prepare_dataset, form, data_files=names, split="train")
+        return _call_loader(dataset, _load_checked_dataset, form, data_files=names, split="train")
     except ValueError:
         if form == "parquet":
             _check_expansion(paths)  # raises an error that names the damaged file; the current error does not
         raise
 
 
-def _prepare_dataset(*args: Any, split: str | None = None, **options: Any) -> Dataset | DatasetDict:
+def _load_checked_dataset(*args: Any, split: str | None = None, **options: Any) -> Dataset | DatasetDict:
     """Load a dataset like `datasets.load_dataset`, but check the size of parquet files before they are decoded.
 
     Args:
@@ -518,7 +518,7 @@ def _load_from_hub(dataset: str) -> Any:
     if not any(map(Path.exists, cached)):
         # Fail after one request: `datasets` would retry six times, for half a minute.
         _call_loader(subject, HfApi().dataset_info, dataset, timeout=DATASET_INFO_TIMEOUT_S)
-    return _call_loader(subject, _prepare_dataset, dataset)
+    return _call_loader(subject, _load_checked_dataset, dataset)
 
 
 def _call_loader(subject: str, load: Callable, *args: Any, **options: Any) -> Any:

@@ -47,7 +47,7 @@ from capivara_common.files import atomic_folder, read_json, write_json, write_te
 from capivara_common.privacy import hide_paths
 from capivara_common.tasks import ExecutorArguments, Phase
 from caption_data.rows import CAPTION_COLUMN_RE, DATASET_HELP, NOT_CHOSEN
-from caption_data.sources import STAGE_FILE, read_stage_progress
+from caption_data.sources import STAGE_FILE, find_missing_rows
 from captions.generate import GenerateArguments
 from captions.score import ScoreArguments
 from captions.select import SelectArguments
@@ -284,6 +284,8 @@ def _as_list(value: Any) -> list[Any]:
 def _check_keys(content: dict[str, Any], known: Sequence[str], where: str) -> None:
     """Raise ValueError if a dict has an unknown key. The message suggests the most similar known key.
 
+    For example: "Unknown key in captions.yaml: `langauge`. Did you mean `language`? Known keys: language, output."
+
     Args:
         content: The dict.
         known: Names of the known keys.
@@ -475,7 +477,7 @@ def _describe_state(step: StageArguments) -> str:
         return f"needs the translations in {step.import_file}: {request.partition(':')[0]}"
     if not (step.output / STAGE_FILE).is_file():
         return "not started"
-    missing, _ = read_stage_progress(step.output)
+    missing, _ = find_missing_rows(step.output)
     if missing:
         return f"{missing:,} rows are missing"
     return f"the corrected rows of {step.import_file} are written again" if step.is_corrected() else "done"
@@ -505,7 +507,9 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
     digests = {split: identity_digest(read_stage_record(stage)) for split, stage in last_stages.items()}
     if output.is_dir():
         if not (output / BUILD_FILE).is_file() or read_json(output / BUILD_FILE).get("stages_digest") != digests:
-            raise ValueError(f"{output} was made from other stages than the current ones. Remove it, then run again.")
+            raise ValueError(
+                f"{output} was built with other data or settings than its stages have now. Remove it, then run again."
+            )
         return
     files = {split: _group_parts(split, stage) for split, stage in last_stages.items()}
     schema = _common_schema(part for split_files in files.values() for parts in split_files for part in parts)

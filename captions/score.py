@@ -110,7 +110,8 @@ def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, An
     Returns:
         For each row, a dict with the new column, or a BadRow if the row has no caption or its image cannot be used.
     """
-    columns, size = args.required_columns(), args.embedding_batch_size  # similarities have this order
+    # The similarities of a row are stored in the order of these columns.
+    columns, size = args.required_columns(), args.embedding_batch_size
     captions = [[text for column in columns for text in row.get(column) or []] for row in rows]
     captioned = [number for number, texts in enumerate(captions) if any(map(str.strip, texts))]
     results = [BadRow("no caption", f"all of {', '.join(columns)} are empty")] * len(rows)

@@ -1,7 +1,7 @@
 """Define the base class of all stages of a caption build. A stage reads rows, and writes them with more columns.
 
 Example:
-    StageArguments("images", Path("read")).write_rows()  # copies the rows; subclasses add columns
+    StageArguments(dataset="images", output=Path("copy")).write_rows()  # copies the rows; subclasses add columns
 
 A stage writes its output in parts. A part is a parquet file of consecutive rows of the source. The file name contains
 the row numbers, and rows that cannot be used are listed in a JSON Lines file next to the part. The parts are divided
@@ -157,7 +157,8 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     def known_settings(self) -> dict[str, Any]:
         """Return the settings for `stage.json` that are known before a model is loaded.
 
-        They are compared with the recorded settings of a complete stage, without loading the model.
+        If the stage has run before, `RowStage.is_done` compares them with the settings in its `stage.json`, so that a
+        command that is repeated after the stage is complete need not load the model.
         """
         return {}
 
@@ -255,8 +256,8 @@ def output_features(source: Split, args: StageArguments) -> Features:
         Feature (column type of `datasets`) of each column, by its name in the output.
 
     Raises:
-        ValueError: If the source has no image column, if it has none of the columns `args.required_columns()` (one of
-            them is enough), or if two columns would get the same name in the output.
+        ValueError: If the source has no image column, if none of the columns in `args.required_columns()` is in the
+            source (at least one must be), or if two columns would get the same name in the output.
     """
     names = args.column_renames() | {args.image_column: IMAGE_COLUMN}
     source.check_columns(names)
@@ -320,7 +321,9 @@ class RowStage:
         self.args, self.source, self.rank = args, args.source(), rank
         for damage in self.source.damaged_archives:
             logger.warning("Damaged archive; only the rows before the damage are read: %s", damage.detail)
-        next(self.source.rows(), None)  # raises an error for damaged rows before a model is loaded or a service is paid
+        # If the first file of the source can't be read, this line raises the error, before a model is loaded or a paid
+        # service is called.
+        next(self.source.rows(), None)
         self.features = output_features(self.source, args)
         self.record = {  # the keys of `stage.json` that are known before a model is loaded
             "version": STAGE_VERSION,
@@ -377,7 +380,8 @@ class RowStage:
                 image is a dict with the keys "bytes" and "path", and captions are lists of texts. If
                 `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`.
             prepare: Function that is called with the row ranges of the next parts, with at most `MAX_PREPARED_ROWS`
-                rows in total, before these parts are written.
+                rows in total, before these parts are written, for example to translate the captions of several parts at
+                once.
 
         Returns:
             The numbers of written and skipped rows of the task.
@@ -734,7 +738,7 @@ def summarize_parts(output: Path, record: dict[str, Any], parts: Iterable[range]
         if written + sum(reasons.values()) != len(part):
             raise ValueError(
                 f"{path} has {written} rows and lists {sum(reasons.values())} skipped rows; together there must be "
-                f"{len(part)}. Remove both files, {retry}"
+                f"{len(part)}. Remove these two files, {retry}"
             )
         rows, skipped = rows + written, skipped + reasons
     return StageReport(rows, dict(skipped.most_common()))

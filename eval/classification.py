@@ -42,7 +42,11 @@ CHANCE_DRAWS = 20  # number of random score matrices; the mean of their 11-point
 class LabeledImageArguments(ModelArguments):
     """Command-line arguments shared by zero-shot classification and the linear probe."""
 
-    model: str = flag(..., "Folder or Hub id of a CLIP-like model. With --role baseline also a model of open_clip.")
+    model: str = flag(
+        ...,
+        "Folder or Hub id of a CLIP-like model. With the role baseline, also open_clip:NAME:PRETRAINED or "
+        "open_clip:local-dir:FOLDER.",
+    )
     benchmark: str = flag(
         ..., "A file in eval/prompts/pt, such as cifar-10, or a JSON file of your own classes (see docs/evaluation.md)."
     )
@@ -194,7 +198,8 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     ]
     if process_state().is_main_process:
         parts = {"classes": prompts.names + ["(sem nome)"] * unnamed, "notes": list(prompts.notes)}
-        if not isinstance(labels[0], list):  # both of these values need one class per image
+        # Accuracy per class and confusion matrix are defined only if each image has one class.
+        if not isinstance(labels[0], list):
             label_tensor = torch.tensor(labels)
             accuracies = metrics.per_class_accuracy(scores, label_tensor).tolist()
             parts["per_class_accuracy"] = [None if math.isnan(accuracy) else accuracy for accuracy in accuracies]

@@ -174,7 +174,7 @@ class ModelArguments(EmbeddingArguments):
     """Command-line arguments shared by the commands that measure one model on one dataset split."""
 
     role: Literal["baseline", "capivara"] = flag(
-        "capivara", "Role in tables. A baseline may also be open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
+        "capivara", "Role of the model in tables: capivara or baseline. An open_clip model must be a baseline."
     )
     split: str = flag("test", "Split of the dataset to measure.")
 
@@ -190,7 +190,7 @@ class EmbeddedImages:
 
 @dataclass
 class EmbeddingStore:
-    """A model that computes embeddings of images and texts, with a cache of these embeddings on disk."""
+    """Embeddings of images and texts, which are computed with a model and cached on disk."""
 
     embedder: Embedder
     cache_folder: Path | None = None  # folder of all caches; None: a temporary folder that is deleted with this object

@@ -26,8 +26,8 @@ from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import seed_folders, write_text
 from eval.records.schema import GAIN_METRIC
 from hub_upload import card_values as values
-from hub_upload.allowed_files import check_repo_id, check_text
 from hub_upload.card_values import TEMPLATE_FOLDER, collect_run_metadata, find_data_revision, to_markdown, to_safe_line
+from hub_upload.upload_checks import check_repo_id, check_text
 
 CARD_FILE = "README.md"
 # Version of the card templates. Increase it when the text of a template changes. `--check` compares only the numbers
@@ -279,7 +279,7 @@ def _read_text(path: Path) -> str:
 # --- Front matter with the model index -------------------------------------------------------------------------------
 
 # modelcard.md in https://github.com/huggingface/hub-docs describes the format of the front matter. Metric values in it
-# are shares from 0 to 1, as in the result files.
+# are fractions from 0 to 1, as in the result files.
 
 
 def build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:

@@ -33,7 +33,7 @@ from eval.benchmarks import get_published_base
 from eval.records import schema
 from eval.records.schema import DIRECTIONS, GAIN_METRIC, RANK_METRICS, TASKS, ResultFile, is_number
 from eval.records.tables import average_over_seeds, build_records_frame, find_conflicts, pair_with_baselines
-from hub_upload.allowed_files import RUN_PLOT_FILES
+from hub_upload.upload_checks import RUN_PLOT_FILES
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 # Language of a card ("en" or "pt") -> names of languages and metrics in that language, and translations of the texts in
@@ -57,8 +57,8 @@ FORMAT_FILES = {  # tag of an export format on the Hub -> files that exist if a 
 HUB_ID_RE = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
 CAPIVARA_CLASS = KINDS[NATIVE_MODEL_TYPE].class_name
 FIXED_LENGTH_CLASSES = [kind.class_name for kind in KINDS.values() if kind.pads_to_max_length]
-# Two shares that differ by more than this contradict each other: a card rounds to 0.01 %, so it would show the
-# difference.
+# Two metric values (0 to 1) that differ by more than this contradict each other: a card rounds to 0.01 %, so it would
+# show the difference.
 CARD_TOLERANCE = 5e-5
 # The base model is evaluated again with every seed, possibly on another device, where rounding may change the ranks of
 # some queries. So larger differences are allowed between evaluations of the base model.
@@ -498,10 +498,10 @@ class CardWriter:
         return f"{value:{'+' if sign else ''},.{digits}{kind}}".translate(self.separators)
 
     def percent(self, share: Any, sign: bool = False) -> str:
-        """Format a share (0 to 1) as a percentage with two decimals, but without a percent sign.
+        """Format a fraction (0 to 1), such as a recall, as a percentage with two decimals, without a percent sign.
 
         Args:
-            share: Share, or difference of two shares, which is formatted in percentage points.
+            share: Fraction, or difference of two fractions, which is formatted in percentage points.
             sign: Whether to write a plus sign.
 
         Raises:
@@ -576,7 +576,7 @@ class CardWriter:
 
 
 def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: str | None) -> dict[str, Any]:
-    """Build all variables of the card template, except the title, the options and the front matter.
+    """Build the variables of the card template, except `title`, `options` and `card_data`, which `render_card` adds.
 
     Args:
         run_metadata: Values from `collect_run_metadata`.

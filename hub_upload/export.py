@@ -7,7 +7,7 @@
     python -m hub_upload.export --model MODEL --output immich --formats immich   # with --base: text encoder only
 
 Formats that can read the same weight file share it. To save memory, the weights are memory-mapped and not loaded as a
-whole. The folder contains only files that match a pattern of `ALLOWED_FILES` in `hub_upload/allowed_files.py`.
+whole. The folder contains only files that match a pattern of `ALLOWED_FILES` in `hub_upload/upload_checks.py`.
 """
 
 import logging
@@ -25,7 +25,7 @@ from capivara_common.files import atomic_folder, check_inputs_outside, read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG
 from capivara_common.model_kinds import KINDS
 from capivara_common.privacy import hide_paths, short_name
-from hub_upload import allowed_files as allowed
+from hub_upload import upload_checks
 from hub_upload.formats import drop_in, immich, onnx, open_clip, save_tokenizer, transformers_js, write_tokenizer_json
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import load_processor, load_two_towers_config
@@ -33,7 +33,7 @@ from modeling_capivara.loading import load_processor, load_two_towers_config
 DEFAULT_FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
 # drop_in (only the text encoder) and immich (for the Immich photo server) can't share a folder with other formats.
 KNOWN_FORMATS = (*DEFAULT_FORMATS, "transformers_js", "drop_in", "immich")
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *allowed.TOKENIZER_FILES)
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *upload_checks.TOKENIZER_FILES)
 logger = logging.getLogger("capivara")
 
 
@@ -70,7 +70,7 @@ class ExportArguments:
 
     def __post_init__(self) -> None:
         if self.repo_id is not None:
-            allowed.check_repo_id(self.repo_id)
+            upload_checks.check_repo_id(self.repo_id)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -127,8 +127,8 @@ def export_model(
             immich.write_immich(model, folder, config, base)
         else:
             _write_repository(model, folder, config, formats, text_config, repo_id)
-        allowed.check_model_files(folder)
-        return [(name.as_posix(), (folder / name).stat().st_size) for name in allowed.list_allowed_files(folder)]
+        upload_checks.check_model_files(folder)
+        return [(name.as_posix(), (folder / name).stat().st_size) for name in upload_checks.list_allowed_files(folder)]
 
 
 def _check_formats(formats: Sequence[str], text_config: str | None, base: str | None) -> list[str]:
@@ -280,7 +280,7 @@ def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> No
         return
     write_tokenizer_json(folder, read_json(folder / "tokenizer.json"), is_capivara=True)
     package = Path(modeling_capivara.__file__).parent
-    for name in allowed.MODEL_CODE:
+    for name in upload_checks.MODEL_CODE:
         shutil.copyfile(package / name, folder / name)
 
 
@@ -300,9 +300,9 @@ def _copy_card_files(model: Path, folder: Path) -> None:
     if (model / "run.json").is_file():
         records["run.json"] = model / "run.json"
     for name, path in records.items():
-        allowed.check_regular_file(path)
+        upload_checks.check_regular_file(path)
         write_json(folder / name, hide_paths(read_json(path)))
-    for name in ("README.md", "LICENSE", "rotation.safetensors", *allowed.RUN_PLOT_FILES):
+    for name in ("README.md", "LICENSE", "rotation.safetensors", *upload_checks.RUN_PLOT_FILES):
         path = model / name
         if path.is_file():
             shutil.copyfile(path, folder / path.name)

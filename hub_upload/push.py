@@ -9,7 +9,7 @@
 
 Without --push, nothing is changed on the Hub. The access token is the one that huggingface_hub uses: HF_TOKEN, or the
 token saved by `hf auth login`. Only files that belong to a model, dataset or Space are uploaded (see
-`hub_upload/allowed_files.py`). Files that are only on the Hub stay there, with one exception: if a Space is pushed
+`hub_upload/upload_checks.py`). Files that are only on the Hub stay there, with one exception: if a Space is pushed
 again, files in the uploaded subfolders that the local folder no longer has are deleted. Use the `hf` command to create
 tags or delete files. If the connection breaks, run the same command again.
 """
@@ -43,8 +43,8 @@ from tqdm import tqdm
 
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.privacy import make_printable
-from hub_upload.allowed_files import check_repo_id, check_text, list_files_to_send
 from hub_upload.card import CARD_FILE, find_generated_card_faults, write_card
+from hub_upload.upload_checks import check_repo_id, check_text, list_files_to_send
 
 # Seconds without an answer before a call to the Hub fails. huggingface_hub sets no timeout by default, so a dead
 # connection would block forever.

@@ -188,7 +188,7 @@ def _rename_parameter(name: str, names: dict[str, str]) -> str:
     return name
 
 
-def build_open_clip_model(config: CapivaraConfig) -> nn.Module:
+def new_open_clip_model(config: CapivaraConfig) -> nn.Module:
     """Build the open_clip model that corresponds to a CAPIVARA configuration, with random weights.
 
     Nothing is downloaded. The package open_clip must be installed.
@@ -319,9 +319,8 @@ def to_open_clip_model_cfg(
         if image_size not in (None, vision.image_size):
             raise_unsupported("crop_size.height", image_size, f"the image tower's {vision.image_size}", "the processor")
         ratio = vision.intermediate_size / vision.hidden_size
-        if (
-            int(vision.hidden_size * ratio) != vision.intermediate_size
-        ):  # open_clip computes the size with this rounding
+        # open_clip computes the size with this rounding.
+        if int(vision.hidden_size * ratio) != vision.intermediate_size:
             ratio = (vision.intermediate_size + 0.5) / vision.hidden_size
         vision_cfg = {name: getattr(vision, ours) for name, (ours, _) in VIT_FIELDS.items()}
         vision_cfg |= {"head_width": vision.hidden_size // vision.num_attention_heads, "mlp_ratio": ratio}

@@ -27,8 +27,8 @@ class CapivaraProcessor(ProcessorMixin):
     Args:
         image_processor: A `CapivaraImageProcessor`.
         tokenizer: A fast tokenizer. It is converted to a `CapivaraTokenizer`, which also cleans texts when it is called
-            without the processor. The conversion keeps the vocabulary and the rules, but not the `max_length` and
-            `padding` that the tokenizers library stores from the last call.
+            without the processor. The conversion keeps the vocabulary and the tokenization rules (such as the
+            normalizer), but not the `max_length` and `padding` that the tokenizers library stores from the last call.
         **kwargs: Options of transformers' `ProcessorMixin`.
 
     Example:

@@ -26,7 +26,7 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "CapivaraTokenizer":
-        """Convert a fast tokenizer to a `CapivaraTokenizer` with the same vocabulary and rules.
+        """Convert a fast tokenizer to a `CapivaraTokenizer` with the same vocabulary and tokenization rules.
 
         Args:
             tokenizer: Fast tokenizer of any class.
@@ -91,7 +91,7 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
 
 
 def _tokenizer_kwargs(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Return constructor arguments that build a fast tokenizer with the same vocabulary, rules and settings.
+    """Return the arguments that build a fast tokenizer with the same vocabulary, tokenization rules and settings.
 
     Args:
         tokenizer: Fast tokenizer to copy.

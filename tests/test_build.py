@@ -22,8 +22,8 @@ from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
 from captions import select
 from captions.build import BuildArguments, ManualStepRequired, build_dataset, main, read_build_plan
 from captions.stages import StageArguments
-from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
-from hub_upload.allowed_files import list_files_to_send
+from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji_captions
+from hub_upload.upload_checks import list_files_to_send
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -112,9 +112,8 @@ def test_an_incomplete_table_stops_the_build_without_an_error(config, tmp_path, 
     """An incomplete table is not an error: the command prints which translations are missing and ends normally."""
     table = tmp_path / "tables" / "train.tsv"
     text = table.read_text(encoding="utf-8")
-    emptied = text.replace("\tikati 0\n", "\t\n").replace(
-        "\tinja\n", "\t \xa0\n"
-    )  # spreadsheets may write other blanks
+    # Spreadsheets may write other blanks.
+    emptied = text.replace("\tikati 0\n", "\t\n").replace("\tinja\n", "\t \xa0\n")
     table.write_text(emptied, encoding="utf-8")
     with caplog.at_level("INFO", "capivara"):
         main(["--config", str(config)])
@@ -458,7 +457,7 @@ def test_the_openmoji_build_restores_the_portuguese_names(tmp_path, tiny_folder,
     """With a tiny model, the translated captions are exactly the Portuguese captions of the dataset."""
     source = datasets.load_from_disk(tiny_dataset_folder)
     config = openmoji_config(tmp_path, tiny_folder)
-    folder = build_openmoji(OpenMojiCaptionsArguments(tiny_dataset_folder, config))
+    folder = build_openmoji_captions(OpenMojiCaptionsArguments(tiny_dataset_folder, config))
     for split, rows in source.items():
         built = rows_of(folder, split)
         assert [row["captions-pt"] for row in built] == [captions[:1] for captions in rows["captions-pt"]]

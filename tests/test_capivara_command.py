@@ -29,8 +29,8 @@ from capivara_common.environment import require_packages
 from capivara_common.progress import configure_progress_bars
 from capivara_search import estimates
 from capivara_search.command import SEARCH_MODULES, describe_error, detect_language, main, show_progress_bar
-from capivara_search.exporting import export_rows
 from capivara_search.index import PictureIndex
+from capivara_search.index_export import export_rows
 from capivara_search.messages import COMMAND_NAMES, Messages, localized_error
 from capivara_search.storage import to_index_error
 from capivara_search.table import PictureTable
@@ -677,7 +677,7 @@ def test_classify_labels_pictures_and_needs_no_index(capivara, index, folder, tm
     labels = ("--labels", "azul", "carro vermelho")
     code, out, error = capivara("classify", ".", *labels, "--index", index)
     lines = out.splitlines()
-    assert code == 0 and lines[0].split() == ["label", "share", "file"] and len(lines) == 6
+    assert code == 0 and lines[0].split() == ["label", "probability", "file"] and len(lines) == 6
     alone = (*labels, "--index", tmp_path / "none.lance", "--model", saved_tiny_folder, "--lang", "pt")
     (row,) = json.loads(capivara("classificar", "branco.jpg", *alone, "--json")[1])
     assert row["path"] == str(folder / "branco.jpg") and row["label"] in (None, "azul", "carro vermelho")

@@ -22,7 +22,7 @@ from capivara_common.image_encoder_digest import image_encoder_digest
 from hub_upload.export import main
 from hub_upload.formats import onnx as onnx_files
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from modeling_capivara.convert_open_clip import build_open_clip_model, to_open_clip_state_dict
+from modeling_capivara.convert_open_clip import new_open_clip_model, to_open_clip_state_dict
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import compute_image_embeds, embed_texts, pad_batch, random_images, tokenize
 
@@ -165,7 +165,7 @@ def test_open_clip_loads_the_text_encoder_and_keeps_its_image_embeddings(exporte
     ours, processor = load_model(base).eval(), load_processor(base)
     is_capivara = isinstance(ours, CapivaraModel)
     if is_capivara:
-        theirs = build_open_clip_model(ours.config)
+        theirs = new_open_clip_model(ours.config)
         theirs.load_state_dict(to_open_clip_state_dict(ours))
     else:
         main(["--model", str(base), "--output", str(tmp_path / "whole"), "--formats", "transformers,open_clip"])

@@ -135,10 +135,8 @@ def as_list(folder: Path, rows: dict[str, list]) -> None:
 
 def as_saved(folder: Path, rows: dict[str, list]) -> None:
     shutil.rmtree(folder)  # a saved dataset with links would be refused as a whole
-    image = {
-        "bytes": Value("binary"),
-        "path": Value("string"),
-    }  # datasets would open a feature of type `Image` while saving it
+    # Datasets would open a feature of type `Image` while saving it.
+    image = {"bytes": Value("binary"), "path": Value("string")}
     features = Features({"image": image, "captions-pt": List(Value("string"))})
     DatasetDict(train=Dataset.from_dict(rows, features=features)).save_to_disk(folder)
 
@@ -398,9 +396,8 @@ def test_tile_sides_are_read_in_all_byte_orders_and_bigtiff():
     tifffile.imwrite(stream := io.BytesIO(), np.zeros((64, 64), dtype=np.uint8), tile=(64, 64), bigtiff=True)
     assert decode_image({"bytes": stream.getvalue(), "path": None}).size == (64, 64)
     with pytest.raises(BadImage, match="unreadable image"):
-        read_image_bytes(
-            {"bytes": b"II*\0" + struct.pack("<I", 9_000) + bytes(64), "path": None}
-        )  # the directory offset lies outside the file
+        # The directory offset lies outside the file.
+        read_image_bytes({"bytes": b"II*\0" + struct.pack("<I", 9_000) + bytes(64), "path": None})
 
 
 def tiff_with(entries: list[tuple[int, int, int, bytes]], order: str) -> bytes:

@@ -39,9 +39,8 @@ from training.inputs import PairDataset, add_vectors, load_cached_embeds, open_i
 from training.whole_batch import WholeBatch
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
-NEGATIVE = encoded(
-    PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF"
-)  # Pillow reads it, but we refuse it
+# Pillow reads it, but we refuse it.
+NEGATIVE = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")
 BROKEN = b"\x89PNG\r\n\x1a\n no image data"
 
 
@@ -221,9 +220,8 @@ def test_augmentation_refuses_bad_images_and_scales_16_bits(tiny_processor, tiny
 
 @pytest.mark.slow
 def test_training_is_the_same_with_and_without_cache(tiny_folder, tiny_dataset_folder, tmp_path):
-    dataset = altered(
-        tiny_dataset_folder, tmp_path / "data", {0: BROKEN}
-    )  # so that pair numbers differ from row numbers
+    # So that pair numbers differ from row numbers.
+    dataset = altered(tiny_dataset_folder, tmp_path / "data", {0: BROKEN})
     options = {"augmented_views": 2, "max_bad_share": 0.2, "mixed_precision": "no", "max_steps": 4}
     cached, losses, _ = train(tiny_folder, dataset, tmp_path / "cached", **options)
     plain, plain_losses, _ = train(tiny_folder, dataset, tmp_path / "plain", image_embedding_cache="off", **options)

@@ -373,9 +373,8 @@ def test_raw_files_are_read_by_their_preview(orientation, tmp_path):
     preview = image if inverse is None else image.transpose(EXIF_TRANSPOSES[inverse])
     for exif in (None, make_exif(orientation, DateTimeOriginal="2001:01:01 00:00:00")):
         data = encode(preview, exif=exif) if exif else encode(preview)
-        data = (
-            data[:2] + data[20:] if exif else data
-        )  # without JFIF, because LibRaw adds EXIF data unless they come first
+        # Without JFIF, because LibRaw adds EXIF data unless they come first.
+        data = data[:2] + data[20:] if exif else data
         file = write_file(tmp_path / "IMG_1.DNG", made_dng(data, orientation, (66, 50)))
         picture = read_picture(file)
         assert (picture.width, picture.height) == ((66, 50) if orientation in (1, 3) else (50, 66))

@@ -105,14 +105,14 @@ def test_open_clips_trainer_trains_only_the_text_encoder(monkeypatch, accum, pre
 
     from modeling_capivara import convert_open_clip
 
-    models, build = [], convert_open_clip.build_open_clip_model
+    models, build = [], convert_open_clip.new_open_clip_model
 
     def build_and_record(config):
         model = build(config)
         models.append((model, weights_of(model)))
         return model
 
-    monkeypatch.setattr(convert_open_clip, "build_open_clip_model", build_and_record)
+    monkeypatch.setattr(convert_open_clip, "new_open_clip_model", build_and_record)
     # Without warm-up of the learning rate, so that the weights change.
     monkeypatch.setattr(open_clip_train.scheduler, "cosine_lr", lambda optimizer, *_: lambda step: None)
     args = worker(PEER_PROGRAM, pairs=2 * accum, peer_micro=2, precision=precision, steps=4)

@@ -85,8 +85,9 @@ def apportion_batch(batch_size: int, dataset_sizes: Sequence[int]) -> list[int]:
         )
     if batch_size > pairs:
         raise ValueError(
-            f"effective_batch_size must be at most the number of usable pairs, {pairs}, got {batch_size}: an image "
-            f"would be its own negative. The largest batch that fits is --effective_batch_size {pairs}."
+            f"effective_batch_size must be at most the number of usable pairs, {pairs}, got {batch_size}. In a "
+            "larger batch, an image would occur twice and be its own negative. The largest batch that fits is "
+            f"--effective_batch_size {pairs}."
         )
     exact = [batch_size * size / pairs for size in dataset_sizes]
     counts = [int(share) for share in exact]

@@ -270,7 +270,8 @@ def open_splits(args: RunArguments) -> Splits:
             raise ValueError(f"{str(error).rstrip('.')}. {DATA_FLAGS_HINT}") from error
     sizes = [len(splits[name, args.train_split]) for name in args.dataset]
     if sum(sizes) < args.effective_batch_size:
-        # Raises an error that names the largest possible batch. Quick, because there are few rows.
+        # `drop_invalid_pairs` raises an error here. Its message names the largest possible batch, for which all rows
+        # are read. This is quick, because there are fewer rows than one batch has pairs.
         drop_invalid_pairs(load_training_pairs(args, splits), args)
     apportion_batch(args.effective_batch_size, sizes)
     return splits

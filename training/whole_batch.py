@@ -168,7 +168,8 @@ class WholeBatch:
             self._bytes_per_token, self._bytes_per_text = size / first_ids.numel(), size / len(first_ids)
             free = available_memory(self.accelerator.device) - self._pending_state_bytes()
             self.budget = GRAPH_MEMORY_SHARE * max(free, 0)
-        for batch in reversed(batches):  # longest texts first, so that shorter texts fit into the memory they free
+        # The longest texts come first, so that shorter texts fit into the memory that longer texts have freed.
+        for batch in reversed(batches):
             ids = batch.input_ids
             size = max(self._bytes_per_token * ids.numel(), self._bytes_per_text * len(ids))
             if bytes_used + size <= self.budget:

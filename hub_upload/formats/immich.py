@@ -86,9 +86,9 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
     if base is not None:
         resolve_base_folder(source, base)
     processor, is_capivara = load_processor(source), KINDS[config.model_type].is_native
-    # Immich reads only these settings from config.json. For SigLIP, Immich's own config.json also requests the removal
-    # of punctuation (`"clean": "canonicalize"`). This config.json does not, because the model was trained with
-    # punctuation.
+    # These are the settings that Immich needs from config.json. The files that Immich publishes for SigLIP also contain
+    # `"clean": "canonicalize"`, which makes Immich remove punctuation from texts. It is left out here, because the
+    # model was trained with punctuation.
     settings = {"embed_dim": embedding_width(config), "text_cfg": {"context_length": max_text_tokens(processor)}}
     write_json(folder / "config.json", settings)
     ids = _write_tokenizer(processor, folder / "textual", is_capivara)

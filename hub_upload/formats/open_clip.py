@@ -20,7 +20,7 @@ from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
     BASE_TEXT_NAMES,
-    build_open_clip_model,
+    new_open_clip_model,
     to_capivara_state_dict,
     to_open_clip_model_cfg,
     to_open_clip_state_dict,
@@ -167,8 +167,8 @@ def build_open_clip_config(
 ) -> dict[str, Any] | None:
     """Build the content of open_clip_config.json for a CAPIVARA model, without reading weights.
 
-    If open_clip is installed, it builds the model on PyTorch's meta device (without memory for weights), so that names
-    and shapes of all tensors can be compared.
+    If open_clip is installed, this function also builds the open_clip model on PyTorch's meta device (without memory
+    for weights), and checks that its tensors have the names and shapes of the tensors of the CAPIVARA model.
 
     Args:
         config: Configuration of the model.
@@ -197,7 +197,7 @@ def build_open_clip_config(
     if find_spec("open_clip"):
         try:
             with torch.device("meta"):
-                tensors = to_capivara_state_dict(build_open_clip_model(config).state_dict())
+                tensors = to_capivara_state_dict(new_open_clip_model(config).state_dict())
                 build_model_from_tensors(tensors, config, "Its tensors")
         except (RuntimeError, ValueError) as error:  # for a few timm models, open_clip's head has another width
             raise ValueError(f"open_clip can't build this model: {' '.join(str(error).split())}") from error
