@@ -23,6 +23,7 @@ from capivara_common.model_kinds import ADDING_PAGE, KINDS, ModelKind, find_kind
 from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
 from hub_upload.export import export_model
+from hub_upload.formats import onnx
 from modeling_capivara.loading import load_processor
 from modeling_capivara.two_towers import load_embedder, random_images
 
@@ -56,7 +57,10 @@ def compute_embeddings(folder: Path) -> dict[str, Any]:
 
 
 def compute_exports(folder: Path, scratch: Path) -> dict[str, Any]:
-    """Return the files of all exports of a model, with a digest of the tensors in each weight file; null if refused."""
+    """Return the files of all exports of a model, with a digest of the tensors in each weight file; null if refused.
+
+    ONNX graphs have no digest, and writing them takes minutes, so only empty files with their names are written.
+    """
     other = other_texts(folder, scratch / "other")
     exports = {"repository": (folder, REPOSITORY_FORMATS, None), "immich": (folder, ["immich"], None)}
     exports["drop_in"] = other, ["drop_in"], str(folder)
@@ -69,6 +73,15 @@ def compute_exports(folder: Path, scratch: Path) -> dict[str, Any]:
             continue
         outputs[name] = {file: digest_tensors(scratch / name / file) for file, _ in files}
     return outputs
+
+
+def write_empty_graphs(folder, source=None, graphs=onnx.TOWER_GRAPHS, precisions=("float32", "int8")) -> None:
+    """Stand in for `onnx.write_onnx`."""
+    (folder / "onnx").mkdir()
+    for name in (f"{graph}{onnx.PRECISION_SUFFIXES[precision]}" for graph in graphs for precision in precisions):
+        for ending in ("onnx", "onnx_data"):
+            (folder / "onnx" / f"{name}.{ending}").touch()
+    (folder / "onnx" / "quantisation.json").write_text('{"graphs": {}}')
 
 
 def digest_tensors(path: Path) -> str | None:
@@ -94,7 +107,8 @@ def test_digest_and_embeddings_are_unchanged(kind, make_kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["capivara", "siglip2", *FROZEN])
-def test_exports_are_unchanged(kind, make_kind, tmp_path):
+def test_exports_are_unchanged(kind, make_kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx, "write_onnx", write_empty_graphs)
     assert compute_exports(make_kind(kind), tmp_path) == json.loads(GOLDEN.read_text())[kind]["exports"]
 
 
@@ -177,15 +191,6 @@ def test_any_two_towers_embed_as_transformers_does(vision, text, tmp_path):
         torch.testing.assert_close(actual, expected[name], rtol=0, atol=1e-5)
     np.testing.assert_allclose(found.embed_texts(TEXTS), expected.text_embeds, rtol=0, atol=1e-5)
     assert found.embed_images(images).shape == (2, found.width)
-
-
-@pytest.mark.slow
-def test_a_dual_encoder_is_exported_and_gives_the_same_embeddings(tmp_path):
-    dual_encoder(tmp_path / "model", "dinov2", "xlm-roberta")
-    files = dict(export_model(tmp_path / "model", tmp_path / "exported", [*REPOSITORY_FORMATS, "onnx"]))
-    assert {"modules.json", "onnx/text_model.onnx", "onnx/vision_model.onnx"} <= files.keys()
-    original, exported = (compute_embeddings(tmp_path / name) for name in ("model", "exported"))
-    assert original == exported
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
