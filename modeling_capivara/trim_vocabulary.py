@@ -37,7 +37,6 @@ from capivara_common.weight_file import find_weight_files
 from .loading import (
     load_config,
     load_mapped_model,
-    load_mapped_tensors,
     load_processor,
     weights_digest,
     write_origin_card,
@@ -170,7 +169,7 @@ def _write_trimmed_model(
 
     Args:
         source: Folder of the original model.
-        config: Configuration of the original model. It is changed to that of the trimmed model.
+        config: Configuration of the original model.
         folder: Folder to write to.
         kept_ids: Ids of the tokens to keep, in ascending order. Row i of the new embedding table is row `kept_ids[i]`
             of the original one.
@@ -184,6 +183,7 @@ def _write_trimmed_model(
         ValueError: If a written weight differs from the model's weight.
     """
     model = load_mapped_model(source, config)
+    config = model.config
     embedding = model.text_model.get_input_embeddings()
     before, table = model.num_parameters(), embedding.weight.detach()
     record |= {"of": len(table), "table": weights_digest(nn.Embedding.from_pretrained(table))}
@@ -191,7 +191,8 @@ def _write_trimmed_model(
     model.text_model.set_input_embeddings(trimmed_embedding)
     config.text_config.vocab_size, config.trimmed_vocabulary = len(kept_ids), record
     model.save_pretrained(folder)
-    written, expected = load_mapped_tensors(find_weight_files(folder)), model.state_dict()
+    # transformers may save weights under other names than those of the model, so the file is compared as it is loaded.
+    written, expected = load_mapped_model(folder, config).state_dict(), model.state_dict()
     changed = sorted(name for name, tensor in expected.items() if not torch.equal(written[name], tensor))
     if changed:
         raise ValueError(f"Weights of {source} changed when they were saved, so no model was written: {changed}.")

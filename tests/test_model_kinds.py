@@ -24,10 +24,12 @@ from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
 from hub_upload.export import export_model
 from modeling_capivara.loading import load_processor
+from modeling_capivara.trim_vocabulary import trim
 from modeling_capivara.two_towers import load_embedder, random_images
 
 GOLDEN = Path(__file__).parent / "golden" / "kinds.json"
 TEXTS = ["uma foto de um gato", "pão", "A Casa VERDE, são joão"]
+WORDS = ["de que", "uma para o a"]  # among the most frequent
 FROZEN = ("siglip", "clip", "chinese_clip", "altclip", "metaclip_2")
 REPOSITORY_FORMATS = ["transformers", "open_clip", "sentence_transformers", "transformers_js"]
 
@@ -186,6 +188,19 @@ def test_a_dual_encoder_is_exported_and_gives_the_same_embeddings(tmp_path):
     assert {"modules.json", "onnx/text_model.onnx", "onnx/vision_model.onnx"} <= files.keys()
     original, exported = (compute_embeddings(tmp_path / name) for name in ("model", "exported"))
     assert original == exported
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["altclip", "metaclip_2", "dual_encoder"])
+def test_a_model_whose_files_have_other_names_than_its_weights_can_be_trimmed(kind, tmp_path):
+    """transformers renames weights of AltCLIP and ViT when it loads and saves them."""
+    options = {"text": "xlm-roberta"} if kind == "dual_encoder" else {}
+    MAKERS[kind](tmp_path / "model", **options)
+    trim(tmp_path / "model", tmp_path / "small", ["pt"], words=[50])
+    processors = [load_processor(tmp_path / name) for name in ("model", "small")]
+    assert len(processors[1].tokenizer) < len(processors[0].tokenizer)
+    expected, actual = (load_embedder(str(tmp_path / name), "cpu").embed_texts(WORDS) for name in ("model", "small"))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
