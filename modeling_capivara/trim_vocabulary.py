@@ -110,9 +110,9 @@ def trim(
         Sentences for the user with the numbers of tokens and parameters and the sizes of the weights.
 
     Raises:
-        ValueError: If the model is already trimmed or damaged, its tokenizer is of an unsupported type, an added token
-            has no row in the embedding table, wordfreq has no word list of a language, a file has no text, a number of
-            words is below 1, or `output` has files and may not be replaced.
+        ValueError: If the model is already trimmed or damaged, its tokenizer is of an unsupported type, wordfreq has no
+            word list of a language, a file has no text, a number of words is below 1, or `output` has files and may not
+            be replaced.
         ImportError: If wordfreq is not installed.
     """
     check_output_folder(output, overwrite_output_dir)
@@ -125,14 +125,6 @@ def trim(
         trimmed_languages = ", ".join(earlier_trim["languages"])
         hint = "Trim the model that it was made from"
         raise ValueError(f"MODEL {model} is already trimmed, to {trimmed_languages}. {hint}.")
-    rows = config.text_config.vocab_size
-    added_tokens = tokenizer_state(processor.tokenizer)["added_tokens"]
-    token = next((token for token in added_tokens if token["id"] >= rows), None)
-    if token is not None:
-        problem = (
-            f"The added token {token['content']!r} has the id {token['id']}, but MODEL {model} has only {rows} rows"
-        )
-        raise ValueError(f"{problem} of embeddings. Add a row with `resize_token_embeddings`, or remove the token.")
     kept_ids = select_token_ids(processor, languages, words, [text for path in texts for text in read_lines(path)])
     trimmed = type(processor)(processor.image_processor, trim_tokenizer(processor.tokenizer, kept_ids))
     for language in languages:
