@@ -219,21 +219,22 @@ def _write_repository(
         text_config: Hub id from which open_clip loads the configuration of the text tower, or None.
         repo_id: Hub id under which the folder will be published, or None.
     """
-    processor, is_capivara = load_processor(model), KINDS[config.model_type].is_native
-    if text_config and not is_capivara:
+    processor, kind = load_processor(model), KINDS[config.model_type]
+    has_text_config = kind.open_clip_layout == "hf_text"
+    if text_config and not has_text_config:
         raise ValueError(
             f"--text_config applies to CAPIVARA models only, but {model} is a {config.model_type} model. Leave it out."
         )
     if "transformers_js" in formats:
         transformers_js.convert_tokenizer(model)
     settings = None
-    if "open_clip" in formats and is_capivara:
+    if "open_clip" in formats and has_text_config:
         settings = open_clip.build_open_clip_config(config, processor.image_processor, text_config, repo_id)
     open_clip.write_weights(model, folder, config, with_open_clip=settings is not None)
     _write_processor(model, folder, processor)
     if settings:
         write_json(folder / OPEN_CLIP_CONFIG, settings)
-    if "open_clip" in formats and not is_capivara:
+    if "open_clip" in formats and not has_text_config:
         try:
             open_clip.check_siglip_supported(config)
         except (ValueError, ImportError) as error:
@@ -242,7 +243,7 @@ def _write_repository(
             open_clip.write_open_clip_siglip(model, folder, repo_id or short_name(str(model)))
     if "sentence_transformers" in formats:
         open_clip.write_sentence_transformers(folder, processor)
-        if not is_capivara:
+        if not kind.is_native:
             open_clip.check_sentence_transformers(model, folder)
     if "transformers_js" in formats:
         transformers_js.write_converted_tokenizer(folder)

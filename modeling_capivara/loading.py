@@ -289,10 +289,11 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
         raise ValueError("its tokenizer has no padding token")
     if token_id >= text_config.vocab_size:
         raise ValueError(f"its padding token {token!r} is not among the model's {text_config.vocab_size} tokens")
-    if len(tokenizer) > text_config.vocab_size:
-        raise ValueError(
-            f"its tokenizer has {len(tokenizer)} tokens, but the model has {text_config.vocab_size} tokens"
-        )
+    last_id = max([len(tokenizer) - 1, *tokenizer.added_tokens_decoder])  # an added token may have any id
+    if last_id >= text_config.vocab_size:
+        problem = f"its tokenizer has the token {tokenizer.convert_ids_to_tokens(last_id)!r} with the id {last_id}"
+        hint = "add rows with `resize_token_embeddings`, or remove tokens"
+        raise ValueError(f"{problem}, but the model has {text_config.vocab_size} tokens; {hint}")
     # Some text towers number positions from the id of the padding token, so another id would shift them.
     needs_same_id = KINDS[config.model_type].is_native or text_config.model_type in PADDING_MODEL_TYPES
     if needs_same_id and token_id != text_config.pad_token_id:

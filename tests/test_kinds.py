@@ -119,7 +119,7 @@ class Toy:
 
     @cached_property
     def exported(self) -> Path:
-        # Other precisions take as long again, so they are only written for one kind. CAPIVARA has its own tests of them.
+        # Other precisions take as long again, so they are written for one kind only. CAPIVARA has its own tests.
         options = {} if self.title == "SigLIP 2" else {"precisions": ("float32",)}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(onnx, "write_onnx", lambda *args, **defaults: write_onnx(*args, **defaults | options))

@@ -189,8 +189,8 @@ def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: P
     """
     try:
         load_mapped_model(base, model.config)  # raises ValueError if the base has other tensor names or shapes
-        is_capivara = KINDS[model.config.model_type].is_native
-        if is_capivara:
+        has_hf_text = KINDS[model.config.model_type].open_clip_layout == "hf_text"
+        if has_hf_text:
             to_open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
             state = to_open_clip_state_dict(model)
         else:
@@ -203,7 +203,7 @@ def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: P
         return False
     text_state = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
     save_state_dict(text_state, folder / OPEN_CLIP_TEXT_FILE)
-    if is_capivara:
+    if has_hf_text:
         written = to_capivara_state_dict(state | load_mapped_tensors([folder / OPEN_CLIP_TEXT_FILE]))
         check_tensors(folder / OPEN_CLIP_TEXT_FILE, written, compute_tensor_digests(model.state_dict()))
     return True
