@@ -322,7 +322,7 @@ def test_evaluating_the_saved_model_gives_the_results_of_the_run(toy):
 
 
 @pytest.mark.slow
-@capability("search", "An index of the base is searched with the run, without embedding an image again.")
+@capability("search", "An index of the base is searched with the run and its export, without embedding an image again.")
 def test_a_fine_tuned_model_searches_an_index_of_its_base(toy):
     """The vectors of the images are those of the model, and stay when the text encoder is replaced."""
     paths, index = make_pictures(toy.folder / "pictures", 5), toy.folder / "index.lance"
@@ -338,6 +338,7 @@ def test_a_fine_tuned_model_searches_an_index_of_its_base(toy):
     hits = opened.search(TWELVE[0], k=5)
     order = (images @ torch.from_numpy(texts[0])).argsort(descending=True).tolist()
     assert hits[0].path == str(paths[order[0]]) and len(hits) == 5
+    assert PictureIndex.open(index, model=str(toy.exported)).search(TWELVE[0], k=5)[0].path == hits[0].path
 
 
 # --- Export ----------------------------------------------------------------------------------------------------------
