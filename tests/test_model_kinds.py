@@ -196,6 +196,17 @@ def test_any_two_towers_embed_as_transformers_does(vision, text, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_dual_encoder_is_exported_and_its_export_searches_the_index_of_the_model(tmp_path):
+    dual_encoder(tmp_path / "model", "dinov2", "xlm-roberta")
+    export_model(tmp_path / "model", tmp_path / "exported", ["transformers", "sentence_transformers"])
+    original, exported = (compute_embeddings(tmp_path / name) for name in ("model", "exported"))
+    assert original == exported
+    Image.new("RGB", (40, 40), "blue").save(tmp_path / "blue.png")
+    assert PictureIndex.open(tmp_path / "i.lance", model=str(tmp_path / "model")).add(tmp_path).embedded == 1
+    assert len(PictureIndex.open(tmp_path / "i.lance", model=str(tmp_path / "exported")).search("um gato", k=3)) == 1
+
+
+@pytest.mark.slow
 def test_a_model_whose_files_have_other_names_than_its_weights_can_be_trimmed(tmp_path):
     """transformers renames weights of ViT when it loads and saves them."""
     dual_encoder(tmp_path / "model", "vit", "xlm-roberta")
