@@ -7,6 +7,7 @@ pixels.
 """
 
 import io
+import math
 import os
 import stat
 import struct
@@ -22,6 +23,7 @@ import numpy as np
 import PIL.Image
 from PIL.Image import Transpose
 
+from capivara_common.avif import largest_frame_size
 from capivara_common.cli import check_at_least, flag
 from capivara_common.environment import process_state
 from capivara_common.files import AllowedFolders
@@ -253,6 +255,7 @@ def open_image(
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=_AVAILABLE_FORMATS)
         tile = _read_tile_size(data, image)
+        frame = largest_frame_size(data) if image.format == "AVIF" else image.size
     except PIL.UnidentifiedImageError as error:
         heic = "" if "HEIF" in _AVAILABLE_FORMATS else "; to read HEIC, install the extra: pip install -e '.[heic]'"
         detail = f"{name} is not an image in {', '.join(_AVAILABLE_FORMATS)}, or its header is damaged{heic}"
@@ -261,7 +264,7 @@ def open_image(
         raise BadImage("absurd image size", f"{name}: {error}") from error
     except Exception as error:  # PIL raises many types of errors, including SyntaxError
         raise BadImage("unreadable image", f"{name}: {error}") from error
-    _check_dimensions(image, tile, name, max_pixels, hint)
+    _check_dimensions(max(image.size, frame, key=math.prod), tile, name, max_pixels, hint)
     return image
 
 
@@ -283,8 +286,8 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
     Raises:
         BadImage: If the pixels can't be decoded.
     """
-    # The size in the header of an AVIF file (its `ispe` box) is no limit: libavif allocates memory for the frame in the
-    # AV1 stream, which may have up to 268 megapixels.
+    # `open_image` has checked the frame size that the AV1 streams of an AVIF file state. A hostile file may hide that
+    # size, or a frame may exceed it: libavif decodes up to 268 megapixels.
     is_large = image.format == "AVIF" or image.width * image.height > MAX_IMAGE_PIXELS
     try:
         with LARGE_IMAGE_LOCK if is_large else nullcontext():
@@ -467,25 +470,24 @@ def _read_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
     return sides[TILE_WIDTH], sides[TILE_LENGTH]
 
 
-def _check_dimensions(image: PIL.Image.Image, tile: tuple[int, int], name: str, max_pixels: int, hint: str) -> None:
+def _check_dimensions(size: tuple[int, int], tile: tuple[int, int], name: str, max_pixels: int, hint: str) -> None:
     """Raise BadImage if an image or its tiles exceed the limits of this module.
 
     Args:
-        image: The opened image.
+        size: Width and height of the image, or of the largest frame that its decoder allocates.
         tile: Width and height of the tiles of a TIFF image; (0, 0) without tiles. libtiff decodes a whole tile at once,
             so a tile must not have too many pixels either.
         name: Name of the image for error messages.
         max_pixels: Limit for width x height.
         hint: Advice for an image that has too many pixels; inserted into the error message after the limit.
     """
-    (short, long), (width, height) = sorted(image.size), tile
+    (short, long), (width, height) = sorted(size), tile
     if width * height > max_pixels:
         detail = f"{name} has tiles of {width} x {height} pixels; at most {max_pixels:,} pixels are allowed"
         raise BadImage("absurd image size", detail)
     if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT_RATIO * short:
         limits = f"a side of {MAX_IMAGE_SIDE:,} pixels and a long side of {MAX_ASPECT_RATIO} times the short side"
-        size = f"{image.width} x {image.height} pixels"
-        detail = f"{name} has {size}; at most {max_pixels:,} pixels{hint}, {limits} are allowed"
+        detail = f"{name} has {size[0]} x {size[1]} pixels; at most {max_pixels:,} pixels{hint}, {limits} are allowed"
         raise BadImage("absurd image size", detail)
 
 

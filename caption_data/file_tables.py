@@ -193,7 +193,7 @@ def _iter_rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]
             # People write CSV files by hand, and a typo must not silently drop all rows after it.
             if path.suffix == ".csv":
                 raise ValueError(f"{path}: {error}.") from None
-            ending = "; this line and all later lines are left out" if path.suffix == ".jsonl" else ""
+            ending = "; this line and all later lines are skipped" if path.suffix == ".jsonl" else ""
             yield {DAMAGE_COLUMN: replace_surrogates(f"{path}: {error}{ending}"[:MAX_DETAIL_CHARACTERS])}
 
 

@@ -547,7 +547,7 @@ def _group_parts(split: str, stage: Path) -> list[list[Path]]:
     check_complete(stage)
     parts = [path for path in sorted(stage.glob(f"{split}-*.parquet")) if pq.read_metadata(path).num_rows]
     if not parts:
-        raise ValueError(f"{stage} has no rows: all were left out. Its *.skipped.jsonl files list the reasons.")
+        raise ValueError(f"{stage} has no rows: all were skipped. Its *.skipped.jsonl files list the reasons.")
     ends = itertools.accumulate(path.stat().st_size for path in parts)
     numbers = {path: (end - 1) // TARGET_FILE_BYTES for path, end in zip(parts, ends, strict=True)}
     return [list(group) for _, group in itertools.groupby(parts, key=numbers.get)]

@@ -293,7 +293,7 @@ class StageReport:
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
-        return f"{self.rows:,} rows written, {sum(self.skipped.values()):,} left out" + (
+        return f"{self.rows:,} rows written, {sum(self.skipped.values()):,} skipped" + (
             f" ({reasons})" if reasons else ""
         )
 

@@ -160,7 +160,7 @@ class EmbeddingArguments(ImageFileArguments):
     """Command-line arguments for embedding images and texts: batch size, precision, cache, device and image files."""
 
     batch_size: int = flag(32, "Images in a batch. A batch of texts is twice as large.")
-    precision: Literal["float32", "bf16"] = flag("float32", "Precision. bf16 is faster; its figures differ slightly.")
+    precision: Literal["float32", "bf16"] = flag("float32", "Precision. bf16 is faster; its results differ slightly.")
     cache_dir: str = flag("auto", "Cache folder; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = no cache is kept.")
     device: str | None = flag(None, "Device: cpu, cuda, or one GPU such as cuda:1. Default: the GPU if there is one.")
 
@@ -360,4 +360,4 @@ def run_evaluation(
     for note in content.get("notes", []):
         print(note)
     if skipped := len(content["skipped"]):
-        print(f"{skipped} images could not be read and are not included in these figures. {args.output} lists them.")
+        print(f"{skipped} images could not be read and are not included in these results. {args.output} lists them.")

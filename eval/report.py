@@ -180,7 +180,7 @@ def _build_block(rows: pandas.DataFrame, results_folder: ResultsFolder, output: 
     is_retrieval = first["task"] == "retrieval"
     conflicts = find_conflicts(measured, "folder", REPORT_TOLERANCE)
     for row in conflicts.drop_duplicates(["name", "dataset", "folder"]).itertuples():
-        fault = f"contradicts an earlier file about {row.dataset} with {row.folder}; the earlier figures are shown"
+        fault = f"contradicts an earlier file about {row.dataset} with {row.folder}; the earlier values are shown"
         results_folder.faults.append((row.name, fault))
     pairs = pair_with_baselines(average_over_seeds(measured, "folder"))
     gains = rows[rows["metric"] == GAIN_METRIC].to_dict("records")

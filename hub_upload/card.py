@@ -188,7 +188,7 @@ def find_card_faults(folder: Path) -> list[str]:
         raise ValueError(f"{folder} has no {CARD_FILE}. Write it with `python -m hub_upload.card --model {folder}`.")
     text = _read_text(folder / CARD_FILE)
     if not (options := read_card_options(text)):
-        return [f"{CARD_FILE}: it was not written by `python -m hub_upload.card`, so its figures can't be verified."]
+        return [f"{CARD_FILE}: it was not written by `python -m hub_upload.card`, so its values can't be verified."]
     try:
         with values.wrap_format_errors(folder):  # the options in the card may have wrong types, too
             render_options = {name: options.get(name) for name in ("language", "repo_id", "license")}
@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
             "because the card was written with an older template."
         )
     else:
-        print(f"All figures in the card of {args.check} agree with its files.")
+        print(f"All values in the card of {args.check} agree with its files.")
 
 
 if __name__ == "__main__":

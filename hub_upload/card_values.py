@@ -5,7 +5,7 @@
 
 The values come from `run.json` and `results/*.json` (for a run with several seeds, also from those in `seed-*/`),
 `config.json`, the headers of the safetensors files, and `onnx/quantisation.json`. If these files lack a value that the
-card requires, an error is raised. Missing optional values are left out of the card. Texts from files are escaped, so
+card requires, an error is raised. Missing optional values are omitted from the card. Texts from files are escaped, so
 that they can't add Markdown or HTML to the card. Numbers get the decimal separator of the card's language.
 """
 
@@ -282,7 +282,7 @@ def _average_results(results: list[ResultFile]) -> list[Any]:
     tolerance = baseline_tolerance.where(frame["model"] == "baseline", CARD_TOLERANCE)
     for row in find_conflicts(frame, "precision", tolerance).itertuples():
         raise ValueError(
-            f"{row.first_source}/value and {row.source}/value contradict each other: the same figure is {row.first:g} "
+            f"{row.first_source}/value and {row.source}/value contradict each other: the same value is {row.first:g} "
             f"and {row.value:g}. Remove the result file that belongs to another model."
         )
     values = average_over_seeds(frame, "precision")

@@ -59,7 +59,7 @@ class ExportArguments:
     text_config: str | None = flag(
         None,
         "Hub id from which open_clip loads the configuration of the text tower. Default: XLM-RoBERTa base. If the text "
-        "tower is another one and this flag is missing, open_clip is left out.",
+        "tower is another one and this flag is missing, the format open_clip is skipped.",
     )
     repo_id: str | None = flag(
         None,
@@ -103,7 +103,7 @@ def export_model(
         output: Folder to write.
         formats: Formats from `KNOWN_FORMATS`.
         text_config: Hub id from which open_clip loads the configuration of the text tower. None: open_clip uses
-            XLM-RoBERTa base; if the model has another text tower, the format open_clip is left out.
+            XLM-RoBERTa base; if the model has another text tower, the format open_clip is skipped.
         overwrite: Whether to replace `output` if it exists.
         repo_id: Hub id under which the folder will be published. open_clip's `hf-hub:` loads the tokenizer from there.
         base: Folder or Hub id of the base model that the images were embedded with, for "drop_in" and "immich". Its
@@ -238,7 +238,7 @@ def _write_repository(
         try:
             open_clip.check_siglip_supported(config)
         except (ValueError, ImportError) as error:
-            logger.info("open_clip is left out: %s", error)
+            logger.info("The format open_clip is skipped: %s", error)
         else:
             open_clip.write_open_clip_siglip(model, folder, repo_id or short_name(str(model)))
     if "sentence_transformers" in formats:

@@ -8,6 +8,7 @@ and links that lead out of the folder.
 import io
 import mmap
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -382,9 +383,12 @@ def _check_table_contents(path: Path, name: Path) -> None:
             for column, array in zip(batch.schema.names, batch.columns, strict=True):
                 if not _find_array_fault(array):
                     continue
-                faults = (_find_array_fault(array[row : row + 1]) for row in range(len(array)))
-                row, fault = next((row, fault) for row, fault in enumerate(faults, start=first_row) if fault)
-                raise ValueError(f"{name}, column {column!r}, row {row}, {fault}.")
+                # Binary search for the first row with a fault, because each check compiles a long pattern.
+                row = bisect_left(
+                    range(len(array)), True, key=lambda row: _find_array_fault(array[: row + 1]) is not None
+                )
+                fault = _find_array_fault(array[row : row + 1])
+                raise ValueError(f"{name}, column {column!r}, row {first_row + row}, {fault}.")
             first_row += len(batch)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{name} can't be read as Parquet or Arrow: {' '.join(str(error).split())}") from None

@@ -108,6 +108,7 @@ def test_complete_stages_are_not_repeated_and_no_model_is_loaded(finished, monke
     assert "2-score, train: done" in caplog.text and "dataset: done" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_incomplete_table_stops_the_build_without_an_error(config, tmp_path, capsys, caplog):
     """An incomplete table is not an error: the command prints which translations are missing and ends normally."""
     table = tmp_path / "tables" / "train.tsv"
@@ -183,7 +184,7 @@ def test_a_corrected_cell_changes_the_dataset(config, tmp_path, monkeypatch, cap
     assert files(tmp_path / "built") == files(tmp_path / "corrected")
 
 
-@pytest.mark.parametrize(("cut", "warns"), [(0.99, True), (-1, False)])
+@pytest.mark.parametrize(("cut", "warns"), [(0.99, True), pytest.param(-1, False, marks=pytest.mark.slow)])
 def test_a_build_logs_the_row_counts_of_each_stage(config, tmp_path, caplog, cut, warns):
     """A warning names a filter that drops more than half of the rows."""
     changed(config, select={"caption_strategy": "rank", "min_pair_similarity": cut})

@@ -301,6 +301,7 @@ def test_index_reports_its_model_its_numbers_and_skipped_files(capivara, folder,
     assert code == 0 and out.startswith("Nada mudou, 1 imagem não pôde ser lida")
 
 
+@pytest.mark.slow
 def test_status_fits_on_a_screen_with_long_lists(capivara, tmp_path, saved_tiny_folder):
     flags = ("--index", tmp_path / "i.lance", "--model", saved_tiny_folder)
     folders = [tmp_path / f"pasta{number}" for number in range(9)]
@@ -330,6 +331,7 @@ def test_status_fits_on_a_screen_with_long_lists(capivara, tmp_path, saved_tiny_
     assert values["skipped"] == {"excluded": 9, "hidden": 9, "link": 9, "video": 9}
 
 
+@pytest.mark.slow
 def test_index_without_a_folder_updates_all_folders_of_this_machine(capivara, own_index, folder, tmp_path):
     code, out, error = capivara("indexar", "--index", own_index, "--lang", "pt")
     assert (code, out) == (2, "") and message_pattern("pt", "error.no_known_folder") in re.escape(error)
@@ -428,6 +430,7 @@ def test_nothing_found_is_exit_code_1_and_a_long_query_is_truncated(capivara, in
     assert capivara("buscar", "gato " * 2000, "--index", index, "-k", 1)[0] == 0
 
 
+@pytest.mark.slow
 def test_an_unreadable_query_picture_is_a_usage_error(capivara, index, folder, tmp_path, recwarn):
     PIL.Image.new("1", (17_000, 17_000)).save(tmp_path / "bomb.png")
     for path, code in ((folder / "quebrada.jpg", "unreadable image"), (tmp_path / "bomb.png", "absurd image size")):

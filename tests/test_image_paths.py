@@ -71,7 +71,7 @@ def photo() -> bytes:
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counter) as http_server:
         http_server.requests, http_server.picture = [], photo()
-        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        threading.Thread(target=http_server.serve_forever, args=(0.01,), daemon=True).start()
         yield http_server
         http_server.shutdown()
 
@@ -289,7 +289,7 @@ def test_caption_stages_builds_and_uploads_leak_nothing(tmp_path, hostile, serve
         (select, "selected", ["--caption_strategy", "none"]),
     ):
         command(["--dataset", str(tmp_path / "data"), "--output", str(out / name), *more])
-    assert capsys.readouterr().out.count(f"{GOOD} rows written, {number} left out ({number} unreadable image)") == 3
+    assert capsys.readouterr().out.count(f"{GOOD} rows written, {number} skipped ({number} unreadable image)") == 3
     for name in ("generated", "scored", "selected"):
         (skipped,) = (out / name).glob("*.skipped.jsonl")
         listed = [json.loads(line) for line in skipped.read_text(encoding="utf-8").splitlines()]

@@ -277,6 +277,7 @@ def test_other_pairs_replace_bad_images(tiny_folder, tiny_dataset_folder, tmp_pa
     assert largest_difference(weights, load_model(tmp_path / "two").state_dict(), before) < 0.02
 
 
+@pytest.mark.slow
 def test_a_run_with_too_many_bad_images_resumes_with_a_larger_share(tiny_folder, tiny_dataset_folder, tmp_path):
     bad = [batch_indices(step, 6, IMAGES, 42)[-1] for step in (0, 1)]  # one image of each of the first two steps
     dataset = altered(tiny_dataset_folder, tmp_path / "data", dict.fromkeys(map(int, bad), NEGATIVE))
@@ -288,6 +289,7 @@ def test_a_run_with_too_many_bad_images_resumes_with_a_larger_share(tiny_folder,
     assert losses == expected and all(torch.equal(resumed[name], weight) for name, weight in uninterrupted.items())
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_an_error_if_bad_images_are_too_many_or_evaluated(tiny_folder, tiny_dataset_folder, tmp_path):
     """More bad images than allowed, no pair left to replace them, and a bad image in an evaluation split."""
 

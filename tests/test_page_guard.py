@@ -393,7 +393,6 @@ def first_bytes(sent: socket.socket) -> bytes:
     return b""
 
 
-@pytest.mark.slow
 def test_unread_downloads_are_closed_for_new_visitors(page, folder, monkeypatch):
     """The download that has been unread for the longest time is closed."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (guard.RESERVED_DESCRIPTORS + 2 * 4,) * 2)
@@ -543,6 +542,7 @@ def test_a_picture_that_takes_too_long_is_refused(page):
     assert page.ask("search", {}, png(3))[0] == 200
 
 
+@pytest.mark.slow
 def test_questions_are_answered_one_at_a_time_and_abandoned_after_the_time_limit(monkeypatch):
     monkeypatch.setattr(guard, "QUESTION_TIMEOUT_S", 0.3)
 

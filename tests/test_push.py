@@ -76,6 +76,7 @@ def written(hub) -> list[str]:
 # --- Uploaded files --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_push_without_the_flag_shows_changes_and_makes_none(hub, push):
     done = push()
     assert done.code == 0 and not written(hub) and not hub.storage.repos

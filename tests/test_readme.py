@@ -48,6 +48,7 @@ def test_every_table_macro_is_used_on_a_page():
         readme.fill_blocks("README.md", TEXTS["README.md"].replace("demo_summary", "no_such"))
 
 
+@pytest.mark.slow
 def test_a_changed_figure_is_detected_and_a_new_commit_is_shown(monkeypatch, tmp_path):
     for name in readme.find_pages():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -55,6 +55,7 @@ def error_of(*arguments) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_texts_whose_pieces_are_kept_have_the_same_embedding(saved_tiny_folder, trimmed):
     original_processor, trimmed_processor = load_processor(saved_tiny_folder), load_processor(trimmed)
     tokens = trimmed_processor.tokenizer.get_vocab()
@@ -92,6 +93,7 @@ def tokens_of(processor: CapivaraProcessor, text: str) -> list[str]:
     return processor.tokenizer.convert_ids_to_tokens(processor(text=text)["input_ids"])
 
 
+@pytest.mark.slow
 def test_added_tokens_keep_their_rows(tiny_folder, tmp_path):
     processor = load_processor(tiny_folder)
     processor.tokenizer.add_tokens(["<bicho>"])
@@ -143,6 +145,7 @@ def test_wrong_arguments_are_an_error_of_one_line(tiny_folder, tmp_path, monkeyp
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_trimmed_unigram_tokenizers_split_texts_of_kept_tokens_as_before():
     """Random vocabularies whose scores often tie, and in which some letters have no token."""
     rng, compared, differing = random.Random(0), 0, 0

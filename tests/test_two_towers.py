@@ -98,7 +98,7 @@ def test_image_embeddings_depend_only_on_the_image_encoder(kind_folder):
     }
 
 
-@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("published", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_siglip_2_lowercases_texts_and_keeps_punctuation_everywhere(published, tmp_path):
     """In training, evaluation and search, and by transformers after the model was saved."""
     base, saved, texts = tmp_path / "base", tmp_path / "saved", ["Um GATO, azul!", "um gato, azul!", "um gato azul"]

@@ -199,7 +199,7 @@ def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: P
             with TemporaryDirectory(dir=folder) as temporary:
                 state = open_clip.write_open_clip_siglip(source, Path(temporary), short_name(str(source)))
     except (ValueError, ImportError) as error:
-        logger.info("open_clip is left out: %s", error)
+        logger.info("The format open_clip is skipped: %s", error)
         return False
     text_state = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
     save_state_dict(text_state, folder / OPEN_CLIP_TEXT_FILE)

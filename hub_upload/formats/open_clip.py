@@ -188,8 +188,8 @@ def build_open_clip_config(
     if source is None:
         vocabulary = f" (trimmed to {config.text_config.vocab_size:,} tokens)" if config.trimmed_vocabulary else ""
         logger.info(
-            "open_clip is left out: it loads the text tower's configuration from XLM-RoBERTa base, but this text tower "
-            "differs%s. Publish its config.json on the Hub and pass the id with --text_config.", vocabulary,
+            "The format open_clip is skipped: it loads the text tower's configuration from XLM-RoBERTa base, but this "
+            "text tower differs%s. Publish its config.json on the Hub and pass the id with --text_config.", vocabulary,
         )  # fmt: skip
         return None
     preprocess_cfg = to_preprocess_cfg(image_processor)
