@@ -464,7 +464,8 @@ def test_the_text_encoder_replaces_that_of_the_base(toy):
 
 def format_outcomes() -> str:
     """Return the recorded outcomes as a Markdown table with a row per capability, followed by the reasons."""
-    reasons = list(dict.fromkeys(filter(None, OUTCOMES.values())))
+    outcomes = [OUTCOMES[kind, title] for title in CAPABILITIES for kind in MAKERS]
+    reasons = list(dict.fromkeys(filter(None, outcomes)))
     lines = [f"| | {' | '.join(MAKERS)} |", "|---" * (len(MAKERS) + 1) + "|"]
     for title in CAPABILITIES:
         cells = [OUTCOMES[kind, title] for kind in MAKERS]
