@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from sampling import one_in
 from test_layout import sources, tree
 from test_text_tower import change
 from towers import LETTERS, MAKERS, dual_encoder, gemma_like, other_texts, siglip2
@@ -125,13 +127,16 @@ def find_dispatches(path: Path) -> list[str]:
     prefixes = tuple({kind.class_name.removesuffix("Model") for kind in KINDS.values()})
     found = []
     for node in ast.walk(tree(path)):
-        constants = [item.value for item in ast.walk(node) if isinstance(item, ast.Constant)]
         if isinstance(node, ast.Constant) and node.value in KINDS.keys() - AMBIGUOUS:
             found.append(repr(node.value))
-        elif isinstance(node, ast.Compare | ast.Subscript | ast.Match) and "model_type" in ast.unparse(node):
-            found += [ast.unparse(node)] * bool(AMBIGUOUS.intersection(constants))
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "startswith":
-            found += [ast.unparse(node)] * any(str(value).startswith(prefixes) for value in constants)
+        if not isinstance(node, ast.Compare | ast.Subscript | ast.Match | ast.Call):
+            continue
+        constants = [item.value for item in ast.walk(node) if isinstance(item, ast.Constant)]
+        is_prefix_test = isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "startswith"
+        if is_prefix_test and any(str(value).startswith(prefixes) for value in constants):
+            found.append(ast.unparse(node))
+        elif not isinstance(node, ast.Call) and AMBIGUOUS.intersection(constants):
+            found += [ast.unparse(node)] * ("model_type" in ast.unparse(node))
     return found
 
 
@@ -170,7 +175,7 @@ def test_a_kind_that_is_built_like_clip_takes_one_entry(tmp_path, monkeypatch):
     index = PictureIndex.open(tmp_path / "toy.lance", model=str(toy))
     assert index.add(tmp_path).embedded == 1 and len(index.search("um gato", k=3)) == 1
     assert index.model.image_digest == image_encoder_digest(toy) != image_encoder_digest(tmp_path / "clip")
-    files = export_model(toy, tmp_path / "exported", ["transformers", "sentence_transformers"])
+    files = export_model(toy, tmp_path / "exported", ["transformers"])
     assert "model.safetensors" in dict(files) and is_complete_model(tmp_path / "exported")
 
 
@@ -179,8 +184,7 @@ def test_a_kind_that_is_built_like_clip_takes_one_entry(tmp_path, monkeypatch):
 DUAL = KINDS["vision-text-dual-encoder"]
 
 
-@pytest.mark.parametrize("vision", DUAL.vision_towers)
-@pytest.mark.parametrize("text", DUAL.text_towers)
+@pytest.mark.parametrize(("vision", "text"), one_in(5, [*product(DUAL.vision_towers, DUAL.text_towers)]))
 def test_any_two_towers_embed_as_transformers_does(vision, text, tmp_path):
     dual_encoder(tmp_path / "model", vision, text)
     embedder, found = load_embedder(str(tmp_path / "model"), "cpu"), find_model(str(tmp_path / "model"), device="cpu")
