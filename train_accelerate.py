@@ -222,14 +222,16 @@ def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Acc
         write_records(
             folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",
             fingerprint=pairs_fingerprint(split.table), device=describe_device(accelerator.device),
-            **describe_model(models["capivara"]),
+            **describe_model(models["capivara"]), **split.source.describe_embeds(),
         )  # fmt: skip
         all_records += records
     run["seconds"]["evaluation"] = time.perf_counter() - started
     write_text(folder / "table.md", render_retrieval_table(all_records))
     split, embeddings = inputs.test[args.language], embeddings_by_language[args.language]
     queries = [text for texts in split.captions() for text in texts]
-    plot_retrieval_sheet(folder / "retrieval.png", split.__getitem__, queries, embeddings, args.seed, args.language)
+    plot_retrieval_sheet(
+        folder / "retrieval.png", split.source.load_image, queries, embeddings, args.seed, args.language
+    )
     write_json(folder / "run.json", run)
 
 

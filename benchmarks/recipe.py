@@ -18,10 +18,9 @@ from torch import Tensor
 import train_accelerate
 from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions
 from capivara_common.cli import flag, parse_arguments, read_yaml_config, run_command
-from capivara_common.files import read_json, write_json
-from caption_data.rows import json_digest
+from capivara_common.files import json_digest, read_json, write_json
 from eval.capivara_metrics.metrics import mean_hits, paired_bootstrap
-from eval.embeddings import EmbeddingStore
+from eval.embeddings import CachedEmbedder
 from eval.records.schema import DIRECTIONS
 from eval.retrieval import (
     RetrievalArguments,
@@ -147,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # The store caches image embeddings, so images are embedded only once for all models with the same image tower.
     def embed(model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:
-        store = EmbeddingStore(build_embedder("", model.eval(), processor, "float32"), args.work / "cache")
+        store = CachedEmbedder(build_embedder("", model.eval(), processor, "float32"), args.work / "cache")
         return {key: dataset.embed(store)[0] for key, dataset in data.items()}
 
     def measure(model: CapivaraModel) -> HitsByCondition:

@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
+from capivara_common.files import json_digest
 from capivara_common.image_files import MAX_DETAIL_CHARACTERS
-from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE, SIMILARITY_COLUMN_RE, json_digest, replace_surrogates
+from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE, SIMILARITY_COLUMN_RE, replace_surrogates
 
 METADATA_SUFFIXES = (".jsonl", ".csv")  # suffixes of the metadata files, which list images with their captions
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}

@@ -54,7 +54,8 @@ class SkippedRow:
         source: Path, pattern or Hub id of the dataset.
         split: Name of the split.
         row: Number of the row in the split, counted from 0.
-        reason: "not chosen", "no image", "unreadable image", "absurd image size", "no caption" or "damaged archive".
+        reason: "not chosen", "no image", "unreadable image", "absurd image size", "invalid embedding", "no caption" or
+            "damaged archive".
         detail: Description of the problem for people.
     """
 
@@ -85,16 +86,6 @@ def normalize_captions(value: Any, column: str) -> list[str]:
     if not isinstance(values, list) or any(not isinstance(text, str | None) for text in values):
         raise BadRow("no caption", f"{column!r} must hold a list of texts, got {value!r}")
     return [replace_surrogates(text or "") for text in values]
-
-
-def json_digest(value: Any, sort_keys: bool = False) -> str:
-    """Return the BLAKE2b-128 hex digest of a value that is written as JSON.
-
-    Args:
-        value: Any value that `json.dumps` accepts.
-        sort_keys: Make the digest independent of the order of dict keys.
-    """
-    return blake2b(json.dumps(value, sort_keys=sort_keys).encode(), digest_size=16).hexdigest()
 
 
 def rows_fingerprint(rows: Iterable[tuple[str, list[str]]]) -> str:

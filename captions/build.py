@@ -6,29 +6,33 @@
     python -m captions.build … --executor slurm --tasks 400 --partition gpu --gpus_per_task 1 --time 04:00:00
     python -m captions.build … --executor ray --tasks 64 --gpus_per_task 1
 
-A build has up to four stages: generate captions, translate them, score them against their images, and select the best.
-The stages run in this order. A stage runs only if the config has a section for it. Each stage writes the folder
-OUTPUT/<number>-<stage>/<split>. The rows of the last stage are written to OUTPUT/dataset, as parquet files with a
-dataset card.
+A build has up to five stages: generate captions, translate them, score them against their images, select the best, and
+replace the images by embeddings. The stages run in this order. A stage runs only if the config has a section for it.
+Each stage writes the folder OUTPUT/<number>-<stage>/<split>. The rows of the last stage are written to OUTPUT/dataset,
+as parquet files with a dataset card. --without_images adds the last stage, so that the dataset can be published without
+its images.
 
 To continue an interrupted build, run the same command again. docs/your_language.md describes the config, and
 docs/cluster.md describes the executors.
 """
 
 import itertools
+import json
 import logging
 import re
 import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import yaml
 from datasets import Features
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
@@ -44,11 +48,13 @@ from capivara_common.cli import (
 )
 from capivara_common.executors import PhaseStep, failure_reasons, run_phases
 from capivara_common.files import atomic_folder, read_json, write_json, write_text
-from capivara_common.privacy import hide_paths
+from capivara_common.privacy import hide_paths, short_name
 from capivara_common.tasks import ExecutorArguments, Phase
-from caption_data.rows import CAPTION_COLUMN_RE, DATASET_HELP, NOT_CHOSEN
+from caption_data.rows import CAPTION_COLUMN_RE, DATASET_HELP, NOT_CHOSEN, SkippedRow, write_skipped_rows
 from caption_data.sources import STAGE_FILE, find_missing_rows
+from captions.embedding_stage import EmbedArguments
 from captions.generate import GenerateArguments
+from captions.quality import QUALITY_FILE
 from captions.score import ScoreArguments
 from captions.select import SelectArguments
 from captions.stages import (
@@ -61,7 +67,7 @@ from captions.stages import (
     read_stage_record,
     remove_rows,
 )
-from captions.translate import QUALITY_FILE, TranslateArguments
+from captions.translate import TranslateArguments
 from eval.records.tables import escape_markdown
 
 # Sections of a config in the order in which they run. `translate` may be a list of sections, one per translator.
@@ -70,6 +76,7 @@ STAGES = {
     "translate": TranslateArguments,
     "score": ScoreArguments,
     "select": SelectArguments,
+    "embed": EmbedArguments,
 }
 READ_STAGE = "read"  # name of the stage that copies the rows of a split that needs no other stage
 # Keys of a config besides the stages, and keys of its section `card`. docs/your_language.md describes them.
@@ -80,11 +87,12 @@ SOURCE_KEYS = ("name", "url", "license")
 
 DATASET_FOLDER = "dataset"
 TARGET_FILE_BYTES = 300_000_000  # approximate size of a file of the dataset; the Hub recommends some hundred megabytes
+SKIPPED_FILE = "skipped.jsonl"  # list of the rows without an embedding, in a dataset without images
 BUILD_FILE = "build.json"  # JSON file in the dataset with all values of the dataset card
 SIMILARITY_PLOT_FILE = "similarities.png"  # histogram of similarities, from the report of `captions.select`
 CARD_TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
 # Settings that the dataset card does not show: digests, long lists, and values that do not help a reader.
-HIDDEN_SETTINGS_RE = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|existing|target)(\.|$)")
+HIDDEN_SETTINGS_RE = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|prompts|existing|target)(\.|$)")
 logger = logging.getLogger("capivara")
 
 
@@ -96,6 +104,11 @@ class BuildArguments(ExecutorArguments):
     dataset: str | None = flag(None, f"{DATASET_HELP} Default: the value in the config.")
     output: Path | None = flag(None, "Folder of all stages and of the built dataset. Default: the value in the config.")
     language: str | None = flag(None, "Language code of the captions. Default: the value in the config.")
+    without_images: bool = flag(
+        False,
+        "End with the stage embed, so that the dataset can be published without its images. Default model: that of the "
+        "section score.",
+    )
     dry_run: bool = flag(False, "Check the config and the data, print what would be done, and exit.")
 
     def __post_init__(self) -> None:
@@ -111,12 +124,14 @@ class BuildPlan:
         output: Folder of the build.
         language: Language code of the captions.
         card: Section `card` of the config, with information that the program cannot find out, such as the license.
+        dataset: Folder of the built dataset.
     """
 
     steps: dict[str, list[StageArguments]]
     output: Path
     language: str
     card: dict[str, Any]
+    dataset: Path
 
     def all_steps(self) -> list[StageArguments]:
         """Return the flags of all stages of all splits, in the order in which they run."""
@@ -128,7 +143,10 @@ class ManualStepRequired(Exception):
 
 
 def read_build_plan(
-    config: Path, executor_flags: dict[str, Any] | None = None, **overrides: str | Path | None
+    config: Path,
+    executor_flags: dict[str, Any] | None = None,
+    without_images: bool = False,
+    **overrides: str | Path | None,
 ) -> BuildPlan:
     """Read the config file of a build, and return the plan of the build.
 
@@ -136,6 +154,7 @@ def read_build_plan(
         config: YAML file with the keys `CONFIG_KEYS` and one section per stage.
         executor_flags: Flags of `ExecutorArguments` by name, for all stages. Values in the section of a stage take
             precedence.
+        without_images: Whether to add the stage `embed` if the config lacks it.
         **overrides: Values that replace the config's value of the same key. None keeps the value of the config.
 
     Returns:
@@ -146,11 +165,16 @@ def read_build_plan(
     """
     content = {key: value for key, value in read_yaml_config(config).items() if value not in ("", "~", "null")}
     content |= {key: str(value) for key, value in overrides.items() if value is not None}
+    for section in (content, *(part for value in content.values() for part in _as_list(value))):
+        _refuse_keys_of_services(section, config)
     _check_keys(content, [*CONFIG_KEYS, *STAGES], str(config))
     for key in REQUIRED_KEYS:
         if not content.get(key):
             raise ValueError(f"{config} lacks `{key}`. Add it to the config, or set --{key}.")
     card = _check_card(content.get("card"), config)
+    if without_images and "embed" not in content:
+        score = content.get("score")
+        content["embed"] = {"model": score.get("model")} if isinstance(score, dict) else {}
     sections = [(name, section) for name in STAGES for section in _as_list(content.get(name, []))]
     if not sections:
         raise ValueError(f"{config} must have a section for at least one of the stages {', '.join(STAGES)}.")
@@ -163,11 +187,24 @@ def read_build_plan(
         raise ValueError(f"{config}: evaluation_splits must not contain {train!r}, the split to build.")
     # Evaluation splits are only translated, because captions that a model generates or selects would change what an
     # evaluation measures.
-    translations = [(title, section) for title, section in chain if title.endswith("translate")]
+    translations = [(title, section) for title, section in chain if title.endswith(("translate", "embed"))]
     translations = translations or [(f"0-{READ_STAGE}", {})]
     steps = {train: _plan_steps(content, chain, train, executor_flags or {}, config)}
     steps |= {split: _plan_steps(content, translations, split, executor_flags or {}, config) for split in evaluation}
-    return BuildPlan(steps, Path(content["output"]), content["language"], card)
+    if evaluation and any(isinstance(step, EmbedArguments) and step.views > 1 for step in steps[train]):
+        raise ValueError(f"{config}: embed.views must be 1 with evaluation_splits, which need the image itself.")
+    output = Path(content["output"])
+    return BuildPlan(steps, output, content["language"], card, output / DATASET_FOLDER)
+
+
+def _refuse_keys_of_services(section: Any, config: Path) -> None:
+    """Raise ValueError if a section of a config holds a key of a service. The message does not contain the value."""
+    for name in section if isinstance(section, dict) else ():
+        if re.fullmatch(r"((openai|google)_?)?(api_?)?(key|token|secret|password)", str(name).lower()):
+            raise ValueError(
+                f"{config} must not contain {name}: a key belongs in the environment variable OPENAI_API_KEY or "
+                "GOOGLE_API_KEY. Remove it, and replace the key if others could read the file."
+            )
 
 
 def _plan_steps(content: dict, chain: list[tuple[str, dict]], split: str, executor_flags: dict, config: Path) -> list:
@@ -316,19 +353,24 @@ def build_dataset(args: BuildArguments) -> Path | None:
     """
     overrides = {name: getattr(args, name) for name in REQUIRED_KEYS}
     try:
-        plan = read_build_plan(args.config, args.executor_flags(), **overrides)
+        plan = read_build_plan(args.config, args.executor_flags(), args.without_images, **overrides)
     except ValueError as error:  # report an invalid config like an invalid flag
         raise UsageError(str(error)) from error
     for steps in plan.steps.values():
         if _describe_state(steps[0]) != "done":
             check_columns(steps)  # raises errors before a model is downloaded or loaded
+    for step in plan.all_steps():
+        if _describe_state(step) != "done":
+            step.check_backend()
     for line in describe_plan(plan):
         logger.info("%s", line)
     if args.dry_run:
         log_counts(plan)
+        for line in itertools.chain.from_iterable(map(_describe_work, plan.steps.values())):
+            logger.info("%s", line)
         return None
     for steps in plan.steps.values():
-        apply_corrections(steps, plan.output / DATASET_FOLDER)
+        apply_corrections(steps, plan.dataset)
     # For each split, `runnable` gets the stages before the first stage with a manual step, and `waiting` gets the stage
     # with the manual step.
     runnable, waiting = [], []
@@ -356,7 +398,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
         raise ManualStepRequired(
             "\n".join([*requests, "Fill the last column of each table, then run the same command again."])
         )
-    return plan.output / DATASET_FOLDER
+    return plan.dataset
 
 
 def check_columns(steps: list[StageArguments]) -> None:
@@ -367,15 +409,13 @@ def check_columns(steps: list[StageArguments]) -> None:
 
     Raises:
         ValueError: If the dataset or the split does not exist, a stage lacks a required column or would overwrite an
-            existing column, or a translation model that is on this machine does not know a language.
+            existing column.
     """
     first, *later = steps
     stage = RowStage(first)
     columns = [*stage.features, *first.check_columns(stage.features, stage.source.display_name)]
     for step in later:
         columns += step.check_columns(columns, f"{step.title}: the output of the stages before it")
-    for step in (step for step in steps if isinstance(step, TranslateArguments)):
-        step.check_translator()
 
 
 def apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
@@ -443,7 +483,7 @@ def log_counts(plan: BuildPlan) -> None:
                 f"{total:,}",
                 unit,
                 step.output.parent,
-                plan.output / DATASET_FOLDER,
+                plan.dataset,
             )
 
 
@@ -453,7 +493,7 @@ def describe_plan(plan: BuildPlan) -> list[str]:
     For each stage, they contain its state, the command that runs it, and the reasons of its failed tasks. The last line
     describes the state of the dataset.
     """
-    lines, all_done = [], (plan.output / DATASET_FOLDER).is_dir()
+    lines, all_done = [], plan.dataset.is_dir()
     for steps in plan.steps.values():
         is_current = True  # True if all earlier stages of the split are complete, so that their rows are final
         for step in steps:
@@ -465,7 +505,25 @@ def describe_plan(plan: BuildPlan) -> list[str]:
             for phase in PhaseStep.from_phases(step, step.phases, step.title):
                 reasons = failure_reasons(phase.log_folder)
                 lines += [f"    {phase}: task {rank}: {reason}" for rank, reason in reasons.items()]
-    return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if all_done else 'not written yet'}"]
+    return [*lines, f"{plan.dataset}: {'done' if all_done else 'not written yet'}"]
+
+
+def _describe_work(steps: list[StageArguments]) -> list[str]:
+    """Return lines that say what the stages of a split will request from servers.
+
+    A stage whose input does not exist yet is estimated from the captions of the source dataset.
+    """
+    lines, first = [], steps[0]
+    for number, step in enumerate(steps):
+        if _describe_state(step) == "done":
+            continue
+        is_ready = number == 0 or _describe_state(steps[number - 1]) == "done"
+        source = {name: getattr(first, name) for name in ("dataset", "rename", "image_column")}
+        args = step if is_ready else replace(step, **source)
+        if isinstance(args, GenerateArguments | TranslateArguments):
+            with suppress(ValueError):  # the source dataset can lack captions that an earlier stage will generate
+                lines += [f"{step.title}: {line}" for line in args.describe_work(RowStage(args))]
+    return lines
 
 
 def _describe_state(step: StageArguments) -> str:
@@ -502,10 +560,10 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
         ValueError: If a stage is not complete, the existing dataset was made with other settings or data, a column has
             different types in two splits, or no row is left.
     """
-    output = plan.output / DATASET_FOLDER
+    output = plan.dataset
     last_stages = {split: steps[-1].output for split, steps in plan.steps.items()}
     digests = {split: identity_digest(read_stage_record(stage)) for split, stage in last_stages.items()}
-    if output.is_dir():
+    if output.is_dir() and any(output.iterdir()):
         if not (output / BUILD_FILE).is_file() or read_json(output / BUILD_FILE).get("stages_digest") != digests:
             raise ValueError(
                 f"{output} was built with other data or settings than its stages have now. Remove it, then run again."
@@ -526,8 +584,17 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
         plot = next(filter(Path.is_file, plots), None)
         if plot is not None:
             shutil.copyfile(plot, folder / SIMILARITY_PLOT_FILE)
+        write_skipped_rows(folder / SKIPPED_FILE, _list_unembedded_rows(plan))
         write_json(folder / BUILD_FILE, metadata | {"stages_digest": digests})
         write_text(folder / "README.md", render_dataset_card(metadata, plot and SIMILARITY_PLOT_FILE))
+
+
+def _list_unembedded_rows(plan: BuildPlan) -> list[SkippedRow]:
+    """Return the rows that the stage `embed` has skipped. Their images are not in the dataset, so it lists the rows."""
+    stages = [step for steps in plan.steps.values() for step in steps[-1:] if isinstance(step, EmbedArguments)]
+    paths = (path for stage in stages for path in sorted(stage.output.glob("*.skipped.jsonl")))
+    rows = [SkippedRow(**json.loads(line)) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    return [replace(row, source=short_name(row.source), detail=hide_paths(row.detail)) for row in rows]
 
 
 def _group_parts(split: str, stage: Path) -> list[list[Path]]:
@@ -605,6 +672,9 @@ def _step_metadata(step: StageArguments) -> dict[str, Any]:
     if quality.is_file():
         report_of_quality = read_json(quality, captions=int, flagged=int)
         quality_counts = {key: report_of_quality[key] for key in ("captions", "flagged")}
+        if usage := report_of_quality.get("usage"):  # a language model on a server
+            flags = {name: flag["captions"] for name, flag in report_of_quality["flags"].items() if flag["captions"]}
+            quality_counts |= {"flags": flags, "usage": usage}
     return {
         "name": step.output.parent.name.partition("-")[2],
         "settings": hide_paths(record["settings"]),
@@ -628,6 +698,7 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
     card, language, splits = metadata["card"], metadata["language"], metadata["splits"].values()
     stages = {step["name"] for split in splits for step in split["steps"]}
     filled = [name for split in splits for name, n in split["captions"].items() if n]
+    last_steps = [split["steps"][-1] for split in splits]
     files = [{"split": name, "path": f"data/{name}-*"} for name in metadata["splits"]]
     languages = sorted({name.split("captions-", 1)[1] for name in filled}, key=lambda code: (code != language, code))
     translations = {
@@ -647,6 +718,12 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
         translations=translations or None,  # training copies this value to model cards
         configs=[{"config_name": "default", "data_files": files}],
     )
+    prompts = {  # prompts of language models, by stage; all splits have the same ones
+        step["name"]: yaml.dump(content, Dumper=_TextDumper, allow_unicode=True, sort_keys=False)
+        for split in splits
+        for step in split["steps"]
+        if (content := (step["settings"].get("translator") or step["settings"]).get("prompts"))
+    }
     text = DatasetCard.from_template(
         data,
         template_path=str(CARD_TEMPLATE),
@@ -654,15 +731,29 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
         title=card.get("pretty_name") or f"Images with captions in {', '.join(languages)}",
         description=card.get("description") or "Images with captions, to train image-text models on.",
         caption_columns=list(dict.fromkeys(filled)),
+        embeds=next((step["settings"] for step in last_steps if step["name"] == "embed"), None),
         stages=stages,
         translators=translators,
         plot_file=plot_file,
+        prompts=prompts,
         escape=escape_markdown,  # used for all texts that come from the config or the data
         code=lambda name: "`" + re.sub(r"[`|\s]", "_", name) + "`",
         link=lambda name, url: f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name,
         settings=_describe_settings,
     )
     return f"{text}\n"
+
+
+class _TextDumper(yaml.SafeDumper):
+    """YAML dumper that writes texts of several lines as they are."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Return the YAML node of a text, in block style if the text has several lines."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_TextDumper.add_representer(str, _represent_text)
 
 
 def _describe_settings(settings: dict[str, Any]) -> str:

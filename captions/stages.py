@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,9 +34,9 @@ from datasets import Features, Image
 from tqdm.auto import tqdm
 
 from capivara_common.cli import check_at_least, flag, parse_arguments
-from capivara_common.environment import package_versions
+from capivara_common.environment import package_versions, require_packages
 from capivara_common.executors import PhaseStep, run_phases
-from capivara_common.files import atomic_file, read_json, write_json
+from capivara_common.files import atomic_file, json_digest, read_json, write_json
 from capivara_common.image_files import (
     DECODER_THREADS,
     BadRow,
@@ -46,13 +46,13 @@ from capivara_common.image_files import (
     read_image_bytes,
 )
 from capivara_common.tasks import ExecutorArguments, Phase, split_rows
+from caption_data.embedded import read_row_embedding
 from caption_data.parquet_split import open_in_place, source_fingerprint
 from caption_data.rows import (
     CAPTION_COLUMN_RE,
     CAPTIONS_FEATURE,
     DATASET_HELP,
     SkippedRow,
-    json_digest,
     normalize_captions,
     write_skipped_rows,
 )
@@ -89,6 +89,9 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
     uses_model = False  # True if tasks need a GPU
     decodes_images = False  # True if the stage needs the decoded image of each row, under the key `DECODED_KEY`
+    # True if the stage can work on a dataset of embeddings. If it needs decoded images, it gets embeddings instead.
+    accepts_embeds = True
+    keeps_images = True  # False if the output has no images
     import_file = None  # path of a translation table; None here, because only `captions.translate` has this flag
     dataset: str = flag(..., f"{DATASET_HELP} Can be the output folder of another stage.")
     output: Path = flag(..., "Output folder. To finish an interrupted run, run the same command again.")
@@ -97,6 +100,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     rename: list[str] = flag([], "Columns to rename, as OLD=NEW, for example caption=captions-en.")
     batch_rows: int = flag(16, "Rows to process at the same time.")
     rows_per_part: int = flag(500, "Rows per output file. An interrupted task loses at most one file.")
+    dry_run: bool = flag(False, "Check the flags, the data and the server, print what would be done, and exit.")
 
     def __post_init__(self) -> None:
         self.dataset, self.output = self.dataset.rstrip("/") or self.dataset, Path(self.output)
@@ -166,6 +170,20 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         """Open the dataset split that the stage reads. Raises ValueError if the split does not exist or is damaged."""
         return open_in_place(self.dataset, self.split, self.image_column, **self.image_options())
 
+    def check_backend(self) -> None:
+        """Check, before any stage of a build runs, that the model or service of the stage can be used.
+
+        Raises ValueError or OSError if it cannot be used.
+        """
+
+    def describe_work(self, stage: "RowStage") -> list[str]:
+        """Return lines for a dry run that say what the stage will request from a server, such as requests and tokens.
+
+        Args:
+            stage: The opened rows.
+        """
+        return []
+
     def pending_manual_step(self) -> str:
         """Return a description of what a person must do before the stage can run; "" if there is nothing to do."""
         return ""
@@ -190,7 +208,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         Returns:
             The positional arguments of `RowStage.run`: `columns` (dict from new columns to features), `settings`
             (dict), `process` (function that processes a batch of rows), and optionally `prepare` (function that is
-            called before parts are written).
+            called before parts are written) and `prepared_rows`.
         """
         return {}, {}, lambda rows: [{} for _ in rows]
 
@@ -243,6 +261,34 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return f"{self.output.parent.name}, {self.split}"
 
 
+@dataclass
+class EncoderStageArguments(StageArguments):
+    """Flags of a stage that embeds images with a two-tower model."""
+
+    uses_model = decodes_images = True
+    model: str | None = flag(
+        None,
+        "Model that embeds images (required): folder or Hub id of a CAPIVARA, SigLIP or CLIP model, "
+        "open_clip:NAME:PRETRAINED, or open_clip:local-dir:FOLDER.",
+    )
+    embedding_batch_size: int = flag(
+        32, "Images to embed at the same time. Captions are embedded in batches of twice this size."
+    )
+    precision: Literal["float32", "bf16"] = flag(
+        "float32", "Data type of weights and activations. bf16 is faster on most GPUs."
+    )
+    device: str | None = flag(None, "cpu or cuda. Default: cuda if a GPU is available, otherwise cpu.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise ValueError("--model is missing. Choose the model, for example the base model of the training.")
+        check_at_least(self, 1, "embedding_batch_size")
+        if self.model.startswith("open_clip:"):
+            stage = type(self).__module__.rpartition(".")[2]
+            require_packages(f"The stage {stage}", "open_clip", "open_clip")
+
+
 def output_features(source: Split, args: StageArguments) -> Features:
     """Return the columns that a stage copies from its source to its output.
 
@@ -259,8 +305,13 @@ def output_features(source: Split, args: StageArguments) -> Features:
         ValueError: If the source has no image column, if none of the columns in `args.required_columns()` is in the
             source (at least one must be), or if two columns would get the same name in the output.
     """
-    names = args.column_renames() | {args.image_column: IMAGE_COLUMN}
-    source.check_columns(names)
+    names = args.column_renames() | ({} if source.is_embedded else {args.image_column: IMAGE_COLUMN})
+    source.check_columns([*names, source.image_column])
+    if source.is_embedded and not args.accepts_embeds:
+        raise ValueError(
+            f"{source.display_name} has embeddings instead of images, but this stage needs images. Use the dataset "
+            "from which the embeddings were made."
+        )
     features = Features()
     for old, feature in source.features.items():
         new = names.get(old, old)
@@ -273,6 +324,10 @@ def output_features(source: Split, args: StageArguments) -> Features:
         elif "extension<" not in str(Features({new: feature}).arrow_schema.field(new).type):
             features[new] = feature
     args.check_columns(features, source.display_name)
+    if source.is_embedded:
+        return features
+    if not args.keeps_images:
+        return Features({name: feature for name, feature in features.items() if name != IMAGE_COLUMN})
     return Features(features | {IMAGE_COLUMN: Image()})
 
 
@@ -312,6 +367,7 @@ class RowStage:
         record: The values of `stage.json` that are known before a model is loaded.
         parts: Row ranges of the parts that this task writes.
         path: Function that returns the path of a part for its row range.
+        bar: Progress bar of `run`, which counts rows; None before `run`.
 
     Raises:
         ValueError: If the dataset does not exist, is the output of an unfinished stage, or lacks required columns.
@@ -319,6 +375,7 @@ class RowStage:
 
     def __init__(self, args: StageArguments, rank: int = 0, world_size: int = 1):
         self.args, self.source, self.rank = args, args.source(), rank
+        self.bar: tqdm | None = None
         for damage in self.source.damaged_archives:
             logger.warning("Damaged archive; only the rows before the damage are read: %s", damage.detail)
         # If the first file of the source can't be read, this line raises the error, before a model is loaded or a paid
@@ -367,6 +424,7 @@ class RowStage:
         settings: dict[str, Any],
         process: ProcessRows,
         prepare: Callable[[list[range]], None] = lambda parts: None,
+        prepared_rows: int = MAX_PREPARED_ROWS,
     ) -> StageReport:
         """Write the parts of the task that do not exist yet. A part is written completely or not at all.
 
@@ -378,10 +436,11 @@ class RowStage:
             process: Function that takes a list of at most `args.batch_rows` rows and returns a list with a dict of the
                 new columns, or a BadRow, for each row. Results must not depend on how rows are batched. In a row, the
                 image is a dict with the keys "bytes" and "path", and captions are lists of texts. If
-                `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`.
-            prepare: Function that is called with the row ranges of the next parts, with at most `MAX_PREPARED_ROWS`
-                rows in total, before these parts are written, for example to translate the captions of several parts at
-                once.
+                `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`. If the dataset has
+                embeddings instead of images, the embedding is under this key, as a float32 array.
+            prepare: Function that is called with the row ranges of the next parts, with at most `prepared_rows` rows in
+                total, before these parts are written, for example to translate the captions of several parts at once.
+            prepared_rows: With 1, `prepare` is called before each part.
 
         Returns:
             The numbers of written and skipped rows of the task.
@@ -401,7 +460,8 @@ class RowStage:
         total, left = sum(map(len, self.parts)), sum(map(len, missing))
         title = type(self.args).__module__.rpartition(".")[2].capitalize()
         with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=self.rank > 0) as bar:
-            for group in batch_by_length(missing, MAX_PREPARED_ROWS):
+            self.bar = bar
+            for group in batch_by_length(missing, prepared_rows):
                 prepare(group)
                 for part in group:
                     try:
@@ -436,7 +496,7 @@ class RowStage:
                 rows = self._process_rows(process, part, skipped, bar)
                 while row_group := list(itertools.islice(rows, ROWS_PER_GROUP)):
                     for row in row_group:
-                        row[IMAGE_COLUMN] = row[self.args.image_column]
+                        row[IMAGE_COLUMN] = row.get(self.args.image_column)
                     parquet.write_table(pa.Table.from_pylist(row_group, schema=schema))
                 if skipped:
                     write_skipped_rows(skipped_path(path), skipped)
@@ -485,10 +545,13 @@ class RowStage:
         names, column = self.args.column_renames(), self.args.image_column
         row = {names.get(old, old): value for old, value in row.items()}
         try:
-            data = read_image_bytes(row.get(column), self.source.image_access)
-            row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
-            if self.args.decodes_images:
-                row[DECODED_KEY] = decode_image(row[column], ImageAccess(max_pixels=self.args.max_pixels))
+            if self.source.is_embedded:
+                row[DECODED_KEY] = read_row_embedding(row)
+            else:
+                data = read_image_bytes(row.get(column), self.source.image_access)
+                row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
+                if self.args.decodes_images:
+                    row[DECODED_KEY] = decode_image(row[column], ImageAccess(max_pixels=self.args.max_pixels))
             return row | {
                 name: normalize_captions(row[name], name) for name in row if CAPTION_COLUMN_RE.fullmatch(name)
             }
@@ -773,11 +836,18 @@ def run_stage_command(
         argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Returns:
-        The flags; None if a person must first fill a translation table, or if the jobs were submitted to Slurm.
+        The flags; None after a dry run, if a person must first fill a translation table, or if the jobs were submitted
+        to Slurm.
     """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     args = parse_arguments(arguments_type, description, argv)
+    if args.dry_run:
+        stage = RowStage(args)
+        missing = sum(len(part) for part in stage.parts if not stage.path(part).is_file())
+        args.check_backend()
+        print("\n".join([f"{args.output}: {missing:,} rows are missing", *args.describe_work(stage)]))
+        return None
     if args.pending_manual_step():
         logger.info(
             "Manual step: %s Fill its last column, then run the same command again.", args.request_manual_step()

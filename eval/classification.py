@@ -28,7 +28,7 @@ from capivara_common.environment import process_state
 from capivara_common.files import check_output_file
 from caption_data.labeled_images import LABEL_COLUMNS, LabeledImages, load_labeled_images
 from eval.capivara_metrics import metrics
-from eval.embeddings import EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
+from eval.embeddings import CachedEmbedder, ModelArguments, open_store, run_evaluation, write_result
 from eval.prompts import Prompts, load_prompts
 from eval.records.schema import Record
 
@@ -89,10 +89,11 @@ def load_split(
         The images, which are decoded when they are needed, with their labels.
     """
     columns = (args.image_column, args.label_column)
-    return load_labeled_images(args.images, split, class_names, *columns, class_indices, **args.image_options())
+    options = args.image_options() | {"limit": args.limit}
+    return load_labeled_images(args.images, split, class_names, *columns, class_indices, **options)
 
 
-def embed_classes(store: EmbeddingStore, prompts: Prompts) -> Tensor:
+def embed_classes(store: CachedEmbedder, prompts: Prompts) -> Tensor:
     """Embed the classes of a zero-shot classifier.
 
     Args:

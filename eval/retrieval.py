@@ -30,7 +30,7 @@ from caption_data.rows import DATASET_HELP, normalize_captions, rows_fingerprint
 from caption_data.sources import Split, open_split
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
-from eval.embeddings import EmbeddedImages, EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
+from eval.embeddings import CachedEmbedder, EmbeddedImages, ModelArguments, open_store, run_evaluation, write_result
 from eval.records.schema import DIRECTIONS, GAIN_METRIC, Record
 from eval.records.tables import average_recalls
 from modeling_capivara.modeling_capivara import check_truncate_dim, l2_normalize
@@ -274,14 +274,14 @@ class RetrievalData:
     images: Split
     captions: list[list[str]]  # captions of each row
 
-    def embed(self, store: EmbeddingStore) -> tuple[RetrievalEmbeddings, EmbeddedImages]:
+    def embed(self, store: CachedEmbedder) -> tuple[RetrievalEmbeddings, EmbeddedImages]:
         """Embed all readable images and their captions.
 
         Args:
             store: The model with its embedding cache.
 
         Returns:
-            The embeddings of captions and images, and the result of `EmbeddingStore.embed_images`. The field `skipped`
+            The embeddings of captions and images, and the result of `CachedEmbedder.embed_images`. The field `skipped`
             of the result lists the images that could not be read, with reasons; the captions of these
             images are not in the embeddings.
         """
@@ -304,9 +304,9 @@ def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
     Raises:
         ValueError: If a column is missing, a caption is missing, empty or not text, or an archive is damaged.
     """
-    source = open_split(args.dataset, args.split, args.image_column, **args.image_options())
+    source = open_split(args.dataset, args.split, args.image_column, **args.image_options()).limited(args.limit)
     column = args.caption_column.replace("{language}", args.language)
-    source.check_columns([args.image_column, column])
+    source.check_columns([source.image_column, column])
     captions = [
         _select_captions(value, column, args.caption_positions, row) for row, value in enumerate(source.data[column][:])
     ]

@@ -7,9 +7,10 @@ Most parameters of a multilingual text tower are embeddings of tokens that a sin
 removes tokens from the tokenizer and their rows from the embedding table. Nothing else changes, so image indexes stay
 valid. A text has the same embedding as before if all its tokens are kept:
 
-- A Unigram tokenizer (XLM-R) splits a text into the tokens with the highest sum of scores. Removing tokens that this
-  split does not use can't make another split better. A letter without a token gets the lowest score of the vocabulary
-  minus 10. The token with the lowest score is kept too, so that this value does not change.
+- A Unigram tokenizer (XLM-R; XLM-V, which MetaCLIP 2 uses) splits a text into the tokens with the highest sum of
+  scores. Removing tokens that this split does not use can't make another split better. A letter without a token gets
+  the lowest score of the vocabulary minus 10. The token with the lowest score is kept too, so that this value does not
+  change.
 - A BPE tokenizer (SigLIP 2 uses the one of Gemma) applies a list of merges in order and falls back to bytes. For every
   kept token, all merges that produce the token are kept, so they are applied in the same order as before.
 """
@@ -95,7 +96,7 @@ def trim(
     texts: Sequence[Path] = (),
     overwrite_output_dir: bool = False,
 ) -> list[str]:
-    """Write a copy of a CAPIVARA or SigLIP model that has only the tokens of the given languages.
+    """Write a copy of a CAPIVARA, SigLIP or MetaCLIP 2 model that has only the tokens of the given languages.
 
     Args:
         model: Folder of the model.

@@ -264,7 +264,7 @@ def _load_open_clip_embedder(source: str, device: torch.device, precision: str) 
         import open_clip
     except ImportError as error:
         problem = f"open_clip:{source} needs the package open_clip, which is not installed"
-        raise ImportError(f"{problem}: pip install open_clip_torch") from error
+        raise ImportError(f'{problem}: pip install "modeling-capivara[open_clip]"') from error
     name, pretrained, repository = source, None, ""
     if source.startswith("hf-hub:"):
         repository = source.removeprefix("hf-hub:")

@@ -10,6 +10,8 @@ from transformers import (
 from whole_batch_process import CAPTIONS
 
 from hub_upload.export import export_model
+from hub_upload.formats.open_clip import TIMM_TOWERS, check_siglip_supported
+from modeling_capivara.convert_open_clip import to_open_clip_state_dict
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import frequent_words, trim, word_variants
 from modeling_capivara.two_towers import (
@@ -92,6 +94,37 @@ def test_siglip2_of_full_width_is_read_by_open_clip_and_sentence_transformers(tm
     torch.testing.assert_close(
         sentences.encode(images, convert_to_tensor=True), ours.embed_images(images), rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "vision", "text", "intermediate_size"),
+    [
+        ("ViT-L-16-SigLIP2-256", (1024, 24, 16, 256), (1024, 24), 4096),
+        ("ViT-SO400M-14-SigLIP2", (1152, 27, 14, 224), (1152, 27), 4304),
+        *((f"ViT-SO400M-16-SigLIP2-{side}", (1152, 27, 16, side), (1152, 27), 4304) for side in (256, 384, 512)),
+        *((f"ViT-gopt-16-SigLIP2-{side}", (1536, 40, 16, side), (1152, 27), 6144) for side in (256, 384)),
+    ],
+)
+@pytest.mark.slow
+def test_the_large_siglip2_have_open_clips_names_and_shapes(name, vision, text, intermediate_size):
+    """At full size, but on the meta device, which allocates no memory for weights."""
+    import open_clip
+    from open_clip.model import CustomTextCLIP
+
+    width, layers, patch_size, image_size = vision
+    tower = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": intermediate_size}
+    tower |= {"num_attention_heads": 16, "patch_size": patch_size, "image_size": image_size}
+    texts = {"hidden_size": text[0], "num_hidden_layers": text[1], "num_attention_heads": 16, "vocab_size": 256_000}
+    texts |= {"intermediate_size": 4096 if text[0] == 1024 else 4304, "projection_size": width}
+    config, model_cfg = SiglipConfig(text_config=texts, vision_config=tower), open_clip.get_model_config(name)
+    check_siglip_supported(config)
+    assert f"{TIMM_TOWERS[vision[:3]]}_{image_size}" == model_cfg["vision_cfg"]["timm_model_name"]
+    assert model_cfg.pop("custom_text")
+    with torch.device("meta"):
+        expected = CustomTextCLIP(**model_cfg).state_dict()
+        actual = to_open_clip_state_dict(SiglipModel(config))
+    shapes = [{key: tensor.shape for key, tensor in tensors.items()} for tensors in (actual, expected)]
+    assert shapes[0] == shapes[1] and len(shapes[0]) > 600
 
 
 def test_scale_and_bias_of_siglip_are_frozen_unless_nothing_is(tmp_path):

@@ -199,11 +199,6 @@ def sample_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, step, 2]).integers(views, size=number)
 
 
-def derive_seed(*numbers: int) -> int:
-    """Hash non-negative integers to one 63-bit seed. The result is the same on every machine."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 @dataclass
 class StepPlan:
     """Pairs, captions and views of one optimizer step, in the order of its micro-batches (sorted by caption length)."""

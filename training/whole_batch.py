@@ -22,13 +22,14 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from caption_data.augmentation import derive_seed
 from modeling_capivara.two_towers import (
     compute_image_embeds,
     compute_text_embeds,
     embedding_width,
     uses_sigmoid_loss,
 )
-from training.batches import MicroBatch, derive_seed
+from training.batches import MicroBatch
 from training.memory import available_memory, keep_freed_memory, measure_graph_bytes, return_freed_memory
 
 # Logits computed at once by a loss: 64 MiB in float32. Larger batches are processed in tiles of this size.

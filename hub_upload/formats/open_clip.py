@@ -303,6 +303,7 @@ def _config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> lis
 # (width, layers, patch size) -> start of the name of timm's SigLIP image tower. The full name ends in the image size.
 TIMM_TOWERS = {(768, 12, 16): "vit_base_patch16_siglip", (768, 12, 32): "vit_base_patch32_siglip"}
 TIMM_TOWERS |= {(1024, 24, 16): "vit_large_patch16_siglip", (1152, 27, 14): "vit_so400m_patch14_siglip"}
+TIMM_TOWERS |= {(1152, 27, 16): "vit_so400m_patch16_siglip", (1536, 40, 16): "vit_giantopt_patch16_siglip"}
 
 
 def check_siglip_supported(config: PreTrainedConfig) -> None:
