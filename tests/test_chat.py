@@ -314,11 +314,11 @@ def test_captions_are_generated_in_the_language(service, dataset, tmp_path):
             "Escreva uma legenda"
         )
         quality = row["generated-quality-pt"]
-        assert (quality["captions"], quality["flagged"], quality["prompt_tokens"]) == (4, [], 40)
+        assert (quality["captions"], quality["flagged"], quality["prompt_tokens"]) == (4, [], 80)
     image = service.requests[0]["messages"][-1]["content"][0]["image_url"]["url"]
     assert image.startswith("data:image/jpeg;base64,") and image_size(image) == 5
     report = read_json(tmp_path / "out" / "quality.json")
-    assert report["usage"]["prompt_tokens"] == 40 * ROWS and report["flagged"] == 0
+    assert report["usage"]["prompt_tokens"] == 80 * ROWS and report["flagged"] == 0
     assert not list((tmp_path / "out").glob("*.answers.jsonl"))
     service.answer = reversed_text
     translate(translation_flags(service, str(tmp_path / "out"), tmp_path / "pt"))
@@ -366,6 +366,14 @@ def test_a_text_model_asked_to_caption_is_refused_before_any_work(service, datas
     service.takes_images = False
     with pytest.raises(ValueError, match=r"not a multimodal model.*images"):
         generate(caption_flags(service, dataset, tmp_path / "out"))
+    assert service.requests == [] and not (tmp_path / "out").exists()
+
+
+def test_a_text_model_whose_server_drops_images_is_refused_before_any_work(service, dataset, tmp_path):
+    service.takes_images = service.refuses_images = False
+    for more in ([], ["--dry_run"]):
+        with pytest.raises(ValueError, match="stand-in does not see images"):
+            generate(caption_flags(service, dataset, tmp_path / "out", *more))
     assert service.requests == [] and not (tmp_path / "out").exists()
 
 
@@ -459,7 +467,7 @@ def test_a_dry_run_counts_requests_and_asks_the_server(service, dataset, tmp_pat
     generate(caption_flags(service, dataset, tmp_path / "out", "--dry_run"))
     output = capsys.readouterr().out
     assert "8 distinct captions" in output and "8 requests" in output and f"{4 * ROWS} requests" in output
-    assert f"{ROWS} images" in output and service.requests == [] and len(service.keys) == 2
+    assert f"{ROWS} images" in output and service.requests == [] and len(service.keys) == 3
     assert [path.name for path in tmp_path.iterdir()] == []
     service.always = 401
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
@@ -551,7 +559,7 @@ def test_a_dry_run_of_a_build_estimates_all_stages(service, config, tmp_path, ca
         build_dataset(BuildArguments(config, dry_run=True))
     assert "1-generate, train: 12 images, 48 requests" in caplog.text
     assert "2-translate, train: 8 distinct captions" in caplog.text
-    assert len(service.keys) == 2 and not service.requests and not (tmp_path / "built" / "1-generate").exists()
+    assert len(service.keys) == 3 and not service.requests and not (tmp_path / "built" / "1-generate").exists()
     service.always = 401
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
         build_dataset(BuildArguments(config))

@@ -119,12 +119,15 @@ class ChatClient:
         self._is_connected, self._refused = False, 0  # number of requests that were refused since the last answer
         self._start, self.prompt_tokens, self.completion_tokens = time.monotonic(), 0, 0
 
-    def connect(self, messages: Sequence[Message], is_check: bool = False) -> None:
+    def connect(self, messages: Sequence[Message], is_check: bool = False) -> int:
         """Send a request for a single token to each server, which shows whether address, key and model are right.
 
         Args:
             messages: Conversation of the request.
             is_check: Give up early, and warn if a server does not list the model.
+
+        Returns:
+            Number of tokens that the model of the last server has read; 0 if the server does not state it.
 
         Raises:
             ValueError: If a server refuses the request, or the servers report different models.
@@ -141,6 +144,7 @@ class ChatClient:
             raise ValueError(f"All servers of base_url must serve the same model, got {', '.join(sorted(names))}.")
         (self.model,), self._is_connected = names, True
         self._start, self.prompt_tokens, self.completion_tokens = time.monotonic(), 0, 0
+        return reply.prompt_tokens
 
     async def _warn_if_unlisted(self, client: Any) -> None:
         """Log a warning if a server does not list the requested model. Servers without a list are accepted."""

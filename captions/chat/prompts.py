@@ -150,13 +150,13 @@ class CaptionPrompts(Prompts):
         if len(set(self.prompts)) < len(self.prompts):
             raise ValueError(f"{self.path}: `prompts` must not contain the same prompt twice.")
 
-    def messages(self, number: int, image_url: str) -> list[Message]:
+    def messages(self, number: int, image_url: str | None) -> list[Message]:
         """Return the conversation that requests a caption of an image.
 
         Args:
             number: Index of the prompt.
-            image_url: The image as a data URL.
+            image_url: The image as a data URL; None for the same conversation without an image.
         """
-        image = {"type": "image_url", "image_url": {"url": image_url}}
+        image = [{"type": "image_url", "image_url": {"url": image_url}}] if image_url is not None else []
         text = {"type": "text", "text": self.prompts[number]}
-        return [*self.system, {"role": "user", "content": [image, text]}]
+        return [*self.system, {"role": "user", "content": [*image, text]}]
