@@ -16,9 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = (
-    "um gato uma menina dois cavalos praia parque casa vermelha corre dorme come perto longe sobre mesa azul".split()
-)
+WORDS = ["um", "gato", "uma", "menina", "dois", "cavalos", "praia", "parque", "casa", "corre", "dorme", "perto", "azul"]
 SPECIAL_TOKENS = ["<pad>", "<unk>", "</s>", "<image>"]
 PAD, EOS, IMAGE = 0, 2, 3  # token ids
 IMAGE_SIDE, PATCH_SIDE = 32, 8  # pixels
