@@ -38,7 +38,7 @@ from caption_data.pairs import pairs_fingerprint
 from eval.records.plots import plot_retrieval_sheet, plot_training_curves
 from eval.records.schema import SCHEMA_VERSION, write_records
 from eval.records.tables import render_retrieval_table
-from eval.retrieval import compute_gain_records, compute_retrieval_records, embed_captions
+from eval.retrieval import compute_gain_records, compute_retrieval_embeddings, compute_retrieval_records
 from hub_upload.card import write_card
 from hub_upload.origins import read_origins
 from hub_upload.push import check_push_access, publish_run
@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> Path:
         check_push_access(args.hub_model_id, args.hub_private)
     with locked_run_folder(output_dir, args, accelerator) as folder:
         checkpoints = Checkpoints(folder / "checkpoints", args.keep_last, accelerator)
-        resume = checkpoints.find_resume_checkpoint(args)  # checks the settings before any long work
+        # This call also compares the settings of the run with those in the checkpoint, before any long work begins.
+        resume = checkpoints.find_resume_checkpoint(args)
         inputs = load_inputs(args, accelerator)
         if (folder / "run.json").is_file():  # the run was stopped after training, before or during the evaluation
             check_finished_run(folder, args.to_dict(), inputs.fingerprints(args))
@@ -208,7 +209,7 @@ def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Acc
     all_records, embeddings_by_language = [], {}
     for language, split in inputs.test.items():
         embeddings = embeddings_by_language[language] = {
-            role: embed_captions(model, inputs.processor, split.captions(), inputs.test_embeds)
+            role: compute_retrieval_embeddings(model, inputs.processor, split.captions(), inputs.test_embeds)
             for role, model in models.items()
         }
         metadata = {"dataset": short_name(args.evaluation_dataset), "split": args.test_split, "language": language}
@@ -221,14 +222,16 @@ def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Acc
         write_records(
             folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",
             fingerprint=pairs_fingerprint(split.table), device=describe_device(accelerator.device),
-            **describe_model(models["capivara"]),
+            **describe_model(models["capivara"]), **split.source.describe_embeds(),
         )  # fmt: skip
         all_records += records
     run["seconds"]["evaluation"] = time.perf_counter() - started
     write_text(folder / "table.md", render_retrieval_table(all_records))
     split, embeddings = inputs.test[args.language], embeddings_by_language[args.language]
     queries = [text for texts in split.captions() for text in texts]
-    plot_retrieval_sheet(folder / "retrieval.png", split.__getitem__, queries, embeddings, args.seed, args.language)
+    plot_retrieval_sheet(
+        folder / "retrieval.png", split.source.load_image, queries, embeddings, args.seed, args.language
+    )
     write_json(folder / "run.json", run)
 
 

@@ -4,11 +4,12 @@
     python -m benchmarks.captions --parts chat --output benchmarks/results/captions_chat.json
 
 The model is BLIP-2 with random weights and the proportions of `Salesforce/blip2-opt-2.7b-coco`: widths, heads and
-vocabulary divided by 4, layers by 6. It continues each of the ten prefixes by 12 tokens. Two programs run alternately
-on the same images:
+vocabulary divided by 4, layers by 6. For each image, it continues ten prefixes, such as "a photo of", by 12 tokens each
+(captions/prefixes.json lists the prefixes). Two programs run alternately on the same images:
 
 - `plain`: `Blip2ForConditionalGeneration.generate`, which encodes an image once per prefix;
-- `ours`: `captions.generate`, which encodes an image once and lets the language model read its query tokens once.
+- `ours`: `captions.generate`, which encodes an image once. The language model processes the query tokens of the image
+  once, too, and all prefixes share the keys and values that it caches for these tokens.
 
 The gain is the median, over the runs, of the seconds of `plain` divided by the seconds of `ours`. Both programs pad the
 prefixes to the length of the longest prefix.
@@ -49,7 +50,7 @@ class CaptionsArguments:
 
     images: int = flag(16, "Number of images, all in one batch.")
     new_tokens: int = flag(12, "Number of tokens to generate per caption.")
-    runs: int = flag(5, "Number of alternating runs.")
+    runs: int = flag(5, "How often each program is timed; the programs take turns.")
     widths: int = flag(4, "Divisor of BLIP-2's widths, heads and vocabulary.")
     layers: int = flag(6, "Divisor of BLIP-2's number of layers.")
     parts: Literal["generate", "chat"] = flag(
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         return report_results(results, args.output)
     transformers_logging.set_verbosity_error()
     prefixes = read_prefixes(PREFIXES_FILE)
-    steps = make_generation_steps(build_scaled_captioner(args, prefixes), prefixes, args.images)
+    steps = make_generation_programs(build_scaled_captioner(args, prefixes), prefixes, args.images)
     plain, ours = (step().tolist() for step in steps.values())
     seconds = time_alternating(steps, args.runs, "generate")
     rates = {name: [args.images / elapsed for elapsed in times] for name, times in seconds.items()}
@@ -164,10 +165,10 @@ def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
-def make_generation_steps(
+def make_generation_programs(
     captioner: PrefixCaptioner, prefixes: list[str], images: int
 ) -> dict[str, Callable[[], Tensor]]:
-    """Build the programs to compare, on random pixels.
+    """Build the programs to compare, `plain` and `ours`, which caption images of random pixels.
 
     Args:
         captioner: The model with its processors.

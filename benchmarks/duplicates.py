@@ -64,7 +64,7 @@ CopyRecipe = tuple[Callable[[Image.Image], Image.Image], dict[str, Any]]
 class DuplicatesArguments:
     """Command-line arguments of `benchmarks.duplicates`."""
 
-    model: str = flag("miniature", "Folder or Hub id of the model. The miniature needs no network.")
+    model: str = flag("miniature", "Folder or Hub id of the model, or miniature: a tiny model that needs no network.")
     output: Path = flag(RESULTS_FOLDER / "duplicates.json", "JSON file for the results.")
 
 
@@ -206,10 +206,11 @@ def compute_copy_recall(
 
 
 def find_wrong_photographs(files: list[tuple[str, str]], is_duplicate: np.ndarray) -> dict[str, list[int]]:
-    """Count the pairs of photographs and crops that are wrongly recognized as duplicates.
+    """Count the pairs of different photographs, and of crops of one image, that are wrongly recognized as duplicates.
 
     Args:
-        files: Pair (name of the image, kind of the file) of each file, as in the keys of `write_photographs`.
+        files: For each file, the name of its image and its kind, such as "original", "recompressed, quality 50" or
+            "cut 0 1": the keys of the dict that `write_photographs` returns.
         is_duplicate: Boolean array of shape (files, files): whether two files are recognized as duplicates.
 
     Returns:
@@ -283,7 +284,7 @@ def measure_rule(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure three rules for duplicates, print the results as JSON, and write them to `--output`."""
+    """Run the command: measure how well three rules detect duplicates, then print and write the results as JSON."""
     args = parse_arguments(DuplicatesArguments, __doc__, argv)
     with tempfile.TemporaryDirectory() as folder:
         photos, icons = write_photographs(Path(folder)), write_icons(Path(folder))

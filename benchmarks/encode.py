@@ -30,7 +30,7 @@ from benchmarks.timing import (
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from modeling_capivara.convert_open_clip import build_open_clip_model, to_capivara_state_dict
+from modeling_capivara.convert_open_clip import new_open_clip_model, to_capivara_state_dict
 
 IMAGE_SIZE = (320, 240)  # pixels, width and height
 CAPTION_TOKENS = 20  # tokens per caption, including begin and end
@@ -42,12 +42,12 @@ class EncodeArguments:
 
     images: int = flag(32, "Number of images per run.")
     captions: int = flag(64, "Number of captions per run.")
-    runs: int = flag(5, "Number of alternating runs.")
+    runs: int = flag(5, "How often each program is timed; the programs take turns.")
     output: Path | None = flag(None, "JSON file for the results.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure this project and open_clip, and print the results as JSON."""
+    """Run the command: time the encoders of this project and of open_clip, and print the results as JSON."""
     args = parse_arguments(EncodeArguments, __doc__, argv)
     encoders = build_encoders(args)
     measured = {
@@ -72,7 +72,7 @@ def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Te
     """
     torch.manual_seed(0)
     config, tokenizer = CapivaraConfig(), load_tokenizer()
-    theirs = build_open_clip_model(config).eval()
+    theirs = new_open_clip_model(config).eval()
     ours = CapivaraModel(config)
     ours.load_state_dict(to_capivara_state_dict(theirs.state_dict()))
     ours.eval()

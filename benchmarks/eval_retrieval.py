@@ -1,10 +1,10 @@
-"""Measure recall at 1, 5 and 10 in both directions, compared with clip-benchmark's functions on the same embeddings.
+"""Time the computation of recall at 1, 5 and 10 in both directions, compared with clip-benchmark's functions.
 
     python -m benchmarks.eval_retrieval --output benchmarks/results/eval_retrieval.json
     python -m benchmarks.eval_retrieval --images 100000 --captions 10 --worker   # only ours; takes half an hour
 
-The embeddings are random unit vectors of width 512, with five captions per image. Our peak memory is measured first,
-then both programs run alternately.
+Both programs get the same embeddings: random unit vectors of width 512, with five captions per image. Our peak memory
+is measured first, then both programs run alternately.
 """
 
 import statistics
@@ -21,7 +21,7 @@ from capivara_common.files import read_json
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
 
 EMBEDDING_WIDTH = 512
-Recalls = dict[str, float]  # such as "text_to_image@5" -> share from 0 to 1
+Recalls = dict[str, float]  # direction and k, such as "text_to_image@5" -> recall, from 0 to 1
 
 
 @dataclass
@@ -30,7 +30,7 @@ class EvalRetrievalArguments:
 
     images: int = flag(5000, "Number of images.")
     captions: int = flag(5, "Number of captions per image.")
-    runs: int = flag(5, "Number of alternating runs.")
+    runs: int = flag(5, "How often each program is timed; the programs take turns.")
     worker: bool = flag(False, "Measure only our time and memory.")
     output: Path | None = flag(
         None, "JSON file for the results: key `scores`, or `large` with --worker. The other key is kept."
@@ -38,11 +38,11 @@ class EvalRetrievalArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure both programs, and print the results as JSON."""
+    """Run the command: time the recalls of this project and of clip-benchmark, and print the results as JSON."""
     args = parse_arguments(EvalRetrievalArguments, __doc__, argv)
     embeddings = make_random_embeddings(args.images, args.captions)
     compute_our_recalls(*make_random_embeddings(64, args.captions))  # loads the libraries
-    before = timing.restart_peak_memory()  # generating the embeddings took more memory than they have
+    before = timing.restart_peak_memory()  # making the embeddings took more memory than they take now
     measured = {
         **timing.describe_conditions(), "width": EMBEDDING_WIDTH,
         "images": args.images, "captions": args.images * args.captions,
@@ -69,9 +69,8 @@ def make_random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor
     image_embeds = torch.nn.functional.normalize(torch.randn(images, EMBEDDING_WIDTH, generator=generator), dim=-1)
     image_of_text = torch.arange(images).repeat_interleave(captions_per_image)
     text_embeds = image_embeds[image_of_text]
-    text_embeds += 0.3 * torch.randn(
-        text_embeds.shape, generator=generator
-    )  # in place, because it is the largest tensor
+    # In place, because it is the largest tensor.
+    text_embeds += 0.3 * torch.randn(text_embeds.shape, generator=generator)
     return image_embeds, torch.nn.functional.normalize(text_embeds, dim=-1), image_of_text
 
 

@@ -138,7 +138,9 @@ def measure_feedback(
             after = np.argsort(-images @ apply_feedback(query, [(weight / FEEDBACK_STRENGTH, example)], images))
             orders = product(({object_class}, wanted), (before[:TOP_K], after[:TOP_K]))
             counts.append([sum(bool(labels & classes[index]) for index in order) for labels, order in orders])
-        table = np.array(counts, float)  # (cases, 4): object before, object after, wanted before, wanted after
+        # (cases, 4): how many of the first `TOP_K` results show the object, before and after feedback; then how many
+        # show an object of a wanted class, before and after feedback.
+        table = np.array(counts, float)
         with_object = table[table[:, 0] > 0]
         object_means, wanted_means = table.mean(axis=0).reshape(2, 2).tolist()
         yield {
@@ -148,7 +150,7 @@ def measure_feedback(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure separation and feedback, and print the results as JSON."""
+    """Run the command: measure the detection of sentences without a matching image, and feedback, and print JSON."""
     args = parse_arguments(NothingFitsArguments, __doc__, argv)
     sentences = yaml.safe_load(args.sentences.read_text(encoding="utf-8"))
     files = [Path(file.path) for file in find_pictures([args.pictures])[0]]

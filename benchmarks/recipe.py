@@ -1,4 +1,4 @@
-"""Measure the paper's recipe on the demo's base model, with weight interpolation (WiSE-FT) and several seeds.
+"""Measure the recall of the paper's recipe on the demo's base model, with weight interpolation and several seeds.
 
     python -m benchmarks.recipe
     python -m benchmarks.recipe --base data/openmoji/base-sigmoid --output benchmarks/results/recipe_sigmoid.json
@@ -18,10 +18,9 @@ from torch import Tensor
 import train_accelerate
 from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions
 from capivara_common.cli import flag, parse_arguments, read_yaml_config, run_command
-from capivara_common.files import read_json, write_json
-from caption_data.rows import json_digest
+from capivara_common.files import json_digest, read_json, write_json
 from eval.capivara_metrics.metrics import mean_hits, paired_bootstrap
-from eval.embeddings import EmbeddingStore
+from eval.embeddings import CachedEmbedder
 from eval.records.schema import DIRECTIONS
 from eval.retrieval import (
     RetrievalArguments,
@@ -37,9 +36,10 @@ from training.trainable import interpolate_weights
 
 # Name of the row with the trained weights without interpolation. All other rows are compared with this row.
 REFERENCE_ROW = "paper"
-# Row -> α of WiSE-FT: share of the trained weights; the rest are the base model's
+# Row -> α of WiSE-FT: weight of the trained model in the mean; the base model has the weight 1 - α
 TRAINED_SHARES = {REFERENCE_ROW: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7": 0.7}
-DRAWING_SETS = ("openmoji", "twemoji", "noto")  # only these get intervals, because there are too few photographs
+# Datasets of drawings. Only they get confidence intervals, because the dataset photos has too few images.
+DRAWING_SETS = ("openmoji", "twemoji", "noto")
 EVALUATION_SPLITS = [*((name, split) for name in DRAWING_SETS for split in ("validation", "test")), ("photos", "test")]
 # Condition, such as "noto/test/pt/text_to_image" -> mean hit at 1, 5 and 10 of each query, 0 to 1, of shape (queries,)
 HitsByCondition = dict[str, Tensor]
@@ -49,8 +49,8 @@ HitsByCondition = dict[str, Tensor]
 class RecipeArguments:
     """Command-line arguments of `benchmarks.recipe`. Raises ValueError if seeds repeat or are missing."""
 
-    config: Path = flag(CODE_ROOT / "configs" / "openmoji.yaml", "Training config.")
-    seeds: list[int] = flag([0, 1, 2], "Seeds; each is a training.")
+    config: Path = flag(CODE_ROOT / "configs" / "openmoji.yaml", "YAML file with the training flags.")
+    seeds: list[int] = flag([0, 1, 2], "Seeds of the training runs, one run per seed.")
     base: str = flag("data/openmoji/base", "Folder of the base model.")
     openmoji: str = flag("data/openmoji/dataset", "Folder of the demo's dataset.")
     proxies: Path = flag(Path("data/openmoji/proxies"), "Output folder of `examples.openmoji.proxies`.")
@@ -135,15 +135,18 @@ def build_row(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: train the seeds without a finished run, evaluate all runs, and write the results as JSON.
+    """Run the command: train every seed that has no finished run, evaluate all runs, and write the results as JSON.
 
-    The base model is evaluated, too. The weights of each run are evaluated with every share in `TRAINED_SHARES`.
+    Each run is evaluated several times: with its trained weights, and with weighted means of its trained weights and
+    the weights of the base model. `TRAINED_SHARES` holds the weights of the trained model in these means. The base
+    model is evaluated, too.
     """
     args = parse_arguments(RecipeArguments, __doc__, argv)
     data, processor, base = load_evaluation_data(args), load_processor(args.base), load_model(args.base)
 
-    def embed(model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:  # images are embedded once per image tower
-        store = EmbeddingStore(build_embedder("", model.eval(), processor, "float32"), args.work / "cache")
+    # The store caches image embeddings, so images are embedded only once for all models with the same image tower.
+    def embed(model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:
+        store = CachedEmbedder(build_embedder("", model.eval(), processor, "float32"), args.work / "cache")
         return {key: dataset.embed(store)[0] for key, dataset in data.items()}
 
     def measure(model: CapivaraModel) -> HitsByCondition:

@@ -1,4 +1,4 @@
-"""Measure the search index with a thousand to a million pictures, and a followed folder.
+"""Measure time and memory of searches among a thousand to a million pictures, and how fast a followed folder updates.
 
     python -m benchmarks.search --parts index
     python -m benchmarks.search --parts index --sizes 1000 10000 --output /tmp/search.json
@@ -54,12 +54,12 @@ class SearchArguments:
         None, "JSON file for the results. Default: search.json or search_follow.json in benchmarks/results."
     )
     worker: Literal["fill", "index"] | None = flag(None, "Fill or measure one index in this process (internal).")
-    rows: int = flag(1000, "Number of pictures of that index (internal).")
+    rows: int = flag(1000, "Number of pictures of the worker's index (internal).")
     added: int = flag(1, "Largest number of pictures to add at once (internal).")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure the requested part, and print the results as JSON."""
+    """Run the command: measure the indexes or the followed folder (`--parts`), and print the results as JSON."""
     args = parse_arguments(SearchArguments, __doc__, argv)
     if args.worker:
         timing.report_results({"fill": fill_index, "index": measure_index}[args.worker](args))
@@ -202,7 +202,7 @@ def fill_index(args: SearchArguments) -> dict[str, Any]:
 
     return {
         "written_s": timing.time_call(write),
-        # compaction, and for large indexes the training of the approximate index
+        # Compaction of the table and, if the table is large, the training of an approximate vector index.
         "optimised_s": timing.time_call(lambda: table.optimize(EMBEDDING_WIDTH)),
         "bytes": sum(path.stat().st_size for path in where.rglob("*") if path.is_file()),
     }

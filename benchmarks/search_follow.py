@@ -35,10 +35,10 @@ PHOTO_SIZE = (640, 480)  # width and height in pixels
 PIXEL_NOISE = 3.0  # standard deviation of the noise, in pixel values from 0 to 255
 # Name of an indexing run -> (start, end) of the photographs that the run adds, as fractions of all photographs
 INDEXING_SHARES = {"first": (0, 0.6), "second": (0.6, 0.8), "resumed": (0.8, 1)}
-INTERRUPTION_SHARE = 0.4  # share of the run "resumed" that is done when it is interrupted
-ESTIMATE_START_S = 5  # estimates count from this many seconds after the first picture
+INTERRUPTION_SHARE = 0.4  # fraction of the pictures of the run "resumed" after which it is interrupted
+ESTIMATE_START_S = 5  # estimates in the first seconds after the first picture are not counted
 POLL_INTERVAL_S = 0.25  # time between two readings of the progress
-QUESTION_COUNT = 100  # searches of the page
+QUESTION_COUNT = 100  # number of searches that are sent to the search page, to time them
 BURST_SIZE = 200  # photographs that are added at once
 QUESTION_TEXTS = ("um gato dormindo", "cachorro correndo na praia", "", "pôr do sol", "rua à noite")
 WAIT_TIMEOUT_S = 120
@@ -185,11 +185,13 @@ def measure_estimate(words: list[str], where: Path) -> dict[str, Any]:
             readings.append((time.perf_counter(), progress["done"], progress["left_s"]))
         time.sleep(POLL_INTERVAL_S)
     end = max((now for now, _, _ in readings), default=start)
-    first_picture = max((now for now, done, _ in readings if not done), default=start)  # before, the model is loaded
+    # Until then, the model is loaded.
+    first_picture = max((now for now, done, _ in readings if not done), default=start)
     estimates = [
         (end - now, left) for now, _, left in readings if now - first_picture >= ESTIMATE_START_S and left is not None
     ]
-    ratios = [max(actual, 1) / max(left, 1) for actual, left in estimates]  # estimates are whole seconds
+    # Both times count as at least 1 s, because estimates are whole seconds.
+    ratios = [max(actual, 1) / max(left, 1) for actual, left in estimates]
     factors = [max(ratio, 1 / ratio) for ratio in ratios]
     factor_off = {"median": statistics.median(factors), "max": max(factors)} if factors else None
     return {"seconds": end - start, "looks": len(estimates), "factor_off": factor_off}

@@ -6,7 +6,9 @@ never downloaded. `open_image` checks the format and size in the header of an im
 pixels.
 """
 
+import errno
 import io
+import math
 import os
 import stat
 import struct
@@ -22,9 +24,10 @@ import numpy as np
 import PIL.Image
 from PIL.Image import Transpose
 
+from capivara_common.avif import largest_frame_size
 from capivara_common.cli import check_at_least, flag
-from capivara_common.environment import process_state
-from capivara_common.files import AllowedFolders
+from capivara_common.environment import install_command, process_state
+from capivara_common.files import IS_WINDOWS, AllowedFolders, find_windows_fault
 
 with suppress(ImportError):
     import pillow_heif  # extra `heic`
@@ -51,9 +54,16 @@ EXIF_TRANSPOSES = {  # EXIF orientation -> operation that makes the image uprigh
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
 
-# Flags for `os.open` that open the parent folders of a file without following links. O_PATH, which only Linux has, also
-# opens folders that may be entered but not listed.
-_FOLDER_OPEN_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Flags for `os.open`; 0 where the operating system lacks them. O_NONBLOCK: opening a FIFO would otherwise wait for a
+# writer. O_BINARY: Windows would otherwise translate line ends.
+_FILE_OPEN_FLAGS = os.O_RDONLY
+for _flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"):
+    _FILE_OPEN_FLAGS |= getattr(os, _flag, 0)
+# Flags that open the parent folders of a file without following links; None on Windows, which can't do that. O_PATH,
+# which only Linux has, also opens folders that may be entered but not listed.
+_FOLDER_OPEN_FLAGS = None
+if hasattr(os, "O_DIRECTORY") and hasattr(os, "O_NOFOLLOW") and os.open in os.supports_dir_fd:
+    _FOLDER_OPEN_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_DETAIL_CHARACTERS = 300  # limit for error details, which may quote texts of any length
 # Held while a large image is decoded, so that only one image at a time takes hundreds of megabytes. Callers may keep
 # the lock until they have processed the image.
@@ -253,15 +263,16 @@ def open_image(
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=_AVAILABLE_FORMATS)
         tile = _read_tile_size(data, image)
+        frame = largest_frame_size(data) if image.format == "AVIF" else image.size
     except PIL.UnidentifiedImageError as error:
-        heic = "" if "HEIF" in _AVAILABLE_FORMATS else "; to read HEIC, install the extra: pip install -e '.[heic]'"
+        heic = "" if "HEIF" in _AVAILABLE_FORMATS else f"; to read HEIC: {install_command('heic')}"
         detail = f"{name} is not an image in {', '.join(_AVAILABLE_FORMATS)}, or its header is damaged{heic}"
         raise BadImage("unreadable image", detail) from error
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise BadImage("absurd image size", f"{name}: {error}") from error
     except Exception as error:  # PIL raises many types of errors, including SyntaxError
         raise BadImage("unreadable image", f"{name}: {error}") from error
-    _check_dimensions(image, tile, name, max_pixels, hint)
+    _check_dimensions(max(image.size, frame, key=math.prod), tile, name, max_pixels, hint)
     return image
 
 
@@ -283,8 +294,8 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
     Raises:
         BadImage: If the pixels can't be decoded.
     """
-    # The size in the header of an AVIF file (its `ispe` box) is no limit: libavif allocates memory for the frame in the
-    # AV1 stream, which may have up to 268 megapixels.
+    # `open_image` has checked the frame size that the AV1 streams of an AVIF file state. A hostile file may hide that
+    # size, or a frame may exceed it: libavif decodes up to 268 megapixels.
     is_large = image.format == "AVIF" or image.width * image.height > MAX_IMAGE_PIXELS
     try:
         with LARGE_IMAGE_LOCK if is_large else nullcontext():
@@ -292,7 +303,7 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
                 image.draft(None, (min_short_side, min_short_side))
             image.load()
             if image.format == "AVIF":
-                image._decoder = None  # frees the full frame, which the image would otherwise keep
+                image._decoder = None  # frees the decoder's copy of the frame, which would last as long as the image
         transpose = EXIF_TRANSPOSES.get(exif_orientation(image))
         image = to_8_bit(image)
         return image if transpose is None else image.transpose(transpose)
@@ -304,7 +315,8 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
 def exif_orientation(image: PIL.Image.Image) -> int:
     """Return the EXIF orientation of a loaded image, 1 (upright) to 8.
 
-    The result is 1 if the orientation is missing, damaged or out of range. PIL rotates TIFF images itself.
+    The result is 1 if the orientation is missing, damaged or out of range. For a TIFF image it is always 1, because PIL
+    makes the image upright when it loads the pixels.
     """
     try:
         orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation)
@@ -316,9 +328,10 @@ def exif_orientation(image: PIL.Image.Image) -> int:
 def to_8_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     """Convert an image with 16-bit, 32-bit or float pixels to 8 bits; return any other image unchanged.
 
-    The range of 16-bit integers is 0 to 65,535. The range of 32-bit integers is 0 to 255 if no pixel exceeds 255,
-    otherwise 0 to 65,535. The range of floats is 0 to 1 if no pixel exceeds 1, otherwise 0 to 255. The model's image
-    processor, which is published without this package, has the same rules.
+    The pixels are scaled from an assumed range to the range 0 to 255. The assumed range of 16-bit integers is 0 to
+    65,535. For 32-bit integers it is 0 to 255 if no pixel exceeds 255, otherwise 0 to 65,535. For floats it is 0 to 1
+    if no pixel exceeds 1, otherwise 0 to 255. The model's image processor, which is published without this package,
+    scales pixels in the same way.
 
     Raises:
         ValueError: If a pixel is negative, too large or not finite.
@@ -395,7 +408,9 @@ def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path]
     """Open a regular file for reading, safe against links that change while it is opened.
 
     Links are resolved once. Then the real path is opened folder by folder without following links, so the opened file
-    is the one that was checked (no time-of-check to time-of-use race).
+    is the one that was checked (no time-of-check to time-of-use race). Windows can't open a file in this way; there,
+    the file is compared before and after it is opened (`_open_and_compare`), and paths that lead to devices or to
+    network shares of other people are refused (`find_windows_fault`).
 
     Args:
         path: The file.
@@ -413,22 +428,60 @@ def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path]
             in the meantime.
         ValueError: If the path contains a NUL character.
     """
+    if IS_WINDOWS and (fault := find_windows_fault(path, folders)):
+        raise BadImage("no regular file", f"{name} {fault}")
     real = Path(os.path.realpath(path))
     if folders is not None and not any(real.is_relative_to(folder) for folder in folders):
         raise BadImage("link out of the folder", f"{name} leads out of the folders that may be read")
+    no_file = BadImage("no regular file", f"{name} is a folder, a pipe, a socket or a device")
+    if _FOLDER_OPEN_FLAGS is None and not stat.S_ISREG(os.lstat(real).st_mode):
+        raise no_file  # where O_NONBLOCK is missing, opening a pipe or a device could wait forever
+    number = _open_and_compare(real) if _FOLDER_OPEN_FLAGS is None else _open_without_links(real)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise no_file
+    return os.fdopen(number, "rb")
+
+
+def _open_without_links(real: Path) -> int:
+    """Open a file folder by folder, and return its descriptor. Raises OSError if a part of the path is a link."""
     folder = os.open(real.anchor, _FOLDER_OPEN_FLAGS)
     try:
         for part in real.parent.parts[1:]:
             outer, folder = folder, os.open(part, _FOLDER_OPEN_FLAGS, dir_fd=folder)
             os.close(outer)
-        # O_NONBLOCK: opening a FIFO would otherwise wait for a writer.
-        number = os.open(real.name or ".", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        return os.open(real.name or ".", _FILE_OPEN_FLAGS, dir_fd=folder)
     finally:
         os.close(folder)
-    if not stat.S_ISREG(os.fstat(number).st_mode):
+
+
+def _open_and_compare(real: Path) -> int:
+    """Open a file where links can't be excluded while it is opened, and check that no link was followed.
+
+    An attacker who replaces a folder by a link and back at the right moments, several times, could still deceive the
+    comparison.
+
+    Args:
+        real: Path of the file, with all links resolved.
+
+    Returns:
+        The file descriptor.
+
+    Raises:
+        OSError: If the file can't be opened, or is another file than before or after it was opened.
+    """
+    before = os.lstat(real)
+    number = os.open(real, _FILE_OPEN_FLAGS)
+    try:
+        opened, after = os.fstat(number), os.lstat(real)
+        # Junctions of Windows are no symbolic links for `lstat`, but `realpath` resolves them.
+        is_same = os.path.samestat(before, opened) and os.path.samestat(opened, after)
+        if not is_same or os.path.realpath(real) != str(real):
+            raise OSError(errno.ELOOP, "the file was replaced while it was opened", str(real))
+    except BaseException:
         os.close(number)
-        raise BadImage("no regular file", f"{name} is a folder, a pipe, a socket or a device")
-    return os.fdopen(number, "rb")
+        raise
+    return number
 
 
 def _read_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
@@ -465,25 +518,24 @@ def _read_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
     return sides[TILE_WIDTH], sides[TILE_LENGTH]
 
 
-def _check_dimensions(image: PIL.Image.Image, tile: tuple[int, int], name: str, max_pixels: int, hint: str) -> None:
+def _check_dimensions(size: tuple[int, int], tile: tuple[int, int], name: str, max_pixels: int, hint: str) -> None:
     """Raise BadImage if an image or its tiles exceed the limits of this module.
 
     Args:
-        image: The opened image.
+        size: Width and height of the image, or of the largest frame that its decoder allocates.
         tile: Width and height of the tiles of a TIFF image; (0, 0) without tiles. libtiff decodes a whole tile at once,
             so a tile must not have too many pixels either.
         name: Name of the image for error messages.
         max_pixels: Limit for width x height.
         hint: Advice for an image that has too many pixels; inserted into the error message after the limit.
     """
-    (short, long), (width, height) = sorted(image.size), tile
+    (short, long), (width, height) = sorted(size), tile
     if width * height > max_pixels:
         detail = f"{name} has tiles of {width} x {height} pixels; at most {max_pixels:,} pixels are allowed"
         raise BadImage("absurd image size", detail)
     if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT_RATIO * short:
         limits = f"a side of {MAX_IMAGE_SIDE:,} pixels and a long side of {MAX_ASPECT_RATIO} times the short side"
-        size = f"{image.width} x {image.height} pixels"
-        detail = f"{name} has {size}; at most {max_pixels:,} pixels{hint}, {limits} are allowed"
+        detail = f"{name} has {size[0]} x {size[1]} pixels; at most {max_pixels:,} pixels{hint}, {limits} are allowed"
         raise BadImage("absurd image size", detail)
 
 

@@ -86,8 +86,8 @@ _SITE_PATH = (
     rf"|(?:\]\(|(?:href|src)=\\?[\"']?)(?=/(?:{_HUB_PAGES})[/)\"']))(?!\S{{0,400}}/\.\.)"
 )
 # Characters that may precede a path. After a letter, a dot or a slash, the text would be part of a longer name.
-# Markdown signs such as `*` count only at the beginning of a word, because they also occur within glob patterns
-# (`data/**/x`).
+# Markdown signs such as `*` are not in this set, because they also occur within glob patterns (`data/**/x`).
+# `_PATH_START` accepts a Markdown sign before a path only if the sign is at the beginning of a word.
 _BOUNDARY_CHARACTERS = r"""\s"'`“”‘’«=:(\[{<>,;|!@&–—→·"""
 _PATH_START = (
     rf"(?:(?<=://)|(?<=:///)|(?<![^{_BOUNDARY_CHARACTERS}])|"

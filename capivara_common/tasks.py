@@ -28,8 +28,8 @@ class ExecutorArguments:
     )
     tasks: int | None = flag(
         None,
-        "Number of shares to split the rows into. Required for slurm and ray. Default: the number of workers (local). "
-        "A resumed run may use another number.",
+        "Number of tasks, which divide the rows among them. Required for slurm and ray. Default: the number of workers "
+        "(local). A resumed run may use another number.",
         group=TASKS,
     )
     workers: int | None = flag(
@@ -68,7 +68,7 @@ class ExecutorArguments:
         check_at_least(self, 1, "tasks", "workers", "cpus_per_task", "mem_per_cpu_gb")
         check_at_least(self, 0, "gpus_per_task")
         if self.executor != "local" and self.tasks is None:
-            raise ValueError(f"--executor {self.executor} needs --tasks, the number of shares of the rows.")
+            raise ValueError(f"--executor {self.executor} needs --tasks, the number of tasks that divide the rows.")
         if self.executor == "slurm" and not (self.partition and self.time):
             raise ValueError("--executor slurm needs --partition and --time, such as --partition gpu --time 04:00:00.")
         if self.executor == "slurm":  # datatrove writes these values into the job script without quoting
@@ -106,7 +106,7 @@ class Phase:
         uses_model: Whether each task gets `gpus_per_task` GPUs.
     """
 
-    # Called with the command's arguments, rank and world size; returns at once if the share of the rank is finished.
+    # Called with the command's arguments, rank and world size; returns at once if this rank has no work left.
     run: Callable[[Any, int, int], Any]
     is_parallel: bool = False  # True: split over all tasks. False: a single task.
     uses_model: bool = False  # True: a task gets `gpus_per_task` GPUs

@@ -39,16 +39,16 @@ SIGNATURE_SIDE = 6  # side of a color signature in pixels; chosen like `DUPLICAT
 SIGNATURE_WEIGHT = 2 / 3  # weight of the color signatures in the similarity; the model's vectors have the weight 1/3
 MIN_SIGNATURE_STD = 2.0  # a color signature is ignored if the standard deviation of its colors (0 to 255) is lower
 SIGNATURE_BYTES = 3 * SIGNATURE_SIDE * SIGNATURE_SIDE  # size of a color signature without details
-# A picture is flat if at least this share of its pixels has exactly the same color. In the pictures of
-# `benchmarks.duplicates`, this share is 0.21 and more for icons, and at most 0.18 for photographs.
+# A picture is flat (see the module docstring) if at least this share of its pixels has exactly the same color. In the
+# pictures of `benchmarks.duplicates`, this share is 0.21 and more for icons, and at most 0.18 for photographs.
 MIN_FLAT_PIXEL_SHARE = 0.2
 # A picture is also flat if the standard deviation of its pixels (0 to 255) is lower than this in each color channel.
 MAX_CONSTANT_STD = 4.0
 # The details of a flat picture are its luma plane and its two chroma planes (YCbCr), resized to these sides in pixels.
 DETAIL_SIDES = (18, 6, 6)
 DETAIL_BYTES = sum(side * side for side in DETAIL_SIDES)  # size of the details of a flat picture
-# Two flat pictures whose details (0 to 255) have this root mean square difference have the similarity
-# `DUPLICATE_MIN_SIMILARITY`.
+# If the root mean square difference of the details of two flat pictures (values from 0 to 255) is this large, the
+# similarity of the pictures is exactly `DUPLICATE_MIN_SIMILARITY`.
 DUPLICATE_DETAIL_RMS = 1.2
 DETAIL_COLUMNS = slice(-DETAIL_BYTES, None)  # columns of the details in the result of `add_color_signatures`
 
@@ -68,8 +68,9 @@ def color_signature(image: PIL.Image.Image) -> bytes:
     if not is_flat(np.asarray(image)):
         return colors
     planes = zip(image.convert("YCbCr").split(), DETAIL_SIDES, strict=True)
-    # HAMMING gives pixels on the border of a cell less weight than pixels in its middle, unlike BOX, which weights all
-    # pixels equally. So an enlarged or reduced copy of the picture has the same details.
+    # A cell is the area of the picture that becomes one pixel of the details. In a smaller or larger copy of the
+    # picture, other pixels lie on the borders of the cells. HAMMING gives pixels on the border of a cell less weight
+    # than pixels in its middle, so the details hardly change. BOX weights all pixels of a cell equally.
     return colors + b"".join(
         plane.resize((side, side), PIL.Image.Resampling.HAMMING).tobytes() for plane, side in planes
     )

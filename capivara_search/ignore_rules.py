@@ -72,7 +72,7 @@ class IgnoreRules:
         return IgnoreRules(tuple(pattern for pattern in patterns if pattern not in removed), forgotten)
 
     def find_forgotten_parent(self, path: str) -> str | None:
-        """Return the forgotten path that makes a path ignored.
+        """Return the path in `forgotten` because of which another path is ignored.
 
         The path is compared both as it is given and with its symbolic links resolved.
 

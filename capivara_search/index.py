@@ -7,6 +7,7 @@ vectors and the relevance threshold, and `duplicates` groups near-duplicates amo
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,7 +32,7 @@ from capivara_search.duplicates import (
     pairwise_similarity,
 )
 from capivara_search.estimates import estimate_for, read_progress
-from capivara_search.folder_scan import FileState, find_pictures, to_absolute_path
+from capivara_search.folder_scan import FileState, find_pictures, to_absolute_path, to_path_on_disk
 from capivara_search.indexing import IndexWriter, StoredRows, embed_files, finish_indexing, start_indexing
 from capivara_search.messages import localized_error, log_message
 from capivara_search.picture_reading import open_query_picture
@@ -196,15 +197,17 @@ class PictureIndex:
             *folders: Folders of pictures. Their subfolders are included. If no folder is given, the folders that were
                 added on this machine before are updated.
             batch_size: Number of pictures per batch of the model, at least 1.
-            on_progress: Callback that takes the number of processed pictures and the total number. After the model has
-                been loaded, the callback is called with the same numbers again.
+            on_progress: Callback that takes the number of processed pictures and the total number. If two calls in a
+                row have the same numbers, the model was loaded between them. An estimate of the remaining time should
+                ignore this interval.
             exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`, relative to each folder.
                 The index stores them for later calls.
             include: Stored patterns to remove, and forgotten paths (see `forget`) to index again.
             only_paths: Absolute paths of files or folders inside `folders`. Only these paths are updated; rows of paths
                 that no longer exist are removed. None, or more than 500 paths: everything in the folders is updated.
-            real_paths: Absolute folder -> its real path, as `folders_to_add` returned it. A folder that has another
-                real path now is refused. None: the real paths are resolved now.
+            real_paths: Absolute path of each folder -> its real path, as `folders_to_add` returned it earlier. A folder
+                whose real path has changed since then, for example because a symbolic link was replaced, is refused.
+                None: the real paths are resolved now.
 
         Returns:
             Report with the numbers of embedded, new, changed, moved and removed pictures, and the skipped files.
@@ -261,7 +264,7 @@ class PictureIndex:
                 stored pattern nor a forgotten path.
         """
         recorded = real_paths or {}
-        absolute_folders = map(to_absolute_path, folders)
+        absolute_folders = map(to_path_on_disk, folders)
         named = {folder: recorded.get(folder) or os.path.realpath(folder) for folder in absolute_folders}
         return known_folders.folders_to_add(self._table, named, exclude, include)
 
@@ -293,7 +296,7 @@ class PictureIndex:
         """
         from capivara_search.watch import follow_index  # imported late because only this method needs watchfiles
 
-        return follow_index(self, [*map(to_absolute_path, folders)], poll, stop, on_progress)
+        return follow_index(self, [*map(to_path_on_disk, folders)], poll, stop, on_progress)
 
     def progress(self) -> dict[str, int | None] | None:
         """Return the progress of an update of this index that is running in any process.
@@ -324,7 +327,7 @@ class PictureIndex:
         Returns:
             The number of removed pictures.
         """
-        return known_folders.forget_folder(self._table, to_absolute_path(folder)) if self._table.exists() else 0
+        return known_folders.forget_folder(self._table, to_path_on_disk(folder)) if self._table.exists() else 0
 
     def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
         """Rewrite the stored paths of pictures after their folder was moved or renamed.
@@ -343,7 +346,7 @@ class PictureIndex:
             ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
                 pictures exists in the new folder.
         """
-        return known_folders.move_folder(self._table, to_absolute_path(old), to_absolute_path(new))
+        return known_folders.move_folder(self._table, to_path_on_disk(old), to_path_on_disk(new))
 
     # --- Searching
 
@@ -768,8 +771,8 @@ class PictureIndex:
             Path of the folder -> number of pictures in the folder and its subfolders, sorted by path.
         """
         added = self._table.folders()
-        counts = dict.fromkeys(added, 0)
-        parents = pc.replace_substring_regex(self._table.rows(["path"])["path"], f"{os.sep}[^{os.sep}]*$", "")
+        counts, separator = dict.fromkeys(added, 0), re.escape(os.sep)
+        parents = pc.replace_substring_regex(self._table.rows(["path"])["path"], rf"{separator}[^{separator}]*$", "")
         for entry in pc.value_counts(parents.combine_chunks()).to_pylist():
             parent = Path(entry["values"] or os.sep)
             for folder in (parent, *parent.parents):
@@ -874,7 +877,7 @@ class PictureIndex:
         Raises:
             ValueError: If the suffix is neither .parquet nor .csv, or the file can't be created.
         """
-        from capivara_search.exporting import export_rows
+        from capivara_search.index_export import export_rows
 
         with self._table.locked():  # so that no other process compacts the files that are being read
             return export_rows(self._table, path)

@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from capivara_common.cli import coded_error
+from capivara_common.embedding_store import embed_batch
 from capivara_common.image_files import DECODER_THREADS, BadImage
 from capivara_search.duplicates import color_signature
 from capivara_search.estimates import ProgressCallback, RateEstimator
@@ -359,7 +360,8 @@ class IndexWriter:
             # Reporting the same number again tells the callback that the model was loaded, so that this time does not
             # count in the estimated rate.
             self.progress(self.reported, len(self.plan.files))
-        vectors |= dict(zip(new, self.model.embed_images(list(new.values()), self.batch_size), strict=True))
+        embed = partial(self.model.embed_images, batch_size=self.batch_size)
+        vectors |= dict(zip(new, embed_batch(list(new.values()), embed), strict=True))
         self.report.embedded += len(new)
         for file, picture in pictures.items():
             self._add_row(file, picture, vectors[picture.digest])
@@ -556,9 +558,8 @@ def embed_files(model: "SearchModel", files: Sequence[FileState], folder: Path) 
         read_picture, image_size=model.image_size, resize_filter=model.resize_filter, folders=[os.path.realpath(folder)]
     )
     for batch in prefetch_pictures(files, read, CLASSIFY_BATCH_SIZE):
-        pictures = {file.path: result for file, result in batch if isinstance(result, Picture)}
-        embeddings = model.embed_images([picture.image for picture in pictures.values()])
-        vectors |= dict(zip(pictures, embeddings, strict=True))
+        pictures = {file.path: result.image for file, result in batch if isinstance(result, Picture)}
+        vectors |= dict(zip(pictures, embed_batch(list(pictures.values()), model.embed_images), strict=True))
     return vectors
 
 

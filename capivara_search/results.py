@@ -88,7 +88,7 @@ class IndexReport:
 
 @dataclass(frozen=True)
 class Classification:
-    """Result of the zero-shot classification of one picture: the best label and the share of each label."""
+    """Result of the zero-shot classification of one picture: the best label and the probability of each label."""
 
     path: str  # path of the picture; empty if the picture was given as an image
     label: str | None  # the best label; None if a neutral sentence such as "uma imagem" fits better than every label

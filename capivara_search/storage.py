@@ -21,8 +21,8 @@ ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 ENDPOINT_RE = re.compile(
     r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII
 )
-# `SCHEME_RE` matches a location that begins like an address. `ADDRESS_RE` matches the addresses that LanceDB accepts.
-# LanceDB treats any other location as a local folder.
+# `ADDRESS_RE` matches the addresses that LanceDB accepts. LanceDB treats any other location as a local folder. But a
+# location that matches only `SCHEME_RE` begins like an address, so it is probably a mistyped address, and is refused.
 SCHEME_RE = re.compile(r"[A-Za-z][\w+.-]+:/", re.ASCII)
 ADDRESS_RE = re.compile(r"[A-Za-z][\w+.-]+://([^/@\s]*@)?[\w.%-]*(:\d{1,5})?([/?#].*)?", re.ASCII)
 # Patterns in LanceDB's error texts. If a text matches `LANCE_ERROR_RE` and no other pattern of this module, a file of

@@ -1,1 +1,1 @@
-"""Read images and captions from datasets, for caption builds, training, evaluation and search."""
+"""Read images and captions from datasets, for the caption pipeline `captions`, training, evaluation and search."""

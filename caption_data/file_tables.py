@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
+from capivara_common.files import json_digest
 from capivara_common.image_files import MAX_DETAIL_CHARACTERS
-from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE, SIMILARITY_COLUMN_RE, json_digest, replace_surrogates
+from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE, SIMILARITY_COLUMN_RE, replace_surrogates
 
 METADATA_SUFFIXES = (".jsonl", ".csv")  # suffixes of the metadata files, which list images with their captions
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
@@ -193,7 +194,7 @@ def _iter_rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]
             # People write CSV files by hand, and a typo must not silently drop all rows after it.
             if path.suffix == ".csv":
                 raise ValueError(f"{path}: {error}.") from None
-            ending = "; this line and all later lines are left out" if path.suffix == ".jsonl" else ""
+            ending = "; this line and all later lines are skipped" if path.suffix == ".jsonl" else ""
             yield {DAMAGE_COLUMN: replace_surrogates(f"{path}: {error}{ending}"[:MAX_DETAIL_CHARACTERS])}
 
 
@@ -316,7 +317,9 @@ def _iter_tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
                 yield member.name, member.offset_data, member.size
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"no member and no end mark at byte {tar.offset} of {length}")
+            raise tarfile.ReadError(
+                f"at byte {tar.offset} of {length} there is neither a file header nor the end mark of the archive"
+            )
 
 
 def _read_json_at(file: BinaryIO, offset: int, length: int) -> Any:

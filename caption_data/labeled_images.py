@@ -15,9 +15,8 @@ from datasets import ClassLabel, Image
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from capivara_common.files import check_links_stay_inside
+from capivara_common.files import check_links_stay_inside, json_digest
 from capivara_common.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, ImageAccess
-from caption_data.rows import json_digest
 from caption_data.sources import Split, dataset_folders, disable_decoding, load_data_files, open_split, select_split
 
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # names that the label column may have; WebDataset uses cls
@@ -53,6 +52,7 @@ def load_labeled_images(
     class_indices: Sequence[int] | None = None,
     image_roots: Sequence[Path] = (),
     max_pixels: int = MAX_IMAGE_PIXELS,
+    limit: int | None = None,
 ) -> LabeledImages:
     """Load labeled images and map their labels to the classes of a prompt file.
 
@@ -70,6 +70,7 @@ def load_labeled_images(
         image_roots: Folders outside of the dataset in which images may lie. Image paths and links to all other folders
             are refused.
         max_pixels: Largest number of pixels (width x height); larger images count as bad.
+        limit: Number of images to load, evenly spaced. None: all images.
 
     Returns:
         The images with their labels. A label is the position of its class in `class_indices`.
@@ -86,7 +87,10 @@ def load_labeled_images(
         opened = Split(source, split, column, disable_decoding(rows, column), access)
     else:
         opened = open_split(source, split, image_column or "image", image_roots, max_pixels)
+    opened = opened.limited(limit)
     rows = opened.data
+    if opened.is_embedded:
+        image_column = opened.image_column
     if image_column is None:
         image_columns = [
             name for name, feature in rows.features.items() if isinstance(feature, Image) or name == "image"

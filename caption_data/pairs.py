@@ -21,14 +21,14 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
 from capivara_common.environment import cache_home, process_state
-from capivara_common.files import append_digest, digest_matches
+from capivara_common.files import append_digest, digest_matches, json_digest
 from capivara_common.image_files import BadRow, read_image_bytes
+from caption_data.embedded import DIGEST_COLUMN, EMBEDS_COLUMN, INVALID_EMBEDDING
 from caption_data.rows import (
     CAPTIONS_FEATURE,
     NOT_CHOSEN,
     SIMILARITY_COLUMN_RE,
     SkippedRow,
-    json_digest,
     normalize_captions,
     replace_surrogates,
     rows_fingerprint,
@@ -45,7 +45,8 @@ PAIR_TABLE_FEATURES = Features(
     {name: Value("string") for name in ("digest", "reason", "detail")}
     | {"row": Value("int64"), "captions": CAPTIONS_FEATURE}
 )
-TEXT_REASONS = ("", NOT_CHOSEN, "no caption")  # reasons that do not concern the image; all other reasons do
+# Reasons that do not concern an image file; all other reasons do.
+FILELESS_REASONS = ("", NOT_CHOSEN, "no caption", INVALID_EMBEDDING)
 IMAGE_KEYS = ("bytes", "path")  # keys of an encoded image in a row; at least one must be present
 ASCII_ALPHANUMERIC_RE = re.compile("[0-9A-Za-z]")
 ChooseCaptions = Callable[[dict[str, Any]], list[str]]  # returns the captions to use from a row
@@ -54,15 +55,16 @@ ChooseCaptions = Callable[[dict[str, Any]], list[str]]  # returns the captions t
 def build_pair_table(
     split: Split, caption_columns: Sequence[str], choose: ChooseCaptions, settings: dict[str, Any]
 ) -> Dataset:
-    """Build the pair table of a split, or load it from the cache.
+    """Build the table of images and chosen captions of a split (the pair table), or load it from the cache.
 
-    The table is built again if the rows, the image files, the rules for images or the settings change. On each machine,
-    one process of a distributed launch builds the table while the other processes wait.
+    The table is built again if the rows, the image files, the accepted images (`max_pixels` and the allowed folders),
+    `caption_columns` or `settings` change. On each machine, one process of a distributed launch builds the table while
+    the other processes wait.
 
     Args:
         split: The rows.
-        caption_columns: Columns that `choose` reads. Before `choose` is called, a caption that is not in a list is
-            converted to a list with one text. A missing column becomes a column of empty lists if the split has another
+        caption_columns: Columns that `choose` reads. A column with a single text per row is converted to lists of one
+            text before `choose` is called. A missing column becomes a column of empty lists if the split has another
             column of captions.
         choose: Function that returns the captions to use from a row without its image. It may raise ValueError.
         settings: Everything that the result of `choose` depends on, as JSON values; part of the cache key.
@@ -83,10 +85,13 @@ def build_pair_table(
     def make_pair(number: int, row: dict[str, Any]) -> dict[str, Any]:
         pair = {"row": number, "digest": "", "captions": [], "reason": "", "detail": ""}
         try:
-            image = row.pop(split.image_column)
+            image = row.pop(split.image_column, None)
             captions = _choose_captions(row, caption_columns, choose)
-            data = read_image_bytes(image, split.image_access)
-            return pair | {"digest": blake2b(data, digest_size=16).hexdigest(), "captions": captions}
+            if split.is_embedded:
+                digest = _check_embedding(split, number, row)
+            else:
+                digest = blake2b(read_image_bytes(image, split.image_access), digest_size=16).hexdigest()
+            return pair | {"digest": digest, "captions": captions}
         except BadRow as bad:
             return pair | {"reason": bad.reason, "detail": replace_surrogates(bad.detail)}
 
@@ -96,15 +101,17 @@ def build_pair_table(
         return {name: [pair[name] for pair in pairs] for name in PAIR_TABLE_FEATURES}
 
     def make_table() -> Dataset:
-        return split.data.map(
+        # Embeddings are not converted to lists of Python numbers, which would take most of the time.
+        data = split.data.remove_columns(EMBEDS_COLUMN) if split.is_embedded else split.data
+        return data.map(
             make_pairs, with_indices=True, batched=True, batch_size=MAP_BATCH_ROWS, features=PAIR_TABLE_FEATURES,
-            remove_columns=split.data.column_names, cache_file_name=str(path), load_from_cache_file=True,
+            remove_columns=data.column_names, cache_file_name=str(path), load_from_cache_file=True,
             new_fingerprint=key, desc=f"Reading captions, {split.display_name}",
         )  # fmt: skip
 
     def has_recovered(table: Dataset) -> bool:
-        bad = (number for number, reason in enumerate(table["reason"]) if reason not in TEXT_REASONS)
-        return any(make_pair(number, split.data[number])["reason"] in TEXT_REASONS for number in bad)
+        bad = (number for number, reason in enumerate(table["reason"]) if reason not in FILELESS_REASONS)
+        return any(make_pair(number, split.data[number])["reason"] in FILELESS_REASONS for number in bad)
 
     access = split.image_access
     limits = [access.max_pixels, access.allowed_folders and list(map(str, access.allowed_folders.folders))]
@@ -132,7 +139,7 @@ def missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]
 
 
 def drop_invalid(table: Dataset) -> Dataset:
-    """Return the rows of a pair table that can be used, which are the rows with an empty `reason`."""
+    """Return the rows of a table of `build_pair_table` that can be used, which are those with an empty `reason`."""
     valid_rows = np.flatnonzero(pc.equal(table.data.column("reason"), ""))
     return table if len(valid_rows) == len(table) else table.select(valid_rows)
 
@@ -177,7 +184,7 @@ def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float)
 
 
 def pairs_fingerprint(pairs: Dataset) -> str:
-    """Return a hex digest of a pair table: of its image digests and captions, in order.
+    """Return a hex digest of a table of `build_pair_table`: of its image digests and captions, in order.
 
     The digest does not depend on the paths of the files.
     """
@@ -218,6 +225,22 @@ def _load_or_make_table(
                     if time.time() - old.stat().st_mtime > UNUSED_TABLE_LIFETIME_S:
                         old.unlink()
     return table
+
+
+def _check_embedding(split: Split, number: int, row: dict[str, Any]) -> str:
+    """Return the image digest of a row that has an embedding instead of an image.
+
+    Args:
+        split: The split with the row.
+        number: Number of the row.
+        row: The row; the embedding itself is not needed.
+
+    Raises:
+        BadRow: If the digest is missing or the embedding is invalid.
+    """
+    if fault := split.invalid_embeds.get(number) or ("" if row[DIGEST_COLUMN] else f"{DIGEST_COLUMN} is empty"):
+        raise BadRow(INVALID_EMBEDDING, fault)
+    return row[DIGEST_COLUMN]
 
 
 def _choose_captions(row: dict[str, Any], columns: Sequence[str], choose: ChooseCaptions) -> list[str]:
@@ -268,7 +291,8 @@ def _source_state(split: Split) -> list[Any]:
     digest, images = blake2b(digest_size=16), split.data.select_columns([split.image_column]).with_format("arrow")
     feature = split.data.features[split.image_column]
     # Images in tars need no separate check, because the fingerprint of their table covers size and time of each tar.
-    for batch in () if isinstance(feature, dict) and "archive" in feature else images.iter(10_000):
+    has_files = not split.is_embedded and not (isinstance(feature, dict) and "archive" in feature)
+    for batch in images.iter(10_000) if has_files else ():
         stored = batch.column(0)
         fields = {field.name for field in stored.type} if pa.types.is_struct(stored.type) else set()
         if fields.isdisjoint(IMAGE_KEYS):

@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Features
 from tqdm.auto import tqdm
 
 from caption_data.file_tables import METADATA_SUFFIXES
-from caption_data.sources import PARQUET_BATCH_ROWS, Split, open_parquet, open_split
+from caption_data.sources import COLUMN_CHUNK_ROWS, PARQUET_BATCH_ROWS, Split, open_parquet, open_split
 
 # The fingerprint of a large file covers this number of samples, spread evenly over the file, each of this size.
 SAMPLE_COUNT, SAMPLE_BYTES = 64, 4096
@@ -83,6 +84,13 @@ class ParquetSplit(Split):
                             kind = "path" if isinstance(image, str) else "bytes"
                             row[self.image_column] = {"bytes": None, "path": None, kind: image}
                         yield row
+
+    def iter_column(self, name: str) -> Iterator[pa.ChunkedArray]:
+        """Iterate over the values of a column, some thousand rows at a time."""
+        for path in self.paths:
+            with open_parquet(path) as file:
+                for batch in file.iter_batches(COLUMN_CHUNK_ROWS, columns=[name]):
+                    yield pa.chunked_array([batch.column(0)])
 
 
 # `open_split`, but parquet files are read in place, without a copy in the cache of `datasets`.

@@ -54,7 +54,8 @@ class SkippedRow:
         source: Path, pattern or Hub id of the dataset.
         split: Name of the split.
         row: Number of the row in the split, counted from 0.
-        reason: "not chosen", "no image", "unreadable image", "absurd image size", "no caption" or "damaged archive".
+        reason: "not chosen", "no image", "unreadable image", "absurd image size", "invalid embedding", "no caption" or
+            "damaged archive".
         detail: Description of the problem for people.
     """
 
@@ -85,16 +86,6 @@ def normalize_captions(value: Any, column: str) -> list[str]:
     if not isinstance(values, list) or any(not isinstance(text, str | None) for text in values):
         raise BadRow("no caption", f"{column!r} must hold a list of texts, got {value!r}")
     return [replace_surrogates(text or "") for text in values]
-
-
-def json_digest(value: Any, sort_keys: bool = False) -> str:
-    """Return the BLAKE2b-128 hex digest of a value that is written as JSON.
-
-    Args:
-        value: Any value that `json.dumps` accepts.
-        sort_keys: Make the digest independent of the order of dict keys.
-    """
-    return blake2b(json.dumps(value, sort_keys=sort_keys).encode(), digest_size=16).hexdigest()
 
 
 def rows_fingerprint(rows: Iterable[tuple[str, list[str]]]) -> str:
@@ -136,7 +127,7 @@ class CaptionChoice:
         "Captions of an image to use; training draws one of them at every step. none: the original captions. first: "
         "the original captions and the first `caption_count` generated ones. all: original and generated captions. "
         "rank: the `caption_count` captions most similar to the image. threshold: captions with a similarity of at "
-        "least `min_similarity`. diverse: captions of threshold that differ from each other.",
+        "least `min_similarity`. diverse: captions as for threshold that differ from each other.",
     )
     # The default values are those of the released CAPIVARA models.
     caption_count: int = flag(5, "Number of captions, for the strategies first and rank.")
@@ -170,10 +161,13 @@ class CaptionChoice:
         """Return the captions of a row that pass the pair filter and the strategy.
 
         The pair filter rejects the image if the similarity of its first original caption is below
-        `min_pair_similarity`. A repeated caption is returned once. The strategies `none`, `first` and `all` keep the
-        order of the row, with the generated captions after the original captions. The other strategies return the
-        captions with the highest similarity first. Captions with equal similarities keep the order of the row, and
-        captions without a similarity (NaN or None) come last.
+        `min_pair_similarity`. A repeated caption is returned once. `caption_strategy` selects and orders the captions:
+
+        - `none` (only original captions), `first` (original captions and the first generated captions) and `all`
+          (original and generated captions) keep the order of the row. Generated captions follow the original captions.
+        - `rank`, `threshold` and `diverse` select captions by similarity, and return the highest similarity first.
+          Captions with equal similarities keep the order of the row, and captions without a similarity (NaN or None)
+          come last.
 
         Args:
             row: A row with the columns of `strategy_columns(language)`. If `min_pair_similarity` is set, it must also

@@ -53,6 +53,15 @@ from capivara_common.image_files import (
     image_display_path,
     read_image_bytes,
 )
+from caption_data.embedded import (
+    DIGEST_COLUMN,
+    EMBEDS_COLUMN,
+    EMBEDS_DTYPE,
+    ENCODER_COLUMN,
+    embeds_shape,
+    find_invalid_embeds,
+    image_encoder_of,
+)
 from caption_data.file_tables import build_file_table
 from caption_data.rows import SkippedRow
 
@@ -66,10 +75,11 @@ STAGE_FILE = "stage.json"  # file in each folder that a stage of `captions` writ
 PART_NAME_RE = re.compile(r"-(\d{9})-(\d{9})$")
 DATASET_INFO_TIMEOUT_S = 20  # seconds to wait for the Hub to answer whether a dataset exists
 PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time
+COLUMN_CHUNK_ROWS = 4096  # rows of a column without images that are read at the same time
 # Parquet stores a repeated value once, so a malicious file of 1 kB can expand to gigabytes of text. Parquet reduces the
 # size of captions to about a tenth, and hardly reduces the size of images, so valid files stay far below this limit.
 MAX_PARQUET_EXPANSION = 100  # decoded bytes per byte of the parquet files
-UNLIMITED_EXPANSION_BYTES = 100_000_000  # up to this number of decoded bytes, the limit above does not apply
+UNLIMITED_EXPANSION_BYTES = 100_000_000  # files with at most this many decoded bytes may expand further
 
 
 @dataclass(eq=False)
@@ -105,9 +115,20 @@ class Split:
         return self.data.features
 
     @property
+    def is_embedded(self) -> bool:
+        """True if the rows have embeddings instead of images (`caption_data.embedded`)."""
+        return self.image_column == EMBEDS_COLUMN
+
+    @property
     def columns(self) -> list[str]:
         """Names of all columns of the split, in order."""
         return list(self.features)
+
+    def limited(self, limit: int | None) -> "Split":
+        """Return the split with only `limit` rows, which are evenly spaced; None: return all rows."""
+        if limit is None or limit >= len(self):
+            return self
+        return replace(self, data=self.data.select([row * len(self) // limit for row in range(limit)]))
 
     def check_columns(self, names: Iterable[str]) -> None:
         """Raise ValueError if the split lacks a column in `names`. The message lists the columns of the split."""
@@ -132,11 +153,82 @@ class Split:
         """Return the row with number `index`, counted from 0, as a dict. The image is not decoded."""
         return self.data[index]
 
+    def iter_column(self, name: str) -> Iterator[pa.ChunkedArray]:
+        """Iterate over the values of a column, some thousand rows at a time."""
+        return (table[name] for table in self.data.select_columns([name]).with_format("arrow").iter(COLUMN_CHUNK_ROWS))
+
+    @cached_property
+    def image_encoders(self) -> set[str]:
+        """Digests of the image encoders that made the embeddings of a split without images."""
+        return {str(encoder) for chunk in self.iter_column(ENCODER_COLUMN) for encoder in chunk.unique().to_pylist()}
+
+    @cached_property
+    def invalid_embeds(self) -> dict[int, str]:
+        """Faults of the embeddings of a split without images: number of each invalid row -> description."""
+        _, width = embeds_shape(self.features, self.display_name)
+        return find_invalid_embeds(self.iter_column(EMBEDS_COLUMN), width)
+
+    @property
+    def stored_views(self) -> int:
+        """Number of embeddings per row of a split without images. 1: the image itself. Above 1: augmentations."""
+        return embeds_shape(self.features, self.display_name)[0]
+
+    def check_embeds(self, model: str, fingerprint: str = "", views: int = 1) -> None:
+        """Check that a model can use the embeddings of a split without images.
+
+        Args:
+            model: Folder or Hub id of the model, or "open_clip:…".
+            fingerprint: Fingerprint of an open_clip model (`Embedder.fingerprint`).
+            views: Views that are needed, see `check_views`.
+
+        Raises:
+            ValueError: If the embeddings were made by another image encoder or by several, or lack the needed views.
+                The message names the digests of the encoders.
+        """
+        self.check_views(views)
+        encoders, encoder = sorted(self.image_encoders), image_encoder_of(model, fingerprint)
+        if encoders != [encoder]:
+            raise ValueError(
+                f"{self.display_name} has embeddings of the image encoder {' and '.join(encoders)}, but the image "
+                f"encoder of {model} is {encoder}. Use the base model that the dataset card names, or embed the images "
+                f"again: python -m captions.embed --model {model} --dataset IMAGES --output FOLDER"
+            )
+
+    def check_views(self, views: int) -> None:
+        """Check that a split without images has the needed views.
+
+        Args:
+            views: 1: the image itself. V above 1: V augmentations. 0: a new augmentation each time.
+
+        Raises:
+            ValueError: If the split has other views.
+        """
+        stored = self.stored_views
+        if views == 1 < stored:
+            raise ValueError(
+                f"{self.display_name} has {stored} augmented views of each image, but the image itself is needed. "
+                f"Train on it with --augmented_views {stored}, or embed the images without --views."
+            )
+        if views == 0 or views > stored:
+            allowed = "1" if stored == 1 else f"2 to {stored}"
+            raise ValueError(
+                f"{self.display_name} has embeddings instead of images, so that augmented_views must be {allowed}, got "
+                f"{views}. More views must be made from the images, with captions.embed --views."
+            )
+
+    def describe_embeds(self) -> dict[str, dict[str, str]]:
+        """Return the key of a result file that says that images were embeddings in the dataset; empty for images."""
+        if not self.is_embedded:
+            return {}
+        return {"image_embeds": {"dtype": EMBEDS_DTYPE, "encoder": " ".join(sorted(self.image_encoders))}}
+
     def load_image(self, row: int) -> PIL.Image.Image:
         """Decode the image of the row with number `row`. Raises BadImage if the image is missing or invalid."""
+        if self.is_embedded:
+            raise BadImage("no image", "the dataset has embeddings instead of images")
         return decode_image(self.data[row][self.image_column], self.image_access)
 
-    def decode_images(self, rows: range) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
+    def decode_images(self, rows: Sequence[int]) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
         """Decode the images of rows with several threads.
 
         Yields:
@@ -149,8 +241,11 @@ class Split:
     def image_digests(self) -> list[str]:
         """BLAKE2b-128 hex digest of each image file, one per row. The first access reads all image files.
 
-        For a missing or invalid image, the digest is computed from the error message.
+        For a missing or invalid image, the digest is computed from the error message. A split with embeddings instead
+        of images has the digests in a column.
         """
+        if self.is_embedded:
+            return [digest or "" for chunk in self.iter_column(DIGEST_COLUMN) for digest in chunk.to_pylist()]
         digests, quiet = [], not process_state().is_main_process
         for row in tqdm(range(len(self)), desc="Reading images", unit="image", disable=quiet):
             try:
@@ -185,7 +280,8 @@ def open_split(
     """Open one split of a dataset.
 
     The dataset can be a saved `DatasetDict`, a folder of parquet files, folders of images with a `metadata.jsonl` or
-    `metadata.csv`, WebDataset tars, or a Hub id.
+    `metadata.csv`, WebDataset tars, or a Hub id. It can have embeddings instead of images (`caption_data.embedded`):
+    if it lacks the image column and has the column `image_embeds`, this becomes the image column of the split.
 
     Args:
         dataset: Folder, file, glob pattern or Hub id.
@@ -226,6 +322,9 @@ def open_split(
         opened = parquet_type(dataset, split, image_column, data, access, paths)
     else:
         opened = Split(dataset, split, image_column, disable_decoding(data, image_column), access, paths, damaged)
+    if image_column not in opened.columns and EMBEDS_COLUMN in opened.columns:
+        embeds_shape(opened.features, opened.display_name)
+        opened.image_column = EMBEDS_COLUMN
     feature = opened.features.get(image_column)
     if isinstance(feature, dict) and "archive" in feature and (not paths or paths[0].suffix == ".parquet"):
         raise ValueError(
@@ -239,7 +338,20 @@ def open_split(
     return opened
 
 
-def read_stage_progress(folder: Path) -> tuple[int, str]:
+def list_splits(dataset: str) -> list[str]:
+    """Return the names of all splits of a dataset, in the forms that `open_split` opens.
+
+    Raises ValueError if the dataset does not exist.
+    """
+    path = Path(dataset)
+    if (path / "dataset_dict.json").is_file():
+        return read_json(path / "dataset_dict.json", splits=list)["splits"]
+    if not path.exists() and not glob.has_magic(dataset):
+        return list(_load_from_hub(dataset))
+    return list(_group_by_split(*_find_local_files(dataset), "train"))
+
+
+def find_missing_rows(folder: Path) -> tuple[int, str]:
     """Count the rows that a stage of a caption build has not written yet, by the names of its parquet files.
 
     Args:
@@ -266,7 +378,7 @@ def check_finished(folder: Path) -> None:
 
     The message contains the command that finishes the stage. A folder without `stage.json` is accepted.
     """
-    missing, command = read_stage_progress(folder) if (folder / STAGE_FILE).is_file() else (0, "")
+    missing, command = find_missing_rows(folder) if (folder / STAGE_FILE).is_file() else (0, "")
     if missing > 0:
         raise ValueError(
             f"{folder} is unfinished: {missing} rows are missing. Other tasks may still be writing them. This command "
@@ -348,14 +460,14 @@ def load_data_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
     """
     names = {"train": [glob.escape(str(path)) for path in paths]}
     try:
-        return _call_loader(dataset, _prepare_dataset, form, data_files=names, split="train")
+        return _call_loader(dataset, _load_checked_dataset, form, data_files=names, split="train")
     except ValueError:
         if form == "parquet":
             _check_expansion(paths)  # raises an error that names the damaged file; the current error does not
         raise
 
 
-def _prepare_dataset(*args: Any, split: str | None = None, **options: Any) -> Dataset | DatasetDict:
+def _load_checked_dataset(*args: Any, split: str | None = None, **options: Any) -> Dataset | DatasetDict:
     """Load a dataset like `datasets.load_dataset`, but check the size of parquet files before they are decoded.
 
     Args:
@@ -518,7 +630,7 @@ def _load_from_hub(dataset: str) -> Any:
     if not any(map(Path.exists, cached)):
         # Fail after one request: `datasets` would retry six times, for half a minute.
         _call_loader(subject, HfApi().dataset_info, dataset, timeout=DATASET_INFO_TIMEOUT_S)
-    return _call_loader(subject, _prepare_dataset, dataset)
+    return _call_loader(subject, _load_checked_dataset, dataset)
 
 
 def _call_loader(subject: str, load: Callable, *args: Any, **options: Any) -> Any:

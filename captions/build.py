@@ -6,16 +6,18 @@
     python -m captions.build … --executor slurm --tasks 400 --partition gpu --gpus_per_task 1 --time 04:00:00
     python -m captions.build … --executor ray --tasks 64 --gpus_per_task 1
 
-A build has up to four stages: generate captions, translate them, score them against their images, and select the best.
-The stages run in this order. A stage runs only if the config has a section for it. Each stage writes the folder
-OUTPUT/<number>-<stage>/<split>. The rows of the last stage are written to OUTPUT/dataset, as parquet files with a
-dataset card.
+A build has up to five stages: generate captions, translate them, score them against their images, select the best, and
+replace the images by embeddings. The stages run in this order. A stage runs only if the config has a section for it.
+Each stage writes the folder OUTPUT/<number>-<stage>/<split>. The rows of the last stage are written to OUTPUT/dataset,
+as parquet files with a dataset card. --without_images adds the last stage, so that the dataset can be published without
+its images.
 
 To continue an interrupted build, run the same command again. docs/your_language.md describes the config, and
 docs/cluster.md describes the executors.
 """
 
 import itertools
+import json
 import logging
 import re
 import shlex
@@ -46,10 +48,11 @@ from capivara_common.cli import (
 )
 from capivara_common.executors import PhaseStep, failure_reasons, run_phases
 from capivara_common.files import atomic_folder, read_json, write_json, write_text
-from capivara_common.privacy import hide_paths
+from capivara_common.privacy import hide_paths, short_name
 from capivara_common.tasks import ExecutorArguments, Phase
-from caption_data.rows import CAPTION_COLUMN_RE, DATASET_HELP, NOT_CHOSEN
-from caption_data.sources import STAGE_FILE, read_stage_progress
+from caption_data.rows import CAPTION_COLUMN_RE, DATASET_HELP, NOT_CHOSEN, SkippedRow, write_skipped_rows
+from caption_data.sources import STAGE_FILE, find_missing_rows
+from captions.embedding_stage import EmbedArguments
 from captions.generate import GenerateArguments
 from captions.quality import QUALITY_FILE
 from captions.score import ScoreArguments
@@ -73,6 +76,7 @@ STAGES = {
     "translate": TranslateArguments,
     "score": ScoreArguments,
     "select": SelectArguments,
+    "embed": EmbedArguments,
 }
 READ_STAGE = "read"  # name of the stage that copies the rows of a split that needs no other stage
 # Keys of a config besides the stages, and keys of its section `card`. docs/your_language.md describes them.
@@ -83,6 +87,7 @@ SOURCE_KEYS = ("name", "url", "license")
 
 DATASET_FOLDER = "dataset"
 TARGET_FILE_BYTES = 300_000_000  # approximate size of a file of the dataset; the Hub recommends some hundred megabytes
+SKIPPED_FILE = "skipped.jsonl"  # list of the rows without an embedding, in a dataset without images
 BUILD_FILE = "build.json"  # JSON file in the dataset with all values of the dataset card
 SIMILARITY_PLOT_FILE = "similarities.png"  # histogram of similarities, from the report of `captions.select`
 CARD_TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
@@ -99,6 +104,11 @@ class BuildArguments(ExecutorArguments):
     dataset: str | None = flag(None, f"{DATASET_HELP} Default: the value in the config.")
     output: Path | None = flag(None, "Folder of all stages and of the built dataset. Default: the value in the config.")
     language: str | None = flag(None, "Language code of the captions. Default: the value in the config.")
+    without_images: bool = flag(
+        False,
+        "End with the stage embed, so that the dataset can be published without its images. Default model: that of the "
+        "section score.",
+    )
     dry_run: bool = flag(False, "Check the config and the data, print what would be done, and exit.")
 
     def __post_init__(self) -> None:
@@ -114,12 +124,14 @@ class BuildPlan:
         output: Folder of the build.
         language: Language code of the captions.
         card: Section `card` of the config, with information that the program cannot find out, such as the license.
+        dataset: Folder of the built dataset.
     """
 
     steps: dict[str, list[StageArguments]]
     output: Path
     language: str
     card: dict[str, Any]
+    dataset: Path
 
     def all_steps(self) -> list[StageArguments]:
         """Return the flags of all stages of all splits, in the order in which they run."""
@@ -131,7 +143,10 @@ class ManualStepRequired(Exception):
 
 
 def read_build_plan(
-    config: Path, executor_flags: dict[str, Any] | None = None, **overrides: str | Path | None
+    config: Path,
+    executor_flags: dict[str, Any] | None = None,
+    without_images: bool = False,
+    **overrides: str | Path | None,
 ) -> BuildPlan:
     """Read the config file of a build, and return the plan of the build.
 
@@ -139,6 +154,7 @@ def read_build_plan(
         config: YAML file with the keys `CONFIG_KEYS` and one section per stage.
         executor_flags: Flags of `ExecutorArguments` by name, for all stages. Values in the section of a stage take
             precedence.
+        without_images: Whether to add the stage `embed` if the config lacks it.
         **overrides: Values that replace the config's value of the same key. None keeps the value of the config.
 
     Returns:
@@ -156,6 +172,9 @@ def read_build_plan(
         if not content.get(key):
             raise ValueError(f"{config} lacks `{key}`. Add it to the config, or set --{key}.")
     card = _check_card(content.get("card"), config)
+    if without_images and "embed" not in content:
+        score = content.get("score")
+        content["embed"] = {"model": score.get("model")} if isinstance(score, dict) else {}
     sections = [(name, section) for name in STAGES for section in _as_list(content.get(name, []))]
     if not sections:
         raise ValueError(f"{config} must have a section for at least one of the stages {', '.join(STAGES)}.")
@@ -168,11 +187,14 @@ def read_build_plan(
         raise ValueError(f"{config}: evaluation_splits must not contain {train!r}, the split to build.")
     # Evaluation splits are only translated, because captions that a model generates or selects would change what an
     # evaluation measures.
-    translations = [(title, section) for title, section in chain if title.endswith("translate")]
+    translations = [(title, section) for title, section in chain if title.endswith(("translate", "embed"))]
     translations = translations or [(f"0-{READ_STAGE}", {})]
     steps = {train: _plan_steps(content, chain, train, executor_flags or {}, config)}
     steps |= {split: _plan_steps(content, translations, split, executor_flags or {}, config) for split in evaluation}
-    return BuildPlan(steps, Path(content["output"]), content["language"], card)
+    if evaluation and any(isinstance(step, EmbedArguments) and step.views > 1 for step in steps[train]):
+        raise ValueError(f"{config}: embed.views must be 1 with evaluation_splits, which need the image itself.")
+    output = Path(content["output"])
+    return BuildPlan(steps, output, content["language"], card, output / DATASET_FOLDER)
 
 
 def _refuse_keys_of_services(section: Any, config: Path) -> None:
@@ -299,6 +321,8 @@ def _as_list(value: Any) -> list[Any]:
 def _check_keys(content: dict[str, Any], known: Sequence[str], where: str) -> None:
     """Raise ValueError if a dict has an unknown key. The message suggests the most similar known key.
 
+    For example: "Unknown key in captions.yaml: `langauge`. Did you mean `language`? Known keys: language, output."
+
     Args:
         content: The dict.
         known: Names of the known keys.
@@ -329,7 +353,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
     """
     overrides = {name: getattr(args, name) for name in REQUIRED_KEYS}
     try:
-        plan = read_build_plan(args.config, args.executor_flags(), **overrides)
+        plan = read_build_plan(args.config, args.executor_flags(), args.without_images, **overrides)
     except ValueError as error:  # report an invalid config like an invalid flag
         raise UsageError(str(error)) from error
     for steps in plan.steps.values():
@@ -346,7 +370,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
             logger.info("%s", line)
         return None
     for steps in plan.steps.values():
-        apply_corrections(steps, plan.output / DATASET_FOLDER)
+        apply_corrections(steps, plan.dataset)
     # For each split, `runnable` gets the stages before the first stage with a manual step, and `waiting` gets the stage
     # with the manual step.
     runnable, waiting = [], []
@@ -374,7 +398,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
         raise ManualStepRequired(
             "\n".join([*requests, "Fill the last column of each table, then run the same command again."])
         )
-    return plan.output / DATASET_FOLDER
+    return plan.dataset
 
 
 def check_columns(steps: list[StageArguments]) -> None:
@@ -459,7 +483,7 @@ def log_counts(plan: BuildPlan) -> None:
                 f"{total:,}",
                 unit,
                 step.output.parent,
-                plan.output / DATASET_FOLDER,
+                plan.dataset,
             )
 
 
@@ -469,7 +493,7 @@ def describe_plan(plan: BuildPlan) -> list[str]:
     For each stage, they contain its state, the command that runs it, and the reasons of its failed tasks. The last line
     describes the state of the dataset.
     """
-    lines, all_done = [], (plan.output / DATASET_FOLDER).is_dir()
+    lines, all_done = [], plan.dataset.is_dir()
     for steps in plan.steps.values():
         is_current = True  # True if all earlier stages of the split are complete, so that their rows are final
         for step in steps:
@@ -481,7 +505,7 @@ def describe_plan(plan: BuildPlan) -> list[str]:
             for phase in PhaseStep.from_phases(step, step.phases, step.title):
                 reasons = failure_reasons(phase.log_folder)
                 lines += [f"    {phase}: task {rank}: {reason}" for rank, reason in reasons.items()]
-    return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if all_done else 'not written yet'}"]
+    return [*lines, f"{plan.dataset}: {'done' if all_done else 'not written yet'}"]
 
 
 def _describe_work(steps: list[StageArguments]) -> list[str]:
@@ -511,7 +535,7 @@ def _describe_state(step: StageArguments) -> str:
         return f"needs the translations in {step.import_file}: {request.partition(':')[0]}"
     if not (step.output / STAGE_FILE).is_file():
         return "not started"
-    missing, _ = read_stage_progress(step.output)
+    missing, _ = find_missing_rows(step.output)
     if missing:
         return f"{missing:,} rows are missing"
     return f"the corrected rows of {step.import_file} are written again" if step.is_corrected() else "done"
@@ -536,12 +560,14 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
         ValueError: If a stage is not complete, the existing dataset was made with other settings or data, a column has
             different types in two splits, or no row is left.
     """
-    output = plan.output / DATASET_FOLDER
+    output = plan.dataset
     last_stages = {split: steps[-1].output for split, steps in plan.steps.items()}
     digests = {split: identity_digest(read_stage_record(stage)) for split, stage in last_stages.items()}
-    if output.is_dir():
+    if output.is_dir() and any(output.iterdir()):
         if not (output / BUILD_FILE).is_file() or read_json(output / BUILD_FILE).get("stages_digest") != digests:
-            raise ValueError(f"{output} was made from other stages than the current ones. Remove it, then run again.")
+            raise ValueError(
+                f"{output} was built with other data or settings than its stages have now. Remove it, then run again."
+            )
         return
     files = {split: _group_parts(split, stage) for split, stage in last_stages.items()}
     schema = _common_schema(part for split_files in files.values() for parts in split_files for part in parts)
@@ -558,8 +584,17 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
         plot = next(filter(Path.is_file, plots), None)
         if plot is not None:
             shutil.copyfile(plot, folder / SIMILARITY_PLOT_FILE)
+        write_skipped_rows(folder / SKIPPED_FILE, _list_unembedded_rows(plan))
         write_json(folder / BUILD_FILE, metadata | {"stages_digest": digests})
         write_text(folder / "README.md", render_dataset_card(metadata, plot and SIMILARITY_PLOT_FILE))
+
+
+def _list_unembedded_rows(plan: BuildPlan) -> list[SkippedRow]:
+    """Return the rows that the stage `embed` has skipped. Their images are not in the dataset, so it lists the rows."""
+    stages = [step for steps in plan.steps.values() for step in steps[-1:] if isinstance(step, EmbedArguments)]
+    paths = (path for stage in stages for path in sorted(stage.output.glob("*.skipped.jsonl")))
+    rows = [SkippedRow(**json.loads(line)) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    return [replace(row, source=short_name(row.source), detail=hide_paths(row.detail)) for row in rows]
 
 
 def _group_parts(split: str, stage: Path) -> list[list[Path]]:
@@ -579,7 +614,7 @@ def _group_parts(split: str, stage: Path) -> list[list[Path]]:
     check_complete(stage)
     parts = [path for path in sorted(stage.glob(f"{split}-*.parquet")) if pq.read_metadata(path).num_rows]
     if not parts:
-        raise ValueError(f"{stage} has no rows: all were left out. Its *.skipped.jsonl files list the reasons.")
+        raise ValueError(f"{stage} has no rows: all were skipped. Its *.skipped.jsonl files list the reasons.")
     ends = itertools.accumulate(path.stat().st_size for path in parts)
     numbers = {path: (end - 1) // TARGET_FILE_BYTES for path, end in zip(parts, ends, strict=True)}
     return [list(group) for _, group in itertools.groupby(parts, key=numbers.get)]
@@ -663,6 +698,7 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
     card, language, splits = metadata["card"], metadata["language"], metadata["splits"].values()
     stages = {step["name"] for split in splits for step in split["steps"]}
     filled = [name for split in splits for name, n in split["captions"].items() if n]
+    last_steps = [split["steps"][-1] for split in splits]
     files = [{"split": name, "path": f"data/{name}-*"} for name in metadata["splits"]]
     languages = sorted({name.split("captions-", 1)[1] for name in filled}, key=lambda code: (code != language, code))
     translations = {
@@ -695,6 +731,7 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
         title=card.get("pretty_name") or f"Images with captions in {', '.join(languages)}",
         description=card.get("description") or "Images with captions, to train image-text models on.",
         caption_columns=list(dict.fromkeys(filled)),
+        embeds=next((step["settings"] for step in last_steps if step["name"] == "embed"), None),
         stages=stages,
         translators=translators,
         plot_file=plot_file,

@@ -31,6 +31,7 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
     """Command-line flags of `captions.generate`, the stage that generates captions of images."""
 
     uses_model = decodes_images = True
+    accepts_embeds = False
     captioner: str = flag(
         "blip2",
         "What generates the captions. blip2: BLIP-2 on this machine. chat: a vision-language model on a server that "

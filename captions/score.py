@@ -13,48 +13,26 @@ an interrupted run, run the same command again.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
-import PIL.Image
-from torch import Tensor
+import numpy as np
+import torch
 
-from capivara_common.cli import check_at_least, flag, run_command
-from capivara_common.environment import require_packages
-from capivara_common.image_files import BadImage, BadRow
+from capivara_common.cli import flag, run_command
+from capivara_common.embedding_store import embed_batch
+from capivara_common.image_files import BadRow
 from caption_data.rows import SIMILARITIES_FEATURE
-from captions.stages import DECODED_KEY, RowStage, StageArguments, run_stage_command
+from captions.stages import DECODED_KEY, EncoderStageArguments, RowStage, run_stage_command
 from modeling_capivara.two_towers import Embedder, load_embedder
 
 
 @dataclass
-class ScoreArguments(StageArguments):
+class ScoreArguments(EncoderStageArguments):
     """Command-line flags of `captions.score`, the stage that computes similarities of captions to their images."""
 
-    uses_model = decodes_images = True
     language: str = flag("pt", "Language code at the end of the names of the caption columns.")
-    model: str | None = flag(
-        None,
-        "Model to score with (required): folder or Hub id of a CAPIVARA, SigLIP or CLIP model, "
-        "open_clip:NAME:PRETRAINED, or open_clip:local-dir:FOLDER.",
-    )
-    embedding_batch_size: int = flag(
-        32, "Images to embed at the same time. Captions are embedded in batches of twice this size."
-    )
-    precision: Literal["float32", "bf16"] = flag(
-        "float32", "Data type of weights and activations. bf16 is faster on most GPUs."
-    )
-    device: str | None = flag(None, "cpu or cuda. Default: cuda if a GPU is available, otherwise cpu.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.model:
-            raise ValueError(
-                "--model is missing. Choose the model to score with, for example the base model of the training."
-            )
-        check_at_least(self, 1, "embedding_batch_size")
-        if self.model.startswith("open_clip:"):
-            require_packages("The stage score", "open_clip", "open_clip")
 
     def required_columns(self) -> list[str]:
         """Return the names of the caption columns in the language `language`.
@@ -82,15 +60,20 @@ class ScoreArguments(StageArguments):
         """Load the model that scores captions.
 
         Args:
-            stage: The opened rows; not used.
+            stage: The opened rows.
 
         Returns:
             The positional arguments of `RowStage.run`: columns, settings, and the function that scores rows.
 
         Raises:
-            ValueError, OSError, ImportError: If the model cannot be loaded.
+            ValueError, OSError, ImportError: If the model cannot be loaded, or the dataset has embeddings that another
+                image encoder made.
         """
         embedder = load_embedder(self.model, self.device, True, self.precision)
+        if stage.source.is_embedded:
+            stage.source.check_embeds(self.model, embedder.fingerprint)
+            # The rows have embeddings where other datasets have images.
+            embedder = replace(embedder, embed_images=lambda embeds, batch_size: torch.from_numpy(np.stack(embeds)))
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}
         return (
             {f"similarities-{self.language}": SIMILARITIES_FEATURE},
@@ -110,41 +93,22 @@ def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, An
     Returns:
         For each row, a dict with the new column, or a BadRow if the row has no caption or its image cannot be used.
     """
-    columns, size = args.required_columns(), args.embedding_batch_size  # similarities have this order
+    # The similarities of a row are stored in the order of these columns.
+    columns, size = args.required_columns(), args.embedding_batch_size
     captions = [[text for column in columns for text in row.get(column) or []] for row in rows]
     captioned = [number for number, texts in enumerate(captions) if any(map(str.strip, texts))]
     results = [BadRow("no caption", f"all of {', '.join(columns)} are empty")] * len(rows)
     distinct = sorted({text for number in captioned for text in captions[number] if text.strip()}, key=len)
     embeds = embedder.embed_texts(distinct, 2 * size) if distinct else []
     text_embeds = dict(zip(distinct, embeds, strict=True))  # shape of each embedding: (width,)
-    image_embeds = embed_row_images(embedder, [rows[number][DECODED_KEY] for number in captioned], size)
+    images = [rows[number][DECODED_KEY] for number in captioned]
+    image_embeds = embed_batch(images, partial(embedder.embed_images, batch_size=size), skip_refused=True)
     for number, embed in zip(captioned, image_embeds, strict=True):
         results[number] = embed
         if not isinstance(embed, BadRow):
             cosines = [float(text_embeds[text] @ embed) if text in text_embeds else None for text in captions[number]]
             results[number] = {f"similarities-{args.language}": cosines}
     return results
-
-
-def embed_row_images(embedder: Embedder, images: list[PIL.Image.Image], batch_size: int) -> list[Tensor | BadRow]:
-    """Embed images in batches.
-
-    If the model raises an error for a batch, its images are embedded one by one, so that only bad images fail.
-
-    Args:
-        embedder: Model that embeds images.
-        images: Decoded images.
-        batch_size: Largest number of images in a batch.
-
-    Returns:
-        For each image, its embedding (width,), or a BadImage if the model cannot embed it.
-    """
-    try:
-        return list(embedder.embed_images(images, batch_size)) if images else []
-    except ValueError as error:
-        if len(images) == 1:
-            return [BadImage("unreadable image", f"the model refuses it: {error}")]
-    return [embed for image in images for embed in embed_row_images(embedder, [image], batch_size)]
 
 
 def main(argv: list[str] | None = None) -> None:

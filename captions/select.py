@@ -212,6 +212,7 @@ def write_selection_report(args: SelectArguments) -> None:
         REPORT_TEMPLATE,
         args.output / REPORT_PAGE,
         metadata=metadata,
+        is_embedded=source.is_embedded,
         image_files={path.name for path in folder.glob("row-*.jpg")},
         shorten=partial(to_one_line, limit=MAX_SHOWN_CHARACTERS),
     )
@@ -285,6 +286,8 @@ def _write_examples(args: SelectArguments, source: Split, captions: pd.DataFrame
             similarities, _ = choose_with_similarities(args, _normalize_row(args, row))
             text = list(similarities)[example.place]
             examples.append({"row": example.row, "caption": text, "similarity": example.similarity, "kept": kept})
+            if source.is_embedded:
+                continue
             with suppress(BadRow):  # if the image is invalid, the page shows only the caption
                 image = decode_image(row[args.image_column], source.image_access).convert("RGB")
                 image.thumbnail((EXAMPLE_IMAGE_SIDE, EXAMPLE_IMAGE_SIDE))

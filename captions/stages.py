@@ -1,7 +1,7 @@
 """Define the base class of all stages of a caption build. A stage reads rows, and writes them with more columns.
 
 Example:
-    StageArguments("images", Path("read")).write_rows()  # copies the rows; subclasses add columns
+    StageArguments(dataset="images", output=Path("copy")).write_rows()  # copies the rows; subclasses add columns
 
 A stage writes its output in parts. A part is a parquet file of consecutive rows of the source. The file name contains
 the row numbers, and rows that cannot be used are listed in a JSON Lines file next to the part. The parts are divided
@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,9 +34,9 @@ from datasets import Features, Image
 from tqdm.auto import tqdm
 
 from capivara_common.cli import check_at_least, flag, parse_arguments
-from capivara_common.environment import package_versions
+from capivara_common.environment import package_versions, require_packages
 from capivara_common.executors import PhaseStep, run_phases
-from capivara_common.files import atomic_file, read_json, write_json
+from capivara_common.files import atomic_file, json_digest, read_json, write_json
 from capivara_common.image_files import (
     DECODER_THREADS,
     BadRow,
@@ -46,13 +46,13 @@ from capivara_common.image_files import (
     read_image_bytes,
 )
 from capivara_common.tasks import ExecutorArguments, Phase, split_rows
+from caption_data.embedded import read_row_embedding
 from caption_data.parquet_split import open_in_place, source_fingerprint
 from caption_data.rows import (
     CAPTION_COLUMN_RE,
     CAPTIONS_FEATURE,
     DATASET_HELP,
     SkippedRow,
-    json_digest,
     normalize_captions,
     write_skipped_rows,
 )
@@ -89,6 +89,9 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
     uses_model = False  # True if tasks need a GPU
     decodes_images = False  # True if the stage needs the decoded image of each row, under the key `DECODED_KEY`
+    # True if the stage can work on a dataset of embeddings. If it needs decoded images, it gets embeddings instead.
+    accepts_embeds = True
+    keeps_images = True  # False if the output has no images
     import_file = None  # path of a translation table; None here, because only `captions.translate` has this flag
     dataset: str = flag(..., f"{DATASET_HELP} Can be the output folder of another stage.")
     output: Path = flag(..., "Output folder. To finish an interrupted run, run the same command again.")
@@ -158,7 +161,8 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     def known_settings(self) -> dict[str, Any]:
         """Return the settings for `stage.json` that are known before a model is loaded.
 
-        They are compared with the recorded settings of a complete stage, without loading the model.
+        If the stage has run before, `RowStage.is_done` compares them with the settings in its `stage.json`, so that a
+        command that is repeated after the stage is complete need not load the model.
         """
         return {}
 
@@ -257,6 +261,34 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return f"{self.output.parent.name}, {self.split}"
 
 
+@dataclass
+class EncoderStageArguments(StageArguments):
+    """Flags of a stage that embeds images with a two-tower model."""
+
+    uses_model = decodes_images = True
+    model: str | None = flag(
+        None,
+        "Model that embeds images (required): folder or Hub id of a CAPIVARA, SigLIP or CLIP model, "
+        "open_clip:NAME:PRETRAINED, or open_clip:local-dir:FOLDER.",
+    )
+    embedding_batch_size: int = flag(
+        32, "Images to embed at the same time. Captions are embedded in batches of twice this size."
+    )
+    precision: Literal["float32", "bf16"] = flag(
+        "float32", "Data type of weights and activations. bf16 is faster on most GPUs."
+    )
+    device: str | None = flag(None, "cpu or cuda. Default: cuda if a GPU is available, otherwise cpu.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise ValueError("--model is missing. Choose the model, for example the base model of the training.")
+        check_at_least(self, 1, "embedding_batch_size")
+        if self.model.startswith("open_clip:"):
+            stage = type(self).__module__.rpartition(".")[2]
+            require_packages(f"The stage {stage}", "open_clip", "open_clip")
+
+
 def output_features(source: Split, args: StageArguments) -> Features:
     """Return the columns that a stage copies from its source to its output.
 
@@ -270,11 +302,16 @@ def output_features(source: Split, args: StageArguments) -> Features:
         Feature (column type of `datasets`) of each column, by its name in the output.
 
     Raises:
-        ValueError: If the source has no image column, if it has none of the columns `args.required_columns()` (one of
-            them is enough), or if two columns would get the same name in the output.
+        ValueError: If the source has no image column, if none of the columns in `args.required_columns()` is in the
+            source (at least one must be), or if two columns would get the same name in the output.
     """
-    names = args.column_renames() | {args.image_column: IMAGE_COLUMN}
-    source.check_columns(names)
+    names = args.column_renames() | ({} if source.is_embedded else {args.image_column: IMAGE_COLUMN})
+    source.check_columns([*names, source.image_column])
+    if source.is_embedded and not args.accepts_embeds:
+        raise ValueError(
+            f"{source.display_name} has embeddings instead of images, but this stage needs images. Use the dataset "
+            "from which the embeddings were made."
+        )
     features = Features()
     for old, feature in source.features.items():
         new = names.get(old, old)
@@ -287,6 +324,10 @@ def output_features(source: Split, args: StageArguments) -> Features:
         elif "extension<" not in str(Features({new: feature}).arrow_schema.field(new).type):
             features[new] = feature
     args.check_columns(features, source.display_name)
+    if source.is_embedded:
+        return features
+    if not args.keeps_images:
+        return Features({name: feature for name, feature in features.items() if name != IMAGE_COLUMN})
     return Features(features | {IMAGE_COLUMN: Image()})
 
 
@@ -307,7 +348,7 @@ class StageReport:
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
-        return f"{self.rows:,} rows written, {sum(self.skipped.values()):,} left out" + (
+        return f"{self.rows:,} rows written, {sum(self.skipped.values()):,} skipped" + (
             f" ({reasons})" if reasons else ""
         )
 
@@ -337,7 +378,9 @@ class RowStage:
         self.bar: tqdm | None = None
         for damage in self.source.damaged_archives:
             logger.warning("Damaged archive; only the rows before the damage are read: %s", damage.detail)
-        next(self.source.rows(), None)  # raises an error for damaged rows before a model is loaded or a service is paid
+        # If the first file of the source can't be read, this line raises the error, before a model is loaded or a paid
+        # service is called.
+        next(self.source.rows(), None)
         self.features = output_features(self.source, args)
         self.record = {  # the keys of `stage.json` that are known before a model is loaded
             "version": STAGE_VERSION,
@@ -393,9 +436,10 @@ class RowStage:
             process: Function that takes a list of at most `args.batch_rows` rows and returns a list with a dict of the
                 new columns, or a BadRow, for each row. Results must not depend on how rows are batched. In a row, the
                 image is a dict with the keys "bytes" and "path", and captions are lists of texts. If
-                `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`.
+                `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`. If the dataset has
+                embeddings instead of images, the embedding is under this key, as a float32 array.
             prepare: Function that is called with the row ranges of the next parts, with at most `prepared_rows` rows in
-                total, before these parts are written.
+                total, before these parts are written, for example to translate the captions of several parts at once.
             prepared_rows: With 1, `prepare` is called before each part.
 
         Returns:
@@ -452,7 +496,7 @@ class RowStage:
                 rows = self._process_rows(process, part, skipped, bar)
                 while row_group := list(itertools.islice(rows, ROWS_PER_GROUP)):
                     for row in row_group:
-                        row[IMAGE_COLUMN] = row[self.args.image_column]
+                        row[IMAGE_COLUMN] = row.get(self.args.image_column)
                     parquet.write_table(pa.Table.from_pylist(row_group, schema=schema))
                 if skipped:
                     write_skipped_rows(skipped_path(path), skipped)
@@ -501,10 +545,13 @@ class RowStage:
         names, column = self.args.column_renames(), self.args.image_column
         row = {names.get(old, old): value for old, value in row.items()}
         try:
-            data = read_image_bytes(row.get(column), self.source.image_access)
-            row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
-            if self.args.decodes_images:
-                row[DECODED_KEY] = decode_image(row[column], ImageAccess(max_pixels=self.args.max_pixels))
+            if self.source.is_embedded:
+                row[DECODED_KEY] = read_row_embedding(row)
+            else:
+                data = read_image_bytes(row.get(column), self.source.image_access)
+                row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
+                if self.args.decodes_images:
+                    row[DECODED_KEY] = decode_image(row[column], ImageAccess(max_pixels=self.args.max_pixels))
             return row | {
                 name: normalize_captions(row[name], name) for name in row if CAPTION_COLUMN_RE.fullmatch(name)
             }
@@ -754,7 +801,7 @@ def summarize_parts(output: Path, record: dict[str, Any], parts: Iterable[range]
         if written + sum(reasons.values()) != len(part):
             raise ValueError(
                 f"{path} has {written} rows and lists {sum(reasons.values())} skipped rows; together there must be "
-                f"{len(part)}. Remove both files, {retry}"
+                f"{len(part)}. Remove these two files, {retry}"
             )
         rows, skipped = rows + written, skipped + reasons
     return StageReport(rows, dict(skipped.most_common()))

@@ -19,7 +19,6 @@ Translations that look wrong are listed in the column `quality-pt` and counted i
 interrupted run, run the same command again.
 """
 
-import logging
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -35,13 +34,7 @@ from caption_data.rows import CAPTIONS_FEATURE
 from captions.chat.answers import Answer
 from captions.languages import parse_language
 from captions.quality import QUALITY_FILE, QUALITY_FLAGS, summarize_quality
-from captions.sentences import (
-    CAPTION_KINDS,
-    QUALITY_FEATURES,
-    distinct_sentences,
-    translate_row,
-    translated_columns,
-)
+from captions.sentences import CAPTION_KINDS, QUALITY_FEATURES, distinct_sentences, translate_row, translated_columns
 from captions.stages import RowStage, StageArguments, batch_by_length, read_stage_record, run_stage_command
 from captions.translation_memory import TranslationMemory
 from captions.translators import TRANSLATORS
@@ -50,8 +43,6 @@ from captions.translators.seq2seq import PAPER_MODEL
 
 EXAMPLES_PER_FLAG = 5  # examples per flag in quality.json
 MAX_EXAMPLE_CHARACTERS = 200  # longer examples are shortened, because a sentence may be very long
-
-logger = logging.getLogger("capivara")
 
 
 @dataclass(kw_only=True)
@@ -160,7 +151,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
             stage: The opened rows.
         """
         translator = TRANSLATORS[self.backend]
-        if not translator.has_estimate:
+        if not translator.counts_tokens:
             return []
         sentences = set(distinct_sentences(self, stage.source, [range(len(stage.source))]))
         return [f"{len(sentences):,} distinct captions", *translator.describe_work(self, sorted(sentences))]
@@ -217,7 +208,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
                         flag_report["captions"] += 1
                         if len(flag_report["examples"]) < EXAMPLES_PER_FLAG:
                             flag_report["examples"].append(example)
-        if TRANSLATORS[self.backend].has_estimate:
+        if TRANSLATORS[self.backend].counts_tokens:
             fingerprint = read_stage_record(self.output)["settings"]["translator"]
             report |= {"translator": fingerprint, "usage": open_memory(self, fingerprint).count_usage()}
         write_json(self.output / QUALITY_FILE, report)

@@ -10,8 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from capivara_common.files import write_json
-from caption_data.rows import json_digest
+from capivara_common.files import json_digest, write_json
 from caption_data.sources import open_parquet
 from captions.chat.answers import USAGE_FIELDS, Answer
 from captions.journal import Journal, read_journal

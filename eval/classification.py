@@ -28,7 +28,7 @@ from capivara_common.environment import process_state
 from capivara_common.files import check_output_file
 from caption_data.labeled_images import LABEL_COLUMNS, LabeledImages, load_labeled_images
 from eval.capivara_metrics import metrics
-from eval.embeddings import EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
+from eval.embeddings import CachedEmbedder, ModelArguments, open_store, run_evaluation, write_result
 from eval.prompts import Prompts, load_prompts
 from eval.records.schema import Record
 
@@ -42,7 +42,11 @@ CHANCE_DRAWS = 20  # number of random score matrices; the mean of their 11-point
 class LabeledImageArguments(ModelArguments):
     """Command-line arguments shared by zero-shot classification and the linear probe."""
 
-    model: str = flag(..., "Folder or Hub id of a CLIP-like model. With --role baseline also a model of open_clip.")
+    model: str = flag(
+        ...,
+        "Folder or Hub id of a CLIP-like model. With the role baseline, also open_clip:NAME:PRETRAINED or "
+        "open_clip:local-dir:FOLDER.",
+    )
     benchmark: str = flag(
         ..., "A file in eval/prompts/pt, such as cifar-10, or a JSON file of your own classes (see docs/evaluation.md)."
     )
@@ -85,10 +89,11 @@ def load_split(
         The images, which are decoded when they are needed, with their labels.
     """
     columns = (args.image_column, args.label_column)
-    return load_labeled_images(args.images, split, class_names, *columns, class_indices, **args.image_options())
+    options = args.image_options() | {"limit": args.limit}
+    return load_labeled_images(args.images, split, class_names, *columns, class_indices, **options)
 
 
-def embed_classes(store: EmbeddingStore, prompts: Prompts) -> Tensor:
+def embed_classes(store: CachedEmbedder, prompts: Prompts) -> Tensor:
     """Embed the classes of a zero-shot classifier.
 
     Args:
@@ -194,7 +199,8 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     ]
     if process_state().is_main_process:
         parts = {"classes": prompts.names + ["(sem nome)"] * unnamed, "notes": list(prompts.notes)}
-        if not isinstance(labels[0], list):  # both of these values need one class per image
+        # Accuracy per class and confusion matrix are defined only if each image has one class.
+        if not isinstance(labels[0], list):
             label_tensor = torch.tensor(labels)
             accuracies = metrics.per_class_accuracy(scores, label_tensor).tolist()
             parts["per_class_accuracy"] = [None if math.isnan(accuracy) else accuracy for accuracy in accuracies]

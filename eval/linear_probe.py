@@ -39,8 +39,10 @@ class LinearProbeArguments(LabeledImageArguments):
     shots: list[int] = flag([], "Training images per class, one or several numbers. Default: all images.")
     draws: int = flag(3, "Random draws of training images to average over (with --shots).")
     seed: int = flag(0, "Seed of the draws and of the validation fold.")
-    train_split: str = flag("train", "Split to fit the regression to.")
-    validation_split: str | None = flag(None, "Split to select the penalty on. Default: a fifth of the train split.")
+    train_split: str = flag("train", "Split to fit the logistic regression to.")
+    validation_split: str | None = flag(
+        None, "Split to select the L2 penalty on. Default: a fifth of the training split."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

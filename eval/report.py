@@ -44,8 +44,11 @@ from eval.records.tables import (
 
 PAGE_TEMPLATE = Path(__file__).parent / "report.html.j2"
 RUN_SHEET_FILE = "retrieval.png"  # sheet of a run: queries with the images that base and trained model find
-QUERY_SHEET_SUFFIX = ".queries.png"  # replaces `.json`: sheet of best and worst queries that `eval.retrieval` draws
-REPORT_TOLERANCE = 5e-4  # largest difference of shares that counts as equal, for example between devices
+# Suffix of the image of best and worst queries that `eval.retrieval` draws. It replaces `.json` in the name of the
+# result file.
+QUERY_SHEET_SUFFIX = ".queries.png"
+# Two metric values (0 to 1) that differ by at most this count as equal, because the device may change the last digits.
+REPORT_TOLERANCE = 5e-4
 
 
 @dataclass
@@ -177,7 +180,7 @@ def _build_block(rows: pandas.DataFrame, results_folder: ResultsFolder, output: 
     is_retrieval = first["task"] == "retrieval"
     conflicts = find_conflicts(measured, "folder", REPORT_TOLERANCE)
     for row in conflicts.drop_duplicates(["name", "dataset", "folder"]).itertuples():
-        fault = f"contradicts an earlier file about {row.dataset} with {row.folder}; the earlier figures are shown"
+        fault = f"contradicts an earlier file about {row.dataset} with {row.folder}; the earlier values are shown"
         results_folder.faults.append((row.name, fault))
     pairs = pair_with_baselines(average_over_seeds(measured, "folder"))
     gains = rows[rows["metric"] == GAIN_METRIC].to_dict("records")
@@ -275,7 +278,7 @@ def _to_words(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: write the report, and print its path and the names of the files that are not shown.
+    """Run the command line: write the report, and print its path and why some files are not fully shown in it.
 
     Args:
         argv: Command-line arguments; the arguments of the program if None.

@@ -30,7 +30,7 @@ from caption_data.rows import DATASET_HELP, normalize_captions, rows_fingerprint
 from caption_data.sources import Split, open_split
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
-from eval.embeddings import EmbeddedImages, EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
+from eval.embeddings import CachedEmbedder, EmbeddedImages, ModelArguments, open_store, run_evaluation, write_result
 from eval.records.schema import DIRECTIONS, GAIN_METRIC, Record
 from eval.records.tables import average_recalls
 from modeling_capivara.modeling_capivara import check_truncate_dim, l2_normalize
@@ -44,7 +44,11 @@ CAPTION_POSITIONS = {"all": slice(None), "first": slice(1), "even": slice(0, Non
 class RetrievalArguments(ModelArguments):
     """Command-line arguments of `eval.retrieval`."""
 
-    model: str = flag(..., "Folder or Hub id of a CLIP-like model. With --role baseline also a model of open_clip.")
+    model: str = flag(
+        ...,
+        "Folder or Hub id of a CLIP-like model. With the role baseline, also open_clip:NAME:PRETRAINED or "
+        "open_clip:local-dir:FOLDER.",
+    )
     dataset: str = flag(..., DATASET_HELP)
     output: Path = flag(..., "JSON file to write the result to. Sample queries are drawn in OUTPUT.queries.png.")
     image_column: str = flag("image", "Name of the image column.")
@@ -105,7 +109,7 @@ class RetrievalEmbeddings:
 
         Args:
             direction: "text_to_image" (captions are the queries) or "image_to_text" (images are the queries).
-            k: Number of highest-scored items in which a relevant item counts as a hit.
+            k: A query is a hit if a relevant item is among its `k` highest-scored items.
 
         Returns:
             Expected recall, from 0 to 1.
@@ -138,12 +142,15 @@ def flatten_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
     """
     for index, texts in enumerate(captions):
         if not texts or any(not (text or "").strip() for text in texts):
-            raise ValueError(f"Captions must not be missing or empty, got {texts!r} in row {index}. Fill or remove it.")
+            raise ValueError(
+                f"Captions must not be missing or empty, got {texts!r} in row {index}. Fill in the caption or remove "
+                "the row."
+            )
     image_of_text = [index for index, texts in enumerate(captions) for _ in texts]
     return [text for texts in captions for text in texts], torch.tensor(image_of_text)
 
 
-def embed_captions(
+def compute_retrieval_embeddings(
     model: PreTrainedModel, processor: ProcessorMixin, captions: list[list[str]], image_embeds: Tensor
 ) -> RetrievalEmbeddings:
     """Embed captions, and combine them with image embeddings that have already been computed.
@@ -246,8 +253,8 @@ def compute_gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings
         record_fields: Other fields of `Record`: dataset, split, language, model, model_folder and seed.
 
     Returns:
-        One record per direction. The list is empty if the split has at most 10 images, which are too few for recall@10
-        and so for the mean recall.
+        One record per direction. The list is empty if the split has at most 10 images. These are too few for recall@10,
+        which is part of the mean recall (the mean of recall@1, recall@5 and recall@10).
     """
     if len(after.image_embeds) <= max(RECALL_CUTOFFS):
         return []
@@ -267,14 +274,14 @@ class RetrievalData:
     images: Split
     captions: list[list[str]]  # captions of each row
 
-    def embed(self, store: EmbeddingStore) -> tuple[RetrievalEmbeddings, EmbeddedImages]:
+    def embed(self, store: CachedEmbedder) -> tuple[RetrievalEmbeddings, EmbeddedImages]:
         """Embed all readable images and their captions.
 
         Args:
             store: The model with its embedding cache.
 
         Returns:
-            The embeddings of captions and images, and the result of `EmbeddingStore.embed_images`. The field `skipped`
+            The embeddings of captions and images, and the result of `CachedEmbedder.embed_images`. The field `skipped`
             of the result lists the images that could not be read, with reasons; the captions of these
             images are not in the embeddings.
         """
@@ -297,9 +304,9 @@ def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
     Raises:
         ValueError: If a column is missing, a caption is missing, empty or not text, or an archive is damaged.
     """
-    source = open_split(args.dataset, args.split, args.image_column, **args.image_options())
+    source = open_split(args.dataset, args.split, args.image_column, **args.image_options()).limited(args.limit)
     column = args.caption_column.replace("{language}", args.language)
-    source.check_columns([args.image_column, column])
+    source.check_columns([source.image_column, column])
     captions = [
         _select_captions(value, column, args.caption_positions, row) for row, value in enumerate(source.data[column][:])
     ]

@@ -58,13 +58,17 @@ class SuiteArguments(EmbeddingArguments):
     """Command-line arguments of `eval.suite`."""
 
     suite: str = flag("paper", f"Set of benchmarks to run: {', '.join(SUITES)}.", positional=True, nargs="?")
-    model: str | None = flag(None, "Folder or Hub id of a CLIP-like model. With --runs it is the first of the runs.")
-    runs: list[str] = flag([], "Models trained with several seeds, or their folder. Shown as mean ± deviation.")
-    baseline: str | None = flag(None, "As --model, or open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER.")
+    model: str | None = flag(
+        None, "Folder or Hub id of a CLIP-like model. With --runs, this model is added to the runs."
+    )
+    runs: list[str] = flag([], "Models trained with several seeds, or their folder. The table has mean ± deviation.")
+    baseline: str | None = flag(
+        None, "Baseline: folder or Hub id, open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
+    )
     output: Path = flag(Path("results/suite"), "Folder to write the result files, suite.json and table.md to.")
     data_dir: Path | None = flag(None, "Folder with local data: one subfolder per benchmark, named by its key.")
-    only: list[str] = flag([], "Keys of the benchmarks to run, from any suite. Default: those of the suite.")
-    languages: list[str] = flag([], "Language codes to run. Default: those in the file of each benchmark.")
+    only: list[str] = flag([], "Keys of the benchmarks to run, from any suite. Default: all benchmarks of the suite.")
+    languages: list[str] = flag([], "Language codes to run. Default: the languages in the file of each benchmark.")
     protocol: Literal["ours", "authors"] = flag(
         "ours", "Source of names and prompts: this project (ours), or CAPIVARA's authors, as published (authors)."
     )

@@ -33,7 +33,7 @@ from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
 STRIP_IMAGES = 8  # images in steps.png
-STRIP_SIDE = 128  # side of each of these images in pixels
+STRIP_SIDE = 128  # side of each image in steps.png, in pixels
 INITIAL_NOISE = 0.02  # standard deviation of the initial values, before the sigmoid
 # Largest random changes in a view, which is a randomly transformed copy of the image.
 MAX_ROTATION = 0.15  # radians
@@ -91,7 +91,7 @@ def make_random_views(pixels: Tensor, count: int, generator: torch.Generator) ->
         return bound * (2 * torch.rand(count, generator=generator) - 1)
 
     angle, shift = uniform(MAX_ROTATION), torch.stack([uniform(MAX_SHIFT), uniform(MAX_SHIFT)], dim=1)
-    side = 1 - MAX_ZOOM * torch.rand(count, generator=generator)  # as a share of the image's side
+    side = 1 - MAX_ZOOM * torch.rand(count, generator=generator)  # fraction of the image's side
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
     affine = torch.cat([side[:, None, None] * rotation, shift[:, :, None]], dim=2).to(pixels.device)
     grid = F.affine_grid(affine, [count, *pixels.shape[1:]], align_corners=False)

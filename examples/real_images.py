@@ -48,7 +48,7 @@ class RealImagesArguments:
     model: str = flag(..., "Folder of the trained model, such as the output of configs/openmoji.yaml.")
     baseline: str = flag("data/openmoji/base", "Model to compare with.")
     openmoji: str = flag("data/openmoji/dataset", "OpenMoji dataset that `examples.openmoji.prepare` writes.")
-    data: Path = flag(Path("data/real_images"), "Folder for the datasets; existing ones are reused.")
+    data: Path = flag(Path("data/real_images"), "Folder for the datasets; existing datasets are used as they are.")
     output: Path = flag(Path("runs/real_images"), "Folder for the result files.")
     device: str | None = flag(None, "cpu or cuda. Default: the GPU if there is one.")
 
@@ -79,8 +79,8 @@ def make_digits_dataset() -> tuple[DatasetDict, dict]:
     """Make a dataset of scikit-learn's 1,797 handwritten digits.
 
     Returns:
-        The dataset, in which every fourth digit is in the split test and the others are in train, and the content of
-        classes.json with the class names and templates of MNIST.
+        The dataset, in which every fourth digit is in the split test and the others are in train; and the content of
+        classes.json, with the class names and prompt templates for zero-shot classification of MNIST.
     """
     from sklearn.datasets import load_digits
 

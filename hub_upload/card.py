@@ -26,8 +26,9 @@ from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import seed_folders, write_text
 from eval.records.schema import GAIN_METRIC
 from hub_upload import card_values as values
-from hub_upload.allowed_files import check_repo_id, check_text
 from hub_upload.card_values import TEMPLATE_FOLDER, collect_run_metadata, find_data_revision, to_markdown, to_safe_line
+from hub_upload.licenses import check_stated_license
+from hub_upload.upload_checks import check_repo_id, check_text
 
 CARD_FILE = "README.md"
 # Version of the card templates. Increase it when the text of a template changes. `--check` compares only the numbers
@@ -96,8 +97,8 @@ def render_card(
         The card with front matter and text.
 
     Raises:
-        ValueError: If an argument is wrong, `license` contradicts the license that base model and training data
-            require, a number is missing in the files, or the card would contain an absolute path or a secret.
+        ValueError: If an argument is wrong, `license` contradicts the licenses of base model and training data, a
+            number is missing in the files, or the card would contain an absolute path or a secret.
     """
     if language not in values.LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(values.LANGUAGES)}, got {language!r}.")
@@ -118,6 +119,8 @@ def render_card(
                 f"Base and data of the model require the license {run_metadata['license']}, got {license}. Leave out "
                 "--license."
             )
+        with values.wrap_format_errors(folder):
+            check_stated_license(run_metadata["origins"], license)
         run_metadata, options = run_metadata | {"license": license}, options | {"license": license}
     with values.wrap_format_errors(folder):
         title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({run_metadata['config']['language']})"
@@ -188,7 +191,7 @@ def find_card_faults(folder: Path) -> list[str]:
         raise ValueError(f"{folder} has no {CARD_FILE}. Write it with `python -m hub_upload.card --model {folder}`.")
     text = _read_text(folder / CARD_FILE)
     if not (options := read_card_options(text)):
-        return [f"{CARD_FILE}: it was not written by `python -m hub_upload.card`, so its figures can't be verified."]
+        return [f"{CARD_FILE}: it was not written by `python -m hub_upload.card`, so its values can't be verified."]
     try:
         with values.wrap_format_errors(folder):  # the options in the card may have wrong types, too
             render_options = {name: options.get(name) for name in ("language", "repo_id", "license")}
@@ -279,7 +282,7 @@ def _read_text(path: Path) -> str:
 # --- Front matter with the model index -------------------------------------------------------------------------------
 
 # modelcard.md in https://github.com/huggingface/hub-docs describes the format of the front matter. Metric values in it
-# are shares from 0 to 1, as in the result files.
+# are fractions from 0 to 1, as in the result files.
 
 
 def build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
@@ -383,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
             "because the card was written with an older template."
         )
     else:
-        print(f"All figures in the card of {args.check} agree with its files.")
+        print(f"All values in the card of {args.check} agree with its files.")
 
 
 if __name__ == "__main__":

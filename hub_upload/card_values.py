@@ -5,7 +5,7 @@
 
 The values come from `run.json` and `results/*.json` (for a run with several seeds, also from those in `seed-*/`),
 `config.json`, the headers of the safetensors files, and `onnx/quantisation.json`. If these files lack a value that the
-card requires, an error is raised. Missing optional values are left out of the card. Texts from files are escaped, so
+card requires, an error is raised. Missing optional values are omitted from the card. Texts from files are escaped, so
 that they can't add Markdown or HTML to the card. Numbers get the decimal separator of the card's language.
 """
 
@@ -26,13 +26,14 @@ import jinja2
 
 from capivara_common.files import read_json, seed_folders
 from capivara_common.hub_cache import COMMIT_RE
+from capivara_common.model_kinds import KINDS, NATIVE_MODEL_TYPE
 from capivara_common.privacy import find_secret
 from capivara_common.weight_file import WeightFile
 from eval.benchmarks import get_published_base
 from eval.records import schema
 from eval.records.schema import DIRECTIONS, GAIN_METRIC, RANK_METRICS, TASKS, ResultFile, is_number
 from eval.records.tables import average_over_seeds, build_records_frame, find_conflicts, pair_with_baselines
-from hub_upload.allowed_files import RUN_PLOT_FILES
+from hub_upload.upload_checks import RUN_PLOT_FILES
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 # Language of a card ("en" or "pt") -> names of languages and metrics in that language, and translations of the texts in
@@ -54,9 +55,10 @@ FORMAT_FILES = {  # tag of an export format on the Hub -> files that exist if a 
 }
 # owner/name as the Hub accepts it: at most 96 characters each, without "--" and "..".
 HUB_ID_RE = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
-CAPIVARA_CLASS = "CapivaraModel"
-# Two shares that differ by more than this contradict each other: a card rounds to 0.01 %, so it would show the
-# difference.
+CAPIVARA_CLASS = KINDS[NATIVE_MODEL_TYPE].class_name
+FIXED_LENGTH_CLASSES = [kind.class_name for kind in KINDS.values() if kind.pads_to_max_length]
+# Two metric values (0 to 1) that differ by more than this contradict each other: a card rounds to 0.01 %, so it would
+# show the difference.
 CARD_TOLERANCE = 5e-5
 # The base model is evaluated again with every seed, possibly on another device, where rounding may change the ranks of
 # some queries. So larger differences are allowed between evaluations of the base model.
@@ -280,7 +282,7 @@ def _average_results(results: list[ResultFile]) -> list[Any]:
     tolerance = baseline_tolerance.where(frame["model"] == "baseline", CARD_TOLERANCE)
     for row in find_conflicts(frame, "precision", tolerance).itertuples():
         raise ValueError(
-            f"{row.first_source}/value and {row.source}/value contradict each other: the same figure is {row.first:g} "
+            f"{row.first_source}/value and {row.source}/value contradict each other: the same value is {row.first:g} "
             f"and {row.value:g}. Remove the result file that belongs to another model."
         )
     values = average_over_seeds(frame, "precision")
@@ -496,10 +498,10 @@ class CardWriter:
         return f"{value:{'+' if sign else ''},.{digits}{kind}}".translate(self.separators)
 
     def percent(self, share: Any, sign: bool = False) -> str:
-        """Format a share (0 to 1) as a percentage with two decimals, but without a percent sign.
+        """Format a fraction (0 to 1), such as a recall, as a percentage with two decimals, without a percent sign.
 
         Args:
-            share: Share, or difference of two shares, which is formatted in percentage points.
+            share: Fraction, or difference of two fractions, which is formatted in percentage points.
             sign: Whether to write a plus sign.
 
         Raises:
@@ -574,7 +576,7 @@ class CardWriter:
 
 
 def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: str | None) -> dict[str, Any]:
-    """Build all variables of the card template, except the title, the options and the front matter.
+    """Build the variables of the card template, except `title`, `options` and `card_data`, which `render_card` adds.
 
     Args:
         run_metadata: Values from `collect_run_metadata`.
@@ -611,7 +613,7 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
         "is_portuguese": is_portuguese(trained_language),
         "rank_metrics": RANK_METRICS,
         "is_capivara": run_metadata["model_class"] == CAPIVARA_CLASS,
-        "is_siglip": run_metadata["model_class"] == "SiglipModel",
+        "is_siglip": run_metadata["model_class"] in FIXED_LENGTH_CLASSES,
         "citation": (TEMPLATE_FOLDER / "citation.bib").read_text(encoding="utf-8").strip(),
         "examples": partial(select_code_examples, trained_language),
         "width": architecture.get("projection_dim") or (architecture.get("text_config") or {}).get("projection_size"),

@@ -7,7 +7,7 @@
     python -m hub_upload.export --model MODEL --output immich --formats immich   # with --base: text encoder only
 
 Formats that can read the same weight file share it. To save memory, the weights are memory-mapped and not loaded as a
-whole. The folder contains only files that match a pattern of `ALLOWED_FILES` in `hub_upload/allowed_files.py`.
+whole. The folder contains only files that match a pattern of `ALLOWED_FILES` in `hub_upload/upload_checks.py`.
 """
 
 import logging
@@ -23,16 +23,17 @@ from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import require_packages
 from capivara_common.files import atomic_folder, check_inputs_outside, read_json, seed_folders, write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG
+from capivara_common.model_kinds import KINDS
 from capivara_common.privacy import hide_paths, short_name
-from hub_upload import allowed_files as allowed
+from hub_upload import upload_checks
 from hub_upload.formats import drop_in, immich, onnx, open_clip, save_tokenizer, transformers_js, write_tokenizer_json
-from modeling_capivara import CapivaraConfig, CapivaraProcessor
+from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import load_processor, load_two_towers_config
 
 DEFAULT_FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
 # drop_in (only the text encoder) and immich (for the Immich photo server) can't share a folder with other formats.
 KNOWN_FORMATS = (*DEFAULT_FORMATS, "transformers_js", "drop_in", "immich")
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *allowed.TOKENIZER_FILES)
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *upload_checks.TOKENIZER_FILES)
 logger = logging.getLogger("capivara")
 
 
@@ -58,7 +59,7 @@ class ExportArguments:
     text_config: str | None = flag(
         None,
         "Hub id from which open_clip loads the configuration of the text tower. Default: XLM-RoBERTa base. If the text "
-        "tower is another one and this flag is missing, open_clip is left out.",
+        "tower is another one and this flag is missing, the format open_clip is skipped.",
     )
     repo_id: str | None = flag(
         None,
@@ -69,7 +70,7 @@ class ExportArguments:
 
     def __post_init__(self) -> None:
         if self.repo_id is not None:
-            allowed.check_repo_id(self.repo_id)
+            upload_checks.check_repo_id(self.repo_id)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,7 +103,7 @@ def export_model(
         output: Folder to write.
         formats: Formats from `KNOWN_FORMATS`.
         text_config: Hub id from which open_clip loads the configuration of the text tower. None: open_clip uses
-            XLM-RoBERTa base; if the model has another text tower, the format open_clip is left out.
+            XLM-RoBERTa base; if the model has another text tower, the format open_clip is skipped.
         overwrite: Whether to replace `output` if it exists.
         repo_id: Hub id under which the folder will be published. open_clip's `hf-hub:` loads the tokenizer from there.
         base: Folder or Hub id of the base model that the images were embedded with, for "drop_in" and "immich". Its
@@ -126,8 +127,8 @@ def export_model(
             immich.write_immich(model, folder, config, base)
         else:
             _write_repository(model, folder, config, formats, text_config, repo_id)
-        allowed.check_model_files(folder)
-        return [(name.as_posix(), (folder / name).stat().st_size) for name in allowed.list_allowed_files(folder)]
+        upload_checks.check_model_files(folder)
+        return [(name.as_posix(), (folder / name).stat().st_size) for name in upload_checks.list_allowed_files(folder)]
 
 
 def _check_formats(formats: Sequence[str], text_config: str | None, base: str | None) -> list[str]:
@@ -189,7 +190,7 @@ def read_model_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedCo
         hint = f" It is a run with several seeds; choose one of its folders {seeds}." if seeds else ""
         raise ValueError(f"The folder {folder} contains no model (config.json is missing).{hint}")
     config = load_two_towers_config(folder)
-    if {"drop_in", "immich"} & {*formats} and config.model_type not in immich.IMMICH_MODEL_NAMES:
+    if {"drop_in", "immich"} & {*formats} and KINDS[config.model_type].immich_name is None:
         raise ValueError(
             f"The format {formats[0]} supports CAPIVARA and SigLIP only, but {folder} is a {config.model_type} model. "
             "Export the whole model with --formats transformers,onnx instead. It can replace its base, and its text "
@@ -218,30 +219,31 @@ def _write_repository(
         text_config: Hub id from which open_clip loads the configuration of the text tower, or None.
         repo_id: Hub id under which the folder will be published, or None.
     """
-    processor, is_capivara = load_processor(model), isinstance(config, CapivaraConfig)
-    if text_config and not is_capivara:
+    processor, kind = load_processor(model), KINDS[config.model_type]
+    has_text_config = kind.open_clip_layout == "hf_text"
+    if text_config and not has_text_config:
         raise ValueError(
             f"--text_config applies to CAPIVARA models only, but {model} is a {config.model_type} model. Leave it out."
         )
     if "transformers_js" in formats:
         transformers_js.convert_tokenizer(model)
     settings = None
-    if "open_clip" in formats and is_capivara:
+    if "open_clip" in formats and has_text_config:
         settings = open_clip.build_open_clip_config(config, processor.image_processor, text_config, repo_id)
     open_clip.write_weights(model, folder, config, with_open_clip=settings is not None)
     _write_processor(model, folder, processor)
     if settings:
         write_json(folder / OPEN_CLIP_CONFIG, settings)
-    if "open_clip" in formats and not is_capivara:
+    if "open_clip" in formats and not has_text_config:
         try:
             open_clip.check_siglip_supported(config)
         except (ValueError, ImportError) as error:
-            logger.info("open_clip is left out: %s", error)
+            logger.info("The format open_clip is skipped: %s", error)
         else:
             open_clip.write_open_clip_siglip(model, folder, repo_id or short_name(str(model)))
     if "sentence_transformers" in formats:
         open_clip.write_sentence_transformers(folder, processor)
-        if not is_capivara:
+        if not kind.is_native:
             open_clip.check_sentence_transformers(model, folder)
     if "transformers_js" in formats:
         transformers_js.write_converted_tokenizer(folder)
@@ -279,7 +281,7 @@ def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> No
         return
     write_tokenizer_json(folder, read_json(folder / "tokenizer.json"), is_capivara=True)
     package = Path(modeling_capivara.__file__).parent
-    for name in allowed.MODEL_CODE:
+    for name in upload_checks.MODEL_CODE:
         shutil.copyfile(package / name, folder / name)
 
 
@@ -299,9 +301,9 @@ def _copy_card_files(model: Path, folder: Path) -> None:
     if (model / "run.json").is_file():
         records["run.json"] = model / "run.json"
     for name, path in records.items():
-        allowed.check_regular_file(path)
+        upload_checks.check_regular_file(path)
         write_json(folder / name, hide_paths(read_json(path)))
-    for name in ("README.md", "LICENSE", "rotation.safetensors", *allowed.RUN_PLOT_FILES):
+    for name in ("README.md", "LICENSE", "rotation.safetensors", *upload_checks.RUN_PLOT_FILES):
         path = model / name
         if path.is_file():
             shutil.copyfile(path, folder / path.name)

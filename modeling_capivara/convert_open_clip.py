@@ -30,6 +30,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import atomic_folder, read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
+from capivara_common.model_kinds import KINDS
 
 from .checks_capivara import check_sizes, wrap_tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
@@ -144,9 +145,10 @@ def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     Raises:
         ValueError: If open_clip has no image tower of this type.
     """
-    is_capivara, result, state = model.config.model_type == "capivara", {}, model.state_dict()
-    names = {ours: theirs for theirs, ours in (PARAMETER_NAMES if is_capivara else SIGLIP_PARAMETER_NAMES).items()}
-    is_vit = is_capivara and _is_vit(model.config)
+    result, state = {}, model.state_dict()
+    is_siglip = KINDS[model.config.model_type].open_clip_layout == "timm_siglip"
+    names = {ours: theirs for theirs, ours in (SIGLIP_PARAMETER_NAMES if is_siglip else PARAMETER_NAMES).items()}
+    is_vit = not is_siglip and _is_vit(model.config)
     for name, tensor in state.items():
         open_clip_name = _rename_parameter(name, names)
         if match := ATTENTION_PROJECTION_RE.fullmatch(name):
@@ -155,14 +157,14 @@ def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
                 result[_rename_parameter(f"{match[1]}in_proj_{match[3]}", names)] = torch.cat(projections)
         elif is_vit and name == "visual_projection.weight":
             result["visual.proj"] = tensor.T.contiguous()
-        elif not is_capivara and ".attn_pool.in_proj_" in open_clip_name:
+        elif is_siglip and ".attn_pool.in_proj_" in open_clip_name:
             # timm's attention pooling has one tensor for the query and one for key and value.
             query_rows = len(tensor) // 3
             for suffix, rows in {"q.": tensor[:query_rows], "kv.": tensor[query_rows:]}.items():
                 result[open_clip_name.replace("in_proj_", suffix)] = rows.clone()
-        elif not is_capivara and open_clip_name == "visual.trunk.pos_embed":
+        elif is_siglip and open_clip_name == "visual.trunk.pos_embed":
             result[open_clip_name] = tensor[None]
-        elif not is_capivara and open_clip_name.startswith("logit_"):
+        elif is_siglip and open_clip_name.startswith("logit_"):
             result[open_clip_name] = tensor.reshape(())
         else:
             result[open_clip_name] = tensor
@@ -187,7 +189,7 @@ def _rename_parameter(name: str, names: dict[str, str]) -> str:
     return name
 
 
-def build_open_clip_model(config: CapivaraConfig) -> nn.Module:
+def new_open_clip_model(config: CapivaraConfig) -> nn.Module:
     """Build the open_clip model that corresponds to a CAPIVARA configuration, with random weights.
 
     Nothing is downloaded. The package open_clip must be installed.
@@ -318,9 +320,8 @@ def to_open_clip_model_cfg(
         if image_size not in (None, vision.image_size):
             raise_unsupported("crop_size.height", image_size, f"the image tower's {vision.image_size}", "the processor")
         ratio = vision.intermediate_size / vision.hidden_size
-        if (
-            int(vision.hidden_size * ratio) != vision.intermediate_size
-        ):  # open_clip computes the size with this rounding
+        # open_clip computes the size with this rounding.
+        if int(vision.hidden_size * ratio) != vision.intermediate_size:
             ratio = (vision.intermediate_size + 0.5) / vision.hidden_size
         vision_cfg = {name: getattr(vision, ours) for name, (ours, _) in VIT_FIELDS.items()}
         vision_cfg |= {"head_width": vision.hidden_size // vision.num_attention_heads, "mlp_ratio": ratio}

@@ -27,8 +27,8 @@ class CapivaraProcessor(ProcessorMixin):
     Args:
         image_processor: A `CapivaraImageProcessor`.
         tokenizer: A fast tokenizer. It is converted to a `CapivaraTokenizer`, which also cleans texts when it is called
-            without the processor. The conversion keeps the vocabulary and the rules, but not the `max_length` and
-            `padding` that the tokenizers library stores from the last call.
+            without the processor. The conversion keeps the vocabulary and the tokenization rules (such as the
+            normalizer), but not the `max_length` and `padding` that the tokenizers library stores from the last call.
         **kwargs: Options of transformers' `ProcessorMixin`.
 
     Example:
@@ -68,8 +68,7 @@ class CapivaraProcessor(ProcessorMixin):
         """
         if text is not None:
             text = check_texts(text)
-            max_length = min(self.tokenizer.model_max_length, CONTEXT_LENGTH)
-            defaults = {"padding": True, "truncation": True, "max_length": max_length}
+            defaults = {"padding": True, "truncation": True}  # the tokenizer knows the default of `max_length`
             explicit = {**self.tokenizer.init_kwargs, **kwargs}
             defaults = {key: value for key, value in defaults.items() if key not in explicit}
             kwargs["text_kwargs"] = {**defaults, **kwargs.get("text_kwargs", {})}

@@ -15,8 +15,9 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
 
     The tokenizer can be used alone or inside `CapivaraProcessor`. Every text is cleaned (`clean_text`) and truncated to
     77 tokens, or to `model_max_length` if that is smaller. The arguments `max_length` and `truncation` of a call
-    override this limit, as in transformers. `pad_to_multiple_of` applies after truncation, so it changes only the
-    padding: with 8, texts of 77 tokens are padded to 80. The attention mask is also 0 where a text itself contains the
+    override this limit, as in transformers. `pad_to_multiple_of` applies after truncation to the default limit: with 8,
+    texts of 77 tokens are padded to 80. A `max_length` that is passed to a call must be a multiple of it, as in
+    transformers. The attention mask is also 0 where a text itself contains the
     padding token ("<pad>"), because open_clip computes its mask from the token ids.
 
     The tokenizers library stores the `max_length` and `padding` of the last call in `tokenizer.json`. This class
@@ -26,7 +27,7 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "CapivaraTokenizer":
-        """Convert a fast tokenizer to a `CapivaraTokenizer` with the same vocabulary and rules.
+        """Convert a fast tokenizer to a `CapivaraTokenizer` with the same vocabulary and tokenization rules.
 
         Args:
             tokenizer: Fast tokenizer of any class.
@@ -76,8 +77,8 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         truncation = True if truncation is None else truncation
         if max_length is None and (truncation or padding == "max_length"):
             max_length = min(self.model_max_length, CONTEXT_LENGTH)
-        # `pad_to_multiple_of` is not passed on: transformers would require that it divides `max_length`, here 77.
-        return super()._get_padding_truncation_strategies(padding, truncation, max_length, **kwargs)
+            pad_to_multiple_of = None  # not checked here: transformers would require that it divides this limit, 77
+        return super()._get_padding_truncation_strategies(padding, truncation, max_length, pad_to_multiple_of, **kwargs)
 
     def _encode_plus(self, text, text_pair=None, **kwargs) -> BatchEncoding:
         text, text_pair = _clean(text), text_pair and _clean(text_pair)
@@ -91,7 +92,7 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
 
 
 def _tokenizer_kwargs(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Return constructor arguments that build a fast tokenizer with the same vocabulary, rules and settings.
+    """Return the arguments that build a fast tokenizer with the same vocabulary, tokenization rules and settings.
 
     Args:
         tokenizer: Fast tokenizer to copy.

@@ -42,6 +42,7 @@ class FaultyServer(ChatServer):
         model: Name of the model that answers report.
         takes_images: Whether the model sees images.
         refuses_images: Whether requests with images are refused if the model sees none; otherwise images are dropped.
+        names: Names of the model that requests may use. Only `MODEL` is listed.
     """
 
     answer: Any = reversed_text
@@ -55,12 +56,13 @@ class FaultyServer(ChatServer):
     model: str = MODEL
     takes_images: bool = True
     refuses_images: bool = True
+    names: tuple[str, ...] = (MODEL,)
     _active: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def handle(self, handler: ChatHandler, body: dict[str, Any]) -> None:
         self.keys.append(handler.headers["Authorization"])
-        if body["model"] != MODEL:
+        if body["model"] not in self.names:
             return handler.send_json({"error": {"message": f"no model {body['model']}", "code": 404}}, 404)
         if not self.takes_images and "image_url" in json.dumps(body["messages"]):
             if self.refuses_images:

@@ -47,11 +47,8 @@ def test_published_figures_are_those_of_the_card():
     assert BENCHMARKS["babel-imagenet"].get_published_figure("capivara") is None, "CAPIVARA's authors published none"
     average = read_benchmark(BENCHMARKS_FOLDER / "elevater.json")
     assert average.published["baseline"]["mean"] == 56.97 and average.published["capivara"]["mean"] == 57.51
-    for model in (
-        "baseline",
-        "capivara",
-        "capivara_opt",
-    ):  # the published average agrees with the twenty published figures
+    # The published average agrees with the twenty published figures.
+    for model in ("baseline", "capivara", "capivara_opt"):
         figures = [BENCHMARKS[key].get_published_figure(model)["mean"] for key in ELEVATER]
         assert sum(figures) / 20 == pytest.approx(average.published[model]["mean"], abs=0.006)
 

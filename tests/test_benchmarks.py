@@ -37,6 +37,7 @@ def test_programs_run_in_turns_and_the_ratio_is_the_median_of_the_runs():
     assert timing.summarize_rates([3.0, 1.0, 2.0]) == {"median": 2.0, "slowest": 1.0, "fastest": 3.0}
 
 
+@pytest.mark.slow
 def test_a_word_of_made_captions_is_a_token():
     captions, tokenizer = timing.make_captions(500), load_tokenizer()
     lengths = [len(ids) for ids in tokenizer(captions)["input_ids"]]

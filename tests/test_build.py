@@ -22,8 +22,8 @@ from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
 from captions import select
 from captions.build import BuildArguments, ManualStepRequired, build_dataset, main, read_build_plan
 from captions.stages import StageArguments
-from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
-from hub_upload.allowed_files import list_files_to_send
+from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji_captions
+from hub_upload.upload_checks import list_files_to_send
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,13 +108,13 @@ def test_complete_stages_are_not_repeated_and_no_model_is_loaded(finished, monke
     assert "2-score, train: done" in caplog.text and "dataset: done" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_incomplete_table_stops_the_build_without_an_error(config, tmp_path, capsys, caplog):
     """An incomplete table is not an error: the command prints which translations are missing and ends normally."""
     table = tmp_path / "tables" / "train.tsv"
     text = table.read_text(encoding="utf-8")
-    emptied = text.replace("\tikati 0\n", "\t\n").replace(
-        "\tinja\n", "\t \xa0\n"
-    )  # spreadsheets may write other blanks
+    # Spreadsheets may write other blanks.
+    emptied = text.replace("\tikati 0\n", "\t\n").replace("\tinja\n", "\t \xa0\n")
     table.write_text(emptied, encoding="utf-8")
     with caplog.at_level("INFO", "capivara"):
         main(["--config", str(config)])
@@ -184,7 +184,7 @@ def test_a_corrected_cell_changes_the_dataset(config, tmp_path, monkeypatch, cap
     assert files(tmp_path / "built") == files(tmp_path / "corrected")
 
 
-@pytest.mark.parametrize(("cut", "warns"), [(0.99, True), (-1, False)])
+@pytest.mark.parametrize(("cut", "warns"), [(0.99, True), pytest.param(-1, False, marks=pytest.mark.slow)])
 def test_a_build_logs_the_row_counts_of_each_stage(config, tmp_path, caplog, cut, warns):
     """A warning names a filter that drops more than half of the rows."""
     changed(config, select={"caption_strategy": "rank", "min_pair_similarity": cut})
@@ -463,7 +463,7 @@ def test_the_openmoji_build_restores_the_portuguese_names(tmp_path, tiny_folder,
     """With a tiny model, the translated captions are exactly the Portuguese captions of the dataset."""
     source = datasets.load_from_disk(tiny_dataset_folder)
     config = openmoji_config(tmp_path, tiny_folder)
-    folder = build_openmoji(OpenMojiCaptionsArguments(tiny_dataset_folder, config))
+    folder = build_openmoji_captions(OpenMojiCaptionsArguments(tiny_dataset_folder, config))
     for split, rows in source.items():
         built = rows_of(folder, split)
         assert [row["captions-pt"] for row in built] == [captions[:1] for captions in rows["captions-pt"]]

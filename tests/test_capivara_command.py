@@ -25,12 +25,12 @@ import pytest
 import tqdm.std
 from parsed_command import parsed
 
-from capivara_common.environment import require_packages
+from capivara_common.environment import install_command, require_packages
 from capivara_common.progress import configure_progress_bars
 from capivara_search import estimates
 from capivara_search.command import SEARCH_MODULES, describe_error, detect_language, main, show_progress_bar
-from capivara_search.exporting import export_rows
 from capivara_search.index import PictureIndex
+from capivara_search.index_export import export_rows
 from capivara_search.messages import COMMAND_NAMES, Messages, localized_error
 from capivara_search.storage import to_index_error
 from capivara_search.table import PictureTable
@@ -301,6 +301,7 @@ def test_index_reports_its_model_its_numbers_and_skipped_files(capivara, folder,
     assert code == 0 and out.startswith("Nada mudou, 1 imagem não pôde ser lida")
 
 
+@pytest.mark.slow
 def test_status_fits_on_a_screen_with_long_lists(capivara, tmp_path, saved_tiny_folder):
     flags = ("--index", tmp_path / "i.lance", "--model", saved_tiny_folder)
     folders = [tmp_path / f"pasta{number}" for number in range(9)]
@@ -330,6 +331,7 @@ def test_status_fits_on_a_screen_with_long_lists(capivara, tmp_path, saved_tiny_
     assert values["skipped"] == {"excluded": 9, "hidden": 9, "link": 9, "video": 9}
 
 
+@pytest.mark.slow
 def test_index_without_a_folder_updates_all_folders_of_this_machine(capivara, own_index, folder, tmp_path):
     code, out, error = capivara("indexar", "--index", own_index, "--lang", "pt")
     assert (code, out) == (2, "") and message_pattern("pt", "error.no_known_folder") in re.escape(error)
@@ -428,6 +430,7 @@ def test_nothing_found_is_exit_code_1_and_a_long_query_is_truncated(capivara, in
     assert capivara("buscar", "gato " * 2000, "--index", index, "-k", 1)[0] == 0
 
 
+@pytest.mark.slow
 def test_an_unreadable_query_picture_is_a_usage_error(capivara, index, folder, tmp_path, recwarn):
     PIL.Image.new("1", (17_000, 17_000)).save(tmp_path / "bomb.png")
     for path, code in ((folder / "quebrada.jpg", "unreadable image"), (tmp_path / "bomb.png", "absurd image size")):
@@ -666,8 +669,11 @@ def test_errors_of_the_system_and_of_packages_are_shown_in_portuguese():
     for error, expected in (
         (OSError(errno.ENOSPC, "No space left on the disk of the index /x."), messages("no_space")),
         (PermissionError(errno.EACCES, "Permission denied", "/x\x1b"), messages("no_permission", path=r"/x\x1b")),
-        (ModuleNotFoundError("No", name="lancedb.x"), messages("missing_package", names="lancedb")),
-        (missing_package.value, messages("error.not_installed", names="no_such_package")),
+        (ModuleNotFoundError("No", name="lancedb.x"), messages("error.no_search_extra", name="lancedb")),
+        (
+            missing_package.value,
+            messages("error.not_installed", names="no_such_package", command=install_command("captions")),
+        ),
     ):
         assert describe_error(error, messages) == (3, expected)
 
@@ -677,7 +683,7 @@ def test_classify_labels_pictures_and_needs_no_index(capivara, index, folder, tm
     labels = ("--labels", "azul", "carro vermelho")
     code, out, error = capivara("classify", ".", *labels, "--index", index)
     lines = out.splitlines()
-    assert code == 0 and lines[0].split() == ["label", "share", "file"] and len(lines) == 6
+    assert code == 0 and lines[0].split() == ["label", "probability", "file"] and len(lines) == 6
     alone = (*labels, "--index", tmp_path / "none.lance", "--model", saved_tiny_folder, "--lang", "pt")
     (row,) = json.loads(capivara("classificar", "branco.jpg", *alone, "--json")[1])
     assert row["path"] == str(folder / "branco.jpg") and row["label"] in (None, "azul", "carro vermelho")

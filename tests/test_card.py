@@ -116,6 +116,7 @@ def test_every_variable_block_and_label_of_a_template_is_defined(run, language):
     assert blocks[0] == blocks[1] and labels <= set(re.findall(r'"([\w.]+)":', texts[0]))
 
 
+@pytest.mark.slow
 def test_a_card_from_an_older_template_is_checked_by_its_values(run, capsys):
     """Its text may differ. Its front matter, values and digests may not, and it must not contain HTML."""
     text = card_of(run).replace("random scores would give", "dice would give")
@@ -125,7 +126,7 @@ def test_a_card_from_an_older_template_is_checked_by_its_values(run, capsys):
     (run / "README.md").write_text(text, encoding="utf-8")
     main(["--check", str(run)])
     output = capsys.readouterr().out
-    assert "older template" in output and "All figures" not in output
+    assert "older template" in output and "All values" not in output
     for added in ("<script>", "| <b>a | b |", "<!-- made by hub_upload.card with {} -->"):
         (run / "README.md").write_text(text.replace(MARKER, f"{added}\n\n{MARKER}"), encoding="utf-8")
         assert find_card_faults(run) == [f"README.md: the card has {added!r}."]
@@ -222,7 +223,7 @@ def test_the_command_writes_and_checks_cards_and_refuses_wrong_flags(run, tmp_pa
     main(["--model", str(run), "--language", "pt", "--output", str(tmp_path / "ficha.md")])
     assert "Usos e limites" in (tmp_path / "ficha.md").read_text(encoding="utf-8") and card_of(run) == before
     main(["--check", str(run)])
-    assert "All figures" in capsys.readouterr().out
+    assert "All values" in capsys.readouterr().out
     (run / "README.md").write_text(before.replace("all 10 pairs", "all 11 pairs"), encoding="utf-8")
     with pytest.raises(SystemExit, match=r"the files give .*all 10 pairs.*\n.*the card has .*all 11 pairs"):
         main(["--check", str(run)])
@@ -278,6 +279,7 @@ def published(folder) -> list[dict]:
     return [metric for result in results for metric in result["metrics"]]
 
 
+@pytest.mark.slow
 def test_a_card_of_several_seeds_has_means_and_deviations(tmp_path):
     folder = shutil.copytree(SEEDS, tmp_path / "seeds")
     write_card(folder)
@@ -342,6 +344,7 @@ def test_an_unfinished_run_is_not_taken_for_a_seed(tmp_path):
         collect_run_metadata(partial)
 
 
+@pytest.mark.slow
 def test_only_models_and_datasets_from_the_hub_get_ids_and_revisions(run):
     """The run is changed as if base and Portuguese data had been loaded from the Hub."""
 
@@ -370,6 +373,7 @@ def test_only_models_and_datasets_from_the_hub_get_ids_and_revisions(run):
     assert revisions() == {None}
 
 
+@pytest.mark.slow
 def test_a_license_can_be_stated_only_if_base_and_data_leave_it_open(run, tmp_path):
     with pytest.raises(ValueError, match=r"cc-by-sa-4\.0.*\bmit\b"):
         write_card(run, license="mit")
@@ -384,6 +388,23 @@ def test_a_license_can_be_stated_only_if_base_and_data_leave_it_open(run, tmp_pa
     assert "sob a licença **`cc-by-4.0`**, indicada por quem o publica" in card_of(run) and find_card_faults(run) == []
     (run / "README.md").write_text(text.replace("cc-by-4.0", "mine"), encoding="utf-8")
     assert "'mine'" in find_card_faults(run)[0]
+
+
+def test_a_model_of_a_non_commercial_base_gets_no_other_license(run):
+    """If base and data determine no license, the publisher states one, which must forbid what the base forbids."""
+
+    def state_licenses(content):
+        content["origins"]["license"] = None
+        content["origins"]["model"] |= {"title": "facebook/metaclip-2", "licenses": ["cc-by-nc-4.0"]}
+
+    change(run / "run.json", state_licenses)
+    for license in ("mit", "cc-by-sa-4.0"):
+        with pytest.raises(ValueError, match=rf"\b{license}\b.*facebook/metaclip-2.*\bcc-by-nc-4\.0\b"):
+            write_card(run, license=license)
+    write_card(run, license="cc-by-nc-sa-4.0")
+    assert split_card(card_of(run))[0]["license"] == "cc-by-nc-sa-4.0" and find_card_faults(run) == []
+    (run / "README.md").write_text(card_of(run).replace("cc-by-nc-sa-4.0", "mit"), encoding="utf-8")
+    assert any("mit" in fault for fault in find_card_faults(run))
 
 
 @pytest.mark.parametrize("language", ["en", "pt"])
@@ -413,6 +434,7 @@ def card_with(run, config: dict, **origins) -> str:
     return card_of(run)
 
 
+@pytest.mark.slow
 def test_settings_without_effect_are_left_out_of_a_card(run):
     text = card_with(run, {"weight_decay": 0.2, "caption_strategy": "none"})
     assert not [key for key in ("caption_count", "lora_alpha", "max_bad_share") if f"`{key}" in text]
@@ -476,6 +498,7 @@ def test_parameters_of_all_shards_are_counted(run):
     assert collect_run_metadata(run)["parameters"] == parameters
 
 
+@pytest.mark.slow
 def test_files_of_other_formats_add_code_examples_to_the_card(run):
     names = ("open_clip_config.json", "open_clip_model.safetensors", "modules.json", "onnx/text_model.onnx")
     for name in (*names, "onnx/vision_model.onnx"):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -23,8 +24,10 @@ from captions.build import BuildArguments, build_dataset
 from captions.chat.answers import Answer
 from captions.generate import main as generate
 from captions.stages import check_complete
+from captions.translate import TranslateArguments
 from captions.translate import main as translate
 from captions.translation_memory import TranslationMemory
+from captions.translators.chat import ChatTranslator
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 12
@@ -580,3 +583,28 @@ def test_servers_on_the_nodes_of_a_cluster_are_not_asked_by_the_login_node(servi
     with caplog.at_level("INFO", "capivara"):
         build_dataset(BuildArguments(config, dry_run=True, **flags))
     assert not service.keys and "48 requests" in caplog.text
+
+
+def test_progress_shows_tokens_and_cost(service, dataset, tmp_path):
+    options = {"backend": "chat", "base_url": [service.url], "model": "stand-in", "price_per_million": [1e6, 2e6]}
+    translator = ChatTranslator(TranslateArguments("data", tmp_path / "out", language="pt", **options))
+    translator.translate(["a red cat", "a dog"])
+    assert re.fullmatch(r"[\d,]+ tokens/s, cost 30\.00", translator.describe_usage()), "20 tokens read, 5 written"
+
+
+def test_a_model_that_is_not_listed_is_only_a_warning(service, dataset, tmp_path, caplog):
+    service.names = ("alias",)
+    flags = translation_flags(service, dataset, tmp_path / "pt", "--model", "alias")
+    translate([*flags, "--dry_run"])
+    assert "does not list the model alias, but: stand-in" in caplog.text
+    translate(flags)
+    check_rows(tmp_path / "pt")
+    fingerprint = read_json(tmp_path / "pt" / "stage.json")["settings"]["translator"]
+    assert fingerprint["model"] == "stand-in", "the name that the server reports"
+
+
+def test_keys_of_extra_body_replace_those_of_flags(service, dataset, tmp_path):
+    extra = {"max_tokens": None, "max_completion_tokens": 50, "chat_template_kwargs": {"enable_thinking": False}}
+    translate(translation_flags(service, dataset, tmp_path / "pt", "--extra_body", json.dumps(extra)))
+    check_rows(tmp_path / "pt")
+    assert all(extra.items() <= request.items() and request["temperature"] == 0 for request in service.requests)

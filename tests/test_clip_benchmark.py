@@ -90,8 +90,7 @@ def test_classification_agrees_with_clip_benchmark(tiny_folder, tmp_path):
     loader = DataLoader(list(zip(map(adapter.pixels, images), labels, strict=True)), batch_size=8)
     templates = dict(zip(prompts.names, prompts.class_prompts, strict=True))
     classifier = zero_shot_classifier(adapter, adapter.tokenizer, prompts.names, templates, "cpu", amp=False)
-    logits, target = run_classification(
-        adapter, classifier, loader, "cpu", amp=False
-    )  # its own accuracy function needs numpy 1
+    # Its own accuracy function needs numpy 1.
+    logits, target = run_classification(adapter, classifier, loader, "cpu", amp=False)
     for k, metric in ((1, "accuracy"), (5, "top_5_accuracy")):
         assert ours[metric] == pytest.approx(top_k_accuracy_score(target, logits, k=k), abs=1e-6)

@@ -17,7 +17,7 @@ from caption_tars import encoded
 from PIL.PngImagePlugin import PngInfo
 from pyarrow import parquet
 
-from hub_upload.allowed_files import check_dataset_files, list_data_files
+from hub_upload.upload_checks import check_dataset_files, list_data_files
 
 SECRET = "gho_" + "a1B2c3D4e5" * 4
 TEXTS = pyarrow.list_(pyarrow.string())

@@ -29,6 +29,8 @@ WITH_EXAMPLES = {
     "training": ("whole_batch.WholeBatch",),
     "eval": ("capivara_metrics.metrics.recall_at_k",),
 }
+EXAMPLES = [f"{package}.{name}" for package, names in WITH_EXAMPLES.items() for name in names]
+SLOW_EXAMPLES = {"capivara_search.PictureIndex"}
 
 
 def public_functions(path: Path) -> list[tuple[str, FUNCTIONS]]:
@@ -115,7 +117,9 @@ def search(text, k, *, folder=None) -> list:
     ]
 
 
-@pytest.mark.parametrize("name", [f"{package}.{name}" for package, names in WITH_EXAMPLES.items() for name in names])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_EXAMPLES)) for name in EXAMPLES]
+)
 def test_examples_run_as_they_stand(name, tiny_folder, tmp_path, monkeypatch):
     """Examples may use the name `folder`, a saved model. They run in an empty folder."""
     (tmp_path / "empty").mkdir()

@@ -69,6 +69,7 @@ class ProgressLog:
         return len(checked)
 
 
+@pytest.mark.slow
 def test_estimates_of_a_first_a_second_and_a_resumed_run(tmp_path, tiny_processor, clock):
     model = str(save_model(tmp_path / "model", tiny_processor))
     make_pictures(tmp_path / "fotos", 120)

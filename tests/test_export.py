@@ -335,6 +335,7 @@ def test_open_clip_reads_the_same_token_ids_as_the_model(source, tmp_path):
         assert all((plain(text).input_ids == theirs(text).input_ids) for text in ("um gato", "ﬁm")) == is_same
 
 
+@pytest.mark.slow
 def test_a_model_that_open_clip_cannot_build_is_refused(tmp_path, tiny_processor):
     config = tiny_config(vision_config=TimmWrapperConfig(architecture="mobilenetv3_small_050"))
     CapivaraModel(config).save_pretrained(tmp_path / "model")

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from test_layout import MODEL_FILES
 
 from hub_upload import export as export_module
-from hub_upload.allowed_files import (
+from hub_upload.export import DEFAULT_FORMATS, export_model, main
+from hub_upload.upload_checks import (
     ALLOWED_FILES,
     MODEL_CODE,
     check_model_files,
     list_allowed_files,
     list_files_to_send,
 )
-from hub_upload.export import DEFAULT_FORMATS, export_model, main
 
 TOKEN = "hf_" + "a1B2c3" * 6
 STRAY = [

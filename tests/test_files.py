@@ -125,9 +125,8 @@ def test_a_partly_removed_old_folder_is_never_restored(tmp_path, monkeypatch):
     out = tmp_path / "out"
     write_json(out / "a", "old")
     write_json(tmp_path / ".out.old-01234567" / "a", "older")
-    monkeypatch.setattr(
-        "shutil.rmtree", lambda *_, **__: None
-    )  # as if the process was killed at the start of the removal
+    # As if the process was killed at the start of the removal.
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
     with atomic_folder(out, overwrite=True):  # removes the older folder, then the old one
         pass
     monkeypatch.undo()

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 from capivara_common.hub_cache import resolve_model_folder
 from capivara_search.models import convert_with_torch, find_model
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
-from modeling_capivara.convert_open_clip import build_open_clip_model, to_open_clip_model_cfg
+from modeling_capivara.convert_open_clip import new_open_clip_model, to_open_clip_model_cfg
 
 NAME = "hiaac-nlp/CAPIVARA"
 WEIGHTS = "open_clip_pytorch_model.bin"
@@ -76,7 +76,7 @@ def published(folder: Path, config: CapivaraConfig, tokenizer, text_model: str) 
     """Write a repository as users of open_clip publish it: configuration, pickled weights, tokenizer, card."""
     folder.mkdir()
     with no_init_weights():
-        state = randomize(build_open_clip_model(config), seed=1).state_dict()
+        state = randomize(new_open_clip_model(config), seed=1).state_dict()
     # Older versions of transformers, with which such models were trained, saved this constant.
     state[POSITION_IDS] = torch.arange(config.text_config.max_position_embeddings)[None]
     torch.save(state, folder / WEIGHTS)

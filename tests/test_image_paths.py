@@ -71,7 +71,7 @@ def photo() -> bytes:
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counter) as http_server:
         http_server.requests, http_server.picture = [], photo()
-        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        threading.Thread(target=http_server.serve_forever, args=(0.01,), daemon=True).start()
         yield http_server
         http_server.shutdown()
 
@@ -135,10 +135,8 @@ def as_list(folder: Path, rows: dict[str, list]) -> None:
 
 def as_saved(folder: Path, rows: dict[str, list]) -> None:
     shutil.rmtree(folder)  # a saved dataset with links would be refused as a whole
-    image = {
-        "bytes": Value("binary"),
-        "path": Value("string"),
-    }  # datasets would open a feature of type `Image` while saving it
+    # Datasets would open a feature of type `Image` while saving it.
+    image = {"bytes": Value("binary"), "path": Value("string")}
     features = Features({"image": image, "captions-pt": List(Value("string"))})
     DatasetDict(train=Dataset.from_dict(rows, features=features)).save_to_disk(folder)
 
@@ -291,7 +289,7 @@ def test_caption_stages_builds_and_uploads_leak_nothing(tmp_path, hostile, serve
         (select, "selected", ["--caption_strategy", "none"]),
     ):
         command(["--dataset", str(tmp_path / "data"), "--output", str(out / name), *more])
-    assert capsys.readouterr().out.count(f"{GOOD} rows written, {number} left out ({number} unreadable image)") == 3
+    assert capsys.readouterr().out.count(f"{GOOD} rows written, {number} skipped ({number} unreadable image)") == 3
     for name in ("generated", "scored", "selected"):
         (skipped,) = (out / name).glob("*.skipped.jsonl")
         listed = [json.loads(line) for line in skipped.read_text(encoding="utf-8").splitlines()]
@@ -398,9 +396,8 @@ def test_tile_sides_are_read_in_all_byte_orders_and_bigtiff():
     tifffile.imwrite(stream := io.BytesIO(), np.zeros((64, 64), dtype=np.uint8), tile=(64, 64), bigtiff=True)
     assert decode_image({"bytes": stream.getvalue(), "path": None}).size == (64, 64)
     with pytest.raises(BadImage, match="unreadable image"):
-        read_image_bytes(
-            {"bytes": b"II*\0" + struct.pack("<I", 9_000) + bytes(64), "path": None}
-        )  # the directory offset lies outside the file
+        # The directory offset lies outside the file.
+        read_image_bytes({"bytes": b"II*\0" + struct.pack("<I", 9_000) + bytes(64), "path": None})
 
 
 def tiff_with(entries: list[tuple[int, int, int, bytes]], order: str) -> bytes:

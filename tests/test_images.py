@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,23 +26,21 @@ from test_train_accelerate import ROOT, error_of, flags
 
 import train_accelerate
 import training.inputs
+from capivara_common.embedding_store import EmbeddingStore, _load_shard, vectors_to_array
 from capivara_common.files import DIGEST_HEX_LENGTH
 from capivara_common.image_files import BadImage
-from capivara_common.tasks import split_rows
 from caption_data.pairs import build_pair_table, drop_invalid, list_skipped_rows
 from caption_data.sources import open_split
-from eval.embeddings import EmbeddingCache
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
 from training.batches import StepPlan, batch_indices
-from training.inputs import PairDataset, add_vectors, load_cached_embeds, open_image_cache
+from training.inputs import PairDataset, add_vectors, load_cached_embeds, open_image_store
 from training.whole_batch import WholeBatch
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
-NEGATIVE = encoded(
-    PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF"
-)  # Pillow reads it, but we refuse it
+# Pillow reads it, but we refuse it.
+NEGATIVE = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")
 BROKEN = b"\x89PNG\r\n\x1a\n no image data"
 
 
@@ -84,12 +83,16 @@ def pairs_of(dataset, processor, augmented_views=1, seed=0) -> PairDataset:
 
 def with_cache(model, pairs, root, precision="no") -> PairDataset:
     AcceleratorState._reset_state()
-    return add_vectors(model, pairs, root, 4, 0, Accelerator(mixed_precision=precision, cpu=True))
+    return add_vectors(model, pairs, cache_options(root), Accelerator(mixed_precision=precision, cpu=True))
+
+
+def cache_options(root) -> SimpleNamespace:
+    return SimpleNamespace(image_embedding_cache=str(root), embedding_batch_size=4, loading_workers=0)
 
 
 def cache_of(model, pairs, root, precision="no") -> Path:
     with_cache(model, pairs, root, precision)
-    return open_image_cache(model, pairs, root, precision).folder
+    return open_image_store(model, pairs, cache_options(root), precision).folder
 
 
 def read_shards(folder) -> dict[str, bytes]:
@@ -127,25 +130,49 @@ def test_everything_that_embeddings_depend_on_changes_the_cache_folder(
     pairs, names = pairs_of(tiny_dataset_folder, tiny_processor), []
 
     def name(pairs=pairs, precision="no") -> str:
-        return open_image_cache(tiny_model, pairs, tmp_path / "caches", precision).folder.name
+        return open_image_store(tiny_model, pairs, cache_options(tmp_path), precision).folder.name
 
     first = name()
     for part in ("text_model.embeddings.word_embeddings.weight", "text_projection.0.weight", "logit_scale"):
         tiny_model.state_dict()[part].add_(1)
-    other_caption = altered(tiny_dataset_folder, tmp_path / "caption", captions={3: ["outra foto"]})
-    assert name() == name(pairs_of(other_caption, tiny_processor)) == first
+    assert name() == first
     image_processor = copy.deepcopy(tiny_processor.image_processor)
     image_processor.image_mean = (0.48, 0.46, 0.41)
-    pixel = {7: change_one_pixel(image_files(tiny_dataset_folder)[7])}
-    other_pixel = altered(tiny_dataset_folder, tmp_path / "pixel", pixel)
-    names += [first, name(precision="bf16"), name(pairs_of(other_pixel, tiny_processor))]
-    names += [name(replace(pairs, seed=1)), name(replace(pairs, augmented_views=2))]
+    names += [first, name(precision="bf16"), name(replace(pairs, augmented_views=2))]
+    names += [name(replace(pairs, augmented_views=2, seed=1))]
+    assert name(replace(pairs, seed=1)) == first, "the seed does not change the image itself"
     names.append(name(replace(pairs, processor=CapivaraProcessor(image_processor, tiny_processor.tokenizer))))
     for part in ("vision_model.encoder.layers.1.mlp.fc1.weight", "visual_projection.weight"):
         weights = tiny_model.state_dict()[part].view(-1)
         weights[5] = torch.nextafter(weights[5], torch.tensor(9.0))  # changes the last bit of one weight
         names.append(name())
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 7
+
+
+def test_augmentations_of_two_seeds_stay_apart_in_one_store(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
+    """A key without the seed would silently train on the views of another seed."""
+    first, other = (pairs_of(tiny_dataset_folder, tiny_processor, 2, seed) for seed in (0, 1))
+    embedded = [with_cache(tiny_model, pairs, tmp_path) for pairs in (first, other, first)]
+    vectors = [vectors_to_array(pairs.table.data.column("vectors")) for pairs in embedded]
+    assert vectors[0].shape == (IMAGES, 2 * 24) and (vectors[0] == vectors[2]).all()
+    assert not (vectors[0] == vectors[1]).all(axis=1).any()
+    for pairs, stored in zip((first, other), vectors, strict=False):
+        pixels = torch.stack([pairs.load_pixels(row, 1) for row in range(4)])
+        expected = tiny_model(pixel_values=pixels).image_embeds.detach()
+        torch.testing.assert_close(torch.tensor(stored[:4, 24:]).float(), expected, rtol=2**-11, atol=2e-6)
+
+
+def test_a_changed_image_is_embedded_again(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch):
+    """Its shard is computed again, and only its shard. Other captions change nothing."""
+    monkeypatch.setattr(training.inputs, "SHARD_ROWS", 6)
+    folder = cache_of(tiny_model, pairs_of(tiny_dataset_folder, tiny_processor), tmp_path)
+    before = read_shards(folder)
+    caption = altered(tiny_dataset_folder, tmp_path / "caption", captions={3: ["outra foto"]})
+    cache_of(tiny_model, pairs_of(caption, tiny_processor), tmp_path)
+    assert len(before) == 2 and read_shards(folder) == before
+    pixel = {7: change_one_pixel(image_files(tiny_dataset_folder)[7])}
+    cache_of(tiny_model, pairs_of(altered(tiny_dataset_folder, tmp_path / "pixel", pixel), tiny_processor), tmp_path)
+    assert len(read_shards(folder)) == 3
 
 
 # ---- computing the cache ----
@@ -156,7 +183,7 @@ def test_everything_that_embeddings_depend_on_changes_the_cache_folder(
     [
         lambda path: flipped(path, path.stat().st_size - DIGEST_HEX_LENGTH - 1),  # in the list of bad images
         lambda path: path.write_bytes(path.read_bytes()[:-10]),
-        lambda path: path.rename(path.with_suffix(".npy")),  # the format of an earlier version
+        lambda path: path.rename(path.with_name("shard-00001.arrow")),  # the name in an earlier version
     ],
 )
 def test_a_damaged_shard_is_computed_again_with_a_warning(
@@ -165,14 +192,14 @@ def test_a_damaged_shard_is_computed_again_with_a_warning(
     monkeypatch.setattr(training.inputs, "SHARD_ROWS", 6)
     pairs = pairs_of(tiny_dataset_folder, tiny_processor)
     folder = cache_of(tiny_model, pairs, tmp_path)
-    expected = read_shards(folder)
-    damage(folder / "shard-00001.arrow")
+    expected, path = read_shards(folder), min(folder.glob("*.arrow"))
+    damage(path)
     cache_of(tiny_model, pairs, tmp_path)
-    assert read_shards(folder) == expected
-    assert len([line for line in caplog.messages if "shard-00001.arrow" in line or "*.npy" in line]) == 1
-    EmbeddingCache(folder, split_rows(12, 6)).write_shard(1, np.zeros((5, 2), np.float16), {})
-    with pytest.raises(ValueError, match=r"shard-00001\.arrow\b.*\b6\b.*\b5\b"):
-        cache_of(tiny_model, pairs, tmp_path)
+    assert {name: data for name, data in read_shards(folder).items() if name in expected} == expected
+    assert len([line for line in caplog.messages if str(folder) in line]) == 1
+    shutil.copy(path, tmp_path / "other.arrow")
+    with pytest.raises(ValueError, match=r"other\.arrow\b.*\b5\b.*\b6\b"):
+        _load_shard(tmp_path / "other.arrow", 5)
 
 
 # ---- bad images ----
@@ -221,9 +248,8 @@ def test_augmentation_refuses_bad_images_and_scales_16_bits(tiny_processor, tiny
 
 @pytest.mark.slow
 def test_training_is_the_same_with_and_without_cache(tiny_folder, tiny_dataset_folder, tmp_path):
-    dataset = altered(
-        tiny_dataset_folder, tmp_path / "data", {0: BROKEN}
-    )  # so that pair numbers differ from row numbers
+    # So that pair numbers differ from row numbers.
+    dataset = altered(tiny_dataset_folder, tmp_path / "data", {0: BROKEN})
     options = {"augmented_views": 2, "max_bad_share": 0.2, "mixed_precision": "no", "max_steps": 4}
     cached, losses, _ = train(tiny_folder, dataset, tmp_path / "cached", **options)
     plain, plain_losses, _ = train(tiny_folder, dataset, tmp_path / "plain", image_embedding_cache="off", **options)
@@ -279,6 +305,7 @@ def test_other_pairs_replace_bad_images(tiny_folder, tiny_dataset_folder, tmp_pa
     assert largest_difference(weights, load_model(tmp_path / "two").state_dict(), before) < 0.02
 
 
+@pytest.mark.slow
 def test_a_run_with_too_many_bad_images_resumes_with_a_larger_share(tiny_folder, tiny_dataset_folder, tmp_path):
     bad = [batch_indices(step, 6, IMAGES, 42)[-1] for step in (0, 1)]  # one image of each of the first two steps
     dataset = altered(tiny_dataset_folder, tmp_path / "data", dict.fromkeys(map(int, bad), NEGATIVE))
@@ -290,6 +317,7 @@ def test_a_run_with_too_many_bad_images_resumes_with_a_larger_share(tiny_folder,
     assert losses == expected and all(torch.equal(resumed[name], weight) for name, weight in uninterrupted.items())
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_an_error_if_bad_images_are_too_many_or_evaluated(tiny_folder, tiny_dataset_folder, tmp_path):
     """More bad images than allowed, no pair left to replace them, and a bad image in an evaluation split."""
 
@@ -310,18 +338,28 @@ def test_a_run_ends_with_an_error_if_bad_images_are_too_many_or_evaluated(tiny_f
 
 
 def test_processes_share_the_shards_and_wait_for_each_other(tmp_path, monkeypatch):
-    """Each shard is computed by one process, in whatever order the processes run."""
-    cache, computed, waits = EmbeddingCache(tmp_path, split_rows(12, 3)), [], []
+    """Each shard is computed by one process. Batches never span two shards."""
+    store, items, computed, waits = EmbeddingStore(tmp_path, {}, 2), [f"{n}" for n in range(12)], [], []
     for rank in (1, 0):
-        state = SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=lambda: waits.append(1))
-        monkeypatch.setattr("eval.embeddings.process_state", lambda state=state: state)
+        state = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=True)
+        state.wait_for_everyone = lambda: waits.append(1)
+        monkeypatch.setattr("capivara_common.embedding_store.process_state", lambda state=state: state)
+        monkeypatch.setattr(store, "_find_missing", lambda paths: list(range(4)))
 
-        def embed(numbers):
-            computed.append(numbers)
-            return ((np.ones((3, 2), np.float16), {}) for _ in numbers)
+        def load(batches):
+            for batch in batches:
+                computed.append([row for row, _ in batch])
+                yield computed[-1]
 
-        cache.make_shards(range(4), embed)
-    assert computed == [[2, 3], [0, 1]] and len(waits) == 2 and len(cache.load_table()) == 12
+        def embed(rows):
+            return np.array([[row, 1.0] for row in rows])
+
+        if rank:  # the shards of the other process do not exist yet
+            with pytest.raises(FileNotFoundError):
+                store.load_or_embed(items, load, embed, "", rows_per_shard=3)
+    table = store.load_or_embed(items, load, embed, "", rows_per_shard=3)
+    assert computed[:4] == [[6, 7], [8], [9, 10], [11]] and computed[4:8] == [[0, 1], [2], [3, 4], [5]]
+    assert vectors_to_array(table["vectors"]).tolist() == [[row, 1.0] for row in range(12)] and len(waits) == 3
 
 
 def test_an_augmentation_depends_only_on_image_seed_and_view(tiny_processor, tiny_dataset_folder):

@@ -10,6 +10,7 @@ from made_index import expect_error, logged_values, make_pictures, rows_of
 
 from capivara_search import index as index_module
 from capivara_search import indexing, table
+from capivara_search.command import main
 from capivara_search.index import PictureIndex
 from capivara_search.storage import DamagedIndexError
 from capivara_search.table import LAYOUT_METADATA_KEY, TABLE_SCHEMAS, pictures_schema
@@ -97,6 +98,34 @@ def test_a_damaged_newest_manifest_is_replaced_by_the_previous_one(intact, copy,
     assert newest.with_name(f"{newest.name}.damaged").read_bytes() == damaged
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: bytes(len(data))]
+)
+def test_search_and_status_report_a_damaged_manifest_and_index_repairs_it(
+    intact, copy, model, damage, monkeypatch, capsys
+):
+    """The commands treat an empty, a truncated and a zeroed manifest in the same way."""
+    monkeypatch.setenv("CAPIVARA_INDEX", str(copy / "i"))
+    monkeypatch.setenv("CAPIVARA_MODEL", model)
+    folder = copy / "i" / "pictures.lance"
+    newest = min((folder / "_versions").glob("*.manifest"))
+    newest.write_bytes(damage(newest.read_bytes()))
+
+    def run(*words: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(list(words))
+        return caught.value.code, capsys.readouterr().err
+
+    for words in (["search", "um gato"], ["status"]):
+        code, error = run(*words)
+        assert code == 3 and f"{folder}/_versions" in error and len(error.splitlines()) == 1
+    code, error = run("index", str(intact / "fotos"))
+    assert code == 0 and str(folder) in error
+    assert run("search", "um gato")[0] == run("status")[0] == 0
+    assert len(PictureIndex.open(copy / "i")) == ROWS
+
+
 @pytest.mark.parametrize(("part", "lost"), [("data", ROWS), ("_versions", None), ("no _versions", None)])
 def test_a_table_without_a_readable_version_is_moved_aside_and_created_again(intact, copy, model, part, lost, caplog):
     index, folder = PictureIndex.open(copy / "i"), copy / "i" / "pictures.lance"
@@ -141,7 +170,8 @@ def test_a_damaged_small_table_is_created_again(intact, copy, model, name, part,
     assert len(fresh.status().skipped_files) == 1
 
 
-@pytest.mark.parametrize("files", ["*.idx", "page_*.lance"])  # files of the vector index, and of the index of paths
+# Files of the vector index, and of the index of paths
+@pytest.mark.parametrize("files", ["*.idx", pytest.param("page_*.lance", marks=pytest.mark.slow)])
 def test_a_damaged_search_index_is_reported_and_built_again(tmp_path, model, monkeypatch, caplog, files):
     monkeypatch.setattr(table, "MAX_EXACT_ROWS", 280), monkeypatch.setattr(index_module, "MAX_CACHED_ROWS", 100)
     fotos = tmp_path / "fotos"

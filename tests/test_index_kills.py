@@ -92,6 +92,7 @@ def test_of_two_concurrent_updates_the_second_waits_and_has_nothing_to_do(tmp_pa
     assert waiting in (tmp_path / "both.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_reader_sees_complete_versions_during_a_write(tmp_path, processes, model):
     folder = tmp_path / "fotos"
     make_pictures(folder, 80)

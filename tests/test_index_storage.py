@@ -153,6 +153,7 @@ def test_concurrent_updates_of_a_bucket_write_each_row_once(storage, tmp_path, m
     assert len(rows_of(PictureIndex.open(address))) == 30  # `rows_of` checks that no row is there twice
 
 
+@pytest.mark.slow
 def test_a_failed_task_is_reported_and_the_same_command_does_the_rest(tmp_path, model):
     folder = tmp_path / "fotos"
     make_pictures(folder, 10)

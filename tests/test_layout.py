@@ -66,9 +66,8 @@ def python_files() -> list[Path]:
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
-    return [
-        Path(name) for name in listed if (ROOT / name).is_file()
-    ]  # git lists removed files until they are committed
+    # Git lists removed files until they are committed.
+    return [Path(name) for name in listed if (ROOT / name).is_file()]
 
 
 @cache

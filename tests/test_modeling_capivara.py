@@ -206,7 +206,7 @@ TEXT_TOWERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", one_in(3, [*VISION_TOWERS, *TEXT_TOWERS]))
+@pytest.mark.parametrize("kind", one_in(4, [*VISION_TOWERS, *TEXT_TOWERS]))
 def test_other_towers(kind, tmp_path, batch):
     towers = {"vision_config": VISION_TOWERS[kind]} if kind in VISION_TOWERS else {"text_config": TEXT_TOWERS[kind]}
     model = randomize(CapivaraModel(tiny_config(**towers))).eval()
@@ -290,6 +290,7 @@ def test_the_check_of_the_mask_does_not_read_values_of_other_devices():
     _check_attention_mask(ids, ids)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_flex_attention_equals_eager_in_both_towers(tiny_model, batch):
     tiny_model.set_attn_implementation("eager")

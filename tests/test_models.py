@@ -277,9 +277,8 @@ def test_the_digest_is_computed_once(tiny_folder, cache, monkeypatch):
         patch.setattr(digests, "_compute_weights_digest", lambda paths: pytest.fail("the weights were read again"))
         assert find_model(str(tiny_folder)).image_digest == digest
     with monkeypatch.context() as patch:
-        patch.setenv(
-            "CAPIVARA_CACHE", str(tiny_folder / "config.json")
-        )  # not a folder: the digest is computed without the cache
+        # Not a folder: the digest is computed without the cache.
+        patch.setenv("CAPIVARA_CACHE", str(tiny_folder / "config.json"))
         assert find_model(str(tiny_folder)).image_digest == digest
     cached.write_text('{"weights": "damaged"}')
     assert find_model(str(tiny_folder)).image_digest == digest and "damaged" not in cached.read_text()

@@ -1,5 +1,6 @@
 """Picture files: which are found in folders, what is read of each, and why others are skipped."""
 
+import base64
 import io
 import os
 import re
@@ -345,15 +346,18 @@ def test_avif_files_of_any_size_are_decoded_one_at_a_time(tmp_path):
 
 @SLOW
 def test_avif_files_that_declare_too_few_pixels_take_little_memory():
-    """Each of the eight files would take 409 MB, if its 16,384 x 12,200 pixels were decoded.
+    """Each of the eight files takes 409 MB while its 16,384 x 12,200 pixels are decoded, which this limit allows.
 
     The peak of `getrusage` would include the memory of the process that started this one.
     """
+    with pytest.raises(BadImage, match="16384 x 12200 pixels"):
+        image_files.open_image(zlib.decompress(base64.b64decode(LYING_AVIF)), "a.avif")
     program = (
         "import base64, re, sys, zlib\n"
         "from capivara_common.image_files import ImageAccess, decode_images\n"
         "data = zlib.decompress(base64.b64decode(sys.stdin.read()))\n"
-        "images = list(decode_images(range(8), lambda row: {'bytes': data, 'path': None}, ImageAccess()))\n"
+        "access = ImageAccess(max_pixels=200_000_000)\n"
+        "images = list(decode_images(range(8), lambda row: {'bytes': data, 'path': None}, access))\n"
         "peak = re.search(r'VmHWM: *(\\d+)', open('/proc/self/status').read().replace('\\t', ' '))\n"
         "print({image.size for _, image in images}, int(peak[1]) // 1024)\n"
     )
@@ -373,9 +377,8 @@ def test_raw_files_are_read_by_their_preview(orientation, tmp_path):
     preview = image if inverse is None else image.transpose(EXIF_TRANSPOSES[inverse])
     for exif in (None, make_exif(orientation, DateTimeOriginal="2001:01:01 00:00:00")):
         data = encode(preview, exif=exif) if exif else encode(preview)
-        data = (
-            data[:2] + data[20:] if exif else data
-        )  # without JFIF, because LibRaw adds EXIF data unless they come first
+        # Without JFIF, because LibRaw adds EXIF data unless they come first.
+        data = data[:2] + data[20:] if exif else data
         file = write_file(tmp_path / "IMG_1.DNG", made_dng(data, orientation, (66, 50)))
         picture = read_picture(file)
         assert (picture.width, picture.height) == ((66, 50) if orientation in (1, 3) else (50, 66))

@@ -202,7 +202,7 @@ def test_another_text_encoder_reuses_all_vectors_and_is_logged(index, folder, mo
     assert PictureIndex.open(tmp_path / "i.lance").model.name == "text"
 
 
-@pytest.mark.parametrize("name", ["image", "wide"])
+@pytest.mark.parametrize("name", ["image", pytest.param("wide", marks=pytest.mark.slow)])
 def test_another_image_encoder_is_refused_in_search_and_embeds_all_pictures_again(
     index, folder, models, tmp_path, name, caplog, monkeypatch
 ):
@@ -241,6 +241,7 @@ def siglips(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_another_siglip_text_encoder_searches_the_index_of_its_base_with_siglips_scores(siglips, tmp_path, folder):
     index = PictureIndex.open(tmp_path / "siglip.lance", model=str(siglips / "base"))
     assert index.add(folder).embedded == 20
@@ -500,6 +501,7 @@ def test_a_file_that_can_not_be_opened_keeps_its_row_and_is_tried_again(index, f
 # --- Ignored files and moved folders ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_forgotten_paths_stay_out_until_they_are_included(index, folder):
     chosen, other = folder / "d1", folder / "d2" / "p0002.png"
     assert (index.forget(chosen), index.forget(other)) == (4, 1)
@@ -559,6 +561,7 @@ def test_without_a_folder_all_available_folders_are_updated(index, folder, tmp_p
     assert logged_values(caplog, "folders_away") == [(f"{away}, {linked}",)]
 
 
+@pytest.mark.slow
 def test_an_emptied_folder_does_not_prevent_the_update_of_the_others(index, folder, tmp_path, caplog):
     for name in ("coffee", "notes", "shut"):
         make_pictures(tmp_path / name, 3, seed=len(name))
@@ -579,6 +582,7 @@ def test_an_emptied_folder_does_not_prevent_the_update_of_the_others(index, fold
         index.add(tmp_path / "notes")
 
 
+@pytest.mark.slow
 def test_moving_a_folder_rewrites_paths_without_reading_pictures(tmp_path, models, monkeypatch, caplog):
     old, new = tmp_path / "it's é" / "Fotos", tmp_path / "outro" / "c'est là"
     make_pictures(old, 12), make_pictures(old.with_name("Fotos2"), 2, seed=5)

@@ -28,6 +28,7 @@ def test_ridge_regression_finds_the_image_of_each_caption(tiny_processor):
     assert recall_at_k(retrieval_ranks(texts, images, rows, rows), 1) == 1
 
 
+@pytest.mark.slow
 def test_the_alignment_returns_the_weights_of_the_highest_recall(tiny_processor, monkeypatch):
     """The curve also has the evaluations after it, and two runs give the same bits."""
     constants = {"BATCH_SIZE": 4, "MICRO_BATCH_SIZE": 2, "EVAL_STEPS": 2, "PATIENCE": 1, "WARMUP_STEPS": 3}

@@ -126,6 +126,7 @@ def test_a_run_killed_in_every_phase_is_resumed(run, uninterrupted, tmp_path):
     assert_equals_uninterrupted(out, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_a_forward_pass_is_resumed(run, uninterrupted, tmp_path):
     out = tmp_path / "out"
     kill_run(run(out), WholeBatch, "_embed", 13)
@@ -309,6 +310,7 @@ def test_tensorboard_gets_the_curves(run, tmp_path):
     assert {"validation/loss", "learning_rate", "gradient_norm"} <= set(curves.Tags()["scalars"])
 
 
+@pytest.mark.slow
 def test_a_nan_loss_stops_the_run_and_names_the_step(run, tmp_path, monkeypatch):
     original, calls = whole_batch.contrastive_loss, itertools.count(1)
 

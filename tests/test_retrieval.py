@@ -87,6 +87,7 @@ def test_the_command_writes_a_result_file_and_a_sheet(measured):
     )
 
 
+@pytest.mark.slow
 def test_truncated_embeddings_use_the_cache_of_full_ones(saved_tiny_folder, dataset, measured, tmp_path):
     options, shards = {"cache_dir": str(measured / "cache")}, find_shards(measured / "cache")
     truncated = measure(saved_tiny_folder, dataset, tmp_path / "r.json", dim=6, **options)
@@ -98,6 +99,7 @@ def test_truncated_embeddings_use_the_cache_of_full_ones(saved_tiny_folder, data
         main(make_flags(saved_tiny_folder, dataset, tmp_path / "r.json", "--dim", 25))
 
 
+@pytest.mark.slow
 def test_a_second_run_embeds_only_damaged_shards(saved_tiny_folder, dataset, measured, tmp_path, monkeypatch, caplog):
     cache = shutil.copytree(measured / "cache", tmp_path / "cache")
     with monkeypatch.context() as patch:
@@ -112,6 +114,7 @@ def test_a_second_run_embeds_only_damaged_shards(saved_tiny_folder, dataset, mea
     assert all(path.read_bytes() == data and f"{path} is damaged" in caplog.text for path, data in contents.items())
 
 
+@pytest.mark.slow
 def test_a_changed_model_or_image_is_embedded_again(tiny_folder, dataset_copy, measured, tmp_path):
     cache = shutil.copytree(measured / "cache", tmp_path / "cache")
 
@@ -129,6 +132,7 @@ def test_a_changed_model_or_image_is_embedded_again(tiny_folder, dataset_copy, m
         assert count_new_shards() == new_shards, "a model with the same image encoder embeds only texts"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues(saved_tiny_folder, dataset, measured, tmp_path, monkeypatch):
     monkeypatch.setattr("eval.embeddings.IMAGES_PER_SHARD", 4)
     monkeypatch.setattr("eval.embeddings.TEXTS_PER_SHARD", 10)
@@ -159,6 +163,7 @@ def test_captions_are_selected_by_position():
     }
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_counted_and_listed_without_private_paths(
     saved_tiny_folder, dataset_copy, tmp_path, capsys, no_pictures
 ):

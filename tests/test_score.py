@@ -88,6 +88,7 @@ def test_an_image_that_the_model_refuses_is_left_out(arguments, monkeypatch):
     assert [row["image"]["bytes"] for row in rows_of(arguments.output)] == [PICTURES[0], PICTURES[2]], "the JPEGs stay"
 
 
+@pytest.mark.slow
 def test_another_model_needs_another_output_folder(arguments, tiny_model):
     arguments.write_rows()
     assert read_stage_record(arguments.output)["settings"]["model"] == arguments.model

@@ -42,6 +42,7 @@ def test_each_shell_has_its_script(shell, capsys):
     assert caught.value.code == 0 and f"{COMPLETE}={shell}_complete" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bash_completes_with_the_command(tmp_path):
     program = tmp_path / "capivara"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m capivara_search "$@"\n')

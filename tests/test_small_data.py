@@ -131,6 +131,7 @@ def test_a_dry_run_checks_the_data(config, changes, named):
     assert not Path("data").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_checks_the_languages_of_the_translator(config, tmp_path):
     model = marian_folder(tmp_path / "m" / "translator")
     changed(config, language="xh", translate={"model": str(model)})

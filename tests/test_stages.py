@@ -24,7 +24,7 @@ from test_sources import FORMS
 from capivara_common.image_files import BadRow
 from caption_data.parquet_split import SAMPLE_BYTES, SAMPLE_COUNT, open_in_place, source_fingerprint
 from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
-from caption_data.sources import open_split, read_stage_progress
+from caption_data.sources import find_missing_rows, open_split
 from captions.score import ScoreArguments
 from captions.stages import (
     RowStage,
@@ -92,6 +92,7 @@ def test_a_killed_stage_resumes_to_the_same_bytes(numbered, undisturbed, tmp_pat
         assert [row["number"] for row in rows_of(folder)] == [i for i in range(NUMBER) if i % 10 != 5]
 
 
+@pytest.mark.slow
 def test_any_number_of_tasks_writes_the_same_parts(numbered, undisturbed, tmp_path):
     first = run(numbered, tmp_path / "out", (2, 3))
     assert sorted(parts(tmp_path / "out")) == [
@@ -99,7 +100,7 @@ def test_any_number_of_tasks_writes_the_same_parts(numbered, undisturbed, tmp_pa
         "train-000000035-000000040.parquet", "train-000000035-000000040.skipped.jsonl",
     ]  # fmt: skip
     assert (first.rows, first.skipped) == (11, {"ends in five": 1})
-    assert read_stage_progress(tmp_path / "out")[0] == 28
+    assert find_missing_rows(tmp_path / "out")[0] == 28
 
     def done(number: int, **other) -> list[int]:
         args = replace(arguments(numbered, tmp_path / "out"), **other)
@@ -197,7 +198,7 @@ def test_rows_that_cannot_be_used_are_listed(tmp_path):
     args = StageArguments(str(tmp_path / "data"), tmp_path / "out", batch_rows=2)
     report = args.write_rows()
     assert report.rows == 1 and report.skipped == {"no image": 2, "unreadable image": 2}
-    assert str(report) == "1 rows written, 4 left out (2 no image, 2 unreadable image)"
+    assert str(report) == "1 rows written, 4 skipped (2 no image, 2 unreadable image)"
     (row,) = rows_of(tmp_path / "out")
     assert row["captions-pt"] == ["y" * 10_000] and row["image"] == {"bytes": PICTURES[0], "path": "b"}
     lines = (tmp_path / "out" / "train-000000000-000000005.skipped.jsonl").read_text().splitlines()

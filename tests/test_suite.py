@@ -95,6 +95,7 @@ def test_every_benchmark_is_measured_in_its_layout(models, data, tmp_path, capsy
     assert "| ELEVATER average | average |" in table and str(data) not in table + str(summary)
 
 
+@pytest.mark.slow
 def test_a_selected_benchmark_without_the_languages_is_listed_as_not_run(models, data, tmp_path):
     selection = ["--only", "xm3600-first", "flickr30k_200", "--languages", "pt", "hi"]
     main(make_flags(tmp_path, *selection, model=models / "base", data_dir=data))
@@ -106,6 +107,7 @@ def test_a_selected_benchmark_without_the_languages_is_listed_as_not_run(models,
     assert rows["xm3600-first", "hi", "text_to_image", "mean_recall"]["baseline"]["published"] is None
 
 
+@pytest.mark.slow
 def test_another_base_is_compared_with_its_own_published_figures(models, data, tmp_path, capsys):
     """SigLIP 2 is recognized by its name, as --baseline or as the base in run.json."""
     base = tmp_path / "google" / "siglip2-base-patch16-224"
@@ -126,6 +128,7 @@ def test_another_base_is_compared_with_its_own_published_figures(models, data, t
     assert "| 77.54 |" in table and "Immich's page on searching" in table and "SiglipModel, sigmoid loss" in table
 
 
+@pytest.mark.slow
 def test_runs_with_several_seeds_give_mean_and_standard_deviation(models, data, tmp_path):
     runs = models / "runs"
     options = {"runs": runs, "baseline": models / "base", "data_dir": data}
@@ -144,6 +147,7 @@ def test_runs_with_several_seeds_give_mean_and_standard_deviation(models, data, 
     assert f"{measured['mean']:.2f} ± {measured['std']:.2f}" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_benchmarks_without_data_are_not_run_and_never_zero(models, tmp_path, capsys):
     main(make_flags(tmp_path, model=models / "base"))
     summary = read_summary(tmp_path)
@@ -158,6 +162,7 @@ def test_benchmarks_without_data_are_not_run_and_never_zero(models, tmp_path, ca
     assert re.search(r"ELEVATER average: .*\b0 of 20\b", table)
 
 
+@pytest.mark.slow
 def test_damaged_data_do_not_end_the_suite(models, data, tmp_path):
     (tmp_path / "xm3600").mkdir()
     (tmp_path / "xm3600" / "metadata.jsonl").write_text('{"file_name": "../../secret"', encoding="utf-8")
@@ -174,6 +179,7 @@ def test_damaged_data_do_not_end_the_suite(models, data, tmp_path):
     assert status["xm3600"]["status"] == "not run" and str(tmp_path) not in str(status)
 
 
+@pytest.mark.slow
 def test_an_interrupted_suite_continues_from_the_cache_to_the_same_table(models, data, tmp_path, monkeypatch):
     """The suite uses a file of prompts in the authors' format."""
     digits = ["zero", "um", "dois", "três", "quatro", "cinco", "seis", "sete", "oito", "nove"]

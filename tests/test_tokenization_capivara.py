@@ -103,9 +103,9 @@ def test_pairs_and_texts_in_words_are_cleaned_part_by_part(tiny_folder):
     assert words == tokenizer([list(clean)], is_split_into_words=True).input_ids
 
 
-@pytest.mark.parametrize("length", [None, 77, 20])
+@pytest.mark.parametrize("length", [None, 24])
 def test_pad_to_multiple_of_applies_after_truncation(tiny_folder, tiny_processor, length):
-    """The ids do not change. transformers itself refuses a length that the multiple does not divide."""
+    """The ids do not change. A length that the multiple does not divide is refused, as in transformers."""
     tokenizer, options = AutoTokenizer.from_pretrained(tiny_folder), {} if length is None else {"max_length": length}
     expected = tokenizer(LABELS, padding=True, return_tensors="pt", **options)
     longest = length or 77
@@ -119,6 +119,8 @@ def test_pad_to_multiple_of_applies_after_truncation(tiny_folder, tiny_processor
             assert torch.equal(actual["attention_mask"][:, :longest], expected["attention_mask"])
             assert (actual["input_ids"][:, longest:] == tokenizer.pad_token_id).all()
             assert not actual["attention_mask"][:, longest:].any()
+            with pytest.raises(ValueError, match="not a multiple"):
+                tokenize(LABELS, padding=padding, pad_to_multiple_of=8, max_length=77)
 
 
 @pytest.mark.parametrize("kind", ["folder", "parts"])
@@ -157,6 +159,7 @@ def test_slow_tokenizers_are_refused():
         CapivaraProcessor(CapivaraImageProcessor(), ByT5Tokenizer())
 
 
+@pytest.mark.slow
 def test_cleaning_equals_that_of_open_clip_on_nested_mixtures():
     pieces = "& amp; &amp; &lt; < &#227; &ccedil; &Atilde; &pound; Ã£ Ã© ã â€™ “ a &copy; &semi; #38; &NewLine; ； ＆ ﬁ"
     pieces, rng = [*pieces.split(), "\n", " ", "Ã ", "\x85", "&nbsp;"], random.Random(0)

@@ -169,6 +169,7 @@ def test_a_folder_with_other_files_or_another_run_is_left_alone(model, tiny_data
     assert len(list(tmp_path.glob("*/precious.txt"))) == 2 and (tmp_path / "busy.partial").is_dir()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_interpolated_with_its_base(finished, saved_tiny_folder, tmp_path):
     interpolate([str(saved_tiny_folder), str(finished), "--share", "0.25", "--output", str(tmp_path / "quarter")])
     folders = saved_tiny_folder, finished, tmp_path / "quarter"

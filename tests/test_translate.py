@@ -89,13 +89,14 @@ def check_rows(output: Path, language: str = "pt") -> None:
                     assert translation == (translated(text, language) if text else "")
 
 
+@pytest.mark.slow
 def test_each_distinct_sentence_is_translated_once(service, dataset, tmp_path, capsys):
     main(google_flags(service, dataset, tmp_path / "pt", "--tasks", "3", "--rows_per_part", "1"))
     check_rows(tmp_path / "pt")
     sent = Counter(service.sentences())
     assert set(sent.values()) == {1}
     assert {text for text in sent if text in distinct()} == distinct() - {LONG}, "the long sentence is sent in pieces"
-    assert "24 rows written, 0 left out" in capsys.readouterr().out
+    assert "24 rows written, 0 skipped" in capsys.readouterr().out
     main(google_flags(service, dataset, tmp_path / "again", "--memory", str(tmp_path / "pt.memory")))
     check_rows(tmp_path / "again")
     assert Counter(service.sentences()) == sent, "another run with the same memory sends nothing"
@@ -131,6 +132,7 @@ def test_the_memory_separates_translators_and_names_damaged_files(tmp_path):
         again.find(["a dog"])
 
 
+@pytest.mark.slow
 def test_a_run_that_google_interrupts_continues(service, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("captions.http_service.MAX_TRIES", 2)
     monkeypatch.setattr("captions.http_service.FIRST_WAIT_S", 0.01)
@@ -195,6 +197,7 @@ def file_flags(dataset: str, output: Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_table_is_written_filled_and_read(dataset, tmp_path, caplog):
     table = tmp_path / "yo.tsv"
     main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
@@ -264,6 +267,7 @@ def test_an_invalid_language_code_is_refused(dataset, tmp_path, language):
 # Quality, columns, errors
 
 
+@pytest.mark.slow
 def test_flagged_translations_are_counted_shown_and_dropped(dataset, tmp_path, capsys):
     table = tmp_path / "yo.tsv"
     main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))

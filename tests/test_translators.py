@@ -10,6 +10,7 @@ from typing import Any, Self
 import pytest
 import torch
 from google_server import KEY, google_service, translated
+from sampling import one_in
 from seq2seq_models import m2m100_folder, marian_folder
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer
 
@@ -77,7 +78,7 @@ def test_special_tokens_in_captions_are_plain_text(marian, nllb):
 
 
 @pytest.mark.parametrize("kind", ["m2m100", "nllb"])
-@pytest.mark.parametrize("language", NLLB_CODES)
+@pytest.mark.parametrize("language", one_in(3, NLLB_CODES))
 def test_m2m100_and_nllb_begin_with_the_language_token(kind, language, request):
     folder, sentence = request.getfixturevalue(kind), "two men ride horses on the beach."
     translator = Seq2SeqTranslator(str(folder), language, **SHORT)
@@ -113,6 +114,7 @@ def test_long_texts_are_split_at_sentences_clauses_and_words():
     assert split_text("ab", lambda text: False) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_the_fingerprint_covers_everything_that_changes_translations(marian, m2m100, tmp_path):
     base = Seq2SeqTranslator(str(marian), "pt", **SHORT).fingerprint
     assert base == Seq2SeqTranslator(str(marian), "por", **SHORT, batch_size=3).fingerprint
@@ -187,6 +189,7 @@ def google(service, language="pt", endpoint=None):
     return GoogleTranslator(language, "en", endpoint or service.url)
 
 
+@pytest.mark.slow
 def test_requests_to_google_stay_within_its_limits(service):
     sentences = [f"sentence {i}" for i in range(300)] + ["word " * 400 for _ in range(5)]
     assert google(service).translate(sentences) == [translated(text, "pt") for text in sentences]

@@ -60,7 +60,7 @@ def test_a_processor_of_another_model_is_refused(tmp_path):
     siglip.save_pretrained(tmp_path / "clip")
     with pytest.raises(ValueError, match=r"SiglipProcessor.*'clip'"):
         load_processor(tmp_path / "clip")
-    faults = {48: r"images .*48.* 32 x 32 pixels", 32: r"tokenizer .*\d+ tokens"}
+    faults = {48: r"images .*48.* 32 x 32 pixels", 32: r"tokenizer .*id 440.* 300 tokens"}
     for side, message in faults.items():
         siglip.image_processor.size = {"height": side, "width": side}
         siglip.save_pretrained(tmp_path / "siglip")
@@ -98,7 +98,7 @@ def test_image_embeddings_depend_only_on_the_image_encoder(kind_folder):
     }
 
 
-@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("published", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_siglip_2_lowercases_texts_and_keeps_punctuation_everywhere(published, tmp_path):
     """In training, evaluation and search, and by transformers after the model was saved."""
     base, saved, texts = tmp_path / "base", tmp_path / "saved", ["Um GATO, azul!", "um gato, azul!", "um gato azul"]

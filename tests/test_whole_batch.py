@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs
+from sampling import one_in
 from torch.nn import functional as F
 from whole_batch_process import CAPTIONS, MICRO, SEED, STEP, VARIANTS, build, gradients_of, make_batch
 
@@ -158,7 +159,7 @@ def mean_error(actual: dict, expected: dict) -> float:
     return float(np.mean([((actual[n] - g).norm() / g.norm()).item() for n, g in expected.items() if "key.b" not in n]))
 
 
-@pytest.mark.parametrize("number", [4, 44, pytest.param(176, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", one_in(4, [24, 4, 44, 176]))
 def test_bfloat16_stays_as_accurate_with_many_micro_batches(number):
     captions = [f"{CAPTIONS[i % 7]} {CAPTIONS[i // 7 % 7]}" for i in range(number)]
     batches, embeds = make_batch(False, 1, captions)

@@ -71,8 +71,8 @@ class BatchArguments:
     )
     augmented_views: int = flag(
         1,
-        "Views of every image. 1: the image itself. V above 1: V fixed augmentations, one of them drawn at every step. "
-        "0: a fresh augmentation at every step, as in the paper; requires --image_embedding_cache off.",
+        "Views of every image. 1: the image itself. V above 1: V precomputed augmented views, one of them drawn at "
+        "every step. 0: a fresh augmentation at every step, as in the paper; requires --image_embedding_cache off.",
     )
     loading_workers: int | None = flag(None, "Processes that decode images. Default: up to 12 with a GPU, otherwise 0.")
     max_steps: int = flag(5863, "Optimizer steps.")
@@ -181,7 +181,7 @@ class RunArguments(
         if self.image_embedding_cache != "off" and self.augmented_views == 0:
             raise ValueError(
                 "augmented_views 0 draws a fresh augmentation at every step, which can't be cached. Use "
-                "--image_embedding_cache off, or --augmented_views with a number of fixed views."
+                "--image_embedding_cache off, or --augmented_views with a number of precomputed augmented views."
             )
         if len(set(self.dataset)) < len(self.dataset):
             raise ValueError(f"dataset must not name the same dataset twice, got {self.dataset}.")

@@ -85,8 +85,9 @@ def apportion_batch(batch_size: int, dataset_sizes: Sequence[int]) -> list[int]:
         )
     if batch_size > pairs:
         raise ValueError(
-            f"effective_batch_size must be at most the number of usable pairs, {pairs}, got {batch_size}: an image "
-            f"would be its own negative. The largest batch that fits is --effective_batch_size {pairs}."
+            f"effective_batch_size must be at most the number of usable pairs, {pairs}, got {batch_size}. In a "
+            "larger batch, an image would occur twice and be its own negative. The largest batch that fits is "
+            f"--effective_batch_size {pairs}."
         )
     exact = [batch_size * size / pairs for size in dataset_sizes]
     counts = [int(share) for share in exact]
@@ -196,11 +197,6 @@ def sample_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
     if views == 0:
         return np.full(number, step)
     return np.random.default_rng([seed, step, 2]).integers(views, size=number)
-
-
-def derive_seed(*numbers: int) -> int:
-    """Hash non-negative integers to one 63-bit seed. The result is the same on every machine."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @dataclass

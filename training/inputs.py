@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +25,14 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from capivara_common.embedding_store import EmbeddingStore, Place, vectors_to_array
 from capivara_common.environment import cache_home
-from capivara_common.files import write_json
-from capivara_common.image_files import BadImage, to_8_bit
-from capivara_common.tasks import split_rows
+from capivara_common.files import json_digest
+from capivara_common.image_files import BadImage
+from caption_data.augmentation import augment_view, describe_augmentation
+from caption_data.embedded import EMBEDS_COLUMN
 from caption_data.pairs import (
     build_pair_table,
     check_bad_share,
@@ -41,9 +41,8 @@ from caption_data.pairs import (
     missing_columns,
     pairs_fingerprint,
 )
-from caption_data.rows import SkippedRow, json_digest
+from caption_data.rows import SkippedRow
 from caption_data.sources import Split, open_split
-from eval.embeddings import EMBEDDING_FORMAT_VERSION, BadRows, EmbeddingCache, vectors_to_array
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import (
     IMAGE_ENCODER_PREFIXES,
@@ -54,11 +53,10 @@ from modeling_capivara.two_towers import (
     split_for_device,
 )
 from training.arguments import RunArguments
-from training.batches import BatchPlanner, StepPlan, apportion_batch, derive_seed
+from training.batches import BatchPlanner, StepPlan, apportion_batch
 from training.trainable import prepare_trainable
 
 PIXELS_VERSION = 1  # part of the cache key; increase it when preprocessing or augmentation changes the pixels
-AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4
 SHARD_ROWS = 2048  # images per file of the cache; a process that is killed loses at most one unfinished file
 logger = logging.getLogger("capivara")
 DATA_FLAGS_HINT = (
@@ -122,8 +120,7 @@ class PairDataset:
         image = self.source.load_image(self.table[pair]["row"])
         try:
             if self.augmented_views != 1:
-                image = to_8_bit(image)  # PIL's conversion to RGB would clip 16-bit images instead of scaling them
-                image = augment_image(image, derive_seed(self.seed, int(self.table[pair]["digest"], 16), view))
+                image = augment_view(image, self.table[pair]["digest"], view, self.seed)
             return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:
             raise BadImage("unreadable image", str(error)) from error
@@ -181,41 +178,48 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
         The usable training pairs, the validation and test pairs with image embeddings, and the skipped training rows.
 
     Raises:
-        ValueError: If data, columns or model are missing or invalid, or the usable pairs do not fill a batch.
+        ValueError: If data, columns or model are missing or invalid, the usable pairs do not fill a batch, or the
+            embeddings in a dataset were made by another image encoder.
     """
     splits = open_splits(args)  # before a model is loaded, because missing data is the most common error
-    cache = args.image_embedding_cache
-    root = cache_home() / "image_embeddings" if cache in ("auto", "off") else Path(cache)
     processor = load_processor(args.model)
     base = load_model(args.model)
     # Checks the regular expressions of --frozen_parameters and --lora_targets before any long work.
     prepare_trainable(load_model(args.model), args)
     base.to(accelerator.device).eval()
+    for split in splits.values():
+        if split.is_embedded:
+            split.check_embeds(args.model, views=split.stored_views)
     validation_split = splits[args.evaluation_dataset, args.validation_split]
     test_split = splits[args.evaluation_dataset, args.test_split]
     validation = load_evaluation_pairs(args, validation_split, [args.language], processor)[args.language]
     test = load_evaluation_pairs(args, test_split, args.eval_languages, processor)
     training = load_training_pairs(args, splits, processor)
     drop_invalid_pairs(training, args)  # fails early if there are too many bad rows, before images are embedded
-    test_embeds = embed_images(base, processor, test[args.language], args.embedding_batch_size, "Images, test")
 
-    def embed_with_cache(pairs: PairDataset) -> PairDataset:
-        workers = resolve_loading_workers(args, accelerator)
-        return add_vectors(base, pairs, root, args.embedding_batch_size, workers, accelerator)
+    def with_vectors(pairs: PairDataset) -> PairDataset:
+        if pairs.source.is_embedded:
+            return add_dataset_vectors(pairs)
+        return pairs if args.image_embedding_cache == "off" else add_vectors(base, pairs, args, accelerator)
 
-    if args.image_embedding_cache == "off":
-        vectors = embed_images(base, processor, validation, args.embedding_batch_size, "Images, validation")
-    else:
-        validation = embed_with_cache(validation)
-        _check_no_bad_rows(validation)
-        vectors = torch.from_numpy(vectors_to_array(validation.table.data.table).astype(np.float32))
-        training = list(map(embed_with_cache, training))
+    def load_embeds(pairs: PairDataset, title: str) -> Tensor:
+        if pairs.vectors is None:
+            return embed_images(base, processor, pairs, args.embedding_batch_size, title)
+        _check_no_bad_rows(pairs)
+        return torch.from_numpy(vectors_to_array(pairs.table.data.column("vectors")).astype(np.float32))
+
+    test_pairs = test[args.language]  # without the cache, so that the final evaluation is in float32
+    test_pairs = add_dataset_vectors(test_pairs) if test_pairs.source.is_embedded else test_pairs
+    test_embeds = load_embeds(test_pairs, "Images, test")
+    validation = with_vectors(validation)
+    validation_embeds = load_embeds(validation, "Images, validation")
+    training = list(map(with_vectors, training))
     training, skipped = drop_invalid_pairs(training, args)
     return TrainingInputs(
         processor=processor,
         training=training,
         validation=validation,
-        validation_embeds=vectors,
+        validation_embeds=validation_embeds,
         test=test,
         test_embeds=test_embeds,
         skipped=skipped,
@@ -256,21 +260,31 @@ def open_splits(args: RunArguments) -> Splits:
         ValueError: If a split or column is missing, or there are too few rows for a batch. The message about a missing
             split or column names the flags that choose splits and columns.
     """
-    requested = [(name, args.train_split, _training_columns(args)) for name in args.dataset]
+    requested = [(name, args.train_split, _training_columns(args), args.augmented_views) for name in args.dataset]
     evaluated = [(args.validation_split, args.language), *((args.test_split, code) for code in args.eval_languages)]
-    requested += [(args.evaluation_dataset, split, [get_caption_column(args, code)]) for split, code in evaluated]
+    requested += [(args.evaluation_dataset, split, [get_caption_column(args, code)], 1) for split, code in evaluated]
     splits: Splits = {}
-    for dataset, split, columns in requested:
+    for dataset, split, columns, views in requested:
         try:
             if (dataset, split) not in splits:
                 splits[dataset, split] = open_split(dataset, split, args.image_column, **args.image_options())
             opened = splits[dataset, split]
-            opened.check_columns([args.image_column, *missing_columns(columns, opened.columns)])
+            opened.check_columns([opened.image_column, *missing_columns(columns, opened.columns)])
         except ValueError as error:
             raise ValueError(f"{str(error).rstrip('.')}. {DATA_FLAGS_HINT}") from error
+        if opened.is_embedded:
+            opened.check_views(views)
+    if (
+        args.image_embedding_cache == "off"
+        and len({splits[name, args.train_split].is_embedded for name in args.dataset}) > 1
+    ):
+        raise ValueError(
+            "image_embedding_cache off can't mix datasets of images with datasets of embeddings. Use the cache."
+        )
     sizes = [len(splits[name, args.train_split]) for name in args.dataset]
     if sum(sizes) < args.effective_batch_size:
-        # Raises an error that names the largest possible batch. Quick, because there are few rows.
+        # `drop_invalid_pairs` raises an error here. Its message names the largest possible batch, for which all rows
+        # are read. This is quick, because there are fewer rows than one batch has pairs.
         drop_invalid_pairs(load_training_pairs(args, splits), args)
     apportion_batch(args.effective_batch_size, sizes)
     return splits
@@ -392,7 +406,9 @@ def load_cached_embeds(training: list[PairDataset], plan: StepPlan) -> Tensor:
     places_by_dataset = [np.flatnonzero(plan.dataset_indices == number) for number in range(len(training))]
     embeds = []
     for pairs, places in zip(training, places_by_dataset, strict=True):
-        vectors = vectors_to_array(pairs.vectors[plan.rows[places]]).reshape(len(places), pairs.augmented_views, -1)
+        vectors = vectors_to_array(pairs.vectors[plan.rows[places]]["vectors"]).reshape(
+            len(places), pairs.augmented_views, -1
+        )
         embeds.append(vectors[np.arange(len(places)), plan.views[places]])
     plan_order = np.argsort(np.concatenate(places_by_dataset))
     return torch.from_numpy(np.concatenate(embeds)[plan_order].astype(np.float32))
@@ -448,29 +464,6 @@ def resolve_loading_workers(args: RunArguments, accelerator: Accelerator) -> int
     return 0 if accelerator.device.type == "cpu" else min(12, os.cpu_count() or 1)
 
 
-def augment_image(image: PIL.Image.Image, seed: int) -> PIL.Image.Image:
-    """Augment an image as in CAPIVARA (arXiv 2310.13683), section 4.
-
-    The image is resized to 250 pixels on its shorter side. A random crop with 90 to 100 % of the area is then resized
-    to 224 x 224 pixels, and AugMix with severity 2 is applied.
-
-    Args:
-        image: Decoded image.
-        seed: Seed of all random choices; the same seed gives the same result.
-
-    Returns:
-        The augmented image, 224 x 224 pixels, RGB.
-    """
-    from torchvision.transforms import v2 as transforms
-
-    torch.manual_seed(seed)
-    bicubic = transforms.InterpolationMode.BICUBIC
-    image = image.convert("LA") if image.mode == "La" else image  # PIL cannot convert La to RGB
-    image = transforms.Resize(AUGMENTATION["resize"], bicubic)(image.convert("RGB"))
-    image = transforms.RandomResizedCrop(AUGMENTATION["crop"], AUGMENTATION["scale"], interpolation=bicubic)(image)
-    return transforms.AugMix(severity=AUGMENTATION["augmix_severity"])(image)
-
-
 @torch.no_grad()
 def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerator) -> Tensor:
     """Embed images with the frozen image encoder, in the precision of the run.
@@ -491,44 +484,52 @@ def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerato
         return check_finite(torch.cat([compute_image_embeds(model, part) for part in parts]))
 
 
-def open_image_cache(model: PreTrainedModel, pairs: PairDataset, root: Path, precision: str) -> EmbeddingCache:
-    """Open the cache for the image embeddings of a dataset. The cache folder is created if it does not exist.
+def add_dataset_vectors(pairs: PairDataset) -> PairDataset:
+    """Add the column `vectors` with the embeddings that a dataset has instead of images. They stay on the disk.
 
-    The name of the cache folder is a hash of all data and settings that affect the embeddings, so a cache is never out
-    of date.
+    Args:
+        pairs: Dataset with all rows, including unusable rows.
+
+    Returns:
+        A copy of the dataset with the new column. Its `augmented_views` is the number of views in the dataset.
+    """
+    data = pairs.source.data.select_columns(EMBEDS_COLUMN)
+    if data._indices is not None:  # rows were selected; only then are the embeddings copied
+        data = data.flatten_indices()
+    table = pairs.table.data.table.append_column("vectors", data.data.column(EMBEDS_COLUMN))
+    fingerprint = json_digest([data._fingerprint, pairs.table._fingerprint])
+    return replace(pairs, table=Dataset(table, fingerprint=fingerprint), augmented_views=pairs.source.stored_views)
+
+
+def open_image_store(model: PreTrainedModel, pairs: PairDataset, args: RunArguments, precision: str) -> EmbeddingStore:
+    """Open the store for the image embeddings of a dataset.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
-        pairs: Dataset with all rows, including unusable rows.
-        root: Folder that holds all caches.
+        pairs: Dataset whose views are embedded.
+        args: Arguments of the run. They select the folder of all stores.
         precision: Mixed precision, as named by Accelerate: "no", "bf16" or "fp16".
 
     Returns:
-        The cache, with one shard for every `SHARD_ROWS` images.
+        The store. Its key covers everything besides the image files that affects the embeddings.
     """
-    images = hashlib.blake2b(digest_size=16)
-    for chunk in pairs.table.select_columns(["digest"]).iter(10_000):
-        images.update("".join(digest or "-" for digest in chunk["digest"]).encode())
-    parts = {
-        "version": PIXELS_VERSION,
-        "files": EMBEDDING_FORMAT_VERSION,
+    is_augmented = pairs.augmented_views != 1
+    settings = {
+        "pixels_version": PIXELS_VERSION,
         "tower_weights": weights_digest(model, IMAGE_ENCODER_PREFIXES),
         "tower_config": hashlib.blake2b(model.config.vision_config.to_json_string().encode()).hexdigest()[:32],
         "preprocessing": json.loads(pairs.processor.image_processor.to_json_string()),
         "augmented_views": pairs.augmented_views,
-        "augmentation": None if pairs.augmented_views == 1 else AUGMENTATION | {"torchvision": version("torchvision")},
-        "seed": pairs.seed,
+        "augmentation": describe_augmentation(pairs.seed) if is_augmented else None,
         "precision": precision,
-        "images": images.hexdigest(),
     }
-    cache = EmbeddingCache(root / json_digest(parts, sort_keys=True), split_rows(len(pairs), SHARD_ROWS))
-    if not (cache.folder / "cache.json").exists():
-        write_json(cache.folder / "cache.json", parts)
-    return cache
+    is_default = args.image_embedding_cache in ("auto", "off")
+    root = cache_home() / "image_embeddings" if is_default else Path(args.image_embedding_cache)
+    return EmbeddingStore(root, settings, args.embedding_batch_size, np.float16)
 
 
 def add_vectors(
-    model: PreTrainedModel, pairs: PairDataset, root: Path, batch_size: int, workers: int, accelerator: Accelerator
+    model: PreTrainedModel, pairs: PairDataset, args: RunArguments, accelerator: Accelerator
 ) -> PairDataset:
     """Add the column `vectors` with image embeddings to a dataset, and mark rows with unreadable images as unusable.
 
@@ -537,57 +538,30 @@ def add_vectors(
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
         pairs: Dataset with all rows, including unusable rows.
-        root: Folder that holds all caches.
-        batch_size: Images that go through the image tower together.
-        workers: Processes that decode images.
+        args: Arguments of the run.
         accelerator: Device, precision and processes of the run.
 
     Returns:
         A copy of the dataset with the new column. Rows with unusable images have a `reason` and a `detail`.
     """
-    cache = open_image_cache(model, pairs, root, accelerator.mixed_precision)
-    views, width = pairs.augmented_views, embedding_width(model.config)
-    missing, is_usable = cache.find_missing(), np.asarray(pc.equal(pairs.table.data.column("reason"), ""))
-    if missing and accelerator.is_main_process:
-        size = len(pairs) * views * width * 2 / 1e6
-        logger.info(f"Image-embedding cache: {len(pairs):,} images x {views} views, {size:,.1f} MB in {cache.folder}.")
+    store, views = open_image_store(model, pairs, args, accelerator.mixed_precision), pairs.augmented_views
+    if accelerator.is_main_process:
+        size = len(pairs) * views * embedding_width(model.config) * 2 / 1e6
+        logger.info(f"Image-embedding cache: {len(pairs):,} images x {views} views, {size:,.1f} MB in {store.folder}.")
 
-    def batches_of(part: range) -> list[list[tuple[int, int, int]]]:
-        items = [(0, pair, view) for pair in part if is_usable[pair] for view in range(views)]
-        return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    def load(batches: Iterator[list[Place]]) -> Iterator[list[Tensor | BadImage]]:
+        items = ([(0, *place) for place in batch] for batch in batches)
+        return prefetch_pixels([pairs], items, resolve_loading_workers(args, accelerator))
 
-    def embed_shards(numbers: list[int]) -> Iterator[tuple[np.ndarray, BadRows]]:
-        local_shards = [cache.shards[number] for number in numbers]
-        # One set of workers for all shards, because starting worker processes takes seconds.
-        loaded = prefetch_pixels([pairs], (batch for part in local_shards for batch in batches_of(part)), workers)
-        bar = {
-            "desc": f"Images, {pairs.source.display_name}",
-            "unit": "image",
-            "disable": not accelerator.is_main_process,
-        }
-        with tqdm(total=sum(map(len, local_shards)), **bar) as progress:
-            for part in local_shards:
-                embeds = np.zeros((len(part), views, width), dtype=np.float16)
-                bad = {place: ("", "") for place, pair in enumerate(part) if not is_usable[pair]}
-                for batch, images in zip(batches_of(part), loaded, strict=False):
-                    usable = []
-                    for (_, pair, view), image in zip(batch, images, strict=True):
-                        if isinstance(image, BadImage):
-                            bad[pair - part.start] = image.reason, image.detail
-                        else:
-                            usable.append((pair - part.start, view, image))
-                    if usable:
-                        places, numbers_of_views, images = map(list, zip(*usable, strict=True))
-                        vectors = embed_pixels(model, torch.stack(images), accelerator)
-                        embeds[places, numbers_of_views] = vectors.half().cpu().numpy()
-                    progress.update(len(batch) / views)
-                yield embeds, bad
+    def embed(images: list[Tensor]) -> np.ndarray:
+        return embed_pixels(model, torch.stack(images), accelerator).cpu().numpy()
 
-    cache.make_shards(missing, embed_shards)
-    cached, table = cache.load_table(), pairs.table.data.table
+    title, digests = f"Images, {pairs.source.display_name}", pairs.table["digest"]
+    cached = store.load_or_embed(digests, load, embed, title, rows_per_shard=SHARD_ROWS, views=views)
+    table = pairs.table.data.table
     # A row has a reason in at most one of the two tables, so joining the texts keeps this reason.
     for name in ("reason", "detail"):
         joined = pc.binary_join_element_wise(table[name], cached[name], "")
         table = table.set_column(table.column_names.index(name), name, joined)
-    table = Dataset(table.append_column("vectors", cached["vectors"]), fingerprint=cache.folder.name)
-    return replace(pairs, table=table)
+    fingerprint = json_digest([store.folder.name, pairs.table._fingerprint])
+    return replace(pairs, table=Dataset(table.append_column("vectors", cached["vectors"]), fingerprint=fingerprint))

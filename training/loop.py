@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from capivara_common.image_files import BadImage
 from caption_data.pairs import check_bad_share
 from caption_data.rows import SkippedRow, write_skipped_rows
-from eval.retrieval import compute_validation_metrics, embed_captions
+from eval.retrieval import compute_retrieval_embeddings, compute_validation_metrics
 from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
 from training.arguments import RunArguments
 from training.batches import MicroBatch, StepPlan
@@ -367,7 +367,7 @@ class TrainingLoop:
         """
         measures, inputs = [None], self.inputs
         if self.accelerator.is_main_process:
-            embeddings = embed_captions(
+            embeddings = compute_retrieval_embeddings(
                 self.model.eval(), inputs.processor, inputs.validation.captions(), inputs.validation_embeds
             )
             all_rows = torch.arange(len(embeddings.image_embeds))

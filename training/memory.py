@@ -82,7 +82,8 @@ def available_memory(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # outside a container there is no file; without a limit it says "max"
+    # Outside a container, the file does not exist. In a container without a limit, its content is "max".
+    with suppress(OSError, ValueError):
         limit = int(CONTAINER_MEMORY_FILE.read_text(encoding="ascii"))
         free = min(free, limit - psutil.Process().memory_info().rss)
     return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

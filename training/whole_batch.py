@@ -22,13 +22,14 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from caption_data.augmentation import derive_seed
 from modeling_capivara.two_towers import (
     compute_image_embeds,
     compute_text_embeds,
     embedding_width,
     uses_sigmoid_loss,
 )
-from training.batches import MicroBatch, derive_seed
+from training.batches import MicroBatch
 from training.memory import available_memory, keep_freed_memory, measure_graph_bytes, return_freed_memory
 
 # Logits computed at once by a loss: 64 MiB in float32. Larger batches are processed in tiles of this size.
@@ -168,7 +169,8 @@ class WholeBatch:
             self._bytes_per_token, self._bytes_per_text = size / first_ids.numel(), size / len(first_ids)
             free = available_memory(self.accelerator.device) - self._pending_state_bytes()
             self.budget = GRAPH_MEMORY_SHARE * max(free, 0)
-        for batch in reversed(batches):  # longest texts first, so that shorter texts fit into the memory they free
+        # The longest texts come first, so that shorter texts fit into the memory that longer texts have freed.
+        for batch in reversed(batches):
             ids = batch.input_ids
             size = max(self._bytes_per_token * ids.numel(), self._bytes_per_text * len(ids))
             if bytes_used + size <= self.budget:

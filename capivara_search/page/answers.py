@@ -249,8 +249,8 @@ class PageAnswers:
 
         Returns:
             Dictionary with the keys "label" (the best label, or None if a neutral sentence, which describes nothing in
-            particular, fits better than every label) and "shares" (list of pairs of a label and its share, 0 to 1, the
-            largest share first).
+            particular, fits better than every label) and "shares" (list of pairs of a label and its probability, 0 to
+            1, the largest probability first).
 
         Raises:
             RequestRefusedError: If the labels or the sentence are not allowed, or `image` is None.

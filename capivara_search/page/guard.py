@@ -13,7 +13,6 @@ import asyncio
 import ipaddress
 import logging
 import re
-import resource
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -30,10 +29,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from capivara_search.messages import localized_error
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 MAX_UPLOAD_BYTES = 20_000_000  # size of an uploaded picture; photos from phones have less than 15 MB
 MAX_QUESTION_BYTES = 200_000  # length of the line of JSON of a question; it usually has less than 10 kB
 MAX_LARGE_BODIES = 8  # bodies above MAX_QUESTION_BYTES that are in memory at a time; further requests wait
-BODY_SLOT_TIMEOUT_S = 30  # how long a request with a large body waits until it is one of the MAX_LARGE_BODIES
+BODY_SLOT_TIMEOUT_S = 30  # how long a request with a large body waits while `MAX_LARGE_BODIES` others are in memory
 BODY_TIMEOUT_S = 30  # time to receive a body; the page shrinks large pictures before it sends them
 HEADER_TIMEOUT_S = 10  # time to receive the headers of a request on a new connection, or after a response
 READ_TIMEOUT_S = 60  # time for a client to read the buffer of a response: 64 to 320 KiB, plus the system's buffer
@@ -277,12 +281,12 @@ class LimitedHttpProtocol(H11Protocol):
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """Start the deadline for reading, because the buffer of the response is full."""
+        """Start the client's deadline for reading the response, because the buffer of the response is full."""
         super().pause_writing()
         self._restart_deadline()
 
     def resume_writing(self) -> None:
-        """Restart the deadline, because the client has read most of the buffer."""
+        """Restart the client's deadline for reading the response, because it has read most of the buffer."""
         super().resume_writing()
         self._restart_deadline()
 
@@ -306,8 +310,11 @@ def connection_limit() -> int:
     """Return how many connections the server accepts, from 1 to `MAX_CONNECTIONS`.
 
     The number depends on how many files the process is allowed to open. A connection that downloads a picture needs two
-    file descriptors, and `RESERVED_DESCRIPTORS` file descriptors are needed for everything else.
+    file descriptors, and `RESERVED_DESCRIPTORS` file descriptors are needed for everything else. Windows allows
+    thousands of open files, so there the number is always `MAX_CONNECTIONS`.
     """
+    if resource is None:
+        return MAX_CONNECTIONS
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
@@ -334,10 +341,8 @@ def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
         raise localized_error(ValueError, "bad_host", value=", ".join(invalid_hosts))
     if host in ("0.0.0.0", "::"):
         machine = socket.gethostname().lower()
-        names += [
-            machine,
-            f"{machine.partition('.')[0]}.local",
-        ]  # in networks without DNS, the name is NAME.local (mDNS)
+        # In networks without DNS, the name is NAME.local (mDNS).
+        names += [machine, f"{machine.partition('.')[0]}.local"]
     return list(dict.fromkeys(names))
 
 
@@ -383,8 +388,9 @@ class QuestionQueue:
 
         Raises:
             RequestRefusedError: With the code "busy" if `MAX_QUEUED_QUESTIONS` questions are in the queue, if
-                `MAX_ABANDONED_THREADS` threads still work on refused questions, or if the question waits longer than
-                `QUEUE_TIMEOUT_S` seconds in the queue. With the code "too_slow" if the answer takes too long.
+                `MAX_ABANDONED_THREADS` threads still work on earlier questions that exceeded their time limit, or if
+                the question waits longer than `QUEUE_TIMEOUT_S` seconds in the queue. With the code "too_slow" if the
+                answer takes longer than the time limit.
         """
         if self._abandoned_count >= MAX_ABANDONED_THREADS or self._queued_count >= MAX_QUEUED_QUESTIONS:
             raise RequestRefusedError("busy", 503)

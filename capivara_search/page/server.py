@@ -176,9 +176,8 @@ def create_page_server(
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
     hosts = list_allowed_hosts(host, allow_hosts)
     if len(index):
-        index.search_vector(
-            np.ones(index.model.width, np.float32), k=1
-        )  # raises an error if the model does not match the index
+        # Raises an error if the model does not match the index.
+        index.search_vector(np.ones(index.model.width, np.float32), k=1)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family)

@@ -18,14 +18,7 @@ from typing import Any, TypeVar
 from captions.chat.answers import Answer
 from captions.chat.flags import parse_extra_body
 from captions.chat.prompts import Message
-from captions.http_service import (
-    RETRYABLE_STATUS_CODES,
-    Failure,
-    Retries,
-    check_key,
-    hide_key,
-    parse_retry_after,
-)
+from captions.http_service import RETRYABLE_STATUS_CODES, Failure, Retries, check_key, hide_key, parse_retry_after
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 NO_KEY = "no-key"  # sent if the variable is not set: servers of one's own need no key, but the client requires one

@@ -11,8 +11,7 @@ from capivara_common.environment import require_packages
 from captions.http_service import check_address, is_loopback
 
 CHAT = "chat: a model on a server that speaks OpenAI's protocol"  # title of the group in `--help`
-# Keys of a request that have flags or that the program writes, so that `--extra_body` must not contain them.
-RESERVED_KEYS = ("model", "messages", "n", "max_tokens", "temperature", "top_p", "seed", "response_format", "stream")
+RESERVED_KEYS = ("model", "messages", "n", "stream")  # keys of a request that `--extra_body` must not replace
 logger = logging.getLogger("capivara")
 
 
@@ -43,7 +42,8 @@ class ChatFlags:
     extra_body: str | None = flag(
         None,
         "JSON object with further keys of requests, for example "
-        '\'{"chat_template_kwargs": {"enable_thinking": false}}\' (vLLM).',
+        '\'{"chat_template_kwargs": {"enable_thinking": false}}\' (vLLM). A key replaces that of a flag; '
+        "null omits it.",
         group=CHAT,
     )
     price_per_million: list[float] = flag(
@@ -80,7 +80,7 @@ def check_chat_flags(args: Any, purpose: str) -> None:
 def parse_extra_body(text: str | None) -> dict[str, Any]:
     """Return the flag `extra_body` as a dict, which is empty if the flag is None.
 
-    Raises ValueError if the text is not a JSON object, or contains a key that has a flag.
+    Raises ValueError if the text is not a JSON object, or contains one of `RESERVED_KEYS`.
     """
     try:
         content = json.loads(text or "{}")
@@ -88,7 +88,7 @@ def parse_extra_body(text: str | None) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict) or (reserved := sorted(content.keys() & set(RESERVED_KEYS))):
         rule = f"must not contain {', '.join(reserved)}" if isinstance(content, dict) else "must be a JSON object"
-        raise ValueError(f"extra_body {rule}; the flags of the command set all other keys.")
+        raise ValueError(f"extra_body {rule}, got {text!r}.")
     return content
 
 

@@ -27,7 +27,7 @@ class Translator(Protocol):
         flags: Dataclass with the flags of the backend, which become flags of `captions.translate`.
         needs_table: Whether translations come from a table that people fill (`--import`). Otherwise, they are stored in
             the translation memory.
-        has_estimate: Whether `describe_work` says anything.
+        counts_tokens: Whether the backend counts tokens, so that `describe_work` estimates them.
         name: Name for messages.
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
             Translators with equal fingerprints share their stored translations.
@@ -38,7 +38,7 @@ class Translator(Protocol):
 
     flags: ClassVar[type]
     needs_table: ClassVar[bool] = False
-    has_estimate: ClassVar[bool] = False
+    counts_tokens: ClassVar[bool] = False
     name: str
     fingerprint: dict[str, Any]
     on_answer: Callable[[str, Answer], None] | None = None

@@ -12,14 +12,7 @@ from typing import Any, Self
 from capivara_common.cli import check_at_least, flag
 from captions.chat.answers import Answer, answer_schema, clean_answer, find_fault, read_json_value, split_lines
 from captions.chat.client import ChatClient, Choice
-from captions.chat.flags import (
-    CHAT,
-    ChatFlags,
-    check_chat_flags,
-    is_server_beside_tasks,
-    logger,
-    sampling_settings,
-)
+from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, is_server_beside_tasks, logger, sampling_settings
 from captions.chat.prompts import TranslationPrompts
 from captions.quality import REFUSED, TRUNCATED, find_quality_flags
 from captions.stages import RowStage
@@ -54,7 +47,7 @@ class ChatTranslator(Translator):
     """
 
     flags = ChatTranslatorFlags
-    has_estimate = True
+    counts_tokens = True
 
     def __init__(self, args: Any, rank: int = 0, is_check: bool = False):
         self._args, self._prompts, self._client = args, read_translation_prompts(args), ChatClient(args, rank)
@@ -174,10 +167,11 @@ class ChatTranslator(Translator):
             (part,) = await self._client.ask(
                 self._prompts.messages(piece), judge, response_format=answer_schema(SINGLE)
             )
+            # Other faults are forgotten: `captions.translate` finds them again, as for all translators.
+            fault = part.fault if part.fault in UNUSABLE else None
             text = f"{answer.text} {part.text}".strip()
-            answer = replace(_add_cost(part, answer), text=text, fault=answer.fault or part.fault)
-        # Other answers are kept: `captions.translate` flags their problems, as those of all translators.
-        return replace(answer, text="") if answer.fault in UNUSABLE else replace(answer, fault=None)
+            answer = replace(_add_cost(part, answer), text=text, fault=answer.fault or fault)
+        return answer if answer.fault is None else replace(answer, text="")
 
     def _judge_text(self, sentence: str, text: str, choice: Choice | None = None) -> tuple[str, str | None]:
         """Return the cleaned translation in an answer, and its first fault or None.

@@ -4,6 +4,7 @@ A sheet is a grid of images with a row per query. It shows the images that a mod
 """
 
 import io
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -131,9 +132,9 @@ def plot_bars(pairs: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-# Images with the highest scores, best first. Each is a tuple of the image (None if it can't be shown) and whether it is
-# the image that the query describes.
-RankedImages = list[tuple[Image.Image | None, bool]]
+# Images with the highest scores, best first. Each is a tuple of the image (its caption if the image can't be shown) and
+# whether it is the image that the query describes.
+RankedImages = list[tuple[Image.Image | str, bool]]
 
 
 def plot_gallery(
@@ -151,7 +152,8 @@ def plot_gallery(
         note: Text below the grid.
     """
     columns, blocks = max(len(images) for row in rows for _, images in row), len(rows[0])
-    top_margin, bottom_margin = 0.3 + 0.35 * bool(headings), 0.45 * bool(note)  # inches
+    lines = note.count("\n") + bool(note)
+    top_margin, bottom_margin = 0.3 + 0.35 * bool(headings), 0.15 * bool(note) + 0.15 * lines  # inches
     height = 1.45 * len(rows) + top_margin + bottom_margin
     installed = {font.name for font in font_manager.fontManager.ttflist}
     fallbacks = sorted(name for name in installed if name.startswith(FALLBACK_FONTS))
@@ -166,7 +168,11 @@ def plot_gallery(
             for block, (title, images) in enumerate(row):
                 for column, (image, is_relevant) in enumerate(images):
                     axis = figure.add_subplot(grid[number, block * (columns + 1) + column])
-                    axis.imshow(image or Image.new("RGB", (8, 8), "#e5e7eb"))
+                    if isinstance(image, str):
+                        text = textwrap.fill(to_one_line(image, 60), 14)
+                        axis.text(3.5, 3.5, text, ha="center", va="center", fontsize=7, parse_math=False)
+                        image = Image.new("RGB", (8, 8), "#e5e7eb")
+                    axis.imshow(image)
                     # Anchored at the top ("N"), so that the title stays close to a wide image.
                     axis.set(xticks=[], yticks=[], anchor="N")
                     for spine in axis.spines.values():
@@ -219,7 +225,8 @@ def plot_retrieval_sheet(
 
     Args:
         path: PNG file to write.
-        open_image: Function that opens an image by its index. If it raises BadImage, a gray square is drawn instead.
+        open_image: Function that opens an image by its index. If it raises BadImage, the first caption of the image is
+            drawn instead, and a note says why.
         queries: Texts of all queries.
         embeddings: Role -> embeddings of the same split (`eval.retrieval.RetrievalEmbeddings`), for the role
             "baseline", the role "capivara", or both.
@@ -227,6 +234,7 @@ def plot_retrieval_sheet(
         language: Language of the labels, "pt" or "en"; any other is treated as "en".
     """
     labels, rows, note = PLOT_LABELS.get(language, PLOT_LABELS["en"])["sheet"], [], ""
+    reason = ""  # why captions are shown instead of images
     ranks = {role: split.ranks["text_to_image"] for role, split in embeddings.items()}
     is_comparison = len(ranks) > 1
     if is_comparison:
@@ -252,10 +260,14 @@ def plot_retrieval_sheet(
             for index in best:
                 try:
                     images.append((_shrink(open_image(index)), index == relevant))
-                except BadImage:  # the file changed after it was embedded; this must not end a finished measurement
-                    images.append((None, index == relevant))
+                except BadImage:
+                    # The dataset has no images, or the file changed after it was embedded. This must not end a finished
+                    # measurement.
+                    reason = labels["no_images"]
+                    images.append((queries[(split.image_of_text == index).nonzero()[0, 0]], index == relevant))
             row.append((title, images))
         rows.append(row)
+    note = "\n".join(filter(None, (note, reason)))
     plot_gallery(rows, path, [labels[role] for role in ranks] if is_comparison else (), note)
 
 

@@ -27,14 +27,14 @@ MAX_JSON_BYTES = 64 * 2**20  # the largest part, an indented confusion matrix of
 ROLE_NAMES = {"baseline": "Baseline", "capivara": "CAPIVARA"}  # role -> name that tables show
 TASKS = ("retrieval", "classification", "linear_probe")
 DIRECTIONS = ("text_to_image", "image_to_text")
-RANK_METRICS = ("median_rank",)  # ranks from 1, lower is better; every other metric is a share from 0 to 1 or a gain
+RANK_METRICS = ("median_rank",)  # ranks from 1, lower is better; all other metrics are from 0 to 1, except gains
 GAIN_METRIC = "mean_recall_gain"  # model minus baseline, from -1 to 1
 METRIC_TASKS = {  # metric -> "retrieval", or "classes" for other tasks; `recall@k` for any k is not listed
     **dict.fromkeys(("mean_recall", "median_rank", GAIN_METRIC), "retrieval"),
     **dict.fromkeys(("accuracy", "mean_per_class_accuracy", "top_5_accuracy", "11point_mAP", "roc_auc"), "classes"),
 }
 LARGEST_RECALL_CUTOFF = 10  # the mean recall is the mean of recall@k for k = 1, 5 and 10; this is the largest k
-ROUNDING_TOLERANCE = 1e-9  # rounding errors may move a share out of its range by at most this much
+ROUNDING_TOLERANCE = 1e-9  # rounding errors may move a value out of the range 0 to 1 (gains: -1 to 1) by this much
 
 # Two records are comparable only if all of these fields of `Record` are equal.
 Condition = namedtuple("Condition", "task dataset split language protocol direction metric dim", defaults=(None,))
@@ -55,7 +55,7 @@ class Record:
     protocol: str  # how the value was measured; records of different protocols are not comparable
     direction: str  # "text_to_image" or "image_to_text" for retrieval, otherwise ""
     metric: str  # such as "recall@1", "mean_recall", "accuracy", or "mean_recall_gain" (model minus baseline)
-    value: float  # a share from 0 to 1; for "median_rank" a rank from 1; for a gain a difference from -1 to 1
+    value: float  # from 0 to 1, such as a recall; for "median_rank" a rank from 1; for a gain a difference from -1 to 1
     n: int  # number of queries (retrieval) or images (other tasks) that the value averages over
     model: str  # role of the model, "baseline" or "capivara"
     model_folder: str  # folder or Hub id of the model; "." in the results that a training run writes about itself
@@ -106,7 +106,7 @@ class Record:
 
     @property
     def is_rank(self) -> bool:
-        """Whether the value is a rank (from 1, lower is better) instead of a share."""
+        """Whether the value is a rank (from 1, lower is better) instead of a number from 0 to 1."""
         return self.metric in RANK_METRICS
 
     @property

@@ -167,8 +167,9 @@ def _sort_by_seed(rows: pandas.Series) -> tuple:
 def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
     """Pair each model with each baseline of the same condition.
 
-    If a model has several baselines, those measured on the same data are preferred. A baseline without a model forms a
-    pair of its own.
+    If a model has several baselines, those measured on the same data are preferred. A baseline that no model is paired
+    with is returned as a pair whose `capivara` is None, and a model without a baseline as a pair whose `baseline` is
+    None.
 
     Args:
         values: Result of `average_over_seeds`.
@@ -178,8 +179,12 @@ def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
 
         - the fields of `Condition`;
         - `baseline` and `capivara`, the paired elements of `values`, or None;
-        - `gain`, the mean of the model minus the mean of the baseline, as a share or in ranks; None if one is missing;
-        - `chance`, `n`, `seeds` (the larger number of seeds) and `is_rank` (whether the values are ranks);
+        - `gain`, the mean of the model minus the mean of the baseline: a difference of ranks for rank metrics,
+          otherwise of values from 0 to 1; None if model or baseline is missing;
+        - `chance`, the expected value for random scores, or None if it is unknown;
+        - `n`, the number of queries or images that the value averages over;
+        - `seeds`, the number of seeds of the model or of the baseline, whichever is larger;
+        - `is_rank`, whether the values are ranks;
         - `doubts`, a list of reasons why baseline and model may not be comparable.
     """
     by_condition: dict[tuple, dict[str, list]] = {}
@@ -241,10 +246,10 @@ def _make_pair(baseline: Any | None, model: Any | None, gain: float | None) -> d
 
 
 def format_percent(values: Sequence[float]) -> str:
-    """Format shares in percent.
+    """Format fractions, such as recalls, in percent.
 
     Args:
-        values: Shares from 0 to 1, one per seed.
+        values: Fractions from 0 to 1, one per seed.
 
     Returns:
         "12.3" for one value; "12.3 ± 0.4" (mean ± sample standard deviation) for several values; a dash for no value.

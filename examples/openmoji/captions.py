@@ -30,7 +30,7 @@ class OpenMojiCaptionsArguments:
     config: Path = flag(Path("configs/openmoji_captions.yaml"), "Configuration of `captions.build`.")
 
 
-def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
+def build_openmoji_captions(args: OpenMojiCaptionsArguments) -> Path:
     """Build the caption dataset that the configuration of `captions.build` describes.
 
     Args:
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command-line arguments. Default: those of the process.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    folder = build_openmoji(parse_arguments(OpenMojiCaptionsArguments, __doc__, argv))
+    folder = build_openmoji_captions(parse_arguments(OpenMojiCaptionsArguments, __doc__, argv))
     report = folder.parent / "3-select" / "train" / REPORT_PAGE
     print(
         f"Dataset: {folder}\nReport of the selection: {report}\nTrain on it: accelerate launch train_accelerate.py "

@@ -38,7 +38,7 @@ ENGLISH, NAMES = "captions-en", "captions-pt"
 CAPTION_TEMPLATES = ("{}", "um desenho de {}", "um emoji que mostra {}", "{}, desenho simples em fundo branco")
 # Flags of the training, which is too short for a good model.
 TRAINING = {"effective_batch_size": 64, "micro_batch_size": 32, "warmup_steps": 1, "learning_rate": 2e-5}
-TRAINING |= {"min_learning_rate": 0, "weight_decay": 0}
+TRAINING |= {"caption_strategy": "all", "min_learning_rate": 0, "weight_decay": 0}
 SERVER_SECTIONS = ("generate", "translate")  # sections of the config that need a server
 
 logger = logging.getLogger("capivara")

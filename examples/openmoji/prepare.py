@@ -129,7 +129,7 @@ def prepare_base(dataset_dir: Path, model_dir: Path | None, loss: str = "contras
         logger.info("Preparing the base model in %s (once): %s.", model_dir, BASE_COST_NOTE)
         if model_dir.exists() and any(model_dir.iterdir()):
             raise ValueError(
-                f"{model_dir} has no base model (config.json is missing). Remove it or name another folder."
+                f"{model_dir} has no base model (config.json is missing). Remove this folder or give another one."
             )
         with atomic_folder(model_dir) as folder:
             build_base(load_dataset_with_images(dataset_dir), folder, loss)

@@ -15,11 +15,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Processo
 from capivara_common.environment import require_packages
 from capivara_common.files import write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
+from capivara_common.model_kinds import KINDS
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
     BASE_TEXT_NAMES,
-    build_open_clip_model,
+    new_open_clip_model,
     to_capivara_state_dict,
     to_open_clip_model_cfg,
     to_open_clip_state_dict,
@@ -166,8 +167,8 @@ def build_open_clip_config(
 ) -> dict[str, Any] | None:
     """Build the content of open_clip_config.json for a CAPIVARA model, without reading weights.
 
-    If open_clip is installed, it builds the model on PyTorch's meta device (without memory for weights), so that names
-    and shapes of all tensors can be compared.
+    If open_clip is installed, this function also builds the open_clip model on PyTorch's meta device (without memory
+    for weights), and checks that its tensors have the names and shapes of the tensors of the CAPIVARA model.
 
     Args:
         config: Configuration of the model.
@@ -187,8 +188,8 @@ def build_open_clip_config(
     if source is None:
         vocabulary = f" (trimmed to {config.text_config.vocab_size:,} tokens)" if config.trimmed_vocabulary else ""
         logger.info(
-            "open_clip is left out: it loads the text tower's configuration from XLM-RoBERTa base, but this text tower "
-            "differs%s. Publish its config.json on the Hub and pass the id with --text_config.", vocabulary,
+            "The format open_clip is skipped: it loads the text tower's configuration from XLM-RoBERTa base, but this "
+            "text tower differs%s. Publish its config.json on the Hub and pass the id with --text_config.", vocabulary,
         )  # fmt: skip
         return None
     preprocess_cfg = to_preprocess_cfg(image_processor)
@@ -196,7 +197,7 @@ def build_open_clip_config(
     if find_spec("open_clip"):
         try:
             with torch.device("meta"):
-                tensors = to_capivara_state_dict(build_open_clip_model(config).state_dict())
+                tensors = to_capivara_state_dict(new_open_clip_model(config).state_dict())
                 build_model_from_tensors(tensors, config, "Its tensors")
         except (RuntimeError, ValueError) as error:  # for a few timm models, open_clip's head has another width
             raise ValueError(f"open_clip can't build this model: {' '.join(str(error).split())}") from error
@@ -302,6 +303,7 @@ def _config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> lis
 # (width, layers, patch size) -> start of the name of timm's SigLIP image tower. The full name ends in the image size.
 TIMM_TOWERS = {(768, 12, 16): "vit_base_patch16_siglip", (768, 12, 32): "vit_base_patch32_siglip"}
 TIMM_TOWERS |= {(1024, 24, 16): "vit_large_patch16_siglip", (1152, 27, 14): "vit_so400m_patch14_siglip"}
+TIMM_TOWERS |= {(1152, 27, 16): "vit_so400m_patch16_siglip", (1536, 40, 16): "vit_giantopt_patch16_siglip"}
 
 
 def check_siglip_supported(config: PreTrainedConfig) -> None:
@@ -314,7 +316,7 @@ def check_siglip_supported(config: PreTrainedConfig) -> None:
         ValueError: If the model is not a SigLIP model, or open_clip has no SigLIP model of this architecture.
         ImportError: If open_clip is not installed.
     """
-    if config.model_type != "siglip":
+    if KINDS[config.model_type].open_clip_layout != "timm_siglip":
         raise ValueError(
             f"open_clip's format supports CAPIVARA and SigLIP only, but this is a {config.model_type} model."
         )

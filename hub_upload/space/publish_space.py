@@ -23,7 +23,7 @@ from capivara_search.indexing import FOLDER_KEY_PREFIX
 from capivara_search.models import find_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
 from capivara_search.table import PictureTable
-from hub_upload.allowed_files import TOKENIZER_FILES, check_model_files, check_paths, check_secrets
+from hub_upload.upload_checks import TOKENIZER_FILES, check_model_files, check_paths, check_secrets
 from modeling_capivara.loading import read_card_metadata
 
 CODE_ROOT = Path(__file__).resolve().parents[2]

@@ -23,10 +23,10 @@ from capivara_common.files import atomic_folder, read_json, write_bytes, write_t
 from capivara_common.privacy import short_name
 from capivara_search.models import find_model
 from capivara_search.page import server
-from hub_upload.allowed_files import check_model_files, check_paths, check_secrets
 from hub_upload.export import export_model
 from hub_upload.formats import onnx, transformers_js
 from hub_upload.space.publish_space import CODE_ROOT, copy_file, read_model_license, write_space_card
+from hub_upload.upload_checks import check_model_files, check_paths, check_secrets
 
 SOURCE_SCRIPT = Path(__file__).parent / "static" / "source.js"
 # Language -> file of the page, its relative URL, and the URL of the page in the other language.

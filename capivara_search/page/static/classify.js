@@ -16,7 +16,7 @@ async function classify() {
   byId("classified").scrollIntoView({ block: "nearest" }); // on a narrow screen the result is below the form
 }
 
-/** Creates the elements that show a result: the best label, and a bar with the share of each label. */
+/** Creates the elements that show a result: the best label, and a bar with the probability of each label. */
 function resultElements({ label, shares }) {
   const rows = shares.map(([name, share]) => {
     const bar = element("progress", { value: share, "aria-hidden": "true" });

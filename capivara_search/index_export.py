@@ -39,7 +39,7 @@ def export_rows(table: PictureTable, path: str | Path) -> int:
     if not is_csv and path.suffix.lower() != ".parquet":
         raise localized_error(ValueError, "bad_suffix", path=path.name)
     check_output_file(path)
-    convert = partial(_to_export_rows, as_csv=is_csv)
+    convert = partial(_to_export_columns, as_csv=is_csv)
     names = [name for name in table.columns().names if name not in (THUMBNAIL_COLUMN, COLOR_SIGNATURE_COLUMN)]
     schema, batches = convert(table.rows(names, "false")).schema, map(convert, table.batches(names))
     with atomic_file(path) as temporary:
@@ -54,7 +54,7 @@ def export_rows(table: PictureTable, path: str | Path) -> int:
         return number
 
 
-def _to_export_rows(rows: pa.Table | pa.RecordBatch, as_csv: bool) -> pa.Table | pa.RecordBatch:
+def _to_export_columns(rows: pa.Table | pa.RecordBatch, as_csv: bool) -> pa.Table | pa.RecordBatch:
     """Convert rows of an index to the columns of an exported file.
 
     The column `mtime_ns` (nanoseconds) is replaced by `modified` (timestamp). The columns `date` and `date_source` are

@@ -1,0 +1,199 @@
+"""Read the size of the frames in an AVIF file without decoding them.
+
+The `ispe` box of an AVIF file declares the size of the image, but the decoder allocates memory for the frames in the
+AV1 streams, which may be larger. The sequence headers of the streams state the size of the frames (AV1 specification,
+section 5.5.1). The boxes are those of ISO/IEC 14496-12 and 23008-12.
+"""
+
+import io
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count, islice
+
+# Honest files stay below these limits, which bound the time that a hostile file takes.
+MAX_BOXES = 100_000  # in one box
+MAX_OBUS = 100  # per stream; the sequence header precedes the first frame
+MAX_ITEM_TABLE_BYTES = 64_000  # enough for 4,000 items
+MAX_STREAM_BYTES = 1_000_000  # that are read of a stream
+MAX_SEQUENCE_HEADER_BYTES = 512  # with the most operating points, a sequence header takes about 400 bytes
+SEQUENCE_HEADER = 1  # type of an OBU (open bitstream unit)
+TRACK_PATH = (b"moov", b"trak", b"mdia", b"minf", b"stbl")  # boxes around the sample table of an image sequence
+
+
+def largest_frame_size(data: bytes) -> tuple[int, int]:
+    """Return the size of the largest frame that the AV1 streams of an AVIF file declare.
+
+    The streams of all items of a still image are read (the image, its tiles and its transparency), and the first sample
+    of each track of an image sequence.
+
+    Args:
+        data: Content of the whole file.
+
+    Returns:
+        (width, height) in pixels of the frame with the most pixels; (0, 0) if no sequence header can be read.
+    """
+    file, sizes = memoryview(data), [(0, 0)]
+    for find_streams in (_item_streams, _track_streams):
+        with suppress(ValueError, IndexError, EOFError, struct.error):  # what precedes a damaged part counts
+            for stream in find_streams(file):
+                sizes.extend(_frame_sizes(stream))
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def _find_boxes(content: memoryview, *path: bytes) -> Iterator[memoryview]:
+    """Yield the contents of all boxes at a path of box types, such as `b"moov", b"trak"`.
+
+    The search in a box ends at the first child box that is damaged or does not fit into it.
+    """
+    start = 0
+    for _ in range(MAX_BOXES):
+        if start + 8 > len(content):
+            return
+        size, kind = struct.unpack_from(">I4s", content, start)
+        header = 8
+        if size == 1 and start + 16 <= len(content):  # the size has 64 bits
+            size, header = *struct.unpack_from(">Q", content, start + 8), 16
+        stop = start + size if size else len(content)  # 0: the box extends to the end
+        if not start + header <= stop <= len(content):
+            return
+        if kind == path[0]:
+            inner = content[start + header : stop]
+            yield from _find_boxes(inner, *path[1:]) if path[1:] else [inner]
+        start = stop
+
+
+def _item_streams(file: memoryview) -> Iterator[bytearray]:
+    """Yield the AV1 stream of each item of a still image.
+
+    Raises:
+        ValueError: If a table of items is too large.
+        EOFError: If a table of items is incomplete.
+    """
+    for meta in _find_boxes(file, b"meta"):
+        idat = next(_find_boxes(meta[4:], b"idat"), memoryview(b""))  # 4: version and flags
+        items = {
+            int.from_bytes(entry[4:8] if entry[0] == 3 else entry[4:6])
+            for table in _find_boxes(meta[4:], b"iinf")
+            for entry in _find_boxes(table[8 if table[0] else 6 :], b"infe")
+            if bytes(entry[10:14] if entry[0] == 3 else entry[8:12]) == b"av01"
+        }
+        for table in _find_boxes(meta[4:], b"iloc"):
+            for item, extents in _item_locations(table):
+                if item in items:
+                    stream = bytearray()
+                    for in_idat, start, size in extents:
+                        piece = (idat if in_idat else file)[start:]
+                        stream += piece[: min(size or len(piece), MAX_STREAM_BYTES - len(stream))]
+                    yield stream
+
+
+def _item_locations(table: memoryview) -> Iterator[tuple[int, list[tuple[bool, int, int]]]]:
+    """Yield the number of each item in an `iloc` box and its extents: (whether it is in `idat`, start, size in bytes).
+
+    Raises:
+        ValueError: If the table is too large.
+        EOFError: If the table is incomplete.
+    """
+    if len(table) > MAX_ITEM_TABLE_BYTES:
+        raise ValueError(f"The table of items must have at most {MAX_ITEM_TABLE_BYTES:,} bytes, got {len(table):,}.")
+    stream = io.BytesIO(table)
+
+    def read(size: int) -> int:
+        if len(content := stream.read(size)) < size:
+            raise EOFError("The table of items is incomplete.")
+        return int.from_bytes(content)
+
+    version, _, sizes = read(1), read(3), read(2)
+    offset_size, length_size, base_size, index_size = (sizes >> shift & 15 for shift in (12, 8, 4, 0))
+    for _ in range(read(4 if version == 2 else 2)):
+        item = read(4 if version == 2 else 2)
+        in_idat = bool(version and read(2) & 15)
+        read(2)  # data reference
+        base, extents = read(base_size), []
+        for _ in range(read(2)):
+            if version:
+                read(index_size)
+            extents.append((in_idat, base + read(offset_size), read(length_size)))
+        yield item, extents
+
+
+def _track_streams(file: memoryview) -> Iterator[memoryview]:
+    """Yield the first sample of each track of an image sequence.
+
+    Raises:
+        struct.error: If a table of samples is incomplete.
+    """
+    for table in _find_boxes(file, *TRACK_PATH):
+        for name, number in ((b"stco", ">I"), (b"co64", ">Q")):
+            for chunks, sizes in zip(_find_boxes(table, name), _find_boxes(table, b"stsz"), strict=False):
+                (start,) = struct.unpack_from(number, chunks, 8)  # 8: version, flags and number of chunks
+                (size,) = struct.unpack_from(">I", sizes, 4)  # 0: each sample has its own size
+                size = size or struct.unpack_from(">I", sizes, 12)[0]
+                yield file[start : start + size]
+
+
+def _frame_sizes(stream: bytearray | memoryview) -> Iterator[tuple[int, int]]:
+    """Yield (width, height) in pixels of each sequence header in an AV1 stream, up to the first damaged part."""
+    position = 0
+    with suppress(IndexError, ValueError):
+        for _ in range(MAX_OBUS):
+            header = stream[position]
+            position += 2 if header & 4 else 1  # there may be an extension byte
+            size = len(stream)
+            if header & 2:  # the size follows in LEB128: seven bits per byte, the lowest first
+                size = 0
+                for shift in range(0, 56, 7):
+                    byte = stream[position]
+                    position, size = position + 1, size | (byte & 127) << shift
+                    if byte < 128:
+                        break
+            if header >> 3 & 15 == SEQUENCE_HEADER:
+                yield _read_sequence_header(stream[position : position + min(size, MAX_SEQUENCE_HEADER_BYTES)])
+            position += size
+
+
+def _read_sequence_header(payload: bytearray | memoryview) -> tuple[int, int]:
+    """Return the largest width and height, in pixels, of the frames that an AV1 sequence header allows.
+
+    Raises:
+        ValueError: If the payload is too short.
+    """
+    bits = iter(f"{int.from_bytes(payload):0{8 * len(payload)}b}")
+
+    def read(number: int) -> int:
+        return int("".join(islice(bits, number)), 2)
+
+    read(4)  # profile, still_picture
+    if read(1):  # reduced_still_picture_header
+        read(5)  # level
+    else:
+        _skip_operating_points(read)
+    width_bits, height_bits = read(4) + 1, read(4) + 1
+    return read(width_bits) + 1, read(height_bits) + 1
+
+
+def _skip_operating_points(read: Callable[[int], int]) -> None:
+    """Skip the timing information and the operating points of an AV1 sequence header.
+
+    Args:
+        read: Function that reads a number of bits as an unsigned integer.
+    """
+    delay_bits = 0
+    if read(1):  # timing_info_present_flag
+        read(64)
+        # With equal_picture_interval, a number in Exp-Golomb code follows: zeros, a one, and as many bits as zeros.
+        if read(1) and (zeros := next(number for number in count() if read(1))):
+            read(zeros)
+        if read(1):  # decoder_model_info_present_flag
+            delay_bits = read(5) + 1
+            read(42)
+    has_display_delay = read(1)
+    for _ in range(read(5) + 1):
+        read(12)
+        if read(5) > 7:  # the level; high levels have a tier
+            read(1)
+        if delay_bits and read(1):  # decoder_model_present_for_this_op
+            read(2 * delay_bits + 1)
+        if has_display_delay and read(1):  # initial_display_delay_present_for_this_op
+            read(4)

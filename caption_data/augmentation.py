@@ -1,0 +1,68 @@
+"""Augment images as CAPIVARA does (arXiv 2310.13683, section 4), with augmentations that can be repeated.
+
+Training augments images while it runs or before it embeds them. `captions.embed` augments images for a dataset that
+others train on. Both get the same views for the same seed.
+"""
+
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from capivara_common.image_files import to_8_bit
+
+AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4
+
+
+def derive_seed(*numbers: int) -> int:
+    """Hash non-negative integers to one 63-bit seed. The result is the same on every machine."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def describe_augmentation(seed: int) -> dict[str, Any]:
+    """Return everything besides the image that determines its augmented views, as JSON values."""
+    return AUGMENTATION | {"torchvision": version("torchvision"), "seed": seed}
+
+
+def augment_view(image: PIL.Image.Image, digest: str, view: int, seed: int) -> PIL.Image.Image:
+    """Return an augmented view of an image.
+
+    The random choices depend on the digest of the image instead of its row, because row numbers change when other rows
+    are skipped.
+
+    Args:
+        image: Decoded image.
+        digest: BLAKE2b-128 hex digest of the image file.
+        view: Number of the view.
+        seed: Seed of the run or dataset.
+
+    Returns:
+        The view, 224 x 224 pixels, RGB.
+    """
+    image = to_8_bit(image)  # PIL's conversion to RGB would clip 16-bit images instead of scaling them
+    return augment_image(image, derive_seed(seed, int(digest, 16), view))
+
+
+def augment_image(image: PIL.Image.Image, seed: int) -> PIL.Image.Image:
+    """Augment an image as in CAPIVARA (arXiv 2310.13683), section 4.
+
+    The image is resized to 250 pixels on its shorter side. A random crop with 90 to 100 % of the area is then resized
+    to 224 x 224 pixels, and AugMix with severity 2 is applied.
+
+    Args:
+        image: Decoded image.
+        seed: Seed of all random choices; the same seed gives the same result.
+
+    Returns:
+        The augmented image, 224 x 224 pixels, RGB.
+    """
+    from torchvision.transforms import v2 as transforms
+
+    torch.manual_seed(seed)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    image = image.convert("LA") if image.mode == "La" else image  # PIL cannot convert La to RGB
+    image = transforms.Resize(AUGMENTATION["resize"], bicubic)(image.convert("RGB"))
+    image = transforms.RandomResizedCrop(AUGMENTATION["crop"], AUGMENTATION["scale"], interpolation=bicubic)(image)
+    return transforms.AugMix(severity=AUGMENTATION["augmix_severity"])(image)

@@ -1,0 +1,120 @@
+"""Datasets that hold embeddings of images instead of the images, as `captions.embed` writes them.
+
+Instead of an image, a row has these columns:
+
+- `image_embeds`: unit-length embedding in float16, (width,). With augmented views, (views, width).
+- `image_digest`: BLAKE2b-128 hex digest of the image file, as in `Split.image_digests`.
+- `image_encoder`: digest of the image encoder, the same in all rows. It is in every row so that it survives
+  concatenation, filtering and a round trip through the Hub.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Features, List, Value
+
+from capivara_common.embedding_store import vectors_to_array
+from capivara_common.hub_cache import resolve_model_folder
+from capivara_common.image_encoder_digest import image_encoder_digest
+from capivara_common.image_files import BadRow
+
+EMBEDS_COLUMN, DIGEST_COLUMN, ENCODER_COLUMN = "image_embeds", "image_digest", "image_encoder"
+EMBEDS_DTYPE = "float16"
+MAX_NORM_ERROR = 0.01  # largest accepted distance of a norm from 1; float16 changes the norm by less than 0.001
+INVALID_EMBEDDING = "invalid embedding"  # reason of a row whose embedding can't be used
+
+
+def embeds_feature(width: int, views: int = 1) -> List:
+    """Return the feature (column type of `datasets`) of the column `image_embeds`."""
+    vector = List(Value(EMBEDS_DTYPE), length=width)
+    return vector if views == 1 else List(vector, length=views)
+
+
+def embeds_shape(features: Features, name: str) -> tuple[int, int]:
+    """Return the shape of the embeddings of a dataset, after checking the three columns.
+
+    Args:
+        features: Types of the columns of the dataset.
+        name: Name of the dataset, for errors.
+
+    Returns:
+        The number of views and the width.
+
+    Raises:
+        ValueError: If a column is missing, or the embeddings do not have the type float16 and a fixed shape.
+    """
+    for column in (DIGEST_COLUMN, ENCODER_COLUMN):
+        if features.get(column) != Value("string"):
+            raise ValueError(
+                f"{name} has {EMBEDS_COLUMN!r} but no column {column!r} of strings; there are {list(features)}. "
+                "Make the dataset again with captions.embed, which writes all three columns."
+            )
+    outer = features[EMBEDS_COLUMN]
+    inner = getattr(outer, "feature", None)
+    views, vector = (outer.length, inner) if isinstance(inner, List) else (1, outer)
+    width = getattr(vector, "length", -1)
+    if min(views, width) < 1 or outer != embeds_feature(width, views):
+        raise ValueError(
+            f"{name}: the column {EMBEDS_COLUMN!r} must hold {EMBEDS_DTYPE} lists of a fixed length, got {outer}. Make "
+            "the dataset again with captions.embed."
+        )
+    return views, width
+
+
+def image_encoder_of(model: str, fingerprint: str) -> str:
+    """Return the digest of a model's image encoder, for the column `image_encoder`.
+
+    Args:
+        model: Folder or Hub id of a model, or "open_clip:…".
+        fingerprint: Fingerprint of an open_clip model (`Embedder.fingerprint`), which is used as its digest. It depends
+            on the precision. Ignored for other models.
+    """
+    from modeling_capivara.convert_open_clip import convert_to_folder
+
+    if model.startswith("open_clip:"):
+        return fingerprint
+    return image_encoder_digest(resolve_model_folder(model, convert_to_folder))
+
+
+def has_unit_length(vectors: np.ndarray) -> np.ndarray:
+    """Return whether all views of each row have unit length. NaN and infinity do not.
+
+    Args:
+        vectors: (rows, views, width).
+
+    Returns:
+        Booleans, (rows,).
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        norms = np.linalg.norm(vectors.astype(np.float32), axis=-1)
+        return (np.abs(norms - 1) <= MAX_NORM_ERROR).all(axis=-1)
+
+
+def find_invalid_embeds(chunks: Iterable[pa.ChunkedArray], width: int) -> dict[int, str]:
+    """Find the rows whose embedding is missing, not finite or not of unit length.
+
+    Args:
+        chunks: The column `image_embeds`, some thousand rows at a time.
+        width: Width of the embeddings.
+
+    Returns:
+        Number of each invalid row -> description of the fault.
+    """
+    faults, start = {}, 0
+    for chunk in chunks:
+        is_valid = np.array(chunk.is_valid())
+        vectors = vectors_to_array(chunk.drop_null()).reshape(int(is_valid.sum()), -1, width)
+        is_valid[is_valid] = has_unit_length(vectors)
+        faults |= {start + int(row): f"{EMBEDS_COLUMN} must have unit length" for row in np.flatnonzero(~is_valid)}
+        start += len(chunk)
+    return faults
+
+
+def read_row_embedding(row: dict[str, Any]) -> np.ndarray:
+    """Return the embedding of a row, (width,) or (views, width), float32. Raises BadRow if it is invalid."""
+    vector = np.array(row[EMBEDS_COLUMN] or [np.nan], np.float32)
+    if not row[DIGEST_COLUMN] or not has_unit_length(vector.reshape(1, -1, vector.shape[-1])).all():
+        raise BadRow(INVALID_EMBEDDING, f"{EMBEDS_COLUMN} must have unit length, and {DIGEST_COLUMN} must not be empty")
+    return vector

@@ -1,0 +1,149 @@
+r"""Replace the images of a dataset by their embeddings, so that others can train on it without the images.
+
+    python -m captions.embed --model data/openmoji/base --dataset data/openmoji/dataset --split all \
+        --output data/openmoji/embedded
+    python train_accelerate.py --config configs/openmoji.yaml --dataset data/openmoji/embedded
+
+The output is a dataset with a card, which `datasets.load_dataset` opens and `hub_upload.push` publishes. It has all
+columns but the image, and the columns of `caption_data.embedded`: the embedding, the digest of the image file, and the
+digest of the image encoder. All commands that take images take it instead, with any model that has this image encoder.
+
+Rows whose image cannot be used are skipped, and listed in skipped.jsonl. The folder OUTPUT.parts holds finished parts.
+To finish an interrupted run, run the same command again.
+"""
+
+import glob
+import logging
+import os
+import re
+import shlex
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, hf_hub_download
+
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.executors import PhaseStep, run_phases
+from capivara_common.files import check_output_folder, lock_folder
+from capivara_common.privacy import short_name
+from capivara_common.tasks import Phase
+from caption_data.rows import CAPTION_COLUMN_RE
+from caption_data.sources import list_splits
+from captions.build import BUILD_FILE, BuildPlan, write_dataset
+from captions.embedding_stage import EmbedArguments
+from captions.stages import StageArguments
+from modeling_capivara.loading import read_card_metadata
+
+logger = logging.getLogger("capivara")
+
+
+@dataclass
+class EmbedCommandArguments(EmbedArguments):
+    """Command-line flags of `captions.embed`."""
+
+    split: str = flag("train", "Split to embed; all: every split of the dataset.")
+    license: str | None = flag(
+        None, "License of the output, an identifier of the Hub such as cc-by-4.0. Default: the license of the dataset."
+    )
+
+
+def inherit_card(args: EmbedCommandArguments) -> dict[str, Any]:
+    """Return the values that the card of the output takes from the card of the dataset.
+
+    Args:
+        args: Flags of the command.
+
+    Returns:
+        The section `card` of a build config, and the key `translations`.
+
+    Raises:
+        ValueError: If neither the flags nor the card of the dataset state a license. A license is never guessed.
+    """
+    path, url = Path(args.dataset), None
+    card_path = (path if path.is_dir() else path.parent) / "README.md"
+    if not path.exists() and not glob.has_magic(args.dataset):
+        url = f"{constants.ENDPOINT}/datasets/{args.dataset}"
+        with suppress(OSError, ValueError):
+            card_path = Path(hf_hub_download(args.dataset, "README.md", repo_type="dataset"))
+    card = read_card_metadata(card_path)
+    license_id = args.license or card.get("license")
+    if not isinstance(license_id, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license_id):
+        raise ValueError(
+            f"The license of {args.dataset} must be one identifier of the Hub such as cc-by-4.0, got {license_id!r}. "
+            "State it with --license."
+        )
+    keys = ("attribution",) if args.license else ("attribution", "license_name", "license_link")
+    inherited = {key: card[key] for key in keys if card.get(key)}
+    name = short_name(args.dataset)
+    return inherited | {
+        "license": license_id,
+        "pretty_name": f"{card.get('pretty_name') or name}: image embeddings",
+        "description": "Captions with embeddings of their images, to train image-text models on without the images.",
+        "sources": [{"name": name, "url": url, "license": str(card.get("license") or license_id)}],
+        "translations": card.get("translations") or {},
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command `captions.embed`.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+    """
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    args = parse_arguments(EmbedCommandArguments, __doc__, argv)
+    card, parts = inherit_card(args), args.output.with_name(args.output.name + ".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.callback(os.close, lock_folder(parts))
+        except BlockingIOError as error:
+            raise ValueError(f"Another process is writing {args.output}. Wait for it, or change --output.") from error
+        except OSError:  # some file systems have no locks
+            logger.debug("%s can't be locked.", parts)
+        if write_embedded_dataset(args, card, parts):
+            folder = shlex.quote(str(args.output))
+            print(f"The dataset is in {args.output}. Train on it with --model {args.model} --dataset {folder}.")
+            print(f"Publish it with: python -m hub_upload.push --model {folder} --repo_id YOU/NAME --repo_type dataset")
+
+
+def write_embedded_dataset(args: EmbedCommandArguments, card: dict[str, Any], parts: Path) -> bool:
+    """Embed the images of all requested splits, and write the dataset.
+
+    Args:
+        args: Flags of the command.
+        card: Values for the dataset card, from `inherit_card`.
+        parts: Folder for the parts of each split.
+
+    Returns:
+        True if the dataset is complete. False if jobs were submitted to Slurm and are still to run.
+
+    Raises:
+        ValueError: If the dataset or the model can't be used, or the output folder has other files.
+        OSError: If the disk is full. The same command then writes the rest.
+    """
+    if not (args.output / BUILD_FILE).is_file():
+        check_output_folder(args.output)
+    steps: dict[str, list[StageArguments]] = {}
+    flags = {field.name: getattr(args, field.name) for field in fields(EmbedArguments)}
+    for split in list_splits(args.dataset) if args.split == "all" else [args.split]:
+        step = EmbedArguments(**flags | {"split": split, "output": parts / "1-embed" / split})
+        step = replace(step, logging_dir=args.log_folder / split)
+        step.rerun_command, step.translations = args.command(), card["translations"]
+        steps[split] = [step]
+    columns = [name for name in step.source().columns if CAPTION_COLUMN_RE.fullmatch(name)]
+    language = columns[0].split("captions-", 1)[1] if columns else ""
+    plan = BuildPlan(steps, parts, language, card, args.output)
+    phases = [phase for (step,) in steps.values() for phase in PhaseStep.from_phases(step, step.phases, step.title)]
+    phases.append(PhaseStep(Phase(write_dataset), plan, args.log_folder / "dataset", "dataset"))
+    return run_phases(phases, args)
+
+
+if __name__ == "__main__":
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import embed
+
+    run_command(embed.main, resumable=True)
