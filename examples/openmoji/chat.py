@@ -36,8 +36,9 @@ from examples.openmoji.dataset import render_splits
 ENGLISH, NAMES = "captions-en", "captions-pt"
 # What the stand-in answers to the prompts for captions, in turn.
 CAPTION_TEMPLATES = ("{}", "um desenho de {}", "um emoji que mostra {}", "{}, desenho simples em fundo branco")
+MAX_BATCH_SIZE = 64
 # Flags of the training, which is too short for a good model.
-TRAINING = {"effective_batch_size": 64, "micro_batch_size": 32, "warmup_steps": 1, "learning_rate": 2e-5}
+TRAINING = {"micro_batch_size": 32, "warmup_steps": 1, "learning_rate": 2e-5}
 TRAINING |= {"caption_strategy": "all", "min_learning_rate": 0, "weight_decay": 0}
 SERVER_SECTIONS = ("generate", "translate")  # sections of the config that need a server
 
@@ -53,7 +54,7 @@ class OpenMojiChatArguments:
     concurrency: int = flag(8, "Requests in flight at the same time.")
     images: int = flag(200, "Number of images of the split train.")
     evaluation_images: int = flag(50, "Number of images of each of the splits validation and test.")
-    max_steps: int = flag(5, "Training steps, with 64 images per step.")
+    max_steps: int = flag(5, "Training steps.")
     config: Path = flag(Path("configs/openmoji_chat.yaml"), "Configuration of `captions.build` without a server.")
     output: Path = flag(Path("data/openmoji/chat"), "Folder of the dataset and of the run.")
 
@@ -175,7 +176,12 @@ def run_example(args: OpenMojiChatArguments) -> Path:
             "caption_strategy": "all",
             "resume": "auto",
         }
-        flags |= {"max_steps": args.max_steps, "eval_steps": args.max_steps, **TRAINING}
+        flags |= {
+            "effective_batch_size": min(MAX_BATCH_SIZE, args.images),
+            "max_steps": args.max_steps,
+            "eval_steps": args.max_steps,
+            **TRAINING,
+        }
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         train_accelerate.main([*words, "--eval_languages", "pt", "en"])
     return run
