@@ -219,6 +219,29 @@ def test_truncated_answers_are_no_translation(service, dataset, tmp_path):
     assert report["flags"]["truncated"]["captions"] == report["flagged"] == 20
 
 
+@pytest.mark.parametrize("tokens", [10**12, -5])
+def test_odd_answers_can_be_stored(service, dataset, tmp_path, monkeypatch, tokens):
+    completion, usage = type(service).completion, {"prompt_tokens": tokens, "completion_tokens": tokens}
+    monkeypatch.setattr(type(service), "completion", lambda *args: completion(*args) | {"usage": usage})
+    service.answer = lambda messages: "um \ud800 \0gato"  # half of a surrogate pair, and a zero byte
+    translate(translation_flags(service, dataset, tmp_path / "pt"))
+    assert written(tmp_path / "pt")[0]["captions-pt"] == ["um ? gato"]
+    assert 0 <= read_json(tmp_path / "pt" / "quality.json")["usage"]["prompt_tokens"] < 10**12
+
+
+def test_requests_are_not_logged(service, dataset, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    translate(translation_flags(service, dataset, tmp_path / "pt"))
+    assert "HTTP Request" not in caplog.text
+
+
+@pytest.mark.parametrize("body", [{"api_key": "secret"}, {"a": {"Authorization": "secret"}}, {"x": "sk-secret"}])
+def test_a_key_in_extra_body_is_refused(service, dataset, tmp_path, body):
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as caught:
+        translate(translation_flags(service, dataset, tmp_path / "pt", "--extra_body", json.dumps(body)))
+    assert "secret" not in str(caught.value) and not service.keys
+
+
 def test_many_refused_requests_in_a_row_end_the_run(service, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("captions.chat.client.MAX_REFUSED_IN_A_ROW", 4)
     service.faults[:] = [400] * 8
@@ -429,6 +452,7 @@ def test_address_and_model_are_required(service, dataset, tmp_path, missing):
         ("system: a\n", "user"),
         ('user: "{{ text }}"\nusr: b\n', "usr"),
         ('user: "{{ text }}"\nexamples: [a]\n', "examples"),
+        ('user: "{{ text }}"\nexamples: [{text: a, answer: {b: c}}]\n', "examples"),
         ("user: \"{{ ''.__class__.__mro__ }}\"\n", "user"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import load_dataset
-from tiny import draw_nothing, save_model
+from tiny import save_model
 
 from capivara_common.files import read_json
 from examples.openmoji import chat
@@ -17,7 +17,6 @@ pytest.importorskip("openai")
 def test_captions_translations_and_a_trained_run(tmp_path, tiny_processor, monkeypatch, capsys):
     save_model(tmp_path / "base", tiny_processor)
     monkeypatch.setattr(chat, "get_miniature_folder", lambda: tmp_path / "base")
-    draw_nothing(monkeypatch)
     output = tmp_path / "chat"
     words = ["--output", str(output), "--images", "20", "--evaluation_images", "20", "--max_steps", "1"]
     chat.main(words)

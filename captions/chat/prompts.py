@@ -95,8 +95,12 @@ class TranslationPrompts(Prompts):
         super().__init__(path or FOLDER / "translate.yaml", TRANSLATION_KEYS, languages)
         self.examples = self.content.get("examples") or []
         pairs = [example if isinstance(example, dict) else {} for example in self.examples]
-        if not isinstance(self.examples, list) or any(set(pair) != {"text", "answer"} for pair in pairs):
-            raise ValueError(f"{self.path}: `examples` must be a list of entries with the keys text and answer.")
+        if (
+            not isinstance(self.examples, list)
+            or any(set(pair) != {"text", "answer"} for pair in pairs)
+            or not (all(isinstance(text, str) for pair in pairs for text in pair.values()))
+        ):
+            raise ValueError(f"{self.path}: `examples` must be a list of entries with the texts `text` and `answer`.")
         for key in ("user", "lines") if needs_lines else ("user",):
             if PROBE not in self.render(key, text=PROBE):
                 raise ValueError(f"{self.path}: `{key}` must contain {{{{ text }}}}, where the caption is inserted.")

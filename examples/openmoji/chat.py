@@ -13,6 +13,8 @@ a config (configs/openmoji_chat.yaml), `captions.build`, and `train_accelerate.p
 
 import hashlib
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +24,6 @@ from typing import Any
 import yaml
 from datasets import DatasetDict
 
-import train_accelerate
 from capivara_common.cli import check_at_least, flag, parse_arguments, read_yaml_config, run_command
 from capivara_common.files import atomic_folder, write_text
 from capivara_search.miniature import get_miniature_folder
@@ -36,6 +37,7 @@ from examples.openmoji.dataset import render_splits
 ENGLISH, NAMES = "captions-en", "captions-pt"
 # What the stand-in answers to the prompts for captions, in turn.
 CAPTION_TEMPLATES = ("{}", "um desenho de {}", "um emoji que mostra {}", "{}, desenho simples em fundo branco")
+TRAINER = Path(__file__).resolve().parents[2] / "train_accelerate.py"
 MAX_BATCH_SIZE = 64
 # Flags of the training, which is too short for a good model.
 TRAINING = {"micro_batch_size": 32, "warmup_steps": 1, "learning_rate": 2e-5}
@@ -183,7 +185,9 @@ def run_example(args: OpenMojiChatArguments) -> Path:
             **TRAINING,
         }
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        train_accelerate.main([*words, "--eval_languages", "pt", "en"])
+        words += ["--eval_languages", "pt", "en"]
+        if status := subprocess.call([sys.executable, str(TRAINER), *words]):
+            raise SystemExit(status)  # the trainer has printed the reason
     return run
 
 
