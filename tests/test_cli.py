@@ -23,7 +23,7 @@ COMMANDS = (
     *(f"eval.{name}" for name in ("retrieval", "classification", "linear_probe", "suite", "report")),
     *(f"hub_upload.{name}" for name in ("export", "card", "push", "space")),
     *(f"modeling_capivara.{name}" for name in ("convert_open_clip", "trim_vocabulary")),
-    *(f"examples.openmoji.{name}" for name in ("prepare", "fit_miniature", "captions", "proxies")),
+    *(f"examples.openmoji.{name}" for name in ("prepare", "fit_miniature", "captions", "chat", "proxies")),
     *("examples.real_images", "examples.fine_tune_classifier", "examples.exchange_text_side", "examples.caption"),
     *("examples.tune_sentence_transformers", "examples.guide_generation"),
 )

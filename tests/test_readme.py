@@ -135,6 +135,7 @@ LANGUAGES = {
     "docs/how-to/busca.md": "pt",
     "docs/how-to/seu_idioma.md": "pt",
     "docs/how-to/immich.md": "pt",
+    "docs/how-to/servidor_de_legendas.md": "pt",
 }
 FOREIGN_MODULES = ("http.server", "pip", "pytest", "venv")  # modules after `python -m` that are not of this project
 COMMAND_STARTS = (
@@ -265,6 +266,7 @@ def test_the_architecture_page_names_existing_files_and_functions():
 
 TRANSLATIONS = {"README.md": "LEIAME.md", "docs/how-to/search.md": "docs/how-to/busca.md"}
 TRANSLATIONS |= {"docs/how-to/your_language.md": "docs/how-to/seu_idioma.md"}
+TRANSLATIONS |= {"docs/how-to/captions_server.md": "docs/how-to/servidor_de_legendas.md"}
 ENGLISH = {  # Portuguese -> English in code: placeholders, flags with two names, and commands
     **{"ARQUIVO": "FILE", "MODELO": "MODEL", "NOME": "NAME", "PASTA": "FOLDER", "meu_modelo": "mine"},
     **{"--mais": "--more", "--menos": "--less"},
