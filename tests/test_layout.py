@@ -31,7 +31,11 @@ ALLOWED = {
     },
     "examples": {
         *(COMMON, "capivara_search", "caption_data", "eval.records", "captions", "training", "eval"),
-        "modeling_capivara",
+        *(
+            "modeling_capivara",
+            "train_accelerate",
+            "benchmarks.timing",
+        ),  # examples.openmoji.languages trains and measures
     },
     "benchmarks": {
         *(COMMON, "caption_data", "eval.records", "captions", "training", "eval", "modeling_capivara", "examples"),
