@@ -27,8 +27,14 @@ from datasets import Features, List, Value
 from tqdm.auto import tqdm
 
 import train_accelerate
-from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions, make_captions, report_results
-from benchmarks.timing import save_random_model
+from benchmarks.timing import (
+    CODE_ROOT,
+    RESULTS_FOLDER,
+    describe_conditions,
+    make_captions,
+    report_results,
+    save_random_model,
+)
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.files import read_json, write_json
 from caption_data.embedded import (
@@ -56,9 +62,7 @@ class EmbeddedTrainingArguments:
     rows: int = flag(3_300_000, "Rows of the large dataset.")
     small_rows: int = flag(10_000, "Rows of the small dataset, whose memory is subtracted.")
     steps: int = flag(3, "Optimizer steps of each run.")
-    work: Path = flag(
-        Path("runs/embedded_training"), "Folder for datasets, caches and runs; 17 GB for 3.3 million rows."
-    )
+    work: Path = flag(Path("runs/embedded_training"), "Folder for datasets, caches and runs; 17 GB by default.")
     keep: bool = flag(False, "Keep the work folder. By default, it is removed at the end.")
     output: Path = flag(RESULTS_FOLDER / "embedded_training.json", "JSON file for the results.")
     worker: Path | None = flag(None, "Internal: train on this dataset, and write the results to this folder.")

@@ -184,9 +184,7 @@ def load_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[str, str
     names = {text.replace("\ufe0f", ""): name for text, name in json.loads(path.read_text(encoding="utf-8")).items()}
     plain_texts = {picture.emoji: picture.text.replace("\ufe0f", "") for picture in pictures}
     if missing := [code for code, text in plain_texts.items() if text not in names]:
-        raise ValueError(
-            f"The package emoji has no {language} name of the emoji {missing[0]}. Install another version."
-        )
+        raise ValueError(f"The package emoji has no {language} name of {missing[0]}. Install another version.")
     return {code: to_natural_text(names[text], language) for code, text in plain_texts.items()}
 
 

@@ -12,6 +12,7 @@ on two CPU threads. docs/languages.md shows the results.
 """
 
 import logging
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from tqdm.auto import tqdm
 
 import captions.embed
 import train_accelerate
-from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions
 from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.environment import describe_device, package_versions
 from capivara_common.files import atomic_folder, read_json, write_json, write_text
 from eval.records.schema import read_records
 from examples.openmoji.concepts import EmojiPicture, load_concepts, load_names, split_concepts
@@ -55,8 +56,8 @@ class LanguagesArguments:
 
     languages: list[str] = flag([*LANGUAGES], "Codes of the languages to train, of the package `emoji`.")
     work: Path = flag(Path("data/openmoji/languages"), "Folder for dataset, base model, embeddings and runs.")
-    config: Path = flag(CODE_ROOT / "configs" / "openmoji.yaml", "YAML file with the training flags.")
-    output: Path = flag(RESULTS_FOLDER / "openmoji_languages.json", "JSON file for the results.")
+    config: Path = flag(Path("configs/openmoji.yaml"), "YAML file with the training flags.")
+    output: Path = flag(Path("benchmarks/results/openmoji_languages.json"), "JSON file for the results.")
 
     def __post_init__(self) -> None:
         unknown = [code for code in self.languages if code not in LANGUAGES]
@@ -149,9 +150,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(LanguagesArguments, __doc__, argv)
     base, embedded = prepare_embeddings(args.work)
     results: dict[str, Any] = {}
+    conditions = {"date": time.strftime("%Y-%m-%d"), "device": describe_device(), "versions": package_versions("emoji")}
     for code in tqdm(args.languages, desc="Languages", unit="language"):
         results[code] = train_language(code, args, base, embedded)
-        write_json(args.output, describe_conditions() | {"languages": results})
+        write_json(args.output, conditions | {"languages": results})
     print(f"Results: {args.output}. `python -m benchmarks.readme` updates the table in docs/languages.md.")
 
 
