@@ -5,7 +5,7 @@ BIN := .venv/bin
 # uses one process more than there are cores: about a seventh of its time is waiting for Slurm, followed folders and pages.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check
+.PHONY: demo test check dist
 
 demo: .venv/demo  ## prepare, train and measure the demo
 	$(BIN)/python -m examples.openmoji.prepare
@@ -18,6 +18,12 @@ check: .venv/test  ## style and fast tests, required for every change
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(PYTEST) -n auto -m "not slow and not gpu"
+
+dist: .venv/test  ## wheel and source archive in dist/, checked; CONTRIBUTING.md says how to publish them
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/dist_contents.py dist
 
 # One stamp file per extra; it is remade when the dependencies change. The extra `test` includes `demo`.
 .venv/demo .venv/test: setup.cfg pyproject.toml

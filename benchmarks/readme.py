@@ -26,6 +26,8 @@ from eval.records.tables import format_percent, format_points, render_retrieval_
 
 BLOCK_RE = re.compile(r"(<!-- (\w+): made by `python -m benchmarks.readme` -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
+PORTUGUESE_PAGES = ("LEIAME.md", "docs/seu_idioma.md")
+
 
 @dataclass
 class ReadmeArguments:
@@ -52,7 +54,7 @@ def fill_blocks(page: str, text: str) -> str:
     """Replace the text of all blocks between markers in a Markdown file. The file itself is not written.
 
     Args:
-        page: Path of the file relative to the checkout. The blocks of LEIAME.md are written in Portuguese.
+        page: Path of the file relative to the checkout. The blocks of `PORTUGUESE_PAGES` are written in Portuguese.
         text: Current content of the file.
 
     Returns:
@@ -61,7 +63,7 @@ def fill_blocks(page: str, text: str) -> str:
     Raises:
         ValueError: If `tables.md.j2` has no macro for a block.
     """
-    tables, portuguese = load_template().module, page == "LEIAME.md"
+    tables, portuguese = load_template().module, page in PORTUGUESE_PAGES
 
     def block(match: re.Match) -> str:
         begin, name, end = match.groups()
@@ -92,6 +94,7 @@ def load_template() -> Template:
         "table": format_table,
         "versions": format_versions,
         "ms": format_milliseconds,
+        "step_memory": format_step_memory,
         "zip": zip,
     }
     environment.globals |= {
@@ -133,6 +136,24 @@ def format_number(number: float, digits: int = 0) -> str:
 def format_milliseconds(percentiles: dict[str, float], digits: int = 0) -> list[str]:
     """Format the median ("p50") and the 95th percentile ("p95") of a time in milliseconds as two table cells."""
     return [format_number(percentiles["p50"], digits), format_number(percentiles["p95"], digits)]
+
+
+def format_step_memory(name: str) -> str:
+    """Format the peak memory of a step of 2816 pairs.
+
+    Args:
+        name: Name of a result file of `benchmarks.train_step` with the part `recipe`, without `.json`.
+
+    Returns:
+        Memory in GiB, as measured. If fewer pairs were measured, a range from their memory to the extrapolated one. "–"
+        if the file does not exist, because nothing has been measured.
+    """
+    path = RESULTS_FOLDER / f"{name}.json"
+    if not path.is_file():
+        return "–"
+    step = read_json(path, recipe=dict)["recipe"]
+    bounds = [step, step["extrapolated"]] if "extrapolated" in step else [step]
+    return "–".join(format_number(bound["peak_memory_bytes"] / 2**30, 1) for bound in bounds)
 
 
 def format_table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step
     python -m benchmarks.train_step --model siglip2 --parts programs --runs 3
+    python -m benchmarks.train_step --model siglip2_so400m --parts recipe --pairs 704 --runs 1
     python -m benchmarks.train_step --parts recipe --beside ../capivara-before
     python -m benchmarks.train_step --parts demo --output benchmarks/results/main_job.json
 
@@ -19,8 +20,13 @@ peak memory. The programs run alternately:
 another checkout, which needs its own .venv. Ratios are the rate of this checkout divided by the rate of the other
 checkout. `--parts demo` runs `make demo` end to end after the installation, twice per checkout.
 
-`--model siglip2` measures SigLIP 2 B/16 with the sigmoid loss against open_clip's `--siglip` on its ViT-B-16-SigLIP2.
-Texts have 64 random ids, because SigLIP always pads to 64, and neither program has dropout.
+`--model siglip2` measures SigLIP 2 B/16 with the sigmoid loss against open_clip's `--siglip` on its ViT-B-16-SigLIP2;
+`siglip2_large` and `siglip2_so400m` measure L/16 at 256 pixels and So400m/14 at 224 pixels. Texts have 64 random ids,
+because SigLIP always pads to 64, and neither program has dropout.
+
+The part `recipe` measures the first step of 2816 pairs with the program `cache_recomputed`. `--parts recipe --pairs
+2816` measures the second step, which needs more memory. With a smaller number, that step and one of half as many pairs
+are measured, and the memory of 2816 pairs is extrapolated from the two by `EXTRAPOLATION_RULE`.
 
 All programs get the same batch, in micro-batches of their own size (see the results). open_clip needs at least two
 micro-batches: with one, it does not accumulate gradients, and a batch of 2816 would be impossible. Apart from that,
@@ -62,11 +68,36 @@ PEER_PROGRAM = "open_clip"
 RECOMPUTED_PROGRAM = "cache_recomputed"
 PROGRAMS = (PEER_PROGRAM, "no_cache", "cache", RECOMPUTED_PROGRAM)
 BEFORE_SUFFIX = "_before"  # suffix of the names of programs that run in the checkout `--beside`
-RECIPE_SIZES = {"pairs": 2816, "micro": 64}  # CAPIVARA, arXiv 2310.13683, appendix
+PROGRAM_PAIRS = 96  # default of --pairs for the programs
+RECIPE_PAIRS, RECIPE_MICRO = 2816, 64  # CAPIVARA, arXiv 2310.13683, appendix; the micro-batch is our choice
+EXTRAPOLATION_RULE = (
+    "Linear in the pairs, through the two measured batch sizes, each of at least two micro-batches. Weights, "
+    "gradients, Adam's moments and the graph of a micro-batch do not depend on the batch. Token ids, embeddings and "
+    "their gradients grow linearly. The logits of the loss grow with the square, up to 64 MiB for each copy. "
+    "Differences between runs that have other causes are extrapolated too, so the result is more likely too high."
+)
 # --model -> open_clip's flags for the same architecture and loss
-OPEN_CLIP_FLAGS = {"capivara": "--model xlm-roberta-base-ViT-B-32", "siglip2": "--model ViT-B-16-SigLIP2 --siglip"}
-CAPTION_TOKENS = {"capivara": 20, "siglip2": 64}  # average per caption; SigLIP 2 always pads to 64
+OPEN_CLIP_FLAGS = {
+    "capivara": "--model xlm-roberta-base-ViT-B-32",
+    "siglip2": "--model ViT-B-16-SigLIP2 --siglip",
+    "siglip2_large": "--model ViT-L-16-SigLIP2-256 --siglip",
+    "siglip2_so400m": "--model ViT-SO400M-14-SigLIP2 --siglip",
+}
+SIGLIP_TOKENS = 64  # SigLIP always pads to this length
+CAPTION_TOKENS = dict.fromkeys(OPEN_CLIP_FLAGS, SIGLIP_TOKENS) | {"capivara": 20}  # average per caption
 SIGLIP_VOCABULARY_SIZE = 256_000  # random ids are drawn from all of it
+# --model -> sizes of both towers, image size and patch size of SigLIP 2. transformers' defaults are those of B/16.
+SIGLIP_SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "siglip2": ({}, {}),
+    "siglip2_large": (
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+        {"image_size": 256},
+    ),
+    "siglip2_so400m": (
+        {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304},
+        {"patch_size": 14},
+    ),
+}
 DRAWN_TOKEN_COUNT = 2000  # number of different XLM-R tokens in random captions, about as many as in the demo
 PAD_TOKEN_ID = 1  # XLM-R's padding token
 PEER_CONTEXT_LENGTH = 77  # open_clip pads all texts to this length
@@ -79,17 +110,22 @@ OPEN_CLIP_PRECISIONS = {"no": "fp32", "bf16": "amp_bfloat16"}
 class TrainStepArguments:
     """Command-line arguments of `benchmarks.train_step`."""
 
-    model: Literal["capivara", "siglip2"] = flag("capivara", "Architecture: CAPIVARA or SigLIP 2 B/16.")
-    pairs: int = flag(96, "Pairs per step, for all programs.")
+    model: Literal["capivara", "siglip2", "siglip2_large", "siglip2_so400m"] = flag(
+        "capivara", "Architecture: CAPIVARA, or SigLIP 2 B/16, L/16 or So400m/14."
+    )
+    pairs: int | None = flag(
+        None, "Pairs per step of the programs (default: 96) or, with --parts recipe, of the recipe (default: 2816)."
+    )
     micro: int = flag(16, "Pairs per micro-batch of our programs; the recipe's step has 64.")
     peer_micro: int = flag(48, "open_clip's --batch-size. Its --accum-freq is pairs / peer_micro.")
     runs: int = flag(5, "Number of alternating runs.")
     steps: int = flag(1, "Timed steps per run.")
     warmup: int = flag(1, "Untimed steps before them, for our programs; open_clip has 1.")
-    parts: list[str] = flag(
-        ["recipe", "programs"], "What to measure: one step of the recipe (2816 pairs), the programs, the demo."
+    parts: list[str] = flag(["recipe", "programs"], "What to measure: a step of the recipe, the programs, the demo.")
+    output: Path | None = flag(
+        None,
+        "JSON file for the results. Default: train_step.json, train_step_MODEL.json or train_step_recipe_MODEL.json.",
     )
-    output: Path | None = flag(None, "JSON file for the results. Default: train_step.json or train_step_siglip2.json.")
     beside: Path | None = flag(None, "Another checkout with its own .venv, measured in the same runs.")
     worker: Literal["open_clip", "no_cache", "cache", "cache_recomputed"] | None = flag(
         None, "Measure once in this process (internal)."
@@ -100,12 +136,33 @@ class TrainStepArguments:
         check_at_least(self, 1, "micro", "peer_micro", "runs", "steps")
         if not self.parts or set(self.parts) - {"recipe", "programs", "demo"}:
             raise ValueError(f"parts must be one or more of recipe, programs and demo, got {self.parts}.")
-        self.output = self.output or timing.RESULTS_FOLDER / f"train_step{'_siglip2' * (self.model == 'siglip2')}.json"
-        if not self.worker and (self.pairs % self.peer_micro or self.pairs <= self.peer_micro):
+        recipe_only = self.parts == ["recipe"]
+        suffix = "_recipe" * recipe_only + f"_{self.model}" * (recipe_only or self.model != "capivara")
+        self.output = self.output or timing.RESULTS_FOLDER / f"train_step{suffix}.json"
+        if self.worker:
+            self.pairs = self.program_pairs
+        elif "recipe" in self.parts and self.recipe_pairs[0] < 2 * RECIPE_MICRO:
+            raise ValueError(
+                f"pairs must be at least {4 * RECIPE_MICRO} for the recipe, so that a step of half as many pairs has "
+                f"two micro-batches; got {self.pairs}."
+            )
+        pairs = self.program_pairs
+        if not self.worker and "programs" in self.parts and (pairs % self.peer_micro or pairs <= self.peer_micro):
             raise ValueError(
                 f"pairs must be a multiple of peer_micro ({self.peer_micro}) and at least twice as large, because "
-                f"open_clip would not accumulate gradients otherwise; got {self.pairs}."
+                f"open_clip would not accumulate gradients otherwise; got {pairs}."
             )
+
+    @property
+    def program_pairs(self) -> int:
+        """Pairs per step of the programs."""
+        return self.pairs or PROGRAM_PAIRS
+
+    @property
+    def recipe_pairs(self) -> list[int]:
+        """Pairs of each measured step of the recipe: 2816 or, if `pairs` was given for it, half as many and `pairs`."""
+        is_published = "programs" in self.parts or self.pairs in (None, RECIPE_PAIRS)
+        return [RECIPE_PAIRS] if is_published else [self.pairs // 2, self.pairs]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -125,31 +182,59 @@ def measure_parts(args: TrainStepArguments) -> dict[str, Any]:
 
     Returns:
         The results, as in train_step.json: the conditions and sizes of the benchmark; under "measured", the summary of
-        each program (see `summarize_runs`) by precision and program; under "recipe", the summary of the recipe's step;
+        each program (see `summarize_runs`) by precision and program; under "recipe", the result of `summarize_recipe`;
         and under "demo", the result of `time_demo` for "new" (this checkout) and "old" (`--beside`).
     """
     suffixes = ["", BEFORE_SUFFIX] if args.beside else [""]
     names = [name + suffix for name in ("no_cache", "cache") for suffix in suffixes] if args.beside else PROGRAMS
     programs = {(title, name): {"precision": key} for key, title in PRECISION_NAMES.items() for name in names}
-    sizes = RECIPE_SIZES | {"precision": resolve_precision("auto", torch.device("cpu"))}
-    recipe = {("recipe", RECOMPUTED_PROGRAM + suffix): sizes | {"steps": 1, "warmup": 0} for suffix in suffixes}
+    sizes = {"micro": RECIPE_MICRO, "precision": resolve_precision("auto", torch.device("cpu")), "steps": 1}
+    # The first step also allocates Adam's moments, so memory is larger in the second step. By default, only the first
+    # step of 2816 pairs is measured, because a second one would take too long.
+    sizes["warmup"] = int(args.pairs is not None and "programs" not in args.parts)
+    recipe = {
+        ("recipe", RECOMPUTED_PROGRAM + suffix, pairs): sizes | {"pairs": pairs}
+        for pairs in args.recipe_pairs
+        for suffix in suffixes
+    }
     requested = (recipe if "recipe" in args.parts else {}) | (programs if "programs" in args.parts else {})
     steps = {key: partial(run_program, key[1], args, **flags) for key, flags in requested.items()}
     measured = timing.run_alternating(steps, args.runs, "Training steps")
     results = timing.describe_conditions() | {"tokens": CAPTION_TOKENS[args.model], "measured": {}}
-    results |= {name: getattr(args, name) for name in ("model", "runs", "pairs", "micro", "steps", "peer_micro")}
-    results["peer_accum"] = args.pairs // args.peer_micro
-    for (part, name), runs in measured.items():
-        summary = summarize_runs(runs, measured.get((part, PEER_PROGRAM)), measured.get((part, name + BEFORE_SUFFIX)))
-        if part == "recipe":  # a first step, which also allocates Adam's moments
-            seconds = RECIPE_SIZES["pairs"] / summary["pairs_per_second"]["median"]
-            results[part + name.removeprefix(RECOMPUTED_PROGRAM)] = sizes | summary | {"step_s": seconds}
+    results |= {name: getattr(args, name) for name in ("model", "runs", "micro", "steps", "peer_micro")}
+    results |= {"pairs": args.program_pairs, "peer_accum": args.program_pairs // args.peer_micro}
+    for (part, name, *pairs), runs in measured.items():
+        peer, before = measured.get((part, PEER_PROGRAM)), measured.get((part, name + BEFORE_SUFFIX, *pairs))
+        summary = summarize_runs(runs, peer, before)
+        if part == "recipe":  # the larger batch comes last
+            key = part + name.removeprefix(RECOMPUTED_PROGRAM)
+            results[key] = summarize_recipe(requested[part, name, *pairs] | summary, results.get(key))
         else:
             results["measured"].setdefault(part, {})[name] = summary
     if "demo" in args.parts:
         trees = {"old": args.beside, "new": timing.CODE_ROOT}
         results["demo"] = {name: time_demo(tree.resolve()) for name, tree in trees.items() if tree}
     return results
+
+
+def summarize_recipe(step: dict[str, Any], smaller: dict[str, Any] | None) -> dict[str, Any]:
+    """Add seconds to the summary of a recipe's step and, if a smaller batch was measured too, extrapolate the memory.
+
+    Args:
+        step: Sizes of the step, and the summary of its runs from `summarize_runs`.
+        smaller: Result of this function for the smaller batch; None if no smaller batch was measured.
+
+    Returns:
+        `step` with the additional key "step_s", the median seconds. With a smaller batch also "smaller" (its result)
+        and "extrapolated": the number of pairs, their "peak_memory_bytes", and the rule.
+    """
+    step = step | {"step_s": step["pairs"] / step["pairs_per_second"]["median"]}
+    if smaller is None:
+        return step
+    growth = (step["peak_memory_bytes"] - smaller["peak_memory_bytes"]) / (step["pairs"] - smaller["pairs"])
+    memory = step["peak_memory_bytes"] + round(growth * (RECIPE_PAIRS - step["pairs"]))
+    extrapolated = {"pairs": RECIPE_PAIRS, "peak_memory_bytes": memory, "rule": EXTRAPOLATION_RULE}
+    return step | {"smaller": smaller, "extrapolated": extrapolated}
 
 
 def time_demo(checkout: Path) -> dict[str, Any]:
@@ -193,8 +278,8 @@ def run_program(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, 
     Returns:
         The result of `measure_open_clip` or `measure_ours` in that process.
     """
-    numbers = ("pairs", "steps", *(["peer_micro"] if name == PEER_PROGRAM else ["micro", "warmup"]))
-    flags = {key: getattr(args, key) for key in numbers} | flags
+    numbers = ("steps", *(["peer_micro"] if name == PEER_PROGRAM else ["micro", "warmup"]))
+    flags = {key: getattr(args, key) for key in numbers} | {"pairs": args.program_pairs} | flags
     if args.model != "capivara":  # the other checkout may not have this flag
         flags["model"] = args.model
     root = args.beside if name.endswith(BEFORE_SUFFIX) else timing.CODE_ROOT
@@ -223,13 +308,13 @@ def summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict]
     return summary
 
 
-def build_published_config(args: TrainStepArguments) -> PreTrainedConfig:
-    """Build the config of the published size of `--model`: CAPIVARA, or SigLIP 2 B/16 at 224 pixels."""
-    if args.model == "capivara":
+def build_published_config(model: str) -> PreTrainedConfig:
+    """Build the config of the published size of a model: "capivara", or a SigLIP 2 of `SIGLIP_SIZES`."""
+    if model == "capivara":
         return CapivaraConfig()
-    return SiglipConfig(
-        text_config={"vocab_size": SIGLIP_VOCABULARY_SIZE, "max_position_embeddings": CAPTION_TOKENS[args.model]}
-    )
+    tower, images = SIGLIP_SIZES[model]
+    text = {"vocab_size": SIGLIP_VOCABULARY_SIZE, "max_position_embeddings": SIGLIP_TOKENS}
+    return SiglipConfig(text_config=tower | text, vision_config=tower | images)
 
 
 def make_random_texts(config: PreTrainedConfig, pairs: int) -> Tensor:
@@ -244,7 +329,7 @@ def make_random_texts(config: PreTrainedConfig, pairs: int) -> Tensor:
         shape (pairs, 64) without padding.
     """
     generator, siglip = torch.Generator().manual_seed(0), isinstance(config, SiglipConfig)
-    shape = pairs, CAPTION_TOKENS["siglip2"] if siglip else PEER_CONTEXT_LENGTH
+    shape = pairs, SIGLIP_TOKENS if siglip else PEER_CONTEXT_LENGTH
     tokens = min(SIGLIP_VOCABULARY_SIZE if siglip else DRAWN_TOKEN_COUNT, config.text_config.vocab_size)
     ids = torch.randint(PAD_TOKEN_ID + 1, tokens, shape, generator=generator)
     if not siglip:
@@ -359,7 +444,7 @@ def measure_ours(args: TrainStepArguments) -> dict[str, Any]:
         timed step. "graphs_kept": for each timed step, the number of micro-batches whose autograd graph was kept
         instead of being recomputed. "peak_memory_bytes": peak resident memory of the process.
     """
-    config, seconds, reports = build_published_config(args), [], []
+    config, seconds, reports = build_published_config(args.model), [], []
     batch = make_random_batch(config, args)
     engine = TrainingEngine(config, args, 0.0 if args.worker == RECOMPUTED_PROGRAM else None)
     for number in range(args.warmup + args.steps):
@@ -397,11 +482,13 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
     from open_clip_train.scheduler import cosine_lr
     from open_clip_train.train import train_one_epoch
 
-    config, open_clip_args = build_published_config(args), parse_open_clip_arguments(args)
+    config, open_clip_args = build_published_config(args.model), parse_open_clip_arguments(args)
     steps = 1 + args.steps  # the first step is not timed, because the optimizer allocates its state in it
     random_seed(open_clip_args.seed, open_clip_args.rank)
     model = (
-        create_model(open_clip_args.model) if args.model == "siglip2" else convert_open_clip.new_open_clip_model(config)
+        create_model(open_clip_args.model)
+        if args.model in SIGLIP_SIZES
+        else convert_open_clip.new_open_clip_model(config)
     )
     model.output_dict = True
     model.lock_image_tower(open_clip_args.lock_image_unlocked_groups, open_clip_args.lock_image_freeze_bn_stats)

@@ -19,6 +19,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -65,6 +66,7 @@ def run_command(main: Callable[[], object], resumable: bool = False) -> None:
         resumable: Whether the same command can continue after Ctrl-C. If True, the last line of output says so.
     """
     raise_on_interrupt()
+    configure_console()
     configure_progress_bars()
     try:
         main()
@@ -74,6 +76,17 @@ def run_command(main: Callable[[], object], resumable: bool = False) -> None:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {make_printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def configure_console() -> None:
+    """Print characters that the terminal can't show as escapes, and print UTF-8 on Windows.
+
+    Windows would otherwise use a code page of 256 characters for output that goes to a file or to another program.
+    """
+    options = {"encoding": "utf-8"} if sys.platform == "win32" else {}
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # None for a program without a console, or replaced by another kind of object
+            stream.reconfigure(errors="backslashreplace", **options)
 
 
 def parse_arguments(

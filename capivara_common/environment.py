@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
+CODE_ROOT = Path(__file__).resolve().parents[1]  # the checkout or site-packages; tasks elsewhere import from it
+DISTRIBUTION = "modeling-capivara"  # name of the package on PyPI
 # Packages whose versions are stored with results, because measurements depend on these versions.
 RECORDED_PACKAGES = (
     *("torch", "transformers", "accelerate", "datasets", "peft", "open_clip_torch", "safetensors", "timm"),
@@ -46,7 +48,8 @@ def require_packages(purpose: str, extra_name: str | None, *modules: str) -> Non
     if missing := missing_modules(*modules):
         command = install_command(extra_name) if extra_name else f"pip install {' '.join(missing)}"
         text = f"{purpose} needs {' and '.join(missing)}, not installed yet: {command}"
-        raise coded_error(ImportError, "not_installed", "{text}", text=text, names=" ".join(missing))
+        names = " ".join(missing)
+        raise coded_error(ImportError, "not_installed", "{text}", text=text, names=names, command=command)
 
 
 def missing_modules(*modules: str) -> list[str]:
@@ -55,14 +58,13 @@ def missing_modules(*modules: str) -> list[str]:
 
 
 def install_command(extra_name: str) -> str:
-    """Return an instruction with the command that installs an extra.
-
-    The command installs from a checkout, because the tools that need extras run in a checkout.
+    """Return the command that installs an extra: of the checkout if this code runs in one, otherwise of the package.
 
     Args:
         extra_name: Name of the extra in setup.cfg.
     """
-    return f'run in the checkout: pip install -e ".[{extra_name}]"'
+    in_checkout = (CODE_ROOT / "setup.cfg").is_file()
+    return f'pip install -e ".[{extra_name}]"' if in_checkout else f'pip install "{DISTRIBUTION}[{extra_name}]"'
 
 
 def _is_installed(module: str) -> bool:

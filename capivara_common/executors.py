@@ -36,17 +36,17 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import add_task_logger, close_task_logger
 
-from capivara_common.environment import require_packages
+from capivara_common.environment import CODE_ROOT, require_packages
 from capivara_common.files import write_text
 from capivara_common.progress import configure_progress_bars, disable_progress_bars
 from capivara_common.tasks import ExecutorArguments, Phase
 
-CODE_ROOT = Path(__file__).resolve().parents[1]  # folder from which tasks on other machines import the code
 MAX_NAMED_FAILURES = 8  # number of failed tasks that an error message lists
 NOT_FINISHED_MESSAGE = "has not ended: it is still running, or it was killed (out of memory?)"
 UNKNOWN_OUTCOME_MESSAGE = "has not started, or could not report how it ended"
 # How local worker processes are started. "fork" would be unsafe, because it copies the locks that threads hold.
-START_METHOD = "forkserver"
+# Windows has only "spawn".
+START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 class PhaseStep(PipelineStep):
@@ -180,7 +180,8 @@ def run_local(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor
         _run_rank_sequence(executor, range(tasks))
         return executor
     context, main = multiprocessing.get_context(START_METHOD), getattr(sys.modules["__main__"].__spec__, "name", "")
-    context.set_forkserver_preload([name for name in sys.modules if name.startswith(step.package) and name != main])
+    if START_METHOD == "forkserver":
+        context.set_forkserver_preload([name for name in sys.modules if name.startswith(step.package) and name != main])
     # Workers are daemons, so that Ctrl-C ends them. The environment is passed explicitly, because the fork server may
     # have been started earlier, with other environment variables.
     processes = [
@@ -324,12 +325,15 @@ def submit_to_slurm(
     if shutil.which("sbatch") is None:
         raise ValueError("--executor slurm needs sbatch, which this machine lacks. Run the command on a login node.")
     paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": CODE_ROOT}
+    setup = [f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()]
+    if args.node_script is not None and step.phase.uses_model:
+        setup.append(f"source {shlex.quote(str(args.node_script.absolute()))}")
     executor = SlurmPipelineExecutor(
         time=args.time,
         partition=args.partition,
         qos="",
         job_name=re.sub(r"[^\w.-]+", "-", f"{step.package}-{step}"),
-        env_command="; ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()),
+        env_command="; ".join(setup),
         # Without this option, a job would wait forever if the job of the previous step has failed.
         sbatch_args={"kill-on-invalid-dep": "yes"} | dict(option.partition("=")[::2] for option in args.sbatch),
         mail_type="NONE",

@@ -1,7 +1,6 @@
 """Write files and folders atomically, clean up after killed processes, and confine links to allowed folders."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -12,13 +11,21 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from mmap import ACCESS_READ, mmap
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
+
+from filelock import lock_descriptor
 
 from capivara_common.cli import coded_error
 
 RUN_MARKER = ".capivara-run"  # name of a file that marks the folder of an unfinished run
 DIGEST_HEX_LENGTH = 64  # SHA-256 in hexadecimal; CPUs have instructions for it, so it is faster than BLAKE2
+IS_WINDOWS = os.name == "nt"
+CAN_OPEN_FOLDERS = hasattr(os, "O_DIRECTORY")  # False on Windows, where `os.open` refuses folders
+# Names that are devices in every folder of Windows, also with any suffix, such as NUL.jpg.
+WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
+    f"{port}{number}" for port in ("COM", "LPT") for number in "0123456789¹²³"
+}
 UMASK = os.umask(0)  # the umask can only be read by setting it
 os.umask(UMASK)
 
@@ -140,17 +147,23 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     check_output_folder(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
-    with _locked(new), _cleanup_on_error(path, lambda: shutil.rmtree(new, ignore_errors=True)):
+    with _locked(new, new), _cleanup_on_error(path, lambda: shutil.rmtree(new, ignore_errors=True)):
         yield new
         _move_folder_into_place(new, path, overwrite)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder, so that `remove_leftovers` in other processes leaves it alone, also after it is renamed."""
+def _locked(folder: Path, leftover: Path) -> Iterator[None]:
+    """Lock a folder, so that `remove_leftovers` in other processes leaves it alone.
+
+    Args:
+        folder: The folder. It stays locked after it is renamed.
+        leftover: Name under which other processes may find the folder. Where folders can't be opened, this name is
+            locked (see `lock_folder`).
+    """
     with ExitStack() as stack:
         with suppress(OSError):  # some file systems have no locks
-            stack.callback(os.close, lock_folder(folder))
+            stack.callback(os.close, lock_folder(folder if CAN_OPEN_FOLDERS else leftover))
         yield
 
 
@@ -191,11 +204,14 @@ def _move_folder_into_place(new: Path, path: Path, overwrite: bool) -> None:
     for entry in [new, *new.rglob("*")]:
         if not entry.is_symlink():
             entry.chmod((0o777 if entry.is_dir() else 0o666) & ~UMASK)
+    if not CAN_OPEN_FOLDERS:  # Windows does not rename a folder to the name of an empty one
+        with suppress(OSError):
+            path.rmdir()
     if not (overwrite and path.exists()):
         new.rename(path)  # fails if another process has filled the folder in the meantime
         return
     old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
-    with _locked(path):
+    with _locked(path, old):
         path.rename(old)
         try:
             new.rename(path)
@@ -270,7 +286,7 @@ def check_output_folder(path: Path, overwrite: bool = False) -> None:
     path = path.resolve()
     remove_leftovers(path)
     fault = None
-    if path.is_mount():
+    if os.path.ismount(path):  # Python 3.11 lacks `Path.is_mount` on Windows
         fault = "is a mount point and can't be replaced. Choose a folder inside it"
     elif path.is_dir() and any(path.iterdir()) and not overwrite:
         fault = "is not empty. Choose another one, or replace it with --overwrite_output_dir"
@@ -351,19 +367,34 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
 
-def lock_folder(folder: Path) -> int:
-    """Lock a folder exclusively, without waiting.
+def lock_folder(folder: Path, wait: bool = False) -> int:
+    """Lock a folder exclusively.
+
+    The descriptor of the folder itself is locked, which leaves no file behind. Windows can't open folders, so a file in
+    its folder for temporary files is locked instead. The name of this file is a hash of the path of the folder. The
+    file is empty. It stays, because if it was removed, two processes could lock different files of the same name.
+
+    Args:
+        folder: The folder.
+        wait: Whether to wait if another process holds the lock.
 
     Returns:
-        File descriptor of the folder. Closing the descriptor, or the end of the process, releases the lock.
+        The locked file descriptor. Closing the descriptor, or the end of the process, releases the lock.
 
     Raises:
-        BlockingIOError: If another process holds the lock.
+        BlockingIOError: If another process holds the lock, and `wait` is not set.
+        OSError: If the folder can't be opened, or the file system does not support locks.
     """
-    lock = os.open(folder, os.O_RDONLY)
+    if CAN_OPEN_FOLDERS:
+        lock = os.open(folder, os.O_RDONLY)
+    else:
+        name = os.path.normcase(os.path.realpath(folder)).encode()
+        lock_file = Path(tempfile.gettempdir(), f"capivara-{hashlib.sha256(name).hexdigest()}.lock")
+        lock = os.open(lock_file, os.O_RDWR | os.O_CREAT)
     with ExitStack() as stack:
         stack.callback(os.close, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock_descriptor(lock, blocking=wait):
+            raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(folder))
         stack.pop_all()
     return lock
 
@@ -388,6 +419,8 @@ class AllowedFolders:
 
     def contains(self, path: Path) -> bool:
         """Return whether a path lies in an allowed folder after all links are resolved."""
+        if IS_WINDOWS and find_windows_fault(path, self.folders):
+            return False
         try:
             real = Path(os.path.realpath(path))
         except ValueError:  # for example a NUL character; opening the file raises a better error
@@ -400,6 +433,40 @@ class AllowedFolders:
             raise ValueError(
                 f"{self.folder} contains links to files outside of it: {outside[:3]}. Copy the files into the folder."
             )
+
+
+def find_windows_fault(path: str | Path, folders: Sequence[str | Path] | None = None) -> str | None:
+    r"""Return why a file must not be looked up on Windows, before the operating system sees its path.
+
+    Windows sends the user's credentials to the server of a network path, even if the path is only looked up. Some
+    names, such as NUL, are devices in every folder.
+
+    Args:
+        path: Path of the file.
+        folders: Folders that may be read. A network path (`\\server\share`) or a path of a device (`\\.\`) is accepted
+            only if one of the folders is on the same share or device. The prefix `\\?\`, which lifts the length limit
+            of paths, is ignored. None: every drive is accepted.
+
+    Returns:
+        The reason, as the end of a sentence about the file; None if there is no reason.
+    """
+    drive, drives = _windows_drive(path), set(map(_windows_drive, folders or ()))
+    if folders is not None and drive.startswith("\\") and drive not in drives:
+        return "lies on another network share, or is a device"
+    windows_path = PureWindowsPath(path)
+    for part in windows_path.parts[bool(windows_path.anchor) :]:
+        if part.split(".")[0].rstrip(" ").upper() in WINDOWS_DEVICES:
+            return f"has the reserved name {part!r}"
+        # ".." is the only name that Windows keeps although it ends with a dot.
+        if ":" in part or (part != ".." and part.endswith((".", " "))):
+            return f"has a name that Windows changes or reads as a stream: {part!r}"
+    return None
+
+
+def _windows_drive(path: str | Path) -> str:
+    r"""Return the drive or network share of a Windows path in lowercase, without the prefix `\\?\` or `\\?\UNC\`."""
+    drive = PureWindowsPath(path).drive.casefold()
+    return drive.replace("\\\\?\\unc\\", "\\\\").removeprefix("\\\\?\\")
 
 
 def check_links_stay_inside(folder: Path) -> None:

@@ -23,21 +23,13 @@ from huggingface_hub.utils import WeakFileLock
 from capivara_common.cli import coded_error
 from capivara_common.environment import cache_home
 from capivara_common.files import atomic_folder, read_json, write_json, write_text
+from capivara_common.model_kinds import find_kind
 from capivara_common.weight_file import find_weight_files
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHT_FILES = tuple(  # in order of preference
     f"open_clip_{name}" for name in ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 )
-# Two-tower models that all tools of this project support: `model_type` in config.json -> name for messages
-SUPPORTED_MODEL_TYPES = {
-    "capivara": "CAPIVARA",
-    "siglip": "SigLIP and SigLIP 2 of fixed resolution",
-    "clip": "CLIP",
-    "chinese_clip": "Chinese-CLIP",
-    "altclip": "AltCLIP",
-    "metaclip_2": "MetaCLIP 2",
-}
 # transformers writes the first file; older versions of transformers wrote the second file.
 PROCESSOR_CONFIG_FILES = ("processor_config.json", "preprocessor_config.json")
 SMALL_FILE_PATTERNS = ["*.json", "*.model", "*.txt"]
@@ -67,7 +59,7 @@ def resolve_model_folder(source: str, convert: Converter, revision: str | None =
         Path of the model folder.
 
     Raises:
-        ValueError: If the model does not exist, its type is not in `SUPPORTED_MODEL_TYPES`, or it can't be downloaded.
+        ValueError: If the model does not exist, `find_kind` refuses its config.json, or it can't be downloaded.
         OSError: If the disk is full.
     """
     name = source.removeprefix("local-dir:")
@@ -149,22 +141,6 @@ def is_hub_id(source: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
-def unsupported_reason(model_type: str | None) -> str | None:
-    """Explain why a type of model is not supported.
-
-    Args:
-        model_type: Value of `model_type` in config.json; None if it is missing.
-
-    Returns:
-        The explanation for an error message, with a list of the supported types; None if the type is supported.
-    """
-    if model_type in SUPPORTED_MODEL_TYPES:
-        return None
-    supported = ", ".join(f"{name} ({title})" for name, title in SUPPORTED_MODEL_TYPES.items())
-    explanation = " (SigLIP 2 of any resolution, NaFlex)" if model_type == "siglip2" else ""
-    return f"model_type is {model_type!r}{explanation}; supported are {supported}"
-
-
 def is_complete_model(folder: Path) -> bool:
     """Return whether a folder contains the config, processor and weights of a model of a supported type."""
     with suppress(ValueError):
@@ -200,17 +176,13 @@ def _model_error(folder: Path, name: str | Path) -> ValueError | None:
     """
     file = "config.json"
     if (folder / file).is_file():
-        model_type = None
         try:
-            model_type = read_json(folder / file, model_type=str)["model_type"]
-            reason = unsupported_reason(model_type)
-        except ValueError as error:
-            reason = str(error)
-        if reason:
+            kind = find_kind(read_json(folder / file, model_type=str))
+        except (ValueError, TypeError, AttributeError) as error:  # the last two: a section is not an object
             text = "The config.json of {model} does not describe a supported two-tower model: {reason}"
-            return coded_error(ValueError, "no_two_towers", text, model=name, reason=reason)
+            return coded_error(ValueError, "no_two_towers", text, model=name, reason=str(error))
         file = PROCESSOR_CONFIG_FILES[0]
-        candidates = PROCESSOR_CONFIG_FILES[:1] if model_type == "capivara" else PROCESSOR_CONFIG_FILES
+        candidates = PROCESSOR_CONFIG_FILES[:1] if kind.is_native else PROCESSOR_CONFIG_FILES
         if any((folder / candidate).is_file() for candidate in candidates):
             return None
     text = "{model} is not a complete model of transformers or open_clip: {file} is missing."

@@ -14,30 +14,17 @@ from typing import Any
 
 from capivara_common.environment import cache_home
 from capivara_common.files import read_json, write_json
+from capivara_common.model_kinds import KINDS, NATIVE_MODEL_TYPE
 from capivara_common.weight_file import WeightFile, find_weight_files
 
 DIGEST_VERSION = 1  # must be raised when the content that the digest covers is changed
 IMAGE_ENCODER_PREFIXES = ("vision_model.", "visual_projection.")  # names of the image encoder's parameters
 DIGEST_CHUNK_BYTES = 1 << 24  # 16 MiB hashed at a time, to limit memory
-# Config fields that change the embedding of an image. Other fields, such as label names, versions and dropout, do not.
-# For other kinds of vision towers, all fields except `IGNORED_CONFIG_FIELDS` count.
-CLIP_VISION_FIELDS = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
-TIMM_VISION_FIELDS = ("model_type", "architecture", "model_args", "do_pooling")
-CAPIVARA_VISION_DEFAULTS = {
-    "model_type": "clip_vision_model", "hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12,
-    "patch_size": 32, "image_size": 224, "do_pooling": True, "model_args": None,
-}  # fmt: skip
-# Defaults of transformers' own models. Published configs omit fields with default values, but configs that were loaded
-# and saved again contain them. A published config and its saved copy must have the same digest.
-CLIP_VISION_DEFAULTS = CAPIVARA_VISION_DEFAULTS | {"hidden_act": "quick_gelu"}
-SIGLIP_VISION_DEFAULTS = CAPIVARA_VISION_DEFAULTS | {
-    "hidden_act": "gelu_pytorch_tanh",
-    "layer_norm_eps": 1e-6,
-    "patch_size": 16,
-}
 IMAGE_PROCESSOR_DEFAULTS = {
     "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
 }  # fmt: skip
+# Config fields that do not change the embedding of an image. For image towers that are not in the table of kinds, all
+# other fields count.
 IGNORED_CONFIG_FIELDS = {
     *("transformers_version", "dtype", "torch_dtype", "_name_or_path", "id2label", "label2id", "label_names"),
 }
@@ -80,13 +67,15 @@ def _image_encoder_settings(folder: Path) -> dict[str, dict[str, Any]]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         vision, processor = config.get("vision_config") or {}, _read_processor_settings(folder)
         steps = {name: _normalize_setting(name, processor.get(name)) for name in IMAGE_PROCESSOR_FIELDS}
-        kind = config.get("model_type", "capivara")
-        if kind == "capivara":
-            return {"vision_config": _vision_settings(vision), "image_processor": steps}
-        defaults = SIGLIP_VISION_DEFAULTS if kind == "siglip" else CLIP_VISION_DEFAULTS
-        vision = defaults | vision | {"model_type": kind}
-        steps = {name: IMAGE_PROCESSOR_DEFAULTS.get(name) if value is None else value for name, value in steps.items()}
-        return {"vision_config": {name: vision[name] for name in CLIP_VISION_FIELDS}, "image_processor": steps}
+        kind = KINDS[config.get("model_type", NATIVE_MODEL_TYPE)]
+        tower = kind.select_vision_settings(vision)
+        if tower is None:
+            tower = {name: value for name, value in vision.items() if name not in IGNORED_CONFIG_FIELDS}
+        if not kind.is_native:
+            steps = {
+                name: IMAGE_PROCESSOR_DEFAULTS.get(name) if value is None else value for name, value in steps.items()
+            }
+        return {"vision_config": tower, "image_processor": steps}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"The settings of the model {folder} can't be read: {error!r}") from error
 
@@ -123,21 +112,6 @@ def _normalize_setting(name: str, value: Any) -> Any:
     if type(value) is not int:
         raise TypeError(f"{name} must be a whole number or an object of them, got {value!s:.80}")
     return {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
-
-
-def _vision_settings(vision: dict[str, Any]) -> dict[str, Any]:
-    """Select the settings of a CAPIVARA vision tower that change the embedding of an image.
-
-    Args:
-        vision: The object "vision_config" in config.json.
-
-    Returns:
-        Settings by name, with default values for settings that `vision` omits.
-    """
-    fields_by_type = {"clip_vision_model": CLIP_VISION_FIELDS, "timm_wrapper": TIMM_VISION_FIELDS}
-    if fields := fields_by_type.get(vision.get("model_type", CAPIVARA_VISION_DEFAULTS["model_type"])):
-        return {name: vision.get(name, CAPIVARA_VISION_DEFAULTS.get(name)) for name in fields}
-    return {name: value for name, value in vision.items() if name not in IGNORED_CONFIG_FIELDS}
 
 
 def _cached_weights_digest(folder: Path) -> str:

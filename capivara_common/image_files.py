@@ -6,6 +6,7 @@ never downloaded. `open_image` checks the format and size in the header of an im
 pixels.
 """
 
+import errno
 import io
 import math
 import os
@@ -25,8 +26,8 @@ from PIL.Image import Transpose
 
 from capivara_common.avif import largest_frame_size
 from capivara_common.cli import check_at_least, flag
-from capivara_common.environment import process_state
-from capivara_common.files import AllowedFolders
+from capivara_common.environment import install_command, process_state
+from capivara_common.files import IS_WINDOWS, AllowedFolders, find_windows_fault
 
 with suppress(ImportError):
     import pillow_heif  # extra `heic`
@@ -53,9 +54,16 @@ EXIF_TRANSPOSES = {  # EXIF orientation -> operation that makes the image uprigh
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
 
-# Flags for `os.open` that open the parent folders of a file without following links. O_PATH, which only Linux has, also
-# opens folders that may be entered but not listed.
-_FOLDER_OPEN_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Flags for `os.open`; 0 where the operating system lacks them. O_NONBLOCK: opening a FIFO would otherwise wait for a
+# writer. O_BINARY: Windows would otherwise translate line ends.
+_FILE_OPEN_FLAGS = os.O_RDONLY
+for _flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"):
+    _FILE_OPEN_FLAGS |= getattr(os, _flag, 0)
+# Flags that open the parent folders of a file without following links; None on Windows, which can't do that. O_PATH,
+# which only Linux has, also opens folders that may be entered but not listed.
+_FOLDER_OPEN_FLAGS = None
+if hasattr(os, "O_DIRECTORY") and hasattr(os, "O_NOFOLLOW") and os.open in os.supports_dir_fd:
+    _FOLDER_OPEN_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_DETAIL_CHARACTERS = 300  # limit for error details, which may quote texts of any length
 # Held while a large image is decoded, so that only one image at a time takes hundreds of megabytes. Callers may keep
 # the lock until they have processed the image.
@@ -257,7 +265,7 @@ def open_image(
         tile = _read_tile_size(data, image)
         frame = largest_frame_size(data) if image.format == "AVIF" else image.size
     except PIL.UnidentifiedImageError as error:
-        heic = "" if "HEIF" in _AVAILABLE_FORMATS else "; to read HEIC, install the extra: pip install -e '.[heic]'"
+        heic = "" if "HEIF" in _AVAILABLE_FORMATS else f"; to read HEIC: {install_command('heic')}"
         detail = f"{name} is not an image in {', '.join(_AVAILABLE_FORMATS)}, or its header is damaged{heic}"
         raise BadImage("unreadable image", detail) from error
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
@@ -400,7 +408,9 @@ def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path]
     """Open a regular file for reading, safe against links that change while it is opened.
 
     Links are resolved once. Then the real path is opened folder by folder without following links, so the opened file
-    is the one that was checked (no time-of-check to time-of-use race).
+    is the one that was checked (no time-of-check to time-of-use race). Windows can't open a file in this way; there,
+    the file is compared before and after it is opened (`_open_and_compare`), and paths that lead to devices or to
+    network shares of other people are refused (`find_windows_fault`).
 
     Args:
         path: The file.
@@ -418,22 +428,60 @@ def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path]
             in the meantime.
         ValueError: If the path contains a NUL character.
     """
+    if IS_WINDOWS and (fault := find_windows_fault(path, folders)):
+        raise BadImage("no regular file", f"{name} {fault}")
     real = Path(os.path.realpath(path))
     if folders is not None and not any(real.is_relative_to(folder) for folder in folders):
         raise BadImage("link out of the folder", f"{name} leads out of the folders that may be read")
+    no_file = BadImage("no regular file", f"{name} is a folder, a pipe, a socket or a device")
+    if _FOLDER_OPEN_FLAGS is None and not stat.S_ISREG(os.lstat(real).st_mode):
+        raise no_file  # where O_NONBLOCK is missing, opening a pipe or a device could wait forever
+    number = _open_and_compare(real) if _FOLDER_OPEN_FLAGS is None else _open_without_links(real)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise no_file
+    return os.fdopen(number, "rb")
+
+
+def _open_without_links(real: Path) -> int:
+    """Open a file folder by folder, and return its descriptor. Raises OSError if a part of the path is a link."""
     folder = os.open(real.anchor, _FOLDER_OPEN_FLAGS)
     try:
         for part in real.parent.parts[1:]:
             outer, folder = folder, os.open(part, _FOLDER_OPEN_FLAGS, dir_fd=folder)
             os.close(outer)
-        # O_NONBLOCK: opening a FIFO would otherwise wait for a writer.
-        number = os.open(real.name or ".", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        return os.open(real.name or ".", _FILE_OPEN_FLAGS, dir_fd=folder)
     finally:
         os.close(folder)
-    if not stat.S_ISREG(os.fstat(number).st_mode):
+
+
+def _open_and_compare(real: Path) -> int:
+    """Open a file where links can't be excluded while it is opened, and check that no link was followed.
+
+    An attacker who replaces a folder by a link and back at the right moments, several times, could still deceive the
+    comparison.
+
+    Args:
+        real: Path of the file, with all links resolved.
+
+    Returns:
+        The file descriptor.
+
+    Raises:
+        OSError: If the file can't be opened, or is another file than before or after it was opened.
+    """
+    before = os.lstat(real)
+    number = os.open(real, _FILE_OPEN_FLAGS)
+    try:
+        opened, after = os.fstat(number), os.lstat(real)
+        # Junctions of Windows are no symbolic links for `lstat`, but `realpath` resolves them.
+        is_same = os.path.samestat(before, opened) and os.path.samestat(opened, after)
+        if not is_same or os.path.realpath(real) != str(real):
+            raise OSError(errno.ELOOP, "the file was replaced while it was opened", str(real))
+    except BaseException:
         os.close(number)
-        raise BadImage("no regular file", f"{name} is a folder, a pipe, a socket or a device")
-    return os.fdopen(number, "rb")
+        raise
+    return number
 
 
 def _read_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:

@@ -32,6 +32,7 @@ from click.shell_completion import get_completion_class
 from tqdm.std import tqdm
 
 from capivara_common import interrupt
+from capivara_common.cli import configure_console
 from capivara_common.files import is_disk_full
 from capivara_common.privacy import UNSAFE_CHARACTER_RE, escape_control_characters, redact
 from capivara_common.progress import configure_progress_bars
@@ -653,8 +654,7 @@ def run() -> None:
     """
     interrupt.message = Messages(detect_language(sys.argv[1:]))("stopped")
     interrupt.exit_on_interrupt()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal may not be able to show all characters
+    configure_console()
     main()
 
 
@@ -699,7 +699,7 @@ def describe_error(error: Exception, messages: Messages) -> tuple[int, str]:
     if isinstance(error, click.UsageError):
         return EXIT_USAGE_ERROR, describe_usage_error(error, messages)
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return EXIT_UNUSABLE, messages("missing_package", names=error.name.partition(".")[0])
+        return EXIT_UNUSABLE, messages("error.no_search_extra", name=error.name.partition(".")[0])
     if is_disk_full(error):
         return EXIT_UNUSABLE, messages("no_space")
     code, number = getattr(error, "code", None), getattr(error, "errno", None)

@@ -5,7 +5,6 @@ the index. Other processes, such as the server of the web page, read this file. 
 progress file.
 """
 
-import fcntl
 import os
 import time
 from bisect import bisect
@@ -14,7 +13,7 @@ from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
 
-from capivara_common.files import read_json, write_json
+from capivara_common.files import lock_folder, read_json, write_json
 
 PROGRESS_FILE = ".progress.json"
 WRITE_INTERVAL_S = 0.5  # minimum time between two writes of the progress file
@@ -95,7 +94,8 @@ def read_progress(where: str) -> dict[str, int | None] | None:
     """Return the progress of an index update that is running in any process.
 
     A progress file alone does not prove that an update is running, because a killed process leaves its file behind.
-    Therefore the lock of the index is checked, too: the operating system releases the lock of a killed process.
+    Therefore the lock of the index is checked, too: the operating system releases the lock of a killed process. A
+    progress file without a lock is removed.
 
     Args:
         where: Folder or address of the index.
@@ -105,15 +105,18 @@ def read_progress(where: str) -> dict[str, int | None] | None:
         `left_s` (estimated seconds left, None if not known yet). None if no update is running.
     """
     with suppress(OSError, ValueError):
-        progress = read_json(Path(where, PROGRESS_FILE), done=int, total=int)
-        folder = os.open(where, os.O_RDONLY)
+        file = Path(where, PROGRESS_FILE)
+        progress = read_json(file, done=int, total=int)
         try:
-            fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            lock = lock_folder(Path(where))
         except BlockingIOError:
             # The lock is held, so an update is running. The age of the file is subtracted from the estimate in it.
-            left_s, age_s = progress.get("left_s"), round(time.time() - os.stat(Path(where, PROGRESS_FILE)).st_mtime)
+            left_s, age_s = progress.get("left_s"), round(time.time() - os.stat(file).st_mtime)
             left_s = max(0, left_s - max(0, age_s)) if type(left_s) is int else None
             return {"done": progress["done"], "total": progress["total"], "left_s": left_s}
+        try:
+            # Without the file, later calls need not take the lock, for which a new update would have to wait.
+            file.unlink()
         finally:
-            os.close(folder)
+            os.close(lock)
     return None

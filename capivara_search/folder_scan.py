@@ -77,6 +77,23 @@ def to_absolute_path(folder: str | Path) -> Path:
     return Path(path)
 
 
+def to_path_on_disk(folder: str | Path) -> Path:
+    """Return the absolute path of a folder or file that the user names, as `to_absolute_path`.
+
+    On Windows, where case does not matter, the path gets the case of the names on the disk, so that a folder has the
+    same path in every command. The path is looked up, so it must not come from a visitor of the page.
+
+    Args:
+        folder: Absolute path, or path relative to the working directory.
+
+    Raises:
+        ValueError: If the path is not valid UTF-8.
+    """
+    path = to_absolute_path(folder)
+    real_path = os.path.realpath(path)
+    return Path(real_path) if os.path.normcase(path) == os.path.normcase(real_path) else path
+
+
 def find_pictures(
     folders: Mapping[Path, str] | Sequence[str | Path],
     rules: IgnoreRules | None = None,
@@ -205,7 +222,7 @@ class _FolderScan:
                     for entry in entries:
                         if not entry.path.startswith(self.relevant_prefixes) and entry.path not in self.relevant_paths:
                             continue
-                        is_link = entry.is_symlink()
+                        is_link = is_link_or_junction(entry)
                         is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
                         if reason := self.rules.reason(entry.path, root, is_folder) or "link" * is_link:
                             is_counted = is_folder and not is_link and reason in ("forgotten", "excluded")
@@ -250,6 +267,11 @@ class _FolderScan:
         self.skipped_files.append(SkippedFile(printable_path, fault.reason, fault.detail))
 
 
+def is_link_or_junction(entry: os.DirEntry) -> bool:
+    """Return whether an entry of a folder is a symbolic link, or a junction of Windows (Python 3.12 or newer)."""
+    return entry.is_symlink() or (hasattr(entry, "is_junction") and entry.is_junction())
+
+
 def count_pictures(folder: str) -> int:
     """Return the number of files in a folder and its subfolders that have the suffix of a picture.
 
@@ -263,7 +285,7 @@ def count_pictures(folder: str) -> int:
     while waiting:
         with suppress(OSError), os.scandir(waiting.pop()) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.name in SYSTEM_NAMES or entry.is_symlink():
+                if entry.name.startswith(".") or entry.name in SYSTEM_NAMES or is_link_or_junction(entry):
                     continue
                 if entry.is_dir():
                     waiting.append(entry.path)

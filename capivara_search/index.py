@@ -7,6 +7,7 @@ vectors and the relevance threshold, and `duplicates` groups near-duplicates amo
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,7 +32,7 @@ from capivara_search.duplicates import (
     pairwise_similarity,
 )
 from capivara_search.estimates import estimate_for, read_progress
-from capivara_search.folder_scan import FileState, find_pictures, to_absolute_path
+from capivara_search.folder_scan import FileState, find_pictures, to_absolute_path, to_path_on_disk
 from capivara_search.indexing import IndexWriter, StoredRows, embed_files, finish_indexing, start_indexing
 from capivara_search.messages import localized_error, log_message
 from capivara_search.picture_reading import open_query_picture
@@ -263,7 +264,7 @@ class PictureIndex:
                 stored pattern nor a forgotten path.
         """
         recorded = real_paths or {}
-        absolute_folders = map(to_absolute_path, folders)
+        absolute_folders = map(to_path_on_disk, folders)
         named = {folder: recorded.get(folder) or os.path.realpath(folder) for folder in absolute_folders}
         return known_folders.folders_to_add(self._table, named, exclude, include)
 
@@ -295,7 +296,7 @@ class PictureIndex:
         """
         from capivara_search.watch import follow_index  # imported late because only this method needs watchfiles
 
-        return follow_index(self, [*map(to_absolute_path, folders)], poll, stop, on_progress)
+        return follow_index(self, [*map(to_path_on_disk, folders)], poll, stop, on_progress)
 
     def progress(self) -> dict[str, int | None] | None:
         """Return the progress of an update of this index that is running in any process.
@@ -326,7 +327,7 @@ class PictureIndex:
         Returns:
             The number of removed pictures.
         """
-        return known_folders.forget_folder(self._table, to_absolute_path(folder)) if self._table.exists() else 0
+        return known_folders.forget_folder(self._table, to_path_on_disk(folder)) if self._table.exists() else 0
 
     def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
         """Rewrite the stored paths of pictures after their folder was moved or renamed.
@@ -345,7 +346,7 @@ class PictureIndex:
             ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
                 pictures exists in the new folder.
         """
-        return known_folders.move_folder(self._table, to_absolute_path(old), to_absolute_path(new))
+        return known_folders.move_folder(self._table, to_path_on_disk(old), to_path_on_disk(new))
 
     # --- Searching
 
@@ -770,8 +771,8 @@ class PictureIndex:
             Path of the folder -> number of pictures in the folder and its subfolders, sorted by path.
         """
         added = self._table.folders()
-        counts = dict.fromkeys(added, 0)
-        parents = pc.replace_substring_regex(self._table.rows(["path"])["path"], f"{os.sep}[^{os.sep}]*$", "")
+        counts, separator = dict.fromkeys(added, 0), re.escape(os.sep)
+        parents = pc.replace_substring_regex(self._table.rows(["path"])["path"], rf"{separator}[^{separator}]*$", "")
         for entry in pc.value_counts(parents.combine_chunks()).to_pylist():
             parent = Path(entry["values"] or os.sep)
             for folder in (parent, *parent.parents):

@@ -19,11 +19,12 @@ import numpy as np
 from capivara_common.files import read_json
 from capivara_common.hub_cache import find_cached_model, is_reachable, resolve_model_folder
 from capivara_common.image_encoder_digest import image_encoder_digest, image_processor_settings
+from capivara_common.model_kinds import ANY_SIZE_VISION_TOWERS, KINDS, ModelKind
 from capivara_common.weight_file import read_scalar
 from capivara_search.messages import Messages, localized_error, log_message
 from capivara_search.model_files.checks_capivara import check_sizes
 from capivara_search.model_files.text_cleaning_capivara import check_texts
-from capivara_search.text_tower import SiglipTextTower, TextTower, load_text_tower
+from capivara_search.text_tower import TextTower, load_text_tower
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,10 +78,7 @@ class SearchModel:
     @property
     def width(self) -> int:
         """Number of dimensions of an embedding."""
-        if self._model_type != "siglip":
-            return self._check_size("projection_dim", self._model_config.get("projection_dim"))
-        text = SiglipTextTower.CONFIG_DEFAULTS | (self._model_config.get("text_config") or {})
-        return self._check_size("projection_size", text.get("projection_size", text["hidden_size"]))
+        return self._check_size(*next(iter(self._kind.read_widths(self._model_config).items())))
 
     @cached_property
     def image_size(self) -> int:
@@ -89,16 +87,18 @@ class SearchModel:
         Raises:
             ValueError: If the processor in the folder belongs to another type of model, or produces another size.
         """
-        if self._model_type == "capivara":  # its config.json has no size, because the image encoder comes from timm
+        if self._kind.is_native:  # its config.json may have no size, because the image encoder comes from timm
             return self._check_size("crop_size", (self._processor_settings["crop_size"] or {}).get("height"))
         for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
             path = self.folder / name
             processor = read_json(path).get("processor_class") if path.is_file() else None
-            if isinstance(processor, str) and processor.startswith("Siglip") != (self._model_type == "siglip"):
-                values = {"folder": self.folder, "processor": processor, "model": self._model_type}
+            if isinstance(processor, str) and processor not in self._kind.processors:
+                values = {"folder": self.folder, "processor": processor, "model": self._kind.model_type}
                 raise localized_error(ValueError, "other_processor", **values)
-        side = self._check_size("image_size", (self._model_config.get("vision_config") or {}).get("image_size", 224))
+        tower = self._kind.select_vision_settings(self._model_config.get("vision_config") or {})
         given = self._processor_settings["crop_size" if self._processor_settings["do_center_crop"] else "size"]
+        takes_any_size = tower["model_type"] in ANY_SIZE_VISION_TOWERS
+        side = self._check_size("image_size", (given or {}).get("height") if takes_any_size else tower["image_size"])
         if given != {"height": side, "width": side}:
             raise localized_error(ValueError, "other_size", folder=self.folder, given=given, side=side)
         return side
@@ -130,8 +130,8 @@ class SearchModel:
             return config
 
     @property
-    def _model_type(self) -> str:
-        return self._model_config["model_type"]
+    def _kind(self) -> ModelKind:
+        return KINDS[self._model_config["model_type"]]
 
     @cached_property
     def logit_scale(self) -> float:
@@ -187,7 +187,7 @@ class SearchModel:
             ValueError: If there is no text, a text is not a string, or the model is damaged.
         """
         texts = check_texts(list(texts))
-        if self._model_type != "capivara":  # the tokenizer of CAPIVARA cleans its texts itself
+        if not self._kind.is_native:  # the tokenizer of CAPIVARA cleans its texts itself
             # A tokenizer raises an error for half of a surrogate pair.
             texts = [text.encode("utf-8", "replace").decode() for text in texts]
         with wrap_model_errors(self.name):
@@ -268,10 +268,10 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
 
     Args:
         model: Folder or Hub id of a model with an image encoder and a text encoder. Its type is one of
-            `hub_cache.SUPPORTED_MODEL_TYPES`, or it is an open_clip model with an XLM-RoBERTa text encoder. "miniature"
-            stands for the small model that is built from PyPI packages. None stands for the value of the environment
-            variable `CAPIVARA_MODEL`. If the variable is not set, None stands for `DEFAULT_MODEL` if this model is in
-            the cache or the Hub can be reached, otherwise for "miniature".
+            `capivara_common.model_kinds.KINDS`, or it is an open_clip model with an XLM-RoBERTa text encoder.
+            "miniature" stands for the small model that is built from PyPI packages. None stands for the value of the
+            environment variable `CAPIVARA_MODEL`. If the variable is not set, None stands for `DEFAULT_MODEL` if this
+            model is in the cache or the Hub can be reached, otherwise for "miniature".
         device: Device that embeds pictures, such as "cuda"; None for the GPU if there is one, else the CPU.
 
     Returns:

@@ -10,7 +10,6 @@ compares the best candidates of the vector index again by their full vectors. Ro
 are compared exactly.
 """
 
-import fcntl
 import itertools
 import json
 import logging
@@ -30,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from capivara_common.files import CAN_OPEN_FOLDERS, lock_folder
 from capivara_search import storage
 from capivara_search.messages import localized_error, log_message
 from capivara_search.results import Hit
@@ -598,24 +598,24 @@ class PictureTable:
         """Lock the folder of the index, which is created if it does not exist.
 
         Returns:
-            File descriptor of the folder, which holds the lock until it is closed. None if the file system does not
+            File descriptor that holds the lock until it is closed (see `lock_folder`). None if the file system does not
             support locks.
         """
         folder = Path(self.where)
         while True:
             with storage.wrap_storage_errors(self.where):
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = os.open(folder, os.O_RDONLY)
+                os.scandir(folder).close()  # raises an error if the folder can't be opened
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock = lock_folder(folder)
             except BlockingIOError:
                 log_message("waiting", self.where, level=logging.WARNING)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                lock = lock_folder(folder, wait=True)
             except OSError:
-                os.close(lock)
                 return None
             with suppress(FileNotFoundError):  # the process that held the lock may have removed the folder
-                if os.path.samestat(os.fstat(lock), os.stat(folder)):
+                if not CAN_OPEN_FOLDERS or os.path.samestat(os.fstat(lock), os.stat(folder)):
+                    folder.mkdir(exist_ok=True)  # Windows locks the name, which stays when the folder is removed
                     return lock
             os.close(lock)
 

@@ -78,9 +78,10 @@ def shorten_path(path: str) -> str:
         A path inside the current folder is returned relative to the current folder. Otherwise, a path inside the home
         folder begins with `~`, and any other path stays absolute. Control characters are escaped.
     """
-    for folder, prefix in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
-        if folder != "/" and path.startswith(folder.rstrip("/") + "/"):
-            return escape_control_characters(prefix + path[len(folder.rstrip("/")) + 1 :])
+    for folder, prefix in ((os.getcwd(), ""), (os.path.expanduser("~"), f"~{os.sep}")):
+        start = folder.rstrip(os.sep) + os.sep
+        if start != os.sep and path.startswith(start):
+            return escape_control_characters(prefix + path.removeprefix(start))
     return escape_control_characters(path)
 
 

@@ -1,10 +1,11 @@
 """Text encoders in NumPy, which embed texts without torch and transformers.
 
 A search would take too long if it had to import torch and transformers. The embeddings differ by less than 1e-5 from
-the embeddings that `CapivaraModel` (with XLM-RoBERTa as text encoder) and SigLIP compute in PyTorch. Weights are read
-from `model.safetensors` by memory mapping.
+the embeddings that `CapivaraModel` (with XLM-RoBERTa as text encoder), SigLIP and MetaCLIP 2 compute in PyTorch.
+Weights are read from `model.safetensors` by memory mapping.
 """
 
+import base64
 import json
 import math
 import operator
@@ -19,6 +20,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
+from capivara_common.model_kinds import KINDS
 from capivara_common.weight_file import WeightFile
 from capivara_search.model_files.checks_capivara import NOT_FINITE_MESSAGE, check_sizes, wrap_tokenizer_errors
 from capivara_search.model_files.text_cleaning_capivara import CONTEXT_LENGTH, clean_text
@@ -37,7 +39,6 @@ class TextTower:
     The class attributes (in capitals) describe the supported architecture. Subclasses override them.
 
     Attributes:
-        CONFIG_DEFAULTS: Default values of keys that can be missing from `text_config` in a published config.json.
         REQUIRED_CONFIG: Keys of `text_config` for which only one value is supported, with this value. A missing key
             counts as supported.
         OTHER_TENSOR_COUNTS: Possible numbers of text tensors in addition to the 16 tensors of each layer.
@@ -47,10 +48,9 @@ class TextTower:
         layer_count: Number of transformer layers.
         head_count: Number of attention heads of each layer.
         epsilon: Small number that the layer norms add to the variance.
-        pad_token_id: Id of the padding token; None for SigLIP, which has no attention mask.
+        text_config: `text_config` of the model, with the default values of its kind.
     """
 
-    CONFIG_DEFAULTS: ClassVar[dict[str, Any]] = {}
     REQUIRED_CONFIG: ClassVar[dict[str, Any]] = {"model_type": "xlm-roberta", "hidden_act": "gelu", "is_decoder": False}
     OTHER_TENSOR_COUNTS: ClassVar[tuple[int, ...]] = (6, 7)
     CLEAN_TEXT: ClassVar = staticmethod(clean_text)
@@ -60,7 +60,7 @@ class TextTower:
     layer_count: int
     head_count: int
     epsilon: np.float32
-    pad_token_id: int | None
+    text_config: dict[str, Any]
 
     @classmethod
     def prepare_tokenizer(
@@ -122,14 +122,13 @@ class TextTower:
         Raises:
             ValueError: If a text has no token except padding tokens.
         """
-        tokens = np.full((len(ids), max(map(len, ids))), self.pad_token_id)
-        for row, text_ids in zip(tokens, ids, strict=True):
-            row[: len(text_ids)] = text_ids
-        mask = tokens != self.pad_token_id  # (texts, tokens); also False if a text itself contains the padding token
+        pad_id = self.text_config["pad_token_id"]
+        tokens = pad_ids(ids, pad_id)
+        mask = tokens != pad_id  # (texts, tokens); also False if a text itself contains the padding token
         if not mask.any(axis=1).all():
             raise ValueError("Every text needs at least one token; the tokenizer gives none for an empty text.")
         # In XLM-RoBERTa, positions of tokens begin at `pad_token_id` + 1, and padding has the position `pad_token_id`.
-        positions = np.where(mask, mask.cumsum(axis=1) + self.pad_token_id, self.pad_token_id)
+        positions = np.where(mask, mask.cumsum(axis=1) + pad_id, pad_id)
         hidden = self._embed_tokens(f"{EMBEDDINGS_PREFIX}word_embeddings.weight", tokens)
         hidden = hidden + self.weights.array(f"{EMBEDDINGS_PREFIX}token_type_embeddings.weight")[0]
         hidden = hidden + self.weights.array(f"{EMBEDDINGS_PREFIX}position_embeddings.weight")[positions]
@@ -137,7 +136,9 @@ class TextTower:
         for number in range(self.layer_count):
             name = f"text_model.encoder.layer.{number}."
             names = [f"{name}attention.self.{part}." for part in ("query", "key", "value")]
-            attended = self._linear(self._attention(hidden, mask, names), f"{name}attention.output.dense.")
+            attended = self._linear(
+                self._attention(hidden, mask[:, None, None], names), f"{name}attention.output.dense."
+            )
             hidden = self._layer_norm(attended + hidden, f"{name}attention.output.LayerNorm.")
             inner = gelu(self._linear(hidden, f"{name}intermediate.dense."))
             hidden = self._layer_norm(self._linear(inner, f"{name}output.dense.") + hidden, f"{name}output.LayerNorm.")
@@ -166,7 +167,8 @@ class TextTower:
 
         Args:
             hidden: Hidden states (texts, tokens, hidden size).
-            mask: Boolean array (texts, tokens), True for tokens that are attended to, False for padding.
+            mask: Boolean array that can be broadcast to (texts, heads, tokens, attended tokens). True if a token
+                attends to another.
             names: Prefixes of the tensor names of the query, key and value layers, in this order.
 
         Returns:
@@ -177,7 +179,7 @@ class TextTower:
             self._linear(hidden, name).reshape(texts, tokens, self.head_count, -1).swapaxes(1, 2) for name in names
         )  # (texts, heads, tokens, width of a head)
         scores = query @ key.swapaxes(-1, -2) / np.float32((width // self.head_count) ** 0.5)
-        scores = np.where(mask[:, None, None], scores, -np.inf)
+        scores = np.where(mask, scores, -np.inf)
         shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
         shares /= shares.sum(axis=-1, keepdims=True)
         return (shares @ value).swapaxes(1, 2).reshape(hidden.shape)
@@ -194,16 +196,92 @@ class TextTower:
 
 
 @dataclass
-class SiglipTextTower(TextTower):
+class ClipTextTower(TextTower):
+    """The text encoder of a model like CLIP in NumPy: layer norms before each block, causal attention, pooling at EOS.
+
+    It supports the tokenizer of XLM-RoBERTa and XLM-V, which MetaCLIP 2 uses.
+    """
+
+    REQUIRED_CONFIG = {}
+    OTHER_TENSOR_COUNTS = (5,)
+    CLEAN_TEXT = str
+
+    @classmethod
+    def prepare_tokenizer(
+        cls, tokenizer: Tokenizer, settings: dict[str, Any], text_config: dict[str, Any]
+    ) -> Tokenizer | None:
+        """Configure a tokenizer like `XLMRobertaTokenizer` of transformers, which splits texts at white space first.
+
+        Args:
+            tokenizer: Tokenizer of `tokenizer.json`.
+            settings: Content of `tokenizer_config.json`.
+            text_config: `text_config` of the model.
+
+        Returns:
+            The same tokenizer. None if the tokenizer is of another class, or if the tokenizer or the model has settings
+            that are not supported.
+        """
+        is_xlm_roberta = settings.get("tokenizer_class") in ("XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
+        pads_right = settings.get("padding_side", "right") == "right"
+        if not is_xlm_roberta or not pads_right or text_config["hidden_act"] not in ACTIVATIONS:
+            return None
+        # `XLMRobertaTokenizer` takes only this step of the normalizer in tokenizer.json.
+        state = json.loads(tokenizer.normalizer.__getstate__()) if tokenizer.normalizer else {}
+        steps = [step for step in state.get("normalizers", [state]) if step.get("type") == "Precompiled"]
+        charsmaps = [base64.b64decode(step["precompiled_charsmap"]) for step in steps[:1]]
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Precompiled(charsmap) for charsmap in charsmaps])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+        )
+        length = min(text_config["max_position_embeddings"], settings.get("model_max_length", math.inf))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(length, direction=settings.get("truncation_side", "right"))
+        return tokenizer
+
+    def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:
+        """Encode texts that are given as token ids. The embedding is the projected hidden state of the first EOS token.
+
+        Args:
+            ids: Token ids of each text, without padding.
+
+        Returns:
+            Embeddings (texts, width) that are not normalized.
+        """
+        eos_id = self.text_config["eos_token_id"]
+        tokens = pad_ids(ids, eos_id)  # causal attention: a token does not attend to padding after it
+        hidden = self._run_layers(tokens, np.tri(tokens.shape[1], dtype=bool))
+        pooled = hidden[np.arange(len(tokens)), (tokens == eos_id).argmax(axis=1)]
+        return self._layer_norm(pooled, "text_model.final_layer_norm.") @ self.weights.array("text_projection.weight").T
+
+    def _run_layers(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Compute the hidden states after the last transformer layer.
+
+        Args:
+            tokens: Token ids (texts, tokens).
+            mask: Attention mask, as in `_attention`.
+
+        Returns:
+            Hidden states (texts, tokens, hidden size), before the final layer norm.
+        """
+        activation = ACTIVATIONS[self.text_config["hidden_act"]]
+        hidden = self._embed_tokens(f"{EMBEDDINGS_PREFIX}token_embedding.weight", tokens)
+        hidden = hidden + self.weights.array(f"{EMBEDDINGS_PREFIX}position_embedding.weight")[: tokens.shape[1]]
+        for number in range(self.layer_count):
+            name = f"text_model.encoder.layers.{number}."
+            names = [f"{name}{part}." for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
+            attended = self._attention(self._layer_norm(hidden, f"{name}layer_norm1."), mask, names)
+            hidden = hidden + self._linear(attended, f"{name}self_attn.out_proj.")
+            inner = activation(self._linear(self._layer_norm(hidden, f"{name}layer_norm2."), f"{name}mlp.fc1."))
+            hidden = hidden + self._linear(inner, f"{name}mlp.fc2.")
+        return hidden
+
+
+@dataclass
+class SiglipTextTower(ClipTextTower):
     """The text encoder of a SigLIP model in NumPy, for models with the tokenizer of SigLIP 2."""
 
-    CONFIG_DEFAULTS = {  # defaults of transformers' `SiglipTextConfig`
-        **{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-6},
-        **{"max_position_embeddings": 64},
-    }
     REQUIRED_CONFIG = {"hidden_act": "gelu_pytorch_tanh"}
     OTHER_TENSOR_COUNTS = (6,)
-    CLEAN_TEXT = str
 
     @classmethod
     def prepare_tokenizer(
@@ -240,18 +318,11 @@ class SiglipTextTower(TextTower):
         Returns:
             Embeddings (texts, width) that are not normalized.
         """
-        tokens = np.array(ids)
-        hidden = self._embed_tokens(f"{EMBEDDINGS_PREFIX}token_embedding.weight", tokens)
-        hidden = hidden + self.weights.array(f"{EMBEDDINGS_PREFIX}position_embedding.weight")[: tokens.shape[1]]
-        mask = np.ones(tokens.shape, bool)
-        for number in range(self.layer_count):
-            name = f"text_model.encoder.layers.{number}."
-            names = [f"{name}{part}." for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
-            attended = self._attention(self._layer_norm(hidden, f"{name}layer_norm1."), mask, names)
-            hidden = hidden + self._linear(attended, f"{name}self_attn.out_proj.")
-            inner = gelu_tanh(self._linear(self._layer_norm(hidden, f"{name}layer_norm2."), f"{name}mlp.fc1."))
-            hidden = hidden + self._linear(inner, f"{name}mlp.fc2.")
+        hidden = self._run_layers(np.array(ids), np.array(True))
         return self._linear(self._layer_norm(hidden[:, -1], "text_model.final_layer_norm."), "text_model.head.")
+
+
+TEXT_TOWERS = {tower.__name__: tower for tower in (TextTower, ClipTextTower, SiglipTextTower)}
 
 
 def load_text_tower(folder: str | Path) -> TextTower | None:
@@ -277,8 +348,9 @@ def load_text_tower(folder: str | Path) -> TextTower | None:
     try:
         config, settings = (json.loads(path.read_text(encoding="utf-8")) for path in (config_file, settings_file))
         check_sizes(config, f"{config_file}: ")
-        tower_class = {"capivara": TextTower, "siglip": SiglipTextTower}[config["model_type"]]
-        text_config, weights = tower_class.CONFIG_DEFAULTS | config["text_config"], WeightFile(weights_file)
+        kind = KINDS[config["model_type"]]
+        tower_class = TEXT_TOWERS[kind.numpy_text_tower]
+        text_config, weights = {**kind.text_defaults, **config["text_config"]}, WeightFile(weights_file)
         layers, heads = (operator.index(text_config[name]) for name in ("num_hidden_layers", "num_attention_heads"))
         dtypes = [tensor.dtype for name, tensor in weights.tensors.items() if name.startswith("text_")]
         has_known_config = all(
@@ -293,7 +365,7 @@ def load_text_tower(folder: str | Path) -> TextTower | None:
         epsilon = np.float32(text_config["layer_norm_eps"])
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError, RecursionError):
         return None
-    return tokenizer and tower_class(weights, tokenizer, layers, heads, epsilon, text_config.get("pad_token_id"))
+    return tokenizer and tower_class(weights, tokenizer, layers, heads, epsilon, text_config)
 
 
 def _token_text(token: Any) -> Any:
@@ -308,6 +380,22 @@ def _token_text(token: Any) -> Any:
     return token["content"] if isinstance(token, dict) else token
 
 
+def pad_ids(ids: list[list[int]], pad_id: int) -> np.ndarray:
+    """Pad token ids of texts at the right to the length of the longest text.
+
+    Args:
+        ids: Token ids of each text.
+        pad_id: Token id of padding.
+
+    Returns:
+        Token ids (texts, tokens).
+    """
+    tokens = np.full((len(ids), max(map(len, ids))), pad_id)
+    for row, text_ids in zip(tokens, ids, strict=True):
+        row[: len(text_ids)] = text_ids
+    return tokens
+
+
 def gelu(values: np.ndarray) -> np.ndarray:
     """Compute the exact GELU of each element: x * P(X <= x) for an element x and a standard normal variable X."""
     return values * np.float32(0.5) * (1 + erf(values * np.float32(0.5**0.5)))
@@ -317,6 +405,11 @@ def gelu_tanh(values: np.ndarray) -> np.ndarray:
     """Compute GELU of each element in its tanh approximation, like `gelu_pytorch_tanh` of transformers."""
     inner = np.float32((2 / np.pi) ** 0.5) * (values + np.float32(0.044715) * values**3)
     return np.float32(0.5) * values * (1 + np.tanh(inner))
+
+
+def quick_gelu(values: np.ndarray) -> np.ndarray:
+    """Compute x * sigmoid(1.702 x) of each element x, like `quick_gelu` of transformers."""
+    return values / (1 + np.exp(np.float32(-1.702) * values))
 
 
 def erf(values: np.ndarray) -> np.ndarray:
@@ -331,3 +424,6 @@ def erf(values: np.ndarray) -> np.ndarray:
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         series = series * t + np.float32(coefficient)
     return np.copysign(1 - series * t * np.exp(-size * size), values)
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu_pytorch_tanh": gelu_tanh, "quick_gelu": quick_gelu}  # by their name in transformers

@@ -13,9 +13,10 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from capivara_common.files import IS_WINDOWS
 from capivara_search.folder_scan import FileState, is_picture_name
 from capivara_search.folders import is_available, load_rules
 from capivara_search.messages import log_message
@@ -198,13 +199,16 @@ def _available_folders(folders: Mapping[Path, str], allow_empty: bool) -> dict[P
 
 
 def is_network_folder(folder: Path) -> bool:
-    """Return whether a folder is on a network file system (`NETWORK_FILE_SYSTEMS`).
+    """Return whether a folder is on a network file system whose changes are not reported.
 
-    On operating systems other than Linux, the answer is always False.
+    Linux does not report the changes of `NETWORK_FILE_SYSTEMS`. On Windows, a path that begins with two backslashes
+    (UNC) leads to a network share. In all other cases, the answer is False, also for network drives of macOS.
 
     Args:
         folder: Path of the folder.
     """
+    if IS_WINDOWS and PureWindowsPath(folder).drive.startswith("\\\\"):
+        return True
     with suppress(OSError):
         device = os.stat(folder).st_dev
         for line in MOUNTINFO_FILE.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -230,12 +234,14 @@ def run_follower(*flags: str) -> Iterator[None]:
     # The follower has its own process group, because Ctrl-C in the terminal is meant for the web page's server. But it
     # stays in the same session as the server. Linux shares the CPU equally between sessions, whatever their nice values
     # are, so a follower in another session would delay the server by a second while it reads pictures.
+    # Windows ignores `process_group` and has a flag instead.
+    options = {"process_group": 0, "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
     stopping, command = threading.Event(), [sys.executable, "-c", FOLLOWER_PROGRAM, "watch", *flags]
 
     def keep_running() -> None:
         """Start the follower, and start it again whenever it ends, until `stopping` is set."""
         while not stopping.is_set():
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, **options)
             while not stopping.wait(0.2) and process.poll() is None:
                 pass
             process.stdin.close()  # tells the child process, the follower, to end (`end_with_parent`)
@@ -257,7 +263,7 @@ def run_follower(*flags: str) -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Make this process end together with its parent process, and lower its CPU priority.
+    """Make this process end together with its parent process, and lower its CPU priority (not on Windows).
 
     When the parent closes the standard input of this process, or ends, this process receives SIGINT, as by Ctrl-C.
     """
@@ -265,7 +271,11 @@ def end_with_parent() -> None:
     def wait() -> None:
         """Wait until the standard input is closed, then send SIGINT to this process."""
         os.read(0, 1)  # returns when the parent's end of the pipe is closed
-        os.kill(os.getpid(), signal.SIGINT)
+        if IS_WINDOWS:  # where `os.kill` would end the process without cleaning up
+            signal.raise_signal(signal.SIGINT)
+        else:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    os.nice(10)
+    if hasattr(os, "nice"):
+        os.nice(10)
     threading.Thread(target=wait, daemon=True).start()

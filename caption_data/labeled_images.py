@@ -52,6 +52,7 @@ def load_labeled_images(
     class_indices: Sequence[int] | None = None,
     image_roots: Sequence[Path] = (),
     max_pixels: int = MAX_IMAGE_PIXELS,
+    limit: int | None = None,
 ) -> LabeledImages:
     """Load labeled images and map their labels to the classes of a prompt file.
 
@@ -69,6 +70,7 @@ def load_labeled_images(
         image_roots: Folders outside of the dataset in which images may lie. Image paths and links to all other folders
             are refused.
         max_pixels: Largest number of pixels (width x height); larger images count as bad.
+        limit: Number of images to load, evenly spaced. None: all images.
 
     Returns:
         The images with their labels. A label is the position of its class in `class_indices`.
@@ -85,6 +87,7 @@ def load_labeled_images(
         opened = Split(source, split, column, disable_decoding(rows, column), access)
     else:
         opened = open_split(source, split, image_column or "image", image_roots, max_pixels)
+    opened = opened.limited(limit)
     rows = opened.data
     if opened.is_embedded:
         image_column = opened.image_column

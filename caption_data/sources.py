@@ -124,6 +124,12 @@ class Split:
         """Names of all columns of the split, in order."""
         return list(self.features)
 
+    def limited(self, limit: int | None) -> "Split":
+        """Return the split with only `limit` rows, which are evenly spaced; None: return all rows."""
+        if limit is None or limit >= len(self):
+            return self
+        return replace(self, data=self.data.select([row * len(self) // limit for row in range(limit)]))
+
     def check_columns(self, names: Iterable[str]) -> None:
         """Raise ValueError if the split lacks a column in `names`. The message lists the columns of the split."""
         for name in names:

@@ -89,7 +89,8 @@ def load_split(
         The images, which are decoded when they are needed, with their labels.
     """
     columns = (args.image_column, args.label_column)
-    return load_labeled_images(args.images, split, class_names, *columns, class_indices, **args.image_options())
+    options = args.image_options() | {"limit": args.limit}
+    return load_labeled_images(args.images, split, class_names, *columns, class_indices, **options)
 
 
 def embed_classes(store: CachedEmbedder, prompts: Prompts) -> Tensor:

@@ -44,10 +44,13 @@ class EmbeddingArguments(ImageFileArguments):
     precision: Literal["float32", "bf16"] = flag("float32", "Precision. bf16 is faster; its results differ slightly.")
     cache_dir: str = flag("auto", "Cache folder; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = no cache is kept.")
     device: str | None = flag(None, "Device: cpu, cuda, or one GPU such as cuda:1. Default: the GPU if there is one.")
+    limit: int | None = flag(
+        None, "Measure only LIMIT images of each dataset, evenly spaced, to try a command. Default: all images."
+    )
 
     def __post_init__(self) -> None:
         self.check_image_files()
-        check_at_least(self, 1, "batch_size")
+        check_at_least(self, 1, "batch_size", "limit")
 
 
 @dataclass(kw_only=True)

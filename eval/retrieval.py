@@ -304,7 +304,7 @@ def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
     Raises:
         ValueError: If a column is missing, a caption is missing, empty or not text, or an archive is damaged.
     """
-    source = open_split(args.dataset, args.split, args.image_column, **args.image_options())
+    source = open_split(args.dataset, args.split, args.image_column, **args.image_options()).limited(args.limit)
     column = args.caption_column.replace("{language}", args.language)
     source.check_columns([source.image_column, column])
     captions = [

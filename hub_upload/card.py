@@ -27,6 +27,7 @@ from capivara_common.files import seed_folders, write_text
 from eval.records.schema import GAIN_METRIC
 from hub_upload import card_values as values
 from hub_upload.card_values import TEMPLATE_FOLDER, collect_run_metadata, find_data_revision, to_markdown, to_safe_line
+from hub_upload.licenses import check_stated_license
 from hub_upload.upload_checks import check_repo_id, check_text
 
 CARD_FILE = "README.md"
@@ -96,8 +97,8 @@ def render_card(
         The card with front matter and text.
 
     Raises:
-        ValueError: If an argument is wrong, `license` contradicts the license that base model and training data
-            require, a number is missing in the files, or the card would contain an absolute path or a secret.
+        ValueError: If an argument is wrong, `license` contradicts the licenses of base model and training data, a
+            number is missing in the files, or the card would contain an absolute path or a secret.
     """
     if language not in values.LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(values.LANGUAGES)}, got {language!r}.")
@@ -118,6 +119,8 @@ def render_card(
                 f"Base and data of the model require the license {run_metadata['license']}, got {license}. Leave out "
                 "--license."
             )
+        with values.wrap_format_errors(folder):
+            check_stated_license(run_metadata["origins"], license)
         run_metadata, options = run_metadata | {"license": license}, options | {"license": license}
     with values.wrap_format_errors(folder):
         title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({run_metadata['config']['language']})"

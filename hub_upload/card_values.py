@@ -26,6 +26,7 @@ import jinja2
 
 from capivara_common.files import read_json, seed_folders
 from capivara_common.hub_cache import COMMIT_RE
+from capivara_common.model_kinds import KINDS, NATIVE_MODEL_TYPE
 from capivara_common.privacy import find_secret
 from capivara_common.weight_file import WeightFile
 from eval.benchmarks import get_published_base
@@ -54,7 +55,8 @@ FORMAT_FILES = {  # tag of an export format on the Hub -> files that exist if a 
 }
 # owner/name as the Hub accepts it: at most 96 characters each, without "--" and "..".
 HUB_ID_RE = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
-CAPIVARA_CLASS = "CapivaraModel"
+CAPIVARA_CLASS = KINDS[NATIVE_MODEL_TYPE].class_name
+FIXED_LENGTH_CLASSES = [kind.class_name for kind in KINDS.values() if kind.pads_to_max_length]
 # Two metric values (0 to 1) that differ by more than this contradict each other: a card rounds to 0.01 %, so it would
 # show the difference.
 CARD_TOLERANCE = 5e-5
@@ -611,7 +613,7 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
         "is_portuguese": is_portuguese(trained_language),
         "rank_metrics": RANK_METRICS,
         "is_capivara": run_metadata["model_class"] == CAPIVARA_CLASS,
-        "is_siglip": run_metadata["model_class"] == "SiglipModel",
+        "is_siglip": run_metadata["model_class"] in FIXED_LENGTH_CLASSES,
         "citation": (TEMPLATE_FOLDER / "citation.bib").read_text(encoding="utf-8").strip(),
         "examples": partial(select_code_examples, trained_language),
         "width": architecture.get("projection_dim") or (architecture.get("text_config") or {}).get("projection_size"),

@@ -23,10 +23,11 @@ from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import require_packages
 from capivara_common.files import atomic_folder, check_inputs_outside, read_json, seed_folders, write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG
+from capivara_common.model_kinds import KINDS
 from capivara_common.privacy import hide_paths, short_name
 from hub_upload import upload_checks
 from hub_upload.formats import drop_in, immich, onnx, open_clip, save_tokenizer, transformers_js, write_tokenizer_json
-from modeling_capivara import CapivaraConfig, CapivaraProcessor
+from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import load_processor, load_two_towers_config
 
 DEFAULT_FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
@@ -189,7 +190,7 @@ def read_model_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedCo
         hint = f" It is a run with several seeds; choose one of its folders {seeds}." if seeds else ""
         raise ValueError(f"The folder {folder} contains no model (config.json is missing).{hint}")
     config = load_two_towers_config(folder)
-    if {"drop_in", "immich"} & {*formats} and config.model_type not in immich.IMMICH_MODEL_NAMES:
+    if {"drop_in", "immich"} & {*formats} and KINDS[config.model_type].immich_name is None:
         raise ValueError(
             f"The format {formats[0]} supports CAPIVARA and SigLIP only, but {folder} is a {config.model_type} model. "
             "Export the whole model with --formats transformers,onnx instead. It can replace its base, and its text "
@@ -218,21 +219,22 @@ def _write_repository(
         text_config: Hub id from which open_clip loads the configuration of the text tower, or None.
         repo_id: Hub id under which the folder will be published, or None.
     """
-    processor, is_capivara = load_processor(model), isinstance(config, CapivaraConfig)
-    if text_config and not is_capivara:
+    processor, kind = load_processor(model), KINDS[config.model_type]
+    has_text_config = kind.open_clip_layout == "hf_text"
+    if text_config and not has_text_config:
         raise ValueError(
             f"--text_config applies to CAPIVARA models only, but {model} is a {config.model_type} model. Leave it out."
         )
     if "transformers_js" in formats:
         transformers_js.convert_tokenizer(model)
     settings = None
-    if "open_clip" in formats and is_capivara:
+    if "open_clip" in formats and has_text_config:
         settings = open_clip.build_open_clip_config(config, processor.image_processor, text_config, repo_id)
     open_clip.write_weights(model, folder, config, with_open_clip=settings is not None)
     _write_processor(model, folder, processor)
     if settings:
         write_json(folder / OPEN_CLIP_CONFIG, settings)
-    if "open_clip" in formats and not is_capivara:
+    if "open_clip" in formats and not has_text_config:
         try:
             open_clip.check_siglip_supported(config)
         except (ValueError, ImportError) as error:
@@ -241,7 +243,7 @@ def _write_repository(
             open_clip.write_open_clip_siglip(model, folder, repo_id or short_name(str(model)))
     if "sentence_transformers" in formats:
         open_clip.write_sentence_transformers(folder, processor)
-        if not is_capivara:
+        if not kind.is_native:
             open_clip.check_sentence_transformers(model, folder)
     if "transformers_js" in formats:
         transformers_js.write_converted_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""Read the cards (README.md) of a model's base model and training datasets, and infer the license of the model."""
+"""Read the cards (README.md) of a model's base model and training datasets."""
 
 import re
 from collections.abc import Sequence
@@ -9,12 +9,8 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 from capivara_common.privacy import short_name
+from hub_upload.licenses import as_texts, infer_license
 from modeling_capivara.loading import read_card_metadata
-
-# Hub identifiers of licenses that allow derived works to carry another license, as long as the copyright notices are
-# kept.
-PERMISSIVE_LICENSES = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
-PERMISSIVE_LICENSES |= {"postgresql", "unlicense", "zlib"}
 
 
 def read_origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
@@ -37,25 +33,6 @@ def read_origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -
         "datasets": data,
         "evaluation_dataset": read_origin(evaluation_dataset, "dataset"),
     }
-
-
-def infer_license(stated_licenses: list[list[str]]) -> str | None:
-    """Return the license of a model that is derived from several works.
-
-    Any other license takes precedence over `PERMISSIVE_LICENSES`: "mit" and "cc-by-4.0" result in "cc-by-4.0".
-
-    Args:
-        stated_licenses: For each work, the Hub identifiers of the licenses that its card states.
-
-    Returns:
-        The Hub identifier of the license. None if a work states no license, or if the works require several different
-        licenses, for example "cc-by-4.0" and "gpl-3.0".
-    """
-    if not all(stated_licenses):
-        return None
-    all_licenses = {license for licenses in stated_licenses for license in licenses}
-    binding = all_licenses - PERMISSIVE_LICENSES or all_licenses
-    return binding.pop() if len(binding) == 1 else None
 
 
 def read_origin(name: str, repo_type: str) -> dict[str, Any]:
@@ -90,8 +67,8 @@ def read_origin(name: str, repo_type: str) -> dict[str, Any]:
         "title": str(card.get("pretty_name") or default_title),
         "hub_id": name if path and is_on_hub else None,
         "revision": path.parent.name if path and is_on_hub else None,
-        "base_model": _as_texts(card.get("base_model")),
-        "licenses": _as_texts(card.get("license")),
+        "base_model": as_texts(card.get("base_model")),
+        "licenses": as_texts(card.get("license")),
         "attribution": str(card["attribution"]) if card.get("attribution") else None,
         "translations": {str(code): str(translator) for code, translator in translators.items()},
     }
@@ -114,15 +91,6 @@ def _fetch_card(name: str, repo_type: str) -> Path | None:
         return Path(cached if isinstance(cached, str) else hf_hub_download(name, "README.md", repo_type=repo_type))
     except (OSError, ValueError):
         return None
-
-
-def _as_texts(value: Any) -> list[str]:
-    """Convert a value of a card's front matter to a list of strings.
-
-    Args:
-        value: A single value or a list of values. Empty values and None are skipped.
-    """
-    return [str(text) for text in (value if isinstance(value, list) else [value]) if text]
 
 
 def _read_card_title(card: Path) -> str | None:

@@ -42,8 +42,10 @@ from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
 from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import read_json
 from capivara_common.privacy import make_printable
 from hub_upload.card import CARD_FILE, find_generated_card_faults, write_card
+from hub_upload.licenses import check_stated_license
 from hub_upload.upload_checks import check_repo_id, check_text, list_files_to_send
 
 # Seconds without an answer before a call to the Hub fails. huggingface_hub sets no timeout by default, so a dead
@@ -175,15 +177,18 @@ def plan_push(args: PushArguments) -> PushPlan:
         The changes that `push_folder` would make.
 
     Raises:
-        ValueError: If the folder holds no file to send, a file must not be published, or the card's front matter is
-            not valid YAML.
+        ValueError: If the folder holds no file to send, a file must not be published, the card's front matter is not
+            valid YAML, or the card states a license that the base model or the training data does not permit.
         PushError: If the Hub can't be reached and `args.push` is set, or if the Hub would refuse the push.
     """
-    paths = list_files_to_send(args.model, args.repo_type)
+    paths, origins = list_files_to_send(args.model, args.repo_type), {}
     try:
         metadata = (metadata_load(args.model / CARD_FILE) or {}) if Path(CARD_FILE) in paths else None
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"The front matter of {CARD_FILE} is not valid YAML of `key: value` lines: {error}") from error
+    with suppress(ValueError, OSError):
+        origins = read_json(args.model / "run.json", origins=dict)["origins"]
+    check_stated_license(origins, (metadata or {}).get("license"))
     user, remote, unreachable = None, RemoteRepository(), ""
     try:
         with wrap_hub_errors(args.repo_id, RETRY_HINT if args.push else "Run the same command again."):

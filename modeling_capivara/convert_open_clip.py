@@ -30,6 +30,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import atomic_folder, read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
+from capivara_common.model_kinds import KINDS
 
 from .checks_capivara import check_sizes, wrap_tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
@@ -144,9 +145,10 @@ def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     Raises:
         ValueError: If open_clip has no image tower of this type.
     """
-    is_capivara, result, state = model.config.model_type == "capivara", {}, model.state_dict()
-    names = {ours: theirs for theirs, ours in (PARAMETER_NAMES if is_capivara else SIGLIP_PARAMETER_NAMES).items()}
-    is_vit = is_capivara and _is_vit(model.config)
+    result, state = {}, model.state_dict()
+    is_siglip = KINDS[model.config.model_type].open_clip_layout == "timm_siglip"
+    names = {ours: theirs for theirs, ours in (SIGLIP_PARAMETER_NAMES if is_siglip else PARAMETER_NAMES).items()}
+    is_vit = not is_siglip and _is_vit(model.config)
     for name, tensor in state.items():
         open_clip_name = _rename_parameter(name, names)
         if match := ATTENTION_PROJECTION_RE.fullmatch(name):
@@ -155,14 +157,14 @@ def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
                 result[_rename_parameter(f"{match[1]}in_proj_{match[3]}", names)] = torch.cat(projections)
         elif is_vit and name == "visual_projection.weight":
             result["visual.proj"] = tensor.T.contiguous()
-        elif not is_capivara and ".attn_pool.in_proj_" in open_clip_name:
+        elif is_siglip and ".attn_pool.in_proj_" in open_clip_name:
             # timm's attention pooling has one tensor for the query and one for key and value.
             query_rows = len(tensor) // 3
             for suffix, rows in {"q.": tensor[:query_rows], "kv.": tensor[query_rows:]}.items():
                 result[open_clip_name.replace("in_proj_", suffix)] = rows.clone()
-        elif not is_capivara and open_clip_name == "visual.trunk.pos_embed":
+        elif is_siglip and open_clip_name == "visual.trunk.pos_embed":
             result[open_clip_name] = tensor[None]
-        elif not is_capivara and open_clip_name.startswith("logit_"):
+        elif is_siglip and open_clip_name.startswith("logit_"):
             result[open_clip_name] = tensor.reshape(())
         else:
             result[open_clip_name] = tensor

@@ -33,12 +33,12 @@ from transformers.models.siglip2 import Siglip2Tokenizer
 
 from capivara_common.cli import coded_error
 from capivara_common.files import read_json
-from capivara_common.hub_cache import check_reachable, is_hub_id, unsupported_reason
+from capivara_common.hub_cache import check_reachable, is_hub_id
+from capivara_common.model_kinds import ANY_SIZE_VISION_TOWERS, KINDS, find_kind
 from capivara_common.weight_file import find_weight_files, read_scalar
 
-from .checks_capivara import check_sizes, wrap_tokenizer_errors
+from .checks_capivara import PADDING_MODEL_TYPES, check_sizes, wrap_tokenizer_errors
 from .configuration_capivara import get_sizes
-from .processing_capivara import CapivaraProcessor
 
 WEIGHTS_FILE = "model.safetensors"
 MAX_NAMED_KEYS = 5  # largest number of weights that an error message names, because a model has hundreds of weights
@@ -162,7 +162,7 @@ def load_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel
     try:
         model = build_model_from_tensors(tensors, config, f"The weights of {folder}")
     except ValueError:
-        if config.model_type == "capivara":
+        if KINDS[config.model_type].is_native:
             raise
         return load_model(folder).eval()
     check_sizes({"logit_scale": model.logit_scale.item()}, f"{folder}: ")
@@ -266,33 +266,37 @@ def load_processor(source: str | Path) -> ProcessorMixin:
         if isinstance(processor.tokenizer, GemmaTokenizer):
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
         check_sizes(processor.image_processor.to_dict())
-        config = load_config(str(source))
-        _check_padding(processor.tokenizer, config)
-        if not isinstance(processor, CapivaraProcessor):  # a CapivaraProcessor truncates to 77 tokens by itself
-            _fit_processor(processor, config)
+        config = load_two_towers_config(source)
+        _fit_processor(processor, config)
     except Exception as error:
         raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
     return processor
 
 
-def _check_padding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Check that the padding token of a tokenizer is valid for a model.
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Check that a tokenizer fits the vocabulary of a model, and that its padding token is valid.
 
     Args:
         tokenizer: Tokenizer of the model's processor.
         config: Configuration of the model.
 
     Raises:
-        ValueError: If the tokenizer has no padding token, the token is not in the model's vocabulary, or its id is not
-            the `pad_token_id` of a CAPIVARA model.
+        ValueError: If the tokenizer has more tokens than the model, or no padding token, or the padding token is not in
+            the model's vocabulary, or its id is not the `pad_token_id` of a model that needs this id.
     """
     token, token_id, text_config = tokenizer.pad_token, tokenizer.pad_token_id, config.text_config
     if token_id is None:
         raise ValueError("its tokenizer has no padding token")
     if token_id >= text_config.vocab_size:
         raise ValueError(f"its padding token {token!r} is not among the model's {text_config.vocab_size} tokens")
-    # CAPIVARA's text tower numbers positions from the id of the padding token, so another id would shift them.
-    if config.model_type == "capivara" and token_id != text_config.pad_token_id:
+    last_id = max([len(tokenizer) - 1, *tokenizer.added_tokens_decoder])  # an added token may have any id
+    if last_id >= text_config.vocab_size:
+        problem = f"its tokenizer has the token {tokenizer.convert_ids_to_tokens(last_id)!r} with the id {last_id}"
+        hint = "add rows with `resize_token_embeddings`, or remove tokens"
+        raise ValueError(f"{problem}, but the model has {text_config.vocab_size} tokens; {hint}")
+    # Some text towers number positions from the id of the padding token, so another id would shift them.
+    needs_same_id = KINDS[config.model_type].is_native or text_config.model_type in PADDING_MODEL_TYPES
+    if needs_same_id and token_id != text_config.pad_token_id:
         raise ValueError(f"its padding token {token!r} has the id {token_id}, not {text_config.pad_token_id}")
 
 
@@ -304,7 +308,8 @@ def pads_to_max_length(processor: ProcessorMixin) -> bool:
     Args:
         processor: Processor of the model.
     """
-    return type(processor).__name__.startswith("Siglip")
+    name = type(processor).__name__
+    return any(name in kind.processors for kind in KINDS.values() if kind.pads_to_max_length)
 
 
 def _fit_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
@@ -316,23 +321,28 @@ def _fit_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
         config: Configuration of the model.
 
     Raises:
-        ValueError: If the type, the image size or the vocabulary of the processor does not fit the model.
+        ValueError: If the type, the tokenizer or the image size of the processor does not fit the model, or its
+            tokenizer returns no attention mask, but the model needs one.
     """
-    tokenizer, image_size = processor.tokenizer, config.vision_config.image_size
+    tokenizer, kind = processor.tokenizer, KINDS[config.model_type]
     settings = processor.image_processor.to_dict()
     size = dict((settings.get("crop_size") if settings.get("do_center_crop") else settings.get("size")) or {})
-    if pads_to_max_length(processor) != (config.model_type == "siglip") or "max_num_patches" in settings:
+    if type(processor).__name__ not in kind.processors or "max_num_patches" in settings:
         raise ValueError(f"a {type(processor).__name__} does not fit a model of the type {config.model_type!r}")
-    if (size.get("height"), size.get("width")) != (image_size, image_size):
-        raise ValueError(f"its images have {size}, but the image tower takes {image_size} x {image_size} pixels")
-    if len(tokenizer) > config.text_config.vocab_size or tokenizer.pad_token is None:
-        vocabulary = f"{len(tokenizer)} tokens and the padding token {tokenizer.pad_token!r}"
-        raise ValueError(f"its tokenizer has {vocabulary}, but the model has {config.text_config.vocab_size} tokens")
+    _check_tokenizer(tokenizer, config)
+    if kind.is_native:  # a CapivaraProcessor truncates to 77 tokens by itself
+        return
+    takes_any_size = config.vision_config.model_type in ANY_SIZE_VISION_TOWERS
+    side = size.get("height") if takes_any_size else config.vision_config.image_size
+    if (size.get("height"), size.get("width")) != (side, side) or side is None:
+        raise ValueError(f"its images have {size}, but the image tower takes {side} x {side} pixels")
     positions = config.text_config.max_position_embeddings
-    if config.model_type == "altclip":  # like RoBERTa, it numbers positions from `pad_token_id` + 1
+    if config.text_config.model_type in PADDING_MODEL_TYPES:  # they number positions from `pad_token_id` + 1
         positions -= config.text_config.pad_token_id + 1
-    if pads_to_max_length(processor):  # the model attends to padding, so tokenizers must not return a mask by default
+    if kind.pads_to_max_length:  # the model attends to padding, so tokenizers must not return a mask by default
         tokenizer.model_input_names = ["input_ids"]
+    elif "attention_mask" not in tokenizer.model_input_names:
+        raise ValueError("its tokenizer returns no attention mask, so texts would depend on the padding of their batch")
     # Siglip2Processor, for instance, sets its own maximum length.
     processor_max_length = getattr(processor, "text_kwargs", {}).get("max_length", positions)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions, processor_max_length)
@@ -375,11 +385,10 @@ def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
         ValueError: If the configuration is missing or damaged, or the model is not a supported two-tower model.
     """
     try:
-        if Path(source).is_dir():  # transformers' error about a missing `model_type` would list all types that it knows
-            read_json(Path(source) / "config.json", model_type=str)
+        if Path(source).is_dir():  # transformers' own error about an unknown `model_type` would list all its types
+            find_kind(read_json(Path(source) / "config.json", model_type=str))
         config = load_config(str(source))
-        if fault := unsupported_reason(config.model_type):
-            raise ValueError(fault)
+        find_kind(config.to_dict())
         return config
     except Exception as error:  # damaged files make transformers raise many types, even RecursionError
         reason = " ".join(str(error).split())

@@ -7,9 +7,10 @@ Most parameters of a multilingual text tower are embeddings of tokens that a sin
 removes tokens from the tokenizer and their rows from the embedding table. Nothing else changes, so image indexes stay
 valid. A text has the same embedding as before if all its tokens are kept:
 
-- A Unigram tokenizer (XLM-R) splits a text into the tokens with the highest sum of scores. Removing tokens that this
-  split does not use can't make another split better. A letter without a token gets the lowest score of the vocabulary
-  minus 10. The token with the lowest score is kept too, so that this value does not change.
+- A Unigram tokenizer (XLM-R; XLM-V, which MetaCLIP 2 uses) splits a text into the tokens with the highest sum of
+  scores. Removing tokens that this split does not use can't make another split better. A letter without a token gets
+  the lowest score of the vocabulary minus 10. The token with the lowest score is kept too, so that this value does not
+  change.
 - A BPE tokenizer (SigLIP 2 uses the one of Gemma) applies a list of merges in order and falls back to bytes. For every
   kept token, all merges that produce the token are kept, so they are applied in the same order as before.
 """
@@ -37,7 +38,6 @@ from capivara_common.weight_file import find_weight_files
 from .loading import (
     load_config,
     load_mapped_model,
-    load_mapped_tensors,
     load_processor,
     weights_digest,
     write_origin_card,
@@ -96,7 +96,7 @@ def trim(
     texts: Sequence[Path] = (),
     overwrite_output_dir: bool = False,
 ) -> list[str]:
-    """Write a copy of a CAPIVARA or SigLIP model that has only the tokens of the given languages.
+    """Write a copy of a CAPIVARA, SigLIP or MetaCLIP 2 model that has only the tokens of the given languages.
 
     Args:
         model: Folder of the model.
@@ -111,9 +111,9 @@ def trim(
         Sentences for the user with the numbers of tokens and parameters and the sizes of the weights.
 
     Raises:
-        ValueError: If the model is already trimmed or damaged, its tokenizer is of an unsupported type, an added token
-            has no row in the embedding table, wordfreq has no word list of a language, a file has no text, a number of
-            words is below 1, or `output` has files and may not be replaced.
+        ValueError: If the model is already trimmed or damaged, its tokenizer is of an unsupported type, wordfreq has no
+            word list of a language, a file has no text, a number of words is below 1, or `output` has files and may not
+            be replaced.
         ImportError: If wordfreq is not installed.
     """
     check_output_folder(output, overwrite_output_dir)
@@ -126,14 +126,6 @@ def trim(
         trimmed_languages = ", ".join(earlier_trim["languages"])
         hint = "Trim the model that it was made from"
         raise ValueError(f"MODEL {model} is already trimmed, to {trimmed_languages}. {hint}.")
-    rows = config.text_config.vocab_size
-    added_tokens = tokenizer_state(processor.tokenizer)["added_tokens"]
-    token = next((token for token in added_tokens if token["id"] >= rows), None)
-    if token is not None:
-        problem = (
-            f"The added token {token['content']!r} has the id {token['id']}, but MODEL {model} has only {rows} rows"
-        )
-        raise ValueError(f"{problem} of embeddings. Add a row with `resize_token_embeddings`, or remove the token.")
     kept_ids = select_token_ids(processor, languages, words, [text for path in texts for text in read_lines(path)])
     trimmed = type(processor)(processor.image_processor, trim_tokenizer(processor.tokenizer, kept_ids))
     for language in languages:
@@ -170,7 +162,7 @@ def _write_trimmed_model(
 
     Args:
         source: Folder of the original model.
-        config: Configuration of the original model. It is changed to that of the trimmed model.
+        config: Configuration of the original model.
         folder: Folder to write to.
         kept_ids: Ids of the tokens to keep, in ascending order. Row i of the new embedding table is row `kept_ids[i]`
             of the original one.
@@ -184,6 +176,7 @@ def _write_trimmed_model(
         ValueError: If a written weight differs from the model's weight.
     """
     model = load_mapped_model(source, config)
+    config = model.config
     embedding = model.text_model.get_input_embeddings()
     before, table = model.num_parameters(), embedding.weight.detach()
     record |= {"of": len(table), "table": weights_digest(nn.Embedding.from_pretrained(table))}
@@ -191,7 +184,8 @@ def _write_trimmed_model(
     model.text_model.set_input_embeddings(trimmed_embedding)
     config.text_config.vocab_size, config.trimmed_vocabulary = len(kept_ids), record
     model.save_pretrained(folder)
-    written, expected = load_mapped_tensors(find_weight_files(folder)), model.state_dict()
+    # transformers may save weights under other names than those of the model, so the file is compared as it is loaded.
+    written, expected = load_mapped_model(folder, config).state_dict(), model.state_dict()
     changed = sorted(name for name, tensor in expected.items() if not torch.equal(written[name], tensor))
     if changed:
         raise ValueError(f"Weights of {source} changed when they were saved, so no model was written: {changed}.")

@@ -31,6 +31,7 @@ from capivara_common.environment import process_state, resolve_device
 from capivara_common.files import read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_reachable
 from capivara_common.image_encoder_digest import IMAGE_ENCODER_PREFIXES
+from capivara_common.model_kinds import KINDS
 
 from .checks_capivara import NOT_FINITE_MESSAGE, check_sizes, wrap_tokenizer_errors
 from .loading import load_model, load_processor, pads_to_max_length, weights_digest
@@ -73,7 +74,7 @@ def embedding_width(config: PreTrainedConfig) -> int:
     Args:
         config: Configuration of the model.
     """
-    return config.text_config.projection_size if config.model_type == "siglip" else config.projection_dim
+    return next(iter(KINDS[config.model_type].read_widths(config.to_dict()).values()))
 
 
 def freeze_image_encoder(model: PreTrainedModel) -> None:
@@ -263,7 +264,7 @@ def _load_open_clip_embedder(source: str, device: torch.device, precision: str) 
         import open_clip
     except ImportError as error:
         problem = f"open_clip:{source} needs the package open_clip, which is not installed"
-        raise ImportError(f"{problem}: pip install open_clip_torch") from error
+        raise ImportError(f'{problem}: pip install "modeling-capivara[open_clip]"') from error
     name, pretrained, repository = source, None, ""
     if source.startswith("hf-hub:"):
         repository = source.removeprefix("hf-hub:")

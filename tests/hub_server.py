@@ -205,7 +205,8 @@ class _Handler(HttpHandler):
 
     def info(self, kind: str, name: str, revision: str = "main") -> None:
         repo = self._repo(kind, name)
-        siblings = [{"rfilename": path} for path in sorted(repo.at(revision).files)]
+        files, with_sizes = sorted(repo.at(revision).files.items()), self.query.get("blobs", "").lower() == "true"
+        siblings = [{"rfilename": path} | ({"size": blob.size} if with_sizes else {}) for path, blob in files]
         self.json({"id": name, "sha": repo.at(revision).oid, "private": repo.private, "siblings": siblings})
 
     def auth_check(self, kind: str, name: str, write: str = "") -> None:

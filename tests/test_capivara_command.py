@@ -25,7 +25,7 @@ import pytest
 import tqdm.std
 from parsed_command import parsed
 
-from capivara_common.environment import require_packages
+from capivara_common.environment import install_command, require_packages
 from capivara_common.progress import configure_progress_bars
 from capivara_search import estimates
 from capivara_search.command import SEARCH_MODULES, describe_error, detect_language, main, show_progress_bar
@@ -669,8 +669,11 @@ def test_errors_of_the_system_and_of_packages_are_shown_in_portuguese():
     for error, expected in (
         (OSError(errno.ENOSPC, "No space left on the disk of the index /x."), messages("no_space")),
         (PermissionError(errno.EACCES, "Permission denied", "/x\x1b"), messages("no_permission", path=r"/x\x1b")),
-        (ModuleNotFoundError("No", name="lancedb.x"), messages("missing_package", names="lancedb")),
-        (missing_package.value, messages("error.not_installed", names="no_such_package")),
+        (ModuleNotFoundError("No", name="lancedb.x"), messages("error.no_search_extra", name="lancedb")),
+        (
+            missing_package.value,
+            messages("error.not_installed", names="no_such_package", command=install_command("captions")),
+        ),
     ):
         assert describe_error(error, messages) == (3, expected)
 

@@ -390,6 +390,23 @@ def test_a_license_can_be_stated_only_if_base_and_data_leave_it_open(run, tmp_pa
     assert "'mine'" in find_card_faults(run)[0]
 
 
+def test_a_model_of_a_non_commercial_base_gets_no_other_license(run):
+    """If base and data determine no license, the publisher states one, which must forbid what the base forbids."""
+
+    def state_licenses(content):
+        content["origins"]["license"] = None
+        content["origins"]["model"] |= {"title": "facebook/metaclip-2", "licenses": ["cc-by-nc-4.0"]}
+
+    change(run / "run.json", state_licenses)
+    for license in ("mit", "cc-by-sa-4.0"):
+        with pytest.raises(ValueError, match=rf"\b{license}\b.*facebook/metaclip-2.*\bcc-by-nc-4\.0\b"):
+            write_card(run, license=license)
+    write_card(run, license="cc-by-nc-sa-4.0")
+    assert split_card(card_of(run))[0]["license"] == "cc-by-nc-sa-4.0" and find_card_faults(run) == []
+    (run / "README.md").write_text(card_of(run).replace("cc-by-nc-sa-4.0", "mit"), encoding="utf-8")
+    assert any("mit" in fault for fault in find_card_faults(run))
+
+
 @pytest.mark.parametrize("language", ["en", "pt"])
 def test_a_card_of_a_model_for_spanish_has_no_portuguese_examples(run, language):
     change(run / "run.json", lambda content: content["config"].update(language="es", eval_languages=["es", "en"]))

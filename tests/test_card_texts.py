@@ -9,7 +9,8 @@ from card_run import change, split_card, trained_run
 
 from hub_upload.card import find_card_faults, write_card
 from hub_upload.card_values import to_code, to_markdown
-from hub_upload.origins import infer_license, read_origin
+from hub_upload.licenses import infer_license
+from hub_upload.origins import read_origin
 
 HOSTILE = (
     "</table><script>alert(1)</script>",
@@ -107,6 +108,8 @@ def test_hostile_texts_change_neither_front_matter_nor_markup_of_a_card(hostile,
         ([["mit"], ["apache-2.0"]], None),
         ([["cc-by-nc-4.0"], ["cc-by-sa-4.0"]], None),
         ([["mit"], ["mit", "cc-by-4.0"]], "cc-by-4.0"),
+        ([["cc-by-nc-4.0"], ["mit"], ["cc-by-4.0"]], "cc-by-nc-4.0"),
+        ([["cc-by-nc-4.0"], ["cc-by-nc-sa-4.0"]], None),
     ],
 )
 def test_the_most_restrictive_license_is_inherited(stated, license):

@@ -16,10 +16,11 @@ from towers import TOWER, gemma_like, other_texts, siglip2
 from transformers import SiglipConfig
 
 from benchmarks.timing import make_captions
+from capivara_common.model_kinds import KINDS
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_tokenizer
 from hub_upload.export import export_model
-from hub_upload.formats.immich import IMMICH_MODEL_NAMES
-from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from hub_upload.formats.immich import find_immich_name
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
@@ -58,10 +59,39 @@ def test_the_commands_in_the_docs_keep_the_original_if_they_are_repeated(tmp_pat
         assert contents == {"config.json": new, "original.json": "the base's"}
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "trimmed_of", "vision", "name"),
+    [
+        (250_002, None, (768, 32, 224), "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k"),
+        (250_002, None, (1280, 14, 224), "XLM-Roberta-Large-ViT-H-14__frozen_laion5b_s13b_b90k"),
+        (256_000, None, (768, 16, 224), "ViT-B-16-SigLIP2__webli"),
+        (51_759, 256_000, (1152, 14, 384), "ViT-SO400M-14-SigLIP2-378__webli"),
+        (256_000, None, (1536, 16, 384), "ViT-gopt-16-SigLIP2-384__webli"),
+        (256_000, None, (768, 16, 384), None),  # open_clip has this model, but Immich's list does not
+        (32_000, None, (768, 16, 224), None),  # the first SigLIP
+    ],
+)
+def test_the_name_in_immichs_list_follows_from_the_architecture(vocab_size, trimmed_of, vision, name):
+    text = {"vocab_size": vocab_size}
+    sizes = dict(zip(("hidden_size", "patch_size", "image_size"), vision, strict=True))
+    config = SiglipConfig(text_config=text, vision_config=sizes)
+    if trimmed_of:
+        config.trimmed_vocabulary = {"of": trimmed_of}
+    assert find_immich_name(config) == name
+
+
+def test_the_default_names_are_those_of_the_published_sizes():
+    for model_type, config in (
+        ("capivara", CapivaraConfig()),
+        ("siglip", SiglipConfig(text_config={"vocab_size": 256_000})),
+    ):
+        assert find_immich_name(config) == KINDS[model_type].immich_name
+
+
 # --- The export ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=IMMICH_MODEL_NAMES)
+@pytest.fixture(scope="module", params=[kind.model_type for kind in KINDS.values() if kind.immich_name])
 def kind(request):
     return request.param
 
@@ -98,7 +128,7 @@ def exported(kind, source, tmp_path_factory):
     service, it computes the embeddings. Otherwise, `LayoutReader` does.
     """
     cache, url = os.environ.get("IMMICH_CACHE"), os.environ.get("IMMICH_URL")
-    folder = (Path(cache) / "clip" if cache else tmp_path_factory.mktemp("immich")) / IMMICH_MODEL_NAMES[kind]
+    folder = (Path(cache) / "clip" if cache else tmp_path_factory.mktemp("immich")) / KINDS[kind].immich_name
 
     def open_reader() -> LayoutReader:
         return ServiceReader(folder, url) if url else LayoutReader(folder)

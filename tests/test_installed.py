@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from dist_contents import compare_contents
 
 import modeling_capivara
 
@@ -55,9 +56,10 @@ def built(tmp_path_factory) -> Path:
     for name in tracked():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
-    code = f"from setuptools import build_meta as b; b.build_wheel({str(out)!r}); b.build_sdist({str(out)!r})"
-    process = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=180)
-    assert process.returncode == 0, process.stderr
+    # Without isolation, the wheel is built with the tests' setuptools, and nothing is downloaded.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out)]
+    process = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=180)
+    assert process.returncode == 0, process.stderr + process.stdout
     return out
 
 
@@ -122,6 +124,22 @@ def test_the_wheel_is_complete_and_has_correct_metadata(built):
     assert (metadata["Name"], metadata["Version"]) == (NAME, VERSION)
     assert metadata["License-Expression"] == "MIT AND CC-BY-SA-4.0" and metadata["License"] is None
     assert set(metadata.get_all("License-File")) == licenses
+
+
+def test_wheel_and_source_archive_have_the_committed_files_and_pass_twine(built):
+    difference = compare_contents(built)
+    assert not difference, f"run `make dist`, then python tests/dist_contents.py dist --write\n{difference}"
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir())]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0 and process.stdout.count("PASSED") == 2, process.stdout
+
+
+def test_the_package_description_is_rendered_as_on_an_index(built):
+    from readme_renderer import markdown
+
+    html = markdown.render(DESCRIPTION)
+    assert html and {"<h1", "<a href", "<code"} <= set(re.findall(r"<h1|<a href|<code", html))
+    assert "```" not in html and "](" not in html, "a block or link was not rendered"
 
 
 def test_the_package_description_has_only_absolute_links(built):

@@ -9,12 +9,21 @@ from sampling import one_in
 from test_train_accelerate import flags
 from tiny import TINY_TEXT, randomize, tiny_config
 from towers import MAKERS, gemma_like, siglip2
-from transformers import AutoProcessor, CLIPModel, SiglipConfig, SiglipModel
+from transformers import (
+    AutoProcessor,
+    CLIPModel,
+    MetaClip2Model,
+    SiglipConfig,
+    SiglipModel,
+    VisionTextDualEncoderModel,
+)
 from whole_batch_process import CAPTIONS, gradients_of
 
 import train_accelerate
 from hub_upload.export import export_model
+from hub_upload.formats.open_clip import TIMM_TOWERS, check_siglip_supported
 from modeling_capivara import CapivaraModel
+from modeling_capivara.convert_open_clip import to_open_clip_state_dict
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import frequent_words, trim, word_variants
 from modeling_capivara.two_towers import (
@@ -33,12 +42,16 @@ from training.trainable import prepare_trainable
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 TWELVE = [f"{caption} {ending}" for caption in CAPTIONS[:6] for ending in ("azul", "e uma casa verde")]
-CLASSES = {"siglip": SiglipModel, "clip": CLIPModel, "capivara": CapivaraModel}
+CLASSES = {
+    **{"siglip": SiglipModel, "clip": CLIPModel, "metaclip_2": MetaClip2Model, "capivara": CapivaraModel},
+    "dual_encoder": VisionTextDualEncoderModel,
+}
+SIGMOID = ("siglip", "capivara")  # kinds that the tests train with the sigmoid loss
 
 
 @pytest.fixture(params=CLASSES)
 def kind(request, tmp_path, tiny_processor):
-    """Type of a saved base model: SigLIP, CLIP, and CAPIVARA with a bias (sigmoid loss)."""
+    """Type of a saved base model. CAPIVARA has a bias (sigmoid loss)."""
     if request.param != "capivara":
         MAKERS[request.param](tmp_path / "base")
     else:
@@ -70,7 +83,7 @@ def test_a_step_equals_the_models_own_loss(kind, budget, tmp_path):
     report, actual = gradients_of(model, Accelerator(cpu=True), batches, images, budget)
     assert report.loss == pytest.approx(loss.item(), rel=1e-6)
     assert actual.keys() == expected.keys() and "logit_scale" in actual
-    assert ("logit_bias" in actual) == (kind != "clip")
+    assert ("logit_bias" in actual) == (kind in SIGMOID)
     for name, gradient in expected.items():
         assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, name  # gradients of key biases are 0
 
@@ -87,12 +100,12 @@ def test_a_run_saves_a_model_of_the_bases_class(options, kind, tmp_path, tiny_da
     before, after = base.state_dict(), trained.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any(name.startswith(IMAGE_ENCODER_PREFIXES) for name in changed)
-    assert ("logit_scale" in changed) == (kind == "clip" and "lora_rank" not in options)
+    assert ("logit_scale" in changed) == (kind not in SIGMOID and "lora_rank" not in options)
     assert "logit_bias" not in changed
     assert AutoProcessor.from_pretrained(tmp_path / "run")(text="um gato").input_ids
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["model_class"] == CLASSES[kind].__name__
-    assert run["loss"] == ("contrastive" if kind == "clip" else "sigmoid")
+    assert run["loss"] == ("sigmoid" if kind in SIGMOID else "contrastive")
 
 
 def load_trimmed(folder, output, **options):
@@ -161,6 +174,37 @@ def test_siglip2_of_full_width_is_read_by_open_clip_and_sentence_transformers(tm
     torch.testing.assert_close(
         sentences.encode(images, convert_to_tensor=True), ours.embed_images(images), rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "vision", "text", "intermediate_size"),
+    [
+        ("ViT-L-16-SigLIP2-256", (1024, 24, 16, 256), (1024, 24), 4096),
+        ("ViT-SO400M-14-SigLIP2", (1152, 27, 14, 224), (1152, 27), 4304),
+        *((f"ViT-SO400M-16-SigLIP2-{side}", (1152, 27, 16, side), (1152, 27), 4304) for side in (256, 384, 512)),
+        *((f"ViT-gopt-16-SigLIP2-{side}", (1536, 40, 16, side), (1152, 27), 6144) for side in (256, 384)),
+    ],
+)
+@pytest.mark.slow
+def test_the_large_siglip2_have_open_clips_names_and_shapes(name, vision, text, intermediate_size):
+    """At full size, but on the meta device, which allocates no memory for weights."""
+    import open_clip
+    from open_clip.model import CustomTextCLIP
+
+    width, layers, patch_size, image_size = vision
+    tower = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": intermediate_size}
+    tower |= {"num_attention_heads": 16, "patch_size": patch_size, "image_size": image_size}
+    texts = {"hidden_size": text[0], "num_hidden_layers": text[1], "num_attention_heads": 16, "vocab_size": 256_000}
+    texts |= {"intermediate_size": 4096 if text[0] == 1024 else 4304, "projection_size": width}
+    config, model_cfg = SiglipConfig(text_config=texts, vision_config=tower), open_clip.get_model_config(name)
+    check_siglip_supported(config)
+    assert f"{TIMM_TOWERS[vision[:3]]}_{image_size}" == model_cfg["vision_cfg"]["timm_model_name"]
+    assert model_cfg.pop("custom_text")
+    with torch.device("meta"):
+        expected = CustomTextCLIP(**model_cfg).state_dict()
+        actual = to_open_clip_state_dict(SiglipModel(config))
+    shapes = [{key: tensor.shape for key, tensor in tensors.items()} for tensors in (actual, expected)]
+    assert shapes[0] == shapes[1] and len(shapes[0]) > 600
 
 
 def test_scale_and_bias_of_siglip_are_frozen_unless_nothing_is(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import modeling_capivara
+from capivara_common import environment
 from capivara_common.environment import install_command, require_packages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,12 +41,15 @@ def test_install_commands_name_this_project():
         assert set(extras.split(",")) <= EXTRAS or not extras.isidentifier(), f"{file}: {target}[{extras}]"
 
 
-def test_the_error_for_a_missing_package_has_the_install_command():
+def test_the_error_for_a_missing_package_has_the_install_command(monkeypatch, tmp_path):
     for extra in EXTRAS:
-        assert install_command(extra).endswith(f'pip install -e ".[{extra}]"')
+        assert install_command(extra) == f'pip install -e ".[{extra}]"'
     with pytest.raises(ImportError, match=r'^X .*no_such\.module.*pip install -e "\.\[app\]"$'):
         require_packages("X", "app", "json", "no_such.module")
     require_packages("X", "app", "json")
+    monkeypatch.setattr(environment, "CODE_ROOT", tmp_path)  # as in site-packages
+    with pytest.raises(ImportError, match=r'pip install "modeling-capivara\[app\]"$'):
+        require_packages("X", "app", "no_such.module")
 
 
 def test_versions_and_authors_agree():

@@ -5,7 +5,6 @@ import contextlib
 import io
 import json
 import os
-import resource
 import socket
 import threading
 import time
@@ -359,7 +358,7 @@ def has_ended(sent: socket.socket) -> bool:
 
 def test_silent_visitors_are_closed_for_new_ones(page, monkeypatch, capfd):
     """A new visitor is answered although many connections are open without a request."""
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (guard.RESERVED_DESCRIPTORS + 2 * 20,) * 2)
+    monkeypatch.setattr(guard.resource, "getrlimit", lambda _: (guard.RESERVED_DESCRIPTORS + 2 * 20,) * 2)
     with silent_visitors(page, 60), silent_visitors(page, 60, b"GET / HTTP/1.1\r\nHost: loc") as sockets:
         started = time.monotonic()
         assert page.ask("search", {"text": "azul"})[0] == 200 and time.monotonic() - started < 2
@@ -395,7 +394,7 @@ def first_bytes(sent: socket.socket) -> bytes:
 
 def test_unread_downloads_are_closed_for_new_visitors(page, folder, monkeypatch):
     """The download that has been unread for the longest time is closed."""
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (guard.RESERVED_DESCRIPTORS + 2 * 4,) * 2)
+    monkeypatch.setattr(guard.resource, "getrlimit", lambda _: (guard.RESERVED_DESCRIPTORS + 2 * 4,) * 2)
     with contextlib.ExitStack() as stack:
         sockets = []
         for _ in range(4):  # one after another, so that no download waits in the queue
@@ -407,7 +406,7 @@ def test_unread_downloads_are_closed_for_new_visitors(page, folder, monkeypatch)
 
 
 def test_downloads_in_the_queue_are_closed_for_new_visitors(page, folder, monkeypatch):
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (guard.RESERVED_DESCRIPTORS + 2 * 8,) * 2)
+    monkeypatch.setattr(guard.resource, "getrlimit", lambda _: (guard.RESERVED_DESCRIPTORS + 2 * 8,) * 2)
     monkeypatch.setattr(guard, "MAX_QUEUED_QUESTIONS", 4)
     opening, released, open_original = threading.Event(), threading.Event(), server.PageSite._open_original
 
@@ -646,6 +645,8 @@ def test_the_file_that_was_checked_is_the_file_that_is_sent(saved_tiny_folder, t
 
 
 def test_the_connection_limit_depends_on_the_file_descriptor_limit(monkeypatch):
-    for limit, expected in ((256, 64), (928, 400), (resource.RLIM_INFINITY, 400)):
-        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+    for limit, expected in ((256, 64), (928, 400), (guard.resource.RLIM_INFINITY, 400)):
+        monkeypatch.setattr(guard.resource, "getrlimit", lambda _, limit=limit: (limit, limit))
         assert guard.connection_limit() == expected
+    monkeypatch.setattr(guard, "resource", None)
+    assert guard.connection_limit() == guard.MAX_CONNECTIONS

@@ -1,17 +1,16 @@
 """Progress bars: terminals show bars of long work; logs get a line of long work now and then; quick work shows none."""
 
 import contextlib
-import fcntl
 import os
-import pty
 import struct
 import subprocess
 import sys
-import termios
 import textwrap
 from pathlib import Path
 
 import pytest
+
+fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))  # Windows lacks them
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = textwrap.dedent(

@@ -108,6 +108,23 @@ def test_a_preview_needs_no_hub(folder, tmp_path, offline, token):
     assert pushed.returncode == 1 and pushed.stderr.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.parametrize("license", ["mit", "[cc-by-nc-4.0, mit]"])
+def test_a_handwritten_card_states_no_license_that_the_base_forbids(hub, push, folder, license):
+    work = {"title": "facebook/metaclip-2", "licenses": ["cc-by-nc-4.0"]}
+    run = {"origins": {"model": work, "datasets": [{"title": "pictures", "licenses": ["cc-by-4.0"]}]}}
+    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    (folder / "README.md").write_text(CARD.replace("mit", license), encoding="utf-8")
+    for flags in ([], ["--push"]):
+        done = push(*flags)
+        assert done.code == 1 and re.search(r"\bmit\b.*facebook/metaclip-2.*\bcc-by-nc-4\.0\b", done.err), done.err
+    assert not written(hub) and not hub.storage.repos
+    (folder / "README.md").write_text(CARD.replace("mit", "cc-by-nc-4.0"), encoding="utf-8")
+    assert "license: cc-by-nc-4.0" in push().out
+    for damaged in ({"model": "x", "datasets": 1}, {"model": {"licenses": 1}}, [], None):
+        (folder / "run.json").write_text(json.dumps({"origins": damaged}), encoding="utf-8")
+        assert push().code == 0
+
+
 def test_create_push_and_push_again(hub, push, folder):
     done = push("--push", "--message", "First")
     assert done.code == 0 and f"{hub.url}/us/model/commit/" in done.out, done.err

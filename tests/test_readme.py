@@ -14,6 +14,7 @@ from parsed_command import parsed
 from PIL import Image
 
 from benchmarks import readme
+from capivara_common.files import write_json
 from capivara_search.messages import COMMAND_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,15 @@ def test_every_table_macro_is_used_on_a_page():
     assert macros == {name for text in TEXTS.values() for _, name, _ in readme.BLOCK_RE.findall(text)}
     with pytest.raises(ValueError, match=r"README\.md.*'no_such'"):
         readme.fill_blocks("README.md", TEXTS["README.md"].replace("demo_summary", "no_such"))
+
+
+def test_the_memory_of_a_step_is_measured_extrapolated_or_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "RESULTS_FOLDER", tmp_path)
+    measured = {"pairs": 2816, "peak_memory_bytes": 2**31}
+    extrapolated = {"pairs": 512, "peak_memory_bytes": 2**31, "extrapolated": {"peak_memory_bytes": 3 * 2**30}}
+    write_json(tmp_path / "measured.json", {"recipe": measured})
+    write_json(tmp_path / "extrapolated.json", {"recipe": extrapolated})
+    assert [readme.format_step_memory(name) for name in ("measured", "extrapolated", "none")] == ["2.0", "2.0–3.0", "–"]
 
 
 @pytest.mark.slow

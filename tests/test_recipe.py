@@ -13,13 +13,16 @@ from datasets import load_from_disk
 from test_train_accelerate import flags
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
+from transformers import MetaClip2Config, MetaClip2Model, SiglipConfig, SiglipModel, XLMRobertaConfig
 
 import train_accelerate
 from benchmarks.recipe import TRAINED_SHARES
 from capivara_common.cli import parse_arguments, read_yaml_config
 from caption_data.augmentation import AUGMENTATION, augment_image
+from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import RunArguments
+from training.trainable import prepare_trainable
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, WARMUP, HIGH, LOW, BATCH = 50, 5, 5e-4, 1e-4, 10
@@ -44,6 +47,61 @@ def test_configs_hold_the_published_recipe(name, published):
     config = str(ROOT / "configs" / f"{name}.yaml")
     args = parse_arguments(RunArguments, None, ["--config", config, "--model", "m", "--dataset", "d"], config=True)
     assert {key: getattr(args, key) for key in PUBLISHED | published} == PUBLISHED | published
+
+
+# Config of another base -> (class, config) of this base with one narrow layer in each tower
+NARROW = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 9}
+NARROW_CONFIG = {"text_config": NARROW, "vision_config": NARROW}
+OTHER_BASES = {
+    **dict.fromkeys(("siglip2_base", "siglip2_large", "siglip2_so400m", "siglip2_opt"), (SiglipModel, SiglipConfig)),
+    "metaclip2": (MetaClip2Model, MetaClip2Config),
+    "xlmr_large_vit_h": (CapivaraModel, CapivaraConfig),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("_opt")) for name in OTHER_BASES]
+)
+def test_configs_of_other_bases_train_only_the_text_tower(name):
+    config, (model_class, config_class) = ROOT / "configs" / f"{name}.yaml", OTHER_BASES[name]
+    args = parse_arguments(RunArguments, None, ["--config", str(config), "--model", "m", "--dataset", "d"], config=True)
+    is_sigmoid = model_class is SiglipModel
+    assert (args.optimizer, args.weight_decay) == (("adamw", 0.0) if is_sigmoid else ("adam", 0.2))
+    assert args.min_pair_similarity is None, "cosines of different bases have different scales"
+    assert args.effective_batch_size == (1000 if args.lora_rank else 2816)
+    model = model_class(config_class(**NARROW_CONFIG))
+    prepared = prepare_trainable(model, args)
+    trained = [name for name, parameter in prepared.named_parameters() if parameter.requires_grad]
+    if args.lora_rank:
+        adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in trained if ".lora_" in name}
+        assert adapted == {"q_proj", "v_proj"} and any(".head." in name for name in trained)
+    assert trained and all("text_" in name or name == "logit_scale" for name in trained)
+    assert ("logit_scale" in trained) != is_sigmoid
+
+
+def test_comments_of_configs_state_cost_and_license():
+    for name in OTHER_BASES.keys() - {"siglip2_opt"}:  # its comment refers to siglip2_base.yaml
+        comment = (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8").partition("language:")[0]
+        assert re.search(r"Cost: [\d,]+ million parameters.*Memory of a step", comment, re.DOTALL), name
+        license = {"metaclip2": "CC-BY-NC-4.0", "xlmr_large_vit_h": "MIT"}.get(name, "Apache-2.0")
+        assert f"icense of the base{' is' * (name == 'metaclip2')}" in comment and license in comment, name
+
+
+@pytest.mark.slow
+def test_the_config_of_open_clips_large_model_can_be_converted(monkeypatch):
+    """As configs/xlmr_large_vit_h.yaml describes. The full-size models are on the meta device, without memory."""
+    import open_clip
+
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    text = XLMRobertaConfig(**sizes, vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1)
+    monkeypatch.setattr(convert_open_clip, "load_config", lambda name, **_: {"xlm-roberta-large": text}[name])
+    config = convert_open_clip.to_capivara_config(open_clip.get_model_config("xlm-roberta-large-ViT-H-14"))
+    with torch.device("meta"):
+        ours = CapivaraModel(config)
+        theirs = convert_open_clip.to_capivara_state_dict(convert_open_clip.new_open_clip_model(config).state_dict())
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (ours.state_dict(), theirs)]
+    assert shapes[0] == shapes[1]
+    assert round(ours.num_parameters() / 1e6) == 1193, "the number in the config's comment"
 
 
 def test_configs_for_one_device_show_commands_without_a_launcher():

@@ -124,7 +124,7 @@ def test_errors_begin_with_a_capital_letter_and_end_with_a_full_stop_in_both_lan
         for text in texts.values():
             assert re.match(r"[A-ZÀ-Ú]|\{|--", text), (key, text)
             command = r": (?:capivara|pip install|--include) [^.]*"
-            assert re.search(rf"(?:\.|: \{{(?:reason|error|text)\}}|{command})$", text), (key, text)
+            assert re.search(rf"(?:\.|: \{{(?:reason|error|text|command)\}}|{command})$", text), (key, text)
 
 
 class RecordingMessages(Messages):

@@ -1,5 +1,6 @@
 """The text encoders in NumPy match PyTorch for any text, and unsupported models are left to PyTorch."""
 
+import io
 import json
 import random
 import shutil
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from sampling import one_in
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tiny import TINY_TEXT, randomize, tiny_config, tiny_tokenizer
-from towers import MAKERS, as_published, gemma_like, siglip2
-from transformers import AutoProcessor, SiglipModel
+from towers import MAKERS, as_published, gemma_like, metaclip_2, siglip2
+from transformers import AutoProcessor, SiglipModel, XLMRobertaTokenizer
 
 from capivara_common.weight_file import WeightFile
 from capivara_search.models import SearchModel, find_model
@@ -163,6 +166,43 @@ def test_half_a_surrogate_pair_is_replaced(siglip2_folder, tmp_path):
     for folder in (siglip2_folder, tmp_path / "clip"):
         embeds = SearchModel("siglip", str(folder), folder, device="cpu").embed_texts(["\udcff gato", "? gato"])
         np.testing.assert_allclose(embeds[0], embeds[1], rtol=0, atol=1e-6)
+
+
+# --- MetaCLIP 2 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved_metaclip(tmp_path_factory):
+    """Save a tiny MetaCLIP 2 with a tokenizer like XLM-V's, which normalizes texts with a table of SentencePiece."""
+    folder, buffer, model = tmp_path_factory.mktemp("metaclip") / "model", io.BytesIO(), ModelProto()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*PLAIN, "a casa azul e o carro"] * 3), model_writer=buffer, vocab_size=60,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    model.ParseFromString(buffer.getvalue())
+    vocab = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]["vocab"]
+    charsmap = model.normalizer_spec.precompiled_charsmap
+    tokens = [*map(tuple, vocab), ("<mask>", 0.0)]
+    metaclip_2(folder, XLMRobertaTokenizer(vocab=tokens, _spm_precompiled_charsmap=charsmap))
+    return folder
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])  # both are published
+def test_metaclip_2_matches_pytorch_for_awkward_texts(saved_metaclip, tmp_path, activation):
+    folder = shutil.copytree(saved_metaclip, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    change(folder / "config.json", text_config=config["text_config"] | {"hidden_act": activation})
+    texts = [text.encode("utf-8", "replace").decode() for text in awkward_texts(200)]
+    embeds = load_text_tower(folder).embed(texts)
+    np.testing.assert_allclose(embeds, embed_with_torch(folder, texts), rtol=0, atol=1e-5)
+    assert np.abs(embeds[0] - embeds[1:6]).max(axis=1).min() > 0.01, "equal embeddings would prove nothing"
+
+
+@pytest.mark.parametrize("settings", [{"padding_side": "left"}, {"tokenizer_class": "PreTrainedTokenizerFast"}])
+def test_other_tokenizers_of_metaclip_2_are_left_to_pytorch(saved_metaclip, tmp_path, settings):
+    folder = shutil.copytree(saved_metaclip, tmp_path / "model")
+    change(folder / "tokenizer_config.json", **settings)
+    assert load_text_tower(saved_metaclip) is not None and load_text_tower(folder) is None
 
 
 # --- Unsupported models -----------------------------------------------------------------------------------------------

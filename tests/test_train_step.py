@@ -8,7 +8,7 @@ import torch
 from sampling import one_in
 from tiny import tiny_config
 from towers import TOWER, VISION
-from transformers import SiglipConfig
+from transformers import SiglipConfig, SiglipModel
 
 from benchmarks import timing
 from benchmarks import train_step as bench
@@ -24,12 +24,13 @@ from benchmarks.train_step import (
 SIGLIP = SiglipConfig(text_config=TOWER | {"vocab_size": 300, "projection_size": 32}, vision_config=VISION)
 
 
+BUILD_PUBLISHED_CONFIG = bench.build_published_config
+
+
 @pytest.fixture(autouse=True)
 def config(monkeypatch):
     """Replace both architectures by tiny ones."""
-    monkeypatch.setattr(
-        bench, "build_published_config", lambda args: {"capivara": tiny_config(), "siglip2": SIGLIP}[args.model]
-    )
+    monkeypatch.setattr(bench, "build_published_config", lambda model: tiny_config() if model == "capivara" else SIGLIP)
 
 
 def worker(name: str = "cache", **changes) -> TrainStepArguments:
@@ -143,7 +144,7 @@ def test_open_clips_trainer_trains_siglip(monkeypatch):
     args = worker(PEER_PROGRAM, model="siglip2", pairs=4, peer_micro=2, precision="bf16")
     theirs = bench.parse_open_clip_arguments(args)
     assert theirs.siglip and theirs.accum_freq == 2 and theirs.lock_image and theirs.grad_checkpointing
-    monkeypatch.setattr(bench, "build_published_config", lambda args: config)
+    monkeypatch.setattr(bench, "build_published_config", lambda model: config)
     results = bench.measure_open_clip(args)
     trained = changed_weights(model, before)
     assert {"logit_bias", "text.token_embedding.weight"} <= trained, "only the sigmoid loss has a bias"
@@ -163,6 +164,24 @@ def test_open_clips_arguments_and_optimizer_equal_its_command():
     free, decayed = bench.build_open_clip_optimizer(model, theirs).param_groups
     assert [id(p) for p in decayed["params"]] == [id(model["a"].weight)] and decayed["weight_decay"] == 0.2
     assert len(free["params"]) == 3 and free["weight_decay"] == 0.0, "only matrices have weight decay"
+
+
+@pytest.mark.parametrize("model", ["siglip2", "siglip2_large", "siglip2_so400m"])
+def test_published_siglip_sizes_are_those_of_open_clip(model):
+    """No memory is allocated for the weights: both libraries build the model on the meta device."""
+    import open_clip
+    from open_clip.model import CustomTextCLIP
+
+    config = BUILD_PUBLISHED_CONFIG(model)
+    theirs = open_clip.get_model_config(bench.OPEN_CLIP_FLAGS[model].split()[1])
+    assert config.text_config.projection_size == config.vision_config.hidden_size == theirs["embed_dim"]
+    assert bench.CAPTION_TOKENS[model] == config.text_config.max_position_embeddings == 64
+    theirs.pop("custom_text")
+    with torch.device("meta"):
+        counts = [
+            sum(p.numel() for p in built.parameters()) for built in (SiglipModel(config), CustomTextCLIP(**theirs))
+        ]
+    assert counts[0] == counts[1] > 3e8
 
 
 # --- Side by side -----------------------------------------------------------------------------------------------------
@@ -196,3 +215,38 @@ def test_programs_alternate_and_ratios_are_medians_of_the_runs(beside, monkeypat
         assert [worker for worker, _ in calls] == ["cache_recomputed", *PROGRAMS, *PROGRAMS] * 3
         assert measured["no_cache"]["ratio"] == 4.0 and measured["cache"]["ratio"] == 6.0
         assert results["peer_accum"] == 2 and measured[PEER_PROGRAM]["ratio"] == 1.0 and set(measured) == set(PROGRAMS)
+
+
+def test_the_recipe_obeys_pairs_and_extrapolates_memory_to_2816(monkeypatch, tmp_path):
+    """Each pair takes 1,000 bytes in this simulation, and everything else 5 GB."""
+    calls = []
+
+    def run(module, root, worker, **flags):
+        calls.append({"worker": worker, **flags})
+        return {"pairs_per_second": 2.0, "peak_memory_bytes": 5 * 10**9 + 1000 * flags["pairs"]}
+
+    monkeypatch.setattr(timing, "run_in_process", run)
+    flags = ["--model", "siglip2_so400m", "--parts", "recipe", "--pairs", "257", "--runs", "2"]
+    bench.main([*flags, "--output", str(tmp_path / "o.json")])
+    recipe = json.loads((tmp_path / "o.json").read_text())["recipe"]
+    assert [call["pairs"] for call in calls] == [128, 257] * 2
+    assert {(call["worker"], call["model"], call["micro"], call["warmup"]) for call in calls} == {
+        ("cache_recomputed", "siglip2_so400m", 64, 1)
+    }
+    assert recipe["pairs"] == 257 and recipe["step_s"] == 128.5 and recipe["smaller"]["pairs"] == 128
+    assert recipe["extrapolated"] == {
+        "pairs": 2816, "peak_memory_bytes": 5 * 10**9 + 2_816_000, "rule": bench.EXTRAPOLATION_RULE
+    }  # fmt: skip
+    calls.clear()
+    bench.main(["--parts", "recipe", "--runs", "1", "--output", str(tmp_path / "full.json")])
+    assert [(call["pairs"], call["warmup"]) for call in calls] == [(2816, 0)]
+    calls.clear()
+    bench.main(["--parts", "recipe", "--pairs", "2816", "--runs", "1", "--output", str(tmp_path / "full.json")])
+    assert [(call["pairs"], call["warmup"]) for call in calls] == [(2816, 1)], "the second step"
+    assert "extrapolated" not in json.loads((tmp_path / "full.json").read_text())["recipe"]
+
+
+@pytest.mark.parametrize("flags", [{"pairs": 255, "parts": ["recipe"]}, {"pairs": 97}, {"pairs": 48}])
+def test_wrong_numbers_of_pairs_are_refused(flags):
+    with pytest.raises(ValueError, match=rf"\bpairs\b.*\b{flags['pairs']}\b"):
+        TrainStepArguments(**flags)

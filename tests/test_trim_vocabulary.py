@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY_TEXT, randomize, tiny_config
 from tokenizers import Tokenizer, models
-from towers import as_open_clip
+from towers import MAKERS, as_open_clip
 from transformers import PreTrainedTokenizerFast
 
 from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_search.text_tower import load_text_tower
 from examples.openmoji.concepts import load_concepts
+from hub_upload.origins import read_origin
 from modeling_capivara import CapivaraConfig, CapivaraModel, CapivaraProcessor, CapivaraTokenizer
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import check_tokenization, main, trim, trim_tokenizer
@@ -66,6 +67,17 @@ def test_texts_whose_pieces_are_kept_have_the_same_embedding(saved_tiny_folder, 
     assert not torch.allclose(embeds(trimmed, ["capivara"]), embeds(saved_tiny_folder, ["capivara"]), atol=1e-3)
     search_tower = load_text_tower(trimmed)  # runs without torch
     assert torch.allclose(torch.from_numpy(search_tower.embed(KEPT[:3])), embeds(trimmed, KEPT[:3]), atol=1e-5)
+
+
+def test_metaclip_2_is_trimmed_and_its_card_keeps_the_non_commercial_license(tmp_path):
+    """Its text embedding is the state at the end token, whose id must not change."""
+    MAKERS["metaclip_2"](tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# Theirs\n", encoding="utf-8")
+    trim(tmp_path / "base", tmp_path / "small", ["pt"], WORDS)
+    assert load_model(tmp_path / "small").config.text_config.vocab_size < 300
+    texts = ["a de um", "o"]
+    torch.testing.assert_close(embeds(tmp_path / "small", texts), embeds(tmp_path / "base", texts), atol=1e-6, rtol=0)
+    assert read_origin(str(tmp_path / "small"), "model")["licenses"] == ["cc-by-nc-4.0"]
 
 
 def test_only_the_embedding_table_changes(tiny_folder, tmp_path):

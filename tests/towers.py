@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     BertTokenizer,
+    BitImageProcessor,
     ChineseCLIPConfig,
     ChineseCLIPImageProcessor,
     ChineseCLIPModel,
@@ -29,6 +30,11 @@ from transformers import (
     SiglipImageProcessor,
     SiglipModel,
     SiglipProcessor,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    VisionTextDualEncoderProcessor,
+    ViTImageProcessor,
+    XLMRobertaTokenizer,
 )
 from transformers.initialization import no_init_weights
 
@@ -79,13 +85,35 @@ def altclip(folder: Path) -> None:
     save(folder, AltCLIPConfig, AltCLIPModel, text, processor, projection_dim=24)
 
 
-def metaclip_2(folder: Path) -> None:
+def metaclip_2(folder: Path, tokenizer: XLMRobertaTokenizer | None = None) -> None:
     text = {"vocab_size": 300, "max_position_embeddings": 77, "pad_token_id": 1, "eos_token_id": 2}
-    processor = CLIPProcessor(CLIPImageProcessor(**SIDE), tiny_tokenizer())
+    processor = CLIPProcessor(CLIPImageProcessor(**SIDE), tokenizer or tiny_tokenizer())
     save(folder, MetaClip2Config, MetaClip2Model, text, processor, projection_dim=24)
 
 
-MAKERS = {maker.__name__: maker for maker in (siglip, clip, chinese_clip, altclip, metaclip_2)}
+def dual_encoder(folder: Path, vision: str = "vit", text: str = "bert") -> None:
+    """Save a VisionTextDualEncoder with the given types of towers, whose dropout is 0."""
+    tokenizer, positions = tiny_tokenizer(), 80
+    if text == "bert":
+        pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+        tokenizer, positions = BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}), 40
+    options = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": positions,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    options |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    text_config = AutoConfig.for_model(text, **TOWER, **options)
+    vision_config = AutoConfig.for_model(vision, **VISION | {"hidden_size": 48, "num_attention_heads": 4})
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision_config, text_config, projection_dim=24)
+    randomize(VisionTextDualEncoderModel(config)).save_pretrained(folder)
+    pixels = {"clip_vision_model": CLIPImageProcessor, "dinov2": BitImageProcessor, "vit": ViTImageProcessor}
+    image_processor = pixels.get(vision, SiglipImageProcessor)
+    sizes = SIDE if vision in ("clip_vision_model", "dinov2") else {"size": {"height": 32, "width": 32}}
+    VisionTextDualEncoderProcessor(image_processor(**sizes), tokenizer).save_pretrained(folder)
+
+
+MAKERS = {maker.__name__: maker for maker in (siglip, clip, chinese_clip, altclip, metaclip_2, dual_encoder)}
 
 
 def gemma_like(texts: list[str], size: int, more: Iterable[str] = (), filled: int = 0) -> Siglip2Tokenizer:

@@ -8,27 +8,25 @@ A separate process is needed because a thread can't be ended from outside. Decod
 take minutes, and decoding a JPEG 2000 file of 2 kB can stop all threads of the process for ten seconds.
 """
 
+import faulthandler
 import json
 import os
-import signal
+import struct
 import subprocess
 import sys
 import threading
 import warnings
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from pathlib import Path
+from contextlib import suppress
+from typing import BinaryIO
 
 import PIL.Image
 
-from capivara_common.image_files import MAX_IMAGE_PIXELS, BadImage
+from capivara_common.environment import CODE_ROOT
+from capivara_common.image_files import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, BadImage
 from capivara_search.picture_reading import MAX_PICTURE_PIXELS, decode_picture, limit_long_side
 
 # Python code that the child process runs.
-DECODER_PROGRAM = (
-    "import sys; from capivara_search.page.decoder import main; main(int(sys.argv[1]), float(sys.argv[2]))"
-)
-CODE_ROOT = Path(__file__).resolve().parents[2]
+DECODER_PROGRAM = "import sys; from capivara_search.page.decoder import main; main(float(sys.argv[1]))"
 DECODE_TIMEOUT_S = 10  # a photograph of 50 million pixels takes under 2 s
 MAX_VIEW_SIDE = 1600  # longest side of a decoded image, in pixels; the model uses only a few hundred pixels
 
@@ -56,9 +54,8 @@ class DecoderProcess:
         """
         with self._lock:
             try:
-                self._connection.send_bytes(name.encode())
-                self._connection.send_bytes(data)
-                header, pixels = json.loads(self._connection.recv_bytes()), self._connection.recv_bytes()
+                _send(self._process.stdin, name.encode(), data)
+                header, pixels = json.loads(_receive(self._process.stdout)), _receive(self._process.stdout)
             except (EOFError, OSError):  # the process has ended
                 self.close()
                 self._start()
@@ -70,43 +67,73 @@ class DecoderProcess:
 
     def close(self) -> None:
         """Kill the child process."""
-        self._connection.close()
         self._process.kill()
+        self._process.stdout.close()
+        with suppress(OSError):  # closing writes what is left in the buffer, but nobody reads it any more
+            self._process.stdin.close()
         self._process.wait()
 
     def _start(self) -> None:
-        self._connection, child_connection = Pipe()
-        command = [sys.executable, "-c", DECODER_PROGRAM, str(child_connection.fileno()), str(DECODE_TIMEOUT_S)]
+        command = [sys.executable, "-c", DECODER_PROGRAM, str(DECODE_TIMEOUT_S)]
         path = os.pathsep.join([str(CODE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        with child_connection:
-            # The child gets a new session, because Ctrl-C in the terminal must end the page and not the decoder.
-            options = {"env": {**os.environ, "PYTHONPATH": path}, "start_new_session": True}
-            self._process = subprocess.Popen(command, pass_fds=[child_connection.fileno()], **options)
+        # The child gets a new session, because Ctrl-C in the terminal must end the page and not the decoder. Windows
+        # ignores `start_new_session` and has a flag instead.
+        options = {"start_new_session": True, "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+        environment = {**os.environ, "PYTHONPATH": path}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, **options
+        )
 
 
-def main(descriptor: int, seconds: float) -> None:
+def _send(file: BinaryIO, *messages: bytes) -> None:
+    """Write messages to a pipe, each after its length."""
+    for message in messages:
+        file.write(struct.pack(">Q", len(message)))
+        file.write(message)
+    file.flush()
+
+
+def _receive(file: BinaryIO) -> bytes:
+    """Read a message that `_send` has written.
+
+    Raises:
+        EOFError: If the other process has closed the pipe, or announces more than `MAX_IMAGE_BYTES` bytes. A malicious
+            picture that controls the child process could otherwise fill the memory of this process.
+    """
+    try:
+        (length,) = struct.unpack(">Q", file.read(8))
+    except struct.error:
+        raise EOFError from None
+    if length > MAX_IMAGE_BYTES or len(message := file.read(length)) < length:
+        raise EOFError
+    return message
+
+
+def main(seconds: float) -> None:
     """Decode pictures until the parent process closes the pipe. The child process runs this function.
 
     Args:
-        descriptor: File descriptor of the pipe to the parent process, which serves the page.
-        seconds: Time limit for each picture, in seconds. A signal kills this process after this time.
+        seconds: Time limit for each picture, in seconds. The process ends if a picture takes longer.
     """
     warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # `decode_picture` refuses such pictures
-    with Connection(descriptor) as page:
+    # Only this function writes to the pipe; whatever else is printed goes to the standard error.
+    page, pixels_out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         while True:
             try:
-                name, data = page.recv_bytes().decode(), page.recv_bytes()
+                name, data = _receive(page).decode(), _receive(page)
             except (EOFError, OSError):
                 return
-            signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM kills the process, even inside a C library
+            # The timer is a thread of C code, so it ends the process even while a C library blocks all Python threads.
+            faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
             try:
                 limit = MAX_PICTURE_PIXELS if name else MAX_IMAGE_PIXELS
                 image = limit_long_side(decode_picture(data, name, limit, MAX_VIEW_SIDE), MAX_VIEW_SIDE)
                 header, pixels = {"size": image.size}, image.tobytes()
             except BadImage as bad:
                 header, pixels = {"bad": bad.args}, b""
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            faulthandler.cancel_dump_traceback_later()
             # JSON is used instead of pickle, because a malicious picture may take control of this process. Unpickling
             # data from this process could then run code in the parent process.
-            page.send_bytes(json.dumps(header).encode())
-            page.send_bytes(pixels)
+            _send(pixels_out, json.dumps(header).encode(), pixels)

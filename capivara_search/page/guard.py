@@ -13,7 +13,6 @@ import asyncio
 import ipaddress
 import logging
 import re
-import resource
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -29,6 +28,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from capivara_search.messages import localized_error
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 MAX_UPLOAD_BYTES = 20_000_000  # size of an uploaded picture; photos from phones have less than 15 MB
 MAX_QUESTION_BYTES = 200_000  # length of the line of JSON of a question; it usually has less than 10 kB
@@ -306,8 +310,11 @@ def connection_limit() -> int:
     """Return how many connections the server accepts, from 1 to `MAX_CONNECTIONS`.
 
     The number depends on how many files the process is allowed to open. A connection that downloads a picture needs two
-    file descriptors, and `RESERVED_DESCRIPTORS` file descriptors are needed for everything else.
+    file descriptors, and `RESERVED_DESCRIPTORS` file descriptors are needed for everything else. Windows allows
+    thousands of open files, so there the number is always `MAX_CONNECTIONS`.
     """
+    if resource is None:
+        return MAX_CONNECTIONS
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS

@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.image_encoder_digest import image_encoder_digest
+from capivara_common.model_kinds import KINDS
 from capivara_common.privacy import short_name
 from capivara_common.weight_file import find_weight_files
 from hub_upload import formats
@@ -75,7 +76,7 @@ def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: st
     if compute_tensor_digests(_load_text_tensors(source)) == compute_tensor_digests(_load_text_tensors(base_folder)):
         raise ValueError(f"The text encoders of {source} and {base} are bit-identical, so there is nothing to replace.")
     model, processor = load_mapped_model(source, config), load_processor(source)
-    is_capivara, length = config.model_type == "capivara", max_text_tokens(processor)
+    is_capivara, length = KINDS[config.model_type].is_native, max_text_tokens(processor)
     dense_folders = _write_text_tower(model, folder)
     if is_capivara:
         _write_sentence_transformers(model, folder, dense_folders)
@@ -93,8 +94,9 @@ def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: st
     }
     write_json(folder / METADATA_FILE, metadata)
     card = _render_card(
-        source, folder, metadata, repo_id, is_capivara=is_capivara, length=length, open_clip=has_open_clip
-    )
+        source, folder, metadata, repo_id, is_capivara=is_capivara, length=length, open_clip=has_open_clip,
+        model_type=config.model_type,
+    )  # fmt: skip
     write_text(folder / "README.md", card)
     if (source / "LICENSE").is_file():
         shutil.copyfile(source / "LICENSE", folder / "LICENSE")
@@ -187,8 +189,8 @@ def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: P
     """
     try:
         load_mapped_model(base, model.config)  # raises ValueError if the base has other tensor names or shapes
-        is_capivara = model.config.model_type == "capivara"
-        if is_capivara:
+        has_hf_text = KINDS[model.config.model_type].open_clip_layout == "hf_text"
+        if has_hf_text:
             to_open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
             state = to_open_clip_state_dict(model)
         else:
@@ -201,7 +203,7 @@ def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: P
         return False
     text_state = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
     save_state_dict(text_state, folder / OPEN_CLIP_TEXT_FILE)
-    if is_capivara:
+    if has_hf_text:
         written = to_capivara_state_dict(state | load_mapped_tensors([folder / OPEN_CLIP_TEXT_FILE]))
         check_tensors(folder / OPEN_CLIP_TEXT_FILE, written, compute_tensor_digests(model.state_dict()))
     return True
@@ -236,8 +238,8 @@ def _render_card(source: Path, folder: Path, metadata: dict[str, Any], repo_id: 
         folder: Folder of the export.
         metadata: Content of drop_in.json.
         repo_id: Hub id that the code examples load. None: the examples load the current folder.
-        values: Further variables of the template: `is_capivara`, `length` (maximum number of tokens in a text) and
-            `open_clip` (whether the file for open_clip was written).
+        values: Further variables of the template: `is_capivara`, `length` (maximum number of tokens in a text),
+            `open_clip` (whether the file for open_clip was written) and `model_type`.
 
     Returns:
         The text of the card.
@@ -245,7 +247,9 @@ def _render_card(source: Path, folder: Path, metadata: dict[str, Any], repo_id: 
     model_card, language = read_card_metadata(source / "README.md"), "pt"  # default for models without run.json
     if (source / "run.json").is_file():
         language = read_json(source / "run.json", config=dict)["config"]["language"]
-    library, *tags = ["sentence-transformers", "clip"] if values["is_capivara"] else ["transformers", "siglip"]
+    library, *tags = (
+        ["sentence-transformers", "clip"] if values["is_capivara"] else ["transformers", values["model_type"]]
+    )
     tags += ["sentence-transformers"] * values["is_capivara"] + ["onnx"] + ["open_clip"] * values["open_clip"]
     license = model_card["license"] if model_card.get("license") in HUB_LICENSES else None
     card_data = {"library_name": library, "license": license, "tags": ["capivara", *tags]}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from capivara_common.files import write_json
+from capivara_common.model_kinds import KINDS
 from hub_upload.formats import max_text_tokens, resolve_base_folder, write_tokenizer_json
 from hub_upload.formats.onnx import check_difference, export_graph, open_session, weights_file
 from modeling_capivara.convert_open_clip import to_preprocess_cfg
@@ -36,8 +37,26 @@ from modeling_capivara.two_towers import (
     random_texts,
 )
 
-# Model type in config.json -> name of the model in Immich's list that has the same architecture.
-IMMICH_MODEL_NAMES = {"capivara": "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k", "siglip": "ViT-B-16-SigLIP2__webli"}
+XLM_R_TOKENS, SIGLIP_2_TOKENS = 250_002, 256_000  # published vocabularies
+# (tokens of the published vocabulary, width of the image tower, patch size, image size) -> name of the model with this
+# architecture in Immich's list, immich_ml/models/constants.py.
+IMMICH_NAMES_BY_SIZE = {
+    (XLM_R_TOKENS, 768, 32, 224): "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k",
+    (XLM_R_TOKENS, 1280, 14, 224): "XLM-Roberta-Large-ViT-H-14__frozen_laion5b_s13b_b90k",
+    (SIGLIP_2_TOKENS, 768, 32, 256): "ViT-B-32-SigLIP2-256__webli",
+    (SIGLIP_2_TOKENS, 768, 16, 224): "ViT-B-16-SigLIP2__webli",
+    (SIGLIP_2_TOKENS, 1024, 16, 256): "ViT-L-16-SigLIP2-256__webli",
+    (SIGLIP_2_TOKENS, 1024, 16, 384): "ViT-L-16-SigLIP2-384__webli",
+    (SIGLIP_2_TOKENS, 1024, 16, 512): "ViT-L-16-SigLIP2-512__webli",
+    (SIGLIP_2_TOKENS, 1152, 14, 224): "ViT-SO400M-14-SigLIP2__webli",
+    # Google's checkpoint states 384 pixels, which are cut to 27 patches of 14 pixels, that is 378.
+    (SIGLIP_2_TOKENS, 1152, 14, 384): "ViT-SO400M-14-SigLIP2-378__webli",
+    (SIGLIP_2_TOKENS, 1152, 16, 256): "ViT-SO400M-16-SigLIP2-256__webli",
+    (SIGLIP_2_TOKENS, 1152, 16, 384): "ViT-SO400M-16-SigLIP2-384__webli",
+    (SIGLIP_2_TOKENS, 1152, 16, 512): "ViT-SO400M-16-SigLIP2-512__webli",
+    (SIGLIP_2_TOKENS, 1536, 16, 256): "ViT-gopt-16-SigLIP2-256__webli",
+    (SIGLIP_2_TOKENS, 1536, 16, 384): "ViT-gopt-16-SigLIP2-384__webli",
+}
 logger = logging.getLogger("capivara")
 
 
@@ -86,7 +105,7 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
     """
     if base is not None:
         resolve_base_folder(source, base)
-    processor, is_capivara = load_processor(source), config.model_type == "capivara"
+    processor, is_capivara = load_processor(source), KINDS[config.model_type].is_native
     # These are the settings that Immich needs from config.json. The files that Immich publishes for SigLIP also contain
     # `"clean": "canonicalize"`, which makes Immich remove punctuation from texts. It is left out here, because the
     # model was trained with punctuation.
@@ -102,11 +121,24 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
         pixels = processor(images=pictures, return_tensors="np")["pixel_values"]
         write_json(folder / "visual/preprocess_cfg.json", {"size": [*pixels.shape[2:]], "mode": "RGB", **steps})
         _write_tower_graph(tower, "image", [image[None] for image in pixels], folder / "visual/model.onnx")
+    name = find_immich_name(config)
     logger.info(
         "Copy the folder to clip/NAME in Immich's model cache. NAME must be a model in Immich's list with an embedding "
-        "width of %d; for the published architecture, it is %s.",
-        embedding_width(config), IMMICH_MODEL_NAMES[config.model_type],
+        "width of %d; %s.",
+        embedding_width(config), f"for this architecture, it is {name}" if name else "none has this architecture",
     )  # fmt: skip
+
+
+def find_immich_name(config: PreTrainedConfig) -> str | None:
+    """Return the name of the model in Immich's list that has the same architecture, or None if no model has it.
+
+    Args:
+        config: Configuration of a CAPIVARA or SigLIP model. Its vocabulary may be trimmed.
+    """
+    trimmed = getattr(config, "trimmed_vocabulary", None)
+    tokens = trimmed["of"] if trimmed else config.text_config.vocab_size
+    sizes = (getattr(config.vision_config, name, None) for name in ("hidden_size", "patch_size", "image_size"))
+    return IMMICH_NAMES_BY_SIZE.get((tokens, *sizes))
 
 
 def _write_tokenizer(processor: ProcessorMixin, textual: Path, is_capivara: bool) -> list[np.ndarray]:

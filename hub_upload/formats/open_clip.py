@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Processo
 from capivara_common.environment import require_packages
 from capivara_common.files import write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
+from capivara_common.model_kinds import KINDS
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
@@ -302,6 +303,7 @@ def _config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> lis
 # (width, layers, patch size) -> start of the name of timm's SigLIP image tower. The full name ends in the image size.
 TIMM_TOWERS = {(768, 12, 16): "vit_base_patch16_siglip", (768, 12, 32): "vit_base_patch32_siglip"}
 TIMM_TOWERS |= {(1024, 24, 16): "vit_large_patch16_siglip", (1152, 27, 14): "vit_so400m_patch14_siglip"}
+TIMM_TOWERS |= {(1152, 27, 16): "vit_so400m_patch16_siglip", (1536, 40, 16): "vit_giantopt_patch16_siglip"}
 
 
 def check_siglip_supported(config: PreTrainedConfig) -> None:
@@ -314,7 +316,7 @@ def check_siglip_supported(config: PreTrainedConfig) -> None:
         ValueError: If the model is not a SigLIP model, or open_clip has no SigLIP model of this architecture.
         ImportError: If open_clip is not installed.
     """
-    if config.model_type != "siglip":
+    if KINDS[config.model_type].open_clip_layout != "timm_siglip":
         raise ValueError(
             f"open_clip's format supports CAPIVARA and SigLIP only, but this is a {config.model_type} model."
         )

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from capivara_common.files import read_json, write_json
+from capivara_common.model_kinds import KINDS
 from hub_upload import formats
 from modeling_capivara.loading import load_processor
-from modeling_capivara.processing_capivara import CapivaraProcessor
 from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 
 CONFIG_KEY = "transformers.js_config"  # key in config.json that transformers.js reads
@@ -54,10 +54,8 @@ def write_configs(folder: Path) -> None:
     weight_files = {path.name: 1 for path in sorted((folder / "onnx").glob("*.onnx"))}
     settings: dict[str, Any] = read_json(folder / "config.json")
     write_json(folder / "config.json", settings | {CONFIG_KEY: {"use_external_data_format": weight_files}})
-    processor = load_processor(folder)
-    image_processor, class_name = processor.image_processor.to_dict(), type(processor.image_processor).__name__
-    if isinstance(processor, CapivaraProcessor):
-        class_name = "CLIPImageProcessor"  # transformers.js does not know CAPIVARA's class
+    processor, kind = load_processor(folder).image_processor, KINDS[settings["model_type"]]
+    image_processor, class_name = processor.to_dict(), kind.js_image_processor or type(processor).__name__
     settings = {name: image_processor[name] for name in IMAGE_SETTINGS if name in image_processor}
     settings |= {"image_processor_type": class_name, "resample": LANCZOS_RESAMPLE}
     write_json(folder / "preprocessor_config.json", settings)
@@ -87,7 +85,7 @@ def write_converted_tokenizer(folder: Path) -> None:
     Args:
         folder: Folder of the export, with config.json and the tokenizer files.
     """
-    is_capivara = read_json(folder / "config.json")["model_type"] == "capivara"
+    is_capivara = KINDS[read_json(folder / "config.json")["model_type"]].is_native
     formats.write_tokenizer_json(folder, convert_tokenizer(folder), is_capivara)
     if is_capivara:
         # In Python, CAPIVARA's text cleaning code removes superfluous white space. transformers.js does not run this

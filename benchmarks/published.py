@@ -1,0 +1,226 @@
+"""Check this project against the published models: convert them, compare them with open_clip, measure the paper's sets.
+
+    python -m benchmarks.published --output results/published
+    python -m benchmarks.published --output results/quick --only flickr30k-pt mnist --limit 500
+
+Needs a network, and the extras `train` and `open_clip`. CAPIVARA and its base model are downloaded and converted, and
+their tokens, pixels and embeddings are compared with open_clip's. Then `eval.suite` measures both on the retrieval and
+classification sets of the paper. Sets that can't be downloaded are listed with the place to ask for them; put their
+data into --data_dir.
+
+The output folder gets `published.json`, `report.md`, and the files of `eval.suite`. To continue an interrupted run,
+repeat the command: downloads, conversions and embeddings are kept in caches.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from benchmarks.timing import describe_conditions
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.environment import require_packages
+from capivara_common.files import check_output_file, read_json, write_json, write_text
+from capivara_common.hub_cache import CONVERSION_FILE, OPEN_CLIP_WEIGHT_FILES, resolve_model_folder
+from eval.benchmarks import Benchmark, locate_data
+from eval.prompts import load_prompts
+from eval.records.schema import ROLE_NAMES
+from eval.suite import SuiteArguments, render_suite_table, run_suite, select_benchmarks
+from modeling_capivara.convert_open_clip import convert_to_folder
+from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import compute_image_embeds, compute_text_embeds, load_embedder
+
+# Differences of float32 embeddings of unit length, computed on the CPU. Tokens and pixels must be equal.
+MAX_EMBEDDING_DIFFERENCE = 1e-5
+CAPTIONS_PER_IMAGE = 5  # of the retrieval sets that can be downloaded
+TIMED_ITEMS = 32  # number of images and of texts whose embedding is timed for the estimate
+# Texts with characters that are cleaned before they are tokenized, and a text that is truncated.
+TEXTS = (
+    *("um gato dormindo no sofá", "SÃ£o JoÃ£o &amp;amp; cia", "", "  Duas   CRIANÇAS\n jogam bola ", "日本語 🦫"),
+    "uma praia ao pôr do sol, com coqueiros " * 9,
+)
+IMAGE_SIZES = ((310, 227), (224, 224), (97, 640), (1200, 800), (16, 16))  # width and height of the compared images
+
+
+@dataclass
+class PublishedArguments(SuiteArguments):
+    """Command-line arguments of `benchmarks.published`: as for `eval.suite`, with the published models as defaults."""
+
+    model: str = flag("hiaac-nlp/CAPIVARA", "Hub id or folder of the trained model in open_clip's format.")
+    baseline: str = flag(
+        "laion/CLIP-ViT-B-32-xlm-roberta-base-laion5B-s13B-b90k", "As --model, for the model that it was trained from."
+    )
+    output: Path = flag(Path("results/published"), "Folder to write the results to.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.runs:
+            raise ValueError("--runs can't be used here, since the published model is a single one.")
+
+
+def estimate_downloads(args: PublishedArguments, benchmarks: list[Benchmark]) -> dict[str, int | None]:
+    """Return the sizes of the downloads in bytes, by Hub id; None if the Hub does not say. Local paths are omitted."""
+    sizes, api = {}, HfApi()
+    sources = [(name, api.model_info, OPEN_CLIP_WEIGHT_FILES) for name in (args.model, args.baseline)]
+    for benchmark in benchmarks:
+        source = locate_data(benchmark, args.data_dir)
+        if source["data"] and not source["local"]:
+            sources.append((source["data"], api.dataset_info, None))
+    for name, get_info, weight_files in sources:
+        if name not in sizes and not Path(name).exists():
+            try:
+                stored = {file.rfilename: file.size or 0 for file in get_info(name, files_metadata=True).siblings}
+            except HfHubHTTPError:  # the suite reports the reason
+                sizes[name] = None
+                continue
+            if weight_files:  # a repository may have the same weights in several formats
+                stored = dict([next((item for item in stored.items() if item[0] in weight_files), ("", 0))])
+            sizes[name] = sum(stored.values())
+    return sizes
+
+
+def estimate_seconds(args: PublishedArguments, benchmarks: list[Benchmark], folders: dict[str, Path]) -> dict[str, Any]:
+    """Estimate the time of all embeddings from the speed of the models on this machine.
+
+    Args:
+        args: Arguments of the command.
+        benchmarks: Benchmarks whose data can be read.
+        folders: Role -> folder of the converted model.
+
+    Returns:
+        `images` and `texts` (numbers to embed, for all models), and `seconds`. Images of models with the same image
+        encoder are embedded once. Benchmarks of unknown size are not counted; their keys are in `unknown`.
+    """
+    images, texts, unknown = 0, 0, []
+    for benchmark in benchmarks:
+        size = min(filter(None, (benchmark.test_images, args.limit)), default=0)
+        unknown += [] if size else [benchmark.key]
+        images += size
+        if benchmark.task == "retrieval":
+            texts += CAPTIONS_PER_IMAGE * size
+        else:
+            texts += sum(map(len, load_prompts(benchmark.prompts).class_prompts))
+    seconds, image_encoders = {}, set()
+    for role, folder in folders.items():
+        embedder = load_embedder(str(folder), args.device, precision=args.precision)
+        image_encoders.add(embedder.image_fingerprint)
+        picture, sentence = PIL.Image.effect_noise((500, 375), 60).convert("RGB"), " ".join(TEXTS[:2])
+        for kind, embed, item in (("image", embedder.embed_images, picture), ("text", embedder.embed_texts, sentence)):
+            embed([item])  # the first call is slower
+            started = time.perf_counter()
+            embed([item] * TIMED_ITEMS)
+            seconds[role, kind] = (time.perf_counter() - started) / TIMED_ITEMS
+    counts = {"images": len(image_encoders) * images, "texts": len(folders) * texts}
+    speeds = {kind: max(value for (_, k), value in seconds.items() if k == kind) for kind in ("image", "text")}
+    total = sum(counts[f"{kind}s"] * value for kind, value in speeds.items())
+    return counts | {"seconds": total, "unknown": unknown}
+
+
+@torch.no_grad()
+def compare_with_open_clip(source: str, folder: Path) -> dict[str, Any]:
+    """Compare a converted model with open_clip on the CPU, for a few texts and images.
+
+    Args:
+        source: Hub id or folder of the model in open_clip's format.
+        folder: Folder of the converted model.
+
+    Returns:
+        `equal_tokens` and `equal_pixels` (bool), the largest absolute differences of `text_embeds` and `image_embeds`,
+        and `passed`: whether tokens and pixels are equal and the differences at most `MAX_EMBEDDING_DIFFERENCE`.
+    """
+    import open_clip
+
+    name = f"local-dir:{source}" if Path(source).exists() else f"hf-hub:{source}"
+    theirs, _, preprocess = open_clip.create_model_and_transforms(name)
+    ours, processor, tokens = load_model(folder).eval(), load_processor(folder), open_clip.get_tokenizer(name)(TEXTS)
+    rows = zip(IMAGE_SIZES, range(5), strict=True)
+    images = [PIL.Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 60 + n).convert("RGB") for size, n in rows]
+    pixels = torch.stack([preprocess(image) for image in images])
+    batch = processor(text=list(TEXTS), images=images, return_tensors="pt")
+    width = batch["input_ids"].shape[1]
+    texts = compute_text_embeds(ours, batch["input_ids"], batch["attention_mask"])
+    text_difference = (texts - theirs.eval().encode_text(tokens, normalize=True)).abs().max().item()
+    image_embeds = compute_image_embeds(ours, batch["pixel_values"])
+    image_difference = (image_embeds - theirs.encode_image(pixels, normalize=True)).abs().max().item()
+    equal_tokens = torch.equal(batch["input_ids"], tokens[:, :width])  # open_clip pads all texts to 77 tokens
+    equal_pixels = torch.equal(batch["pixel_values"], pixels)
+    is_close = max(text_difference, image_difference) <= MAX_EMBEDDING_DIFFERENCE
+    return {
+        "equal_tokens": equal_tokens, "equal_pixels": equal_pixels, "text_embeds": text_difference,
+        "image_embeds": image_difference, "passed": equal_tokens and equal_pixels and is_close,
+    }  # fmt: skip
+
+
+def render_report(models: dict[str, dict[str, Any]], summary: dict[str, Any]) -> str:
+    """Return the report as Markdown: the comparison with open_clip, then the tables of `eval.suite`."""
+    lines = [
+        "## Conversion, compared with open_clip",
+        "",
+        "| Model | Tokens | Pixels | Texts | Images |",
+        "|---" * 5 + "|",
+    ]
+    for role, model in models.items():
+        same = ["equal" if model[name] else "**different**" for name in ("equal_tokens", "equal_pixels")]
+        differences = [f"{model[name]:.1e}" for name in ("text_embeds", "image_embeds")]
+        lines.append(f"| {ROLE_NAMES[role]}: {model['source']} | {' | '.join(same + differences)} |")
+    lines += ["", "Texts and images: largest difference of a number of an embedding of unit length.", ""]
+    return "\n".join(lines) + "\n" + render_suite_table(summary)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command: estimate, convert, compare, measure, and write the report.
+
+    Args:
+        argv: Command-line arguments; the arguments of the program if None.
+
+    Raises:
+        SystemExit: If a converted model differs from open_clip's. The report is written nevertheless.
+    """
+    args = parse_arguments(PublishedArguments, __doc__, argv)
+    require_packages("The comparison with open_clip", "open_clip", "open_clip")
+    check_output_file(args.output / "published.json")
+    benchmarks = [b for b in select_benchmarks(args) if b.key in args.only or "beyond" not in b.suite]
+    sizes = estimate_downloads(args, benchmarks)
+    total = sum(filter(None, sizes.values())) / 1e9
+    unknown = [name for name, size in sizes.items() if size is None]
+    print(f"Downloads: {total:.1f} GB" + f", and of unknown size: {', '.join(unknown)}" * bool(unknown), flush=True)
+    readable = []
+    for benchmark in benchmarks:
+        if reason := locate_data(benchmark, args.data_dir)["reason"]:
+            print(f"{benchmark.key}: {reason}.", flush=True)
+        else:
+            readable.append(benchmark)
+    sources = {"baseline": args.baseline, "capivara": args.model}
+    folders = {role: resolve_model_folder(source, convert_to_folder) for role, source in sources.items()}
+    models = {}
+    for role, source in sources.items():
+        models[role] = {"source": source, **read_json(folders[role] / CONVERSION_FILE, revision=str)}
+        models[role] |= {"source": source} | compare_with_open_clip(source, folders[role])
+        print(f"{source}: {'equal to open_clip' if models[role]['passed'] else 'DIFFERENT from open_clip'}", flush=True)
+    estimate = estimate_seconds(args, readable, folders)
+    left_out = f" without {', '.join(estimate['unknown'])}, whose size is unknown" * bool(estimate["unknown"])
+    print(f"Embeddings: about {estimate['seconds'] / 3600:.1f} hours on this machine{left_out}.", flush=True)
+    options = {field.name: getattr(args, field.name) for field in fields(SuiteArguments)}
+    options |= {"model": str(folders["capivara"]), "baseline": str(folders["baseline"])}
+    summary = run_suite(SuiteArguments(**options | {"only": [benchmark.key for benchmark in benchmarks]}))
+    if summary is None:  # not the main process of a distributed launch
+        return
+    for model in summary["models"]:
+        model["name"] = sources[model["role"]]
+    names = ("protocol", "measurements", "rows")
+    measured = {name: summary[name] for name in names} | {"limit": args.limit, "downloads": sizes, "estimate": estimate}
+    write_json(args.output / "published.json", describe_conditions("open_clip_torch") | {"models": models} | measured)
+    write_text(args.output / "report.md", report := render_report(models, summary))
+    print(report)
+    if different := [model["source"] for model in models.values() if not model["passed"]]:
+        sys.exit(f"error: {' and '.join(different)} differ from open_clip after the conversion; see the first table.")
+
+
+if __name__ == "__main__":
+    run_command(main, resumable=True)

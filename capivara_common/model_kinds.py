@@ -1,0 +1,205 @@
+"""Kinds of two-tower models: all differences between the kinds that this project supports, in one table.
+
+    find_kind(read_json(folder / "config.json")).pads_to_max_length
+
+A kind is a `model_type` of transformers. An entry of `KINDS` says in what the kind differs from transformers' CLIP, so
+a kind that is built like CLIP needs only its names:
+
+    KINDS["my_clip"] = ModelKind(model_type="my_clip", title="My CLIP", class_name="MyCLIPModel")
+
+The table holds plain data, because `capivara_search` reads it without importing torch or transformers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+NATIVE_MODEL_TYPE = "capivara"  # the digest of an image encoder assumes it for a config without `model_type`
+ADDING_PAGE = "docs/architecture.md"  # page that says how to add a kind
+# Default values of transformers. Published configs omit fields that have their default value, but configs that were
+# loaded and saved again contain them. Of an image tower, only fields that change the embedding of an image are listed.
+CLIP_VISION_DEFAULTS = {
+    **{"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12, "patch_size": 32},
+    "image_size": 224,
+}
+SIGLIP_VISION_DEFAULTS = CLIP_VISION_DEFAULTS | {
+    **{"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "patch_size": 16},
+}
+VIT_VISION_DEFAULTS = CLIP_VISION_DEFAULTS | {
+    **{"hidden_act": "gelu", "layer_norm_eps": 1e-12, "patch_size": 16, "pooler_act": "tanh"},
+}
+DINOV2_VISION_DEFAULTS = CLIP_VISION_DEFAULTS | {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "patch_size": 14}
+# Image towers that interpolate their position embeddings, so that they take images of any size
+ANY_SIZE_VISION_TOWERS = ("dinov2",)
+SIGLIP_TEXT_DEFAULTS = {
+    **{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-6},
+    **{"max_position_embeddings": 64, "hidden_act": "gelu_pytorch_tanh"},
+}
+METACLIP_2_TEXT_DEFAULTS = {
+    **{"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "layer_norm_eps": 1e-5},
+    **{"max_position_embeddings": 77, "hidden_act": "quick_gelu", "eos_token_id": 49407},
+}
+# Model types that are not supported, with an explanation for the error message
+UNSUPPORTED_MODEL_TYPES = {"siglip2": " (SigLIP 2 of any resolution, NaFlex)"}
+
+
+def _read_projection_dim(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"projection_dim": config.get("projection_dim")}
+
+
+def _read_siglip_widths(config: Mapping[str, Any]) -> dict[str, Any]:
+    text = SIGLIP_TEXT_DEFAULTS | (config.get("text_config") or {})
+    vision = {"hidden_size": 768} | (config.get("vision_config") or {})
+    text_width = text.get("projection_size", text["hidden_size"])
+    return {"text_config.projection_size": text_width, "vision_config.hidden_size": vision["hidden_size"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelKind:
+    """A kind of two-tower models. The default values describe CLIP.
+
+    Attributes:
+        model_type: Value of `model_type` in config.json.
+        title: Name of the kind for messages.
+        class_name: Name of the model class, as results and model cards record it.
+        is_native: Whether the classes of model, processor and tokenizer are those of this project. They clean and
+            truncate texts themselves, and their code travels with a saved model.
+        processors: Names of the classes of processors that fit the kind.
+        pads_to_max_length: Whether texts are padded to the maximum length and padding is attended to, so that there is
+            no attention mask. Otherwise, texts are padded to the longest text of a batch, and padding is masked.
+        read_widths: Function from the content of config.json to the settings that are the width of embeddings, by name.
+            Two settings, the text tower's first, if the towers have separate ones.
+        text_towers: Supported values of `text_config.model_type`; empty if the kind has a single type of text tower, or
+            supports all types.
+        text_defaults: Default values of `text_config`.
+        vision_towers: Type of image tower (`vision_config.model_type`) -> default values of the settings that change
+            the embedding of an image. The first type is the default. Empty if the kind has a single type of image
+            tower.
+        vision_defaults: The same default values for a kind with a single type of image tower.
+        numpy_text_tower: Name of the class in `capivara_search/text_tower.py` that embeds texts without torch. None:
+            PyTorch embeds texts.
+        open_clip_layout: Layout of the weights in open_clip: "hf_text" for a text tower of transformers with a
+            projection, "timm_siglip" for SigLIP. None: the export leaves open_clip out.
+        immich_name: Model in Immich's list that has this architecture. None: the formats for Immich and for exchanging
+            the text encoder (`drop_in`) are refused.
+        js_image_processor: Class of transformers.js that preprocesses images. None: the class has the same name as in
+            Python.
+    """
+
+    model_type: str
+    title: str
+    class_name: str
+    is_native: bool = False
+    processors: tuple[str, ...] = (
+        *("CLIPProcessor", "ChineseCLIPProcessor", "AltCLIPProcessor", "VisionTextDualEncoderProcessor"),
+    )
+    pads_to_max_length: bool = False
+    read_widths: Callable[[Mapping[str, Any]], dict[str, Any]] = _read_projection_dim
+    text_towers: tuple[str, ...] = ()
+    text_defaults: Mapping[str, Any] = field(default_factory=dict)
+    vision_towers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    vision_defaults: Mapping[str, Any] = field(default_factory=lambda: CLIP_VISION_DEFAULTS)
+    numpy_text_tower: str | None = None
+    open_clip_layout: Literal["hf_text", "timm_siglip"] | None = None
+    immich_name: str | None = None
+    js_image_processor: str | None = None
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Check that the towers of a model are supported and have embeddings of the same width.
+
+        Args:
+            config: Content of config.json.
+
+        Raises:
+            ValueError: If the type of a tower is not supported, or the widths differ.
+        """
+        towers = {} if self.is_native else {"text_config": self.text_towers, "vision_config": tuple(self.vision_towers)}
+        for section, supported in towers.items():
+            tower = (config.get(section) or {}).get("model_type", supported and supported[0])
+            if supported and tower not in supported:
+                # An embedding is `pooler_output`, which the models of other types, such as ModernBERT, may not have.
+                raise ValueError(f"{section}.model_type is {tower!r}; supported are {', '.join(supported)}")
+        widths = self.read_widths(config)
+        if len({*map(str, widths.values())}) > 1:
+            settings = " and ".join(f"{name} is {width!s:.80}" for name, width in widths.items())
+            raise ValueError(f"the towers have embeddings of different widths: {settings}")
+
+    def select_vision_settings(self, vision: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Select the settings of the image tower that change the embedding of an image.
+
+        Args:
+            vision: `vision_config` of a config.json.
+
+        Returns:
+            Settings by name, with default values for those that `vision` omits. None for a type of image tower that is
+            not in the table.
+        """
+        tower, defaults = self.model_type, self.vision_defaults
+        if self.vision_towers:
+            tower = vision.get("model_type", next(iter(self.vision_towers)))
+            defaults = self.vision_towers.get(tower)
+        if defaults is None:
+            return None
+        return {"model_type": tower} | {name: vision.get(name, default) for name, default in defaults.items()}
+
+
+def find_kind(config: Mapping[str, Any]) -> ModelKind:
+    """Return the kind of a model, after checking that the model is supported.
+
+    Args:
+        config: Content of config.json.
+
+    Returns:
+        The entry of `KINDS`.
+
+    Raises:
+        ValueError: If the type of the model or of a tower is not supported, or the towers have embeddings of different
+            widths. The message is an explanation that starts in lowercase, such as "model_type is 'bert'; …".
+    """
+    model_type = config.get("model_type")
+    if model_type not in KINDS:
+        supported = ", ".join(f"{kind.model_type} ({kind.title})" for kind in KINDS.values())
+        explanation = UNSUPPORTED_MODEL_TYPES.get(str(model_type), "")
+        hint = f"{ADDING_PAGE} says how to add a type"
+        raise ValueError(f"model_type is {model_type!r}{explanation}; supported are {supported}; {hint}")
+    KINDS[model_type].check_config(config)
+    return KINDS[model_type]
+
+
+KINDS = {
+    kind.model_type: kind
+    for kind in (
+        ModelKind(
+            model_type=NATIVE_MODEL_TYPE, title="CAPIVARA", class_name="CapivaraModel", is_native=True,
+            processors=("CapivaraProcessor",),
+            vision_towers={
+                "clip_vision_model": CLIP_VISION_DEFAULTS | {"hidden_act": "gelu"},
+                "timm_wrapper": {"architecture": None, "model_args": None, "do_pooling": True},
+            },
+            numpy_text_tower="TextTower", open_clip_layout="hf_text",
+            immich_name="XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k", js_image_processor="CLIPImageProcessor",
+        ),
+        ModelKind(
+            model_type="siglip", title="SigLIP and SigLIP 2 of fixed resolution", class_name="SiglipModel",
+            processors=("SiglipProcessor", "Siglip2Processor"), pads_to_max_length=True,
+            read_widths=_read_siglip_widths, text_defaults=SIGLIP_TEXT_DEFAULTS,
+            vision_defaults=SIGLIP_VISION_DEFAULTS, numpy_text_tower="SiglipTextTower",
+            open_clip_layout="timm_siglip", immich_name="ViT-B-16-SigLIP2__webli",
+        ),
+        ModelKind(model_type="clip", title="CLIP", class_name="CLIPModel"),
+        ModelKind(model_type="chinese_clip", title="Chinese-CLIP", class_name="ChineseCLIPModel"),
+        ModelKind(model_type="altclip", title="AltCLIP", class_name="AltCLIPModel"),
+        ModelKind(
+            model_type="metaclip_2", title="MetaCLIP 2", class_name="MetaClip2Model",
+            text_defaults=METACLIP_2_TEXT_DEFAULTS, numpy_text_tower="ClipTextTower",
+        ),
+        ModelKind(
+            model_type="vision-text-dual-encoder", title="VisionTextDualEncoder",
+            class_name="VisionTextDualEncoderModel", text_towers=("bert", "roberta", "xlm-roberta"),
+            vision_towers={
+                "vit": VIT_VISION_DEFAULTS, "clip_vision_model": CLIP_VISION_DEFAULTS,
+                "siglip_vision_model": SIGLIP_VISION_DEFAULTS, "dinov2": DINOV2_VISION_DEFAULTS,
+            },
+        ),
+    )
+}  # fmt: skip

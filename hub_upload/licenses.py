@@ -1,0 +1,74 @@
+"""Infer the license of a model from the licenses of its base model and training data, and check a stated license."""
+
+from typing import Any
+
+# Hub identifiers of licenses that allow derived works to carry another license, as long as the copyright notices are
+# kept.
+PERMISSIVE_LICENSES = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
+PERMISSIVE_LICENSES |= {"postgresql", "unlicense", "zlib"}
+# Licenses that allow derived works to carry a license for non-commercial use only, as long as the author is named.
+ATTRIBUTION_LICENSES = {"cc-by-2.0", "cc-by-3.0", "cc-by-4.0"}
+
+
+def infer_license(stated_licenses: list[list[str]]) -> str | None:
+    """Return the license of a model that is derived from several works.
+
+    Any other license takes precedence over `PERMISSIVE_LICENSES`: "mit" and "cc-by-4.0" result in "cc-by-4.0". A
+    license that forbids commercial use also takes precedence over `ATTRIBUTION_LICENSES`.
+
+    Args:
+        stated_licenses: For each work, the Hub identifiers of the licenses that its card states.
+
+    Returns:
+        The Hub identifier of the license. None if a work states no license, or if the works require several different
+        licenses, for example "cc-by-4.0" and "gpl-3.0".
+    """
+    if not all(stated_licenses):
+        return None
+    all_licenses = {license for licenses in stated_licenses for license in licenses}
+    binding = all_licenses - PERMISSIVE_LICENSES or all_licenses
+    if any(map(is_non_commercial, binding)):
+        binding -= ATTRIBUTION_LICENSES
+    return binding.pop() if len(binding) == 1 else None
+
+
+def is_non_commercial(license: str) -> bool:
+    """Return whether a license forbids commercial use.
+
+    Args:
+        license: Hub identifier of the license, such as "cc-by-nc-4.0".
+    """
+    return "nc" in license.split("-")
+
+
+def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None) -> None:
+    """Check that a stated license does not permit commercial use if base, data or teacher of the model forbid it.
+
+    Args:
+        origins: Metadata from `hub_upload.origins.read_origins`, as in run.json. The key "teacher" may be added to it.
+        stated: Value of `license` in a card: a Hub identifier, several of them, or None.
+
+    Raises:
+        ValueError: If the base model, a training dataset or the teacher is licensed for non-commercial use only, and
+            the stated license permits commercial use.
+    """
+    permissive = [license for license in as_texts(stated) if not is_non_commercial(license)]
+    datasets = origins.get("datasets")
+    works = [origins.get("model"), *(datasets if isinstance(datasets, list) else []), origins.get("teacher")]
+    for work in works:
+        licenses = as_texts(work.get("licenses")) if isinstance(work, dict) else []
+        required = [license for license in licenses if is_non_commercial(license)]
+        if permissive and required:
+            raise ValueError(
+                f"The license {permissive[0]} permits commercial use, but the model was made from {work.get('title')}, "
+                f"which is licensed {required[0]}. State {required[0]} instead."
+            )
+
+
+def as_texts(value: Any) -> list[str]:
+    """Convert a value of a card's front matter, such as `license`, to a list of strings.
+
+    Args:
+        value: A single value or a list of values. Empty values and None are skipped.
+    """
+    return [str(text) for text in (value if isinstance(value, list) else [value]) if text]
