@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin
 
+from capivara_common.embedding_speed import CHUNK_SIZES, tune_chunk_size
 from capivara_common.embedding_store import EmbeddingStore, Place, vectors_to_array
 from capivara_common.environment import cache_home
 from capivara_common.files import json_digest
@@ -465,13 +466,16 @@ def resolve_loading_workers(args: RunArguments, accelerator: Accelerator) -> int
 
 
 @torch.no_grad()
-def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerator) -> Tensor:
+def embed_pixels(
+    model: PreTrainedModel, pixels: Tensor, accelerator: Accelerator, chunk_images: int = CHUNK_SIZES[0]
+) -> Tensor:
     """Embed images with the frozen image encoder, in the precision of the run.
 
     Args:
         model: The model.
         pixels: Preprocessed images, (images, 3, height, width).
         accelerator: Device and precision of the run.
+        chunk_images: Number of images per forward pass on a CPU.
 
     Returns:
         Embeddings of unit length, (images, width), float32, on the device of the run.
@@ -480,7 +484,7 @@ def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerato
         ValueError: If an embedding is not finite.
     """
     with accelerator.autocast():
-        parts = split_for_device(pixels, accelerator.device)
+        parts = split_for_device(pixels, accelerator.device, chunk_images)
         return check_finite(torch.cat([compute_image_embeds(model, part) for part in parts]))
 
 
@@ -553,10 +557,12 @@ def add_vectors(
         items = ([(0, *place) for place in batch] for batch in batches)
         return prefetch_pixels([pairs], items, resolve_loading_workers(args, accelerator))
 
-    def embed(images: list[Tensor]) -> np.ndarray:
-        return embed_pixels(model, torch.stack(images), accelerator).cpu().numpy()
+    def embed(images: list[Tensor], chunk_images: int = CHUNK_SIZES[0]) -> np.ndarray:
+        return embed_pixels(model, torch.stack(images), accelerator, chunk_images).cpu().numpy()
 
     title, digests = f"Images, {pairs.source.display_name}", pairs.table["digest"]
+    encoder = json_digest([store.settings["tower_weights"], accelerator.mixed_precision])
+    embed = tune_chunk_size(embed, len(pairs) * views, accelerator.device, encoder, store.record_folder(digests))
     cached = store.load_or_embed(digests, load, embed, title, rows_per_shard=SHARD_ROWS, views=views)
     table = pairs.table.data.table
     # A row has a reason in at most one of the two tables, so joining the texts keeps this reason.
