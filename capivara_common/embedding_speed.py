@@ -3,11 +3,12 @@
     embed = tune_chunk_size(embed, len(images), device, encoder_digest, output)
     vectors = embed(images[:32])  # the first call measures
 
-Which choice is fastest differs between CPUs. So the first batch of a long pass is embedded with each candidate in turns,
-and the candidate with the smallest median time is chosen. The choice is kept in the folder `embedding_speed` of the
-cache, in a file for each CPU, model and version of torch and transformers, so that later passes do not measure again.
-The choice is also recorded in the output of the pass, because the number of images per forward pass changes the last
-bits of embeddings. A resumed run and other tasks of the same output read this record, even on another machine.
+Which choice is fastest differs between CPUs. Before a long pass embeds its first batch, it embeds images of this batch
+with each candidate in turns, and chooses the candidate with the smallest median time. The choice is kept in the folder
+`embedding_speed` of the cache, in a file for each CPU, model and version of torch and transformers, so that later passes
+do not measure again. The choice is also recorded in the output of the pass, because the number of images per forward
+pass changes the last bits of embeddings. A resumed run and other tasks of the same output read this record, even on
+another machine. The first batch is embedded again with the choice, so its bits do not depend on who measured.
 """
 
 import logging

@@ -171,7 +171,8 @@ class Embedder:
             the same value. For open_clip models it equals `fingerprint`.
         metadata: Dictionary with `model_class` and `loss`, from `describe_model`.
         embed_images: Function that embeds images. Its arguments are an iterable of PIL images, `batch_size` (int) and
-            `progress` (see `ProgressOption`), for models of transformers also `chunk_images` (see `embed_images`). It returns (images, width), unit length, float32, on the CPU.
+            `progress` (see `ProgressOption`). Functions of transformers models also take `chunk_images` (int), the
+            number of images per forward pass on a CPU. It returns (images, width), unit length, float32, on the CPU.
         embed_texts: Function that embeds texts. Its arguments are a sequence of texts, `batch_size` (int) and
             `progress` (see `ProgressOption`). It returns (texts, width), unit length, float32, on the CPU.
     """

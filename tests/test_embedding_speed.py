@@ -2,23 +2,25 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from test_images import pairs_of, with_cache
 
-import modeling_capivara.two_towers as two_towers
+import training.inputs
 from capivara_common import embedding_speed
 from capivara_common.embedding_speed import LONG_PASS_IMAGES, choose_fastest, tune_chunk_size
 from capivara_search import PictureIndex
+from caption_data.sources import open_split
 from captions import embedding_stage
 from eval.embeddings import CachedEmbedder
+from modeling_capivara import two_towers
 from modeling_capivara.two_towers import load_embedder, random_images
 
 UNIT = np.eye(2, 4, dtype=np.float32)[[0] * 16]  # (16, 4), unit length
@@ -196,9 +198,105 @@ def test_auto_measures_only_where_bf16_is_supported(monkeypatch, cache, saved_ti
 # ---- the passes ----
 
 
+class ScriptedClock:
+    """Clock with which each measurement finds one chunk size to be the fastest, whatever it really takes."""
+
+    def __init__(self, fastest: int):
+        self.fastest, self.reads, self.now = fastest, 0, 0.0
+
+    def perf_counter(self) -> float:
+        number, is_end = divmod(self.reads, 2)
+        size = embedding_speed.CHUNK_SIZES[number % len(embedding_speed.CHUNK_SIZES)]
+        self.now += is_end * (1 if size == self.fastest else 2)
+        self.reads += 1
+        return self.now
+
+
+@pytest.fixture
+def sizes(monkeypatch, cache):
+    """Makes every pass long. Returns a function that sets the fastest chunk size and returns a list of chunk sizes.
+
+    Each forward pass adds its number of images to the list.
+    """
+    monkeypatch.setattr(embedding_speed, "LONG_PASS_IMAGES", 8)
+    compute, sizes = two_towers.compute_image_embeds, []
+
+    def spy(model, pixel_values):
+        sizes.append(len(pixel_values))
+        return compute(model, pixel_values)
+
+    for module in (two_towers, training.inputs):
+        monkeypatch.setattr(module, "compute_image_embeds", spy)
+
+    def start(fastest: int) -> list[int]:
+        shutil.rmtree(cache, ignore_errors=True)
+        monkeypatch.setattr(embedding_speed, "time", ScriptedClock(fastest))
+        sizes.clear()
+        return sizes
+
+    return start
+
+
 @pytest.mark.parametrize("size", embedding_speed.CHUNK_SIZES)
 def test_every_chunk_size_gives_the_same_embeddings(saved_tiny_folder, size):
     embedder, images = load_embedder(str(saved_tiny_folder), "cpu"), random_images() * 4
     torch.testing.assert_close(
         embedder.embed_images(images, 32, chunk_images=size), embedder.embed_images(images), rtol=0, atol=1e-6
     )
+
+
+def embed_stage(model, dataset, output, **options) -> dict[str, bytes]:
+    """Run the stage of embeddings, and return the content of its parts."""
+    values = {"model": model, "dataset": dataset, "output": output, "device": "cpu", "rows_per_part": 6} | options
+    embedding_stage.main([f"--{name}={value}" for name, value in values.items()])
+    return {path.name: path.read_bytes() for path in output.glob("*.parquet")}
+
+
+def test_a_resumed_stage_writes_the_same_bytes(sizes, saved_tiny_folder, tiny_dataset_folder, tmp_path):
+    used = sizes(8)
+    expected = embed_stage(saved_tiny_folder, tiny_dataset_folder, tmp_path / "out")
+    assert used[-2:] == [6, 6] and len(expected) == 2  # 6 images per part fit into a chunk of 8
+    max((tmp_path / "out").glob("*.parquet")).unlink()
+    used = sizes(4)  # now another size would be chosen
+    assert embed_stage(saved_tiny_folder, tiny_dataset_folder, tmp_path / "out") == expected
+    assert used[-1:] == [6] and 4 not in used
+    embed_stage(saved_tiny_folder, tiny_dataset_folder, tmp_path / "other")
+    assert used[-2:] == [4, 2]
+
+
+@pytest.mark.parametrize("fastest", [4, 16])
+def test_evaluation_uses_and_records_the_choice(sizes, saved_tiny_folder, tiny_dataset_folder, tmp_path, fastest):
+    used, images = sizes(fastest), open_split(str(tiny_dataset_folder), "train", "image")
+    store = CachedEmbedder(load_embedder(str(saved_tiny_folder), "cpu"), tmp_path / "store", 32)
+    embeds = store.embed_images(images).embeds
+    assert used[-1] == min(fastest, 12) and len(used) > 3
+    (record,) = (tmp_path / "store").rglob("fastest-chunk_images.json")
+    assert json.loads(record.read_text())["choice"] == fastest
+    direct = store.embedder.embed_images([images.load_image(row) for row in range(12)])
+    torch.testing.assert_close(embeds, direct, rtol=0, atol=1e-6)
+
+
+def test_training_uses_and_records_the_choice(sizes, tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
+    pairs = pairs_of(tiny_dataset_folder, tiny_processor)
+    used = sizes(16)
+    expected = with_cache(tiny_model, pairs, tmp_path).table["vectors"][:]
+    assert used[-3:] == [4, 4, 4] and used.count(16) == embedding_speed.ROUNDS  # its batches have 4 images
+    assert len([*tmp_path.rglob("fastest-chunk_images.json")]) == 1
+    used = sizes(4)
+    assert with_cache(tiny_model, pairs, tmp_path).table["vectors"][:] == expected and not used
+
+
+def test_indexing_uses_the_choice(sizes, saved_tiny_folder, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number in range(40):
+        PIL.Image.new("RGB", (32, 32), (6 * number, 90, 30)).save(tmp_path / "pictures" / f"{number}.png")
+    used = sizes(16)
+    index = PictureIndex.open(tmp_path / "index.lance", str(saved_tiny_folder), device="cpu")
+    assert index.add(tmp_path / "pictures", batch_size=32).embedded == 40
+    measured = embedding_speed.ROUNDS * (4 + 2 + 1)
+    assert sum(used[measured:]) == 40 and max(used[measured:]) == 16
+
+
+def test_open_clip_embedders_have_no_chunks():
+    embedders = [SimpleNamespace(name=name) for name in ("open_clip:ViT-B-32:openai", "folder")]
+    assert [two_towers.Embedder.has_chunks.fget(embedder) for embedder in embedders] == [False, True]
