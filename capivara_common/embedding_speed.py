@@ -5,15 +5,14 @@
 
 Which choice is fastest differs between CPUs. Before a long pass embeds its first batch, it embeds images of this batch
 with each candidate in turns, and chooses the candidate with the smallest median time. The choice is kept in the folder
-`embedding_speed` of the cache, in a file for each CPU, model and version of torch and transformers, so that later passes
-do not measure again. The choice is also recorded in the output of the pass, because the number of images per forward
-pass changes the last bits of embeddings. A resumed run and other tasks of the same output read this record, even on
-another machine. The first batch is embedded again with the choice, so its bits do not depend on who measured.
+`embedding_speed` of the cache, in a file for each CPU, model and version of torch and transformers, so that later
+passes do not measure again. The choice is also recorded in the output of the pass, because the number of images per
+forward pass changes the last bits of embeddings. A resumed run and other tasks of the same output read this record, even
+on another machine. The measured embeddings are not used, so that all rows of the output are computed in the same way.
 """
 
 import logging
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -121,7 +120,7 @@ def _measure(candidates: Mapping[Any, Callable[[], Any]], min_cosine: float) -> 
             start = time.perf_counter()
             vectors[value] = np.asarray(embed())
             seconds[value].append(time.perf_counter() - start)
-    medians = {value: statistics.median(times) for value, times in seconds.items()}
+    medians = {value: float(np.median(times)) for value, times in seconds.items()}
     default = next(iter(candidates))
     cosines = {value: float((vectors[value] * vectors[default]).sum(-1).min()) for value in candidates}
     eligible = [

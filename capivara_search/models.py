@@ -226,11 +226,14 @@ class SearchModel:
     def tune_image_embedding(
         self, image_count: int, batch_size: int
     ) -> Callable[[Sequence["Image.Image"]], np.ndarray]:
-        """Return a function like `embed_images` that embeds many images as fast as this CPU can (`tune_chunk_size`).
+        """Return a function that embeds many images as fast as this CPU can (see `tune_chunk_size`).
 
         Args:
             image_count: Number of images to embed in total. The function measures its speed only if there are many.
             batch_size: Number of images that are preprocessed at once.
+
+        Returns:
+            Function like `embed_images` that takes a list of at least one PIL image.
 
         Raises:
             ValueError: If the model can't be loaded, or the device does not exist.

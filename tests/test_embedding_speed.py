@@ -11,7 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from test_images import pairs_of, with_cache
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from test_images import cache_options, pairs_of, with_cache
 
 import training.inputs
 from capivara_common import embedding_speed
@@ -284,6 +286,27 @@ def test_training_uses_and_records_the_choice(sizes, tiny_model, tiny_processor,
     assert len([*tmp_path.rglob("fastest-chunk_images.json")]) == 1
     used = sizes(4)
     assert with_cache(tiny_model, pairs, tmp_path).table["vectors"][:] == expected and not used
+
+
+@pytest.mark.parametrize(
+    ("is_auto", "choice", "expected"), [(True, "float32", "no"), (True, "bf16", "bf16"), (False, "float32", "bf16")]
+)
+def test_training_embeds_in_float32_where_it_is_faster(
+    monkeypatch, tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, is_auto, choice, expected
+):
+    monkeypatch.setattr(training.inputs, "LONG_PASS_IMAGES", 8)
+    records = []
+    monkeypatch.setattr(training.inputs, "choose_precision", lambda *args: records.append(args[2]) or choice)
+    pairs, options = pairs_of(tiny_dataset_folder, tiny_processor), cache_options(tmp_path)
+    options.has_auto_precision = is_auto
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    vectors = training.inputs.add_vectors(tiny_model, pairs, options, accelerator).table["vectors"][:]
+    (settings,) = tmp_path.glob("*/settings.json")
+    assert json.loads(settings.read_text())["precision"] == expected
+    assert [tmp_path in record.parents for record in records] == [True] * is_auto
+    in_float32 = with_cache(tiny_model, pairs, tmp_path / "float32").table["vectors"][:]
+    assert (vectors == in_float32) == (expected == "no")
 
 
 def test_indexing_uses_the_choice(sizes, saved_tiny_folder, tmp_path):
