@@ -1,6 +1,7 @@
 """Measure generated captions per second, and the gain from encoding each image only once.
 
     python -m benchmarks.captions --output benchmarks/results/captions.json
+    python -m benchmarks.captions --parts chat --output benchmarks/results/captions_chat.json
 
 The model is BLIP-2 with random weights and the proportions of `Salesforce/blip2-opt-2.7b-coco`: widths, heads and
 vocabulary divided by 4, layers by 6. For each image, it continues ten prefixes, such as "a photo of", by 12 tokens each
@@ -12,11 +13,15 @@ vocabulary divided by 4, layers by 6. For each image, it continues ten prefixes,
 
 The gain is the median, over the runs, of the seconds of `plain` divided by the seconds of `ours`. Both programs pad the
 prefixes to the length of the longest prefix.
+
+`--parts chat` measures `captions.translate --backend chat` instead, with a stand-in server on loopback that answers
+each request after one second: the sentences per second with 1, 8 and 64 requests at the same time.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -26,12 +31,17 @@ from transformers import logging as transformers_logging
 
 from benchmarks.timing import describe_conditions, median_ratio, report_results, summarize_rates, time_alternating
 from capivara_common.cli import flag, parse_arguments, run_command
-from captions.generate import PREFIXES_FILE, Captioner, read_prefixes
+from captions.captioners.blip2 import PREFIXES_FILE, PrefixCaptioner, read_prefixes
+from captions.translate import TranslateArguments
+from captions.translators.chat import ChatTranslator
+from examples.chat_server import MODEL, ChatServer, run_chat_server
 
 IMAGE_SIDE, QUERY_TOKENS = 224, 32  # BLIP-2: side of an image in pixels; query tokens per image
 # Fields of the config that --widths divides
 SCALED_FIELDS = {"hidden_size", "intermediate_size", "encoder_hidden_size", "ffn_dim", "word_embed_proj_dim"}
 SCALED_FIELDS |= {"num_attention_heads", "vocab_size"}
+CONCURRENCY, ANSWER_S = (1, 8, 64), 1.0  # requests at the same time; seconds until the stand-in server answers
+ROUNDS = 8  # requests that follow one another per measurement
 
 
 @dataclass
@@ -43,12 +53,18 @@ class CaptionsArguments:
     runs: int = flag(5, "How often each program is timed; the programs take turns.")
     widths: int = flag(4, "Divisor of BLIP-2's widths, heads and vocabulary.")
     layers: int = flag(6, "Divisor of BLIP-2's number of layers.")
+    parts: Literal["generate", "chat"] = flag(
+        "generate", "What to measure: BLIP-2, or translation by a server with several requests at the same time."
+    )
     output: Path | None = flag(None, "JSON file for the results.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: time caption generation with `plain` and `ours`, and print the results as JSON."""
+    """Run the command: measure the requested part, and print the results as JSON."""
     args = parse_arguments(CaptionsArguments, __doc__, argv)
+    if args.parts == "chat":
+        results = describe_conditions("openai") | {"runs": args.runs, "measured": {"chat": measure_chat(args.runs)}}
+        return report_results(results, args.output)
     transformers_logging.set_verbosity_error()
     prefixes = read_prefixes(PREFIXES_FILE)
     steps = make_generation_programs(build_scaled_captioner(args, prefixes), prefixes, args.images)
@@ -65,7 +81,44 @@ def main(argv: list[str] | None = None) -> None:
     report_results(describe_conditions() | {"runs": args.runs, "measured": {"generate": measured}}, args.output)
 
 
-def build_scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Captioner:
+def measure_chat(runs: int) -> dict[str, Any]:
+    """Measure translated sentences per second with different numbers of requests at the same time.
+
+    Args:
+        runs: Number of alternating runs.
+
+    Returns:
+        A dict with the rates by concurrency, and the gain of the largest over the smallest concurrency.
+    """
+    with run_chat_server(ChatServer(lambda messages: "um gato", delay_s=ANSWER_S)) as server:
+
+        def make_step(concurrency: int) -> Callable[[], list[str]]:
+            translator = ChatTranslator(
+                TranslateArguments(
+                    "none",
+                    Path("none"),
+                    language="pt",
+                    backend="chat",
+                    base_url=[server.url],
+                    model=MODEL,
+                    concurrency=concurrency,
+                )
+            )
+            return lambda: translator.translate([f"cat {number}" for number in range(ROUNDS * concurrency)])
+
+        steps = {str(concurrency): make_step(concurrency) for concurrency in CONCURRENCY}
+        seconds = time_alternating(steps, runs, "chat")
+    rates = {name: [ROUNDS * int(name) / elapsed for elapsed in times] for name, times in seconds.items()}
+    few, many = str(CONCURRENCY[0]), str(CONCURRENCY[-1])
+    return {
+        "sentences_per_second": {name: summarize_rates(values) for name, values in rates.items()},
+        "gain": {"measured": median_ratio(seconds[few], seconds[many]) * CONCURRENCY[-1] / CONCURRENCY[0]},
+        "answer_seconds": ANSWER_S,
+        "rounds": ROUNDS,
+    }
+
+
+def build_scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> PrefixCaptioner:
     """Build a scaled-down BLIP-2 with random weights.
 
     The model has no end-of-sequence token, so that all captions have the same length.
@@ -95,7 +148,7 @@ def build_scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Capt
             torch.nn.init.normal_(parameter, std=0.02)
     model.language_model.generation_config.eos_token_id = None
     processor = BlipImageProcessor(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})
-    return Captioner(model, processor, tokenizer, args.new_tokens, len(prefixes) * args.images)
+    return PrefixCaptioner(model, processor, tokenizer, args.new_tokens, len(prefixes) * args.images)
 
 
 def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
@@ -112,7 +165,9 @@ def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
-def make_generation_programs(captioner: Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[], Tensor]]:
+def make_generation_programs(
+    captioner: PrefixCaptioner, prefixes: list[str], images: int
+) -> dict[str, Callable[[], Tensor]]:
     """Build the programs to compare, `plain` and `ours`, which caption images of random pixels.
 
     Args:

@@ -325,12 +325,15 @@ def submit_to_slurm(
     if shutil.which("sbatch") is None:
         raise ValueError("--executor slurm needs sbatch, which this machine lacks. Run the command on a login node.")
     paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": CODE_ROOT}
+    setup = [f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()]
+    if args.node_script is not None and step.phase.uses_model:
+        setup.append(f"source {shlex.quote(str(args.node_script.absolute()))}")
     executor = SlurmPipelineExecutor(
         time=args.time,
         partition=args.partition,
         qos="",
         job_name=re.sub(r"[^\w.-]+", "-", f"{step.package}-{step}"),
-        env_command="; ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()),
+        env_command="; ".join(setup),
         # Without this option, a job would wait forever if the job of the previous step has failed.
         sbatch_args={"kill-on-invalid-dep": "yes"} | dict(option.partition("=")[::2] for option in args.sbatch),
         mail_type="NONE",

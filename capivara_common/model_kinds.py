@@ -187,7 +187,10 @@ KINDS = {
             open_clip_layout="timm_siglip", immich_name="ViT-B-16-SigLIP2__webli",
         ),
         ModelKind(model_type="clip", title="CLIP", class_name="CLIPModel"),
-        ModelKind(model_type="chinese_clip", title="Chinese-CLIP", class_name="ChineseCLIPModel"),
+        ModelKind(
+            model_type="chinese_clip", title="Chinese-CLIP", class_name="ChineseCLIPModel",
+            js_image_processor="ChineseCLIPFeatureExtractor",
+        ),
         ModelKind(model_type="altclip", title="AltCLIP", class_name="AltCLIPModel"),
         ModelKind(
             model_type="metaclip_2", title="MetaCLIP 2", class_name="MetaClip2Model",

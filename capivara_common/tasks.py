@@ -45,6 +45,12 @@ class ExecutorArguments:
     )
     cpus_per_task: int = flag(1, "CPU cores per task.", group=CLUSTER)
     mem_per_cpu_gb: int = flag(4, "Memory per CPU core in GiB.", group=CLUSTER)
+    node_script: Path | None = flag(
+        None,
+        "Bash script that each job of a phase with a model sources before its tasks, for example to start a server on "
+        "the node (slurm).",
+        group=CLUSTER,
+    )
     gpus_per_task: int = flag(0, "GPUs per task. Only phases that use a model get them.", group=CLUSTER)
 
     @property
@@ -68,6 +74,10 @@ class ExecutorArguments:
         if self.executor == "slurm":  # datatrove writes these values into the job script without quoting
             folder = (self.logging_dir or getattr(self, "output", None) or Path("logs")).absolute()
             values = [("partition", self.partition), ("time", self.time), ("The folder of the logs", str(folder))]
+            if self.node_script is not None:
+                if not self.node_script.is_file():
+                    raise ValueError(f"node_script must be a file, got {self.node_script}.")
+                values.append(("The path of node_script", str(self.node_script.absolute())))
             for name, value in [*values, *(("sbatch", option) for option in self.sbatch)]:
                 signs = "./+@,=:_-" + "%|&*" * (name == "sbatch")
                 if re.search(rf"[^\w{re.escape(signs)}]", value):

@@ -24,6 +24,7 @@ import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import yaml
 from datasets import Features
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
@@ -52,6 +54,7 @@ from caption_data.rows import CAPTION_COLUMN_RE, DATASET_HELP, NOT_CHOSEN, Skipp
 from caption_data.sources import STAGE_FILE, find_missing_rows
 from captions.embedding_stage import EmbedArguments
 from captions.generate import GenerateArguments
+from captions.quality import QUALITY_FILE
 from captions.score import ScoreArguments
 from captions.select import SelectArguments
 from captions.stages import (
@@ -64,7 +67,7 @@ from captions.stages import (
     read_stage_record,
     remove_rows,
 )
-from captions.translate import QUALITY_FILE, TranslateArguments
+from captions.translate import TranslateArguments
 from eval.records.tables import escape_markdown
 
 # Sections of a config in the order in which they run. `translate` may be a list of sections, one per translator.
@@ -89,7 +92,7 @@ BUILD_FILE = "build.json"  # JSON file in the dataset with all values of the dat
 SIMILARITY_PLOT_FILE = "similarities.png"  # histogram of similarities, from the report of `captions.select`
 CARD_TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
 # Settings that the dataset card does not show: digests, long lists, and values that do not help a reader.
-HIDDEN_SETTINGS_RE = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|existing|target)(\.|$)")
+HIDDEN_SETTINGS_RE = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|prompts|existing|target)(\.|$)")
 logger = logging.getLogger("capivara")
 
 
@@ -162,6 +165,8 @@ def read_build_plan(
     """
     content = {key: value for key, value in read_yaml_config(config).items() if value not in ("", "~", "null")}
     content |= {key: str(value) for key, value in overrides.items() if value is not None}
+    for section in (content, *(part for value in content.values() for part in _as_list(value))):
+        _refuse_keys_of_services(section, config)
     _check_keys(content, [*CONFIG_KEYS, *STAGES], str(config))
     for key in REQUIRED_KEYS:
         if not content.get(key):
@@ -190,6 +195,16 @@ def read_build_plan(
         raise ValueError(f"{config}: embed.views must be 1 with evaluation_splits, which need the image itself.")
     output = Path(content["output"])
     return BuildPlan(steps, output, content["language"], card, output / DATASET_FOLDER)
+
+
+def _refuse_keys_of_services(section: Any, config: Path) -> None:
+    """Raise ValueError if a section of a config holds a key of a service. The message does not contain the value."""
+    for name in section if isinstance(section, dict) else ():
+        if re.fullmatch(r"((openai|google)_?)?(api_?)?(key|token|secret|password)", str(name).lower()):
+            raise ValueError(
+                f"{config} must not contain {name}: a key belongs in the environment variable OPENAI_API_KEY or "
+                "GOOGLE_API_KEY. Remove it, and replace the key if others could read the file."
+            )
 
 
 def _plan_steps(content: dict, chain: list[tuple[str, dict]], split: str, executor_flags: dict, config: Path) -> list:
@@ -344,10 +359,15 @@ def build_dataset(args: BuildArguments) -> Path | None:
     for steps in plan.steps.values():
         if _describe_state(steps[0]) != "done":
             check_columns(steps)  # raises errors before a model is downloaded or loaded
+    for step in plan.all_steps():
+        if _describe_state(step) != "done":
+            step.check_backend()
     for line in describe_plan(plan):
         logger.info("%s", line)
     if args.dry_run:
         log_counts(plan)
+        for line in itertools.chain.from_iterable(map(_describe_work, plan.steps.values())):
+            logger.info("%s", line)
         return None
     for steps in plan.steps.values():
         apply_corrections(steps, plan.dataset)
@@ -389,15 +409,13 @@ def check_columns(steps: list[StageArguments]) -> None:
 
     Raises:
         ValueError: If the dataset or the split does not exist, a stage lacks a required column or would overwrite an
-            existing column, or a translation model that is on this machine does not know a language.
+            existing column.
     """
     first, *later = steps
     stage = RowStage(first)
     columns = [*stage.features, *first.check_columns(stage.features, stage.source.display_name)]
     for step in later:
         columns += step.check_columns(columns, f"{step.title}: the output of the stages before it")
-    for step in (step for step in steps if isinstance(step, TranslateArguments)):
-        step.check_translator()
 
 
 def apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
@@ -488,6 +506,24 @@ def describe_plan(plan: BuildPlan) -> list[str]:
                 reasons = failure_reasons(phase.log_folder)
                 lines += [f"    {phase}: task {rank}: {reason}" for rank, reason in reasons.items()]
     return [*lines, f"{plan.dataset}: {'done' if all_done else 'not written yet'}"]
+
+
+def _describe_work(steps: list[StageArguments]) -> list[str]:
+    """Return lines that say what the stages of a split will request from servers.
+
+    A stage whose input does not exist yet is estimated from the captions of the source dataset.
+    """
+    lines, first = [], steps[0]
+    for number, step in enumerate(steps):
+        if _describe_state(step) == "done":
+            continue
+        is_ready = number == 0 or _describe_state(steps[number - 1]) == "done"
+        source = {name: getattr(first, name) for name in ("dataset", "rename", "image_column")}
+        args = step if is_ready else replace(step, **source)
+        if isinstance(args, GenerateArguments | TranslateArguments):
+            with suppress(ValueError):  # the source dataset can lack captions that an earlier stage will generate
+                lines += [f"{step.title}: {line}" for line in args.describe_work(RowStage(args))]
+    return lines
 
 
 def _describe_state(step: StageArguments) -> str:
@@ -636,6 +672,9 @@ def _step_metadata(step: StageArguments) -> dict[str, Any]:
     if quality.is_file():
         report_of_quality = read_json(quality, captions=int, flagged=int)
         quality_counts = {key: report_of_quality[key] for key in ("captions", "flagged")}
+        if usage := report_of_quality.get("usage"):  # a language model on a server
+            flags = {name: flag["captions"] for name, flag in report_of_quality["flags"].items() if flag["captions"]}
+            quality_counts |= {"flags": flags, "usage": usage}
     return {
         "name": step.output.parent.name.partition("-")[2],
         "settings": hide_paths(record["settings"]),
@@ -679,6 +718,12 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
         translations=translations or None,  # training copies this value to model cards
         configs=[{"config_name": "default", "data_files": files}],
     )
+    prompts = {  # prompts of language models, by stage; all splits have the same ones
+        step["name"]: yaml.dump(content, Dumper=_TextDumper, allow_unicode=True, sort_keys=False)
+        for split in splits
+        for step in split["steps"]
+        if (content := (step["settings"].get("translator") or step["settings"]).get("prompts"))
+    }
     text = DatasetCard.from_template(
         data,
         template_path=str(CARD_TEMPLATE),
@@ -690,12 +735,25 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
         stages=stages,
         translators=translators,
         plot_file=plot_file,
+        prompts=prompts,
         escape=escape_markdown,  # used for all texts that come from the config or the data
         code=lambda name: "`" + re.sub(r"[`|\s]", "_", name) + "`",
         link=lambda name, url: f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name,
         settings=_describe_settings,
     )
     return f"{text}\n"
+
+
+class _TextDumper(yaml.SafeDumper):
+    """YAML dumper that writes texts of several lines as they are."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Return the YAML node of a text, in block style if the text has several lines."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_TextDumper.add_representer(str, _represent_text)
 
 
 def _describe_settings(settings: dict[str, Any]) -> str:

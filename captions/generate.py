@@ -1,338 +1,113 @@
-"""Generate captions of images with BLIP-2: for each image, one caption per prefix.
+"""Generate captions of images, with BLIP-2 on this machine or with a model on a server.
 
     python -m captions.generate --dataset data/images --output data/generated
     python -m captions.generate --dataset data/images --output data/generated --precision fp16 --workers 4
+    python -m captions.generate --dataset data/images --output data/generated --captioner chat \
+        --base_url http://localhost:8000/v1 --model Qwen/Qwen2.5-VL-7B-Instruct --caption_language pt
 
-A prefix is the beginning of a caption, for example "a photo of". The model continues it by greedy decoding, and the
-caption is the prefix followed by the continuation. The file captions/prefixes.json has the ten prefixes of the CAPIVARA
-authors; `--prefixes` selects another file of the same format.
+BLIP-2 (`--captioner blip2`) writes English captions to the column `generated-captions-en`, one per prefix. A model on a
+server (`--captioner chat`) writes captions directly in the language `--caption_language`, one per prompt, for example
+to the column `generated-captions-pt`; docs/captions_server.md describes it.
 
-The captions are written to the column `generated-captions-en`. Rows whose image cannot be used are skipped, and listed
-in *.skipped.jsonl files. To finish an interrupted run, run the same command again; the captions do not change.
+Rows whose image cannot be used are skipped, and listed in *.skipped.jsonl files. To finish an interrupted run, run the
+same command again; finished captions do not change.
 """
 
-import copy
-import inspect
-import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import PIL.Image
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    Blip2ForConditionalGeneration,
-    DynamicCache,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-)
+from typing import Any
 
 from capivara_common.cli import check_at_least, flag, run_command
-from capivara_common.environment import resolve_device
-from capivara_common.files import read_json
-from capivara_common.hub_cache import check_reachable
-from capivara_common.image_files import BadRow
-from caption_data.rows import CAPTIONS_FEATURE
-from captions.stages import DECODED_KEY, RowStage, StageArguments, run_stage_command
-from captions.translators import DTYPES
-from modeling_capivara.loading import load_config, weights_digest
-
-OUTPUT_COLUMN = "generated-captions-en"
-# Reason in the `BadRow` of an image for which the scores of the language model were NaN.
-NOT_FINITE_REASON = "no finite scores"
-PREFIXES_FILE = Path(__file__).parent / "prefixes.json"
+from capivara_common.tasks import Phase
+from captions.captioners import CAPTIONERS
+from captions.captioners.blip2 import DEFAULT_MODEL
+from captions.quality import QUALITY_FILE, summarize_quality
+from captions.stages import RowStage, StageArguments, run_stage_command
 
 
 @dataclass
-class GenerateArguments(StageArguments):
-    """Command-line flags of `captions.generate`, the stage that generates captions of images with BLIP-2."""
+class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()), StageArguments):
+    """Command-line flags of `captions.generate`, the stage that generates captions of images."""
 
     uses_model = decodes_images = True
     accepts_embeds = False
-    max_new_tokens: int = flag(50, "Largest number of new tokens per caption.")
-    micro_batch_size: int = flag(
-        160, "Captions to generate at the same time. Lower values need less memory and more time."
+    captioner: str = flag(
+        "blip2",
+        "What generates the captions. blip2: BLIP-2 on this machine. chat: a vision-language model on a server that "
+        "speaks OpenAI's protocol.",
+        choices=list(CAPTIONERS),
     )
-    model: str = flag("Salesforce/blip2-opt-2.7b-coco", "Folder or Hub id of a BLIP-2 model of transformers.")
-    revision: str | None = flag(None, "Branch, tag or commit on the Hub. Default: the main branch.")
-    prefixes: Path = flag(PREFIXES_FILE, "JSON file of prefixes, in the format of captions/prefixes.json.")
-    precision: Literal["float32", "bf16", "fp16"] = flag(
-        "float32", "Data type of weights and activations. The CAPIVARA authors used fp16."
+    model: str = flag(
+        DEFAULT_MODEL,
+        "Folder or Hub id of a BLIP-2 model of transformers (blip2), or the name of the model on the server (chat).",
     )
-    device: str | None = flag(None, "cpu or cuda. Default: cuda if a GPU is available, otherwise cpu.")
+    caption_language: str = flag("en", "Code of the language of the captions: en (blip2), or any language (chat).")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "max_new_tokens", "micro_batch_size")
         self.prefixes = Path(self.prefixes)
+        CAPTIONERS[self.captioner].check_flags(self)
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Return the name of the column that the stage adds. The stage requires no column except the image column.
+        """Return the names of the columns that the stage adds. The stage requires no column except the image column.
 
         Args:
             columns: Names of the columns of the dataset.
             where: Name of the dataset; not used, because no check can fail.
         """
-        return [*super().check_columns(columns, where), OUTPUT_COLUMN]
+        return [*super().check_columns(columns, where), *CAPTIONERS[self.captioner].columns(self)]
+
+    def check_backend(self) -> None:
+        """Check, before any stage of a build runs, that the captioner can be used.
+
+        Raises ValueError or OSError if the captioner cannot be used.
+        """
+        CAPTIONERS[self.captioner].check(self)
+
+    def describe_work(self, stage: RowStage) -> list[str]:
+        """Return lines for a dry run that say what will be requested from a server, such as requests and tokens.
+
+        Args:
+            stage: The opened rows.
+        """
+        return CAPTIONERS[self.captioner].describe_work(self, stage)
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """Load the prefixes and the BLIP-2 model.
+        """Load the captioner.
 
         Args:
-            stage: The opened rows; not used.
+            stage: The opened rows.
 
         Returns:
-            The positional arguments of `RowStage.run`: columns, settings, and the function that captions rows.
+            The positional arguments of `RowStage.run`: columns, settings, the function that captions rows, and the
+            function that is called before each part.
 
         Raises:
-            ValueError, OSError: If the file of prefixes is invalid, or the model cannot be loaded.
+            ValueError, OSError, ImportError: If the captioner cannot be used.
         """
-        prefixes, captioner = read_prefixes(self.prefixes), load_captioner(self)
-        settings = {
-            # For a local folder, only its name is recorded, so that the folder can be moved.
-            "model": Path(self.model).name if Path(self.model).is_dir() else self.model,
-            "revision": getattr(captioner.model.config, "_commit_hash", None),
-            "weights": weights_digest(captioner.model),
-            "prefixes": prefixes,
-            "max_new_tokens": self.max_new_tokens,
-            "precision": self.precision,
-            "sampling": None,  # a key of earlier versions of the program; it keeps existing output folders valid
-        }
-        return {OUTPUT_COLUMN: CAPTIONS_FEATURE}, settings, lambda rows: caption_rows(captioner, prefixes, rows)
+        captioner = CAPTIONERS[self.captioner].load(self, stage)
 
+        def prepare(parts: list[range]) -> None:
+            captioner.start_part(parts[0])
 
-# The model
+        return captioner.columns(self), captioner.settings, captioner.caption_rows, prepare, 1
 
+    @property
+    def phases(self) -> dict[str, Phase]:
+        """Phases of the stage by name. The phase "report" exists only if the captioner writes a report."""
+        phases = super().phases
+        return phases if CAPTIONERS[self.captioner].has_report else {"rows": phases["rows"]}
 
-@dataclass
-class Captioner:
-    """A BLIP-2 model that encodes each image only once, although it generates one caption per prefix.
-
-    Vision encoder and Q-Former run once per image. The language model then reads the query tokens of the image, and the
-    keys and values of these tokens are cached. The language model is causal, so the keys and values do not depend on
-    the prefix that follows, and all prefixes share the cache. The generated tokens are the same as with a separate call
-    of `generate` for each prefix.
-
-    Attributes:
-        model: BLIP-2 with a decoder-only language model, in evaluation mode.
-        image_processor: Image processor of the model.
-        tokenizer: Tokenizer of the language model.
-        max_new_tokens: Largest number of tokens after a prefix.
-        micro_batch_size: Number of captions that are generated at the same time.
-    """
-
-    model: Blip2ForConditionalGeneration
-    image_processor: Any
-    tokenizer: PreTrainedTokenizerBase
-    max_new_tokens: int = 50
-    micro_batch_size: int = 160
-
-    def __post_init__(self) -> None:
-        self.device, self.language_model, tokenizer = self.model.device, self.model.language_model, self.tokenizer
-        config = self.language_model.generation_config
-        config.max_length = None  # if it were set, each `generate` would warn about `max_new_tokens`
-        if config.pad_token_id is None:  # padding is needed because the texts of a batch end at different steps
-            config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        parameters = inspect.signature(self.language_model.forward).parameters
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # name before transformers 5.24
-
-    def generate_captions(self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str]) -> list[list[str] | BadRow]:
-        """Generate one caption per prefix for each image.
+    def report(self, rank: int = 0, world_size: int = 1) -> None:
+        """Write `quality.json`, with the faults of the captions.
 
         Args:
-            images: RGB images.
-            prefixes: Beginnings of the captions, for example "a photo of".
-
-        Returns:
-            For each image, a list with one caption per prefix, or a BadRow if a score of the language model was NaN.
+            rank: Number of the task; not used, because a single task writes the file.
+            world_size: Number of tasks; not used.
         """
-        return [
-            self._decode_texts(tokens, prefixes)
-            for tokens in self.generate_tokens(self.preprocess_images(images), prefixes)
-        ]
-
-    def preprocess_images(self, images: Sequence[PIL.Image.Image]) -> Tensor:
-        """Convert RGB images to the pixel values that the model reads.
-
-        Returns:
-            A tensor (images, 3, height, width) on the device and in the data type of the model.
-        """
-        pixels = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-        return pixels.to(self.device, self.language_model.dtype)
-
-    @torch.inference_mode()
-    def generate_tokens(self, pixel_values: Tensor, prefixes: Sequence[str]) -> list[list[Tensor | None]]:
-        """Generate the continuation of each prefix for each image, by greedy decoding.
-
-        Args:
-            pixel_values: Preprocessed images (images, 3, height, width).
-            prefixes: Beginnings of the captions.
-
-        Returns:
-            A list with one list per image, which holds one element per prefix: the token ids (steps,) of the
-            continuation, with end token and padding, or None if a score of the language model was NaN.
-        """
-        encoded, prompts = self.encode_images(pixel_values), self.tokenizer(list(prefixes))["input_ids"]
-        continuations: list[Tensor | None] = []
-        pairs = list(itertools.product(range(len(pixel_values)), prompts))  # (index of image, token ids of prefix)
-        for start in range(0, len(pairs), self.micro_batch_size):
-            batch = pairs[start : start + self.micro_batch_size]
-            has_nan = torch.zeros(len(batch), dtype=torch.bool, device=self.device)
-
-            # `generate` calls this function at every step with the scores of all tokens (texts, vocabulary).
-            def record_nan(ids: Tensor, scores: Tensor, has_nan: Tensor = has_nan) -> Tensor:
-                has_nan |= scores.isnan().any(-1)
-                return scores
-
-            images = torch.tensor([image for image, _ in batch], device=self.device)
-            options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
-            options["logits_processor"] = LogitsProcessorList([record_nan])
-            tokens = self.continue_prompts(encoded, images, [prompt for _, prompt in batch], **options)
-            continuations += [None if bad else row for row, bad in zip(tokens.cpu(), has_nan.tolist(), strict=True)]
-        count = len(prompts)
-        return [continuations[first : first + count] for first in range(0, len(continuations), count)]
-
-    def encode_images(self, pixel_values: Tensor) -> DynamicCache:
-        """Encode images for the language model.
-
-        Args:
-            pixel_values: Preprocessed images (images, 3, height, width).
-
-        Returns:
-            A cache with the keys and values of the language model for the query tokens of all images.
-        """
-        # Shape: (images, queries, width of the language model).
-        blocks = self.model.get_image_features(pixel_values=pixel_values).pooler_output
-        cache = DynamicCache(config=self.language_model.config)
-        self.language_model.base_model(inputs_embeds=blocks, use_cache=True, **{self._cache_name: cache})
-        return cache
-
-    def continue_prompts(
-        self, encoded: DynamicCache, images: Tensor, prompts: list[list[int]], **options: Any
-    ) -> Tensor:
-        """Generate the continuation of each prompt.
-
-        Args:
-            encoded: Cache with keys and values of all images, from `encode_images`.
-            images: For each prompt, the index of its image in `encoded` (prompts,).
-            prompts: Token ids of each prompt.
-            **options: Keyword arguments of `generate`.
-
-        Returns:
-            Token ids of the continuations (prompts, new tokens).
-        """
-        cache = copy.deepcopy(encoded)
-        cache.batch_select_indices(images)
-        ids, mask = self.pad_prompts(prompts)
-        embeds = self.model.get_input_embeddings()(ids).to(self.language_model.dtype)
-        # `generate` needs embeddings for all positions. The values for the query tokens are not read, because the cache
-        # holds their keys and values.
-        placeholder = embeds.new_zeros(len(ids), cache.get_seq_length(), embeds.shape[-1])
-        return self.language_model.generate(
-            inputs_embeds=torch.cat([placeholder, embeds], 1),
-            attention_mask=torch.cat([mask.new_ones(placeholder.shape[:2]), mask], 1),
-            **{self._cache_name: cache},
-            **options,
-        )
-
-    def pad_prompts(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Pad prompts on the left to the same length.
-
-        Args:
-            prompts: Token ids of each prompt.
-
-        Returns:
-            Token ids and attention mask, both of shape (prompts, tokens).
-        """
-        rows = [torch.tensor(prompt, device=self.device) for prompt in prompts]
-        mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
-        return pad_sequence(rows, True, self.language_model.generation_config.pad_token_id, "left"), mask
-
-    def _decode_texts(self, tokens: list[Tensor | None], prefixes: Sequence[str]) -> list[str] | BadRow:
-        """Convert the continuations of one image to captions.
-
-        Args:
-            tokens: Token ids of the continuation of each prefix, or None if a score of the language model was NaN.
-            prefixes: Beginnings of the captions.
-
-        Returns:
-            One caption per prefix, or a BadRow if any element of `tokens` is None.
-        """
-        if any(row is None for row in tokens):
-            return BadRow(NOT_FINITE_REASON, "the model's scores were NaN; bf16 and float32 overflow less than fp16")
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [f"{prefix} {text.strip()}".strip() for prefix, text in zip(prefixes, texts, strict=True)]
-
-
-def load_captioner(args: GenerateArguments) -> Captioner:
-    """Load the BLIP-2 model that the flags name.
-
-    Raises ValueError or OSError if the model does not exist, or is not a BLIP-2 model with a decoder-only language
-    model.
-    """
-    check_reachable(args.model, revision=args.revision)
-    config = load_config(args.model, revision=args.revision)
-    if config.model_type != "blip-2" or config.text_config.is_encoder_decoder:
-        raise ValueError(
-            f"{args.model} has the model type {config.model_type!r}; it must be a BLIP-2 model with a decoder-only "
-            f"language model, such as {GenerateArguments.model}. To use captions of another model, add them to the "
-            f"dataset as the column {OUTPUT_COLUMN} and omit this stage."
-        )
-    source = {"pretrained_model_name_or_path": args.model, "revision": args.revision}
-    model = Blip2ForConditionalGeneration.from_pretrained(**source, dtype=DTYPES[args.precision])
-    processor, tokenizer = AutoImageProcessor.from_pretrained(**source), AutoTokenizer.from_pretrained(**source)
-    model.eval().to(resolve_device(args.device))
-    return Captioner(model, processor, tokenizer, args.max_new_tokens, args.micro_batch_size)
-
-
-# Rows
-
-
-def read_prefixes(path: Path) -> list[str]:
-    """Read the beginnings of captions from a JSON file with the content `{"prefixes": [texts]}`.
-
-    Raises ValueError if the file has no prefixes, or a prefix is blank or repeated.
-    """
-    values = read_json(path, prefixes=list)["prefixes"]
-    prefixes = [prefix.strip() for prefix in values if isinstance(prefix, str)]
-    if not prefixes or not all(prefixes) or len(set(prefixes)) < len(values):
-        rule = 'must hold {"prefixes": [texts]} with at least one text, and without blank or repeated texts'
-        raise ValueError(f"{path} {rule} (see captions/prefixes.json), got {values}.")
-    return prefixes
-
-
-def caption_rows(
-    captioner: Captioner, prefixes: list[str], rows: list[dict[str, Any]]
-) -> list[dict[str, Any] | BadRow]:
-    """Generate the captions of the images of rows.
-
-    Args:
-        captioner: The BLIP-2 model.
-        prefixes: Beginnings of the captions.
-        rows: Rows with a decoded image under the key `DECODED_KEY`.
-
-    Returns:
-        For each row, a dict with the new column, or a BadRow if no captions could be generated.
-
-    Raises:
-        ValueError: If the memory of the GPU or CPU is insufficient.
-    """
-    images = [row[DECODED_KEY] for row in rows]
-    # PIL cannot convert the mode La (grayscale with premultiplied alpha) to RGB directly.
-    images = [image.convert("LA") if image.mode == "La" else image for image in images]
-    try:
-        captions = captioner.generate_captions([image.convert("RGB") for image in images], prefixes)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ValueError(
-            f"Out of memory with {len(rows)} images and {captioner.micro_batch_size} captions at the same time. Lower "
-            f"--micro_batch_size, then --batch_rows, or use --precision bf16 or fp16. ({error})"
-        ) from error
-    return [texts if isinstance(texts, BadRow) else {OUTPUT_COLUMN: texts} for texts in captions]
+        CAPTIONERS[self.captioner].report(self)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -341,7 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
-    run_stage_command(GenerateArguments, __doc__, argv)
+    args = run_stage_command(GenerateArguments, __doc__, argv)
+    if args is not None and CAPTIONERS[args.captioner].has_report:
+        print(summarize_quality(args.output / QUALITY_FILE, "captions"))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,19 @@ Endless repetitions are detected only by the length of the translation.
 
 import re
 from functools import lru_cache
+from pathlib import Path
 
 import regex
 
+from capivara_common.files import read_json
 from caption_data.rows import TOKEN_PATTERN
-from captions.translators import parse_language
+from captions.languages import parse_language
 
-QUALITY_FLAGS = ("empty", "copy", "wrong script", "length", "markup")
+QUALITY_FILE = "quality.json"  # file in the output folder of a stage that counts quality flags
+# Flags of answers of a language model that are no translation or caption; `captions.chat.answers` finds them.
+REFUSED, TRUNCATED = "refused", "truncated"
+QUALITY_FLAGS = ("empty", "copy", "wrong script", "length", "markup", REFUSED, TRUNCATED)
+MAX_CAPTION_LETTERS = 600  # longer generated captions look wrong; the text tower reads about 250 letters
 # Up to this number of words, a translation may be equal to the source, because it may be a name ("Rio de Janeiro").
 MAX_NAME_WORDS = 3
 # Smallest share of letters that must be in the script of the language. The share is low because brands and names keep
@@ -60,17 +66,63 @@ def find_quality_flags(source: str, translation: str, language: str) -> list[str
         return []
     if not translation.strip() or (_has_letters(source) and not _has_letters(translation)):
         return ["empty"]
-    words, letters = _split_words(source), "".join(LETTER_RE.findall(translation))
-    short, long = sorted(
-        len(text) + (LETTERS_PER_DENSE_SIGN - 1) * len(DENSE_SCRIPT_RE.findall(text)) for text in (source, translation)
-    )
+    words = _split_words(source)
+    short, long = sorted(map(_count_letters, (source, translation)))
     checks = {
         "copy": len(words) > MAX_NAME_WORDS and words == _split_words(translation),
-        "wrong script": len(_script_pattern(language).findall(letters)) < MIN_SCRIPT_SHARE * len(letters),
+        "wrong script": _has_wrong_script(translation, language),
         "length": long > MAX_LENGTH_RATIO * short + LENGTH_SLACK_LETTERS,
         "markup": bool(MARKUP_RE.search(translation)),
     }
     return [name for name, is_flagged in checks.items() if is_flagged]
+
+
+def find_caption_flags(caption: str, language: str) -> list[str]:
+    """Return the names of the problems that a generated caption seems to have.
+
+    Args:
+        caption: The caption.
+        language: Code of the language of the caption.
+
+    Returns:
+        A list of quality flags, which is empty if the caption looks right: "empty", "wrong script", "length" (more than
+        `MAX_CAPTION_LETTERS` letters) and "markup".
+    """
+    if not _has_letters(caption):
+        return ["empty"]
+    checks = {
+        "wrong script": _has_wrong_script(caption, language),
+        "length": _count_letters(caption) > MAX_CAPTION_LETTERS,
+        "markup": bool(MARKUP_RE.search(caption)),
+    }
+    return [name for name, is_flagged in checks.items() if is_flagged]
+
+
+def summarize_quality(path: Path, noun: str) -> str:
+    """Return a summary of a file `quality.json`: the number of texts with each quality flag, and the tokens used.
+
+    Args:
+        path: The file.
+        noun: What the file counts, for example "translations".
+    """
+    report = read_json(path, captions=int, flagged=int, flags=dict)
+    lines = [f"{report['flagged']:,} of {report['captions']:,} {noun} look wrong, see {path}."]
+    lines += [f"{flag['captions']:12,}  {name}" for name, flag in report["flags"].items() if flag["captions"]]
+    if usage := report.get("usage"):
+        read, written, retried = (usage[name] for name in ("prompt_tokens", "completion_tokens", "retried"))
+        lines.append(f"Tokens: {read:,} read, {written:,} written. Answers requested twice: {retried:,}.")
+    return "\n".join(lines)
+
+
+def _count_letters(text: str) -> int:
+    """Return the length of a text. A character of Chinese, Japanese or Korean counts as several letters."""
+    return len(text) + (LETTERS_PER_DENSE_SIGN - 1) * len(DENSE_SCRIPT_RE.findall(text))
+
+
+def _has_wrong_script(text: str, language: str) -> bool:
+    """Return True if less than `MIN_SCRIPT_SHARE` of the letters of a text are in the script of a language."""
+    letters = "".join(LETTER_RE.findall(text))
+    return len(_script_pattern(language).findall(letters)) < MIN_SCRIPT_SHARE * len(letters)
 
 
 def _split_words(text: str) -> list[str]:

@@ -100,6 +100,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     rename: list[str] = flag([], "Columns to rename, as OLD=NEW, for example caption=captions-en.")
     batch_rows: int = flag(16, "Rows to process at the same time.")
     rows_per_part: int = flag(500, "Rows per output file. An interrupted task loses at most one file.")
+    dry_run: bool = flag(False, "Check the flags, the data and the server, print what would be done, and exit.")
 
     def __post_init__(self) -> None:
         self.dataset, self.output = self.dataset.rstrip("/") or self.dataset, Path(self.output)
@@ -169,6 +170,20 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         """Open the dataset split that the stage reads. Raises ValueError if the split does not exist or is damaged."""
         return open_in_place(self.dataset, self.split, self.image_column, **self.image_options())
 
+    def check_backend(self) -> None:
+        """Check, before any stage of a build runs, that the model or service of the stage can be used.
+
+        Raises ValueError or OSError if it cannot be used.
+        """
+
+    def describe_work(self, stage: "RowStage") -> list[str]:
+        """Return lines for a dry run that say what the stage will request from a server, such as requests and tokens.
+
+        Args:
+            stage: The opened rows.
+        """
+        return []
+
     def pending_manual_step(self) -> str:
         """Return a description of what a person must do before the stage can run; "" if there is nothing to do."""
         return ""
@@ -193,7 +208,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         Returns:
             The positional arguments of `RowStage.run`: `columns` (dict from new columns to features), `settings`
             (dict), `process` (function that processes a batch of rows), and optionally `prepare` (function that is
-            called before parts are written).
+            called before parts are written) and `prepared_rows`.
         """
         return {}, {}, lambda rows: [{} for _ in rows]
 
@@ -353,6 +368,7 @@ class RowStage:
         record: The values of `stage.json` that are known before a model is loaded.
         parts: Row ranges of the parts that this task writes.
         path: Function that returns the path of a part for its row range.
+        bar: Progress bar of `run`, which counts rows; None before `run`.
 
     Raises:
         ValueError: If the dataset does not exist, is the output of an unfinished stage, or lacks required columns.
@@ -360,6 +376,7 @@ class RowStage:
 
     def __init__(self, args: StageArguments, rank: int = 0, world_size: int = 1):
         self.args, self.source, self.rank = args, args.source(), rank
+        self.bar: tqdm | None = None
         for damage in self.source.damaged_archives:
             logger.warning("Damaged archive; only the rows before the damage are read: %s", damage.detail)
         # If the first file of the source can't be read, this line raises the error, before a model is loaded or a paid
@@ -408,6 +425,7 @@ class RowStage:
         settings: dict[str, Any],
         process: ProcessRows,
         prepare: Callable[[list[range]], None] = lambda parts: None,
+        prepared_rows: int = MAX_PREPARED_ROWS,
     ) -> StageReport:
         """Write the parts of the task that do not exist yet. A part is written completely or not at all.
 
@@ -421,9 +439,9 @@ class RowStage:
                 image is a dict with the keys "bytes" and "path", and captions are lists of texts. If
                 `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`. If the dataset has
                 embeddings instead of images, the embedding is under this key, as a float32 array.
-            prepare: Function that is called with the row ranges of the next parts, with at most `MAX_PREPARED_ROWS`
-                rows in total, before these parts are written, for example to translate the captions of several parts at
-                once.
+            prepare: Function that is called with the row ranges of the next parts, with at most `prepared_rows` rows in
+                total, before these parts are written, for example to translate the captions of several parts at once.
+            prepared_rows: With 1, `prepare` is called before each part.
 
         Returns:
             The numbers of written and skipped rows of the task.
@@ -443,7 +461,8 @@ class RowStage:
         total, left = sum(map(len, self.parts)), sum(map(len, missing))
         title = type(self.args).__module__.rpartition(".")[2].capitalize()
         with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=self.rank > 0) as bar:
-            for group in batch_by_length(missing, MAX_PREPARED_ROWS):
+            self.bar = bar
+            for group in batch_by_length(missing, prepared_rows):
                 prepare(group)
                 for part in group:
                     try:
@@ -818,11 +837,18 @@ def run_stage_command(
         argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Returns:
-        The flags; None if a person must first fill a translation table, or if the jobs were submitted to Slurm.
+        The flags; None after a dry run, if a person must first fill a translation table, or if the jobs were submitted
+        to Slurm.
     """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     args = parse_arguments(arguments_type, description, argv)
+    if args.dry_run:
+        stage = RowStage(args)
+        missing = sum(len(part) for part in stage.parts if not stage.path(part).is_file())
+        args.check_backend()
+        print("\n".join([f"{args.output}: {missing:,} rows are missing", *args.describe_work(stage)]))
+        return None
     if args.pending_manual_step():
         logger.info(
             "Manual step: %s Fill its last column, then run the same command again.", args.request_manual_step()

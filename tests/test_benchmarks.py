@@ -118,6 +118,14 @@ def test_both_caption_programs_give_the_same_tokens(tmp_path, capsys):
     assert set(measured["rows_per_second"]) == {"plain", "ours"} and measured["gain_ours"]["measured"] > 0
 
 
+def test_requests_at_the_same_time_are_faster(tmp_path, monkeypatch):
+    for name, value in {"CONCURRENCY": (1, 4), "ANSWER_S": 0.3, "ROUNDS": 2}.items():
+        monkeypatch.setattr(captions, name, value)
+    captions.main(["--parts", "chat", "--runs", "1", "--output", str(tmp_path / "c.json")])
+    measured = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))["measured"]["chat"]
+    assert set(measured["sentences_per_second"]) == {"1", "4"} and measured["gain"]["measured"] > 2
+
+
 def test_unknown_parts_are_refused():
     with pytest.raises(ValueError, match=r"parts.*'nonsense'"):
         train_step.TrainStepArguments(parts=["nonsense"])

@@ -269,7 +269,9 @@ def test_every_slurm_job_depends_on_the_previous_job(config, tmp_path, monkeypat
     )
     monkeypatch.setattr(shutil, "which", lambda name: name)
     logs = tmp_path / "elsewhere"
+    (tmp_path / "start.sh").touch()
     flags = SLURM | {"gpus_per_task": 1, "sbatch": ["output=a/%j.out"], "logging_dir": logs}
+    flags["node_script"] = tmp_path / "start.sh"
     assert build_dataset(BuildArguments(config, **flags)) is None
     phases = ["rows", "report"]
     assert [name.removeprefix("captions-") for name, *_ in jobs] == [
@@ -281,6 +283,8 @@ def test_every_slurm_job_depends_on_the_previous_job(config, tmp_path, monkeypat
     scripts = {name: (logs / name / "launch_script.slurm").read_text() for name in ("2-score/train/rows", "dataset")}
     assert "#SBATCH --gpus=1" in scripts["2-score/train/rows"] and "#SBATCH --gpus" not in scripts["dataset"]
     assert "#SBATCH --array=0-1\n" in scripts["2-score/train/rows"] and "#SBATCH --array=0-0\n" in scripts["dataset"]
+    source = f"; source {tmp_path}/start.sh\n"
+    assert source in scripts["2-score/train/rows"] and source not in scripts["dataset"]
     for script in scripts.values():
         assert "#SBATCH --kill-on-invalid-dep=yes" in script and "#SBATCH --output=a/%j.out\n" in script
         assert re.search(rf"#SBATCH --error={logs}/\S+/slurm_logs/%A_%a\.out\n", script)
@@ -349,6 +353,7 @@ def test_workers_that_die_at_their_start_are_reported(executor, monkeypatch, tmp
         ("sbatch", "comment=x $(touch x)", r"sbatch .*touch x"),
         ("logging_dir", "a b", "folder of the logs"),
         ("output", "50%j", "folder of the logs"),
+        ("node_script", "no/such.sh", r"node_script .*no/such\.sh"),
     ],
 )
 def test_values_that_are_unsafe_in_a_slurm_script_are_refused(config, tmp_path, monkeypatch, flag, value, message):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from caption_build import ROOT, changed, files, surroundings, write_config
@@ -151,6 +152,38 @@ def test_a_failed_slurm_job_stops_later_phases_and_can_be_resumed(config, built,
     wait_for_jobs(slurm)
     check_same(built)
     assert "#SBATCH --comment=a\n" in (built / "logs" / "dataset" / "launch_script.slurm").read_text()
+
+
+SERVER_SCRIPT = """
+python -c "
+from chat_server import FaultyServer
+from examples.chat_server import ChatHandler, _Server
+_Server(('127.0.0.1', {port}), type('Handler', (ChatHandler,), dict(chat_server=FaultyServer()))).serve_forever()
+" &
+SERVER=$!
+trap 'kill "$SERVER"' EXIT
+until curl --silent --fail --output /dev/null "http://127.0.0.1:{port}/v1/models"; do sleep 0.2; done
+"""
+
+
+def test_a_server_beside_a_slurm_task_translates(config, slurm, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "start.sh").write_text(SERVER_SCRIPT.format(port=port))
+    translate = {"backend": "chat", "base_url": f"http://127.0.0.1:{port}/v1", "model": "stand-in"}
+    translate["node_script"] = str(tmp_path / "start.sh")
+    text = config.read_text()
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    changed(path, output=str(tmp_path / "built"), translate=translate, score=None, select=None)
+    submitted = run_build(path, *SLURM, "--tasks", "1", **slurm)
+    assert submitted.returncode == 0, submitted.stderr
+    wait_for_jobs(slurm)
+    rows = pq.read_table(next((tmp_path / "built" / "1-translate" / "train").glob("*.parquet"))).to_pylist()
+    assert rows[0]["captions-xh"] == [text[::-1] for text in rows[0]["captions-en"]]
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+        pass  # the server has ended with its job
 
 
 def test_the_retrieval_job_of_the_cluster_page_runs(tiny_folder, tiny_dataset_folder, slurm, tmp_path):

@@ -19,17 +19,16 @@ from transformers import (
 )
 
 from capivara_common.image_files import BadRow
-from captions.generate import (
+from captions.captioners.blip2 import (
     NOT_FINITE_REASON,
     OUTPUT_COLUMN,
     PREFIXES_FILE,
-    Captioner,
-    GenerateArguments,
+    PrefixCaptioner,
     caption_rows,
     load_captioner,
-    main,
     read_prefixes,
 )
+from captions.generate import GenerateArguments, main
 from captions.stages import DECODED_KEY
 
 SIDE, QUERIES, IMAGE_TOKEN, STEPS = 28, 4, 299, 9
@@ -80,8 +79,8 @@ def pictures(number: int) -> list[PIL.Image.Image]:
     return [PIL.Image.fromarray(noise.integers(0, 256, (40, 36, 3), dtype=np.uint8)) for _ in range(number)]
 
 
-def captioner_of(model, **options) -> Captioner:
-    return Captioner(model, image_processor(), opt_tokenizer(), STEPS, **options)
+def captioner_of(model, **options) -> PrefixCaptioner:
+    return PrefixCaptioner(model, image_processor(), opt_tokenizer(), STEPS, **options)
 
 
 def until_end(tokens, model) -> list[int]:
@@ -90,7 +89,7 @@ def until_end(tokens, model) -> list[int]:
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
-def new_tokens(captioner: Captioner, images: list) -> list[list[list[int]]]:
+def new_tokens(captioner: PrefixCaptioner, images: list) -> list[list[list[int]]]:
     tokens = captioner.generate_tokens(captioner.preprocess_images(images), TEN)
     return [[until_end(row, captioner.model) for row in rows] for rows in tokens]
 

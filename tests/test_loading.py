@@ -11,8 +11,9 @@ import pytest
 PROGRAM = textwrap.dedent(
     """
     import json, time
-    from captions.generate import GenerateArguments, load_captioner
-    from captions.translators import Seq2SeqTranslator as load_translator
+    from captions.captioners.blip2 import load_captioner
+    from captions.generate import GenerateArguments
+    from captions.translators.seq2seq import Seq2SeqTranslator as load_translator
     from modeling_capivara.two_towers import load_embedder
     from modeling_capivara.loading import load_model, load_processor
 

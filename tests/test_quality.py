@@ -3,8 +3,8 @@
 import pytest
 from langcodes import standardize_tag
 
+from captions.languages import find_language_code
 from captions.quality import QUALITY_FLAGS, find_quality_flags
-from captions.translators import find_language_code
 
 GOOD = [
     ("a cat on a mat", "um gato em um tapete", "pt"),

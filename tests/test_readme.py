@@ -123,6 +123,7 @@ def test_the_metric_example_runs(capsys, monkeypatch):
 # ---- commands ----
 
 LANGUAGES = {"LEIAME.md": "pt", "docs/busca.md": "pt", "docs/seu_idioma.md": "pt", "docs/immich.md": "pt"}
+LANGUAGES |= {"docs/servidor_de_legendas.md": "pt"}
 FOREIGN_MODULES = ("http.server", "pip", "pytest", "venv")  # modules after `python -m` that are not of this project
 COMMAND_STARTS = (
     "capivara ",
@@ -250,6 +251,7 @@ def test_the_architecture_page_names_existing_files_and_functions():
 
 TRANSLATIONS = {"README.md": "LEIAME.md", "docs/search.md": "docs/busca.md"}
 TRANSLATIONS |= {"docs/your_language.md": "docs/seu_idioma.md"}
+TRANSLATIONS |= {"docs/captions_server.md": "docs/servidor_de_legendas.md"}
 ENGLISH = {  # Portuguese -> English in code: placeholders, flags with two names, and commands
     **{"ARQUIVO": "FILE", "MODELO": "MODEL", "NOME": "NAME", "PASTA": "FOLDER", "meu_modelo": "mine"},
     **{"--mais": "--more", "--menos": "--less"},

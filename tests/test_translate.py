@@ -16,7 +16,8 @@ from capivara_common.files import read_json
 from caption_data.rows import CAPTIONS_FEATURE
 from caption_data.sources import open_split
 from captions.stages import check_complete
-from captions.translate import TranslationMemory, main
+from captions.translate import main
+from captions.translation_memory import TranslationMemory
 from captions.translation_tables import unescape_cell
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,8 +134,8 @@ def test_the_memory_separates_translators_and_names_damaged_files(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_google_interrupts_continues(service, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("captions.translators.MAX_TRIES", 2)
-    monkeypatch.setattr("captions.translators.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("captions.http_service.MAX_TRIES", 2)
+    monkeypatch.setattr("captions.http_service.FIRST_WAIT_S", 0.01)
     flags = google_flags(service, dataset, tmp_path / "pt")
     service.faults[:] = ["none", 429, "none", "none", 500, "none", "none", 503, 503]
     with pytest.raises(OSError, match=r"\b2 times.*503") as caught:

@@ -3,7 +3,9 @@
 import logging
 import re
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 import torch
@@ -12,8 +14,14 @@ from sampling import one_in
 from seq2seq_models import m2m100_folder, marian_folder
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer
 
-from captions import translators
-from captions.translators import GOOGLE_MAX_CHARACTERS, GoogleTranslator, Seq2SeqTranslator, split_text
+from capivara_common.cli import flag
+from captions import http_service
+from captions.stages import RowStage
+from captions.translators import google as google_module
+from captions.translators import seq2seq
+from captions.translators.base import Translator, split_text
+from captions.translators.google import GOOGLE_MAX_CHARACTERS, GoogleTranslator
+from captions.translators.seq2seq import Seq2SeqTranslator
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"max_new_tokens": 6}
@@ -136,7 +144,7 @@ def test_a_tokenizer_without_its_package_names_the_extra(marian, monkeypatch):
     def missing(*_, **__):
         raise ImportError("MarianTokenizer requires the SentencePiece library. Check out the page")
 
-    monkeypatch.setattr(translators.AutoTokenizer, "from_pretrained", missing)
+    monkeypatch.setattr(seq2seq.AutoTokenizer, "from_pretrained", missing)
     with pytest.raises(ImportError, match=r"SentencePiece.*\[translate\]"):
         Seq2SeqTranslator(str(marian), "pt")
 
@@ -145,6 +153,18 @@ def test_other_models_are_refused(tmp_path, tiny_folder):
     for name in (str(tmp_path / "nothing"), str(tiny_folder), "owner/no-such-model"):
         with pytest.raises(ValueError, match=re.escape(name)):
             Seq2SeqTranslator(name, "pt")
+
+
+def test_the_translator_of_the_guide_works():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?class ShoutTranslator.*?)```", page, re.DOTALL)
+    names = {"dataclass": dataclass, "flag": flag, "Translator": Translator, "Any": Any, "Self": Self}
+    names["RowStage"] = RowStage
+    exec(code, names)
+    backend = names["ShoutTranslator"]
+    args = names["ShoutFlags"](shout_marks=2)
+    assert backend.load(args, None).translate(["a cat", "a dog"]) == ["A CAT!!", "A DOG!!"]
+    assert not backend.needs_table and backend.check_flags(args) is None and backend.check(args) is None
 
 
 # Google
@@ -161,7 +181,7 @@ def service(monkeypatch):
 def waits(monkeypatch) -> list[float]:
     """Record the pauses without waiting."""
     pauses: list[float] = []
-    monkeypatch.setattr("captions.translators.time.sleep", pauses.append)
+    monkeypatch.setattr("captions.translators.google.time.sleep", pauses.append)
     return pauses
 
 
@@ -184,7 +204,7 @@ def test_requests_to_google_stay_within_its_limits(service):
     "fault", [429, "quota", pytest.param("timeout", marks=pytest.mark.slow), "cut", "list", "fewer"]
 )
 def test_temporary_failures_are_retried(service, fault, monkeypatch):
-    monkeypatch.setattr(translators, "REQUEST_TIMEOUT_S", 5.0 if fault == "timeout" else 60.0)
+    monkeypatch.setattr(google_module, "REQUEST_TIMEOUT_S", 5.0 if fault == "timeout" else 60.0)
     translator = google(service)
     service.faults[:] = [fault, fault]
     sentences = ["a cat", "a dog", "a fish"]
@@ -229,11 +249,11 @@ def test_the_key_is_never_shown(service, caplog, capfd, monkeypatch):
     caplog.set_level(logging.DEBUG)
     secret = "AIza/wrong+key=%41'\"<&>"
     monkeypatch.setenv("GOOGLE_API_KEY", secret)
-    monkeypatch.setattr(translators, "MAX_TRIES", 2)
+    monkeypatch.setattr(http_service, "MAX_TRIES", 2)
     caught = [failure(lambda: google(service))]
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
     for fault in (400, 403, 500, "timeout", "cut", "list", 302):
-        monkeypatch.setattr(translators, "REQUEST_TIMEOUT_S", 3.0 if fault == "timeout" else 60.0)
+        monkeypatch.setattr(google_module, "REQUEST_TIMEOUT_S", 3.0 if fault == "timeout" else 60.0)
         translator = google(service)
         service.faults[:] = [fault] * 2
         caught.append(failure(lambda translator=translator: translator.translate(["a cat"])))

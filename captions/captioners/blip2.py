@@ -1,0 +1,337 @@
+"""Generate captions of images with BLIP-2 (`--captioner blip2`): for each image, one caption per prefix.
+
+A prefix is the beginning of a caption, for example "a photo of". The model continues it by greedy decoding, and the
+caption is the prefix followed by the continuation. The file captions/prefixes.json has the ten prefixes of the CAPIVARA
+authors; `--prefixes` selects another file of the same format.
+"""
+
+import copy
+import inspect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    DynamicCache,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
+
+from capivara_common.cli import flag
+from capivara_common.environment import resolve_device
+from capivara_common.files import read_json
+from capivara_common.hub_cache import check_reachable
+from capivara_common.image_files import BadRow
+from caption_data.rows import CAPTIONS_FEATURE
+from captions.captioners.base import Captioner
+from captions.stages import DECODED_KEY, RowStage
+from captions.translators.seq2seq import DTYPES
+from modeling_capivara.loading import load_config, weights_digest
+
+DEFAULT_MODEL = "Salesforce/blip2-opt-2.7b-coco"  # the model of the CAPIVARA paper, arXiv 2310.13683
+OUTPUT_COLUMN = "generated-captions-en"
+# Reason in the `BadRow` of an image for which the scores of the language model were NaN.
+NOT_FINITE_REASON = "no finite scores"
+PREFIXES_FILE = Path(__file__).parent.parent / "prefixes.json"
+
+
+@dataclass(kw_only=True)
+class Blip2Flags:
+    """Flags of `--captioner blip2`."""
+
+    max_new_tokens: int = flag(50, "Largest number of new tokens per caption (blip2).")
+    micro_batch_size: int = flag(
+        160, "Captions to generate at the same time (blip2). Lower values need less memory and more time."
+    )
+    revision: str | None = flag(None, "Branch, tag or commit on the Hub (blip2). Default: the main branch.")
+    prefixes: Path = flag(PREFIXES_FILE, "JSON file of prefixes, in the format of captions/prefixes.json (blip2).")
+    precision: Literal["float32", "bf16", "fp16"] = flag(
+        "float32", "Data type of weights and activations (blip2). The CAPIVARA authors used fp16."
+    )
+    device: str | None = flag(None, "cpu or cuda (blip2). Default: cuda if a GPU is available, otherwise cpu.")
+
+
+@dataclass
+class PrefixCaptioner:
+    """A BLIP-2 model that encodes each image only once, although it generates one caption per prefix.
+
+    Vision encoder and Q-Former run once per image. The language model then reads the query tokens of the image, and the
+    keys and values of these tokens are cached. The language model is causal, so the keys and values do not depend on
+    the prefix that follows, and all prefixes share the cache. The generated tokens are the same as with a separate call
+    of `generate` for each prefix.
+
+    Attributes:
+        model: BLIP-2 with a decoder-only language model, in evaluation mode.
+        image_processor: Image processor of the model.
+        tokenizer: Tokenizer of the language model.
+        max_new_tokens: Largest number of tokens after a prefix.
+        micro_batch_size: Number of captions that are generated at the same time.
+    """
+
+    model: Blip2ForConditionalGeneration
+    image_processor: Any
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int = 50
+    micro_batch_size: int = 160
+
+    def __post_init__(self) -> None:
+        self.device, self.language_model, tokenizer = self.model.device, self.model.language_model, self.tokenizer
+        config = self.language_model.generation_config
+        config.max_length = None  # if it were set, each `generate` would warn about `max_new_tokens`
+        if config.pad_token_id is None:  # padding is needed because the texts of a batch end at different steps
+            config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        parameters = inspect.signature(self.language_model.forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # name before transformers 5.24
+
+    def generate_captions(self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str]) -> list[list[str] | BadRow]:
+        """Generate one caption per prefix for each image.
+
+        Args:
+            images: RGB images.
+            prefixes: Beginnings of the captions, for example "a photo of".
+
+        Returns:
+            For each image, a list with one caption per prefix, or a BadRow if a score of the language model was NaN.
+        """
+        return [
+            self._decode_texts(tokens, prefixes)
+            for tokens in self.generate_tokens(self.preprocess_images(images), prefixes)
+        ]
+
+    def preprocess_images(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+        """Convert RGB images to the pixel values that the model reads.
+
+        Returns:
+            A tensor (images, 3, height, width) on the device and in the data type of the model.
+        """
+        pixels = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return pixels.to(self.device, self.language_model.dtype)
+
+    @torch.inference_mode()
+    def generate_tokens(self, pixel_values: Tensor, prefixes: Sequence[str]) -> list[list[Tensor | None]]:
+        """Generate the continuation of each prefix for each image, by greedy decoding.
+
+        Args:
+            pixel_values: Preprocessed images (images, 3, height, width).
+            prefixes: Beginnings of the captions.
+
+        Returns:
+            A list with one list per image, which holds one element per prefix: the token ids (steps,) of the
+            continuation, with end token and padding, or None if a score of the language model was NaN.
+        """
+        encoded, prompts = self.encode_images(pixel_values), self.tokenizer(list(prefixes))["input_ids"]
+        continuations: list[Tensor | None] = []
+        pairs = list(itertools.product(range(len(pixel_values)), prompts))  # (index of image, token ids of prefix)
+        for start in range(0, len(pairs), self.micro_batch_size):
+            batch = pairs[start : start + self.micro_batch_size]
+            has_nan = torch.zeros(len(batch), dtype=torch.bool, device=self.device)
+
+            # `generate` calls this function at every step with the scores of all tokens (texts, vocabulary).
+            def record_nan(ids: Tensor, scores: Tensor, has_nan: Tensor = has_nan) -> Tensor:
+                has_nan |= scores.isnan().any(-1)
+                return scores
+
+            images = torch.tensor([image for image, _ in batch], device=self.device)
+            options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
+            options["logits_processor"] = LogitsProcessorList([record_nan])
+            tokens = self.continue_prompts(encoded, images, [prompt for _, prompt in batch], **options)
+            continuations += [None if bad else row for row, bad in zip(tokens.cpu(), has_nan.tolist(), strict=True)]
+        count = len(prompts)
+        return [continuations[first : first + count] for first in range(0, len(continuations), count)]
+
+    def encode_images(self, pixel_values: Tensor) -> DynamicCache:
+        """Encode images for the language model.
+
+        Args:
+            pixel_values: Preprocessed images (images, 3, height, width).
+
+        Returns:
+            A cache with the keys and values of the language model for the query tokens of all images.
+        """
+        # Shape: (images, queries, width of the language model).
+        blocks = self.model.get_image_features(pixel_values=pixel_values).pooler_output
+        cache = DynamicCache(config=self.language_model.config)
+        self.language_model.base_model(inputs_embeds=blocks, use_cache=True, **{self._cache_name: cache})
+        return cache
+
+    def continue_prompts(
+        self, encoded: DynamicCache, images: Tensor, prompts: list[list[int]], **options: Any
+    ) -> Tensor:
+        """Generate the continuation of each prompt.
+
+        Args:
+            encoded: Cache with keys and values of all images, from `encode_images`.
+            images: For each prompt, the index of its image in `encoded` (prompts,).
+            prompts: Token ids of each prompt.
+            **options: Keyword arguments of `generate`.
+
+        Returns:
+            Token ids of the continuations (prompts, new tokens).
+        """
+        cache = copy.deepcopy(encoded)
+        cache.batch_select_indices(images)
+        ids, mask = self.pad_prompts(prompts)
+        embeds = self.model.get_input_embeddings()(ids).to(self.language_model.dtype)
+        # `generate` needs embeddings for all positions. The values for the query tokens are not read, because the cache
+        # holds their keys and values.
+        placeholder = embeds.new_zeros(len(ids), cache.get_seq_length(), embeds.shape[-1])
+        return self.language_model.generate(
+            inputs_embeds=torch.cat([placeholder, embeds], 1),
+            attention_mask=torch.cat([mask.new_ones(placeholder.shape[:2]), mask], 1),
+            **{self._cache_name: cache},
+            **options,
+        )
+
+    def pad_prompts(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Pad prompts on the left to the same length.
+
+        Args:
+            prompts: Token ids of each prompt.
+
+        Returns:
+            Token ids and attention mask, both of shape (prompts, tokens).
+        """
+        rows = [torch.tensor(prompt, device=self.device) for prompt in prompts]
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
+        return pad_sequence(rows, True, self.language_model.generation_config.pad_token_id, "left"), mask
+
+    def _decode_texts(self, tokens: list[Tensor | None], prefixes: Sequence[str]) -> list[str] | BadRow:
+        """Convert the continuations of one image to captions.
+
+        Args:
+            tokens: Token ids of the continuation of each prefix, or None if a score of the language model was NaN.
+            prefixes: Beginnings of the captions.
+
+        Returns:
+            One caption per prefix, or a BadRow if any element of `tokens` is None.
+        """
+        if any(row is None for row in tokens):
+            return BadRow(NOT_FINITE_REASON, "the model's scores were NaN; bf16 and float32 overflow less than fp16")
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [f"{prefix} {text.strip()}".strip() for prefix, text in zip(prefixes, texts, strict=True)]
+
+
+def load_captioner(args: Any) -> PrefixCaptioner:
+    """Load the BLIP-2 model that the flags of `captions.generate` name.
+
+    Raises ValueError or OSError if the model does not exist, or is not a BLIP-2 model with a decoder-only language
+    model.
+    """
+    check_reachable(args.model, revision=args.revision)
+    config = load_config(args.model, revision=args.revision)
+    if config.model_type != "blip-2" or config.text_config.is_encoder_decoder:
+        raise ValueError(
+            f"{args.model} has the model type {config.model_type!r}; it must be a BLIP-2 model with a decoder-only "
+            f"language model, such as {DEFAULT_MODEL}. To use captions of another model, add them to the "
+            f"dataset as the column {OUTPUT_COLUMN} and omit this stage."
+        )
+    source = {"pretrained_model_name_or_path": args.model, "revision": args.revision}
+    model = Blip2ForConditionalGeneration.from_pretrained(**source, dtype=DTYPES[args.precision])
+    processor, tokenizer = AutoImageProcessor.from_pretrained(**source), AutoTokenizer.from_pretrained(**source)
+    model.eval().to(resolve_device(args.device))
+    return PrefixCaptioner(model, processor, tokenizer, args.max_new_tokens, args.micro_batch_size)
+
+
+# Rows
+
+
+def read_prefixes(path: Path) -> list[str]:
+    """Read the beginnings of captions from a JSON file with the content `{"prefixes": [texts]}`.
+
+    Raises ValueError if the file has no prefixes, or a prefix is blank or repeated.
+    """
+    values = read_json(path, prefixes=list)["prefixes"]
+    prefixes = [prefix.strip() for prefix in values if isinstance(prefix, str)]
+    if not prefixes or not all(prefixes) or len(set(prefixes)) < len(values):
+        rule = 'must hold {"prefixes": [texts]} with at least one text, and without blank or repeated texts'
+        raise ValueError(f"{path} {rule} (see captions/prefixes.json), got {values}.")
+    return prefixes
+
+
+def caption_rows(
+    captioner: PrefixCaptioner, prefixes: list[str], rows: list[dict[str, Any]]
+) -> list[dict[str, Any] | BadRow]:
+    """Generate the captions of the images of rows.
+
+    Args:
+        captioner: The BLIP-2 model.
+        prefixes: Beginnings of the captions.
+        rows: Rows with a decoded image under the key `DECODED_KEY`.
+
+    Returns:
+        For each row, a dict with the new column, or a BadRow if no captions could be generated.
+
+    Raises:
+        ValueError: If the memory of the GPU or CPU is insufficient.
+    """
+    images = [row[DECODED_KEY] for row in rows]
+    # PIL cannot convert the mode La (grayscale with premultiplied alpha) to RGB directly.
+    images = [image.convert("LA") if image.mode == "La" else image for image in images]
+    try:
+        captions = captioner.generate_captions([image.convert("RGB") for image in images], prefixes)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ValueError(
+            f"Out of memory with {len(rows)} images and {captioner.micro_batch_size} captions at the same time. Lower "
+            f"--micro_batch_size, then --batch_rows, or use --precision bf16 or fp16. ({error})"
+        ) from error
+    return [texts if isinstance(texts, BadRow) else {OUTPUT_COLUMN: texts} for texts in captions]
+
+
+class Blip2Captioner(Captioner):
+    """The backend of `captions.generate` that continues prefixes with BLIP-2.
+
+    Args:
+        args: Flags of `captions.generate`.
+    """
+
+    flags = Blip2Flags
+
+    def __init__(self, args: Any):
+        self._prefixes, self._model = read_prefixes(args.prefixes), load_captioner(args)
+        self.settings = {
+            # For a local folder, only its name is recorded, so that the folder can be moved.
+            "model": Path(args.model).name if Path(args.model).is_dir() else args.model,
+            "revision": getattr(self._model.model.config, "_commit_hash", None),
+            "weights": weights_digest(self._model.model),
+            "prefixes": self._prefixes,
+            "max_new_tokens": args.max_new_tokens,
+            "precision": args.precision,
+            "sampling": None,  # a key of earlier versions of the program; it keeps existing output folders valid
+        }
+
+    @classmethod
+    def check_flags(cls, args: Any) -> None:
+        """Raise ValueError if captions in another language than English are requested."""
+        if args.caption_language != "en":
+            raise ValueError(
+                f"caption_language must be en with --captioner blip2, got {args.caption_language!r}. Use --captioner "
+                "chat for other languages, or translate the captions."
+            )
+
+    @classmethod
+    def columns(cls, args: Any) -> dict[str, Any]:
+        """Return the feature of the new column, by name."""
+        return {OUTPUT_COLUMN: CAPTIONS_FEATURE}
+
+    @classmethod
+    def load(cls, args: Any, stage: RowStage) -> Self:
+        """Load the model.
+
+        Args:
+            args: Flags of `captions.generate`.
+            stage: The opened rows; not used.
+        """
+        return cls(args)
+
+    def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+        """Return, for each row, a dict with the new column, or a BadRow if no captions could be generated."""
+        return caption_rows(self._model, self._prefixes, rows)

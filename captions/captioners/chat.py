@@ -1,0 +1,252 @@
+"""Generate captions with a vision-language model on a server that speaks OpenAI's protocol (`--captioner chat`).
+
+Each request contains an image, scaled down to `--image_side` pixels, and a prompt. Captions are written in the language
+`--caption_language`. Answers are stored in a journal beside the unfinished part, so that a killed run loses only the
+requests in flight. Captions that cannot be used are not written, but listed in the column
+`generated-quality-<language>`.
+"""
+
+import base64
+import hashlib
+import io
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import PIL.Image
+import pyarrow.parquet as pq
+from datasets import List, Value
+
+from capivara_common.cli import check_at_least, flag
+from capivara_common.files import write_json
+from capivara_common.image_files import BadRow
+from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE
+from captions.captioners.base import Captioner
+from captions.captioners.blip2 import DEFAULT_MODEL
+from captions.chat.answers import USAGE_FIELDS, Answer, answer_schema, clean_answer, find_fault, read_json_value
+from captions.chat.client import ChatClient, Choice
+from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, is_server_beside_tasks, logger, sampling_settings
+from captions.chat.prompts import CaptionPrompts
+from captions.journal import Journal, read_journal
+from captions.quality import QUALITY_FILE, find_caption_flags
+from captions.stages import DECODED_KEY, RowStage, read_stage_record
+
+JPEG_QUALITY = 90
+PROBE_SIDE = 32  # pixels; side of the gray image with which a server is tried
+PIXELS_PER_TOKEN, TOKENS_PER_CAPTION, LETTERS_PER_TOKEN = 28 * 28, 40, 4  # rules of thumb for the estimate of a dry run
+MAX_LISTED_CHARACTERS = 200  # longer faulty answers are shortened in the list
+JOURNAL_SUFFIX = ".answers.jsonl"
+SCHEMA_KEY = "caption"  # key of the JSON object that `response_schema` requests
+# Type of the column `generated-quality-<language>`. `captions` is the number of answers. `flagged` lists the answers
+# that were not written: `position` is the index of the prompt.
+_FLAGGED_FEATURES = {"position": Value("int32"), "flags": List(Value("string")), "answer": Value("string")}
+QUALITY_FEATURES = {"captions": Value("int32"), "flagged": List(_FLAGGED_FEATURES)}
+QUALITY_FEATURES |= {name: Value("int32") for name in USAGE_FIELDS}
+
+
+@dataclass(kw_only=True)
+class ChatCaptionerFlags(ChatFlags):
+    """Flags of `--captioner chat`."""
+
+    image_side: int = flag(
+        448, "Longest side of the images that are sent, in pixels. Smaller images are not enlarged.", group=CHAT
+    )
+    n: int = flag(1, "Captions per prompt and image. More than 1 requires --temperature above 0.", group=CHAT)
+
+
+class ChatCaptioner(Captioner):
+    """A vision-language model on a server.
+
+    Args:
+        args: Flags of `captions.generate`.
+        stage: The opened rows; None if the server is only checked: give up early, and warn about unlisted models.
+
+    Raises:
+        ValueError: If a flag or the file of prompts is invalid, or the server refuses requests with images.
+        ConnectionError: If the server cannot be reached.
+    """
+
+    flags = ChatCaptionerFlags
+    has_report = True
+
+    def __init__(self, args: Any, stage: RowStage | None):
+        self._args, self._stage = args, stage
+        self._prompts = CaptionPrompts(args.prompts, args.caption_language)
+        self._client = ChatClient(args, stage.rank if stage else 0)
+        probe = to_data_url(PIL.Image.new("RGB", (PROBE_SIDE, PROBE_SIDE), "gray"), PROBE_SIDE)
+        read = self._client.connect(self._prompts.messages(0, probe), is_check=stage is None)
+        # transformers serve drops the images of a request to a text model, without an error.
+        if read and read == self._client.connect(self._prompts.messages(0, None)):
+            raise ValueError(
+                f"{args.base_url[-1]} reads {read} tokens with and without an image, so that {args.model} does not see "
+                "images. Serve a vision-language model."
+            )
+        self._journal: Journal | None = None
+        self._stored: dict[str, list[Answer]] = {}  # answers in the journal, by request
+        self.settings = {
+            "captioner": "chat",
+            "model": self._client.model,
+            "caption_language": args.caption_language,
+            "prompts": self._prompts.content,
+            "image_side": args.image_side,
+            "n": args.n,
+            **sampling_settings(args),
+        }
+
+    @classmethod
+    def check_flags(cls, args: Any) -> None:
+        """Check the flags and the file of prompts. Raise ValueError or ImportError if they cannot be used."""
+        check_chat_flags(args, "--captioner chat")
+        check_at_least(args, 1, "image_side", "n")
+        if args.model == DEFAULT_MODEL:
+            raise ValueError("--captioner chat requires --model, the name of the model on the server.")
+        if args.n > 1 and args.temperature == 0:
+            raise ValueError(f"n must be 1 with --temperature 0, because all captions would be equal, got {args.n}.")
+        CaptionPrompts(args.prompts, args.caption_language)
+
+    @classmethod
+    def check(cls, args: Any) -> None:
+        """Ask the server for a single token about an image. Raise ValueError or OSError if it cannot be used."""
+        if is_server_beside_tasks(args):
+            logger.info("%s is not asked now, because each node has its own server.", ", ".join(args.base_url))
+        else:
+            cls(args, None)
+
+    @classmethod
+    def describe_work(cls, args: Any, stage: RowStage) -> list[str]:
+        """Return a line with the numbers of images, requests and estimated tokens for a dry run.
+
+        Args:
+            args: Flags of `captions.generate`.
+            stage: The opened rows.
+        """
+        prompts = CaptionPrompts(args.prompts, args.caption_language)
+        images = sum(len(part) for part in stage.parts if not stage.path(part).is_file())
+        requests = images * len(prompts.prompts)
+        letters = sum(len(str(prompts.messages(number, ""))) for number in range(len(prompts.prompts)))
+        read = requests * args.image_side**2 // PIXELS_PER_TOKEN + images * letters // LETTERS_PER_TOKEN
+        written = requests * args.n * TOKENS_PER_CAPTION
+        return [f"{images:,} images, {requests:,} requests, about {read:,} tokens read and {written:,} written"]
+
+    @classmethod
+    def columns(cls, args: Any) -> dict[str, Any]:
+        """Return the features of the captions and of the list of faulty answers, by column."""
+        language = args.caption_language
+        return {f"generated-captions-{language}": CAPTIONS_FEATURE, f"generated-quality-{language}": QUALITY_FEATURES}
+
+    @classmethod
+    def load(cls, args: Any, stage: RowStage) -> Self:
+        """Connect to the server.
+
+        Args:
+            args: Flags of `captions.generate`.
+            stage: The opened rows.
+        """
+        return cls(args, stage)
+
+    def start_part(self, part: range) -> None:
+        """Read the journal of a part that an earlier run has left, and delete that of the previous part."""
+        if self._journal is not None:
+            self._journal.remove()
+        path = self._stage.path(part).with_suffix(JOURNAL_SUFFIX)
+        self._stored = {
+            record["request"]: [Answer(**answer) for answer in record["answers"]] for record in read_journal(path)
+        }
+        self._journal = Journal(path)
+
+    def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+        """Generate the captions of rows.
+
+        Args:
+            rows: Rows with a decoded image.
+
+        Returns:
+            For each row, a dict with the new columns. A BadRow if no caption can be used and the row has no others.
+        """
+        urls = [to_data_url(row[DECODED_KEY], self._args.image_side) for row in rows]
+        count = len(self._prompts.prompts)
+        answers = self._client.map(self._request_captions, [(url, number) for url in urls for number in range(count)])
+        self._stage.bar.set_postfix_str(self._client.describe_usage(), refresh=False)
+        return [self._new_columns(row, answers[place * count : (place + 1) * count]) for place, row in enumerate(rows)]
+
+    async def _request_captions(self, item: tuple[str, int]) -> list[Answer]:
+        """Request the captions of an image for one prompt, unless they are in the journal.
+
+        Args:
+            item: The image as a data URL, and the index of the prompt.
+        """
+        url, number = item
+        key = f"{hashlib.blake2b(url.encode(), digest_size=16).hexdigest()}-{number}"
+        if key not in self._stored:
+            messages, schema = self._prompts.messages(number, url), answer_schema(SCHEMA_KEY)
+            answers = await self._client.ask(messages, self._judge, self._args.n, schema)
+            self._journal.append({"request": key, "answers": [asdict(answer) for answer in answers]})
+            self._stored[key] = answers
+        return self._stored[key]
+
+    def _judge(self, choice: Choice) -> tuple[str, str | None]:
+        """Return the cleaned caption in an answer, and its first fault or None."""
+        value = read_json_value(choice.text, SCHEMA_KEY) if self._args.response_schema else None
+        text = clean_answer(value if isinstance(value, str) else choice.text)
+        faults = [find_fault(text, choice.finish_reason, choice.refusal)]
+        faults += find_caption_flags(text, self._args.caption_language)
+        return text or choice.refusal or "", next(filter(None, faults), None)
+
+    def _new_columns(self, row: dict[str, Any], answers: list[list[Answer]]) -> dict[str, Any] | BadRow:
+        """Return the values of the new columns of a row, or a BadRow if the row has no caption at all.
+
+        Args:
+            row: The row.
+            answers: For each prompt, the answers about the image of the row.
+        """
+        pairs = [(position, answer) for position, group in enumerate(answers) for answer in group]
+        captions = [answer.text for _, answer in pairs if answer.fault is None]
+        faulty = [(position, answer) for position, answer in pairs if answer.fault is not None]
+        others = (text for name, texts in row.items() if CAPTION_COLUMN_RE.fullmatch(name) for text in texts)
+        if not captions and not any(map(str.strip, others)):
+            return BadRow(faulty[0][1].fault, f"all {len(faulty)} answers were bad; the first: {faulty[0][1].text}")
+        flagged = [
+            {"position": position, "flags": [answer.fault], "answer": answer.text[:MAX_LISTED_CHARACTERS]}
+            for position, answer in faulty
+        ]
+        usage = {name: sum(int(getattr(answer, name)) for _, answer in pairs) for name in USAGE_FIELDS}
+        quality = {"captions": len(pairs), "flagged": flagged, **usage}
+        return dict(zip(self.columns(self._args), (captions, quality), strict=True))
+
+    @classmethod
+    def report(cls, args: Any) -> None:
+        """Write `quality.json`, with the numbers of faulty answers and of tokens, and delete journals that are left.
+
+        The answers of skipped rows are not counted: *.skipped.jsonl files list these rows.
+        """
+        (_, column), counts, usage = cls.columns(args), Counter(), Counter(dict.fromkeys(USAGE_FIELDS, 0))
+        report = {"language": args.caption_language, "rows": 0, "captions": 0, "flagged": 0}
+        for path in sorted(args.output.glob("*.parquet")):
+            for quality in pq.read_table(path, columns=[column])[column].to_pylist():
+                report["rows"] += 1
+                report["captions"] += quality["captions"]
+                report["flagged"] += len(quality["flagged"])
+                counts.update(name for answer in quality["flagged"] for name in answer["flags"])
+                usage.update({name: quality[name] for name in USAGE_FIELDS})
+        flags = {name: {"captions": count} for name, count in counts.most_common()}
+        report |= {"flags": flags, "captioner": read_stage_record(args.output)["settings"], "usage": dict(usage)}
+        write_json(args.output / QUALITY_FILE, report)
+        for path in args.output.glob(f"*{JOURNAL_SUFFIX}"):
+            path.unlink(missing_ok=True)
+
+
+def to_data_url(image: PIL.Image.Image, side: int) -> str:
+    """Return an image as a JPEG data URL, on a white background.
+
+    Args:
+        image: The image, in any mode.
+        side: Longest side in pixels. A smaller image keeps its size.
+    """
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
+    if image.mode == "RGBA":
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image).convert("RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

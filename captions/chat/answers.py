@@ -1,0 +1,183 @@
+"""Clean the answers of language models, and find answers that cannot be used.
+
+A model that is asked for a caption or a translation often adds more. `clean_answer` removes, in this order:
+
+1. reasoning: `<think>…</think>` and the like, also if the opening tag is missing; everything after an opening tag
+   without an end; special tokens such as `<|im_end|>`;
+2. code fences: of an answer with a fence, only the text in the first fence is kept;
+3. introductions that end with a colon: "Sure! Here is the translation:", "Tradução:", "Legenda:", unless the source
+   sentence has one, too;
+4. notes after the answer: paragraphs that begin with "Note:", "(Note", "Nota:", "Explanation:" and the like;
+5. bold marks and quotes around the whole text, unless the source sentence has quotes around it, too;
+6. line breaks, which become blanks.
+
+Then `find_fault` names an answer that is no caption at all. Other problems, such as a wrong script, are found by
+`captions.quality`, as for all translators.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+
+from captions.quality import REFUSED, TRUNCATED
+
+REASONING = r"think|thinking|thought|reasoning|reflection"
+REASONING_RE = re.compile(rf"<({REASONING})>.*?</\1>|\[THINK\].*?\[/THINK\]", re.IGNORECASE | re.DOTALL)
+REASONING_END_RE = re.compile(rf"^.*(?:</(?:{REASONING})>|\[/THINK\])", re.IGNORECASE | re.DOTALL)
+REASONING_START_RE = re.compile(rf"(?:<(?:{REASONING})>|\[THINK\]).*$", re.IGNORECASE | re.DOTALL)
+SPECIAL_TOKEN_RE = re.compile(r"<\|[\w ]+\|>|</?s>|<(?:start|end)_of_turn>|<(?:eos|pad|bos)>")
+FENCE_RE = re.compile(r"```[\w-]*[ \t]*\n?(.*?)(?:```|$)", re.DOTALL)
+# "Sure! Here is the translation in Portuguese:" and its like; the colon must come early and in the first line.
+_RESULT = r"(?:translation|translated (?:text|caption)|caption|tradução|legenda|traducción)s?"
+INTRODUCTION_RE = re.compile(
+    r"^\W*(?:(?:sure|certainly|of course|okay|claro|com certeza|por supuesto)\b[^:\n]{0,80}"
+    rf"|(?:here|aqui|aquí)\b[^:\n]{{0,60}}\b{_RESULT}\b[^:\n]{{0,40}}"
+    rf"|(?:the |a )?{_RESULT}\b(?: (?:in|into|to|of|em|para|da|do)\b[^:\n]{{0,40}})?)(?:\*\*)?:(?:\*\*)?\s*",
+    re.IGNORECASE,
+)
+NOTE_RE = re.compile(
+    r"\n\s*[(\[*_]*(?:note|notes|nota|notas|observação|obs|explanation|explicação)\b\**:.*$", re.IGNORECASE | re.DOTALL
+)
+QUOTES = ('""', "“”", "„“", "«»", "‘’", "「」", "『』", "''", "``")  # pairs of a left and a right quote
+# Beginnings of refusals. English comes first, because models often refuse in English whatever they are asked in.
+REFUSAL_RE = re.compile(
+    r"^\W*(?:(?:i['’]?m|i am|we are) (?:really |very |so )?sorry\b|sorry, (?:but )?i\b|i apologi[sz]e\b"
+    r"|(?:unfortunately,? )?i (?:can(?:['’]t|not| not)|won['’]t|am (?:unable|not able)|do not have the ability)\b"
+    r"|i['’]m (?:unable|not able)\b|as an? (?:ai|language model)\b"
+    r"|(?:desculpe|sinto muito|lamento|infelizmente),? (?:mas |eu )*(?:não|sou)\b"
+    r"|não (?:posso|consigo) (?:ajudar|atender|ver|traduzir)\b"
+    r"|como (?:uma? )?(?:ia|modelo de linguagem|inteligência artificial)\b|lo siento,? (?:pero )?no\b)",
+    re.IGNORECASE,
+)
+LINE_RE = re.compile(r"^\s*(\d+)\s*[.):\]-]\s*(.*\S)\s*$")
+
+
+USAGE_FIELDS = ("retried", "prompt_tokens", "completion_tokens")  # fields of `Answer` that reports add up
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer of a model to the request for one text, as far as reports and cards need it.
+
+    Attributes:
+        text: The text; "" if the model did not give a usable answer.
+        fault: What is wrong with the answer ("refused" or "truncated"); None if nothing is known to be wrong.
+        prompt_tokens: Number of tokens that the model has read.
+        completion_tokens: Number of tokens that the model has written.
+        retried: Whether the first answer was bad, so that the request was sent again.
+    """
+
+    text: str
+    fault: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    retried: bool = False
+
+
+def clean_answer(text: str, source: str = "") -> str:
+    """Return the caption or translation in an answer, without what models add around it.
+
+    Args:
+        text: Content of the answer.
+        source: Sentence that was translated. If it has quotes or an introduction itself, its translation keeps them.
+    """
+    text = _remove_reasoning(text)
+    if fence := FENCE_RE.search(text):
+        text = fence[1]
+    text = text.strip()
+    if not INTRODUCTION_RE.match(source):
+        text = INTRODUCTION_RE.sub("", text, count=1)
+    text = NOTE_RE.sub("", text).strip()
+    previous = None
+    while previous != text:
+        previous = text
+        if re.fullmatch(r"\*\*[^*]+\*\*", text):
+            text = text[2:-2].strip()
+        if not any(source.strip().startswith(left) for left, _ in QUOTES):
+            text = _remove_quotes(text)
+    return " ".join(text.split())
+
+
+def _remove_reasoning(text: str) -> str:
+    """Remove reasoning and special tokens from an answer."""
+    text = REASONING_RE.sub("", text)
+    text = REASONING_START_RE.sub("", REASONING_END_RE.sub("", text))
+    return SPECIAL_TOKEN_RE.sub("", text)
+
+
+def _remove_quotes(text: str) -> str:
+    """Remove a pair of quotes around a text, if the text has no such quotes inside."""
+    for left, right in QUOTES:
+        inner = text[len(left) : -len(right)]
+        if len(text) > 2 and text == left + inner + right and left not in inner and right not in inner:
+            return inner.strip()
+    return text
+
+
+def find_fault(text: str, finish_reason: str | None, refusal: str | None, source: str = "") -> str | None:
+    """Return the fault of an answer that is no caption or translation; None if there is no such fault.
+
+    Args:
+        text: The cleaned answer.
+        finish_reason: Why the model stopped, as the server states it.
+        refusal: Explanation of a refusal, if the server states one.
+        source: Sentence that was translated. If it looks like a refusal, its translation may do so, too.
+
+    Returns:
+        "refused" if the model or a content filter refused the request, "truncated" if the answer ended at the limit of
+        tokens, otherwise None.
+    """
+    if refusal or finish_reason == "content_filter":
+        return REFUSED
+    if finish_reason == "length":
+        return TRUNCATED
+    return REFUSED if REFUSAL_RE.match(text) and not REFUSAL_RE.match(source) else None
+
+
+def split_lines(text: str, count: int) -> list[str] | None:
+    """Return the numbered lines of an answer, without the numbers.
+
+    Args:
+        text: Content of the answer.
+        count: Number of lines that were requested.
+
+    Returns:
+        The lines in the order of their numbers; None unless each number from 1 to `count` occurs exactly once.
+    """
+    matches = [match for line in _remove_reasoning(text).splitlines() if (match := LINE_RE.match(line))]
+    lines = {int(match[1]): match[2] for match in matches}
+    is_complete = len(matches) == count and lines.keys() == set(range(1, count + 1))
+    return [lines[number] for number in range(1, count + 1)] if is_complete else None
+
+
+def read_json_value(text: str, name: str) -> object:
+    """Return the value of a key in an answer that is a JSON object.
+
+    Args:
+        text: Content of the answer.
+        name: The key.
+
+    Returns:
+        The value; None if the answer is not a JSON object with this key, because servers may ignore a JSON schema.
+    """
+    text = _remove_reasoning(text).strip()
+    fence = FENCE_RE.search(text)
+    try:
+        content = json.loads(fence[1] if fence else text)
+    except ValueError:
+        return None
+    return content.get(name) if isinstance(content, dict) else None
+
+
+def answer_schema(name: str, count: int | None = None) -> dict[str, object]:
+    """Return the parameter `response_format` that restricts an answer to a JSON object with a single key.
+
+    Args:
+        name: The key.
+        count: Number of texts, if the value is a list; None if the value is a single text.
+    """
+    value: dict[str, object] = {"type": "string"}
+    if count is not None:
+        value = {"type": "array", "items": value, "minItems": count, "maxItems": count}
+    schema = {"type": "object", "properties": {name: value}, "required": [name], "additionalProperties": False}
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": True}}

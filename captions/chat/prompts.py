@@ -1,0 +1,166 @@
+"""Read prompts: YAML files whose texts are Jinja templates. captions/chat/translate.yaml explains the format.
+
+All templates are rendered once before any work, so that a mistake in a file is reported at once.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
+
+from capivara_common.cli import read_yaml_config, unknown_name_message
+from captions.languages import language_name
+
+FOLDER = Path(__file__).parent
+TRANSLATION_KEYS, CAPTION_KEYS = ("system", "user", "lines", "examples"), ("system", "prompts")
+PROBE = "a cat on a mat 4711"  # text with which templates are tried
+# Prompts can come from other people, so that templates run in a sandbox.
+_ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined)
+
+_compile_template = lru_cache(_ENVIRONMENT.from_string)  # compilation takes longer than a request
+
+Message = dict[str, Any]  # a message of OpenAI's protocol, with the keys "role" and "content"
+
+
+class Prompts:
+    """The prompts of a file, with the names of the languages filled in.
+
+    Args:
+        path: YAML file of prompts.
+        keys: Keys that the file may have.
+        languages: Language codes by variable, for example {"language": "pt"}. Templates can use the English name under
+            the name of the variable, and the code under this name followed by `_code`.
+
+    Attributes:
+        content: Content of the file, for fingerprints.
+
+    Raises:
+        ValueError: If the file is not valid, or a language has no name.
+    """
+
+    def __init__(self, path: Path, keys: tuple[str, ...], languages: dict[str, str]):
+        self.path, self.content = path, read_yaml_config(path)
+        for key in self.content:
+            if key not in keys:
+                raise ValueError(
+                    unknown_name_message(str(key), f"key in {path}", list(keys), f"Keys: {', '.join(keys)}.")
+                )
+        self._variables = {name: language_name(code) for name, code in languages.items()}
+        self._variables |= {f"{name}_code": code for name, code in languages.items()}
+        self.system = [{"role": "system", "content": self.render("system")}] if self.content.get("system") else []
+
+    def render(self, key: str, template: Any = None, **variables: str) -> str:
+        """Render a template.
+
+        Args:
+            key: Key of the template in the file.
+            template: The template, if the key holds a list. Default: the value of the key.
+            **variables: Values of further variables.
+
+        Raises:
+            ValueError: If the template is missing, has a mistake, uses an unknown variable, or gives a blank text.
+        """
+        template = self.content.get(key) if template is None else template
+        values = self._variables | variables
+        try:
+            if not isinstance(template, str):
+                raise TypeError(f"the template must be a text, got {template!r}; quote texts that begin with {{{{")
+            text = _compile_template(template).render(values).strip()
+        except Exception as error:  # a template can raise any error
+            raise ValueError(
+                f"{self.path}: `{key}` can't be rendered: {error}. Variables: {', '.join(values)}."
+            ) from error
+        if not text:
+            raise ValueError(f"{self.path}: `{key}` must not be blank.")
+        return text
+
+
+class TranslationPrompts(Prompts):
+    """Prompts of a translation.
+
+    Args:
+        path: YAML file of prompts; None for the file of this package.
+        language: Code of the target language.
+        source_language: Code of the source language.
+        needs_lines: Whether several captions are translated in one request.
+
+    Raises:
+        ValueError: If the file is not valid; for example, if the template `user` does not contain `{{ text }}`.
+    """
+
+    def __init__(self, path: Path | None, language: str, source_language: str, needs_lines: bool = False):
+        languages = {"language": language, "source_language": source_language}
+        super().__init__(path or FOLDER / "translate.yaml", TRANSLATION_KEYS, languages)
+        self.examples = self.content.get("examples") or []
+        pairs = [example if isinstance(example, dict) else {} for example in self.examples]
+        if (
+            not isinstance(self.examples, list)
+            or any(set(pair) != {"text", "answer"} for pair in pairs)
+            or not (all(isinstance(text, str) for pair in pairs for text in pair.values()))
+        ):
+            raise ValueError(f"{self.path}: `examples` must be a list of entries with the texts `text` and `answer`.")
+        for key in ("user", "lines") if needs_lines else ("user",):
+            if PROBE not in self.render(key, text=PROBE):
+                raise ValueError(f"{self.path}: `{key}` must contain {{{{ text }}}}, where the caption is inserted.")
+
+    def messages(self, text: str) -> list[Message]:
+        """Return the conversation that requests the translation of one caption."""
+        return self._conversation("user", text, [(example["text"], example["answer"]) for example in self.examples])
+
+    def line_messages(self, texts: list[str]) -> list[Message]:
+        """Return the conversation that requests the translations of several captions, which become numbered lines."""
+        texts_and_answers = [[example[key] for example in self.examples] for key in ("text", "answer")]
+        examples = [tuple(map(number_lines, texts_and_answers))] if self.examples else []
+        return self._conversation("lines", number_lines(texts), examples)
+
+    def _conversation(self, key: str, text: str, examples: list[tuple[str, ...]]) -> list[Message]:
+        """Return the messages of a request: instructions, examples with their answers, and the text to translate."""
+        messages = list(self.system)
+        for example, answer in examples:
+            messages.append({"role": "user", "content": self.render(key, text=example)})
+            messages.append({"role": "assistant", "content": answer})
+        return [*messages, {"role": "user", "content": self.render(key, text=text)}]
+
+
+def number_lines(texts: list[str]) -> str:
+    """Return texts as numbered lines, such as "1. a cat". Line breaks within a text become blanks."""
+    return "\n".join(f"{number}. {' '.join(text.split())}" for number, text in enumerate(texts, 1))
+
+
+class CaptionPrompts(Prompts):
+    """Prompts of a captioner.
+
+    Args:
+        path: YAML file of prompts; None for the file of this package for the language, or the English file.
+        language: Code of the language of the captions.
+
+    Attributes:
+        prompts: The requests, one per caption of an image.
+
+    Raises:
+        ValueError: If the file is not valid, or two prompts are equal.
+    """
+
+    def __init__(self, path: Path | None, language: str):
+        built_in = FOLDER / f"captions_{language}.yaml"
+        path = path or (built_in if built_in.is_file() else FOLDER / "captions_en.yaml")
+        super().__init__(path, CAPTION_KEYS, {"language": language})
+        templates = self.content.get("prompts")
+        if not isinstance(templates, list) or not templates:
+            raise ValueError(f"{self.path}: `prompts` must be a list with at least one prompt.")
+        self.prompts = [self.render("prompts", template) for template in templates]
+        if len(set(self.prompts)) < len(self.prompts):
+            raise ValueError(f"{self.path}: `prompts` must not contain the same prompt twice.")
+
+    def messages(self, number: int, image_url: str | None) -> list[Message]:
+        """Return the conversation that requests a caption of an image.
+
+        Args:
+            number: Index of the prompt.
+            image_url: The image as a data URL; None for the same conversation without an image.
+        """
+        image = [{"type": "image_url", "image_url": {"url": image_url}}] if image_url is not None else []
+        text = {"type": "text", "text": self.prompts[number]}
+        return [*self.system, {"role": "user", "content": [*image, text]}]

@@ -1,0 +1,141 @@
+"""Rules for all backends that call an HTTP service: retries, keys and addresses.
+
+`Retries` is the policy of all backends that speak HTTP: which failures are repeated, how often and after which time. It
+does not send or wait itself, so that synchronous and asynchronous clients can use it:
+
+    retries = Retries("Google")
+    while True:
+        try:
+            return send()
+        except Exception as error:
+            failure = describe(error)
+        time.sleep(retries.seconds_before_next(failure))  # raises an error if there is no next attempt
+"""
+
+import random
+import re
+import time
+import urllib.parse
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+
+MAX_TRIES = 8  # largest number of attempts per request, with exponential backoff and jitter
+# Shortest and longest time between two attempts, in seconds. One minute is long enough, because quotas are usually per
+# minute (Google: cloud.google.com/translate/quotas).
+FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0
+MAX_RETRY_AFTER_S = 600.0  # longest wait that a service may ask for with the header Retry-After
+RETRYABLE_STATUS_CODES = {408, 429, 500, 502, 503, 504}  # HTTP status codes of failures that may be temporary
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")  # hosts that may be called without encryption
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a request failed.
+
+    Attributes:
+        reason: Explanation without the key.
+        is_temporary: Whether the same request may succeed later.
+        retry_after_s: Seconds after which the service asks to repeat the request; None if it does not say.
+    """
+
+    reason: str
+    is_temporary: bool
+    retry_after_s: float | None = None
+
+
+class Retries:
+    """Attempts of one request.
+
+    Args:
+        service: Name of the service, with which error messages begin.
+        advice: Sentences for the error message of a request that the service refuses, which say what to check.
+        max_tries: Largest number of attempts. Default: `MAX_TRIES`.
+    """
+
+    def __init__(self, service: str, advice: str = "", max_tries: int | None = None):
+        self.service, self.advice, self.failed = service, advice, 0
+        self.max_tries = MAX_TRIES if max_tries is None else max_tries
+
+    def seconds_before_next(self, failure: Failure) -> float:
+        """Count a failed attempt, and return the time to wait before the next attempt.
+
+        The time doubles with each attempt, from `FIRST_WAIT_S` to `MAX_WAIT_S`, times a random factor from 0.5 to 1. If
+        the service asks for a longer time, this time is returned, up to `MAX_RETRY_AFTER_S`.
+
+        Raises:
+            ValueError: If the service refuses the request, so that another attempt would be useless.
+            ConnectionError: If the request has failed `max_tries` times.
+        """
+        self.failed += 1
+        if not failure.is_temporary:
+            advice = f" {self.advice}" if self.advice else ""
+            raise ValueError(f"{self.service} refuses the request.{advice} Reason: {failure.reason}")
+        if self.failed >= self.max_tries:
+            reason = failure.reason.rstrip(".")
+            raise ConnectionError(
+                f"{self.service} has failed {self.failed} times. The last reason: {reason}. All finished work is "
+                "saved; run the same command again to continue."
+            )
+        wait = min(FIRST_WAIT_S * 2 ** (self.failed - 1), MAX_WAIT_S) * random.uniform(0.5, 1.0)
+        return max(wait, min(failure.retry_after_s or 0, MAX_RETRY_AFTER_S))
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """Return the seconds of a header Retry-After, which states seconds or a date; None if missing or invalid."""
+    try:
+        return float(value or "")
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value or "").timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
+def hide_key(text: str, key: str) -> str:
+    """Replace all forms of a key in a text by "<key>": plain, percent-encoded, and as in the `repr` of a text."""
+    for form in filter(None, (key, urllib.parse.quote(key, safe=""), repr(key)[1:-1])):
+        text = text.replace(form, "<key>")
+    return text
+
+
+def is_loopback(url: str) -> bool:
+    """Return True if a URL leads to this machine."""
+    return urllib.parse.urlsplit(url).hostname in LOOPBACK_HOSTS
+
+
+def check_address(url: str, name: str, allow_http: bool = False) -> None:
+    """Check the address of a service.
+
+    Args:
+        url: The address.
+        name: Name of the flag, with which error messages begin.
+        allow_http: Allow unencrypted requests to other machines.
+
+    Raises:
+        ValueError: If the address is no URL, contains a user name, key or query, which would be logged, or is not
+            encrypted (https) although it leads to another machine.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if parts.username is not None or parts.query or parts.fragment:  # the address is not shown: it may contain a key
+        raise ValueError(f"{name} must not contain a user name, a key or a query. A key belongs in the environment.")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{name} must be an address such as https://example.org, got {url!r}.")
+    if parts.scheme == "http" and not (allow_http or is_loopback(url)):
+        raise ValueError(f"{name} must begin with https://, to protect the key and the data, got {url!r}.")
+
+
+def check_key(key: str, variable: str, purpose: str) -> None:
+    """Check that a key can be sent in an HTTP header.
+
+    Args:
+        key: The key.
+        variable: Environment variable that holds the key.
+        purpose: What needs the key; the error message begins with it.
+
+    Raises:
+        ValueError: If the key is missing or contains blanks or special characters. The message does not contain it.
+    """
+    if not re.fullmatch(r"[!-~]+", key):
+        state = "contains blanks or special characters" if key else "is not set"
+        raise ValueError(f"{purpose} in the environment variable {variable}, which {state}.")

@@ -1,0 +1,49 @@
+"""Append records to a file, one JSON object per line, so that a killed process loses no record that it has appended."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """A JSON Lines file that one process appends to. The file is created by the first record.
+
+    Args:
+        path: Path of the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._file = path, None
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Append a record. It survives if the process is killed; only a crash of the machine can lose it.
+
+        Raises OSError if the disk is full.
+        """
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab", buffering=0)
+        # The line break comes first, so that a line that a killed process left incomplete cannot damage the next one.
+        self._file.write(b"\n" + json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+
+    def remove(self) -> None:
+        """Delete the file, after its records have been stored elsewhere."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self.path.unlink(missing_ok=True)
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """Iterate over the records of a journal. Incomplete lines, which killed processes leave, are skipped."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record

@@ -1,0 +1,86 @@
+"""Language codes: compare the codes of different programs, and name languages in English.
+
+Each translator has other codes: for the language `pt` of a column `captions-pt`, a translator may use `>>por<<`,
+`por_Latn`, `pt_XX` or `pt`.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+from langcodes import Language, LanguageTagError
+
+from capivara_common.environment import require_packages
+
+MAX_NAMED_CODES = 8  # largest number of language codes in an error message
+NAMELESS_CODES = ("mis", "mul", "und", "zxx")  # ISO 639 codes that name no single language
+
+
+def parse_language(code: str) -> Language | None:
+    """Parse a language code to its language, script and region.
+
+    Args:
+        code: BCP 47 code such as "pt-BR", or the code of a translator such as "por_Latn".
+
+    Returns:
+        The parsed code; None if the code is invalid.
+    """
+    try:
+        return Language.get(code.strip()).prefer_macrolanguage()
+    except LanguageTagError:
+        return None
+
+
+def find_language_code(language: str, codes: Iterable[str], translator_name: str = "The translator") -> str:
+    """Find the code that a translator uses for a language.
+
+    Args:
+        language: ISO 639 code, optionally with script or region, for example "pt", "por", "zh-Hant" or "pt-BR".
+        codes: All language codes of the translator.
+        translator_name: Name of the translator, for the error message.
+
+    Returns:
+        A code for the same language in the same script. If several codes match, a code that is spelled like `language`
+        is preferred, then a code with the same region as `language`, then a code without a region.
+
+    Raises:
+        ValueError: If no code matches. The message lists the most similar codes.
+    """
+    codes, wanted = list(codes), parse_language(language)
+    parsed = {code: parse_language(code) for code in codes}
+    matches = [code for code in codes if wanted and parsed[code] and _is_same_language(wanted, parsed[code])]
+    if matches:
+        return min(matches, key=lambda code: (code != language, parsed[code] != wanted, bool(parsed[code].territory)))
+    near = sorted(codes, key=lambda code: -difflib.SequenceMatcher(None, language.lower(), code.lower()).ratio())
+    raise ValueError(
+        f"{translator_name} does not know the language {language!r}. The most similar of its {len(codes)} codes are "
+        f"{', '.join(near[:MAX_NAMED_CODES])}."
+    )
+
+
+def _is_same_language(wanted: Language, other: Language) -> bool:
+    """Return True if two language codes mean the same language in the same script.
+
+    Codes with two different regions (pt-BR and pt-PT) are not the same. A code without a region matches any region.
+    """
+    regions = {wanted.territory, other.territory} - {None, "XX"}  # in codes of mBART, XX means no region
+    return (
+        wanted.language == other.language and len(regions) < 2 and wanted.maximize().script == other.maximize().script
+    )
+
+
+def language_name(code: str) -> str:
+    """Return the English name of a language, for example "Portuguese (Brazil)" for pt-BR.
+
+    Raises:
+        ValueError: If the code is invalid, or has no name, as the codes for private use (qaa to qtz) and for content
+            without a language (zxx).
+        ImportError: If the package `language_data`, which has the names, is not installed.
+    """
+    require_packages("The name of a language", "chat", "language_data")
+    language = parse_language(code)
+    if language is None or language.language in NAMELESS_CODES or "Unknown" in language.display_name("en"):
+        raise ValueError(
+            f"The language code {code!r} has no English name, which prompts need. Use the code of a language, "
+            "optionally with script or region, such as pt, pt-BR or zh-Hant."
+        )
+    return language.display_name("en")

@@ -1,0 +1,114 @@
+"""Find the captions of a dataset to translate, and build the columns of their translations."""
+
+import hashlib
+import itertools
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from datasets import List, Value
+
+from capivara_common.image_files import BadRow
+from caption_data.rows import normalize_captions
+from caption_data.sources import Split
+from captions.quality import find_quality_flags
+
+CAPTION_KINDS = ("captions", "generated-captions")  # names of caption columns, without the language code at the end
+# Type of the column `quality-<language>`. `captions` is the number of translated captions of the row. `flagged` lists
+# the translations that look wrong. In an entry of `flagged`, `column` is the column of the translation, `position` is
+# the index of the caption in the column that was translated, and `flags` says what looks wrong.
+_FLAGGED_FEATURES = {"column": Value("string"), "position": Value("int32"), "flags": List(Value("string"))}
+_FLAGGED_FEATURES |= {"source": Value("string"), "translation": Value("string")}
+QUALITY_FEATURES = {"captions": Value("int32"), "flagged": List(_FLAGGED_FEATURES)}
+
+
+def translated_columns(present: Collection[str], where: str, args: Any) -> dict[str, str]:
+    """Return the caption columns to translate and the columns of their translations.
+
+    Args:
+        present: Names of the columns of the dataset, after the flag `rename`.
+        where: Name of the dataset, with which the error message begins.
+        args: Flags of `captions.translate`.
+
+    Returns:
+        A dict from the name of each caption column to the name of the new column, for example from "captions-en" to
+        "captions-pt".
+
+    Raises:
+        ValueError: If the dataset already has a column of translations, or the column of similarities of the target
+            language.
+    """
+    columns = {f"{kind}-{args.source_language}": f"{kind}-{args.language}" for kind in CAPTION_KINDS}
+    columns = {column: target for column, target in columns.items() if column in present}
+    for name in (*columns.values(), f"similarities-{args.language}"):
+        if name in present:
+            raise ValueError(
+                f"{where} must not have the column {name} yet. Rename it with --rename {name}=old-{name}; similarities "
+                "are computed after translation."
+            )
+    return columns
+
+
+def distinct_sentences(args: Any, source: Split, parts: Iterable[range]) -> Iterator[str]:
+    """Iterate over the distinct captions in ranges of rows, without blank captions, in the order of the rows.
+
+    Only the caption columns are requested from the source, so that most datasets do not read the images.
+
+    Args:
+        args: Flags of `captions.translate`.
+        source: The rows.
+        parts: Ranges of row numbers.
+
+    Raises:
+        ValueError: If the dataset already has a column of translations.
+    """
+    names = {args.column_renames().get(name, name): name for name in source.columns}
+    columns = [names[column] for column in translated_columns(names, source.display_name, args)]
+    seen: set[bytes] = set()  # digests of sentences; the sentences would need ten times the memory
+    for part in parts:
+        rows = itertools.islice(source.rows(part.start, column_names=columns), len(part))
+        for row, column in ((row, column) for row in rows for column in columns):
+            texts: list[str] = []
+            with suppress(BadRow):  # a row with invalid captions is skipped when the parts are written
+                texts = normalize_captions(row.get(column), column)
+            for sentence in filter(str.strip, texts):
+                digest = hashlib.blake2b(sentence.encode(), digest_size=16).digest()
+                if digest not in seen:
+                    seen.add(digest)
+                    yield sentence
+
+
+def translate_row(
+    args: Any,
+    row: dict[str, Any],
+    columns: dict[str, str],
+    translations: dict[str, str],
+    faults: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return the new columns of a row: its translated captions, and `quality-<language>`.
+
+    Args:
+        args: Flags of `captions.translate`.
+        row: A row with captions.
+        columns: Dict from the name of each caption column to the name of the column of its translations.
+        translations: Dict from each sentence to its translation.
+        faults: Dict from each sentence without a usable translation to the fault, a quality flag such as "refused".
+
+    Returns:
+        A dict from column name to value. The value of `quality-<language>` holds the number of translated captions and
+        the list of translations that look wrong.
+    """
+    new_columns, caption_count, flagged = {}, 0, []
+    for column, target in columns.items():
+        new_columns[target] = []
+        for position, source in enumerate(row.get(column) or []):
+            translation = translations[source] if source.strip() else ""
+            fault = (faults or {}).get(source)
+            flags = [fault] if fault else find_quality_flags(source, translation, args.language)
+            caption_count += 1
+            if flags:
+                entry = {"column": target, "position": position, "flags": flags}
+                flagged.append(entry | {"source": source, "translation": translation})
+            if not (flags and args.drop_flagged):
+                new_columns[target].append(translation)
+    return new_columns | {f"quality-{args.language}": {"captions": caption_count, "flagged": flagged}}

@@ -1,0 +1,122 @@
+"""Store finished translations on disk, so that each distinct sentence is translated only once."""
+
+import hashlib
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from capivara_common.files import json_digest, write_json
+from caption_data.sources import open_parquet
+from captions.chat.answers import USAGE_FIELDS, Answer
+from captions.journal import Journal, read_journal
+from captions.stages import atomic_parquet
+
+# Columns of the parquet files of a translation memory: a sentence and its translation.
+PAIR_SCHEMA = pa.schema({"source": pa.string(), "translation": pa.string()})
+# Columns if the translator states faults and tokens of its answers.
+ANSWER_SCHEMA = pa.schema([*PAIR_SCHEMA, ("fault", pa.string()), *((name, pa.int32()) for name in USAGE_FIELDS)])
+MEMORY_BATCH_ROWS = 10_000  # sentences of a translation memory that are read at the same time
+
+
+class TranslationMemory:
+    """Store of finished translations of one translator on disk, shared by all runs and tasks.
+
+    Translations are stored in parquet files that never change. A translator that waits for many separate answers stores
+    each answer in a journal first (`append`), which becomes a parquet file when the batch is complete (`add`).
+
+    Args:
+        folder: Folder with the translation memories of all translators. Each translator has a sub-folder.
+        fingerprint: Everything that affects a translation (translator, languages, options), except the sentence itself,
+            as a dict of JSON values. The digest of this dict is the name of the translator's sub-folder.
+
+    Attributes:
+        faults: Faults of stored answers that are not usable (`Answer.fault`), by sentence. Contains the sentences that
+            `find` has found or `append` has stored.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any]):
+        self.folder, self.fingerprint = folder / json_digest(fingerprint, sort_keys=True), fingerprint
+        self.faults: dict[str, str] = {}
+        self._answers: dict[str, Answer] = {}  # answers that are only in the journal
+        self._journal = Journal(self.folder / f"{uuid.uuid4().hex}.jsonl")
+
+    def find(self, sentences: Iterable[str]) -> dict[str, str]:
+        """Return the stored translations of sentences, as a dict: sentence -> translation.
+
+        Sentences without a stored translation are not in the dict.
+
+        Each call reads all files of the memory, so a single call with many sentences is faster than many calls.
+        """
+        wanted, known = set(sentences), {}
+        for record in self._records() if wanted else ():
+            if record["source"] in wanted:
+                known[record["source"]] = record["translation"]
+                if record.get("fault"):
+                    self.faults[record["source"]] = record["fault"]
+        return known
+
+    def append(self, sentence: str, answer: Answer) -> None:
+        """Store a single translation in the journal of this process, until `add` stores its batch.
+
+        Raises OSError if the disk is full.
+        """
+        self._write_fingerprint()
+        self._answers[sentence] = answer
+        self._journal.append(_to_record(sentence, answer))
+        if answer.fault:
+            self.faults[sentence] = answer.fault
+
+    def add(self, translations: dict[str, str]) -> None:
+        """Store translations, given by sentence, in a new file. The file is written completely or not at all.
+
+        Raises OSError if the disk is full.
+        """
+        self._write_fingerprint()
+        if self._answers:
+            schema = ANSWER_SCHEMA
+            rows = [_to_record(text, self._answers.get(text, Answer(answer))) for text, answer in translations.items()]
+        else:
+            schema = PAIR_SCHEMA
+            rows = [{"source": text, "translation": translation} for text, translation in translations.items()]
+        name = hashlib.blake2b("\0".join(translations).encode(), digest_size=16).hexdigest()
+        with atomic_parquet(self.folder / f"{name}.parquet", schema) as parquet:
+            parquet.write_table(pa.Table.from_pylist(rows, schema=schema))
+        self._answers.clear()
+        self._journal.remove()
+
+    def count_usage(self) -> dict[str, int]:
+        """Count the answers of the memory, retries and tokens, for all sentences that were ever translated."""
+        usage = Counter(answers=0, retried=0, prompt_tokens=0, completion_tokens=0)
+        for record in self._records():
+            usage["answers"] += 1
+            for name in USAGE_FIELDS:
+                usage[name] += int(record.get(name) or 0)
+        return dict(usage)
+
+    def _write_fingerprint(self) -> None:
+        """Write the file `translator.json`, which says what the digest in the name of the folder means."""
+        if not (self.folder / "translator.json").is_file():
+            write_json(self.folder / "translator.json", self.fingerprint)
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        """Iterate over all stored answers, as dicts with the keys of `PAIR_SCHEMA` or `ANSWER_SCHEMA`."""
+        # Journals come first: another task may turn its journal into a parquet file in the meantime.
+        for path in sorted(self.folder.glob("*.jsonl")):
+            with suppress(FileNotFoundError):
+                yield from read_journal(path)
+        for path in sorted(self.folder.glob("*.parquet")):
+            with open_parquet(path, ". Remove it; its sentences are then translated again") as file:
+                names = [name for name in ANSWER_SCHEMA.names if name in file.schema_arrow.names]
+                for batch in file.iter_batches(MEMORY_BATCH_ROWS, columns=names):
+                    yield from batch.to_pylist()
+
+
+def _to_record(sentence: str, answer: Answer) -> dict[str, Any]:
+    """Return the values of `ANSWER_SCHEMA` for the answer to a sentence."""
+    record = {"source": sentence, "translation": answer.text, "fault": answer.fault}
+    return record | {name: int(getattr(answer, name)) for name in USAGE_FIELDS}

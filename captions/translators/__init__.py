@@ -1,0 +1,15 @@
+"""The backends of `captions.translate`: each is a module with a class that implements `base.Translator`."""
+
+from captions.translators.base import Translator
+from captions.translators.chat import ChatTranslator
+from captions.translators.file import FileTranslator
+from captions.translators.google import GoogleTranslator
+from captions.translators.seq2seq import Seq2SeqTranslator
+
+# Value of the flag `--backend` -> class of the backend. To add a backend, write its module and add a line here.
+TRANSLATORS: dict[str, type[Translator]] = {
+    "transformers": Seq2SeqTranslator,
+    "google": GoogleTranslator,
+    "file": FileTranslator,
+    "chat": ChatTranslator,
+}

@@ -1,0 +1,204 @@
+"""Translate sentences with a language model on a server that speaks OpenAI's protocol (`--backend chat`).
+
+Each sentence is one request, or several sentences are the numbered lines of one request (`--captions_per_request`). A
+bad answer is requested once more; see `captions.chat.client`. If the number of lines differs, the sentences of the
+request are translated one by one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from capivara_common.cli import check_at_least, flag
+from captions.chat.answers import Answer, answer_schema, clean_answer, find_fault, read_json_value, split_lines
+from captions.chat.client import ChatClient, Choice
+from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, is_server_beside_tasks, logger, sampling_settings
+from captions.chat.prompts import TranslationPrompts
+from captions.quality import REFUSED, TRUNCATED, find_quality_flags
+from captions.stages import RowStage
+from captions.translators.base import Translator, split_text
+
+MAX_PIECE_CHARACTERS = 2_000  # longer sentences are split, so that their translation fits into `max_tokens`
+LETTERS_PER_TOKEN = 4  # rule of thumb for the estimate of a dry run
+SINGLE, LINES = "translation", "translations"  # keys of the JSON objects that `response_schema` requests
+UNUSABLE = (REFUSED, TRUNCATED)  # faults of answers that are no translation; other answers are kept and flagged
+
+
+@dataclass(kw_only=True)
+class ChatTranslatorFlags(ChatFlags):
+    """Flags of `--backend chat`."""
+
+    captions_per_request: int = flag(
+        1, "Captions to translate in one request, as numbered lines. Only captions.translate.", group=CHAT
+    )
+
+
+class ChatTranslator(Translator):
+    """A language model on a server that translates from one language into another.
+
+    Args:
+        args: Flags of `captions.translate`.
+        rank: Number of the task.
+        is_check: Only check whether the server can be used: give up early, and warn about unlisted models.
+
+    Raises:
+        ValueError: If a flag or the file of prompts is invalid, or the server refuses requests.
+        ConnectionError: If the server cannot be reached.
+    """
+
+    flags = ChatTranslatorFlags
+    counts_tokens = True
+
+    def __init__(self, args: Any, rank: int = 0, is_check: bool = False):
+        self._args, self._prompts, self._client = args, read_translation_prompts(args), ChatClient(args, rank)
+        self._client.connect(self._prompts.messages("a cat"), is_check)
+        self.name = self._client.model
+        self.fingerprint = {
+            "backend": "chat",
+            "model": self._client.model,
+            "source": args.source_language,
+            "target": args.language,
+            "prompts": self._prompts.content,
+            "captions_per_request": args.captions_per_request,
+            **sampling_settings(args),
+        }
+
+    @classmethod
+    def check_flags(cls, args: Any) -> None:
+        """Check the flags and the file of prompts. Raise ValueError or ImportError if they cannot be used."""
+        check_chat_flags(args, "--backend chat")
+        check_at_least(args, 1, "captions_per_request")
+        if args.model is None:
+            raise ValueError("--backend chat requires --model, the name of the model on the server.")
+        read_translation_prompts(args)
+
+    @classmethod
+    def check(cls, args: Any) -> None:
+        """Ask the server for a single token. Raise ValueError or OSError if it cannot be used."""
+        if is_server_beside_tasks(args):
+            logger.info("%s is not asked now, because each node has its own server.", ", ".join(args.base_url))
+        else:
+            cls(args, is_check=True)
+
+    @classmethod
+    def load(cls, args: Any, stage: RowStage) -> Self:
+        """Connect to the server.
+
+        Args:
+            args: Flags of `captions.translate`.
+            stage: The opened rows; the number of the task chooses the server to begin with.
+        """
+        return cls(args, stage.rank)
+
+    @classmethod
+    def describe_work(cls, args: Any, sentences: list[str]) -> list[str]:
+        """Return a line with the numbers of requests and of estimated tokens for a dry run.
+
+        Args:
+            args: Flags of `captions.translate`.
+            sentences: Sentences to translate.
+        """
+        prompts, size = read_translation_prompts(args), args.captions_per_request
+        characters, requests = sum(map(len, sentences)), -(-len(sentences) // size)
+        overhead = len(str(prompts.messages("a") if size == 1 else prompts.line_messages(["a"])))
+        read, written = ((requests * overhead + characters) // LETTERS_PER_TOKEN, characters // LETTERS_PER_TOKEN)
+        return [f"about {requests:,} requests, {read:,} tokens read and {written:,} written"]
+
+    def describe_usage(self) -> str:
+        """Return tokens per second and cost, for the progress bar."""
+        return self._client.describe_usage()
+
+    def translate(self, sentences: list[str]) -> list[str]:
+        """Translate sentences, and return one translation per sentence, in order.
+
+        The translation is "" if the model gave no usable answer; `on_answer` gets the fault.
+        """
+        size = self._args.captions_per_request
+        groups = [sentences[start : start + size] for start in range(0, len(sentences), size)]
+        return [answer.text for answers in self._client.map(self._translate_group, groups) for answer in answers]
+
+    async def _translate_group(self, sentences: Sequence[str]) -> list[Answer]:
+        """Translate the sentences of one request, and pass their answers to `on_answer`."""
+        answers, cost = None, Answer("")
+        if len(sentences) > 1 and max(map(len, sentences)) <= MAX_PIECE_CHARACTERS:
+            answers, cost = await self._translate_lines(sentences)
+        if answers is None:
+            answers = [await self._translate_sentence(sentence) for sentence in sentences]
+            answers[0] = _add_cost(answers[0], cost)
+        for place, sentence in enumerate(sentences):
+            if self.on_answer is not None:
+                self.on_answer(sentence, answers[place])
+        return answers
+
+    async def _translate_lines(self, sentences: Sequence[str]) -> tuple[list[Answer] | None, Answer]:
+        """Translate sentences as numbered lines of one request. A bad line is then translated by itself.
+
+        Returns:
+            The answers, or None if the number of lines differs; and an answer with the tokens of the request.
+        """
+        lines: list[str] = []
+
+        def judge(choice: Choice) -> tuple[str, str | None]:
+            value = read_json_value(choice.text, LINES) if self._args.response_schema else None
+            found = value if isinstance(value, list) else split_lines(choice.text, len(sentences))
+            lines[:] = map(str, found) if found is not None and len(found) == len(sentences) else []
+            return "", None if lines else TRUNCATED
+
+        messages = self._prompts.line_messages(list(sentences))
+        (cost,) = await self._client.ask(messages, judge, response_format=answer_schema(LINES, len(sentences)))
+        if not lines:
+            return None, cost
+        answers = []
+        for sentence, line in zip(sentences, lines, strict=True):
+            text, fault = self._judge_text(sentence, line)
+            answers.append(Answer(text) if fault is None else await self._translate_sentence(sentence))
+        answers[0] = _add_cost(answers[0], cost)
+        return answers, cost
+
+    async def _translate_sentence(self, sentence: str) -> Answer:
+        """Translate one sentence. A sentence that is too long is translated in pieces."""
+        answer = Answer("")
+        for piece in split_text(sentence, lambda text: len(text) <= MAX_PIECE_CHARACTERS):
+
+            def judge(choice: Choice, piece: str = piece) -> tuple[str, str | None]:
+                value = read_json_value(choice.text, SINGLE) if self._args.response_schema else None
+                return self._judge_text(piece, value if isinstance(value, str) else choice.text, choice)
+
+            (part,) = await self._client.ask(
+                self._prompts.messages(piece), judge, response_format=answer_schema(SINGLE)
+            )
+            # Other faults are forgotten: `captions.translate` finds them again, as for all translators.
+            fault = part.fault if part.fault in UNUSABLE else None
+            text = f"{answer.text} {part.text}".strip()
+            answer = replace(_add_cost(part, answer), text=text, fault=answer.fault or fault)
+        return answer if answer.fault is None else replace(answer, text="")
+
+    def _judge_text(self, sentence: str, text: str, choice: Choice | None = None) -> tuple[str, str | None]:
+        """Return the cleaned translation in an answer, and its first fault or None.
+
+        Args:
+            sentence: Sentence that was translated.
+            text: Text of the answer.
+            choice: The whole answer; None for a line of an answer.
+        """
+        text = clean_answer(text, sentence)
+        fault = find_fault(text, choice and choice.finish_reason, choice and choice.refusal, sentence)
+        return text, fault or next(iter(find_quality_flags(sentence, text, self._args.language)), None)
+
+
+def read_translation_prompts(args: Any) -> TranslationPrompts:
+    """Read the file of prompts that the flags of `captions.translate` name.
+
+    Raises ValueError if the file is not valid, or a language has no name.
+    """
+    return TranslationPrompts(args.prompts, args.language, args.source_language, args.captions_per_request > 1)
+
+
+def _add_cost(answer: Answer, other: Answer) -> Answer:
+    """Return an answer with the tokens and the retry of another answer added."""
+    return replace(
+        answer,
+        prompt_tokens=answer.prompt_tokens + other.prompt_tokens,
+        completion_tokens=answer.completion_tokens + other.completion_tokens,
+        retried=answer.retried or other.retried,
+    )

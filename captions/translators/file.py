@@ -1,0 +1,222 @@
+"""Take translations from a table that people fill (`--backend file`)."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pyarrow.parquet as pq
+
+from capivara_common.cli import flag
+from capivara_common.tasks import split_rows
+from caption_data.sources import STAGE_FILE
+from captions.sentences import distinct_sentences, translate_row, translated_columns
+from captions.stages import Corrections, RowStage, describe_differences, read_skipped_rows, read_stage_record
+from captions.translation_tables import (
+    TABLE_COLUMNS,
+    check_table_rows,
+    describe_untranslated,
+    read_table,
+    read_translation_table,
+    write_translation_table,
+)
+from captions.translators.base import Translator
+
+logger = logging.getLogger("capivara")
+
+
+@dataclass(kw_only=True)
+class FileFlags:
+    """Flags of `--backend file`, and the parts of `captions.translate` that concern the table.
+
+    If another backend is used, `import_file` is None, and the methods do nothing.
+    """
+
+    import_file: Path | None = flag(
+        None, "TSV table of sentences (file). If it does not exist, it is written, to be filled.", aliases=["--import"]
+    )
+    translated_by: Literal["human", "machine"] = flag(
+        "human", "Who fills the table (file); dataset card and model cards state it."
+    )
+
+    def known_settings(self) -> dict[str, Any]:
+        """Return the settings for `stage.json` that are known before a translator is loaded.
+
+        Returns:
+            With a translation table, a dict with the single key "translator". Its value is a dict with the keys
+            "backend" ("file"), "target" (code of the target language) and "sha256" (SHA-256 hex digest of the table).
+            Without a translation table, an empty dict.
+        """
+        if self.import_file is None:
+            return {}
+        digest = hashlib.sha256(self.import_file.read_bytes()).hexdigest()
+        return {"translator": {"backend": "file", "target": self.language, "sha256": digest}}
+
+    def pending_manual_step(self) -> str:
+        """Describe which sentences of the translation table have no translation yet; "" if all have a translation.
+
+        Also returns "" if the stage uses no table. Raises ValueError if the languages in the table differ from the
+        flags.
+        """
+        if self.import_file is None:
+            return ""
+        if not self.import_file.is_file():
+            return "the table does not exist yet"
+        self.check_table()
+        return describe_untranslated(self.import_file)
+
+    def check_table(self) -> None:
+        """Check that the first line of the translation table states the source and target languages of the flags.
+
+        Earlier versions of the program wrote tables without languages. Such a table is accepted if a stage in the same
+        folder as the output (for example the same stage of another split) was made from a table for the target
+        language.
+
+        Raises:
+            ValueError: If the table states other languages, or does not state the language of the translations.
+        """
+        stated, _ = read_table(self.import_file)
+        hint = "Use the path of a new table, which is then written, or correct the language."
+        for column, language in (("source", self.source_language), ("translation", self.language)):
+            if stated.get(column) and stated[column] != language:
+                raise ValueError(
+                    f"{self.import_file} must have its {column} column in the language {language!r}, but its first "
+                    f"line states {stated[column]!r}. {hint}"
+                )
+        records = (read_stage_record(path.parent)["settings"] for path in self.output.parent.glob(f"*/{STAGE_FILE}"))
+        expected = {"backend": "file", "target": self.language}.items()
+        if not stated["translation"] and not any(
+            expected <= (settings.get("translator") or {}).items() for settings in records
+        ):
+            raise ValueError(
+                f"{self.import_file} does not state the language of its translations. Its first line must name the "
+                f"column translation:{self.language}. {hint}"
+            )
+
+    def request_manual_step(self) -> str:
+        """Write the translation table if it does not exist, and return a message that asks a person to fill it.
+
+        Raises ValueError if the table exists, but does not have the sentences of the dataset.
+        """
+        stage = RowStage(self)
+        if not self.import_file.is_file():
+            sentences = self.sentences(stage)
+            write_translation_table(self.import_file, sentences, self.table_header(stage))
+            counts = f"{len(sentences):,} sentences, {sum(map(len, sentences)):,} characters"
+            logger.info("Wrote %s with %s. Do not add, remove or reorder rows.", self.import_file, counts)
+            translators = {"human": "by people (to change this, set translated_by: machine)", "machine": "by machine"}
+            logger.info("The cards will state that it was translated %s.", translators[self.translated_by])
+        elif read_table(self.import_file)[0]["id"] != stage.record["source"]["fingerprint"]:
+            self.check_source_rows(stage)  # raises an error before somebody fills a table of another dataset
+        return f"{self.import_file} (stage {self.title}) is incomplete: {self.pending_manual_step()}"
+
+    def table_header(self, stage: RowStage) -> list[str]:
+        """Return the column names for the first line of the translation table, for example "translation:pt".
+
+        The name `id` is followed by the fingerprint of the dataset. The names `source` and `translation` are followed
+        by the code of the source language and the code of the target language.
+        """
+        stated = (stage.record["source"]["fingerprint"], self.source_language, self.language)
+        return [f"{column}:{text}" for column, text in zip(TABLE_COLUMNS, stated, strict=True)]
+
+    def sentences(self, stage: RowStage) -> list[str]:
+        """Return the distinct captions of all rows, in the order in which the translation table lists them."""
+        return list(distinct_sentences(self, stage.source, [range(len(stage.source))]))
+
+    def check_source_rows(self, stage: RowStage) -> list[str]:
+        """Return the distinct captions of the dataset, after a check that the translation table has the same sentences.
+
+        Raises ValueError if the table has other sentences or another order, or states other languages.
+        """
+        self.check_table()
+        sentences, source_digest = self.sentences(stage), stage.record["source"]["fingerprint"]
+        try:
+            check_table_rows(self.import_file, sentences)
+        except ValueError as error:
+            table_digest = read_table(self.import_file)[0]["id"]
+            if not table_digest or table_digest == source_digest:
+                raise
+            raise ValueError(
+                f"{error} The table was written for other data (digest {table_digest}; the data has {source_digest}). "
+                "Move it to another place; a new table is then written."
+            ) from error
+        return sentences
+
+    def is_corrected(self) -> bool:
+        """Return True if the translation table has changed after the output of the stage was written from it."""
+        if self.import_file is None or not (self.output / STAGE_FILE).is_file():
+            return False
+        return self.known_settings()["translator"] != read_stage_record(self.output)["settings"].get("translator")
+
+    def corrections(self) -> Corrections | None:
+        """Find the written rows whose translations differ from the translation table.
+
+        Returns:
+            The changed rows and the files that hold them. None if the table has not changed, or if other settings have
+            changed as well, so that the output folder is not valid for the current settings.
+
+        Raises:
+            ValueError: If the table does not have the sentences of the dataset, or a sentence has no translation.
+        """
+        if not self.is_corrected():
+            return None
+        recorded, table, stage = read_stage_record(self.output), self.known_settings(), RowStage(self)
+        current = {
+            "settings": self.settings(table["translator"]) | self.image_settings(),
+            "columns": recorded["columns"],
+        }
+        record = recorded | {"settings": recorded["settings"] | table}
+        if describe_differences(record, stage.record | current):
+            return None  # `claim_folder` will raise an error that names the differences
+        translations = read_translation_table(self.import_file, self.check_source_rows(stage))
+        columns, rows, parts, written = translated_columns(stage.features, stage.source.display_name, self), [], [], 0
+        new_columns = [*columns.values(), f"quality-{self.language}"]
+        for part in split_rows(len(stage.source), self.rows_per_part):
+            path, count_before = stage.path(part), len(rows)
+            if path.is_file():
+                for number, row in enumerate(
+                    pq.read_table(path, columns=[*columns, *new_columns]).to_pylist(), written
+                ):
+                    if any(
+                        row[name] != value for name, value in translate_row(self, row, columns, translations).items()
+                    ):
+                        rows.append(number)
+                if len(rows) > count_before:
+                    parts.append(path)
+            written += len(part) - len(read_skipped_rows(path))
+        return Corrections(self.output, record, parts, rows)
+
+
+class FileTranslator(Translator):
+    """Translations in a table.
+
+    Args:
+        translations: Dict from each sentence of the dataset to its translation.
+        fingerprint: Digest of the table, and its language.
+    """
+
+    flags = FileFlags
+    needs_table = True
+    name = "a table"
+
+    def __init__(self, translations: dict[str, str], fingerprint: dict[str, Any]):
+        self.translations, self.fingerprint = translations, fingerprint
+
+    @classmethod
+    def load(cls, args: Any, stage: RowStage) -> Self:
+        """Read the table.
+
+        Args:
+            args: Flags of `captions.translate`.
+            stage: The opened rows.
+
+        Raises:
+            ValueError: If the table has other sentences than the rows, or a sentence has no translation.
+        """
+        identity = args.known_settings()["translator"]
+        return cls(read_translation_table(args.import_file, args.check_source_rows(stage)), identity)
+
+    def translate(self, sentences: list[str]) -> list[str]:
+        """Return the translations of sentences, in order."""
+        return [self.translations[sentence] for sentence in sentences]

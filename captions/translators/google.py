@@ -1,0 +1,174 @@
+"""Translate sentences with Google Cloud Translation (`--backend google`).
+
+The service is called through version 2 ("Basic") of its API, with the official client. The API key is sent in a header,
+and only to the host of the service.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+from capivara_common.cli import flag
+from capivara_common.environment import require_packages
+from captions.http_service import RETRYABLE_STATUS_CODES, Failure, Retries, check_address, check_key, hide_key
+from captions.languages import find_language_code
+from captions.stages import RowStage
+from captions.translators.base import Translator, translate_in_pieces
+
+GOOGLE_MODULES = ("google.auth", "google.cloud.translate_v2")  # modules that the extra `google` installs
+GOOGLE_MAX_CHARACTERS = 5_000  # largest number of characters per request that Google recommends
+GOOGLE_MAX_SENTENCES = 128  # largest number of sentences per request that version 2 of Google's API accepts
+GOOGLE_ENDPOINT = "https://translation.googleapis.com"
+API_KEY_VARIABLE = "GOOGLE_API_KEY"
+REQUEST_TIMEOUT_S = 60.0
+
+
+@dataclass(kw_only=True)
+class GoogleFlags:
+    """Flags of `--backend google`."""
+
+    google_endpoint: str | None = flag(None, "Address of the service (google). Default: Google's address.")
+
+
+class GoogleTranslator(Translator):
+    """A client of Google Cloud Translation that translates from one language into another.
+
+    The API key is read from the environment variable GOOGLE_API_KEY.
+
+    Args:
+        language: Code of the target language.
+        source_language: Code of the source language.
+        endpoint: URL of the service. Default: Google's URL.
+
+    Attributes:
+        code: The code that Google uses for the target language.
+        fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
+            Translators with equal fingerprints can share their translations.
+
+    Raises:
+        ValueError: If the key is missing or refused, or the service does not know a language.
+        OSError: If the service cannot be reached.
+    """
+
+    flags = GoogleFlags
+    name = "Google Translate"
+
+    @classmethod
+    def check_flags(cls, args: Any) -> None:
+        """Raise ImportError if the packages of the extra `google` are not installed."""
+        require_packages("--backend google", "google", *GOOGLE_MODULES)
+
+    @classmethod
+    def load(cls, args: Any, stage: RowStage) -> Self:
+        """Connect to Google's service.
+
+        Args:
+            args: Flags of `captions.translate`.
+            stage: The opened rows; not used.
+        """
+        return cls(args.language, args.source_language, args.google_endpoint)
+
+    def __init__(self, language: str, source_language: str, endpoint: str | None = None):
+        self._key = os.environ.get(API_KEY_VARIABLE, "").strip()
+        self._client = _make_client(endpoint or GOOGLE_ENDPOINT, self._key)
+        codes = self._retry(lambda: [entry["language"] for entry in self._client.get_languages()])
+        self.code, self._source_code = (
+            find_language_code(code, codes, self.name) for code in (language, source_language)
+        )
+        self.fingerprint = {"backend": "google", "api": "v2", "source": self._source_code, "target": self.code}
+
+    def translate(self, sentences: list[str]) -> list[str]:
+        """Translate sentences, and return one translation per sentence, in order. Sentences must not be blank."""
+
+        def fits(text: str) -> bool:
+            return len(text) <= GOOGLE_MAX_CHARACTERS
+
+        def translate_batch(texts: list[str]) -> list[str]:
+            return self._retry(lambda: self._request_translations(texts))
+
+        return translate_in_pieces(sentences, fits, translate_batch, GOOGLE_MAX_SENTENCES, GOOGLE_MAX_CHARACTERS)
+
+    def batch_limits(self, args: Any) -> tuple[int, int]:
+        """Return the limits of one request: each request is saved, so that no paid translation is lost."""
+        return args.batch_size or GOOGLE_MAX_SENTENCES, GOOGLE_MAX_CHARACTERS
+
+    def _request_translations(self, texts: list[str]) -> list[str]:
+        """Send one request, and return the translations of the texts, in order.
+
+        Raises TypeError if the response does not contain one translation per text.
+        """
+        languages = {"target_language": self.code, "source_language": self._source_code}
+        translations = [
+            entry.get("translatedText") for entry in self._client.translate(texts, format_="text", **languages)
+        ]
+        if len(translations) != len(texts) or not all(isinstance(text, str) for text in translations):
+            raise TypeError("the response contained no translation")
+        return translations
+
+    def _retry(self, request: Callable[[], Any]) -> Any:
+        """Send a request, and send it again after a failure that may be temporary.
+
+        Args:
+            request: Function that sends the request and returns the result.
+
+        Returns:
+            The result of the function.
+
+        Raises:
+            ValueError: If Google refuses the request.
+            ConnectionError: If the request has failed `captions.http_service.MAX_TRIES` times.
+        """
+        retries = Retries("Google", "Check the key, its permissions and its quota.")
+        while True:
+            try:
+                return request()
+            except Exception as error:  # the client and the HTTP libraries raise errors of many types
+                failure = self._describe_failure(error)
+            # `seconds_before_next` raises outside of `except`, so that the original error, which may contain the API
+            # key, is not chained to its error.
+            time.sleep(retries.seconds_before_next(failure))
+
+    def _describe_failure(self, error: Exception) -> Failure:
+        """Explain the exception that a request raised. The explanation does not contain the API key."""
+        from google.api_core.exceptions import GoogleAPICallError
+
+        reason = hide_key(f"{error or type(error).__name__}", self._key)
+        if isinstance(error, GoogleAPICallError):
+            # Google answers with status 403, which is not in the list, also if a rate limit is exceeded.
+            is_temporary = error.code in RETRYABLE_STATUS_CODES or "rate limit exceeded" in reason.lower()
+            return Failure(reason, is_temporary)
+        # The client raises these types if a response is not valid JSON or incomplete. Their messages would not help,
+        # because they are about the code of the client.
+        is_bad_response = isinstance(error, LookupError | AttributeError | TypeError | ValueError)
+        if is_bad_response and not isinstance(error, OSError):
+            reason = "the response contained no translation"
+        return Failure(reason, is_temporary=True)
+
+
+def _make_client(endpoint: str, key: str) -> Any:
+    """Return the official client of Google Cloud Translation.
+
+    Args:
+        endpoint: URL of the service.
+        key: API key.
+
+    Raises:
+        ValueError: If the key is missing or has invalid characters, or the URL is not encrypted (https).
+    """
+    check_address(endpoint, "google_endpoint")
+    check_key(key, API_KEY_VARIABLE, "--backend google needs a key of the Google Cloud Translation API")
+    from google.auth import api_key
+    from google.auth.transport.requests import AuthorizedSession
+    from google.cloud import translate_v2
+
+    class Session(AuthorizedSession):
+        """An HTTP session with a timeout and without redirects, which would forward the API key to another host."""
+
+        def request(self, method: str, url: str, **options: Any) -> Any:
+            return super().request(method, url, **options | {"timeout": REQUEST_TIMEOUT_S, "allow_redirects": False})
+
+    credentials = api_key.Credentials(key)
+    session = Session(credentials, max_refresh_attempts=0)  # do not retry: Google will refuse the same key again
+    return translate_v2.Client(credentials=credentials, _http=session, client_options={"api_endpoint": endpoint})

@@ -1,0 +1,299 @@
+"""Translate sentences with sequence-to-sequence models of transformers (`--backend transformers`).
+
+    python -m captions.translate --dataset data/generated --output data/hi --language hi --model facebook/m2m100_418M
+
+A multilingual model needs a token for the target language. The position of this language token depends on the model:
+
+- Marian models read it before the source sentence, for example `>>por<<`.
+- NLLB, M2M100 and mBART write it at the start of the translation.
+
+Decoding does not skip language tokens, so this module removes them from translations.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from capivara_common.cli import flag
+from capivara_common.environment import install_command, resolve_device
+from capivara_common.hub_cache import check_reachable
+from captions.languages import find_language_code
+from captions.stages import RowStage
+from captions.translators.base import Translator, translate_in_pieces
+from modeling_capivara.checks_capivara import wrap_tokenizer_errors
+from modeling_capivara.loading import load_config
+
+PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # English-Portuguese model of the CAPIVARA paper, arXiv 2310.13683
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Largest number of tokens in a text that a model translates at once. Longer texts are split, because translation models
+# are trained on sentences, and often do not translate the end of a long paragraph.
+MAX_SOURCE_TOKENS = 256
+SOURCE_TOKEN_RE = re.compile(r">>(.+)<<")  # language tokens of Marian models, which go before the source sentence
+TARGET_TOKEN_RE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")  # language tokens of NLLB, which begin the translation
+
+
+@dataclass(kw_only=True)
+class Seq2SeqFlags:
+    """Flags of `--backend transformers`."""
+
+    revision: str | None = flag(None, "Branch, tag or commit on the Hub (transformers). Default: the main branch.")
+    max_new_tokens: int | None = flag(
+        None, "Largest number of tokens of a translation (transformers). Default: 512, or the limit of the model."
+    )
+    precision: Literal["float32", "bf16", "fp16"] = flag(
+        "float32", "Data type of weights and activations (transformers)."
+    )
+    device: str | None = flag(None, "cpu or cuda (transformers). Default: cuda if a GPU is available, otherwise cpu.")
+
+
+class Seq2SeqTranslator(Translator):
+    """A sequence-to-sequence model that translates from one language into another.
+
+    Args:
+        name: Folder or Hub id of a Marian, NLLB, M2M100 or mBART-50 model.
+        language: Code of the target language.
+        source_language: Code of the source language.
+        revision: Branch, tag or commit on the Hub.
+        precision: Data type of weights and activations: float32, bf16 or fp16.
+        device: cpu or cuda. Default: cuda if a GPU is available.
+        batch_size: Number of texts to translate at the same time.
+        max_new_tokens: Largest number of tokens of a translation. Default: 512, or the limit of the model if that is
+            lower. All other options of `generate` come from the model's generation_config.
+
+    Attributes:
+        name: Type and name of the model, for messages.
+        code: The code that the model uses for the target language.
+        fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
+            Translators with equal fingerprints can share their translations.
+
+    Raises:
+        ValueError: If the model is not a translation model or does not know a language (the message lists similar
+            codes). The method `translate` also raises ValueError, if the memory of the device is insufficient.
+        ImportError: If the tokenizer needs a package that is not installed.
+    """
+
+    flags = Seq2SeqFlags
+
+    @classmethod
+    def check_flags(cls, args: Any) -> None:
+        """Raise ValueError if no model is named, although the default model does not translate the languages."""
+        if args.model is None and (args.source_language, args.language) != ("en", "pt"):
+            raise ValueError(
+                f"--model is required to translate {args.source_language} to {args.language}, for example "
+                f"facebook/nllb-200-distilled-600M. The default model only translates en to pt."
+            )
+
+    @classmethod
+    def check(cls, args: Any) -> None:
+        """Raise ValueError if the model does not know a language. A model not on this machine yet is not checked."""
+        check_languages(args.model or PAPER_MODEL, args.revision, args.language, args.source_language)
+
+    @classmethod
+    def load(cls, args: Any, stage: RowStage) -> Self:
+        """Load the model.
+
+        Args:
+            args: Flags of `captions.translate`.
+            stage: The opened rows; not used.
+        """
+        return cls(
+            args.model or PAPER_MODEL,
+            args.language,
+            args.source_language,
+            revision=args.revision,
+            precision=args.precision,
+            device=args.device,
+            batch_size=args.batch_size or 32,
+            max_new_tokens=args.max_new_tokens,
+        )
+
+    def __init__(
+        self,
+        name: str,
+        language: str,
+        source_language: str = "en",
+        revision: str | None = None,
+        precision: str = "float32",
+        device: str | None = None,
+        batch_size: int = 32,
+        max_new_tokens: int | None = None,
+    ):
+        self.tokenizer, model = _load_model(name, revision, precision)
+        self.model, tokenizer = model.eval().to(resolve_device(device)), self.tokenizer
+        self._batch_size = batch_size
+        self.name = f"{model.config.model_type} {Path(name).name}"
+        self._prefix_ids: list[int] = []  # token ids before each source sentence
+        self._generate_options: dict[str, Any] = {}
+        source_tokens, target_tokens = _find_language_token_ids(tokenizer)
+        self._forbidden_ids = {*source_tokens.values()}  # token ids that are removed from source sentences
+        self._language_ids = {*source_tokens.values(), *target_tokens.values()}
+        self.code, source_code = _codes(tokenizer, language, source_language, self.name)
+        if source_tokens:
+            self._prefix_ids = [source_tokens[self.code]]
+        elif target_tokens:
+            tokenizer.src_lang = source_code
+            self._generate_options["forced_bos_token_id"] = target_tokens[self.code]
+        # The start token needs one of the model's positions. The limit of twice the source length ends repetition
+        # loops, and no correct translation is longer.
+        positions = getattr(model.config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
+        self._max_source_tokens = min(positions, tokenizer.model_max_length, MAX_SOURCE_TOKENS + len(self._prefix_ids))
+        self._generate_options["max_new_tokens"] = min(positions - 1, max_new_tokens or 2 * MAX_SOURCE_TOKENS)
+        model.generation_config.max_length = None  # if it were set, `generate` would warn about `max_new_tokens`
+        settings = model.generation_config.to_diff_dict() | self._generate_options
+        settings.pop("transformers_version", None)
+        self.fingerprint = {
+            "backend": "transformers",
+            "model": Path(name).name if Path(name).is_dir() else name,
+            "revision": _resolve_revision(name, model),
+            "source": getattr(tokenizer, "src_lang", None) or source_language,
+            "target": self.code,
+            "source_prefix": None,  # a key of earlier versions; it keeps existing translation memories valid
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "max_source_tokens": self._max_source_tokens,
+            "generation": settings,
+        }
+
+    @torch.inference_mode()
+    def translate(self, sentences: list[str]) -> list[str]:
+        """Translate sentences, and return one translation per sentence, in order. Sentences must not be blank."""
+        return translate_in_pieces(sentences, self._fits, self._translate_batch, self._batch_size)
+
+    def token_ids(self, text: str) -> list[int]:
+        """Return the token ids that the encoder reads for a text, with a language token in front if it needs one.
+
+        If the text itself contains a special token such as `</s>`, it is treated as plain text. A language token in the
+        text is removed.
+        """
+        ids = self.tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
+        return self._prefix_ids + [token for token in ids if token not in self._forbidden_ids]
+
+    def _fits(self, text: str) -> bool:
+        """Return True if a text has few enough tokens to be translated at once."""
+        return len(self.token_ids(text)) <= self._max_source_tokens
+
+    def _translate_batch(self, texts: list[str]) -> list[str]:
+        """Translate a batch of texts that are short enough for the model, and return the translations in order.
+
+        Raises ValueError if the memory of the device is insufficient.
+        """
+        inputs = self.tokenizer.pad({"input_ids": [self.token_ids(text) for text in texts]}, return_tensors="pt")
+        try:
+            ids = self.model.generate(**inputs.to(self.model.device), **self._generate_options)  # (texts, tokens)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"Out of memory with {len(texts)} sentences at the same time. Lower --batch_size. ({error})"
+            ) from error
+        text_ids = [[token for token in row if token not in self._language_ids] for row in ids.tolist()]
+        return [text.strip() for text in self.tokenizer.batch_decode(text_ids, skip_special_tokens=True)]
+
+
+def check_languages(model: str, revision: str | None, language: str, source_language: str) -> None:
+    """Check that a translation model knows both languages, if its tokenizer is on this machine. Nothing is downloaded.
+
+    Args:
+        model: Folder or Hub id of the model.
+        revision: Branch, tag or commit on the Hub.
+        language: Code of the target language.
+        source_language: Code of the source language.
+
+    Raises:
+        ValueError: If the model does not know a language.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError):
+        return  # `Seq2SeqTranslator` will download the model, or raise the error
+    _codes(tokenizer, language, source_language, model)
+
+
+def _find_language_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the language codes of a translation tokenizer with the ids of their language tokens.
+
+    Returns:
+        Two dicts from language code to token id, at least one of which is empty. The first dict has the tokens that go
+        before the source sentence (Marian). The second dict has the tokens that begin the translation (NLLB, M2M100,
+        mBART).
+    """
+    vocabulary = tokenizer.get_vocab()
+    source_tokens = {token[2:-2]: number for token, number in vocabulary.items() if SOURCE_TOKEN_RE.fullmatch(token)}
+    target_tokens = {token: number for token, number in vocabulary.items() if TARGET_TOKEN_RE.fullmatch(token)}
+    # The tokenizer of NLLB has no attribute `lang_code_to_id`, so its language tokens are found in the vocabulary.
+    return source_tokens, {} if source_tokens else getattr(tokenizer, "lang_code_to_id", target_tokens)
+
+
+def _codes(
+    tokenizer: PreTrainedTokenizerBase, language: str, source_language: str, name: str
+) -> tuple[str, str | None]:
+    """Return the codes that a translation model uses for two languages.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        language: Code of the target language.
+        source_language: Code of the source language.
+        name: Name of the model, for errors.
+
+    Returns:
+        The model's code for the target language, and for the source language. The latter is None if the model does not
+        need a source language.
+
+    Raises:
+        ValueError: If the model does not know a language.
+    """
+    source_tokens, target_tokens = _find_language_token_ids(tokenizer)
+    only_language = filter(None, [getattr(tokenizer, "target_lang", None)])
+    # A Marian model for a single target language has no language tokens.
+    target = find_language_code(language, source_tokens or target_tokens or only_language, name)
+    return target, find_language_code(source_language, target_tokens, name) if target_tokens else None
+
+
+def _load_model(name: str, revision: str | None, precision: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load the tokenizer and the weights of a translation model.
+
+    Args:
+        name: Folder or Hub id of the model.
+        revision: Branch, tag or commit on the Hub.
+        precision: Data type of the weights: a key of `DTYPES`.
+
+    Returns:
+        The tokenizer and the model.
+
+    Raises:
+        ValueError: If the model does not exist or is not a translation model. The message is a single line.
+        ImportError: If the tokenizer needs a package that is not installed.
+    """
+    try:
+        check_reachable(name, revision=revision)
+        with wrap_tokenizer_errors("its tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        load_config(name, revision=revision)
+        return tokenizer, AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=DTYPES[precision])
+    except ImportError as error:
+        reason = str(error).strip().split(". ")[0]  # remove the links that transformers adds
+        raise ImportError(f"{reason}. Install the packages for translation: {install_command('translate')}") from error
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{name} can't be loaded as a translation model: {reason}") from error
+
+
+def _resolve_revision(name: str, model: PreTrainedModel) -> str:
+    """Return a text that identifies the weights of a model, for its fingerprint.
+
+    Args:
+        name: Folder or Hub id of the model.
+        model: The loaded model.
+
+    Returns:
+        The commit of the model on the Hub. For a folder, the SHA-256 hex digest of the names and contents of its files.
+    """
+    if not Path(name).is_dir():
+        return str(model.config._commit_hash)
+    digest = hashlib.sha256()
+    for path in sorted(filter(Path.is_file, Path(name).iterdir())):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
