@@ -99,6 +99,13 @@ def digest_matches(path: Path) -> bool:
     return False
 
 
+def read_appended_digest(path: Path) -> str:
+    """Return the hex digest at the end of a file, which `append_digest` wrote there. The file is not checked."""
+    with path.open("rb") as file:
+        file.seek(-DIGEST_HEX_LENGTH, os.SEEK_END)
+        return file.read().decode("ascii")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file atomically through a temporary file next to `path`.

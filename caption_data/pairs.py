@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
 from capivara_common.environment import cache_home, process_state
-from capivara_common.files import append_digest, digest_matches, json_digest
+from capivara_common.files import append_digest, digest_matches, json_digest, read_appended_digest, write_text
 from capivara_common.image_files import BadRow, read_image_bytes
 from caption_data.embedded import DIGEST_COLUMN, EMBEDS_COLUMN, INVALID_EMBEDDING
 from caption_data.rows import (
@@ -40,6 +40,7 @@ from modeling_capivara import clean_text
 # are built again.
 PAIR_TABLE_VERSION = 2
 MAP_BATCH_ROWS = 128  # number of rows whose image files are in memory at the same time
+CACHED_FINGERPRINT_ROWS = 100_000  # smaller tables are fingerprinted again at every start, which takes a second or two
 UNUSED_TABLE_LIFETIME_S = 30 * 24 * 3600  # seconds after which a table that no run has read is deleted
 PAIR_TABLE_FEATURES = Features(
     {name: Value("string") for name in ("digest", "reason", "detail")}
@@ -110,7 +111,9 @@ def build_pair_table(
         )  # fmt: skip
 
     def has_recovered(table: Dataset) -> bool:
-        bad = (number for number, reason in enumerate(table["reason"]) if reason not in FILELESS_REASONS)
+        # Compared as an Arrow column: reading millions of reasons as Python objects would take minutes at every start.
+        is_fileless = pc.is_in(table.data.column("reason"), value_set=pa.array(FILELESS_REASONS))
+        bad = map(int, np.flatnonzero(pc.invert(is_fileless)))
         return any(make_pair(number, split.data[number])["reason"] in FILELESS_REASONS for number in bad)
 
     access = split.image_access
@@ -186,10 +189,19 @@ def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float)
 def pairs_fingerprint(pairs: Dataset) -> str:
     """Return a hex digest of a table of `build_pair_table`: of its image digests and captions, in order.
 
-    The digest does not depend on the paths of the files.
+    The digest does not depend on the paths of the files. The digest of a large table is stored in the cache, because
+    computing it for millions of rows takes a minute or more.
     """
+    path = cache_home() / "pairs" / f"{pairs._fingerprint}.txt"
+    is_large = len(pairs) >= CACHED_FINGERPRINT_ROWS
+    if is_large and path.is_file():
+        return path.read_text(encoding="ascii")
     chunks = pairs.select_columns(["digest", "captions"]).iter(1000)
-    return rows_fingerprint(row for chunk in chunks for row in zip(chunk["digest"], chunk["captions"], strict=True))
+    rows = (row for chunk in chunks for row in zip(chunk["digest"], chunk["captions"], strict=True))
+    fingerprint = rows_fingerprint(rows)
+    if is_large:
+        write_text(path, fingerprint)
+    return fingerprint
 
 
 def _load_or_make_table(
@@ -218,6 +230,8 @@ def _load_or_make_table(
             table, is_valid = make_table(), False
         if not is_valid:
             append_digest(path)
+        # The fingerprint of `datasets` becomes the digest of the content, which `pairs_fingerprint` relies on.
+        table._fingerprint = read_appended_digest(path)
         if state.is_local_main_process:
             os.utime(path)
             for old in path.parent.iterdir():  # includes temporary files of killed runs

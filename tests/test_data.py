@@ -6,7 +6,9 @@ from caption_tars import measured_of, training_of
 from datasets import DatasetDict, load_from_disk
 
 from capivara_common.cli import parse_arguments
+from caption_data import pairs
 from caption_data.pairs import check_bad_share
+from caption_data.sources import open_split
 from training.arguments import RunArguments
 from training.batches import BatchPlanner, apportion_batch, batch_indices, sample_captions, sample_views
 
@@ -156,3 +158,20 @@ def test_the_caption_column_can_have_another_name(tiny_dataset_folder, tmp_path)
     args = arguments(tiny_dataset_folder, evaluation_dataset=tmp_path / "hub", caption_column="captions-{language}")
     with pytest.raises(ValueError, match=r"'validation'.*'captions-pt'"):
         measured_of(args, "validation", ["pt"])
+
+
+def test_the_fingerprint_of_a_large_table_is_computed_once(tiny_dataset_folder, tmp_path, monkeypatch):
+    """It equals the fingerprint of a small table, and belongs to the content of the table."""
+    monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path / "home"))
+    split, calls = open_split(str(tiny_dataset_folder), "train", "image"), []
+
+    def fingerprint(captions):
+        table = pairs.build_pair_table(split, ["captions-pt"], lambda row: row["captions-pt"][:captions], [captions])
+        return pairs.pairs_fingerprint(pairs.drop_invalid(table))
+
+    expected = [fingerprint(1), fingerprint(2)]
+    compute = pairs.rows_fingerprint
+    monkeypatch.setattr(pairs, "CACHED_FINGERPRINT_ROWS", 1)
+    monkeypatch.setattr(pairs, "rows_fingerprint", lambda rows: calls.append(1) or compute(rows))
+    assert [fingerprint(1), fingerprint(2), fingerprint(1), fingerprint(2)] == expected * 2
+    assert len(calls) == 2 and expected[0] != expected[1]

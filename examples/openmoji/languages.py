@@ -1,0 +1,161 @@
+"""Train the demo's recipe for many languages from the same image embeddings, and measure what each language gains.
+
+    python -m examples.openmoji.languages
+    python -m examples.openmoji.languages --languages pt ja tr
+
+The dataset has OpenMoji's images with the names that the package `emoji` has in all of its languages. Two images that
+share a name in any language are in the same split, so all languages are measured on the same unseen concepts. The base
+model is built as the demo's, on English names only, with the vocabulary of all languages. The images are embedded once
+by `captions.embed`; all trainings use the dataset of embeddings, without images. The results are written after each
+language. To finish an interrupted run, or to add languages, run the command again. A language takes about three minutes
+on two CPU threads. docs/languages.md shows the results.
+"""
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict, List, Value
+from tqdm.auto import tqdm
+
+import captions.embed
+import train_accelerate
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.environment import describe_device, package_versions
+from capivara_common.files import atomic_folder, read_json, write_json, write_text
+from eval.records.schema import read_records
+from examples.openmoji.concepts import EmojiPicture, load_concepts, load_names, split_concepts
+from examples.openmoji.dataset import load_dataset_with_images, render_splits
+from examples.openmoji.prepare import build_base
+
+# Languages of the package emoji besides English, with their names in English.
+LANGUAGES = {
+    "pt": "Portuguese", "es": "Spanish", "it": "Italian", "fr": "French", "de": "German", "tr": "Turkish",
+    "id": "Indonesian", "ru": "Russian", "ja": "Japanese", "ko": "Korean", "zh": "Chinese", "ar": "Arabic",
+    "fa": "Persian",
+}  # fmt: skip
+CARD = """---
+license: cc-by-sa-4.0
+pretty_name: OpenMoji in {count} languages
+attribution: "All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
+---
+
+# OpenMoji in {count} languages
+
+OpenMoji's pictures with their names in English and in the {further} other languages of the PyPI package `emoji`
+(Unicode License v3). Pictures that share a name in any of the languages are in the same split.
+"""
+logger = logging.getLogger("capivara")
+
+
+@dataclass
+class LanguagesArguments:
+    """Command-line flags of `examples.openmoji.languages`. Raises ValueError if a language is unknown."""
+
+    languages: list[str] = flag([*LANGUAGES], "Codes of the languages to train, of the package `emoji`.")
+    work: Path = flag(Path("data/openmoji/languages"), "Folder for dataset, base model, embeddings and runs.")
+    config: Path = flag(Path("configs/openmoji.yaml"), "YAML file with the training flags.")
+    output: Path = flag(Path("benchmarks/results/openmoji_languages.json"), "JSON file for the results.")
+
+    def __post_init__(self) -> None:
+        unknown = [code for code in self.languages if code not in LANGUAGES]
+        if unknown or not self.languages:
+            raise ValueError(f"languages must be some of {' '.join(LANGUAGES)}, got {' '.join(unknown) or 'none'}.")
+        self.languages = list(dict.fromkeys(self.languages))
+
+
+def add_names(splits: dict[str, list[EmojiPicture]], data: DatasetDict) -> DatasetDict:
+    """Add a column of captions for each language to a dataset of OpenMoji's images.
+
+    Args:
+        splits: Emoji of each split by its name, from `split_concepts`.
+        data: Dataset of the same splits, from `render_splits`.
+
+    Returns:
+        The dataset with a column "captions-CODE" for each code of `LANGUAGES`.
+    """
+    results = DatasetDict()
+    for split, pictures in splits.items():
+        rows = data[split]
+        for code in LANGUAGES:
+            names = load_names(code, pictures)
+            column, feature = f"captions-{code}", List(Value("string"))
+            if column not in rows.column_names:  # the demo's dataset already has Portuguese names
+                rows = rows.add_column(column, [[names[picture.emoji]] for picture in pictures], feature=feature)
+        results[split] = rows
+    return results
+
+
+def prepare_embeddings(work: Path) -> tuple[Path, Path]:
+    """Build the dataset, the base model and the dataset of embeddings, unless they exist.
+
+    Args:
+        work: Folder of all three.
+
+    Returns:
+        Folder of the base model, and folder of the dataset of embeddings.
+
+    Raises:
+        ImportError: If a package of the `demo` extra is not installed.
+    """
+    dataset, base, embedded = work / "dataset", work / "base", work / "embedded"
+    if not (dataset / "dataset_dict.json").is_file():
+        splits = split_concepts(load_concepts([*LANGUAGES]))
+        data = add_names(splits, render_splits(splits))
+        with atomic_folder(dataset) as folder:
+            data.save_to_disk(folder)
+            write_text(folder / "README.md", CARD.format(count=len(LANGUAGES) + 1, further=len(LANGUAGES)))
+    if not (base / "config.json").is_file():
+        logger.info("Preparing the base model in %s (once): it takes about ten minutes.", base)
+        with atomic_folder(base) as folder:
+            build_base(load_dataset_with_images(dataset), folder, "contrastive", [*LANGUAGES])
+    paths = {"model": base, "dataset": dataset, "output": embedded}
+    captions.embed.main([f"--{name}={path}" for name, path in paths.items()] + ["--split=all", "--device=cpu"])
+    return base, embedded
+
+
+def train_language(code: str, args: LanguagesArguments, base: Path, embedded: Path) -> dict[str, Any]:
+    """Train a language and evaluate it, unless its run is finished.
+
+    Args:
+        code: Code of the language.
+        args: Flags of the command.
+        base: Folder of the base model.
+        embedded: Folder of the dataset of embeddings.
+
+    Returns:
+        "name": English name of the language. "seconds": duration of training and evaluation. "records": measured mean
+        recalls and gains of base and trained model, for the language and for English, as in `eval.records.schema`.
+    """
+    folder = args.work / "runs" / code
+    if not (folder / "run.json").is_file():
+        flags = {"config": args.config, "model": base, "dataset": embedded, "language": code, "output_dir": folder}
+        words = [f"--{name}={value}" for name, value in flags.items()]
+        train_accelerate.main([*words, "--eval_languages", code, "en", "--resume", "auto"])
+    records = [record for path in sorted(folder.glob("results/*.json")) for record in read_records(path)]
+    chosen = [asdict(record) for record in records if record.metric in ("mean_recall", "mean_recall_gain")]
+    seconds = sum(read_json(folder / "run.json")["seconds"].values())
+    return {"name": LANGUAGES[code], "seconds": seconds, "records": chosen}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command: train and measure all requested languages, and write the results after each.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parse_arguments(LanguagesArguments, __doc__, argv)
+    base, embedded = prepare_embeddings(args.work)
+    results: dict[str, Any] = {}
+    conditions = {"date": time.strftime("%Y-%m-%d"), "device": describe_device(), "versions": package_versions("emoji")}
+    for code in tqdm(args.languages, desc="Languages", unit="language"):
+        results[code] = train_language(code, args, base, embedded)
+        write_json(args.output, conditions | {"languages": results})
+    print(f"Results: {args.output}. `python -m benchmarks.readme` updates the table in docs/languages.md.")
+
+
+if __name__ == "__main__":
+    run_command(main, resumable=True)
