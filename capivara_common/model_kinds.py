@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 NATIVE_MODEL_TYPE = "capivara"  # the digest of an image encoder assumes it for a config without `model_type`
-ADDING_PAGE = "docs/architecture.md"  # page that says how to add a kind
+ADDING_PAGE = "docs/explanation/architecture.md"  # page that says how to add a kind
 # Default values of transformers. Published configs omit fields that have their default value, but configs that were
 # loaded and saved again contain them. Of an image tower, only fields that change the embedding of an image are listed.
 CLIP_VISION_DEFAULTS = {

@@ -1,6 +1,6 @@
 """Every kind of model goes through training, evaluation, the search and the exports.
 
-Each test records its outcome. docs/bases_matrix.md shows the recorded outcomes, and the last test compares them:
+Each test records its outcome. docs/reference/bases.md shows the recorded outcomes, and the last test compares them:
 
     WRITE_MATRIX=1 pytest tests/test_kinds.py    # update the page
 """
@@ -64,7 +64,7 @@ from training.interpolate import main as interpolate
 from training.loop import TrainingLoop
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "bases_matrix.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "bases.md"
 TWELVE = [f"{caption} {ending}" for caption in CAPTIONS[:6] for ending in ("azul", "e uma casa verde")]
 # A word of n letters has n tokens or a few more in all tokenizers here. Texts that are too long are truncated.
 TEXTS = [*((LETTERS * 5)[n : 2 * n] for n in range(1, 65)), "Uma FOTO de um Gato", "gato " * 600]

@@ -224,7 +224,7 @@ def write_xm3600(folder: Path, pictures: int) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["capivara", "siglip"])
 def test_mteb_and_our_evaluation_agree(kind, tmp_path, monkeypatch):
-    """Run the code in docs/evaluation.md. If an image has two captions, mteb's recall is half of its hit rate."""
+    """Run the code of the evaluation guide. If an image has two captions, mteb's recall is half of its hit rate."""
     import mteb
 
     data = write_xm3600(tmp_path / "data", pictures=80)
@@ -242,7 +242,7 @@ def test_mteb_and_our_evaluation_agree(kind, tmp_path, monkeypatch):
         monkeypatch.setitem(mteb.get_task(task).metadata.dataset, "path", str(data))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code_with("docs/evaluation.md", "mteb.evaluate"), "evaluation.md", "exec"), {})
+    exec(compile(code_with("docs/how-to/evaluation.md", "mteb.evaluate"), "evaluation.md", "exec"), {})
     options = {"split": "pt", "caption_column": "captions", "device": "cpu"}
     records = evaluate(RetrievalArguments("repository", str(data), tmp_path / "ours.json", **options))
     ours = {(record.direction, record.metric): record.value for record in records}

@@ -5,7 +5,8 @@
 
 Without `--base_url`, a stand-in server answers, which runs inside the command and needs no language model: it knows
 the Portuguese names of all emoji, so that its answers show how the pipeline works, but not how good a model is. With
-`--base_url`, the same requests go to a real server. docs/captions_server.md describes servers, prompts and flags.
+`--base_url`, the same requests go to a real server. docs/how-to/captions_server.md describes servers, prompts and
+flags.
 
 The base model is the small model of the search (`capivara_search/miniature.py`). The steps are those of any dataset:
 a config (configs/openmoji_chat.yaml), `captions.build`, and `train_accelerate.py`. Finished steps are not repeated.
