@@ -6,10 +6,11 @@
 Which choice is fastest differs between CPUs. Before a long pass embeds its first batch, it embeds images of this batch
 with each candidate in turns, and chooses the candidate with the smallest median time. The choice is kept in the folder
 `embedding_speed` of the cache, in a file for each CPU, model and version of torch and transformers, so that later
-passes do not measure again. The choice is also recorded in the output of the pass, because the number of images per
-forward pass changes the last bits of embeddings. A resumed run and other tasks of the same output read this record,
-even on another machine. The measured embeddings are not used, so that all rows of the output are computed in the same
-way.
+passes do not measure again.
+
+The number of images per forward pass changes the last bits of embeddings, so the choice is also recorded in the output
+of the pass. A resumed run and other tasks of the same output read this record, even on another machine. The embeddings
+of the measurement are not used, so that all rows of the output are computed in the same way.
 """
 
 import logging

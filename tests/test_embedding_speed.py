@@ -81,6 +81,10 @@ def test_the_default_stays_unless_another_size_is_clearly_faster(monkeypatch):
     assert FakeModel(monkeypatch, chunk_8=0.99, chunk_16=1.2).run() == 4
 
 
+def test_the_faster_of_two_fast_sizes_is_chosen(monkeypatch):
+    assert FakeModel(monkeypatch, chunk_8=0.5, chunk_16=0.8).run() == 8
+
+
 def test_one_slow_round_does_not_decide(monkeypatch):
     model, embed = FakeModel(monkeypatch, chunk_8=0.5), FakeModel.embed
 
@@ -264,6 +268,18 @@ def test_a_resumed_stage_writes_the_same_bytes(sizes, saved_tiny_folder, tiny_da
     assert used[-1:] == [6] and 4 not in used
     embed_stage(saved_tiny_folder, tiny_dataset_folder, tmp_path / "other")
     assert used[-2:] == [4, 2]
+
+
+def test_a_stage_records_the_precision_that_auto_chose(monkeypatch, saved_tiny_folder, tiny_dataset_folder, tmp_path):
+    monkeypatch.setattr(two_towers, "resolve_precision", lambda *_: "bf16")
+    for choice in ("float32", "bf16"):
+        output = tmp_path / choice
+        output.mkdir()
+        (output / "fastest-precision.json").write_text(json.dumps({"choice": choice}))
+        parts = embed_stage(saved_tiny_folder, tiny_dataset_folder, output, precision="auto")
+        assert json.loads((output / "stage.json").read_text())["settings"]["precision"] == choice
+        same = embed_stage(saved_tiny_folder, tiny_dataset_folder, tmp_path / f"{choice}-again", precision=choice)
+        assert parts == same
 
 
 @pytest.mark.parametrize("fastest", [4, 16])
