@@ -27,28 +27,28 @@ from transformers import PreTrainedModel
 from capivara_common.cli import parse_arguments, run_command
 from capivara_common.environment import (
     describe_device,
+    get_distributed_state,
     package_versions,
-    process_state,
     require_packages,
-    resolve_precision,
+    resolve_mixed_precision,
 )
-from capivara_common.files import RUN_MARKER, finish_folder, partial_folder, read_json, write_json, write_text
-from capivara_common.privacy import short_name
-from caption_data.pairs import pairs_fingerprint
+from capivara_common.files import RUN_MARKER, partial_folder, read_json, rename_partial_folder, write_json, write_text
+from capivara_common.privacy import to_publishable_name
+from caption_data.pairs import compute_pair_content_digest
 from eval.records.plots import plot_retrieval_sheet, plot_training_curves
-from eval.records.schema import SCHEMA_VERSION, write_records
+from eval.records.result_files import SCHEMA_VERSION, write_records
 from eval.records.tables import render_retrieval_table
 from eval.retrieval import compute_gain_records, compute_retrieval_embeddings, compute_retrieval_records
 from hub_upload.card import write_card
-from hub_upload.origins import read_origins
-from hub_upload.push import check_push_access, publish_run
+from hub_upload.origins import read_model_and_data_origins
+from hub_upload.push import ensure_writable_repository, export_and_push_run
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import describe_model
 from training.arguments import RunArguments
 from training.checkpoints import (
     Checkpoints,
     TrainingState,
-    check_finished_run,
+    check_matches_finished_run,
     choose_output_dir,
     is_run_complete,
     locked_run_folder,
@@ -84,21 +84,21 @@ def main(argv: list[str] | None = None) -> Path:
         logging.getLogger(name).setLevel(logging.WARNING)
     output_dir = choose_output_dir(args, join_processes())
     args.has_auto_precision = args.mixed_precision == "auto"
-    args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
+    args.mixed_precision = resolve_mixed_precision(args.mixed_precision, PartialState().device)
     if is_run_complete(args, output_dir):
-        check_finished_run(output_dir, args.to_dict(), {})
+        check_matches_finished_run(output_dir, args.to_dict(), {})
         print(f"The run in {output_dir} is complete; there is nothing to resume.")
         return finish_run(args, output_dir)
     accelerator = create_accelerator(args, output_dir)
     if args.push_to_hub and accelerator.is_main_process:
-        check_push_access(args.hub_model_id, args.hub_private)
+        ensure_writable_repository(args.hub_model_id, args.hub_private)
     with locked_run_folder(output_dir, args, accelerator) as folder:
         checkpoints = Checkpoints(folder / "checkpoints", args.keep_last, accelerator)
         # This call also compares the settings of the run with those in the checkpoint, before any long work begins.
         resume = checkpoints.find_resume_checkpoint(args)
         inputs = load_inputs(args, accelerator)
         if (folder / "run.json").is_file():  # the run was stopped after training, before or during the evaluation
-            check_finished_run(folder, args.to_dict(), inputs.fingerprints(args))
+            check_matches_finished_run(folder, args.to_dict(), inputs.fingerprints(args))
         else:
             train(args, inputs, checkpoints, resume)
         if accelerator.is_main_process:
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> Path:
         accelerator.wait_for_everyone()
         accelerator.end_training()  # closes the tracker's files, before their folder is renamed
         if accelerator.is_main_process:
-            finish_folder(output_dir, args.overwrite_output_dir)
+            rename_partial_folder(output_dir, args.overwrite_output_dir)
             print(f"\n{(output_dir / 'table.md').read_text(encoding='utf-8')}\nThe results are in {output_dir}.")
     return finish_run(args, output_dir)
 
@@ -121,7 +121,7 @@ def join_processes() -> PartialState:
         ValueError: If the launcher has started more processes than Accelerate has connected.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
-    state = process_state(PROCESS_TIMEOUT)
+    state = get_distributed_state(PROCESS_TIMEOUT)
     if state.num_processes != started:
         raise ValueError(
             f"{started} processes were started, but Accelerate has connected {state.num_processes}, so each would "
@@ -179,7 +179,7 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
     wrapped = prepare_trainable(model, args)
     state = TrainingState(config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads())
     state.device = f"{describe_device(accelerator.device)}, {accelerator.num_processes} processes"
-    sources = read_origins(args.model, args.dataset, args.evaluation_dataset)
+    sources = read_model_and_data_origins(args.model, args.dataset, args.evaluation_dataset)
     state = TrainingLoop(args, inputs, model, wrapped, checkpoints, state).train(resume)
     if accelerator.is_main_process:
         model = merge_adapters(wrapped, folder)
@@ -213,7 +213,11 @@ def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Acc
             role: compute_retrieval_embeddings(model, inputs.processor, split.captions(), inputs.test_embeds)
             for role, model in models.items()
         }
-        metadata = {"dataset": short_name(args.evaluation_dataset), "split": args.test_split, "language": language}
+        metadata = {
+            "dataset": to_publishable_name(args.evaluation_dataset),
+            "split": args.test_split,
+            "language": language,
+        }
         baseline = metadata | {"model": "baseline", "model_folder": args.model, "seed": None}
         trained = metadata | {"model": "capivara", "model_folder": ".", "seed": args.seed}
         records = compute_retrieval_records(embeddings["baseline"], **baseline)
@@ -222,7 +226,7 @@ def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Acc
         name = f"retrieval_{metadata['dataset'].replace('/', '_')}_{args.test_split}_{language}.json"
         write_records(
             folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",
-            fingerprint=pairs_fingerprint(split.table), device=describe_device(accelerator.device),
+            fingerprint=compute_pair_content_digest(split.table), device=describe_device(accelerator.device),
             **describe_model(models["capivara"]), **split.source.describe_embeds(),
         )  # fmt: skip
         all_records += records
@@ -251,7 +255,7 @@ def write_run_files(
         model: Trained model.
         state: State of the run after the last step.
         inputs: Data and image embeddings.
-        origins: Licenses and origins of base model and data, from `hub_upload.origins.read_origins`.
+        origins: Licenses and origins of base model and data, from `hub_upload.origins.read_model_and_data_origins`.
         folder: Working folder of the run.
     """
     plot_training_curves(state.curve, args.language, folder / "curves.png", label_language=args.language)
@@ -300,7 +304,7 @@ def finish_run(args: RunArguments, output_dir: Path) -> Path:
                 logger.warning("The model card, README.md, could not be written: %s", error)
             (output_dir / RUN_MARKER).unlink()
         if args.push_to_hub:
-            publish_run(output_dir, args.hub_model_id, args.hub_private, language)
+            export_and_push_run(output_dir, args.hub_model_id, args.hub_private, language)
     return output_dir
 
 

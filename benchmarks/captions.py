@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         return report_results(results, args.output)
     transformers_logging.set_verbosity_error()
     prefixes = read_prefixes(PREFIXES_FILE)
-    steps = make_generation_programs(build_scaled_captioner(args, prefixes), prefixes, args.images)
+    steps = build_generation_functions(build_small_random_captioner(args, prefixes), prefixes, args.images)
     plain, ours = (step().tolist() for step in steps.values())
     seconds = time_alternating(steps, args.runs, "generate")
     rates = {name: [args.images / elapsed for elapsed in times] for name, times in seconds.items()}
@@ -118,7 +118,7 @@ def measure_chat(runs: int) -> dict[str, Any]:
     }
 
 
-def build_scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> PrefixCaptioner:
+def build_small_random_captioner(args: CaptionsArguments, prefixes: list[str]) -> PrefixCaptioner:
     """Build a scaled-down BLIP-2 with random weights.
 
     The model has no end-of-sequence token, so that all captions have the same length.
@@ -165,7 +165,7 @@ def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
-def make_generation_programs(
+def build_generation_functions(
     captioner: PrefixCaptioner, prefixes: list[str], images: int
 ) -> dict[str, Callable[[], Tensor]]:
     """Build the programs to compare, `plain` and `ours`, which caption images of random pixels.

@@ -38,14 +38,14 @@ from capivara_search import PictureIndex
 from capivara_search.duplicates import (
     FLOAT16_TOLERANCE,
     SIGNATURE_BYTES,
-    add_color_signatures,
-    find_duplicate_groups,
-    pairwise_similarity,
+    cluster_near_duplicates,
+    combine_vectors_and_colors,
+    compute_duplicate_similarity,
 )
 from capivara_search.results import DUPLICATE_MIN_SIMILARITY
 from capivara_search.table import COLOR_SIGNATURE_COLUMN
-from examples.openmoji.concepts import load_concepts
-from examples.openmoji.dataset import render_png
+from examples.openmoji.concepts import load_emoji_by_concept
+from examples.openmoji.dataset import render_openmoji
 from examples.real_images import PHOTOGRAPHS, load_photo
 
 DRAWINGS = ("colorwheel", "horse")  # entries of `PHOTOGRAPHS` that are drawings; they are cropped, but not copied
@@ -126,7 +126,7 @@ ICON_KINDS: dict[str, CopyRecipe] = {
 }
 
 
-def write_photographs(folder: Path) -> dict[tuple[str, str], str]:
+def write_photograph_variants(folder: Path) -> dict[tuple[str, str], str]:
     """Write the original and all copies of each photograph, and nine crops of each photograph and drawing.
 
     Args:
@@ -152,7 +152,7 @@ def write_photographs(folder: Path) -> dict[tuple[str, str], str]:
     return files
 
 
-def write_icons(folder: Path) -> dict[tuple[str, str], str]:
+def write_icon_variants(folder: Path) -> dict[tuple[str, str], str]:
     """Write the icons of OpenMoji, and copies of every `COPIED_ICON_STEP`-th icon.
 
     Args:
@@ -162,8 +162,8 @@ def write_icons(folder: Path) -> dict[tuple[str, str], str]:
         The path of each file. Keys are the emoji and the kind of the file: `ORIGINAL_KIND` or a key of `ICON_KINDS`.
     """
     files = {}
-    for number, icon in enumerate(chain.from_iterable(load_concepts().values())):
-        png = render_png(icon.emoji)
+    for number, icon in enumerate(chain.from_iterable(load_emoji_by_concept().values())):
+        png = render_openmoji(icon.emoji)
         path = folder / f"icon-{len(files):05d}.png"
         path.write_bytes(png)
         files[icon.emoji, ORIGINAL_KIND] = str(path)
@@ -174,7 +174,7 @@ def write_icons(folder: Path) -> dict[tuple[str, str], str]:
     return files
 
 
-def overlap_share(first: str, second: str) -> float:
+def compute_crop_overlap(first: str, second: str) -> float:
     """Return the fraction of the first crop's pixels that also lie in the second crop.
 
     Args:
@@ -185,7 +185,7 @@ def overlap_share(first: str, second: str) -> float:
     return (1 - abs(first_x - second_x) / 2) * (1 - abs(first_y - second_y) / 2)
 
 
-def compute_copy_recall(
+def compute_recall_by_copy_kind(
     files: list[tuple[str, str]], is_duplicate: np.ndarray, kinds: dict[str, CopyRecipe]
 ) -> dict[str, float]:
     """Return the fraction of copies that are recognized as duplicates of their originals, for each kind of copy.
@@ -206,12 +206,12 @@ def compute_copy_recall(
     }
 
 
-def find_wrong_photographs(files: list[tuple[str, str]], is_duplicate: np.ndarray) -> dict[str, list[int]]:
+def count_false_duplicates(files: list[tuple[str, str]], is_duplicate: np.ndarray) -> dict[str, list[int]]:
     """Count the pairs of different photographs, and of crops of one image, that are wrongly recognized as duplicates.
 
     Args:
         files: For each file, the name of its image and its kind, such as "original", "recompressed, quality 50" or
-            "cut 0 1": the keys of the dict that `write_photographs` returns.
+            "cut 0 1": the keys of the dict that `write_photograph_variants` returns.
         is_duplicate: Boolean array of shape (files, files): whether two files are recognized as duplicates.
 
     Returns:
@@ -222,7 +222,7 @@ def find_wrong_photographs(files: list[tuple[str, str]], is_duplicate: np.ndarra
     uncut = [file for file in files if file[1] not in CUT_CORNERS]
     pairs = {"different photographs": [(a, b) for a, b in combinations(uncut, 2) if a[0] != b[0]]}
     for overlap, title in ((0, "cuts of one that share nothing"), (0.25, "cuts of one that share a quarter")):
-        cuts = [pair for pair in combinations(CUT_CORNERS, 2) if overlap_share(*pair) == overlap]
+        cuts = [pair for pair in combinations(CUT_CORNERS, 2) if compute_crop_overlap(*pair) == overlap]
         pairs[title] = [((name, a), (name, b)) for name in sorted({name for name, _ in files}) for a, b in cuts]
     return {
         title: [int(sum(is_duplicate[index[a], index[b]] for a, b in of_title)), len(of_title)]
@@ -230,7 +230,7 @@ def find_wrong_photographs(files: list[tuple[str, str]], is_duplicate: np.ndarra
     }
 
 
-def find_same_drawings(paths: list[str]) -> list[tuple[int, int]]:
+def find_lookalike_icon_pairs(paths: list[str]) -> list[tuple[int, int]]:
     """Find the pairs of icons that look the same.
 
     Args:
@@ -258,10 +258,12 @@ def measure_rule(
     """Measure how well one rule detects duplicates: a kind of vectors together with a similarity threshold.
 
     Args:
-        vectors: Vector of each file, for `pairwise_similarity`: first the files of `photos`, then the files of `icons`.
-        photos: Paths of photographs by name and kind, from `write_photographs`.
-        icons: Paths of icons by emoji and kind, from `write_icons`.
-        same_drawings: Pairs of original icons that look the same, from `find_same_drawings`. They are not counted.
+        vectors: Vector of each file, for `compute_duplicate_similarity`: first the files of `photos`, then the files of
+            `icons`.
+        photos: Paths of photographs by name and kind, from `write_photograph_variants`.
+        icons: Paths of icons by emoji and kind, from `write_icon_variants`.
+        same_drawings: Pairs of original icons that look the same, from `find_lookalike_icon_pairs`. They are not
+            counted.
         threshold: Two files count as duplicates if their similarity is at least this.
 
     Returns:
@@ -270,17 +272,17 @@ def measure_rule(
         "largest_icon_group", the number of icons in the largest group of duplicates.
     """
     photo_vectors, icon_vectors = vectors[: len(photos)], vectors[len(photos) :]
-    is_duplicate = pairwise_similarity(photo_vectors, photo_vectors) >= threshold - FLOAT16_TOLERANCE
-    result = {"threshold": threshold, "recall": compute_copy_recall(list(photos), is_duplicate, PHOTO_KINDS)}
-    result["wrong"] = find_wrong_photographs(list(photos), is_duplicate)
-    is_duplicate = pairwise_similarity(icon_vectors, icon_vectors) >= threshold - FLOAT16_TOLERANCE
+    is_duplicate = compute_duplicate_similarity(photo_vectors, photo_vectors) >= threshold - FLOAT16_TOLERANCE
+    result = {"threshold": threshold, "recall": compute_recall_by_copy_kind(list(photos), is_duplicate, PHOTO_KINDS)}
+    result["wrong"] = count_false_duplicates(list(photos), is_duplicate)
+    is_duplicate = compute_duplicate_similarity(icon_vectors, icon_vectors) >= threshold - FLOAT16_TOLERANCE
     originals = [index for index, (_, kind) in enumerate(icons) if kind == ORIGINAL_KIND]
-    result["icon_recall"] = compute_copy_recall(list(icons), is_duplicate, ICON_KINDS)
+    result["icon_recall"] = compute_recall_by_copy_kind(list(icons), is_duplicate, ICON_KINDS)
     is_duplicate = np.triu(is_duplicate[np.ix_(originals, originals)], 1)
     wrong = int(is_duplicate.sum() - sum(is_duplicate[pair] for pair in same_drawings))
     pair_count = len(originals) * (len(originals) - 1) // 2 - len(same_drawings)
     result["wrong"]["icons of different emoji"] = [wrong, pair_count]
-    sizes = [len(group) for group in find_duplicate_groups(icon_vectors[originals], threshold)]
+    sizes = [len(group) for group in cluster_near_duplicates(icon_vectors[originals], threshold)]
     return result | {"largest_icon_group": max(sizes)}
 
 
@@ -288,21 +290,21 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure how well three rules detect duplicates, then print and write the results as JSON."""
     args = parse_arguments(DuplicatesArguments, __doc__, argv)
     with tempfile.TemporaryDirectory() as folder:
-        photos, icons = write_photographs(Path(folder)), write_icons(Path(folder))
+        photos, icons = write_photograph_variants(Path(folder)), write_icon_variants(Path(folder))
         index = PictureIndex.open(Path(folder) / "i.lance", model=args.model)
         index.add(folder)
         paths = [*photos.values(), *icons.values()]
         vectors = index.vectors(paths)
         rows = index._table.rows(["path", COLOR_SIGNATURE_COLUMN])
         signatures = dict(zip(rows["path"].to_pylist(), rows[COLOR_SIGNATURE_COLUMN].to_pylist(), strict=True))
-        without_colors = add_color_signatures(vectors, [None] * len(paths))
-        with_colors = add_color_signatures(vectors, [signatures[path] for path in paths])
+        without_colors = combine_vectors_and_colors(vectors, [None] * len(paths))
+        with_colors = combine_vectors_and_colors(vectors, [signatures[path] for path in paths])
         rules = {
             "vectors alone, strict": (without_colors, 0.97),
             "vectors alone": (without_colors, 0.8),
             "both": (with_colors, DUPLICATE_MIN_SIMILARITY),
         }
-        same_drawings = find_same_drawings([path for (_, kind), path in icons.items() if kind == ORIGINAL_KIND])
+        same_drawings = find_lookalike_icon_pairs([path for (_, kind), path in icons.items() if kind == ORIGINAL_KIND])
         flat = [len(signatures[path]) > SIGNATURE_BYTES for path in paths]
         results = {
             "model": args.model,

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.part == "pass":
         measured = measure_pass(args)
     else:
-        encoders = build_encoders(args)
+        encoders = build_encoding_functions(args)
         measured = {
             f"{what}_{precision}": compare_encoders(encoders[what], getattr(args, what), precision, args.runs)
             for precision in ("float32", "bfloat16")
@@ -100,7 +100,7 @@ def make_images(count: int) -> list[Image.Image]:
     return [Image.fromarray(array) for array in pixels]
 
 
-def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Tensor]]]:
+def build_encoding_functions(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Tensor]]]:
     """Build the encoders to compare, with the same random weights and inputs.
 
     Args:

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(EvalRetrievalArguments, __doc__, argv)
     embeddings = make_random_embeddings(args.images, args.captions)
     compute_our_recalls(*make_random_embeddings(64, args.captions))  # loads the libraries
-    before = timing.restart_peak_memory()  # making the embeddings took more memory than they take now
+    before = timing.reset_peak_memory()  # making the embeddings took more memory than they take now
     measured = {
         **timing.describe_conditions(), "width": EMBEDDING_WIDTH,
         "images": args.images, "captions": args.images * args.captions,
@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> None:
         "memory_over_embeddings_bytes": timing.peak_resident_bytes() - before,
         "all_scores_bytes": 4 * len(embeddings[0]) * len(embeddings[1]),
     }  # fmt: skip
-    results = {"large": measured} if args.worker else {"scores": measured | compare_recalls(embeddings, args.runs)}
+    results = (
+        {"large": measured} if args.worker else {"scores": measured | compare_speed_and_recalls(embeddings, args.runs)}
+    )
     existing = read_json(args.output) if args.output and args.output.is_file() else {}
     timing.report_results(existing | results, args.output)
 
@@ -118,7 +120,7 @@ def compute_clip_benchmark_recalls(image_embeds: Tensor, text_embeds: Tensor, im
     return recalls
 
 
-def compare_recalls(embeddings: tuple[Tensor, Tensor, Tensor], runs: int) -> dict[str, Any]:
+def compare_speed_and_recalls(embeddings: tuple[Tensor, Tensor, Tensor], runs: int) -> dict[str, Any]:
     """Time the functions of clip-benchmark and of this project, and compare their recalls.
 
     Args:

@@ -14,7 +14,7 @@ from benchmarks.timing import (
     describe_conditions,
     peak_resident_bytes,
     report_results,
-    run_in_process,
+    run_module_in_subprocess,
     save_random_model,
     time_call,
 )
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="capivara-export-") as folder:
         weights = save_random_model(Path(folder) / "model")
-        measured = run_in_process("benchmarks.export", worker=f"{folder}/model")
+        measured = run_module_in_subprocess("benchmarks.export", worker=f"{folder}/model")
     additional = measured["peak_bytes"] - measured["after_imports_bytes"]
     measured |= {"peak_over_imports_bytes": additional, "ratio_to_weights": additional / weights}
     report_results(describe_conditions() | {"weights_bytes": weights, "export": measured}, args.output)

@@ -24,14 +24,14 @@ from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions, re
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import write_json
 from capivara_search.folder_scan import find_pictures
-from capivara_search.models import SearchModel, find_model
+from capivara_search.models import SearchModel, resolve_search_model
 from capivara_search.picture_reading import open_query_picture
 from capivara_search.query import (
     FEEDBACK_STRENGTH,
     NEUTRAL_SENTENCES,
     RELEVANCE_AUC_FILE,
     apply_feedback,
-    background_z_score,
+    estimate_z_score_threshold,
     z_score,
 )
 from examples.real_images import PHOTOGRAPHS, load_photo
@@ -69,7 +69,7 @@ def auc(present: np.ndarray, absent: np.ndarray) -> float:
     return float(((present[:, None] > absent) + (present[:, None] == absent) / 2).mean())
 
 
-def measure_separation(present: np.ndarray, absent: np.ndarray) -> dict[str, object]:
+def compute_auc_with_interval(present: np.ndarray, absent: np.ndarray) -> dict[str, object]:
     """Measure how well a statistic separates sentences with and without a matching image.
 
     Args:
@@ -89,7 +89,7 @@ def measure_separation(present: np.ndarray, absent: np.ndarray) -> dict[str, obj
     return {"auc": auc(present, absent), "interval_95": interval, "halves": halves}
 
 
-def read_box_classes(path: Path, class_names: dict[int, str]) -> set[str]:
+def read_yolo_classes(path: Path, class_names: dict[int, str]) -> set[str]:
     """Read the classes of the objects in a photograph from the YOLO label file of the photograph.
 
     Args:
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--pictures must be a folder with images, got {args.pictures}.")
     if not sentences.get("there") or not sentences.get("absent"):
         raise ValueError(f"--sentences must be a file with sentences under `there` and `absent`, got {args.sentences}.")
-    model, pictures = find_model(args.model), [open_query_picture(path) for path in files]
+    model, pictures = resolve_search_model(args.model), [open_query_picture(path) for path in files]
     pictures += [load_photo(name) for name in PHOTOGRAPHS if sentences.get("photographs")]
     images, neutral_texts = model.embed_images(pictures), model.embed_texts(NEUTRAL_SENTENCES)
     scores = {
@@ -169,8 +169,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     counts = {"pictures": len(images), "sentences": {kind: len(rows) for kind, rows in scores.items()}}
     best = {kind: np.array([z_score(row.max(), row) for row in rows]) for kind, rows in scores.items()}
-    separation = measure_separation(best["there"], best["absent"])
-    relevance_threshold = background_z_score(images, neutral_texts, (neutral_texts @ images.T).max(axis=1))
+    separation = compute_auc_with_interval(best["there"], best["absent"])
+    relevance_threshold = estimate_z_score_threshold(images, neutral_texts, (neutral_texts @ images.T).max(axis=1))
     results = describe_conditions() | {
         "model": model.name,
         **counts,
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     config = args.pictures.parent / "object_detection" / "config.yaml"
     if sentences.get("steering") and config.is_file():
         names = yaml.safe_load(config.read_text(encoding="utf-8"))["names"]
-        classes = [read_box_classes(path, names) for path in files]
+        classes = [read_yolo_classes(path, names) for path in files]
         results["steering"] = list(measure_feedback(model, sentences["steering"], images[: len(files)], classes))
     if args.keep:
         write_json(model.folder / RELEVANCE_AUC_FILE, results)

@@ -28,9 +28,9 @@ from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import require_packages
 from capivara_common.files import check_output_file, read_json, write_json, write_text
 from capivara_common.hub_cache import CONVERSION_FILE, OPEN_CLIP_WEIGHT_FILES, resolve_model_folder
-from eval.benchmarks import Benchmark, locate_data
+from eval.benchmarks import Benchmark, find_local_or_hub_data
 from eval.prompts import load_prompts
-from eval.records.schema import ROLE_NAMES
+from eval.records.result_files import ROLE_NAMES
 from eval.suite import SuiteArguments, render_suite_table, run_suite, select_benchmarks
 from modeling_capivara.convert_open_clip import convert_to_folder
 from modeling_capivara.loading import load_model, load_processor
@@ -69,7 +69,7 @@ def estimate_downloads(args: PublishedArguments, benchmarks: list[Benchmark]) ->
     sizes, api = {}, HfApi()
     sources = [(name, api.model_info, OPEN_CLIP_WEIGHT_FILES) for name in (args.model, args.baseline)]
     for benchmark in benchmarks:
-        source = locate_data(benchmark, args.data_dir)
+        source = find_local_or_hub_data(benchmark, args.data_dir)
         if source["data"] and not source["local"]:
             sources.append((source["data"], api.dataset_info, None))
     for name, get_info, weight_files in sources:
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Downloads: {total:.1f} GB" + f", and of unknown size: {', '.join(unknown)}" * bool(unknown), flush=True)
     readable = []
     for benchmark in benchmarks:
-        if reason := locate_data(benchmark, args.data_dir)["reason"]:
+        if reason := find_local_or_hub_data(benchmark, args.data_dir)["reason"]:
             print(f"{benchmark.key}: {reason}.", flush=True)
         else:
             readable.append(benchmark)

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from benchmarks.timing import describe_conditions, report_results
 from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_search.miniature import get_miniature_folder
+from capivara_search.miniature import get_or_build_miniature_folder
 from eval.capivara_metrics.metrics import cross_modal_ranks, mean_recall
-from examples.openmoji.dataset import load_dataset_with_images
+from examples.openmoji.dataset import load_self_contained_dataset
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
@@ -107,8 +107,8 @@ def compare(reference: Tensor, embeds: Tensor) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     """Run the command: quantize, embed, compare, and print the results as JSON."""
     args = parse_arguments(QuantizeArguments, __doc__, argv)
-    source = args.model or str(get_miniature_folder())
-    split = load_dataset_with_images(args.dataset)["test"]
+    source = args.model or str(get_or_build_miniature_folder())
+    split = load_self_contained_dataset(args.dataset)["test"]
     rows = split.select(range(min(args.rows, len(split))))
     texts, images = [captions[0] for captions in rows[f"captions-{args.language}"]], list(rows["image"])
     processor, groups = load_processor(source), torch.arange(len(texts))

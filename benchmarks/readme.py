@@ -21,8 +21,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import read_json, write_json, write_text
-from eval.records.schema import DIRECTIONS, Record, read_records
-from eval.records.tables import format_percent, format_points, render_retrieval_table
+from eval.records.result_files import DIRECTIONS, Record, read_records
+from eval.records.tables import format_percent_over_seeds, format_signed_difference, render_retrieval_table
 
 BLOCK_RE = re.compile(r"(<!-- (\w+): made by `python -m benchmarks.readme` -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
@@ -84,7 +84,7 @@ def load_template() -> Template:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), extensions=["jinja2.ext.do"], **options)
     environment.filters |= {
         "fixed": format_number,
-        "points": format_points,
+        "points": format_signed_difference,
         "median": statistics.median,
         "mean": statistics.mean,
     }
@@ -98,7 +98,7 @@ def load_template() -> Template:
         "zip": zip,
     }
     environment.globals |= {
-        "recalls": mean_recalls,
+        "recalls": average_recall_over_directions,
         "retrieval_table": lambda rows: render_retrieval_table([Record(**row) for row in rows]),
     }
     return environment.get_template("tables.md.j2")
@@ -111,9 +111,9 @@ def _percent(shares: float | list[float]) -> str:
         shares: A fraction from 0 to 1, or the fractions of several seeds.
 
     Returns:
-        Text such as `format_percent` returns.
+        Text such as `format_percent_over_seeds` returns.
     """
-    return format_percent([shares] if isinstance(shares, float) else shares)
+    return format_percent_over_seeds([shares] if isinstance(shares, float) else shares)
 
 
 def load_results(name: str) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def format_versions(results: dict[str, Any], *packages: str) -> str:
     return ", ".join(f"{package.removesuffix('_torch')} {version}" for package, version in versions.items())
 
 
-def mean_recalls(recipe_row: dict[str, Any]) -> list[list[float]]:
+def average_recall_over_directions(recipe_row: dict[str, Any]) -> list[list[float]]:
     """Average the mean recall over both directions (text to image, image to text).
 
     Args:
@@ -204,7 +204,7 @@ def mean_recalls(recipe_row: dict[str, Any]) -> list[list[float]]:
     return recalls
 
 
-def import_demo_runs(runs: list[Path]) -> None:
+def copy_demo_results(runs: list[Path]) -> None:
     """Copy the results of demo runs to benchmarks/results/demo.json, and the charts of the first run to docs.
 
     Args:
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: write the blocks of all Markdown files or, with `--check`, fail if a block is outdated."""
     args = parse_arguments(ReadmeArguments, __doc__, argv)
     if args.demo:
-        import_demo_runs(args.demo)
+        copy_demo_results(args.demo)
     for page in find_pages():
         text = (CODE_ROOT / page).read_text(encoding="utf-8")
         if not args.check:

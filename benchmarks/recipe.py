@@ -21,7 +21,7 @@ from capivara_common.cli import flag, parse_arguments, read_yaml_config, run_com
 from capivara_common.files import json_digest, read_json, write_json
 from eval.capivara_metrics.metrics import mean_hits, paired_bootstrap
 from eval.embeddings import CachedEmbedder
-from eval.records.schema import DIRECTIONS
+from eval.records.result_files import DIRECTIONS
 from eval.retrieval import (
     RetrievalArguments,
     RetrievalData,

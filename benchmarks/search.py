@@ -68,10 +68,10 @@ def main(argv: list[str] | None = None) -> None:
 
     timing.save_random_model(args.work / "model")
     if args.parts == "index":
-        search_follow.make_photos(args.work / "photographs", max(ADDED_COUNTS))
+        search_follow.write_random_photos(args.work / "photographs", max(ADDED_COUNTS))
         results = measure_indexes(args) | {"width": EMBEDDING_WIDTH, "k": K, "queries": QUERY_COUNT}
     else:
-        results = search_follow.measure_following(args.work, args.followed, args.runs)
+        results = search_follow.measure_watched_folder(args.work, args.followed, args.runs)
     name = "search.json" if args.parts == "index" else "search_follow.json"
     timing.report_results(
         timing.describe_conditions("lancedb") | {"runs": args.runs} | results,
@@ -87,20 +87,20 @@ def measure_indexes(args: SearchArguments) -> dict[str, Any]:
 
     Returns:
         "index": the results of `fill_index` and `measure_index` by number of pictures, and under "approximate" whether
-        the index is searched approximately. "first_search_s": the seconds from `time_first_searches`.
+        the index is searched approximately. "first_search_s": the seconds from `time_search_commands`.
     """
     sizes = {}
     for rows in tqdm(args.sizes, desc="Indexes", unit="size"):
-        make_vectors(args.work, rows)
+        write_vectors_and_queries(args.work, rows)
         flags = {"rows": rows, "work": args.work, "runs": args.runs, "added": ADDED_COUNTS[rows == max(args.sizes)]}
         filled, measured = (
-            timing.run_in_process("benchmarks.search", worker=worker, **flags) for worker in ("fill", "index")
+            timing.run_module_in_subprocess("benchmarks.search", worker=worker, **flags) for worker in ("fill", "index")
         )
         sizes[str(rows)] = filled | measured | {"approximate": rows > MAX_EXACT_ROWS}
-    return {"index": sizes, "first_search_s": time_first_searches(args, max(args.sizes))}
+    return {"index": sizes, "first_search_s": time_search_commands(args, max(args.sizes))}
 
 
-def time_first_searches(args: SearchArguments, rows: int) -> list[float]:
+def time_search_commands(args: SearchArguments, rows: int) -> list[float]:
     """Measure how long the command `capivara search` takes, including the start of its process.
 
     Args:
@@ -128,7 +128,7 @@ def index_path(work: Path, rows: int) -> Path:
     return work / f"index-{rows}.lance"
 
 
-def make_vectors(work: Path, rows: int) -> None:
+def write_vectors_and_queries(work: Path, rows: int) -> None:
     """Generate the vectors of an index and queries, unless their files exist.
 
     The file `vectors-ROWS.npy` contains float16 vectors of shape (rows, width). The file `answers-ROWS.npz` contains
@@ -257,24 +257,27 @@ def measure_index(args: SearchArguments) -> dict[str, Any]:
     def search(query: np.ndarray) -> None:
         hits.append({hit.path for hit in index.search_vector(query, K)})
 
-    measured = {"vector_ms": time_calls(search, answers["queries"]), "memory_bytes": timing.peak_resident_bytes()}
+    measured = {
+        "vector_ms": measure_latency_percentiles(search, answers["queries"]),
+        "memory_bytes": timing.peak_resident_bytes(),
+    }
     nearest = [{picture_path(row) for row in rows} for rows in answers["nearest"]]
     measured["recall"] = statistics.mean(len(a & b) / K for a, b in zip(nearest, hits[-QUERY_COUNT:], strict=True))
     texts = [f"{QUERY_TEXTS[number % len(QUERY_TEXTS)]} {number}" for number in range(QUERY_COUNT)]
-    measured["text_ms"] = time_calls(lambda text: index.search(text, k=K), texts)
+    measured["text_ms"] = measure_latency_percentiles(lambda text: index.search(text, k=K), texts)
     page = PageAnswers(index)
-    measured["page_ms"] = time_calls(lambda text: page.search(Question(text=text), None), texts)
-    measured["page_newest_ms"] = time_calls(lambda text: page.search(Question(), None), texts[:50])
+    measured["page_ms"] = measure_latency_percentiles(lambda text: page.search(Question(text=text), None), texts)
+    measured["page_newest_ms"] = measure_latency_percentiles(lambda text: page.search(Question(), None), texts[:50])
     index.model.embed_images([PIL.Image.new("RGB", (64, 64))])  # loads the image encoder
-    first = time_add(args, index, 1)
-    median = statistics.median(time_add(args, index, 1) for _ in range(args.runs))
+    first = time_adding_pictures(args, index, 1)
+    median = statistics.median(time_adding_pictures(args, index, 1) for _ in range(args.runs))
     measured["added_s"] = {"1": {"seconds": median, "first_s": first}}
     if args.added > 1:
-        measured["added_s"][str(args.added)] = {"seconds": time_add(args, index, args.added)}
+        measured["added_s"][str(args.added)] = {"seconds": time_adding_pictures(args, index, args.added)}
     return measured
 
 
-def time_add(args: SearchArguments, index: PictureIndex, count: int) -> float:
+def time_adding_pictures(args: SearchArguments, index: PictureIndex, count: int) -> float:
     """Add pictures of 640 x 480 pixels to an index, and remove them from the index afterwards.
 
     Args:
@@ -297,7 +300,7 @@ def time_add(args: SearchArguments, index: PictureIndex, count: int) -> float:
     return seconds
 
 
-def time_calls(call: Callable[[Any], Any], inputs: Any) -> dict[str, float]:
+def measure_latency_percentiles(call: Callable[[Any], Any], inputs: Any) -> dict[str, float]:
     """Time the calls of a function, after untimed calls with the first tenth of the inputs.
 
     Args:

@@ -44,7 +44,7 @@ QUESTION_TEXTS = ("um gato dormindo", "cachorro correndo na praia", "", "pôr do
 WAIT_TIMEOUT_S = 120
 
 
-def measure_following(work: Path, number: int, runs: int) -> dict[str, Any]:
+def measure_watched_folder(work: Path, number: int, runs: int) -> dict[str, Any]:
     """Measure indexing runs, changes of the followed folder, and searches of the page.
 
     Args:
@@ -54,13 +54,13 @@ def measure_following(work: Path, number: int, runs: int) -> dict[str, Any]:
 
     Returns:
         The results, as in search_follow.json: "pictures" and "burst" (numbers of photographs), "estimates" (result of
-        `measure_estimate` by indexing run), "nothing_new_s" (seconds of each run that finds nothing new),
+        `measure_remaining_time_error` by indexing run), "nothing_new_s" (seconds of each run that finds nothing new),
         "change_in_the_answers_s" (seconds by kind of change, see `time_changes`), and "page_ms" (results of
-        `time_questions` while the folder is unchanged and while many new photographs are read).
+        `time_page_searches` while the folder is unchanged and while many new photographs are read).
     """
     work = work.absolute()  # the index stores absolute paths
     folder, where = work / "followed", work / "followed.lance"
-    photos = make_photos(work / "photographs", number + BURST_SIZE + runs)
+    photos = write_random_photos(work / "photographs", number + BURST_SIZE + runs)
     for outdated in (folder, where):
         shutil.rmtree(outdated, ignore_errors=True)
     burst, spare = photos[number:][:BURST_SIZE], photos[number + BURST_SIZE :]
@@ -70,15 +70,15 @@ def measure_following(work: Path, number: int, runs: int) -> dict[str, Any]:
     for name, (start, end) in tqdm(INDEXING_SHARES.items(), desc="Indexing", unit="run"):
         copy_photos(photos[round(number * start) : round(number * end)], folder)
         if name == "resumed":
-            interrupt_indexing(words, where, round(number * (end - start) * INTERRUPTION_SHARE))
-        estimates[name] = measure_estimate(words, where)
+            start_and_interrupt_indexing(words, where, round(number * (end - start) * INTERRUPTION_SHARE))
+        estimates[name] = measure_remaining_time_error(words, where)
     nothing_new = [time_call(lambda: run_indexing(words)) for _ in range(runs)]
     index = PictureIndex.open(where)
     with serve_page(flags) as search:
         changes = [time_changes(index, folder, photo, burst[0]) for photo in tqdm(spare, desc="Changes")]
-        idle = time_questions(search, lambda done: done < QUESTION_COUNT)
+        idle = time_page_searches(search, lambda done: done < QUESTION_COUNT)
         copy_photos(burst, folder)
-        busy = time_questions(search, lambda done: len(index) < number + BURST_SIZE)
+        busy = time_page_searches(search, lambda done: len(index) < number + BURST_SIZE)
     return {
         "pictures": number, "estimates": estimates, "nothing_new_s": nothing_new,
         "change_in_the_answers_s": {name: [change[name] for change in changes] for name in changes[0]},
@@ -86,7 +86,7 @@ def measure_following(work: Path, number: int, runs: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_photos(folder: Path, count: int) -> list[Path]:
+def write_random_photos(folder: Path, count: int) -> list[Path]:
     """Generate photographs as JPEG files. Existing files are kept.
 
     Args:
@@ -153,7 +153,7 @@ def run_indexing(words: list[str]) -> None:
         raise RuntimeError(f"capivara {' '.join(words)} ended with exit code {code}.")
 
 
-def interrupt_indexing(words: list[str], where: Path, done_count: int) -> None:
+def start_and_interrupt_indexing(words: list[str], where: Path, done_count: int) -> None:
     """Start an indexing run, and interrupt the run by Ctrl-C after `done_count` pictures.
 
     Args:
@@ -167,7 +167,7 @@ def interrupt_indexing(words: list[str], where: Path, done_count: int) -> None:
     process.wait()
 
 
-def measure_estimate(words: list[str], where: Path) -> dict[str, Any]:
+def measure_remaining_time_error(words: list[str], where: Path) -> dict[str, Any]:
     """Run `capivara index`, and measure how wrong its estimates of the remaining time are.
 
     Args:
@@ -279,7 +279,7 @@ def serve_page(flags: list[str]) -> Iterator[Callable[[str], None]]:
         process.communicate()
 
 
-def time_questions(search: Callable[[str], None], should_continue: Callable[[int], bool]) -> dict[str, float]:
+def time_page_searches(search: Callable[[str], None], should_continue: Callable[[int], bool]) -> dict[str, float]:
     """Send searches to the page one after another, and time them.
 
     Args:

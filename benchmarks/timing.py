@@ -36,7 +36,7 @@ def peak_resident_bytes() -> int:
     raise OSError("/proc/self/status has no VmHWM, the peak memory of this process. Run benchmarks on Linux.")
 
 
-def restart_peak_memory() -> int:
+def reset_peak_memory() -> int:
     """Reset the peak memory that `peak_resident_bytes` returns to the memory that this process uses now.
 
     Returns:
@@ -105,7 +105,7 @@ def summarize_rates(rates: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)}
 
 
-def run_in_process(module: str, root: Path = CODE_ROOT, **flags: Any) -> Any:
+def run_module_in_subprocess(module: str, root: Path = CODE_ROOT, **flags: Any) -> Any:
     """Run a module of this project in a new process, which has its own peak memory.
 
     Args:

@@ -53,7 +53,7 @@ from transformers import PreTrainedConfig, SiglipConfig, SiglipModel
 
 from benchmarks import timing
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
-from capivara_common.environment import resolve_precision
+from capivara_common.environment import resolve_mixed_precision
 from capivara_common.files import read_json
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
 from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
@@ -171,10 +171,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         timing.report_results(measure_open_clip(args) if args.worker == PEER_PROGRAM else measure_ours(args))
     else:
-        timing.report_results(measure_parts(args), args.output)
+        timing.report_results(run_requested_benchmarks(args), args.output)
 
 
-def measure_parts(args: TrainStepArguments) -> dict[str, Any]:
+def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     """Measure the requested parts in alternating runs.
 
     Args:
@@ -183,12 +183,12 @@ def measure_parts(args: TrainStepArguments) -> dict[str, Any]:
     Returns:
         The results, as in train_step.json: the conditions and sizes of the benchmark; under "measured", the summary of
         each program (see `summarize_runs`) by precision and program; under "recipe", the result of `summarize_recipe`;
-        and under "demo", the result of `time_demo` for "new" (this checkout) and "old" (`--beside`).
+        and under "demo", the result of `time_demo_commands` for "new" (this checkout) and "old" (`--beside`).
     """
     suffixes = ["", BEFORE_SUFFIX] if args.beside else [""]
     names = [name + suffix for name in ("no_cache", "cache") for suffix in suffixes] if args.beside else PROGRAMS
     programs = {(title, name): {"precision": key} for key, title in PRECISION_NAMES.items() for name in names}
-    sizes = {"micro": RECIPE_MICRO, "precision": resolve_precision("auto", torch.device("cpu")), "steps": 1}
+    sizes = {"micro": RECIPE_MICRO, "precision": resolve_mixed_precision("auto", torch.device("cpu")), "steps": 1}
     # The first step also allocates Adam's moments, so memory is larger in the second step. By default, only the first
     # step of 2816 pairs is measured, because a second one would take too long.
     sizes["warmup"] = int(args.pairs is not None and "programs" not in args.parts)
@@ -213,7 +213,7 @@ def measure_parts(args: TrainStepArguments) -> dict[str, Any]:
             results["measured"].setdefault(part, {})[name] = summary
     if "demo" in args.parts:
         trees = {"old": args.beside, "new": timing.CODE_ROOT}
-        results["demo"] = {name: time_demo(tree.resolve()) for name, tree in trees.items() if tree}
+        results["demo"] = {name: time_demo_commands(tree.resolve()) for name, tree in trees.items() if tree}
     return results
 
 
@@ -237,7 +237,7 @@ def summarize_recipe(step: dict[str, Any], smaller: dict[str, Any] | None) -> di
     return step | {"smaller": smaller, "extrapolated": extrapolated}
 
 
-def time_demo(checkout: Path) -> dict[str, Any]:
+def time_demo_commands(checkout: Path) -> dict[str, Any]:
     """Run the commands of `make demo` twice in a checkout.
 
     Both runs use the same cache folder, and the same folders for the base model and the dataset, so that the second run
@@ -283,7 +283,9 @@ def run_program(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, 
     if args.model != "capivara":  # the other checkout may not have this flag
         flags["model"] = args.model
     root = args.beside if name.endswith(BEFORE_SUFFIX) else timing.CODE_ROOT
-    return timing.run_in_process("benchmarks.train_step", root, worker=name.removesuffix(BEFORE_SUFFIX), **flags)
+    return timing.run_module_in_subprocess(
+        "benchmarks.train_step", root, worker=name.removesuffix(BEFORE_SUFFIX), **flags
+    )
 
 
 def summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict] | None) -> dict[str, Any]:
@@ -317,7 +319,7 @@ def build_published_config(model: str) -> PreTrainedConfig:
     return SiglipConfig(text_config=tower | text, vision_config=tower | images)
 
 
-def make_random_texts(config: PreTrainedConfig, pairs: int) -> Tensor:
+def make_random_token_ids(config: PreTrainedConfig, pairs: int) -> Tensor:
     """Generate random token ids.
 
     Args:
@@ -422,7 +424,7 @@ def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tup
         embeddings of shape (pairs, width).
     """
     texts = []
-    for number, ids in enumerate(make_random_texts(config, args.pairs).split(args.micro)):
+    for number, ids in enumerate(make_random_token_ids(config, args.pairs).split(args.micro)):
         # Padded to the longest text of the micro-batch.
         ids = ids[:, : (ids != PAD_TOKEN_ID).sum(dim=1).max()].contiguous()
         mask = None if isinstance(config, SiglipConfig) else (ids != PAD_TOKEN_ID).long()
@@ -495,7 +497,7 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
     model.set_grad_checkpointing()
     optimizer, ends = build_open_clip_optimizer(model, open_clip_args), []
     optimizer.register_step_post_hook(lambda *_: ends.append(time.perf_counter()))
-    pixels, texts = make_random_pixels(config, args.pairs), make_random_texts(config, args.pairs)
+    pixels, texts = make_random_pixels(config, args.pairs), make_random_token_ids(config, args.pairs)
     micro_batches = zip(pixels.split(args.peer_micro), texts.split(args.peer_micro), strict=True)
     batches = PeerBatches([*micro_batches] * steps)
     batches.num_batches, batches.num_samples = len(batches), steps * args.pairs

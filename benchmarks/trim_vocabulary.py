@@ -115,7 +115,7 @@ def measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
 
         def work(worker: str, state: str) -> Any:
             flags = {"worker": worker, "models": name, "folder": f"{folder}/{state}", "captions": args.captions}
-            return timing.run_in_process("benchmarks.trim_vocabulary", **flags)
+            return timing.run_module_in_subprocess("benchmarks.trim_vocabulary", **flags)
 
         made = work("make", "before")
         trim(Path(folder, "before"), Path(folder, "after"), args.languages, args.words)
@@ -164,10 +164,10 @@ def measure_model(folder: Path, captions: int) -> dict[str, float]:
         "memory_bytes": resident memory after the model was loaded and has embedded captions once, minus the memory
         before. "texts_per_second": rate of the second pass, with tokenization.
     """
-    texts, before = timing.make_captions(captions), timing.restart_peak_memory()
+    texts, before = timing.make_captions(captions), timing.reset_peak_memory()
     model, processor = load_model(folder).eval(), load_processor(folder)
     embed_texts(model, processor, texts)
-    memory = timing.restart_peak_memory() - before
+    memory = timing.reset_peak_memory() - before
     seconds = timing.time_call(lambda: embed_texts(model, processor, texts))
     return {"memory_bytes": memory, "texts_per_second": captions / seconds}
 

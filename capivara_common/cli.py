@@ -26,7 +26,7 @@ from typing import Any, NoReturn, TypeVar
 
 from capivara_common.interrupt import raise_on_interrupt
 from capivara_common.privacy import make_printable
-from capivara_common.progress import configure_progress_bars
+from capivara_common.progress import set_progress_bar_timing
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ def run_command(main: Callable[[], object], resumable: bool = False) -> None:
     """
     raise_on_interrupt()
     configure_console()
-    configure_progress_bars()
+    set_progress_bar_timing()
     try:
         main()
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from capivara_common.environment import cache_home, describe_device, package_versions
-from capivara_common.files import json_digest, lock_folder, read_json, write_json
+from capivara_common.files import acquire_folder_lock, json_digest, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +152,7 @@ def _locked(folder: Path) -> Iterator[None]:
     lock = None
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder, wait=True)
+        lock = acquire_folder_lock(folder, wait=True)
     try:
         yield
     finally:

@@ -84,7 +84,7 @@ def package_versions(*extra_packages: str) -> dict[str, str]:
     return versions
 
 
-def process_state(timeout: timedelta | None = None) -> "PartialState":
+def get_distributed_state(timeout: timedelta | None = None) -> "PartialState":
     """Return Accelerate's state, and initialize it in the first call.
 
     Args:
@@ -130,7 +130,7 @@ def resolve_device(name: str | None) -> "torch.device":
         raise coded_error(ValueError, "device", text, name=name, error=error) from error
 
 
-def resolve_precision(requested: str, device: "torch.device") -> str:
+def resolve_mixed_precision(requested: str, device: "torch.device") -> str:
     """Resolve the precision "auto" for a device.
 
     Args:

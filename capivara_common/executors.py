@@ -38,7 +38,7 @@ from datatrove.utils.logging import add_task_logger, close_task_logger
 
 from capivara_common.environment import CODE_ROOT, require_packages
 from capivara_common.files import write_text
-from capivara_common.progress import configure_progress_bars, disable_progress_bars
+from capivara_common.progress import disable_progress_bars, set_progress_bar_timing
 from capivara_common.tasks import ExecutorArguments, Phase
 
 MAX_NAMED_FAILURES = 8  # number of failed tasks that an error message lists
@@ -107,7 +107,7 @@ class PhaseStep(PipelineStep):
         loguru.logger.debug(f"{self.title}, task {rank} of {world_size}: {report or 'done'}")
 
 
-def failure_reasons(log_folder: Path) -> dict[int, str]:
+def read_failure_reasons(log_folder: Path) -> dict[int, str]:
     """Return why tasks have failed or not ended.
 
     Args:
@@ -146,7 +146,7 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
             continue
         executor = run_local(step, step_args) if args.executor == "local" else run_on_ray(step, step_args)
         if failed := executor.get_incomplete_ranks(skip_completed=True):
-            reasons = failure_reasons(step.log_folder)
+            reasons = read_failure_reasons(step.log_folder)
             failures = "".join(
                 f"\n  task {rank}: {reasons.get(rank, UNKNOWN_OUTCOME_MESSAGE)}" for rank in failed[:MAX_NAMED_FAILURES]
             )
@@ -185,7 +185,9 @@ def run_local(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor
     # Workers are daemons, so that Ctrl-C ends them. The environment is passed explicitly, because the fork server may
     # have been started earlier, with other environment variables.
     processes = [
-        context.Process(target=_run_worker_process, args=(executor, index, workers, gpu, dict(os.environ)), daemon=True)
+        context.Process(
+            target=_run_tasks_in_worker, args=(executor, index, workers, gpu, dict(os.environ)), daemon=True
+        )
         for index, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False)
     ]
     for process in processes:
@@ -222,7 +224,7 @@ def _run_rank_sequence(executor: LocalPipelineExecutor, ranks: range) -> None:
             close_task_logger(log)
 
 
-def _run_worker_process(
+def _run_tasks_in_worker(
     executor: LocalPipelineExecutor, worker_index: int, worker_count: int, gpu: str, environment: dict[str, str]
 ) -> None:
     """Run the tasks of one worker; this is the main function of a worker process.
@@ -244,7 +246,7 @@ def _run_worker_process(
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     loguru.logger.disable("datatrove")
     logging.basicConfig(format="%(message)s")  # warnings only; tasks report progress in their logs
-    configure_progress_bars() if worker_index == 0 else disable_progress_bars()
+    set_progress_bar_timing() if worker_index == 0 else disable_progress_bars()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     elif "OMP_NUM_THREADS" not in os.environ:

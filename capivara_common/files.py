@@ -87,12 +87,12 @@ def json_digest(value: Any, sort_keys: bool = False) -> str:
 
 
 def append_digest(path: Path) -> None:
-    """Append the SHA-256 of a file to the file itself, as `DIGEST_HEX_LENGTH` characters, for `digest_matches`."""
+    """Append the SHA-256 of a file to the file, as `DIGEST_HEX_LENGTH` characters, for `matches_appended_digest`."""
     with path.open("r+b") as file:
         file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
 
 
-def digest_matches(path: Path) -> bool:
+def matches_appended_digest(path: Path) -> bool:
     """Return whether a file exists and is unchanged since `append_digest` was called. The whole file is read."""
     with suppress(OSError, ValueError), path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
         return data[-DIGEST_HEX_LENGTH:] == hashlib.sha256(memoryview(data)[:-DIGEST_HEX_LENGTH]).hexdigest().encode()
@@ -159,11 +159,11 @@ def _locked(folder: Path, leftover: Path) -> Iterator[None]:
     Args:
         folder: The folder. It stays locked after it is renamed.
         leftover: Name under which other processes may find the folder. Where folders can't be opened, this name is
-            locked (see `lock_folder`).
+            locked (see `acquire_folder_lock`).
     """
     with ExitStack() as stack:
         with suppress(OSError):  # some file systems have no locks
-            stack.callback(os.close, lock_folder(folder if CAN_OPEN_FOLDERS else leftover))
+            stack.callback(os.close, acquire_folder_lock(folder if CAN_OPEN_FOLDERS else leftover))
         yield
 
 
@@ -239,7 +239,7 @@ def partial_folder(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def seed_folders(folder: Path) -> list[Path]:
+def list_seed_run_folders(folder: Path) -> list[Path]:
     """Return the folders of the runs `seed-0`, `seed-1`, … of a finished training with several seeds.
 
     Args:
@@ -256,7 +256,7 @@ def seed_folders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("seed-*/") if p.name[5:].isdecimal())
 
 
-def finish_folder(path: Path, overwrite: bool = False) -> None:
+def rename_partial_folder(path: Path, overwrite: bool = False) -> None:
     """Move the files of a finished run into place: rename `partial_folder(path)` to `path`.
 
     Args:
@@ -327,7 +327,7 @@ def remove_leftovers(path: Path) -> None:
             continue
         # OSError: the folder is locked, or another process has removed it in the meantime.
         with suppress(OSError), ExitStack() as stack:
-            stack.callback(os.close, lock_folder(leftover))
+            stack.callback(os.close, acquire_folder_lock(leftover))
             if match[1] == "old" and not (path.exists() and any(path.iterdir())):
                 leftover.rename(path)  # the process was killed between the two renames of `_move_folder_into_place`
             else:
@@ -367,7 +367,7 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
 
-def lock_folder(folder: Path, wait: bool = False) -> int:
+def acquire_folder_lock(folder: Path, wait: bool = False) -> int:
     """Lock a folder exclusively.
 
     The descriptor of the folder itself is locked, which leaves no file behind. Windows can't open folders, so a file in

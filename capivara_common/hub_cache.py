@@ -65,7 +65,7 @@ def resolve_model_folder(source: str, convert: Converter, revision: str | None =
     name = source.removeprefix("local-dir:")
     path = Path(name).expanduser()
     if path.is_file() or ((path / OPEN_CLIP_CONFIG).is_file() and not is_complete_model(path)):
-        return _convert_local_model(path.resolve(), convert)
+        return _get_or_convert_local_model(path.resolve(), convert)
     if path.exists():
         check_model(path, name)
         return path.resolve()
@@ -74,7 +74,7 @@ def resolve_model_folder(source: str, convert: Converter, revision: str | None =
     repo_id = source.removeprefix("hf-hub:")
     may_have_moved = revision is not None and not COMMIT_RE.fullmatch(revision)  # true for branches and tags
     cached = None if may_have_moved else find_cached_model(repo_id, revision)
-    return cached or _fetch_model(repo_id, convert, revision)
+    return cached or _download_and_convert_model(repo_id, convert, revision)
 
 
 def find_cached_model(repo_id: str, revision: str | None = None) -> Path | None:
@@ -94,7 +94,7 @@ def find_cached_model(repo_id: str, revision: str | None = None) -> Path | None:
     return folder if is_complete_model(folder) else None
 
 
-def is_reachable(repo_id: str) -> bool:
+def is_model_reachable(repo_id: str) -> bool:
     """Return whether a model is cached on this machine or exists on the Hub.
 
     If the model is not cached, a request is sent to the Hub, which may take up to `HUB_TIMEOUT_S` seconds. With the
@@ -104,12 +104,12 @@ def is_reachable(repo_id: str) -> bool:
         repo_id: Hub id, OWNER/NAME.
     """
     with suppress(ValueError):
-        check_reachable(repo_id)
+        check_model_reachable(repo_id)
         return True
     return False
 
 
-def check_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
+def check_model_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
     """Check that a model exists, with a single short request to the Hub.
 
     Loading functions of other libraries retry for minutes if the Hub can't be reached. This check fails early.
@@ -159,12 +159,12 @@ def check_model(folder: Path, name: str | Path) -> None:
     Raises:
         ValueError: If a file is missing, or the type of the model is not supported.
     """
-    if error := _model_error(folder, name):
+    if error := _find_config_error(folder, name):
         raise error
     find_weight_files(folder)
 
 
-def _model_error(folder: Path, name: str | Path) -> ValueError | None:
+def _find_config_error(folder: Path, name: str | Path) -> ValueError | None:
     """Check the config and the processor of a model, but not its weights.
 
     Args:
@@ -217,7 +217,7 @@ def hub_access_error(source: str | Path, error: Exception) -> ValueError:
     return coded_error(ValueError, "no_hub", text, model=source, cache=constants.HF_HUB_CACHE, error=name)
 
 
-def _fetch_model(repo_id: str, convert: Converter, revision: str | None) -> Path:
+def _download_and_convert_model(repo_id: str, convert: Converter, revision: str | None) -> Path:
     """Download a Hub model, and convert it if it is in open_clip's format.
 
     Args:
@@ -234,7 +234,7 @@ def _fetch_model(repo_id: str, convert: Converter, revision: str | None) -> Path
     try:  # without a network, snapshot_download returns the cached files
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=SMALL_FILE_PATTERNS))
         logger.info("Downloading the model %s from the Hub, once …", repo_id, extra={"code": "downloading"})
-        if not _model_error(folder, repo_id):
+        if not _find_config_error(folder, repo_id):
             folder = Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=MODEL_FILE_PATTERNS))
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError) as error:
         raise hub_access_error(repo_id, error) from error
@@ -245,13 +245,13 @@ def _fetch_model(repo_id: str, convert: Converter, revision: str | None) -> Path
     folder = _conversion_folder(repo_id, commit)
     with cache_folder_lock(folder):
         if not is_complete_model(folder):
-            _convert_model(f"hf-hub:{repo_id}", folder, convert, revision=commit)
+            _convert_open_clip_model(f"hf-hub:{repo_id}", folder, convert, revision=commit)
         if branch != commit:
             write_text(folder.parent / "refs" / branch, commit)
     return folder
 
 
-def _convert_model(source: str, folder: Path, convert: Converter, revision: str | None = None) -> None:
+def _convert_open_clip_model(source: str, folder: Path, convert: Converter, revision: str | None = None) -> None:
     """Convert an open_clip model, and record its source in the file `CONVERSION_FILE`.
 
     Args:
@@ -266,7 +266,7 @@ def _convert_model(source: str, folder: Path, convert: Converter, revision: str 
         write_json(new / CONVERSION_FILE, {"source": source, "revision": revision, "weights_digest": digest})
 
 
-def _convert_local_model(path: Path, convert: Converter) -> Path:
+def _get_or_convert_local_model(path: Path, convert: Converter) -> Path:
     """Convert a local open_clip model, unless a conversion of its current files is cached.
 
     Args:
@@ -284,7 +284,7 @@ def _convert_local_model(path: Path, convert: Converter) -> Path:
     folder = parent / state
     with cache_folder_lock(parent):
         if not is_complete_model(folder):
-            _convert_model(f"local-dir:{path}" if path.is_dir() else str(path), folder, convert)
+            _convert_open_clip_model(f"local-dir:{path}" if path.is_dir() else str(path), folder, convert)
             for outdated in set(parent.iterdir()) - {folder}:
                 shutil.rmtree(outdated)
     return folder

@@ -26,7 +26,7 @@ from PIL.Image import Transpose
 
 from capivara_common.avif import largest_frame_size
 from capivara_common.cli import check_at_least, flag
-from capivara_common.environment import install_command, process_state
+from capivara_common.environment import get_distributed_state, install_command
 from capivara_common.files import IS_WINDOWS, AllowedFolders, find_windows_fault
 
 with suppress(ImportError):
@@ -233,7 +233,7 @@ def decode_images(
         except BadImage as error:
             return error
 
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // process_state().num_processes))) as threads:
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // get_distributed_state().num_processes))) as threads:
         for start in range(0, len(rows), DECODE_CHUNK_IMAGES):
             chunk = rows[start : start + DECODE_CHUNK_IMAGES]
             yield from zip(chunk, threads.map(read, chunk), strict=True)

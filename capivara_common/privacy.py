@@ -131,23 +131,23 @@ def find_secret(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
         one of them is returned.
     """
     encode = str if isinstance(content, str) else str.encode
-    for token in find_hub_tokens():
+    for token in read_hub_tokens():
         if (position := content.find(encode(token))) >= 0:
             return "a token of this machine", position
     secret_pattern = SECRET_RE if encode is str else _SECRET_BYTES_RE
     for prefix in _SECRET_PREFIXES:
-        for position in _find_all(content, encode(prefix)):
+        for position in _find_substring_positions(content, encode(prefix)):
             if secret_pattern.match(content, position):
                 return f"what looks like an access token or key ({prefix}…)", position
     for escape in _ESCAPED_UNDERSCORES:
-        for position in _find_all(content, encode(escape)):
+        for position in _find_substring_positions(content, encode(escape)):
             # The search starts 30 characters before the escape, because the name of an AWS key may precede it.
             if match := secret_pattern.search(content, max(0, position - 30), position + 300):
                 return f"what looks like an access token or key (with {escape})", match.start()
     return None
 
 
-def _find_all(content: str | bytes | mmap.mmap, part: str | bytes) -> Iterator[int]:
+def _find_substring_positions(content: str | bytes | mmap.mmap, part: str | bytes) -> Iterator[int]:
     """Yield the positions of all occurrences of `part` in `content`, in ascending order."""
     position = content.find(part)
     while position >= 0:
@@ -160,7 +160,7 @@ def redact(text: str) -> str:
 
     Secrets are the Hub tokens of this machine, and any text that looks like a key, a token or a password in a URL.
     """
-    for secret in find_hub_tokens():
+    for secret in read_hub_tokens():
         text = text.replace(secret, "hf_***")
     text = SECRET_RE.sub(lambda match: "hf_***" if match[0].startswith("hf_") else "***", text)
     return _REQUEST_SECRET_RE.sub(r"\1***", _USER_INFO.sub("***", text))
@@ -182,7 +182,7 @@ def make_printable(text: str) -> str:
     return "\n".join(map(escape_control_characters, redact(text).split("\n")))
 
 
-def find_hub_tokens() -> list[str]:
+def read_hub_tokens() -> list[str]:
     """Return the Hugging Face access tokens of this machine.
 
     Tokens are read from the environment variables HF_TOKEN and HUGGING_FACE_HUB_TOKEN, and from the token file of
@@ -202,10 +202,10 @@ def find_machine_path(text: str) -> str | None:
     A path counts if it has at least two parts (`/folder/file`), or one part in quotes (`"/folder"`). URLs, Hub ids,
     fractions and dates are not paths.
     """
-    return next((match[0] for match in _path_pattern().finditer(text) if match["path"]), None)
+    return next((match[0] for match in _compile_path_pattern().finditer(text) if match["path"]), None)
 
 
-def hide_paths(value: Any) -> Any:
+def shorten_private_paths(value: Any) -> Any:
     """Shorten the absolute paths in a text, or in all texts of a JSON value.
 
     A path inside the current folder becomes relative to the current folder. Any other path is reduced to its last part
@@ -221,34 +221,36 @@ def hide_paths(value: Any) -> Any:
         ValueError: If two keys of an object become equal by shortening.
     """
     if isinstance(value, dict):
-        cleaned = {hide_paths(key): hide_paths(item) for key, item in value.items()}
+        cleaned = {shorten_private_paths(key): shorten_private_paths(item) for key, item in value.items()}
         if len(cleaned) < len(value):
             raise ValueError(f"These keys differ only in their folders: {sorted(value)}. Rename one of them.")
         return cleaned
     if isinstance(value, list):
-        return [hide_paths(item) for item in value]
+        return [shorten_private_paths(item) for item in value]
     if not isinstance(value, str) or not ("/" in value or "\\" in value):
         return value
     if whole := _WHOLE_PATH_RE.fullmatch(value):  # if the whole text is a path, the path may contain spaces
-        return whole[1] + _hide_path(whole[2])
-    return _path_pattern().sub(lambda match: _hide_path(match[0]) if match["path"] else match[0], value)
+        return whole[1] + _shorten_private_path(whole[2])
+    return _compile_path_pattern().sub(
+        lambda match: _shorten_private_path(match[0]) if match["path"] else match[0], value
+    )
 
 
-def short_name(name: str) -> str:
+def to_publishable_name(name: str) -> str:
     """Return a name of a model or dataset that can be published in records and cards.
 
     Args:
         name: Hub id or local path.
 
     Returns:
-        A Hub id is returned unchanged. A local path is shortened as by `hide_paths`, and at most its last two parts are
-        returned.
+        A Hub id is returned unchanged. A local path is shortened as by `shorten_private_paths`, and at most its last
+        two parts are returned.
     """
     is_local = name.startswith(("/", "~", "\\\\")) or ".." in Path(name).parts or Path(name).exists()
-    return "/".join(PurePosixPath(_hide_path(name) if is_local else name).parts[-2:]) or "."
+    return "/".join(PurePosixPath(_shorten_private_path(name) if is_local else name).parts[-2:]) or "."
 
 
-def local_paths() -> list[str]:
+def list_private_folders() -> list[str]:
     """Return the folders of this machine that published files must not mention, longest path first.
 
     These are the home folder, the current folder, the folder for temporary files, the Python environment, and the
@@ -259,19 +261,19 @@ def local_paths() -> list[str]:
     return sorted({str(folder) for folder in folders if len(folder.parts) > 1}, key=len, reverse=True)
 
 
-def _path_pattern() -> re.Pattern[str]:
+def _compile_path_pattern() -> re.Pattern[str]:
     """Compile a regular expression that finds absolute paths, and also URLs and other texts with slashes.
 
     Its group `path` matches only for an absolute path. The other texts match as a whole, so that their ends are not
     mistaken for paths.
     """
-    local_folder = rf"(?:{'|'.join(map(re.escape, local_paths()))})(?![\w.-])"
+    local_folder = rf"(?:{'|'.join(map(re.escape, list_private_folders()))})(?![\w.-])"
     site_path = rf"{_SITE_PATH}(?!{local_folder})[^\s\"'<>`|;,)\]]*"
     path = rf"(?P<path>{_PATH_START}{local_folder}{_PATH_TAIL}|{'|'.join(_PATH_PATTERNS)})"
     return re.compile(rf"{'|'.join(_URL_PATTERNS)}|{site_path}|{path}")
 
 
-def _hide_path(path: str) -> str:
+def _shorten_private_path(path: str) -> str:
     """Return a path relative to the current folder; only its last part if the path lies outside the current folder."""
     current = Path.cwd()
     target = Path(os.path.normpath(current / path))

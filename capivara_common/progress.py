@@ -16,7 +16,7 @@ LOG_INTERVAL_S = 30  # time between two lines if the output is a file or a pipe
 _init, _set_postfix, _display = tqdm.__init__, tqdm.set_postfix, tqdm.display
 
 
-def configure_progress_bars() -> None:
+def set_progress_bar_timing() -> None:
     """Apply `BAR_DELAY_S` (terminal) or `LOG_INTERVAL_S` (file, pipe) to all progress bars of this process.
 
     The function changes the class `tqdm` itself, because datasets, transformers, huggingface_hub and accelerate also

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
-    from capivara_search.models import SearchModel, find_model
+    from capivara_search.models import SearchModel, resolve_search_model
     from capivara_search.results import Classification, Hit, IndexReport, IndexStatus, SkippedFile
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "PictureIndex",
     "SearchModel",
     "SkippedFile",
-    "find_model",
+    "resolve_search_model",
 ]
 
 

@@ -35,12 +35,18 @@ from capivara_common import interrupt
 from capivara_common.cli import configure_console
 from capivara_common.files import is_disk_full
 from capivara_common.privacy import UNSAFE_CHARACTER_RE, escape_control_characters, redact
-from capivara_common.progress import configure_progress_bars
+from capivara_common.progress import set_progress_bar_timing
 from capivara_search import command_line as cli
-from capivara_search.command_line import DATE, add_switches, describe_usage_error, get_global_value, localized_type
-from capivara_search.messages import COMMAND_NAMES, Messages, localized_error
+from capivara_search.command_line import (
+    DATE,
+    add_boolean_flags,
+    describe_usage_error,
+    get_global_value,
+    localize_type_errors,
+)
+from capivara_search.messages import COMMAND_NAMES, Messages, make_error_from_code
 from capivara_search.results import DEFAULT_LABEL_TEMPLATE, DUPLICATE_MIN_SIMILARITY, IndexReport, IndexStatus
-from capivara_search.terminal import format_table, open_pictures, print_notice, shorten_path, show_hits, write_csv
+from capivara_search.terminal import format_path, format_table, open_pictures, print_notice, show_hits, write_csv
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -54,7 +60,7 @@ EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes; `ca
 # Value of --relevance-threshold, in English or Portuguese -> value of `PictureIndex.relevance_threshold`.
 RELEVANCE_THRESHOLD_VALUES = {"auto": None, "on": True, "off": False, "sim": True, "não": False}
 RELEVANCE_THRESHOLD_OPTION = option(
-    "--relevance-threshold", type=localized_type(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES))), default="auto"
+    "--relevance-threshold", type=localize_type_errors(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES))), default="auto"
 )
 MAX_SHOWN_SKIPPED_FILES = 5  # files that the report of `capivara index` lists; `capivara status --all` lists all
 # Keys of the rules by which files and folders are ignored, in the order of the report.
@@ -113,14 +119,14 @@ def require_search_extra() -> None:
     from capivara_common.environment import missing_modules  # inside the function, because `--help` does not need it
 
     if missing := missing_modules(*SEARCH_MODULES):
-        raise localized_error(ImportError, "no_search_extra", name=missing[0])
+        raise make_error_from_code(ImportError, "no_search_extra", name=missing[0])
 
 
 @register_command("index")
 @argument("folders", nargs=-1, type=cli.EXISTING_FOLDER)
 @option("--exclude", multiple=True, metavar="pattern")
 @option("--include", multiple=True, metavar="path", shell_complete=cli.ANY_PATH.shell_complete)
-@option("--batch-size", type=localized_type(click.IntRange(1, 10_000)), default=32)
+@option("--batch-size", type=localize_type_errors(click.IntRange(1, 10_000)), default=32)
 def index(
     messages: Messages, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], batch_size: int
 ) -> None:
@@ -136,8 +142,8 @@ def index(
     pictures = _open_index()
     pictures.repair()
     real_paths = pictures.folders_to_add(folders, exclude, include)
-    _print_model(pictures, messages, with_name=True)
-    print_notice(messages("looking", folders=", ".join(shorten_path(str(folder)) for folder in real_paths)))
+    _print_model_notice(pictures, messages, with_name=True)
+    print_notice(messages("looking", folders=", ".join(format_path(str(folder)) for folder in real_paths)))
     interrupt.raise_on_interrupt()  # from here on, Ctrl-C lets the index finish or undo what it has begun
     with show_progress_bar(messages) as show_progress:
         options = {"exclude": exclude, "include": include, "batch_size": batch_size}
@@ -157,7 +163,7 @@ def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callab
         A function `(done, total)` that can be passed to `PictureIndex.add` as `on_progress`. The arguments are the
         number of processed pictures and the total number of pictures.
     """
-    from capivara_search.estimates import RateEstimator
+    from capivara_search.index_progress import RateEstimator
 
     class Bar(tqdm):
         @property
@@ -202,7 +208,7 @@ def format_report(report: IndexReport, picture_count: int, messages: Messages) -
         parts.append(messages.format_count("skipped_files", len(report.skipped_files)))
     yield f"{', '.join(parts)} ({tqdm.format_interval(report.seconds)}){':' if report.skipped_files else '.'}"
     for skipped in report.skipped_files[:MAX_SHOWN_SKIPPED_FILES]:
-        yield f"  {shorten_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
+        yield f"  {format_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
     if (more := len(report.skipped_files) - MAX_SHOWN_SKIPPED_FILES) > 0:
         yield "  " + messages("and_more", n=more)
     if ignored := format_ignored_counts(report.ignored_counts, messages):
@@ -226,7 +232,7 @@ def format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages)
 
 @register_command("watch")
 @argument("folders", nargs=-1, type=cli.EXISTING_FOLDER)
-@add_switches("--poll")
+@add_boolean_flags("--poll")
 def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
     """Watch folders for changes until Ctrl-C, update the index, and print a report of each update.
 
@@ -237,14 +243,14 @@ def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
             the operating system reports changes in all other folders.
     """
     pictures = _open_index() if folders else _open_filled_index(allow_indexing=True)
-    _print_model(pictures, messages, with_name=True)
-    with _run_until_ctrl_c(messages), show_progress_bar(messages, leave=False) as show_progress:
+    _print_model_notice(pictures, messages, with_name=True)
+    with _exit_block_on_interrupt(messages), show_progress_bar(messages, leave=False) as show_progress:
         reports = pictures.watch(*folders, poll=poll or None, on_progress=show_progress)
         for number, report in enumerate(reports):
             lines = list(format_report(report, len(pictures), messages))
             if number == 0:
                 click.echo("\n".join(lines))
-                followed = ", ".join(shorten_path(str(folder)) for folder in folders or pictures.requested_folders())
+                followed = ", ".join(format_path(str(folder)) for folder in folders or pictures.requested_folders())
                 print_notice(messages("watching", folders=followed))
             elif report.new or report.changed or report.moved or report.removed or report.skipped_files:
                 click.echo("\n".join(lines[:-1]))
@@ -253,14 +259,14 @@ def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
 @register_command("search")
 @argument("query", metavar="query", nargs=-1)
 @option("--like", type=cli.EXISTING_FILE)
-@option("-k", type=localized_type(click.IntRange(1, 10_000)), default=12)
+@option("-k", type=localize_type_errors(click.IntRange(1, 10_000)), default=12)
 @option("--folder", type=cli.ANY_FOLDER)
 @option("--since", type=DATE)
 @option("--until", type=DATE)
 @option("--more", "--mais", multiple=True, metavar="feedback")
 @option("--less", "--menos", multiple=True, metavar="feedback")
 @RELEVANCE_THRESHOLD_OPTION
-@add_switches("--exact", "--all", "--open", "--json", "--csv")
+@add_boolean_flags("--exact", "--all", "--open", "--json", "--csv")
 def search(
     messages: Messages, query: Sequence[str], like: Path | None, k: int, folder: Path | None, since: date | None,
     until: date | None, more: Sequence[str], less: Sequence[str], relevance_threshold: str, exact: bool, all: bool,
@@ -294,7 +300,7 @@ def search(
     if since and until and since > until:
         raise click.UsageError(messages("dates_order", since=since, until=until))
     pictures = _open_filled_index(relevance_threshold=relevance_threshold)
-    _print_model(pictures, messages)
+    _print_model_notice(pictures, messages)
     options = {"exact": exact, "group_duplicates": not all, "more": more, "less": less}
     hits = pictures.search(" ".join(query), like, k, folder=folder, since=since, until=until, **options)
     if json:
@@ -304,7 +310,7 @@ def search(
     elif hits:
         show_hits(hits, pictures.thumbnail, messages)
     elif folder and not pictures.newest(1, folder=folder):
-        print_notice(messages("nothing_of", path=shorten_path(str(folder))))
+        print_notice(messages("nothing_of", path=format_path(str(folder))))
     else:
         print_notice(messages("no_hit"))
     if open:
@@ -316,7 +322,7 @@ def search(
 @argument("path", type=cli.EXISTING_PATH)
 @option("--labels", multiple=True, required=True, metavar="label")
 @option("--template", default=DEFAULT_LABEL_TEMPLATE)
-@add_switches("--json", "--csv")
+@add_boolean_flags("--json", "--csv")
 def classify(messages: Messages, path: Path, labels: Sequence[str], template: str, json: bool, csv: bool) -> int:
     """Print the label that describes a picture best, for one picture or for each picture of a folder.
 
@@ -332,10 +338,10 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
         Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
     """
     from capivara_search.picture_reading import open_query_picture
-    from capivara_search.query import check_labels
+    from capivara_search.query import clean_and_check_labels
 
-    labels, pictures = check_labels(labels, template), _open_index()
-    _print_model(pictures, messages)
+    labels, pictures = clean_and_check_labels(labels, template), _open_index()
+    _print_model_notice(pictures, messages)
     results = pictures.classify(path, labels, template)
     if not results and path.is_file():
         open_query_picture(path)  # raises an error that says why the file can't be read
@@ -348,17 +354,17 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
         rows = [[messages(f"column.{name}") for name in ("label", "share", "path")]]
         for result in results:
             share = messages.format_number(100 * max(result.shares.values())) + " %"
-            rows.append([result.label or messages("no_label_fits"), share, shorten_path(result.path)])
+            rows.append([result.label or messages("no_label_fits"), share, format_path(result.path)])
         click.echo("\n".join(format_table(rows, right_aligned=(1,))))
     return 0 if results else EXIT_NOTHING_FOUND
 
 
 @register_command("app")
-@option("--port", type=localized_type(click.IntRange(1, 65535)), default=7860)
+@option("--port", type=localize_type_errors(click.IntRange(1, 65535)), default=7860)
 @option("--host", default="127.0.0.1")
 @option("--allow-host", multiple=True)
 @RELEVANCE_THRESHOLD_OPTION
-@add_switches("--no-open", "--watch")
+@add_boolean_flags("--no-open", "--watch")
 def app(
     messages: Messages,
     port: int,
@@ -381,14 +387,14 @@ def app(
     """
     from capivara_search.page.guard import list_allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index
-    from capivara_search.watch import run_follower
+    from capivara_search.watch import watch_in_subprocess
 
     names = ", ".join(list_allowed_hosts(host, allow_host))
     pictures = _open_filled_index(allow_indexing=True, relevance_threshold=relevance_threshold)
-    _print_model(pictures, messages)
+    _print_model_notice(pictures, messages)
     not_requested = pictures.folders().keys() - pictures.requested_folders().keys()
     if hidden_folders := sorted(filter(os.path.isdir, not_requested)):
-        print_notice(messages("thumbnails_only", folders=", ".join(map(shorten_path, hidden_folders))))
+        print_notice(messages("thumbnails_only", folders=", ".join(map(format_path, hidden_folders))))
     flag_values = {"index": pictures.where, "lang": messages.language}
     flag_values |= {name: get_global_value(name) for name in ("model", "device")}
     follower_flags = [f"--{name}={value}" for name, value in flag_values.items() if value]
@@ -398,13 +404,13 @@ def app(
         if not is_loopback(host):
             print_notice(messages("open_to_all", names=names))
 
-    with _run_until_ctrl_c(messages), run_follower(*follower_flags) if watch else nullcontext():
+    with _exit_block_on_interrupt(messages), watch_in_subprocess(*follower_flags) if watch else nullcontext():
         options = {"language": messages.language, "allow_hosts": list(allow_host), "open_browser": not no_open}
         serve_index(pictures, host, port, on_open=print_address, **options)
 
 
 @register_command("status")
-@add_switches("--all", "--json")
+@add_boolean_flags("--all", "--json")
 def status(messages: Messages, all: bool, json: bool) -> None:
     """Print a summary of the index: location, pictures, model, folders, skipped files, and ignored files.
 
@@ -440,27 +446,27 @@ def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str
     """
     codes = Counter(skipped.code for skipped in state.skipped_files)
     sections = {
-        "where": [shorten_path(state.where)],
+        "where": [format_path(state.where)],
         "pictures": [messages.format_number(state.pictures)],
         "model": [escape_control_characters(state.model or "")],
         "size": [] if state.bytes is None else [messages.format_size(state.bytes)],
         "taken": [f"{messages.format_date(state.first)} – {messages.format_date(state.last)}"] if state.first else [],
     }
     sections["folders"] = [
-        f"{shorten_path(folder) if os.path.isdir(folder) else messages('away', folder=shorten_path(folder))}"
+        f"{format_path(folder) if os.path.isdir(folder) else messages('away', folder=format_path(folder))}"
         f"  {messages.format_number(number)}"
         for folder, number in state.folders.items()
     ]
     sections["ignored"] = [format_ignored_counts(state.ignored_counts, messages)] if state.ignored_counts else []
     sections["rules"] = [
         *(f"--exclude {escape_control_characters(pattern)}" for pattern in state.exclude),
-        *(messages("status.forgotten", path=shorten_path(path)) for path in state.forgotten),
+        *(messages("status.forgotten", path=format_path(path)) for path in state.forgotten),
     ]
     totals = [f"{messages.format_number(number)} {messages.skip_reason(code)}" for code, number in codes.most_common()]
     sections["skipped_files"] = [
         *([", ".join(totals)] if len(totals) > 1 else []),
         *(
-            f"{shorten_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
+            f"{format_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
             for skipped in state.skipped_files
         ),
     ]
@@ -483,7 +489,7 @@ def forget(messages: Messages, path: Path) -> int:
     key = "stays_out" if os.path.lexists(path) else "nothing_of"
     if number:
         key = "forgotten"
-    text = messages(key, n=messages.format_number(number), path=shorten_path(str(path)), quoted_path=quoted_path)
+    text = messages(key, n=messages.format_number(number), path=format_path(str(path)), quoted_path=quoted_path)
     click.echo(text, err=not number)
     return 0 if number else EXIT_NOTHING_FOUND
 
@@ -500,7 +506,7 @@ def move(messages: Messages, old: Path, new: Path) -> None:
         new: Folder that the pictures are in now.
     """
     row_count, file_count = map(messages.format_number, _open_filled_index().move(old, new))
-    click.echo(messages("moved_to", n=row_count, files=file_count, path=shorten_path(str(new))))
+    click.echo(messages("moved_to", n=row_count, files=file_count, path=format_path(str(new))))
 
 
 @register_command("export")
@@ -517,12 +523,12 @@ def export(messages: Messages, file: Path) -> None:
     """
     if not file.parent.is_dir():
         raise click.UsageError(messages("bad.directory", value=escape_control_characters(str(file.parent))))
-    click.echo(messages.format_count("exported", _open_filled_index().export(file), path=shorten_path(str(file))))
+    click.echo(messages.format_count("exported", _open_filled_index().export(file), path=format_path(str(file))))
 
 
 @register_command("duplicates")
-@option("--threshold", type=localized_type(click.FloatRange(0.01, 1)), default=DUPLICATE_MIN_SIMILARITY)
-@add_switches("--json", "--csv")
+@option("--threshold", type=localize_type_errors(click.FloatRange(0.01, 1)), default=DUPLICATE_MIN_SIMILARITY)
+@add_boolean_flags("--json", "--csv")
 def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> int:
     """Print groups of near-duplicate pictures.
 
@@ -552,7 +558,7 @@ def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> i
 
 
 @register_command("completion")
-@argument("shell", type=localized_type(click.Choice(("bash", "zsh", "fish"))))
+@argument("shell", type=localize_type_errors(click.Choice(("bash", "zsh", "fish"))))
 def completion(messages: Messages, shell: str) -> None:
     """Print a script for a shell. After the shell has run it, the Tab key completes commands and flags of `capivara`.
 
@@ -585,11 +591,11 @@ def _open_filled_index(allow_indexing: bool = False, relevance_threshold: str = 
     pictures = _open_index()
     pictures.relevance_threshold = RELEVANCE_THRESHOLD_VALUES[relevance_threshold]
     if not len(pictures) and not (allow_indexing and pictures.progress()):
-        raise localized_error(RuntimeError, "no_index", where=shorten_path(str(pictures.where)))
+        raise make_error_from_code(RuntimeError, "no_index", where=format_path(str(pictures.where)))
     return pictures
 
 
-def _print_model(pictures: "PictureIndex", messages: Messages, with_name: bool = False) -> None:
+def _print_model_notice(pictures: "PictureIndex", messages: Messages, with_name: bool = False) -> None:
     """Print the name of the model, and a notice if the model is the miniature (see `SearchModel.get_notice`).
 
     Args:
@@ -604,7 +610,7 @@ def _print_model(pictures: "PictureIndex", messages: Messages, with_name: bool =
 
 
 @contextmanager
-def _run_until_ctrl_c(messages: Messages) -> Iterator[None]:
+def _exit_block_on_interrupt(messages: Messages) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end the block without an error.
 
     A command such as `capivara watch` runs until it is interrupted, so an interrupt is its normal end.
@@ -630,7 +636,7 @@ def _write_json(value: Any) -> None:
 # --- Start and end of the command -------------------------------------------------------------------------------------
 
 
-def detect_language(argv: Sequence[str]) -> str:
+def detect_user_language(argv: Sequence[str]) -> str:
     """Return the user's language.
 
     Args:
@@ -652,7 +658,7 @@ def run() -> None:
     Before `main` is called, this function makes two preparations: Ctrl-C during slow imports prints a single line in
     the user's language, and characters that the terminal can't show are printed as escapes.
     """
-    interrupt.message = Messages(detect_language(sys.argv[1:]))("stopped")
+    interrupt.message = Messages(detect_user_language(sys.argv[1:]))("stopped")
     interrupt.exit_on_interrupt()
     configure_console()
     main()
@@ -668,8 +674,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: Always, with one of the exit codes that `capivara --help` lists.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    messages = Messages(detect_language(argv))
-    configure_progress_bars()
+    messages = Messages(detect_user_language(argv))
+    set_progress_bar_timing()
     # PIL warns in English about pictures with too many pixels. They are refused right after, with our own message.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
@@ -680,12 +686,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = 128 + signal.SIGINT
     except (click.UsageError, ValueError, OSError, ImportError, RuntimeError) as error:
         # These errors are meant for users, who need the message but no traceback.
-        code, text = describe_error(error, messages)
+        code, text = get_exit_code_and_message(error, messages)
         click.echo(messages("error", text=text), err=True)
     sys.exit(code)
 
 
-def describe_error(error: Exception, messages: Messages) -> tuple[int, str]:
+def get_exit_code_and_message(error: Exception, messages: Messages) -> tuple[int, str]:
     """Return the exit code and the message for an error that ended a command.
 
     Args:
@@ -734,7 +740,10 @@ def _show_log_messages(messages: Messages) -> Iterator[None]:
             values = getattr(record, "values", record.args)
             text = messages(
                 key,
-                *(describe_error(value, messages)[1] if isinstance(value, Exception) else value for value in values),
+                *(
+                    get_exit_code_and_message(value, messages)[1] if isinstance(value, Exception) else value
+                    for value in values
+                ),
             )
         text = escape_control_characters(" ".join(text.split()))
         if sys.stderr.isatty():

@@ -30,7 +30,7 @@ CONTEXT_SETTINGS = {
 }
 
 
-def localized_type(param_type: click.ParamType) -> click.ParamType:
+def localize_type_errors(param_type: click.ParamType) -> click.ParamType:
     """Make a click type report rejected values in the user's language.
 
     Args:
@@ -90,18 +90,18 @@ class DateType(click.DateTime):
 
 _path_type = partial(click.Path, readable=False, path_type=Path)
 ANY_PATH, EXISTING_PATH, EXISTING_FILE = (
-    localized_type(_path_type()),
-    localized_type(_path_type(exists=True)),
-    localized_type(_path_type(exists=True, dir_okay=False)),
+    localize_type_errors(_path_type()),
+    localize_type_errors(_path_type(exists=True)),
+    localize_type_errors(_path_type(exists=True, dir_okay=False)),
 )
 ANY_FOLDER, EXISTING_FOLDER = (
-    localized_type(_path_type(file_okay=False)),
-    localized_type(_path_type(exists=True, file_okay=False)),
+    localize_type_errors(_path_type(file_okay=False)),
+    localize_type_errors(_path_type(exists=True, file_okay=False)),
 )
-DATE = localized_type(DateType(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
+DATE = localize_type_errors(DateType(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
 
 
-def add_switches(*names: str) -> Callable[[Callable], Callable]:
+def add_boolean_flags(*names: str) -> Callable[[Callable], Callable]:
     """Return a decorator that adds flags without a value to a command.
 
     Args:
@@ -151,8 +151,8 @@ GLOBAL_OPTIONS = [
     click.Option(["--index"], expose_value=False, callback=_store_global_value, **_folder_option_kwargs),
     click.Option(["--model"], expose_value=False, callback=_store_global_value, **_folder_option_kwargs),
     click.Option(["--device"], expose_value=False, callback=_store_global_value),
-    # The value of `--lang` is not stored: `command.detect_language` reads it before click parses the command line.
-    click.Option(["--lang"], expose_value=False, type=localized_type(click.Choice(("pt", "en")))),
+    # The value of `--lang` is not stored: `command.detect_user_language` reads it before click parses the command line.
+    click.Option(["--lang"], expose_value=False, type=localize_type_errors(click.Choice(("pt", "en")))),
 ]
 
 
@@ -210,7 +210,7 @@ class LocalizedCommand(click.Command):
         messages, is_group = ctx.obj, isinstance(self, click.Group)
         arguments, flags = [], []
         for param in self.get_params(ctx):
-            (flags if isinstance(param, click.Option) else arguments).append(describe_parameter(param, ctx))
+            (flags if isinstance(param, click.Option) else arguments).append(get_localized_help_record(param, ctx))
         usage = [messages("metavar.flags"), *(name for name, _ in arguments), messages("metavar.command") * is_group]
         formatter.write_usage(ctx.command_path, " ".join(usage), messages("usage"))
         for paragraph in messages(f"about.{self.name}").split("\n\n"):
@@ -258,7 +258,7 @@ class LocalizedGroup(LocalizedCommand, click.Group):
         return super().resolve_command(ctx, args)
 
 
-def describe_parameter(param: click.Parameter, ctx: click.Context) -> tuple[str, str]:
+def get_localized_help_record(param: click.Parameter, ctx: click.Context) -> tuple[str, str]:
     """Return the name and the description of a flag or an argument for the help.
 
     Args:
@@ -298,7 +298,7 @@ def describe_usage_error(error: click.UsageError, messages: Messages) -> str:
             suggestion = "".join(messages("nearest", name=name) for name in (error.possibilities or [])[:1])
             return messages("unknown", name=escape_control_characters(error.option_name)) + suggestion
         case click.MissingParameter():
-            return messages("missing", name=describe_parameter(error.param, error.ctx)[0])
+            return messages("missing", name=get_localized_help_record(error.param, error.ctx)[0])
         case click.BadOptionUsage():
             return messages("bad_usage", name=error.option_name)
     return f"{option}: {error.message}" if option else error.message

@@ -52,7 +52,7 @@ DETAIL_BYTES = sum(side * side for side in DETAIL_SIDES)  # size of the details 
 # If the root mean square difference of the details of two flat pictures (values from 0 to 255) is this large, the
 # similarity of the pictures is exactly `DUPLICATE_MIN_SIMILARITY`.
 DUPLICATE_DETAIL_RMS = 1.2
-DETAIL_COLUMNS = slice(-DETAIL_BYTES, None)  # columns of the details in the result of `add_color_signatures`
+DETAIL_COLUMNS = slice(-DETAIL_BYTES, None)  # columns of the details in the result of `combine_vectors_and_colors`
 
 
 def color_signature(image: PIL.Image.Image) -> bytes:
@@ -95,14 +95,14 @@ def is_flat(pixels: np.ndarray) -> bool:
     return counts.max() >= MIN_FLAT_PIXEL_SHARE * counts.sum()
 
 
-def add_color_signatures(vectors: np.ndarray, signatures: Sequence[bytes | None]) -> np.ndarray:
+def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes | None]) -> np.ndarray:
     """Combine the model's vectors and the color signatures of pictures into vectors for near-duplicate detection.
 
-    `pairwise_similarity` compares the result. The dot product of two combined vectors (without details) is one third of
-    the cosine of the model's vectors plus two thirds of the cosine of the color signatures. To make the signature
-    depend less on the main color, half of the picture's mean color and half of its mean brightness are subtracted from
-    the signature first. Otherwise any two crops of a red picture would be similar. If a picture has no signature, or a
-    uniform color, its combined vector contains only the model's vector.
+    `compute_duplicate_similarity` compares the result. The dot product of two combined vectors (without details) is one
+    third of the cosine of the model's vectors plus two thirds of the cosine of the color signatures. To make the
+    signature depend less on the main color, half of the picture's mean color and half of its mean brightness are
+    subtracted from the signature first. Otherwise any two crops of a red picture would be similar. If a picture has no
+    signature, or a uniform color, its combined vector contains only the model's vector.
 
     Args:
         vectors: The model's vector of each picture: array (rows, width), of unit length.
@@ -122,10 +122,10 @@ def add_color_signatures(vectors: np.ndarray, signatures: Sequence[bytes | None]
     is_uniform = norms < MIN_SIGNATURE_STD * SIGNATURE_BYTES**0.5
     pixels *= np.where(is_uniform, 0, SIGNATURE_WEIGHT**0.5 / np.maximum(norms, 1)).astype(np.float32)
     vector_scale = np.where(is_uniform, 1, (1 - SIGNATURE_WEIGHT) ** 0.5).astype(np.float32)
-    return np.concatenate([vectors * vector_scale, pixels, _decode_details(signatures)], axis=1, dtype=np.float32)
+    return np.concatenate([vectors * vector_scale, pixels, _extract_flat_details(signatures)], axis=1, dtype=np.float32)
 
 
-def _decode_details(signatures: Sequence[bytes | None]) -> np.ndarray:
+def _extract_flat_details(signatures: Sequence[bytes | None]) -> np.ndarray:
     """Extract the details of flat pictures from color signatures.
 
     Args:
@@ -142,7 +142,7 @@ def _decode_details(signatures: Sequence[bytes | None]) -> np.ndarray:
     return details
 
 
-def pairwise_similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
+def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return the similarity of each picture in a first set to each picture in a second set.
 
     The similarity of two flat pictures is 1 minus the scaled mean squared difference of their details. The scale is
@@ -150,8 +150,8 @@ def pairwise_similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
     `DUPLICATE_MIN_SIMILARITY`. The similarity of all other pairs is the dot product of their vectors without details.
 
     Args:
-        vectors: First set: array (rows, columns), a result of `add_color_signatures`.
-        others: Second set: array (others, columns), a result of `add_color_signatures`.
+        vectors: First set: array (rows, columns), a result of `combine_vectors_and_colors`.
+        others: Second set: array (others, columns), a result of `combine_vectors_and_colors`.
 
     Returns:
         Array (rows, others) of similarities, which are at most 1. Row i and column j compare `vectors[i]` and
@@ -192,12 +192,12 @@ def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
         rows: Rows with the columns that `table.comparison_columns` lists. The column of color signatures is optional.
 
     Returns:
-        Array (rows, columns), the result of `add_color_signatures`.
+        Array (rows, columns), the result of `combine_vectors_and_colors`.
     """
     signatures = [None] * len(rows)
     if COLOR_SIGNATURE_COLUMN in rows.column_names:
         signatures = rows[COLOR_SIGNATURE_COLUMN].to_pylist()
-    return add_color_signatures(get_model_vectors(model, rows), signatures)
+    return combine_vectors_and_colors(get_model_vectors(model, rows), signatures)
 
 
 def newest_first_order(rows: pa.Table) -> pa.Array:
@@ -272,14 +272,14 @@ def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUP
     """Compare each picture in a first set with each picture in a second set, and return which are near-duplicates.
 
     Args:
-        vectors: First set: array (rows, columns), a result of `add_color_signatures`.
-        others: Second set: array (others, columns), a result of `add_color_signatures`.
-        threshold: Minimum similarity of near-duplicates (`pairwise_similarity`).
+        vectors: First set: array (rows, columns), a result of `combine_vectors_and_colors`.
+        others: Second set: array (others, columns), a result of `combine_vectors_and_colors`.
+        threshold: Minimum similarity of near-duplicates (`compute_duplicate_similarity`).
 
     Returns:
         Boolean array (rows, others): True where `vectors[i]` and `others[j]` are near-duplicates.
     """
-    return pairwise_similarity(vectors, others) >= threshold - FLOAT16_TOLERANCE
+    return compute_duplicate_similarity(vectors, others) >= threshold - FLOAT16_TOLERANCE
 
 
 def leaders(
@@ -291,8 +291,8 @@ def leaders(
     Otherwise it becomes a leader itself.
 
     Args:
-        vectors: Array (rows, columns), a result of `add_color_signatures`.
-        threshold: Minimum similarity of a row to its leader (`pairwise_similarity`).
+        vectors: Array (rows, columns), a result of `combine_vectors_and_colors`.
+        threshold: Minimum similarity of a row to its leader (`compute_duplicate_similarity`).
         max_groups: Stop as soon as this number of leaders is known. A row that was not processed then possibly counts
             as a leader, although it is a near-duplicate of an earlier row. None: process all rows.
 
@@ -323,13 +323,13 @@ def leaders(
     return leader_of
 
 
-def find_duplicate_groups(
+def cluster_near_duplicates(
     vectors: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY, max_groups: int | None = None
 ) -> list[np.ndarray]:
     """Divide pictures into groups of near-duplicates. A picture without near-duplicates is a group by itself.
 
     Args:
-        vectors: Array (rows, columns), a result of `add_color_signatures`.
+        vectors: Array (rows, columns), a result of `combine_vectors_and_colors`.
         threshold: Minimum similarity of a row to the leader of its group, which is the first row of the group.
         max_groups: Maximum number of groups. Only the first groups are returned. None: all groups.
 

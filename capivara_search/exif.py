@@ -11,7 +11,7 @@ from PIL.ExifTags import GPS, IFD, Base
 FIRST_PHOTOGRAPH_YEAR = 1826  # dates before the oldest surviving photograph are ignored
 
 
-def read_exif(image: PIL.Image.Image) -> tuple[datetime | None, float | None, float | None]:
+def read_exif_date_and_location(image: PIL.Image.Image) -> tuple[datetime | None, float | None, float | None]:
     """Return when and where a picture was taken.
 
     Values that are missing or invalid become None. No error is raised, because many programs write invalid EXIF data.

@@ -15,7 +15,7 @@ from pathlib import Path
 from capivara_common.cli import coded_error
 from capivara_common.image_files import IMAGE_SUFFIXES, BadImage
 from capivara_search.ignore_rules import SYSTEM_NAMES, IgnoreRules, resolve_parent_links
-from capivara_search.messages import localized_error
+from capivara_search.messages import make_error_from_code
 from capivara_search.results import SkippedFile
 
 # Suffixes of RAW files of Adobe and phones, Canon, Nikon, Sony, Panasonic, Olympus, Fujifilm, Pentax and Samsung.
@@ -73,7 +73,7 @@ def to_absolute_path(folder: str | Path) -> Path:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise localized_error(ValueError, "folder_no_text", path=ascii(path)) from None
+        raise make_error_from_code(ValueError, "folder_no_text", path=ascii(path)) from None
     return Path(path)
 
 
@@ -132,7 +132,7 @@ def find_pictures(
     rules = rules or IgnoreRules()
     for root in roots:
         if forgotten := rules.find_forgotten_parent(root):
-            raise localized_error(ValueError, "folder_forgotten", path=root, forgotten=shlex.quote(forgotten))
+            raise make_error_from_code(ValueError, "folder_forgotten", path=root, forgotten=shlex.quote(forgotten))
     scan = _FolderScan(roots, rules, only_paths)
     for root in roots:
         scan.scan_folder(root)
@@ -140,17 +140,17 @@ def find_pictures(
         # The real path is checked after the scan, because a folder that was replaced by a link during the scan may have
         # led the scan into another folder.
         if os.path.realpath(folder) != real_path:
-            raise localized_error(ValueError, "folder_swapped", path=str(folder), real=real_path)
+            raise make_error_from_code(ValueError, "folder_swapped", path=str(folder), real=real_path)
     if ignored_counts is not None:
         ignored_counts.update({root: +counts for root, counts in scan.ignored_counts.items()})
     skipped_files = {skipped.path: skipped for skipped in scan.skipped_files}
     for root in roots:
         if root in skipped_files:
-            raise localized_error(ValueError, "folder_shut", path=root, reason=skipped_files[root])
+            raise make_error_from_code(ValueError, "folder_shut", path=root, reason=skipped_files[root])
         # If rules ignore something in a folder, it is not an error that no picture is left.
         ignored_count = sum(scan.ignored_counts[root][reason] for reason in ("forgotten", "excluded", "link"))
         if only_paths is None and not ignored_count and not _contains_any([*scan.pictures, *skipped_files], root):
-            raise localized_error(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
+            raise make_error_from_code(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
     pictures = sorted(scan.pictures.values(), key=lambda file: file.path)
     return pictures, sorted(scan.skipped_files, key=lambda skipped: skipped.path)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from capivara_common.files import read_json, write_json
 from capivara_search.folder_scan import to_absolute_path
 from capivara_search.ignore_rules import IgnoreRules
-from capivara_search.messages import localized_error, log_message
+from capivara_search.messages import log_message, make_error_from_code
 from capivara_search.table import (
     FOLDER_KEY_PREFIX,
     METADATA_TABLE,
@@ -42,7 +42,7 @@ def requested_folders(table: PictureTable) -> dict[str, str]:
         Path of each folder -> real path that it had when it was added. Empty if there is no record on this machine.
     """
     with suppress(OSError, ValueError):
-        recorded = read_json(_record_path(table), folders=dict)["folders"]
+        recorded = read_json(_get_record_path(table), folders=dict)["folders"]
         return {folder: real for folder, real in recorded.items() if isinstance(real, str)}
     return {}
 
@@ -65,12 +65,12 @@ def record_requested_folders(
         recorded = {path: real for path, real in recorded.items() if not Path(path).is_relative_to(moved_from)}
     recorded |= {str(folder): real for folder, real in folders.items()}
     try:
-        write_json(_record_path(table), {"index": table.where, "folders": recorded})
+        write_json(_get_record_path(table), {"index": table.where, "folders": recorded})
     except OSError as error:
-        log_message("thumbnails_alone", _record_path(table), error)
+        log_message("thumbnails_alone", _get_record_path(table), error)
 
 
-def _record_path(table: PictureTable) -> Path:
+def _get_record_path(table: PictureTable) -> Path:
     """Return the path of the JSON file that records the folders of an index on this machine.
 
     The file is in the user's state directory. It is not in the index, because the index possibly comes from another
@@ -150,13 +150,13 @@ def folders_to_add(
         if not is_inside and path.is_dir() and rules.find_forgotten_parent(str(path)):
             paths[path] = os.path.realpath(path)
     if not paths:
-        raise localized_error(ValueError, "no_known_folder")
-    if mistaken := [pattern for pattern in exclude if _is_mistaken_path(pattern, {*map(Path, known), *paths})]:
-        raise localized_error(ValueError, "path_excluded", pattern=mistaken[0])
+        raise make_error_from_code(ValueError, "no_known_folder")
+    if mistaken := [pattern for pattern in exclude if _is_path_given_as_pattern(pattern, {*map(Path, known), *paths})]:
+        raise make_error_from_code(ValueError, "path_excluded", pattern=mistaken[0])
     return paths
 
 
-def _is_mistaken_path(pattern: str, folders: Iterable[Path]) -> bool:
+def _is_path_given_as_pattern(pattern: str, folders: Iterable[Path]) -> bool:
     """Return whether the user has probably given a path relative to the working directory instead of a pattern.
 
     Patterns are relative to the indexed folders, so such a path usually has no effect as a pattern.
@@ -193,7 +193,7 @@ def is_available(folder: str | Path, real_path: str, allow_empty: bool = False) 
     return False
 
 
-def forget_folder(table: PictureTable, path: Path) -> int:
+def remove_and_ignore_path(table: PictureTable, path: Path) -> int:
     """Remove a folder or file from an index, and add its path to the rules so that later updates ignore it.
 
     Args:
@@ -215,7 +215,7 @@ def forget_folder(table: PictureTable, path: Path) -> int:
     return removed
 
 
-def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
+def update_paths_after_move(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
     """Rewrite the paths in an index after the user has moved or renamed a folder of pictures.
 
     If the call is interrupted, it can be repeated: the rows change first, those of each table in a single commit.
@@ -234,19 +234,19 @@ def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
             pictures exists in the new folder.
     """
     if old == new or old in new.parents or new in old.parents:
-        raise localized_error(ValueError, "move_nested", old=old, new=new)
+        raise make_error_from_code(ValueError, "move_nested", old=old, new=new)
     with table.locked():
         paths = table.rows(["path"], folders_clause(old))["path"].to_pylist()
         folders, metadata, rules = table.folders(), table.read_metadata(), load_rules(table)
         old_keys = [FOLDER_KEY_PREFIX + folder for folder in folders if Path(folder).is_relative_to(old)]
         if not paths and not old_keys:
-            raise localized_error(ValueError, "move_nothing", path=old)
+            raise make_error_from_code(ValueError, "move_nothing", path=old)
         existing = sum(os.path.isfile(_moved_path(path, old, new)) for path in paths)
         if paths and not existing:
             example = _moved_path(paths[0], old, new)
-            raise localized_error(ValueError, "move_not_there", path=old, total=len(paths), example=example)
+            raise make_error_from_code(ValueError, "move_not_there", path=old, total=len(paths), example=example)
         for name in (PICTURES_TABLE, SKIPPED_FILES_TABLE):
-            _move_rows(table, name, old, new)
+            _update_rows_after_move(table, name, old, new)
         forgotten_inside = [path for path in rules.forgotten if Path(path).is_relative_to(old)]
         moved = frozenset(_moved_path(path, old, new) for path in forgotten_inside)
         save_rules(table, replace(rules, forgotten=(rules.forgotten - {*forgotten_inside}) | moved))
@@ -278,7 +278,7 @@ def _moved_path(path: str, old: Path, new: Path) -> str:
     return str(new) + path[len(str(old)) :]
 
 
-def _move_rows(table: PictureTable, name: str, old: Path, new: Path) -> None:
+def _update_rows_after_move(table: PictureTable, name: str, old: Path, new: Path) -> None:
     """Rewrite the paths of one table after a folder was moved.
 
     If the table already has a row for a new path, this row is kept because it is newer, and the old row is deleted.

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from capivara_search.messages import localized_error
+from capivara_search.messages import make_error_from_code
 
 if TYPE_CHECKING:
     from pathspec import GitIgnoreSpec
@@ -55,18 +55,20 @@ class IgnoreRules:
         """
         for pattern in exclude:
             if pattern.startswith("!") and pattern != "!":
-                raise localized_error(ValueError, "negated_pattern", pattern=pattern)
+                raise make_error_from_code(ValueError, "negated_pattern", pattern=pattern)
             if not _is_valid_pattern(pattern):
-                raise localized_error(ValueError, "bad_pattern", pattern=pattern)
+                raise make_error_from_code(ValueError, "bad_pattern", pattern=pattern)
         forgotten = self.forgotten
         for entry in include:
             target = os.path.abspath(Path(entry).expanduser())
             still_forgotten = frozenset(path for path in forgotten if not Path(path).is_relative_to(target))
             if str(entry) not in self.exclude:
                 if parent := IgnoreRules(forgotten=still_forgotten).find_forgotten_parent(target):
-                    raise localized_error(ValueError, "folder_forgotten", path=target, forgotten=shlex.quote(parent))
+                    raise make_error_from_code(
+                        ValueError, "folder_forgotten", path=target, forgotten=shlex.quote(parent)
+                    )
                 if still_forgotten == forgotten:
-                    raise localized_error(ValueError, "nothing_to_include", path=entry)
+                    raise make_error_from_code(ValueError, "nothing_to_include", path=entry)
             forgotten = still_forgotten
         patterns, removed = dict.fromkeys([*self.exclude, *exclude]), set(map(str, include))
         return IgnoreRules(tuple(pattern for pattern in patterns if pattern not in removed), forgotten)

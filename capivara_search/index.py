@@ -25,16 +25,16 @@ from capivara_search import folders as known_folders
 from capivara_search import query
 from capivara_search.duplicates import (
     CachedRows,
-    find_duplicate_groups,
+    cluster_near_duplicates,
+    compute_duplicate_similarity,
     get_comparison_vectors,
     is_duplicate,
     newest_first_order,
-    pairwise_similarity,
 )
-from capivara_search.estimates import estimate_for, read_progress
 from capivara_search.folder_scan import FileState, find_pictures, to_absolute_path, to_path_on_disk
-from capivara_search.indexing import IndexWriter, StoredRows, embed_files, finish_indexing, start_indexing
-from capivara_search.messages import localized_error, log_message
+from capivara_search.index_progress import mirror_progress_to_file, read_progress
+from capivara_search.indexing import IndexWriter, StoredRows, embed_files, finish_indexing, prepare_indexing
+from capivara_search.messages import log_message, make_error_from_code
 from capivara_search.picture_reading import open_query_picture
 from capivara_search.results import (
     DEFAULT_LABEL_TEMPLATE,
@@ -45,7 +45,7 @@ from capivara_search.results import (
     IndexStatus,
     SkippedFile,
 )
-from capivara_search.storage import DamagedIndexError
+from capivara_search.storage_errors import DamagedIndexError
 from capivara_search.table import (
     HIT_COLUMNS,
     MAX_PATHS_PER_CLAUSE,
@@ -101,8 +101,8 @@ class PictureIndex:
     Attributes:
         relevance_threshold: Whether a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
             The threshold is the z-score that the best picture of the index reaches for a neutral sentence, which
-            describes no particular picture (`query.background_z_score`). None: mark hits only if measurements show
-            that the model separates relevant from irrelevant pictures well (`query.supports_relevance_threshold`).
+            describes no particular picture (`query.estimate_z_score_threshold`). None: mark hits only if measurements
+            show that the model separates relevant from irrelevant pictures well (`query.supports_relevance_threshold`).
 
     Example:
         >>> from pathlib import Path
@@ -139,7 +139,7 @@ class PictureIndex:
             where: Folder of the index, or an address on object storage such as `s3://bucket/fotos`. "auto" is the
                 default location (`default_index_path`).
             model: Folder or Hub id of a model, or a loaded `SearchModel`. None: the model that the index was built
-                with, or the default model (`models.find_model`) for a new index.
+                with, or the default model (`models.resolve_search_model`) for a new index.
             device: Device of the model, for example "cuda:1". None: the GPU if there is one, otherwise the CPU.
 
         Returns:
@@ -170,12 +170,12 @@ class PictureIndex:
             ImportError: If a package of the miniature model is not installed.
             OSError: If there is not enough disk space for the model.
         """
-        from capivara_search.models import SearchModel, find_model
+        from capivara_search.models import SearchModel, resolve_search_model
 
         if isinstance(self._requested_model, SearchModel):
             return self._requested_model
         stored = self._table.model() if self._requested_model is None else None
-        return find_model(stored["source"] if stored else self._requested_model, self._device)
+        return resolve_search_model(stored["source"] if stored else self._requested_model, self._device)
 
     # --- Adding, moving and removing pictures
 
@@ -225,8 +225,11 @@ class PictureIndex:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         start = time.monotonic()
-        with self._table.locked(), estimate_for(self.where, on_progress or (lambda done, total: None)) as progress:
-            plan = start_indexing(self._table, self.model, paths, exclude, include, only_paths, progress)
+        with (
+            self._table.locked(),
+            mirror_progress_to_file(self.where, on_progress or (lambda done, total: None)) as progress,
+        ):
+            plan = prepare_indexing(self._table, self.model, paths, exclude, include, only_paths, progress)
             writer = IndexWriter(self._table, self.model, plan, batch_size, progress)
             report = writer.run()
             finish_indexing(self._table, self.model, plan, report)
@@ -294,9 +297,11 @@ class PictureIndex:
             OSError: If the index can't be written, or there are too many folders for the operating system to watch.
             ImportError: If the package watchfiles is not installed.
         """
-        from capivara_search.watch import follow_index  # imported late because only this method needs watchfiles
+        from capivara_search.watch import (
+            watch_and_update_index,  # imported late because only this method needs watchfiles
+        )
 
-        return follow_index(self, [*map(to_path_on_disk, folders)], poll, stop, on_progress)
+        return watch_and_update_index(self, [*map(to_path_on_disk, folders)], poll, stop, on_progress)
 
     def progress(self) -> dict[str, int | None] | None:
         """Return the progress of an update of this index that is running in any process.
@@ -327,7 +332,7 @@ class PictureIndex:
         Returns:
             The number of removed pictures.
         """
-        return known_folders.forget_folder(self._table, to_path_on_disk(folder)) if self._table.exists() else 0
+        return known_folders.remove_and_ignore_path(self._table, to_path_on_disk(folder)) if self._table.exists() else 0
 
     def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
         """Rewrite the stored paths of pictures after their folder was moved or renamed.
@@ -346,7 +351,7 @@ class PictureIndex:
             ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
                 pictures exists in the new folder.
         """
-        return known_folders.move_folder(self._table, to_path_on_disk(old), to_path_on_disk(new))
+        return known_folders.update_paths_after_move(self._table, to_path_on_disk(old), to_path_on_disk(new))
 
     # --- Searching
 
@@ -394,9 +399,9 @@ class PictureIndex:
             for sign, argument in ((1, more), (-1, less))
             for words in ([argument] if isinstance(argument, str) else argument)
         ]
-        feedback = [(sign, *query.parse_feedback(words)) for sign, words in signed_words]
+        feedback = [(sign, *query.parse_weighted_feedback(words)) for sign, words in signed_words]
         if not text and like is None and not feedback:
-            raise localized_error(ValueError, "empty_query")
+            raise make_error_from_code(ValueError, "empty_query")
         self._model_clauses()  # raises errors of the index before the model is loaded, which takes seconds
         vectors = [self.model.embed_texts([text])] if text else []
         if like is not None:
@@ -434,8 +439,8 @@ class PictureIndex:
     def _compute_relevance_threshold(self, vector: np.ndarray) -> float:
         """Compute the minimum cosine with a sentence that makes a picture count as relevant.
 
-        The threshold is a z-score (`query.background_z_score`). It is converted to a cosine with the mean and the
-        standard deviation of the cosines between the sentence and a sample of the index.
+        The threshold is a z-score (`query.estimate_z_score_threshold`). It is converted to a cosine with the mean and
+        the standard deviation of the cosines between the sentence and a sample of the index.
 
         Args:
             vector: Vector (width,) of the sentence, of unit length.
@@ -449,7 +454,7 @@ class PictureIndex:
             neutral_vectors = self.model.embed_texts(query.NEUTRAL_SENTENCES)
             nearest = self._make_nearest(join_clauses(self._model_clauses()))
             best_cosines = [nearest(neutral, 1)["score"][0].as_py() for neutral in neutral_vectors]
-            return query.background_z_score(self._sample_vectors(), neutral_vectors, best_cosines)
+            return query.estimate_z_score_threshold(self._sample_vectors(), neutral_vectors, best_cosines)
 
         scores = self._sample_vectors() @ vector
         return float(scores.mean() + self._table.cached("background", background) * scores.std())
@@ -558,7 +563,7 @@ class PictureIndex:
         while len(groups) < k:
             rows = fetch_ranked(number)
             vectors = get_comparison_vectors(self.model, rows)
-            groups = find_duplicate_groups(vectors, max_groups=k)
+            groups = cluster_near_duplicates(vectors, max_groups=k)
             if len(rows) < number:
                 break
             number *= OVERFETCH_GROWTH
@@ -583,8 +588,8 @@ class PictureIndex:
             until: Only pictures of this day or earlier.
 
         Returns:
-            Hits without the picture itself. Their scores are similarities (`duplicates.pairwise_similarity`, at most
-            1), not cosines.
+            Hits without the picture itself. Their scores are similarities (`duplicates.compute_duplicate_similarity`,
+            at most 1), not cosines.
 
         Raises:
             KeyError: If the picture is not indexed, or was embedded with another model.
@@ -596,7 +601,9 @@ class PictureIndex:
         rows = cached.rows if cached else self._table.nearest(vector, DUPLICATE_OVERFETCH * k, clause)
         others = cached.comparison_vectors if cached else get_comparison_vectors(self.model, rows)
         copies = np.flatnonzero(is_duplicate(picture_vectors, others)[0])
-        hits = to_hits(rows.take(copies), np.clip(pairwise_similarity(others[copies], picture_vectors)[:, 0], -1, 1))
+        hits = to_hits(
+            rows.take(copies), np.clip(compute_duplicate_similarity(others[copies], picture_vectors)[:, 0], -1, 1)
+        )
         return sorted((hit for hit in hits if hit.path != path), key=lambda hit: (-hit.score, hit.path))[:k]
 
     def newest(
@@ -662,7 +669,7 @@ class PictureIndex:
         other_count = self._table.count_other_models(digest)
         if total and (other_count == total or self.model.width not in self._table.widths()):
             known = (self._table.model() or {}).get("name")
-            raise localized_error(
+            raise make_error_from_code(
                 ValueError, "other_model", model=self.model.name, path=self.where, known=known, total=total
             )
         return [f"model = {quote_sql(digest)}"] if other_count else []
@@ -672,7 +679,7 @@ class PictureIndex:
 
         Args:
             threshold: Minimum similarity of a picture to the first picture of its group, above 0 and at most 1
-                (`duplicates.pairwise_similarity`).
+                (`duplicates.compute_duplicate_similarity`).
 
         Returns:
             Groups of at least two hits, the largest group first. The first hit of a group is its picture with the most
@@ -691,8 +698,8 @@ class PictureIndex:
         # The first row of a group becomes its leader, so rows are sorted by quality: most pixels, then largest file.
         rows = rows.sort_by([("pixels", "descending"), ("size", "descending"), ("path", "ascending")])
         vectors, groups = get_comparison_vectors(self.model, rows), []
-        for numbers in (group for group in find_duplicate_groups(vectors, threshold) if len(group) > 1):
-            scores = np.clip(pairwise_similarity(vectors[numbers], vectors[numbers[:1]])[:, 0], -1, 1)
+        for numbers in (group for group in cluster_near_duplicates(vectors, threshold) if len(group) > 1):
+            scores = np.clip(compute_duplicate_similarity(vectors[numbers], vectors[numbers[:1]])[:, 0], -1, 1)
             leader, *others = to_hits(rows.take(numbers), scores)
             groups.append([leader, *sorted(others, key=lambda hit: (-hit.score, hit.path))])
         return sorted(groups, key=len, reverse=True)
@@ -839,7 +846,7 @@ class PictureIndex:
             ValueError: If there is no label, a label is empty or repeated, the template does not contain `{}` exactly
                 once, or the folder does not exist or contains no picture.
         """
-        labels = query.check_labels(labels, template)
+        labels = query.clean_and_check_labels(labels, template)
         if not isinstance(source, str | Path):
             return query.classify_vectors(self.model, [""], self.model.embed_images([source]), labels, template)
         paths, vectors = self._load_or_embed_vectors(to_absolute_path(source))

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pyarrow.parquet import ParquetWriter
 
 from capivara_common.files import atomic_file, check_output_file
-from capivara_search.messages import localized_error
+from capivara_search.messages import make_error_from_code
 from capivara_search.table import COLOR_SIGNATURE_COLUMN, THUMBNAIL_COLUMN, PictureTable
 from capivara_search.terminal import write_csv
 
@@ -37,7 +37,7 @@ def export_rows(table: PictureTable, path: str | Path) -> int:
     path = Path(path).expanduser().absolute()
     is_csv = path.suffix.lower() == ".csv"
     if not is_csv and path.suffix.lower() != ".parquet":
-        raise localized_error(ValueError, "bad_suffix", path=path.name)
+        raise make_error_from_code(ValueError, "bad_suffix", path=path.name)
     check_output_file(path)
     convert = partial(_to_export_columns, as_csv=is_csv)
     names = [name for name in table.columns().names if name not in (THUMBNAIL_COLUMN, COLOR_SIGNATURE_COLUMN)]

@@ -1,6 +1,6 @@
 """Update the table of an index from folders: plan the work, then read and embed pictures and write their rows.
 
-`PictureIndex.add` calls three functions in turn. `start_indexing` plans the work and prepares the table.
+`PictureIndex.add` calls three functions in turn. `prepare_indexing` plans the work and prepares the table.
 `IndexWriter.run` embeds pictures and writes rows. `finish_indexing` removes rows and optimizes the table.
 
 A file whose size and modification time have not changed since the last update is not read again, even if it could not
@@ -32,10 +32,10 @@ from capivara_common.cli import coded_error
 from capivara_common.embedding_store import embed_batch
 from capivara_common.image_files import DECODER_THREADS, BadImage
 from capivara_search.duplicates import color_signature
-from capivara_search.estimates import ProgressCallback, RateEstimator
 from capivara_search.folder_scan import RETRYABLE_REASONS, FileState, find_pictures
 from capivara_search.folders import load_rules, record_requested_folders, save_rules
 from capivara_search.ignore_rules import IgnoreRules
+from capivara_search.index_progress import ProgressCallback, RateEstimator
 from capivara_search.messages import log_message
 from capivara_search.picture_reading import Picture, read_picture
 from capivara_search.results import IndexReport, SkippedFile
@@ -414,7 +414,7 @@ class IndexWriter:
         setattr(self.report, kind, getattr(self.report, kind) + 1)
 
 
-def start_indexing(
+def prepare_indexing(
     table: PictureTable,
     model: "SearchModel",
     folders: Mapping[Path, str],

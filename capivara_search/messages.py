@@ -140,7 +140,7 @@ def _load_messages() -> dict[str, dict[str, str | list[str]]]:
     return yaml.load(content, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
 
 
-def localized_error(error_type: Callable[[str], Exception], code: str, **values: object) -> Exception:
+def make_error_from_code(error_type: Callable[[str], Exception], code: str, **values: object) -> Exception:
     """Create an error whose message the command `capivara` can show in Portuguese or English.
 
     Args:

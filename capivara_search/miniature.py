@@ -33,7 +33,7 @@ licensed CC BY-SA 4.0 (https://openmoji.org), and so is the projection. Made by 
 """
 
 
-def get_miniature_folder() -> Path:
+def get_or_build_miniature_folder() -> Path:
     """Return the cache folder of the miniature model, and build the model if it is not in the cache yet.
 
     Building the model takes some seconds.
@@ -59,10 +59,15 @@ def _write_model(folder: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
+    from capivara_search.miniature_encoders import (
+        IMAGE_MEAN,
+        IMAGE_STD,
+        load_e5_and_tokenizer,
+        load_efficientnet_backbone,
+    )
     from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 
-    image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
+    image_encoder, (text_encoder, tokenizer) = load_efficientnet_backbone(), load_e5_and_tokenizer()
     towers = {"vision_config": image_encoder.config, "text_config": text_encoder.config}
     width = text_encoder.config.hidden_size
     config = CapivaraConfig(**towers, projection_dim=width, text_projection_type="linear")

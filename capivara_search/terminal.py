@@ -20,7 +20,7 @@ from urllib.parse import quote
 import click
 
 from capivara_common.privacy import escape_control_characters
-from capivara_search.messages import Messages, localized_error
+from capivara_search.messages import Messages, make_error_from_code
 from capivara_search.results import Hit
 
 # A spreadsheet would compute a cell that begins with one of these characters as a formula. A single quote before the
@@ -68,7 +68,7 @@ def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, 
     return row_count
 
 
-def shorten_path(path: str) -> str:
+def format_path(path: str) -> str:
     """Return a short form of a path for display.
 
     Args:
@@ -255,7 +255,7 @@ def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], mes
         click.echo(render_contact_sheet(thumbnails, captions, columns, lines - len(hits) - 3))
     rows = [[messages(f"column.{name}") for name in ("rank", "score", "date", "path")]]
     for rank, hit in enumerate(hits, 1):
-        path = shorten_path(hit.path)
+        path = format_path(hit.path)
         if supports_true_color(sys.stdout):
             path = format_link(hit.path, path)
         duplicates = f"  ({messages.format_count('duplicate_count', hit.copies + 1)})" if hit.copies else ""
@@ -291,6 +291,6 @@ def open_pictures(paths: Sequence[str], messages: Messages) -> None:
             if is_picture_name(path) and open_query_picture(path):
                 valid_paths.append(path)
                 continue
-        print_notice(messages("not_opened", path=shorten_path(path)))
+        print_notice(messages("not_opened", path=format_path(path)))
     if any(map(click.launch, valid_paths)):
-        raise localized_error(RuntimeError, "no_viewer")
+        raise make_error_from_code(RuntimeError, "no_viewer")

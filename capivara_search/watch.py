@@ -39,7 +39,7 @@ SHUTDOWN_TIMEOUT_S = 15  # time that a follower gets to finish its batch before 
 FOLLOWER_PROGRAM = "from capivara_search import command, watch; watch.end_with_parent(); command.run()"
 
 
-def follow_index(
+def watch_and_update_index(
     index: Any,
     named_folders: Sequence[Path],
     poll: bool | None,
@@ -71,8 +71,8 @@ def follow_index(
         """Return the folders to watch.
 
         Returns:
-            Path -> real path. For named folders, the real path was resolved when `follow_index` was called. For other
-            folders, it is the real path that the folder had when the user added it.
+            Path -> real path. For named folders, the real path was resolved when `watch_and_update_index` was called.
+            For other folders, it is the real path that the folder had when the user added it.
         """
         if not named_folders:
             return {Path(folder): real for folder, real in index.requested_folders().items()}
@@ -82,8 +82,8 @@ def follow_index(
         return {folder: real for folder, real in named_paths.items() if not rules.find_forgotten_parent(str(folder))}
 
     def available_folders(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
-        """Return the available folders (path -> device and inode); see the function `_available_folders`."""
-        return _available_folders(folders, allow_empty=bool(named_folders))
+        """Return the available folders (path -> device and inode); see the function `_stat_available_folders`."""
+        return _stat_available_folders(folders, allow_empty=bool(named_folders))
 
     def add(paths: Iterable[Path], only_paths: Collection[str] | None) -> IndexReport:
         """Update the index from the folders `paths`, or only from the paths `only_paths` inside these folders."""
@@ -178,7 +178,7 @@ def _file_state(path: str) -> FileState | None:
     return None
 
 
-def _available_folders(folders: Mapping[Path, str], allow_empty: bool) -> dict[Path, tuple[int, int]]:
+def _stat_available_folders(folders: Mapping[Path, str], allow_empty: bool) -> dict[Path, tuple[int, int]]:
     """Return the folders that exist, can be read and still have their recorded real path.
 
     Args:
@@ -222,7 +222,7 @@ def is_network_folder(folder: Path) -> bool:
 
 
 @contextmanager
-def run_follower(*flags: str) -> Iterator[None]:
+def watch_in_subprocess(*flags: str) -> Iterator[None]:
     """Run `capivara watch` in a separate process, the follower, during the `with` block.
 
     If the follower ends before the block does, for example because of an error, it is started again after

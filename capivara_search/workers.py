@@ -20,7 +20,7 @@ from capivara_common.cli import check_at_least, flag, parse_arguments, run_comma
 from capivara_common.environment import cache_home, require_packages
 from capivara_common.tasks import ExecutorArguments, Phase
 from capivara_search.index import PictureIndex
-from capivara_search.indexing import IndexPlan, IndexWriter, finish_indexing, make_plan, start_indexing
+from capivara_search.indexing import IndexPlan, IndexWriter, finish_indexing, make_plan, prepare_indexing
 from capivara_search.models import SearchModel
 from capivara_search.results import IndexReport
 from capivara_search.table import PictureTable
@@ -82,12 +82,12 @@ def add_with_workers(arguments: WorkerArguments, real_paths: Mapping[Path, str] 
     index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
     arguments.real_paths = real_paths or {Path(folder): os.path.realpath(folder) for folder in arguments.folders}
     with index._table.locked():
-        start_indexing(index._table, index.model, arguments.real_paths, arguments.exclude, arguments.include)
+        prepare_indexing(index._table, index.model, arguments.real_paths, arguments.exclude, arguments.include)
         arguments.model = index.model.source  # so that all tasks use the same model
         return run_phases(PhaseStep.from_phases(arguments, PHASES, "index"), arguments)
 
 
-def _load_plan(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, IndexPlan]:
+def _open_index_and_plan(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, IndexPlan]:
     """Open an index and plan the work that remains to be done.
 
     Args:
@@ -112,7 +112,7 @@ def embed_share(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     Returns:
         A sentence for the log: the number of embedded pictures.
     """
-    table, model, plan = _load_plan(arguments)
+    table, model, plan = _open_index_and_plan(arguments)
     # The checksum of a file's path decides which task embeds the file. So each file belongs to exactly one task, even
     # if the tasks find different lists of files because files were added or embedded in the meantime.
     plan.files = [file for file in plan.files if zlib.crc32(file.path.encode()) % world_size == rank]
@@ -120,7 +120,7 @@ def embed_share(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     return f"{report.embedded} pictures embedded"
 
 
-def finish_index(arguments: WorkerArguments, rank: int, world_size: int) -> str:
+def prune_and_optimize_index(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     """Remove the rows of deleted files from the index, and optimize the tables.
 
     Only one task runs this function, after all other tasks. It does not lock the index, because the process that
@@ -135,12 +135,15 @@ def finish_index(arguments: WorkerArguments, rank: int, world_size: int) -> str:
         A sentence for the log: the number of removed rows.
     """
     report = IndexReport()
-    finish_indexing(*_load_plan(arguments), report)
+    finish_indexing(*_open_index_and_plan(arguments), report)
     return f"{report.removed} rows removed"
 
 
 # Phases of the command, in the order in which they run.
-PHASES = {"embed": Phase(run=embed_share, is_parallel=True, uses_model=True), "end": Phase(run=finish_index)}
+PHASES = {
+    "embed": Phase(run=embed_share, is_parallel=True, uses_model=True),
+    "end": Phase(run=prune_and_optimize_index),
+}
 
 
 def main(argv: list[str] | None = None) -> None:

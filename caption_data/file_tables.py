@@ -39,7 +39,7 @@ IMAGE_FIELDS = {"bytes": Value("binary"), "path": Value("string")}  # an image t
 ARCHIVE_FIELDS = {"archive": Value("string"), "offset": Value("int64"), "size": Value("int64")}
 
 
-def build_file_table(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
+def build_table_and_find_damages(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
     """Build the table of rows of tars, or of image folders with a metadata file.
 
     The table has the columns of the JSON or CSV files, and an image column with the path of each image or its position
@@ -85,7 +85,7 @@ def build_file_table(paths: list[Path], image_column: str) -> tuple[Dataset, lis
     return rows, list(zip(places.tolist(), damage.drop_null().to_pylist(), strict=True))
 
 
-def iter_samples(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
+def iter_tar_sample_positions(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
     """Iterate over the samples of a WebDataset tar.
 
     A sample is a group of consecutive members that have the same folder and the same file name up to the first dot. A
@@ -103,7 +103,7 @@ def iter_samples(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
     """
     key, extensions, sample = None, set(), {}
     try:
-        for name, offset, size in _iter_tar_members(path):
+        for name, offset, size in _iter_tar_member_positions(path):
             folder, _, base = name.rpartition("/")
             stem, _, extension = base.partition(".")
             extension = extension.lower()
@@ -148,7 +148,7 @@ def _infer_feature(name: str, values: list[Any]) -> Any:
     return List(kind) if lists and kind else kind
 
 
-def _cast_value(value: Any, feature: Any) -> Any:
+def _cast_value_or_none(value: Any, feature: Any) -> Any:
     """Return a JSON value in the type of its column, or None if the value has another type.
 
     A single text becomes a list with one text if the column holds lists.
@@ -159,7 +159,7 @@ def _cast_value(value: Any, feature: Any) -> Any:
     """
     if isinstance(feature, List):
         values = [value] if isinstance(value, str) else value
-        return [_cast_value(item, feature.feature) for item in values] if isinstance(values, list) else None
+        return [_cast_value_or_none(item, feature.feature) for item in values] if isinstance(values, list) else None
     if JSON_FEATURES.get(type(value)) != feature and (type(value), feature) != (int, JSON_FEATURES[float]):
         return None
     return replace_surrogates(value) if isinstance(value, str) else value
@@ -172,7 +172,9 @@ def _iter_table_rows(paths: list[Path], image_column: str, features: Features) -
     """
     for row in _iter_rows(paths, image_column):
         image = row.pop(image_column, None)
-        values = {name: _cast_value(row.get(name), kind) for name, kind in features.items() if name != image_column}
+        values = {
+            name: _cast_value_or_none(row.get(name), kind) for name, kind in features.items() if name != image_column
+        }
         yield values | {image_column: image}
 
 
@@ -207,7 +209,7 @@ def _iter_tar_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
         "size" (both in bytes); None if the sample has no image.
     """
     with path.open("rb") as file:
-        for sample in iter_samples(path):
+        for sample in iter_tar_sample_positions(path):
             image, row = None, {}
             if "image" in sample:
                 name, offset, size = sample["image"]
@@ -218,9 +220,9 @@ def _iter_tar_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
                     "size": size,
                 }
             if "json" in sample:
-                row = _read_json_at(file, *sample["json"][1:])
+                row = _read_json_at_offset(file, *sample["json"][1:])
             if "cls" in sample:  # class index, as in the tars of clip-benchmark
-                row = (row if isinstance(row, dict) else {}) | {"cls": _read_json_at(file, *sample["cls"][1:])}
+                row = (row if isinstance(row, dict) else {}) | {"cls": _read_json_at_offset(file, *sample["cls"][1:])}
             yield row, image
 
 
@@ -301,7 +303,7 @@ def _iter_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
         yield line
 
 
-def _iter_tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
+def _iter_tar_member_positions(path: Path) -> Iterator[tuple[str, int, int]]:
     """Iterate over the regular files of a plain tar, each as (name, offset in bytes, size in bytes).
 
     Raises tarfile.ReadError if the tar is damaged. The check is needed because `tarfile` mistakes most kinds of damage
@@ -322,7 +324,7 @@ def _iter_tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
             )
 
 
-def _read_json_at(file: BinaryIO, offset: int, length: int) -> Any:
+def _read_json_at_offset(file: BinaryIO, offset: int, length: int) -> Any:
     """Read and parse a JSON value that is stored inside a file, for example a member of a tar.
 
     Args:
@@ -344,12 +346,12 @@ def _parse_json(data: bytes) -> Any:
     Returns None if the value is not valid JSON or longer than `MAX_ROW_JSON_BYTES`.
     """
     try:
-        return json.loads(data, parse_int=_parse_integer) if len(data) <= MAX_ROW_JSON_BYTES else None
+        return json.loads(data, parse_int=_parse_int64_or_none) if len(data) <= MAX_ROW_JSON_BYTES else None
     except (ValueError, RecursionError):
         return None
 
 
-def _parse_integer(digits: str) -> int | None:
+def _parse_int64_or_none(digits: str) -> int | None:
     """Convert decimal digits to an integer; return None if it does not fit into 64 bits, which Arrow requires."""
     number = int(digits)
     return number if -(2**63) <= number < 2**63 else None

@@ -17,7 +17,14 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from capivara_common.files import check_links_stay_inside, json_digest
 from capivara_common.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, ImageAccess
-from caption_data.sources import Split, dataset_folders, disable_decoding, load_data_files, open_split, select_split
+from caption_data.sources import (
+    Split,
+    disable_decoding,
+    get_allowed_dataset_folders,
+    load_data_files,
+    open_split,
+    select_split,
+)
 
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # names that the label column may have; WebDataset uses cls
 SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # folder name -> split name
@@ -82,7 +89,10 @@ def load_labeled_images(
     path = Path(source)
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
     if path.is_dir() and not any(file for pattern in tables for file in path.glob(pattern)):
-        column, access = image_column or "image", ImageAccess(dataset_folders(source, image_roots), max_pixels)
+        column, access = (
+            image_column or "image",
+            ImageAccess(get_allowed_dataset_folders(source, image_roots), max_pixels),
+        )
         rows = load_data_files("imagefolder", _find_image_files(path, split), source)
         opened = Split(source, split, column, disable_decoding(rows, column), access)
     else:
@@ -105,7 +115,9 @@ def load_labeled_images(
     opened.check_columns([image_column, label_column])
     feature = getattr(rows.features[label_column], "feature", rows.features[label_column])
     names = feature.names if isinstance(feature, ClassLabel) else _read_class_names(source)
-    mapping = _match_class_names(names, class_names, source) if names else dict(enumerate(range(len(class_names))))
+    mapping = (
+        _map_labels_to_prompt_classes(names, class_names, source) if names else dict(enumerate(range(len(class_names))))
+    )
     labels = rows[label_column][:]
     label_lists = [label if isinstance(label, list) else [label] for label in labels]
     if kinds := {type(x).__name__ for label in label_lists for x in label} - {"int"}:
@@ -174,7 +186,7 @@ def _read_class_names(source: str) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
-def _match_class_names(names: Sequence[str], prompt_names: Sequence[str], source: str) -> dict[int, int]:
+def _map_labels_to_prompt_classes(names: Sequence[str], prompt_names: Sequence[str], source: str) -> dict[int, int]:
     """Map each label number of a dataset to the index of the prompt class with the same name.
 
     Case and punctuation are ignored. If a name occurs twice, as in ImageNet, its occurrences are matched in order.

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
-from capivara_common.environment import cache_home, process_state
-from capivara_common.files import append_digest, digest_matches, json_digest, read_appended_digest, write_text
+from capivara_common.environment import cache_home, get_distributed_state
+from capivara_common.files import append_digest, json_digest, matches_appended_digest, read_appended_digest, write_text
 from capivara_common.image_files import BadRow, read_image_bytes
 from caption_data.embedded import DIGEST_COLUMN, EMBEDS_COLUMN, INVALID_EMBEDDING
 from caption_data.rows import (
@@ -53,7 +53,7 @@ ASCII_ALPHANUMERIC_RE = re.compile("[0-9A-Za-z]")
 ChooseCaptions = Callable[[dict[str, Any]], list[str]]  # returns the captions to use from a row
 
 
-def build_pair_table(
+def load_or_build_pair_table(
     split: Split, caption_columns: Sequence[str], choose: ChooseCaptions, settings: dict[str, Any]
 ) -> Dataset:
     """Build the table of images and chosen captions of a split (the pair table), or load it from the cache.
@@ -87,7 +87,7 @@ def build_pair_table(
         pair = {"row": number, "digest": "", "captions": [], "reason": "", "detail": ""}
         try:
             image = row.pop(split.image_column, None)
-            captions = _choose_captions(row, caption_columns, choose)
+            captions = _normalize_and_choose_captions(row, caption_columns, choose)
             if split.is_embedded:
                 digest = _check_embedding(split, number, row)
             else:
@@ -123,7 +123,7 @@ def build_pair_table(
     )
     path = cache_home() / "pairs" / f"{key}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _load_or_make_table(path, make_table, has_recovered)
+    return _get_table_and_prune_cache(path, make_table, has_recovered)
 
 
 def missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]:
@@ -141,8 +141,8 @@ def missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]
     return [name for name in columns if name not in present and name not in optional]
 
 
-def drop_invalid(table: Dataset) -> Dataset:
-    """Return the rows of a table of `build_pair_table` that can be used, which are those with an empty `reason`."""
+def filter_usable_rows(table: Dataset) -> Dataset:
+    """Return the usable rows of a table of `load_or_build_pair_table`: the rows with an empty `reason`."""
     valid_rows = np.flatnonzero(pc.equal(table.data.column("reason"), ""))
     return table if len(valid_rows) == len(table) else table.select(valid_rows)
 
@@ -151,7 +151,7 @@ def list_skipped_rows(table: Dataset, split: Split) -> list[SkippedRow]:
     """Return one record for each row of a pair table that cannot be used, then one for each damaged archive.
 
     Args:
-        table: Pair table from `build_pair_table`.
+        table: Pair table from `load_or_build_pair_table`.
         split: Split from which the table was built.
     """
     invalid = table.select(np.flatnonzero(pc.not_equal(table.data.column("reason"), "")))
@@ -186,8 +186,8 @@ def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float)
     )
 
 
-def pairs_fingerprint(pairs: Dataset) -> str:
-    """Return a hex digest of a table of `build_pair_table`: of its image digests and captions, in order.
+def compute_pair_content_digest(pairs: Dataset) -> str:
+    """Return a hex digest of a table of `load_or_build_pair_table`: of its image digests and captions, in order.
 
     The digest does not depend on the paths of the files. The digest of a large table is stored in the cache, because
     computing it for millions of rows takes a minute or more.
@@ -204,7 +204,7 @@ def pairs_fingerprint(pairs: Dataset) -> str:
     return fingerprint
 
 
-def _load_or_make_table(
+def _get_table_and_prune_cache(
     path: Path, make_table: Callable[[], Dataset], has_recovered: Callable[[Dataset], bool]
 ) -> Dataset:
     """Load a pair table from its cache file, or build it.
@@ -218,10 +218,10 @@ def _load_or_make_table(
         make_table: Function that loads the table from `path` if the file exists, and otherwise builds it there.
         has_recovered: Function that tells whether any image that the table lists as bad can be read now.
     """
-    state = process_state()
+    state = get_distributed_state()
     with state.local_main_process_first():
         # Only the first process of this machine checks the file. The other processes then read the valid file.
-        is_valid = not state.is_local_main_process or digest_matches(path)
+        is_valid = not state.is_local_main_process or matches_appended_digest(path)
         if not is_valid:
             path.unlink(missing_ok=True)
         table = make_table()
@@ -230,7 +230,8 @@ def _load_or_make_table(
             table, is_valid = make_table(), False
         if not is_valid:
             append_digest(path)
-        # The fingerprint of `datasets` becomes the digest of the content, which `pairs_fingerprint` relies on.
+        # The fingerprint of `datasets` becomes the digest of the content, which `compute_pair_content_digest` relies
+        # on.
         table._fingerprint = read_appended_digest(path)
         if state.is_local_main_process:
             os.utime(path)
@@ -257,7 +258,7 @@ def _check_embedding(split: Split, number: int, row: dict[str, Any]) -> str:
     return row[DIGEST_COLUMN]
 
 
-def _choose_captions(row: dict[str, Any], columns: Sequence[str], choose: ChooseCaptions) -> list[str]:
+def _normalize_and_choose_captions(row: dict[str, Any], columns: Sequence[str], choose: ChooseCaptions) -> list[str]:
     """Return the captions to use from a row, without captions that are empty after text cleaning.
 
     Args:

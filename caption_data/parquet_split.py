@@ -97,7 +97,7 @@ class ParquetSplit(Split):
 open_in_place = partial(open_split, parquet_type=ParquetSplit)
 
 
-def source_fingerprint(source: Split) -> str:
+def compute_split_content_digest(source: Split) -> str:
     """Return a digest of the files of a split, so that changed data can be detected.
 
     The digest covers the name, size and content of each file, but not the folder. The content of a large file is

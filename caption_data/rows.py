@@ -181,7 +181,7 @@ class CaptionChoice:
         Raises:
             ValueError: If a column is missing, or the number of similarities differs from the number of captions.
         """
-        strategy, captions = self.caption_strategy, _get_list_column(row, f"captions-{language}")
+        strategy, captions = self.caption_strategy, _get_required_list(row, f"captions-{language}")
         if self.min_pair_similarity is not None:
             generated = row.get(f"generated-captions-{language}")
             generated_count = None if generated is None else len(generated)
@@ -190,7 +190,7 @@ class CaptionChoice:
                 return []
         if strategy == "none":
             return _deduplicate(captions)
-        texts = [*captions, *_get_list_column(row, f"generated-captions-{language}")]
+        texts = [*captions, *_get_required_list(row, f"generated-captions-{language}")]
         if strategy == "all":
             return _deduplicate(texts)
         if strategy == "first":
@@ -206,7 +206,7 @@ class CaptionChoice:
         return _select_diverse(passed, _deduplicate(texts), self)
 
 
-def _get_list_column(row: dict, name: str) -> list:
+def _get_required_list(row: dict, name: str) -> list:
     """Return the list in the column `name` of a row. Raises ValueError if the column is missing, None or a text."""
     if isinstance(row.get(name), str | None):
         raise ValueError(
@@ -234,7 +234,7 @@ def _get_similarities(row: dict, language: str, caption_count: int, generated_co
         ValueError: If the column is missing, or it does not hold one similarity per caption.
     """
     name = f"similarities-{language}"
-    similarities, needed = _get_list_column(row, name), caption_count + (generated_count or 0)
+    similarities, needed = _get_required_list(row, name), caption_count + (generated_count or 0)
     if len(similarities) < needed or (generated_count is not None and len(similarities) > needed):
         raise ValueError(
             f"{name!r} has {len(similarities)} numbers for {needed} captions ({caption_count} original, "

@@ -42,7 +42,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm.auto import tqdm
 
-from capivara_common.environment import process_state
+from capivara_common.environment import get_distributed_state
 from capivara_common.files import AllowedFolders, check_links_stay_inside, read_json
 from capivara_common.image_files import (
     MAX_IMAGE_PIXELS,
@@ -62,7 +62,7 @@ from caption_data.embedded import (
     find_invalid_embeds,
     image_encoder_of,
 )
-from caption_data.file_tables import build_file_table
+from caption_data.file_tables import build_table_and_find_damages
 from caption_data.rows import SkippedRow
 
 # Regular expressions for the file names of each supported form. All files of a dataset must have the same form.
@@ -258,7 +258,7 @@ class Split:
         """
         if self.is_embedded:
             return [digest or "" for chunk in self.iter_column(DIGEST_COLUMN) for digest in chunk.to_pylist()]
-        digests, quiet = [], not process_state().is_main_process
+        digests, quiet = [], not get_distributed_state().is_main_process
         for row in tqdm(range(len(self)), desc="Reading images", unit="image", disable=quiet):
             try:
                 image = read_image_bytes(self.data[row][self.image_column], self.image_access)
@@ -315,18 +315,18 @@ def open_split(
             the dataset, or the dataset is the output of an unfinished stage of a caption build.
     """
     path, paths, damages, data = Path(dataset), [], [], None
-    check_finished(path)
+    check_stage_is_finished(path)
     if (path / "dataset_dict.json").is_file():
         data = select_split(load_saved_dataset(path, image_roots), dataset, split)
         access = ImageAccess(AllowedFolders(path, image_roots), max_pixels)
     elif not path.exists() and not glob.has_magic(dataset):
         data = select_split(_load_from_hub(dataset), dataset, split)
-        access = ImageAccess(dataset_folders(dataset, image_roots), max_pixels)
+        access = ImageAccess(get_allowed_dataset_folders(dataset, image_roots), max_pixels)
     else:
-        paths, allowed_folders = find_split_files(dataset, split, image_roots)
+        paths, allowed_folders = find_files_and_allowed_folders(dataset, split, image_roots)
         access = ImageAccess(allowed_folders, max_pixels)
         if paths[0].suffix != ".parquet":
-            data, damages = _call_loader(dataset, build_file_table, paths, image_column)
+            data, damages = _call_loader(dataset, build_table_and_find_damages, paths, image_column)
         elif parquet_type is None:
             data = load_data_files("parquet", paths, dataset)
     damaged = [SkippedRow(dataset, split, row, "damaged archive", detail) for row, detail in damages]
@@ -360,7 +360,7 @@ def list_splits(dataset: str) -> list[str]:
         return read_json(path / "dataset_dict.json", splits=list)["splits"]
     if not path.exists() and not glob.has_magic(dataset):
         return list(_load_from_hub(dataset))
-    return list(_group_by_split(*_find_local_files(dataset), "train"))
+    return list(_group_by_split(*_find_root_and_data_files(dataset), "train"))
 
 
 def find_missing_rows(folder: Path) -> tuple[int, str]:
@@ -385,7 +385,7 @@ def find_missing_rows(folder: Path) -> tuple[int, str]:
         raise ValueError(f"{fault}. Restore the file, or remove {folder} and run its stage again.") from error
 
 
-def check_finished(folder: Path) -> None:
+def check_stage_is_finished(folder: Path) -> None:
     """Raise ValueError if a folder is the output of an unfinished stage of a caption build.
 
     The message contains the command that finishes the stage. A folder without `stage.json` is accepted.
@@ -423,7 +423,9 @@ def _without_decoding(feature: Any) -> Any:
     return replace(feature, decode=False) if getattr(feature, "decode", False) else feature
 
 
-def find_split_files(dataset: str, split: str, image_roots: Sequence[Path] = ()) -> tuple[list[Path], AllowedFolders]:
+def find_files_and_allowed_folders(
+    dataset: str, split: str, image_roots: Sequence[Path] = ()
+) -> tuple[list[Path], AllowedFolders]:
     """Find the data files of a split on this machine.
 
     Args:
@@ -438,7 +440,7 @@ def find_split_files(dataset: str, split: str, image_roots: Sequence[Path] = ())
         ValueError: If no file belongs to the split, the dataset has files of several forms (for example parquet and
             tar), or a link leads out of the allowed folders.
     """
-    root, files = _find_local_files(dataset)
+    root, files = _find_root_and_data_files(dataset)
     rule = (
         f" A file belongs to the split that its folder or the start of its name states, for example {split}-0001; "
         "otherwise to train."
@@ -492,12 +494,14 @@ def _load_checked_dataset(*args: Any, split: str | None = None, **options: Any) 
     """
     builder = load_dataset_builder(*args, **options)
     if isinstance(builder, Parquet):  # `_generate_tables` only runs for files that are not cached
-        builder._generate_tables = partial(_iter_checked_tables, builder._generate_tables)
+        builder._generate_tables = partial(_iter_size_checked_tables, builder._generate_tables)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
 
 
-def _iter_checked_tables(generate: Callable, files: Sequence[str], **options: Any) -> Iterator[tuple[Any, pa.Table]]:
+def _iter_size_checked_tables(
+    generate: Callable, files: Sequence[str], **options: Any
+) -> Iterator[tuple[Any, pa.Table]]:
     """Check the decoded size of parquet files, then generate their tables.
 
     Args:
@@ -524,7 +528,7 @@ def _check_expansion(paths: Sequence[str | Path]) -> None:
     for path in paths:
         with open_parquet(path) as file:
             groups = (file.metadata.row_group(number) for number in range(file.num_row_groups))
-            sizes = (sum(map(_decoded_bytes, batch.columns)) for batch in file.iter_batches(PARQUET_BATCH_ROWS))
+            sizes = (sum(map(_compute_decoded_size, batch.columns)) for batch in file.iter_batches(PARQUET_BATCH_ROWS))
             is_too_large = sum(group.total_byte_size for group in groups) > limit
             while not is_too_large and (size := next(sizes, None)) is not None:
                 decoded += size
@@ -537,7 +541,7 @@ def _check_expansion(paths: Sequence[str | Path]) -> None:
                 )
 
 
-def _decoded_bytes(array: pa.Array) -> int:
+def _compute_decoded_size(array: pa.Array) -> int:
     """Return the size in bytes that an array has without dictionary encoding, so that repeated values are counted."""
     if pa.types.is_dictionary(array.type):
         values = array.dictionary
@@ -545,9 +549,9 @@ def _decoded_bytes(array: pa.Array) -> int:
             return len(array) * values.type.bit_width // 8
         return pc.sum(pc.take(pc.binary_length(values), array.indices)).as_py() or 0
     if pa.types.is_struct(array.type):
-        return sum(map(_decoded_bytes, array.flatten()))
+        return sum(map(_compute_decoded_size, array.flatten()))
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        return _decoded_bytes(array.flatten())
+        return _compute_decoded_size(array.flatten())
     return array.nbytes
 
 
@@ -579,7 +583,7 @@ def load_saved_dataset(folder: Path, image_roots: Sequence[Path] = ()) -> Datase
     return data
 
 
-def dataset_folders(dataset: str, image_roots: Sequence[Path] = ()) -> AllowedFolders:
+def get_allowed_dataset_folders(dataset: str, image_roots: Sequence[Path] = ()) -> AllowedFolders:
     """Return the folders in which the files of a dataset may lie.
 
     These are the folder of the dataset (for a Hub id, its folder in the Hub cache), the folders `image_roots`, and the
@@ -638,7 +642,10 @@ def _load_from_hub(dataset: str) -> Any:
     if is_file_name or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset):
         raise ValueError(f"{dataset} does not exist, and it is not a Hub id such as 'laicsiifes/flickr30k-pt-br'.")
     subject = f"{dataset} is not a path on this machine, and as a Hub id it"
-    cached = dataset_folders(dataset).folder, Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___")
+    cached = (
+        get_allowed_dataset_folders(dataset).folder,
+        Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___"),
+    )
     if not any(map(Path.exists, cached)):
         # Fail after one request: `datasets` would retry six times, for half a minute.
         _call_loader(subject, HfApi().dataset_info, dataset, timeout=DATASET_INFO_TIMEOUT_S)
@@ -669,7 +676,7 @@ def _error_line(error: BaseException) -> str:
     return " ".join(str(cause).split()) or type(cause).__name__  # MemoryError has no text
 
 
-def _find_local_files(dataset: str) -> tuple[Path, list[Path]]:
+def _find_root_and_data_files(dataset: str) -> tuple[Path, list[Path]]:
     """Find all data files of a dataset on this machine.
 
     Args:

@@ -46,9 +46,9 @@ from capivara_common.cli import (
     run_command,
     unknown_name_message,
 )
-from capivara_common.executors import PhaseStep, failure_reasons, run_phases
+from capivara_common.executors import PhaseStep, read_failure_reasons, run_phases
 from capivara_common.files import atomic_folder, read_json, write_json, write_text
-from capivara_common.privacy import hide_paths, short_name
+from capivara_common.privacy import shorten_private_paths, to_publishable_name
 from capivara_common.tasks import ExecutorArguments, Phase
 from caption_data.rows import CAPTION_COLUMN_RE, DATASET_HELP, NOT_CHOSEN, SkippedRow, write_skipped_rows
 from caption_data.sources import STAGE_FILE, find_missing_rows
@@ -61,11 +61,11 @@ from captions.stages import (
     RowStage,
     StageArguments,
     atomic_parquet,
-    check_complete,
+    check_and_summarize_stage,
+    delete_parts_of_changed_rows,
     flatten,
     identity_digest,
     read_stage_record,
-    remove_rows,
 )
 from captions.translate import TranslateArguments
 from eval.records.tables import escape_markdown
@@ -171,7 +171,7 @@ def read_build_plan(
     for key in REQUIRED_KEYS:
         if not content.get(key):
             raise ValueError(f"{config} lacks `{key}`. Add it to the config, or set --{key}.")
-    card = _check_card(content.get("card"), config)
+    card = _parse_card_section(content.get("card"), config)
     if without_images and "embed" not in content:
         score = content.get("score")
         content["embed"] = {"model": score.get("model")} if isinstance(score, dict) else {}
@@ -189,8 +189,11 @@ def read_build_plan(
     # evaluation measures.
     translations = [(title, section) for title, section in chain if title.endswith(("translate", "embed"))]
     translations = translations or [(f"0-{READ_STAGE}", {})]
-    steps = {train: _plan_steps(content, chain, train, executor_flags or {}, config)}
-    steps |= {split: _plan_steps(content, translations, split, executor_flags or {}, config) for split in evaluation}
+    steps = {train: _build_stage_arguments(content, chain, train, executor_flags or {}, config)}
+    steps |= {
+        split: _build_stage_arguments(content, translations, split, executor_flags or {}, config)
+        for split in evaluation
+    }
     if evaluation and any(isinstance(step, EmbedArguments) and step.views > 1 for step in steps[train]):
         raise ValueError(f"{config}: embed.views must be 1 with evaluation_splits, which need the image itself.")
     output = Path(content["output"])
@@ -207,7 +210,9 @@ def _refuse_keys_of_services(section: Any, config: Path) -> None:
             )
 
 
-def _plan_steps(content: dict, chain: list[tuple[str, dict]], split: str, executor_flags: dict, config: Path) -> list:
+def _build_stage_arguments(
+    content: dict, chain: list[tuple[str, dict]], split: str, executor_flags: dict, config: Path
+) -> list:
     """Return the flags of the stages of a split. Each stage reads the output of the stage before it.
 
     Args:
@@ -282,7 +287,7 @@ def _translation_table_path(name: Path, output: Path, stage: Path) -> Path:
     return path
 
 
-def _check_card(card: Any, config: Path) -> dict[str, Any]:
+def _parse_card_section(card: Any, config: Path) -> dict[str, Any]:
     """Validate the section `card` of a config, which must state the license and the sources of the dataset.
 
     Args:
@@ -445,7 +450,7 @@ def apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
                     and isinstance(step_after, ScoreArguments)
                     and (step_after.output / STAGE_FILE).is_file()
                 ):
-                    remove_rows(step_after.output, corrections.rows)
+                    delete_parts_of_changed_rows(step_after.output, corrections.rows)
                 else:
                     shutil.rmtree(step_after.output, ignore_errors=True)
             corrections.apply()
@@ -460,7 +465,7 @@ def log_counts(plan: BuildPlan) -> None:
     half of the translations.
     """
     for step in (step for step in plan.all_steps() if _describe_state(step) == "done"):
-        report, rows = check_complete(step.output), read_stage_record(step.output)["source"]["rows"]
+        report, rows = check_and_summarize_stage(step.output), read_stage_record(step.output)["source"]["rows"]
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in report.skipped.items())
         ending = f" ({reasons})" if reasons else ""
         logger.info("%s: %s rows in, %s out%s", step.title, f"{rows:,}", f"{report.rows:,}", ending)
@@ -503,7 +508,7 @@ def describe_plan(plan: BuildPlan) -> list[str]:
             lines.append(f"{step.title}: {state}{ending}\n    {step.command()}")
             is_current, all_done = is_current and is_done, all_done and is_done
             for phase in PhaseStep.from_phases(step, step.phases, step.title):
-                reasons = failure_reasons(phase.log_folder)
+                reasons = read_failure_reasons(phase.log_folder)
                 lines += [f"    {phase}: task {rank}: {reason}" for rank, reason in reasons.items()]
     return [*lines, f"{plan.dataset}: {'done' if all_done else 'not written yet'}"]
 
@@ -570,14 +575,14 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
             )
         return
     files = {split: _group_parts(split, stage) for split, stage in last_stages.items()}
-    schema = _common_schema(part for split_files in files.values() for parts in split_files for part in parts)
+    schema = _unify_schemas(part for split_files in files.values() for parts in split_files for part in parts)
     metadata = {"card": plan.card, "language": plan.language, "splits": {}}
     with atomic_folder(output) as folder:
         for split, split_files in files.items():
             count = len(split_files)
             names = [folder / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
             progress = tqdm(zip(names, split_files, strict=True), desc="Dataset", unit="file", total=count)
-            counts = sum((_write_parquet_file(path, parts, schema) for path, parts in progress), Counter())
+            counts = sum((_write_parquet_and_count(path, parts, schema) for path, parts in progress), Counter())
             steps = [_step_metadata(step) for step in plan.steps[split]]
             metadata["splits"][split] = {"rows": counts.pop("rows"), "captions": dict(counts), "steps": steps}
         plots = (step.output / "report" / SIMILARITY_PLOT_FILE for step in plan.all_steps())
@@ -594,7 +599,9 @@ def _list_unembedded_rows(plan: BuildPlan) -> list[SkippedRow]:
     stages = [step for steps in plan.steps.values() for step in steps[-1:] if isinstance(step, EmbedArguments)]
     paths = (path for stage in stages for path in sorted(stage.output.glob("*.skipped.jsonl")))
     rows = [SkippedRow(**json.loads(line)) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    return [replace(row, source=short_name(row.source), detail=hide_paths(row.detail)) for row in rows]
+    return [
+        replace(row, source=to_publishable_name(row.source), detail=shorten_private_paths(row.detail)) for row in rows
+    ]
 
 
 def _group_parts(split: str, stage: Path) -> list[list[Path]]:
@@ -611,7 +618,7 @@ def _group_parts(split: str, stage: Path) -> list[list[Path]]:
     Raises:
         ValueError: If the stage is not complete, or no row is left.
     """
-    check_complete(stage)
+    check_and_summarize_stage(stage)
     parts = [path for path in sorted(stage.glob(f"{split}-*.parquet")) if pq.read_metadata(path).num_rows]
     if not parts:
         raise ValueError(f"{stage} has no rows: all were skipped. Its *.skipped.jsonl files list the reasons.")
@@ -620,7 +627,7 @@ def _group_parts(split: str, stage: Path) -> list[list[Path]]:
     return [list(group) for _, group in itertools.groupby(parts, key=numbers.get)]
 
 
-def _common_schema(parts: Iterable[Path]) -> pa.Schema:
+def _unify_schemas(parts: Iterable[Path]) -> pa.Schema:
     """Return a schema with all columns that occur in any of the parquet files.
 
     Raises ValueError if a column has different types in two files.
@@ -635,7 +642,7 @@ def _common_schema(parts: Iterable[Path]) -> pa.Schema:
     return features.arrow_schema
 
 
-def _write_parquet_file(path: Path, parts: list[Path], schema: pa.Schema) -> Counter[str]:
+def _write_parquet_and_count(path: Path, parts: list[Path], schema: pa.Schema) -> Counter[str]:
     """Write one parquet file of the dataset.
 
     Args:
@@ -667,7 +674,11 @@ def _step_metadata(step: StageArguments) -> dict[str, Any]:
         A dict with the name of the stage, its settings, the numbers of rows read, written and skipped (by reason), the
         numbers of translations and of flagged translations, who translated, and the versions of packages.
     """
-    record, report, quality = read_stage_record(step.output), check_complete(step.output), step.output / QUALITY_FILE
+    record, report, quality = (
+        read_stage_record(step.output),
+        check_and_summarize_stage(step.output),
+        step.output / QUALITY_FILE,
+    )
     quality_counts = None
     if quality.is_file():
         report_of_quality = read_json(quality, captions=int, flagged=int)
@@ -677,7 +688,7 @@ def _step_metadata(step: StageArguments) -> dict[str, Any]:
             quality_counts |= {"flags": flags, "usage": usage}
     return {
         "name": step.output.parent.name.partition("-")[2],
-        "settings": hide_paths(record["settings"]),
+        "settings": shorten_private_paths(record["settings"]),
         "rows_in": record["source"]["rows"],
         "rows_out": report.rows,
         "left_out": report.skipped,

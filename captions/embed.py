@@ -26,8 +26,8 @@ from huggingface_hub import constants, hf_hub_download
 
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.executors import PhaseStep, run_phases
-from capivara_common.files import check_output_folder, lock_folder
-from capivara_common.privacy import short_name
+from capivara_common.files import acquire_folder_lock, check_output_folder
+from capivara_common.privacy import to_publishable_name
 from capivara_common.tasks import Phase
 from caption_data.rows import CAPTION_COLUMN_RE
 from caption_data.sources import list_splits
@@ -76,7 +76,7 @@ def inherit_card(args: EmbedCommandArguments) -> dict[str, Any]:
         )
     keys = ("attribution",) if args.license else ("attribution", "license_name", "license_link")
     inherited = {key: card[key] for key in keys if card.get(key)}
-    name = short_name(args.dataset)
+    name = to_publishable_name(args.dataset)
     return inherited | {
         "license": license_id,
         "pretty_name": f"{card.get('pretty_name') or name}: image embeddings",
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     parts.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
-            stack.callback(os.close, lock_folder(parts))
+            stack.callback(os.close, acquire_folder_lock(parts))
         except BlockingIOError as error:
             raise ValueError(f"Another process is writing {args.output}. Wait for it, or change --output.") from error
         except OSError:  # some file systems have no locks

@@ -46,7 +46,7 @@ MARKUP_RE = re.compile(
 )
 
 
-def find_quality_flags(source: str, translation: str, language: str) -> list[str]:
+def find_translation_flags(source: str, translation: str, language: str) -> list[str]:
     """Return the names of the problems that a translation seems to have.
 
     Args:

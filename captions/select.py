@@ -30,11 +30,11 @@ import pandas as pd
 from capivara_common.cli import flag, run_command
 from capivara_common.files import write_json
 from capivara_common.image_files import BadRow, decode_image
-from capivara_common.privacy import short_name
+from capivara_common.privacy import to_publishable_name
 from caption_data.rows import CAPTIONS_FEATURE, NOT_CHOSEN, SIMILARITY_STRATEGIES, CaptionChoice, normalize_captions
 from caption_data.sources import Split
-from captions.stages import RowStage, StageArguments, check_complete, read_skipped_rows, run_stage_command
-from eval.records.tables import to_one_line, write_html_page
+from captions.stages import RowStage, StageArguments, check_and_summarize_stage, read_skipped_rows, run_stage_command
+from eval.records.tables import sanitize_and_shorten_text, write_html_page
 
 # Path of the HTML page in the output folder. The page is written last, so that the report is complete if it exists.
 REPORT_PAGE = Path("report") / "index.html"
@@ -102,7 +102,7 @@ class SelectArguments(CaptionChoice, StageArguments):
         return (
             {f"captions-{self.language}": CAPTIONS_FEATURE},
             settings,
-            lambda rows: [select_row(self, row) for row in rows],
+            lambda rows: [select_row_captions(self, row) for row in rows],
         )
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
@@ -116,7 +116,9 @@ class SelectArguments(CaptionChoice, StageArguments):
             write_selection_report(self)
 
 
-def choose_with_similarities(args: SelectArguments, row: dict[str, Any]) -> tuple[dict[str, float | None], list[str]]:
+def get_similarities_and_chosen(
+    args: SelectArguments, row: dict[str, Any]
+) -> tuple[dict[str, float | None], list[str]]:
     """Choose the captions of a row, and look up the similarities of all captions of the row.
 
     Args:
@@ -144,7 +146,7 @@ def choose_with_similarities(args: SelectArguments, row: dict[str, Any]) -> tupl
     return scored, chosen
 
 
-def select_row(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | BadRow:
+def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | BadRow:
     """Select the captions of a row.
 
     Args:
@@ -156,7 +158,7 @@ def select_row(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | B
         caption is selected.
     """
     try:
-        scored, chosen = choose_with_similarities(args, row)
+        scored, chosen = get_similarities_and_chosen(args, row)
     except BadRow as bad:
         return bad
     if not chosen:
@@ -188,10 +190,12 @@ def write_selection_report(args: SelectArguments) -> None:
     by_first = args.min_pair_similarity is not None and args.strategy_cutoff is None
     shown, unit = (first, "images, by their first caption") if by_first else (scored, "captions")
     settings = ("split", "language", "caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
-    unusable = {reason: n for reason, n in check_complete(args.output).skipped.items() if reason != NOT_CHOSEN}
+    unusable = {
+        reason: n for reason, n in check_and_summarize_stage(args.output).skipped.items() if reason != NOT_CHOSEN
+    }
     sides = {"dropped": shown[~shown["kept"]]["similarity"], "kept": shown[shown["kept"]]["similarity"]}
     metadata = {
-        "dataset": short_name(args.dataset),
+        "dataset": to_publishable_name(args.dataset),
         **{name: getattr(args, name) for name in settings},
         "images": {"kept": kept_count, "not chosen": len(is_image_kept) - kept_count, "can't be used": unusable},
         "captions": {"of these images": len(captions), "kept": int(captions["kept"].sum())},
@@ -202,7 +206,7 @@ def write_selection_report(args: SelectArguments) -> None:
             for side, values in sides.items()
             if len(values)
         },
-        "examples": _write_examples(args, source, shown, folder),
+        "examples": _write_examples_near_cutoff(args, source, shown, folder),
     }
     if len(shown):
         cutoff = args.min_pair_similarity if by_first else args.strategy_cutoff
@@ -214,7 +218,7 @@ def write_selection_report(args: SelectArguments) -> None:
         metadata=metadata,
         is_embedded=source.is_embedded,
         image_files={path.name for path in folder.glob("row-*.jpg")},
-        shorten=partial(to_one_line, limit=MAX_SHOWN_CHARACTERS),
+        shorten=partial(sanitize_and_shorten_text, limit=MAX_SHOWN_CHARACTERS),
     )
 
 
@@ -242,8 +246,8 @@ def _build_caption_table(args: SelectArguments, source: Split) -> pd.DataFrame:
     table = {"row": array("q"), "place": array("i"), "first": array("b"), "kept": array("b"), "similarity": array("d")}
     for number, row in enumerate(source.rows(column_names=present)):
         if number not in unusable:
-            row = _normalize_row(args, row)
-            similarities, chosen = choose_with_similarities(args, row)
+            row = _rename_and_normalize_row(args, row)
+            similarities, chosen = get_similarities_and_chosen(args, row)
             for place, (text, similarity) in enumerate(similarities.items()):
                 is_first = place == 0 and bool(row.get(args.columns()[0]))
                 is_scored = similarity is not None and text.strip()
@@ -254,7 +258,7 @@ def _build_caption_table(args: SelectArguments, source: Split) -> pd.DataFrame:
     return captions.astype({"first": bool, "kept": bool})
 
 
-def _normalize_row(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any]:
+def _rename_and_normalize_row(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any]:
     """Return a row of the source with the column names of the output, and with captions as lists of texts.
 
     Args:
@@ -265,7 +269,9 @@ def _normalize_row(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any]
     return row | {name: normalize_captions(row[name], name) for name in args.columns()[:2] if name in row}
 
 
-def _write_examples(args: SelectArguments, source: Split, captions: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
+def _write_examples_near_cutoff(
+    args: SelectArguments, source: Split, captions: pd.DataFrame, folder: Path
+) -> list[dict[str, Any]]:
     """Find the examples closest to the cutoff, and write their images as JPEG files.
 
     Args:
@@ -283,7 +289,7 @@ def _write_examples(args: SelectArguments, source: Split, captions: pd.DataFrame
         side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
         for example in side.head(EXAMPLES_PER_SIDE).itertuples():
             row = source.row(example.row)
-            similarities, _ = choose_with_similarities(args, _normalize_row(args, row))
+            similarities, _ = get_similarities_and_chosen(args, _rename_and_normalize_row(args, row))
             text = list(similarities)[example.place]
             examples.append({"row": example.row, "caption": text, "similarity": example.similarity, "kept": kept})
             if source.is_embedded:

@@ -47,7 +47,7 @@ from capivara_common.image_files import (
 )
 from capivara_common.tasks import ExecutorArguments, Phase, split_rows
 from caption_data.embedded import read_row_embedding
-from caption_data.parquet_split import open_in_place, source_fingerprint
+from caption_data.parquet_split import compute_split_content_digest, open_in_place
 from caption_data.rows import (
     CAPTION_COLUMN_RE,
     CAPTIONS_FEATURE,
@@ -56,7 +56,7 @@ from caption_data.rows import (
     normalize_captions,
     write_skipped_rows,
 )
-from caption_data.sources import STAGE_FILE, Split, check_finished, open_parquet
+from caption_data.sources import STAGE_FILE, Split, check_stage_is_finished, open_parquet
 
 SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # valid split names; file names of parts begin with the split name
 IMAGE_COLUMN = "image"  # name of the image column in every output, as in the datasets of the CAPIVARA authors
@@ -290,7 +290,7 @@ class EncoderStageArguments(StageArguments):
             require_packages(f"The stage {stage}", "open_clip", "open_clip")
 
 
-def output_features(source: Split, args: StageArguments) -> Features:
+def get_copied_features(source: Split, args: StageArguments) -> Features:
     """Return the columns that a stage copies from its source to its output.
 
     Columns with an Arrow extension type are not copied.
@@ -382,7 +382,7 @@ class RowStage:
         # If the first file of the source can't be read, this line raises the error, before a model is loaded or a paid
         # service is called.
         next(self.source.rows(), None)
-        self.features = output_features(self.source, args)
+        self.features = get_copied_features(self.source, args)
         self.record = {  # the keys of `stage.json` that are known before a model is loaded
             "version": STAGE_VERSION,
             "command": args.command(),
@@ -390,7 +390,7 @@ class RowStage:
                 "name": self.source.name,
                 "split": self.source.split,
                 "rows": len(self.source),
-                "fingerprint": source_fingerprint(self.source),
+                "fingerprint": compute_split_content_digest(self.source),
                 "damaged": [damage.detail for damage in self.source.damaged_archives],
             },
             "rows_per_part": args.rows_per_part,
@@ -456,13 +456,13 @@ class RowStage:
             "columns": {name: repr(feature) for name, feature in features.items()},
             "versions": package_versions(),
         }
-        claim_folder(self.args.output, self.record | added)
+        write_or_check_stage_record(self.args.output, self.record | added)
         missing = [part for part in self.parts if not self.path(part).is_file()]
         total, left = sum(map(len, self.parts)), sum(map(len, missing))
         title = type(self.args).__module__.rpartition(".")[2].capitalize()
         with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=self.rank > 0) as bar:
             self.bar = bar
-            for group in batch_by_length(missing, prepared_rows):
+            for group in iter_length_limited_batches(missing, prepared_rows):
                 prepare(group)
                 for part in group:
                     try:
@@ -582,7 +582,7 @@ def atomic_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         os.fsync(file.fileno())
 
 
-def batch_by_length(items: Iterable[S], max_length: int, max_items: int = sys.maxsize) -> Iterator[list[S]]:
+def iter_length_limited_batches(items: Iterable[S], max_length: int, max_items: int = sys.maxsize) -> Iterator[list[S]]:
     """Group items in order into batches of limited length. An item longer than `max_length` becomes a batch by itself.
 
     Args:
@@ -643,7 +643,7 @@ def read_stage_record(output: Path | str) -> dict[str, Any]:
     return record
 
 
-def claim_folder(output: Path, record: dict[str, Any]) -> None:
+def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
     """Write `stage.json` into a new output folder, or check that an existing folder was made with the same settings.
 
     Args:
@@ -666,7 +666,8 @@ def claim_folder(output: Path, record: dict[str, Any]) -> None:
         # raises an error.
         write_json(path, record)
     recorded = read_stage_record(output)
-    # The fingerprint is None if `remove_rows` has deleted the parts with changed rows. The new source is then accepted.
+    # The fingerprint is None if `delete_parts_of_changed_rows` has deleted the parts with changed rows. The new source
+    # is then accepted.
     is_invalidated = recorded["source"].get("fingerprint") is None
     if is_invalidated:
         recorded["source"]["fingerprint"] = record["source"]["fingerprint"]
@@ -722,10 +723,11 @@ class Corrections:
         write_json(self.output / STAGE_FILE, self.record)
 
 
-def remove_rows(output: Path, rows: Iterable[int]) -> None:
+def delete_parts_of_changed_rows(output: Path, rows: Iterable[int]) -> None:
     """Delete the parts (parquet files) of a stage that were made from changed rows, so that they are written again.
 
-    The fingerprint of the source is removed from `stage.json`, so that `claim_folder` accepts the changed source.
+    The fingerprint of the source is removed from `stage.json`, so that `write_or_check_stage_record` accepts the
+    changed source.
 
     Args:
         output: Output folder of the stage.
@@ -771,14 +773,14 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def check_complete(output: Path | str) -> StageReport:
+def check_and_summarize_stage(output: Path | str) -> StageReport:
     """Check that the output folder of a stage is complete, and count its written and skipped rows.
 
     Raises ValueError if parts (parquet files) are missing or damaged. The message contains the command that writes the
     missing rows.
     """
     output, record = Path(output), read_stage_record(output)
-    check_finished(output)
+    check_stage_is_finished(output)
     return summarize_parts(output, record, split_rows(record["source"]["rows"], record["rows_per_part"]))
 
 
@@ -859,5 +861,5 @@ def run_stage_command(
         corrections.apply()
     if not run_phases(PhaseStep.from_phases(args, args.phases, arguments_type.__module__.rpartition(".")[2]), args):
         return None
-    print(f"{args.output}: {check_complete(args.output)}")
+    print(f"{args.output}: {check_and_summarize_stage(args.output)}")
     return args

@@ -34,8 +34,14 @@ from caption_data.rows import CAPTIONS_FEATURE
 from captions.chat.answers import Answer
 from captions.languages import parse_language
 from captions.quality import QUALITY_FILE, QUALITY_FLAGS, summarize_quality
-from captions.sentences import CAPTION_KINDS, QUALITY_FEATURES, distinct_sentences, translate_row, translated_columns
-from captions.stages import RowStage, StageArguments, batch_by_length, read_stage_record, run_stage_command
+from captions.sentences import (
+    CAPTION_KINDS,
+    QUALITY_FEATURES,
+    build_translated_columns,
+    iter_distinct_captions,
+    map_columns_to_translations,
+)
+from captions.stages import RowStage, StageArguments, iter_length_limited_batches, read_stage_record, run_stage_command
 from captions.translation_memory import TranslationMemory
 from captions.translators import TRANSLATORS
 from captions.translators.base import Translator
@@ -119,7 +125,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
             ValueError: If the dataset has no captions in the source language, or already has a column of translations.
         """
         added = super().check_columns(columns, where)
-        return [*added, *translated_columns(columns, where, self).values(), f"quality-{self.language}"]
+        return [*added, *map_columns_to_translations(columns, where, self).values(), f"quality-{self.language}"]
 
     def settings(self, translator: dict[str, Any]) -> dict[str, Any]:
         """Return the settings of the stage for `stage.json`.
@@ -153,7 +159,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         translator = TRANSLATORS[self.backend]
         if not translator.counts_tokens:
             return []
-        sentences = set(distinct_sentences(self, stage.source, [range(len(stage.source))]))
+        sentences = set(iter_distinct_captions(self, stage.source, [range(len(stage.source))]))
         return [f"{len(sentences):,} distinct captions", *translator.describe_work(self, sorted(sentences))]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
@@ -171,18 +177,18 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         Raises:
             ValueError, OSError, ImportError: If the translator cannot be loaded, or the table is incomplete.
         """
-        columns = translated_columns(stage.features, stage.source.display_name, self)
+        columns = map_columns_to_translations(stage.features, stage.source.display_name, self)
         translator = TRANSLATORS[self.backend].load(self, stage)
         translations: dict[str, str] = {}  # sentence -> translation, for the sentences of the next parts
         faults: dict[str, str] = {}  # sentence -> fault, if the translator gave no usable answer
 
         def prepare(parts: list[range]) -> None:
-            sentences = set(distinct_sentences(self, stage.source, parts))
+            sentences = set(iter_distinct_captions(self, stage.source, parts))
             translations.clear()
-            translations.update(translate_sentences(self, translator, sentences, faults, shows_bar=stage.rank == 0))
+            translations.update(translate_with_memory(self, translator, sentences, faults, shows_bar=stage.rank == 0))
 
         def process(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return [translate_row(self, row, columns, translations, faults) for row in rows]
+            return [build_translated_columns(self, row, columns, translations, faults) for row in rows]
 
         new_columns = dict.fromkeys(columns.values(), CAPTIONS_FEATURE) | {f"quality-{self.language}": QUALITY_FEATURES}
         return new_columns, self.settings(translator.fingerprint), process, prepare
@@ -224,7 +230,7 @@ def open_memory(args: TranslateArguments, fingerprint: dict[str, Any]) -> Transl
     return TranslationMemory(args.memory or args.output.with_name(args.output.name + ".memory"), fingerprint)
 
 
-def translate_sentences(
+def translate_with_memory(
     args: TranslateArguments, translator: Translator, sentences: set[str], faults: dict[str, str], shows_bar: bool
 ) -> dict[str, str]:
     """Translate sentences, and use the translation memory for sentences that have been translated before.
@@ -258,7 +264,7 @@ def translate_sentences(
             bar.set_postfix_str(translator.describe_usage(), refresh=False)
 
         translator.on_answer, done = save, 0
-        for batch in batch_by_length(missing, max_characters, max_sentences):
+        for batch in iter_length_limited_batches(missing, max_characters, max_sentences):
             new_translations = dict(zip(batch, translator.translate(batch), strict=True))
             memory.add(new_translations)
             translations |= new_translations

@@ -100,13 +100,13 @@ def read_translation_table(path: Path, sentences: list[str]) -> dict[str, str]:
     Raises:
         ValueError: If the rows do not match the sentences, or a sentence has no translation.
     """
-    check_table_rows(path, sentences)
+    check_rows_match_sentences(path, sentences)
     if missing := describe_untranslated(path):
         raise ValueError(f"{path}: {missing} Fill the last column of these lines.")
     return {source: row["translation"] for source, row in zip(sentences, read_table(path)[1], strict=True)}
 
 
-def check_table_rows(path: Path, sentences: list[str]) -> None:
+def check_rows_match_sentences(path: Path, sentences: list[str]) -> None:
     """Check that the rows of a table belong to the given sentences, in the same order.
 
     Ids are always compared, sentences only if the table has the column `source`.

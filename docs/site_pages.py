@@ -16,7 +16,7 @@ from unittest import mock
 import click
 
 from capivara_search.command import capivara
-from capivara_search.command_line import describe_parameter
+from capivara_search.command_line import get_localized_help_record
 from capivara_search.messages import COMMAND_NAMES, Messages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,7 +127,7 @@ def search_commands(language: str = "en") -> str:
         context = click.Context(command, group, english, obj=messages)
         name = f"{english} ({portuguese})" if portuguese != english else english
         text.append(f"### capivara {name}\n\n{to_markdown(messages(f'about.{english}'))}")
-        rows = [describe_parameter(param, context) for param in command.get_params(context)]
+        rows = [get_localized_help_record(param, context) for param in command.get_params(context)]
         text.append(to_table([(f"`{flag}`", escape(meaning)) for flag, meaning in rows], "Flag", "Meaning"))
     return "\n\n".join(text)
 

@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capivara_common.cli import flag, run_command
-from capivara_common.environment import process_state
+from capivara_common.environment import get_distributed_state
 from capivara_common.files import check_output_file
 from caption_data.labeled_images import LABEL_COLUMNS, LabeledImages, load_labeled_images
 from eval.capivara_metrics import metrics
-from eval.embeddings import CachedEmbedder, ModelArguments, open_store, run_evaluation, write_result
+from eval.embeddings import CachedEmbedder, ModelArguments, load_cached_embedder, run_evaluation, write_result
 from eval.prompts import Prompts, load_prompts
-from eval.records.schema import Record
+from eval.records.result_files import Record
 
 # Factor by which cosines are multiplied before the softmax. It is the upper limit of CLIP's learned logit scale (arXiv
 # 2103.00020, section 2.5).
@@ -149,7 +149,7 @@ def compute_classification_metrics(scores: Tensor, labels: list, metric: str) ->
     return values
 
 
-def compute_chance(metric: str, labels: list, class_count: int) -> float:
+def compute_chance_level(metric: str, labels: list, class_count: int) -> float:
     """Return the chance level of a metric: the value that random scores are expected to reach.
 
     Args:
@@ -182,7 +182,7 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
     data = load_split(args, args.split, prompts.english_names, prompts.class_indices)
-    store = open_store(args)
+    store = load_cached_embedder(args)
     started = time.perf_counter()
     images = store.embed_images(data.images)
     scores = images.embeds @ embed_classes(store, prompts).T
@@ -195,10 +195,10 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     shared |= {"language": prompts.language, "n": len(labels), "seed": args.seed}
     shared |= {"protocol": prompts.protocol, "model": args.role, "model_folder": args.model}
     records = [
-        Record(**shared, metric=name, value=value, chance=compute_chance(name, labels, scores.shape[1]))
+        Record(**shared, metric=name, value=value, chance=compute_chance_level(name, labels, scores.shape[1]))
         for name, value in values.items()
     ]
-    if process_state().is_main_process:
+    if get_distributed_state().is_main_process:
         parts = {"classes": prompts.names + ["(sem nome)"] * unnamed, "notes": list(prompts.notes)}
         # Accuracy per class and confusion matrix are defined only if each image has one class.
         if not isinstance(labels[0], list):

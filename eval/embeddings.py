@@ -24,12 +24,12 @@ from torch import Tensor
 from capivara_common.cli import check_at_least, flag, parse_arguments
 from capivara_common.embedding_speed import tune_chunk_size
 from capivara_common.embedding_store import EmbeddingStore, Place, vectors_to_array
-from capivara_common.environment import cache_home, describe_device, process_state
+from capivara_common.environment import cache_home, describe_device, get_distributed_state
 from capivara_common.files import read_json
 from capivara_common.image_files import BadImage, ImageFileArguments
 from caption_data.embedded import EMBEDS_COLUMN
 from caption_data.sources import Split
-from eval.records.schema import Record, write_records
+from eval.records.result_files import Record, write_records
 from modeling_capivara.two_towers import Embedder, load_embedder
 
 # Rows of a file of the cache
@@ -164,7 +164,7 @@ class CachedEmbedder:
         return EmbeddingStore(self.cache_folder / "evaluation", {"encoder": encoder_fingerprint}, batch_size)
 
 
-def open_store(args: ModelArguments) -> CachedEmbedder:
+def load_cached_embedder(args: ModelArguments) -> CachedEmbedder:
     """Load the model that the command-line arguments name, and open its embedding cache.
 
     Raises:
@@ -211,7 +211,7 @@ def run_evaluation(
     """
     args = parse_arguments(arguments_type, doc, argv)
     records = evaluate(args)
-    if not process_state().is_main_process:
+    if not get_distributed_state().is_main_process:
         return
     for record in records:
         label = record.direction or f"{record.dataset} {record.protocol}"

@@ -21,12 +21,12 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from tqdm.auto import tqdm
 
 from capivara_common.cli import flag, run_command
-from capivara_common.environment import process_state
+from capivara_common.environment import get_distributed_state
 from capivara_common.files import check_output_file
-from eval.classification import LabeledImageArguments, compute_chance, compute_classification_metrics, load_split
-from eval.embeddings import open_store, run_evaluation, write_result
+from eval.classification import LabeledImageArguments, compute_chance_level, compute_classification_metrics, load_split
+from eval.embeddings import load_cached_embedder, run_evaluation, write_result
 from eval.prompts import load_prompts
-from eval.records.schema import Record
+from eval.records.result_files import Record
 
 INVERSE_PENALTIES = np.logspace(-3, 5, 9)  # scikit-learn's C, from the strongest to the weakest penalty
 MAX_ITERATIONS = 1000  # iterations of the solver, at most
@@ -69,7 +69,7 @@ def sample_few_shot(labels: np.ndarray, shots: int, rng: np.random.Generator) ->
     return np.concatenate([rng.permutation(rows)[:shots] for rows in rows_by_class])
 
 
-def make_validation_fold(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def make_predefined_split_fold(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw a random 20 % of the images of each class for validation, in the format of scikit-learn's `PredefinedSplit`.
 
     A class with two to four images contributes one image; the only image of a class stays in training.
@@ -88,7 +88,7 @@ def make_validation_fold(labels: np.ndarray, rng: np.random.Generator) -> np.nda
     return fold
 
 
-def fit_and_score(
+def tune_probe_and_score_images(
     train: LabeledFeatures,
     validation: LabeledFeatures | None,
     test: LabeledFeatures,
@@ -116,7 +116,7 @@ def fit_and_score(
     if len(np.unique(train[1])) < 2:
         raise ValueError(f"A linear probe needs at least two training classes, got {len(np.unique(train[1]))}.")
     if validation is None:
-        fit_data, fold = train, make_validation_fold(train[1], rng)
+        fit_data, fold = train, make_predefined_split_fold(train[1], rng)
     else:
         fit_data = tuple(map(np.concatenate, zip(train, validation, strict=True)))
         fold = np.repeat([-1, 0], [len(train[1]), len(validation[1])])
@@ -161,14 +161,14 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
                     "Give a folder with a subfolder per split, such as train/ and test/, each with a folder per class."
                 )
         loaded[name] = data
-    store = open_store(args)
+    store = load_cached_embedder(args)
     started = time.perf_counter()
     features, skipped = [], {}
     for name, data in loaded.items():
         images = store.embed_images(data.images, f"Images, {name}")
         features.append((images.embeds.numpy(), np.array(data.labels)[images.rows.numpy()]))
         skipped |= {f"{name} {row}": reason for row, reason in images.skipped.items()}
-    if not process_state().is_main_process:
+    if not get_distributed_state().is_main_process:
         return []
     train, test, validation = (*features, None)[:3]
     records, chosen_penalties, labels, classes = [], {}, test[1].tolist(), len(prompts.names)
@@ -179,7 +179,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
             rng = np.random.default_rng([args.seed, draw, shots or 0])
             rows = sample_few_shot(train[1], shots, rng) if shots else slice(None)
             sample = train[0][rows], train[1][rows]
-            scores, penalty = fit_and_score(sample, validation if not shots else None, test, classes, rng)
+            scores, penalty = tune_probe_and_score_images(sample, validation if not shots else None, test, classes, rng)
             results.append(compute_classification_metrics(scores, labels, prompts.metric))
             chosen_penalties[name].append(penalty)
         for metric, value in pandas.DataFrame(results).mean(skipna=False).items():
@@ -187,7 +187,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
                 Record(
                     task="linear_probe", dataset=prompts.benchmark, split=args.split, language="", protocol=name,
                     direction="", metric=metric, value=float(value), n=len(labels), model=args.role,
-                    model_folder=args.model, chance=compute_chance(metric, labels, classes),
+                    model_folder=args.model, chance=compute_chance_level(metric, labels, classes),
                 )
             )  # fmt: skip
     metadata = {"dataset": args.images, "fingerprint": loaded[args.split].fingerprint(), "skipped": skipped}

@@ -21,24 +21,24 @@ from PIL import Image
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import AllowedFolders, atomic_folder, check_inputs_outside, check_output_folder
 from capivara_common.image_files import BadImage, ImageAccess, decode_image
-from capivara_common.privacy import hide_paths
-from eval.benchmarks import get_published_base
+from capivara_common.privacy import shorten_private_paths
+from eval.benchmarks import get_published_baseline_result
 from eval.records.plots import plot_bars, plot_training_curves
-from eval.records.schema import (
+from eval.records.result_files import (
     GAIN_METRIC,
     SCHEMA_VERSION,
     TASKS,
     ResultFile,
     parse_result,
-    read_json_object,
+    read_json_object_and_bytes,
 )
 from eval.records.tables import (
     average_over_seeds,
     build_records_frame,
     find_conflicts,
-    format_points,
+    format_signed_difference,
     pair_with_baselines,
-    to_one_line,
+    sanitize_and_shorten_text,
     write_html_page,
 )
 
@@ -93,7 +93,7 @@ def read_results_folder(folder: Path) -> ResultsFolder:
         if any(part.startswith(".") or part.endswith(".partial") for part in name.split("/")):
             continue
         try:
-            content, _ = read_json_object(path)
+            content, _ = read_json_object_and_bytes(path)
             if "summary_version" in content:
                 continue  # a summary (of eval.suite or examples.real_images) repeats the result files next to it
             if "records" in content:
@@ -131,19 +131,21 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
     content = read_results_folder(results)
     with atomic_folder(output, overwrite) as folder:
         tables = group_into_tables(build_records_frame(content.results))
-        blocks = [_build_block(rows, content, folder) for rows in tables]
+        blocks = [_build_block_and_draw_chart(rows, content, folder) for rows in tables]
         runs = []
         for name, run in content.runs:
             try:
                 curve, language = run["curve"], run["config"]["language"]
                 chart = _draw_chart(f"curves {name}", content, folder, plot_training_curves, curve, language)
             except (TypeError, KeyError, ValueError, AttributeError) as error:
-                content.faults.append((name, f"its training curve is malformed: {to_one_line(repr(error), 80)}"))
+                content.faults.append(
+                    (name, f"its training curve is malformed: {sanitize_and_shorten_text(repr(error), 80)}")
+                )
                 continue
             sheets, title = [Path(name).with_name(RUN_SHEET_FILE)], "Test captions with the images found for them"
             runs.append((name, run, [chart, *_copy_images(sheets, title, content, folder)]))
         values = {"results_folder": content, "blocks": blocks, "runs": runs}
-        values |= {"points": format_points, "safe_line": _to_safe_line}
+        values |= {"points": format_signed_difference, "safe_line": _to_safe_line}
         write_html_page(PAGE_TEMPLATE, folder / "index.html", **values)
     return content
 
@@ -165,7 +167,7 @@ def group_into_tables(frame: pandas.DataFrame) -> list[pandas.DataFrame]:
     return [rows for _, rows in frame.groupby(order)]
 
 
-def _build_block(rows: pandas.DataFrame, results_folder: ResultsFolder, output: Path) -> dict[str, Any]:
+def _build_block_and_draw_chart(rows: pandas.DataFrame, results_folder: ResultsFolder, output: Path) -> dict[str, Any]:
     """Build the template variables of one table of the report, and draw its chart.
 
     Args:
@@ -185,7 +187,7 @@ def _build_block(rows: pandas.DataFrame, results_folder: ResultsFolder, output: 
     pairs = pair_with_baselines(average_over_seeds(measured, "folder"))
     gains = rows[rows["metric"] == GAIN_METRIC].to_dict("records")
     for pair in pairs:
-        pair["published"] = get_published_base(pair)
+        pair["published"] = get_published_baseline_result(pair)
         pair["models"] = " against ".join(pair[role].folder for role in ("capivara", "baseline") if pair[role])
     # The first metric in a result file is the dataset's own. A chart of classification shows only this metric.
     own_metrics = measured.drop_duplicates("dataset").set_index("dataset")["metric"]
@@ -198,10 +200,10 @@ def _build_block(rows: pandas.DataFrame, results_folder: ResultsFolder, output: 
         entry["label"] = [", ".join(filter(None, parts))]
         if has_several_models:
             entry["label"].append(entry.get("models", entry.get("folder")))
-        entry["short"] = "\n".join(to_one_line(line, 28) for line in entry["label"])
+        entry["short"] = "\n".join(sanitize_and_shorten_text(line, 28) for line in entry["label"])
     title = [_to_words(first["task"]).capitalize(), first["dataset"] if is_retrieval else first["protocol"]]
     title += [f"in {first['language']}"] * bool(first["language"]) + [f"split {first['split']}"]
-    title = to_one_line(", ".join(title + [f"first {first['dim']} dimensions"] * bool(first["dim"])), 200)
+    title = sanitize_and_shorten_text(", ".join(title + [f"first {first['dim']} dimensions"] * bool(first["dim"])), 200)
     sheets = [Path(name).with_suffix(QUERY_SHEET_SUFFIX) for name in dict.fromkeys(rows["name"])]
     skipped = measured.groupby("dataset", sort=False)["skipped_rows"].max()
     return {
@@ -255,7 +257,9 @@ def _copy_images(
         try:
             image = decode_image({"bytes": None, "path": str(results_folder.folder / inside)}, files).convert("RGBA")
         except BadImage as error:  # only the reason is shown, because the detail may name folders of this machine
-            results_folder.faults.append((to_one_line(str(inside), 120), f"the image is not shown: {error.reason}"))
+            results_folder.faults.append(
+                (sanitize_and_shorten_text(str(inside), 120), f"the image is not shown: {error.reason}")
+            )
             copies.append((None, title))
         else:
             results_folder.image_count += 1
@@ -269,7 +273,7 @@ def _copy_images(
 
 def _to_safe_line(text: object) -> str:
     """Convert a value to one line of at most 300 characters, in which private paths are hidden."""
-    return to_one_line(hide_paths(str(text)), 300)
+    return sanitize_and_shorten_text(shorten_private_paths(str(text)), 300)
 
 
 def _to_words(name: str) -> str:

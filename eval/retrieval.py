@@ -22,17 +22,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from capivara_common.cli import flag, run_command
-from capivara_common.environment import process_state
+from capivara_common.environment import get_distributed_state
 from capivara_common.files import check_output_file
 from capivara_common.image_files import BadRow
-from capivara_common.privacy import short_name
+from capivara_common.privacy import to_publishable_name
 from caption_data.rows import DATASET_HELP, normalize_captions, rows_fingerprint
 from caption_data.sources import Split, open_split
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
-from eval.embeddings import CachedEmbedder, EmbeddedImages, ModelArguments, open_store, run_evaluation, write_result
-from eval.records.schema import DIRECTIONS, GAIN_METRIC, Record
-from eval.records.tables import average_recalls
+from eval.embeddings import (
+    CachedEmbedder,
+    EmbeddedImages,
+    ModelArguments,
+    load_cached_embedder,
+    run_evaluation,
+    write_result,
+)
+from eval.records.result_files import DIRECTIONS, GAIN_METRIC, Record
+from eval.records.tables import build_mean_recall_record
 from modeling_capivara.modeling_capivara import check_truncate_dim, l2_normalize
 from modeling_capivara.two_towers import embed_texts
 
@@ -190,7 +197,7 @@ def compute_retrieval_records(
         One record per direction and metric.
     """
     records, cutoffs = [], [k for k in RECALL_CUTOFFS if k < len(embeddings.image_embeds)]
-    record_fields |= describe_truncation(embeddings, protocol)
+    record_fields |= get_truncation_record_fields(embeddings, protocol)
     for direction in DIRECTIONS:
         ranks = embeddings.ranks[direction]
         record = partial(Record, "retrieval", direction=direction, n=len(ranks), **record_fields)
@@ -200,12 +207,12 @@ def compute_retrieval_records(
             for k, chance in chances.items()
         ]
         if len(cutoffs) == len(RECALL_CUTOFFS):  # a mean of fewer recalls would be another metric of the same name
-            recalls.append(average_recalls(recalls))
+            recalls.append(build_mean_recall_record(recalls))
         records += [*recalls, record(metric="median_rank", value=metrics.median_rank(ranks))]
     return records
 
 
-def describe_truncation(embeddings: RetrievalEmbeddings, protocol: str) -> dict[str, Any]:
+def get_truncation_record_fields(embeddings: RetrievalEmbeddings, protocol: str) -> dict[str, Any]:
     """Return the fields of `Record` that say whether the embeddings were truncated.
 
     Results of truncated and of full embeddings are not comparable, so they must differ in these fields.
@@ -258,7 +265,7 @@ def compute_gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings
     """
     if len(after.image_embeds) <= max(RECALL_CUTOFFS):
         return []
-    records, record_fields = [], record_fields | describe_truncation(after, RETRIEVAL_PROTOCOL)
+    records, record_fields = [], record_fields | get_truncation_record_fields(after, RETRIEVAL_PROTOCOL)
     for direction in DIRECTIONS:
         hits = [metrics.mean_hits(embeddings.ranks[direction]) for embeddings in (before, after)]
         gain, *interval = metrics.paired_bootstrap(*hits, after.query_groups(direction))
@@ -308,7 +315,8 @@ def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
     column = args.caption_column.replace("{language}", args.language)
     source.check_columns([source.image_column, column])
     captions = [
-        _select_captions(value, column, args.caption_positions, row) for row, value in enumerate(source.data[column][:])
+        _select_captions_by_position(value, column, args.caption_positions, row)
+        for row, value in enumerate(source.data[column][:])
     ]
     if source.damaged_archives:
         fault = source.damaged_archives[0].detail
@@ -333,7 +341,7 @@ def evaluate(args: RetrievalArguments, draw_sheet: bool = True) -> list[Record]:
     """
     check_output_file(args.output)
     data = load_retrieval_data(args)
-    store = open_store(args)
+    store = load_cached_embedder(args)
     if args.dim is not None:  # refuse a wrong value before the dataset is embedded
         check_truncate_dim(args.dim, store.embedder.embed_texts(["capivara"]).shape[1], "dim")
     started = time.perf_counter()
@@ -342,13 +350,13 @@ def evaluate(args: RetrievalArguments, draw_sheet: bool = True) -> list[Record]:
     if len(images.rows) < 2:
         raise ValueError(f"Retrieval needs at least two readable images, but {args.dataset} has one.")
     name = args.dataset_name or args.dataset
-    record_fields = {"dataset": short_name(name), "split": args.split, "language": args.language}
+    record_fields = {"dataset": to_publishable_name(name), "split": args.split, "language": args.language}
     record_fields |= {"seed": args.seed, "model": args.role, "model_folder": args.model}
     protocol = RETRIEVAL_PROTOCOL
     if args.caption_positions != "all":
         protocol += f"; captions: {args.caption_positions}"
     records = compute_retrieval_records(embeddings, protocol, **record_fields)
-    if process_state().is_main_process:
+    if get_distributed_state().is_main_process:
         metadata = {"dataset": args.dataset, "name": name, "fingerprint": data.fingerprint(), "skipped": images.skipped}
         write_result(args, records, store, started, **metadata)
         if draw_sheet:
@@ -360,7 +368,7 @@ def evaluate(args: RetrievalArguments, draw_sheet: bool = True) -> list[Record]:
     return records
 
 
-def _select_captions(value: Any, column: str, positions: str, row: int) -> list[str]:
+def _select_captions_by_position(value: Any, column: str, positions: str, row: int) -> list[str]:
     """Return the captions of a row at the selected positions.
 
     Args:

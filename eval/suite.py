@@ -26,22 +26,22 @@ import jinja2
 import pandas
 
 from capivara_common.cli import UsageError, flag, parse_arguments, run_command, unknown_name_message
-from capivara_common.environment import package_versions, process_state
-from capivara_common.files import read_json, seed_folders, write_json, write_text
-from capivara_common.privacy import hide_paths
+from capivara_common.environment import get_distributed_state, package_versions
+from capivara_common.files import list_seed_run_folders, read_json, write_json, write_text
+from capivara_common.privacy import shorten_private_paths
 from eval.benchmarks import (
     BENCHMARKS_FOLDER,
     SUITES,
     Benchmark,
+    find_local_or_hub_data,
     find_published_name,
     load_benchmarks,
-    locate_data,
     read_benchmark,
 )
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.embeddings import EmbeddingArguments
-from eval.records.schema import ROLE_NAMES, Record, read_records
+from eval.records.result_files import ROLE_NAMES, Record, read_records
 from eval.records.tables import compute_means
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as evaluate_retrieval
@@ -98,7 +98,7 @@ def select_benchmarks(args: SuiteArguments) -> list[Benchmark]:
     return selected
 
 
-def load_models(args: SuiteArguments) -> list[dict[str, Any]]:
+def check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
     """Describe all models of the suite: the baseline, if there is one, then the models to compare with it.
 
     Each model is loaded once, so that a model that can't be loaded ends the suite before the long work starts.
@@ -116,7 +116,7 @@ def load_models(args: SuiteArguments) -> list[dict[str, Any]]:
     names = [args.model] if args.model else []
     for name in args.runs:
         is_model = (Path(name) / "config.json").is_file()
-        seed_runs = [] if is_model else list(map(str, seed_folders(Path(name))))
+        seed_runs = [] if is_model else list(map(str, list_seed_run_folders(Path(name))))
         names += seed_runs or [name]
     if not names:
         raise UsageError("A model is required. Give --model MODEL, or --runs RUN RUN RUN.")
@@ -138,20 +138,20 @@ def load_models(args: SuiteArguments) -> list[dict[str, Any]]:
     return models
 
 
-def plan_measurements(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def plan_models_and_measurements(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Plan the measurements: one for each benchmark, language and model.
 
     Returns:
-        The models (see `load_models`), and one dict per measurement, to be stored in suite.json. `benchmark`,
-        `language`, `role` and `run` identify the measurement. `file` is the name of its result file. `status` is
-        "planned" or "not run", with a `reason`; after a successful measurement it becomes "measured". `data` is the
-        path or Hub id of the data. `local` is True if the data are in --data_dir; the status "not run" is then an
-        error. `skipped` is the number of images that could not be read.
+        The models (see `check_and_describe_models`), and one dict per measurement, to be stored in suite.json.
+        `benchmark`, `language`, `role` and `run` identify the measurement. `file` is the name of its result file.
+        `status` is "planned" or "not run", with a `reason`; after a successful measurement it becomes "measured".
+        `data` is the path or Hub id of the data. `local` is True if the data are in --data_dir; the status "not run" is
+        then an error. `skipped` is the number of images that could not be read.
     """
     benchmarks, requested = select_benchmarks(args), args.languages
-    models, measurements = load_models(args), []
+    models, measurements = check_and_describe_models(args), []
     for benchmark in benchmarks:
-        source = locate_data(benchmark, args.data_dir)
+        source = find_local_or_hub_data(benchmark, args.data_dir)
         languages = benchmark.languages
         if requested:
             languages = [code for code in benchmark.available_languages if code in requested]
@@ -176,8 +176,8 @@ def run_measurement(
     Args:
         args: Arguments of the suite.
         benchmark: The benchmark.
-        model: The model's dict from `load_models`.
-        measurement: The measurement's dict from `plan_measurements`.
+        model: The model's dict from `check_and_describe_models`.
+        measurement: The measurement's dict from `plan_models_and_measurements`.
 
     Returns:
         One record per metric and, for retrieval, direction.
@@ -205,8 +205,8 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
     Returns:
         On the main process the summary, which is the content of suite.json; None on the other processes.
     """
-    models, measurements = plan_measurements(args)
-    is_main, benchmarks = process_state().is_main_process, load_benchmarks()
+    models, measurements = plan_models_and_measurements(args)
+    is_main, benchmarks = get_distributed_state().is_main_process, load_benchmarks()
     models_by_run = {(model["role"], model["run"]): model for model in models}
     for number, measurement in enumerate(measurements, 1):
         if measurement["status"] == "planned":
@@ -219,7 +219,10 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
                 if not isinstance(error, ValueError | OSError | ImportError):  # out of memory, or a bug
                     error_type = f"{type(error).__name__}: "
                     traceback.print_exc()
-                measurement |= {"status": "not run", "reason": error_type + " ".join(hide_paths(str(error)).split())}
+                measurement |= {
+                    "status": "not run",
+                    "reason": error_type + " ".join(shorten_private_paths(str(error)).split()),
+                }
         if is_main:
             if measurement["status"] == "measured":
                 measurement["skipped"] = read_json(args.output / measurement["file"])["skipped_rows"]
@@ -240,9 +243,9 @@ def _build_summary(
 
     Args:
         args: Arguments of the suite.
-        models: The models, see `load_models`.
-        measurements: All measurements, see `plan_measurements`. The results of measurements with the status "measured"
-            are read from the result files.
+        models: The models, see `check_and_describe_models`.
+        measurements: All measurements, see `plan_models_and_measurements`. The results of measurements with the status
+            "measured" are read from the result files.
     """
     values = []
     for measurement in measurements:
@@ -252,20 +255,20 @@ def _build_summary(
     keys = dict.fromkeys((measurement["benchmark"], measurement["language"]) for measurement in measurements)
     pairs = [(load_benchmarks()[key], language) for key, language in keys]
     published = {"baseline": models[-1]["base_published"]} | {model["role"]: model["published"] for model in models}
-    rows, averages_left_out = build_suite_rows(pairs, values, model_counts, args.protocol, published)
+    rows, averages_left_out = build_suite_rows_and_remarks(pairs, values, model_counts, args.protocol, published)
     return {
         "summary_version": SUMMARY_VERSION,
         **{name: getattr(args, name) for name in ("suite", "protocol", "precision")},
         "versions": package_versions(),
-        "models": [model | {"name": hide_paths(model["name"])} for model in models],
-        "measurements": [entry | {"data": hide_paths(entry["data"])} for entry in measurements],
+        "models": [model | {"name": shorten_private_paths(model["name"])} for model in models],
+        "measurements": [entry | {"data": shorten_private_paths(entry["data"])} for entry in measurements],
         "rows": rows,
         "averages_left_out": averages_left_out,
         "notes": {benchmark.key: (benchmark.title, benchmark.protocol_note) for benchmark, _ in pairs},
     }
 
 
-def build_suite_rows(
+def build_suite_rows_and_remarks(
     pairs: list[tuple[Benchmark, str]],
     values: list[dict[str, Any]],
     model_counts: dict[str, int],

@@ -6,10 +6,10 @@ from typing import Any
 
 import capivara_common.interrupt  # noqa: F401
 from capivara_common.environment import describe_device, package_versions
-from capivara_common.privacy import hide_paths
+from capivara_common.privacy import shorten_private_paths
 
 
-def describe_run(args: Any, device: Any = "cpu", *packages: str) -> dict[str, Any]:
+def collect_run_conditions(args: Any, device: Any = "cpu", *packages: str) -> dict[str, Any]:
     """Describe how an example was run, for the example's results.json.
 
     Args:
@@ -23,4 +23,4 @@ def describe_run(args: Any, device: Any = "cpu", *packages: str) -> dict[str, An
     """
     config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
     versions = package_versions(*packages)
-    return {"config": hide_paths(config), "device": describe_device(device), "versions": versions}
+    return {"config": shorten_private_paths(config), "device": describe_device(device), "versions": versions}

@@ -23,7 +23,7 @@ from capivara_common.environment import resolve_device
 from capivara_common.image_files import BadImage, decode_image
 from capivara_common.privacy import escape_control_characters
 from capivara_search.folder_scan import find_pictures
-from examples.openmoji.dataset import load_dataset_with_images
+from examples.openmoji.dataset import load_self_contained_dataset
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
@@ -63,7 +63,7 @@ def iter_pictures(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
         yield image
 
 
-def list_captions(rows: Dataset, language: str) -> tuple[list[str], list[int]]:
+def flatten_split_captions(rows: Dataset, language: str) -> tuple[list[str], list[int]]:
     """List all captions of a dataset split in one language.
 
     Args:
@@ -86,9 +86,11 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command-line arguments. Default: those of the process.
     """
     args = parse_arguments(CaptionArguments, __doc__, argv)
-    data = None if args.pictures and args.bank else load_dataset_with_images(args.dataset)
+    data = None if args.pictures and args.bank else load_self_contained_dataset(args.dataset)
     sentences = (
-        args.bank.read_text("utf-8-sig").splitlines() if args.bank else list_captions(data["train"], args.language)[0]
+        args.bank.read_text("utf-8-sig").splitlines()
+        if args.bank
+        else flatten_split_captions(data["train"], args.language)[0]
     )
     bank = list(dict.fromkeys(filter(None, map(str.strip, sentences))))
     if not bank:

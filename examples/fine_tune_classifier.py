@@ -24,13 +24,13 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
-from capivara_common.environment import resolve_precision
+from capivara_common.environment import resolve_mixed_precision
 from capivara_common.files import atomic_folder, write_json, write_text
 from capivara_common.image_files import BadImage
 from caption_data.labeled_images import LabeledImages, load_labeled_images
 from eval.capivara_metrics.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
-from examples import describe_run
+from examples import collect_run_conditions
 from modeling_capivara import CapivaraForImageClassification
 from modeling_capivara.loading import load_model, load_processor
 
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
             save_strategy="no",
             logging_steps=10,
             use_cpu=device.type == "cpu",
-            bf16=resolve_precision("auto", device) == "bf16",
+            bf16=resolve_mixed_precision("auto", device) == "bf16",
             dataloader_pin_memory=device.type != "cpu",
             report_to="none",
         )
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         accuracies["fine_tuned"] = trainer.evaluate()["eval_accuracy"]
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        run = describe_run(args, device)
+        run = collect_run_conditions(args, device)
         run |= {"accuracy": accuracies, "training_s": seconds}
         write_json(folder / "results.json", run | {"train_images": len(train), "test_images": len(test)})
         images = run["config"]["images"] or "scikit-learn's digits"

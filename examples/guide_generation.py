@@ -27,7 +27,7 @@ from tqdm.auto import trange
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.environment import resolve_device
 from capivara_common.files import atomic_folder, write_json
-from examples import describe_run
+from examples import collect_run_conditions
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
@@ -174,7 +174,10 @@ def main(argv: list[str] | None = None) -> None:
         first_and_last = embed_images(model, processor, [pictures[0], pictures[-1]])
         before, after = (first_and_last @ embed_texts(model, processor, sentences).T).tolist()
         cosines = {text: {"before": b, "after": a} for text, b, a in zip(sentences, before, after, strict=True)}
-        write_json(folder / "results.json", {"cosines": cosines, "seconds": seconds} | describe_run(args, model.device))
+        write_json(
+            folder / "results.json",
+            {"cosines": cosines, "seconds": seconds} | collect_run_conditions(args, model.device),
+        )
     print("Cosine similarity of image and sentence, before and after:")
     for text, values in cosines.items():
         print(f"  {values['before']:6.3f}  {values['after']:6.3f}   {text}")

@@ -25,7 +25,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import atomic_folder, read_json, write_json
 from eval import classification, linear_probe, prompts, retrieval
-from examples.openmoji.dataset import load_dataset_with_images
+from examples.openmoji.dataset import load_self_contained_dataset
 
 # Photographs that PyPI packages contain, by name. Each has a short name and a sentence in English and Portuguese.
 PHOTOGRAPHS = read_json(Path(__file__).parent / "photographs.json")
@@ -64,8 +64,8 @@ def prepare_datasets(folder: Path, openmoji: str) -> None:
     """
     makers = {
         "digits": make_digits_dataset,
-        "photos": make_photos_dataset,
-        "concepts": partial(make_concepts_dataset, openmoji),
+        "photos": make_photos_and_classes,
+        "concepts": partial(make_concepts_and_classes, openmoji),
     }
     for name, make_dataset in makers.items():
         if not (folder / name).exists():
@@ -99,7 +99,7 @@ def make_digits_dataset() -> tuple[DatasetDict, dict]:
     return DatasetDict(splits), classes_file
 
 
-def make_photos_dataset() -> tuple[DatasetDict, dict]:
+def make_photos_and_classes() -> tuple[DatasetDict, dict]:
     """Make a dataset of scikit-image's photographs, each of which is a class of its own.
 
     Returns:
@@ -111,7 +111,7 @@ def make_photos_dataset() -> tuple[DatasetDict, dict]:
         list(range(len(CLASS_PHOTOGRAPHS))),
         [entry["en"] for entry in classes],
     )
-    return DatasetDict(test=data), _build_classes_file(
+    return DatasetDict(test=data), _build_classes_json_content(
         "skimage-photos", "Photographs of scikit-image", classes, PHOTO_TEMPLATES
     )
 
@@ -141,7 +141,7 @@ def load_photo(name: str) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels).convert("RGB")
 
 
-def make_concepts_dataset(openmoji: str) -> tuple[DatasetDict, dict]:
+def make_concepts_and_classes(openmoji: str) -> tuple[DatasetDict, dict]:
     """Make a classification dataset of OpenMoji's test images, each of which is a class of its own.
 
     The Portuguese name of a class is the first Portuguese caption of its image.
@@ -152,13 +152,15 @@ def make_concepts_dataset(openmoji: str) -> tuple[DatasetDict, dict]:
     Returns:
         The dataset with the single split test, and the content of classes.json.
     """
-    rows = load_dataset_with_images(Path(openmoji))["test"]
+    rows = load_self_contained_dataset(Path(openmoji))["test"]
     classes = [{"en": row["emoji"], "pt": row["captions-pt"][0]} for row in rows.remove_columns("image")]
     data = _build_labeled_dataset(rows["image"], list(range(len(rows))), [entry["en"] for entry in classes])
-    return DatasetDict(test=data), _build_classes_file("openmoji-concepts", "Concepts of OpenMoji", classes, ["{nome}"])
+    return DatasetDict(test=data), _build_classes_json_content(
+        "openmoji-concepts", "Concepts of OpenMoji", classes, ["{nome}"]
+    )
 
 
-def evaluate_model(args: RealImagesArguments, model: str, role: str) -> None:
+def evaluate_and_write_results(args: RealImagesArguments, model: str, role: str) -> None:
     """Evaluate one model on retrieval and zero-shot classification, and write a result file for each task.
 
     Args:
@@ -178,7 +180,7 @@ def evaluate_model(args: RealImagesArguments, model: str, role: str) -> None:
         classification.evaluate(task)
 
 
-def run_linear_probe(args: RealImagesArguments) -> None:
+def probe_and_write_results(args: RealImagesArguments) -> None:
     """Evaluate the base model with a linear probe on scikit-learn's digits, and write the result files.
 
     The result is also valid for the trained model, because CAPIVARA's training freezes the image encoder and a linear
@@ -210,7 +212,7 @@ def _build_labeled_dataset(images: list, labels: list[int], names: list[str]) ->
     return Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
-def _build_classes_file(dataset: str, title: str, classes: list[dict], templates: list[str]) -> dict:
+def _build_classes_json_content(dataset: str, title: str, classes: list[dict], templates: list[str]) -> dict:
     """Build the content of a classes.json, which tells `eval.prompts` how to make the prompts of a dataset.
 
     Args:
@@ -235,9 +237,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_arguments(RealImagesArguments, __doc__, argv)
     prepare_datasets(args.data, args.openmoji)
-    evaluate_model(args, args.baseline, "baseline")
-    evaluate_model(args, args.model, "capivara")
-    run_linear_probe(args)
+    evaluate_and_write_results(args, args.baseline, "baseline")
+    evaluate_and_write_results(args, args.model, "capivara")
+    probe_and_write_results(args)
     print(f"Results: {args.output}. To make an HTML report: python -m eval.report {args.output} --output report")
 
 

@@ -31,11 +31,11 @@ from transformers import TrainerCallback
 
 import modeling_capivara  # noqa: F401  registers the Auto classes, so that no code of the model folder is executed
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
-from capivara_common.environment import resolve_precision
+from capivara_common.environment import resolve_mixed_precision
 from capivara_common.files import atomic_folder, write_json, write_text
 from eval.retrieval import flatten_captions
-from examples import describe_run
-from examples.openmoji.dataset import load_dataset_with_images
+from examples import collect_run_conditions
+from examples.openmoji.dataset import load_self_contained_dataset
 from modeling_capivara.modeling_capivara import similarity_logits
 from training.trainable import clamp_logit_scale
 
@@ -94,7 +94,7 @@ def load_pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Datas
     Raises:
         ValueError: If the dataset has no such split or column, or an image has no caption.
     """
-    data = load_dataset_with_images(dataset)
+    data = load_self_contained_dataset(dataset)
     if split not in data:
         raise ValueError(f"{dataset} has no split {split!r}; it has {', '.join(data)}.")
     column = f"captions-{language}"
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
             save_strategy="no",
             logging_steps=10,
             use_cpu=encoder.device.type == "cpu",
-            bf16=resolve_precision("auto", encoder.device) == "bf16",
+            bf16=resolve_mixed_precision("auto", encoder.device) == "bf16",
             dataloader_pin_memory=encoder.device.type != "cpu",
             report_to="none",
         )
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
             for time, values in metrics.items()
         }
         encoder.save_pretrained(str(folder), create_model_card=False)
-        run = describe_run(args, encoder.device, "sentence-transformers")
+        run = collect_run_conditions(args, encoder.device, "sentence-transformers")
         card_values = {name: html.escape(run["config"][name]) for name in ("model", "dataset", "language")}
         write_json(folder / "results.json", run | {"text_to_image": recalls, "training_s": seconds})
         write_text(folder / "README.md", CARD_TEMPLATE.format(**card_values))

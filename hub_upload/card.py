@@ -23,12 +23,18 @@ from typing import Any, Literal
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_common.files import seed_folders, write_text
-from eval.records.schema import GAIN_METRIC
+from capivara_common.files import list_seed_run_folders, write_text
+from eval.records.result_files import GAIN_METRIC
 from hub_upload import card_values as values
-from hub_upload.card_values import TEMPLATE_FOLDER, collect_run_metadata, find_data_revision, to_markdown, to_safe_line
+from hub_upload.card_values import (
+    TEMPLATE_FOLDER,
+    collect_run_metadata,
+    find_eval_dataset_revision,
+    to_markdown,
+    to_publishable_line,
+)
 from hub_upload.licenses import check_stated_license
-from hub_upload.upload_checks import check_repo_id, check_text
+from hub_upload.upload_checks import check_repo_id, check_text_is_publishable
 
 CARD_FILE = "README.md"
 # Version of the card templates. Increase it when the text of a template changes. `--check` compares only the numbers
@@ -125,14 +131,14 @@ def render_card(
     with values.wrap_format_errors(folder):
         title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({run_metadata['config']['language']})"
         card = ModelCard.from_template(
-            build_card_data(run_metadata, to_safe_line(title)),
+            build_card_data(run_metadata, to_publishable_line(title)),
             template_path=str(TEMPLATE_FOLDER / f"model_card_{language}.md.j2"),
             **values.build_template_values(run_metadata, language, repo_id),
             title=to_markdown(title),
             options=json.dumps(options),
         )
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", str(card), flags=re.MULTILINE)).strip()
-    check_text(text, "The card, and therefore a file of the run,")
+    check_text_is_publishable(text, "The card, and therefore a file of the run,")
     return ModelCard(text)
 
 
@@ -186,11 +192,11 @@ def find_card_faults(folder: Path) -> list[str]:
     Raises:
         ValueError: If the folder has no card, or the run is not finished.
     """
-    seed_folders(folder)  # raises ValueError if the run is not finished
+    list_seed_run_folders(folder)  # raises ValueError if the run is not finished
     if not (folder / CARD_FILE).is_file():
         raise ValueError(f"{folder} has no {CARD_FILE}. Write it with `python -m hub_upload.card --model {folder}`.")
     text = _read_text(folder / CARD_FILE)
-    if not (options := read_card_options(text)):
+    if not (options := parse_render_options(text)):
         return [f"{CARD_FILE}: it was not written by `python -m hub_upload.card`, so its values can't be verified."]
     try:
         with values.wrap_format_errors(folder):  # the options in the card may have wrong types, too
@@ -200,13 +206,13 @@ def find_card_faults(folder: Path) -> list[str]:
         return [f"{CARD_FILE}: {error}"]
     front_matter, body = _split_front_matter(text)
     expected_front_matter, expected_body = _split_front_matter(expected)
-    faults = [*_iter_differences(expected_front_matter, front_matter)]
+    faults = [*_iter_line_differences(expected_front_matter, front_matter)]
     if options["version"] == TEMPLATE_VERSION:
-        return [*faults, *_iter_differences(expected_body, body, allow_additions=True)]
+        return [*faults, *_iter_line_differences(expected_body, body, allow_additions=True)]
     html_lines = [line for line in body.rstrip().split("\n")[:-1] if "<" in line]  # the last line has the options
     faults += [f"{CARD_FILE}: the card has {line[:MAX_SHOWN_CHARACTERS]!r}." for line in html_lines]
     expected_values, card_values = ("\n".join(sorted(CARD_VALUE_RE.findall(part))) for part in (expected_body, body))
-    return [*faults, *_iter_differences(expected_values, card_values)]
+    return [*faults, *_iter_line_differences(expected_values, card_values)]
 
 
 def find_generated_card_faults(folder: Path) -> list[str]:
@@ -220,12 +226,12 @@ def find_generated_card_faults(folder: Path) -> list[str]:
     """
     return (
         find_card_faults(folder)
-        if (folder / CARD_FILE).is_file() and read_card_options(_read_text(folder / CARD_FILE))
+        if (folder / CARD_FILE).is_file() and parse_render_options(_read_text(folder / CARD_FILE))
         else []
     )
 
 
-def read_card_options(text: str) -> dict[str, Any] | None:
+def parse_render_options(text: str) -> dict[str, Any] | None:
     """Read the options that a card was rendered with from the HTML comment at its end.
 
     Args:
@@ -255,7 +261,7 @@ def _split_front_matter(text: str) -> tuple[str, str]:
     return text[:end], text[end:]
 
 
-def _iter_differences(expected: str, text: str, allow_additions: bool = False) -> Iterator[str]:
+def _iter_line_differences(expected: str, text: str, allow_additions: bool = False) -> Iterator[str]:
     """Yield a message for each line of `text` that is not expected, and for each expected line that is missing.
 
     Args:
@@ -350,19 +356,22 @@ def _build_eval_result(run_metadata: dict[str, Any], measurement: Any) -> EvalRe
     Returns:
         The entry, with a metric value from 0 to 1 for metrics that are shares.
     """
-    record, commit = measurement.record, find_data_revision(run_metadata["run"], measurement)
+    record, commit = measurement.record, find_eval_dataset_revision(run_metadata["run"], measurement)
     task_type, task_name = HUB_TASKS[record.task, record.direction]
-    arguments = {"protocol": to_safe_line(record.protocol), "precision": to_safe_line(measurement.precision)}
-    slug = re.sub(r"[^a-z0-9]+", "-", to_safe_line(record.dataset).lower()).strip("-") or "data"
+    arguments = {
+        "protocol": to_publishable_line(record.protocol),
+        "precision": to_publishable_line(measurement.precision),
+    }
+    slug = re.sub(r"[^a-z0-9]+", "-", to_publishable_line(record.dataset).lower()).strip("-") or "data"
     return EvalResult(
         task_type=task_type,
         task_name=task_name,
         dataset_type=record.dataset if commit else slug,
-        dataset_name=to_safe_line(run_metadata["titles"].get(record.dataset) or record.dataset),
-        dataset_config=to_safe_line(record.language) or None,
-        dataset_split=to_safe_line(record.split),
+        dataset_name=to_publishable_line(run_metadata["titles"].get(record.dataset) or record.dataset),
+        dataset_config=to_publishable_line(record.language) or None,
+        dataset_split=to_publishable_line(record.split),
         dataset_revision=commit,
-        metric_type=to_safe_line(record.metric),
+        metric_type=to_publishable_line(record.metric),
         metric_name=values.CARD_WORDS["en"]["names"].get(record.metric) or re.sub(r"^recall@", "R@", record.metric),
         metric_value=record.value,
         metric_args=arguments if record.seed is None else {**arguments, "seed": record.seed},
@@ -380,7 +389,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(
             "\n".join([*faults, f"error: The card of {args.check} differs from its files in {len(faults)} lines."])
         )
-    if read_card_options(_read_text(args.check / CARD_FILE))["version"] != TEMPLATE_VERSION:
+    if parse_render_options(_read_text(args.check / CARD_FILE))["version"] != TEMPLATE_VERSION:
         print(
             f"The tables and digests in the card of {args.check} agree with its files. Its text was not compared, "
             "because the card was written with an older template."

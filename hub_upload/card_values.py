@@ -24,14 +24,14 @@ from typing import Any
 
 import jinja2
 
-from capivara_common.files import read_json, seed_folders
+from capivara_common.files import list_seed_run_folders, read_json
 from capivara_common.hub_cache import COMMIT_RE
 from capivara_common.model_kinds import KINDS, NATIVE_MODEL_TYPE
 from capivara_common.privacy import find_secret
 from capivara_common.weight_file import WeightFile
-from eval.benchmarks import get_published_base
-from eval.records import schema
-from eval.records.schema import DIRECTIONS, GAIN_METRIC, RANK_METRICS, TASKS, ResultFile, is_number
+from eval.benchmarks import get_published_baseline_result
+from eval.records import result_files
+from eval.records.result_files import DIRECTIONS, GAIN_METRIC, RANK_METRICS, TASKS, ResultFile, is_number
 from eval.records.tables import average_over_seeds, build_records_frame, find_conflicts, pair_with_baselines
 from hub_upload.upload_checks import RUN_PLOT_FILES
 
@@ -133,8 +133,8 @@ def _read_run_metadata(folder: Path) -> dict[str, Any]:
         Values by name. The comments in the `return` statement describe them.
     """
     digests: dict[str, str] = {}
-    model, run, runs = _read_runs(folder, digests)
-    run_folders = (folder, *seed_folders(folder))
+    model, run, runs = _read_run_json_files(folder, digests)
+    run_folders = (folder, *list_seed_run_folders(folder))
     paths = [path for run_folder in run_folders for path in sorted((run_folder / "results").glob("*.json"))]
     results = [_read_result(path, folder, digests) for path in paths]
     values = _average_results([result for result in results if result])
@@ -143,10 +143,10 @@ def _read_run_metadata(folder: Path) -> dict[str, Any]:
 
     tokens, model_class = CONTEXT_LENGTH, run.get("model_class", CAPIVARA_CLASS)
     if model_class != CAPIVARA_CLASS:
-        tokens = _read_json(model / "tokenizer_config.json", folder, digests)["model_max_length"]
+        tokens = _read_json_recording_digest(model / "tokenizer_config.json", folder, digests)["model_max_length"]
     pictures = [(model / name).relative_to(folder).as_posix() for name in RUN_PLOT_FILES if (model / name).is_file()]
     files = [name for name in ("config.json", "onnx/quantisation.json") if (model / name).is_file()]
-    contents = {name: _read_json(model / name, folder, digests) for name in files}
+    contents = {name: _read_json_recording_digest(model / name, folder, digests) for name in files}
     digests |= {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in pictures}
     weights = [WeightFile(path) for path in (*model.glob("model.safetensors"), *model.glob("model-*-of-*.safetensors"))]
     origins = run["origins"]  # metadata from the cards of base and data
@@ -164,7 +164,7 @@ def _read_run_metadata(folder: Path) -> dict[str, Any]:
         "license": license if license in HUB_LICENSES else None,
         "is_inherited": license in HUB_LICENSES,
         "values": [value for value in values if not value.dim],  # from `average_over_seeds`, full width only
-        "groups": _group_values(values),
+        "groups": _group_results_by_table(values),
         "tokens": tokens,  # maximum number of tokens in a text; the processor truncates longer texts
         "architecture": contents.get("config.json", {}),  # content of `config.json`; empty if the file is missing
         "parameters": sum(math.prod(tensor.shape) for file in weights for tensor in file.tensors.values()),
@@ -175,7 +175,7 @@ def _read_run_metadata(folder: Path) -> dict[str, Any]:
     }
 
 
-def _read_runs(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+def _read_run_json_files(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
     """Read every `run.json` of a training run: one in its folder, and one in each folder `seed-*`.
 
     Args:
@@ -190,17 +190,19 @@ def _read_runs(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, A
     Raises:
         ValueError: If there is no `run.json`, or a file is malformed or has another schema version.
     """
-    paths = [path for path in (parent / "run.json" for parent in (folder, *seed_folders(folder))) if path.is_file()]
+    paths = [
+        path for path in (parent / "run.json" for parent in (folder, *list_seed_run_folders(folder))) if path.is_file()
+    ]
     if not paths:
         raise ValueError(
             f"There is no run.json in {folder} or its folders seed-*. Give the folder of a finished training run."
         )
     folders_and_runs = []
     for path in paths:
-        run = _read_json(path, folder, digests)
-        if (version := run["schema_version"]) != schema.SCHEMA_VERSION:
+        run = _read_json_recording_digest(path, folder, digests)
+        if (version := run["schema_version"]) != result_files.SCHEMA_VERSION:
             raise ValueError(
-                f"The schema version of {path} must be {schema.SCHEMA_VERSION}, got {version!r:.20}. Train again."
+                f"The schema version of {path} must be {result_files.SCHEMA_VERSION}, got {version!r:.20}. Train again."
             )
         folders_and_runs.append((path.parent, run))
     model, run = folders_and_runs[0]
@@ -210,7 +212,7 @@ def _read_runs(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, A
     return model, run, [by_seed[seed] for seed in sorted(by_seed)]
 
 
-def _read_json(path: Path, folder: Path, digests: dict[str, str]) -> dict[str, Any]:
+def _read_json_recording_digest(path: Path, folder: Path, digests: dict[str, str]) -> dict[str, Any]:
     """Read the object in a JSON file and record the SHA-256 of the file.
 
     Args:
@@ -226,7 +228,7 @@ def _read_json(path: Path, folder: Path, digests: dict[str, str]) -> dict[str, A
     """
     name = path.relative_to(folder).as_posix()
     try:
-        content, data = schema.read_json_object(path)
+        content, data = result_files.read_json_object_and_bytes(path)
     except ValueError as error:
         raise ValueError(f"{name} {error}.") from error
     if secret := find_secret(data.decode("utf-8")):
@@ -249,9 +251,9 @@ def _read_result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFil
     Raises:
         ValueError: If the file is malformed or contains an access token or key.
     """
-    content, name = _read_json(path, folder, digests), path.relative_to(folder).as_posix()
+    content, name = _read_json_recording_digest(path, folder, digests), path.relative_to(folder).as_posix()
     try:
-        return schema.parse_result(content, name) if "records" in content else None
+        return result_files.parse_result(content, name) if "records" in content else None
     except ValueError as error:
         raise ValueError(f"{name}#/{error}.") from error
 
@@ -295,7 +297,7 @@ def _average_results(results: list[ResultFile]) -> list[Any]:
     return values
 
 
-def find_data_revision(run: dict[str, Any], measurement: Any) -> str | None:
+def find_eval_dataset_revision(run: dict[str, Any], measurement: Any) -> str | None:
     """Find the Hub commit of the dataset that a model was evaluated on.
 
     The result file names the commit, unless the training run evaluated the model itself. In that case, the result file
@@ -317,7 +319,7 @@ def find_data_revision(run: dict[str, Any], measurement: Any) -> str | None:
     return commit if COMMIT_RE.fullmatch(str(commit)) and HUB_ID_RE.fullmatch(dataset) else None
 
 
-def _group_values(values: list[Any]) -> list[dict[str, Any]]:
+def _group_results_by_table(values: list[Any]) -> list[dict[str, Any]]:
     """Group results that a card shows in one table: those with the same dataset, protocol and precision.
 
     Args:
@@ -328,7 +330,7 @@ def _group_values(values: list[Any]) -> list[dict[str, Any]]:
 
         - "task": "retrieval", "classification" or "linear_probe".
         - "first": the first result of the group.
-        - "pairs": pairs of baseline and model with full-width embeddings (see `_pair_by_direction`).
+        - "pairs": pairs of baseline and model with full-width embeddings (see `_pair_model_with_baseline`).
         - "main": the pairs with the most important metric: mean recall for retrieval, otherwise the first metric.
         - "gains": results of the metric `GAIN_METRIC`.
         - "texts" and "images": numbers of texts and images that were evaluated, or None.
@@ -341,7 +343,7 @@ def _group_values(values: list[Any]) -> list[dict[str, Any]]:
         values_by_key.setdefault(key, []).append(value)
     groups = []
     for (task, *_), group in values_by_key.items():
-        pairs = _pair_by_direction(value for value in group if not value.dim)
+        pairs = _pair_model_with_baseline(value for value in group if not value.dim)
         main = [pair for pair in pairs if pair["metric"] == "mean_recall"] if task == "retrieval" else pairs[:1]
         gains = [value for value in group if value.metric == GAIN_METRIC]
         n = {value.direction: value.n for value in group}
@@ -351,7 +353,7 @@ def _group_values(values: list[Any]) -> list[dict[str, Any]]:
     return groups
 
 
-def _pair_by_direction(values: Iterable[Any]) -> list[dict[str, Any]]:
+def _pair_model_with_baseline(values: Iterable[Any]) -> list[dict[str, Any]]:
     """Pair the results of the baseline and the trained model. Results of the metric `GAIN_METRIC` are skipped.
 
     Args:
@@ -376,11 +378,11 @@ def _compare_widths(group: list[Any]) -> list[dict[str, Any]]:
         group: Results of `average_over_seeds` that have the same dataset, protocol and precision.
 
     Returns:
-        The dicts of `_pair_by_direction`, sorted by direction and decreasing width. Each has the additional key
+        The dicts of `_pair_model_with_baseline`, sorted by direction and decreasing width. Each has the additional key
         "recall_share": the model's recall divided by the model's recall with full embeddings; None for full embeddings.
     """
     metric = "mean_recall" if any(value.metric == "mean_recall" for value in group) else "recall@1"
-    pairs = _pair_by_direction(value for value in group if value.metric == metric)
+    pairs = _pair_model_with_baseline(value for value in group if value.metric == metric)
     wholes = {pair["direction"]: pair["capivara"] for pair in pairs if not pair["dim"]}
     for pair in pairs:
         whole, cut = wholes.get(pair["direction"]), pair["capivara"]
@@ -391,7 +393,7 @@ def _compare_widths(group: list[Any]) -> list[dict[str, Any]]:
 # --- Texts and numbers -----------------------------------------------------------------------------------------------
 
 
-def to_safe_line(value: Any) -> str:
+def to_publishable_line(value: Any) -> str:
     """Convert a value from a file to one line of text that is safe to publish.
 
     Invisible characters are removed. An absolute path is reduced to its file name. A line longer than
@@ -419,7 +421,7 @@ def to_markdown(value: Any) -> str:
     Returns:
         One line of escaped text.
     """
-    line = re.sub(r"([\\`*_\[\]|~$!#])", r"\\\1", to_safe_line(value))
+    line = re.sub(r"([\\`*_\[\]|~$!#])", r"\\\1", to_publishable_line(value))
     # At the start of a line, these characters and numbers would begin a list or mark a heading.
     line = re.sub(r"^([-+=]|\d+(?=[.)](\s|$)))", r"\\\1" if line[:1] in "-+=" else r"\1\\", line)
     return html.escape(line, quote=False)
@@ -436,7 +438,7 @@ def to_code(value: Any) -> str:
         returned as escaped text.
     """
     written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text = to_safe_line(written)
+    text = to_publishable_line(written)
     is_plain = text == PATH_PREFIX_RE.sub("", written) and PLAIN_CODE_RE.fullmatch(text)
     return f"`{text}`" if is_plain else to_markdown(written)
 
@@ -450,7 +452,7 @@ def is_portuguese(language: str) -> bool:
     return re.split("[-_]", language)[0] in ("pt", "por")
 
 
-def select_code_examples(language: str, fallback_texts: Sequence[str]) -> dict[str, str]:
+def select_example_inputs(language: str, fallback_texts: Sequence[str]) -> dict[str, str]:
     """Choose the texts for the code examples of a card.
 
     Args:
@@ -565,7 +567,7 @@ class CardWriter:
         """Format the title of a base model or dataset as a link to the Hub, or in italics if it is not on the Hub.
 
         Args:
-            origin: Metadata from `read_origin`.
+            origin: Metadata from `read_origin_metadata`.
             kind: Start of the path on the Hub: "datasets/" for a dataset, "" for a model.
         """
         hub_id, title = origin.get("hub_id"), to_markdown(origin["title"])
@@ -608,14 +610,14 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
         **{key: getattr(writer, key) for key in dir(writer) if not key.startswith("_")},
         "text": to_markdown,
         "code": to_code,
-        "get_published_base": get_published_base,
-        "revision": partial(find_data_revision, run),
+        "get_published_baseline_result": get_published_baseline_result,
+        "revision": partial(find_eval_dataset_revision, run),
         "is_portuguese": is_portuguese(trained_language),
         "rank_metrics": RANK_METRICS,
         "is_capivara": run_metadata["model_class"] == CAPIVARA_CLASS,
         "is_siglip": run_metadata["model_class"] in FIXED_LENGTH_CLASSES,
         "citation": (TEMPLATE_FOLDER / "citation.bib").read_text(encoding="utf-8").strip(),
-        "examples": partial(select_code_examples, trained_language),
+        "examples": partial(select_example_inputs, trained_language),
         "width": architecture.get("projection_dim") or (architecture.get("text_config") or {}).get("projection_size"),
         "towers": [(key, architecture.get(key) or {}) for key in ("vision_config", "text_config")],
         "origins_by_kind": [
@@ -623,7 +625,7 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
             *(("dataset", origin) for origin in origins["datasets"]),
             *(("teacher", origin) for origin in [origins.get("teacher")] if origin),
         ],
-        "translated_by": _describe_translators(origins["datasets"], trained_language),
+        "translated_by": _get_translator_kind(origins["datasets"], trained_language),
         "licenses": lambda origin: ", ".join(map(to_code, origin.get("licenses") or ())),
         "is_rotated": (run_metadata["model"] / "rotation.safetensors").is_file(),
         "stopped_early": any(seed_run["steps"] < config["max_steps"] for seed_run in run_metadata["runs"]),
@@ -656,11 +658,11 @@ def _find_gains_including_zero(gains: list[Any]) -> list[tuple[Any, list[Any]]]:
     return [(gain, rows) for gain, rows in measurements if rows]
 
 
-def _describe_translators(datasets: list[dict[str, Any]], language: str) -> str:
+def _get_translator_kind(datasets: list[dict[str, Any]], language: str) -> str:
     """Return who translated the training captions.
 
     Args:
-        datasets: Metadata of the training datasets, from `read_origin`.
+        datasets: Metadata of the training datasets, from `read_origin_metadata`.
         language: Language code of the captions.
 
     Returns:

@@ -21,10 +21,10 @@ from transformers import PreTrainedConfig, ProcessorMixin
 import modeling_capivara
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import require_packages
-from capivara_common.files import atomic_folder, check_inputs_outside, read_json, seed_folders, write_json
+from capivara_common.files import atomic_folder, check_inputs_outside, list_seed_run_folders, read_json, write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG
 from capivara_common.model_kinds import KINDS
-from capivara_common.privacy import hide_paths, short_name
+from capivara_common.privacy import shorten_private_paths, to_publishable_name
 from hub_upload import upload_checks
 from hub_upload.formats import drop_in, immich, onnx, open_clip, save_tokenizer, transformers_js, write_tokenizer_json
 from modeling_capivara import CapivaraProcessor
@@ -117,21 +117,23 @@ def export_model(
             contains an absolute path or an access token.
         ImportError: If a package that a format needs is missing.
     """
-    formats = _check_formats(formats, text_config, base)
+    formats = _clean_and_check_formats(formats, text_config, base)
     check_inputs_outside(output, model, base)
     with atomic_folder(output, overwrite) as folder:
-        config = read_model_config(model, formats)
+        config = read_and_check_model_config(model, formats)
         if formats == ["drop_in"]:
             drop_in.write_drop_in(model, folder, config, str(base), repo_id)
         elif formats == ["immich"]:
             immich.write_immich(model, folder, config, base)
         else:
-            _write_repository(model, folder, config, formats, text_config, repo_id)
+            _write_two_tower_formats(model, folder, config, formats, text_config, repo_id)
         upload_checks.check_model_files(folder)
-        return [(name.as_posix(), (folder / name).stat().st_size) for name in upload_checks.list_allowed_files(folder)]
+        return [
+            (name.as_posix(), (folder / name).stat().st_size) for name in upload_checks.list_allowed_model_files(folder)
+        ]
 
 
-def _check_formats(formats: Sequence[str], text_config: str | None, base: str | None) -> list[str]:
+def _clean_and_check_formats(formats: Sequence[str], text_config: str | None, base: str | None) -> list[str]:
     """Check the formats and the arguments that depend on them.
 
     Args:
@@ -169,7 +171,7 @@ def _check_formats(formats: Sequence[str], text_config: str | None, base: str | 
     return formats
 
 
-def read_model_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
+def read_and_check_model_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
     """Read the configuration of a model folder, and check that the export formats support the model.
 
     Args:
@@ -186,7 +188,7 @@ def read_model_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedCo
     if not folder.is_dir():
         raise ValueError(f"The model folder {folder} does not exist.")
     if not (folder / "config.json").is_file():
-        seeds = ", ".join(path.name for path in seed_folders(folder))
+        seeds = ", ".join(path.name for path in list_seed_run_folders(folder))
         hint = f" It is a run with several seeds; choose one of its folders {seeds}." if seeds else ""
         raise ValueError(f"The folder {folder} contains no model (config.json is missing).{hint}")
     config = load_two_towers_config(folder)
@@ -199,7 +201,7 @@ def read_model_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedCo
     return config
 
 
-def _write_repository(
+def _write_two_tower_formats(
     model: Path,
     folder: Path,
     config: PreTrainedConfig,
@@ -215,7 +217,7 @@ def _write_repository(
         model: Folder of the model.
         folder: Folder to write to.
         config: Configuration of the model.
-        formats: Names of formats, checked by `_check_formats`.
+        formats: Names of formats, checked by `_clean_and_check_formats`.
         text_config: Hub id from which open_clip loads the configuration of the text tower, or None.
         repo_id: Hub id under which the folder will be published, or None.
     """
@@ -230,7 +232,7 @@ def _write_repository(
     settings = None
     if "open_clip" in formats and has_text_config:
         settings = open_clip.build_open_clip_config(config, processor.image_processor, text_config, repo_id)
-    open_clip.write_weights(model, folder, config, with_open_clip=settings is not None)
+    open_clip.write_config_and_weights(model, folder, config, with_open_clip=settings is not None)
     _write_processor(model, folder, processor)
     if settings:
         write_json(folder / OPEN_CLIP_CONFIG, settings)
@@ -240,7 +242,7 @@ def _write_repository(
         except (ValueError, ImportError) as error:
             logger.info("The format open_clip is skipped: %s", error)
         else:
-            open_clip.write_open_clip_siglip(model, folder, repo_id or short_name(str(model)))
+            open_clip.write_open_clip_siglip(model, folder, repo_id or to_publishable_name(str(model)))
     if "sentence_transformers" in formats:
         open_clip.write_sentence_transformers(folder, processor)
         if not kind.is_native:
@@ -251,7 +253,7 @@ def _write_repository(
         transformers_js.write_configs(folder)
     elif "onnx" in formats:
         onnx.write_onnx(folder)
-    _copy_card_files(model, folder)
+    _copy_card_and_results(model, folder)
 
 
 def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> None:
@@ -270,7 +272,7 @@ def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> No
             continue
         shutil.copyfile(model / name, folder / name)
         if name.endswith("_config.json"):
-            settings = hide_paths(read_json(model / name))
+            settings = shorten_private_paths(read_json(model / name))
             for loading_option in ("is_local", "local_files_only"):
                 settings.pop(loading_option, None)
             write_json(folder / name, settings)
@@ -285,10 +287,10 @@ def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> No
         shutil.copyfile(package / name, folder / name)
 
 
-def _copy_card_files(model: Path, folder: Path) -> None:
+def _copy_card_and_results(model: Path, folder: Path) -> None:
     """Copy the files that the model card needs: the card, license, run.json, results, plots and rotation.
 
-    Missing files are skipped. Absolute paths in JSON files are shortened by `hide_paths`.
+    Missing files are skipped. Absolute paths in JSON files are shortened by `shorten_private_paths`.
 
     Args:
         model: Folder of the model. If it is a folder `seed-*`, the results of all seeds are copied.
@@ -302,7 +304,7 @@ def _copy_card_files(model: Path, folder: Path) -> None:
         records["run.json"] = model / "run.json"
     for name, path in records.items():
         upload_checks.check_regular_file(path)
-        write_json(folder / name, hide_paths(read_json(path)))
+        write_json(folder / name, shorten_private_paths(read_json(path)))
     for name in ("README.md", "LICENSE", "rotation.safetensors", *upload_checks.RUN_PLOT_FILES):
         path = model / name
         if path.is_file():

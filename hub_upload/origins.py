@@ -8,12 +8,12 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-from capivara_common.privacy import short_name
+from capivara_common.privacy import to_publishable_name
 from hub_upload.licenses import as_texts, infer_license
 from modeling_capivara.loading import read_card_metadata
 
 
-def read_origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
+def read_model_and_data_origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
     """Read the cards (README.md) of a model's base model and of the datasets for training and evaluation.
 
     Args:
@@ -24,18 +24,18 @@ def read_origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -
     Returns:
         A dict with four keys. "license" is the license that the model inherits from the base model and the training
         datasets, or None (see `infer_license`). "model", "datasets" (a list) and "evaluation_dataset" hold the metadata
-        that `read_origin` returns.
+        that `read_origin_metadata` returns.
     """
-    base, data = read_origin(model, "model"), [read_origin(name, "dataset") for name in datasets]
+    base, data = read_origin_metadata(model, "model"), [read_origin_metadata(name, "dataset") for name in datasets]
     return {
         "license": infer_license([origin["licenses"] for origin in (base, *data)]),
         "model": base,
         "datasets": data,
-        "evaluation_dataset": read_origin(evaluation_dataset, "dataset"),
+        "evaluation_dataset": read_origin_metadata(evaluation_dataset, "dataset"),
     }
 
 
-def read_origin(name: str, repo_type: str) -> dict[str, Any]:
+def read_origin_metadata(name: str, repo_type: str) -> dict[str, Any]:
     """Read the metadata of a base model or dataset from its card (README.md), locally or from the Hub.
 
     Args:
@@ -63,7 +63,7 @@ def read_origin(name: str, repo_type: str) -> dict[str, Any]:
     translations = card.get("translations")
     translators = translations if isinstance(translations, dict) else {}
     return {
-        "name": short_name(name),
+        "name": to_publishable_name(name),
         "title": str(card.get("pretty_name") or default_title),
         "hub_id": name if path and is_on_hub else None,
         "revision": path.parent.name if path and is_on_hub else None,

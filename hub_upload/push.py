@@ -46,7 +46,7 @@ from capivara_common.files import read_json
 from capivara_common.privacy import make_printable
 from hub_upload.card import CARD_FILE, find_generated_card_faults, write_card
 from hub_upload.licenses import check_stated_license
-from hub_upload.upload_checks import check_repo_id, check_text, list_files_to_send
+from hub_upload.upload_checks import check_repo_id, check_text_is_publishable, list_and_check_files_to_send
 
 # Seconds without an answer before a call to the Hub fails. huggingface_hub sets no timeout by default, so a dead
 # connection would block forever.
@@ -101,7 +101,7 @@ class PushArguments:
 
     def __post_init__(self) -> None:
         for name in ("repo_id", "revision", "message"):
-            check_text(getattr(self, name) or "", f"--{name}")
+            check_text_is_publishable(getattr(self, name) or "", f"--{name}")
         check_repo_id(self.repo_id)
         if not self.model.is_dir():
             raise ValueError(f"The folder {self.model} does not exist.")
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         exception = ", except those that the Hub already has" if plan.unreachable else ""
         count = len(plan.added_files)
         print(f"Nothing was sent. With --push, {count} files ({size}) are sent in one commit{exception}.")
-    elif url := push_folder(plan):
+    elif url := push_planned_changes(plan):
         print(f"Pushed in one commit: {_printable_name(url)}")
     else:
         print("The Hub already had all files; no commit was made.")
@@ -174,14 +174,14 @@ def plan_push(args: PushArguments) -> PushPlan:
         args: Folder, repository and options of the push.
 
     Returns:
-        The changes that `push_folder` would make.
+        The changes that `push_planned_changes` would make.
 
     Raises:
         ValueError: If the folder holds no file to send, a file must not be published, the card's front matter is not
             valid YAML, or the card states a license that the base model or the training data does not permit.
         PushError: If the Hub can't be reached and `args.push` is set, or if the Hub would refuse the push.
     """
-    paths, origins = list_files_to_send(args.model, args.repo_type), {}
+    paths, origins = list_and_check_files_to_send(args.model, args.repo_type), {}
     try:
         metadata = (metadata_load(args.model / CARD_FILE) or {}) if Path(CARD_FILE) in paths else None
     except (yaml.YAMLError, ValueError) as error:
@@ -199,7 +199,7 @@ def plan_push(args: PushArguments) -> PushPlan:
             raise
         unreachable = str(error)
     files = [CommitOperationAdd(path.as_posix(), args.model / path) for path in paths]
-    unchanged = [file.path_in_repo for file in files if _is_on_hub(file, remote.files.get(file.path_in_repo))]
+    unchanged = [file.path_in_repo for file in files if _has_same_content(file, remote.files.get(file.path_in_repo))]
     added = [file for file in files if file.path_in_repo not in unchanged]
     deleted = []
     if args.repo_type == "space":
@@ -287,7 +287,7 @@ def _printable_name(text: str) -> str:
     return make_printable(text.replace("\n", "\\n"))
 
 
-def _is_on_hub(file: CommitOperationAdd, remote_file: RepoFile | None) -> bool:
+def _has_same_content(file: CommitOperationAdd, remote_file: RepoFile | None) -> bool:
     """Return whether a local file and a file on the Hub have the same content.
 
     Sizes and hashes are compared, so the file on the Hub is not downloaded.
@@ -325,7 +325,7 @@ def _check_visibility(repo_id: str, remote: RemoteRepository, private: bool) -> 
 # --- Upload ----------------------------------------------------------------------------------------------------------
 
 
-def push_folder(plan: PushPlan) -> str | None:
+def push_planned_changes(plan: PushPlan) -> str | None:
     """Upload the planned changes in one commit. Creates the repository and the branch if they don't exist.
 
     Args:
@@ -382,7 +382,7 @@ def _create_commit(plan: PushPlan, parent: str) -> str:
         if error.response.status_code != 412:
             raise
         remote = _read_remote(args.repo_id, args.repo_type, args.revision)
-        has_our_files = all(_is_on_hub(file, remote.files.get(file.path_in_repo)) for file in plan.added_files)
+        has_our_files = all(_has_same_content(file, remote.files.get(file.path_in_repo)) for file in plan.added_files)
         if not has_our_files or {*plan.deleted_paths} & {*remote.files}:
             raise
         url_prefix = constants.REPO_TYPES_URL_PREFIXES.get(args.repo_type, "")
@@ -525,7 +525,7 @@ def _explain_error(error: BaseException, repo_id: str, again: str) -> str:
 # --- Push of a training run ------------------------------------------------------------------------------------------
 
 
-def check_push_access(repo_id: str, private: bool = False) -> None:
+def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
     """Check before a long training run that the model can be pushed. Creates the repository if it does not exist.
 
     Args:
@@ -550,7 +550,7 @@ def check_push_access(repo_id: str, private: bool = False) -> None:
             _retry_once(lambda: api.auth_check(repo_id, write=True))
 
 
-def publish_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> bool:
+def export_and_push_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> bool:
     """Export a finished training run with its model card, and push it to the Hub.
 
     If the push fails, no error is raised, because the run itself is complete. Instead, a warning with the reason and a
@@ -572,7 +572,7 @@ def publish_run(run: Path, repo_id: str, private: bool = False, card_language: s
     try:
         export_model(run, repository, PUBLISHED_FORMATS, overwrite=True, repo_id=repo_id)
         write_card(repository, repo_id, card_language)
-        url = push_folder(plan_push(PushArguments(repository, repo_id, push=True, private=private)))
+        url = push_planned_changes(plan_push(PushArguments(repository, repo_id, push=True, private=private)))
     # Every failure is caught, because the training run is complete and must not appear to have failed.
     except (Exception, KeyboardInterrupt) as error:
         hint = "Export it with `python -m hub_upload.export`, then push the exported folder."

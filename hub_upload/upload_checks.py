@@ -1,8 +1,8 @@
 """Decide which files may be published, and check them before they leave this machine.
 
 Model folders have an allow-list of file names, `ALLOWED_FILES`. Dataset and Space folders are filtered by suffix and
-name in `list_data_files`. The checks refuse files that contain access tokens, keys or absolute paths, damaged files,
-and links that lead out of the folder.
+name in `list_dataset_or_space_files`. The checks refuse files that contain access tokens, keys or absolute paths,
+damaged files, and links that lead out of the folder.
 """
 
 import io
@@ -20,11 +20,11 @@ from capivara_common.files import check_links_stay_inside
 from capivara_common.image_files import IMAGE_FORMATS
 from capivara_common.privacy import (
     SECRET_RE2,
-    find_hub_tokens,
     find_machine_path,
     find_secret,
-    local_paths,
+    list_private_folders,
     make_printable,
+    read_hub_tokens,
 )
 
 _MODEL_CODE_PARTS = "checks configuration image_processing modeling processing text_cleaning tokenization"
@@ -74,7 +74,7 @@ def check_repo_id(repo_id: str) -> None:
     validate_repo_id(repo_id)
 
 
-def list_files_to_send(folder: Path, repo_type: str) -> list[Path]:
+def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
     """List and check the files of a folder that may be uploaded.
 
     `HfApi.upload_folder` is not used because a star in its patterns also matches slashes, and because it follows links
@@ -91,14 +91,16 @@ def list_files_to_send(folder: Path, repo_type: str) -> list[Path]:
         ValueError: If there is no file to upload, or a file must not be published. The message names the file.
     """
     paths = sorted(
-        list_allowed_files(folder) if repo_type == "model" else list_data_files(folder, repo_type == "space")
+        list_allowed_model_files(folder)
+        if repo_type == "model"
+        else list_dataset_or_space_files(folder, repo_type == "space")
     )
     if not paths:
         raise ValueError(f"{folder} contains no files of a {repo_type}. Check the folder and --repo_type.")
     for path in paths:
-        check_text(path.as_posix(), "A file name")
+        check_text_is_publishable(path.as_posix(), "A file name")
         if repo_type == "space":
-            check_secrets(folder / path, path)
+            check_file_for_secrets(folder / path, path)
     if repo_type == "dataset":
         check_dataset_files(folder, paths)
     elif repo_type == "model":
@@ -109,7 +111,7 @@ def list_files_to_send(folder: Path, repo_type: str) -> list[Path]:
     return paths
 
 
-def list_allowed_files(folder: Path) -> list[Path]:
+def list_allowed_model_files(folder: Path) -> list[Path]:
     """List the files of a model folder that match a pattern of `ALLOWED_FILES`. Symbolic links are skipped.
 
     Args:
@@ -161,14 +163,14 @@ def check_model_files(folder: Path) -> None:
         ValueError: If a file contains a secret or a path, or a safetensors file or image is damaged. The message names
             the file and, if possible, the line.
     """
-    for name in list_allowed_files(folder):
+    for name in list_allowed_model_files(folder):
         path = folder / name
         if name.suffix == ".safetensors":
-            check_text(_decode_json_escapes(_read_safetensors_header(path)), f"{name}, in its header,")
+            check_text_is_publishable(_decode_json_escapes(_read_safetensors_header(path)), f"{name}, in its header,")
             continue
-        check_secrets(path, name)
+        check_file_for_secrets(path, name)
         if name.suffix == ".png":
-            check_text(_read_image_texts(path, name), f"{name}, in a text field,")
+            check_text_is_publishable(_read_image_texts(path, name), f"{name}, in a text field,")
         elif name.suffix not in BINARY_SUFFIXES and name.name not in VOCABULARY_FILES:
             check_paths(path, name)
 
@@ -178,7 +180,7 @@ def check_model_files(folder: Path) -> None:
 UNSEARCHABLE_PREFIXES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"\xff\xfe", b"\xfe\xff")
 
 
-def check_secrets(path: Path, name: Path | str) -> None:
+def check_file_for_secrets(path: Path, name: Path | str) -> None:
     """Search a file of any type and size for secrets (access tokens and keys), without loading it into memory.
 
     ONNX graphs and binary vocabularies (`.model`) are also searched for folders of this machine, such as the home
@@ -208,7 +210,7 @@ def check_secrets(path: Path, name: Path | str) -> None:
             line = 1 + sum(chunk.count(b"\n") for chunk in chunks)
             position = f"byte {offset}" if path.suffix in BINARY_SUFFIXES else f"line {line}"
             raise ValueError(f"{name}, {position}, contains {description}. Remove it, and revoke it if it is real.")
-        for local_path in local_paths() if path.suffix in (".onnx", ".model") else ():
+        for local_path in list_private_folders() if path.suffix in (".onnx", ".model") else ():
             if content.find(f"{local_path}/".encode()) >= 0:
                 raise ValueError(
                     f"{name} contains a path of this machine, {local_path!r}. Write the file again without it."
@@ -231,7 +233,7 @@ def check_paths(path: Path, name: Path | str) -> None:
             _check_machine_paths(text, f"{name}, line {number},")
 
 
-def check_text(text: str, subject: str) -> None:
+def check_text_is_publishable(text: str, subject: str) -> None:
     """Raise ValueError if a text contains a secret (access token or key) or an absolute path.
 
     Args:
@@ -305,7 +307,7 @@ OUTSIDE_PATH_PATTERN = r"^(/|~|[A-Za-z]:[\\/]|file:)|(^|/)\.\.(/|$)"  # image pa
 SECRET_MESSAGE = "contains what looks like an access token or key. Remove it, and revoke it if it is real"
 
 
-def list_data_files(folder: Path, is_space: bool = False) -> list[Path]:
+def list_dataset_or_space_files(folder: Path, is_space: bool = False) -> list[Path]:
     """List the files of a dataset or Space that may be uploaded.
 
     For a dataset, these are rows, images, card and license. For a Space, these are all files except Python bytecode.
@@ -351,11 +353,11 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
         path = folder / name
         if name.suffix in DATASET_IMAGE_SUFFIXES:
             _read_image_texts(path, name)
-            check_secrets(path, name)
+            check_file_for_secrets(path, name)
         elif name.suffix in (".parquet", ".arrow"):
             _check_table_contents(path, name)
-        else:  # tar archives too; `check_secrets` refuses compressed ones
-            check_secrets(path, name)
+        else:  # tar archives too; `check_file_for_secrets` refuses compressed ones
+            check_file_for_secrets(path, name)
             if name.name in DATASET_FILE_NAMES or (
                 name.suffix == ".json" and path.stat().st_size <= MAX_METADATA_JSON_BYTES
             ):
@@ -446,7 +448,7 @@ def _find_array_fault(array: Any) -> str | None:
         return _find_array_fault(array.flatten())
     if "string" not in str(kind) and "binary" not in str(kind):
         return None
-    pattern = "|".join([SECRET_RE2, *map(re.escape, find_hub_tokens())])
+    pattern = "|".join([SECRET_RE2, *map(re.escape, read_hub_tokens())])
     has_secret = compute.any(compute.match_substring_regex(array.cast("large_binary"), pattern)).as_py()
     return SECRET_MESSAGE if has_secret else None
 

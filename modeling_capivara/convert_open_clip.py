@@ -32,7 +32,7 @@ from capivara_common.files import atomic_folder, read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 from capivara_common.model_kinds import KINDS
 
-from .checks_capivara import check_sizes, wrap_tokenizer_errors
+from .checks_capivara import check_config_sizes, wrap_tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
 from .image_processing_capivara import CapivaraImageProcessor
 from .loading import (
@@ -253,7 +253,7 @@ def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
         ValueError: If a field is missing, has the wrong type, or describes an architecture that is not supported.
     """
     try:
-        check_sizes(model_cfg)
+        check_config_sizes(model_cfg)
         vision_cfg, text_cfg = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"])
         _check_supported("vision_cfg", vision_cfg)
         _check_supported("text_cfg", text_cfg)
@@ -483,7 +483,7 @@ class OpenClipSource:
     repo_id: str | None = None
 
 
-def find_open_clip_model(source: str, tokenizer: str | None = None, revision: str | None = None) -> OpenClipSource:
+def resolve_open_clip_source(source: str, tokenizer: str | None = None, revision: str | None = None) -> OpenClipSource:
     """Find an open_clip model, and download its files if it is on the Hub.
 
     Args:
@@ -650,13 +650,13 @@ def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def write_capivara_model(
+def convert_and_write_model(
     open_clip_source: OpenClipSource, folder: Path, config: CapivaraConfig | None = None
 ) -> tuple[CapivaraModel, list[str]]:
     """Convert an open_clip model to a folder that transformers can load, in float32, and verify the converted model.
 
     Args:
-        open_clip_source: Files and settings of the model, from `find_open_clip_model`.
+        open_clip_source: Files and settings of the model, from `resolve_open_clip_source`.
         folder: Empty folder to write to.
         config: Architecture of a checkpoint file that has no configuration. Default: the architecture of the published
             CAPIVARA model. Ignored if the model has its own configuration.
@@ -710,7 +710,7 @@ def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
     Returns:
         Digest of the weights, 32 hexadecimal digits.
     """
-    return weights_digest(write_capivara_model(find_open_clip_model(source, revision=revision), folder)[0])
+    return weights_digest(convert_and_write_model(resolve_open_clip_source(source, revision=revision), folder)[0])
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -769,7 +769,7 @@ def convert(
         ValueError: If there is no such model, it can't be converted, or `output` has files.
     """
     with atomic_folder(Path(output), overwrite_output_dir) as folder:
-        return write_capivara_model(find_open_clip_model(source, tokenizer), folder, config)[1]
+        return convert_and_write_model(resolve_open_clip_source(source, tokenizer), folder, config)[1]
 
 
 if __name__ == "__main__":

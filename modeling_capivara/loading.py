@@ -33,12 +33,12 @@ from transformers.models.siglip2 import Siglip2Tokenizer
 
 from capivara_common.cli import coded_error
 from capivara_common.files import read_json
-from capivara_common.hub_cache import check_reachable, is_hub_id
+from capivara_common.hub_cache import check_model_reachable, is_hub_id
 from capivara_common.model_kinds import ANY_SIZE_VISION_TOWERS, KINDS, find_kind
 from capivara_common.weight_file import find_weight_files, read_scalar
 
-from .checks_capivara import PADDING_MODEL_TYPES, check_sizes, wrap_tokenizer_errors
-from .configuration_capivara import get_sizes
+from .checks_capivara import PADDING_MODEL_TYPES, check_config_sizes, wrap_tokenizer_errors
+from .configuration_capivara import get_config_sizes
 
 WEIGHTS_FILE = "model.safetensors"
 MAX_NAMED_KEYS = 5  # largest number of weights that an error message names, because a model has hundreds of weights
@@ -62,9 +62,9 @@ def load_config(source: str, **options: Any) -> PreTrainedConfig:
         ValueError: If the configuration is damaged, or a size is outside the limits in `checks_capivara.py`.
     """
     try:
-        check_sizes(PreTrainedConfig.get_config_dict(source, revision=options.get("revision"))[0])
+        check_config_sizes(PreTrainedConfig.get_config_dict(source, revision=options.get("revision"))[0])
         config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False, **options})
-        check_sizes(get_sizes(config))  # finds sizes that a model type stores under its own names
+        check_config_sizes(get_config_sizes(config))  # finds sizes that a model type stores under its own names
     except OSError:
         raise
     except Exception as error:  # damaged files make transformers raise many types, even RecursionError
@@ -86,7 +86,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
             weights are missing, unexpected or of the wrong shape. (transformers itself would only warn and initialize
             missing weights randomly.)
     """
-    _check_model_folder(source, "config.json", "is not a model folder")
+    _check_model_file_exists(source, "config.json", "is not a model folder")
     try:
         if Path(source).is_dir():
             for name in ("logit_scale", "logit_bias"):  # a clear error, before transformers loads all weights
@@ -100,7 +100,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
     _check_keys(
         f"The weights of {source}", report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"]
     )
-    check_sizes({"logit_scale": model.logit_scale.item()}, f"{source}: ")
+    check_config_sizes({"logit_scale": model.logit_scale.item()}, f"{source}: ")
     return model
 
 
@@ -120,7 +120,7 @@ def _silence_load_report() -> Iterator[None]:
         transformers_logger.disabled = was_disabled
 
 
-def load_mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
+def load_memory_mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
     """Load all tensors of safetensors files as memory-mapped views, so that a tensor is read only when it is used.
 
     Args:
@@ -141,7 +141,7 @@ def load_mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def load_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """Load a model whose weights are memory-mapped views of its files.
 
     For some model types, transformers renames weights while it loads them (for example AltCLIP's `layer.0` to
@@ -158,14 +158,14 @@ def load_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel
     Raises:
         ValueError: If the weights can't be read or do not fit the configuration.
     """
-    tensors = load_mapped_tensors(find_weight_files(folder))
+    tensors = load_memory_mapped_tensors(find_weight_files(folder))
     try:
         model = build_model_from_tensors(tensors, config, f"The weights of {folder}")
     except ValueError:
         if KINDS[config.model_type].is_native:
             raise
         return load_model(folder).eval()
-    check_sizes({"logit_scale": model.logit_scale.item()}, f"{folder}: ")
+    check_config_sizes({"logit_scale": model.logit_scale.item()}, f"{folder}: ")
     return model
 
 
@@ -256,7 +256,7 @@ def load_processor(source: str | Path) -> ProcessorMixin:
     # Older processors of transformers are stored in two files instead of processor_config.json.
     in_two_files = (Path(source) / "preprocessor_config.json").is_file()
     required_file = "tokenizer_config.json" if in_two_files else "processor_config.json"
-    _check_model_folder(source, required_file, f"has no processor; {hint}")
+    _check_model_file_exists(source, required_file, f"has no processor; {hint}")
     try:
         with wrap_tokenizer_errors("its tokenizer"):
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
@@ -265,9 +265,9 @@ def load_processor(source: str | Path) -> ProcessorMixin:
         # Published SigLIP 2 models name Gemma's tokenizer, but were trained on lowercase texts.
         if isinstance(processor.tokenizer, GemmaTokenizer):
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
-        check_sizes(processor.image_processor.to_dict())
+        check_config_sizes(processor.image_processor.to_dict())
         config = load_two_towers_config(source)
-        _fit_processor(processor, config)
+        _check_and_adapt_processor(processor, config)
     except Exception as error:
         raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
     return processor
@@ -312,7 +312,7 @@ def pads_to_max_length(processor: ProcessorMixin) -> bool:
     return any(name in kind.processors for kind in KINDS.values() if kind.pads_to_max_length)
 
 
-def _fit_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
+def _check_and_adapt_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
     """Check that a processor fits a model, and limit the processor's tokenizer to the model's maximum text length.
 
     Args:
@@ -348,7 +348,7 @@ def _fit_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions, processor_max_length)
 
 
-def _check_model_folder(source: str | Path, required_file: str, fault: str) -> None:
+def _check_model_file_exists(source: str | Path, required_file: str, fault: str) -> None:
     """Check that a model and one of its files exist before transformers loads them, to give clear errors.
 
     Args:
@@ -364,7 +364,7 @@ def _check_model_folder(source: str | Path, required_file: str, fault: str) -> N
     if not folder.is_dir():
         if not is_hub_id(str(source)):
             raise coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=source)
-        return check_reachable(source, required_file)
+        return check_model_reachable(source, required_file)
     if (folder / "config.json").is_file():
         load_two_towers_config(folder)  # transformers' own error would not name the folder
     if not (folder / required_file).is_file():

@@ -194,9 +194,11 @@ class CapivaraModel(CapivaraPreTrainedModel):
         # The dtypes in the towers' own configurations are ignored, so that all parts of the model agree.
         dtype = torch.get_default_dtype()
         self.vision_model = AutoModel.from_config(config.vision_config, dtype=dtype)
-        self.text_model = AutoModel.from_config(config.text_config, dtype=dtype, **_pooler_kwargs(config.text_config))
-        check_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
-        check_main_input("text_config", self.text_model, "input_ids", "xlm-roberta")
+        self.text_model = AutoModel.from_config(
+            config.text_config, dtype=dtype, **_get_no_pooler_kwargs(config.text_config)
+        )
+        check_tower_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
+        check_tower_main_input("text_config", self.text_model, "input_ids", "xlm-roberta")
         self.visual_projection = nn.Linear(infer_vision_width(config.vision_config), config.projection_dim, bias=False)
         self.text_projection = _build_text_projection(config)
         self.logit_scale, bias = nn.Parameter(torch.tensor(config.logit_scale_init_value)), config.logit_bias_init_value
@@ -338,7 +340,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, the attention mask of a text is
                 all 0 (checked on the CPU only), or a shape is wrong.
         """
-        _check_tokens(input_ids, inputs_embeds)
+        _check_text_inputs(input_ids, inputs_embeds)
         if inputs_embeds is not None:
             tokens, kwargs["inputs_embeds"] = inputs_embeds[..., 0], inputs_embeds
             default_mask = torch.ones_like(tokens, dtype=torch.long)
@@ -465,7 +467,7 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vision_model = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
-        check_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
+        check_tower_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
         self.visual_projection = nn.Linear(infer_vision_width(config.vision_config), config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         # `from_config(config, dtype=torch.bfloat16)` ignores `_keep_in_fp32_modules_strict`, so the head is created
@@ -641,7 +643,7 @@ def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
     return (last_hidden_state.float() * mask).sum(dim=1) / mask.sum(dim=1)
 
 
-def _check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+def _check_text_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
     if (input_ids is None) == (inputs_embeds is None):
         problem = "neither" if input_ids is None else "both"
         raise ValueError(f"Give either `input_ids` or `inputs_embeds`, got {problem}.")
@@ -666,7 +668,7 @@ def _check_attention_mask(attention_mask: Tensor, tokens: Tensor) -> None:
         raise ValueError(f"Every text needs at least one token that the attention mask keeps; {rows}.")
 
 
-def _pooler_kwargs(text_config: PreTrainedConfig) -> dict[str, bool]:
+def _get_no_pooler_kwargs(text_config: PreTrainedConfig) -> dict[str, bool]:
     """Return keyword arguments for `AutoModel.from_config` that build the text tower without its own pooling layer.
 
     Mean pooling does not use this layer.
@@ -775,7 +777,7 @@ def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") 
         raise ValueError(f"{name} must be from 1 to the embedding's width, {width}, got {dim}.")
 
 
-def check_main_input(name: str, tower: PreTrainedModel, expected: str, example: str) -> None:
+def check_tower_main_input(name: str, tower: PreTrainedModel, expected: str, example: str) -> None:
     """Check that a tower takes the expected input: pixels for an image tower, token ids for a text tower.
 
     Args:

@@ -2,7 +2,7 @@
 
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from .text_cleaning_capivara import CONTEXT_LENGTH, check_texts, clean_text
+from .text_cleaning_capivara import CONTEXT_LENGTH, check_and_collect_texts, clean_text
 from .tokenization_capivara import CapivaraTokenizer
 
 __all__ = ["CONTEXT_LENGTH", "CapivaraProcessor", "clean_text"]
@@ -67,7 +67,7 @@ class CapivaraProcessor(ProcessorMixin):
                 image is invalid.
         """
         if text is not None:
-            text = check_texts(text)
+            text = check_and_collect_texts(text)
             defaults = {"padding": True, "truncation": True}  # the tokenizer knows the default of `max_length`
             explicit = {**self.tokenizer.init_kwargs, **kwargs}
             defaults = {key: value for key, value in defaults.items() if key not in explicit}

@@ -41,7 +41,7 @@ def clean_text(text: str) -> str:
     Raises:
         ValueError: If `text` is not a string.
     """
-    check_texts([text])
+    check_and_collect_texts([text])
     if len(text) > MAX_CHARACTERS or text.count("\n") > MAX_LINES:
         text = _truncate_text(text)
     return " ".join(html.unescape(html.unescape(_fix_text(text))).split())
@@ -119,7 +119,7 @@ def _unescape_all_levels(line: str) -> str:
     return line
 
 
-def check_texts(text: str | Iterable[str]) -> str | list[str]:
+def check_and_collect_texts(text: str | Iterable[str]) -> str | list[str]:
     """Check that `text` is a string or contains only strings.
 
     Args:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .checks_capivara import wrap_tokenizer_errors
-from .text_cleaning_capivara import CONTEXT_LENGTH, check_texts, clean_text
+from .text_cleaning_capivara import CONTEXT_LENGTH, check_and_collect_texts, clean_text
 
 
 class CapivaraTokenizer(PreTrainedTokenizerFast):
@@ -45,7 +45,7 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         if not tokenizer.is_fast:
             hint = f"got {type(tokenizer).__name__}. Use one that is saved as tokenizer.json"
             raise ValueError(f"A CAPIVARA tokenizer must be a fast tokenizer (of the tokenizers library), {hint}.")
-        converted = cls(**_tokenizer_kwargs(tokenizer))
+        converted = cls(**_get_tokenizer_copy_kwargs(tokenizer))
         converted.init_kwargs.pop("max_length", None)  # left over from the last call of `tokenizer`
         return converted
 
@@ -54,7 +54,7 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
 
         It is meant for programs that clean texts themselves, such as open_clip.
         """
-        return PreTrainedTokenizerFast(**_tokenizer_kwargs(self))
+        return PreTrainedTokenizerFast(**_get_tokenizer_copy_kwargs(self))
 
     @classmethod
     def _from_pretrained(cls, *args, **kwargs):
@@ -91,7 +91,7 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         return batch
 
 
-def _tokenizer_kwargs(tokenizer: PreTrainedTokenizerBase) -> dict:
+def _get_tokenizer_copy_kwargs(tokenizer: PreTrainedTokenizerBase) -> dict:
     """Return the arguments that build a fast tokenizer with the same vocabulary, tokenization rules and settings.
 
     Args:
@@ -113,7 +113,7 @@ def _clean(text: str | Iterable) -> str | list | tuple:
     """
     if isinstance(text, list | tuple) and any(isinstance(part, list | tuple) for part in text):
         return [type(part)(_clean(part)) if isinstance(part, list | tuple) else _clean(part) for part in text]
-    text = check_texts(text)
+    text = check_and_collect_texts(text)
     return clean_text(text) if isinstance(text, str) else [clean_text(part) for part in text]
 
 

@@ -37,7 +37,7 @@ from capivara_common.weight_file import find_weight_files
 
 from .loading import (
     load_config,
-    load_mapped_model,
+    load_memory_mapped_model,
     load_processor,
     weights_digest,
     write_origin_card,
@@ -175,7 +175,7 @@ def _write_trimmed_model(
     Raises:
         ValueError: If a written weight differs from the model's weight.
     """
-    model = load_mapped_model(source, config)
+    model = load_memory_mapped_model(source, config)
     config = model.config
     embedding = model.text_model.get_input_embeddings()
     before, table = model.num_parameters(), embedding.weight.detach()
@@ -185,7 +185,7 @@ def _write_trimmed_model(
     config.text_config.vocab_size, config.trimmed_vocabulary = len(kept_ids), record
     model.save_pretrained(folder)
     # transformers may save weights under other names than those of the model, so the file is compared as it is loaded.
-    written, expected = load_mapped_model(folder, config).state_dict(), model.state_dict()
+    written, expected = load_memory_mapped_model(folder, config).state_dict(), model.state_dict()
     changed = sorted(name for name, tensor in expected.items() if not torch.equal(written[name], tensor))
     if changed:
         raise ValueError(f"Weights of {source} changed when they were saved, so no model was written: {changed}.")
@@ -356,7 +356,7 @@ def _required_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     if state["model"]["type"] == "Unigram":  # the score of a letter without a token depends on the lowest score
         scores = [score for _, score in state["model"]["vocab"]]
         ids.add(min(range(len(scores)), key=scores.__getitem__))
-    for token_id, token in enumerate(_tokens_by_id(state)):
+    for token_id, token in enumerate(_list_tokens_in_id_order(state)):
         text = "" if re.fullmatch(BYTE_TOKEN_PATTERN, token) else token.removeprefix(WORD_START_MARKER)
         has_letters = any(map(str.isalpha, text))
         if not has_letters or (len(text) == 1 and not unicodedata.name(text, "").startswith(("CJK", "HANGUL"))):
@@ -384,7 +384,7 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
     return state
 
 
-def _tokens_by_id(state: dict) -> list[str]:
+def _list_tokens_in_id_order(state: dict) -> list[str]:
     """Return the tokens of a vocabulary in the order of their ids, without added tokens.
 
     Args:
@@ -443,7 +443,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) 
         ValueError: If the tokenizer is of a type that can't be trimmed, or a token would not get its new id.
     """
     state, new_id = tokenizer_state(tokenizer), {old_id: new for new, old_id in enumerate(kept_ids)}
-    model, tokens = state["model"], _tokens_by_id(state)
+    model, tokens = state["model"], _list_tokens_in_id_order(state)
     model_ids = [old_id for old_id in kept_ids if old_id < len(tokens)]  # added tokens may have higher ids
     if model["type"] == "Unigram":
         model["vocab"] = [model["vocab"][old_id] for old_id in model_ids]

@@ -28,13 +28,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from capivara_common.embedding_speed import BF16_MIN_COSINE, CHUNK_SIZES, SAMPLE_IMAGES, choose_fastest
-from capivara_common.environment import process_state, resolve_device, resolve_precision
+from capivara_common.environment import get_distributed_state, resolve_device, resolve_mixed_precision
 from capivara_common.files import read_json
-from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_reachable
+from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_model_reachable
 from capivara_common.image_encoder_digest import IMAGE_ENCODER_PREFIXES
 from capivara_common.model_kinds import KINDS
 
-from .checks_capivara import NOT_FINITE_MESSAGE, check_sizes, wrap_tokenizer_errors
+from .checks_capivara import NOT_FINITE_MESSAGE, check_config_sizes, wrap_tokenizer_errors
 from .loading import load_model, load_processor, pads_to_max_length, weights_digest
 from .modeling_capivara import l2_normalize
 from .processing_capivara import CapivaraProcessor
@@ -230,7 +230,7 @@ def load_embedder(
         2
         >>> similarities = texts @ texts.T  # cosines, because embeddings have unit length
     """
-    torch_device = resolve_device(device) if device else process_state().device
+    torch_device = resolve_device(device) if device else get_distributed_state().device
     library, _, open_clip_name = model.partition(":")
     if library == "clip" and open_clip_name:
         raise ValueError(f"Models of transformers have no prefix: use {open_clip_name} instead of {model}.")
@@ -257,7 +257,7 @@ def choose_precision(model: PreTrainedModel, processor: ProcessorMixin, record: 
         "bf16" or "float32". On a GPU, "bf16" if the GPU supports it. On a CPU that supports it, "bf16" only if it was
         measured to be faster, and its embeddings are close to those in float32 (`BF16_MIN_COSINE`).
     """
-    supports_bf16 = resolve_precision("auto", model.device) == "bf16"
+    supports_bf16 = resolve_mixed_precision("auto", model.device) == "bf16"
     if not supports_bf16 or model.device.type != "cpu":
         return "bf16" if supports_bf16 else "float32"
     sample = list(islice(cycle(random_images()), SAMPLE_IMAGES))
@@ -314,12 +314,12 @@ def _load_open_clip_embedder(source: str, device: torch.device, precision: str) 
             raise ValueError(f"open_clip:{source} names no weights; say open_clip:{name}:TAG. Tags of {name}: {tags}.")
         repository = open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "").strip("/")
     # If the model has been downloaded before, one of these files is in the cache, and no network is needed.
-    check_reachable(repository, OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHT_FILES)
+    check_model_reachable(repository, OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHT_FILES)
     try:
         if pretrained is None:
             folder = source.removeprefix("local-dir:")
             config = hf_hub_download(repository, OPEN_CLIP_CONFIG) if repository else Path(folder, OPEN_CLIP_CONFIG)
-            check_sizes(read_json(Path(config), model_cfg=dict))
+            check_config_sizes(read_json(Path(config), model_cfg=dict))
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
         with wrap_tokenizer_errors("its tokenizer"):
             model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)
@@ -412,7 +412,7 @@ def embed_images(
 
     def encode(batch: list[Image.Image]) -> Tensor:
         pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
-        parts = split_for_device(pixel_values, model.device, chunk_images)
+        parts = move_to_device_in_chunks(pixel_values, model.device, chunk_images)
         return torch.cat([compute_image_embeds(model, part) for part in parts])
 
     return _embed_in_batches(encode, images, batch_size, progress)
@@ -460,7 +460,7 @@ def check_finite(embeds: Tensor) -> Tensor:
     return embeds
 
 
-def split_for_device(
+def move_to_device_in_chunks(
     pixel_values: Tensor, device: torch.device, chunk_images: int = CHUNK_SIZES[0]
 ) -> Sequence[Tensor]:
     """Move preprocessed images to a device, in the memory format and batch size that are fastest on this device.

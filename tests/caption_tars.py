@@ -13,7 +13,7 @@ import PIL.Image
 from datasets import Dataset, DatasetDict, Features
 
 from capivara_common.image_files import BadImage, read_image_bytes
-from caption_data.pairs import build_pair_table, drop_invalid, list_skipped_rows
+from caption_data.pairs import filter_usable_rows, list_skipped_rows, load_or_build_pair_table
 from caption_data.parquet_split import open_in_place
 from caption_data.sources import open_split
 from training.inputs import load_evaluation_pairs, load_training_pairs
@@ -92,10 +92,10 @@ def rows_of(folder, split: str = "train") -> list[dict]:
 def table_of(source, skipped=None, columns=("captions-pt",), choose=lambda row: row["captions-pt"]):
     """Return the valid pairs of a new table; append the other rows to `skipped`."""
     settings = {"call": next(CALLS)}
-    table = build_pair_table(source, list(columns), choose, settings)
+    table = load_or_build_pair_table(source, list(columns), choose, settings)
     if skipped is not None:
         skipped += list_skipped_rows(table, source)
-    return drop_invalid(table)
+    return filter_usable_rows(table)
 
 
 def tar_source(tmp_path, members):
@@ -108,7 +108,7 @@ def training_of(args, skipped) -> list:
     pairs = load_training_pairs(args, splits, None)
     for dataset in pairs:
         skipped += list_skipped_rows(dataset.table, dataset.source)
-        dataset.table = drop_invalid(dataset.table)
+        dataset.table = filter_usable_rows(dataset.table)
     return pairs
 
 

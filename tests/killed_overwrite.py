@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from capivara_common.files import atomic_folder, check_output_folder, finish_folder, partial_folder
+from capivara_common.files import atomic_folder, check_output_folder, partial_folder, rename_partial_folder
 
 WATCHED = ("open", "os.", "shutil.", "tempfile.", "fcntl.")
 
@@ -28,7 +28,7 @@ def write(kind: str, out: Path, word: str) -> None:
     check_output_folder(out, overwrite=True)
     partial_folder(out).mkdir(exist_ok=True)
     fill(partial_folder(out), word)
-    finish_folder(out, overwrite=True)
+    rename_partial_folder(out, overwrite=True)
 
 
 def fill(folder: Path, word: str) -> None:

@@ -30,8 +30,12 @@ PLACES = {  # phase -> function to replace (owner and name), and whether the pro
     "step-after": (torch.optim.Adam, "step", "after"),
     "save-state": (training.checkpoints, "write_json", "before"),  # the checkpoint is complete except for its state
     "end": (CapivaraModel, "save_pretrained", "before"),  # after training, while the result is written
-    "finish": (train_accelerate, "finish_folder", "before"),  # everything is written, but the folder is not renamed yet
-    "finished": (train_accelerate, "finish_folder", "after"),
+    "finish": (
+        train_accelerate,
+        "rename_partial_folder",
+        "before",
+    ),  # everything is written, but the folder is not renamed yet
+    "finished": (train_accelerate, "rename_partial_folder", "after"),
 }
 
 

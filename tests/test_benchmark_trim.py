@@ -37,7 +37,9 @@ def small(monkeypatch):
 
     monkeypatch.setattr(bench, "build_published_base", build)
     monkeypatch.setattr(
-        timing, "run_in_process", lambda module, folder, **flags: run(module, folder=bench.Path(folder), **flags)
+        timing,
+        "run_module_in_subprocess",
+        lambda module, folder, **flags: run(module, folder=bench.Path(folder), **flags),
     )
 
 

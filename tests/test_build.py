@@ -23,7 +23,7 @@ from captions import select
 from captions.build import BuildArguments, ManualStepRequired, build_dataset, main, read_build_plan
 from captions.stages import StageArguments
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji_captions
-from hub_upload.upload_checks import list_files_to_send
+from hub_upload.upload_checks import list_and_check_files_to_send
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,7 +96,7 @@ def test_a_build_writes_a_dataset_with_its_card(finished):
     assert "| score | 12 | 11 | 1 no caption |" in card
     assert str(tmp_path) not in card + (folder / "build.json").read_text(), "no path of this machine"
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "build.json", "data", "similarities.png"]
-    assert len(list_files_to_send(folder, "dataset")) == 5, "all files can be pushed"
+    assert len(list_and_check_files_to_send(folder, "dataset")) == 5, "all files can be pushed"
 
 
 def test_complete_stages_are_not_repeated_and_no_model_is_loaded(finished, monkeypatch, caplog, capsys):
@@ -208,7 +208,7 @@ def test_failures_are_reported_and_the_same_command_resumes(config, tmp_path, mo
     failures, with any number of tasks."""
     build_dataset(BuildArguments(config, tasks=3))
     (tmp_path / "built").rename(tmp_path / "undisturbed")
-    real = select.select_row
+    real = select.select_row_captions
 
     def poisoned(args, row):
         if row["captions-en"] == ["a cat 9"]:
@@ -216,7 +216,7 @@ def test_failures_are_reported_and_the_same_command_resumes(config, tmp_path, mo
         return real(args, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(select, "select_row", poisoned)
+        patch.setattr(select, "select_row_captions", poisoned)
         message = r"3-select, train: rows: .*\n  task 1: ZeroDivisionError: .*rows 6 to 10 of train\n"
         with pytest.raises(ValueError, match=message):
             build_dataset(BuildArguments(config, tasks=2))
@@ -332,7 +332,7 @@ def test_each_worker_has_its_own_gpu(config, monkeypatch, tmp_path):
 def test_workers_that_die_at_their_start_are_reported(executor, monkeypatch, tmp_path):
     """A phase is incomplete until its tasks have ended, and the next phase does not start. Ray only logs a death."""
     monkeypatch.setattr("capivara_common.executors.START_METHOD", "fork")
-    monkeypatch.setattr("capivara_common.executors._run_worker_process", lambda *_: os._exit(1))
+    monkeypatch.setattr("capivara_common.executors._run_tasks_in_worker", lambda *_: os._exit(1))
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
     monkeypatch.setattr("capivara_common.executors.require_packages", lambda *_: None)
     monkeypatch.setattr("capivara_common.executors.RayPipelineExecutor.run", lambda _: None)

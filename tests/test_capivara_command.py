@@ -26,13 +26,19 @@ import tqdm.std
 from parsed_command import parsed
 
 from capivara_common.environment import install_command, require_packages
-from capivara_common.progress import configure_progress_bars
-from capivara_search import estimates
-from capivara_search.command import SEARCH_MODULES, describe_error, detect_language, main, show_progress_bar
+from capivara_common.progress import set_progress_bar_timing
+from capivara_search import index_progress
+from capivara_search.command import (
+    SEARCH_MODULES,
+    detect_user_language,
+    get_exit_code_and_message,
+    main,
+    show_progress_bar,
+)
 from capivara_search.index import PictureIndex
 from capivara_search.index_export import export_rows
-from capivara_search.messages import COMMAND_NAMES, Messages, localized_error
-from capivara_search.storage import to_index_error
+from capivara_search.messages import COMMAND_NAMES, Messages, make_error_from_code
+from capivara_search.storage_errors import convert_lancedb_error
 from capivara_search.table import PictureTable
 
 HEAVY = {"torch", "transformers", "lancedb", "pyarrow", "numpy", "PIL", "starlette", "datatrove", "huggingface_hub"}
@@ -358,7 +364,9 @@ def test_a_folder_whose_name_looks_like_a_secret_is_left_as_it_is_when_its_pictu
     (folders[0] / "a.png").rename(tmp_path / "a.png")
     code, _, error = capivara("index", *folders, "--index", own_index, "--lang", "pt")
     assert code == 0 and re.search(message_pattern("pt", "note.left_as_it_is"), error), error
-    assert localized_error(ValueError, "no_picture", path=str(folders[0]), ends="").values["path"] == str(folders[0])
+    assert make_error_from_code(ValueError, "no_picture", path=str(folders[0]), ends="").values["path"] == str(
+        folders[0]
+    )
 
 
 def test_move_changes_the_paths_of_moved_pictures(capivara, own_index, folder, tmp_path):
@@ -489,16 +497,16 @@ def test_a_password_of_the_storage_is_not_printed():
     address = SECRET.format("")
     storage = f"lance error: IO {{ S3: GET, uri: Some({address}/bucket/x), error sending request }}"
     for text in (storage, f"no such scheme: {address}"):
-        error = to_index_error(RuntimeError(text), "s3://bucket/fotos", "pictures")
+        error = convert_lancedb_error(RuntimeError(text), "s3://bucket/fotos", "pictures")
         assert "s3gredo" not in str(error) and "@127.0.0.1:9" in str(error)
 
 
 @pytest.mark.parametrize("address", ["s3://KEY:s3gredo@bucket/fotos", "s3://bucket/fotos?a=1&sig=s3gredo"])
 def test_a_secret_in_the_address_of_an_index_is_not_printed(capivara, address):
     for text in ("lance error: LanceError(IO): no such file", "status: 403 Forbidden", "Retryable commit conflict"):
-        error = to_index_error(RuntimeError(text), address, "pictures")
+        error = convert_lancedb_error(RuntimeError(text), address, "pictures")
         assert error.code and "bucket/fotos" in str(error)
-        for message in (str(error), *(describe_error(error, Messages(lang))[1] for lang in ("pt", "en"))):
+        for message in (str(error), *(get_exit_code_and_message(error, Messages(lang))[1] for lang in ("pt", "en"))):
             assert "s3gredo" not in message
     code, out, error = capivara("search", "x", "--index", address.replace("s3:", "nada:"))
     assert code and "s3gredo" not in out + error
@@ -654,7 +662,9 @@ def test_errors_of_the_library_are_shown_in_portuguese(
 
 def test_an_index_without_read_permission_is_named_in_both_languages(capivara, own_index, monkeypatch):
     def denied(*_):
-        raise to_index_error(RuntimeError("lance error: Permission denied (os error 13)"), str(own_index), "pictures")
+        raise convert_lancedb_error(
+            RuntimeError("lance error: Permission denied (os error 13)"), str(own_index), "pictures"
+        )
 
     monkeypatch.setattr(PictureTable, "exists", denied)
     for language in ("en", "pt"):
@@ -675,7 +685,7 @@ def test_errors_of_the_system_and_of_packages_are_shown_in_portuguese():
             messages("error.not_installed", names="no_such_package", command=install_command("captions")),
         ),
     ):
-        assert describe_error(error, messages) == (3, expected)
+        assert get_exit_code_and_message(error, messages) == (3, expected)
 
 
 def test_classify_labels_pictures_and_needs_no_index(capivara, index, folder, tmp_path, saved_tiny_folder, monkeypatch):
@@ -719,9 +729,9 @@ def test_every_command_says_that_the_miniature_is_a_toy(capivara, folder, index,
 
 def test_the_progress_bar_shows_a_rate_after_the_model_is_loaded_and_seldom_in_a_log_file(monkeypatch, capsys):
     now, shown = [0.0], []
-    configure_progress_bars()
+    set_progress_bar_timing()
     monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
-    monkeypatch.setattr(estimates, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(index_progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with show_progress_bar(Messages("pt")) as show_progress:
         for seconds, done in ((0, 0), (60, 0), (61, 4), (68, 32), (70, 64), (74, 192), (82, 448)):
             now[0] = float(seconds)  # the model takes 60 s to load
@@ -763,7 +773,7 @@ def test_ctrl_c_prints_one_line_and_the_same_command_continues(tmp_path, saved_t
 def test_the_first_locale_that_is_set_decides_the_language(monkeypatch):
     for name, value, language in (("LANG", "pt_BR.UTF-8", "pt"), ("LC_ALL", "en_US.UTF-8", "en")):
         monkeypatch.setenv(name, value)
-        assert detect_language([]) == language
+        assert detect_user_language([]) == language
 
 
 @pytest.mark.slow

@@ -21,8 +21,8 @@ from training.checkpoints import (
     STATE_FILE,
     Checkpoints,
     TrainingState,
-    _compute_checksums,
-    check_finished_run,
+    _build_sha256sum_content,
+    check_matches_finished_run,
     check_same_run,
     next_numbered_folder,
     read_training_state,
@@ -117,7 +117,9 @@ def test_code_in_a_checkpoint_is_not_run(checkpoints, tmp_path, name, kind):
     checkpoints.save(TrainingState(1))
     proof, path = tmp_path / "proof", checkpoints.path(1) / name
     torch.save(Malicious(proof), path) if kind == "torch" else path.write_bytes(pickle.dumps(Malicious(proof)))
-    (path.parent / CHECKSUM_FILE).write_bytes(_compute_checksums(path.parent))  # an attacker would update the checksums
+    (path.parent / CHECKSUM_FILE).write_bytes(
+        _build_sha256sum_content(path.parent)
+    )  # an attacker would update the checksums
     if name == "random_states_0.pkl":  # Accelerate ignores errors in this file; no result depends on it
         checkpoints.load(checkpoints.path(1), TrainingState())
     else:
@@ -190,7 +192,7 @@ def test_an_invalid_state_gives_an_error_of_one_line_that_names_the_file(tmp_pat
     with pytest.raises(ValueError, match=r"trainer\.json"):
         read_training_state(tmp_path)
     (tmp_path / STATE_FILE).write_text(content)
-    (tmp_path / CHECKSUM_FILE).write_bytes(_compute_checksums(tmp_path))
+    (tmp_path / CHECKSUM_FILE).write_bytes(_build_sha256sum_content(tmp_path))
     with pytest.raises(ValueError, match=r"^[^\n]*trainer\.json[^\n]*$"):
         read_training_state(tmp_path)
 
@@ -214,16 +216,16 @@ def test_a_finished_run_is_compared_and_unknown_settings_are_named(tmp_path):
     """Settings that this version does not know come from an earlier version; two of them never affected the weights."""
     finished = {"config": {"seed": 1}, "dataset_fingerprints": {"a train": "1"}}
     (tmp_path / "run.json").write_text(json.dumps(finished), encoding="utf-8")
-    check_finished_run(tmp_path, {"seed": 1}, {"a train": "1"})
+    check_matches_finished_run(tmp_path, {"seed": 1}, {"a train": "1"})
     with pytest.raises(ValueError, match=r"data a train: '1' .*'2'"):
-        check_finished_run(tmp_path, {"seed": 1}, {"a train": "2"})
+        check_matches_finished_run(tmp_path, {"seed": 1}, {"a train": "2"})
     finished["config"] |= {"hub_strategy": "end", "carbon_country": "BRA"}
     (tmp_path / "run.json").write_text(json.dumps(finished), encoding="utf-8")
-    check_finished_run(tmp_path, {"seed": 1}, {})
+    check_matches_finished_run(tmp_path, {"seed": 1}, {})
     finished["config"] |= {"text_teacher": "base", "runs": 3}
     (tmp_path / "run.json").write_text(json.dumps(finished), encoding="utf-8")
     with pytest.raises(ValueError, match=r"^[^\n]*: runs, text_teacher\.[^\n]*$"):
-        check_finished_run(tmp_path, {"seed": 1}, {})
+        check_matches_finished_run(tmp_path, {"seed": 1}, {})
 
 
 def test_settings_that_may_change_are_existing_flags_that_do_not_affect_weights():

@@ -14,8 +14,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Sequence
 from towers import as_open_clip
 
 from capivara_common.image_files import BadImage
-from caption_data.labeled_images import _match_class_names, load_labeled_images
-from eval.classification import compute_chance, compute_classification_metrics, main
+from caption_data.labeled_images import _map_labels_to_prompt_classes, load_labeled_images
+from eval.classification import compute_chance_level, compute_classification_metrics, main
 from eval.prompts import load_prompts
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -105,10 +105,10 @@ def test_chance_equals_the_metrics_of_random_scores():
     for metric, classes in (("accuracy", 8), ("mean-per-class", 8), ("roc_auc", 2)):
         values = compute_classification_metrics(scores[:, :classes], (labels % classes).tolist(), metric)
         for name, value in values.items():
-            assert compute_chance(name, labels.tolist(), classes) == pytest.approx(value, abs=0.03), name
+            assert compute_chance_level(name, labels.tolist(), classes) == pytest.approx(value, abs=0.03), name
     label_lists = [[row % 8, (row + 1) % 8] for row in range(800)]
     value = compute_classification_metrics(scores[:800], label_lists, "11point_mAP")["11point_mAP"]
-    assert compute_chance("11point_mAP", label_lists, 8) == pytest.approx(value, abs=0.03)
+    assert compute_chance_level("11point_mAP", label_lists, 8) == pytest.approx(value, abs=0.03)
 
 
 def test_each_metric_is_computed_by_its_name():
@@ -157,10 +157,13 @@ def test_repeated_names_are_matched_in_order_and_slashes_as_underscores():
     """ImageNet has two classes called "missile". A folder can't have a slash in its name."""
     assert load_prompts("imagenet-1k").english_names.count("missile") == 2
     class_names = ["missile", "cat", "missile"]
-    assert _match_class_names(["cat", "missile", "Missile"], class_names, "d") == {0: 1, 1: 0, 2: 2}
+    assert _map_labels_to_prompt_classes(["cat", "missile", "Missile"], class_names, "d") == {0: 1, 1: 0, 2: 2}
     with pytest.raises(ValueError, match=r"\['cat'\]"):
-        _match_class_names(["cat", "cat"], class_names, "d")
-    assert _match_class_names(["F-16A_B", "Boeing 737-200"], ["Boeing 737-200", "F-16A/B"], "d") == {0: 1, 1: 0}
+        _map_labels_to_prompt_classes(["cat", "cat"], class_names, "d")
+    assert _map_labels_to_prompt_classes(["F-16A_B", "Boeing 737-200"], ["Boeing 737-200", "F-16A/B"], "d") == {
+        0: 1,
+        1: 0,
+    }
 
 
 def test_images_of_classes_without_prompts_are_left_out(image_folder):

@@ -79,7 +79,7 @@ WRONG_COMMANDS = {  # command -> pattern of the error
 def test_a_wrong_command_line_exits_with_2_and_one_line(line, monkeypatch, capsys):
     command, *words = line.split()
     monkeypatch.setattr(sys, "argv", [command, *words])
-    monkeypatch.setattr(capivara_common.cli, "configure_progress_bars", lambda: None)
+    monkeypatch.setattr(capivara_common.cli, "set_progress_bar_timing", lambda: None)
     with pytest.raises(SystemExit) as ended:
         capivara_common.cli.run_command(main_of(command))
     message = capsys.readouterr().err
@@ -100,7 +100,7 @@ def test_user_errors_and_ctrl_c_are_one_line(monkeypatch, capsys, error, resumab
     def main():
         raise error
 
-    monkeypatch.setattr(capivara_common.cli, "configure_progress_bars", lambda: None)
+    monkeypatch.setattr(capivara_common.cli, "set_progress_bar_timing", lambda: None)
     with pytest.raises(SystemExit) as ended:
         capivara_common.cli.run_command(main, resumable)
     assert ended.value.code == code and capsys.readouterr().err == message

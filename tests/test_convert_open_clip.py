@@ -17,7 +17,7 @@ from test_checkpoints import Malicious
 from tiny import TINY_TEXT, TINY_VISION, randomize, tiny_config, tiny_tokenizer
 from towers import as_open_clip
 
-from hub_upload.origins import read_origin
+from hub_upload.origins import read_origin_metadata
 from modeling_capivara import CapivaraConfig
 from modeling_capivara import convert_open_clip as conversion
 from modeling_capivara.convert_open_clip import (
@@ -148,7 +148,7 @@ def test_the_card_states_source_and_license(open_clip_folder, tmp_path):
         "library_name": "transformers",
         "pipeline_tag": "zero-shot-image-classification",
     }
-    origin = read_origin(str(tmp_path / "there"), "model")
+    origin = read_origin_metadata(str(tmp_path / "there"), "model")
     assert (origin["base_model"], origin["licenses"]) == (["us/base"], ["mit"])
 
 

@@ -20,10 +20,10 @@ import train_accelerate
 from capivara_common.weight_file import find_weight_files
 from capivara_search.models import SearchModel
 from captions import score, select
-from captions.stages import check_complete
+from captions.stages import check_and_summarize_stage
 from eval import retrieval
 from hub_upload import export
-from modeling_capivara.loading import MAX_NAMED_KEYS, load_mapped_model, load_model, load_two_towers_config
+from modeling_capivara.loading import MAX_NAMED_KEYS, load_memory_mapped_model, load_model, load_two_towers_config
 from modeling_capivara.two_towers import load_embedder
 from training import interpolate
 from training.inputs import embed_pixels
@@ -87,7 +87,7 @@ def test_an_impossible_logit_scale_in_the_weights_is_refused(tiny_folder):
     with pytest.raises(ValueError, match=r"logit_scale\b.*-20\b.*\b20\b.*1000000"):
         load_model(tiny_folder)
     with pytest.raises(ValueError, match=r"logit_scale\b.*-20\b.*\b20\b"):
-        load_mapped_model(tiny_folder, load_two_towers_config(tiny_folder))
+        load_memory_mapped_model(tiny_folder, load_two_towers_config(tiny_folder))
 
 
 def test_weights_of_another_architecture_are_refused_with_at_most_five_names(tiny_folder, capfd):
@@ -97,7 +97,7 @@ def test_weights_of_another_architecture_are_refused_with_at_most_five_names(tin
     config["text_config"]["num_hidden_layers"] = 9
     config["vision_config"] |= {"num_hidden_layers": 1, "intermediate_size": 77}
     path.write_text(json.dumps(config), encoding="utf-8")
-    for load in (load_model, lambda folder: load_mapped_model(folder, load_two_towers_config(folder))):
+    for load in (load_model, lambda folder: load_memory_mapped_model(folder, load_two_towers_config(folder))):
         with pytest.raises(ValueError) as error:
             load(tiny_folder)
         message = str(error.value)
@@ -185,7 +185,7 @@ def test_an_impossible_stage_json_is_refused(finished, stage, fault):
     path = stage / "stage.json"
     changed = RECORDS[fault](json.loads(path.read_text(encoding="utf-8")))
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed), encoding="utf-8")
-    for step in (check_complete, lambda folder: run(str(finished / "numbered"), folder)):
+    for step in (check_and_summarize_stage, lambda folder: run(str(finished / "numbered"), folder)):
         with pytest.raises(ValueError, match=r"^[^\n]*stage\.json[^\n]*$"):
             step(stage)
 
@@ -207,4 +207,4 @@ def test_a_damaged_list_of_skipped_rows_is_reported(stage, content):
     (path,) = stage.glob("*.skipped.jsonl")
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"^[^\n]*skipped\.jsonl\b[^\n]*$"):
-        check_complete(stage)
+        check_and_summarize_stage(stage)

@@ -10,7 +10,7 @@ from caption_data import pairs
 from caption_data.pairs import check_bad_share
 from caption_data.sources import open_split
 from training.arguments import RunArguments
-from training.batches import BatchPlanner, apportion_batch, batch_indices, sample_captions, sample_views
+from training.batches import BatchPlanner, apportion_batch, batch_indices, sample_captions, sample_view_numbers
 
 CAPTIONS = [[f"gato {i}", f"uma casa azul {i}"][: 1 + i % 2] for i in range(11)]
 
@@ -36,10 +36,10 @@ def test_each_caption_of_an_image_is_drawn_equally_often():
 
 
 def test_each_step_draws_new_views():
-    drawn = np.stack([sample_views(3, 5, step, seed=0) for step in range(60)])
+    drawn = np.stack([sample_view_numbers(3, 5, step, seed=0) for step in range(60)])
     assert set(drawn.flatten()) == {0, 1, 2} and len({tuple(views) for views in drawn}) > 30
-    assert (sample_views(1, 5, 7, seed=0) == 0).all()
-    assert (sample_views(0, 5, 7, seed=0) == 7).all(), "a fresh view is named after its step"
+    assert (sample_view_numbers(1, 5, 7, seed=0) == 0).all()
+    assert (sample_view_numbers(0, 5, 7, seed=0) == 7).all(), "a fresh view is named after its step"
 
 
 def test_pairs_per_dataset_follow_the_sizes_of_the_datasets():
@@ -166,8 +166,10 @@ def test_the_fingerprint_of_a_large_table_is_computed_once(tiny_dataset_folder, 
     split, calls = open_split(str(tiny_dataset_folder), "train", "image"), []
 
     def fingerprint(captions):
-        table = pairs.build_pair_table(split, ["captions-pt"], lambda row: row["captions-pt"][:captions], [captions])
-        return pairs.pairs_fingerprint(pairs.drop_invalid(table))
+        table = pairs.load_or_build_pair_table(
+            split, ["captions-pt"], lambda row: row["captions-pt"][:captions], [captions]
+        )
+        return pairs.compute_pair_content_digest(pairs.filter_usable_rows(table))
 
     expected = [fingerprint(1), fingerprint(2)]
     compute = pairs.rows_fingerprint

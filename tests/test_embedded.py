@@ -21,7 +21,7 @@ from test_train_accelerate import error_of, flags
 from tiny import save_model
 
 import train_accelerate
-from capivara_common.files import lock_folder
+from capivara_common.files import acquire_folder_lock
 from capivara_common.image_encoder_digest import image_encoder_digest
 from caption_data.embedded import (
     DIGEST_COLUMN,
@@ -39,7 +39,7 @@ from captions.stages import RowStage
 from eval import retrieval
 from eval.linear_probe import main as probe
 from hub_upload import push
-from hub_upload.upload_checks import list_files_to_send
+from hub_upload.upload_checks import list_and_check_files_to_send
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import load_embedder
 
@@ -186,7 +186,7 @@ def test_killed_and_simultaneous_runs_lose_nothing(saved_tiny_folder, tiny_datas
     assert len(list(tmp_path.glob("out.parts/**/*.parquet"))) == 1 and not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"unfinished: 4 rows.*--output [^ ]*out "):
         open_split(str(tmp_path / "out.parts" / "1-embed" / "train"), "train", "image")
-    other_process = lock_folder(tmp_path / "out.parts")
+    other_process = acquire_folder_lock(tmp_path / "out.parts")
     with pytest.raises(ValueError, match="Another process is writing"):
         embed.main(arguments)
     os.close(other_process)
@@ -213,11 +213,11 @@ def test_a_build_without_images_can_be_pushed(saved_tiny_folder, tiny_dataset_fo
     preview = capsys.readouterr().out
     assert "data/train-00000-of-00001.parquet" in preview and "note: license: cc-by-4.0" in preview
     (tmp_path / "built" / "dataset" / "notes.py").write_text("x = 1", encoding="utf-8")
-    assert "notes.py" not in str(list_files_to_send(folder, "dataset"))
+    assert "notes.py" not in str(list_and_check_files_to_send(folder, "dataset"))
     secret = "hf_" + "aB3dE6gH9j" * 4
     change_rows(folder, **{"captions-pt": lambda number, texts: [*texts, secret] if number == 7 else texts})
     with pytest.raises(ValueError, match="'captions-pt', row 7"):
-        list_files_to_send(folder, "dataset")
+        list_and_check_files_to_send(folder, "dataset")
     config |= {"score": None, "embed": {"model": str(saved_tiny_folder), "views": 2}}
     config.pop("score")
     (tmp_path / "config.yaml").write_text(json.dumps(config), encoding="utf-8")

@@ -37,7 +37,7 @@ def test_a_store_returns_its_vectors_and_the_nearest_images(store, example, tmp_
     np.testing.assert_allclose(pictures.vectors(), vectors, rtol=0, atol=1e-6)
     query = vectors[3] + 0.1 * vectors[4]
     assert pictures.nearest(query.numpy()) == (vectors @ query).topk(10).indices.tolist()
-    recalls = example.compute_recalls(pictures, vectors.numpy(), torch.arange(20).roll(1).tolist())
+    recalls = example.compute_vector_store_recall(pictures, vectors.numpy(), torch.arange(20).roll(1).tolist())
     assert recalls["recall@1"] == 0 < recalls["recall@10"] < 1
     pictures.close()
 

@@ -21,7 +21,7 @@ from transformers import TimmWrapperConfig
 from hub_upload.export import DEFAULT_FORMATS, export_model
 from hub_upload.formats import open_clip as open_clip_format
 from hub_upload.formats.onnx import PRECISION_SUFFIXES, open_session
-from hub_upload.formats.open_clip import resolve_text_config
+from hub_upload.formats.open_clip import resolve_text_config_id
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import to_capivara_state_dict, to_open_clip_state_dict
 from modeling_capivara.loading import load_processor
@@ -235,17 +235,17 @@ def test_every_tensor_is_equal_in_both_weight_files(tmp_path, tiny_processor, dt
     caplog.set_level("INFO")
     references = []
 
-    def load_model(folder, config, original=open_clip_format.load_mapped_model):
+    def load_model(folder, config, original=open_clip_format.load_memory_mapped_model):
         mapped_model = original(folder, config)
         references.append(weakref.ref(mapped_model))
         return mapped_model
 
-    def load_tensors(files, original=open_clip_format.load_mapped_tensors):
+    def load_tensors(files, original=open_clip_format.load_memory_mapped_tensors):
         assert references[0]() is None, "memory holds two copies of the weights"
         return original(files)
 
-    monkeypatch.setattr(open_clip_format, "load_mapped_model", load_model)
-    monkeypatch.setattr(open_clip_format, "load_mapped_tensors", load_tensors)
+    monkeypatch.setattr(open_clip_format, "load_memory_mapped_model", load_model)
+    monkeypatch.setattr(open_clip_format, "load_memory_mapped_tensors", load_tensors)
     export_without_onnx(tmp_path / "model", tmp_path / "repository")
     ours = load_file(tmp_path / "repository" / "model.safetensors")
     theirs = load_file(tmp_path / "repository" / "open_clip_model.safetensors")
@@ -303,12 +303,12 @@ def open_clip_embeddings(repository: Path) -> dict[str, np.ndarray]:
 
 
 def test_the_default_text_config_is_xlm_roberta_base():
-    assert resolve_text_config(CapivaraConfig(), None) == "FacebookAI/xlm-roberta-base"
-    assert resolve_text_config(CapivaraConfig(), "FacebookAI/xlm-roberta-base") == "FacebookAI/xlm-roberta-base"
+    assert resolve_text_config_id(CapivaraConfig(), None) == "FacebookAI/xlm-roberta-base"
+    assert resolve_text_config_id(CapivaraConfig(), "FacebookAI/xlm-roberta-base") == "FacebookAI/xlm-roberta-base"
     changed = CapivaraConfig(text_config={"layer_norm_eps": 1e-6})
-    assert resolve_text_config(changed, None) is None
+    assert resolve_text_config_id(changed, None) is None
     with pytest.raises(ValueError, match=r"layer_norm_eps.*1e-05.*1e-06"):
-        resolve_text_config(changed, "FacebookAI/xlm-roberta-base")
+        resolve_text_config_id(changed, "FacebookAI/xlm-roberta-base")
 
 
 @pytest.mark.parametrize(

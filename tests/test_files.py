@@ -19,7 +19,7 @@ from capivara_common.files import (
     atomic_folder,
     check_output_file,
     check_output_folder,
-    digest_matches,
+    matches_appended_digest,
     read_json,
     remove_leftovers,
     write_json,
@@ -47,19 +47,19 @@ def test_json_is_replaced_atomically(tmp_path):
 
 def test_the_digest_detects_any_changed_byte(tmp_path):
     path, data = tmp_path / "x", bytes(range(200, 256))
-    assert not digest_matches(path)
+    assert not matches_appended_digest(path)
     path.write_bytes(data)
     append_digest(path)
-    assert digest_matches(path) and path.read_bytes()[:-DIGEST_HEX_LENGTH] == data
+    assert matches_appended_digest(path) and path.read_bytes()[:-DIGEST_HEX_LENGTH] == data
     whole = path.read_bytes()
     for position in range(len(whole)):
         for mask in (1, 0x20, 0xFF):  # 0x20 turns a lower-case letter of the digest into a capital
             path.write_bytes(whole[:position] + bytes([whole[position] ^ mask]) + whole[position + 1 :])
-            assert not digest_matches(path), (position, mask)
+            assert not matches_appended_digest(path), (position, mask)
         path.write_bytes(whole[:position])
-        assert not digest_matches(path), f"{position} bytes"
+        assert not matches_appended_digest(path), f"{position} bytes"
     path.write_bytes(whole + b"\0")
-    assert not digest_matches(path)
+    assert not matches_appended_digest(path)
 
 
 def test_invalid_json_is_reported_with_its_path(tmp_path):

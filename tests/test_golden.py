@@ -168,19 +168,19 @@ def embed(folder: Path | str) -> tuple[Any, Any]:
 
 def get_image_digest(model: Path | str) -> str:
     """Return the digest of a model's image encoder, by which an index recognizes the model of its vectors."""
-    from capivara_search.models import find_model
+    from capivara_search.models import resolve_search_model
 
-    return find_model(str(model)).image_digest
+    return resolve_search_model(str(model)).image_digest
 
 
 def make_demo_image_encoder(folder: Path) -> Path:
     """Write the image encoder of the demo's base: the image tower of the miniature and a golden projection."""
     from safetensors.torch import load_file, save_file
 
-    from capivara_search.models import find_model
+    from capivara_search.models import resolve_search_model
 
     shutil.copytree(GOLDEN / "demo_image_side", folder)
-    tower = load_file(find_model("miniature").folder / "model.safetensors")
+    tower = load_file(resolve_search_model("miniature").folder / "model.safetensors")
     tower = {name: tensor for name, tensor in tower.items() if name.startswith("vision_model.")}
     save_file({**tower, **load_file(folder / "visual_projection.safetensors")}, folder / "model.safetensors")
     (folder / "visual_projection.safetensors").unlink()

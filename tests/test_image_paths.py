@@ -33,7 +33,7 @@ from captions.generate import main as generate
 from captions.score import main as score
 from captions.select import main as select
 from eval.classification import main as classify
-from examples.openmoji.dataset import load_dataset_with_images
+from examples.openmoji.dataset import load_self_contained_dataset
 
 MARK = b"SENTINEL-0f3a9c"  # content of every file that must not be read
 MAGENTA = (255, 0, 255)  # color of the private photo; no other image contains it
@@ -482,4 +482,4 @@ def test_an_example_dataset_never_embeds_a_local_file(tmp_path, hostile):
     content = json.loads(info.read_text(encoding="utf-8"))
     info.write_text(json.dumps(content | {"features": FEATURES.to_dict()}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"'test'.*1"):
-        load_dataset_with_images(tmp_path / "saved")
+        load_self_contained_dataset(tmp_path / "saved")

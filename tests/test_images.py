@@ -29,7 +29,7 @@ import training.inputs
 from capivara_common.embedding_store import EmbeddingStore, _load_shard, vectors_to_array
 from capivara_common.files import DIGEST_HEX_LENGTH
 from capivara_common.image_files import BadImage
-from caption_data.pairs import build_pair_table, drop_invalid, list_skipped_rows
+from caption_data.pairs import filter_usable_rows, list_skipped_rows, load_or_build_pair_table
 from caption_data.sources import open_split
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import load_model
@@ -77,7 +77,7 @@ def change_one_pixel(data: bytes) -> bytes:
 
 def pairs_of(dataset, processor, augmented_views=1, seed=0) -> PairDataset:
     source = open_split(str(dataset), "train", "image")
-    table = build_pair_table(source, ["captions-pt"], lambda row: row["captions-pt"], {"captions": "all"})
+    table = load_or_build_pair_table(source, ["captions-pt"], lambda row: row["captions-pt"], {"captions": "all"})
     return PairDataset(source, table, processor, augmented_views, seed)
 
 
@@ -229,7 +229,7 @@ def test_embeddings_stay_with_their_images_when_rows_are_skipped(
     embedded = with_cache(tiny_model, pairs, tmp_path / "caches")
     skipped = list_skipped_rows(embedded.table, embedded.source)
     assert [(row.row, row.reason) for row in skipped] == [(3, "unreadable image"), (5, "no caption")]
-    usable = replace(embedded, table=drop_invalid(embedded.table))
+    usable = replace(embedded, table=filter_usable_rows(embedded.table))
     expected = embed_images(tiny_model, tiny_processor, usable)
     assert len(expected) == IMAGES - 2 and usable.table["row"][:] == [0, 1, 2, 4, *range(6, IMAGES)]
     rows = np.random.default_rng(0).permutation(IMAGES - 2)
@@ -345,7 +345,7 @@ def test_processes_share_the_shards_and_wait_for_each_other(tmp_path, monkeypatc
     for rank in (1, 0):
         state = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=True)
         state.wait_for_everyone = lambda: waits.append(1)
-        monkeypatch.setattr("capivara_common.embedding_store.process_state", lambda state=state: state)
+        monkeypatch.setattr("capivara_common.embedding_store.get_distributed_state", lambda state=state: state)
         monkeypatch.setattr(store, "_find_missing", lambda paths: list(range(4)))
 
         def load(batches):

@@ -17,7 +17,7 @@ from transformers import SiglipConfig
 
 from benchmarks.timing import make_captions
 from capivara_common.model_kinds import KINDS
-from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_tokenizer
+from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_efficientnet_backbone, load_tokenizer
 from hub_upload.export import export_model
 from hub_upload.formats.immich import find_immich_name
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
@@ -110,7 +110,7 @@ def source(kind, tmp_path_factory):
         vision = TOWER | {"hidden_size": 64, "image_size": 224, "patch_size": 16}
         siglip2(folder.with_name("base"), tokenizer, SiglipConfig(text_config=text, vision_config=vision))
         return other_texts(folder.with_name("base"), folder)
-    vision, text = load_image_encoder(), {**TINY_TEXT, "vocab_size": 250_002}
+    vision, text = load_efficientnet_backbone(), {**TINY_TEXT, "vocab_size": 250_002}
     model = randomize(CapivaraModel(tiny_config(vision_config=vision.config, text_config=text, projection_dim=64)))
     model.vision_model.load_state_dict(vision.state_dict())
     model.save_pretrained(folder)

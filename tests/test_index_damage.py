@@ -12,7 +12,7 @@ from capivara_search import index as index_module
 from capivara_search import indexing, table
 from capivara_search.command import main
 from capivara_search.index import PictureIndex
-from capivara_search.storage import DamagedIndexError
+from capivara_search.storage_errors import DamagedIndexError
 from capivara_search.table import LAYOUT_METADATA_KEY, TABLE_SCHEMAS, pictures_schema
 
 ROWS, COMMIT_ROWS = 24, 8

@@ -17,7 +17,7 @@ from made_index import expect_error, make_pictures, rows_of
 
 from capivara_search import indexing
 from capivara_search.index import PictureIndex
-from capivara_search.storage import to_index_error
+from capivara_search.storage_errors import convert_lancedb_error
 from capivara_search.workers import WorkerArguments, add_with_workers
 
 BUCKET, FORKSERVER = "fotos", multiprocessing.get_context("forkserver")
@@ -179,7 +179,7 @@ def test_a_failed_task_is_reported_and_the_same_command_does_the_rest(tmp_path, 
     ],
 )
 def test_errors_of_a_storage_are_distinguished(text, code, pattern):
-    error = to_index_error(RuntimeError(text), "s3://b/403", "about")
+    error = convert_lancedb_error(RuntimeError(text), "s3://b/403", "about")
     assert error.code == code and pattern in str(error) and "\n" not in str(error)
 
 

@@ -7,7 +7,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from eval.linear_probe import LabeledFeatures, fit_and_score, main, make_validation_fold, sample_few_shot
+from eval.linear_probe import (
+    LabeledFeatures,
+    main,
+    make_predefined_split_fold,
+    sample_few_shot,
+    tune_probe_and_score_images,
+)
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -24,19 +30,19 @@ def test_separable_classes_are_learned_and_unseen_classes_never_predicted():
     """Two classes are enough, one is not."""
     for classes in (4, 2):
         train, test = (make_blobs(20 * classes, seed, classes) for seed in range(2))
-        scores, penalty = fit_and_score(train, None, test, class_count=6, rng=np.random.default_rng(0))
+        scores, penalty = tune_probe_and_score_images(train, None, test, class_count=6, rng=np.random.default_rng(0))
         assert (scores.argmax(1).numpy() == test[1]).mean() > 0.9 and penalty > 0
         assert (scores[:, classes:] == -1e9).all()
     train = (np.zeros((3, 2), dtype=np.float32), np.zeros(3, dtype=int))
     with pytest.raises(ValueError, match=r"\b1\.$"):
-        fit_and_score(train, None, train, 2, np.random.default_rng(0))
+        tune_probe_and_score_images(train, None, train, 2, np.random.default_rng(0))
 
 
 def test_few_shot_samples_and_validation_folds_are_stratified():
     labels = np.array([0] * 5 + [1] * 2 + [2])
     rows = sample_few_shot(labels, 2, np.random.default_rng(0))
     assert sorted(labels[rows]) == [0, 0, 1, 1, 2]
-    fold = make_validation_fold(labels, np.random.default_rng(0))
+    fold = make_predefined_split_fold(labels, np.random.default_rng(0))
     assert set(fold) == {-1, 0} and sorted(labels[fold == 0]) == [0, 1]
 
 

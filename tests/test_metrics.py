@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import (
     chance_recall,
+    compute_ranks_from_embeddings,
     confusion_matrix,
     cross_modal_ranks,
     eleven_point_map,
@@ -29,7 +30,6 @@ from eval.capivara_metrics.metrics import (
     per_class_accuracy,
     ranks_from_scores,
     recall_at_k,
-    retrieval_ranks,
     roc_auc,
     top_k_accuracy,
 )
@@ -57,12 +57,12 @@ def test_ranks_equal_hand_counted_ones():
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     # For query 0, item 0 (1.0) beats the relevant item 2 (0.6). The relevant item is the best for query 1 and the worst
     # for query 2.
-    ranks = retrieval_ranks(queries, items, torch.tensor([2, 1, 0]), torch.tensor([0, 1, 2]))
+    ranks = compute_ranks_from_embeddings(queries, items, torch.tensor([2, 1, 0]), torch.tensor([0, 1, 2]))
     assert ranks.tolist() == [1, 0, 2]
     assert recall_at_k(ranks, 1) == pytest.approx(1 / 3)
     assert recall_at_k(ranks, 2) == pytest.approx(2 / 3)
     tied = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    ranks = retrieval_ranks(tied[:1], tied, torch.tensor([0]), torch.tensor([0, 1, 2]))
+    ranks = compute_ranks_from_embeddings(tied[:1], tied, torch.tensor([0]), torch.tensor([0, 1, 2]))
     assert ranks.tolist() == [1], "a tie counts against the query"
 
 
@@ -77,7 +77,7 @@ def test_chance_recall_equals_the_recall_of_random_scores():
     hits = []
     for seed in range(60):
         queries, items = random_embeddings(40, 16, seed), random_embeddings(120, 16, 1000 + seed)
-        ranks = retrieval_ranks(queries, items, query_groups, item_groups)
+        ranks = compute_ranks_from_embeddings(queries, items, query_groups, item_groups)
         hits.append(recall_at_k(ranks, 5))
     assert sum(hits) / len(hits) == pytest.approx(chance_recall(query_groups, item_groups, 5), abs=0.02)
     assert chance_recall(torch.arange(4), torch.arange(4), 1) == pytest.approx(1 / 4)
@@ -109,8 +109,8 @@ def test_ranks_of_both_directions_equal_pairwise_counts(block_size, set_block_si
     generator = torch.Generator().manual_seed(0)
     texts, images = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (23, 9))  # many ties
     groups = torch.cat([torch.arange(9), torch.randint(0, 9, (14,), generator=generator)])[torch.randperm(23)]
-    text_ranks = retrieval_ranks(texts, images, groups, torch.arange(9))
-    image_ranks = retrieval_ranks(images, texts, torch.arange(9), groups)
+    text_ranks = compute_ranks_from_embeddings(texts, images, groups, torch.arange(9))
+    image_ranks = compute_ranks_from_embeddings(images, texts, torch.arange(9), groups)
     with FlopCounterMode(display=False) as counter:
         ranks = cross_modal_ranks(texts, images, groups, torch.arange(9))
     assert counter.get_total_flops() == 2 * 23 * 9 * 3, "the score matrix is computed only once"
@@ -169,7 +169,7 @@ def test_eleven_point_map_equals_the_definition(scores):
 NAN = SCORES.clone()
 NAN[3, 2] = float("nan")
 FAULTS = [
-    (lambda: retrieval_ranks(NAN[3:4], SCORES, LABELS[3:4], LABELS), "query embedding .*NaN"),
+    (lambda: compute_ranks_from_embeddings(NAN[3:4], SCORES, LABELS[3:4], LABELS), "query embedding .*NaN"),
     (lambda: cross_modal_ranks(SCORES, SCORES, LABELS + 1, LABELS), r"queries \[\d+, "),
     (lambda: recall_at_k(torch.tensor([0]), 0), r"\bk\b.*\b0\b"),
     (lambda: mean_recall(torch.tensor([])), "query"),

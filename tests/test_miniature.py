@@ -17,15 +17,15 @@ from capivara_common.hub_cache import is_complete_model
 from capivara_search import miniature
 from capivara_search.messages import Messages
 from capivara_search.miniature import PROJECTION_FILE
-from capivara_search.models import find_model
+from capivara_search.models import resolve_search_model
 from examples.openmoji.prepare import bidirectional_recall
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import logging
 logging.basicConfig(level=logging.INFO)
-from capivara_search.miniature import get_miniature_folder
-print(get_miniature_folder())
+from capivara_search.miniature import get_or_build_miniature_folder
+print(get_or_build_miniature_folder())
 """
 
 
@@ -78,7 +78,7 @@ def test_two_processes_build_it_once_even_after_an_earlier_one_was_killed(tmp_pa
 def test_it_finds_photographs_in_portuguese():
     from examples.openmoji.proxies import load_photographs
 
-    model, photos = find_model("miniature", device="cpu"), load_photographs()
+    model, photos = resolve_search_model("miniature", device="cpu"), load_photographs()
     assert (model.width, model.image_size, model.name) == (384, 224, "miniature") and 1 < model.logit_scale < 100
     assert "miniatura" in model.get_notice("pt") and "--model hiaac-nlp/CAPIVARA" in model.get_notice("en")
     images = model.embed_images(photos["image"][:])

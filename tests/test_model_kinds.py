@@ -23,7 +23,7 @@ from capivara_common.hub_cache import is_complete_model
 from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.model_kinds import ADDING_PAGE, KINDS, ModelKind, find_kind
 from capivara_search.index import PictureIndex
-from capivara_search.models import find_model
+from capivara_search.models import resolve_search_model
 from hub_upload.export import export_model
 from hub_upload.formats import onnx
 from modeling_capivara.loading import load_processor
@@ -164,7 +164,7 @@ def test_a_kind_that_is_built_like_clip_takes_one_entry(tmp_path, monkeypatch):
     AutoConfig.register("toy_clip", ToyConfig)
     AutoModel.register(ToyConfig, ToyModel)
     with pytest.raises(ValueError, match=f"^[^\n]*'toy_clip'[^\n]*{ADDING_PAGE}[^\n]*$"):
-        find_model(str(toy))
+        resolve_search_model(str(toy))
 
     monkeypatch.setitem(KINDS, "toy_clip", ModelKind(model_type="toy_clip", title="Toy", class_name="ToyModel"))
 
@@ -187,7 +187,10 @@ DUAL = KINDS["vision-text-dual-encoder"]
 @pytest.mark.parametrize(("vision", "text"), one_in(5, [*product(DUAL.vision_towers, DUAL.text_towers)]))
 def test_any_two_towers_embed_as_transformers_does(vision, text, tmp_path):
     dual_encoder(tmp_path / "model", vision, text)
-    embedder, found = load_embedder(str(tmp_path / "model"), "cpu"), find_model(str(tmp_path / "model"), device="cpu")
+    embedder, found = (
+        load_embedder(str(tmp_path / "model"), "cpu"),
+        resolve_search_model(str(tmp_path / "model"), device="cpu"),
+    )
     images = [image.convert("RGB") for image in random_images()[:2]]
     processor, model = load_processor(tmp_path / "model"), AutoModel.from_pretrained(tmp_path / "model").eval()
     assert type(model) is VisionTextDualEncoderModel and found.image_size == 32
@@ -285,4 +288,4 @@ def test_an_unknown_kind_names_the_supported_kinds_and_the_page_on_adding_one(co
     assert (Path(__file__).parents[1] / ADDING_PAGE).is_file()
     if config:
         with pytest.raises(ValueError, match=ADDING_PAGE):
-            find_model(str(tmp_path))
+            resolve_search_model(str(tmp_path))

@@ -18,7 +18,7 @@ from towers import MAKERS, as_published, gemma_like, siglip2
 
 from capivara_common import image_encoder_digest as digests
 from capivara_search.messages import Messages
-from capivara_search.models import DEFAULT_MODEL, MAX_NUMPY_TEXTS, find_model
+from capivara_search.models import DEFAULT_MODEL, MAX_NUMPY_TEXTS, resolve_search_model
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts, embedding_width
 
@@ -26,9 +26,9 @@ TEXTS = ["um gato azul", "A casa do Carro"]
 PROGRAM = """
 import json, sys, time
 started = time.perf_counter()
-from capivara_search.models import find_model
+from capivara_search.models import resolve_search_model
 try:
-    model = find_model(*sys.argv[1:])
+    model = resolve_search_model(*sys.argv[1:])
 except ValueError as error:
     seconds = time.perf_counter() - started
     print(json.dumps({"error": str(error), "code": error.code, "seconds": seconds}))
@@ -71,21 +71,23 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_folder_is_found_by_path_and_environment_variable(tiny_folder, tiny_model, monkeypatch):
-    model = find_model(str(tiny_folder), device="cpu")
+    model = resolve_search_model(str(tiny_folder), device="cpu")
     assert (model.name, model.source, model.folder) == ("model", str(tiny_folder), tiny_folder)
     assert model.get_notice("en") is None
     assert (model.width, model.image_size) == (24, 32)
     assert model.logit_scale == pytest.approx(tiny_model.logit_scale.exp().item())
     monkeypatch.setenv("HOME", str(tiny_folder.parent))
-    assert find_model("~/model").folder == tiny_folder
+    assert resolve_search_model("~/model").folder == tiny_folder
     monkeypatch.chdir(tiny_folder.parent)
-    assert find_model("model").source == str(tiny_folder)  # absolute, so that it is found from another current folder
+    assert resolve_search_model("model").source == str(
+        tiny_folder
+    )  # absolute, so that it is found from another current folder
     monkeypatch.setenv("CAPIVARA_MODEL", str(tiny_folder))
-    assert find_model().folder == tiny_folder
+    assert resolve_search_model().folder == tiny_folder
 
 
 def test_embeddings_match_those_of_the_model(tiny_folder, tiny_model, tiny_processor):
-    model = find_model(str(tiny_folder), device="cpu")
+    model = resolve_search_model(str(tiny_folder), device="cpu")
     for invalid, message in (([], "no text"), (["a", 3], "string.*int")):
         with pytest.raises(ValueError, match=message):
             model.embed_texts(invalid)
@@ -100,7 +102,7 @@ def test_embeddings_match_those_of_the_model(tiny_folder, tiny_model, tiny_proce
     expected = embed_texts(tiny_model, tiny_processor, texts).numpy()
     for text_embeds in (without_torch, model.embed_texts(texts), model.embed_texts(tuple(texts))):
         np.testing.assert_allclose(text_embeds, expected, rtol=0, atol=1e-5)
-    many = find_model(str(tiny_folder), device="cpu").embed_texts(["um gato"] * (MAX_NUMPY_TEXTS + 1))
+    many = resolve_search_model(str(tiny_folder), device="cpu").embed_texts(["um gato"] * (MAX_NUMPY_TEXTS + 1))
     np.testing.assert_allclose(many, np.tile(expected[0], (len(many), 1)), rtol=0, atol=1e-5)
     assert model.embed_images([]).shape == (0, 24)
 
@@ -109,7 +111,7 @@ def test_unusable_folders_and_devices_are_named(tiny_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for source, code in (("/no/such", "no_model"), (str(tmp_path / "empty"), "not_a_model")):
         with pytest.raises(ValueError, match=re.escape(source)) as caught:
-            find_model(source)
+            resolve_search_model(source)
         assert caught.value.code == code
     for damage, code, message in [
         (
@@ -123,11 +125,11 @@ def test_unusable_folders_and_devices_are_named(tiny_folder, tmp_path):
         folder = shutil.copytree(tiny_folder, tmp_path / "copy", dirs_exist_ok=True)
         damage(folder)
         with pytest.raises(ValueError, match=message) as caught:
-            find_model(str(folder))
+            resolve_search_model(str(folder))
         assert caught.value.code == code
         shutil.rmtree(folder)
     with pytest.raises(ValueError, match="abacus") as caught:
-        find_model(str(tiny_folder), device="abacus").embed_images([Image.new("RGB", (40, 40))])
+        resolve_search_model(str(tiny_folder), device="abacus").embed_images([Image.new("RGB", (40, 40))])
     assert caught.value.code == "device"
 
 
@@ -144,7 +146,7 @@ def test_a_model_of_transformers_has_the_same_digest_as_saved_and_as_published(k
     published = shutil.copytree(tmp_path / "model", tmp_path / "published")
     as_published(published)
     model, processor = load_model(tmp_path / "model").eval(), load_processor(tmp_path / "model")
-    search_models = [find_model(str(folder), device="cpu") for folder in (tmp_path / "model", published)]
+    search_models = [resolve_search_model(str(folder), device="cpu") for folder in (tmp_path / "model", published)]
     saved, other = search_models
     assert saved.image_digest == other.image_digest
     assert {(found.width, found.image_size) for found in search_models} == {(embedding_width(model.config), 32)}
@@ -159,9 +161,9 @@ def test_a_model_of_transformers_has_the_same_digest_as_saved_and_as_published(k
     vision = json.loads((published / "config.json").read_text())["vision_config"]
     assert "hidden_act" not in vision and not (published / "processor_config.json").exists()
     change(published / "config.json", vision_config=vision | {"hidden_act": "relu"})
-    assert find_model(str(published)).image_digest != saved.image_digest
+    assert resolve_search_model(str(published)).image_digest != saved.image_digest
     change_weights(tmp_path / "model", "text_model.")
-    assert find_model(str(tmp_path / "model")).image_digest == saved.image_digest
+    assert resolve_search_model(str(tmp_path / "model")).image_digest == saved.image_digest
 
 
 def test_the_default_width_of_siglip(tmp_path):
@@ -170,10 +172,10 @@ def test_the_default_width_of_siglip(tmp_path):
     config = json.loads(path.read_text())
     config["text_config"].pop("projection_size")
     path.write_text(json.dumps(config))
-    assert find_model(str(tmp_path / "model")).width == 32
+    assert resolve_search_model(str(tmp_path / "model")).width == 32
     path.write_text(json.dumps(config | {"text_config": {}, "vision_config": {}}))
     change(tmp_path / "model" / "processor_config.json", image_processor={"size": {"height": 224, "width": 224}})
-    found = find_model(str(tmp_path / "model"))
+    found = resolve_search_model(str(tmp_path / "model"))
     assert (found.width, found.image_size, found.resize_filter) == (768, 224, 3)
 
 
@@ -182,7 +184,7 @@ def test_weights_are_downloaded_for_supported_models_only(tmp_path):
     KINDS["siglip2"](tmp_path / "siglip2")
     as_published(tmp_path / "siglip2")
     change(shutil.copytree(tmp_path / "siglip2", tmp_path / "naflex") / "config.json", model_type="siglip2")
-    expected = find_model(str(tmp_path / "siglip2"))
+    expected = resolve_search_model(str(tmp_path / "siglip2"))
     with HubServer(tmp_path / "hub") as hub:
         environment = hub.environment(tmp_path / "home", token=None) | {"CAPIVARA_CACHE": str(tmp_path / "cache")}
         for name in ("siglip2", "naflex"):
@@ -200,7 +202,7 @@ def test_weights_are_downloaded_for_supported_models_only(tmp_path):
 
 @pytest.mark.slow
 def test_a_model_of_the_hub_is_downloaded_once(tiny_folder, tmp_path):
-    expected = find_model(str(tiny_folder))
+    expected = resolve_search_model(str(tiny_folder))
     with HubServer(tmp_path / "hub") as hub:
         hub.store("us/model", tiny_folder)
         environment = hub.environment(tmp_path / "home", token=None) | {"CAPIVARA_CACHE": str(tmp_path / "cache")}
@@ -261,30 +263,30 @@ OTHER_DIGEST = {  # changes that affect image embeddings
 
 
 def test_models_with_the_same_image_encoder_have_the_same_digest(tiny_folder, cache, tmp_path):
-    digest, digests_by_change = find_model(str(tiny_folder)).image_digest, {}
+    digest, digests_by_change = resolve_search_model(str(tiny_folder)).image_digest, {}
     for name, alter in (SAME_DIGEST | OTHER_DIGEST).items():
         alter(shutil.copytree(tiny_folder, tmp_path / name))
-        digests_by_change[name] = find_model(str(tmp_path / name)).image_digest
+        digests_by_change[name] = resolve_search_model(str(tmp_path / name)).image_digest
     assert len(digest) == 32
     assert {name for name, changed in digests_by_change.items() if changed == digest} == SAME_DIGEST.keys()
     assert len(set(digests_by_change.values())) == 1 + len(OTHER_DIGEST)
 
 
 def test_the_digest_is_computed_once(tiny_folder, cache, monkeypatch):
-    digest = find_model(str(tiny_folder)).image_digest
+    digest = resolve_search_model(str(tiny_folder)).image_digest
     (cached,) = (cache / "image_digests").iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(digests, "_compute_weights_digest", lambda paths: pytest.fail("the weights were read again"))
-        assert find_model(str(tiny_folder)).image_digest == digest
+        assert resolve_search_model(str(tiny_folder)).image_digest == digest
     with monkeypatch.context() as patch:
         # Not a folder: the digest is computed without the cache.
         patch.setenv("CAPIVARA_CACHE", str(tiny_folder / "config.json"))
-        assert find_model(str(tiny_folder)).image_digest == digest
+        assert resolve_search_model(str(tiny_folder)).image_digest == digest
     cached.write_text('{"weights": "damaged"}')
-    assert find_model(str(tiny_folder)).image_digest == digest and "damaged" not in cached.read_text()
+    assert resolve_search_model(str(tiny_folder)).image_digest == digest and "damaged" not in cached.read_text()
     change_weights(tiny_folder, "vision_model.")  # the file keeps its size
     os.utime(tiny_folder / "model.safetensors", ns=(time.time_ns(), time.time_ns()))
-    assert find_model(str(tiny_folder)).image_digest != digest
+    assert resolve_search_model(str(tiny_folder)).image_digest != digest
     assert len(list((cache / "image_digests").iterdir())) == 2
 
 

@@ -27,7 +27,7 @@ SENTENCES += ('person gesturing "OK"', "it's a ½ ﬁlm reel", "UP! button")
 
 @pytest.fixture(scope="module")
 def rows():
-    return concepts.load_concepts()
+    return concepts.load_emoji_by_concept()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def splits(rows):
 
 @pytest.fixture(scope="module")
 def text_encoder():
-    return encoders.load_text_encoder()
+    return encoders.load_e5_and_tokenizer()
 
 
 def characters(picture):
@@ -105,7 +105,7 @@ def test_held_out_splits_have_one_neutral_picture_per_concept(rows, splits):
 
 
 def test_the_split_depends_only_on_the_seed(rows, splits):
-    assert concepts.split_concepts(concepts.load_concepts(), seed=0) == splits
+    assert concepts.split_concepts(concepts.load_emoji_by_concept(), seed=0) == splits
     other = concepts.split_concepts(rows, seed=1)
     assert {picture.concept for picture in other["test"]} != {picture.concept for picture in splits["test"]}
     with pytest.raises(ValueError, match=r"\b500\b"):
@@ -139,13 +139,13 @@ def test_names_become_natural_text(name, language, text):
 
 def test_pictures_are_drawn_on_white(rows):
     for picture in random.Random(0).sample([pictures[0] for pictures in rows.values()], 12):
-        image = Image.open(io.BytesIO(dataset.render_png(picture.emoji)))
+        image = Image.open(io.BytesIO(dataset.render_openmoji(picture.emoji)))
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (224, 224))
         corners = [image.getpixel(corner) for corner in ((0, 0), (0, 223), (223, 0), (223, 223))]
         assert corners == [(255, 255, 255)] * 4
         assert len(image.getcolors(224 * 224)) > 2, "something is drawn"
     with pytest.raises(ValueError, match="0041"):
-        dataset.render_png("0041")
+        dataset.render_openmoji("0041")
 
 
 @pytest.fixture(scope="module")

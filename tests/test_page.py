@@ -28,8 +28,8 @@ from tiny import randomize, tiny_config
 pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.[search]'")
 
 from capivara_common.files import write_json
-from capivara_search.estimates import PROGRESS_FILE
 from capivara_search.index import PictureIndex
+from capivara_search.index_progress import PROGRESS_FILE
 from capivara_search.messages import Messages
 from capivara_search.page import server
 from capivara_search.page.server import Credit, create_page_server

@@ -286,13 +286,13 @@ def test_the_line_of_a_question_is_limited(page):
 
 
 def test_others_are_answered_while_a_question_is_parsed(page, monkeypatch):
-    parsing, released, parse_body = threading.Event(), threading.Event(), server._parse_body
+    parsing, released, parse_body = threading.Event(), threading.Event(), server._split_question_and_upload
 
     def wait_and_parse(body):
         parsing.set(), released.wait(5)
         return parse_body(body)
 
-    monkeypatch.setattr(server, "_parse_body", wait_and_parse)
+    monkeypatch.setattr(server, "_split_question_and_upload", wait_and_parse)
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(page.ask, "search", {"text": "azul"})
         assert parsing.wait(5)

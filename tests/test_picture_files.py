@@ -28,7 +28,7 @@ from PIL.ExifTags import GPS, IFD, Base
 from capivara_common import image_files
 from capivara_common.image_files import EXIF_TRANSPOSES, BadImage, open_regular_file
 from capivara_search import picture_reading
-from capivara_search.exif import read_exif
+from capivara_search.exif import read_exif_date_and_location
 from capivara_search.folder_scan import FileState, find_pictures
 from capivara_search.messages import Messages
 from capivara_search.picture_reading import REDUCED_DECODE_FACTOR, Picture, open_query_picture, read_picture
@@ -418,7 +418,7 @@ def test_raw_files_without_a_readable_preview_are_skipped(tmp_path):
 
 def read_tags(exif: PIL.Image.Exif) -> tuple:
     """Read date and position from EXIF data directly, because some values can't be written to a file."""
-    return read_exif(SimpleNamespace(getexif=lambda: exif))
+    return read_exif_date_and_location(SimpleNamespace(getexif=lambda: exif))
 
 
 def test_the_date_is_read(tmp_path):

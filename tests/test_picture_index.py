@@ -22,7 +22,7 @@ from capivara_search import folder_scan, indexing, picture_reading, table
 from capivara_search import folders as known_folders
 from capivara_search import index as index_module
 from capivara_search.index import PictureIndex
-from capivara_search.models import SearchModel, find_model
+from capivara_search.models import SearchModel, resolve_search_model
 from capivara_search.results import SkippedFile
 from capivara_search.table import date_clauses
 
@@ -432,7 +432,7 @@ def test_add_builds_an_approximate_index_that_finds_the_hits_of_the_exact_search
     monkeypatch.setattr(table, "MAX_EXACT_ROWS", 300), monkeypatch.setattr(index_module, "MAX_CACHED_ROWS", 100)
     monkeypatch.setattr(table, "MAX_UNINDEXED_ROWS", 50)
     monkeypatch.setattr(indexing, "COMMIT_ROWS", 100)
-    index = PictureIndex.open(tmp_path / "many.lance", model=find_model(models["base"]))
+    index = PictureIndex.open(tmp_path / "many.lance", model=resolve_search_model(models["base"]))
     many = tmp_path / "many"
     make_pictures(many, 400)
     index.add(many)
@@ -607,14 +607,16 @@ def test_moving_a_folder_rewrites_paths_without_reading_pictures(tmp_path, model
     assert (report.unchanged, report.removed, report.new, len(report.skipped_files), read_paths) == (9, 1, 0, 1, [])
 
 
-@pytest.mark.parametrize("step", ["save_rules", "record_requested_folders", "_move_rows"])
+@pytest.mark.parametrize("step", ["save_rules", "record_requested_folders", "_update_rows_after_move"])
 def test_an_interrupted_move_can_be_repeated(index, folder, tmp_path, monkeypatch, step):
     new, function, calls = folder.rename(tmp_path / "novo"), getattr(known_folders, step), []
     (new / "quebrada.jpg").write_bytes(b"no picture")
 
     def interrupt(*args):
         calls.append(args)
-        if len(calls) == 1 + (step == "_move_rows"):  # in the second call of `_move_rows`, between the two tables
+        if len(calls) == 1 + (
+            step == "_update_rows_after_move"
+        ):  # in the second call of `_update_rows_after_move`, between the two tables
             raise KeyboardInterrupt
         return function(*args)
 

@@ -15,13 +15,13 @@ import yaml
 
 from capivara_common import files, image_files
 from capivara_common.cli import configure_console
-from capivara_common.files import atomic_folder, find_windows_fault, lock_folder, remove_leftovers, write_json
+from capivara_common.files import acquire_folder_lock, atomic_folder, find_windows_fault, remove_leftovers, write_json
 from capivara_common.image_files import BadImage, open_regular_file
 from capivara_search import folder_scan, watch
-from capivara_search.estimates import PROGRESS_FILE, read_progress
+from capivara_search.index_progress import PROGRESS_FILE, read_progress
 from capivara_search.page import decoder
 from capivara_search.table import PictureTable
-from capivara_search.terminal import shorten_path
+from capivara_search.terminal import format_path
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,11 +72,11 @@ def without_folder_descriptors(monkeypatch, tmp_path_factory):
 
 
 def test_a_folder_is_locked_without_opening_it(without_folder_descriptors, tmp_path):
-    lock = lock_folder(tmp_path)
+    lock = acquire_folder_lock(tmp_path)
     with pytest.raises(BlockingIOError):
-        lock_folder(tmp_path)
+        acquire_folder_lock(tmp_path)
     os.close(lock)
-    os.close(lock_folder(tmp_path))
+    os.close(acquire_folder_lock(tmp_path))
     assert not list(tmp_path.iterdir()) and len(list(without_folder_descriptors.iterdir())) == 1
 
 
@@ -212,7 +212,7 @@ def test_paths_are_shortened_with_the_separator_of_the_system(monkeypatch):
     monkeypatch.setattr(os, "getcwd", lambda: "C:\\Fotos")
     monkeypatch.setattr(os.path, "expanduser", lambda _: "C:\\Users\\ana")
     paths = ("C:\\Fotos\\2024\\a.jpg", "C:\\Users\\ana\\b.jpg", "D:\\c.jpg")
-    assert [*map(shorten_path, paths)] == ["2024\\a.jpg", "~\\b.jpg", "D:\\c.jpg"]
+    assert [*map(format_path, paths)] == ["2024\\a.jpg", "~\\b.jpg", "D:\\c.jpg"]
 
 
 def test_network_shares_of_windows_are_scanned(monkeypatch):

@@ -11,11 +11,11 @@ from capivara_common.privacy import (
     SECRET_RE2,
     find_machine_path,
     find_secret,
-    hide_paths,
-    local_paths,
+    list_private_folders,
     make_printable,
     redact,
-    short_name,
+    shorten_private_paths,
+    to_publishable_name,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,14 +141,14 @@ def test_an_absolute_path_of_any_root_is_found_and_hidden(path, around):
         return  # it would be a URL
     text = around.format(path)
     assert find_machine_path(text), text
-    hidden = hide_paths(text)
+    hidden = shorten_private_paths(text)
     assert find_machine_path(hidden) is None and "maria" not in hidden and "ana" not in hidden, hidden
 
 
 @pytest.mark.parametrize("text", NO_PATHS)
 def test_text_without_absolute_paths_is_unchanged(text):
     assert find_machine_path(text) is None, text
-    assert hide_paths(text) in (text, text.rpartition("/")[2]), text
+    assert shorten_private_paths(text) in (text, text.rpartition("/")[2]), text
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_text_without_absolute_paths_is_unchanged(text):
 )
 def test_a_path_is_found_after_punctuation(around):
     text = around.format("/data1/maria/fotos")
-    assert find_machine_path(text) and find_machine_path(hide_paths(text)) is None
+    assert find_machine_path(text) and find_machine_path(shorten_private_paths(text)) is None
 
 
 def test_paths_in_urls_links_and_lists_are_found():
@@ -166,13 +166,16 @@ def test_paths_in_urls_links_and_lists_are_found():
         "GET /../home/maria/x", f"GET {Path.cwd()}/x", f"[a]({Path.cwd()}/x)",
     ):  # fmt: skip
         assert find_machine_path(text), text
-    assert hide_paths("PATH=/usr/bin/x:/home/maria/bin") == "PATH=bin"
-    assert hide_paths("in /data1/maria/x:12") == "in x:12"
-    assert hide_paths("--model=/home/maria silva/run one") == "--model=run one"
-    assert hide_paths({"a": ["/srv/x/y", {"b": "/gpfs/z.json"}], "/a/c": 3}) == {"a": ["y", {"b": "z.json"}], "c": 3}
-    assert hide_paths(f"open_clip:local-dir:{Path.cwd()}/runs/x") == "open_clip:local-dir:runs/x"
+    assert shorten_private_paths("PATH=/usr/bin/x:/home/maria/bin") == "PATH=bin"
+    assert shorten_private_paths("in /data1/maria/x:12") == "in x:12"
+    assert shorten_private_paths("--model=/home/maria silva/run one") == "--model=run one"
+    assert shorten_private_paths({"a": ["/srv/x/y", {"b": "/gpfs/z.json"}], "/a/c": 3}) == {
+        "a": ["y", {"b": "z.json"}],
+        "c": 3,
+    }
+    assert shorten_private_paths(f"open_clip:local-dir:{Path.cwd()}/runs/x") == "open_clip:local-dir:runs/x"
     with pytest.raises(ValueError, match=r"/a/x.*/b/x"):
-        hide_paths({"/a/x": 1, "/b/x": 2})
+        shorten_private_paths({"/a/x": 1, "/b/x": 2})
 
 
 def test_the_documentation_of_this_project_has_no_false_alarms():
@@ -186,7 +189,9 @@ def test_the_documentation_of_this_project_has_no_false_alarms():
 
 def test_the_checkout_is_a_local_path_but_not_its_parent(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert str(ROOT) in local_paths() and str(ROOT.parent) not in {*local_paths()} - {str(Path.home())}
+    assert str(ROOT) in list_private_folders() and str(ROOT.parent) not in {*list_private_folders()} - {
+        str(Path.home())
+    }
 
 
 def test_short_names_of_datasets_hide_home_folders(monkeypatch, tmp_path):
@@ -195,12 +200,19 @@ def test_short_names_of_datasets_hide_home_folders(monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "home", lambda: home)
     for folder in (tmp_path, tmp_path / "home", home / "captions"):
         monkeypatch.chdir(folder)
-        assert short_name(str(home / "captions")) in ("captions", "."), folder
+        assert to_publishable_name(str(home / "captions")) in ("captions", "."), folder
     monkeypatch.chdir(home)
-    assert short_name(str(home / "captions" / "train")) == short_name("captions/train") == "captions/train"
-    assert short_name("laicsiifes/flickr30k-pt-br") == "laicsiifes/flickr30k-pt-br"
-    assert short_name("/gpfs/users/maria/captions") == short_name("~maria/captions") == "captions"
-    assert short_name("../../maria/captions") == "captions" and short_name("a/b/*.parquet") == "b/*.parquet"
+    assert (
+        to_publishable_name(str(home / "captions" / "train"))
+        == to_publishable_name("captions/train")
+        == "captions/train"
+    )
+    assert to_publishable_name("laicsiifes/flickr30k-pt-br") == "laicsiifes/flickr30k-pt-br"
+    assert to_publishable_name("/gpfs/users/maria/captions") == to_publishable_name("~maria/captions") == "captions"
+    assert (
+        to_publishable_name("../../maria/captions") == "captions"
+        and to_publishable_name("a/b/*.parquet") == "b/*.parquet"
+    )
 
 
 def test_untrusted_text_is_printed_without_secrets_and_control_characters():
@@ -217,5 +229,5 @@ def test_long_texts_take_linear_time():
     texts = ("/a" * 50_000, "//" * 50_000 + "a", "a/" * 50_000, "/" * 100_000, "C:\\" * 30_000, "hf_" * 30_000)
     texts += ("\\" * 100_000, "/path/to," * 10_000, "x:" * 50_000 + "/ ", "x://a:" * 20_000, "bearer:" * 20_000)
     for text in texts:
-        find_machine_path(text), hide_paths(text), find_secret(text), redact(text)
+        find_machine_path(text), shorten_private_paths(text), find_secret(text), redact(text)
     assert time.perf_counter() - started < 10, "quadratic time"

@@ -8,7 +8,7 @@ from tiny import save_model
 from capivara_common.files import write_json
 from capivara_search import query
 from capivara_search.index import PictureIndex, l2_normalize
-from capivara_search.query import apply_feedback, parse_feedback
+from capivara_search.query import apply_feedback, parse_weighted_feedback
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def index(tmp_path_factory, tiny_processor):
     ],
 )
 def test_a_weight_may_precede_the_words_of_feedback(text, weight, words):
-    assert parse_feedback(text) == (weight, words)
+    assert parse_weighted_feedback(text) == (weight, words)
 
 
 @pytest.mark.parametrize("text", ["", "  ", "0:mar", "9:mar", "0.5:", "12:30", "-1:mar", "nan:mar", "1e3:mar"])

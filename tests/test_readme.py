@@ -89,7 +89,7 @@ def test_the_readme_is_short():
 
 @pytest.mark.slow
 def test_the_miniature_example_of_the_readme_prints_the_answer(capsys):
-    exec(compile(code_with("README.md", "get_miniature_folder"), "README.md", "exec"), {})
+    exec(compile(code_with("README.md", "get_or_build_miniature_folder"), "README.md", "exec"), {})
     assert "{'score': 0.74" in capsys.readouterr().out
 
 

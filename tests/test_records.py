@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from eval.records.schema import Record, ResultFile, parse_result, read_json_object, read_records
-from eval.records.tables import average_over_seeds, build_records_frame, format_points, pair_with_baselines
+from eval.records.result_files import Record, ResultFile, parse_result, read_json_object_and_bytes, read_records
+from eval.records.tables import average_over_seeds, build_records_frame, format_signed_difference, pair_with_baselines
 
 RECORD = Record(
     task="retrieval", dataset="d", split="test", language="pt", protocol="p", direction="text_to_image",
@@ -59,7 +59,7 @@ def test_an_invalid_file_is_refused_with_the_place_of_the_fault(tmp_path, text, 
     with pytest.raises(ValueError, match=message):
         read_records(tmp_path / "r.json")
     with pytest.raises(ValueError, match="regular file"):
-        read_json_object(tmp_path)  # a folder
+        read_json_object_and_bytes(tmp_path)  # a folder
 
 
 def make_result_file(*records: Record, name: str = "a.json", **header) -> ResultFile:
@@ -82,5 +82,11 @@ def test_the_gain_is_model_minus_baseline():
     baseline = replace(RECORD, model="baseline", seed=None, value=0.4, model_folder="base")
     frame = build_records_frame([make_result_file(baseline, RECORD)])
     (pair,) = pair_with_baselines(average_over_seeds(frame, "folder"))
-    assert pair["gain"] == pytest.approx(0.1) and format_points(pair["gain"]) == "+10.0" and not pair["doubts"]
-    assert format_points(-0.0312) == "−3.1" and format_points(0.0001) == "0.0" and format_points(None) == "–"
+    assert (
+        pair["gain"] == pytest.approx(0.1) and format_signed_difference(pair["gain"]) == "+10.0" and not pair["doubts"]
+    )
+    assert (
+        format_signed_difference(-0.0312) == "−3.1"
+        and format_signed_difference(0.0001) == "0.0"
+        and format_signed_difference(None) == "–"
+    )

@@ -13,7 +13,7 @@ from browser import open_browser
 from PIL import Image
 
 from capivara_common.files import read_json, write_json
-from eval.records.schema import GAIN_METRIC, Record, write_records
+from eval.records.result_files import GAIN_METRIC, Record, write_records
 from eval.records.tables import average_over_seeds, build_records_frame, get_folder_and_seed, pair_with_baselines
 from eval.report import PAGE_TEMPLATE, main, read_results_folder, write_report
 

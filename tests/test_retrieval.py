@@ -11,10 +11,10 @@ import pytest
 from test_checkpoints import flipped
 
 import modeling_capivara.two_towers
-from caption_data.pairs import build_pair_table, pairs_fingerprint
+from caption_data.pairs import compute_pair_content_digest, load_or_build_pair_table
 from caption_data.sources import open_split
-from eval.records.schema import Record, read_records
-from eval.retrieval import RetrievalArguments, _select_captions, evaluate, load_retrieval_data, main
+from eval.records.result_files import Record, read_records
+from eval.retrieval import RetrievalArguments, _select_captions_by_position, evaluate, load_retrieval_data, main
 from modeling_capivara import CapivaraModel
 
 IMAGES = 14
@@ -155,7 +155,7 @@ def test_an_interrupted_run_continues(saved_tiny_folder, dataset, measured, tmp_
 def test_captions_are_selected_by_position():
     captions = ["a", "b", "c"]
     positions = ("all", "first", "even", "odd")
-    assert {name: _select_captions(captions, "captions-pt", name, 0) for name in positions} == {
+    assert {name: _select_captions_by_position(captions, "captions-pt", name, 0) for name in positions} == {
         "all": captions,
         "first": ["a"],
         "even": ["a", "c"],
@@ -218,9 +218,9 @@ def test_training_and_evaluation_agree_on_the_fingerprint_of_data(dataset, tiny_
     """Otherwise a report doubts that a run's baseline and a model measured later saw the same data."""
     for folder, column in ((dataset, "legendas"), (tiny_dataset_folder, "captions-pt")):
         source = open_split(str(folder), "test", "image")
-        table = build_pair_table(source, [column], lambda row, name=column: row[name], {"captions": column})
+        table = load_or_build_pair_table(source, [column], lambda row, name=column: row[name], {"captions": column})
         arguments = RetrievalArguments("m", str(folder), tmp_path, caption_column=column)
-        assert load_retrieval_data(arguments).fingerprint() == pairs_fingerprint(table)
+        assert load_retrieval_data(arguments).fingerprint() == compute_pair_content_digest(table)
     english = replace(arguments, language="en", caption_column="captions-{language}")
     assert load_retrieval_data(arguments).fingerprint() != load_retrieval_data(english).fingerprint()
 

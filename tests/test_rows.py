@@ -16,10 +16,16 @@ from datasets import Image
 from capivara_common import image_files
 from capivara_common.image_files import BadImage, BadRow, decode_image
 from caption_data import pairs
-from caption_data.pairs import build_pair_table, check_bad_share, drop_invalid, list_skipped_rows, pairs_fingerprint
+from caption_data.pairs import (
+    check_bad_share,
+    compute_pair_content_digest,
+    filter_usable_rows,
+    list_skipped_rows,
+    load_or_build_pair_table,
+)
 from caption_data.rows import SkippedRow, normalize_captions, write_skipped_rows
 from caption_data.sources import open_split
-from eval.retrieval import _select_captions
+from eval.retrieval import _select_captions_by_position
 
 
 def plain(row: dict) -> list[str]:
@@ -96,7 +102,7 @@ def test_images_are_upright_as_in_datasets():
 def test_the_fingerprint_covers_images_captions_and_order(tmp_path):
     def fingerprint(folder, numbers, change=None, **captions):
         members = [m for i in numbers for m in sample(i, *([change] if i == 1 and change else []), **captions)]
-        return pairs_fingerprint(table_of(tar_source(tmp_path / folder, members)))
+        return compute_pair_content_digest(table_of(tar_source(tmp_path / folder, members)))
 
     pixels = np.asarray(PIL.Image.open(io.BytesIO(PICTURES[1]))).copy()
     pixels[3, 4, 1] ^= 1
@@ -114,7 +120,7 @@ def test_a_table_is_one_memory_mapped_file(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "MAP_BATCH_ROWS", 3)
     table = table_of(source)
     assert len(table.cache_files) == 1 and table["captions"][:] == CAPTIONS, "one memory-mapped file"
-    assert table[:] == whole[:] and pairs_fingerprint(table) == pairs_fingerprint(whole)
+    assert table[:] == whole[:] and compute_pair_content_digest(table) == compute_pair_content_digest(whole)
     nothing = table_of(source, choose=lambda row: [])
     assert len(nothing) == 0 and set(nothing.column_names) >= {"row", "digest", "captions"}
 
@@ -139,17 +145,17 @@ def test_a_table_is_made_again_if_its_inputs_change(tmp_path):
                 calls.append(read)
                 return row["captions-pt"][least:]
 
-            yield drop_invalid(build_pair_table(split, ["captions-pt"], choose, {"least": least}))
+            yield filter_usable_rows(load_or_build_pair_table(split, ["captions-pt"], choose, {"least": least}))
 
     (folder / "list").mkdir(parents=True)
     (folder / "list" / "a.png").write_bytes(PICTURES[1])
     (folder / "list" / "metadata.jsonl").write_text('{"file_name": "a.png", "captions-pt": ["x", "y"]}')
     write_tar(folder / "tar" / "0.tar", sample(1))
-    first = list(map(pairs_fingerprint, tables()))
-    assert calls == ["tar", "list"] and list(map(pairs_fingerprint, tables())) == first and len(calls) == 2
+    first = list(map(compute_pair_content_digest, tables()))
+    assert calls == ["tar", "list"] and list(map(compute_pair_content_digest, tables())) == first and len(calls) == 2
     (folder / "list" / "a.png").write_bytes(PICTURES[3])
     write_tar(folder / "tar" / "0.tar", sample(1, data=PICTURES[3]))
-    assert not set(map(pairs_fingerprint, tables())) & set(first) and len(calls) == 4
+    assert not set(map(compute_pair_content_digest, tables())) & set(first) and len(calls) == 4
     assert [table["captions"][:] for table in tables(1)] == [[CAPTIONS[1][1:]], [["y"]]] and len(calls) == 6
 
 
@@ -160,7 +166,9 @@ def test_an_image_that_becomes_readable_is_used(tmp_path, monkeypatch):
         line = json.dumps({"file_name": name, "captions-pt": ["x"]})
         (tmp_path / "metadata.jsonl").write_text(line, encoding="utf-8")
         split = open_split(str(tmp_path), "train", "image")
-        return [row.reason for row in list_skipped_rows(build_pair_table(split, ["captions-pt"], plain, {}), split)]
+        return [
+            row.reason for row in list_skipped_rows(load_or_build_pair_table(split, ["captions-pt"], plain, {}), split)
+        ]
 
     def refused(*_):
         raise OSError(24, "Too many open files")
@@ -178,7 +186,7 @@ def test_damaged_tables_are_made_again_and_unused_tables_deleted(tmp_path, monke
     source = open_split(tars_by_name(tmp_path / "data"), "train", "image")
 
     def make_table(number=0):
-        return build_pair_table(source, ["captions-pt"], plain, {"n": number})[:]
+        return load_or_build_pair_table(source, ["captions-pt"], plain, {"n": number})[:]
 
     whole = make_table()
     (file,) = (tmp_path / "cache" / "pairs").iterdir()
@@ -198,7 +206,11 @@ def test_damaged_tables_are_made_again_and_unused_tables_deleted(tmp_path, monke
 def test_stages_training_and_evaluation_read_captions_alike(tmp_path):
     """A caption may be one text, a list, None, or have a lone surrogate; other types are refused."""
     for value, expected in (("one", ["one"]), (["a", "b"], ["a", "b"]), (["\ud800"], ["?"])):
-        assert normalize_captions(value, "captions-pt") == _select_captions(value, "captions-pt", "all", 0) == expected
+        assert (
+            normalize_captions(value, "captions-pt")
+            == _select_captions_by_position(value, "captions-pt", "all", 0)
+            == expected
+        )
         members = [("a.jpg", PICTURES[0]), ("a.json", json.dumps({"captions-pt": value}).encode())]
         assert table_of(tar_source(tmp_path, members), [])["captions"][:] == [expected]
     assert normalize_captions(["a", None], "captions-pt") == ["a", ""] and normalize_captions(None, "captions-pt") == []
@@ -206,7 +218,7 @@ def test_stages_training_and_evaluation_read_captions_alike(tmp_path):
         with pytest.raises(BadRow, match="captions-pt"):
             normalize_captions(value, "captions-pt")
         with pytest.raises(ValueError, match=r"\b3\b"):
-            _select_captions(value, "captions-pt", "all", 3)
+            _select_captions_by_position(value, "captions-pt", "all", 3)
 
 
 def test_one_of_several_processes_makes_the_table(tmp_path, monkeypatch):
@@ -214,13 +226,13 @@ def test_one_of_several_processes_makes_the_table(tmp_path, monkeypatch):
     for rank in range(3):  # one after the other, as in `local_main_process_first`
         state = SimpleNamespace(is_local_main_process=rank == 0)
         state.local_main_process_first = lambda: contextlib.nullcontext(waited.append(1))
-        monkeypatch.setattr(pairs, "process_state", lambda state=state: state)
+        monkeypatch.setattr(pairs, "get_distributed_state", lambda state=state: state)
 
         def choose(row, rank=rank):
             ranks.append(rank)
             return row["captions-pt"]
 
-        table = build_pair_table(source, ["captions-pt"], choose, {"at": f"{tmp_path}"})
-        results.append((drop_invalid(table)[:], list_skipped_rows(table, source)))
+        table = load_or_build_pair_table(source, ["captions-pt"], choose, {"at": f"{tmp_path}"})
+        results.append((filter_usable_rows(table)[:], list_skipped_rows(table, source)))
     assert len(waited) == 3 and {*ranks} == {0}
     assert results[0] == results[1] == results[2] and len(results[0][1]) == 1

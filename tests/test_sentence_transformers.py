@@ -14,10 +14,10 @@ from sampling import one_in
 from test_readme import code_with
 from towers import as_published, gemma_like, siglip2
 
-from capivara_search.miniature import get_miniature_folder
+from capivara_search.miniature import get_or_build_miniature_folder
 from eval.retrieval import RetrievalArguments, evaluate
-from examples.openmoji.concepts import load_concepts, split_concepts
-from examples.openmoji.dataset import render_png
+from examples.openmoji.concepts import load_emoji_by_concept, split_concepts
+from examples.openmoji.dataset import render_openmoji
 from examples.tune_sentence_transformers import build_clip_loss, build_recall_evaluator, load_pairs, main
 from hub_upload.export import export_model
 from hub_upload.formats import open_clip
@@ -205,7 +205,7 @@ configs:
 def write_xm3600(folder: Path, pictures: int) -> Path:
     """Write OpenMoji's pictures in the format of mteb's XM3600, with two Portuguese captions each and unique names."""
     emoji_by_name = {}
-    for picture in split_concepts(load_concepts(), 0)["test"]:
+    for picture in split_concepts(load_emoji_by_concept(), 0)["test"]:
         emoji_by_name.setdefault(picture.captions_pt[0], picture.emoji)
     names = list(emoji_by_name)[:pictures]
     captions = [[name, f"um desenho que mostra {name}"] for name in names]
@@ -213,7 +213,7 @@ def write_xm3600(folder: Path, pictures: int) -> Path:
         "image_id": [str(number) for number in range(len(names))],
         **dict.fromkeys(("captions", "captions_tokenized", "captions_tokenized_lowercase"), captions),
         "image_locale": ["pt"] * len(names),
-        "image": [{"bytes": render_png(emoji_by_name[name]), "path": None} for name in names],
+        "image": [{"bytes": render_openmoji(emoji_by_name[name]), "path": None} for name in names],
     }
     folder.mkdir()
     Dataset.from_dict(columns).cast_column("image", Images()).to_parquet(folder / "pt.parquet")
@@ -233,7 +233,7 @@ def test_mteb_and_our_evaluation_agree(kind, tmp_path, monkeypatch):
         siglip2(tmp_path / "model", gemma_like(captions, 500))
         export_model(tmp_path / "model", tmp_path / "repository", ["transformers", "sentence_transformers"])
     else:
-        for path in get_miniature_folder().iterdir():  # a trained model
+        for path in get_or_build_miniature_folder().iterdir():  # a trained model
             (tmp_path / "repository").mkdir(exist_ok=True)
             (tmp_path / "repository" / path.name).symlink_to(path)
         write_sentence_transformers(tmp_path / "repository", load_processor(tmp_path / "repository"))

@@ -14,9 +14,9 @@ from capivara_search import index as index_module
 from capivara_search.duplicates import (
     FLOAT16_TOLERANCE,
     SIGNATURE_BYTES,
-    add_color_signatures,
+    cluster_near_duplicates,
     color_signature,
-    find_duplicate_groups,
+    combine_vectors_and_colors,
     is_duplicate,
     leaders,
 )
@@ -98,13 +98,13 @@ def test_groups_equal_those_of_comparing_one_picture_after_the_other(monkeypatch
         vectors[rng.integers(300)] = vectors[number] + rng.standard_normal(96) * 0.18
     vectors = l2_normalize(vectors).astype(np.float16)
     expected_leaders = naive_leaders(vectors, 0.97)
-    vectors = add_color_signatures(vectors, [None] * len(vectors))
+    vectors = combine_vectors_and_colors(vectors, [None] * len(vectors))
     assert leaders(vectors, 0.97).tolist() == expected_leaders
     leading = [row for row, leader in enumerate(expected_leaders) if row == leader]
-    groups = [group.tolist() for group in find_duplicate_groups(vectors, 0.97)]
+    groups = [group.tolist() for group in cluster_near_duplicates(vectors, 0.97)]
     assert groups == [[row for row, leader in enumerate(expected_leaders) if leader == first] for first in leading]
     assert sum(len(group) > 1 for group in groups) > 30
-    assert [group[0] for group in find_duplicate_groups(vectors, 0.97, max_groups=5)] == leading[:5]
+    assert [group[0] for group in cluster_near_duplicates(vectors, 0.97, max_groups=5)] == leading[:5]
 
 
 def test_color_signatures_distinguish_copies_from_pictures_of_the_same_object(tmp_path, model):
@@ -128,7 +128,7 @@ def test_a_common_mean_color_does_not_make_pictures_near_duplicates():
     rng, red = np.random.default_rng(5), np.tile([200, 60, 40], 36)
     crops = [np.uint8(red + rng.integers(-40, 41, 108)).tobytes() for _ in range(2)]
     uniform = [np.uint8(np.roll(red, turn)).tobytes() for turn in (0, 1)]
-    vectors = add_color_signatures(np.tile(np.eye(WIDTH)[0], (4, 1)), crops + uniform)
+    vectors = combine_vectors_and_colors(np.tile(np.eye(WIDTH)[0], (4, 1)), crops + uniform)
     duplicates_of = is_duplicate(vectors, vectors)
     assert duplicates_of[:2, :2].tolist() == duplicates_of[2:, 2:].tolist() == np.eye(2).tolist()
 
@@ -172,7 +172,7 @@ def test_a_photograph_is_not_flat_and_a_flat_copy_of_it_is_found():
     noisy = PIL.Image.fromarray(np.clip(np.asarray(photo) + rng.normal(0, 3, (240, 240, 3)), 0, 255).astype(np.uint8))
     signature, flat_signature = color_signature(noisy), color_signature(photo.quantize(4).convert("RGB"))
     assert len(signature) == SIGNATURE_BYTES < len(flat_signature)
-    vectors = add_color_signatures(np.tile(np.eye(WIDTH)[0], (2, 1)), [signature, flat_signature])
+    vectors = combine_vectors_and_colors(np.tile(np.eye(WIDTH)[0], (2, 1)), [signature, flat_signature])
     assert is_duplicate(vectors, vectors).all()
 
 

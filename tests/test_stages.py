@@ -22,14 +22,14 @@ from test_checkpoints import flipped
 from test_sources import FORMS
 
 from capivara_common.image_files import BadRow
-from caption_data.parquet_split import SAMPLE_BYTES, SAMPLE_COUNT, open_in_place, source_fingerprint
+from caption_data.parquet_split import SAMPLE_BYTES, SAMPLE_COUNT, compute_split_content_digest, open_in_place
 from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
 from caption_data.sources import find_missing_rows, open_split
 from captions.score import ScoreArguments
 from captions.stages import (
     RowStage,
     StageArguments,
-    check_complete,
+    check_and_summarize_stage,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +85,7 @@ def test_a_killed_stage_resumes_to_the_same_bytes(numbered, undisturbed, tmp_pat
     assert len(kills) == len(rounds) and min(kills) >= 3, "too few processes were killed"
     for place in range(len(rounds)):
         folder = tmp_path / f"out-{place}"
-        report = check_complete(folder)
+        report = check_and_summarize_stage(folder)
         assert (report.rows, report.skipped) == (NUMBER - 4, {"ends in five": 4})
         run(numbered, folder)  # a run with nothing to do deletes temporary files
         assert parts(folder) == parts(undisturbed)
@@ -230,7 +230,7 @@ def test_other_settings_are_refused_and_named(numbered, tmp_path):
         again(dataset=str(tmp_path / "shorter"))
     assert parts(tmp_path / "out") == before, "nothing changed"
     again(batch_rows=5)
-    check_complete(tmp_path / "out")
+    check_and_summarize_stage(tmp_path / "out")
 
 
 def test_a_moved_dataset_is_the_same_source(tmp_path):
@@ -251,11 +251,11 @@ def test_samples_all_over_a_large_file_are_compared(tmp_path, piece):
     path, size = tmp_path / "a" / "train-0.tar", 2 * SAMPLE_COUNT * SAMPLE_BYTES
     path.parent.mkdir()
     path.write_bytes(bytes(size))
-    first = source_fingerprint(SimpleNamespace(paths=[path]))
+    first = compute_split_content_digest(SimpleNamespace(paths=[path]))
     path = path.parent.rename(tmp_path / "b") / path.name
-    assert source_fingerprint(SimpleNamespace(paths=[path])) == first
+    assert compute_split_content_digest(SimpleNamespace(paths=[path])) == first
     flipped(path, (size - SAMPLE_BYTES) * piece // (SAMPLE_COUNT - 1) + SAMPLE_BYTES // 2)
-    assert source_fingerprint(SimpleNamespace(paths=[path])) != first
+    assert compute_split_content_digest(SimpleNamespace(paths=[path])) != first
 
 
 def test_invalid_output_folders_and_columns_are_refused(numbered, undisturbed, tmp_path):
@@ -305,13 +305,13 @@ def test_an_unfinished_stage_cannot_be_read(numbered, tmp_path):
         r"\b26 rows .*python -m captions.stages "
         rf"--dataset {numbered} --output {tmp_path}/out --batch_rows 3 --rows_per_part 7"
     )
-    for read in (check_complete, lambda out: open_split(str(out), "train", "image")):
+    for read in (check_and_summarize_stage, lambda out: open_split(str(out), "train", "image")):
         with pytest.raises(ValueError, match=command):
             read(tmp_path / "out")
     with pytest.raises(ValueError, match=command):
         run(str(tmp_path / "out"), tmp_path / "next")
     with pytest.raises(ValueError, match=r"stage\.json"):
-        check_complete(tmp_path)
+        check_and_summarize_stage(tmp_path)
 
 
 def test_damaged_parts_are_named(numbered, undisturbed, tmp_path):
@@ -320,11 +320,11 @@ def test_damaged_parts_are_named(numbered, undisturbed, tmp_path):
     whole = path.read_bytes()
     path.write_bytes((undisturbed / "train-000000007-000000014.parquet").read_bytes())
     with pytest.raises(ValueError, match=r"\b7 rows.*\b1 .*\b7\..*python -m "):
-        check_complete(tmp_path / "out")
+        check_and_summarize_stage(tmp_path / "out")
     path.write_bytes(whole)
     listed.unlink()
     with pytest.raises(ValueError, match=r"\b6 rows.*\b0 .*\b7\."):
-        check_complete(tmp_path / "out")
+        check_and_summarize_stage(tmp_path / "out")
 
 
 def test_a_list_of_skipped_rows_of_a_killed_run_is_deleted(numbered, undisturbed, tmp_path):

@@ -17,10 +17,10 @@ from PIL import Image
 pytest.importorskip("uvicorn", reason="hub_upload.space needs uvicorn: pip install -e '.[app]'")
 
 from capivara_search.index import PictureIndex
-from capivara_search.miniature import get_miniature_folder
+from capivara_search.miniature import get_or_build_miniature_folder
 from capivara_search.page import server
-from examples.openmoji.concepts import load_concepts
-from examples.openmoji.dataset import render_png
+from examples.openmoji.concepts import load_emoji_by_concept
+from examples.openmoji.dataset import render_openmoji
 from examples.real_images import CLASS_PHOTOGRAPHS, load_photo
 from hub_upload.space import static_page
 from hub_upload.space.__main__ import main
@@ -70,7 +70,7 @@ def library() -> Path:
 def page(library, tmp_path_factory) -> Path:
     """The folder of a page with the miniature model."""
     folder = tmp_path_factory.mktemp("static") / "page"
-    main(["--model", str(get_miniature_folder()), "--static", str(folder), "--library", str(library)])
+    main(["--model", str(get_or_build_miniature_folder()), "--static", str(folder), "--library", str(library)])
     return folder
 
 
@@ -93,7 +93,7 @@ def test_the_folder_has_page_scripts_library_and_model(page, library, tmp_path):
             f"{path} contains a path of this machine"
         )
     # A folder that was exported for transformers.js is copied without another export.
-    exported = shutil.copytree(get_miniature_folder(), tmp_path / "exported")
+    exported = shutil.copytree(get_or_build_miniature_folder(), tmp_path / "exported")
     shutil.copytree(folder, exported, dirs_exist_ok=True)
     write_static_page(str(exported), tmp_path / "again", library)
     assert [path.name for path in (tmp_path / "again/model").iterdir()] == [folder.name], (
@@ -117,9 +117,9 @@ def fotos(tmp_path_factory) -> Path:
         if name == "chelsea":
             image, exif[0x0112] = image.transpose(Image.Transpose.ROTATE_90), 6
         image.save(folder / f"{name}.jpg", quality=92, exif=exif)
-    emoji = [*DRAWINGS, *(pictures[0].emoji for pictures in load_concepts().values())]
+    emoji = [*DRAWINGS, *(pictures[0].emoji for pictures in load_emoji_by_concept().values())]
     for code in list(dict.fromkeys(emoji))[: NUMBER - len(CLASS_PHOTOGRAPHS) - 1]:
-        (folder / f"{code}.png").write_bytes(render_png(code))
+        (folder / f"{code}.png").write_bytes(render_openmoji(code))
     transparent = Image.new("RGBA", (300, 200))
     transparent.paste((200, 30, 40, 255), (60, 40, 240, 160))
     transparent.save(folder / ATTACK)
@@ -152,7 +152,7 @@ class Visitor:
 
 @pytest.mark.slow
 def test_a_visitor_reads_pictures_and_searches_them(page, fotos, tmp_path):
-    files, model = sorted(fotos.iterdir()), get_miniature_folder()
+    files, model = sorted(fotos.iterdir()), get_or_build_miniature_folder()
     with served_folders({"/": page}) as url, open_browser() as opened:
         visitor = Visitor(opened, url)
         visitor.sees(".collect .hint", "é baixado uma vez")

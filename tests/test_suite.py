@@ -20,8 +20,8 @@ from capivara_common.files import read_json
 from eval import suite
 from eval.benchmarks import BENCHMARKS_FOLDER, read_benchmark
 from eval.prompts import load_prompts
-from eval.records.schema import read_records
-from eval.suite import build_suite_rows, main
+from eval.records.result_files import read_records
+from eval.suite import build_suite_rows_and_remarks, main
 from modeling_capivara.loading import load_model
 
 
@@ -230,7 +230,7 @@ def test_invalid_arguments_are_refused_before_measuring(models, tmp_path, argume
 
 
 def make_value(benchmark, role: str, run: int, value: float, n: int) -> dict:
-    """Make an element of the `values` of `build_suite_rows`."""
+    """Make an element of the `values` of `build_suite_rows_and_remarks`."""
     cell = {"benchmark": benchmark.key, "language": "pt", "direction": "", "metric": benchmark.metric}
     return cell | {"role": role, "run": run, "value": value, "n": n}
 
@@ -242,19 +242,19 @@ def test_the_average_needs_all_twenty_datasets_for_every_model():
     for number, (benchmark, _) in enumerate(pairs):
         for role, run in (("baseline", 0), ("capivara", 0), ("capivara", 1)):
             values.append(make_value(benchmark, role, run, (number + run) / 100, 5))
-    rows, averages_left_out = build_suite_rows(pairs, values, model_counts, protocol="authors")
+    rows, averages_left_out = build_suite_rows_and_remarks(pairs, values, model_counts, protocol="authors")
     assert [row["benchmark"] for row in rows] == [*ELEVATER, average.key] and not averages_left_out
     row = rows[-1]
     assert row["baseline"]["measured"]["mean"] == pytest.approx(9.5) and row["metric"] == "average"
     assert row["capivara"]["measured"] == {"mean": pytest.approx(10.0), "std": pytest.approx(0.5**0.5), "runs": 2}
     assert row["capivara"]["published"] == {"mean": 57.51, "std": 0.02} and row["images"] is None
     assert row["like_for_like"] is all(other["like_for_like"] for other in rows[:-1])
-    rows, averages_left_out = build_suite_rows(pairs, values[1:], model_counts)
+    rows, averages_left_out = build_suite_rows_and_remarks(pairs, values[1:], model_counts)
     assert average.key not in {row["benchmark"] for row in rows}
     assert averages_left_out[0].startswith("ELEVATER average: ")
     row = next(row for row in rows if row["benchmark"] == values[0]["benchmark"])
     assert row[values[0]["role"]]["measured"] is None, "a mean of fewer runs would mislead"
-    rows, averages_left_out = build_suite_rows(pairs[:19], values, model_counts)
+    rows, averages_left_out = build_suite_rows_and_remarks(pairs[:19], values, model_counts)
     assert average.key not in {row["benchmark"] for row in rows} and " 19 of 20 " in averages_left_out[0]
 
 
@@ -264,7 +264,9 @@ def test_figures_are_like_for_like_only_with_the_published_prompts_and_images():
     cases += [("dtd", "pt", 1879, "authors", False), ("babel-imagenet", "xh", 3, "ours", True)]
     for key, language, images, protocol, expected in cases:
         values = [make_value(BENCHMARKS[key], "capivara", 0, 0.5, images) | {"language": language}]
-        ((row,), _) = build_suite_rows([(BENCHMARKS[key], language)], values, {"capivara": 1}, protocol=protocol)
+        ((row,), _) = build_suite_rows_and_remarks(
+            [(BENCHMARKS[key], language)], values, {"capivara": 1}, protocol=protocol
+        )
         assert row["like_for_like"] is expected
         assert row["capivara"]["difference"] == (pytest.approx(50 - 42.34) if key == "dtd" else None)
 

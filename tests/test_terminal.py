@@ -19,9 +19,9 @@ from capivara_search.terminal import (
     escape_csv_cell,
     fit_to_columns,
     format_link,
+    format_path,
     format_table,
     render_contact_sheet,
-    shorten_path,
     supports_pictures,
     supports_true_color,
 )
@@ -78,11 +78,11 @@ def test_a_path_is_shown_relative_to_the_current_folder_or_home(tmp_path, monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "Fotos" / "2024").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "Fotos")
-    assert shorten_path(f"{tmp_path}/Fotos/2024/a.jpg") == "2024/a.jpg"
-    assert shorten_path(f"{tmp_path}/Outras/a.jpg") == "~/Outras/a.jpg"
-    assert shorten_path(f"{tmp_path}-2/a.jpg") == f"{tmp_path}-2/a.jpg"
+    assert format_path(f"{tmp_path}/Fotos/2024/a.jpg") == "2024/a.jpg"
+    assert format_path(f"{tmp_path}/Outras/a.jpg") == "~/Outras/a.jpg"
+    assert format_path(f"{tmp_path}-2/a.jpg") == f"{tmp_path}-2/a.jpg"
     monkeypatch.chdir("/")
-    assert shorten_path("/srv/a.jpg") == "/srv/a.jpg"
+    assert format_path("/srv/a.jpg") == "/srv/a.jpg"
 
 
 def test_columns_are_aligned_for_wide_and_combining_characters():
@@ -149,7 +149,7 @@ def test_every_message_is_used_and_every_used_message_exists():
     composed = {key for key in keys if key.startswith(("column.", "status.", "reason.", "ignored.", "bad."))}
     assert not keys - RecordingMessages.used_keys - quoted_words - coded - composed
     assert set(re.findall(r"messages(?:\.format_count|\.raw)?\(\"([\w.]+)\"", code)) <= keys
-    for prefix, function in (("note", r"log_message\("), ("error", r"localized_error\([^\n]+?, ")):
+    for prefix, function in (("note", r"log_message\("), ("error", r"make_error_from_code\([^\n]+?, ")):
         codes = re.findall(rf"\b{function}\"(\w+)\"", code)
         assert codes and {f"{prefix}.{code}" for code in codes} <= keys
 

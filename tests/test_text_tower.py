@@ -20,7 +20,7 @@ from towers import MAKERS, as_published, gemma_like, metaclip_2, siglip2
 from transformers import AutoProcessor, SiglipModel, XLMRobertaTokenizer
 
 from capivara_common.weight_file import WeightFile
-from capivara_search.models import SearchModel, find_model
+from capivara_search.models import SearchModel, resolve_search_model
 from capivara_search.text_tower import load_text_tower
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
@@ -109,7 +109,7 @@ def test_half_precision_weights_match_pytorch(request, kind, texts, dtype):
 @pytest.mark.slow
 def test_real_weights_of_multilingual_e5_match_pytorch():
     """The miniature has 250,037 tokens, twelve layers, and token embeddings in float16."""
-    folder, texts = find_model("miniature").folder, awkward_texts(200)
+    folder, texts = resolve_search_model("miniature").folder, awkward_texts(200)
     np.testing.assert_allclose(load_text_tower(folder).embed(texts), embed_with_torch(folder, texts), rtol=0, atol=1e-5)
 
 

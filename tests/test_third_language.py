@@ -12,7 +12,7 @@ from tiny import save_model
 
 import train_accelerate
 from eval import classification, linear_probe, report, retrieval
-from eval.records.schema import read_records
+from eval.records.result_files import read_records
 from hub_upload import card
 
 COLORS = {"rojo": (255, 0, 0), "azul": (0, 0, 255), "verde": (0, 255, 0)}

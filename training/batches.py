@@ -40,7 +40,7 @@ class MicroBatch:
         return torch.arange(self.start, self.start + len(self.input_ids))
 
 
-def make_micro_batches(
+def tokenize_into_micro_batches(
     processor: ProcessorMixin, captions: Sequence[str], size: int
 ) -> tuple[list[MicroBatch], list[int]]:
     """Tokenize captions, sort them by number of tokens, and divide them into micro-batches.
@@ -180,7 +180,7 @@ def sample_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, 
     return [texts[int(draw * len(texts))] for texts, draw in zip(choices, draws, strict=True)]
 
 
-def sample_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
+def sample_view_numbers(views: int, number: int, step: int, seed: int) -> np.ndarray:
     """Draw the number of the view to use for each image of a step.
 
     Args:
@@ -206,7 +206,7 @@ class StepPlan:
     step: int  # counted from 0
     dataset_indices: np.ndarray  # (pairs,), position of each pair's dataset in the list of training datasets
     rows: np.ndarray  # (pairs,), row number of each pair in its dataset
-    views: np.ndarray  # (pairs,), number of each image's view, see `sample_views`
+    views: np.ndarray  # (pairs,), number of each image's view, see `sample_view_numbers`
     texts: list[str]  # caption of each pair
     batches: list[MicroBatch]  # the micro-batches of all processes
     replacement_counts: Counter[int] = field(default_factory=Counter)  # dataset index -> replacements used so far
@@ -244,13 +244,13 @@ class BatchPlanner:
             rows = batch_indices(step, count, len(self.captions[number]), seed)
             drawn.append((np.full(count, number), rows))
             texts += sample_captions(self.captions[number], rows, step, seed)
-        batches, order = make_micro_batches(self.processor, texts, self.micro_batch_size)
+        batches, order = tokenize_into_micro_batches(self.processor, texts, self.micro_batch_size)
         sources, rows = (np.concatenate(column)[order] for column in zip(*drawn, strict=True))
         return StepPlan(
             step=step,
             dataset_indices=sources,
             rows=rows,
-            views=sample_views(self.augmented_views, len(order), step, self.seed)[order],
+            views=sample_view_numbers(self.augmented_views, len(order), step, self.seed)[order],
             texts=[texts[i] for i in order],
             batches=batches,
         )

@@ -28,13 +28,13 @@ from safetensors import SafetensorError
 
 from capivara_common.files import (
     RUN_MARKER,
+    acquire_folder_lock,
     check_inputs_outside,
     check_output_folder,
-    lock_folder,
+    list_seed_run_folders,
     partial_folder,
     read_json,
     remove_leftovers,
-    seed_folders,
     write_bytes,
     write_json,
 )
@@ -135,7 +135,7 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 write_json(temporary / STATE_FILE, asdict(state))
-                write_bytes(temporary / CHECKSUM_FILE, _compute_checksums(temporary))
+                write_bytes(temporary / CHECKSUM_FILE, _build_sha256sum_content(temporary))
                 temporary.rename(path)
                 for old in {*self.steps()[: -self.keep_last]} - {state.best_step}:
                     # Renamed first, so that a process killed during deletion leaves no checkpoint that looks valid.
@@ -210,7 +210,7 @@ def check_checkpoint_files(path: Path) -> None:
             checkpoint would read. The message names these files.
     """
     listed = (path / CHECKSUM_FILE).read_bytes() if (path / CHECKSUM_FILE).is_file() else b""
-    expected, actual = ({*sums.split(b"\n")} for sums in (listed, _compute_checksums(path)))
+    expected, actual = ({*sums.split(b"\n")} for sums in (listed, _build_sha256sum_content(path)))
     name_start = 66  # a line is the digest, 64 hexadecimal digits, then two spaces and the file name
     names = {line[name_start:].decode("utf-8", "replace") for line in expected - actual}
     additional = [line[name_start:].decode() for line in actual - expected]
@@ -256,7 +256,7 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
         )
 
 
-def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str]) -> None:
+def check_matches_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str]) -> None:
     """Check that a finished run has the settings and data of the current run.
 
     Args:
@@ -297,7 +297,7 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
     if state.is_main_process:
         remove_leftovers(args.output_dir)  # before any process checks the folder
     state.wait_for_everyone()
-    if args.resume and (seeds := seed_folders(args.output_dir)):
+    if args.resume and (seeds := list_seed_run_folders(args.output_dir)):
         names = ", ".join(folder.name for folder in seeds)
         raise ValueError(
             f"{args.output_dir} holds finished runs of several seeds ({names}), which can't be resumed together. "
@@ -426,7 +426,7 @@ def _lock_run_folder(folder: Path) -> int:
         )
     (folder / RUN_MARKER).touch()
     try:
-        return lock_folder(folder)
+        return acquire_folder_lock(folder)
     except BlockingIOError:
         raise ValueError(
             f"Another process is training in {folder}. Wait for it, or choose another output_dir."
@@ -441,7 +441,7 @@ def _raise_interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt(number, "Stopped.")
 
 
-def _compute_checksums(folder: Path) -> bytes:
+def _build_sha256sum_content(folder: Path) -> bytes:
     """Return the checksums of all files of a checkpoint in the format of `sha256sum`: digest, two spaces, file name.
 
     Hidden files are ignored, because file managers and network drives create them.

@@ -37,12 +37,12 @@ from capivara_common.image_files import BadImage
 from caption_data.augmentation import augment_view, describe_augmentation
 from caption_data.embedded import EMBEDS_COLUMN
 from caption_data.pairs import (
-    build_pair_table,
     check_bad_share,
-    drop_invalid,
+    compute_pair_content_digest,
+    filter_usable_rows,
     list_skipped_rows,
+    load_or_build_pair_table,
     missing_columns,
-    pairs_fingerprint,
 )
 from caption_data.rows import SkippedRow
 from caption_data.sources import Split, open_split
@@ -54,7 +54,7 @@ from modeling_capivara.two_towers import (
     compute_image_embeds,
     embed_images,
     embedding_width,
-    split_for_device,
+    move_to_device_in_chunks,
 )
 from training.arguments import RunArguments
 from training.batches import BatchPlanner, StepPlan, apportion_batch
@@ -168,7 +168,9 @@ class TrainingInputs:
         tables[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.table
         for code, pairs in self.test.items():
             tables[f"{args.evaluation_dataset} {args.test_split} {code}"] = pairs.table
-        return {"base model": self.base_digest} | {name: pairs_fingerprint(table) for name, table in tables.items()}
+        return {"base model": self.base_digest} | {
+            name: compute_pair_content_digest(table) for name, table in tables.items()
+        }
 
 
 def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
@@ -199,7 +201,9 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     validation = load_evaluation_pairs(args, validation_split, [args.language], processor)[args.language]
     test = load_evaluation_pairs(args, test_split, args.eval_languages, processor)
     training = load_training_pairs(args, splits, processor)
-    drop_invalid_pairs(training, args)  # fails early if there are too many bad rows, before images are embedded
+    get_usable_and_skipped_pairs(
+        training, args
+    )  # fails early if there are too many bad rows, before images are embedded
 
     def with_vectors(pairs: PairDataset) -> PairDataset:
         if pairs.source.is_embedded:
@@ -218,7 +222,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     validation = with_vectors(validation)
     validation_embeds = load_embeds(validation, "Images, validation")
     training = list(map(with_vectors, training))
-    training, skipped = drop_invalid_pairs(training, args)
+    training, skipped = get_usable_and_skipped_pairs(training, args)
     return TrainingInputs(
         processor=processor,
         training=training,
@@ -231,7 +235,9 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     )
 
 
-def drop_invalid_pairs(training: list[PairDataset], args: RunArguments) -> tuple[list[PairDataset], list[SkippedRow]]:
+def get_usable_and_skipped_pairs(
+    training: list[PairDataset], args: RunArguments
+) -> tuple[list[PairDataset], list[SkippedRow]]:
     """Divide the rows of the training datasets into usable pairs and skipped rows.
 
     Args:
@@ -244,7 +250,7 @@ def drop_invalid_pairs(training: list[PairDataset], args: RunArguments) -> tuple
     Raises:
         ValueError: If more than `args.max_bad_share` of the rows can't be used, or too few pairs are left for a batch.
     """
-    usable = [replace(pairs, table=drop_invalid(pairs.table)) for pairs in training]
+    usable = [replace(pairs, table=filter_usable_rows(pairs.table)) for pairs in training]
     skipped = [row for pairs in training for row in list_skipped_rows(pairs.table, pairs.source)]
     check_bad_share(skipped, sum(map(len, usable)) + len(skipped), args.max_bad_share)
     apportion_batch(args.effective_batch_size, list(map(len, usable)))
@@ -287,9 +293,9 @@ def open_splits(args: RunArguments) -> Splits:
         )
     sizes = [len(splits[name, args.train_split]) for name in args.dataset]
     if sum(sizes) < args.effective_batch_size:
-        # `drop_invalid_pairs` raises an error here. Its message names the largest possible batch, for which all rows
-        # are read. This is quick, because there are fewer rows than one batch has pairs.
-        drop_invalid_pairs(load_training_pairs(args, splits), args)
+        # `get_usable_and_skipped_pairs` raises an error here. Its message names the largest possible batch, for which
+        # all rows are read. This is quick, because there are fewer rows than one batch has pairs.
+        get_usable_and_skipped_pairs(load_training_pairs(args, splits), args)
     apportion_batch(args.effective_batch_size, sizes)
     return splits
 
@@ -315,7 +321,8 @@ def load_training_pairs(
         processor: Processor of the model. If it is None, the pairs can be counted but not trained on.
 
     Returns:
-        The datasets in the order of `args.dataset`. They still contain unusable rows, see `drop_invalid_pairs`.
+        The datasets in the order of `args.dataset`. They still contain unusable rows, see
+        `get_usable_and_skipped_pairs`.
     """
     columns = _training_columns(args)
     caption_column, standard_column = get_caption_column(args, args.language), f"captions-{args.language}"
@@ -328,7 +335,7 @@ def load_training_pairs(
     datasets = []
     for name in args.dataset:
         split = splits[name, args.train_split]
-        table = build_pair_table(split, columns, choose, settings)
+        table = load_or_build_pair_table(split, columns, choose, settings)
         datasets.append(PairDataset(split, table, processor, args.augmented_views, args.seed))
     return datasets
 
@@ -353,7 +360,9 @@ def load_evaluation_pairs(
     pairs = {}
     for language in languages:
         column = get_caption_column(args, language)
-        table = build_pair_table(split, [column], lambda row, c=column: _check_complete(row[c]), {"whole": column})
+        table = load_or_build_pair_table(
+            split, [column], lambda row, c=column: _require_nonempty_captions(row[c]), {"whole": column}
+        )
         pairs[language] = PairDataset(split, table, processor, seed=args.seed)
         _check_no_bad_rows(pairs[language])
     return pairs
@@ -369,7 +378,7 @@ def get_caption_column(args: RunArguments, language: str) -> str:
     return args.caption_column.replace("{language}", language)
 
 
-def _check_complete(texts: list[str]) -> list[str]:
+def _require_nonempty_captions(texts: list[str]) -> list[str]:
     """Return the captions of a row unchanged. Raises ValueError if a caption is empty or not a text."""
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"an empty caption in {texts!r}")  # the caller adds the row to the message
@@ -492,7 +501,7 @@ def embed_pixels(
         ValueError: If an embedding is not finite.
     """
     with accelerator.autocast() if use_autocast else nullcontext():
-        parts = split_for_device(pixels, accelerator.device, chunk_images)
+        parts = move_to_device_in_chunks(pixels, accelerator.device, chunk_images)
         return check_finite(torch.cat([compute_image_embeds(model, part) for part in parts]))
 
 

@@ -115,7 +115,7 @@ class WholeBatch:
             raise ValueError(f"The loss needs at least 2 pairs, got {pairs}.")
         local_rows = torch.cat([torch.empty(0, dtype=torch.long), *(batch.positions for batch in batches)])
         local_rows = local_rows.to(self.accelerator.device)
-        word_rows = cached_word_rows(
+        word_rows = cache_token_embeddings(
             self.model.text_model.get_input_embeddings(), [batch.input_ids.to(local_rows.device) for batch in batches]
         )
         with word_rows, self.accelerator.autocast():  # one context, so that autocast casts each weight once a step
@@ -337,7 +337,7 @@ def _sum_tiles(loss: Callable[..., Tensor], queries: Tensor, items: Tensor, targ
 
 
 @contextmanager
-def cached_word_rows(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None]:
+def cache_token_embeddings(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None]:
     """Look up the token embeddings of a step once, and use them for all lookups inside of the `with` block.
 
     The embedding table then gets one sparse gradient per step. Without this, every micro-batch would compute a dense
@@ -363,7 +363,7 @@ def cached_word_rows(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterat
 
     def check_context(gradient: Tensor) -> None:
         if ended:  # a recomputed micro-batch would have used the whole table instead of these rows
-            raise RuntimeError("The backward pass of the texts must run within `cached_word_rows`.")
+            raise RuntimeError("The backward pass of the texts must run within `cache_token_embeddings`.")
 
     if rows.requires_grad:
         rows.register_hook(check_context)

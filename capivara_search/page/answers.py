@@ -21,7 +21,7 @@ import numpy as np
 import PIL.Image
 
 from capivara_search.page.guard import RequestRefusedError
-from capivara_search.query import check_labels
+from capivara_search.query import clean_and_check_labels
 from capivara_search.results import DEFAULT_LABEL_TEMPLATE, Hit
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Question:
         """
         if not isinstance(values, dict) or not values.keys() <= {field.name for field in fields(cls)}:
             raise RequestRefusedError("bad_question")
-        question = cls(**{name: _check_value(name, value) for name, value in values.items()})
+        question = cls(**{name: _parse_field_value(name, value) for name, value in values.items()})
         if len(question.text) > MAX_TEXT_CHARACTERS:
             raise RequestRefusedError("long_text", letters=MAX_TEXT_CHARACTERS)
         if question.since and question.until and question.since > question.until:
@@ -115,12 +115,12 @@ class Question:
             raise RequestRefusedError("many_labels", labels=len(labels), limit=MAX_LABELS)
         template = self.template.strip() or "{}"
         try:
-            return check_labels(labels, template), template
+            return clean_and_check_labels(labels, template), template
         except ValueError:
             raise RequestRefusedError("template") from None
 
 
-def _check_value(name: str, value: object) -> Any:
+def _parse_field_value(name: str, value: object) -> Any:
     """Check a JSON value and convert it to the type of a field of `Question`.
 
     Args:

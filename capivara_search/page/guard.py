@@ -27,7 +27,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from capivara_search.messages import localized_error
+from capivara_search.messages import make_error_from_code
 
 try:
     import resource
@@ -338,7 +338,7 @@ def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
     names += [name if name == "*" else parse_host_name(name) for name in extra_hosts]
     if "" in names:
         invalid_hosts = (name for name in extra_hosts if name != "*" and not parse_host_name(name))
-        raise localized_error(ValueError, "bad_host", value=", ".join(invalid_hosts))
+        raise make_error_from_code(ValueError, "bad_host", value=", ".join(invalid_hosts))
     if host in ("0.0.0.0", "::"):
         machine = socket.gethostname().lower()
         # In networks without DNS, the name is NAME.local (mDNS).

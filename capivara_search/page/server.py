@@ -41,7 +41,7 @@ from starlette.staticfiles import StaticFiles
 
 from capivara_common.image_files import BadImage, open_regular_file
 from capivara_search.folder_scan import is_picture_name
-from capivara_search.messages import localized_error
+from capivara_search.messages import make_error_from_code
 from capivara_search.page.answers import PageAnswers, Question
 from capivara_search.page.decoder import DecoderProcess
 from capivara_search.page.guard import (
@@ -129,7 +129,7 @@ def serve_index(
     try:
         while not server.started:
             if not serving.is_alive():
-                raise localized_error(OSError, "no_start", url=url)
+                raise make_error_from_code(OSError, "no_start", url=url)
             time.sleep(0.01)
         if on_open is not None:
             on_open(url)
@@ -269,7 +269,7 @@ class PageSite:
         async def answer(request: Request) -> Response:
             async with receive_body(request, self._body_slots) as body:
                 # The body is parsed in a thread, so that the event loop can answer other clients meanwhile.
-                question, upload = await run_in_threadpool(_parse_body, body)
+                question, upload = await run_in_threadpool(_split_question_and_upload, body)
                 image = await self._decode_upload(upload) if upload else None
                 return JSONResponse(await self._question_queue.ask(lambda: ask(question, image)))
 
@@ -387,7 +387,7 @@ class PageSite:
         return view.getvalue(), "image/jpeg"
 
 
-def _parse_body(body: bytearray) -> tuple[Question, bytearray]:
+def _split_question_and_upload(body: bytearray) -> tuple[Question, bytearray]:
     """Split the body of a POST request into the values of the request (`Question`) and the uploaded picture.
 
     Args:
@@ -438,7 +438,7 @@ def _render_page(language: str, is_local: bool, credit: Credit | None) -> str:
     messages = load_page_messages(language)
     here, there = f"?lang={language}", f"?lang={messages['other']}"
     privacy = messages["privacy_here" if is_local else "privacy_there"]
-    return render_page_html(messages, here=here, there=there, privacy=privacy, credit=credit)
+    return render_page_template(messages, here=here, there=there, privacy=privacy, credit=credit)
 
 
 def load_page_messages(language: str, is_static: bool = False) -> dict[str, Any]:
@@ -459,7 +459,7 @@ def load_page_messages(language: str, is_static: bool = False) -> dict[str, Any]
     return messages | static_messages | {"errors": messages["errors"] | static_messages["errors"]}
 
 
-def render_page_html(messages: dict[str, Any], is_static: bool = False, **values: object) -> str:
+def render_page_template(messages: dict[str, Any], is_static: bool = False, **values: object) -> str:
     """Render the HTML of the page.
 
     Args:

@@ -29,7 +29,7 @@ from transformers import (
 from capivara_common.cli import flag
 from capivara_common.environment import resolve_device
 from capivara_common.files import read_json
-from capivara_common.hub_cache import check_reachable
+from capivara_common.hub_cache import check_model_reachable
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS_FEATURE
 from captions.captioners.base import Captioner
@@ -226,7 +226,7 @@ def load_captioner(args: Any) -> PrefixCaptioner:
     Raises ValueError or OSError if the model does not exist, or is not a BLIP-2 model with a decoder-only language
     model.
     """
-    check_reachable(args.model, revision=args.revision)
+    check_model_reachable(args.model, revision=args.revision)
     config = load_config(args.model, revision=args.revision)
     if config.model_type != "blip-2" or config.text_config.is_encoder_decoder:
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, Self
 
 from captions.chat.answers import Answer
-from captions.stages import RowStage, batch_by_length
+from captions.stages import RowStage, iter_length_limited_batches
 
 # Regular expressions of positions at which to split a long text, in order of preference: between sentences (in Chinese
 # and Japanese, no blank follows a sentence), between clauses, between words.
@@ -146,6 +146,6 @@ def translate_in_pieces(
         One translation per sentence. The translations of the pieces of a sentence are joined with blanks.
     """
     pieces = [split_text(sentence, fits) for sentence in sentences]
-    batches = batch_by_length(itertools.chain.from_iterable(pieces), max_characters, max_texts)
+    batches = iter_length_limited_batches(itertools.chain.from_iterable(pieces), max_characters, max_texts)
     translations = (text for batch in batches for text in translate_batch(batch))
     return [" ".join(itertools.islice(translations, len(texts))).strip() for texts in pieces]

@@ -14,7 +14,7 @@ from captions.chat.answers import Answer, answer_schema, clean_answer, find_faul
 from captions.chat.client import ChatClient, Choice
 from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, is_server_beside_tasks, logger, sampling_settings
 from captions.chat.prompts import TranslationPrompts
-from captions.quality import REFUSED, TRUNCATED, find_quality_flags
+from captions.quality import REFUSED, TRUNCATED, find_translation_flags
 from captions.stages import RowStage
 from captions.translators.base import Translator, split_text
 
@@ -183,7 +183,7 @@ class ChatTranslator(Translator):
         """
         text = clean_answer(text, sentence)
         fault = find_fault(text, choice and choice.finish_reason, choice and choice.refusal, sentence)
-        return text, fault or next(iter(find_quality_flags(sentence, text, self._args.language)), None)
+        return text, fault or next(iter(find_translation_flags(sentence, text, self._args.language)), None)
 
 
 def read_translation_prompts(args: Any) -> TranslationPrompts:

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 from capivara_common.cli import flag
 from capivara_common.tasks import split_rows
 from caption_data.sources import STAGE_FILE
-from captions.sentences import distinct_sentences, translate_row, translated_columns
+from captions.sentences import build_translated_columns, iter_distinct_captions, map_columns_to_translations
 from captions.stages import Corrections, RowStage, describe_differences, read_skipped_rows, read_stage_record
 from captions.translation_tables import (
     TABLE_COLUMNS,
-    check_table_rows,
+    check_rows_match_sentences,
     describe_untranslated,
     read_table,
     read_translation_table,
@@ -122,7 +122,7 @@ class FileFlags:
 
     def sentences(self, stage: RowStage) -> list[str]:
         """Return the distinct captions of all rows, in the order in which the translation table lists them."""
-        return list(distinct_sentences(self, stage.source, [range(len(stage.source))]))
+        return list(iter_distinct_captions(self, stage.source, [range(len(stage.source))]))
 
     def check_source_rows(self, stage: RowStage) -> list[str]:
         """Return the distinct captions of the dataset, after a check that the translation table has the same sentences.
@@ -132,7 +132,7 @@ class FileFlags:
         self.check_table()
         sentences, source_digest = self.sentences(stage), stage.record["source"]["fingerprint"]
         try:
-            check_table_rows(self.import_file, sentences)
+            check_rows_match_sentences(self.import_file, sentences)
         except ValueError as error:
             table_digest = read_table(self.import_file)[0]["id"]
             if not table_digest or table_digest == source_digest:
@@ -168,9 +168,14 @@ class FileFlags:
         }
         record = recorded | {"settings": recorded["settings"] | table}
         if describe_differences(record, stage.record | current):
-            return None  # `claim_folder` will raise an error that names the differences
+            return None  # `write_or_check_stage_record` will raise an error that names the differences
         translations = read_translation_table(self.import_file, self.check_source_rows(stage))
-        columns, rows, parts, written = translated_columns(stage.features, stage.source.display_name, self), [], [], 0
+        columns, rows, parts, written = (
+            map_columns_to_translations(stage.features, stage.source.display_name, self),
+            [],
+            [],
+            0,
+        )
         new_columns = [*columns.values(), f"quality-{self.language}"]
         for part in split_rows(len(stage.source), self.rows_per_part):
             path, count_before = stage.path(part), len(rows)
@@ -179,7 +184,8 @@ class FileFlags:
                     pq.read_table(path, columns=[*columns, *new_columns]).to_pylist(), written
                 ):
                     if any(
-                        row[name] != value for name, value in translate_row(self, row, columns, translations).items()
+                        row[name] != value
+                        for name, value in build_translated_columns(self, row, columns, translations).items()
                     ):
                         rows.append(number)
                 if len(rows) > count_before:

@@ -21,7 +21,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 
 from capivara_common.cli import flag
 from capivara_common.environment import install_command, resolve_device
-from capivara_common.hub_cache import check_reachable
+from capivara_common.hub_cache import check_model_reachable
 from captions.languages import find_language_code
 from captions.stages import RowStage
 from captions.translators.base import Translator, translate_in_pieces
@@ -149,7 +149,7 @@ class Seq2SeqTranslator(Translator):
         self.fingerprint = {
             "backend": "transformers",
             "model": Path(name).name if Path(name).is_dir() else name,
-            "revision": _resolve_revision(name, model),
+            "revision": _get_commit_or_folder_digest(name, model),
             "source": getattr(tokenizer, "src_lang", None) or source_language,
             "target": self.code,
             "source_prefix": None,  # a key of earlier versions; it keeps existing translation memories valid
@@ -267,7 +267,7 @@ def _load_model(name: str, revision: str | None, precision: str) -> tuple[PreTra
         ImportError: If the tokenizer needs a package that is not installed.
     """
     try:
-        check_reachable(name, revision=revision)
+        check_model_reachable(name, revision=revision)
         with wrap_tokenizer_errors("its tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         load_config(name, revision=revision)
@@ -280,7 +280,7 @@ def _load_model(name: str, revision: str | None, precision: str) -> tuple[PreTra
         raise ValueError(f"{name} can't be loaded as a translation model: {reason}") from error
 
 
-def _resolve_revision(name: str, model: PreTrainedModel) -> str:
+def _get_commit_or_folder_digest(name: str, model: PreTrainedModel) -> str:
     """Return a text that identifies the weights of a model, for its fingerprint.
 
     Args:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from capivara_common.files import read_json
-from eval.records.schema import DIRECTIONS
+from eval.records.result_files import DIRECTIONS
 
 BENCHMARKS_FOLDER = Path(__file__).resolve().parent
 # Classes of models that CAPIVARA's published results apply to: this project's class, and open_clip's class for the same
@@ -128,7 +128,7 @@ def find_published_name(name: str, role: str, model_class: str, loss: str) -> st
     return role if (model_class in CAPIVARA_CLASSES and loss == "contrastive") else None
 
 
-def get_published_base(pair: dict[str, Any]) -> tuple[float, str] | None:
+def get_published_baseline_result(pair: dict[str, Any]) -> tuple[float, str] | None:
     """Return the published result of the baseline model in a pair of results.
 
     Args:
@@ -162,7 +162,7 @@ def read_benchmark(path: Path) -> Benchmark:
         raise ValueError(f"{path.name} is not a valid benchmark file: {error}.") from error
 
 
-def locate_data(benchmark: Benchmark, folder: Path | None) -> dict[str, Any]:
+def find_local_or_hub_data(benchmark: Benchmark, folder: Path | None) -> dict[str, Any]:
     """Find the data of a benchmark: first in a local folder, then on the Hub.
 
     Args:

@@ -32,7 +32,7 @@ SCORES_FEATURE = datasets.Sequence(SCORE_FEATURE)
 LABELS_FEATURE = datasets.Sequence(LABEL_FEATURE)
 
 
-def _recall_at_k(scores: Tensor, relevant_items: list[list[int]], k: int = 1) -> float:
+def _compute_recall_from_scores(scores: Tensor, relevant_items: list[list[int]], k: int = 1) -> float:
     """Compute recall@k from scores.
 
     Args:
@@ -66,7 +66,7 @@ BINARY_INPUTS = (
 K_DESCRIPTION = " k: number of highest-scored items or classes that count, by default 1."
 # Name -> (function, feature of a row of predictions, feature of a row of references, description of both).
 METRIC_DEFINITIONS = {
-    "recall_at_k": (_recall_at_k, SCORES_FEATURE, LABELS_FEATURE, RETRIEVAL_INPUTS + K_DESCRIPTION),
+    "recall_at_k": (_compute_recall_from_scores, SCORES_FEATURE, LABELS_FEATURE, RETRIEVAL_INPUTS + K_DESCRIPTION),
     "mean_recall": (
         lambda scores, relevant_items: mean_recall(ranks_from_scores(scores, relevant_items)),
         SCORES_FEATURE,

@@ -23,7 +23,8 @@ from sklearn.metrics import precision_recall_curve, roc_auc_score
 from torch import Tensor
 
 RECALL_CUTOFFS = (1, 5, 10)  # values of k; CAPIVARA (arXiv 2310.13683) reports the mean of these three recall@k
-# Scores that `retrieval_ranks` computes at a time: 16 MiB in float32, which the allocator reuses for the next block.
+# Scores that `compute_ranks_from_embeddings` computes at a time: 16 MiB in float32, which the allocator reuses for the
+# next block.
 BLOCK_SCORES = 2**22
 # Largest score matrix that `cross_modal_ranks` stores: 512 MiB in float32. A larger one is computed once per direction.
 MAX_STORED_SCORES = 2**27
@@ -32,7 +33,7 @@ COMPARISON_BLOCK_SCORES = 2**20  # stored scores compared at a time: 4 MiB in fl
 MIN_BLOCK_QUERIES = 32
 
 
-def ranks_from_mask(scores: Tensor, is_relevant: Tensor) -> Tensor:
+def compute_ranks_with_mask(scores: Tensor, is_relevant: Tensor) -> Tensor:
     """Return the rank of each query's best relevant item.
 
     The rank is the number of wrong items that score at least as high as the best relevant item, so a tie counts against
@@ -51,8 +52,10 @@ def ranks_from_mask(scores: Tensor, is_relevant: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def retrieval_ranks(query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor) -> Tensor:
-    """Return the rank of each query's best relevant item (see `ranks_from_mask`), computed from embeddings.
+def compute_ranks_from_embeddings(
+    query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor
+) -> Tensor:
+    """Return the rank of each query's best relevant item (see `compute_ranks_with_mask`), computed from embeddings.
 
     Works in blocks of queries, so that the whole score matrix is never in memory.
 
@@ -68,11 +71,11 @@ def retrieval_ranks(query_embeds: Tensor, item_embeds: Tensor, query_groups: Ten
     Raises:
         ValueError: If a query has no relevant item, or if an embedding is not finite.
     """
-    _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
+    _check_embeddings_and_groups(query_embeds, item_embeds, query_groups, item_groups)
     block_size = max(MIN_BLOCK_QUERIES, BLOCK_SCORES // len(item_embeds))
     blocks = zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True)
     return torch.cat(
-        [ranks_from_mask(queries @ item_embeds.T, groups[:, None] == item_groups) for queries, groups in blocks]
+        [compute_ranks_with_mask(queries @ item_embeds.T, groups[:, None] == item_groups) for queries, groups in blocks]
     )
 
 
@@ -82,7 +85,7 @@ def cross_modal_ranks(
 ) -> tuple[Tensor, Tensor]:
     """Return the ranks of both directions: queries among items, and items among queries.
 
-    Equals two calls of `retrieval_ranks`, but computes the score matrix only once if it fits into memory.
+    Equals two calls of `compute_ranks_from_embeddings`, but computes the score matrix only once if it fits into memory.
 
     Args:
         query_embeds: Unit-length embeddings (queries, width), for example of texts.
@@ -101,9 +104,9 @@ def cross_modal_ranks(
     forward = query_embeds, item_embeds, query_groups, item_groups
     backward = item_embeds, query_embeds, item_groups, query_groups
     if len(query_embeds) * len(item_embeds) > MAX_STORED_SCORES:
-        return retrieval_ranks(*forward), retrieval_ranks(*backward)
-    _check_embeddings(*forward)
-    _check_embeddings(*backward)
+        return compute_ranks_from_embeddings(*forward), compute_ranks_from_embeddings(*backward)
+    _check_embeddings_and_groups(*forward)
+    _check_embeddings_and_groups(*backward)
     scores, block_size = query_embeds @ item_embeds.T, max(1, COMPARISON_BLOCK_SCORES // len(item_embeds))
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
@@ -114,15 +117,18 @@ def cross_modal_ranks(
         for block, groups in zip(scores.split(block_size), query_groups.split(block_size), strict=True):
             yield block, groups[:, None] == item_groups
 
-    query_ranks = torch.cat([ranks_from_mask(block, relevant) for block, relevant in blocks()])
+    query_ranks = torch.cat([compute_ranks_with_mask(block, relevant) for block, relevant in blocks()])
     # The items' ranks need columns of the matrix. Reading columns is slow, so two passes over blocks of rows do what
-    # `ranks_from_mask` does: the first finds each item's best relevant score, the second counts what reaches it.
+    # `compute_ranks_with_mask` does: the first finds each item's best relevant score, the second counts what reaches
+    # it.
     best_of_blocks = [block.masked_fill(~relevant, -torch.inf).amax(dim=0) for block, relevant in blocks()]
     best = torch.stack(best_of_blocks).amax(dim=0)
     return query_ranks, sum(((block >= best) & ~relevant).sum(dim=0) for block, relevant in blocks())
 
 
-def _check_embeddings(query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor) -> None:
+def _check_embeddings_and_groups(
+    query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor
+) -> None:
     """Raise ValueError if an embedding is NaN or infinite, or if the group of a query has no item."""
     for name, embeds in (("query", query_embeds), ("item", item_embeds)):
         # aminmax propagates NaN and, unlike isfinite on all elements, allocates no mask.
@@ -158,7 +164,7 @@ def recall_at_k(ranks: Tensor, k: int) -> float:
         >>> recall_at_k(ranks, k=1), recall_at_k(ranks, k=5)
         (0.25, 0.75)
     """
-    return hits_at_k(ranks, k).mean().item()
+    return compute_hits_per_query(ranks, k).mean().item()
 
 
 def mean_recall(ranks: Tensor) -> float:
@@ -173,7 +179,7 @@ def mean_recall(ranks: Tensor) -> float:
     return mean_hits(ranks).mean().item()
 
 
-def hits_at_k(ranks: Tensor, k: int) -> Tensor:
+def compute_hits_per_query(ranks: Tensor, k: int) -> Tensor:
     """Return for each query whether a relevant item is among its k highest-scored items.
 
     Args:
@@ -194,7 +200,7 @@ def hits_at_k(ranks: Tensor, k: int) -> Tensor:
 
 
 def mean_hits(ranks: Tensor) -> Tensor:
-    """Return the contribution of each query to the mean recall: the mean of `hits_at_k` for k = 1, 5 and 10.
+    """Return what each query adds to the mean recall: the mean of `compute_hits_per_query` for k = 1, 5 and 10.
 
     Args:
         ranks: Rank of each query's best relevant item (queries,), from 0.
@@ -202,7 +208,7 @@ def mean_hits(ranks: Tensor) -> Tensor:
     Returns:
         Values from 0 to 1, (queries,), float64.
     """
-    return torch.stack([hits_at_k(ranks, k) for k in RECALL_CUTOFFS]).mean(dim=0)
+    return torch.stack([compute_hits_per_query(ranks, k) for k in RECALL_CUTOFFS]).mean(dim=0)
 
 
 def chance_recall(query_groups: Tensor, item_groups: Tensor, k: int) -> float:
@@ -266,7 +272,7 @@ def paired_bootstrap(
 
 
 def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -> Tensor:
-    """Return the rank of each query's best relevant item (see `ranks_from_mask`), computed from scores.
+    """Return the rank of each query's best relevant item (see `compute_ranks_with_mask`), computed from scores.
 
     Args:
         scores: Similarities (queries, items), finite.
@@ -289,7 +295,7 @@ def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -
         if not all(0 <= item < scores.shape[1] for item in items):
             raise ValueError(f"Items must be from 0 to {scores.shape[1] - 1}, got {list(items)} for query {query}.")
         is_relevant[query, list(items)] = True
-    return ranks_from_mask(scores, is_relevant)
+    return compute_ranks_with_mask(scores, is_relevant)
 
 
 def median_rank(ranks: Tensor) -> float:
@@ -317,7 +323,7 @@ def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     Raises:
         ValueError: If a score is not finite, a label is out of range, or k is not from 1 to the number of classes.
     """
-    ranks = _class_ranks(scores, labels)
+    ranks = _compute_true_class_ranks(scores, labels)
     if k > scores.shape[1]:
         raise ValueError(f"k must be at most the number of classes, {scores.shape[1]}, got {k}.")
     return recall_at_k(ranks, k)
@@ -367,7 +373,7 @@ def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Counts (classes, classes), int64: rows are right classes, columns are predicted classes.
     """
-    ranks, classes = _class_ranks(scores, labels), scores.shape[1]
+    ranks, classes = _compute_true_class_ranks(scores, labels), scores.shape[1]
     floating = scores.to(torch.promote_types(scores.dtype, torch.float))  # integers can't be set to -inf
     best_wrong = floating.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
     predicted = torch.where(ranks == 0, labels, best_wrong)
@@ -426,7 +432,7 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
     return float(roc_auc_score(positives.numpy(), scores.numpy()))
 
 
-def _class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+def _compute_true_class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the rank of each image's right class: the number of wrong classes that score at least as high.
 
     Args:

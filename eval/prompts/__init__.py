@@ -84,7 +84,7 @@ def load_prompts(
     if benchmark.endswith(".json"):
         if protocol != "ours":
             raise ValueError(f"{benchmark} has its own prompts, so protocol must be ours, got {protocol!r}.")
-        prompts = _load_classes_file(Path(benchmark))
+        prompts = _load_own_prompts(Path(benchmark))
     elif benchmark in list_benchmarks():
         prompts = _build_prompts(benchmark, "ours", read_json(PROMPTS_FOLDER / "pt" / f"{benchmark}.json"))
     else:
@@ -135,7 +135,7 @@ def fill_template(template: str, class_entry: dict, language: str = "pt") -> str
     return re.sub(r"\{([^{}]*)\}", lambda match: forms[match[1]], template)
 
 
-def _load_classes_file(path: Path) -> Prompts:
+def _load_own_prompts(path: Path) -> Prompts:
     """Load prompts from a JSON file with a user's own classes and templates, see `CLASSES_FILE_EXAMPLE`.
 
     Raises:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from capivara_common.files import read_json, write_bytes
 from capivara_common.image_files import BadImage
-from eval.records.schema import ROLE_NAMES
-from eval.records.tables import to_one_line
+from eval.records.result_files import ROLE_NAMES
+from eval.records.tables import sanitize_and_shorten_text
 
 matplotlib.use("Agg")  # draws into files, so that no screen is needed
 
@@ -169,7 +169,7 @@ def plot_gallery(
                 for column, (image, is_relevant) in enumerate(images):
                     axis = figure.add_subplot(grid[number, block * (columns + 1) + column])
                     if isinstance(image, str):
-                        text = textwrap.fill(to_one_line(image, 60), 14)
+                        text = textwrap.fill(sanitize_and_shorten_text(image, 60), 14)
                         axis.text(3.5, 3.5, text, ha="center", va="center", fontsize=7, parse_math=False)
                         image = Image.new("RGB", (8, 8), "#e5e7eb")
                     axis.imshow(image)
@@ -254,7 +254,8 @@ def plot_retrieval_sheet(
             best = scores.argsort(descending=True, stable=True)[:IMAGES_PER_QUERY].tolist()
             if not is_comparison and relevant not in best:
                 best.append(relevant)
-            title = f"“{to_one_line(queries[query], 40)}”   {labels['rank'].format(rank=int(ranks[role][query]) + 1)}"
+            rank_label = labels["rank"].format(rank=int(ranks[role][query]) + 1)
+            title = f"“{sanitize_and_shorten_text(queries[query], 40)}”   {rank_label}"
             title += f" ({labels[kind]})" if kind and role == "capivara" else ""
             images = []
             for index in best:

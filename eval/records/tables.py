@@ -17,8 +17,8 @@ import jinja2
 import pandas
 
 from capivara_common.files import write_text
-from capivara_common.privacy import hide_paths
-from eval.records.schema import DIRECTIONS, RANK_METRICS, ROLE_NAMES, Condition, Record, ResultFile
+from capivara_common.privacy import shorten_private_paths
+from eval.records.result_files import DIRECTIONS, RANK_METRICS, ROLE_NAMES, Condition, Record, ResultFile
 
 # Control characters, marks that change the direction of text, and private-use characters.
 CONTROL_CHARACTERS_RE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ue000-\uf8ff]")
@@ -59,7 +59,7 @@ def build_records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
     return pandas.DataFrame(rows, dtype=object).astype({"value": float, "chance": float, "n": float})
 
 
-def average_recalls(recalls: Sequence[Record]) -> Record:
+def build_mean_recall_record(recalls: Sequence[Record]) -> Record:
     """Compute the record of the mean recall.
 
     Args:
@@ -95,7 +95,7 @@ def get_folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None
         folder = PurePosixPath(file_name).parent
         if folder.parent.name == f"seed-{seed}":  # the file is in RUNS/seed-N/results, next to the runs of other seeds
             folder = folder.parent.parent
-    return "this run" if str(folder) == "." else hide_paths(folder.as_posix()), seed
+    return "this run" if str(folder) == "." else shorten_private_paths(folder.as_posix()), seed
 
 
 def find_conflicts(
@@ -245,7 +245,7 @@ def _make_pair(baseline: Any | None, model: Any | None, gain: float | None) -> d
     }
 
 
-def format_percent(values: Sequence[float]) -> str:
+def format_percent_over_seeds(values: Sequence[float]) -> str:
     """Format fractions, such as recalls, in percent.
 
     Args:
@@ -260,7 +260,7 @@ def format_percent(values: Sequence[float]) -> str:
     return f"{shares.mean():.1f}" if len(shares) == 1 else f"{shares.mean():.1f} ± {shares.std():.1f}"
 
 
-def format_points(difference: float | None, is_rank: bool = False) -> str:
+def format_signed_difference(difference: float | None, is_rank: bool = False) -> str:
     """Format a difference with its sign, such as "+1.2".
 
     Args:
@@ -276,7 +276,7 @@ def format_points(difference: float | None, is_rank: bool = False) -> str:
     return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
 
 
-def to_one_line(text: str, limit: int) -> str:
+def sanitize_and_shorten_text(text: str, limit: int) -> str:
     """Shorten untrusted text to one line. Removes control characters and marks that change the direction of text.
 
     Args:
@@ -310,7 +310,9 @@ def escape_markdown(text: str, limit: int = 300) -> str:
         text: The text.
         limit: Largest number of characters before escaping; a longer text ends with "…".
     """
-    text = "".join("\\" + letter if letter in MARKDOWN_CHARACTERS else letter for letter in to_one_line(text, limit))
+    text = "".join(
+        "\\" + letter if letter in MARKDOWN_CHARACTERS else letter for letter in sanitize_and_shorten_text(text, limit)
+    )
     # At the start of a line, these marks would make a list or a heading.
     return re.sub(r"^([-+=])|^(\d+)(?=[.)])", lambda match: f"\\{match[1]}" if match[1] else f"{match[2]}\\", text)
 
@@ -343,7 +345,7 @@ def render_retrieval_table(records: Sequence[Record]) -> str:
             if not group.empty:
                 cells = group.groupby(["direction", "metric"])[column].agg(list).to_dict()
                 keys = [(direction, metric) for direction in DIRECTIONS for metric in TABLE_METRICS]
-                rows.append([title, name, *(format_percent(cells.get(key, [])) for key in keys)])
+                rows.append([title, name, *(format_percent_over_seeds(cells.get(key, [])) for key in keys)])
     lines = [*(f"| {' | '.join(cells)} |" for cells in rows), ""]
     for record in records:
         if record.is_gain:

@@ -19,7 +19,7 @@ from capivara_common.files import atomic_folder, write_text
 from captions.build import BuildArguments, ManualStepRequired, build_dataset, read_build_plan
 from captions.select import REPORT_PAGE
 from captions.translation_tables import escape_cell, unescape_cell
-from examples.openmoji.dataset import load_dataset_with_images
+from examples.openmoji.dataset import load_self_contained_dataset
 
 
 @dataclass
@@ -45,7 +45,7 @@ def build_openmoji_captions(args: OpenMojiCaptionsArguments) -> Path:
     if not (args.source / "dataset_dict.json").is_file():
         raise ValueError(f"{args.source} is not a dataset. Make it first: python -m examples.openmoji.prepare")
     plan = read_build_plan(args.config)
-    source = load_dataset_with_images(args.source)
+    source = load_self_contained_dataset(args.source)
     english = Path(next(iter(plan.steps.values()))[0].dataset)
     if not english.exists():
         with atomic_folder(english) as folder:
@@ -56,11 +56,13 @@ def build_openmoji_captions(args: OpenMojiCaptionsArguments) -> Path:
     try:
         return build_dataset(BuildArguments(args.config))
     except ManualStepRequired:
-        fill_tables([step.import_file for step in plan.all_steps() if getattr(step, "import_file", None)], source)
+        fill_translation_tables(
+            [step.import_file for step in plan.all_steps() if getattr(step, "import_file", None)], source
+        )
     return build_dataset(BuildArguments(args.config))
 
 
-def fill_tables(tables: list[Path], source: DatasetDict) -> None:
+def fill_translation_tables(tables: list[Path], source: DatasetDict) -> None:
     """Fill the last column of translation tables with the Portuguese names of the same emoji.
 
     Args:

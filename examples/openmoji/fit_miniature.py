@@ -27,12 +27,12 @@ from torch.nn import functional as F
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import package_versions
 from capivara_common.files import write_bytes
-from capivara_search.miniature_encoders import load_efficientnet_weights
+from capivara_search.miniature_encoders import load_efficientnet_tensors
 from eval.prompts import load_prompts
-from examples.openmoji.dataset import load_dataset_with_images
+from examples.openmoji.dataset import load_self_contained_dataset
 from examples.openmoji.prepare import (
     bidirectional_recall,
-    compute_pooled_features,
+    compute_pooled_image_features,
     fit_ridge_projections,
     join_encoders,
 )
@@ -56,7 +56,7 @@ class MiniatureArguments:
     output: Path = flag(Path("capivara_search/miniature.safetensors"), "File to write.")
 
 
-def make_class_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:
+def synthesize_image_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:
     """Synthesize an image feature for each class of a classifier from the classifier's weights.
 
     The feature of a class is the mean of real features, moved in the direction of the class's weights.
@@ -82,8 +82,8 @@ class Candidate(NamedTuple):
     Attributes:
         photo_recall: Mean recall on captioned photographs, from 0 to 1.
         validation_recall: Mean recall on OpenMoji's validation concepts, from 0 to 1.
-        reach: Distance of the synthesized class features from the mean feature (see `make_class_features`). None if no
-            class features were used.
+        reach: Distance of the synthesized class features from the mean feature (see `synthesize_image_features`). None
+            if no class features were used.
         visual: Weights of the image projection, (text width, image width).
         text: Weights of the text projection, (text width, text width).
     """
@@ -115,21 +115,21 @@ def fit_miniature(args: MiniatureArguments) -> dict[str, Tensor]:
     def recall(images: Tensor, texts: Tensor) -> float:
         return bidirectional_recall(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
 
-    data, photos = load_dataset_with_images(args.dataset), load_photographs()
-    train = compute_pooled_features(model, processor, data["train"])
-    validation = compute_pooled_features(model, processor, data["validation"])
-    photo_features = compute_pooled_features(model, processor, photos)
+    data, photos = load_self_contained_dataset(args.dataset), load_photographs()
+    train = compute_pooled_image_features(model, processor, data["train"])
+    validation = compute_pooled_image_features(model, processor, data["validation"])
+    photo_features = compute_pooled_image_features(model, processor, photos)
     train_texts = embed([captions[0] for captions in data["train"]["captions-en"]])
     validation_texts = embed([captions[0] for captions in data["validation"]["captions-en"]])
     photo_texts = [
         embed([captions[i] for captions in photos[f"captions-{code}"]]) for code in ("en", "pt") for i in (0, 1)
     ]
-    weights, class_names = load_efficientnet_weights()[-2], embed(load_prompts("imagenet-1k").english_names)
+    weights, class_names = load_efficientnet_tensors()[-2], embed(load_prompts("imagenet-1k").english_names)
 
     def fit(reach: float | None) -> Candidate:  # None: without ImageNet's classes
         inputs, targets = [train], [train_texts]
         if reach is not None:
-            inputs.append(make_class_features(train, weights, reach))
+            inputs.append(synthesize_image_features(train, weights, reach))
             targets.append(class_names)
         visual, text = fit_ridge_projections(torch.cat(inputs), torch.cat(targets))
         validation_recall = recall(validation @ visual.T, validation_texts @ text.T)

@@ -25,10 +25,10 @@ import train_accelerate
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import describe_device, package_versions
 from capivara_common.files import atomic_folder, read_json, write_json, write_text
-from eval.records.schema import read_records
-from examples.openmoji.concepts import EmojiPicture, load_concepts, load_names, split_concepts
-from examples.openmoji.dataset import load_dataset_with_images, render_splits
-from examples.openmoji.prepare import build_base
+from eval.records.result_files import read_records
+from examples.openmoji.concepts import EmojiPicture, load_emoji_by_concept, load_names, split_concepts
+from examples.openmoji.dataset import load_self_contained_dataset, render_splits
+from examples.openmoji.prepare import train_and_save_base_model
 
 # Languages of the package emoji besides English, with their names in English.
 LANGUAGES = {
@@ -102,7 +102,7 @@ def prepare_embeddings(work: Path) -> tuple[Path, Path]:
     """
     dataset, base, embedded = work / "dataset", work / "base", work / "embedded"
     if not (dataset / "dataset_dict.json").is_file():
-        splits = split_concepts(load_concepts([*LANGUAGES]))
+        splits = split_concepts(load_emoji_by_concept([*LANGUAGES]))
         data = add_names(splits, render_splits(splits))
         with atomic_folder(dataset) as folder:
             data.save_to_disk(folder)
@@ -110,7 +110,7 @@ def prepare_embeddings(work: Path) -> tuple[Path, Path]:
     if not (base / "config.json").is_file():
         logger.info("Preparing the base model in %s (once): it takes about ten minutes.", base)
         with atomic_folder(base) as folder:
-            build_base(load_dataset_with_images(dataset), folder, "contrastive", [*LANGUAGES])
+            train_and_save_base_model(load_self_contained_dataset(dataset), folder, "contrastive", [*LANGUAGES])
     paths = {"model": base, "dataset": dataset, "output": embedded}
     captions.embed.main([f"--{name}={path}" for name, path in paths.items()] + ["--split=all", "--device=cpu"])
     return base, embedded
@@ -127,7 +127,8 @@ def train_language(code: str, args: LanguagesArguments, base: Path, embedded: Pa
 
     Returns:
         "name": English name of the language. "seconds": duration of training and evaluation. "records": measured mean
-        recalls and gains of base and trained model, for the language and for English, as in `eval.records.schema`.
+        recalls and gains of base and trained model, for the language and for English, as in
+        `eval.records.result_files`.
     """
     folder = args.work / "runs" / code
     if not (folder / "run.json").is_file():

@@ -27,17 +27,17 @@ from torch.nn import functional as F
 from tqdm.auto import trange
 
 from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_common.environment import cache_home, require_packages, resolve_precision
+from capivara_common.environment import cache_home, require_packages, resolve_mixed_precision
 from capivara_common.files import atomic_folder, read_json, write_json, write_text
-from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
-from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
-from examples.openmoji.dataset import build_dataset, load_dataset_with_images, save_dataset
+from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_e5_and_tokenizer, load_efficientnet_backbone
+from eval.capivara_metrics.metrics import compute_ranks_from_embeddings, mean_recall
+from examples.openmoji.dataset import build_dataset, load_self_contained_dataset, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.trim_vocabulary import select_token_ids, trim_tokenizer
-from modeling_capivara.two_towers import embed_texts, split_for_device, uses_sigmoid_loss
-from training.batches import batch_indices, make_micro_batches, sample_captions
+from modeling_capivara.two_towers import embed_texts, move_to_device_in_chunks, uses_sigmoid_loss
+from training.batches import batch_indices, sample_captions, tokenize_into_micro_batches
 from training.trainable import clamp_logit_scale
-from training.whole_batch import cached_word_rows
+from training.whole_batch import cache_token_embeddings
 
 # Hyperparameters. They were chosen by the recall of English captions on the validation concepts, without the test
 # split.
@@ -108,7 +108,7 @@ class PrepareArguments:
             self.model = Path("data/openmoji", "base-sigmoid" if self.loss == "sigmoid" else "base")
 
 
-def prepare_base(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
+def prepare_dataset_and_base(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
     """Build the OpenMoji dataset and the demo's base model if they do not exist yet.
 
     If an error occurs, the folder that was being built is not created, so a folder is never incomplete.
@@ -134,10 +134,10 @@ def prepare_base(dataset_dir: Path, model_dir: Path | None, loss: str = "contras
                 f"{model_dir} has no base model (config.json is missing). Remove this folder or give another one."
             )
         with atomic_folder(model_dir) as folder:
-            build_base(load_dataset_with_images(dataset_dir), folder, loss)
+            train_and_save_base_model(load_self_contained_dataset(dataset_dir), folder, loss)
 
 
-def build_base(dataset: DatasetDict, folder: Path, loss: str, languages: Sequence[str] = ()) -> None:
+def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, languages: Sequence[str] = ()) -> None:
     """Build the base model: align two pretrained encoders on English captions, and save the result.
 
     The model, its processor, the training curve (alignment.json) and a model card (README.md) are saved.
@@ -151,7 +151,9 @@ def build_base(dataset: DatasetDict, folder: Path, loss: str, languages: Sequenc
     torch.manual_seed(SEED)
     model, processor = trim_to_dataset(dataset, *join_encoders(**LOSS_CONFIGS[loss]), languages)
     captions = dataset["train"]["captions-en"][:]
-    features = {name: compute_pooled_features(model, processor, dataset[name]) for name in ("train", "validation")}
+    features = {
+        name: compute_pooled_image_features(model, processor, dataset[name]) for name in ("train", "validation")
+    }
     initialize_projections(model, processor, features["train"], [texts[0] for texts in captions])
     curve = align_towers(model, processor, dataset, features)
     model.save_pretrained(folder)
@@ -171,7 +173,7 @@ def join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
     Returns:
         The model and the processor for it.
     """
-    image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
+    image_encoder, (text_encoder, tokenizer) = load_efficientnet_backbone(), load_e5_and_tokenizer()
     processor = CapivaraProcessor(CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD), tokenizer)
     width = text_encoder.config.hidden_size
     towers = {"vision_config": image_encoder.config, "text_config": text_encoder.config}
@@ -238,7 +240,7 @@ def select_vocabulary_ids(
 
 
 @torch.no_grad()
-def compute_pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split: Dataset) -> Tensor:
+def compute_pooled_image_features(model: CapivaraModel, processor: CapivaraProcessor, split: Dataset) -> Tensor:
     """Compute the image features of a dataset split: the pooled outputs of the image tower, before the projection.
 
     Args:
@@ -253,7 +255,7 @@ def compute_pooled_features(model: CapivaraModel, processor: CapivaraProcessor, 
     features = []
     for start in trange(0, len(split), IMAGE_BATCH_SIZE, desc="Features", unit="batch"):
         images = split[start : start + IMAGE_BATCH_SIZE]["image"]
-        parts = split_for_device(processor(images=images, return_tensors="pt")["pixel_values"], model.device)
+        parts = move_to_device_in_chunks(processor(images=images, return_tensors="pt")["pixel_values"], model.device)
         features += [model.vision_model(pixel_values=part).pooler_output for part in parts]
     return torch.cat(features)
 
@@ -290,8 +292,8 @@ def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tens
         text width).
     """
     scale = features.std(dim=0) + 1e-3
-    without_text_mean = _direction_removal(texts.mean(dim=0))
-    without_image_mean = _direction_removal((features / scale).mean(dim=0))
+    without_text_mean = _build_direction_removal_matrix(texts.mean(dim=0))
+    without_image_mean = _build_direction_removal_matrix((features / scale).mean(dim=0))
     inputs = features / scale @ without_image_mean  # (images, image width)
     targets = F.normalize(texts @ without_text_mean, dim=-1)  # (images, text width)
     penalty = RIDGE_PENALTY * len(inputs) * torch.eye(inputs.shape[1])
@@ -320,7 +322,7 @@ def align_towers(
         RuntimeError: If the validation recall is still rising after `MAX_STEPS` steps.
     """
     noise = FEATURE_NOISE * features["train"].std(dim=0)
-    optimizer, warmup = _build_optimizer(model)
+    optimizer, warmup = _build_optimizer_and_scheduler(model)
     captions, bar = dataset["train"]["captions-en"], trange(MAX_STEPS, desc="Aligning on English", unit="step")
     curve, loss, best = [], None, {}
     for step in bar:
@@ -344,7 +346,9 @@ def align_towers(
     return curve
 
 
-def _build_optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _build_optimizer_and_scheduler(
+    model: CapivaraModel,
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Build the optimizer and the learning rate scheduler for the alignment of the two encoders.
 
     Args:
@@ -385,12 +389,14 @@ def align_step(
     model.vision_model.eval()
     torch.manual_seed(SEED * MAX_STEPS + step)
     rows = batch_indices(step, BATCH_SIZE, len(captions), SEED)
-    batches, order = make_micro_batches(processor, sample_captions(captions, rows, step, SEED), MICRO_BATCH_SIZE)
+    batches, order = tokenize_into_micro_batches(
+        processor, sample_captions(captions, rows, step, SEED), MICRO_BATCH_SIZE
+    )
     batch_features = features[torch.as_tensor(rows[order])]
     batch_features = batch_features + noise * torch.randn_like(batch_features)
     image_embeds = F.normalize(model.visual_projection(batch_features), dim=-1)
-    use_bf16 = resolve_precision("auto", model.device) == "bf16"
-    with cached_word_rows(model.get_input_embeddings(), [batch.input_ids for batch in batches]):
+    use_bf16 = resolve_mixed_precision("auto", model.device) == "bf16"
+    with cache_token_embeddings(model.get_input_embeddings(), [batch.input_ids for batch in batches]):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=use_bf16):
             text_embeds = torch.cat([model(b.input_ids, attention_mask=b.attention_mask).text_embeds for b in batches])
         loss = clip_loss(text_embeds, image_embeds, model.logit_scale, model.logit_bias)
@@ -432,10 +438,10 @@ def bidirectional_recall(images: Tensor, texts: Tensor) -> float:
     """
     rows = torch.arange(len(texts))
     directions = ((texts, images), (images, texts))
-    return sum(mean_recall(retrieval_ranks(*sides, rows, rows)) for sides in directions) / 2
+    return sum(mean_recall(compute_ranks_from_embeddings(*sides, rows, rows)) for sides in directions) / 2
 
 
-def _direction_removal(vector: Tensor) -> Tensor:
+def _build_direction_removal_matrix(vector: Tensor) -> Tensor:
     """Return the matrix that removes the direction of a vector from embeddings (orthogonal projection).
 
     Args:
@@ -456,7 +462,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(PrepareArguments, __doc__, argv)
-    prepare_base(args.dataset, args.model, args.loss)
+    prepare_dataset_and_base(args.dataset, args.model, args.loss)
     print(f"Dataset: {args.dataset}\nBase model: {args.model}")
 
 

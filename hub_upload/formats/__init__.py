@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.hub_cache import resolve_model_folder
 from capivara_common.image_encoder_digest import image_encoder_digest
-from capivara_common.privacy import hide_paths
+from capivara_common.privacy import shorten_private_paths
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.convert_open_clip import convert_to_folder
 from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
@@ -41,7 +41,7 @@ def max_text_tokens(processor: ProcessorMixin) -> int:
     return CONTEXT_LENGTH if isinstance(processor, CapivaraProcessor) else processor.tokenizer.model_max_length
 
 
-def resolve_base_folder(model: Path, base: str) -> Path:
+def resolve_compatible_base_folder(model: Path, base: str) -> Path:
     """Find the folder of the base model, and check that the base model has the same image encoder as the model.
 
     Args:
@@ -95,7 +95,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    settings = hide_paths(read_json(path)) | {"model_input_names": tokenizer.model_input_names}
+    settings = shorten_private_paths(read_json(path)) | {"model_input_names": tokenizer.model_input_names}
     for name in ("is_local", "local_files_only"):
         settings.pop(name, None)
     write_json(path, settings)

@@ -26,10 +26,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.model_kinds import KINDS
-from capivara_common.privacy import short_name
+from capivara_common.privacy import to_publishable_name
 from capivara_common.weight_file import find_weight_files
 from hub_upload import formats
-from hub_upload.card_values import HUB_LICENSES, MARKDOWN_TEMPLATES, select_code_examples, to_code, to_markdown
+from hub_upload.card_values import HUB_LICENSES, MARKDOWN_TEMPLATES, select_example_inputs, to_code, to_markdown
 from hub_upload.formats import max_text_tokens, onnx, open_clip
 from hub_upload.formats.open_clip import check_tensors, compute_tensor_digests, save_state_dict
 from modeling_capivara.convert_open_clip import (
@@ -40,8 +40,8 @@ from modeling_capivara.convert_open_clip import (
 )
 from modeling_capivara.loading import (
     WEIGHTS_FILE,
-    load_mapped_model,
-    load_mapped_tensors,
+    load_memory_mapped_model,
+    load_memory_mapped_tensors,
     load_processor,
     read_card_metadata,
 )
@@ -72,21 +72,21 @@ def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: st
         ValueError: If the image encoders of model and base differ, their text encoders are equal, or one of the two
             models is damaged.
     """
-    base_folder = formats.resolve_base_folder(source, base)
+    base_folder = formats.resolve_compatible_base_folder(source, base)
     if compute_tensor_digests(_load_text_tensors(source)) == compute_tensor_digests(_load_text_tensors(base_folder)):
         raise ValueError(f"The text encoders of {source} and {base} are bit-identical, so there is nothing to replace.")
-    model, processor = load_mapped_model(source, config), load_processor(source)
+    model, processor = load_memory_mapped_model(source, config), load_processor(source)
     is_capivara, length = KINDS[config.model_type].is_native, max_text_tokens(processor)
-    dense_folders = _write_text_tower(model, folder)
+    dense_folders = _write_text_encoder(model, folder)
     if is_capivara:
         _write_sentence_transformers(model, folder, dense_folders)
-    has_open_clip = _write_open_clip(model, source, base_folder, folder)
+    has_open_clip = _try_write_open_clip(model, source, base_folder, folder)
     _write_tokenizer(processor.tokenizer, folder, length, is_capivara)
     del model  # frees memory before the ONNX export loads the model
     onnx.write_onnx(folder, source, ["text_model"])
     metadata = {
-        "model": short_name(str(source)),
-        "base": short_name(base),
+        "model": to_publishable_name(str(source)),
+        "base": to_publishable_name(base),
         "image_digest": image_encoder_digest(source),
         "width": embedding_width(config),
         "distance": "cosine",
@@ -111,11 +111,11 @@ def _load_text_tensors(folder: Path) -> dict[str, Tensor]:
     Returns:
         Tensors by name.
     """
-    tensors = load_mapped_tensors(find_weight_files(folder))
+    tensors = load_memory_mapped_tensors(find_weight_files(folder))
     return {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_PREFIXES)}
 
 
-def _write_text_tower(model: PreTrainedModel, folder: Path) -> list[str]:
+def _write_text_encoder(model: PreTrainedModel, folder: Path) -> list[str]:
     """Write the text tower for transformers, and its projection as Dense modules of Sentence Transformers.
 
     Each linear layer of the projection is written to a separate subfolder, such as `2_Dense`.
@@ -131,7 +131,9 @@ def _write_text_tower(model: PreTrainedModel, folder: Path) -> list[str]:
         ValueError: If a written tensor differs from the model.
     """
     model.text_model.save_pretrained(folder)
-    written = {f"text_model.{name}": tensor for name, tensor in load_mapped_tensors([folder / WEIGHTS_FILE]).items()}
+    written = {
+        f"text_model.{name}": tensor for name, tensor in load_memory_mapped_tensors([folder / WEIGHTS_FILE]).items()
+    }
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = {name: layer for name, layer in layers.items() if name.startswith("text_projection")}
     dense_folders = [f"{number}_Dense" for number in range(2, 2 + len(layers))]
@@ -141,7 +143,7 @@ def _write_text_tower(model: PreTrainedModel, folder: Path) -> list[str]:
         settings["activation_function"] = OUTPUT_ACTIVATION if is_last else HIDDEN_ACTIVATION
         write_json(folder / dense_folder / "config.json", settings)
         save_state_dict({"linear.weight": layer.weight}, folder / dense_folder / WEIGHTS_FILE)
-        written[f"{name}.weight"] = load_mapped_tensors([folder / dense_folder / WEIGHTS_FILE])["linear.weight"]
+        written[f"{name}.weight"] = load_memory_mapped_tensors([folder / dense_folder / WEIGHTS_FILE])["linear.weight"]
     expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(TEXT_ENCODER_PREFIXES)}
     check_tensors(folder / WEIGHTS_FILE, written, compute_tensor_digests(expected))
     return dense_folders
@@ -155,7 +157,7 @@ def _write_sentence_transformers(model: PreTrainedModel, folder: Path, dense_fol
     Args:
         model: Whole model.
         folder: Folder to write to.
-        dense_folders: Subfolders with the layers of the text projection, from `_write_text_tower`.
+        dense_folders: Subfolders with the layers of the text projection, from `_write_text_encoder`.
     """
     modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
     pooling = {"word_embedding_dimension": model.config.text_config.hidden_size}
@@ -172,7 +174,7 @@ def _write_sentence_transformers(model: PreTrainedModel, folder: Path, dense_fol
     write_json(folder / "sentence_bert_config.json", settings)
 
 
-def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: Path) -> bool:
+def _try_write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: Path) -> bool:
     """Write the text encoder under open_clip's tensor names, for loading into the base model in open_clip.
 
     The written tensors are compared with the model.
@@ -188,7 +190,7 @@ def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: P
         and the base have different tensor names or shapes.
     """
     try:
-        load_mapped_model(base, model.config)  # raises ValueError if the base has other tensor names or shapes
+        load_memory_mapped_model(base, model.config)  # raises ValueError if the base has other tensor names or shapes
         has_hf_text = KINDS[model.config.model_type].open_clip_layout == "hf_text"
         if has_hf_text:
             to_open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
@@ -197,14 +199,14 @@ def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: P
             open_clip.check_siglip_supported(model.config)
             # Writes the whole model to a temporary folder, because the comparison with open_clip needs both towers.
             with TemporaryDirectory(dir=folder) as temporary:
-                state = open_clip.write_open_clip_siglip(source, Path(temporary), short_name(str(source)))
+                state = open_clip.write_open_clip_siglip(source, Path(temporary), to_publishable_name(str(source)))
     except (ValueError, ImportError) as error:
         logger.info("The format open_clip is skipped: %s", error)
         return False
     text_state = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
     save_state_dict(text_state, folder / OPEN_CLIP_TEXT_FILE)
     if has_hf_text:
-        written = to_capivara_state_dict(state | load_mapped_tensors([folder / OPEN_CLIP_TEXT_FILE]))
+        written = to_capivara_state_dict(state | load_memory_mapped_tensors([folder / OPEN_CLIP_TEXT_FILE]))
         check_tensors(folder / OPEN_CLIP_TEXT_FILE, written, compute_tensor_digests(model.state_dict()))
     return True
 
@@ -259,5 +261,5 @@ def _render_card(source: Path, folder: Path, metadata: dict[str, Any], repo_id: 
         **values,
         metadata=ModelCardData(pipeline_tag="feature-extraction", **card_data),
         repo_id=repo_id,
-        examples=select_code_examples(language, texts)["texts"],
+        examples=select_example_inputs(language, texts)["texts"],
     )

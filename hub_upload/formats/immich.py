@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from capivara_common.files import write_json
 from capivara_common.model_kinds import KINDS
-from hub_upload.formats import max_text_tokens, resolve_base_folder, write_tokenizer_json
+from hub_upload.formats import max_text_tokens, resolve_compatible_base_folder, write_tokenizer_json
 from hub_upload.formats.onnx import check_difference, export_graph, open_session, weights_file
 from modeling_capivara.convert_open_clip import to_preprocess_cfg
 from modeling_capivara.loading import load_model, load_processor
@@ -104,7 +104,7 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
             the outputs of a graph differ from the model's, or the image encoder differs from the base model's.
     """
     if base is not None:
-        resolve_base_folder(source, base)
+        resolve_compatible_base_folder(source, base)
     processor, is_capivara = load_processor(source), KINDS[config.model_type].is_native
     # These are the settings that Immich needs from config.json. The files that Immich publishes for SigLIP also contain
     # `"clean": "canonicalize"`, which makes Immich remove punctuation from texts. It is left out here, because the
@@ -114,13 +114,13 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
     ids = _write_tokenizer(processor, folder / "textual", is_capivara)
     model = load_model(source).eval()
     tower = ImmichTower(model, None if pads_to_max_length(processor) else processor.tokenizer.pad_token_id)
-    _write_tower_graph(tower, "text", ids, folder / "textual/model.onnx")
+    _write_and_check_graph(tower, "text", ids, folder / "textual/model.onnx")
     if base is None:
         steps = to_preprocess_cfg(processor.image_processor)
         pictures = [image.convert("RGB") for image in random_images()]
         pixels = processor(images=pictures, return_tensors="np")["pixel_values"]
         write_json(folder / "visual/preprocess_cfg.json", {"size": [*pixels.shape[2:]], "mode": "RGB", **steps})
-        _write_tower_graph(tower, "image", [image[None] for image in pixels], folder / "visual/model.onnx")
+        _write_and_check_graph(tower, "image", [image[None] for image in pixels], folder / "visual/model.onnx")
     name = find_immich_name(config)
     logger.info(
         "Copy the folder to clip/NAME in Immich's model cache. NAME must be a model in Immich's list with an embedding "
@@ -176,7 +176,7 @@ def _write_tokenizer(processor: ProcessorMixin, textual: Path, is_capivara: bool
     return ids
 
 
-def _write_tower_graph(tower: ImmichTower, input_name: str, examples: list[np.ndarray], path: Path) -> None:
+def _write_and_check_graph(tower: ImmichTower, input_name: str, examples: list[np.ndarray], path: Path) -> None:
     """Write a tower as an ONNX file that includes the weights, and compare its outputs with the outputs of the tower.
 
     Args:

@@ -160,7 +160,7 @@ def write_onnx(
             dynamic_shapes = {key: shapes[key] for key in inputs if key in shapes}
             export_graph(EmbeddingGraph(model, outputs), example_inputs, outputs, paths[-1], dynamic_shapes)
     del model  # frees memory before the graphs are loaded
-    measurements = {path.name: _measure_graph(path, batches, expected) for path in paths}
+    measurements = {path.name: _measure_size_and_accuracy(path, batches, expected) for path in paths}
     versions = {**package_versions(), **{name: version(name) for name in ONNX_PACKAGES}}
     write_json(
         onnx / "quantisation.json", {"method": QUANTIZATION_METHOD, "graphs": measurements, "versions": versions}
@@ -212,10 +212,10 @@ def export_graph(
             input_names=list(inputs), output_names=list(outputs),
         )  # fmt: skip
         program.save(path, external_data=True)
-    _strip_exporter_notes(path)
+    _strip_metadata_rename_weights(path)
 
 
-def _strip_exporter_notes(path: Path) -> None:
+def _strip_metadata_rename_weights(path: Path) -> None:
     """Remove the exporter's metadata from a graph file, and rename its weight file as transformers.js expects.
 
     The metadata must not be published, because it contains a stack trace of every operation, with paths of this
@@ -264,7 +264,9 @@ def _quantize_weights(source: Path, target: Path) -> None:
         onnx.save(quantizer.model.model, target, save_as_external_data=True, location=weights_file(target).name)
 
 
-def _measure_graph(path: Path, batches: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> dict[str, float]:
+def _measure_size_and_accuracy(
+    path: Path, batches: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]
+) -> dict[str, float]:
     """Measure the size of an ONNX graph, and how much the outputs of the graph differ from those of the model.
 
     Args:

@@ -30,8 +30,8 @@ from modeling_capivara.loading import (
     WEIGHTS_FILE,
     build_model_from_tensors,
     format_keys,
-    load_mapped_model,
-    load_mapped_tensors,
+    load_memory_mapped_model,
+    load_memory_mapped_tensors,
     load_model,
     load_processor,
 )
@@ -62,7 +62,7 @@ EMBEDDING_TOLERANCE = 1e-4  # largest allowed difference of a component of unit-
 logger = logging.getLogger("capivara")
 
 
-def write_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool) -> None:
+def write_config_and_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool) -> None:
     """Write configuration and weights for transformers, and optionally weights for open_clip.
 
     Each written tensor is compared with the model. The weights are memory-mapped, so that memory never holds more than
@@ -77,15 +77,15 @@ def write_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open
     Raises:
         ValueError: If a written tensor differs from the model.
     """
-    mapped = load_mapped_model(model, config)
+    mapped = load_memory_mapped_model(model, config)
     expected = compute_tensor_digests(mapped.state_dict())
     mapped.save_pretrained(folder)
     if with_open_clip:
         save_state_dict(to_open_clip_state_dict(mapped), folder / OPEN_CLIP_WEIGHTS_FILE)
     del mapped
-    check_tensors(folder / WEIGHTS_FILE, load_mapped_model(folder, config).state_dict(), expected)
+    check_tensors(folder / WEIGHTS_FILE, load_memory_mapped_model(folder, config).state_dict(), expected)
     if with_open_clip:
-        written = to_capivara_state_dict(load_mapped_tensors([folder / OPEN_CLIP_WEIGHTS_FILE]))
+        written = to_capivara_state_dict(load_memory_mapped_tensors([folder / OPEN_CLIP_WEIGHTS_FILE]))
         check_tensors(folder / OPEN_CLIP_WEIGHTS_FILE, written, expected)
         logger.info("transformers and open_clip: %d tensors compared, all equal.", len(written))
 
@@ -132,7 +132,7 @@ def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
         )
 
 
-def resolve_text_config(config: CapivaraConfig, text_config: str | None) -> str | None:
+def resolve_text_config_id(config: CapivaraConfig, text_config: str | None) -> str | None:
     """Choose the Hub id from which open_clip loads the configuration of the text tower, and check that it fits.
 
     Args:
@@ -184,7 +184,7 @@ def build_open_clip_config(
     Raises:
         ValueError: If open_clip can't represent the architecture, a tower or the preprocessing.
     """
-    source = resolve_text_config(config, text_config)
+    source = resolve_text_config_id(config, text_config)
     if source is None:
         vocabulary = f" (trimmed to {config.text_config.vocab_size:,} tokens)" if config.trimmed_vocabulary else ""
         logger.info(
@@ -375,12 +375,12 @@ def write_open_clip_siglip(source: Path, folder: Path, tokenizer_repository: str
     save_state_dict(state, folder / OPEN_CLIP_WEIGHTS_FILE)
     preprocess_cfg = to_preprocess_cfg(processor.image_processor)
     write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
-    _compare_embeddings(model, processor, folder)
+    _check_open_clip_embeddings(model, processor, folder)
     return state
 
 
 @torch.inference_mode()
-def _compare_embeddings(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
+def _check_open_clip_embeddings(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
     """Compare the embeddings that open_clip and the model compute from the same pixels and token ids.
 
     Args:

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line: write the folder of a Space with a server (--space) or of a static page (--static)."""
     args = parse_arguments(SpaceArguments, __doc__, argv)
     require_packages("A Space", "search", "lancedb", "starlette", "uvicorn")
-    from hub_upload.space.publish_space import open_index, write_space
+    from hub_upload.space.docker_space import open_index, write_space
     from hub_upload.space.static_page import write_static_page
 
     folder = args.static or args.space

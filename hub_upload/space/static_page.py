@@ -20,13 +20,13 @@ from pathlib import Path
 
 from capivara_common.environment import require_packages
 from capivara_common.files import atomic_folder, read_json, write_bytes, write_text
-from capivara_common.privacy import short_name
-from capivara_search.models import find_model
+from capivara_common.privacy import to_publishable_name
+from capivara_search.models import resolve_search_model
 from capivara_search.page import server
 from hub_upload.export import export_model
 from hub_upload.formats import onnx, transformers_js
-from hub_upload.space.publish_space import CODE_ROOT, copy_file, read_model_license, write_space_card
-from hub_upload.upload_checks import check_model_files, check_paths, check_secrets
+from hub_upload.space.docker_space import CODE_ROOT, copy_file, read_model_license, write_space_card
+from hub_upload.upload_checks import check_file_for_secrets, check_model_files, check_paths
 
 SOURCE_SCRIPT = Path(__file__).parent / "static" / "source.js"
 # Language -> file of the page, its relative URL, and the URL of the page in the other language.
@@ -67,8 +67,8 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
     """
     require_packages("A page without a server", "onnx", *onnx.ONNX_PACKAGES)
     with atomic_folder(folder) as output, tempfile.TemporaryDirectory() as temporary:
-        source = find_model(model).folder
-        _write_library(library, output / "library")
+        source = resolve_search_model(model).folder
+        _copy_npm_libraries(library, output / "library")
         repository = source
         if not all((source / name).is_file() for name in PAGE_MODEL_FILES):
             repository = Path(temporary, "repository")
@@ -85,7 +85,7 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
         size = sum(
             path.stat().st_size for path in (*output.glob("model/**/*.*"), output / "library" / "onnxruntime.wasm")
         )
-        page_model = {"id": digest, "name": short_name(model), "megabytes": round(size / 1e6)}
+        page_model = {"id": digest, "name": to_publishable_name(model), "megabytes": round(size / 1e6)}
         page_model["side"] = read_json(repository / "preprocessor_config.json")["size"]["shortest_edge"]
         for path in (server.PAGE_FOLDER / "static").iterdir():
             copy_file(SOURCE_SCRIPT if path.name == SOURCE_SCRIPT.name else path, output / "static" / path.name)
@@ -99,7 +99,7 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
         values = {"name": page_model["name"], "model_license": license, "version": version}
         write_space_card(output, "static", card_data, **values)
         for path in (*output.glob("*.*"), *output.glob("static/*")):
-            check_secrets(path, path.name)
+            check_file_for_secrets(path, path.name)
             check_paths(path, path.name)
 
 
@@ -116,10 +116,10 @@ def render_static_page(language: str, model: dict[str, str | int]) -> str:
     """
     words = server.load_page_messages(language, is_static=True) | {"own_model": model}
     _, url, other_url = PAGE_FILES[language]
-    return server.render_page_html(words, is_static=True, here=url, there=other_url, model=model)
+    return server.render_page_template(words, is_static=True, here=url, there=other_url, model=model)
 
 
-def _write_library(node_modules: Path, target: Path) -> None:
+def _copy_npm_libraries(node_modules: Path, target: Path) -> None:
     """Copy the scripts of transformers.js and onnxruntime, and the license of transformers.js.
 
     References to source maps are removed from the scripts, because the source maps are not published.

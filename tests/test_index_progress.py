@@ -10,9 +10,9 @@ import pytest
 from made_index import make_pictures
 from tiny import save_model
 
-from capivara_search import estimates, table
-from capivara_search.estimates import PROGRESS_FILE, RateEstimator, estimate_for, read_progress
+from capivara_search import index_progress, table
 from capivara_search.index import PictureIndex
+from capivara_search.index_progress import PROGRESS_FILE, RateEstimator, mirror_progress_to_file, read_progress
 from capivara_search.models import SearchModel
 from capivara_search.table import PictureTable
 
@@ -24,7 +24,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 100.0
-        monkeypatch.setattr(estimates, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(index_progress, "time", SimpleNamespace(monotonic=lambda: self.now))
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ class ProgressLog:
 
 
 @pytest.mark.slow
-def test_estimates_of_a_first_a_second_and_a_resumed_run(tmp_path, tiny_processor, clock):
+def test_index_progress_of_a_first_a_second_and_a_resumed_run(tmp_path, tiny_processor, clock):
     model = str(save_model(tmp_path / "model", tiny_processor))
     make_pictures(tmp_path / "fotos", 120)
     index = PictureIndex.open(tmp_path / "i.lance", model=model)
@@ -134,11 +134,11 @@ def test_the_rate_follows_changes_and_forgets_the_beginning(monkeypatch):
 
 def _report_progress(where: str, reported, ended) -> None:
     opened = PictureTable(where)
-    with opened.locked(), estimate_for(opened.where, lambda done, total: None) as progress:
+    with opened.locked(), mirror_progress_to_file(opened.where, lambda done, total: None) as progress:
         progress(0, 3400)
         reported.set()
         ended.wait(60)
-        time.sleep(estimates.WRITE_INTERVAL_S)
+        time.sleep(index_progress.WRITE_INTERVAL_S)
         progress(120, 3400)
         os._exit(9)  # skips all cleanup, as SIGKILL does, so the file stays
 
@@ -156,7 +156,7 @@ def test_another_process_reads_the_progress_while_an_update_runs(tmp_path):
     assert json.loads((tmp_path / "i.lance" / PROGRESS_FILE).read_text())["done"] == 120
     assert read_progress(where) is None, "the process that was killed is not updating the index"
     opened = PictureTable(where)
-    with opened.locked(), estimate_for(opened.where, lambda done, total: None) as progress:
+    with opened.locked(), mirror_progress_to_file(opened.where, lambda done, total: None) as progress:
         progress(0, 5)
         assert read_progress(where) == {"done": 0, "total": 5, "left_s": None}
         (tmp_path / "i.lance" / PROGRESS_FILE).write_text('{"done": 1, "total": 5, "left_s": 100}')

@@ -17,13 +17,13 @@ import pyarrow as pa
 from huggingface_hub import SpaceCard, SpaceCardData
 
 from capivara_common.files import atomic_folder, write_text
-from capivara_common.privacy import find_secret, short_name
+from capivara_common.privacy import find_secret, to_publishable_name
 from capivara_search.index import PictureIndex
 from capivara_search.indexing import FOLDER_KEY_PREFIX
-from capivara_search.models import find_model
+from capivara_search.models import resolve_search_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
 from capivara_search.table import PictureTable
-from hub_upload.upload_checks import TOKENIZER_FILES, check_model_files, check_paths, check_secrets
+from hub_upload.upload_checks import TOKENIZER_FILES, check_file_for_secrets, check_model_files, check_paths
 from modeling_capivara.loading import read_card_metadata
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def read_credit(folder: Path) -> Credit:
     return Credit(name or folder.resolve().name, license, attribution)
 
 
-def publish_index(index: PictureIndex, output: Path, model: str, title: str = "") -> int:
+def copy_index_for_publication(index: PictureIndex, output: Path, model: str, title: str = "") -> int:
     """Copy an index of pictures for publication.
 
     In the copy, the paths of this machine's folders are replaced by public names, and the GPS coordinates at which
@@ -166,14 +166,14 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
         program = (path for package in PROGRAM_PACKAGES for path in (CODE_ROOT / package).rglob("*"))
         for path in (CODE_ROOT / "LICENSE", *(path for path in program if path.suffix in PROGRAM_SUFFIXES)):
             copy_file(path, output / path.relative_to(CODE_ROOT))
-        model_location = _copy_model(model, output)
-        publish_index(index, output / "index.lance", model_location, credit.name)
+        model_location = _copy_local_model(model, output)
+        copy_index_for_publication(index, output / "index.lance", model_location, credit.name)
         names = "\n".join(PictureTable(output / "index.lance").rows(["path"])["path"].to_pylist())
         if secret := find_secret(names):
             raise ValueError(
                 f"The file name of a picture contains {secret[0]}. Rename it, and revoke it if it is real."
             )
-        pinned = pin_requirements(model)
+        pinned = get_pinned_requirements(model)
         write_text(output / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pinned.items()))
         values = {
             "title": SPACE_TITLE,
@@ -191,9 +191,11 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
         card_data["license"] = licenses.pop() if len(licenses) == 1 else "other"
         card_data |= {"title": SPACE_TITLE, "short_description": "Busca de imagens com palavras em português"}
         card_data["models"] = None if Path(model).is_dir() else [model]
-        write_space_card(output, "space", card_data, name=short_name(model), credit=credit, model_license=model_license)
+        write_space_card(
+            output, "space", card_data, name=to_publishable_name(model), credit=credit, model_license=model_license
+        )
         for name in ("README.md", "app.py"):  # they contain texts from the cards of model and pictures
-            check_secrets(output / name, name)
+            check_file_for_secrets(output / name, name)
             check_paths(output / name, name)
 
 
@@ -223,7 +225,7 @@ def read_model_license(model: Path) -> str:
     return str(read_card_metadata(model / "README.md").get("license") or "")
 
 
-def pin_requirements(model: str) -> dict[str, str]:
+def get_pinned_requirements(model: str) -> dict[str, str]:
     """Return the Python packages that the search page and a model need, with their installed versions.
 
     Args:
@@ -234,7 +236,7 @@ def pin_requirements(model: str) -> dict[str, str]:
     """
     requirements = [line for line in metadata.requires("modeling-capivara") if "extra ==" not in line]
     names = [*(re.match(r"[\w.-]+", line)[0] for line in requirements), *PAGE_PACKAGES]
-    if "timm_wrapper" in (find_model(model).folder / "config.json").read_text("utf-8"):
+    if "timm_wrapper" in (resolve_search_model(model).folder / "config.json").read_text("utf-8"):
         names.append("timm")
     return {name: metadata.version(name).partition("+")[0] for name in names}
 
@@ -250,7 +252,7 @@ def copy_file(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _copy_model(model: str, space_folder: Path) -> str:
+def _copy_local_model(model: str, space_folder: Path) -> str:
     """Copy a model to the folder of a Space, without the files that search does not need, and check the copy.
 
     Args:
@@ -266,7 +268,7 @@ def _copy_model(model: str, space_folder: Path) -> str:
     source = Path(model)
     if not source.is_dir():
         return model
-    target = Path("models", short_name(model))
+    target = Path("models", to_publishable_name(model))
     for file in (file for pattern in SPACE_MODEL_FILES for file in source.glob(pattern)):
         copy_file(file, space_folder / target / file.name)
     check_model_files(space_folder / target)

@@ -20,7 +20,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from capivara_common.environment import package_versions
 from capivara_common.files import write_json
-from capivara_common.privacy import hide_paths, short_name
+from capivara_common.privacy import shorten_private_paths, to_publishable_name
 
 SCHEMA_VERSION = 2  # version of the format of result files and of run.json
 MAX_JSON_BYTES = 64 * 2**20  # the largest part, an indented confusion matrix of 1000 classes, takes 12 MB
@@ -155,18 +155,18 @@ def write_records(
     """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module, skipped = spec.name if spec else Path(sys.argv[0]).stem, skipped or {}
-    listed = [asdict(record) | {"model_folder": hide_paths(record.model_folder)} for record in records]
+    listed = [asdict(record) | {"model_folder": shorten_private_paths(record.model_folder)} for record in records]
     content = {
         "schema_version": SCHEMA_VERSION,
-        "dataset": short_name(name or dataset),
-        "dataset_revision": find_hub_revision(dataset, "dataset"),
+        "dataset": to_publishable_name(name or dataset),
+        "dataset_revision": find_cached_hub_revision(dataset, "dataset"),
         "dataset_fingerprint": fingerprint,
-        "model": hide_paths(model),
-        "model_revision": find_hub_revision(model, "model"),
+        "model": shorten_private_paths(model),
+        "model_revision": find_cached_hub_revision(model, "model"),
         "versions": package_versions(),
         "seconds": None,
         "skipped_rows": len(skipped),
-        "command": " ".join(["python", "-m", module, *hide_paths(sys.argv[1:])]),
+        "command": " ".join(["python", "-m", module, *shorten_private_paths(sys.argv[1:])]),
         "records": listed,
         "skipped": skipped,
     }
@@ -181,7 +181,7 @@ def read_records(path: Path) -> list[Record]:
             the value and the rule that it breaks.
     """
     try:
-        content, _ = read_json_object(path)
+        content, _ = read_json_object_and_bytes(path)
     except ValueError as error:
         raise ValueError(f"{path} {error}.") from error
     try:
@@ -219,7 +219,7 @@ def parse_result(content: dict[str, Any], name: str) -> ResultFile:
     return ResultFile(name, tuple(records), content)
 
 
-def read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
+def read_json_object_and_bytes(path: Path) -> tuple[dict[str, Any], bytes]:
     """Read a JSON object from a file that is not trusted.
 
     Returns:
@@ -237,7 +237,7 @@ def read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
     data = path.read_bytes()
     try:
         text = data.decode("utf-8")
-        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_check_distinct_keys)
+        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_build_dict_refusing_duplicates)
     except RecursionError as error:
         raise ValueError("is not readable JSON: it is nested too deeply") from error
     except ValueError as error:  # includes UnicodeDecodeError
@@ -255,7 +255,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
 
 
-def find_hub_revision(name: str, repo_type: str) -> str | None:
+def find_cached_hub_revision(name: str, repo_type: str) -> str | None:
     """Look up in the local Hub cache which commit of a model or dataset was downloaded.
 
     Args:
@@ -277,7 +277,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"it contains {name}")
 
 
-def _check_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _build_dict_refusing_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a dict from the (key, value) pairs of a JSON object. Raises ValueError if a key occurs twice."""
     content = dict(pairs)
     if len(content) < len(pairs):

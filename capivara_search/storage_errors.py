@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from capivara_common.privacy import redact
-from capivara_search.messages import localized_error
+from capivara_search.messages import make_error_from_code
 
 LANCEDB_ERRORS = (RuntimeError, OSError, ValueError)  # types of the errors that LanceDB raises
 # Environment variables with the address of an object storage, and the form of a valid address.
@@ -76,10 +76,10 @@ def wrap_storage_errors(where: str, part: str = "") -> Iterator[None]:
     except DamagedIndexError:
         raise
     except LANCEDB_ERRORS as error:
-        raise to_index_error(error, where, part) from error
+        raise convert_lancedb_error(error, where, part) from error
 
 
-def to_index_error(error: Exception, where: str, part: str = "") -> Exception:
+def convert_lancedb_error(error: Exception, where: str, part: str = "") -> Exception:
     """Convert an error that LanceDB raised to an error with an error code and a one-line message.
 
     Args:
@@ -93,14 +93,14 @@ def to_index_error(error: Exception, where: str, part: str = "") -> Exception:
     """
     if hasattr(error, "code"):
         return error
-    if access_error := to_access_error(error, where):
+    if access_error := match_access_error(error, where):
         return access_error
     if is_write_conflict(error):
-        return localized_error(partial(OSError, errno.EAGAIN), "conflict", path=where)
+        return make_error_from_code(partial(OSError, errno.EAGAIN), "conflict", path=where)
     if isinstance(error, RuntimeError | ValueError) and LANCE_ERROR_RE.search(str(error)):
         code = "damaged_remote" if "://" in where else "damaged"
         detail = redact(" ".join(RUST_LOCATION_RE.sub("", str(error)).split()))[:MAX_DETAIL_CHARACTERS]
-        return localized_error(DamagedIndexError, code, path=where, part=part or "tables", detail=detail)
+        return make_error_from_code(DamagedIndexError, code, path=where, part=part or "tables", detail=detail)
     redacted = redact(str(error))
     return error if redacted == str(error) else OSError(errno.EIO, redacted)
 
@@ -119,7 +119,7 @@ def is_write_conflict(error: Exception) -> bool:
     return bool(WRITE_CONFLICT_RE.search(str(error)))
 
 
-def to_access_error(error: Exception, where: str) -> OSError | None:
+def match_access_error(error: Exception, where: str) -> OSError | None:
     """Convert an error to an OSError if the disk or the object storage refused access.
 
     Examples are a full disk, a missing permission and an object storage that does not answer. Such an error does not
@@ -137,7 +137,7 @@ def to_access_error(error: Exception, where: str) -> OSError | None:
     for code, pattern, number in STORAGE_ERROR_PATTERNS:
         if ("://" in where or code != "no_answer") and re.search(pattern, text):
             # OSError(errno, ...) creates an instance of the matching subclass, such as PermissionError for EACCES.
-            return localized_error(partial(OSError, number), code, path=where, text=text[:MAX_DETAIL_CHARACTERS])
+            return make_error_from_code(partial(OSError, number), code, path=where, text=text[:MAX_DETAIL_CHARACTERS])
     return None
 
 
@@ -156,7 +156,7 @@ def check_address(where: str) -> None:
     if SCHEME_RE.match(where) and not ADDRESS_RE.fullmatch(where):
         # `redact` finds the keys only after "://".
         address = redact(re.sub(":/+", "://", where, count=1))
-        raise localized_error(ValueError, "index_address", path=address, example="s3://bucket/fotos")
+        raise make_error_from_code(ValueError, "index_address", path=address, example="s3://bucket/fotos")
 
 
 def check_endpoints() -> None:
@@ -168,4 +168,4 @@ def check_endpoints() -> None:
         ValueError: If an address is invalid. The message does not quote the address, because it may include a password.
     """
     if not all(ENDPOINT_RE.fullmatch(os.environ.get(name) or "http://none") for name in ENDPOINT_VARIABLES):
-        raise localized_error(ValueError, "storage_address", example="https://host:9000")
+        raise make_error_from_code(ValueError, "storage_address", example="https://host:9000")

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
 
-from capivara_common.files import lock_folder, read_json, write_json
+from capivara_common.files import acquire_folder_lock, read_json, write_json
 
 PROGRESS_FILE = ".progress.json"
 WRITE_INTERVAL_S = 0.5  # minimum time between two writes of the progress file
@@ -55,7 +55,7 @@ class RateEstimator:
 
 
 @contextmanager
-def estimate_for(where: str, progress: ProgressCallback) -> Iterator[ProgressCallback]:
+def mirror_progress_to_file(where: str, progress: ProgressCallback) -> Iterator[ProgressCallback]:
     """Extend a progress callback so that each call also updates the progress file of an index.
 
     Other processes read the file with `read_progress`. The file is removed at the end of the `with` block. Nothing is
@@ -108,7 +108,7 @@ def read_progress(where: str) -> dict[str, int | None] | None:
         file = Path(where, PROGRESS_FILE)
         progress = read_json(file, done=int, total=int)
         try:
-            lock = lock_folder(Path(where))
+            lock = acquire_folder_lock(Path(where))
         except BlockingIOError:
             # The lock is held, so an update is running. The age of the file is subtracted from the estimate in it.
             left_s, age_s = progress.get("left_s"), round(time.time() - os.stat(file).st_mtime)
