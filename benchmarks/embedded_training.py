@@ -63,7 +63,7 @@ class EmbeddedTrainingArguments:
     rows: int = flag(3_300_000, "Rows of the large dataset.")
     small_rows: int = flag(10_000, "Rows of the small dataset, whose memory is subtracted.")
     steps: int = flag(3, "Optimizer steps of each run.")
-    work: Path = flag(Path("runs/embedded_training"), "Folder for datasets, caches and runs; 17 GB by default.")
+    work: Path = flag(Path("runs/embedded_training"), "Folder for datasets, caches and runs; 25 GB by default.")
     keep: bool = flag(False, "Keep the work folder. By default, it is removed at the end.")
     output: Path = flag(RESULTS_FOLDER / "embedded_training.json", "JSON file for the results.")
     worker: Path | None = flag(None, "Internal: train on this dataset, and write the results to this folder.")
