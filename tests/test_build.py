@@ -470,7 +470,7 @@ def test_the_openmoji_build_restores_the_portuguese_names(tmp_path, tiny_folder,
     assert "All emojis designed by OpenMoji" in (folder / "README.md").read_text(encoding="utf-8")
 
 
-GUIDE = (ROOT / "docs" / "your_language.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "how-to" / "your_language.md").read_text(encoding="utf-8")
 
 
 def test_the_config_in_the_guide_is_valid(tmp_path):

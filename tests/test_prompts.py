@@ -86,7 +86,7 @@ def test_classes_may_be_plain_names_and_placeholders_empty(tmp_path):
 
 
 def test_the_classes_file_in_the_docs_is_valid(tmp_path):
-    page = (PROMPTS_FOLDER.parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    page = (PROMPTS_FOLDER.parents[1] / "docs" / "how-to" / "evaluation.md").read_text(encoding="utf-8")
     content = json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1])
     prompts = load_classes_file(tmp_path / "a.json", **content)
     assert prompts.language == "es" and prompts.class_prompts[1] == ["una imagen de color azul", "algo de color azul"]

@@ -18,7 +18,7 @@ from captions.translation_tables import escape_cell, unescape_cell
 from hub_upload.card import find_card_faults, write_card
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDE = (ROOT / "docs" / "your_language.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "how-to" / "your_language.md").read_text(encoding="utf-8")
 SPLITS = {"train": 40, "validation": 8, "test": 8}
 CARD = {"license": "cc-by-4.0", "sources": [{"name": "Noise", "license": "CC BY 4.0"}]}
 
