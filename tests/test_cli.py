@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # All commands that the documentation names.
 COMMANDS = (
     *("train_accelerate.py", "training.interpolate", "training.rotate", "capivara_search.workers"),
-    *(f"captions.{name}" for name in ("build", "generate", "translate", "score", "select")),
+    *(f"captions.{name}" for name in ("build", "generate", "translate", "score", "select", "embed")),
     *(f"eval.{name}" for name in ("retrieval", "classification", "linear_probe", "suite", "report")),
     *(f"hub_upload.{name}" for name in ("export", "card", "push", "space")),
     *(f"modeling_capivara.{name}" for name in ("convert_open_clip", "trim_vocabulary")),

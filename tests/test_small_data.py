@@ -146,6 +146,6 @@ def test_the_guide_installs_what_its_commands_need():
     """The training on little data uses LoRA adapters, which need peft."""
     assert yaml.safe_load((ROOT / "configs" / "small_data.yaml").read_text(encoding="utf-8"))["lora_rank"]
     for page in ("your_language.md", "seu_idioma.md"):
-        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        text = (ROOT / "docs" / "how-to" / page).read_text(encoding="utf-8")
         lines = re.findall(r'pip install -e "\.\[(.*)\]"', text)
         assert {"demo", "translate", "open_clip", "lora"} <= set(lines[-1].split(",")), page

@@ -157,7 +157,7 @@ def test_other_models_are_refused(tmp_path, tiny_folder):
 
 def test_the_translator_of_the_guide_works():
     page = (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?class ShoutTranslator.*?)```", page, re.DOTALL)
+    (code,) = re.findall(r"```python\n((?:(?!```).)*class ShoutTranslator.*?)```", page, re.DOTALL)
     names = {"dataclass": dataclass, "flag": flag, "Translator": Translator, "Any": Any, "Self": Self}
     names["RowStage"] = RowStage
     exec(code, names)
