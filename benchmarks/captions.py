@@ -60,7 +60,7 @@ class CaptionsArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure the requested part, and print the results as JSON."""
+    """Run the command: measure captioning or, with `--parts chat`, translation, and print the results as JSON."""
     args = parse_arguments(CaptionsArguments, __doc__, argv)
     if args.parts == "chat":
         results = describe_conditions("openai") | {"runs": args.runs, "measured": {"chat": measure_chat(args.runs)}}
@@ -85,10 +85,11 @@ def measure_chat(runs: int) -> dict[str, Any]:
     """Measure translated sentences per second with different numbers of requests at the same time.
 
     Args:
-        runs: Number of alternating runs.
+        runs: Number of runs. Each run measures every number of requests once.
 
     Returns:
-        A dict with the rates by concurrency, and the gain of the largest over the smallest concurrency.
+        A dict with the sentences per second for each number of requests, and the gain: the rate with the most requests
+        divided by the rate with the fewest.
     """
     with run_chat_server(ChatServer(lambda messages: "um gato", delay_s=ANSWER_S)) as server:
 

@@ -255,7 +255,7 @@ def find_lookalike_icon_pairs(paths: list[str]) -> list[tuple[int, int]]:
 def measure_rule(
     vectors: np.ndarray, photos: dict, icons: dict, same_drawings: list[tuple[int, int]], threshold: float
 ) -> dict[str, Any]:
-    """Measure how well one rule detects duplicates: a kind of vectors together with a similarity threshold.
+    """Measure how well a rule detects duplicates. The rule: the similarity of two vectors is at least `threshold`.
 
     Args:
         vectors: Vector of each file, for `compute_duplicate_similarity`: first the files of `photos`, then the files of

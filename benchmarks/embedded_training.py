@@ -50,7 +50,7 @@ from training.loop import TrainingLoop
 
 CAPTIONS_PER_ROW = 10
 ROWS_PER_FILE = 50_000
-EVALUATION_ROWS = 64  # rows of the validation split and of the test split
+EVALUATION_ROWS = 64  # rows in each of the splits validation and test
 SAMPLE_INTERVAL_S = 0.1  # seconds between two samples of the memory
 HALF_CAPTIONS = 10_000  # a caption is two of these texts, so that 100 million captions are possible
 TRAINING_FLAGS = "--effective_batch_size 16 --micro_batch_size 8 --warmup_steps 0 --caption_strategy none"

@@ -5,7 +5,8 @@
     python -m benchmarks.encode --part pass --images 2000 --runs 3 --output benchmarks/results/encode_pass.json
 
 Both programs use the full published architecture with the same random weights, and get the same PIL images and the same
-texts of 20 tokens. Preprocessing and tokenization are included. Each rate is the median of alternating runs.
+texts of 20 tokens. Preprocessing and tokenization are included. The programs run alternately,
+and each rate is the median over the runs of a program.
 
 The part "pass" embeds many images in batches, as indexing does: with the chunk size that
 `capivara_common.embedding_speed` chooses on this CPU, in float32 and in the precision that `--precision auto` chooses.
@@ -138,7 +139,7 @@ def compare_encoders(
         encoders: Functions "ours" and "open_clip", in this order; each returns embeddings of shape (items, width).
         item_count: Number of images or captions that one call encodes.
         precision: "float32" or "bfloat16".
-        runs: Number of alternating runs.
+        runs: Number of runs. Each run times every program once.
 
     Returns:
         "ours" and "open_clip": median, slowest and fastest rate of the runs in items per second. "ratio": median over

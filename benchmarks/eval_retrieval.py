@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: time the recalls of this project and of clip-benchmark, and print the results as JSON."""
     args = parse_arguments(EvalRetrievalArguments, __doc__, argv)
     embeddings = make_random_embeddings(args.images, args.captions)
-    compute_our_recalls(*make_random_embeddings(64, args.captions))  # loads the libraries
+    compute_our_recalls(
+        *make_random_embeddings(64, args.captions)
+    )  # untimed, so that loading the libraries is not measured
     before = timing.reset_peak_memory()  # making the embeddings took more memory than they take now
     measured = {
         **timing.describe_conditions(), "width": EMBEDDING_WIDTH,
@@ -125,7 +127,7 @@ def compare_speed_and_recalls(embeddings: tuple[Tensor, Tensor, Tensor], runs: i
 
     Args:
         embeddings: Image embeddings, text embeddings, and image index of each text, from `make_random_embeddings`.
-        runs: Number of alternating runs.
+        runs: Number of runs. Each run times both programs once.
 
     Returns:
         "runs": number of runs. "seconds": median seconds of "clip_benchmark" and "ours". "ratio": median over the runs

@@ -49,7 +49,9 @@ class NothingFitsArguments:
 
     model: str | None = flag(None, "Folder or Hub id of the model. Default: the model of a new index.")
     pictures: Path = flag(Path("data/coco128/images"), "Folder of photographs.")
-    sentences: Path = flag(CODE_ROOT / "benchmarks" / "nothing_fits.yaml", "YAML file with sentences.")
+    sentences: Path = flag(
+        CODE_ROOT / "benchmarks" / "nothing_fits.yaml", "YAML file with the sentences to search for."
+    )
     output: Path = flag(RESULTS_FOLDER / "nothing_fits.json", "JSON file for the results.")
     keep: bool = flag(
         False, "Also save the results in the model's folder, where the search reads whether to show the threshold."

@@ -3,10 +3,12 @@
     pip install "torchao>=0.18"
     python -m benchmarks.quantize --output benchmarks/results/quantize.json
 
-Each kind of quantization is applied to a new copy of the model. Its embeddings of a test split are compared with the
-embeddings of the float32 model (cosines), and ranked among themselves (mean recall). Random weights would not do:
-quantization errors depend on the outliers that trained weights have. The linear layers of the towers are quantized, but
-not the projections, except in the kind that says so: a single outlier in a projection can spoil all embeddings.
+Each kind of quantization is applied to a new copy of the model, which embeds the images and texts of a test split. Two
+things are measured: the cosines between these embeddings and those of the float32 model, and the mean recall of
+retrieval with the quantized model's embeddings. Random weights would not do:
+quantization errors depend on the outliers that trained weights have. The linear layers of the towers are quantized. The
+projections are quantized only in the kind whose name says so, because one outlier in a projection can spoil all
+embeddings.
 """
 
 import statistics

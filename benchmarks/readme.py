@@ -236,7 +236,10 @@ def save_small_image(source: Path, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: write the blocks of all Markdown files or, with `--check`, fail if a block is outdated."""
+    """Run the command: write the tables of results into all Markdown files.
+
+    With `--check`, nothing is written, and the command fails if a table does not match the results.
+    """
     args = parse_arguments(ReadmeArguments, __doc__, argv)
     if args.demo:
         copy_demo_results(args.demo)

@@ -36,7 +36,7 @@ from training.trainable import interpolate_weights
 
 # Name of the row with the trained weights without interpolation. All other rows are compared with this row.
 REFERENCE_ROW = "paper"
-# Row -> α of WiSE-FT: weight of the trained model in the mean; the base model has the weight 1 - α
+# Name of a row -> α of WiSE-FT. The weights of the row's model are α * trained model + (1 - α) * base model.
 TRAINED_SHARES = {REFERENCE_ROW: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7": 0.7}
 # Datasets of drawings. Only they get confidence intervals, because the dataset photos has too few images.
 DRAWING_SETS = ("openmoji", "twemoji", "noto")

@@ -48,7 +48,7 @@ class SearchArguments:
     parts: Literal["index", "follow"] = flag("index", "What to measure: indexes of all sizes, or a followed folder.")
     sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Number of pictures of each index.")
     followed: int = flag(10_000, "Number of photographs in the followed folder, 640 x 480 pixels each.")
-    runs: int = flag(5, "Repetitions of short measurements: adding one picture, a new process, a change.")
+    runs: int = flag(5, "Repetitions of adding one picture, of starting a new process, and of following a change.")
     work: Path = flag(Path("runs/search"), "Folder for vectors, indexes, photographs and model; about 10 GB.")
     output: Path | None = flag(
         None, "JSON file for the results. Default: search.json or search_follow.json in benchmarks/results."
@@ -296,7 +296,7 @@ def time_adding_pictures(args: SearchArguments, index: PictureIndex, count: int)
             shutil.copy(path, folder)
         seconds = timing.time_call(lambda: index.add(folder))
         if (removed := index.forget(folder)) != count:
-            raise RuntimeError(f"Expected {count} added pictures, got {removed}.")
+            raise RuntimeError(f"Expected to add {count} pictures, but {removed} were added (and removed again).")
     return seconds
 
 

@@ -6,9 +6,12 @@
     python -m benchmarks.train_step --parts recipe --beside ../capivara-before
     python -m benchmarks.train_step --parts demo --output benchmarks/results/main_job.json
 
+A program is one way to train: open_clip's trainer, or ours with one of three settings. A part, chosen with `--parts`,
+is a group of measurements: `programs` (all programs), `recipe` (the published batch of 2816 pairs) or `demo`.
+
 The models have random weights, dropout and a frozen image tower; captions have 20 tokens on average. Whole steps
-including the optimizer are timed, after an untimed step. Each measurement runs in a separate process, which has its own
-peak memory. The programs run alternately:
+including the optimizer are timed, after an untimed step. Each measurement runs in a separate process, so that its peak
+memory is that of one program. The programs run alternately:
 
 - `open_clip`: `open_clip_train` with `--lock-image --grad-checkpointing --accum-freq`; it pads texts to 77 tokens.
 - `no_cache`: our trainer; images pass through the frozen tower at every step, from pixels in memory as for open_clip.
@@ -24,9 +27,13 @@ checkout. `--parts demo` runs `make demo` end to end after the installation, twi
 `siglip2_large` and `siglip2_so400m` measure L/16 at 256 pixels and So400m/14 at 224 pixels. Texts have 64 random ids,
 because SigLIP always pads to 64, and neither program has dropout.
 
-The part `recipe` measures the first step of 2816 pairs with the program `cache_recomputed`. `--parts recipe --pairs
-2816` measures the second step, which needs more memory. With a smaller number, that step and one of half as many pairs
-are measured, and the memory of 2816 pairs is extrapolated from the two by `EXTRAPOLATION_RULE`.
+The part `recipe` uses the program `cache_recomputed`. What it measures depends on `--pairs`:
+
+- Without `--pairs`: the first step of 2816 pairs.
+- `--pairs 2816`: the second step of 2816 pairs. It needs more memory than the first, because Adam's moments exist only
+  after the first step.
+- `--pairs N`, with N below 2816: the second step of N pairs and the second step of N / 2 pairs. The memory of 2816
+  pairs is extrapolated from these two measurements by `EXTRAPOLATION_RULE`.
 
 All programs get the same batch, in micro-batches of their own size (see the results). open_clip needs at least two
 micro-batches: with one, it does not accumulate gradients, and a batch of 2816 would be impossible. Apart from that,
@@ -118,7 +125,7 @@ class TrainStepArguments:
     )
     micro: int = flag(16, "Pairs per micro-batch of our programs; the recipe's step has 64.")
     peer_micro: int = flag(48, "open_clip's --batch-size. Its --accum-freq is pairs / peer_micro.")
-    runs: int = flag(5, "Number of alternating runs.")
+    runs: int = flag(5, "Number of runs of each program; the programs alternate.")
     steps: int = flag(1, "Timed steps per run.")
     warmup: int = flag(1, "Untimed steps before them, for our programs; open_clip has 1.")
     parts: list[str] = flag(["recipe", "programs"], "What to measure: a step of the recipe, the programs, the demo.")
@@ -267,7 +274,7 @@ def time_demo_commands(checkout: Path) -> dict[str, Any]:
 
 
 def run_program(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, Any]:
-    """Time the training steps of one program (see the module docstring) in a separate process.
+    """Time the training steps of one program in a separate process. The module docstring describes the programs.
 
     Args:
         name: Name in `PROGRAMS`. If `BEFORE_SUFFIX` is appended, the program of the checkout `--beside` is measured
@@ -311,7 +318,11 @@ def summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict]
 
 
 def build_published_config(model: str) -> PreTrainedConfig:
-    """Build the config of the published size of a model: "capivara", or a SigLIP 2 of `SIGLIP_SIZES`."""
+    """Build the config of a model in the size in which it is published.
+
+    Args:
+        model: "capivara", or a key of `SIGLIP_SIZES` for a SigLIP 2 model.
+    """
     if model == "capivara":
         return CapivaraConfig()
     tower, images = SIGLIP_SIZES[model]
@@ -378,7 +389,8 @@ class TrainingEngine:
             micro_batch_size=args.micro, mixed_precision=args.precision,
         )  # fmt: skip
         prepare_trainable(self.model, self.args)
-        # Not wrapped: WholeBatch sums the gradients itself.
+        # evaluation_mode=True: Accelerate adds no DistributedDataParallel wrapper, because WholeBatch sums the
+        # gradients of all processes itself.
         self.prepared_model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, self.args))
         self.step = WholeBatch(self.prepared_model, self.accelerator, self.args.seed, budget)

@@ -57,7 +57,7 @@ VIT_H = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16
 VIT_H |= {"patch_size": 14, "image_size": 224}
 TINY_TOWER = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 FLOAT_BYTES = 4  # weights are published in float32
-WORDS_PER_LANGUAGE = 100_000  # upper limit; most lists of wordfreq are shorter
+WORDS_PER_LANGUAGE = 100_000  # at most this many words; most of wordfreq's lists are shorter
 ADDED_TOKEN_SCORE = -11.0  # log-probability of an added word, higher than the sum for the tokens that it replaces
 
 
@@ -69,7 +69,7 @@ class TrimBenchmarkArguments:
     languages: list[str] = flag(["pt", "en"], "Languages to keep.")
     words: list[int] = flag([*DEFAULT_WORD_COUNTS], "Most frequent words of each language to keep.")
     captions: int = flag(64, "Number of captions per run, of 20 tokens on average.")
-    runs: int = flag(5, "Number of alternating runs.")
+    runs: int = flag(5, "Number of runs, which alternate between the base and the trimmed model.")
     output: Path = flag(timing.RESULTS_FOLDER / "trim_sizes.json", "JSON file for the results.")
     worker: Literal["make", "measure"] | None = flag(None, "Do one thing in this process (internal).")
     folder: Path | None = flag(None, "Folder of the worker's model (internal).")

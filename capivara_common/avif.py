@@ -31,7 +31,7 @@ def largest_frame_size(data: bytes) -> tuple[int, int]:
         data: Content of the whole file.
 
     Returns:
-        (width, height) in pixels of the frame with the most pixels; (0, 0) if no sequence header can be read.
+        (width, height) in pixels of the frame with the most pixels; (0, 0) if no stream has a readable sequence header.
     """
     file, sizes = memoryview(data), [(0, 0)]
     for find_streams in (_item_streams, _track_streams):
@@ -164,9 +164,10 @@ def _read_sequence_header(payload: bytearray | memoryview) -> tuple[int, int]:
     def read(number: int) -> int:
         return int("".join(islice(bits, number)), 2)
 
-    read(4)  # profile, still_picture
-    if read(1):  # reduced_still_picture_header
-        read(5)  # level
+    # The names in the comments are fields of the sequence header in the AV1 specification (section 5.5).
+    read(4)  # skip seq_profile (3 bits) and still_picture (1 bit)
+    if read(1):  # reduced_still_picture_header: the header has no timing information and no operating points
+        read(5)  # skip seq_level_idx
     else:
         _skip_operating_points(read)
     width_bits, height_bits = read(4) + 1, read(4) + 1
@@ -180,12 +181,12 @@ def _skip_operating_points(read: Callable[[int], int]) -> None:
         read: Function that reads a number of bits as an unsigned integer.
     """
     delay_bits = 0
-    if read(1):  # timing_info_present_flag
+    if read(1):  # timing_info_present_flag: timing information follows
         read(64)
         # With equal_picture_interval, a number in Exp-Golomb code follows: zeros, a one, and as many bits as zeros.
         if read(1) and (zeros := next(number for number in count() if read(1))):
             read(zeros)
-        if read(1):  # decoder_model_info_present_flag
+        if read(1):  # decoder_model_info_present_flag: information about a decoder model follows
             delay_bits = read(5) + 1
             read(42)
     has_display_delay = read(1)

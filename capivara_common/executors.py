@@ -108,7 +108,7 @@ class PhaseStep(PipelineStep):
 
 
 def read_failure_reasons(log_folder: Path) -> dict[int, str]:
-    """Return why tasks have failed or not ended.
+    """Read why tasks of a phase failed or did not end.
 
     Args:
         log_folder: Log folder of a phase, which contains the folder `failures`.

@@ -274,7 +274,9 @@ def rename_partial_folder(path: Path, overwrite: bool = False) -> None:
 
 
 def check_output_folder(path: Path, overwrite: bool = False) -> None:
-    """Check that an output folder can be written, after removing the leftovers of killed processes.
+    """Check that an output folder can be written.
+
+    Temporary files and folders that killed processes left beside it are removed first.
 
     Args:
         path: The output folder.
@@ -368,11 +370,12 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def acquire_folder_lock(folder: Path, wait: bool = False) -> int:
-    """Lock a folder exclusively.
+    """Lock a folder, so that only one process at a time works in it.
 
-    The descriptor of the folder itself is locked, which leaves no file behind. Windows can't open folders, so a file in
-    its folder for temporary files is locked instead. The name of this file is a hash of the path of the folder. The
-    file is empty. It stays, because if it was removed, two processes could lock different files of the same name.
+    The folder itself is opened and locked, so no lock file is needed. Windows can't open folders. There, an empty file
+    in the system's folder for temporary files is locked instead, whose name is a hash of the folder's path. This lock
+    file is never removed: otherwise a process could lock the removed file, and another process a new file of the same
+    name.
 
     Args:
         folder: The folder.

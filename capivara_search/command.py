@@ -99,7 +99,7 @@ def register_command(name: str) -> Callable[[Callable], click.Command]:
     def register(function: Callable) -> click.Command:
         @wraps(function)
         def run_command(*args: Any, **flags: Any) -> int | None:
-            if name != "completion":  # a shell runs `capivara completion` at each start; it needs only click
+            if name != "completion":  # needs only click, and must be fast: shells run it at each start
                 require_search_extra()
             return function(*args, **flags)
 

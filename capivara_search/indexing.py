@@ -452,7 +452,7 @@ def prepare_indexing(
     stored_model = table.model()
     if progress and plan.files and (stored_model is None or stored_model["image_digest"] != model.image_digest):
         progress(0, len(plan.files))  # the web page shows a new index only after the first report of progress
-        model.prepare_images()  # loads the model, which raises all other errors of the model
+        model.prepare_images()  # load the model now, so that errors of loading come before the table is created
     table.create(model.width)
     record_requested_folders(table, folders)
     save_rules(table, rules)

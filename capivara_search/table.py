@@ -79,7 +79,8 @@ RETRAIN_GROWTH_FACTOR = 2  # the vector index is trained again when the table ha
 VECTOR_INDEX_CACHE_BYTES = 640 << 20
 # Old versions of tables on object storage are kept for this time, because other machines may still read them.
 REMOTE_VERSION_LIFETIME = timedelta(minutes=10)
-# Maximum age of LanceDB's cached state of a table on object storage, where each check for a newer version is a request.
+# For a table on object storage, LanceDB checks at most once in this time whether another process has written a newer
+# version. Each check is a network request, so reads in between use the version that is already known.
 REMOTE_READ_CONSISTENCY = timedelta(seconds=1)
 MAX_PATHS_PER_CLAUSE = 500  # maximum number of paths in one SQL condition
 MAX_WRITE_ATTEMPTS = 12  # attempts of a write that conflicts with writes of other processes

@@ -142,7 +142,12 @@ def missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]
 
 
 def filter_usable_rows(table: Dataset) -> Dataset:
-    """Return the usable rows of a table of `load_or_build_pair_table`: the rows with an empty `reason`."""
+    """Return the rows of a pair table that can be used.
+
+    Args:
+        table: Pair table from `load_or_build_pair_table`. Its column `reason` says why a row cannot be used, and is
+            empty for usable rows.
+    """
     valid_rows = np.flatnonzero(pc.equal(table.data.column("reason"), ""))
     return table if len(valid_rows) == len(table) else table.select(valid_rows)
 

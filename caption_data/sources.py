@@ -79,7 +79,7 @@ COLUMN_CHUNK_ROWS = 4096  # rows of a column without images that are read at the
 # Parquet stores a repeated value once, so a malicious file of 1 kB can expand to gigabytes of text. Parquet reduces the
 # size of captions to about a tenth, and hardly reduces the size of images, so valid files stay far below this limit.
 MAX_PARQUET_EXPANSION = 100  # decoded bytes per byte of the parquet files
-UNLIMITED_EXPANSION_BYTES = 100_000_000  # files with at most this many decoded bytes may expand further
+UNLIMITED_EXPANSION_BYTES = 100_000_000  # no limit on the expansion up to this size
 
 
 @dataclass(eq=False)

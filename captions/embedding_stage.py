@@ -51,7 +51,7 @@ class EmbedArguments(EncoderStageArguments):
         """Load the model whose image encoder embeds the images.
 
         Args:
-            stage: The opened rows.
+            stage: The task, with the rows that it processes.
 
         Returns:
             The positional arguments of `RowStage.run`: columns, settings, and the function that embeds rows.

@@ -70,7 +70,7 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
         """Return lines for a dry run that say what will be requested from a server, such as requests and tokens.
 
         Args:
-            stage: The opened rows.
+            stage: The task, with the rows that it processes.
         """
         return CAPTIONERS[self.captioner].describe_work(self, stage)
 
@@ -78,7 +78,7 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
         """Load the captioner.
 
         Args:
-            stage: The opened rows.
+            stage: The task, with the rows that it processes.
 
         Returns:
             The positional arguments of `RowStage.run`: columns, settings, the function that captions rows, and the

@@ -24,7 +24,7 @@ MAX_NAME_WORDS = 3
 # Smallest share of letters that must be in the script of the language. The share is low because brands and names keep
 # their script, so that half of the letters of a Hindi caption may be Latin.
 MIN_SCRIPT_SHARE = 0.3
-TWO_SCRIPT_LANGUAGES = ("az", "kk", "ku", "pa", "sr", "tk", "ug", "uz")  # languages that are written in several scripts
+TWO_SCRIPT_LANGUAGES = ("az", "kk", "ku", "pa", "sr", "tk", "ug", "uz")  # written in more than one script
 # Unicode scripts, as regular expressions, of the ISO 15924 script codes that stand for a variant or several scripts.
 SCRIPT_PATTERNS = {
     "Hans": r"\p{Hani}",

@@ -60,7 +60,7 @@ class ScoreArguments(EncoderStageArguments):
         """Load the model that scores captions.
 
         Args:
-            stage: The opened rows.
+            stage: The task, with the rows that it processes.
 
         Returns:
             The positional arguments of `RowStage.run`: columns, settings, and the function that scores rows.

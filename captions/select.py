@@ -85,7 +85,7 @@ class SelectArguments(CaptionChoice, StageArguments):
         """Return the arguments with which `RowStage.run` selects the captions of all rows.
 
         Args:
-            stage: The opened rows; not used.
+            stage: The task, with the rows that it processes; not used.
 
         Returns:
             A tuple with the first three arguments of `RowStage.run`: `columns`, a dict from the name of the column of

@@ -131,9 +131,10 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return names
 
     def required_columns(self) -> list[str]:
-        """Return the names of columns that the stage can work on. The dataset must have at least one of these columns.
+        """Return the columns that the stage can work on. The dataset must have at least one of these columns.
 
-        The names apply after the flag `rename`. An empty list means that no column is required.
+        The names are those that columns have after the flag `rename` was applied. If the list is empty, the stage works
+        with any columns.
         """
         return []
 
@@ -180,7 +181,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         """Return lines for a dry run that say what the stage will request from a server, such as requests and tokens.
 
         Args:
-            stage: The opened rows.
+            stage: The task, with the rows that it processes.
         """
         return []
 
@@ -189,7 +190,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return ""
 
     def is_corrected(self) -> bool:
-        """Return True if a translation table was corrected after the parts of the stage were written from it."""
+        """Return True if the translation table was edited after the stage wrote parts with its translations."""
         return False
 
     def corrections(self) -> "Corrections | None":
@@ -203,7 +204,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         """Load everything that the stage needs to process rows, for example a model.
 
         Args:
-            stage: The opened rows.
+            stage: The task, with the rows that it processes.
 
         Returns:
             The positional arguments of `RowStage.run`: `columns` (dict from new columns to features), `settings`
@@ -719,7 +720,8 @@ class Corrections:
         """
         for path in self.parts:
             path.unlink(missing_ok=True)
-        # Write the record last, so that an interrupted run finds the same corrections again.
+        # Write the record last: as long as stage.json has the old record, the next run after an interruption finds the
+        # same corrections and deletes the remaining parts.
         write_json(self.output / STAGE_FILE, self.record)
 
 

@@ -154,7 +154,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         """Return lines for a dry run that say what will be requested from a server, such as requests and tokens.
 
         Args:
-            stage: The opened rows.
+            stage: The task, with the rows that it processes.
         """
         translator = TRANSLATORS[self.backend]
         if not translator.counts_tokens:
@@ -166,7 +166,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         """Load the translator, or read the translation table.
 
         Args:
-            stage: The opened rows.
+            stage: The task, with the rows that it processes.
 
         Returns:
             A tuple with the arguments of `RowStage.run`: `columns`, a dict from the name of each new column to its

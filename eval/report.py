@@ -189,7 +189,8 @@ def _build_block_and_draw_chart(rows: pandas.DataFrame, results_folder: ResultsF
     for pair in pairs:
         pair["published"] = get_published_baseline_result(pair)
         pair["models"] = " against ".join(pair[role].folder for role in ("capivara", "baseline") if pair[role])
-    # The first metric in a result file is the dataset's own. A chart of classification shows only this metric.
+    # Result files list the metric of the dataset (`DATASET_METRICS`) first. For classification, only this metric is
+    # drawn in the charts.
     own_metrics = measured.drop_duplicates("dataset").set_index("dataset")["metric"]
     drawn = [p for p in pairs if not p["is_rank"] and (is_retrieval or p["metric"] == own_metrics[p["dataset"]])]
     has_several_models = len({pair["models"] for pair in pairs}) > 1

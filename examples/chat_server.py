@@ -71,7 +71,7 @@ class ChatHandler(BaseHTTPRequestHandler):
     chat_server: ChatServer
 
     def do_GET(self) -> None:
-        """List the model."""
+        """Answer every GET request with the list of models, which has one model."""
         self.send_json({"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "me"}]})
 
     def do_POST(self) -> None:

@@ -284,8 +284,8 @@ def _average_results(results: list[ResultFile]) -> list[Any]:
     tolerance = baseline_tolerance.where(frame["model"] == "baseline", CARD_TOLERANCE)
     for row in find_conflicts(frame, "precision", tolerance).itertuples():
         raise ValueError(
-            f"{row.first_source}/value and {row.source}/value contradict each other: the same value is {row.first:g} "
-            f"and {row.value:g}. Remove the result file that belongs to another model."
+            f"{row.first_source}/value and {row.source}/value contradict each other: for the same measurement, one has "
+            f"{row.first:g} and the other {row.value:g}. Remove the result file that belongs to another model."
         )
     values = average_over_seeds(frame, "precision")
     for value in values:

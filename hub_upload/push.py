@@ -97,7 +97,7 @@ class PushArguments:
     revision: str = flag("main", "Branch to commit to. It is created from main if it does not exist.")
     pull_request: bool = flag(False, "Open a pull request to main instead of committing to it.")
     private: bool = flag(False, "Create the repository as private. Fails if the repository exists and is public.")
-    message: str | None = flag(None, "Title of the commit. Default: generated from the files, for example Add 4 files.")
+    message: str | None = flag(None, "Title of the commit. Default: generated from the files, such as 'Add 4 files'.")
 
     def __post_init__(self) -> None:
         for name in ("repo_id", "revision", "message"):

@@ -152,7 +152,8 @@ def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     for name, tensor in state.items():
         open_clip_name = _rename_parameter(name, names)
         if match := ATTENTION_PROJECTION_RE.fullmatch(name):
-            if match[2] == "q":  # the query projection; the key and value projections are added to the same tensor
+            # open_clip has one tensor for the query, key and value projections: build it once, at the query projection.
+            if match[2] == "q":
                 projections = [state[f"{match[1]}{letter}_proj.{match[3]}"] for letter in "qkv"]
                 result[_rename_parameter(f"{match[1]}in_proj_{match[3]}", names)] = torch.cat(projections)
         elif is_vit and name == "visual_projection.weight":
@@ -641,7 +642,7 @@ def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBas
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for damaged folders
         problem = f"The tokenizer {name!r} can't be loaded ({first_error_line(error)})"
-        raise ValueError(f"{problem}. Give another one with --tokenizer.") from error
+        raise ValueError(f"{problem}. Give another tokenizer with --tokenizer.") from error
     text_config = config.text_config
     if len(tokenizer) > text_config.vocab_size or tokenizer.pad_token_id != text_config.pad_token_id:
         actual = f"has {len(tokenizer)} tokens and the padding token {tokenizer.pad_token_id}"

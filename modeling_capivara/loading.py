@@ -261,7 +261,7 @@ def load_processor(source: str | Path) -> ProcessorMixin:
         with wrap_tokenizer_errors("its tokenizer"):
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-            raise ValueError(f"it is a {type(processor).__name__}, which does not process both texts and images")
+            raise ValueError(f"its class {type(processor).__name__} does not process both texts and images")
         # Published SigLIP 2 models name Gemma's tokenizer, but were trained on lowercase texts.
         if isinstance(processor.tokenizer, GemmaTokenizer):
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)

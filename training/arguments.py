@@ -29,7 +29,9 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    language: str = flag("pt", "Code of the language to train on; captions are in the column `captions-<language>`.")
+    language: str = flag(
+        "pt", "Code of the language to train on, such as pt: captions are read from the column captions-pt."
+    )
     eval_languages: list[str] = flag([], "Languages of the final evaluation, in addition to `language`.")
     evaluation_dataset: str | None = flag(None, "Dataset to evaluate on. Default: the first of `dataset`.")
     train_split: str = flag("train", "Name of the training split.")

@@ -552,7 +552,7 @@ def open_image_store(model: PreTrainedModel, pairs: PairDataset, args: RunArgume
 def choose_embedding_precision(
     model: PreTrainedModel, pairs: PairDataset, args: RunArguments, accelerator: Accelerator
 ) -> str:
-    """Choose the precision in which the images of a dataset are embedded. All processes get the same.
+    """Choose the precision in which the images of a dataset are embedded. It is the same in all processes.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
@@ -561,8 +561,9 @@ def choose_embedding_precision(
         accelerator: Device, precision and processes of the run.
 
     Returns:
-        The precision of the run, as named by Accelerate. If `--mixed_precision auto` became "bf16" and there are many
-        images, "no" if float32 was measured to be faster on this CPU. The choice is recorded in the cache folder.
+        Accelerate's name of the precision, normally that of the run. The exception is a run for which
+        `--mixed_precision auto` chose "bf16", with at least `LONG_PASS_IMAGES` images to embed: both precisions are
+        timed on this CPU, and the result is "no" (float32) if it was faster. The cache folder records the choice.
     """
     precision, choice = accelerator.mixed_precision, None
     is_short = len(pairs) * pairs.augmented_views < LONG_PASS_IMAGES

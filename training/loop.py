@@ -302,7 +302,8 @@ class TrainingLoop:
                 inputs.skipped.append(skipped)
                 logger.warning("%s, row %d: %s. Other pairs replace it.", pairs.source.display_name, row, image)
         self._write_skipped()
-        # `inputs.training` still counts the rows recorded here as usable.
+        # `inputs.training` still contains the rows that were found to be unreadable during training. `inputs.skipped`
+        # contains them as well, so `recorded` is subtracted to count each row once.
         rows = sum(map(len, inputs.training)) + len(inputs.skipped) - len(recorded)
         try:
             check_bad_share(inputs.skipped, rows, self.args.max_bad_share)

@@ -200,7 +200,10 @@ async def acquire_slot(slots: asyncio.Semaphore, seconds: float) -> AsyncIterato
 
 @asynccontextmanager
 async def receive_body(request: Request, slots: asyncio.Semaphore) -> AsyncIterator[bytearray]:
-    """Receive the body of a POST request. A body above `MAX_QUESTION_BYTES` holds a slot until the block ends.
+    """Receive the body of a POST request, as an async context manager.
+
+    To limit the memory, a body above `MAX_QUESTION_BYTES` waits for a slot of `slots`, and occupies it until the `async
+    with` block ends.
 
     Args:
         request: The request.
@@ -213,7 +216,7 @@ async def receive_body(request: Request, slots: asyncio.Semaphore) -> AsyncItera
         RequestRefusedError: If the request does not state the length of the body, if the body is too large or is
             received too slowly, or if no slot becomes free in time.
     """
-    length = request.headers.get("content-length", "")  # uvicorn does not read beyond this length
+    length = request.headers.get("content-length", "")  # bytes of the body; uvicorn never reads more
     if "transfer-encoding" in request.headers or not length.isdecimal():
         raise RequestRefusedError("no_length", 411)
     if int(length) > MAX_UPLOAD_BYTES + MAX_QUESTION_BYTES:

@@ -39,7 +39,7 @@ class Captioner(Protocol):
 
         Args:
             args: Flags of `captions.generate`.
-            stage: The opened rows.
+            stage: The task, with the rows that it processes.
         """
         return []
 
@@ -54,7 +54,7 @@ class Captioner(Protocol):
 
         Args:
             args: Flags of `captions.generate` (`GenerateArguments`).
-            stage: The opened rows.
+            stage: The task, with the rows that it processes.
 
         Returns:
             The captioner, ready to caption rows.

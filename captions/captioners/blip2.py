@@ -287,7 +287,7 @@ def caption_rows(
 
 
 class Blip2Captioner(Captioner):
-    """The backend of `captions.generate` that continues prefixes with BLIP-2.
+    """The captioner of `captions.generate` that uses BLIP-2: it continues prefixes, such as "a photo of", to captions.
 
     Args:
         args: Flags of `captions.generate`.
@@ -328,7 +328,7 @@ class Blip2Captioner(Captioner):
 
         Args:
             args: Flags of `captions.generate`.
-            stage: The opened rows; not used.
+            stage: The task, with the rows that it processes; not used.
         """
         return cls(args)
 

@@ -59,7 +59,8 @@ class ChatCaptioner(Captioner):
 
     Args:
         args: Flags of `captions.generate`.
-        stage: The opened rows; None if the server is only checked: give up early, and warn about unlisted models.
+        stage: The task, with the rows that it processes. None if the server is only checked: then requests give up
+            early, and a model that the server does not list causes a warning.
 
     Raises:
         ValueError: If a flag or the file of prompts is invalid, or the server refuses requests with images.
@@ -118,7 +119,7 @@ class ChatCaptioner(Captioner):
 
         Args:
             args: Flags of `captions.generate`.
-            stage: The opened rows.
+            stage: The task, with the rows that it processes.
         """
         prompts = CaptionPrompts(args.prompts, args.caption_language)
         images = sum(len(part) for part in stage.parts if not stage.path(part).is_file())
@@ -140,7 +141,7 @@ class ChatCaptioner(Captioner):
 
         Args:
             args: Flags of `captions.generate`.
-            stage: The opened rows.
+            stage: The task, with the rows that it processes.
         """
         return cls(args, stage)
 

@@ -56,8 +56,9 @@ class Prompts:
 
         Args:
             key: Key of the template in the file.
-            template: The template, if the key holds a list. Default: the value of the key.
-            **variables: Values of further variables.
+            template: The text of the template. Required if the value of `key` is a list of templates, of which this is
+                one. Default: the value of `key`.
+            **variables: Values of variables of the template, in addition to those that are the same for all templates.
 
         Raises:
             ValueError: If the template is missing, has a mistake, uses an unknown variable, or gives a blank text.

@@ -60,7 +60,7 @@ class Translator(Protocol):
 
         Args:
             args: Flags of `captions.translate` (`TranslateArguments`).
-            stage: The opened rows.
+            stage: The task, with the rows that it processes.
 
         Returns:
             The translator, ready to translate.

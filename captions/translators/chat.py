@@ -29,7 +29,7 @@ class ChatTranslatorFlags(ChatFlags):
     """Flags of `--backend chat`."""
 
     captions_per_request: int = flag(
-        1, "Captions to translate in one request, as numbered lines. Only captions.translate.", group=CHAT
+        1, "Number of captions to translate in one request, as numbered lines. Only for captions.translate.", group=CHAT
     )
 
 
@@ -86,7 +86,7 @@ class ChatTranslator(Translator):
 
         Args:
             args: Flags of `captions.translate`.
-            stage: The opened rows; the number of the task chooses the server to begin with.
+            stage: The task, with the rows that it processes; the number of the task chooses the server to begin with.
         """
         return cls(args, stage.rank)
 
@@ -111,7 +111,8 @@ class ChatTranslator(Translator):
     def translate(self, sentences: list[str]) -> list[str]:
         """Translate sentences, and return one translation per sentence, in order.
 
-        The translation is "" if the model gave no usable answer; `on_answer` gets the fault.
+        If the model gave no usable answer for a sentence, its translation is "", and the callback `on_answer` gets an
+        answer that says what was wrong.
         """
         size = self._args.captions_per_request
         groups = [sentences[start : start + size] for start in range(0, len(sentences), size)]

@@ -215,7 +215,7 @@ class FileTranslator(Translator):
 
         Args:
             args: Flags of `captions.translate`.
-            stage: The opened rows.
+            stage: The task, with the rows that it processes.
 
         Raises:
             ValueError: If the table has other sentences than the rows, or a sentence has no translation.

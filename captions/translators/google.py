@@ -66,7 +66,7 @@ class GoogleTranslator(Translator):
 
         Args:
             args: Flags of `captions.translate`.
-            stage: The opened rows; not used.
+            stage: The task, with the rows that it processes; not used.
         """
         return cls(args.language, args.source_language, args.google_endpoint)
 

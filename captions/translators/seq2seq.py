@@ -99,7 +99,7 @@ class Seq2SeqTranslator(Translator):
 
         Args:
             args: Flags of `captions.translate`.
-            stage: The opened rows; not used.
+            stage: The task, with the rows that it processes; not used.
         """
         return cls(
             args.model or PAPER_MODEL,
@@ -138,8 +138,8 @@ class Seq2SeqTranslator(Translator):
         elif target_tokens:
             tokenizer.src_lang = source_code
             self._generate_options["forced_bos_token_id"] = target_tokens[self.code]
-        # The start token needs one of the model's positions. The limit of twice the source length ends repetition
-        # loops, and no correct translation is longer.
+        # The start token takes one of the model's positions, so one token less can be generated. The default of twice
+        # the largest source length ends repetition loops; no correct translation is longer than that.
         positions = getattr(model.config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
         self._max_source_tokens = min(positions, tokenizer.model_max_length, MAX_SOURCE_TOKENS + len(self._prefix_ids))
         self._generate_options["max_new_tokens"] = min(positions - 1, max_new_tokens or 2 * MAX_SOURCE_TOKENS)

@@ -31,7 +31,8 @@ class Benchmark:
 
     key: str  # name of the JSON file, and of the folder in --data_dir
     title: str  # name that tables show
-    task: str  # "retrieval", "classification" or "average"
+    # "retrieval" (between images and captions), "classification" (zero-shot) or "average" (mean over other benchmarks)
+    task: str
     suite: tuple[str, ...]  # suites that include the benchmark, from `SUITES`
     metric: str  # metric of the published results, as in `Record.metric`; "average" for a mean over benchmarks
     protocol_note: str  # remark that tables show with the results, for example on their source
@@ -47,7 +48,9 @@ class Benchmark:
     # `hub_id` (None if unknown), `local_layout` (description of the local folder) and `url` (download page)
     source: dict[str, str | None] = field(default_factory=dict)
     split: str = ""  # split to measure
-    protocol: str = ""  # "ours" or "babel" (source of class names and prompts); "captions" for retrieval
+    # Source of class names and prompts: "ours" (this project's files) or "babel" (Babel-ImageNet's names, with
+    # clip-benchmark's templates). For retrieval, which has no prompts, it is "captions".
+    protocol: str = ""
     test_images: int | None = None  # size of the published split; None if unknown
     image_column: str | None = None  # None: the only column with images
     label_column: str | None = None  # None: the first column with a usual name
@@ -129,10 +132,11 @@ def find_published_name(name: str, role: str, model_class: str, loss: str) -> st
 
 
 def get_published_baseline_result(pair: dict[str, Any]) -> tuple[float, str] | None:
-    """Return the published result of the baseline model in a pair of results.
+    """Return the result that was published for a baseline model, to show it next to the measured one.
 
     Args:
-        pair: Dict for a baseline and a model, from `eval.records.tables.pair_with_baselines`.
+        pair: A measured result of a baseline and of the model compared with it, from
+            `eval.records.tables.pair_with_baselines`.
 
     Returns:
         The published value, from 0 to 1, and the URL of its source. None if nothing was published for the baseline, or
@@ -150,7 +154,11 @@ def get_published_baseline_result(pair: dict[str, Any]) -> tuple[float, str] | N
 
 
 def read_benchmark(path: Path) -> Benchmark:
-    """Read one benchmark from a JSON file of this folder, or the mean over benchmarks in `elevater.json`.
+    """Read one benchmark from a JSON file.
+
+    Args:
+        path: JSON file in this folder, with the fields of `Benchmark`. Most files describe a dataset; `elevater.json`
+            describes the published mean over several datasets.
 
     Raises:
         ValueError: If the file is not JSON, lacks a required field of `Benchmark`, or has an unknown field.

@@ -46,7 +46,10 @@ class Prompts:
     """Class names and prompts of a zero-shot classifier. A prompt is a template filled with the name of a class."""
 
     benchmark: str  # key of the dataset, such as "cifar-10"
-    protocol: str  # "ours", "authors", "babel" or "own"
+    # Where the class names and templates come from. "ours": this project's files in the folder `pt`. "authors": the
+    # CAPIVARA authors' file `portuguese_prompts.py`. "babel": the names of Babel-ImageNet, with clip-benchmark's
+    # templates. "own": a JSON file with the user's own classes.
+    protocol: str
     names: list[str]  # names of the classes in the language of the prompts, in the order of the labels
     english_names: list[str]  # names of all classes of the dataset, as the data have them (usually English)
     class_prompts: list[list[str]]  # for each class in `names`, its prompts

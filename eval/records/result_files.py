@@ -48,12 +48,16 @@ class Record:
         ValueError: If a field has the wrong type or is out of range. The message starts with the name of the field.
     """
 
-    task: str  # "retrieval", "classification" or "linear_probe"
+    # What was measured: "retrieval" (between images and captions), "classification" (zero-shot, with prompts) or
+    # "linear_probe" (a linear classifier trained on image embeddings).
+    task: str
     dataset: str
     split: str
     language: str  # language code of the captions or prompts, such as "pt"; "" for the linear probe
     protocol: str  # how the value was measured; records of different protocols are not comparable
-    direction: str  # "text_to_image" or "image_to_text" for retrieval, otherwise ""
+    # For retrieval, what is searched with what: "text_to_image" (images with a text) or "image_to_text" (texts with an
+    # image). "" for the other tasks.
+    direction: str
     metric: str  # such as "recall@1", "mean_recall", "accuracy", or "mean_recall_gain" (model minus baseline)
     value: float  # from 0 to 1, such as a recall; for "median_rank" a rank from 1; for a gain a difference from -1 to 1
     n: int  # number of queries (retrieval) or images (other tasks) that the value averages over

@@ -101,11 +101,15 @@ def get_folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None
 def find_conflicts(
     frame: pandas.DataFrame, group_column: str, tolerance: float | pandas.Series = 0
 ) -> pandas.DataFrame:
-    """Find records that contradict an earlier record of the same condition, role, model and seed.
+    """Find records of the same measurement with different values.
+
+    Two records are of the same measurement if condition, role (baseline or trained model), seed and `group_column`
+    agree.
 
     Args:
         frame: Result of `build_records_frame`.
-        group_column: Column that tells models apart: "folder". For the results of a single run, "precision".
+        group_column: Column that must agree, too: "folder" if the frame has several models, each in its folder.
+            "precision" if the frame has the results of one run, whose precisions may give different values.
         tolerance: Values that differ by at most this much are no conflict. One number, or a number per row.
 
     Returns:

@@ -52,7 +52,7 @@ logger = logging.getLogger("capivara")
 class OpenMojiChatArguments:
     """Command-line flags of `python -m examples.openmoji.chat`."""
 
-    base_url: list[str] = flag([], "Addresses of a real server. Default: a stand-in that runs inside the command.")
+    base_url: list[str] = flag([], "Addresses of a real chat server. Default: a simulated server inside this command.")
     model: str = flag(MODEL, "Name of the model on the server.")
     concurrency: int = flag(8, "Requests in flight at the same time.")
     images: int = flag(200, "Number of images of the split train.")

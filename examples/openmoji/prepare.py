@@ -278,10 +278,10 @@ def initialize_projections(
 
 
 def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit an image projection and a text projection by ridge regression from image features to text embeddings.
+    """Fit projections that map an image and its caption to similar embeddings, by ridge regression.
 
-    The projections have no bias, so they can't subtract the mean. Instead, the direction of the mean is projected out
-    of the image features and of the text embeddings.
+    The regression predicts the text embeddings from the image features. Means should be subtracted first, but the
+    projections have no bias to do so. Instead, they remove the direction of the mean from the features and embeddings.
 
     Args:
         features: Pooled outputs of the image tower, (images, image width).

@@ -1,6 +1,6 @@
 """Export a model for the machine-learning service of the photo server Immich (tested with Immich 1.134 and 2.5).
 
-Immich loads the folder as one of the OpenCLIP models in its list. These files are written:
+Immich accepts only models of a fixed list, so the folder takes the place of one of them. These files are written:
 
     config.json                                   embedding width, and maximum number of tokens in a text
     textual/model.onnx                            text (1, tokens), int32 -> embedding (1, width), unit length

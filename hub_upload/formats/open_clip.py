@@ -58,7 +58,7 @@ TEXT_CONFIG_FIELDS += "layer_norm_eps max_position_embeddings type_vocab_size pa
 # the tokenizer again without the normalizer. Without a type, open_clip reads config.json and asks on the terminal
 # whether to run the Python code that config.json names.
 TOKENIZER_SETTINGS = {"tokenizer_type": "xlm-roberta-xl"}
-EMBEDDING_TOLERANCE = 1e-4  # largest allowed difference of a component of unit-length float32 embeddings
+EMBEDDING_TOLERANCE = 1e-4  # largest difference per component between the model's and open_clip's embeddings
 logger = logging.getLogger("capivara")
 
 
@@ -151,7 +151,7 @@ def resolve_text_config_id(config: CapivaraConfig, text_config: str | None) -> s
         return None if _config_differences(config.text_config, base) else BASE_TEXT_MODEL
     try:
         if Path(text_config).is_dir():
-            raise ValueError("it is a folder, but users of the model need a Hub id")
+            raise ValueError("the path is a folder, but users of the model need a Hub id")
         is_base = text_config in BASE_TEXT_NAMES
         hub_config = base if is_base else AutoConfig.from_pretrained(text_config, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -160,7 +160,7 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
         folder: Folder to write.
 
     Raises:
-        ValueError: If `folder` is not empty, or a file contains an absolute path or a token.
+        ValueError: If `folder` is not empty, or a file contains an absolute path or an access token.
     """
     with atomic_folder(folder) as output:
         program = (path for package in PROGRAM_PACKAGES for path in (CODE_ROOT / package).rglob("*"))
