@@ -1,16 +1,16 @@
 """Measure images and captions per second, compared with open_clip on the same weights.
 
     python -m benchmarks.encode --output benchmarks/results/encode.json
-
     python -m benchmarks.encode --part pass --images 2000 --runs 3 --output benchmarks/results/encode_pass.json
 
-Both programs use the full published architecture with the same random weights, and get the same PIL images and the same
-texts of 20 tokens. Preprocessing and tokenization are included. The programs run alternately,
-and each rate is the median over the runs of a program.
+The two programs are this project and open_clip. Both use the full published architecture with the same random weights,
+and get the same PIL images and the same texts of 20 tokens. Preprocessing and tokenization are included. The programs
+run alternately, and each rate is the median over the runs of a program.
 
-The part "pass" embeds many images in batches, as indexing does: with the chunk size that
-`capivara_common.embedding_speed` chooses on this CPU, in float32 and in the precision that `--precision auto` chooses.
-The first run of each precision, which makes the choice, is reported separately.
+By default, each run embeds one batch. With `--part pass`, each run embeds many images in batches, as indexing
+does: with the chunk size that `capivara_common.embedding_speed` chooses on this CPU, in float32 and in the precision
+that `--precision auto` chooses. The first run of each precision also makes these choices, which takes time, so it is
+reported separately.
 """
 
 import os

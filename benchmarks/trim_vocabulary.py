@@ -214,14 +214,15 @@ def build_published_base(name: str) -> tuple[type[PreTrainedModel], PreTrainedCo
 
 
 def build_processor(name: str, image_size: int) -> tuple[ProcessorMixin, str]:
-    """Build the processor of a base, with a real or a synthesized vocabulary of the published size.
+    """Build the processor of a base model, with a vocabulary of the published size.
 
     Args:
         name: Name of the base, one of `BASES`.
         image_size: Side of the images in pixels.
 
     Returns:
-        The processor, and "real" or "synthesized".
+        The processor, and the kind of its vocabulary: "real" if it is a published one, "synthesized" if this benchmark
+        made it up.
     """
     side = {"height": image_size, "width": image_size}
     if name in SIGLIP_SIZES:

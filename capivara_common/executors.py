@@ -114,7 +114,7 @@ def read_failure_reasons(log_folder: Path) -> dict[int, str]:
         log_folder: Log folder of a phase, which contains the folder `failures`.
 
     Returns:
-        The reason in one line for each task that has failed or not ended, keyed by the rank of the task.
+        A dict from the rank of each task that failed or did not end to the reason, in one line.
     """
     paths = sorted((log_folder / "failures").glob("*.txt"))
     return {int(path.stem): path.read_text(encoding="utf-8").split("\n\n")[0] for path in paths}

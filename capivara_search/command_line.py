@@ -171,7 +171,9 @@ class LocalizedCommand(click.Command):
         self.params += GLOBAL_OPTIONS
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse a command line. `--labels a b` is a short form of `--labels a --labels b`.
+        """Parse a command line, in which `--labels` may be followed by several values.
+
+        click takes one value per flag, so `--labels a b` is first changed to `--labels a --labels b`.
 
         Args:
             ctx: Context of the command.

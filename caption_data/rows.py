@@ -114,12 +114,13 @@ def write_skipped_rows(path: Path, skipped: list[SkippedRow]) -> None:
 
 @dataclass(kw_only=True)
 class CaptionChoice:
-    """Flags that choose the captions of an image, shared by all commands that select captions.
+    """Flags that choose which captions of an image are used, shared by all commands that select captions.
 
-    The strategy `diverse` starts with the captions that pass `threshold`, ordered from the most to the least similar to
-    the image. It keeps a caption if the TF-IDF cosine between this caption and each caption that is already kept is at
-    most `max_overlap`. If fewer than `min_kept` captions remain, it also keeps the most similar of the dropped
-    captions, up to `min_kept` in total.
+    The strategy `diverse` avoids captions that say the same. It starts with the captions that the strategy `threshold`
+    would choose, and goes through them from the most to the least similar to the image. It keeps a caption if its words
+    overlap little with those of each caption kept before: if the cosine of their TF-IDF vectors is at most
+    `max_overlap`. If fewer than `min_kept` captions were kept, it also keeps those of the dropped captions that are
+    most similar to the image, up to `min_kept` in total.
     """
 
     caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(

@@ -9,14 +9,14 @@ A dataset has one of these forms:
 - WebDataset tars in the layout of the CAPIVARA authors, with one image (`jpg` or `png`) and one `json` per sample;
 - a Hub id.
 
-Parquet files and datasets of the Hub are copied to the cache of `datasets`, which maps them into memory. Tars and image
-folders are read in place: the cache holds only a table of their rows, which is built again if the size or the
+Parquet files and datasets of the Hub are copied to the cache of `datasets`, which memory-maps the copies. Tars and
+image folders are read in place: the cache holds only a table of their rows, which is built again if the size or the
 modification time of a file changes. Nothing is extracted, and nothing is unpickled.
 
 Names decide to which split a file belongs. If a folder of the file has the name of a split, the innermost such folder
 decides. Otherwise the start of the file name decides, for example `test-0001.parquet`. The names of splits are
 `SPLIT_NAMES` and the name of the requested split. If no file has the name of a split, all files belong to "train", as
-on the Hub. Such files are not also used as "test", because a model would then be evaluated on its training data.
+on the Hub. The dataset then has no "test" split, so that a model is never evaluated on its training data by mistake.
 """
 
 import glob

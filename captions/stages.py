@@ -356,7 +356,9 @@ class StageReport:
 
 
 class RowStage:
-    """One task of a stage, which reads rows of the source and writes them as parts (parquet files).
+    """One task of a stage: reads some of the rows of a dataset, processes them, and writes them as parts.
+
+    A part is a parquet file with consecutive rows. The tasks of a stage share the rows among them.
 
     Args:
         args: Flags of the stage.
@@ -364,7 +366,7 @@ class RowStage:
         world_size: Number of tasks.
 
     Attributes:
-        source: The rows to read.
+        source: The dataset that the rows are read from.
         features: Feature (column type of `datasets`) of each column that is copied from the source to the output.
         record: The values of `stage.json` that are known before a model is loaded.
         parts: Row ranges of the parts that this task writes.

@@ -42,7 +42,7 @@ class TranslationMemory:
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
         self.folder, self.fingerprint = folder / json_digest(fingerprint, sort_keys=True), fingerprint
         self.faults: dict[str, str] = {}
-        self._answers: dict[str, Answer] = {}  # answers that are only in the journal
+        self._answers: dict[str, Answer] = {}  # by sentence, until `add` stores them
         self._journal = Journal(self.folder / f"{uuid.uuid4().hex}.jsonl")
 
     def find(self, sentences: Iterable[str]) -> dict[str, str]:

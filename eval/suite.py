@@ -176,8 +176,8 @@ def run_measurement(
     Args:
         args: Arguments of the suite.
         benchmark: The benchmark.
-        model: The model's dict from `check_and_describe_models`.
-        measurement: The measurement's dict from `plan_models_and_measurements`.
+        model: Name, role, seed and more of the model: its dict from `check_and_describe_models`.
+        measurement: Data, language and result file of the measurement: its dict from `plan_models_and_measurements`.
 
     Returns:
         One record per metric and, for retrieval, direction.

@@ -178,10 +178,10 @@ def write_card(
 def find_card_faults(folder: Path) -> list[str]:
     """Compare the model card of a run or export with the files in its folder.
 
-    The card is rendered again with the options that its last comment stores, and the two texts are compared line by
-    line. The card may contain additional lines if these have no numbers and no markup that could hide or change other
-    lines. If the card was rendered from another template version, only its front matter, numbers and file digests are
-    compared, and it must not contain HTML.
+    The last HTML comment in the card stores the options that the card was rendered with. A new card is rendered from
+    the files with these options, and the two cards are compared line by line. The card may contain additional lines if
+    these have no numbers and no markup that could hide or change other lines. If the card was rendered from another
+    template version, only its front matter, numbers and file digests are compared, and it must not contain HTML.
 
     Args:
         folder: Folder of the run or export, with the card README.md.

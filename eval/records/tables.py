@@ -1,9 +1,11 @@
 """Compute means over seeds and gains over a baseline from records, and show them as Markdown and HTML tables.
 
-frame = build_records_frame(files)  # one row per record
-values = average_over_seeds(frame, "folder")  # one mean per model and condition
-pairs = pair_with_baselines(values)  # each model next to its baseline
-pairs[0]["metric"], pairs[0]["capivara"].mean, pairs[0]["capivara"].deviation, pairs[0]["gain"]
+The functions are used in this order, where `files` are the result files that were read:
+
+    frame = build_records_frame(files)  # one row per record
+    values = average_over_seeds(frame, "folder")  # one mean per model and condition
+    pairs = pair_with_baselines(values)  # each model next to its baseline
+    pairs[0]["metric"], pairs[0]["capivara"].mean, pairs[0]["capivara"].deviation, pairs[0]["gain"]
 """
 
 import math

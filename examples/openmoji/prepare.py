@@ -138,9 +138,10 @@ def prepare_dataset_and_base(dataset_dir: Path, model_dir: Path | None, loss: st
 
 
 def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, languages: Sequence[str] = ()) -> None:
-    """Build the base model: align two pretrained encoders on English captions, and save the result.
+    """Build and save the base model of the demo, from an image encoder and a text encoder that were trained separately.
 
-    The model, its processor, the training curve (alignment.json) and a model card (README.md) are saved.
+    The joined model is fitted to English captions, so that an image and its caption get similar embeddings. The model,
+    its processor, the training curve (alignment.json) and a model card (README.md) are saved.
 
     Args:
         dataset: OpenMoji dataset with the splits train and validation.
