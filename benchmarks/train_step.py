@@ -92,7 +92,7 @@ OPEN_CLIP_FLAGS = {
 }
 SIGLIP_TOKENS = 64  # SigLIP always pads to this length
 CAPTION_TOKENS = dict.fromkeys(OPEN_CLIP_FLAGS, SIGLIP_TOKENS) | {"capivara": 20}  # average per caption
-SIGLIP_VOCABULARY_SIZE = 256_000  # random ids are drawn from all of it
+SIGLIP_VOCABULARY_SIZE = 256_000  # random token ids are drawn from the whole vocabulary
 # --model -> sizes of both towers, image size and patch size of SigLIP 2. transformers' defaults are those of B/16.
 SIGLIP_SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "siglip2": ({}, {}),
@@ -125,7 +125,7 @@ class TrainStepArguments:
     )
     micro: int = flag(16, "Pairs per micro-batch of our programs; the recipe's step has 64.")
     peer_micro: int = flag(48, "open_clip's --batch-size. Its --accum-freq is pairs / peer_micro.")
-    runs: int = flag(5, "Number of runs of each program; the programs alternate.")
+    runs: int = flag(5, "How often each program is timed; the programs take turns.")
     steps: int = flag(1, "Timed steps per run.")
     warmup: int = flag(1, "Untimed steps before them, for our programs; open_clip has 1.")
     parts: list[str] = flag(["recipe", "programs"], "What to measure: a step of the recipe, the programs, the demo.")

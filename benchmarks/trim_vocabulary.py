@@ -69,7 +69,7 @@ class TrimBenchmarkArguments:
     languages: list[str] = flag(["pt", "en"], "Languages to keep.")
     words: list[int] = flag([*DEFAULT_WORD_COUNTS], "Most frequent words of each language to keep.")
     captions: int = flag(64, "Number of captions per run, of 20 tokens on average.")
-    runs: int = flag(5, "Number of runs, which alternate between the base and the trimmed model.")
+    runs: int = flag(5, "How often each model is timed; the base and the trimmed model take turns.")
     output: Path = flag(timing.RESULTS_FOLDER / "trim_sizes.json", "JSON file for the results.")
     worker: Literal["make", "measure"] | None = flag(None, "Do one thing in this process (internal).")
     folder: Path | None = flag(None, "Folder of the worker's model (internal).")

@@ -26,7 +26,7 @@ CAN_OPEN_FOLDERS = hasattr(os, "O_DIRECTORY")  # False on Windows, where `os.ope
 WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{port}{number}" for port in ("COM", "LPT") for number in "0123456789¹²³"
 }
-UMASK = os.umask(0)  # the umask can only be read by setting it
+UMASK = os.umask(0)  # a process can only read its umask by setting it
 os.umask(UMASK)
 
 

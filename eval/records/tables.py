@@ -270,7 +270,7 @@ def format_signed_difference(difference: float | None, is_rank: bool = False) ->
     """Format a difference with its sign, such as "+1.2".
 
     Args:
-        difference: Difference of two shares (from -1 to 1), or of two ranks.
+        difference: Difference between two metric values from 0 to 1, or between two ranks.
         is_rank: Whether it is a difference of ranks. Otherwise, it is shown in percentage points.
 
     Returns:
