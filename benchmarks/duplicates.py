@@ -242,8 +242,8 @@ def find_lookalike_icon_pairs(paths: list[str]) -> list[tuple[int, int]]:
     images = [Image.open(path) for path in paths]
     small, pairs = np.stack([np.asarray(image.reduce(8), np.int16).ravel() for image in images]), []
     for first in range(len(paths)):
-        # Reduced images are compared first, because this is faster. Their mean difference is at most that of the full
-        # images; rounding adds at most 0.5.
+        # Reduced images are compared first, because this is faster. The mean difference between two reduced
+        # images is at most the mean difference between the full images; rounding adds at most 0.5.
         near = np.abs(small[first + 1 :] - small[first]).mean(axis=1) <= SAME_DRAWING_MAX_DIFFERENCE + 0.5
         for second in (first + 1 + np.flatnonzero(near)).tolist():
             difference = np.subtract(*(np.asarray(images[index], np.int16) for index in (first, second)))

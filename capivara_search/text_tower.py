@@ -74,8 +74,8 @@ class TextTower:
             text_config: `text_config` of the model.
 
         Returns:
-            The same tokenizer. None if transformers would not load a `CapivaraTokenizer`, or if the padding token of
-            the tokenizer is not the padding token of the model.
+            The same tokenizer. None if this class can't encode the model's texts: if transformers would not load a
+            `CapivaraTokenizer`, or if the padding token of the tokenizer is not the padding token of the model.
         """
         is_capivara = settings.get("tokenizer_class") == "CapivaraTokenizer"
         pad = tokenizer.token_to_id(_token_text(settings["pad_token"]))  # None if the token is not in the vocabulary
