@@ -55,7 +55,8 @@ XLM_V_VOCABULARY_SIZE = 901_629  # rows of MetaCLIP 2's embedding table
 LARGE_TEXT = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 VIT_H = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
 VIT_H |= {"patch_size": 14, "image_size": 224}
-TINY_TOWER = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+# The width stays that of the published tower, because the embeddings of a SigLIP model have it.
+TINY_TOWER = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 FLOAT_BYTES = 4  # weights are published in float32
 WORDS_PER_LANGUAGE = 100_000  # at most this many words; most of wordfreq's lists are shorter
 ADDED_TOKEN_SCORE = -11.0  # log-probability of an added word, higher than the sum for the tokens that it replaces

@@ -29,7 +29,9 @@ def small(monkeypatch):
     def build(name):
         text = TOWER | {"vocab_size": SIZES[name], "max_position_embeddings": 64}
         if name == "siglip2":
-            return SiglipModel, SiglipConfig(text_config=text | {"projection_size": 32}, vision_config=VISION)
+            return SiglipModel, SiglipConfig(
+                text_config=text | {"projection_size": VISION["hidden_size"]}, vision_config=VISION
+            )
         return MetaClip2Model, MetaClip2Config(text_config=text | {"eos_token_id": 2}, vision_config=VISION)
 
     def run(module, models, **flags):
