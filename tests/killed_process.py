@@ -64,7 +64,7 @@ def prepare(phase: str, die: Callable[..., None]) -> None:
         replace(shutil, "rmtree", before=lambda path, **_: delete_half(Path(path), die))
     else:  # when a shard of the cache or a checkpoint is renamed
         kind, moment = phase.split("-")
-        prefix = {"cache": ".shard-", "rename": "tmp-step-"}[kind]
+        prefix = {"cache": ".images-", "rename": "tmp-step-"}[kind]
 
         def die_at_rename(path, target) -> None:
             if Path(path).name.startswith(prefix):
