@@ -40,7 +40,7 @@ from benchmarks.timing import (
     time_call,
 )
 from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_common.embedding_speed import tune_chunk_size
+from capivara_common.embedding_speed import with_tuned_chunk_size
 from capivara_common.embedding_store import embed_batch
 from capivara_common.files import read_json
 from capivara_search.miniature_encoders import load_tokenizer
@@ -177,7 +177,7 @@ def measure_pass(args: EncodeArguments) -> dict[str, Any]:
     def run_ours(precision: str) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             embed = partial(embed_images, ours, processor)
-            embed = tune_chunk_size(embed, args.images, "cpu", f"benchmark in {precision}")
+            embed = with_tuned_chunk_size(embed, args.images, "cpu", f"benchmark in {precision}")
             return torch.stack([vector for batch in batches for vector in embed_batch(batch, embed)])
 
     @torch.inference_mode()

@@ -91,7 +91,7 @@ def load_template() -> Template:
     environment.filters["percent"] = _percent
     environment.globals |= {
         "results": load_results,
-        "table": format_table,
+        "table": format_markdown_table,
         "versions": format_versions,
         "ms": format_milliseconds,
         "step_memory": format_step_memory,
@@ -156,7 +156,7 @@ def format_step_memory(name: str) -> str:
     return "–".join(format_number(bound["peak_memory_bytes"] / 2**30, 1) for bound in bounds)
 
 
-def format_table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
+def format_markdown_table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
     """Build a Markdown table.
 
     Args:

@@ -198,7 +198,7 @@ def fill_index(args: SearchArguments) -> dict[str, Any]:
 
     def write() -> None:
         for start in range(0, args.rows, WRITE_BATCH_ROWS):
-            table.pictures.add(make_rows(vectors[start : start + WRITE_BATCH_ROWS], start, digest))
+            table.pictures.add(build_picture_rows(vectors[start : start + WRITE_BATCH_ROWS], start, digest))
 
     return {
         "written_s": timing.time_call(write),
@@ -208,7 +208,7 @@ def fill_index(args: SearchArguments) -> dict[str, Any]:
     }
 
 
-def make_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table:
+def build_picture_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table:
     """Build rows with the schema of the search index; columns without a value are null.
 
     Args:

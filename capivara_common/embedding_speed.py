@@ -1,6 +1,6 @@
 """Choose how a model embeds images fastest on this CPU: the number of images per forward pass, and the precision.
 
-    embed = tune_chunk_size(embed, len(images), device, encoder_digest, output)
+    embed = with_tuned_chunk_size(embed, len(images), device, encoder_digest, output)
     vectors = embed(images[:32])  # the first call measures
 
 Which choice is fastest differs between CPUs. Before a long pass embeds its first batch, it embeds images of this batch
@@ -42,7 +42,7 @@ BF16_MIN_COSINE = 0.999  # between embeddings in bfloat16 and float32
 logger = logging.getLogger("capivara")
 
 
-def tune_chunk_size(
+def with_tuned_chunk_size(
     embed: Callable[..., Any], image_count: int, device: "torch.device | str", encoder: str, record: Path | None = None
 ) -> Callable[[Sequence[Any]], Any]:
     """Wrap a function that embeds images, so that it uses the fastest number of images per forward pass.

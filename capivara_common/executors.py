@@ -142,9 +142,9 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
             shutil.rmtree(step.log_folder / folder, ignore_errors=True)
         step_args = step.args if isinstance(step.args, ExecutorArguments) else args
         if args.executor == "slurm":
-            previous = submit_to_slurm(step, step_args, previous)
+            previous = submit_step_to_slurm(step, step_args, previous)
             continue
-        executor = run_local(step, step_args) if args.executor == "local" else run_on_ray(step, step_args)
+        executor = run_step_locally(step, step_args) if args.executor == "local" else run_step_on_ray(step, step_args)
         if failed := executor.get_incomplete_ranks(skip_completed=True):
             reasons = read_failure_reasons(step.log_folder)
             failures = "".join(
@@ -157,7 +157,7 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
     return args.executor != "slurm"
 
 
-def run_local(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor:
+def run_step_locally(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor:
     """Run all tasks of a step on this machine.
 
     The function starts `args.workers` worker processes, each pinned to one GPU. A single worker runs in the current
@@ -284,7 +284,7 @@ def _executor_options(step: PhaseStep, args: ExecutorArguments) -> dict[str, Any
     }
 
 
-def run_on_ray(step: PhaseStep, args: ExecutorArguments) -> RayPipelineExecutor:
+def run_step_on_ray(step: PhaseStep, args: ExecutorArguments) -> RayPipelineExecutor:
     """Run all tasks of a step on a Ray cluster.
 
     The cluster is the one at the address in the environment variable RAY_ADDRESS, or a cluster that already runs on
@@ -307,7 +307,7 @@ def run_on_ray(step: PhaseStep, args: ExecutorArguments) -> RayPipelineExecutor:
     return executor
 
 
-def submit_to_slurm(
+def submit_step_to_slurm(
     step: PhaseStep, args: ExecutorArguments, previous: SlurmPipelineExecutor | None
 ) -> SlurmPipelineExecutor:
     """Submit a step to Slurm as a job array.

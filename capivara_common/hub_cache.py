@@ -67,7 +67,7 @@ def resolve_model_folder(source: str, convert: Converter, revision: str | None =
     if path.is_file() or ((path / OPEN_CLIP_CONFIG).is_file() and not is_complete_model(path)):
         return _get_or_convert_local_model(path.resolve(), convert)
     if path.exists():
-        check_model(path, name)
+        check_model_folder(path, name)
         return path.resolve()
     if not is_hub_id(source):
         raise coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=name)
@@ -144,12 +144,12 @@ def is_hub_id(source: str) -> bool:
 def is_complete_model(folder: Path) -> bool:
     """Return whether a folder contains the config, processor and weights of a model of a supported type."""
     with suppress(ValueError):
-        check_model(folder, folder)
+        check_model_folder(folder, folder)
         return True
     return False
 
 
-def check_model(folder: Path, name: str | Path) -> None:
+def check_model_folder(folder: Path, name: str | Path) -> None:
     """Check that a folder contains the config, processor and weights of a model of a supported type.
 
     Args:
@@ -239,7 +239,7 @@ def _download_and_convert_model(repo_id: str, convert: Converter, revision: str 
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError) as error:
         raise hub_access_error(repo_id, error) from error
     if is_complete_model(folder) or not (folder / OPEN_CLIP_CONFIG).is_file():
-        check_model(folder, repo_id)
+        check_model_folder(folder, repo_id)
         return folder
     commit, branch = folder.name, revision or DEFAULT_BRANCH
     folder = _conversion_folder(repo_id, commit)

@@ -46,7 +46,7 @@ from capivara_search.command_line import (
 )
 from capivara_search.messages import COMMAND_NAMES, Messages, make_error_from_code
 from capivara_search.results import DEFAULT_LABEL_TEMPLATE, DUPLICATE_MIN_SIMILARITY, IndexReport, IndexStatus
-from capivara_search.terminal import format_path, format_table, open_pictures, print_notice, show_hits, write_csv
+from capivara_search.terminal import align_columns, format_path, open_pictures, print_notice, show_hits, write_csv
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -355,7 +355,7 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
         for result in results:
             share = messages.format_number(100 * max(result.shares.values())) + " %"
             rows.append([result.label or messages("no_label_fits"), share, format_path(result.path)])
-        click.echo("\n".join(format_table(rows, right_aligned=(1,))))
+        click.echo("\n".join(align_columns(rows, right_aligned=(1,))))
     return 0 if results else EXIT_NOTHING_FOUND
 
 
@@ -430,7 +430,7 @@ def status(messages: Messages, all: bool, json: bool) -> None:
         if not all and len(texts) > MAX_STATUS_LINES:
             texts[MAX_STATUS_LINES - 1 :] = [messages("and_more", n=len(texts) - MAX_STATUS_LINES + 1)]
         lines += [[messages(f"status.{name}") * (row == 0), text] for row, text in enumerate(texts)]
-    click.echo("\n".join(format_table(lines)))
+    click.echo("\n".join(align_columns(lines)))
 
 
 def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str]]:

@@ -81,20 +81,20 @@ def _get_record_path(table: PictureTable) -> Path:
     return Path(state, "capivara", "folders", f"{blake2b(where.encode(), digest_size=16).hexdigest()}.json")
 
 
-def load_rules(table: PictureTable) -> IgnoreRules:
+def load_ignore_rules(table: PictureTable) -> IgnoreRules:
     """Return the rules for ignoring files and folders that an index stores."""
     stored = json.loads(table.read_metadata().get(RULES_KEY, "{}"))
     return IgnoreRules(tuple(stored.get("exclude", ())), frozenset(stored.get("forgotten", ())))
 
 
-def save_rules(table: PictureTable, rules: IgnoreRules) -> None:
+def save_ignore_rules(table: PictureTable, rules: IgnoreRules) -> None:
     """Replace the rules for ignoring files and folders that an index stores.
 
     Args:
         table: Table of the index.
         rules: The new rules. Nothing is written if they are equal to the stored rules.
     """
-    if rules != load_rules(table):
+    if rules != load_ignore_rules(table):
         values = {"exclude": rules.exclude, "forgotten": sorted(rules.forgotten)}
         table.set_metadata({RULES_KEY: json.dumps(values, ensure_ascii=False)})
 
@@ -137,7 +137,7 @@ def folders_to_add(
         ValueError: If there is no folder to scan, a pattern is invalid, an entry of `include` is neither a stored
             pattern nor a forgotten path, or `exclude` contains the path of a file instead of a pattern.
     """
-    rules = load_rules(table)
+    rules = load_ignore_rules(table)
     rules.updated(exclude, include)  # called only to raise the errors of invalid patterns now
     known, paths = table.folders(), dict(folders)
     recorded = {folder: real for folder, real in requested_folders(table).items() if folder in known}
@@ -207,8 +207,8 @@ def remove_and_ignore_path(table: PictureTable, path: Path) -> int:
         removed = table.delete_matching(folders_clause(path), PICTURES_TABLE)
         skipped = table.delete_matching(folders_clause(path), SKIPPED_FILES_TABLE)
         if removed or skipped or os.path.lexists(path):
-            rules = load_rules(table)
-            save_rules(table, replace(rules, forgotten=rules.forgotten | {str(path)}))
+            rules = load_ignore_rules(table)
+            save_ignore_rules(table, replace(rules, forgotten=rules.forgotten | {str(path)}))
         folders_inside = [folder for folder in table.folders() if Path(folder).is_relative_to(path)]
         table.delete_paths([FOLDER_KEY_PREFIX + folder for folder in folders_inside], METADATA_TABLE)
         table.purge()
@@ -237,7 +237,7 @@ def update_paths_after_move(table: PictureTable, old: Path, new: Path) -> tuple[
         raise make_error_from_code(ValueError, "move_nested", old=old, new=new)
     with table.locked():
         paths = table.rows(["path"], folders_clause(old))["path"].to_pylist()
-        folders, metadata, rules = table.folders(), table.read_metadata(), load_rules(table)
+        folders, metadata, rules = table.folders(), table.read_metadata(), load_ignore_rules(table)
         old_keys = [FOLDER_KEY_PREFIX + folder for folder in folders if Path(folder).is_relative_to(old)]
         if not paths and not old_keys:
             raise make_error_from_code(ValueError, "move_nothing", path=old)
@@ -249,7 +249,7 @@ def update_paths_after_move(table: PictureTable, old: Path, new: Path) -> tuple[
             _update_rows_after_move(table, name, old, new)
         forgotten_inside = [path for path in rules.forgotten if Path(path).is_relative_to(old)]
         moved = frozenset(_moved_path(path, old, new) for path in forgotten_inside)
-        save_rules(table, replace(rules, forgotten=(rules.forgotten - {*forgotten_inside}) | moved))
+        save_ignore_rules(table, replace(rules, forgotten=(rules.forgotten - {*forgotten_inside}) | moved))
         values = {key.replace(str(old), str(new), 1): metadata[key] for key in old_keys}
         if any(Path(folder) in old.parents for folder in folders) and not any(map(new.is_relative_to, folders)):
             # The old folder was inside an indexed folder. The new folder is outside of all indexed folders, so it is

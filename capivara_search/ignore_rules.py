@@ -23,7 +23,7 @@ SYSTEM_NAMES = {
 
 @dataclass(frozen=True)
 class IgnoreRules:
-    """Rules for the files and folders that an index ignores. The index stores them (`folders.load_rules`).
+    """Rules for the files and folders that an index ignores. The index stores them (`folders.load_ignore_rules`).
 
     The attributes contain the rules of the user. Hidden files and the names in `SYSTEM_NAMES` are always ignored.
 

@@ -803,7 +803,7 @@ class PictureIndex:
         """Return a summary of the index: numbers of pictures, folders, skipped files, model, size and rules."""
         taken = pc.min_max(self._table.rows(["taken"], "taken IS NOT NULL")["taken"]).as_py()
         skipped_rows = self._table.rows(["path", "reason"], table=SKIPPED_FILES_TABLE).to_pylist()
-        model, rules = self._table.model() or {}, known_folders.load_rules(self._table)
+        model, rules = self._table.model() or {}, known_folders.load_ignore_rules(self._table)
         return IndexStatus(
             where=self.where,
             pictures=len(self),

@@ -33,7 +33,7 @@ from capivara_common.embedding_store import embed_batch
 from capivara_common.image_files import DECODER_THREADS, BadImage
 from capivara_search.duplicates import color_signature
 from capivara_search.folder_scan import RETRYABLE_REASONS, FileState, find_pictures
-from capivara_search.folders import load_rules, record_requested_folders, save_rules
+from capivara_search.folders import load_ignore_rules, record_requested_folders, save_ignore_rules
 from capivara_search.ignore_rules import IgnoreRules
 from capivara_search.index_progress import ProgressCallback, RateEstimator
 from capivara_search.messages import log_message
@@ -161,7 +161,7 @@ def make_plan(
     """
     clause, counts = folders_clause(*folders if only_paths is None else only_paths), dict[str, Counter[str]]()
     try:
-        files, unreadable = find_pictures(folders, rules or load_rules(table), counts, only_paths)
+        files, unreadable = find_pictures(folders, rules or load_ignore_rules(table), counts, only_paths)
     except ValueError as error:
         other_folders = {folder: real for folder, real in folders.items() if str(folder) != error.values["path"]}
         if other_folders and {*map(str, folders)} <= {*table.folders()}:
@@ -447,7 +447,7 @@ def prepare_indexing(
             existing index keeps its model.
     """
     _ = model.image_size  # raises an error now if the search does not support the model's image processor
-    rules = load_rules(table).updated(exclude, include)
+    rules = load_ignore_rules(table).updated(exclude, include)
     plan = make_plan(table, model.image_digest, folders, rules=rules, only_paths=only_paths)
     stored_model = table.model()
     if progress and plan.files and (stored_model is None or stored_model["image_digest"] != model.image_digest):
@@ -455,7 +455,7 @@ def prepare_indexing(
         model.prepare_images()  # load the model now, so that errors of loading come before the table is created
     table.create(model.width)
     record_requested_folders(table, folders)
-    save_rules(table, rules)
+    save_ignore_rules(table, rules)
     if plan.covers_folders:
         # The folders are recorded now, so that the index knows them even if this update is interrupted.
         # `finish_indexing` adds the numbers of ignored files.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from capivara_common.embedding_speed import tune_chunk_size
+from capivara_common.embedding_speed import with_tuned_chunk_size
 from capivara_common.files import read_json
 from capivara_common.hub_cache import find_cached_model, is_model_reachable, resolve_model_folder
 from capivara_common.image_encoder_digest import image_encoder_digest, image_processor_settings
@@ -227,7 +227,7 @@ class SearchModel:
     def tune_image_embedding(
         self, image_count: int, batch_size: int
     ) -> Callable[[Sequence["Image.Image"]], np.ndarray]:
-        """Return a function that embeds many images as fast as this CPU can (see `tune_chunk_size`).
+        """Return a function that embeds many images as fast as this CPU can (see `with_tuned_chunk_size`).
 
         Args:
             image_count: Number of images to embed in total. The function measures its speed only if there are many.
@@ -241,7 +241,7 @@ class SearchModel:
         """
         model, _ = self._loaded
         embed = partial(self.embed_images, batch_size=batch_size)
-        return tune_chunk_size(embed, image_count, model.device, self.image_digest)
+        return with_tuned_chunk_size(embed, image_count, model.device, self.image_digest)
 
     def prepare_images(self) -> None:
         """Import torch and load the model, so that the first call of `embed_images` is fast.

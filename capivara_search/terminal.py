@@ -111,7 +111,7 @@ def fit_to_columns(text: str, columns: int) -> str:
     return text + " " * (columns - display_width(text))
 
 
-def format_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()) -> Iterator[str]:
+def align_columns(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()) -> Iterator[str]:
     """Format rows of texts as a table with aligned columns.
 
     Args:
@@ -261,7 +261,7 @@ def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], mes
         duplicates = f"  ({messages.format_count('duplicate_count', hit.copies + 1)})" if hit.copies else ""
         date = messages.format_date(hit.date) + messages("of_file") * (hit.date_source == "file")
         rows.append([str(rank), messages.format_score(hit.score), date, path + duplicates])
-    lines = list(format_table(rows, right_aligned=(0, 1)))
+    lines = list(align_columns(rows, right_aligned=(0, 1)))
     below_threshold = [rank for rank, hit in enumerate(hits, 1) if hit.above_threshold is False]
     if below_threshold:
         lines.insert(below_threshold[0], f"-- {messages('relevance_threshold')} --")

@@ -18,7 +18,7 @@ from typing import Any
 
 from capivara_common.files import IS_WINDOWS
 from capivara_search.folder_scan import FileState, is_picture_name
-from capivara_search.folders import is_available, load_rules
+from capivara_search.folders import is_available, load_ignore_rules
 from capivara_search.messages import log_message
 from capivara_search.results import IndexReport
 
@@ -78,7 +78,7 @@ def watch_and_update_index(
             return {Path(folder): real for folder, real in index.requested_folders().items()}
         if is_first:
             return dict(named_paths)
-        rules = load_rules(index._table)
+        rules = load_ignore_rules(index._table)
         return {folder: real for folder, real in named_paths.items() if not rules.find_forgotten_parent(str(folder))}
 
     def available_folders(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:

@@ -20,7 +20,7 @@ from capivara_common.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, ImageA
 from caption_data.sources import (
     Split,
     disable_decoding,
-    get_allowed_dataset_folders,
+    get_allowed_folders,
     load_data_files,
     open_split,
     select_split,
@@ -91,7 +91,7 @@ def load_labeled_images(
     if path.is_dir() and not any(file for pattern in tables for file in path.glob(pattern)):
         column, access = (
             image_column or "image",
-            ImageAccess(get_allowed_dataset_folders(source, image_roots), max_pixels),
+            ImageAccess(get_allowed_folders(source, image_roots), max_pixels),
         )
         rows = load_data_files("imagefolder", _find_image_files(path, split), source)
         opened = Split(source, split, column, disable_decoding(rows, column), access)

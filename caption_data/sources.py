@@ -321,7 +321,7 @@ def open_split(
         access = ImageAccess(AllowedFolders(path, image_roots), max_pixels)
     elif not path.exists() and not glob.has_magic(dataset):
         data = select_split(_load_from_hub(dataset), dataset, split)
-        access = ImageAccess(get_allowed_dataset_folders(dataset, image_roots), max_pixels)
+        access = ImageAccess(get_allowed_folders(dataset, image_roots), max_pixels)
     else:
         paths, allowed_folders = find_files_and_allowed_folders(dataset, split, image_roots)
         access = ImageAccess(allowed_folders, max_pixels)
@@ -583,7 +583,7 @@ def load_saved_dataset(folder: Path, image_roots: Sequence[Path] = ()) -> Datase
     return data
 
 
-def get_allowed_dataset_folders(dataset: str, image_roots: Sequence[Path] = ()) -> AllowedFolders:
+def get_allowed_folders(dataset: str, image_roots: Sequence[Path] = ()) -> AllowedFolders:
     """Return the folders in which the files of a dataset may lie.
 
     These are the folder of the dataset (for a Hub id, its folder in the Hub cache), the folders `image_roots`, and the
@@ -643,7 +643,7 @@ def _load_from_hub(dataset: str) -> Any:
         raise ValueError(f"{dataset} does not exist, and it is not a Hub id such as 'laicsiifes/flickr30k-pt-br'.")
     subject = f"{dataset} is not a path on this machine, and as a Hub id it"
     cached = (
-        get_allowed_dataset_folders(dataset).folder,
+        get_allowed_folders(dataset).folder,
         Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___"),
     )
     if not any(map(Path.exists, cached)):

@@ -63,7 +63,7 @@ from captions.stages import (
     atomic_parquet,
     check_and_summarize_stage,
     delete_parts_of_changed_rows,
-    flatten,
+    flatten_dict,
     identity_digest,
     read_stage_record,
 )
@@ -363,7 +363,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
         raise UsageError(str(error)) from error
     for steps in plan.steps.values():
         if _describe_state(steps[0]) != "done":
-            check_columns(steps)  # raises errors before a model is downloaded or loaded
+            check_stage_columns(steps)  # raises errors before a model is downloaded or loaded
     for step in plan.all_steps():
         if _describe_state(step) != "done":
             step.check_backend()
@@ -406,7 +406,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
     return plan.dataset
 
 
-def check_columns(steps: list[StageArguments]) -> None:
+def check_stage_columns(steps: list[StageArguments]) -> None:
     """Check, before anything runs, that each stage of a split has the columns that it needs.
 
     Args:
@@ -772,7 +772,7 @@ def _describe_settings(settings: dict[str, Any]) -> str:
 
     The model comes first. Settings without a value, digests and long lists are omitted.
     """
-    leaves = sorted(flatten(settings).items(), key=lambda leaf: not leaf[0].endswith("model"))
+    leaves = sorted(flatten_dict(settings).items(), key=lambda leaf: not leaf[0].endswith("model"))
     shown = [(k, v) for k, v in leaves if v is not None and v is not False and not HIDDEN_SETTINGS_RE.search(k)]
     return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in shown)
 

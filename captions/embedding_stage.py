@@ -16,7 +16,7 @@ import PIL.Image
 from datasets import Value
 
 from capivara_common.cli import check_at_least, flag, run_command
-from capivara_common.embedding_speed import tune_chunk_size
+from capivara_common.embedding_speed import with_tuned_chunk_size
 from capivara_common.embedding_store import embed_batch
 from capivara_common.image_files import BadImage, BadRow
 from caption_data.augmentation import augment_view, describe_augmentation
@@ -74,7 +74,7 @@ class EmbedArguments(EncoderStageArguments):
         embed = partial(embedder.embed_images, batch_size=self.embedding_batch_size)
         if embedder.has_chunks:
             row_count, encoder = len(stage.source), embedder.image_fingerprint
-            embed = tune_chunk_size(embed, row_count * self.views, embedder.device, encoder, self.output)
+            embed = with_tuned_chunk_size(embed, row_count * self.views, embedder.device, encoder, self.output)
         return columns, settings, lambda rows: embed_rows(embed, self, settings["encoder"], rows)
 
 

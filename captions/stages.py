@@ -694,7 +694,10 @@ def describe_differences(recorded: dict[str, Any], current: dict[str, Any]) -> s
     Returns:
         The differing values, for example "settings.model: 'a' there, 'b' now"; "" if there are none.
     """
-    old, new = flatten(_identity(recorded)), flatten(_identity(json.loads(json.dumps(current))))
+    old, new = (
+        flatten_dict(_get_fixed_values(recorded)),
+        flatten_dict(_get_fixed_values(json.loads(json.dumps(current)))),
+    )
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
 
@@ -750,10 +753,10 @@ def identity_digest(record: dict[str, Any]) -> str:
 
     Values that may differ between parts, such as the path of the source, are not included.
     """
-    return json_digest(_identity(record), sort_keys=True)
+    return json_digest(_get_fixed_values(record), sort_keys=True)
 
 
-def _identity(record: dict[str, Any]) -> dict[str, Any]:
+def _get_fixed_values(record: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a stage record (content of `stage.json`) that must be equal for all parts of a folder."""
     identity = {key: record.get(key) for key in IDENTITY_KEYS}
     return identity | {
@@ -761,7 +764,7 @@ def _identity(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_dict(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested dicts to one dict, for example `{"a": {"b": 1}}` to `{"a.b": 1}`.
 
     Args:
@@ -773,7 +776,7 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     leaves: dict[str, Any] = {}
     for key, value in data.items():
-        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        leaves |= flatten_dict(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves
 
 

@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from capivara_common.cli import check_at_least, flag, parse_arguments
-from capivara_common.embedding_speed import tune_chunk_size
+from capivara_common.embedding_speed import with_tuned_chunk_size
 from capivara_common.embedding_store import EmbeddingStore, Place, vectors_to_array
 from capivara_common.environment import cache_home, describe_device, get_distributed_state
 from capivara_common.files import read_json
@@ -125,7 +125,7 @@ class CachedEmbedder:
             store = self._store(encoder, self.batch_size)
             if self.embedder.has_chunks:
                 record = store.record_folder(digests)
-                embed = tune_chunk_size(embed, len(digests), self.embedder.device, encoder, record)
+                embed = with_tuned_chunk_size(embed, len(digests), self.embedder.device, encoder, record)
             table = store.load_or_embed(digests, load, embed, description, rows_per_shard=IMAGES_PER_SHARD)
             skipped = {row: detail for row, detail in enumerate(table["detail"].to_pylist()) if detail}
             column = table["vectors"]

@@ -129,7 +129,7 @@ def export_model(
             _write_two_tower_formats(model, folder, config, formats, text_config, repo_id)
         upload_checks.check_model_files(folder)
         return [
-            (name.as_posix(), (folder / name).stat().st_size) for name in upload_checks.list_allowed_model_files(folder)
+            (name.as_posix(), (folder / name).stat().st_size) for name in upload_checks.find_uploadable_files(folder)
         ]
 
 
@@ -248,7 +248,7 @@ def _write_two_tower_formats(
         if not kind.is_native:
             open_clip.check_sentence_transformers(model, folder)
     if "transformers_js" in formats:
-        transformers_js.write_converted_tokenizer(folder)
+        transformers_js.convert_and_write_tokenizer(folder)
         onnx.write_onnx(folder, graphs=tuple(onnx.GRAPH_SIGNATURES), precisions=("float32", "int8", "float16"))
         transformers_js.write_configs(folder)
     elif "onnx" in formats:

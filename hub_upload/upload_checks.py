@@ -91,7 +91,7 @@ def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
         ValueError: If there is no file to upload, or a file must not be published. The message names the file.
     """
     paths = sorted(
-        list_allowed_model_files(folder)
+        find_uploadable_files(folder)
         if repo_type == "model"
         else list_dataset_or_space_files(folder, repo_type == "space")
     )
@@ -111,7 +111,7 @@ def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
     return paths
 
 
-def list_allowed_model_files(folder: Path) -> list[Path]:
+def find_uploadable_files(folder: Path) -> list[Path]:
     """List the files of a model folder that match a pattern of `ALLOWED_FILES`. Symbolic links are skipped.
 
     Args:
@@ -163,7 +163,7 @@ def check_model_files(folder: Path) -> None:
         ValueError: If a file contains a secret or a path, or a safetensors file or image is damaged. The message names
             the file and, if possible, the line.
     """
-    for name in list_allowed_model_files(folder):
+    for name in find_uploadable_files(folder):
         path = folder / name
         if name.suffix == ".safetensors":
             check_text_is_publishable(_decode_json_escapes(_read_safetensors_header(path)), f"{name}, in its header,")
@@ -379,7 +379,7 @@ def _check_table_contents(path: Path, name: Path) -> None:
 
     first_row = 0
     try:
-        for batch in _iter_batches(path):
+        for batch in _iter_record_batches(path):
             if not first_row and find_secret(f"{batch.schema} {batch.schema.metadata}"):
                 raise ValueError(f"{name}, in its header, {SECRET_MESSAGE}.")
             for column, array in zip(batch.schema.names, batch.columns, strict=True):
@@ -396,7 +396,7 @@ def _check_table_contents(path: Path, name: Path) -> None:
         raise ValueError(f"{name} can't be read as Parquet or Arrow: {' '.join(str(error).split())}") from None
 
 
-def _iter_batches(path: Path) -> Iterator[Any]:
+def _iter_record_batches(path: Path) -> Iterator[Any]:
     """Read a Parquet or Arrow file in batches of rows.
 
     Args:

@@ -162,5 +162,5 @@ def test_the_expected_answers_are_the_nearest_vectors(tmp_path, monkeypatch):
 
 
 def test_generated_rows_have_the_schema_of_the_index():
-    rows = search.make_rows(np.zeros((3, search.EMBEDDING_WIDTH), np.float16), 7, "0" * 32)
+    rows = search.build_picture_rows(np.zeros((3, search.EMBEDDING_WIDTH), np.float16), 7, "0" * 32)
     assert rows.schema == pictures_schema(search.EMBEDDING_WIDTH) and rows["path"][0].as_py() == search.picture_path(7)

@@ -17,7 +17,7 @@ from test_images import cache_options, pairs_of, with_cache
 
 import training.inputs
 from capivara_common import embedding_speed
-from capivara_common.embedding_speed import LONG_PASS_IMAGES, choose_fastest, tune_chunk_size
+from capivara_common.embedding_speed import LONG_PASS_IMAGES, choose_fastest, with_tuned_chunk_size
 from capivara_search import PictureIndex
 from caption_data.sources import open_split
 from captions import embedding_stage
@@ -49,7 +49,7 @@ class FakeModel:
 
     def run(self, record=None, count=LONG_PASS_IMAGES, device="cpu", encoder="encoder") -> int:
         """Embed one batch as a new pass, and return the chunk size with which its result was computed."""
-        tune_chunk_size(self.embed, count, device, encoder, record)([0] * 5)
+        with_tuned_chunk_size(self.embed, count, device, encoder, record)([0] * 5)
         return self.calls[-1]
 
 
@@ -143,13 +143,13 @@ TASK = """
 import sys, time
 import numpy as np
 from pathlib import Path
-from capivara_common.embedding_speed import tune_chunk_size
+from capivara_common.embedding_speed import with_tuned_chunk_size
 calls = []
 def embed(images, chunk_images=4):
     calls.append(chunk_images)
     time.sleep(0.02 if chunk_images == int(sys.argv[1]) else 0.1)
     return np.eye(1, 4)[[0] * len(images)]
-tune_chunk_size(embed, 10**6, "cpu", "encoder", Path(sys.argv[2]))([0])
+with_tuned_chunk_size(embed, 10**6, "cpu", "encoder", Path(sys.argv[2]))([0])
 print(len(calls), calls[-1])
 """
 

@@ -607,7 +607,7 @@ def test_moving_a_folder_rewrites_paths_without_reading_pictures(tmp_path, model
     assert (report.unchanged, report.removed, report.new, len(report.skipped_files), read_paths) == (9, 1, 0, 1, [])
 
 
-@pytest.mark.parametrize("step", ["save_rules", "record_requested_folders", "_update_rows_after_move"])
+@pytest.mark.parametrize("step", ["save_ignore_rules", "record_requested_folders", "_update_rows_after_move"])
 def test_an_interrupted_move_can_be_repeated(index, folder, tmp_path, monkeypatch, step):
     new, function, calls = folder.rename(tmp_path / "novo"), getattr(known_folders, step), []
     (new / "quebrada.jpg").write_bytes(b"no picture")
@@ -704,7 +704,7 @@ def swap_before(patch, owner: object, name: str, folder: Path, private: Path) ->
 @pytest.mark.parametrize(
     ("owner", "step"),
     [
-        *((PictureIndex, "add"), (known_folders, "load_rules"), (folder_scan, "_FolderScan")),
+        *((PictureIndex, "add"), (known_folders, "load_ignore_rules"), (folder_scan, "_FolderScan")),
         *((indexing, step) for step in ("make_plan", "record_requested_folders", "read_picture")),
     ],
 )

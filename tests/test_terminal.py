@@ -15,12 +15,12 @@ from capivara_common.privacy import escape_control_characters
 from capivara_search.command import capivara
 from capivara_search.messages import Messages
 from capivara_search.terminal import (
+    align_columns,
     display_width,
     escape_csv_cell,
     fit_to_columns,
     format_link,
     format_path,
-    format_table,
     render_contact_sheet,
     supports_pictures,
     supports_true_color,
@@ -92,7 +92,7 @@ def test_columns_are_aligned_for_wide_and_combining_characters():
         and fit_to_columns("日本語", 4) == "日… "
         and fit_to_columns("ab", 4) == "ab  "
     )
-    assert list(format_table([["nº", "é", "x"], ["1", "日本", "y"]], right_aligned=(0,))) == [
+    assert list(align_columns([["nº", "é", "x"], ["1", "日本", "y"]], right_aligned=(0,))) == [
         "nº  é     x",
         " 1  日本  y",
     ]

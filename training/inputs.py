@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin
 
-from capivara_common.embedding_speed import CHUNK_SIZES, LONG_PASS_IMAGES, tune_chunk_size
+from capivara_common.embedding_speed import CHUNK_SIZES, LONG_PASS_IMAGES, with_tuned_chunk_size
 from capivara_common.embedding_store import EmbeddingStore, Place, vectors_to_array
 from capivara_common.environment import cache_home
 from capivara_common.files import json_digest
@@ -201,7 +201,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     validation = load_evaluation_pairs(args, validation_split, [args.language], processor)[args.language]
     test = load_evaluation_pairs(args, test_split, args.eval_languages, processor)
     training = load_training_pairs(args, splits, processor)
-    get_usable_and_skipped_pairs(
+    split_usable_and_skipped_pairs(
         training, args
     )  # fails early if there are too many bad rows, before images are embedded
 
@@ -222,7 +222,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     validation = with_vectors(validation)
     validation_embeds = load_embeds(validation, "Images, validation")
     training = list(map(with_vectors, training))
-    training, skipped = get_usable_and_skipped_pairs(training, args)
+    training, skipped = split_usable_and_skipped_pairs(training, args)
     return TrainingInputs(
         processor=processor,
         training=training,
@@ -235,7 +235,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     )
 
 
-def get_usable_and_skipped_pairs(
+def split_usable_and_skipped_pairs(
     training: list[PairDataset], args: RunArguments
 ) -> tuple[list[PairDataset], list[SkippedRow]]:
     """Divide the rows of the training datasets into usable pairs and skipped rows.
@@ -293,9 +293,9 @@ def open_splits(args: RunArguments) -> Splits:
         )
     sizes = [len(splits[name, args.train_split]) for name in args.dataset]
     if sum(sizes) < args.effective_batch_size:
-        # `get_usable_and_skipped_pairs` raises an error here. Its message names the largest possible batch, for which
+        # `split_usable_and_skipped_pairs` raises an error here. Its message names the largest possible batch, for which
         # all rows are read. This is quick, because there are fewer rows than one batch has pairs.
-        get_usable_and_skipped_pairs(load_training_pairs(args, splits), args)
+        split_usable_and_skipped_pairs(load_training_pairs(args, splits), args)
     apportion_batch(args.effective_batch_size, sizes)
     return splits
 
@@ -322,7 +322,7 @@ def load_training_pairs(
 
     Returns:
         The datasets in the order of `args.dataset`. They still contain unusable rows, see
-        `get_usable_and_skipped_pairs`.
+        `split_usable_and_skipped_pairs`.
     """
     columns = _training_columns(args)
     caption_column, standard_column = get_caption_column(args, args.language), f"captions-{args.language}"
@@ -606,7 +606,7 @@ def add_vectors(
 
     title, digests = f"Images, {pairs.source.display_name}", pairs.table["digest"]
     encoder = json_digest([store.settings["tower_weights"], precision])
-    embed = tune_chunk_size(embed, len(pairs) * views, accelerator.device, encoder, store.record_folder(digests))
+    embed = with_tuned_chunk_size(embed, len(pairs) * views, accelerator.device, encoder, store.record_folder(digests))
     cached = store.load_or_embed(digests, load, embed, title, rows_per_shard=SHARD_ROWS, views=views)
     table = pairs.table.data.table
     # A row has a reason in at most one of the two tables, so joining the texts keeps this reason.

@@ -132,7 +132,7 @@ class Seq2SeqTranslator(Translator):
         source_tokens, target_tokens = _find_language_token_ids(tokenizer)
         self._forbidden_ids = {*source_tokens.values()}  # token ids that are removed from source sentences
         self._language_ids = {*source_tokens.values(), *target_tokens.values()}
-        self.code, source_code = _codes(tokenizer, language, source_language, self.name)
+        self.code, source_code = _get_language_codes(tokenizer, language, source_language, self.name)
         if source_tokens:
             self._prefix_ids = [source_tokens[self.code]]
         elif target_tokens:
@@ -208,7 +208,7 @@ def check_languages(model: str, revision: str | None, language: str, source_lang
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError, AttributeError):
         return  # `Seq2SeqTranslator` will download the model, or raise the error
-    _codes(tokenizer, language, source_language, model)
+    _get_language_codes(tokenizer, language, source_language, model)
 
 
 def _find_language_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], dict[str, int]]:
@@ -226,7 +226,7 @@ def _find_language_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[s
     return source_tokens, {} if source_tokens else getattr(tokenizer, "lang_code_to_id", target_tokens)
 
 
-def _codes(
+def _get_language_codes(
     tokenizer: PreTrainedTokenizerBase, language: str, source_language: str, name: str
 ) -> tuple[str, str | None]:
     """Return the codes that a translation model uses for two languages.

@@ -212,10 +212,10 @@ def export_graph(
             input_names=list(inputs), output_names=list(outputs),
         )  # fmt: skip
         program.save(path, external_data=True)
-    _strip_metadata_rename_weights(path)
+    _strip_metadata_and_rename_weights_file(path)
 
 
-def _strip_metadata_rename_weights(path: Path) -> None:
+def _strip_metadata_and_rename_weights_file(path: Path) -> None:
     """Remove the exporter's metadata from a graph file, and rename its weight file as transformers.js expects.
 
     The metadata must not be published, because it contains a stack trace of every operation, with paths of this

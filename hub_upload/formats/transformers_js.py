@@ -77,7 +77,7 @@ def convert_tokenizer(folder: Path) -> dict[str, Any]:
     return tokenizer | {"normalizer": _convert_normalizer(tokenizer["normalizer"])}
 
 
-def write_converted_tokenizer(folder: Path) -> None:
+def convert_and_write_tokenizer(folder: Path) -> None:
     """Rewrite the tokenizer files of an export, so that transformers.js can read them and gives the same token ids.
 
     For a CAPIVARA model, the token ids are the same for texts that CAPIVARA's Python code has already cleaned.

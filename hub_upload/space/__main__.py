@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line: write the folder of a Space with a server (--space) or of a static page (--static)."""
     args = parse_arguments(SpaceArguments, __doc__, argv)
     require_packages("A Space", "search", "lancedb", "starlette", "uvicorn")
-    from hub_upload.space.docker_space import open_index, write_space
+    from hub_upload.space.docker_space import open_index_and_read_credit, write_space
     from hub_upload.space.static_page import write_static_page
 
     folder = args.static or args.space
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.static:
         write_static_page(args.model, folder, args.library)
     else:
-        write_space(*open_index(args.pictures, args.model), args.model, folder)
+        write_space(*open_index_and_read_credit(args.pictures, args.model), args.model, folder)
     product, command = ("page", "python -m http.server") if args.static else ("Space", "python app.py")
     print(f"Wrote the {product} to {folder}. To try it, run `{command}` there. To publish it, use hub_upload.push.")
 

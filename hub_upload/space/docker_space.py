@@ -44,7 +44,7 @@ SPACE_CARD_STYLE = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", 
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def open_index(pictures: str, model: str) -> tuple[PictureIndex, Credit]:
+def open_index_and_read_credit(pictures: str, model: str) -> tuple[PictureIndex, Credit]:
     """Open an index of pictures, and read who must be credited for the pictures.
 
     Args:

@@ -73,7 +73,7 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
         if not all((source / name).is_file() for name in PAGE_MODEL_FILES):
             repository = Path(temporary, "repository")
             export_model(source, repository, ["transformers"])
-            transformers_js.write_converted_tokenizer(repository)
+            transformers_js.convert_and_write_tokenizer(repository)
             onnx.write_onnx(repository)  # float32 and int8 graphs of both towers; the page uses the int8 ones
             transformers_js.write_configs(repository)
         check_model_files(repository)
