@@ -14,10 +14,9 @@ of the measurement are not used, so that all rows of the output are computed in 
 """
 
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from capivara_common.environment import cache_home, describe_device, package_versions
-from capivara_common.files import acquire_folder_lock, json_digest, read_json, write_json
+from capivara_common.files import json_digest, locked_folder, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +96,7 @@ def choose_fastest(
     identity = {"setting": setting, "device": describe_device(), "encoder": encoder, "versions": versions}
     cache_file = cache_home() / "embedding_speed" / f"{json_digest(identity)}.json"
     # Of several tasks that start at the same time, the first measures, and the others wait for its choice.
-    with _locked(cache_file.parent):
+    with _created_and_locked(cache_file.parent):
         content = _read_choice(cache_file, candidates)
         if content is None:
             content = identity | _measure(candidates, min_cosine)
@@ -105,7 +104,8 @@ def choose_fastest(
             with suppress(OSError):  # without the file, the next pass measures again
                 write_json(cache_file, content)
     if output_file:
-        with _locked(output_file.parent):  # a task on another machine may have recorded its choice in the meantime
+        with _created_and_locked(output_file.parent):
+            # A task on another machine may have recorded its choice in the meantime.
             recorded = _read_choice(output_file, candidates)
             if recorded is None:
                 write_json(output_file, content)
@@ -146,15 +146,8 @@ def _read_choice(path: Path, candidates: Mapping[Any, Any]) -> dict[str, Any] | 
     return content if content["choice"] in candidates else None
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder for the `with` block, after creating it. A file system without locks is used without a lock."""
-    lock = None
-    with suppress(OSError):
+def _created_and_locked(folder: Path) -> AbstractContextManager[None]:
+    """Create a folder if necessary, and return a context manager that locks it."""
+    with suppress(OSError):  # the lock fails, too, and is not required
         folder.mkdir(parents=True, exist_ok=True)
-        lock = acquire_folder_lock(folder, wait=True)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
+    return locked_folder(folder, wait=True)

@@ -402,6 +402,27 @@ def acquire_folder_lock(folder: Path, wait: bool = False) -> int:
     return lock
 
 
+@contextmanager
+def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Lock a folder for the `with` block. On a file system without locks, the block runs without a lock.
+
+    Args:
+        folder: The folder.
+        wait: Whether to wait if another process holds the lock.
+
+    Raises:
+        BlockingIOError: If another process holds the lock, and `wait` is not set.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.callback(os.close, acquire_folder_lock(folder, wait))
+        except BlockingIOError:
+            raise
+        except OSError:  # some file systems have no locks
+            pass
+        yield
+
+
 class AllowedFolders:
     """Folders in which the files of a dataset may lie.
 

@@ -14,11 +14,10 @@ To finish an interrupted run, run the same command again.
 
 import glob
 import logging
-import os
 import re
 import shlex
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from huggingface_hub import constants, hf_hub_download
 
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.executors import PhaseStep, run_phases
-from capivara_common.files import acquire_folder_lock, check_output_folder
+from capivara_common.files import check_output_folder, locked_folder
 from capivara_common.privacy import to_publishable_name
 from capivara_common.tasks import Phase
 from caption_data.rows import CAPTION_COLUMN_RE
@@ -86,6 +85,39 @@ def inherit_card(args: EmbedCommandArguments) -> dict[str, Any]:
     }
 
 
+def plan_phases(args: EmbedCommandArguments, parts: Path) -> list[PhaseStep]:
+    """Check everything that can be checked without a run, and return the phases of the command. Nothing is written.
+
+    Args:
+        args: Flags of the command.
+        parts: Folder for the parts of each split.
+
+    Returns:
+        The phases, in the order in which they run: those that embed the images of each split, and the phase that writes
+        the dataset.
+
+    Raises:
+        ValueError: If the license is missing, the model or the dataset can't be used, or the output folder has other
+            files.
+    """
+    card = inherit_card(args)
+    args.check_backend()
+    if not (args.output / BUILD_FILE).is_file():
+        check_output_folder(args.output)
+    steps: dict[str, list[StageArguments]] = {}
+    flags = {field.name: getattr(args, field.name) for field in fields(EmbedArguments)}
+    for split in list_splits(args.dataset) if args.split == "all" else [args.split]:
+        folders = {"output": parts / "1-embed" / split, "logging_dir": args.log_folder / split}
+        step = EmbedArguments(**flags | folders | {"split": split})
+        step.rerun_command, step.translations = args.command(), card["translations"]
+        steps[split] = [step]
+    columns = [name for name in step.source().columns if CAPTION_COLUMN_RE.fullmatch(name)]
+    language = columns[0].split("captions-", 1)[1] if columns else ""
+    plan = BuildPlan(steps, parts, language, card, args.output)
+    phases = [phase for (step,) in steps.values() for phase in PhaseStep.from_phases(step, step.phases, step.title)]
+    return [*phases, PhaseStep(Phase(write_dataset), plan, args.log_folder / "dataset", "dataset")]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command `captions.embed`.
 
@@ -95,51 +127,18 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     args = parse_arguments(EmbedCommandArguments, __doc__, argv)
-    card, parts = inherit_card(args), args.output.with_name(args.output.name + ".parts")
+    parts = args.output.with_name(args.output.name + ".parts")
+    phases = plan_phases(args, parts)
     parts.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
-            stack.callback(os.close, acquire_folder_lock(parts))
+            stack.enter_context(locked_folder(parts))
         except BlockingIOError as error:
             raise ValueError(f"Another process is writing {args.output}. Wait for it, or change --output.") from error
-        except OSError:  # some file systems have no locks
-            logger.debug("%s can't be locked.", parts)
-        if write_embedded_dataset(args, card, parts):
+        if run_phases(phases, args):
             folder = shlex.quote(str(args.output))
             print(f"The dataset is in {args.output}. Train on it with --model {args.model} --dataset {folder}.")
             print(f"Publish it with: python -m hub_upload.push --model {folder} --repo_id YOU/NAME --repo_type dataset")
-
-
-def write_embedded_dataset(args: EmbedCommandArguments, card: dict[str, Any], parts: Path) -> bool:
-    """Embed the images of all requested splits, and write the dataset.
-
-    Args:
-        args: Flags of the command.
-        card: Values for the dataset card, from `inherit_card`.
-        parts: Folder for the parts of each split.
-
-    Returns:
-        True if the dataset is complete. False if jobs were submitted to Slurm and are still to run.
-
-    Raises:
-        ValueError: If the dataset or the model can't be used, or the output folder has other files.
-        OSError: If the disk is full. The same command then writes the rest.
-    """
-    if not (args.output / BUILD_FILE).is_file():
-        check_output_folder(args.output)
-    steps: dict[str, list[StageArguments]] = {}
-    flags = {field.name: getattr(args, field.name) for field in fields(EmbedArguments)}
-    for split in list_splits(args.dataset) if args.split == "all" else [args.split]:
-        step = EmbedArguments(**flags | {"split": split, "output": parts / "1-embed" / split})
-        step = replace(step, logging_dir=args.log_folder / split)
-        step.rerun_command, step.translations = args.command(), card["translations"]
-        steps[split] = [step]
-    columns = [name for name in step.source().columns if CAPTION_COLUMN_RE.fullmatch(name)]
-    language = columns[0].split("captions-", 1)[1] if columns else ""
-    plan = BuildPlan(steps, parts, language, card, args.output)
-    phases = [phase for (step,) in steps.values() for phase in PhaseStep.from_phases(step, step.phases, step.title)]
-    phases.append(PhaseStep(Phase(write_dataset), plan, args.log_folder / "dataset", "dataset"))
-    return run_phases(phases, args)
 
 
 if __name__ == "__main__":

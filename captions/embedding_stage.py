@@ -30,6 +30,7 @@ class EmbedArguments(EncoderStageArguments):
     """Flags of the stage that replaces images by their embeddings."""
 
     accepts_embeds = keeps_images = False
+    stage_name = "embed"
     translations: ClassVar[dict[str, str]] = {}  # who translated each language, for the dataset card
     rerun_command: ClassVar[str] = ""  # command that writes missing rows; default: the command of this stage
     views: int = flag(

@@ -257,6 +257,11 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return {"rows": rows} | ({"report": Phase(type(self).report)} if hasattr(self, "report") else {})
 
     @property
+    def stage_name(self) -> str:
+        """Name of the stage, for example "translate"."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
     def title(self) -> str:
         """Name of the stage and the split for messages, for example "2-translate, train"."""
         return f"{self.output.parent.name}, {self.split}"
@@ -287,8 +292,16 @@ class EncoderStageArguments(StageArguments):
             raise ValueError("--model is missing. Choose the model, for example the base model of the training.")
         check_at_least(self, 1, "embedding_batch_size")
         if self.model.startswith("open_clip:"):
-            stage = type(self).__module__.rpartition(".")[2]
-            require_packages(f"The stage {stage}", "open_clip", "open_clip")
+            require_packages(f"The stage {self.stage_name}", "open_clip", "open_clip")
+
+    def check_backend(self) -> None:
+        """Check, before any stage of a build runs, that the model exists. The model is not loaded.
+
+        Raises ValueError if the model does not exist.
+        """
+        from modeling_capivara.two_towers import check_model_exists  # imports torch, which other stages do without
+
+        check_model_exists(self.model)
 
 
 def get_copied_features(source: Split, args: StageArguments) -> Features:
@@ -462,7 +475,7 @@ class RowStage:
         write_or_check_stage_record(self.args.output, self.record | added)
         missing = [part for part in self.parts if not self.path(part).is_file()]
         total, left = sum(map(len, self.parts)), sum(map(len, missing))
-        title = type(self.args).__module__.rpartition(".")[2].capitalize()
+        title = self.args.stage_name.capitalize()
         with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=self.rank > 0) as bar:
             self.bar = bar
             for group in iter_length_limited_batches(missing, prepared_rows):
@@ -866,7 +879,7 @@ def run_stage_command(
     if corrections := args.corrections():
         logger.info("%s was corrected: %s rows are written again.", args.import_file, f"{len(corrections.rows):,}")
         corrections.apply()
-    if not run_phases(PhaseStep.from_phases(args, args.phases, arguments_type.__module__.rpartition(".")[2]), args):
+    if not run_phases(PhaseStep.from_phases(args, args.phases, args.stage_name), args):
         return None
     print(f"{args.output}: {check_and_summarize_stage(args.output)}")
     return args

@@ -86,7 +86,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
             weights are missing, unexpected or of the wrong shape. (transformers itself would only warn and initialize
             missing weights randomly.)
     """
-    _check_model_file_exists(source, "config.json", "is not a model folder")
+    check_model_file_exists(source, "config.json", "is not a model folder")
     try:
         if Path(source).is_dir():
             for name in ("logit_scale", "logit_bias"):  # a clear error, before transformers loads all weights
@@ -256,7 +256,7 @@ def load_processor(source: str | Path) -> ProcessorMixin:
     # Older processors of transformers are stored in two files instead of processor_config.json.
     in_two_files = (Path(source) / "preprocessor_config.json").is_file()
     required_file = "tokenizer_config.json" if in_two_files else "processor_config.json"
-    _check_model_file_exists(source, required_file, f"has no processor; {hint}")
+    check_model_file_exists(source, required_file, f"has no processor; {hint}")
     try:
         with wrap_tokenizer_errors("its tokenizer"):
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
@@ -348,7 +348,7 @@ def _check_and_adapt_processor(processor: ProcessorMixin, config: PreTrainedConf
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions, processor_max_length)
 
 
-def _check_model_file_exists(source: str | Path, required_file: str, fault: str) -> None:
+def check_model_file_exists(source: str | Path, required_file: str, fault: str) -> None:
     """Check that a model and one of its files exist before transformers loads them, to give clear errors.
 
     Args:

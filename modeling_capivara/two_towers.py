@@ -35,7 +35,7 @@ from capivara_common.image_encoder_digest import IMAGE_ENCODER_PREFIXES
 from capivara_common.model_kinds import KINDS
 
 from .checks_capivara import NOT_FINITE_MESSAGE, check_config_sizes, wrap_tokenizer_errors
-from .loading import load_model, load_processor, pads_to_max_length, weights_digest
+from .loading import check_model_file_exists, load_model, load_processor, pads_to_max_length, weights_digest
 from .modeling_capivara import l2_normalize
 from .processing_capivara import CapivaraProcessor
 
@@ -231,10 +231,8 @@ def load_embedder(
         >>> similarities = texts @ texts.T  # cosines, because embeddings have unit length
     """
     torch_device = resolve_device(device) if device else get_distributed_state().device
-    library, _, open_clip_name = model.partition(":")
-    if library == "clip" and open_clip_name:
-        raise ValueError(f"Models of transformers have no prefix: use {open_clip_name} instead of {model}.")
-    if library != "open_clip" or not open_clip_name:
+    open_clip_name = _get_open_clip_name(model)
+    if not open_clip_name:
         processor, loaded = load_processor(model), load_model(model).eval().to(torch_device)
         if precision == "auto":
             precision = choose_precision(loaded, processor, record)
@@ -243,6 +241,33 @@ def load_embedder(
         hint = "Pass --role baseline, or --baseline of eval.suite"
         raise ValueError(f"{model} is a model of open_clip, which can only be used as a baseline. {hint}.")
     return _load_open_clip_embedder(open_clip_name, torch_device, "float32" if precision == "auto" else precision)
+
+
+def check_model_exists(model: str) -> None:
+    """Check that `load_embedder` can find a model. The model is not loaded.
+
+    Args:
+        model: Folder, Hub id or open_clip name, as for `load_embedder`.
+
+    Raises:
+        ValueError: If there is no such model, or the Hub can't be reached.
+        ImportError: If an open_clip model is requested and open_clip is not installed.
+    """
+    if open_clip_name := _get_open_clip_name(model):
+        _find_open_clip_model(open_clip_name)
+    else:
+        check_model_file_exists(model, "config.json", "is not a model folder")
+
+
+def _get_open_clip_name(model: str) -> str:
+    """Return the name of an open_clip model without the prefix "open_clip:"; "" for a model of transformers.
+
+    Raises ValueError if the model has the prefix "clip:", which earlier versions used for models of transformers.
+    """
+    library, _, name = model.partition(":")
+    if library == "clip" and name:
+        raise ValueError(f"Models of transformers have no prefix: use {name} instead of {model}.")
+    return name if library == "open_clip" else ""
 
 
 def choose_precision(model: PreTrainedModel, processor: ProcessorMixin, record: Path | None = None) -> str:
@@ -298,7 +323,20 @@ def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin,
     return Embedder(name, model.device, precision, fingerprint, image_fingerprint, describe_model(model), images, texts)
 
 
-def _load_open_clip_embedder(source: str, device: torch.device, precision: str) -> Embedder:
+def _find_open_clip_model(source: str) -> tuple[str, str | None, str]:
+    """Find a model of open_clip, without loading it.
+
+    Args:
+        source: "NAME:PRETRAINED", "hf-hub:OWNER/NAME" or "local-dir:FOLDER".
+
+    Returns:
+        The arguments `model_name` and `pretrained` of open_clip's functions, and the Hub id of the weights ("" if they
+        are not on the Hub).
+
+    Raises:
+        ValueError: If open_clip has no such weights, the folder has no model, or the Hub can't be reached.
+        ImportError: If open_clip is not installed.
+    """
     try:
         import open_clip
     except ImportError as error:
@@ -309,12 +347,22 @@ def _load_open_clip_embedder(source: str, device: torch.device, precision: str) 
         repository = source.removeprefix("hf-hub:")
     elif not source.startswith("local-dir:"):
         name, _, pretrained = source.partition(":")
-        if not pretrained:  # open_clip would initialize the weights randomly
+        settings = open_clip.get_pretrained_cfg(name, pretrained)
+        if not settings and not Path(pretrained).is_file():  # open_clip would initialize the weights randomly
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             raise ValueError(f"open_clip:{source} names no weights; say open_clip:{name}:TAG. Tags of {name}: {tags}.")
-        repository = open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "").strip("/")
+        repository = settings.get("hf_hub", "").strip("/")
+    elif not Path(source.removeprefix("local-dir:"), OPEN_CLIP_CONFIG).is_file():
+        raise ValueError(f"open_clip:{source} is not the folder of an open_clip model ({OPEN_CLIP_CONFIG} is missing).")
     # If the model has been downloaded before, one of these files is in the cache, and no network is needed.
     check_model_reachable(repository, OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHT_FILES)
+    return name, pretrained, repository
+
+
+def _load_open_clip_embedder(source: str, device: torch.device, precision: str) -> Embedder:
+    name, pretrained, repository = _find_open_clip_model(source)
+    import open_clip  # it is installed if the model was found
+
     try:
         if pretrained is None:
             folder = source.removeprefix("local-dir:")

@@ -142,6 +142,20 @@ def test_the_license_is_inherited_or_stated_but_never_guessed(saved_tiny_folder,
     assert re.search(r"^license: odbl$", (tmp_path / "out" / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
 
 
+@pytest.mark.parametrize("model", ["no/such/folder", "clip:tests", "open_clip:foo:bar", "open_clip:local-dir:no"])
+def test_a_model_that_does_not_exist_leaves_no_folder(tiny_dataset_folder, tmp_path, model):
+    with pytest.raises(ValueError, match=model.partition(":")[2] or model):
+        embed.main(embed_flags(model, tiny_dataset_folder, tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_progress_bar_has_the_name_of_the_stage(saved_tiny_folder, tiny_dataset_folder, tmp_path, capsys):
+    assert embedding_stage.EmbedArguments(
+        str(tiny_dataset_folder), tmp_path / "out", model=str(saved_tiny_folder), device="cpu"
+    ).write_rows()
+    assert capsys.readouterr().err.splitlines()[-1].lstrip().startswith("Embed:")
+
+
 @pytest.mark.slow
 def test_a_full_disk_loses_nothing(saved_tiny_folder, tiny_dataset_folder, tmp_path, embedded, monkeypatch):
     arguments = embed_flags(saved_tiny_folder, tiny_dataset_folder, tmp_path / "out")
