@@ -143,17 +143,11 @@ class EmbeddingStore:
         is_hidden = not (local and state.is_main_process)
         with tqdm(total=sum(len(part) for _, part in local), desc=title, unit=kind, disable=is_hidden) as bar:
             for path, part in local:
-                vectors, faults = {}, {}
+                vectors: dict[Place, np.ndarray | BadImage] = {}
                 for batch, loaded_items in zip(plan_batches(part), loaded, strict=False):
-                    for place, vector in zip(batch, embed_batch(loaded_items, embed), strict=True):
-                        if isinstance(vector, BadImage):
-                            faults[place[0]] = vector.reason, vector.detail
-                        else:
-                            vectors[place] = vector
+                    vectors |= zip(batch, embed_batch(loaded_items, embed), strict=True)
                     bar.update(len(batch) / views)
-                good = [row not in faults and (row, 0) in vectors for row in part]
-                rows = [vectors[row, view] for row in itertools.compress(part, good) for view in range(views)]
-                self._write_shard(path, rows, good, [faults.get(row, ("", "")) for row in part])
+                self._write_shard(path, [[vectors[row, view] for view in range(views) if items[row]] for row in part])
         state.wait_for_everyone()
         table = pa.concat_tables(map(_load_shard, paths, map(len, parts)))
         state.wait_for_everyone()  # the main process may delete a temporary folder after this
@@ -170,9 +164,8 @@ class EmbeddingStore:
         missing: list[int] | None = None
         if get_distributed_state().is_main_process:
             with ThreadPoolExecutor(DECODER_THREADS) as threads:
-                missing = [
-                    number for number, valid in enumerate(threads.map(matches_appended_digest, paths)) if not valid
-                ]
+                is_valid = list(threads.map(matches_appended_digest, paths))
+            missing = [number for number in range(len(paths)) if not is_valid[number]]
             for path in filter(Path.exists, (paths[number] for number in missing)):
                 logger.warning("%s is damaged. It will be computed again.", path)
             old_files = (self.folder.parent.glob(pattern) for pattern in OLD_FILE_PATTERNS)
@@ -182,22 +175,21 @@ class EmbeddingStore:
                 write_json(self.folder / "settings.json", self.settings)
         return broadcast_object_list([missing])[0]
 
-    def _write_shard(
-        self, path: Path, vectors: list[np.ndarray], good: list[bool], faults: list[tuple[str, str]]
-    ) -> None:
+    def _write_shard(self, path: Path, rows: list[list[np.ndarray | BadImage]]) -> None:
         """Write one shard atomically.
 
         Args:
             path: File of the shard.
-            vectors: Embeddings of the good rows, one per row and view.
-            good: For each row, whether it has embeddings.
-            faults: Reason and detail of each row; empty for good rows.
+            rows: Embeddings of the views of each row. A row is bad if it has no views, or a view is a `BadImage`.
         """
-        values = np.array(vectors, self.dtype).ravel()
-        ends = np.cumsum(good) * (len(values) // max(1, sum(good)))
-        lists = pa.LargeListArray.from_arrays(np.insert(ends, 0, 0), values)
-        reasons = map(pa.array, zip(*faults, strict=True))
-        table = pa.table([lists, *reasons], ["vectors", "reason", "detail"])
+        faults = [next((view for view in views if isinstance(view, BadImage)), None) for views in rows]
+        good = [[] if fault else views for views, fault in zip(rows, faults, strict=True)]
+        vectors = np.array(list(itertools.chain(*good)), self.dtype)
+        ends = np.cumsum([0, *map(len, good)]) * (vectors.size // max(1, len(vectors)))
+        columns = {"vectors": pa.LargeListArray.from_arrays(ends, vectors.ravel())}
+        # A good row has neither of these values, because its fault is None.
+        columns |= {name: [getattr(fault, name, "") for fault in faults] for name in ("reason", "detail")}
+        table = pa.table(columns)
         with atomic_file(path) as temporary:
             with pa.ipc.new_stream(temporary, table.schema) as file:
                 file.write_table(table)

@@ -7,7 +7,6 @@ The output is a folder of parts, as of every stage. `captions.embed` makes a dat
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 from typing import Any, ClassVar
 
@@ -16,7 +15,6 @@ import PIL.Image
 from datasets import Value
 
 from capivara_common.cli import check_at_least, flag, run_command
-from capivara_common.embedding_speed import with_tuned_chunk_size
 from capivara_common.embedding_store import embed_batch
 from capivara_common.image_files import BadImage, BadRow
 from caption_data.augmentation import augment_view, describe_augmentation
@@ -72,10 +70,8 @@ class EmbedArguments(EncoderStageArguments):
         }
         columns = {EMBEDS_COLUMN: embeds_feature(width, self.views)}
         columns |= dict.fromkeys((DIGEST_COLUMN, ENCODER_COLUMN), Value("string"))
-        embed = partial(embedder.embed_images, batch_size=self.embedding_batch_size)
-        if embedder.has_chunks:
-            row_count, encoder = len(stage.source), embedder.image_fingerprint
-            embed = with_tuned_chunk_size(embed, row_count * self.views, embedder.device, encoder, self.output)
+        image_count = len(stage.source) * self.views
+        embed = embedder.tune_image_embedding(image_count, self.embedding_batch_size, self.output)
         return columns, settings, lambda rows: embed_rows(embed, self, settings["encoder"], rows)
 
 

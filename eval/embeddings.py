@@ -22,7 +22,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from capivara_common.cli import check_at_least, flag, parse_arguments
-from capivara_common.embedding_speed import with_tuned_chunk_size
 from capivara_common.embedding_store import EmbeddingStore, Place, vectors_to_array
 from capivara_common.environment import cache_home, describe_device, get_distributed_state
 from capivara_common.files import read_json
@@ -113,19 +112,13 @@ class CachedEmbedder:
                     for row, image in loaded
                 ]
 
-        def embed(batch: list[PIL.Image.Image], **options: int) -> np.ndarray:
-            return self.embedder.embed_images(batch, self.batch_size, **options).numpy()
-
         if images.is_embedded:
             images.check_embeds(self.embedder.name, self.embedder.fingerprint)
             self.result_metadata, skipped = images.describe_embeds(), images.invalid_embeds
             column = pa.chunked_array([part for chunk in images.iter_column(EMBEDS_COLUMN) for part in chunk.chunks])
         else:
-            encoder, digests = self.embedder.image_fingerprint, images.image_digests
-            store = self._store(encoder, self.batch_size)
-            if self.embedder.has_chunks:
-                record = store.record_folder(digests)
-                embed = with_tuned_chunk_size(embed, len(digests), self.embedder.device, encoder, record)
+            store, digests = self._store(self.embedder.image_fingerprint, self.batch_size), images.image_digests
+            embed = self.embedder.tune_image_embedding(len(images), self.batch_size, store.record_folder(digests))
             table = store.load_or_embed(digests, load, embed, description, rows_per_shard=IMAGES_PER_SHARD)
             skipped = {row: detail for row, detail in enumerate(table["detail"].to_pylist()) if detail}
             column = table["vectors"]

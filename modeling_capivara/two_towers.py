@@ -27,7 +27,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from capivara_common.embedding_speed import BF16_MIN_COSINE, CHUNK_SIZES, SAMPLE_IMAGES, choose_fastest
+from capivara_common.embedding_speed import (
+    BF16_MIN_COSINE,
+    CHUNK_SIZES,
+    SAMPLE_IMAGES,
+    choose_fastest,
+    with_tuned_chunk_size,
+)
 from capivara_common.environment import get_distributed_state, resolve_device, resolve_mixed_precision
 from capivara_common.files import read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_model_reachable
@@ -186,14 +192,27 @@ class Embedder:
     embed_images: Callable[..., Tensor]
     embed_texts: Callable[..., Tensor]
 
-    @property
-    def has_chunks(self) -> bool:
-        """Whether `embed_images` has the parameter `chunk_images`: True for transformers, False for open_clip."""
-        return not self.name.startswith("open_clip:")
-
     def __post_init__(self) -> None:
         autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
         self.embed_images, self.embed_texts = autocast(self.embed_images), autocast(self.embed_texts)
+
+    def tune_image_embedding(
+        self, image_count: int, batch_size: int, record: Path
+    ) -> Callable[[Sequence[Image.Image]], Tensor]:
+        """Return a function that embeds many images as fast as this CPU can (see `with_tuned_chunk_size`).
+
+        Args:
+            image_count: Number of images to embed in total. The function measures its speed only if there are many.
+            batch_size: Number of images that are preprocessed at once.
+            record: Folder in which the choice is recorded, so that a resumed run uses the same.
+
+        Returns:
+            Function that embeds a list of at least one image, as `embed_images` does.
+        """
+        embed = partial(self.embed_images, batch_size=batch_size)
+        if self.name.startswith("open_clip:"):  # `embed_images` has no parameter `chunk_images`
+            return embed
+        return with_tuned_chunk_size(embed, image_count, self.device, self.image_fingerprint, record)
 
 
 def load_embedder(

@@ -336,6 +336,10 @@ def test_indexing_uses_the_choice(sizes, saved_tiny_folder, tmp_path):
     assert sum(used[measured:]) == 40 and max(used[measured:]) == 16
 
 
-def test_open_clip_embedders_have_no_chunks():
-    embedders = [SimpleNamespace(name=name) for name in ("open_clip:ViT-B-32:openai", "folder")]
-    assert [two_towers.Embedder.has_chunks.fget(embedder) for embedder in embedders] == [False, True]
+def test_open_clip_embedders_have_no_chunks(tmp_path):
+    def embed_images(images, batch_size):
+        return UNIT[: len(images)]
+
+    embedder = SimpleNamespace(name="open_clip:ViT-B-32:openai", embed_images=embed_images)
+    embed = two_towers.Embedder.tune_image_embedding(embedder, LONG_PASS_IMAGES, 4, tmp_path)
+    assert len(embed([0] * 3)) == 3 and not list(tmp_path.iterdir())
