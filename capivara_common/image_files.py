@@ -214,7 +214,7 @@ def _open_row_image(row_image: dict | None, access: ImageAccess) -> tuple[bytes,
 
 def decode_images(
     rows: range, row_image: Callable[[int], dict | None], access: ImageAccess
-) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
+) -> Iterator[PIL.Image.Image | BadImage]:
     """Decode the images of dataset rows with up to eight threads.
 
     Args:
@@ -223,8 +223,7 @@ def decode_images(
         access: Rules for the files that may be opened.
 
     Yields:
-        Pairs in the order of `rows`: the row number, and the decoded image. If an image can't be used, the pair
-        contains its `BadImage` error instead of the image.
+        The decoded images, in the order of `rows`. If an image can't be used, its `BadImage` error takes its place.
     """
 
     def read(row: int) -> PIL.Image.Image | BadImage:
@@ -235,8 +234,7 @@ def decode_images(
 
     with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // get_distributed_state().num_processes))) as threads:
         for start in range(0, len(rows), DECODE_CHUNK_IMAGES):
-            chunk = rows[start : start + DECODE_CHUNK_IMAGES]
-            yield from zip(chunk, threads.map(read, chunk), strict=True)
+            yield from threads.map(read, rows[start : start + DECODE_CHUNK_IMAGES])
 
 
 def open_image(

@@ -276,13 +276,7 @@ class IndexWriter:
         Returns:
             The report of this update. Removed rows are added by `finish_indexing`.
         """
-        files = self.plan.files
-        read = partial(
-            read_picture,
-            image_size=self.model.image_size,
-            resize_filter=self.model.resize_filter,
-            folders=self.plan.roots,
-        )
+        files, read = self.plan.files, _make_reader(self.model, self.plan.roots)
         self.progress(0, len(files))
         try:
             with closing(prefetch_pictures(files, read, self.batch_size)) as batches:
@@ -554,14 +548,16 @@ def embed_files(model: "SearchModel", files: Sequence[FileState], folder: Path) 
     Returns:
         Path -> vector (width,), float32, of unit length. Files that can't be read are missing from the dictionary.
     """
-    vectors = {}
-    read = partial(
-        read_picture, image_size=model.image_size, resize_filter=model.resize_filter, folders=[os.path.realpath(folder)]
-    )
+    vectors, read = {}, _make_reader(model, [os.path.realpath(folder)])
     for batch in prefetch_pictures(files, read, CLASSIFY_BATCH_SIZE):
         pictures = {file.path: result.image for file, result in batch if isinstance(result, Picture)}
         vectors |= dict(zip(pictures, embed_batch(list(pictures.values()), model.embed_images), strict=True))
     return vectors
+
+
+def _make_reader(model: "SearchModel", folders: Sequence[str]) -> Callable[[FileState], Picture]:
+    """Return a function that reads a picture file in these folders, resized for the image encoder of a model."""
+    return partial(read_picture, image_size=model.image_size, resize_filter=model.resize_filter, folders=folders)
 
 
 def prefetch_pictures(

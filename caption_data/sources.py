@@ -240,14 +240,17 @@ class Split:
             raise BadImage("no image", "the dataset has embeddings instead of images")
         return decode_image(self.data[row][self.image_column], self.image_access)
 
-    def decode_images(self, rows: Sequence[int]) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
+    def decode_images(self, rows: Sequence[int]) -> Iterator[PIL.Image.Image | BadImage]:
         """Decode the images of rows with several threads.
 
         Yields:
-            The tuple (number of the row, image) for each row, in order. For a missing or invalid image, the second
-            value is a BadImage.
+            The image of each row, in order. For a missing or invalid image, a BadImage whose detail is the message of
+            `describe_image_error`.
         """
-        return decode_images(rows, lambda row: self.data[row][self.image_column], self.image_access)
+        images = decode_images(rows, lambda row: self.data[row][self.image_column], self.image_access)
+        for row, image in zip(rows, images, strict=True):
+            is_bad = isinstance(image, BadImage)
+            yield BadImage(image.reason, self.describe_image_error(row, image)) if is_bad else image
 
     @cached_property
     def image_digests(self) -> list[str]:

@@ -103,14 +103,7 @@ class CachedEmbedder:
         """
 
         def load(batches: Iterator[list[Place]]) -> Iterator[list[PIL.Image.Image | BadImage]]:
-            for batch in batches:
-                loaded = images.decode_images([row for row, _ in batch])
-                yield [
-                    BadImage(image.reason, images.describe_image_error(row, image))
-                    if isinstance(image, BadImage)
-                    else image
-                    for row, image in loaded
-                ]
+            return (list(images.decode_images([row for row, _ in batch])) for batch in batches)
 
         if images.is_embedded:
             images.check_embeds(self.embedder.name, self.embedder.fingerprint)

@@ -110,7 +110,7 @@ class LabeledRows:
     def __init__(self, labeled_images: LabeledImages):
         self.labeled_images = labeled_images
         decoded = labeled_images.images.decode_images(range(len(labeled_images.images)))
-        self.rows = [row for row, image in decoded if not isinstance(image, BadImage)]
+        self.rows = [row for row, image in enumerate(decoded) if not isinstance(image, BadImage)]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -114,4 +114,5 @@ def training_of(args, skipped) -> list:
 
 def measured_of(args, split, languages) -> dict:
     """Return the pairs of a split that a run evaluates on, by language."""
-    return load_evaluation_pairs(args, open_split(args.evaluation_dataset, split, args.image_column), languages, None)
+    splits = {(args.evaluation_dataset, split): open_split(args.evaluation_dataset, split, args.image_column)}
+    return load_evaluation_pairs(args, splits, split, languages, None)

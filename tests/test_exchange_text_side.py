@@ -55,7 +55,7 @@ def test_recall_equals_that_of_eval(example, tiny_folder, trained, tiny_dataset_
         RetrievalArguments(str(tiny_folder), str(tiny_dataset_folder), tmp_path / "x", split="train")
     )
     texts, image_of_text = flatten_captions(data.captions)
-    images = load_embedder(str(tiny_folder)).embed_images([image for _, image in data.images.decode_images(range(12))])
+    images = load_embedder(str(tiny_folder)).embed_images([*data.images.decode_images(range(12))])
     for side, folder in (("base", tiny_folder), ("exchanged", trained)):
         text_embeds = load_embedder(str(folder)).embed_texts(texts)
         ranks = RetrievalEmbeddings(text_embeds, images, image_of_text).ranks["text_to_image"]

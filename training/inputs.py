@@ -196,19 +196,16 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     for split in splits.values():
         if split.is_embedded:
             split.check_embeds(args.model, views=split.stored_views)
-    validation_split = splits[args.evaluation_dataset, args.validation_split]
-    test_split = splits[args.evaluation_dataset, args.test_split]
-    validation = load_evaluation_pairs(args, validation_split, [args.language], processor)[args.language]
-    test = load_evaluation_pairs(args, test_split, args.eval_languages, processor)
+    validation = load_evaluation_pairs(args, splits, args.validation_split, [args.language], processor)[args.language]
+    test = load_evaluation_pairs(args, splits, args.test_split, args.eval_languages, processor)
     training = load_training_pairs(args, splits, processor)
-    split_usable_and_skipped_pairs(
-        training, args
-    )  # fails early if there are too many bad rows, before images are embedded
+    # Fails early if there are too many bad rows, before images are embedded.
+    split_usable_and_skipped_pairs(training, args)
 
-    def with_vectors(pairs: PairDataset) -> PairDataset:
+    def with_vectors(pairs: PairDataset, uses_cache: bool = args.image_embedding_cache != "off") -> PairDataset:
         if pairs.source.is_embedded:
             return add_dataset_vectors(pairs)
-        return pairs if args.image_embedding_cache == "off" else add_vectors(base, pairs, args, accelerator)
+        return add_vectors(base, pairs, args, accelerator) if uses_cache else pairs
 
     def load_embeds(pairs: PairDataset, title: str) -> Tensor:
         if pairs.vectors is None:
@@ -216,9 +213,8 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
         _check_no_bad_rows(pairs)
         return torch.from_numpy(vectors_to_array(pairs.table.data.column("vectors")).astype(np.float32))
 
-    test_pairs = test[args.language]  # without the cache, so that the final evaluation is in float32
-    test_pairs = add_dataset_vectors(test_pairs) if test_pairs.source.is_embedded else test_pairs
-    test_embeds = load_embeds(test_pairs, "Images, test")
+    # The final evaluation does not use the cache, whose embeddings are in float16.
+    test_embeds = load_embeds(with_vectors(test[args.language], uses_cache=False), "Images, test")
     validation = with_vectors(validation)
     validation_embeds = load_embeds(validation, "Images, validation")
     training = list(map(with_vectors, training))
@@ -284,19 +280,16 @@ def open_splits(args: RunArguments) -> Splits:
             raise ValueError(f"{str(error).rstrip('.')}. {DATA_FLAGS_HINT}") from error
         if opened.is_embedded:
             opened.check_views(views)
-    if (
-        args.image_embedding_cache == "off"
-        and len({splits[name, args.train_split].is_embedded for name in args.dataset}) > 1
-    ):
+    training = [splits[name, args.train_split] for name in args.dataset]
+    if args.image_embedding_cache == "off" and len({split.is_embedded for split in training}) > 1:
         raise ValueError(
             "image_embedding_cache off can't mix datasets of images with datasets of embeddings. Use the cache."
         )
-    sizes = [len(splits[name, args.train_split]) for name in args.dataset]
-    if sum(sizes) < args.effective_batch_size:
+    if sum(map(len, training)) < args.effective_batch_size:
         # `split_usable_and_skipped_pairs` raises an error here. Its message names the largest possible batch, for which
         # all rows are read. This is quick, because there are fewer rows than one batch has pairs.
         split_usable_and_skipped_pairs(load_training_pairs(args, splits), args)
-    apportion_batch(args.effective_batch_size, sizes)
+    apportion_batch(args.effective_batch_size, list(map(len, training)))
     return splits
 
 
@@ -341,13 +334,14 @@ def load_training_pairs(
 
 
 def load_evaluation_pairs(
-    args: RunArguments, split: Split, languages: list[str], processor: ProcessorMixin
+    args: RunArguments, splits: Splits, name: str, languages: list[str], processor: ProcessorMixin
 ) -> dict[str, PairDataset]:
     """Load the pairs of an evaluation split. Every row must be usable, because skipping rows would change the results.
 
     Args:
         args: Arguments of the run.
-        split: Opened validation or test split.
+        splits: Opened splits, see `open_splits`.
+        name: Name of the validation or test split.
         languages: Codes of the caption languages.
         processor: Processor of the model.
 
@@ -357,7 +351,7 @@ def load_evaluation_pairs(
     Raises:
         ValueError: If a row can't be used; the message names the row.
     """
-    pairs = {}
+    pairs, split = {}, splits[args.evaluation_dataset, name]
     for language in languages:
         column = get_caption_column(args, language)
         table = load_or_build_pair_table(
@@ -419,9 +413,8 @@ def load_cached_embeds(training: list[PairDataset], plan: StepPlan) -> Tensor:
     places_by_dataset = [np.flatnonzero(plan.dataset_indices == number) for number in range(len(training))]
     embeds = []
     for pairs, places in zip(training, places_by_dataset, strict=True):
-        vectors = vectors_to_array(pairs.vectors[plan.rows[places]]["vectors"]).reshape(
-            len(places), pairs.augmented_views, -1
-        )
+        vectors = vectors_to_array(pairs.vectors[plan.rows[places]]["vectors"])
+        vectors = vectors.reshape(len(places), pairs.augmented_views, -1)
         embeds.append(vectors[np.arange(len(places)), plan.views[places]])
     plan_order = np.argsort(np.concatenate(places_by_dataset))
     return torch.from_numpy(np.concatenate(embeds)[plan_order].astype(np.float32))
@@ -534,14 +527,13 @@ def open_image_store(model: PreTrainedModel, pairs: PairDataset, args: RunArgume
     Returns:
         The store. Its key covers everything besides the image files that affects the embeddings.
     """
-    is_augmented = pairs.augmented_views != 1
     settings = {
         "pixels_version": PIXELS_VERSION,
         "tower_weights": weights_digest(model, IMAGE_ENCODER_PREFIXES),
         "tower_config": hashlib.blake2b(model.config.vision_config.to_json_string().encode()).hexdigest()[:32],
         "preprocessing": json.loads(pairs.processor.image_processor.to_json_string()),
         "augmented_views": pairs.augmented_views,
-        "augmentation": describe_augmentation(pairs.seed) if is_augmented else None,
+        "augmentation": describe_augmentation(pairs.seed) if pairs.augmented_views != 1 else None,
         "precision": precision,
     }
     is_default = args.image_embedding_cache in ("auto", "off")

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     source.check_columns([args.image_column])
     rows = np.linspace(0, len(source) - 1, min(len(source), MAX_ROTATION_IMAGES)).astype(np.int64)
     source.data = source.data.select(rows)
-    images = (image for _, image in source.decode_images(range(len(source))) if not isinstance(image, BadImage))
+    images = (image for image in source.decode_images(range(len(source))) if not isinstance(image, BadImage))
     first = list(islice(images, 1))  # `embed_images` must not be called without images
     embeds = embed_images(model, processor, chain(first, images), progress="Images") if first else torch.empty(0)
     if len(embeds) <= width:
