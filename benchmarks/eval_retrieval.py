@@ -41,9 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: time the recalls of this project and of clip-benchmark, and print the results as JSON."""
     args = parse_arguments(EvalRetrievalArguments, __doc__, argv)
     embeddings = make_random_embeddings(args.images, args.captions)
-    compute_our_recalls(
-        *make_random_embeddings(64, args.captions)
-    )  # untimed, so that loading the libraries is not measured
+    compute_our_recalls(*make_random_embeddings(64, args.captions))  # so that no library is loaded while it is timed
     before = timing.reset_peak_memory()  # making the embeddings took more memory than they take now
     measured = {
         **timing.describe_conditions(), "width": EMBEDDING_WIDTH,
@@ -52,11 +50,10 @@ def main(argv: list[str] | None = None) -> None:
         "memory_over_embeddings_bytes": timing.peak_resident_bytes() - before,
         "all_scores_bytes": 4 * len(embeddings[0]) * len(embeddings[1]),
     }  # fmt: skip
-    results = (
-        {"large": measured} if args.worker else {"scores": measured | compare_speed_and_recalls(embeddings, args.runs)}
-    )
+    if not args.worker:
+        measured |= compare_speed_and_recalls(embeddings, args.runs)
     existing = read_json(args.output) if args.output and args.output.is_file() else {}
-    timing.report_results(existing | results, args.output)
+    timing.report_results(existing | {"large" if args.worker else "scores": measured}, args.output)
 
 
 def make_random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:

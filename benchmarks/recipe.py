@@ -158,9 +158,8 @@ def main(argv: list[str] | None = None) -> None:
 
     groups, chance = {}, {}
     for key, embeddings in embed(base).items():
-        for record in compute_retrieval_records(
-            embeddings, dataset=key, split="", language="", model="baseline", model_folder=""
-        ):
+        metadata = {"dataset": key, "split": "", "language": "", "model": "baseline", "model_folder": ""}
+        for record in compute_retrieval_records(embeddings, **metadata):
             if record.metric == "mean_recall":
                 condition = f"{key}/{record.direction}"
                 groups[condition], chance[condition] = embeddings.query_groups(record.direction), record.chance

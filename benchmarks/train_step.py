@@ -513,10 +513,8 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
     micro_batches = zip(pixels.split(args.peer_micro), texts.split(args.peer_micro), strict=True)
     batches = PeerBatches([*micro_batches] * steps)
     batches.num_batches, batches.num_samples = len(batches), steps * args.pairs
-    scheduler, data = (
-        cosine_lr(optimizer, open_clip_args.lr, open_clip_args.warmup, steps),
-        {"train": DataInfo(batches)},
-    )
+    scheduler = cosine_lr(optimizer, open_clip_args.lr, open_clip_args.warmup, steps)
+    data = {"train": DataInfo(batches)}
     train_one_epoch(model, data, create_loss(open_clip_args), 0, optimizer, None, scheduler, None, open_clip_args)
     seconds = [end - start for start, end in pairwise(ends)]  # from the end of one step to the end of the next
     return {

@@ -89,15 +89,11 @@ class DateType(click.DateTime):
 
 
 _path_type = partial(click.Path, readable=False, path_type=Path)
-ANY_PATH, EXISTING_PATH, EXISTING_FILE = (
-    localize_type_errors(_path_type()),
-    localize_type_errors(_path_type(exists=True)),
-    localize_type_errors(_path_type(exists=True, dir_okay=False)),
-)
-ANY_FOLDER, EXISTING_FOLDER = (
-    localize_type_errors(_path_type(file_okay=False)),
-    localize_type_errors(_path_type(exists=True, file_okay=False)),
-)
+ANY_PATH = localize_type_errors(_path_type())
+EXISTING_PATH = localize_type_errors(_path_type(exists=True))
+EXISTING_FILE = localize_type_errors(_path_type(exists=True, dir_okay=False))
+ANY_FOLDER = localize_type_errors(_path_type(file_okay=False))
+EXISTING_FOLDER = localize_type_errors(_path_type(exists=True, file_okay=False))
 DATE = localize_type_errors(DateType(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
 
 

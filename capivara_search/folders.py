@@ -289,10 +289,8 @@ def _update_rows_after_move(table: PictureTable, name: str, old: Path, new: Path
         old: Absolute path of the folder before the move.
         new: Absolute path of the folder now.
     """
-    clause, existing_paths = (
-        folders_clause(old),
-        set(table.rows(["path"], folders_clause(new), name)["path"].to_pylist()),
-    )
+    clause = folders_clause(old)
+    existing_paths = set(table.rows(["path"], folders_clause(new), name)["path"].to_pylist())
     paths = table.rows(["path"], clause, name)["path"].to_pylist()
     table.delete_paths([path for path in paths if _moved_path(path, old, new) in existing_paths], name)
     moved_path_sql = f"concat({quote_sql(str(new))}, substr(path, {len(str(old)) + 1}))"

@@ -291,11 +291,10 @@ def resize_short_side(
     if short <= image_size:
         return image
     long_side = int(image_size * long / short)  # truncated, because the image processor truncates it, too
-    new_size, resample = (
-        ((image_size, long_side) if size[0] <= size[1] else (long_side, image_size)),
-        Resampling.BICUBIC,
-    )
     if resize_filter is not None:
         new_size, resample = (image_size, image_size), resize_filter
+    else:
+        new_size = (image_size, long_side) if size[0] <= size[1] else (long_side, image_size)
+        resample = Resampling.BICUBIC
     scale = round(size[0] / image.width)  # reduction by the JPEG decoder: 1, 2, 4 or 8
     return image.resize(new_size, resample, box=(0, 0, size[0] / scale, size[1] / scale))

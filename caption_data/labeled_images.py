@@ -89,10 +89,7 @@ def load_labeled_images(
     path = Path(source)
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
     if path.is_dir() and not any(file for pattern in tables for file in path.glob(pattern)):
-        column, access = (
-            image_column or "image",
-            ImageAccess(get_allowed_folders(source, image_roots), max_pixels),
-        )
+        column, access = image_column or "image", ImageAccess(get_allowed_folders(source, image_roots), max_pixels)
         rows = load_data_files("imagefolder", _find_image_files(path, split), source)
         opened = Split(source, split, column, disable_decoding(rows, column), access)
     else:

@@ -445,11 +445,8 @@ def apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
             if (dataset / BUILD_FILE).is_file():
                 shutil.rmtree(dataset)
             for step_after in reversed(later):
-                if (
-                    step_after is later[0]
-                    and isinstance(step_after, ScoreArguments)
-                    and (step_after.output / STAGE_FILE).is_file()
-                ):
+                has_same_rows = step_after is later[0] and isinstance(step_after, ScoreArguments)
+                if has_same_rows and (step_after.output / STAGE_FILE).is_file():
                     delete_parts_of_changed_rows(step_after.output, corrections.rows)
                 else:
                     shutil.rmtree(step_after.output, ignore_errors=True)
@@ -674,12 +671,8 @@ def _step_metadata(step: StageArguments) -> dict[str, Any]:
         A dict with the name of the stage, its settings, the numbers of rows read, written and skipped (by reason), the
         numbers of translations and of flagged translations, who translated, and the versions of packages.
     """
-    record, report, quality = (
-        read_stage_record(step.output),
-        check_and_summarize_stage(step.output),
-        step.output / QUALITY_FILE,
-    )
-    quality_counts = None
+    record, report = read_stage_record(step.output), check_and_summarize_stage(step.output)
+    quality, quality_counts = step.output / QUALITY_FILE, None
     if quality.is_file():
         report_of_quality = read_json(quality, captions=int, flagged=int)
         quality_counts = {key: report_of_quality[key] for key in ("captions", "flagged")}

@@ -707,10 +707,8 @@ def describe_differences(recorded: dict[str, Any], current: dict[str, Any]) -> s
     Returns:
         The differing values, for example "settings.model: 'a' there, 'b' now"; "" if there are none.
     """
-    old, new = (
-        flatten_dict(_get_fixed_values(recorded)),
-        flatten_dict(_get_fixed_values(json.loads(json.dumps(current)))),
-    )
+    old = flatten_dict(_get_fixed_values(recorded))
+    new = flatten_dict(_get_fixed_values(json.loads(json.dumps(current))))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
 

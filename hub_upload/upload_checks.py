@@ -197,9 +197,8 @@ def check_file_for_secrets(path: Path, name: Path | str) -> None:
     if not path.stat().st_size:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if (path.suffix not in BINARY_SUFFIXES or path.suffix == ".tar") and content[:6].startswith(
-            UNSEARCHABLE_PREFIXES
-        ):
+        may_be_text = path.suffix not in BINARY_SUFFIXES or path.suffix == ".tar"
+        if may_be_text and content[:6].startswith(UNSEARCHABLE_PREFIXES):
             raise ValueError(
                 f"{name} is compressed or UTF-16, so it can't be searched for secrets. Store it as plain UTF-8."
             )
@@ -358,9 +357,8 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
             _check_table_contents(path, name)
         else:  # tar archives too; `check_file_for_secrets` refuses compressed ones
             check_file_for_secrets(path, name)
-            if name.name in DATASET_FILE_NAMES or (
-                name.suffix == ".json" and path.stat().st_size <= MAX_METADATA_JSON_BYTES
-            ):
+            is_metadata = name.suffix == ".json" and path.stat().st_size <= MAX_METADATA_JSON_BYTES
+            if name.name in DATASET_FILE_NAMES or is_metadata:
                 check_paths(path, name)
 
 

@@ -170,26 +170,16 @@ class FileFlags:
         if describe_differences(record, stage.record | current):
             return None  # `write_or_check_stage_record` will raise an error that names the differences
         translations = read_translation_table(self.import_file, self.check_source_rows(stage))
-        columns, rows, parts, written = (
-            map_columns_to_translations(stage.features, stage.source.display_name, self),
-            [],
-            [],
-            0,
-        )
-        new_columns = [*columns.values(), f"quality-{self.language}"]
+        columns = map_columns_to_translations(stage.features, stage.source.display_name, self)
+        names = [*columns, *columns.values(), f"quality-{self.language}"]
+        rows, parts, written = [], [], 0
         for part in split_rows(len(stage.source), self.rows_per_part):
-            path, count_before = stage.path(part), len(rows)
-            if path.is_file():
-                for number, row in enumerate(
-                    pq.read_table(path, columns=[*columns, *new_columns]).to_pylist(), written
-                ):
-                    if any(
-                        row[name] != value
-                        for name, value in build_translated_columns(self, row, columns, translations).items()
-                    ):
-                        rows.append(number)
-                if len(rows) > count_before:
-                    parts.append(path)
+            path = stage.path(part)
+            old_rows = pq.read_table(path, columns=names).to_pylist() if path.is_file() else []
+            new_rows = [row | build_translated_columns(self, row, columns, translations) for row in old_rows]
+            changed = [number for number, row in enumerate(new_rows) if row != old_rows[number]]
+            rows += [written + number for number in changed]
+            parts += [path] if changed else []
             written += len(part) - len(read_skipped_rows(path))
         return Corrections(self.output, record, parts, rows)
 
