@@ -499,11 +499,10 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
     config, open_clip_args = build_published_config(args.model), parse_open_clip_arguments(args)
     steps = 1 + args.steps  # the first step is not timed, because the optimizer allocates its state in it
     random_seed(open_clip_args.seed, open_clip_args.rank)
-    model = (
-        create_model(open_clip_args.model)
-        if args.model in SIGLIP_SIZES
-        else convert_open_clip.new_open_clip_model(config)
-    )
+    if args.model in SIGLIP_SIZES:
+        model = create_model(open_clip_args.model)
+    else:
+        model = convert_open_clip.new_open_clip_model(config)
     model.output_dict = True
     model.lock_image_tower(open_clip_args.lock_image_unlocked_groups, open_clip_args.lock_image_freeze_bn_stats)
     model.set_grad_checkpointing()

@@ -569,9 +569,8 @@ class PictureIndex:
             number *= OVERFETCH_GROWTH
         first_rows = np.array([group[0] for group in groups], int)
         cached = self._load_cached_rows(clause)
-        copy_counts = (
-            is_duplicate(vectors[first_rows], cached.comparison_vectors if cached else vectors).sum(axis=1) - 1
-        )
+        others = cached.comparison_vectors if cached else vectors
+        copy_counts = is_duplicate(vectors[first_rows], others).sum(axis=1) - 1
         hits = zip(to_hits(rows.take(first_rows)), copy_counts, strict=True)
         return [replace(hit, copies=max(0, int(copy_count))) for hit, copy_count in hits]
 

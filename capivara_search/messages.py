@@ -62,11 +62,9 @@ class Messages:
             The description. If `text` is needed but is None, the code is returned.
         """
         key = f"reason.{code}"
-        return (
-            self(key)
-            if self.language != "en" and self.has(key)
-            else escape_control_characters(str(code if text is None else text))
-        )
+        if self.language != "en" and self.has(key):
+            return self(key)
+        return escape_control_characters(str(code if text is None else text))
 
     def __call__(self, key: str, *places: object, **values: object) -> str:
         """Return a text of `messages.yaml` and fill in its placeholders.

@@ -306,9 +306,8 @@ def resolve_search_model(model: str | None = None, device: str | None = None) ->
     """
     model = model or os.environ.get("CAPIVARA_MODEL") or None
     if model is None:
-        model = (
-            DEFAULT_MODEL if find_cached_model(DEFAULT_MODEL) or is_model_reachable(DEFAULT_MODEL) else MINIATURE_NAME
-        )
+        is_available = find_cached_model(DEFAULT_MODEL) or is_model_reachable(DEFAULT_MODEL)
+        model = DEFAULT_MODEL if is_available else MINIATURE_NAME
     local_folder = Path(model).expanduser()
     if model == MINIATURE_NAME and not local_folder.exists():
         from capivara_search.miniature import get_or_build_miniature_folder

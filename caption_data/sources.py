@@ -645,11 +645,8 @@ def _load_from_hub(dataset: str) -> Any:
     if is_file_name or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset):
         raise ValueError(f"{dataset} does not exist, and it is not a Hub id such as 'laicsiifes/flickr30k-pt-br'.")
     subject = f"{dataset} is not a path on this machine, and as a Hub id it"
-    cached = (
-        get_allowed_folders(dataset).folder,
-        Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___"),
-    )
-    if not any(map(Path.exists, cached)):
+    converted = Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___")
+    if not (get_allowed_folders(dataset).folder.exists() or converted.exists()):
         # Fail after one request: `datasets` would retry six times, for half a minute.
         _call_loader(subject, HfApi().dataset_info, dataset, timeout=DATASET_INFO_TIMEOUT_S)
     return _call_loader(subject, _load_checked_dataset, dataset)

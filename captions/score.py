@@ -75,11 +75,8 @@ class ScoreArguments(EncoderStageArguments):
             # The rows have embeddings where other datasets have images.
             embedder = replace(embedder, embed_images=lambda embeds, batch_size: torch.from_numpy(np.stack(embeds)))
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}
-        return (
-            {f"similarities-{self.language}": SIMILARITIES_FEATURE},
-            settings,
-            lambda rows: score_rows(embedder, self, rows),
-        )
+        columns = {f"similarities-{self.language}": SIMILARITIES_FEATURE}
+        return columns, settings, lambda rows: score_rows(embedder, self, rows)
 
 
 def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:

@@ -99,11 +99,8 @@ class SelectArguments(CaptionChoice, StageArguments):
             "min_similarity": self.strategy_cutoff,
             "min_pair_similarity": self.min_pair_similarity,
         }
-        return (
-            {f"captions-{self.language}": CAPTIONS_FEATURE},
-            settings,
-            lambda rows: [select_row_captions(self, row) for row in rows],
-        )
+        columns = {f"captions-{self.language}": CAPTIONS_FEATURE}
+        return columns, settings, lambda rows: [select_row_captions(self, row) for row in rows]
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
         """Write the report about the selection into the folder `report` of the output, unless it exists already.

@@ -87,11 +87,10 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_arguments(CaptionArguments, __doc__, argv)
     data = None if args.pictures and args.bank else load_self_contained_dataset(args.dataset)
-    sentences = (
-        args.bank.read_text("utf-8-sig").splitlines()
-        if args.bank
-        else flatten_split_captions(data["train"], args.language)[0]
-    )
+    if args.bank:
+        sentences = args.bank.read_text("utf-8-sig").splitlines()
+    else:
+        sentences, _ = flatten_split_captions(data["train"], args.language)
     bank = list(dict.fromkeys(filter(None, map(str.strip, sentences))))
     if not bank:
         raise ValueError(f"The caption bank {args.bank} is empty. Write one sentence per line.")

@@ -224,11 +224,8 @@ def find_generated_card_faults(folder: Path) -> list[str]:
     Returns:
         The messages of `find_card_faults`. The list is empty if the folder has no card or a handwritten one.
     """
-    return (
-        find_card_faults(folder)
-        if (folder / CARD_FILE).is_file() and parse_render_options(_read_text(folder / CARD_FILE))
-        else []
-    )
+    is_generated = (folder / CARD_FILE).is_file() and parse_render_options(_read_text(folder / CARD_FILE))
+    return find_card_faults(folder) if is_generated else []
 
 
 def parse_render_options(text: str) -> dict[str, Any] | None:

@@ -240,8 +240,7 @@ def test_embeddings_stay_with_their_images_when_rows_are_skipped(
 def test_augmentation_refuses_bad_images_and_scales_16_bits(tiny_processor, tiny_dataset_folder, tmp_path):
     deep = encoded(PIL.Image.fromarray((np.linspace(0, 65535, 40 * 36).reshape(40, 36)).astype(np.uint16)))
     pairs = pairs_of(altered(tiny_dataset_folder, tmp_path / "data", {0: NEGATIVE, 1: deep}), tiny_processor, 2)
-    with pytest.raises(BadImage):
-        pairs.load_pixels(0, 0)
+    assert isinstance(pairs.load_pixels(0, 0), BadImage)
     assert pairs.load_pixels(1, 0).std() > 0.3, "the 16-bit image must not be clipped to white"
 
 

@@ -23,7 +23,6 @@ import PIL.Image
 import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -105,7 +104,7 @@ class PairDataset:
         """Return a list with the captions of each pair."""
         return self.table["captions"][:]
 
-    def load_pixels(self, pair: int, view: int) -> Tensor:
+    def load_pixels(self, pair: int, view: int) -> Tensor | BadImage:
         """Load a view of an image, and preprocess it for the model.
 
         The random augmentation depends on the digest of the image instead of the number of its pair, because this
@@ -116,18 +115,18 @@ class PairDataset:
             view: Number of the view; ignored if `augmented_views` is 1.
 
         Returns:
-            Pixels, (3, height, width).
-
-        Raises:
-            BadImage: If the image can't be decoded, or the processor rejects it.
+            Pixels, (3, height, width). A `BadImage` if the image can't be decoded, or the processor rejects it; it is
+            not raised, because exceptions lose their attributes on the way out of a worker process.
         """
-        image = self.source.load_image(self.table[pair]["row"])
         try:
+            image = self.source.load_image(self.table[pair]["row"])
             if self.augmented_views != 1:
                 image = augment_view(image, self.table[pair]["digest"], view, self.seed)
             return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        except BadImage as bad:
+            return bad
         except ValueError as error:
-            raise BadImage("unreadable image", str(error)) from error
+            return BadImage("unreadable image", str(error))
 
     @cached_property
     def vectors(self) -> Dataset | None:
@@ -424,18 +423,14 @@ def load_cached_embeds(training: list[PairDataset], plan: StepPlan) -> Tensor:
 class _ViewDataset:
     """Dataset for PyTorch's `DataLoader` that loads and preprocesses views of training images.
 
-    An item is selected by (dataset index, pair, view). If an image can't be used, the item is a `BadImage` object. The
-    `BadImage` is not raised, because exceptions lose their attributes on the way out of a worker process.
+    An item is selected by (dataset index, pair, view). If an image can't be used, the item is a `BadImage`.
     """
 
     training: list[PairDataset]  # training datasets
 
     def __getitem__(self, item: tuple[int, int, int]) -> Tensor | BadImage:
         number, pair, view = map(int, item)
-        try:
-            return self.training[number].load_pixels(pair, view)
-        except BadImage as bad:
-            return bad
+        return self.training[number].load_pixels(pair, view)
 
 
 def prefetch_pixels(
@@ -557,14 +552,14 @@ def choose_embedding_precision(
         `--mixed_precision auto` chose "bf16", with at least `LONG_PASS_IMAGES` images to embed: both precisions are
         timed on this CPU, and the result is "no" (float32) if it was faster. The cache folder records the choice.
     """
-    precision, choice = accelerator.mixed_precision, None
+    precision = accelerator.mixed_precision
     is_short = len(pairs) * pairs.augmented_views < LONG_PASS_IMAGES
     if precision != "bf16" or not args.has_auto_precision or is_short:
         return precision
-    if accelerator.is_main_process:
-        record = open_image_store(model, pairs, args, "auto").record_folder(pairs.table["digest"])
+    record = open_image_store(model, pairs, args, "auto").record_folder(pairs.table["digest"])
+    with accelerator.main_process_first():  # the other processes read the record
         choice = choose_precision(model, pairs.processor, record)
-    return "no" if broadcast_object_list([choice])[0] == "float32" else precision
+    return "no" if choice == "float32" else precision
 
 
 def add_vectors(
