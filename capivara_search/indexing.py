@@ -188,16 +188,14 @@ def make_plan(
     if only_paths is not None and any(_is_emptied(table, folder, removed, files) for folder in folders):
         # The folder seems to be empty. A plan for whole folders is made instead, because it refuses empty folders.
         return make_plan(table, image_digest, folders, rules)
-    unchanged = len(files) - len(todo)
-    files = [file for file in todo if file not in known_bad_files]
     return IndexPlan(
         clause=clause,
         covers_folders=only_paths is None,
         roots=[*folders.values()],
-        files=files,
+        files=[file for file in todo if file not in known_bad_files],
         stored_rows=stored,
         removed_paths=removed,
-        unchanged=unchanged,
+        unchanged=len(files) - len(todo),
         unreadable=unreadable,
         known_bad_files=known_bad_files,
         ignored_counts=counts,

@@ -17,7 +17,7 @@ import logging
 import re
 import shlex
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,8 @@ def plan_phases(args: EmbedCommandArguments, parts: Path) -> list[PhaseStep]:
     if not (args.output / BUILD_FILE).is_file():
         check_output_folder(args.output)
     steps: dict[str, list[StageArguments]] = {}
-    flags = {field.name: getattr(args, field.name) for field in fields(EmbedArguments)}
     for split in list_splits(args.dataset) if args.split == "all" else [args.split]:
-        folders = {"output": parts / "1-embed" / split, "logging_dir": args.log_folder / split}
-        step = EmbedArguments(**flags | folders | {"split": split})
+        step = replace(args, split=split, output=parts / "1-embed" / split, logging_dir=args.log_folder / split)
         step.rerun_command, step.translations = args.command(), card["translations"]
         steps[split] = [step]
     columns = [name for name in step.source().columns if CAPTION_COLUMN_RE.fullmatch(name)]

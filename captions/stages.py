@@ -384,7 +384,7 @@ class RowStage:
         record: The values of `stage.json` that are known before a model is loaded.
         parts: Row ranges of the parts that this task writes.
         path: Function that returns the path of a part for its row range.
-        bar: Progress bar of `run`, which counts rows; None before `run`.
+        bar: Progress bar of `run`, which counts rows.
 
     Raises:
         ValueError: If the dataset does not exist, is the output of an unfinished stage, or lacks required columns.
@@ -392,7 +392,6 @@ class RowStage:
 
     def __init__(self, args: StageArguments, rank: int = 0, world_size: int = 1):
         self.args, self.source, self.rank = args, args.source(), rank
-        self.bar: tqdm | None = None
         for damage in self.source.damaged_archives:
             logger.warning("Damaged archive; only the rows before the damage are read: %s", damage.detail)
         # If the first file of the source can't be read, this line raises the error, before a model is loaded or a paid
@@ -476,13 +475,12 @@ class RowStage:
         missing = [part for part in self.parts if not self.path(part).is_file()]
         total, left = sum(map(len, self.parts)), sum(map(len, missing))
         title = self.args.stage_name.capitalize()
-        with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=self.rank > 0) as bar:
-            self.bar = bar
+        with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=self.rank > 0) as self.bar:
             for group in iter_length_limited_batches(missing, prepared_rows):
                 prepare(group)
                 for part in group:
                     try:
-                        self._write_part(part, features.arrow_schema, process, bar)
+                        self._write_part(part, features.arrow_schema, process)
                     except Exception as error:
                         error.add_note(f"rows {part.start} to {part.stop - 1} of {self.source.split}")
                         raise
@@ -498,19 +496,18 @@ class RowStage:
                 path.unlink(missing_ok=True)
         return summarize_parts(self.args.output, self.record, self.parts)
 
-    def _write_part(self, part: range, schema: pa.Schema, process: ProcessRows, bar: tqdm) -> None:
+    def _write_part(self, part: range, schema: pa.Schema, process: ProcessRows) -> None:
         """Write the parquet file of one part, and the list of its skipped rows if any row was skipped.
 
         Args:
             part: Row range of the part.
             schema: Columns of the parquet file.
             process: Function that returns the new columns of a batch of rows.
-            bar: Progress bar, which counts rows.
         """
         path, skipped = self.path(part), []
         try:
             with atomic_parquet(path, schema) as parquet:
-                rows = self._process_rows(process, part, skipped, bar)
+                rows = self._process_rows(process, part, skipped)
                 while row_group := list(itertools.islice(rows, ROWS_PER_GROUP)):
                     for row in row_group:
                         row[IMAGE_COLUMN] = row.get(self.args.image_column)
@@ -524,16 +521,13 @@ class RowStage:
             if not path.is_file():
                 raise
 
-    def _process_rows(
-        self, process: ProcessRows, part: range, skipped: list[SkippedRow], bar: tqdm
-    ) -> Iterator[dict[str, Any]]:
+    def _process_rows(self, process: ProcessRows, part: range, skipped: list[SkippedRow]) -> Iterator[dict[str, Any]]:
         """Iterate over the rows of a part with their new columns, without rows that cannot be used.
 
         Args:
             process: Function that returns the new columns of a batch of rows.
             part: Row range of the part.
             skipped: List to which a record of each row that cannot be used is appended.
-            bar: Progress bar, which counts rows.
         """
         rows = itertools.islice(self.source.rows(part.start), len(part))
         numbered = zip(part, rows, strict=True)  # `strict` raises if the source has lost rows
@@ -551,7 +545,7 @@ class RowStage:
                     )
                 else:
                     yield row | result
-            bar.update(len(batch))
+            self.bar.update(len(batch))
 
     def _prepare_row(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
         """Convert a row of the source to the form that `process` of `run` receives.
