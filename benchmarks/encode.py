@@ -25,8 +25,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from open_clip.tokenizer import HFTokenizer
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
@@ -86,6 +84,8 @@ def build_models() -> tuple[CapivaraModel, nn.Module, CapivaraProcessor, Callabl
     Returns:
         Our model and open_clip's model, our processor, and open_clip's preprocessing of an image.
     """
+    from open_clip.transform import PreprocessCfg, image_transform_v2  # not needed to check the flags
+
     torch.manual_seed(0)
     config = CapivaraConfig()
     theirs = new_open_clip_model(config).eval()
@@ -111,6 +111,8 @@ def build_encoding_functions(args: EncodeArguments) -> dict[str, dict[str, Calla
         For "images" and "captions", a dict of the functions "ours" and "open_clip". Each function preprocesses and
         encodes all inputs, and returns embeddings of shape (inputs, width).
     """
+    from open_clip.tokenizer import HFTokenizer  # not needed to check the flags
+
     ours, theirs, processor, preprocess = build_models()
     images = make_images(args.images)
     texts = make_captions(args.captions, CAPTION_TOKENS - 2, deviation=0)

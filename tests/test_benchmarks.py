@@ -59,6 +59,15 @@ def test_encode_embeds_the_same_as_open_clip(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_encode_checks_its_flags_without_open_clip():
+    program = "import sys; sys.modules['open_clip'] = None; from benchmarks import encode; encode.main(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "--part", "nonsense"]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert "--part" in done.stderr and "ModuleNotFoundError" not in done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("auto", ["float32", "bf16"])
 def test_a_long_pass_embeds_the_same_as_open_clip(tmp_path, monkeypatch, auto):
     from benchmarks import encode
