@@ -336,10 +336,21 @@ def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin,
         rules = json.dumps([tokenizer.get_vocab(), getattr(tokenizer, "do_lower_case", None)], sort_keys=True)
     rules += str(tokenizer.model_max_length)
     fingerprint = _digest_parts(weights_digest(model), config.to_json_string() + image_processor, rules, precision)
-    image_weights = weights_digest(model, IMAGE_ENCODER_PREFIXES)
-    image_fingerprint = _digest_parts(image_weights, config.vision_config.to_json_string() + image_processor, precision)
+    image_fingerprint = image_encoder_fingerprint(model, processor, precision)
     images, texts = partial(embed_images, model, processor), partial(embed_texts, model, processor)
     return Embedder(name, model.device, precision, fingerprint, image_fingerprint, describe_model(model), images, texts)
+
+
+def image_encoder_fingerprint(model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> str:
+    """Return a digest of everything besides the image that an image embedding depends on.
+
+    Args:
+        model: Two-tower model of transformers.
+        processor: The model's processor.
+        precision: Name of the precision in which images are embedded, such as "bf16".
+    """
+    settings = model.config.vision_config.to_json_string() + processor.image_processor.to_json_string()
+    return _digest_parts(weights_digest(model, IMAGE_ENCODER_PREFIXES), settings, precision)
 
 
 def _find_open_clip_model(source: str) -> tuple[str, str | None, str]:

@@ -8,8 +8,6 @@ view once, and the embeddings are cached on disk.
 """
 
 import copy
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -47,12 +45,12 @@ from caption_data.rows import SkippedRow
 from caption_data.sources import Split, open_split
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import (
-    IMAGE_ENCODER_PREFIXES,
     check_finite,
     choose_precision,
     compute_image_embeds,
     embed_images,
     embedding_width,
+    image_encoder_fingerprint,
     move_to_device_in_chunks,
 )
 from training.arguments import RunArguments
@@ -524,9 +522,7 @@ def open_image_store(model: PreTrainedModel, pairs: PairDataset, args: RunArgume
     """
     settings = {
         "pixels_version": PIXELS_VERSION,
-        "tower_weights": weights_digest(model, IMAGE_ENCODER_PREFIXES),
-        "tower_config": hashlib.blake2b(model.config.vision_config.to_json_string().encode()).hexdigest()[:32],
-        "preprocessing": json.loads(pairs.processor.image_processor.to_json_string()),
+        "encoder": image_encoder_fingerprint(model, pairs.processor, precision),
         "augmented_views": pairs.augmented_views,
         "augmentation": describe_augmentation(pairs.seed) if pairs.augmented_views != 1 else None,
         "precision": precision,
@@ -592,7 +588,7 @@ def add_vectors(
         return embed_pixels(model, torch.stack(images), accelerator, chunk_images, precision != "no").cpu().numpy()
 
     title, digests = f"Images, {pairs.source.display_name}", pairs.table["digest"]
-    encoder = json_digest([store.settings["tower_weights"], precision])
+    encoder = store.settings["encoder"]
     embed = with_tuned_chunk_size(embed, len(pairs) * views, accelerator.device, encoder, store.record_folder(digests))
     cached = store.load_or_embed(digests, load, embed, title, rows_per_shard=SHARD_ROWS, views=views)
     table = pairs.table.data.table
