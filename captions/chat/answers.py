@@ -17,7 +17,7 @@ Then `find_fault` names an answer that is no caption at all. Other problems, suc
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from captions.quality import REFUSED, TRUNCATED
 
@@ -72,6 +72,15 @@ class Answer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     retried: bool = False
+
+    def with_cost_of(self, other: "Answer") -> "Answer":
+        """Return this answer with the tokens and the retry of another answer added."""
+        return replace(
+            self,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            retried=self.retried or other.retried,
+        )
 
 
 def clean_answer(text: str, source: str = "") -> str:

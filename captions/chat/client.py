@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from captions.chat.answers import Answer
@@ -220,16 +220,12 @@ class ChatClient:
                 tokens = 0, 0
         for place, first in enumerate(answers):
             if first.fault is not None:
-                reply = await self._send(
-                    messages, **options, temperature=max(self._args.temperature, RETRY_TEMPERATURE)
-                )
-                second = Answer(*judge(reply.choices[0]))
-                answers[place] = replace(
-                    second if second.fault is None else first,
-                    prompt_tokens=first.prompt_tokens + reply.prompt_tokens,
-                    completion_tokens=first.completion_tokens + reply.completion_tokens,
-                    retried=True,
-                )
+                temperature = max(self._args.temperature, RETRY_TEMPERATURE)
+                reply = await self._send(messages, **options, temperature=temperature)
+                tokens = reply.prompt_tokens, reply.completion_tokens
+                second = Answer(*judge(reply.choices[0]), *tokens, retried=True)
+                chosen, other = (second, first) if second.fault is None else (first, second)
+                answers[place] = chosen.with_cost_of(other)
         return answers
 
     async def _send(

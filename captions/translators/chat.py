@@ -125,7 +125,7 @@ class ChatTranslator(Translator):
             answers, cost = await self._translate_lines(sentences)
         if answers is None:
             answers = [await self._translate_sentence(sentence) for sentence in sentences]
-            answers[0] = _add_cost(answers[0], cost)
+            answers[0] = answers[0].with_cost_of(cost)
         for place, sentence in enumerate(sentences):
             if self.on_answer is not None:
                 self.on_answer(sentence, answers[place])
@@ -153,7 +153,7 @@ class ChatTranslator(Translator):
         for sentence, line in zip(sentences, lines, strict=True):
             text, fault = self._judge_text(sentence, line)
             answers.append(Answer(text) if fault is None else await self._translate_sentence(sentence))
-        answers[0] = _add_cost(answers[0], cost)
+        answers[0] = answers[0].with_cost_of(cost)
         return answers, cost
 
     async def _translate_sentence(self, sentence: str) -> Answer:
@@ -165,13 +165,12 @@ class ChatTranslator(Translator):
                 value = read_json_value(choice.text, SINGLE) if self._args.response_schema else None
                 return self._judge_text(piece, value if isinstance(value, str) else choice.text, choice)
 
-            (part,) = await self._client.ask(
-                self._prompts.messages(piece), judge, response_format=answer_schema(SINGLE)
-            )
+            messages = self._prompts.messages(piece)
+            (part,) = await self._client.ask(messages, judge, response_format=answer_schema(SINGLE))
             # Other faults are forgotten: `captions.translate` finds them again, as for all translators.
             fault = part.fault if part.fault in UNUSABLE else None
             text = f"{answer.text} {part.text}".strip()
-            answer = replace(_add_cost(part, answer), text=text, fault=answer.fault or fault)
+            answer = replace(part.with_cost_of(answer), text=text, fault=answer.fault or fault)
         return answer if answer.fault is None else replace(answer, text="")
 
     def _judge_text(self, sentence: str, text: str, choice: Choice | None = None) -> tuple[str, str | None]:
@@ -193,13 +192,3 @@ def read_translation_prompts(args: Any) -> TranslationPrompts:
     Raises ValueError if the file is not valid, or a language has no name.
     """
     return TranslationPrompts(args.prompts, args.language, args.source_language, args.captions_per_request > 1)
-
-
-def _add_cost(answer: Answer, other: Answer) -> Answer:
-    """Return an answer with the tokens and the retry of another answer added."""
-    return replace(
-        answer,
-        prompt_tokens=answer.prompt_tokens + other.prompt_tokens,
-        completion_tokens=answer.completion_tokens + other.completion_tokens,
-        retried=answer.retried or other.retried,
-    )
