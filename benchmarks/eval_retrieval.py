@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     _compute_our_recalls(
         *_make_random_embeddings(64, args.captions)
     )  # untimed, so that loading the libraries is not measured
-    before = timing.reset_peak_memory()  # making the embeddings took more memory than they take now
+    before = timing.reset_peak_memory()  # forget the peak of making the embeddings
     measured = {
         **timing.describe_conditions(), "width": EMBEDDING_WIDTH,
         "images": args.images, "captions": args.images * args.captions,

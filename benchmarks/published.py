@@ -79,7 +79,7 @@ def estimate_downloads(args: PublishedArguments, benchmarks: list[Benchmark]) ->
             except HfHubHTTPError:  # the suite reports the reason
                 sizes[name] = None
                 continue
-            if weight_files:  # a repository may have the same weights in several formats
+            if weight_files:  # count one of several formats of the same weights
                 stored = dict([next((item for item in stored.items() if item[0] in weight_files), ("", 0))])
             sizes[name] = sum(stored.values())
     return sizes

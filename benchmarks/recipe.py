@@ -115,9 +115,9 @@ def _build_row(
 
     Returns:
         "name": name of the row. "values": for each condition, the mean recall (0 to 1) of each seed. "gain": for each
-        condition with drawings, three numbers: the mean recall of this row minus the mean recall of the reference row,
-        both averaged over the seeds; then the low and the high end of the 95 % interval of this difference, from a
-        paired bootstrap. The dict is empty if `hits` is `reference`.
+        condition whose images are drawings, three numbers: the mean recall of this row minus the mean recall of the
+        reference row, both averaged over the seeds; then the low and the high end of the 95 % interval of this
+        difference, from a paired bootstrap. For the reference row itself, "gain" is an empty dict.
     """
 
     def average_seeds(hits_of_seeds: list[HitsByCondition], key: str) -> Tensor:

@@ -59,7 +59,10 @@ class SearchArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure the indexes or the followed folder (`--parts`), and print the results as JSON."""
+    """Run the command: measure searching and updating, and print the results as JSON.
+
+    `--parts` chooses between indexes of several sizes, and `capivara open --watch` on a folder that changes.
+    """
     args = parse_arguments(SearchArguments, __doc__, argv)
     if args.worker:
         timing.report_results({"fill": fill_index, "index": _measure_index}[args.worker](args))

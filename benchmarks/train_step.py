@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
-    """Measure the requested parts in alternating runs.
+    """Run the groups of measurements that `--parts` names; the programs to compare run in turns.
 
     Args:
         args: Command-line arguments of the benchmark.

@@ -293,7 +293,7 @@ class PictureIndex:
             One report for the initial update of all folders, then one report per burst of changes.
 
         Raises:
-            ValueError: If a folder does not exist, was forgotten or contains no picture.
+            ValueError: If a folder does not exist, was excluded by `forget`, or contains no picture.
             OSError: If the index can't be written, or there are too many folders for the operating system to watch.
             ImportError: If the package watchfiles is not installed.
         """

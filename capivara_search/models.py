@@ -89,7 +89,7 @@ class SearchModel:
         Raises:
             ValueError: If the processor in the folder belongs to another type of model, or produces another size.
         """
-        if self._kind.is_native:  # its config.json may have no size, because the image encoder comes from timm
+        if self._kind.is_native:  # for an image encoder of timm, config.json has no image size
             return self._check_size("crop_size", (self._processor_settings["crop_size"] or {}).get("height"))
         for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
             path = self.folder / name

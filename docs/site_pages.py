@@ -45,7 +45,10 @@ IS_COMMAND_RE = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
 
 
 class Parsed(BaseException):
-    """Raised with the parser of a command, so that the command does not start."""
+    """Carries the parser of a command out of `parse_arguments`, before the command starts its work.
+
+    It is a BaseException, because the commands report ordinary exceptions as errors of the user.
+    """
 
 
 def _command_parser(module: str) -> argparse.ArgumentParser:

@@ -222,7 +222,8 @@ def find_generated_card_faults(folder: Path) -> list[str]:
         folder: Folder of a model, with or without a card.
 
     Returns:
-        The messages of `find_card_faults`. The list is empty if the folder has no card or a handwritten one.
+        One message per statement of the card that the files do not support (see `find_card_faults`). The list is empty
+        if the folder has no card or a handwritten one.
     """
     return (
         find_card_faults(folder)

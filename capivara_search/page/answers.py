@@ -168,8 +168,8 @@ def _is_encodable(text: str) -> bool:
 class PageAnswers:
     """Computes the responses to the requests of the page with an index.
 
-    Each public method answers one type of request. The methods can be called from any thread, but no two methods can
-    run at the same time.
+    Each public method answers one type of request. Call the methods from any thread, but never two at once:
+    `guard` answers one question at a time.
 
     Args:
         index: Index that is searched.

@@ -29,7 +29,8 @@ BLOCK_SCORES = 2**22
 # Largest score matrix that `cross_modal_ranks` stores: 512 MiB in float32. A larger one is computed once per direction.
 MAX_STORED_SCORES = 2**27
 COMPARISON_BLOCK_SCORES = 2**20  # stored scores compared at a time: 4 MiB in float32, which fits into the CPU's cache
-# Queries in a block, at least: with fewer, reading all item embeddings would take longer than computing the scores.
+# Smallest number of queries in a block. In smaller blocks, reading the item embeddings would take longer than computing
+# the scores.
 MIN_BLOCK_QUERIES = 32
 
 

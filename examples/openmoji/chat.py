@@ -101,7 +101,10 @@ def _digest(url: str) -> str:
 
 
 def _render_pictures(args: OpenMojiChatArguments) -> DatasetDict:
-    """Draw the images of each split, as many as the flags say. The dataset has English and Portuguese names."""
+    """Draw the emoji of each split as images, with their English and Portuguese names.
+
+    The flags set the number of images.
+    """
     counts = {"train": args.images, "validation": args.evaluation_images, "test": args.evaluation_images}
     splits = split_concepts(load_emoji_by_concept())
     return render_splits({name: splits[name][:count] for name, count in counts.items()})
