@@ -21,7 +21,7 @@ from caption_data.sources import (
     Split,
     disable_decoding,
     get_allowed_folders,
-    load_data_files,
+    load_listed_files,
     open_split,
     select_split,
 )
@@ -90,7 +90,7 @@ def load_labeled_images(
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
     if path.is_dir() and not any(file for pattern in tables for file in path.glob(pattern)):
         column, access = image_column or "image", ImageAccess(get_allowed_folders(source, image_roots), max_pixels)
-        rows = load_data_files("imagefolder", _find_image_files(path, split), source)
+        rows = load_listed_files("imagefolder", _find_image_files(path, split), source)
         opened = Split(source, split, column, disable_decoding(rows, column), access)
     else:
         opened = open_split(source, split, image_column or "image", image_roots, max_pixels)

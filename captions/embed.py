@@ -48,7 +48,7 @@ class EmbedCommandArguments(EmbedArguments):
     )
 
 
-def inherit_card(args: EmbedCommandArguments) -> dict[str, Any]:
+def _inherit_card(args: EmbedCommandArguments) -> dict[str, Any]:
     """Return the values that the card of the output takes from the card of the dataset.
 
     Args:
@@ -85,7 +85,7 @@ def inherit_card(args: EmbedCommandArguments) -> dict[str, Any]:
     }
 
 
-def plan_phases(args: EmbedCommandArguments, parts: Path) -> list[PhaseStep]:
+def _plan_phases(args: EmbedCommandArguments, parts: Path) -> list[PhaseStep]:
     """Check everything that can be checked without a run, and return the phases of the command. Nothing is written.
 
     Args:
@@ -100,7 +100,7 @@ def plan_phases(args: EmbedCommandArguments, parts: Path) -> list[PhaseStep]:
         ValueError: If the license is missing, the model or the dataset can't be used, or the output folder has other
             files.
     """
-    card = inherit_card(args)
+    card = _inherit_card(args)
     args.check_backend()
     if not (args.output / BUILD_FILE).is_file():
         check_output_folder(args.output)
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.setLevel(logging.INFO)
     args = parse_arguments(EmbedCommandArguments, __doc__, argv)
     parts = args.output.with_name(args.output.name + ".parts")
-    phases = plan_phases(args, parts)
+    phases = _plan_phases(args, parts)
     parts.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:

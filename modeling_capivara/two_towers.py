@@ -285,7 +285,7 @@ def _get_open_clip_name(model: str) -> str:
     """
     library, _, name = model.partition(":")
     if library == "clip" and name:
-        raise ValueError(f"Models of transformers have no prefix: use {name} instead of {model}.")
+        raise ValueError(f'A model of transformers is named without "clip:": write {name} instead of {model}.')
     return name if library == "open_clip" else ""
 
 
