@@ -36,8 +36,9 @@ ROUNDS = 3  # how often each candidate is measured
 # A pass with fewer images keeps the default, because the measurement takes as long as embedding 144 images.
 LONG_PASS_IMAGES = 1000
 MIN_SPEEDUP = 1.03  # a smaller speedup over the default may be noise, so the default stays
-CHUNK_MIN_COSINE = 0.999999  # between embeddings that were computed with different numbers of images per forward pass
-BF16_MIN_COSINE = 0.999  # between embeddings in bfloat16 and float32
+# Smallest allowed cosine between the embeddings of an image with two values of a setting: with different numbers of
+# images per forward pass, and in bfloat16 and float32.
+MIN_COSINES = {"chunk_images": 0.999999, "precision": 0.999}
 logger = logging.getLogger("capivara")
 
 
@@ -66,22 +67,21 @@ def with_tuned_chunk_size(
         if not chosen:
             sample = list(islice(cycle(images), SAMPLE_IMAGES))
             candidates = {size: partial(embed, sample, chunk_images=size) for size in CHUNK_SIZES}
-            chosen.append(choose_fastest("chunk_images", candidates, CHUNK_MIN_COSINE, encoder, record))
+            chosen.append(choose_fastest("chunk_images", candidates, encoder, record))
         return embed(images, chunk_images=chosen[0])
 
     return embed_tuned
 
 
 def choose_fastest(
-    setting: str, candidates: Mapping[Any, Callable[[], Any]], min_cosine: float, encoder: str, record: Path | None
+    setting: str, candidates: Mapping[Any, Callable[[], Any]], encoder: str, record: Path | None = None
 ) -> Any:
     """Choose the value of a setting with which a sample of images is embedded fastest.
 
     Args:
-        setting: Name of the setting, for the names of files.
+        setting: Name of the setting, a key of `MIN_COSINES`.
         candidates: For each value, a function that embeds the sample and returns an array (images, width) of vectors of
             unit length. The first value is the default.
-        min_cosine: Smallest allowed cosine between an embedding and the default's embedding of the same image.
         encoder: Digest of the image encoder.
         record: Folder in which the choice of the output is recorded, or None.
 
@@ -99,7 +99,7 @@ def choose_fastest(
     with _created_and_locked(cache_file.parent):
         content = _read_choice(cache_file, candidates)
         if content is None:
-            content = identity | _measure(candidates, min_cosine)
+            content = identity | _measure(candidates, MIN_COSINES[setting])
             logger.info("Fastest %s on this CPU: %s.", setting, content["choice"])
             with suppress(OSError):  # without the file, the next pass measures again
                 write_json(cache_file, content)
@@ -125,11 +125,8 @@ def _measure(candidates: Mapping[Any, Callable[[], Any]], min_cosine: float) -> 
     medians = {value: float(np.median(times)) for value, times in seconds.items()}
     default = next(iter(candidates))
     cosines = {value: float((vectors[value] * vectors[default]).sum(-1).min()) for value in candidates}
-    eligible = [
-        value
-        for value in candidates
-        if cosines[value] >= min_cosine and medians[value] * MIN_SPEEDUP <= medians[default]
-    ]
+    max_seconds = medians[default] / MIN_SPEEDUP
+    eligible = [value for value in candidates if cosines[value] >= min_cosine and medians[value] <= max_seconds]
     choice = min(eligible, key=medians.__getitem__, default=default)
     return {"choice": choice, "seconds": {str(value): median for value, median in medians.items()}}
 

@@ -27,13 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from capivara_common.embedding_speed import (
-    BF16_MIN_COSINE,
-    CHUNK_SIZES,
-    SAMPLE_IMAGES,
-    choose_fastest,
-    with_tuned_chunk_size,
-)
+from capivara_common.embedding_speed import CHUNK_SIZES, SAMPLE_IMAGES, choose_fastest, with_tuned_chunk_size
 from capivara_common.environment import get_distributed_state, resolve_device, resolve_mixed_precision
 from capivara_common.files import read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_model_reachable
@@ -299,7 +293,7 @@ def choose_precision(model: PreTrainedModel, processor: ProcessorMixin, record: 
 
     Returns:
         "bf16" or "float32". On a GPU, "bf16" if the GPU supports it. On a CPU that supports it, "bf16" only if it was
-        measured to be faster, and its embeddings are close to those in float32 (`BF16_MIN_COSINE`).
+        measured to be faster, and its embeddings are close to those in float32 (`MIN_COSINES`).
     """
     supports_bf16 = resolve_mixed_precision("auto", model.device) == "bf16"
     if not supports_bf16 or model.device.type != "cpu":
@@ -312,7 +306,7 @@ def choose_precision(model: PreTrainedModel, processor: ProcessorMixin, record: 
         for name in ("float32", "bf16")
     }
     encoder = weights_digest(model, IMAGE_ENCODER_PREFIXES)
-    return choose_fastest("precision", candidates, BF16_MIN_COSINE, encoder, record)
+    return choose_fastest("precision", candidates, encoder, record)
 
 
 def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> Embedder:

@@ -183,7 +183,7 @@ def test_bf16_is_chosen_only_if_it_is_faster_and_close(monkeypatch, bf16_seconds
     close = UNIT * cosine
     close[:, 1] = np.sqrt(1 - cosine**2)
     candidates = programs(model, float32=UNIT, bf16=close)
-    assert choose_fastest("precision", candidates, embedding_speed.BF16_MIN_COSINE, "encoder", None) == expected
+    assert choose_fastest("precision", candidates, "encoder") == expected
 
 
 @pytest.mark.parametrize("supported", [True, False])
