@@ -127,6 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(EmbedCommandArguments, __doc__, argv)
     parts = args.output.with_name(args.output.name + ".parts")
     phases = _plan_phases(args, parts)
+    if args.dry_run:
+        print(f"Dataset, license and model can be used. The command would write {args.output}.")
+        return
     parts.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:

@@ -149,6 +149,11 @@ def test_a_model_that_does_not_exist_leaves_no_folder(tiny_dataset_folder, tmp_p
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_dry_run_writes_nothing(saved_tiny_folder, tiny_dataset_folder, tmp_path):
+    embed.main([*embed_flags(saved_tiny_folder, tiny_dataset_folder, tmp_path / "out"), "--dry_run"])
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_the_progress_bar_has_the_name_of_the_stage(saved_tiny_folder, tiny_dataset_folder, tmp_path, capsys):
     assert embedding_stage.EmbedArguments(
         str(tiny_dataset_folder), tmp_path / "out", model=str(saved_tiny_folder), device="cpu"

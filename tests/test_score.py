@@ -107,6 +107,7 @@ def test_another_model_needs_another_output_folder(arguments, tiny_model):
         (["--language", "xh"], r"captions-xh.*generated-captions-xh.*\['image'"),
         (["--model", ""], r"--model"),
         (["--model", "no/such/folder"], "no/such/folder"),
+        (["--model", "no/such/folder", "--dry_run"], "no/such/folder"),
         (["--image_column", "picture"], "'picture'"),
     ],
 )
