@@ -342,6 +342,9 @@ def image_encoder_fingerprint(model: PreTrainedModel, processor: ProcessorMixin,
         model: Two-tower model of transformers.
         processor: The model's processor.
         precision: Name of the precision in which images are embedded, such as "bf16".
+
+    Returns:
+        The digest as 32 hexadecimal digits.
     """
     settings = model.config.vision_config.to_json_string() + processor.image_processor.to_json_string()
     return _digest_parts(weights_digest(model, IMAGE_ENCODER_PREFIXES), settings, precision)
