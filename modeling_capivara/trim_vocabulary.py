@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.environment import require_packages
 from capivara_common.files import atomic_folder, check_output_folder
 from capivara_common.weight_file import find_weight_files
 
@@ -240,10 +241,9 @@ def frequent_words(language: str, number: int) -> list[str]:
         ValueError: If wordfreq has no word list of the language.
         ImportError: If wordfreq is not installed.
     """
-    try:
-        import wordfreq  # an optional dependency that only trimming needs
-    except ImportError as error:
-        raise ImportError('The package wordfreq is not installed: pip install "modeling-capivara[trim]"') from error
+    require_packages("Trimming a vocabulary", "trim", "wordfreq")
+    import wordfreq  # an optional dependency that only trimming needs
+
     available = wordfreq.available_languages()
     if language not in available:
         fault = f"wordfreq has no word list of the language {language!r}, only of {', '.join(sorted(available))}"

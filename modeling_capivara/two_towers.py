@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from capivara_common.embedding_speed import CHUNK_SIZES, SAMPLE_IMAGES, choose_fastest, with_tuned_chunk_size
-from capivara_common.environment import get_distributed_state, resolve_device, resolve_mixed_precision
+from capivara_common.environment import get_distributed_state, require_packages, resolve_device, resolve_mixed_precision
 from capivara_common.files import read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_model_reachable
 from capivara_common.image_encoder_digest import IMAGE_ENCODER_PREFIXES
@@ -364,11 +364,9 @@ def _find_open_clip_model(source: str) -> tuple[str, str | None, str]:
         ValueError: If open_clip has no such weights, the folder has no model, or the Hub can't be reached.
         ImportError: If open_clip is not installed.
     """
-    try:
-        import open_clip
-    except ImportError as error:
-        problem = f"open_clip:{source} needs the package open_clip, which is not installed"
-        raise ImportError(f'{problem}: pip install "modeling-capivara[open_clip]"') from error
+    require_packages(f"The model open_clip:{source}", "open_clip", "open_clip")
+    import open_clip
+
     name, pretrained, repository = source, None, ""
     if source.startswith("hf-hub:"):
         repository = source.removeprefix("hf-hub:")

@@ -153,7 +153,7 @@ def test_wrong_arguments_are_an_error_of_one_line(tiny_folder, tmp_path, monkeyp
     Path("latin.txt").write_bytes("ação".encode("latin-1"))
     assert re.search(pattern, error_of(*flags.split()))
     monkeypatch.setitem(sys.modules, "wordfreq", None)
-    assert 'pip install "modeling-capivara[trim]"' in error_of("model", "out", "--languages", "pt")
+    assert '.[trim]"' in error_of("model", "out", "--languages", "pt")
     assert not Path("out").exists()
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from capivara_common.cli import unknown_name_message
+from capivara_common.environment import require_packages
 from capivara_common.files import read_json
 
 PROMPTS_FOLDER = Path(__file__).resolve().parent
@@ -292,10 +293,8 @@ def _load_babel_prompts(our_prompts: Prompts, language: str) -> Prompts:
     """
     if our_prompts.benchmark != "imagenet-1k":
         raise ValueError(f"Protocol babel is only for the benchmark imagenet-1k, got {our_prompts.benchmark}.")
-    try:
-        folder = files("clip_benchmark.datasets")
-    except ImportError as error:
-        raise ImportError("Protocol babel needs clip-benchmark. Install it: pip install clip-benchmark") from error
+    require_packages("Protocol babel", None, "clip_benchmark")
+    folder = files("clip_benchmark.datasets")
     data = json.loads((folder / "babel_imagenet.json").read_text(encoding="utf-8"))
     key = language.upper()
     if key not in data:
