@@ -56,7 +56,11 @@ def test_the_memory_of_a_step_is_measured_extrapolated_or_missing(monkeypatch, t
     extrapolated = {"pairs": 512, "peak_memory_bytes": 2**31, "extrapolated": {"peak_memory_bytes": 3 * 2**30}}
     write_json(tmp_path / "measured.json", {"recipe": measured})
     write_json(tmp_path / "extrapolated.json", {"recipe": extrapolated})
-    assert [readme.format_step_memory(name) for name in ("measured", "extrapolated", "none")] == ["2.0", "2.0–3.0", "–"]
+    assert [readme.read_step_memory_text(name) for name in ("measured", "extrapolated", "none")] == [
+        "2.0",
+        "2.0–3.0",
+        "–",
+    ]
 
 
 @pytest.mark.slow
