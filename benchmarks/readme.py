@@ -39,7 +39,7 @@ class ReadmeArguments:
     check: bool = flag(False, "Change nothing; fail if a block differs from the JSON.")
 
 
-def find_pages() -> list[str]:
+def find_pages_with_blocks() -> list[str]:
     """Find the Markdown files that contain a generated block, which is text between two markers (see `BLOCK_RE`).
 
     Returns:
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(ReadmeArguments, __doc__, argv)
     if args.demo:
         _copy_demo_results_and_charts(args.demo)
-    for page in find_pages():
+    for page in find_pages_with_blocks():
         text = (CODE_ROOT / page).read_text(encoding="utf-8")
         if not args.check:
             write_text(CODE_ROOT / page, fill_blocks(page, text))

@@ -169,7 +169,7 @@ def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.
     return np.where(np.outer(square_sums, other_square_sums) > 0, flat_similarities, products)
 
 
-def _get_model_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
+def _extract_stored_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     """Return the model's vectors of rows of the table `pictures`.
 
     Args:
@@ -199,7 +199,7 @@ def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     signatures = [None] * len(rows)
     if COLOR_SIGNATURE_COLUMN in rows.column_names:
         signatures = rows[COLOR_SIGNATURE_COLUMN].to_pylist()
-    return combine_vectors_and_colors(_get_model_vectors(model, rows), signatures)
+    return combine_vectors_and_colors(_extract_stored_vectors(model, rows), signatures)
 
 
 def newest_first_order(rows: pa.Table) -> pa.Array:
@@ -234,7 +234,7 @@ class CachedRows:
 
     def __init__(self, model: "SearchModel", rows: pa.Table):
         self.rows, self._model = rows.sort_by("path"), model
-        self._vectors = _get_model_vectors(model, self.rows)
+        self._vectors = _extract_stored_vectors(model, self.rows)
         self._without_vector = ~self._vectors.any(axis=1)  # True for rows that were embedded with other models
 
     @cached_property

@@ -517,7 +517,10 @@ class PictureIndex:
         if model_clauses := self._model_clauses():
             not_embedded = self._table.count_other_models(self.model.image_digest)
             log_message("not_yet_embedded", not_embedded, len(self), self.model.name, level=logging.WARNING)
-        vector, clause = l2_normalize(vector), join_clauses([*model_clauses, *_filter_clauses(folder, since, until)])
+        vector, clause = (
+            l2_normalize(vector),
+            join_clauses([*model_clauses, *_build_filter_clauses(folder, since, until)]),
+        )
         nearest = partial(self._make_nearest(clause, exact), vector)
         hits = self._group_hits(k, nearest, clause) if group_duplicates else to_hits(nearest(k))
         if not is_text_query or not hits:
@@ -612,7 +615,7 @@ class PictureIndex:
         Raises:
             KeyError: If the picture is not indexed, or was embedded with another model.
         """
-        vector, clause = self.vectors([path])[0], join_clauses(_filter_clauses(folder, since, until))
+        vector, clause = self.vectors([path])[0], join_clauses(_build_filter_clauses(folder, since, until))
         picture = self._table.rows_of_paths(comparison_columns(self.model.width), [path])
         picture_vectors = get_comparison_vectors(self.model, picture)  # a single row
         cached = self._load_cached_rows(clause)
@@ -644,7 +647,7 @@ class PictureIndex:
         Returns:
             Hits, latest first. Their score is 0.
         """
-        clause = join_clauses(_filter_clauses(folder, since, until))
+        clause = join_clauses(_build_filter_clauses(folder, since, until))
         if not group_duplicates:  # the model is not loaded in this case, because only grouping needs it
             return to_hits(self._fetch_newest(clause, HIT_COLUMNS, k))
         cached = self._load_cached_rows(clause)
@@ -908,7 +911,7 @@ class PictureIndex:
             return export_rows(self._table, path)
 
 
-def _filter_clauses(folder: FolderFilter, since: DateFilter, until: DateFilter) -> list[str]:
+def _build_filter_clauses(folder: FolderFilter, since: DateFilter, until: DateFilter) -> list[str]:
     """Return the SQL clauses that limit a search to a folder and to a range of days.
 
     Args:

@@ -367,7 +367,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
     for step in plan.all_steps():
         if _describe_state(step) != "done":
             step.check_backend()
-    for line in _describe_plan(plan):
+    for line in _describe_progress(plan):
         logger.info("%s", line)
     if args.dry_run:
         _log_counts(plan)
@@ -492,7 +492,7 @@ def _log_counts(plan: BuildPlan) -> None:
             )
 
 
-def _describe_plan(plan: BuildPlan) -> list[str]:
+def _describe_progress(plan: BuildPlan) -> list[str]:
     """Return lines that describe the progress of a build.
 
     For each stage, they contain its state, the command that runs it, and the reasons of its failed tasks. The last line

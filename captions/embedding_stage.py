@@ -81,10 +81,10 @@ class EmbedArguments(EncoderStageArguments):
         if embedder.has_chunks:
             row_count, encoder = len(stage.source), embedder.image_fingerprint
             embed = with_tuned_chunk_size(embed, row_count * self.views, embedder.device, encoder, self.output)
-        return columns, settings, lambda rows: embed_rows(embed, self, settings["encoder"], rows)
+        return columns, settings, lambda rows: embed_images_of_rows(embed, self, settings["encoder"], rows)
 
 
-def embed_rows(
+def embed_images_of_rows(
     embed: Callable[..., Any], args: EmbedArguments, encoder: str, rows: list[dict[str, Any]]
 ) -> list[dict[str, Any] | BadRow]:
     """Embed the images of rows.

@@ -313,7 +313,7 @@ def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | No
     from matplotlib import pyplot as plt  # slow to import, and only one task draws
     from matplotlib.ticker import MaxNLocator
 
-    from eval.records.plots import MODEL_COLOR, TEXT_COLOR, save_figure, style_axis
+    from eval.records.plots import MODEL_COLOR, TEXT_COLOR, draw_grid_and_hide_frame, save_figure
 
     figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     labels = [f"{name}: {len(values):,}" for name, values in sides.items()]
@@ -321,7 +321,7 @@ def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | No
     if cutoff is not None:
         axis.axvline(cutoff, color=TEXT_COLOR, linewidth=1.2, linestyle="--", label=f"cutoff: {cutoff:g}")
     axis.set(xlabel="cosine similarity of image and caption", ylabel=unit)
-    style_axis(axis, "y", "top", "right")
+    draw_grid_and_hide_frame(axis, "y", "top", "right")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     # Put the legend below the axis, where it covers no bar.
     axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))

@@ -33,7 +33,7 @@ from transformers.models.siglip2 import Siglip2Tokenizer
 
 from capivara_common.cli import coded_error
 from capivara_common.files import read_json
-from capivara_common.hub_cache import check_model_reachable, is_hub_id
+from capivara_common.hub_cache import check_model_reachable, looks_like_hub_id
 from capivara_common.model_kinds import ANY_SIZE_VISION_TOWERS, KINDS, find_kind
 from capivara_common.weight_file import find_weight_files, read_scalar
 
@@ -364,7 +364,7 @@ def _check_model_file_exists(source: str | Path, required_file: str, fault: str)
     """
     folder = Path(source)
     if not folder.is_dir():
-        if not is_hub_id(str(source)):
+        if not looks_like_hub_id(str(source)):
             raise coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=source)
         return check_model_reachable(source, required_file)
     if (folder / "config.json").is_file():

@@ -154,7 +154,7 @@ def test_a_full_disk_loses_nothing(saved_tiny_folder, tiny_dataset_folder, tmp_p
         with pytest.raises(OSError, match="No space left on the disk while writing"):
             embed.main(arguments)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("captions.embedding_stage.embed_rows", lambda *_: pytest.fail("embedded again"))
+    monkeypatch.setattr("captions.embedding_stage.embed_images_of_rows", lambda *_: pytest.fail("embedded again"))
     embed.main(arguments)
     assert read_data(tmp_path / "out") == read_data(embedded)
 
@@ -166,13 +166,13 @@ def read_data(folder: Path) -> dict[str, bytes]:
 KILLED_PROGRAM = """
 import os, signal, sys
 from captions import embed, embedding_stage
-calls, embed_rows = [], embedding_stage.embed_rows
+calls, embed_images_of_rows = [], embedding_stage.embed_images_of_rows
 def count(*args):
     calls.append(1)
     if len(calls) > 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return embed_rows(*args)
-embedding_stage.embed_rows = count
+    return embed_images_of_rows(*args)
+embedding_stage.embed_images_of_rows = count
 embed.main(sys.argv[1:])
 """
 

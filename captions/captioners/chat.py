@@ -32,7 +32,14 @@ from captions.chat.answers import (
     find_fault,
 )
 from captions.chat.client import ChatClient, Choice
-from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, is_server_beside_tasks, logger, sampling_settings
+from captions.chat.flags import (
+    CHAT,
+    ChatFlags,
+    check_chat_flags,
+    get_settings_that_change_answers,
+    is_server_beside_tasks,
+    logger,
+)
 from captions.chat.prompts import CaptionPrompts
 from captions.journal import Journal, read_journal
 from captions.quality import QUALITY_FILE, find_caption_flags
@@ -98,7 +105,7 @@ class ChatCaptioner(Captioner):
             "prompts": self._prompts.content,
             "image_side": args.image_side,
             "n": args.n,
-            **sampling_settings(args),
+            **get_settings_that_change_answers(args),
         }
 
     @classmethod

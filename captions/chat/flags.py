@@ -105,10 +105,11 @@ def is_server_beside_tasks(args: Any) -> bool:
     return args.executor != "local" and all(map(is_loopback, args.base_url))
 
 
-def sampling_settings(args: Any) -> dict[str, Any]:
-    """Return the flags that change the answers of a model, as parameters of its requests.
+def get_settings_that_change_answers(args: Any) -> dict[str, Any]:
+    """Return the flags that change the answers of a model.
 
-    They are also part of the fingerprint of a stage, which tells whether existing answers can be reused.
+    They are part of the fingerprint that tells whether stored answers can be reused. `ChatClient` builds the requests
+    from the same flags.
     """
     settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     return settings | {

@@ -19,7 +19,14 @@ from captions.chat.answers import (
     find_fault,
 )
 from captions.chat.client import ChatClient, Choice
-from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, is_server_beside_tasks, logger, sampling_settings
+from captions.chat.flags import (
+    CHAT,
+    ChatFlags,
+    check_chat_flags,
+    get_settings_that_change_answers,
+    is_server_beside_tasks,
+    logger,
+)
 from captions.chat.prompts import TranslationPrompts
 from captions.quality import REFUSED, TRUNCATED, find_translation_flags
 from captions.stages import RowStage
@@ -67,7 +74,7 @@ class ChatTranslator(Translator):
             "target": args.language,
             "prompts": self._prompts.content,
             "captions_per_request": args.captions_per_request,
-            **sampling_settings(args),
+            **get_settings_that_change_answers(args),
         }
 
     @classmethod

@@ -57,7 +57,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     write_bytes(path, file.getvalue())
 
 
-def style_axis(axis: plt.Axes, grid: str, *hidden_sides: str) -> None:
+def draw_grid_and_hide_frame(axis: plt.Axes, grid: str, *hidden_sides: str) -> None:
     """Draw a faint grid behind the data of a plot, and hide the frame on some sides.
 
     Args:
@@ -96,7 +96,7 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, label_lan
     right.set(xlabel=labels["step"], ylabel=labels["recall"], title=labels["recall_title"].format(language=language))
     right.legend(frameon=False)
     for axis in (left, right):
-        style_axis(axis, "both", "top")
+        draw_grid_and_hide_frame(axis, "both", "top")
     save_figure(figure, path)
 
 
@@ -128,7 +128,7 @@ def plot_baseline_and_model_bars(pairs: list[dict[str, Any]], path: Path) -> Non
     axis.set_ylim(len(pairs) - 0.4, -0.6)  # the first pair is at the top
     axis.set_xlabel("percent", color=FAINT_TEXT_COLOR, fontsize=9)
     axis.tick_params(length=0, labelcolor=TEXT_COLOR)
-    style_axis(axis, "x", "top", "right", "left")
+    draw_grid_and_hide_frame(axis, "x", "top", "right", "left")
     if axis.get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper left", markerscale=0.4, ncols=3, frameon=False, fontsize=9)
     save_figure(figure, path)
