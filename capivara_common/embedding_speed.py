@@ -96,15 +96,15 @@ def choose_fastest(
     identity = {"setting": setting, "device": describe_device(), "encoder": encoder, "versions": versions}
     cache_file = cache_home() / "embedding_speed" / f"{json_digest(identity)}.json"
     # Of several tasks that start at the same time, the first measures, and the others wait for its choice.
-    with _created_and_locked(cache_file.parent):
+    with _create_and_lock_folder(cache_file.parent):
         content = _read_choice(cache_file, candidates)
         if content is None:
-            content = identity | _measure(candidates, MIN_COSINES[setting])
+            content = identity | _time_and_choose_candidate(candidates, MIN_COSINES[setting])
             logger.info("Fastest %s on this CPU: %s.", setting, content["choice"])
             with suppress(OSError):  # without the file, the next pass measures again
                 write_json(cache_file, content)
     if output_file:
-        with _created_and_locked(output_file.parent):
+        with _create_and_lock_folder(output_file.parent):
             # A task on another machine may have recorded its choice in the meantime.
             recorded = _read_choice(output_file, candidates)
             if recorded is None:
@@ -113,7 +113,7 @@ def choose_fastest(
     return content["choice"]
 
 
-def _measure(candidates: Mapping[Any, Callable[[], Any]], min_cosine: float) -> dict[str, Any]:
+def _time_and_choose_candidate(candidates: Mapping[Any, Callable[[], Any]], min_cosine: float) -> dict[str, Any]:
     """Time all candidates in turns, and return the choice with the median seconds of each candidate."""
     seconds: dict[Any, list[float]] = {value: [] for value in candidates}
     vectors = {}
@@ -143,7 +143,7 @@ def _read_choice(path: Path, candidates: Mapping[Any, Any]) -> dict[str, Any] | 
     return content if content["choice"] in candidates else None
 
 
-def _created_and_locked(folder: Path) -> AbstractContextManager[None]:
+def _create_and_lock_folder(folder: Path) -> AbstractContextManager[None]:
     """Create a folder if necessary, and return a context manager that locks it."""
     with suppress(OSError):  # the lock fails, too, and is not required
         folder.mkdir(parents=True, exist_ok=True)

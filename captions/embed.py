@@ -25,7 +25,7 @@ from huggingface_hub import constants, hf_hub_download
 
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.executors import PhaseStep, run_phases
-from capivara_common.files import check_output_folder, locked_folder
+from capivara_common.files import locked_folder, prepare_output_folder
 from capivara_common.privacy import to_publishable_name
 from capivara_common.tasks import Phase
 from caption_data.rows import CAPTION_COLUMN_RE
@@ -48,7 +48,7 @@ class EmbedCommandArguments(EmbedArguments):
     )
 
 
-def _inherit_card(args: EmbedCommandArguments) -> dict[str, Any]:
+def _read_inherited_card_values(args: EmbedCommandArguments) -> dict[str, Any]:
     """Return the values that the card of the output takes from the card of the dataset.
 
     Args:
@@ -100,10 +100,10 @@ def _plan_phases(args: EmbedCommandArguments, parts: Path) -> list[PhaseStep]:
         ValueError: If the license is missing, the model or the dataset can't be used, or the output folder has other
             files.
     """
-    card = _inherit_card(args)
+    card = _read_inherited_card_values(args)
     args.check_backend()
     if not (args.output / BUILD_FILE).is_file():
-        check_output_folder(args.output)
+        prepare_output_folder(args.output)
     steps: dict[str, list[StageArguments]] = {}
     for split in list_splits(args.dataset) if args.split == "all" else [args.split]:
         step = replace(args, split=split, output=parts / "1-embed" / split, logging_dir=args.log_folder / split)

@@ -76,10 +76,12 @@ class ScoreArguments(EncoderStageArguments):
             embedder = replace(embedder, embed_images=lambda embeds, batch_size: torch.from_numpy(np.stack(embeds)))
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}
         columns = {f"similarities-{self.language}": SIMILARITIES_FEATURE}
-        return columns, settings, lambda rows: score_rows(embedder, self, rows)
+        return columns, settings, lambda rows: _compute_caption_similarities(embedder, self, rows)
 
 
-def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+def _compute_caption_similarities(
+    embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]]
+) -> list[dict[str, Any] | BadRow]:
     """Compute the similarities of the captions of rows to their images. Each distinct caption is embedded once.
 
     Args:
