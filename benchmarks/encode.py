@@ -30,7 +30,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.timing import (
+from benchmarks.tools import (
     describe_conditions,
     make_captions,
     median_ratio,
