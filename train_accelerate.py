@@ -82,14 +82,14 @@ def main(argv: list[str] | None = None) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("accelerate", "httpx", "httpx2"):  # the Hub's HTTP client would log every request
         logging.getLogger(name).setLevel(logging.WARNING)
-    output_dir = choose_output_dir(args, join_processes())
+    output_dir = choose_output_dir(args, _join_processes())
     args.has_auto_precision = args.mixed_precision == "auto"
     args.mixed_precision = resolve_mixed_precision(args.mixed_precision, PartialState().device)
     if is_run_complete(args, output_dir):
         check_matches_finished_run(output_dir, args.to_dict(), {})
         print(f"The run in {output_dir} is complete; there is nothing to resume.")
-        return finish_run(args, output_dir)
-    accelerator = create_accelerator(args, output_dir)
+        return _finish_run(args, output_dir)
+    accelerator = _create_accelerator(args, output_dir)
     if args.push_to_hub and accelerator.is_main_process:
         ensure_writable_repository(args.hub_model_id, args.hub_private)
     with locked_run_folder(output_dir, args, accelerator) as folder:
@@ -108,10 +108,10 @@ def main(argv: list[str] | None = None) -> Path:
         if accelerator.is_main_process:
             rename_partial_folder(output_dir, args.overwrite_output_dir)
             print(f"\n{(output_dir / 'table.md').read_text(encoding='utf-8')}\nThe results are in {output_dir}.")
-    return finish_run(args, output_dir)
+    return _finish_run(args, output_dir)
 
 
-def join_processes() -> PartialState:
+def _join_processes() -> PartialState:
     """Connect the processes that a launcher such as `accelerate launch` has started.
 
     Returns:
@@ -130,7 +130,7 @@ def join_processes() -> PartialState:
     return state
 
 
-def create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
+def _create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
     """Create the `Accelerator` of the run, which holds device, precision, processes and experiment tracker.
 
     Also sets the number of CPU threads. No file is written.
@@ -187,7 +187,7 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
             interpolate_weights(model, load_model(args.model).state_dict(), args.interpolate)
         model.save_pretrained(folder)
         inputs.processor.save_pretrained(folder)
-        write_run_files(args, model, state, inputs, sources, folder)
+        _write_run_files(args, model, state, inputs, sources, folder)
     accelerator.wait_for_everyone()
 
 
@@ -240,7 +240,7 @@ def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Acc
     write_json(folder / "run.json", run)
 
 
-def write_run_files(
+def _write_run_files(
     args: RunArguments,
     model: PreTrainedModel,
     state: TrainingState,
@@ -281,7 +281,7 @@ def write_run_files(
     write_json(folder / "run.json", run)
 
 
-def finish_run(args: RunArguments, output_dir: Path) -> Path:
+def _finish_run(args: RunArguments, output_dir: Path) -> Path:
     """Write the model card of a complete run, and push the run if `args.push_to_hub` is set.
 
     If the card can't be written or the push fails, the reason is logged and the run is kept.

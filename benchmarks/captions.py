@@ -63,11 +63,11 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure captioning or, with `--parts chat`, translation, and print the results as JSON."""
     args = parse_arguments(CaptionsArguments, __doc__, argv)
     if args.parts == "chat":
-        results = describe_conditions("openai") | {"runs": args.runs, "measured": {"chat": measure_chat(args.runs)}}
+        results = describe_conditions("openai") | {"runs": args.runs, "measured": {"chat": _measure_chat(args.runs)}}
         return report_results(results, args.output)
     transformers_logging.set_verbosity_error()
     prefixes = read_prefixes(PREFIXES_FILE)
-    steps = build_generation_functions(build_small_random_captioner(args, prefixes), prefixes, args.images)
+    steps = _build_generation_functions(_build_small_random_captioner(args, prefixes), prefixes, args.images)
     plain, ours = (step().tolist() for step in steps.values())
     seconds = time_alternating(steps, args.runs, "generate")
     rates = {name: [args.images / elapsed for elapsed in times] for name, times in seconds.items()}
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     report_results(describe_conditions() | {"runs": args.runs, "measured": {"generate": measured}}, args.output)
 
 
-def measure_chat(runs: int) -> dict[str, Any]:
+def _measure_chat(runs: int) -> dict[str, Any]:
     """Measure translated sentences per second with different numbers of requests at the same time.
 
     Args:
@@ -119,7 +119,7 @@ def measure_chat(runs: int) -> dict[str, Any]:
     }
 
 
-def build_small_random_captioner(args: CaptionsArguments, prefixes: list[str]) -> PrefixCaptioner:
+def _build_small_random_captioner(args: CaptionsArguments, prefixes: list[str]) -> PrefixCaptioner:
     """Build a scaled-down BLIP-2 with random weights.
 
     The model has no end-of-sequence token, so that all captions have the same length.
@@ -131,7 +131,7 @@ def build_small_random_captioner(args: CaptionsArguments, prefixes: list[str]) -
     Returns:
         The model with its image processor and tokenizer.
     """
-    tokenizer = build_word_tokenizer(" ".join(prefixes).split())
+    tokenizer = _build_word_tokenizer(" ".join(prefixes).split())
     language = {"model_type": "opt", "hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32}
     language |= {"ffn_dim": 10240, "word_embed_proj_dim": 2560, "vocab_size": 50304, "max_position_embeddings": 2048}
     language |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
@@ -152,7 +152,7 @@ def build_small_random_captioner(args: CaptionsArguments, prefixes: list[str]) -
     return PrefixCaptioner(model, processor, tokenizer, args.new_tokens, len(prefixes) * args.images)
 
 
-def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+def _build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     """Build a tokenizer with one token per word. The tokenizer puts the token "</s>" before each text.
 
     Args:
@@ -166,7 +166,7 @@ def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
-def build_generation_functions(
+def _build_generation_functions(
     captioner: PrefixCaptioner, prefixes: list[str], images: int
 ) -> dict[str, Callable[[], Tensor]]:
     """Build the programs to compare, `plain` and `ours`, which caption images of random pixels.

@@ -69,7 +69,7 @@ class DuplicatesArguments:
     output: Path = flag(RESULTS_FOLDER / "duplicates.json", "JSON file for the results.")
 
 
-def reduce_image(pixels: int, image: Image.Image) -> Image.Image:
+def _reduce_image(pixels: int, image: Image.Image) -> Image.Image:
     """Scale an image down, unless it is already small enough.
 
     Args:
@@ -83,7 +83,7 @@ def reduce_image(pixels: int, image: Image.Image) -> Image.Image:
     return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
 
 
-def crop_image(share: float, image: Image.Image) -> Image.Image:
+def _crop_image(share: float, image: Image.Image) -> Image.Image:
     """Crop the image at all four edges.
 
     Args:
@@ -98,35 +98,35 @@ def crop_image(share: float, image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + round(width * (1 - share)), top + round(height * (1 - share))))
 
 
-def copy_image(image: Image.Image) -> Image.Image:
+def _copy_image(image: Image.Image) -> Image.Image:
     """Return the image unchanged."""
     return image
 
 
 PHOTO_KINDS: dict[str, CopyRecipe] = {
-    "reduced to 400 pixels": (partial(reduce_image, 400), {"quality": 90}),
-    "reduced to 200 pixels": (partial(reduce_image, 200), {"quality": 90}),
-    "reduced to 100 pixels": (partial(reduce_image, 100), {"quality": 90}),
-    "recompressed, quality 50": (copy_image, {"quality": 50}),
-    "recompressed, quality 10": (copy_image, {"quality": 10}),
-    "cropped by 5 %": (partial(crop_image, 0.05), {"quality": 90}),
-    "cropped by 10 %": (partial(crop_image, 0.1), {"quality": 90}),
-    "cropped by 20 %": (partial(crop_image, 0.2), {"quality": 90}),
+    "reduced to 400 pixels": (partial(_reduce_image, 400), {"quality": 90}),
+    "reduced to 200 pixels": (partial(_reduce_image, 200), {"quality": 90}),
+    "reduced to 100 pixels": (partial(_reduce_image, 100), {"quality": 90}),
+    "recompressed, quality 50": (_copy_image, {"quality": 50}),
+    "recompressed, quality 10": (_copy_image, {"quality": 10}),
+    "cropped by 5 %": (partial(_crop_image, 0.05), {"quality": 90}),
+    "cropped by 10 %": (partial(_crop_image, 0.1), {"quality": 90}),
+    "cropped by 20 %": (partial(_crop_image, 0.2), {"quality": 90}),
     "cropped by 5 %, reduced to 200 pixels, quality 50": (
-        lambda image: reduce_image(200, crop_image(0.05, image)),
+        lambda image: _reduce_image(200, _crop_image(0.05, image)),
         {"quality": 50},
     ),
 }
 ICON_KINDS: dict[str, CopyRecipe] = {
     "enlarged to 448 pixels": (lambda image: image.resize((448, 448), Image.Resampling.BICUBIC), {"format": "PNG"}),
-    "reduced to 112 pixels": (partial(reduce_image, 112), {"format": "PNG"}),
-    "reduced to 64 pixels": (partial(reduce_image, 64), {"format": "PNG"}),
-    "as JPEG, quality 90": (copy_image, {"quality": 90}),
-    "as JPEG, quality 50": (copy_image, {"quality": 50}),
+    "reduced to 112 pixels": (partial(_reduce_image, 112), {"format": "PNG"}),
+    "reduced to 64 pixels": (partial(_reduce_image, 64), {"format": "PNG"}),
+    "as JPEG, quality 90": (_copy_image, {"quality": 90}),
+    "as JPEG, quality 50": (_copy_image, {"quality": 50}),
 }
 
 
-def write_photograph_variants(folder: Path) -> dict[tuple[str, str], str]:
+def _write_photograph_variants(folder: Path) -> dict[tuple[str, str], str]:
     """Write the original and all copies of each photograph, and nine crops of each photograph and drawing.
 
     Args:
@@ -152,7 +152,7 @@ def write_photograph_variants(folder: Path) -> dict[tuple[str, str], str]:
     return files
 
 
-def write_icon_variants(folder: Path) -> dict[tuple[str, str], str]:
+def _write_icon_variants(folder: Path) -> dict[tuple[str, str], str]:
     """Write the icons of OpenMoji, and copies of every `COPIED_ICON_STEP`-th icon.
 
     Args:
@@ -174,7 +174,7 @@ def write_icon_variants(folder: Path) -> dict[tuple[str, str], str]:
     return files
 
 
-def compute_crop_overlap(first: str, second: str) -> float:
+def _compute_crop_overlap(first: str, second: str) -> float:
     """Return the fraction of the first crop's pixels that also lie in the second crop.
 
     Args:
@@ -185,7 +185,7 @@ def compute_crop_overlap(first: str, second: str) -> float:
     return (1 - abs(first_x - second_x) / 2) * (1 - abs(first_y - second_y) / 2)
 
 
-def compute_recall_by_copy_kind(
+def _compute_recall_by_copy_kind(
     files: list[tuple[str, str]], is_duplicate: np.ndarray, kinds: dict[str, CopyRecipe]
 ) -> dict[str, float]:
     """Return the fraction of copies that are recognized as duplicates of their originals, for each kind of copy.
@@ -206,12 +206,12 @@ def compute_recall_by_copy_kind(
     }
 
 
-def count_false_duplicates(files: list[tuple[str, str]], is_duplicate: np.ndarray) -> dict[str, list[int]]:
+def _count_false_duplicates(files: list[tuple[str, str]], is_duplicate: np.ndarray) -> dict[str, list[int]]:
     """Count the pairs of different photographs, and of crops of one image, that are wrongly recognized as duplicates.
 
     Args:
         files: For each file, the name of its image and its kind, such as "original", "recompressed, quality 50" or
-            "cut 0 1": the keys of the dict that `write_photograph_variants` returns.
+            "cut 0 1": the keys of the dict that `_write_photograph_variants` returns.
         is_duplicate: Boolean array of shape (files, files): whether two files are recognized as duplicates.
 
     Returns:
@@ -222,7 +222,7 @@ def count_false_duplicates(files: list[tuple[str, str]], is_duplicate: np.ndarra
     uncut = [file for file in files if file[1] not in CUT_CORNERS]
     pairs = {"different photographs": [(a, b) for a, b in combinations(uncut, 2) if a[0] != b[0]]}
     for overlap, title in ((0, "cuts of one that share nothing"), (0.25, "cuts of one that share a quarter")):
-        cuts = [pair for pair in combinations(CUT_CORNERS, 2) if compute_crop_overlap(*pair) == overlap]
+        cuts = [pair for pair in combinations(CUT_CORNERS, 2) if _compute_crop_overlap(*pair) == overlap]
         pairs[title] = [((name, a), (name, b)) for name in sorted({name for name, _ in files}) for a, b in cuts]
     return {
         title: [int(sum(is_duplicate[index[a], index[b]] for a, b in of_title)), len(of_title)]
@@ -230,7 +230,7 @@ def count_false_duplicates(files: list[tuple[str, str]], is_duplicate: np.ndarra
     }
 
 
-def find_lookalike_icon_pairs(paths: list[str]) -> list[tuple[int, int]]:
+def _find_lookalike_icon_pairs(paths: list[str]) -> list[tuple[int, int]]:
     """Find the pairs of icons that look the same.
 
     Args:
@@ -252,7 +252,7 @@ def find_lookalike_icon_pairs(paths: list[str]) -> list[tuple[int, int]]:
     return pairs
 
 
-def measure_rule(
+def _measure_rule(
     vectors: np.ndarray, photos: dict, icons: dict, same_drawings: list[tuple[int, int]], threshold: float
 ) -> dict[str, Any]:
     """Measure how well a rule detects duplicates. The rule: the similarity of two vectors is at least `threshold`.
@@ -260,9 +260,9 @@ def measure_rule(
     Args:
         vectors: Vector of each file, for `compute_duplicate_similarity`: first the files of `photos`, then the files of
             `icons`.
-        photos: Paths of photographs by name and kind, from `write_photograph_variants`.
-        icons: Paths of icons by emoji and kind, from `write_icon_variants`.
-        same_drawings: Pairs of original icons that look the same, from `find_lookalike_icon_pairs`. They are not
+        photos: Paths of photographs by name and kind, from `_write_photograph_variants`.
+        icons: Paths of icons by emoji and kind, from `_write_icon_variants`.
+        same_drawings: Pairs of original icons that look the same, from `_find_lookalike_icon_pairs`. They are not
             counted.
         threshold: Two files count as duplicates if their similarity is at least this.
 
@@ -273,11 +273,11 @@ def measure_rule(
     """
     photo_vectors, icon_vectors = vectors[: len(photos)], vectors[len(photos) :]
     is_duplicate = compute_duplicate_similarity(photo_vectors, photo_vectors) >= threshold - FLOAT16_TOLERANCE
-    result = {"threshold": threshold, "recall": compute_recall_by_copy_kind(list(photos), is_duplicate, PHOTO_KINDS)}
-    result["wrong"] = count_false_duplicates(list(photos), is_duplicate)
+    result = {"threshold": threshold, "recall": _compute_recall_by_copy_kind(list(photos), is_duplicate, PHOTO_KINDS)}
+    result["wrong"] = _count_false_duplicates(list(photos), is_duplicate)
     is_duplicate = compute_duplicate_similarity(icon_vectors, icon_vectors) >= threshold - FLOAT16_TOLERANCE
     originals = [index for index, (_, kind) in enumerate(icons) if kind == ORIGINAL_KIND]
-    result["icon_recall"] = compute_recall_by_copy_kind(list(icons), is_duplicate, ICON_KINDS)
+    result["icon_recall"] = _compute_recall_by_copy_kind(list(icons), is_duplicate, ICON_KINDS)
     is_duplicate = np.triu(is_duplicate[np.ix_(originals, originals)], 1)
     wrong = int(is_duplicate.sum() - sum(is_duplicate[pair] for pair in same_drawings))
     pair_count = len(originals) * (len(originals) - 1) // 2 - len(same_drawings)
@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure how well three rules detect duplicates, then print and write the results as JSON."""
     args = parse_arguments(DuplicatesArguments, __doc__, argv)
     with tempfile.TemporaryDirectory() as folder:
-        photos, icons = write_photograph_variants(Path(folder)), write_icon_variants(Path(folder))
+        photos, icons = _write_photograph_variants(Path(folder)), _write_icon_variants(Path(folder))
         index = PictureIndex.open(Path(folder) / "i.lance", model=args.model)
         index.add(folder)
         paths = [*photos.values(), *icons.values()]
@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
             "vectors alone": (without_colors, 0.8),
             "both": (with_colors, DUPLICATE_MIN_SIMILARITY),
         }
-        same_drawings = find_lookalike_icon_pairs([path for (_, kind), path in icons.items() if kind == ORIGINAL_KIND])
+        same_drawings = _find_lookalike_icon_pairs([path for (_, kind), path in icons.items() if kind == ORIGINAL_KIND])
         flat = [len(signatures[path]) > SIGNATURE_BYTES for path in paths]
         results = {
             "model": args.model,
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
             "flat": {"photographs": sum(flat[: len(photos)]), "icons": sum(flat[len(photos) :])},
             "same_drawings": len(same_drawings),
             "rules": {
-                name: measure_rule(rule_vectors, photos, icons, same_drawings, threshold)
+                name: _measure_rule(rule_vectors, photos, icons, same_drawings, threshold)
                 for name, (rule_vectors, threshold) in rules.items()
             },
         }

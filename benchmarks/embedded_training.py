@@ -113,7 +113,7 @@ def write_dataset(folder: Path, rows: int, width: int, encoder: str) -> None:
     temporary.rename(folder)
 
 
-def sum_anonymous_bytes(process: psutil.Process) -> int:
+def _sum_anonymous_bytes(process: psutil.Process) -> int:
     """Return the anonymous memory (`RssAnon`) of a process and all its descendants in bytes."""
     total = 0
     for member in (process, *process.children(recursive=True)):
@@ -125,7 +125,7 @@ def sum_anonymous_bytes(process: psutil.Process) -> int:
     return total
 
 
-def measure_run(args: EmbeddedTrainingArguments, dataset: Path, name: str) -> dict[str, float]:
+def _measure_run(args: EmbeddedTrainingArguments, dataset: Path, name: str) -> dict[str, float]:
     """Train on a dataset in a separate process, and sample its memory.
 
     Args:
@@ -151,7 +151,7 @@ def measure_run(args: EmbeddedTrainingArguments, dataset: Path, name: str) -> di
             [*words, f"--steps={args.steps}"], cwd=CODE_ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
         while process.poll() is None:
-            peak = max(peak, sum_anonymous_bytes(process))
+            peak = max(peak, _sum_anonymous_bytes(process))
             time.sleep(SAMPLE_INTERVAL_S)
     if process.returncode:
         raise RuntimeError(f"Training ended with exit code {process.returncode}. Its messages are in {log}.")
@@ -177,7 +177,7 @@ def train(args: EmbeddedTrainingArguments) -> None:
     write_json(args.work / "steps.json", {"first_step_s": first_step_s, "step_s": step_s})
 
 
-def count_bytes(folder: Path) -> int:
+def _count_bytes(folder: Path) -> int:
     """Return the size of all files in a folder in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
@@ -196,10 +196,13 @@ def main(argv: list[str] | None = None) -> None:
     for name, rows in (("small", args.small_rows), ("large", args.rows)):
         dataset = args.work / f"dataset-{rows}"
         write_dataset(dataset, rows, width, encoder)
-        before = count_bytes(args.work / "cache")
-        runs[name] = measure_run(args, dataset, name)
-        disk[name] = {"dataset_bytes": count_bytes(dataset), "caches_bytes": count_bytes(args.work / "cache") - before}
-    runs["large, again"] = measure_run(args, dataset, "again")
+        before = _count_bytes(args.work / "cache")
+        runs[name] = _measure_run(args, dataset, name)
+        disk[name] = {
+            "dataset_bytes": _count_bytes(dataset),
+            "caches_bytes": _count_bytes(args.work / "cache") - before,
+        }
+    runs["large, again"] = _measure_run(args, dataset, "again")
     peak = max(runs[name]["peak_anonymous_bytes"] for name in ("large", "large, again"))
     results = {
         "rows": args.rows,

@@ -67,11 +67,11 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: time the encoders of this project and of open_clip, and print the results as JSON."""
     args = parse_arguments(EncodeArguments, __doc__, argv)
     if args.part == "pass":
-        measured = measure_pass(args)
+        measured = _measure_pass(args)
     else:
-        encoders = build_encoding_functions(args)
+        encoders = _build_encoding_functions(args)
         measured = {
-            f"{what}_{precision}": compare_encoders(encoders[what], getattr(args, what), precision, args.runs)
+            f"{what}_{precision}": _compare_encoders(encoders[what], getattr(args, what), precision, args.runs)
             for precision in ("float32", "bfloat16")
             for what in ("images", "captions")
         }
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     report_results(describe_conditions() | sizes | {"measured": measured}, args.output)
 
 
-def build_models() -> tuple[CapivaraModel, nn.Module, CapivaraProcessor, Callable[[Image.Image], Tensor]]:
+def _build_models() -> tuple[CapivaraModel, nn.Module, CapivaraProcessor, Callable[[Image.Image], Tensor]]:
     """Build the models of both programs at full size, with the same random weights.
 
     Returns:
@@ -101,7 +101,7 @@ def make_images(count: int) -> list[Image.Image]:
     return [Image.fromarray(array) for array in pixels]
 
 
-def build_encoding_functions(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Tensor]]]:
+def _build_encoding_functions(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Tensor]]]:
     """Build the encoders to compare, with the same random weights and inputs.
 
     Args:
@@ -111,7 +111,7 @@ def build_encoding_functions(args: EncodeArguments) -> dict[str, dict[str, Calla
         For "images" and "captions", a dict of the functions "ours" and "open_clip". Each function preprocesses and
         encodes all inputs, and returns embeddings of shape (inputs, width).
     """
-    ours, theirs, processor, preprocess = build_models()
+    ours, theirs, processor, preprocess = _build_models()
     images = make_images(args.images)
     texts = make_captions(args.captions, CAPTION_TOKENS - 2, deviation=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +130,7 @@ def build_encoding_functions(args: EncodeArguments) -> dict[str, dict[str, Calla
     }
 
 
-def compare_encoders(
+def _compare_encoders(
     encoders: dict[str, Callable[[], Tensor]], item_count: int, precision: str, runs: int
 ) -> dict[str, Any]:
     """Time two encoders and compare their embeddings.
@@ -157,20 +157,20 @@ def compare_encoders(
     }
 
 
-def measure_pass(args: EncodeArguments) -> dict[str, Any]:
+def _measure_pass(args: EncodeArguments) -> dict[str, Any]:
     """Time a long pass over images, which chooses its chunk size, in float32 and in the precision of "auto".
 
     Args:
         args: Command-line arguments: number of images and of runs.
 
     Returns:
-        "float32", and "bf16" if "auto" chooses it: rates and ratio as `compare_encoders` returns them, with open_clip
+        "float32", and "bf16" if "auto" chooses it: rates and ratio as `_compare_encoders` returns them, with open_clip
         in the same precision; "first_seconds", the time of our first run, which chose the chunk size; and
         "smallest_cosine" between our embeddings and open_clip's. "auto": the precision that "auto" chooses. "choices":
         the kept files of all choices, with the seconds of each candidate. "ratio_of_auto": median over the runs of our
         seconds in float32 divided by our seconds in the precision of "auto"; 1 if it is float32.
     """
-    ours, theirs, processor, preprocess = build_models()
+    ours, theirs, processor, preprocess = _build_models()
     images = list(islice(cycle(make_images(min(args.images, 64))), args.images))  # few of them, to save memory
     batches = [images[start : start + 32] for start in range(0, args.images, 32)]
 

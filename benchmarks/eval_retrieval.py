@@ -40,26 +40,26 @@ class EvalRetrievalArguments:
 def main(argv: list[str] | None = None) -> None:
     """Run the command: time the recalls of this project and of clip-benchmark, and print the results as JSON."""
     args = parse_arguments(EvalRetrievalArguments, __doc__, argv)
-    embeddings = make_random_embeddings(args.images, args.captions)
-    compute_our_recalls(
-        *make_random_embeddings(64, args.captions)
+    embeddings = _make_random_embeddings(args.images, args.captions)
+    _compute_our_recalls(
+        *_make_random_embeddings(64, args.captions)
     )  # untimed, so that loading the libraries is not measured
-    before = timing.reset_peak_memory()  # making the embeddings took more memory than they take now
+    before = timing.reset_peak_memory()  # forget the peak of making the embeddings
     measured = {
         **timing.describe_conditions(), "width": EMBEDDING_WIDTH,
         "images": args.images, "captions": args.images * args.captions,
-        "seconds": timing.time_call(lambda: compute_our_recalls(*embeddings)),
+        "seconds": timing.time_call(lambda: _compute_our_recalls(*embeddings)),
         "memory_over_embeddings_bytes": timing.peak_resident_bytes() - before,
         "all_scores_bytes": 4 * len(embeddings[0]) * len(embeddings[1]),
     }  # fmt: skip
     results = (
-        {"large": measured} if args.worker else {"scores": measured | compare_speed_and_recalls(embeddings, args.runs)}
+        {"large": measured} if args.worker else {"scores": measured | _compare_speed_and_recalls(embeddings, args.runs)}
     )
     existing = read_json(args.output) if args.output and args.output.is_file() else {}
     timing.report_results(existing | results, args.output)
 
 
-def make_random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:
+def _make_random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:
     """Generate random embeddings in which each text is near its image.
 
     Args:
@@ -78,7 +78,7 @@ def make_random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor
     return image_embeds, torch.nn.functional.normalize(text_embeds, dim=-1), image_of_text
 
 
-def compute_our_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
+def _compute_our_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
     """Compute recall at 1, 5 and 10 in both directions with the functions of this project.
 
     Args:
@@ -95,7 +95,7 @@ def compute_our_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text
     return recalls | {f"image_to_text@{k}": recall_at_k(image_to_text, k) for k in RECALL_CUTOFFS}
 
 
-def compute_clip_benchmark_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
+def _compute_clip_benchmark_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
     """Compute recall at 1, 5 and 10 in both directions with the functions of clip-benchmark.
 
     The code is that of `zeroshot_retrieval.evaluate` in clip-benchmark, without the computation of the embeddings.
@@ -122,11 +122,11 @@ def compute_clip_benchmark_recalls(image_embeds: Tensor, text_embeds: Tensor, im
     return recalls
 
 
-def compare_speed_and_recalls(embeddings: tuple[Tensor, Tensor, Tensor], runs: int) -> dict[str, Any]:
+def _compare_speed_and_recalls(embeddings: tuple[Tensor, Tensor, Tensor], runs: int) -> dict[str, Any]:
     """Time the functions of clip-benchmark and of this project, and compare their recalls.
 
     Args:
-        embeddings: Image embeddings, text embeddings, and image index of each text, from `make_random_embeddings`.
+        embeddings: Image embeddings, text embeddings, and image index of each text, from `_make_random_embeddings`.
         runs: Number of runs. Each run times both programs once.
 
     Returns:
@@ -135,8 +135,8 @@ def compare_speed_and_recalls(embeddings: tuple[Tensor, Tensor, Tensor], runs: i
         difference between the recalls (0 to 1) of the two programs.
     """
     steps = {
-        "clip_benchmark": lambda: compute_clip_benchmark_recalls(*embeddings),
-        "ours": lambda: compute_our_recalls(*embeddings),
+        "clip_benchmark": lambda: _compute_clip_benchmark_recalls(*embeddings),
+        "ours": lambda: _compute_our_recalls(*embeddings),
     }
     theirs, ours = (recalls() for recalls in steps.values())  # these calls also warm up both programs
     seconds = timing.time_alternating(steps, runs, "Alternating runs")

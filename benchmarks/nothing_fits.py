@@ -71,7 +71,7 @@ def auc(present: np.ndarray, absent: np.ndarray) -> float:
     return float(((present[:, None] > absent) + (present[:, None] == absent) / 2).mean())
 
 
-def compute_auc_with_interval(present: np.ndarray, absent: np.ndarray) -> dict[str, object]:
+def _compute_auc_with_interval(present: np.ndarray, absent: np.ndarray) -> dict[str, object]:
     """Measure how well a statistic separates sentences with and without a matching image.
 
     Args:
@@ -91,7 +91,7 @@ def compute_auc_with_interval(present: np.ndarray, absent: np.ndarray) -> dict[s
     return {"auc": auc(present, absent), "interval_95": interval, "halves": halves}
 
 
-def read_yolo_classes(path: Path, class_names: dict[int, str]) -> set[str]:
+def _read_classes_in_photograph(path: Path, class_names: dict[int, str]) -> set[str]:
     """Read the classes of the objects in a photograph from the YOLO label file of the photograph.
 
     Args:
@@ -107,7 +107,7 @@ def read_yolo_classes(path: Path, class_names: dict[int, str]) -> set[str]:
     return {class_names[int(line.split()[0])] for line in labels.read_text().splitlines()}
 
 
-def measure_feedback(
+def _measure_feedback(
     model: SearchModel, feedback_queries: list[dict], images: np.ndarray, classes: list[set[str]]
 ) -> Iterator[dict]:
     """Measure how feedback changes the first `TOP_K` results.
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     counts = {"pictures": len(images), "sentences": {kind: len(rows) for kind, rows in scores.items()}}
     best = {kind: np.array([z_score(row.max(), row) for row in rows]) for kind, rows in scores.items()}
-    separation = compute_auc_with_interval(best["there"], best["absent"])
+    separation = _compute_auc_with_interval(best["there"], best["absent"])
     relevance_threshold = estimate_z_score_threshold(images, neutral_texts, (neutral_texts @ images.T).max(axis=1))
     results = describe_conditions() | {
         "model": model.name,
@@ -184,8 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     config = args.pictures.parent / "object_detection" / "config.yaml"
     if sentences.get("steering") and config.is_file():
         names = yaml.safe_load(config.read_text(encoding="utf-8"))["names"]
-        classes = [read_yolo_classes(path, names) for path in files]
-        results["steering"] = list(measure_feedback(model, sentences["steering"], images[: len(files)], classes))
+        classes = [_read_classes_in_photograph(path, names) for path in files]
+        results["steering"] = list(_measure_feedback(model, sentences["steering"], images[: len(files)], classes))
     if args.keep:
         write_json(model.folder / RELEVANCE_AUC_FILE, results)
     report_results(results, args.output)

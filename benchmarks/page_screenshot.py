@@ -34,7 +34,7 @@ class ScreenshotArguments:
     height: int = flag(800, "Height of the window in pixels.")
 
 
-def take_screenshot(url: str, args: ScreenshotArguments, output: Path) -> None:
+def _take_screenshot(url: str, args: ScreenshotArguments, output: Path) -> None:
     """Save a PNG of the page at a URL, after all its pictures have been loaded.
 
     Args:
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         serving = threading.Thread(target=server.run, args=([listening],), daemon=True)
         serving.start()
         try:
-            take_screenshot(f"{url}/?{urlencode({'text': args.sentence})}", args, Path(folder) / "page.png")
+            _take_screenshot(f"{url}/?{urlencode({'text': args.sentence})}", args, Path(folder) / "page.png")
         finally:
             server.should_exit = True
             serving.join()

@@ -79,7 +79,7 @@ def estimate_downloads(args: PublishedArguments, benchmarks: list[Benchmark]) ->
             except HfHubHTTPError:  # the suite reports the reason
                 sizes[name] = None
                 continue
-            if weight_files:  # a repository may have the same weights in several formats
+            if weight_files:  # count one of several formats of the same weights
                 stored = dict([next((item for item in stored.items() if item[0] in weight_files), ("", 0))])
             sizes[name] = sum(stored.values())
     return sizes
@@ -157,7 +157,7 @@ def compare_with_open_clip(source: str, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def render_report(models: dict[str, dict[str, Any]], summary: dict[str, Any]) -> str:
+def _render_report(models: dict[str, dict[str, Any]], summary: dict[str, Any]) -> str:
     """Return the report as Markdown: the comparison with open_clip, then the tables of `eval.suite`."""
     lines = [
         "## Conversion, compared with open_clip",
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     names = ("protocol", "measurements", "rows")
     measured = {name: summary[name] for name in names} | {"limit": args.limit, "downloads": sizes, "estimate": estimate}
     write_json(args.output / "published.json", describe_conditions("open_clip_torch") | {"models": models} | measured)
-    write_text(args.output / "report.md", report := render_report(models, summary))
+    write_text(args.output / "report.md", report := _render_report(models, summary))
     print(report)
     if different := [model["source"] for model in models.values() if not model["passed"]]:
         sys.exit(f"error: {' and '.join(different)} differ from open_clip after the conversion; see the first table.")

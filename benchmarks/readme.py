@@ -91,14 +91,14 @@ def load_template() -> Template:
     environment.filters["percent"] = _percent
     environment.globals |= {
         "results": load_results,
-        "table": format_markdown_table,
-        "versions": format_versions,
-        "ms": format_milliseconds,
+        "table": _format_markdown_table,
+        "versions": _format_versions,
+        "ms": _format_milliseconds,
         "step_memory": format_step_memory,
         "zip": zip,
     }
     environment.globals |= {
-        "recalls": average_recall_over_directions,
+        "recalls": _average_recall_over_directions,
         "retrieval_table": lambda rows: render_retrieval_table([Record(**row) for row in rows]),
     }
     return environment.get_template("tables.md.j2")
@@ -133,7 +133,7 @@ def format_number(number: float, digits: int = 0) -> str:
     return f"{number:,.{digits}f}"
 
 
-def format_milliseconds(percentiles: dict[str, float], digits: int = 0) -> list[str]:
+def _format_milliseconds(percentiles: dict[str, float], digits: int = 0) -> list[str]:
     """Format the median ("p50") and the 95th percentile ("p95") of a time in milliseconds as two table cells."""
     return [format_number(percentiles["p50"], digits), format_number(percentiles["p95"], digits)]
 
@@ -156,7 +156,7 @@ def format_step_memory(name: str) -> str:
     return "–".join(format_number(bound["peak_memory_bytes"] / 2**30, 1) for bound in bounds)
 
 
-def format_markdown_table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
+def _format_markdown_table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
     """Build a Markdown table.
 
     Args:
@@ -172,7 +172,7 @@ def format_markdown_table(header: list[str], rows: list[list[str]], text_columns
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
-def format_versions(results: dict[str, Any], *packages: str) -> str:
+def _format_versions(results: dict[str, Any], *packages: str) -> str:
     """Format the versions of packages that a benchmark used.
 
     Args:
@@ -186,7 +186,7 @@ def format_versions(results: dict[str, Any], *packages: str) -> str:
     return ", ".join(f"{package.removesuffix('_torch')} {version}" for package, version in versions.items())
 
 
-def average_recall_over_directions(recipe_row: dict[str, Any]) -> list[list[float]]:
+def _average_recall_over_directions(recipe_row: dict[str, Any]) -> list[list[float]]:
     """Average the mean recall over both directions (text to image, image to text).
 
     Args:
@@ -204,7 +204,7 @@ def average_recall_over_directions(recipe_row: dict[str, Any]) -> list[list[floa
     return recalls
 
 
-def copy_demo_results(runs: list[Path]) -> None:
+def _copy_demo_results(runs: list[Path]) -> None:
     """Copy the results of demo runs to benchmarks/results/demo.json, and the charts of the first run to docs.
 
     Args:
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_arguments(ReadmeArguments, __doc__, argv)
     if args.demo:
-        copy_demo_results(args.demo)
+        _copy_demo_results(args.demo)
     for page in find_pages():
         text = (CODE_ROOT / page).read_text(encoding="utf-8")
         if not args.check:

@@ -62,7 +62,7 @@ class RecipeArguments:
             raise ValueError(f"seeds must be one or more different numbers, got {self.seeds}.")
 
 
-def load_evaluation_data(args: RecipeArguments) -> dict[str, RetrievalData]:
+def _load_evaluation_data(args: RecipeArguments) -> dict[str, RetrievalData]:
     """Load all evaluation datasets.
 
     Returns:
@@ -102,7 +102,7 @@ def find_or_train_run(seed: int, args: RecipeArguments, base_digest: str) -> Pat
     return folder
 
 
-def build_row(
+def _build_row(
     name: str, hits: list[HitsByCondition], reference: list[HitsByCondition], groups: dict[str, Tensor]
 ) -> dict[str, Any]:
     """Summarize one row of the results.
@@ -115,9 +115,9 @@ def build_row(
 
     Returns:
         "name": name of the row. "values": for each condition, the mean recall (0 to 1) of each seed. "gain": for each
-        condition with drawings, three numbers: the mean recall of this row minus the mean recall of the reference row,
-        both averaged over the seeds; then the low and the high end of the 95 % interval of this difference, from a
-        paired bootstrap. The dict is empty if `hits` is `reference`.
+        condition whose images are drawings, three numbers: the mean recall of this row minus the mean recall of the
+        reference row, both averaged over the seeds; then the low and the high end of the 95 % interval of this
+        difference, from a paired bootstrap. For the reference row itself, "gain" is an empty dict.
     """
 
     def average_seeds(hits_of_seeds: list[HitsByCondition], key: str) -> Tensor:
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     model is evaluated, too.
     """
     args = parse_arguments(RecipeArguments, __doc__, argv)
-    data, processor, base = load_evaluation_data(args), load_processor(args.base), load_model(args.base)
+    data, processor, base = _load_evaluation_data(args), load_processor(args.base), load_model(args.base)
 
     # The store caches image embeddings, so images are embedded only once for all models with the same image tower.
     def embed(model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:
@@ -174,8 +174,8 @@ def main(argv: list[str] | None = None) -> None:
             interpolate_weights(model, base.state_dict(), share)
             hits[name].append(measure(model))
     trainings = {"seeds": args.seeds, "seconds": seconds}
-    rows = [build_row("base", base_hits, base_hits, groups)]
-    rows += [build_row(name, row_hits, hits[REFERENCE_ROW], groups) | trainings for name, row_hits in hits.items()]
+    rows = [_build_row("base", base_hits, base_hits, groups)]
+    rows += [_build_row(name, row_hits, hits[REFERENCE_ROW], groups) | trainings for name, row_hits in hits.items()]
     results = {
         "config": read_yaml_config(args.config),
         "n": {key: len(queries) for key, queries in groups.items()},

@@ -59,17 +59,20 @@ class SearchArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure the indexes or the followed folder (`--parts`), and print the results as JSON."""
+    """Run the command: measure searching and updating, and print the results as JSON.
+
+    `--parts` chooses between indexes of several sizes, and `capivara open --watch` on a folder that changes.
+    """
     args = parse_arguments(SearchArguments, __doc__, argv)
     if args.worker:
-        timing.report_results({"fill": fill_index, "index": measure_index}[args.worker](args))
+        timing.report_results({"fill": fill_index, "index": _measure_index}[args.worker](args))
         return
     from benchmarks import search_follow  # imported here, because a worker must not load torch
 
     timing.save_random_model(args.work / "model")
     if args.parts == "index":
         search_follow.write_random_photos(args.work / "photographs", max(ADDED_COUNTS))
-        results = measure_indexes(args) | {"width": EMBEDDING_WIDTH, "k": K, "queries": QUERY_COUNT}
+        results = _measure_indexes(args) | {"width": EMBEDDING_WIDTH, "k": K, "queries": QUERY_COUNT}
     else:
         results = search_follow.measure_watched_folder(args.work, args.followed, args.runs)
     name = "search.json" if args.parts == "index" else "search_follow.json"
@@ -79,15 +82,15 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def measure_indexes(args: SearchArguments) -> dict[str, Any]:
+def _measure_indexes(args: SearchArguments) -> dict[str, Any]:
     """Measure an index of each size, and the first search of a new process on the largest index.
 
     Args:
         args: Command-line arguments.
 
     Returns:
-        "index": the results of `fill_index` and `measure_index` by number of pictures, and under "approximate" whether
-        the index is searched approximately. "first_search_s": the seconds from `time_search_commands`.
+        "index": the results of `fill_index` and `_measure_index` by number of pictures, and under "approximate" whether
+        the index is searched approximately. "first_search_s": the seconds from `_time_search_commands`.
     """
     sizes = {}
     for rows in tqdm(args.sizes, desc="Indexes", unit="size"):
@@ -97,10 +100,10 @@ def measure_indexes(args: SearchArguments) -> dict[str, Any]:
             timing.run_module_in_subprocess("benchmarks.search", worker=worker, **flags) for worker in ("fill", "index")
         )
         sizes[str(rows)] = filled | measured | {"approximate": rows > MAX_EXACT_ROWS}
-    return {"index": sizes, "first_search_s": time_search_commands(args, max(args.sizes))}
+    return {"index": sizes, "first_search_s": _time_search_commands(args, max(args.sizes))}
 
 
-def time_search_commands(args: SearchArguments, rows: int) -> list[float]:
+def _time_search_commands(args: SearchArguments, rows: int) -> list[float]:
     """Measure how long the command `capivara search` takes, including the start of its process.
 
     Args:
@@ -148,13 +151,13 @@ def write_vectors_and_queries(work: Path, rows: int) -> None:
     starts = range(0, rows, WRITE_BATCH_ROWS)
     for start in starts:
         count = min(WRITE_BATCH_ROWS, rows - start)
-        vectors[start : start + count] = sample_near_centers(centers, count, rng)
-    queries = sample_near_centers(centers, QUERY_COUNT, rng)
+        vectors[start : start + count] = _sample_near_centers(centers, count, rng)
+    queries = _sample_near_centers(centers, QUERY_COUNT, rng)
     scores = np.concatenate([queries @ vectors[s : s + WRITE_BATCH_ROWS].astype(np.float32).T for s in starts], axis=1)
     np.savez(answers, queries=queries, nearest=np.argsort(-scores, axis=1, kind="stable")[:, :K])
 
 
-def sample_near_centers(centers: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def _sample_near_centers(centers: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Sample unit vectors, each near a random cluster center.
 
     Args:
@@ -238,7 +241,7 @@ def build_picture_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table
     return pa.Table.from_arrays(arrays, schema=pictures_schema(EMBEDDING_WIDTH))
 
 
-def measure_index(args: SearchArguments) -> dict[str, Any]:
+def _measure_index(args: SearchArguments) -> dict[str, Any]:
     """Measure the searches of an index, the memory that they need, and the time to add pictures.
 
     Args:
@@ -258,26 +261,26 @@ def measure_index(args: SearchArguments) -> dict[str, Any]:
         hits.append({hit.path for hit in index.search_vector(query, K)})
 
     measured = {
-        "vector_ms": measure_latency_percentiles(search, answers["queries"]),
+        "vector_ms": _measure_latency_percentiles(search, answers["queries"]),
         "memory_bytes": timing.peak_resident_bytes(),
     }
     nearest = [{picture_path(row) for row in rows} for rows in answers["nearest"]]
     measured["recall"] = statistics.mean(len(a & b) / K for a, b in zip(nearest, hits[-QUERY_COUNT:], strict=True))
     texts = [f"{QUERY_TEXTS[number % len(QUERY_TEXTS)]} {number}" for number in range(QUERY_COUNT)]
-    measured["text_ms"] = measure_latency_percentiles(lambda text: index.search(text, k=K), texts)
+    measured["text_ms"] = _measure_latency_percentiles(lambda text: index.search(text, k=K), texts)
     page = PageAnswers(index)
-    measured["page_ms"] = measure_latency_percentiles(lambda text: page.search(Question(text=text), None), texts)
-    measured["page_newest_ms"] = measure_latency_percentiles(lambda text: page.search(Question(), None), texts[:50])
+    measured["page_ms"] = _measure_latency_percentiles(lambda text: page.search(Question(text=text), None), texts)
+    measured["page_newest_ms"] = _measure_latency_percentiles(lambda text: page.search(Question(), None), texts[:50])
     index.model.embed_images([PIL.Image.new("RGB", (64, 64))])  # loads the image encoder
-    first = time_adding_pictures(args, index, 1)
-    median = statistics.median(time_adding_pictures(args, index, 1) for _ in range(args.runs))
+    first = _time_adding_pictures(args, index, 1)
+    median = statistics.median(_time_adding_pictures(args, index, 1) for _ in range(args.runs))
     measured["added_s"] = {"1": {"seconds": median, "first_s": first}}
     if args.added > 1:
-        measured["added_s"][str(args.added)] = {"seconds": time_adding_pictures(args, index, args.added)}
+        measured["added_s"][str(args.added)] = {"seconds": _time_adding_pictures(args, index, args.added)}
     return measured
 
 
-def time_adding_pictures(args: SearchArguments, index: PictureIndex, count: int) -> float:
+def _time_adding_pictures(args: SearchArguments, index: PictureIndex, count: int) -> float:
     """Add pictures of 640 x 480 pixels to an index, and remove them from the index afterwards.
 
     Args:
@@ -300,7 +303,7 @@ def time_adding_pictures(args: SearchArguments, index: PictureIndex, count: int)
     return seconds
 
 
-def measure_latency_percentiles(call: Callable[[Any], Any], inputs: Any) -> dict[str, float]:
+def _measure_latency_percentiles(call: Callable[[Any], Any], inputs: Any) -> dict[str, float]:
     """Time the calls of a function, after untimed calls with the first tenth of the inputs.
 
     Args:

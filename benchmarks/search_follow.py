@@ -54,9 +54,9 @@ def measure_watched_folder(work: Path, number: int, runs: int) -> dict[str, Any]
 
     Returns:
         The results, as in search_follow.json: "pictures" and "burst" (numbers of photographs), "estimates" (result of
-        `measure_remaining_time_error` by indexing run), "nothing_new_s" (seconds of each run that finds nothing new),
-        "change_in_the_answers_s" (seconds by kind of change, see `time_changes`), and "page_ms" (results of
-        `time_page_searches` while the folder is unchanged and while many new photographs are read).
+        `_measure_remaining_time_error` by indexing run), "nothing_new_s" (seconds of each run that finds nothing new),
+        "change_in_the_answers_s" (seconds by kind of change, see `_time_changes`), and "page_ms" (results of
+        `_time_page_searches` while the folder is unchanged and while many new photographs are read).
     """
     work = work.absolute()  # the index stores absolute paths
     folder, where = work / "followed", work / "followed.lance"
@@ -68,17 +68,17 @@ def measure_watched_folder(work: Path, number: int, runs: int) -> dict[str, Any]
     words = ["index", str(folder), *flags]
     estimates = {}
     for name, (start, end) in tqdm(INDEXING_SHARES.items(), desc="Indexing", unit="run"):
-        copy_photos(photos[round(number * start) : round(number * end)], folder)
+        _copy_photos(photos[round(number * start) : round(number * end)], folder)
         if name == "resumed":
-            start_and_interrupt_indexing(words, where, round(number * (end - start) * INTERRUPTION_SHARE))
-        estimates[name] = measure_remaining_time_error(words, where)
-    nothing_new = [time_call(lambda: run_indexing(words)) for _ in range(runs)]
+            _start_and_interrupt_indexing(words, where, round(number * (end - start) * INTERRUPTION_SHARE))
+        estimates[name] = _measure_remaining_time_error(words, where)
+    nothing_new = [time_call(lambda: _run_indexing(words)) for _ in range(runs)]
     index = PictureIndex.open(where)
-    with serve_page(flags) as search:
-        changes = [time_changes(index, folder, photo, burst[0]) for photo in tqdm(spare, desc="Changes")]
-        idle = time_page_searches(search, lambda done: done < QUESTION_COUNT)
-        copy_photos(burst, folder)
-        busy = time_page_searches(search, lambda done: len(index) < number + BURST_SIZE)
+    with _serve_page(flags) as search:
+        changes = [_time_changes(index, folder, photo, burst[0]) for photo in tqdm(spare, desc="Changes")]
+        idle = _time_page_searches(search, lambda done: done < QUESTION_COUNT)
+        _copy_photos(burst, folder)
+        busy = _time_page_searches(search, lambda done: len(index) < number + BURST_SIZE)
     return {
         "pictures": number, "estimates": estimates, "nothing_new_s": nothing_new,
         "change_in_the_answers_s": {name: [change[name] for change in changes] for name in changes[0]},
@@ -100,18 +100,18 @@ def write_random_photos(folder: Path, count: int) -> list[Path]:
     for number, path in enumerate(tqdm(paths, desc="Photographs", unit="picture")):
         if not path.is_file():
             buffer = io.BytesIO()
-            make_photo(number).save(buffer, "JPEG", quality=90)
+            _make_photo(number).save(buffer, "JPEG", quality=90)
             write_bytes(path, buffer.getvalue())
     return paths
 
 
 @cache
-def load_source_photos() -> list[PIL.Image.Image]:
+def _load_source_photos() -> list[PIL.Image.Image]:
     """Return the real photographs whose crops are the generated photographs."""
     return [load_photo(name) for name in CLASS_PHOTOGRAPHS]
 
 
-def make_photo(seed: int) -> PIL.Image.Image:
+def _make_photo(seed: int) -> PIL.Image.Image:
     """Generate a photograph of size `PHOTO_SIZE`: a random crop of a real photograph, resized, with noise.
 
     Args:
@@ -120,7 +120,7 @@ def make_photo(seed: int) -> PIL.Image.Image:
     Returns:
         The image in mode RGB.
     """
-    rng, image = np.random.default_rng(seed), load_source_photos()[seed % len(CLASS_PHOTOGRAPHS)]
+    rng, image = np.random.default_rng(seed), _load_source_photos()[seed % len(CLASS_PHOTOGRAPHS)]
     width = int(min(image.width, image.height * 4 / 3) * rng.uniform(0.6, 1))
     height = width * 3 // 4
     left, top = rng.integers(0, image.width - width + 1), rng.integers(0, image.height - height + 1)
@@ -129,14 +129,14 @@ def make_photo(seed: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def copy_photos(paths: list[Path], folder: Path) -> None:
+def _copy_photos(paths: list[Path], folder: Path) -> None:
     """Copy photographs into a folder, which is created if necessary."""
     folder.mkdir(exist_ok=True)
     for path in paths:
         shutil.copy(path, folder)
 
 
-def start_command(words: list[str], stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
+def _start_command(words: list[str], stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
     """Start the command `capivara` in a new process and return the process.
 
     Args:
@@ -147,13 +147,13 @@ def start_command(words: list[str], stderr: int = subprocess.DEVNULL) -> subproc
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=stderr, text=True)
 
 
-def run_indexing(words: list[str]) -> None:
+def _run_indexing(words: list[str]) -> None:
     """Run `capivara index` to its end; raise RuntimeError if it fails."""
-    if code := start_command(words).wait():
+    if code := _start_command(words).wait():
         raise RuntimeError(f"capivara {' '.join(words)} ended with exit code {code}.")
 
 
-def start_and_interrupt_indexing(words: list[str], where: Path, done_count: int) -> None:
+def _start_and_interrupt_indexing(words: list[str], where: Path, done_count: int) -> None:
     """Start an indexing run, and interrupt the run by Ctrl-C after `done_count` pictures.
 
     Args:
@@ -161,13 +161,13 @@ def start_and_interrupt_indexing(words: list[str], where: Path, done_count: int)
         where: Folder of the index.
         done_count: Number of pictures that the run has read when it is interrupted.
     """
-    process, index = start_command(words), PictureIndex.open(where)
+    process, index = _start_command(words), PictureIndex.open(where)
     wait_until(lambda: process.poll() is not None or (index.progress() or {"done": 0})["done"] >= done_count, 3600)
     process.send_signal(signal.SIGINT)
     process.wait()
 
 
-def measure_remaining_time_error(words: list[str], where: Path) -> dict[str, Any]:
+def _measure_remaining_time_error(words: list[str], where: Path) -> dict[str, Any]:
     """Run `capivara index`, and measure how wrong its estimates of the remaining time are.
 
     Args:
@@ -178,7 +178,7 @@ def measure_remaining_time_error(words: list[str], where: Path) -> dict[str, Any
         "seconds": seconds of the run. "looks": number of estimates. "factor_off": median and maximum of the factor, at
         least 1, between the estimated and the actual remaining time; None if there are no estimates.
     """
-    process, index = start_command(words), PictureIndex.open(where)
+    process, index = _start_command(words), PictureIndex.open(where)
     start, readings = time.perf_counter(), []
     while process.poll() is None:
         if progress := index.progress():
@@ -218,7 +218,7 @@ def wait_until(condition: Callable[[], object], seconds: float = WAIT_TIMEOUT_S)
     return time.perf_counter() - start
 
 
-def time_changes(index: PictureIndex, folder: Path, photo: Path, other: Path) -> dict[str, float]:
+def _time_changes(index: PictureIndex, folder: Path, photo: Path, other: Path) -> dict[str, float]:
     """Measure how long changes of a followed folder take to reach the index.
 
     Args:
@@ -248,7 +248,7 @@ def time_changes(index: PictureIndex, folder: Path, photo: Path, other: Path) ->
 
 
 @contextmanager
-def serve_page(flags: list[str]) -> Iterator[Callable[[str], None]]:
+def _serve_page(flags: list[str]) -> Iterator[Callable[[str], None]]:
     """Start the search page with a process that follows the indexed folder, and stop both at the end of the block.
 
     Args:
@@ -262,7 +262,7 @@ def serve_page(flags: list[str]) -> Iterator[Callable[[str], None]]:
     """
     with socket.create_server(("127.0.0.1", 0)) as free_socket:
         port = free_socket.getsockname()[1]
-    process = start_command(["app", "--watch", "--no-open", "--port", str(port), *flags], subprocess.PIPE)
+    process = _start_command(["app", "--watch", "--no-open", "--port", str(port), *flags], subprocess.PIPE)
 
     def search(text: str) -> None:
         body = json.dumps({"text": text, "k": 48}).encode() + b"\n"
@@ -279,7 +279,7 @@ def serve_page(flags: list[str]) -> Iterator[Callable[[str], None]]:
         process.communicate()
 
 
-def time_page_searches(search: Callable[[str], None], should_continue: Callable[[int], bool]) -> dict[str, float]:
+def _time_page_searches(search: Callable[[str], None], should_continue: Callable[[int], bool]) -> dict[str, float]:
     """Send searches to the page one after another, and time them.
 
     Args:

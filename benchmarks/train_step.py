@@ -182,15 +182,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
-    """Measure the requested parts in alternating runs.
+    """Run the groups of measurements that `--parts` names; the programs to compare run in turns.
 
     Args:
         args: Command-line arguments of the benchmark.
 
     Returns:
         The results, as in train_step.json: the conditions and sizes of the benchmark; under "measured", the summary of
-        each program (see `summarize_runs`) by precision and program; under "recipe", the result of `summarize_recipe`;
-        and under "demo", the result of `time_demo_commands` for "new" (this checkout) and "old" (`--beside`).
+        each program (see `_summarize_runs`) by precision and program; under "recipe", the result of
+        `_summarize_recipe`; and under "demo", the result of `_time_demo_commands` for "new" (this checkout) and "old"
+        (`--beside`).
     """
     suffixes = ["", BEFORE_SUFFIX] if args.beside else [""]
     names = [name + suffix for name in ("no_cache", "cache") for suffix in suffixes] if args.beside else PROGRAMS
@@ -212,23 +213,23 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     results |= {"pairs": args.program_pairs, "peer_accum": args.program_pairs // args.peer_micro}
     for (part, name, *pairs), runs in measured.items():
         peer, before = measured.get((part, PEER_PROGRAM)), measured.get((part, name + BEFORE_SUFFIX, *pairs))
-        summary = summarize_runs(runs, peer, before)
+        summary = _summarize_runs(runs, peer, before)
         if part == "recipe":  # the larger batch comes last
             key = part + name.removeprefix(RECOMPUTED_PROGRAM)
-            results[key] = summarize_recipe(requested[part, name, *pairs] | summary, results.get(key))
+            results[key] = _summarize_recipe(requested[part, name, *pairs] | summary, results.get(key))
         else:
             results["measured"].setdefault(part, {})[name] = summary
     if "demo" in args.parts:
         trees = {"old": args.beside, "new": timing.CODE_ROOT}
-        results["demo"] = {name: time_demo_commands(tree.resolve()) for name, tree in trees.items() if tree}
+        results["demo"] = {name: _time_demo_commands(tree.resolve()) for name, tree in trees.items() if tree}
     return results
 
 
-def summarize_recipe(step: dict[str, Any], smaller: dict[str, Any] | None) -> dict[str, Any]:
+def _summarize_recipe(step: dict[str, Any], smaller: dict[str, Any] | None) -> dict[str, Any]:
     """Add seconds to the summary of a recipe's step and, if a smaller batch was measured too, extrapolate the memory.
 
     Args:
-        step: Sizes of the step, and the summary of its runs from `summarize_runs`.
+        step: Sizes of the step, and the summary of its runs from `_summarize_runs`.
         smaller: Result of this function for the smaller batch; None if no smaller batch was measured.
 
     Returns:
@@ -244,7 +245,7 @@ def summarize_recipe(step: dict[str, Any], smaller: dict[str, Any] | None) -> di
     return step | {"smaller": smaller, "extrapolated": extrapolated}
 
 
-def time_demo_commands(checkout: Path) -> dict[str, Any]:
+def _time_demo_commands(checkout: Path) -> dict[str, Any]:
     """Run the commands of `make demo` twice in a checkout.
 
     Both runs use the same cache folder, and the same folders for the base model and the dataset, so that the second run
@@ -295,7 +296,7 @@ def run_program(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, 
     )
 
 
-def summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict] | None) -> dict[str, Any]:
+def _summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict] | None) -> dict[str, Any]:
     """Summarize the runs of a program.
 
     Args:
@@ -352,7 +353,7 @@ def make_random_token_ids(config: PreTrainedConfig, pairs: int) -> Tensor:
     return ids
 
 
-def make_random_pixels(config: PreTrainedConfig, pairs: int) -> Tensor:
+def _make_random_pixels(config: PreTrainedConfig, pairs: int) -> Tensor:
     """Generate random pixel values.
 
     Args:
@@ -442,7 +443,7 @@ def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tup
         mask = None if isinstance(config, SiglipConfig) else (ids != PAD_TOKEN_ID).long()
         texts.append(MicroBatch(number, number * args.micro, ids, mask))
     if args.worker == "no_cache":
-        return texts, make_random_pixels(config, args.pairs)
+        return texts, _make_random_pixels(config, args.pairs)
     vectors = torch.randn(args.pairs, embedding_width(config), generator=torch.Generator().manual_seed(0))
     return texts, F.normalize(vectors, dim=-1)
 
@@ -509,7 +510,7 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
     model.set_grad_checkpointing()
     optimizer, ends = build_open_clip_optimizer(model, open_clip_args), []
     optimizer.register_step_post_hook(lambda *_: ends.append(time.perf_counter()))
-    pixels, texts = make_random_pixels(config, args.pairs), make_random_token_ids(config, args.pairs)
+    pixels, texts = _make_random_pixels(config, args.pairs), make_random_token_ids(config, args.pairs)
     micro_batches = zip(pixels.split(args.peer_micro), texts.split(args.peer_micro), strict=True)
     batches = PeerBatches([*micro_batches] * steps)
     batches.num_batches, batches.num_samples = len(batches), steps * args.pairs

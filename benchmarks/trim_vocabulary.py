@@ -89,18 +89,18 @@ def main(argv: list[str] | None = None) -> None:
     else:
         results = read_json(args.output) if args.output.is_file() else {}
         for name in args.models:  # written after each base, so that an interrupted run keeps finished bases
-            results[name] = measure_base(name, args)
+            results[name] = _measure_base(name, args)
             timing.report_results(results, args.output)
 
 
 def run_worker(args: TrimBenchmarkArguments) -> dict[str, Any]:
     """Build or measure one model in this process, and return the result."""
     if args.worker == "make":
-        return save_random_base(args.models[0], args.folder)
-    return measure_model(args.folder, args.captions)
+        return _save_random_base(args.models[0], args.folder)
+    return _measure_model(args.folder, args.captions)
 
 
-def measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
+def _measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
     """Build a base, trim its vocabulary, and measure both models in alternating runs.
 
     Args:
@@ -108,7 +108,7 @@ def measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
         args: Command-line arguments of the benchmark.
 
     Returns:
-        The conditions and sizes of the measurement, and under "before" and "after" the result of `describe_files` with
+        The conditions and sizes of the measurement, and under "before" and "after" the result of `_describe_files` with
         "memory_bytes" (largest of the runs) and "texts_per_second" (see `timing.summarize_rates`). "speed_ratio" is the
         median over the runs of the rate after trimming divided by the rate before.
     """
@@ -129,12 +129,12 @@ def measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
         results |= {"languages": args.languages, "words": args.words, "captions": args.captions, "runs": args.runs}
         for state in states:
             memory = max(run["memory_bytes"] for run in measured[state])
-            results[state] = describe_files(Path(folder, state), made["left_out_parameters"])
+            results[state] = _describe_files(Path(folder, state), made["left_out_parameters"])
             results[state] |= {"memory_bytes": memory, "texts_per_second": timing.summarize_rates(rates[state])}
         return results | {"speed_ratio": timing.median_ratio(rates["after"], rates["before"])}
 
 
-def describe_files(folder: Path, left_out_parameters: int) -> dict[str, int]:
+def _describe_files(folder: Path, left_out_parameters: int) -> dict[str, int]:
     """Count the tokens, parameters and bytes of a saved model with its published image tower.
 
     Args:
@@ -154,7 +154,7 @@ def describe_files(folder: Path, left_out_parameters: int) -> dict[str, int]:
     }
 
 
-def measure_model(folder: Path, captions: int) -> dict[str, float]:
+def _measure_model(folder: Path, captions: int) -> dict[str, float]:
     """Load a model in this process, and embed captions.
 
     Args:
@@ -176,7 +176,7 @@ def measure_model(folder: Path, captions: int) -> dict[str, float]:
 # ---- bases with random weights ----
 
 
-def save_random_base(name: str, folder: Path) -> dict[str, Any]:
+def _save_random_base(name: str, folder: Path) -> dict[str, Any]:
     """Save a base with a text tower of the published size, a tiny image tower and random weights.
 
     Args:
@@ -190,7 +190,7 @@ def save_random_base(name: str, folder: Path) -> dict[str, Any]:
     model_class, config = build_published_base(name)
     with torch.device("meta"):
         published = model_class(config).num_parameters()
-    processor, vocabulary = build_processor(name, config.vision_config.image_size)
+    processor, vocabulary = _build_processor(name, config.vision_config.image_size)
     for field, value in TINY_TOWER.items():
         setattr(config.vision_config, field, value)
     torch.manual_seed(0)
@@ -214,7 +214,7 @@ def build_published_base(name: str) -> tuple[type[PreTrainedModel], PreTrainedCo
     return CapivaraModel, config
 
 
-def build_processor(name: str, image_size: int) -> tuple[ProcessorMixin, str]:
+def _build_processor(name: str, image_size: int) -> tuple[ProcessorMixin, str]:
     """Build the processor of a base model, with a vocabulary of the published size.
 
     Args:

@@ -107,7 +107,7 @@ class PhaseStep(PipelineStep):
         loguru.logger.debug(f"{self.title}, task {rank} of {world_size}: {report or 'done'}")
 
 
-def read_failure_reasons(log_folder: Path) -> dict[int, str]:
+def read_task_failures(log_folder: Path) -> dict[int, str]:
     """Read why tasks of a phase failed or did not end.
 
     Args:
@@ -142,11 +142,11 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
             shutil.rmtree(step.log_folder / folder, ignore_errors=True)
         step_args = step.args if isinstance(step.args, ExecutorArguments) else args
         if args.executor == "slurm":
-            previous = submit_step_to_slurm(step, step_args, previous)
+            previous = _submit_step_to_slurm(step, step_args, previous)
             continue
-        executor = run_step_locally(step, step_args) if args.executor == "local" else run_step_on_ray(step, step_args)
+        executor = _run_step_locally(step, step_args) if args.executor == "local" else _run_step_on_ray(step, step_args)
         if failed := executor.get_incomplete_ranks(skip_completed=True):
-            reasons = read_failure_reasons(step.log_folder)
+            reasons = read_task_failures(step.log_folder)
             failures = "".join(
                 f"\n  task {rank}: {reasons.get(rank, UNKNOWN_OUTCOME_MESSAGE)}" for rank in failed[:MAX_NAMED_FAILURES]
             )
@@ -157,7 +157,7 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
     return args.executor != "slurm"
 
 
-def run_step_locally(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor:
+def _run_step_locally(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor:
     """Run all tasks of a step on this machine.
 
     The function starts `args.workers` worker processes, each pinned to one GPU. A single worker runs in the current
@@ -284,7 +284,7 @@ def _executor_options(step: PhaseStep, args: ExecutorArguments) -> dict[str, Any
     }
 
 
-def run_step_on_ray(step: PhaseStep, args: ExecutorArguments) -> RayPipelineExecutor:
+def _run_step_on_ray(step: PhaseStep, args: ExecutorArguments) -> RayPipelineExecutor:
     """Run all tasks of a step on a Ray cluster.
 
     The cluster is the one at the address in the environment variable RAY_ADDRESS, or a cluster that already runs on
@@ -307,7 +307,7 @@ def run_step_on_ray(step: PhaseStep, args: ExecutorArguments) -> RayPipelineExec
     return executor
 
 
-def submit_step_to_slurm(
+def _submit_step_to_slurm(
     step: PhaseStep, args: ExecutorArguments, previous: SlurmPipelineExecutor | None
 ) -> SlurmPipelineExecutor:
     """Submit a step to Slurm as a job array.

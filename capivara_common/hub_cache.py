@@ -67,7 +67,7 @@ def resolve_model_folder(source: str, convert: Converter, revision: str | None =
     if path.is_file() or ((path / OPEN_CLIP_CONFIG).is_file() and not is_complete_model(path)):
         return _get_or_convert_local_model(path.resolve(), convert)
     if path.exists():
-        check_model_folder(path, name)
+        _check_model_folder(path, name)
         return path.resolve()
     if not is_hub_id(source):
         raise coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=name)
@@ -132,7 +132,7 @@ def check_model_reachable(source: str | Path, *names: str, revision: str | None 
     except (HfHubHTTPError, HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
             return  # the Hub was reached: the function that loads the model reports the error
-        raise hub_access_error(source, error) from error
+        raise _model_fetch_error(source, error) from error
 
 
 def is_hub_id(source: str) -> bool:
@@ -144,12 +144,12 @@ def is_hub_id(source: str) -> bool:
 def is_complete_model(folder: Path) -> bool:
     """Return whether a folder contains the config, processor and weights of a model of a supported type."""
     with suppress(ValueError):
-        check_model_folder(folder, folder)
+        _check_model_folder(folder, folder)
         return True
     return False
 
 
-def check_model_folder(folder: Path, name: str | Path) -> None:
+def _check_model_folder(folder: Path, name: str | Path) -> None:
     """Check that a folder contains the config, processor and weights of a model of a supported type.
 
     Args:
@@ -189,7 +189,7 @@ def _find_config_error(folder: Path, name: str | Path) -> ValueError | None:
     return coded_error(ValueError, "not_a_model", text, model=name, file=file)
 
 
-def hub_access_error(source: str | Path, error: Exception) -> ValueError:
+def _model_fetch_error(source: str | Path, error: Exception) -> ValueError:
     """Return the error to raise if a model could not be fetched from the Hub.
 
     Args:
@@ -237,9 +237,9 @@ def _download_and_convert_model(repo_id: str, convert: Converter, revision: str 
         if not _find_config_error(folder, repo_id):
             folder = Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=MODEL_FILE_PATTERNS))
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError) as error:
-        raise hub_access_error(repo_id, error) from error
+        raise _model_fetch_error(repo_id, error) from error
     if is_complete_model(folder) or not (folder / OPEN_CLIP_CONFIG).is_file():
-        check_model_folder(folder, repo_id)
+        _check_model_folder(folder, repo_id)
         return folder
     commit, branch = folder.name, revision or DEFAULT_BRANCH
     folder = _conversion_folder(repo_id, commit)

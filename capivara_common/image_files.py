@@ -2,8 +2,8 @@
 
 A dataset may come from anybody, and its rows may contain paths of image files. A file is opened only if it lies in the
 folder of the dataset or in a folder that the user allows, after all links are resolved (`open_regular_file`). URLs are
-never downloaded. `open_image` checks the format and size in the header of an image before `decode_upright` decodes its
-pixels.
+never downloaded. `open_undecoded_image` checks the format and size in the header of an image before `decode_upright`
+decodes its pixels.
 """
 
 import errno
@@ -209,7 +209,7 @@ def _open_row_image(row_image: dict | None, access: ImageAccess) -> tuple[bytes,
             data = _read_file_bytes(access.allowed_folders, archive, offset or 0, size or 0)
     data = check_byte_count(data or b"", repr(path) if path else "the image in the row")
     name = repr(image_display_path(image)) if path else f"{len(data)} bytes"
-    return data, open_image(data, name, access.max_pixels), name
+    return data, open_undecoded_image(data, name, access.max_pixels), name
 
 
 def decode_images(
@@ -239,7 +239,7 @@ def decode_images(
             yield from zip(chunk, threads.map(read, chunk), strict=True)
 
 
-def open_image(
+def open_undecoded_image(
     data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS, hint: str = " (--max_pixels raises it)"
 ) -> PIL.Image.Image:
     """Open an image and check its format and size. Only the header is decoded.
@@ -277,7 +277,7 @@ def open_image(
 
 
 def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -> PIL.Image.Image:
-    """Decode the pixels of an image that `open_image` has opened, and rotate it upright by its EXIF orientation.
+    """Decode the pixels of an image that `open_undecoded_image` returned, and rotate it upright by its EXIF data.
 
     A process decodes only one image at a time if the image has more than `MAX_IMAGE_PIXELS` pixels or is in AVIF
     format, to limit memory. Damaged EXIF data is ignored.
@@ -294,8 +294,8 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
     Raises:
         BadImage: If the pixels can't be decoded.
     """
-    # `open_image` has checked the frame size that the AV1 streams of an AVIF file state. A hostile file may hide that
-    # size, or a frame may exceed it: libavif decodes up to 268 megapixels.
+    # `open_undecoded_image` has checked the frame size that the AV1 streams of an AVIF file state. A hostile file may
+    # hide that size, or a frame may exceed it: libavif decodes up to 268 megapixels.
     is_large = image.format == "AVIF" or image.width * image.height > MAX_IMAGE_PIXELS
     try:
         with LARGE_IMAGE_LOCK if is_large else nullcontext():

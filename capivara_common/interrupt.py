@@ -11,7 +11,7 @@ import sys
 message = "Stopped."
 
 
-def exit_immediately(*_: object) -> None:
+def _exit_immediately(*_: object) -> None:
     """Print `message` and end the process at once; a signal handler for Ctrl-C.
 
     The handler does not raise KeyboardInterrupt, because C extensions can suppress the exception while they are
@@ -27,12 +27,12 @@ def exit_on_interrupt() -> None:
     Nothing changes if another handler for Ctrl-C is already installed, or if the shell ignores Ctrl-C for this process.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, exit_immediately)
+        signal.signal(signal.SIGINT, _exit_immediately)
 
 
 def raise_on_interrupt() -> None:
     """Let Ctrl-C raise KeyboardInterrupt again, so that running work can clean up."""
-    if signal.getsignal(signal.SIGINT) is exit_immediately:
+    if signal.getsignal(signal.SIGINT) is _exit_immediately:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

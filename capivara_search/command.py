@@ -3,7 +3,7 @@
     capivara index ~/Fotos                        # capivara indexar
     capivara search "cachorro correndo na praia"  # capivara buscar
 
-Each function that is decorated with `register_command` is one command. All texts that are printed for users are in
+Each function that is decorated with `_register_command` is one command. All texts that are printed for users are in
 `messages.yaml`. Slow imports, such as `PictureIndex`, are inside the functions, so that `--help` and usage errors are
 printed at once.
 """
@@ -44,9 +44,10 @@ from capivara_search.command_line import (
     get_global_value,
     localize_type_errors,
 )
+from capivara_search.csv_output import write_csv
 from capivara_search.messages import COMMAND_NAMES, Messages, make_error_from_code
 from capivara_search.results import DEFAULT_LABEL_TEMPLATE, DUPLICATE_MIN_SIMILARITY, IndexReport, IndexStatus
-from capivara_search.terminal import align_columns, format_path, open_pictures, print_notice, show_hits, write_csv
+from capivara_search.terminal import align_columns, format_path, open_pictures, print_notice, show_hits
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -83,7 +84,7 @@ def capivara(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-def register_command(name: str) -> Callable[[Callable], click.Command]:
+def _register_command(name: str) -> Callable[[Callable], click.Command]:
     """Return a decorator that registers a function as a command of `capivara`.
 
     The decorated function receives the `Messages` of the user's language as its first argument, and the values of the
@@ -100,7 +101,7 @@ def register_command(name: str) -> Callable[[Callable], click.Command]:
         @wraps(function)
         def run_command(*args: Any, **flags: Any) -> int | None:
             if name != "completion":  # needs only click, and must be fast: shells run it at each start
-                require_search_extra()
+                _require_search_extra()
             return function(*args, **flags)
 
         command = capivara.command(name)(click.pass_obj(run_command))
@@ -110,7 +111,7 @@ def register_command(name: str) -> Callable[[Callable], click.Command]:
     return register
 
 
-def require_search_extra() -> None:
+def _require_search_extra() -> None:
     """Check that all packages that `pip install "modeling-capivara[search]"` installs are available.
 
     Raises:
@@ -122,7 +123,7 @@ def require_search_extra() -> None:
         raise make_error_from_code(ImportError, "no_search_extra", name=missing[0])
 
 
-@register_command("index")
+@_register_command("index")
 @argument("folders", nargs=-1, type=cli.EXISTING_FOLDER)
 @option("--exclude", multiple=True, metavar="pattern")
 @option("--include", multiple=True, metavar="path", shell_complete=cli.ANY_PATH.shell_complete)
@@ -148,7 +149,7 @@ def index(
     with show_progress_bar(messages) as show_progress:
         options = {"exclude": exclude, "include": include, "batch_size": batch_size}
         report = pictures.add(*real_paths, on_progress=show_progress, real_paths=real_paths, **options)
-    click.echo("\n".join(format_report(report, len(pictures), messages)))
+    click.echo("\n".join(_format_report(report, len(pictures), messages)))
 
 
 @contextmanager
@@ -188,7 +189,7 @@ def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callab
         yield show_progress
 
 
-def format_report(report: IndexReport, picture_count: int, messages: Messages) -> Iterable[str]:
+def _format_report(report: IndexReport, picture_count: int, messages: Messages) -> Iterable[str]:
     """Describe the changes that an update of the index has made.
 
     Args:
@@ -211,12 +212,12 @@ def format_report(report: IndexReport, picture_count: int, messages: Messages) -
         yield f"  {format_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
     if (more := len(report.skipped_files) - MAX_SHOWN_SKIPPED_FILES) > 0:
         yield "  " + messages("and_more", n=more)
-    if ignored := format_ignored_counts(report.ignored_counts, messages):
+    if ignored := _format_ignored_counts(report.ignored_counts, messages):
         yield messages("ignored", parts=ignored)
     yield messages.format_count("in_index", picture_count) + "."
 
 
-def format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages) -> str:
+def _format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages) -> str:
     """Describe how many pictures, folders, links and videos each rule ignored.
 
     Args:
@@ -230,7 +231,7 @@ def format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages)
     return ", ".join(messages.format_count(f"ignored.{reason}", number) for reason, number in counts if number)
 
 
-@register_command("watch")
+@_register_command("watch")
 @argument("folders", nargs=-1, type=cli.EXISTING_FOLDER)
 @add_boolean_flags("--poll")
 def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
@@ -247,7 +248,7 @@ def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
     with _exit_block_on_interrupt(messages), show_progress_bar(messages, leave=False) as show_progress:
         reports = pictures.watch(*folders, poll=poll or None, on_progress=show_progress)
         for number, report in enumerate(reports):
-            lines = list(format_report(report, len(pictures), messages))
+            lines = list(_format_report(report, len(pictures), messages))
             if number == 0:
                 click.echo("\n".join(lines))
                 followed = ", ".join(format_path(str(folder)) for folder in folders or pictures.requested_folders())
@@ -256,7 +257,7 @@ def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
                 click.echo("\n".join(lines[:-1]))
 
 
-@register_command("search")
+@_register_command("search")
 @argument("query", metavar="query", nargs=-1)
 @option("--like", type=cli.EXISTING_FILE)
 @option("-k", type=localize_type_errors(click.IntRange(1, 10_000)), default=12)
@@ -318,7 +319,7 @@ def search(
     return 0 if hits else EXIT_NOTHING_FOUND
 
 
-@register_command("classify")
+@_register_command("classify")
 @argument("path", type=cli.EXISTING_PATH)
 @option("--labels", multiple=True, required=True, metavar="label")
 @option("--template", default=DEFAULT_LABEL_TEMPLATE)
@@ -359,7 +360,7 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
     return 0 if results else EXIT_NOTHING_FOUND
 
 
-@register_command("app")
+@_register_command("app")
 @option("--port", type=localize_type_errors(click.IntRange(1, 65535)), default=7860)
 @option("--host", default="127.0.0.1")
 @option("--allow-host", multiple=True)
@@ -409,7 +410,7 @@ def app(
         serve_index(pictures, host, port, on_open=print_address, **options)
 
 
-@register_command("status")
+@_register_command("status")
 @add_boolean_flags("--all", "--json")
 def status(messages: Messages, all: bool, json: bool) -> None:
     """Print a summary of the index: location, pictures, model, folders, skipped files, and ignored files.
@@ -457,7 +458,7 @@ def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str
         f"  {messages.format_number(number)}"
         for folder, number in state.folders.items()
     ]
-    sections["ignored"] = [format_ignored_counts(state.ignored_counts, messages)] if state.ignored_counts else []
+    sections["ignored"] = [_format_ignored_counts(state.ignored_counts, messages)] if state.ignored_counts else []
     sections["rules"] = [
         *(f"--exclude {escape_control_characters(pattern)}" for pattern in state.exclude),
         *(messages("status.forgotten", path=format_path(path)) for path in state.forgotten),
@@ -473,7 +474,7 @@ def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str
     return sections
 
 
-@register_command("forget")
+@_register_command("forget")
 @argument("path", type=cli.ANY_PATH)
 def forget(messages: Messages, path: Path) -> int:
     """Remove a folder or a picture from the index and keep it out.
@@ -494,7 +495,7 @@ def forget(messages: Messages, path: Path) -> int:
     return 0 if number else EXIT_NOTHING_FOUND
 
 
-@register_command("move")
+@_register_command("move")
 @argument("old", metavar="old", type=cli.ANY_FOLDER)
 @argument("new", metavar="new", type=cli.EXISTING_FOLDER)
 def move(messages: Messages, old: Path, new: Path) -> None:
@@ -509,7 +510,7 @@ def move(messages: Messages, old: Path, new: Path) -> None:
     click.echo(messages("moved_to", n=row_count, files=file_count, path=format_path(str(new))))
 
 
-@register_command("export")
+@_register_command("export")
 @argument("file", metavar="file", type=cli.ANY_PATH)
 def export(messages: Messages, file: Path) -> None:
     """Write the index to a CSV or Parquet file.
@@ -526,7 +527,7 @@ def export(messages: Messages, file: Path) -> None:
     click.echo(messages.format_count("exported", _open_filled_index().export(file), path=format_path(str(file))))
 
 
-@register_command("duplicates")
+@_register_command("duplicates")
 @option("--threshold", type=localize_type_errors(click.FloatRange(0.01, 1)), default=DUPLICATE_MIN_SIMILARITY)
 @add_boolean_flags("--json", "--csv")
 def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> int:
@@ -557,7 +558,7 @@ def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> i
     return 0 if groups else EXIT_NOTHING_FOUND
 
 
-@register_command("completion")
+@_register_command("completion")
 @argument("shell", type=localize_type_errors(click.Choice(("bash", "zsh", "fish"))))
 def completion(messages: Messages, shell: str) -> None:
     """Print a script for a shell. After the shell has run it, the Tab key completes commands and flags of `capivara`.

@@ -67,7 +67,7 @@ def color_signature(image: PIL.Image.Image) -> bytes:
     """
     image = image.convert("RGB")
     colors = image.resize((SIGNATURE_SIDE, SIGNATURE_SIDE), PIL.Image.Resampling.BOX).tobytes()
-    if not is_flat(np.asarray(image)):
+    if not _is_flat(np.asarray(image)):
         return colors
     planes = zip(image.convert("YCbCr").split(), DETAIL_SIDES, strict=True)
     # A cell is the area of the picture that becomes one pixel of the details. In a smaller or larger copy of the
@@ -78,7 +78,7 @@ def color_signature(image: PIL.Image.Image) -> bytes:
     )
 
 
-def is_flat(pixels: np.ndarray) -> bool:
+def _is_flat(pixels: np.ndarray) -> bool:
     """Return whether a picture is flat: nearly one color, or with many pixels of exactly the same color.
 
     Args:
@@ -167,7 +167,7 @@ def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.
     return np.where(np.outer(square_sums, other_square_sums) > 0, flat_similarities, products)
 
 
-def get_model_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
+def _get_model_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     """Return the model's vectors of rows of the table `pictures`.
 
     Args:
@@ -197,7 +197,7 @@ def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     signatures = [None] * len(rows)
     if COLOR_SIGNATURE_COLUMN in rows.column_names:
         signatures = rows[COLOR_SIGNATURE_COLUMN].to_pylist()
-    return combine_vectors_and_colors(get_model_vectors(model, rows), signatures)
+    return combine_vectors_and_colors(_get_model_vectors(model, rows), signatures)
 
 
 def newest_first_order(rows: pa.Table) -> pa.Array:
@@ -232,7 +232,7 @@ class CachedRows:
 
     def __init__(self, model: "SearchModel", rows: pa.Table):
         self.rows, self._model = rows.sort_by("path"), model
-        self._vectors = get_model_vectors(model, self.rows)
+        self._vectors = _get_model_vectors(model, self.rows)
         self._without_vector = ~self._vectors.any(axis=1)  # True for rows that were embedded with other models
 
     @cached_property

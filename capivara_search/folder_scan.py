@@ -227,7 +227,7 @@ class _FolderScan:
                         if reason := self.rules.reason(entry.path, root, is_folder) or "link" * is_link:
                             is_counted = is_folder and not is_link and reason in ("forgotten", "excluded")
                             is_entry = is_folder or is_picture_name(entry.name)
-                            self.ignored_counts[root][reason] += count_pictures(entry.path) if is_counted else is_entry
+                            self.ignored_counts[root][reason] += _count_pictures(entry.path) if is_counted else is_entry
                         elif is_folder:
                             waiting.append(entry.path)
                         elif is_picture_name(entry.name):
@@ -272,7 +272,7 @@ def is_link_or_junction(entry: os.DirEntry) -> bool:
     return entry.is_symlink() or (hasattr(entry, "is_junction") and entry.is_junction())
 
 
-def count_pictures(folder: str) -> int:
+def _count_pictures(folder: str) -> int:
     """Return the number of files in a folder and its subfolders that have the suffix of a picture.
 
     Hidden files and folders, the names in `SYSTEM_NAMES` and symbolic links are not counted. Folders that can't be read

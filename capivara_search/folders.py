@@ -127,8 +127,8 @@ def folders_to_add(
         folders: Absolute path of each folder that the user names -> its real path. Empty: all folders that were added
             on this machine and are available (`is_available`). A warning in the log lists the other folders.
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
-        include: Stored patterns to remove, and forgotten paths (`IgnoreRules.forgotten`) to index again. A forgotten
-            folder that lies outside of all other folders is scanned, too.
+        include: What to stop ignoring: patterns that an earlier `exclude` stored in the index, and paths that were
+            forgotten (`IgnoreRules.forgotten`). A forgotten folder outside of all other folders is scanned, too.
 
     Returns:
         Absolute path of each folder to scan -> its real path.

@@ -80,7 +80,7 @@ MAX_CACHED_ROWS = 20_000
 FolderFilter, DateFilter = str | Path | None, date | None
 
 
-def default_index_path() -> str | Path:
+def _default_index_path() -> str | Path:
     """Return the default location of an index.
 
     It is the value of the environment variable CAPIVARA_INDEX if that is set, otherwise the folder
@@ -137,7 +137,7 @@ class PictureIndex:
 
         Args:
             where: Folder of the index, or an address on object storage such as `s3://bucket/fotos`. "auto" is the
-                default location (`default_index_path`).
+                default location (`_default_index_path`).
             model: Folder or Hub id of a model, or a loaded `SearchModel`. None: the model that the index was built
                 with, or the default model (`models.resolve_search_model`) for a new index.
             device: Device of the model, for example "cuda:1". None: the GPU if there is one, otherwise the CPU.
@@ -150,7 +150,7 @@ class PictureIndex:
                 version of this package.
             OSError: If there is no permission to read the location.
         """
-        table = PictureTable(default_index_path() if where == "auto" else where)
+        table = PictureTable(_default_index_path() if where == "auto" else where)
         with suppress(DamagedIndexError):  # `add` may be able to repair a damaged index
             table.exists()  # raises all other errors now instead of at the first search
         return cls(table, model, device)
@@ -293,7 +293,7 @@ class PictureIndex:
             One report for the initial update of all folders, then one report per burst of changes.
 
         Raises:
-            ValueError: If a folder does not exist, was forgotten or contains no picture.
+            ValueError: If a folder does not exist, was excluded by `forget`, or contains no picture.
             OSError: If the index can't be written, or there are too many folders for the operating system to watch.
             ImportError: If the package watchfiles is not installed.
         """

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from pyarrow.parquet import ParquetWriter
 
 from capivara_common.files import atomic_file, check_output_file
+from capivara_search.csv_output import write_csv
 from capivara_search.messages import make_error_from_code
 from capivara_search.table import COLOR_SIGNATURE_COLUMN, THUMBNAIL_COLUMN, PictureTable
-from capivara_search.terminal import write_csv
 
 
 def export_rows(table: PictureTable, path: str | Path) -> int:

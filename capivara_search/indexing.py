@@ -461,11 +461,11 @@ def prepare_indexing(
         # `finish_indexing` adds the numbers of ignored files.
         new_folders = plan.ignored_counts.keys() - set(table.folders())
         table.set_metadata({FOLDER_KEY_PREFIX + folder: "" for folder in new_folders})
-    record_current_model(table, model, plan)
+    _record_current_model(table, model, plan)
     return plan
 
 
-def record_current_model(table: PictureTable, model: "SearchModel", plan: IndexPlan) -> None:
+def _record_current_model(table: PictureTable, model: "SearchModel", plan: IndexPlan) -> None:
     """Store in the index which model it uses.
 
     If the index used another model before, a message is logged. It says whether pictures must be embedded again because

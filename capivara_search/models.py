@@ -74,7 +74,7 @@ class SearchModel:
 
         Models with equal digests compute equal image embeddings, so these models can use the same index.
         """
-        with wrap_model_errors(self.name):
+        with _wrap_model_errors(self.name):
             return image_encoder_digest(self.folder)
 
     @property
@@ -89,7 +89,7 @@ class SearchModel:
         Raises:
             ValueError: If the processor in the folder belongs to another type of model, or produces another size.
         """
-        if self._kind.is_native:  # its config.json may have no size, because the image encoder comes from timm
+        if self._kind.is_native:  # for an image encoder of timm, config.json has no image size
             return self._check_size("crop_size", (self._processor_settings["crop_size"] or {}).get("height"))
         for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
             path = self.folder / name
@@ -121,12 +121,12 @@ class SearchModel:
 
     @cached_property
     def _processor_settings(self) -> dict[str, Any]:
-        with wrap_model_errors(self.name):
+        with _wrap_model_errors(self.name):
             return image_processor_settings(self.folder)
 
     @cached_property
     def _model_config(self) -> dict[str, Any]:
-        with wrap_model_errors(self.name):
+        with _wrap_model_errors(self.name):
             config = read_json(self.folder / "config.json", model_type=str)
             check_config_sizes(config, f"{self.folder}/config.json: ")
             return config
@@ -157,7 +157,7 @@ class SearchModel:
         Raises:
             ValueError: If the weight has several elements, or the weights are damaged.
         """
-        with wrap_model_errors(self.name):
+        with _wrap_model_errors(self.name):
             if (number := read_scalar(self.folder, name)) is not None:
                 check_config_sizes({name: number}, f"{self.folder}: ")
             return number
@@ -192,14 +192,14 @@ class SearchModel:
         if not self._kind.is_native:  # the tokenizer of CAPIVARA cleans its texts itself
             # A tokenizer raises an error for half of a surrogate pair.
             texts = [text.encode("utf-8", "replace").decode() for text in texts]
-        with wrap_model_errors(self.name):
+        with _wrap_model_errors(self.name):
             is_loaded = "_loaded" in self.__dict__
             if not is_loaded and len(texts) <= MAX_NUMPY_TEXTS and self._text_tower is not None:
                 return self._text_tower.embed(texts)
         model, processor = self._loaded
         from modeling_capivara.two_towers import embed_texts
 
-        with wrap_model_errors(self.name):
+        with _wrap_model_errors(self.name):
             return embed_texts(model, processor, texts).numpy()
 
     def embed_images(self, images: Sequence["Image.Image"], batch_size: int = 32, **options: int) -> np.ndarray:
@@ -221,7 +221,7 @@ class SearchModel:
         model, processor = self._loaded
         from modeling_capivara.two_towers import embed_images
 
-        with wrap_model_errors(self.name):
+        with _wrap_model_errors(self.name):
             return embed_images(model, processor, images, batch_size, **options).numpy()
 
     def tune_image_embedding(
@@ -262,12 +262,12 @@ class SearchModel:
         from modeling_capivara.loading import load_model, load_processor
 
         device = resolve_device(self.device)
-        with wrap_model_errors(self.name):
+        with _wrap_model_errors(self.name):
             return load_model(self.folder).eval().to(device), load_processor(self.folder)
 
 
 @contextmanager
-def wrap_model_errors(model: str) -> Iterator[None]:
+def _wrap_model_errors(model: str) -> Iterator[None]:
     """Convert a ValueError that the `with` block raises to an error that names the model.
 
     Args:
@@ -314,7 +314,7 @@ def resolve_search_model(model: str | None = None, device: str | None = None) ->
         from capivara_search.miniature import get_or_build_miniature_folder
 
         return SearchModel(MINIATURE_NAME, MINIATURE_NAME, get_or_build_miniature_folder(), device)
-    with wrap_model_errors(model):
+    with _wrap_model_errors(model):
         folder = resolve_model_folder(model, convert_from_open_clip)
     if local_folder.exists():
         return SearchModel(local_folder.resolve().name, str(local_folder.resolve()), folder, device)

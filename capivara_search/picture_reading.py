@@ -24,8 +24,8 @@ from capivara_common.image_files import (
     check_byte_count,
     decode_upright,
     exif_orientation,
-    open_image,
     open_regular_file,
+    open_undecoded_image,
 )
 from capivara_search.exif import read_exif_date_and_location
 from capivara_search.folder_scan import RAW_SUFFIXES, FileState, to_absolute_path, to_bad_image
@@ -201,15 +201,15 @@ def _open_undecoded(
         BadImage: If the content is damaged, too large or not a picture.
     """
     is_raw = name.lower().endswith(RAW_SUFFIXES) and not data.startswith(NON_RAW_FILE_STARTS)
-    preview, size = (extract_raw_preview(data) if is_raw else None) or (data, None)
-    image = open_image(preview, "the file", max_pixels, hint="")
+    preview, size = (_extract_raw_preview(data) if is_raw else None) or (data, None)
+    image = open_undecoded_image(preview, "the file", max_pixels, hint="")
     if is_raw and size is None and image.format == "TIFF" and image.tag_v2.get(TIFF_SUBFILE_TYPE, 0) & 1:
         # A damaged RAW file, or one of a camera that LibRaw does not know, begins with a thumbnail of the picture.
         raise BadImage("unreadable image", "the RAW file is damaged, or of an unknown camera; export it as JPEG")
     return image, size or image.size
 
 
-def extract_raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
+def _extract_raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
     """Extract the largest JPEG preview from a RAW file.
 
     LibRaw adds EXIF data to a preview that has none.

@@ -1,20 +1,17 @@
-"""Terminal output of `capivara`: tables of paths, links to files, CSV, and pictures drawn with colored characters.
+"""Terminal output of `capivara`: tables of paths, links to files, and pictures drawn with colored characters.
 
 Example:
     print(render_contact_sheet(thumbnails, ["1 praia.jpg", "2 mar.jpg"], 80), end="")
 """
 
-import csv
 import os
-import re
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
 from functools import partial
-from typing import Any, TextIO
+from typing import TextIO
 from urllib.parse import quote
 
 import click
@@ -23,49 +20,10 @@ from capivara_common.privacy import escape_control_characters
 from capivara_search.messages import Messages, make_error_from_code
 from capivara_search.results import Hit
 
-# A spreadsheet would compute a cell that begins with one of these characters as a formula. A single quote before the
-# character makes the cell a text.
-FORMULA_PATTERN = r"^([=+\-@\t\r])"
 MAX_OPENED_PICTURES = 12  # limit of --open, whose help states this number; nobody can look at more windows at once
 print_notice = partial(click.echo, err=True)  # stdout holds results only; everything else goes to stderr
 MIN_TILE_COLUMNS = 34  # least width of a drawn picture in characters; a character shows two pixels, upper and lower
 TILE_ROWS_PER_COLUMN = 0.375  # aspect ratio 4:3 of a drawn picture, because characters are twice as high as wide
-
-
-def escape_csv_cell(text: str) -> str:
-    """Escape a text for a CSV cell.
-
-    Args:
-        text: Content of the cell.
-
-    Returns:
-        The text, in which control characters are escaped, so that a terminal does not execute them. If a spreadsheet
-        would compute the text as a formula, a single quote is added at the beginning.
-    """
-    return re.sub(FORMULA_PATTERN, r"'\1", escape_control_characters(text))
-
-
-def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write rows as CSV with a header.
-
-    Texts are escaped by `escape_csv_cell`. Times are written in ISO 8601.
-
-    Args:
-        file: Open text file.
-        columns: Names of the columns, in order.
-        rows: Rows as dictionaries from column name to value. Keys that are not in `columns` are ignored.
-
-    Returns:
-        Number of rows written.
-    """
-    writer, row_count = csv.writer(file, lineterminator="\n"), 0
-    writer.writerow(map(escape_csv_cell, columns))
-    for row in rows:
-        row_count += 1
-        cells = [row[name].isoformat() if isinstance(row[name], datetime) else row[name] for name in columns]
-        writer.writerow([escape_csv_cell(cell) if isinstance(cell, str) else cell for cell in cells])
-    file.flush()  # a closed pipe raises its error here, rather than when Python exits
-    return row_count
 
 
 def format_path(path: str) -> str:

@@ -123,7 +123,7 @@ class TextTower:
             ValueError: If a text has no token except padding tokens.
         """
         pad_id = self.text_config["pad_token_id"]
-        tokens = pad_ids(ids, pad_id)
+        tokens = _pad_ids(ids, pad_id)
         mask = tokens != pad_id  # (texts, tokens); also False if a text itself contains the padding token
         if not mask.any(axis=1).all():
             raise ValueError("Every text needs at least one token; the tokenizer gives none for an empty text.")
@@ -248,7 +248,7 @@ class ClipTextTower(TextTower):
             Embeddings (texts, width) that are not normalized.
         """
         eos_id = self.text_config["eos_token_id"]
-        tokens = pad_ids(ids, eos_id)  # causal attention: a token does not attend to padding after it
+        tokens = _pad_ids(ids, eos_id)  # causal attention: a token does not attend to padding after it
         hidden = self._run_layers(tokens, np.tri(tokens.shape[1], dtype=bool))
         pooled = hidden[np.arange(len(tokens)), (tokens == eos_id).argmax(axis=1)]
         return self._layer_norm(pooled, "text_model.final_layer_norm.") @ self.weights.array("text_projection.weight").T
@@ -380,7 +380,7 @@ def _token_text(token: Any) -> Any:
     return token["content"] if isinstance(token, dict) else token
 
 
-def pad_ids(ids: list[list[int]], pad_id: int) -> np.ndarray:
+def _pad_ids(ids: list[list[int]], pad_id: int) -> np.ndarray:
     """Pad token ids of texts at the right to the length of the longest text.
 
     Args:
@@ -398,10 +398,10 @@ def pad_ids(ids: list[list[int]], pad_id: int) -> np.ndarray:
 
 def gelu(values: np.ndarray) -> np.ndarray:
     """Compute the exact GELU of each element: x * P(X <= x) for an element x and a standard normal variable X."""
-    return values * np.float32(0.5) * (1 + erf(values * np.float32(0.5**0.5)))
+    return values * np.float32(0.5) * (1 + _erf(values * np.float32(0.5**0.5)))
 
 
-def gelu_tanh(values: np.ndarray) -> np.ndarray:
+def _gelu_tanh(values: np.ndarray) -> np.ndarray:
     """Compute GELU of each element in its tanh approximation, like `gelu_pytorch_tanh` of transformers."""
     inner = np.float32((2 / np.pi) ** 0.5) * (values + np.float32(0.044715) * values**3)
     return np.float32(0.5) * values * (1 + np.tanh(inner))
@@ -412,7 +412,7 @@ def quick_gelu(values: np.ndarray) -> np.ndarray:
     return values / (1 + np.exp(np.float32(-1.702) * values))
 
 
-def erf(values: np.ndarray) -> np.ndarray:
+def _erf(values: np.ndarray) -> np.ndarray:
     """Compute the Gauss error function of each element, with an error of at most 6e-7.
 
     This error is a few units in the last place of float32. The approximation is formula 7.1.26 of Abramowitz and
@@ -426,4 +426,4 @@ def erf(values: np.ndarray) -> np.ndarray:
     return np.copysign(1 - series * t * np.exp(-size * size), values)
 
 
-ACTIVATIONS = {"gelu": gelu, "gelu_pytorch_tanh": gelu_tanh, "quick_gelu": quick_gelu}  # by their name in transformers
+ACTIVATIONS = {"gelu": gelu, "gelu_pytorch_tanh": _gelu_tanh, "quick_gelu": quick_gelu}  # by their name in transformers

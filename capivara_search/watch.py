@@ -119,7 +119,7 @@ def watch_and_update_index(
             # All folders are updated once. This happens after `watch` has started, so that no change is missed.
             is_full_update = only_paths is None
             if not is_full_update:
-                only_paths = pop_settled(waiting)
+                only_paths = _pop_settled(waiting)
             if is_full_update or only_paths:
                 try:
                     yield add(followed, only_paths)
@@ -132,7 +132,7 @@ def watch_and_update_index(
                 waiting |= {affected: _file_state(affected) for affected in _affected_paths(change.name, path)}
 
 
-def pop_settled(waiting: dict[str, FileState | None]) -> list[str]:
+def _pop_settled(waiting: dict[str, FileState | None]) -> list[str]:
     """Remove the paths whose files have not changed since the previous call, and return them.
 
     Args:

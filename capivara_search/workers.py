@@ -101,7 +101,7 @@ def _open_index_and_plan(arguments: WorkerArguments) -> tuple[PictureTable, Sear
     return index._table, index.model, plan
 
 
-def embed_share(arguments: WorkerArguments, rank: int, world_size: int) -> str:
+def _embed_share(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     """Embed one task's share of the picture files and write their rows to the index.
 
     Args:
@@ -120,7 +120,7 @@ def embed_share(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     return f"{report.embedded} pictures embedded"
 
 
-def prune_and_optimize_index(arguments: WorkerArguments, rank: int, world_size: int) -> str:
+def _prune_and_optimize_index(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     """Remove the rows of deleted files from the index, and optimize the tables.
 
     Only one task runs this function, after all other tasks. It does not lock the index, because the process that
@@ -141,8 +141,8 @@ def prune_and_optimize_index(arguments: WorkerArguments, rank: int, world_size: 
 
 # Phases of the command, in the order in which they run.
 PHASES = {
-    "embed": Phase(run=embed_share, is_parallel=True, uses_model=True),
-    "end": Phase(run=prune_and_optimize_index),
+    "embed": Phase(run=_embed_share, is_parallel=True, uses_model=True),
+    "end": Phase(run=_prune_and_optimize_index),
 }
 
 

@@ -13,7 +13,12 @@ import torch
 
 from capivara_common.image_files import to_8_bit
 
-AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4
+AUGMENTATION = {
+    "resize": 250,
+    "crop": 224,
+    "scale": [0.9, 1.0],
+    "augmix_severity": 2,
+}  # as in the CAPIVARA paper, arXiv 2310.13683, section 4
 
 
 def derive_seed(*numbers: int) -> int:

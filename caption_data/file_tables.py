@@ -85,7 +85,7 @@ def build_table_and_find_damages(paths: list[Path], image_column: str) -> tuple[
     return rows, list(zip(places.tolist(), damage.drop_null().to_pylist(), strict=True))
 
 
-def iter_tar_sample_positions(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
+def _iter_tar_sample_positions(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
     """Iterate over the samples of a WebDataset tar.
 
     A sample is a group of consecutive members that have the same folder and the same file name up to the first dot. A
@@ -209,7 +209,7 @@ def _iter_tar_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
         "size" (both in bytes); None if the sample has no image.
     """
     with path.open("rb") as file:
-        for sample in iter_tar_sample_positions(path):
+        for sample in _iter_tar_sample_positions(path):
             image, row = None, {}
             if "image" in sample:
                 name, offset, size = sample["image"]

@@ -21,7 +21,7 @@ from caption_data.sources import (
     Split,
     disable_decoding,
     get_allowed_folders,
-    load_data_files,
+    load_listed_files,
     open_split,
     select_split,
 )
@@ -93,7 +93,7 @@ def load_labeled_images(
             image_column or "image",
             ImageAccess(get_allowed_folders(source, image_roots), max_pixels),
         )
-        rows = load_data_files("imagefolder", _find_image_files(path, split), source)
+        rows = load_listed_files("imagefolder", _find_image_files(path, split), source)
         opened = Split(source, split, column, disable_decoding(rows, column), access)
     else:
         opened = open_split(source, split, image_column or "image", image_roots, max_pixels)

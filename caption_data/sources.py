@@ -323,12 +323,12 @@ def open_split(
         data = select_split(_load_from_hub(dataset), dataset, split)
         access = ImageAccess(get_allowed_folders(dataset, image_roots), max_pixels)
     else:
-        paths, allowed_folders = find_files_and_allowed_folders(dataset, split, image_roots)
+        paths, allowed_folders = _find_files_and_allowed_folders(dataset, split, image_roots)
         access = ImageAccess(allowed_folders, max_pixels)
         if paths[0].suffix != ".parquet":
             data, damages = _call_loader(dataset, build_table_and_find_damages, paths, image_column)
         elif parquet_type is None:
-            data = load_data_files("parquet", paths, dataset)
+            data = load_listed_files("parquet", paths, dataset)
     damaged = [SkippedRow(dataset, split, row, "damaged archive", detail) for row, detail in damages]
     if data is None:
         opened = parquet_type(dataset, split, image_column, data, access, paths)
@@ -423,7 +423,7 @@ def _without_decoding(feature: Any) -> Any:
     return replace(feature, decode=False) if getattr(feature, "decode", False) else feature
 
 
-def find_files_and_allowed_folders(
+def _find_files_and_allowed_folders(
     dataset: str, split: str, image_roots: Sequence[Path] = ()
 ) -> tuple[list[Path], AllowedFolders]:
     """Find the data files of a split on this machine.
@@ -455,7 +455,7 @@ def find_files_and_allowed_folders(
     return paths, allowed_folders
 
 
-def load_data_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
+def load_listed_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
     """Load data files with a loader of `datasets`.
 
     The files are passed one by one. With a folder, `datasets` would follow its README, which may name any other file or

@@ -46,7 +46,7 @@ from capivara_common.cli import (
     run_command,
     unknown_name_message,
 )
-from capivara_common.executors import PhaseStep, read_failure_reasons, run_phases
+from capivara_common.executors import PhaseStep, read_task_failures, run_phases
 from capivara_common.files import atomic_folder, read_json, write_json, write_text
 from capivara_common.privacy import shorten_private_paths, to_publishable_name
 from capivara_common.tasks import ExecutorArguments, Phase
@@ -363,19 +363,19 @@ def build_dataset(args: BuildArguments) -> Path | None:
         raise UsageError(str(error)) from error
     for steps in plan.steps.values():
         if _describe_state(steps[0]) != "done":
-            check_stage_columns(steps)  # raises errors before a model is downloaded or loaded
+            _check_stage_columns(steps)  # raises errors before a model is downloaded or loaded
     for step in plan.all_steps():
         if _describe_state(step) != "done":
             step.check_backend()
-    for line in describe_plan(plan):
+    for line in _describe_plan(plan):
         logger.info("%s", line)
     if args.dry_run:
-        log_counts(plan)
+        _log_counts(plan)
         for line in itertools.chain.from_iterable(map(_describe_work, plan.steps.values())):
             logger.info("%s", line)
         return None
     for steps in plan.steps.values():
-        apply_corrections(steps, plan.dataset)
+        _apply_corrections(steps, plan.dataset)
     # For each split, `runnable` gets the stages before the first stage with a manual step, and `waiting` gets the stage
     # with the manual step.
     runnable, waiting = [], []
@@ -392,9 +392,9 @@ def build_dataset(args: BuildArguments) -> Path | None:
     try:
         is_complete = not phases or run_phases(phases, args)
     except ValueError:  # the row counts can explain the error, for example if a filter dropped all rows
-        log_counts(plan)
+        _log_counts(plan)
         raise
-    log_counts(plan)
+    _log_counts(plan)
     if not is_complete:
         logger.info("The jobs were submitted. To see their progress, run the same command with --dry_run.")
         return None
@@ -406,7 +406,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
     return plan.dataset
 
 
-def check_stage_columns(steps: list[StageArguments]) -> None:
+def _check_stage_columns(steps: list[StageArguments]) -> None:
     """Check, before anything runs, that each stage of a split has the columns that it needs.
 
     Args:
@@ -423,7 +423,7 @@ def check_stage_columns(steps: list[StageArguments]) -> None:
         columns += step.check_columns(columns, f"{step.title}: the output of the stages before it")
 
 
-def apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
+def _apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
     """Delete outputs that depend on corrected rows of a translation table, so that the build makes them again.
 
     In the translate stage, the parquet files with a changed row are deleted. If the next stage is score, the same
@@ -458,7 +458,7 @@ def apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
             return
 
 
-def log_counts(plan: BuildPlan) -> None:
+def _log_counts(plan: BuildPlan) -> None:
     """Log the numbers of rows that each complete stage has read and written.
 
     Log a warning if the selection dropped more than half of the rows of a stage, or if `drop_flagged` dropped more than
@@ -492,7 +492,7 @@ def log_counts(plan: BuildPlan) -> None:
             )
 
 
-def describe_plan(plan: BuildPlan) -> list[str]:
+def _describe_plan(plan: BuildPlan) -> list[str]:
     """Return lines that describe the progress of a build.
 
     For each stage, they contain its state, the command that runs it, and the reasons of its failed tasks. The last line
@@ -508,7 +508,7 @@ def describe_plan(plan: BuildPlan) -> list[str]:
             lines.append(f"{step.title}: {state}{ending}\n    {step.command()}")
             is_current, all_done = is_current and is_done, all_done and is_done
             for phase in PhaseStep.from_phases(step, step.phases, step.title):
-                reasons = read_failure_reasons(phase.log_folder)
+                reasons = read_task_failures(phase.log_folder)
                 lines += [f"    {phase}: task {rank}: {reason}" for rank, reason in reasons.items()]
     return [*lines, f"{plan.dataset}: {'done' if all_done else 'not written yet'}"]
 
@@ -583,7 +583,7 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
             names = [folder / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
             progress = tqdm(zip(names, split_files, strict=True), desc="Dataset", unit="file", total=count)
             counts = sum((_write_parquet_and_count(path, parts, schema) for path, parts in progress), Counter())
-            steps = [_step_metadata(step) for step in plan.steps[split]]
+            steps = [_summarize_stage_for_card(step) for step in plan.steps[split]]
             metadata["splits"][split] = {"rows": counts.pop("rows"), "captions": dict(counts), "steps": steps}
         plots = (step.output / "report" / SIMILARITY_PLOT_FILE for step in plan.all_steps())
         plot = next(filter(Path.is_file, plots), None)
@@ -667,7 +667,7 @@ def _write_parquet_and_count(path: Path, parts: list[Path], schema: pa.Schema) -
     return counts
 
 
-def _step_metadata(step: StageArguments) -> dict[str, Any]:
+def _summarize_stage_for_card(step: StageArguments) -> dict[str, Any]:
     """Return information about a complete stage for the dataset card.
 
     Returns:

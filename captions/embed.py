@@ -49,7 +49,7 @@ class EmbedCommandArguments(EmbedArguments):
     )
 
 
-def inherit_card(args: EmbedCommandArguments) -> dict[str, Any]:
+def _inherit_card(args: EmbedCommandArguments) -> dict[str, Any]:
     """Return the values that the card of the output takes from the card of the dataset.
 
     Args:
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     args = parse_arguments(EmbedCommandArguments, __doc__, argv)
-    card, parts = inherit_card(args), args.output.with_name(args.output.name + ".parts")
+    card, parts = _inherit_card(args), args.output.with_name(args.output.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
@@ -104,18 +104,18 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"Another process is writing {args.output}. Wait for it, or change --output.") from error
         except OSError:  # some file systems have no locks
             logger.debug("%s can't be locked.", parts)
-        if write_embedded_dataset(args, card, parts):
+        if _write_embedded_dataset(args, card, parts):
             folder = shlex.quote(str(args.output))
             print(f"The dataset is in {args.output}. Train on it with --model {args.model} --dataset {folder}.")
             print(f"Publish it with: python -m hub_upload.push --model {folder} --repo_id YOU/NAME --repo_type dataset")
 
 
-def write_embedded_dataset(args: EmbedCommandArguments, card: dict[str, Any], parts: Path) -> bool:
+def _write_embedded_dataset(args: EmbedCommandArguments, card: dict[str, Any], parts: Path) -> bool:
     """Embed the images of all requested splits, and write the dataset.
 
     Args:
         args: Flags of the command.
-        card: Values for the dataset card, from `inherit_card`.
+        card: Values for the dataset card, from `_inherit_card`.
         parts: Folder for the parts of each split.
 
     Returns:

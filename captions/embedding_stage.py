@@ -90,7 +90,7 @@ def embed_rows(
         rows: Rows with an image file, and its decoded image under the key `DECODED_KEY`.
 
     Returns:
-        For each row, a dict with the new columns, or a BadImage if the image cannot be used.
+        For each row, a dict with the new columns, or a BadImage (a BadRow with the reason) if the image cannot be used.
     """
     digests = [blake2b(row[args.image_column]["bytes"], digest_size=16).hexdigest() for row in rows]
     images = [view for row, digest in zip(rows, digests, strict=True) for view in _make_views(row, digest, args)]

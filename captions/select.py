@@ -113,10 +113,10 @@ class SelectArguments(CaptionChoice, StageArguments):
             world_size: Number of tasks; not used.
         """
         if not (self.output / REPORT_PAGE).is_file():
-            write_selection_report(self)
+            _write_selection_report(self)
 
 
-def get_similarities_and_chosen(
+def _get_similarities_and_chosen(
     args: SelectArguments, row: dict[str, Any]
 ) -> tuple[dict[str, float | None], list[str]]:
     """Choose the captions of a row, and look up the similarities of all captions of the row.
@@ -158,7 +158,7 @@ def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str,
         caption is selected.
     """
     try:
-        scored, chosen = get_similarities_and_chosen(args, row)
+        scored, chosen = _get_similarities_and_chosen(args, row)
     except BadRow as bad:
         return bad
     if not chosen:
@@ -170,7 +170,7 @@ def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str,
 # was split into tasks, or on whether the selection was interrupted.
 
 
-def write_selection_report(args: SelectArguments) -> None:
+def _write_selection_report(args: SelectArguments) -> None:
     """Write the report about a complete selection into the folder `report` of the output.
 
     The folder gets a histogram, example images, `selection.json` with all numbers, and the HTML page `index.html`. The
@@ -247,7 +247,7 @@ def _build_caption_table(args: SelectArguments, source: Split) -> pd.DataFrame:
     for number, row in enumerate(source.rows(column_names=present)):
         if number not in unusable:
             row = _rename_and_normalize_row(args, row)
-            similarities, chosen = get_similarities_and_chosen(args, row)
+            similarities, chosen = _get_similarities_and_chosen(args, row)
             for place, (text, similarity) in enumerate(similarities.items()):
                 is_first = place == 0 and bool(row.get(args.columns()[0]))
                 is_scored = similarity is not None and text.strip()
@@ -289,7 +289,7 @@ def _write_examples_near_cutoff(
         side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
         for example in side.head(EXAMPLES_PER_SIDE).itertuples():
             row = source.row(example.row)
-            similarities, _ = get_similarities_and_chosen(args, _rename_and_normalize_row(args, row))
+            similarities, _ = _get_similarities_and_chosen(args, _rename_and_normalize_row(args, row))
             text = list(similarities)[example.place]
             examples.append({"row": example.row, "caption": text, "similarity": example.similarity, "kept": kept})
             if source.is_embedded:

@@ -291,7 +291,7 @@ class EncoderStageArguments(StageArguments):
             require_packages(f"The stage {stage}", "open_clip", "open_clip")
 
 
-def get_copied_features(source: Split, args: StageArguments) -> Features:
+def _get_copied_features(source: Split, args: StageArguments) -> Features:
     """Return the columns that a stage copies from its source to its output.
 
     Columns with an Arrow extension type are not copied.
@@ -385,7 +385,7 @@ class RowStage:
         # If the first file of the source can't be read, this line raises the error, before a model is loaded or a paid
         # service is called.
         next(self.source.rows(), None)
-        self.features = get_copied_features(self.source, args)
+        self.features = _get_copied_features(self.source, args)
         self.record = {  # the keys of `stage.json` that are known before a model is loaded
             "version": STAGE_VERSION,
             "command": args.command(),
@@ -398,7 +398,7 @@ class RowStage:
             },
             "rows_per_part": args.rows_per_part,
         }
-        self.path = partial(part_path, args.output, self.source.split)  # path of a part from its row numbers
+        self.path = partial(_part_path, args.output, self.source.split)  # path of a part from its row numbers
         # Each task gets consecutive parts, so that it reads files in order.
         parts = split_rows(len(self.source), args.rows_per_part)
         self.parts = parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]
@@ -483,7 +483,7 @@ class RowStage:
         for path in self.args.output.glob(".*.parquet.*.tmp"):  # other temporary files may belong to running tasks
             if path.with_name(re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
                 path.unlink(missing_ok=True)
-        return summarize_parts(self.args.output, self.record, self.parts)
+        return _summarize_parts(self.args.output, self.record, self.parts)
 
     def _write_part(self, part: range, schema: pa.Schema, process: ProcessRows, bar: tqdm) -> None:
         """Write the parquet file of one part, and the list of its skipped rows if any row was skipped.
@@ -503,9 +503,9 @@ class RowStage:
                         row[IMAGE_COLUMN] = row.get(self.args.image_column)
                     parquet.write_table(pa.Table.from_pylist(row_group, schema=schema))
                 if skipped:
-                    write_skipped_rows(skipped_path(path), skipped)
+                    write_skipped_rows(_skipped_path(path), skipped)
                 else:
-                    skipped_path(path).unlink(missing_ok=True)  # a killed run may have left an old list
+                    _skipped_path(path).unlink(missing_ok=True)  # a killed run may have left an old list
         except FileNotFoundError:
             # If the part exists, another process wrote the same part and removed the temporary file of this process.
             if not path.is_file():
@@ -611,7 +611,7 @@ def iter_length_limited_batches(items: Iterable[S], max_length: int, max_items: 
 # The output folder
 
 
-def part_path(output: Path, split: str, part: range) -> Path:
+def _part_path(output: Path, split: str, part: range) -> Path:
     """Return the path of the parquet file of a part.
 
     Args:
@@ -622,7 +622,7 @@ def part_path(output: Path, split: str, part: range) -> Path:
     return output / f"{split}-{part.start:09d}-{part.stop:09d}.parquet"
 
 
-def skipped_path(path: Path) -> Path:
+def _skipped_path(path: Path) -> Path:
     """Return the path of the list of skipped rows for the parquet file `path` of a part.
 
     The list exists only if rows of the part were skipped.
@@ -745,7 +745,7 @@ def delete_parts_of_changed_rows(output: Path, rows: Iterable[int]) -> None:
     size, total = record["rows_per_part"], record["source"]["rows"]
     for start in sorted({row // size * size for row in rows}):
         part = range(start, min(start + size, total))
-        part_path(output, record["source"]["split"], part).unlink(missing_ok=True)
+        _part_path(output, record["source"]["split"], part).unlink(missing_ok=True)
 
 
 def identity_digest(record: dict[str, Any]) -> str:
@@ -788,10 +788,10 @@ def check_and_summarize_stage(output: Path | str) -> StageReport:
     """
     output, record = Path(output), read_stage_record(output)
     check_stage_is_finished(output)
-    return summarize_parts(output, record, split_rows(record["source"]["rows"], record["rows_per_part"]))
+    return _summarize_parts(output, record, split_rows(record["source"]["rows"], record["rows_per_part"]))
 
 
-def summarize_parts(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
+def _summarize_parts(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
     """Count the written and skipped rows of parts (parquet files) of a stage.
 
     Args:
@@ -804,7 +804,7 @@ def summarize_parts(output: Path, record: dict[str, Any], parts: Iterable[range]
     """
     rows, skipped, retry = 0, Counter(), f"and run again: {record['command']}"
     for part in parts:
-        path = part_path(output, record["source"]["split"], part)
+        path = _part_path(output, record["source"]["split"], part)
         with open_parquet(path, f". Remove it, {retry}") as file:
             written = file.metadata.num_rows
         reasons = Counter(reason for _, reason in read_skipped_rows(path))
@@ -822,7 +822,7 @@ def read_skipped_rows(part: Path) -> list[tuple[int, str]]:
 
     `part` is the path of the parquet file of the part. Raises ValueError if the list of skipped rows is damaged.
     """
-    path = skipped_path(part)
+    path = _skipped_path(part)
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return [(int(line["row"]), str(line["reason"])) for line in map(json.loads, lines)]

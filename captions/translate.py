@@ -185,7 +185,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         def prepare(parts: list[range]) -> None:
             sentences = set(iter_distinct_captions(self, stage.source, parts))
             translations.clear()
-            translations.update(translate_with_memory(self, translator, sentences, faults, shows_bar=stage.rank == 0))
+            translations.update(_translate_with_memory(self, translator, sentences, faults, shows_bar=stage.rank == 0))
 
         def process(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             return [build_translated_columns(self, row, columns, translations, faults) for row in rows]
@@ -216,11 +216,11 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
                             flag_report["examples"].append(example)
         if TRANSLATORS[self.backend].counts_tokens:
             fingerprint = read_stage_record(self.output)["settings"]["translator"]
-            report |= {"translator": fingerprint, "usage": open_memory(self, fingerprint).count_usage()}
+            report |= {"translator": fingerprint, "usage": _open_memory(self, fingerprint).count_usage()}
         write_json(self.output / QUALITY_FILE, report)
 
 
-def open_memory(args: TranslateArguments, fingerprint: dict[str, Any]) -> TranslationMemory:
+def _open_memory(args: TranslateArguments, fingerprint: dict[str, Any]) -> TranslationMemory:
     """Open the translation memory of a translator.
 
     Args:
@@ -230,7 +230,7 @@ def open_memory(args: TranslateArguments, fingerprint: dict[str, Any]) -> Transl
     return TranslationMemory(args.memory or args.output.with_name(args.output.name + ".memory"), fingerprint)
 
 
-def translate_with_memory(
+def _translate_with_memory(
     args: TranslateArguments, translator: Translator, sentences: set[str], faults: dict[str, str], shows_bar: bool
 ) -> dict[str, str]:
     """Translate sentences, and use the translation memory for sentences that have been translated before.
@@ -251,7 +251,7 @@ def translate_with_memory(
     missing = sorted(sentences, key=lambda text: (-len(text), text))
     if translator.needs_table:
         return dict(zip(missing, translator.translate(missing), strict=True))
-    memory = open_memory(args, translator.fingerprint)
+    memory = _open_memory(args, translator.fingerprint)
     translations = memory.find(sentences)
     missing = [sentence for sentence in missing if sentence not in translations]
     max_sentences, max_characters = translator.batch_limits(args)

@@ -56,7 +56,7 @@ def unescape_cell(text: str) -> str:
         ) from error
 
 
-def sentence_id(number: int, sentence: str) -> str:
+def _sentence_id(number: int, sentence: str) -> str:
     """Return the id of a sentence in a table, for example "s1_2cf24dba".
 
     The id contains the number of the sentence and the first 8 hex digits of its SHA-256 digest. It begins with a
@@ -81,7 +81,7 @@ def write_translation_table(path: Path, sentences: list[str], header: Sequence[s
         sentences: Sentences, in the order of the lines.
         header: Names of the columns for the first line; each name can be followed by `:` and a value.
     """
-    lines = [f"{sentence_id(number, text)}\t{escape_cell(text)}\t" for number, text in enumerate(sentences, 1)]
+    lines = [f"{_sentence_id(number, text)}\t{escape_cell(text)}\t" for number, text in enumerate(sentences, 1)]
     write_text(path, "\n".join(["\t".join(header), *lines]) + "\n")
 
 
@@ -116,7 +116,7 @@ def check_rows_match_sentences(path: Path, sentences: list[str]) -> None:
     """
     _, rows = read_table(path)
     for number, (row, text) in enumerate(itertools.zip_longest(rows, sentences), 1):
-        expected = {"id": sentence_id(number, text), "source": text} if text is not None else {}
+        expected = {"id": _sentence_id(number, text), "source": text} if text is not None else {}
         if row is None or not expected or any(row.get(name, value) != value for name, value in expected.items()):
             raise ValueError(
                 f"{path}, line {number + 1}: expected {_describe_cells(expected)}, got {_describe_cells(row)}. "

@@ -27,11 +27,11 @@ napoleon_google_docstring, napoleon_numpy_docstring = True, False
 nitpicky, nitpick_ignore_regex = True, [("py:.*", ".*")]
 
 
-def replace_source(app: Sphinx, page: str, source: list[str]) -> None:
+def _replace_source(app: Sphinx, page: str, source: list[str]) -> None:
     """Replace the text of a page by the text for the site (a callback of Sphinx)."""
     source[0] = site_text(page, source[0])
 
 
 def setup(app: Sphinx) -> None:
     """Register the callback that generates parts of the pages."""
-    app.connect("source-read", replace_source)
+    app.connect("source-read", _replace_source)

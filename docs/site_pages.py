@@ -45,10 +45,13 @@ IS_COMMAND_RE = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
 
 
 class Parsed(BaseException):
-    """Raised with the parser of a command, so that the command does not start."""
+    """Carries the parser of a command out of `parse_arguments`, before the command starts its work.
+
+    It is a BaseException, because the commands report ordinary exceptions as errors of the user.
+    """
 
 
-def command_parser(module: str) -> argparse.ArgumentParser:
+def _command_parser(module: str) -> argparse.ArgumentParser:
     """Return the parser of a command by starting its `main` function up to the point where it parses its flags."""
 
     def stop(parser: argparse.ArgumentParser, *args: object, **options: object) -> None:
@@ -83,14 +86,14 @@ def command_modules(folder: str) -> list[str]:
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in commands]
 
 
-def to_table(rows: Iterable[tuple[str, ...]], *columns: str) -> str:
+def _to_table(rows: Iterable[tuple[str, ...]], *columns: str) -> str:
     """Return a Markdown table. Line breaks and vertical bars in cells are made harmless."""
     cells = [[" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in rows]
     lines = [list(columns), ["---"] * len(columns), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def describe_action(action: argparse.Action) -> tuple[str, str, str, str]:
+def _describe_action(action: argparse.Action) -> tuple[str, str, str, str]:
     """Return flag, type, default and meaning of an argument of a command."""
     name = action.option_strings[0] if action.option_strings else action.dest
     value_type = getattr(action.type, "__name__", "") if action.type else "switch" * (action.nargs == 0)
@@ -109,12 +112,12 @@ def commands() -> str:
     for folder, title in COMMAND_FOLDERS.items():
         text.append(f"## {title}")
         for module in command_modules(folder):
-            parser, name = command_parser(module), module.removesuffix(".__main__")
+            parser, name = _command_parser(module), module.removesuffix(".__main__")
             start = "python train_accelerate.py" if module == "train_accelerate" else f"python -m {name}"
             text.append(f"### {name}\n\n`{start}`\n\n{to_markdown(parser.description or '')}")
             actions = [action for action in parser._actions if action.dest != "help"]
             actions.sort(key=lambda action: not action.required)  # as `--help` lists them
-            text.append(to_table(map(describe_action, actions), "Flag", "Type", "Default", "Meaning"))
+            text.append(_to_table(map(_describe_action, actions), "Flag", "Type", "Default", "Meaning"))
     return "\n\n".join(text)
 
 
@@ -128,7 +131,7 @@ def search_commands(language: str = "en") -> str:
         name = f"{english} ({portuguese})" if portuguese != english else english
         text.append(f"### capivara {name}\n\n{to_markdown(messages(f'about.{english}'))}")
         rows = [get_localized_help_record(param, context) for param in command.get_params(context)]
-        text.append(to_table([(f"`{flag}`", escape(meaning)) for flag, meaning in rows], "Flag", "Meaning"))
+        text.append(_to_table([(f"`{flag}`", escape(meaning)) for flag, meaning in rows], "Flag", "Meaning"))
     return "\n\n".join(text)
 
 

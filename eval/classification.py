@@ -69,7 +69,7 @@ class ClassificationArguments(LabeledImageArguments):
         "ours",
         "Source of names and prompts: this project (ours), CAPIVARA's authors (authors), Babel-ImageNet (babel).",
     )
-    language: str | None = flag(None, "Language code of the class names, for protocol babel. Default: pt.")
+    language: str | None = flag(None, "Language code of the class names; only for --protocol babel. Default: pt.")
     authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py. Required for protocol authors.")
     seed: int | None = flag(None, "Seed of the training run, to be written to the records.")
 
@@ -94,7 +94,7 @@ def load_split(
     return load_labeled_images(args.images, split, class_names, *columns, class_indices, **options)
 
 
-def embed_classes(store: CachedEmbedder, prompts: Prompts) -> Tensor:
+def _embed_classes(store: CachedEmbedder, prompts: Prompts) -> Tensor:
     """Embed the classes of a zero-shot classifier.
 
     Args:
@@ -185,7 +185,7 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     store = load_cached_embedder(args)
     started = time.perf_counter()
     images = store.embed_images(data.images)
-    scores = images.embeds @ embed_classes(store, prompts).T
+    scores = images.embeds @ _embed_classes(store, prompts).T
     labels = [data.labels[row] for row in images.rows.tolist()]
     # The authors' list may lack a name for the last classes. They can't be predicted, so they score below any cosine.
     unnamed = max(0, len(prompts.english_names) - len(prompts.names)) if prompts.class_indices is None else 0

@@ -130,7 +130,7 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
     check_inputs_outside(output, results)
     content = read_results_folder(results)
     with atomic_folder(output, overwrite) as folder:
-        tables = group_into_tables(build_records_frame(content.results))
+        tables = _group_into_tables(build_records_frame(content.results))
         blocks = [_build_block_and_draw_chart(rows, content, folder) for rows in tables]
         runs = []
         for name, run in content.runs:
@@ -150,7 +150,7 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
     return content
 
 
-def group_into_tables(frame: pandas.DataFrame) -> list[pandas.DataFrame]:
+def _group_into_tables(frame: pandas.DataFrame) -> list[pandas.DataFrame]:
     """Group records into tables: one per dataset for retrieval, one for all datasets of any other task.
 
     All records of a table have the same split, language, embedding width and protocol; other values start a further
@@ -171,7 +171,7 @@ def _build_block_and_draw_chart(rows: pandas.DataFrame, results_folder: ResultsF
     """Build the template variables of one table of the report, and draw its chart.
 
     Args:
-        rows: Records of the table, from `group_into_tables`.
+        rows: Records of the table, from `_group_into_tables`.
         results_folder: The results folder. Records that contradict an earlier file are added to its `faults`.
         output: Folder of the report.
 

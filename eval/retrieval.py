@@ -197,7 +197,7 @@ def compute_retrieval_records(
         One record per direction and metric.
     """
     records, cutoffs = [], [k for k in RECALL_CUTOFFS if k < len(embeddings.image_embeds)]
-    record_fields |= get_truncation_record_fields(embeddings, protocol)
+    record_fields |= _get_truncation_record_fields(embeddings, protocol)
     for direction in DIRECTIONS:
         ranks = embeddings.ranks[direction]
         record = partial(Record, "retrieval", direction=direction, n=len(ranks), **record_fields)
@@ -212,7 +212,7 @@ def compute_retrieval_records(
     return records
 
 
-def get_truncation_record_fields(embeddings: RetrievalEmbeddings, protocol: str) -> dict[str, Any]:
+def _get_truncation_record_fields(embeddings: RetrievalEmbeddings, protocol: str) -> dict[str, Any]:
     """Return the fields of `Record` that say whether the embeddings were truncated.
 
     Results of truncated and of full embeddings are not comparable, so they must differ in these fields.
@@ -265,7 +265,7 @@ def compute_gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings
     """
     if len(after.image_embeds) <= max(RECALL_CUTOFFS):
         return []
-    records, record_fields = [], record_fields | get_truncation_record_fields(after, RETRIEVAL_PROTOCOL)
+    records, record_fields = [], record_fields | _get_truncation_record_fields(after, RETRIEVAL_PROTOCOL)
     for direction in DIRECTIONS:
         hits = [metrics.mean_hits(embeddings.ranks[direction]) for embeddings in (before, after)]
         gain, *interval = metrics.paired_bootstrap(*hits, after.query_groups(direction))

@@ -98,7 +98,7 @@ def select_benchmarks(args: SuiteArguments) -> list[Benchmark]:
     return selected
 
 
-def check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
+def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
     """Describe all models of the suite: the baseline, if there is one, then the models to compare with it.
 
     Each model is loaded once, so that a model that can't be loaded ends the suite before the long work starts.
@@ -138,18 +138,18 @@ def check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
     return models
 
 
-def plan_models_and_measurements(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _plan_models_and_measurements(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Plan the measurements: one for each benchmark, language and model.
 
     Returns:
-        The models (see `check_and_describe_models`), and one dict per measurement, to be stored in suite.json.
+        The models (see `_check_and_describe_models`), and one dict per measurement, to be stored in suite.json.
         `benchmark`, `language`, `role` and `run` identify the measurement. `file` is the name of its result file.
         `status` is "planned" or "not run", with a `reason`; after a successful measurement it becomes "measured".
         `data` is the path or Hub id of the data. `local` is True if the data are in --data_dir; the status "not run" is
         then an error. `skipped` is the number of images that could not be read.
     """
     benchmarks, requested = select_benchmarks(args), args.languages
-    models, measurements = check_and_describe_models(args), []
+    models, measurements = _check_and_describe_models(args), []
     for benchmark in benchmarks:
         source = find_local_or_hub_data(benchmark, args.data_dir)
         languages = benchmark.languages
@@ -176,8 +176,8 @@ def run_measurement(
     Args:
         args: Arguments of the suite.
         benchmark: The benchmark.
-        model: Name, role, seed and more of the model: its dict from `check_and_describe_models`.
-        measurement: Data, language and result file of the measurement: its dict from `plan_models_and_measurements`.
+        model: Name, role, seed and more of the model: its dict from `_check_and_describe_models`.
+        measurement: Data, language and result file of the measurement: its dict from `_plan_models_and_measurements`.
 
     Returns:
         One record per metric and, for retrieval, direction.
@@ -205,7 +205,7 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
     Returns:
         On the main process the summary, which is the content of suite.json; None on the other processes.
     """
-    models, measurements = plan_models_and_measurements(args)
+    models, measurements = _plan_models_and_measurements(args)
     is_main, benchmarks = get_distributed_state().is_main_process, load_benchmarks()
     models_by_run = {(model["role"], model["run"]): model for model in models}
     for number, measurement in enumerate(measurements, 1):
@@ -243,8 +243,8 @@ def _build_summary(
 
     Args:
         args: Arguments of the suite.
-        models: The models, see `check_and_describe_models`.
-        measurements: All measurements, see `plan_models_and_measurements`. The results of measurements with the status
+        models: The models, see `_check_and_describe_models`.
+        measurements: All measurements, see `_plan_models_and_measurements`. The results of measurements with the status
             "measured" are read from the result files.
     """
     values = []

@@ -44,7 +44,7 @@ class CaptionArguments:
         check_at_least(self, 1, "top_k")
 
 
-def iter_pictures(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
+def _iter_pictures(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
     """Yield the decoded images in a folder and its subfolders.
 
     An image that can't be read is reported on stderr and skipped.
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"The caption bank {args.bank} is empty. Write one sentence per line.")
     model, processor = load_model(args.model).eval().to(resolve_device(args.device)), load_processor(args.model)
     names: list[str] = [] if args.pictures else [f"test/{row}" for row in range(len(data["test"]))]
-    pictures = iter_pictures(args.pictures, names) if args.pictures else data["test"]["image"]
+    pictures = _iter_pictures(args.pictures, names) if args.pictures else data["test"]["image"]
     images = embed_images(model, processor, pictures, progress="Pictures")  # (pictures, width), unit length
     texts = embed_texts(model, processor, bank, progress="Bank")  # (sentences, width), unit length
     writer = csv.writer(sys.stdout)

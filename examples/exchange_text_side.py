@@ -132,7 +132,7 @@ def compute_vector_store_recall(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: fill both vector stores, search them with both text encoders, and report recall.
+    """Run the command: index images in two vector stores, search each with two text encoders, and report recall.
 
     Args:
         argv: Command-line arguments. Default: those of the process.

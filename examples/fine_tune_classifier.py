@@ -120,7 +120,7 @@ class LabeledRows:
         return {"image": self.labeled_images.images.load_image(row), "labels": self.labeled_images.labels[row]}
 
 
-def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | LabeledRows]:
+def _load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | LabeledRows]:
     """Load the labeled images for training and for evaluation.
 
     Args:
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(ClassifierArguments, __doc__, argv)
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         prompts = load_prompts(args.benchmark)
-        train, test = load_splits(args, prompts)
+        train, test = _load_splits(args, prompts)
         processor = load_processor(args.model)
         if args.image_size:
             processor.image_processor.size = {"shortest_edge": args.image_size}

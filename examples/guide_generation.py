@@ -73,7 +73,7 @@ class GuideArguments:
             raise ValueError("The sentence is empty. Describe what the image should show.")
 
 
-def make_random_views(pixels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _make_random_views(pixels: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Make randomly transformed copies (views) of an image: rotated, cropped, resized to the original size, with noise.
 
     The operation is differentiable, so that gradients flow from the views to the image.
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         saved_steps = {round(step * args.steps / (STRIP_IMAGES - 1)) for step in range(1, STRIP_IMAGES)}
         bar = trange(1, args.steps + 1, desc="Optimizing", unit="step")
         for step in bar:
-            views = make_random_views(draw_picture(), args.views, generator) if args.views else draw_picture()
+            views = _make_random_views(draw_picture(), args.views, generator) if args.views else draw_picture()
             embeds = model(pixel_values=to_pixel_values(views, processor.image_processor)).image_embeds
             cosine = (embeds @ target.T).mean()
             optimizer.zero_grad()

@@ -53,7 +53,7 @@ class RealImagesArguments:
     device: str | None = flag(None, "cpu or cuda. Default: the GPU if there is one.")
 
 
-def prepare_datasets(folder: Path, openmoji: str) -> None:
+def _prepare_datasets(folder: Path, openmoji: str) -> None:
     """Write the datasets digits, photos and concepts if they do not exist yet.
 
     Each is written to a subfolder with the images (`data`) and the class names and templates (classes.json).
@@ -64,8 +64,8 @@ def prepare_datasets(folder: Path, openmoji: str) -> None:
     """
     makers = {
         "digits": make_digits_dataset,
-        "photos": make_photos_and_classes,
-        "concepts": partial(make_concepts_and_classes, openmoji),
+        "photos": _make_photos_and_classes,
+        "concepts": partial(_make_concepts_and_classes, openmoji),
     }
     for name, make_dataset in makers.items():
         if not (folder / name).exists():
@@ -99,7 +99,7 @@ def make_digits_dataset() -> tuple[DatasetDict, dict]:
     return DatasetDict(splits), classes_file
 
 
-def make_photos_and_classes() -> tuple[DatasetDict, dict]:
+def _make_photos_and_classes() -> tuple[DatasetDict, dict]:
     """Make a dataset of scikit-image's photographs, each of which is a class of its own.
 
     Returns:
@@ -141,7 +141,7 @@ def load_photo(name: str) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels).convert("RGB")
 
 
-def make_concepts_and_classes(openmoji: str) -> tuple[DatasetDict, dict]:
+def _make_concepts_and_classes(openmoji: str) -> tuple[DatasetDict, dict]:
     """Make a classification dataset of OpenMoji's test images, each of which is a class of its own.
 
     The Portuguese name of a class is the first Portuguese caption of its image.
@@ -160,7 +160,7 @@ def make_concepts_and_classes(openmoji: str) -> tuple[DatasetDict, dict]:
     )
 
 
-def evaluate_and_write_results(args: RealImagesArguments, model: str, role: str) -> None:
+def _evaluate_and_write_results(args: RealImagesArguments, model: str, role: str) -> None:
     """Evaluate one model on retrieval and zero-shot classification, and write a result file for each task.
 
     Args:
@@ -180,7 +180,7 @@ def evaluate_and_write_results(args: RealImagesArguments, model: str, role: str)
         classification.evaluate(task)
 
 
-def probe_and_write_results(args: RealImagesArguments) -> None:
+def _probe_and_write_results(args: RealImagesArguments) -> None:
     """Evaluate the base model with a linear probe on scikit-learn's digits, and write the result files.
 
     The result is also valid for the trained model, because CAPIVARA's training freezes the image encoder and a linear
@@ -236,10 +236,10 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command-line arguments. Default: those of the process.
     """
     args = parse_arguments(RealImagesArguments, __doc__, argv)
-    prepare_datasets(args.data, args.openmoji)
-    evaluate_and_write_results(args, args.baseline, "baseline")
-    evaluate_and_write_results(args, args.model, "capivara")
-    probe_and_write_results(args)
+    _prepare_datasets(args.data, args.openmoji)
+    _evaluate_and_write_results(args, args.baseline, "baseline")
+    _evaluate_and_write_results(args, args.model, "capivara")
+    _probe_and_write_results(args)
     print(f"Results: {args.output}. To make an HTML report: python -m eval.report {args.output} --output report")
 
 

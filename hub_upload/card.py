@@ -131,7 +131,7 @@ def render_card(
     with values.wrap_format_errors(folder):
         title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({run_metadata['config']['language']})"
         card = ModelCard.from_template(
-            build_card_data(run_metadata, to_publishable_line(title)),
+            _build_card_data(run_metadata, to_publishable_line(title)),
             template_path=str(TEMPLATE_FOLDER / f"model_card_{language}.md.j2"),
             **values.build_template_values(run_metadata, language, repo_id),
             title=to_markdown(title),
@@ -196,7 +196,7 @@ def find_card_faults(folder: Path) -> list[str]:
     if not (folder / CARD_FILE).is_file():
         raise ValueError(f"{folder} has no {CARD_FILE}. Write it with `python -m hub_upload.card --model {folder}`.")
     text = _read_text(folder / CARD_FILE)
-    if not (options := parse_render_options(text)):
+    if not (options := _parse_render_options(text)):
         return [f"{CARD_FILE}: it was not written by `python -m hub_upload.card`, so its values can't be verified."]
     try:
         with values.wrap_format_errors(folder):  # the options in the card may have wrong types, too
@@ -222,16 +222,17 @@ def find_generated_card_faults(folder: Path) -> list[str]:
         folder: Folder of a model, with or without a card.
 
     Returns:
-        The messages of `find_card_faults`. The list is empty if the folder has no card or a handwritten one.
+        One message per statement of the card that the files do not support (see `find_card_faults`). The list is empty
+        if the folder has no card or a handwritten one.
     """
     return (
         find_card_faults(folder)
-        if (folder / CARD_FILE).is_file() and parse_render_options(_read_text(folder / CARD_FILE))
+        if (folder / CARD_FILE).is_file() and _parse_render_options(_read_text(folder / CARD_FILE))
         else []
     )
 
 
-def parse_render_options(text: str) -> dict[str, Any] | None:
+def _parse_render_options(text: str) -> dict[str, Any] | None:
     """Read the options that a card was rendered with from the HTML comment at its end.
 
     Args:
@@ -291,7 +292,7 @@ def _read_text(path: Path) -> str:
 # are fractions from 0 to 1, as in the result files.
 
 
-def build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
+def _build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
     """Build the front matter of a card, with the metrics of the model (the Hub's "model index").
 
     Languages, licenses and Hub ids that the Hub does not accept are omitted.
@@ -312,7 +313,7 @@ def build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
     model, seed = run_metadata["origins"]["model"], run_metadata["run"]["seed"]
     # A base model in a local folder has no Hub id, but its card may name the models on the Hub that it was derived
     # from.
-    base = filter_hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
+    base = _filter_hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
     results = [value for value in run_metadata["values"] if value.model == "capivara" and value.metric != GAIN_METRIC]
     # If several seeds were measured, the model index shows the seed of the weights in the folder.
     published = [
@@ -327,14 +328,14 @@ def build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         base_model=base[0] if len(base) == 1 else base or None,
-        datasets=filter_hub_ids(origin.get("hub_id") for origin in run_metadata["origins"]["datasets"]) or None,
+        datasets=_filter_hub_ids(origin.get("hub_id") for origin in run_metadata["origins"]["datasets"]) or None,
         tags=tags + run_metadata["formats"],
         model_name=title,
         eval_results=[_build_eval_result(run_metadata, measurement) for measurement in published],
     )
 
 
-def filter_hub_ids(names: Any) -> list[str]:
+def _filter_hub_ids(names: Any) -> list[str]:
     """Select the valid Hub ids among values from a file.
 
     Args:
@@ -389,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(
             "\n".join([*faults, f"error: The card of {args.check} differs from its files in {len(faults)} lines."])
         )
-    if parse_render_options(_read_text(args.check / CARD_FILE))["version"] != TEMPLATE_VERSION:
+    if _parse_render_options(_read_text(args.check / CARD_FILE))["version"] != TEMPLATE_VERSION:
         print(
             f"The tables and digests in the card of {args.check} agree with its files. Its text was not compared, "
             "because the card was written with an older template."

@@ -443,7 +443,7 @@ def to_code(value: Any) -> str:
     return f"`{text}`" if is_plain else to_markdown(written)
 
 
-def is_portuguese(language: str) -> bool:
+def _is_portuguese(language: str) -> bool:
     """Return whether a language code stands for Portuguese.
 
     Args:
@@ -464,7 +464,7 @@ def select_example_inputs(language: str, fallback_texts: Sequence[str]) -> dict[
         and "picture" (the file name of an image).
     """
     texts, template, picture = PORTUGUESE_EXAMPLES, "uma imagem de cor {}", "foto.jpg"
-    if not is_portuguese(language):
+    if not _is_portuguese(language):
         texts = {key: list(fallback_texts[: len(value)]) for key, value in PORTUGUESE_EXAMPLES.items()}
         template, picture = "{}", "photo.jpg"
     lists = {key: json.dumps(value, ensure_ascii=False) for key, value in texts.items()}
@@ -612,7 +612,7 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
         "code": to_code,
         "get_published_baseline_result": get_published_baseline_result,
         "revision": partial(find_eval_dataset_revision, run),
-        "is_portuguese": is_portuguese(trained_language),
+        "is_portuguese": _is_portuguese(trained_language),
         "rank_metrics": RANK_METRICS,
         "is_capivara": run_metadata["model_class"] == CAPIVARA_CLASS,
         "is_siglip": run_metadata["model_class"] in FIXED_LENGTH_CLASSES,

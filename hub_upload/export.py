@@ -120,7 +120,7 @@ def export_model(
     formats = _clean_and_check_formats(formats, text_config, base)
     check_inputs_outside(output, model, base)
     with atomic_folder(output, overwrite) as folder:
-        config = read_and_check_model_config(model, formats)
+        config = _read_and_check_model_config(model, formats)
         if formats == ["drop_in"]:
             drop_in.write_drop_in(model, folder, config, str(base), repo_id)
         elif formats == ["immich"]:
@@ -171,7 +171,7 @@ def _clean_and_check_formats(formats: Sequence[str], text_config: str | None, ba
     return formats
 
 
-def read_and_check_model_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
+def _read_and_check_model_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
     """Read the configuration of a model folder, and check that the export formats support the model.
 
     Args:

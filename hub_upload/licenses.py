@@ -27,12 +27,12 @@ def infer_license(stated_licenses: list[list[str]]) -> str | None:
         return None
     all_licenses = {license for licenses in stated_licenses for license in licenses}
     binding = all_licenses - PERMISSIVE_LICENSES or all_licenses
-    if any(map(is_non_commercial, binding)):
+    if any(map(_is_non_commercial, binding)):
         binding -= ATTRIBUTION_LICENSES
     return binding.pop() if len(binding) == 1 else None
 
 
-def is_non_commercial(license: str) -> bool:
+def _is_non_commercial(license: str) -> bool:
     """Return whether a license forbids commercial use.
 
     Args:
@@ -53,12 +53,12 @@ def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None
         ValueError: If the base model, a training dataset or the teacher is licensed for non-commercial use only, and
             the stated license permits commercial use.
     """
-    permissive = [license for license in as_texts(stated) if not is_non_commercial(license)]
+    permissive = [license for license in as_texts(stated) if not _is_non_commercial(license)]
     datasets = origins.get("datasets")
     works = [origins.get("model"), *(datasets if isinstance(datasets, list) else []), origins.get("teacher")]
     for work in works:
         licenses = as_texts(work.get("licenses")) if isinstance(work, dict) else []
-        required = [license for license in licenses if is_non_commercial(license)]
+        required = [license for license in licenses if _is_non_commercial(license)]
         if permissive and required:
             raise ValueError(
                 f"The license {permissive[0]} permits commercial use, but the model was made from {work.get('title')}, "

@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line: print the changes that the push makes on the Hub and, with --push, upload them."""
     args = parse_arguments(PushArguments, __doc__, argv)
     plan = plan_push(args)
-    print(describe_push(plan), flush=True)
+    print(_describe_push(plan), flush=True)
     check_card_is_current(args)
     if not (plan.added_files or plan.deleted_paths or plan.creates_branch):
         print("The Hub already has all files; there is nothing to send.")
@@ -191,7 +191,7 @@ def plan_push(args: PushArguments) -> PushPlan:
     check_stated_license(origins, (metadata or {}).get("license"))
     user, remote, unreachable = None, RemoteRepository(), ""
     try:
-        with wrap_hub_errors(args.repo_id, RETRY_HINT if args.push else "Run the same command again."):
+        with _wrap_hub_errors(args.repo_id, RETRY_HINT if args.push else "Run the same command again."):
             user = str(_retry_once(lambda: HfApi().whoami(cache=True)["name"])) if get_token() else None
             remote = _read_remote(args.repo_id, args.repo_type, args.revision)
     except HubUnreachableError as error:
@@ -233,7 +233,7 @@ def check_card_is_current(args: PushArguments) -> None:
     print(f"Warning: {message}", flush=True)
 
 
-def describe_push(plan: PushPlan) -> str:
+def _describe_push(plan: PushPlan) -> str:
     """Describe a push for the user, before it is made.
 
     Args:
@@ -338,7 +338,7 @@ def push_planned_changes(plan: PushPlan) -> str | None:
         PushError: If there is no token, the Hub refuses the push or the connection breaks.
     """
     args, remote, api = plan.args, plan.remote, HfApi()
-    with wrap_hub_errors(args.repo_id):
+    with _wrap_hub_errors(args.repo_id):
         if get_token() is None:
             raise PushError(NO_TOKEN_MESSAGE)
         if not remote.exists:
@@ -453,7 +453,7 @@ def _retry_once(call: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def wrap_hub_errors(repo_id: str, again: str = RETRY_HINT) -> Iterator[None]:
+def _wrap_hub_errors(repo_id: str, again: str = RETRY_HINT) -> Iterator[None]:
     """Convert all errors that calls to the Hub raise in a `with` block to PushError.
 
     Inside the block, access tokens and keys are masked in all log messages.
@@ -539,7 +539,7 @@ def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
     """
     check_repo_id(repo_id)
     api = HfApi()
-    with wrap_hub_errors(repo_id):
+    with _wrap_hub_errors(repo_id):
         if get_token() is None:
             raise PushError(NO_TOKEN_MESSAGE)
         remote = _read_remote(repo_id, "model", "main")

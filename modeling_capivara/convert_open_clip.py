@@ -262,7 +262,7 @@ def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
         fields = {name: vision_cfg.get(theirs, default) for theirs, (name, default) in VIT_FIELDS.items()}
         vision = VISION_DEFAULTS | fields
         if not isinstance(vision["image_size"], int):
-            raise_unsupported("vision_cfg.image_size", vision["image_size"], "a single number of pixels")
+            _raise_unsupported("vision_cfg.image_size", vision["image_size"], "a single number of pixels")
         vision["num_attention_heads"] = vision["hidden_size"] // vision_cfg.get("head_width", 64)
         vision["intermediate_size"] = int(vision["hidden_size"] * vision_cfg.get("mlp_ratio", 4.0))
         vision["hidden_act"] = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
@@ -299,7 +299,7 @@ def to_open_clip_model_cfg(
         ValueError: If open_clip can't represent the architecture.
     """
     if config.text_config.model_type not in TEXT_MODEL_TYPES:
-        raise_unsupported(
+        _raise_unsupported(
             "text_config.model_type", config.text_config.model_type, f"one of {TEXT_MODEL_TYPES}", "config.json"
         )
     vision, model_cfg = config.vision_config, {"embed_dim": config.projection_dim}
@@ -307,7 +307,7 @@ def to_open_clip_model_cfg(
         model_cfg["init_logit_bias"] = config.logit_bias_init_value
     if not _is_vit(config):
         if vision.model_args or not vision.do_pooling:
-            raise_unsupported(
+            _raise_unsupported(
                 "vision_config.model_args", vision.model_args, "none, with do_pooling true", "config.json"
             )
         # An empty `timm_pool` keeps the pooling of the timm model.
@@ -317,9 +317,11 @@ def to_open_clip_model_cfg(
         for name, supported in {"hidden_act": ("gelu", "quick_gelu"), "layer_norm_eps": (1e-5,)}.items():
             value = getattr(vision, name)
             if value not in supported:
-                raise_unsupported(f"vision_config.{name}", value, " or ".join(map(repr, supported)), "config.json")
+                _raise_unsupported(f"vision_config.{name}", value, " or ".join(map(repr, supported)), "config.json")
         if image_size not in (None, vision.image_size):
-            raise_unsupported("crop_size.height", image_size, f"the image tower's {vision.image_size}", "the processor")
+            _raise_unsupported(
+                "crop_size.height", image_size, f"the image tower's {vision.image_size}", "the processor"
+            )
         ratio = vision.intermediate_size / vision.hidden_size
         # open_clip computes the size with this rounding.
         if int(vision.hidden_size * ratio) != vision.intermediate_size:
@@ -345,7 +347,7 @@ def _is_vit(config: CapivaraConfig) -> bool:
     model_type = config.vision_config.model_type
     if model_type not in ("clip_vision_model", "timm_wrapper"):
         supported = "'clip_vision_model' or 'timm_wrapper'"
-        raise_unsupported("vision_config.model_type", model_type, supported, "config.json")
+        _raise_unsupported("vision_config.model_type", model_type, supported, "config.json")
     return model_type == "clip_vision_model"
 
 
@@ -366,15 +368,15 @@ def _load_text_config(name: Any) -> PreTrainedConfig:
     try:
         config = load_config(name, trust_remote_code=False) if isinstance(name, str) else None
     except (OSError, ValueError) as error:
-        reason = f"has no usable configuration ({first_error_line(error)})"
+        reason = f"has no usable configuration ({_first_error_line(error)})"
         hint = "If it is a folder that has moved, enter its new path"
         raise ValueError(f"text_cfg.hf_model_name {name!r} {reason}. {hint}.") from error
     if config is None or config.model_type not in TEXT_MODEL_TYPES:
-        raise_unsupported("text_cfg.hf_model_name", name, f"text encoders of the types {', '.join(TEXT_MODEL_TYPES)}")
+        _raise_unsupported("text_cfg.hf_model_name", name, f"text encoders of the types {', '.join(TEXT_MODEL_TYPES)}")
     return config
 
 
-def to_image_processor(preprocess_cfg: dict, size: int) -> CapivaraImageProcessor:
+def _to_image_processor(preprocess_cfg: dict, size: int) -> CapivaraImageProcessor:
     """Convert the `preprocess_cfg` section of open_clip_config.json to an image processor.
 
     Args:
@@ -416,10 +418,10 @@ def to_preprocess_cfg(processor: BaseImageProcessor) -> dict[str, Any]:
     required |= {"rescale_factor": 1 / 255, "crop_size": {"height": side, "width": side}}
     for name, value in required.items() if is_capivara else ():
         if settings[name] != value:
-            raise_unsupported(f"image_processor.{name}", settings[name], str(value), "the processor")
+            _raise_unsupported(f"image_processor.{name}", settings[name], str(value), "the processor")
     interpolation = PILImageResampling(processor.resample).name.lower()
     if interpolation not in SUPPORTED_VALUES["preprocess_cfg.interpolation"]:
-        raise_unsupported("image_processor.resample", interpolation, "bicubic or bilinear", "the processor")
+        _raise_unsupported("image_processor.resample", interpolation, "bicubic or bilinear", "the processor")
     preprocess_cfg = {"mean": settings["image_mean"], "std": settings["image_std"], "interpolation": interpolation}
     return preprocess_cfg | {"resize_mode": "shortest" if is_capivara else "squash"}
 
@@ -437,10 +439,10 @@ def _check_supported(section: str, fields: dict) -> None:
     for name, value in fields.items():
         supported = SUPPORTED_VALUES.get(f"{section}.{name}", (value,))
         if value not in supported:
-            raise_unsupported(f"{section}.{name}", value, " or ".join(map(repr, supported)))
+            _raise_unsupported(f"{section}.{name}", value, " or ".join(map(repr, supported)))
 
 
-def raise_unsupported(field: str, value: Any, supported: str, file: str = OPEN_CLIP_CONFIG) -> NoReturn:
+def _raise_unsupported(field: str, value: Any, supported: str, file: str = OPEN_CLIP_CONFIG) -> NoReturn:
     """Raise a ValueError for a setting that can't be converted.
 
     Args:
@@ -484,7 +486,7 @@ class OpenClipSource:
     repo_id: str | None = None
 
 
-def resolve_open_clip_source(source: str, tokenizer: str | None = None, revision: str | None = None) -> OpenClipSource:
+def _resolve_open_clip_source(source: str, tokenizer: str | None = None, revision: str | None = None) -> OpenClipSource:
     """Find an open_clip model, and download its files if it is on the Hub.
 
     Args:
@@ -511,7 +513,7 @@ def resolve_open_clip_source(source: str, tokenizer: str | None = None, revision
     model_cfg, preprocess_cfg = settings["model_cfg"], settings.get("preprocess_cfg") or {}
     for name, section in {"preprocess_cfg": preprocess_cfg, "text_cfg": model_cfg.get("text_cfg")}.items():
         if not isinstance(section, dict):
-            raise_unsupported(name, section, "a JSON object")
+            _raise_unsupported(name, section, "a JSON object")
     weights = next((folder / name for name in OPEN_CLIP_WEIGHT_FILES if (folder / name).is_file()), None)
     if weights is None:
         raise ValueError(f"SOURCE {folder} has no weights; expected one of {', '.join(OPEN_CLIP_WEIGHT_FILES)}.")
@@ -522,7 +524,7 @@ def resolve_open_clip_source(source: str, tokenizer: str | None = None, revision
     return OpenClipSource(model_cfg, preprocess_cfg, weights, tokenizer, folder, repo_id)
 
 
-def first_error_line(error: BaseException) -> str:
+def _first_error_line(error: BaseException) -> str:
     """Return only the first line of an error's message, because some libraries append pages of advice.
 
     Args:
@@ -553,7 +555,7 @@ def _download_model(repo_id: str, revision: str | None) -> Path:
                 # The snapshot folder is named after its commit, so all files come from the same commit.
                 folder = Path(snapshot_download(repo_id, allow_patterns=[name], revision=folder.name))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ValueError(f"{repo_id} could not be fetched from the Hub: {first_error_line(error)}") from error
+        raise ValueError(f"{repo_id} could not be fetched from the Hub: {_first_error_line(error)}") from error
     return folder
 
 
@@ -619,7 +621,7 @@ def _load_checkpoint(path: Path) -> Any:
             )
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # the readers raise many types for damaged or malicious files
-        raise ValueError(f"{path} cannot be read as a checkpoint: {first_error_line(error)}") from error
+        raise ValueError(f"{path} cannot be read as a checkpoint: {_first_error_line(error)}") from error
 
 
 def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase:
@@ -641,7 +643,7 @@ def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBas
         with wrap_tokenizer_errors("it"):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for damaged folders
-        problem = f"The tokenizer {name!r} can't be loaded ({first_error_line(error)})"
+        problem = f"The tokenizer {name!r} can't be loaded ({_first_error_line(error)})"
         raise ValueError(f"{problem}. Give another tokenizer with --tokenizer.") from error
     text_config = config.text_config
     if len(tokenizer) > text_config.vocab_size or tokenizer.pad_token_id != text_config.pad_token_id:
@@ -651,13 +653,13 @@ def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def convert_and_write_model(
+def _convert_and_write_model(
     open_clip_source: OpenClipSource, folder: Path, config: CapivaraConfig | None = None
 ) -> tuple[CapivaraModel, list[str]]:
     """Convert an open_clip model to a folder that transformers can load, in float32, and verify the converted model.
 
     Args:
-        open_clip_source: Files and settings of the model, from `resolve_open_clip_source`.
+        open_clip_source: Files and settings of the model, from `_resolve_open_clip_source`.
         folder: Empty folder to write to.
         config: Architecture of a checkpoint file that has no configuration. Default: the architecture of the published
             CAPIVARA model. Ignored if the model has its own configuration.
@@ -673,7 +675,7 @@ def convert_and_write_model(
     config = (
         to_capivara_config(open_clip_source.model_cfg) if open_clip_source.model_cfg else config or CapivaraConfig()
     )
-    image_processor = to_image_processor(open_clip_source.preprocess_cfg, config.vision_config.image_size)
+    image_processor = _to_image_processor(open_clip_source.preprocess_cfg, config.vision_config.image_size)
     state, notes = read_open_clip_state_dict(open_clip_source.weights)
     CapivaraProcessor(image_processor, _load_tokenizer(open_clip_source.tokenizer, config)).save_pretrained(folder)
     subject = "The checkpoint's tensors (a bare file is taken to have the published architecture)"
@@ -711,7 +713,7 @@ def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
     Returns:
         Digest of the weights, 32 hexadecimal digits.
     """
-    return weights_digest(convert_and_write_model(resolve_open_clip_source(source, revision=revision), folder)[0])
+    return weights_digest(_convert_and_write_model(_resolve_open_clip_source(source, revision=revision), folder)[0])
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -770,7 +772,7 @@ def convert(
         ValueError: If there is no such model, it can't be converted, or `output` has files.
     """
     with atomic_folder(Path(output), overwrite_output_dir) as folder:
-        return convert_and_write_model(resolve_open_clip_source(source, tokenizer), folder, config)[1]
+        return _convert_and_write_model(_resolve_open_clip_source(source, tokenizer), folder, config)[1]
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
     a side. transformers' CLIP image processors convert to RGB before the resize, and the position of their crop differs
     by one pixel if the margin is 3 modulo 4.
 
-    An array or tensor gives the same result as a PIL image with the same pixels (see `array_to_pil`). 16-bit images are
-    scaled to 8 bits, because PIL alone would clip them to white. Images from files keep their color mode and are
+    An array or tensor gives the same result as a PIL image with the same pixels (see `_array_to_pil`). 16-bit images
+    are scaled to 8 bits, because PIL alone would clip them to white. Images from files keep their color mode and are
     rotated according to their EXIF data. Images from URLs are converted to RGB when they are loaded.
     """
 
@@ -108,7 +108,7 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
                 `to_uint8`).
         """
         if not isinstance(image, Image.Image):
-            return array_to_pil(image, input_data_format)
+            return _array_to_pil(image, input_data_format)
         if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float pixels, which PIL would clip to white
             return Image.fromarray(to_uint8(np.asarray(image)))
         return image.convert("LA") if image.mode == "La" else image  # PIL can't convert La directly to RGB
@@ -212,7 +212,7 @@ def _crop_offset(length: int, crop_length: int) -> int:
     return round(margin / 2) if margin >= 0 else -(-margin // 2)
 
 
-def array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | None = None) -> Image.Image:
+def _array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | None = None) -> Image.Image:
     """Convert an array or tensor to a PIL image with the same pixels.
 
     Args:

@@ -197,9 +197,9 @@ class CapivaraModel(CapivaraPreTrainedModel):
         self.text_model = AutoModel.from_config(
             config.text_config, dtype=dtype, **_get_no_pooler_kwargs(config.text_config)
         )
-        check_tower_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
-        check_tower_main_input("text_config", self.text_model, "input_ids", "xlm-roberta")
-        self.visual_projection = nn.Linear(infer_vision_width(config.vision_config), config.projection_dim, bias=False)
+        _check_tower_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
+        _check_tower_main_input("text_config", self.text_model, "input_ids", "xlm-roberta")
+        self.visual_projection = nn.Linear(_infer_vision_width(config.vision_config), config.projection_dim, bias=False)
         self.text_projection = _build_text_projection(config)
         self.logit_scale, bias = nn.Parameter(torch.tensor(config.logit_scale_init_value)), config.logit_bias_init_value
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
@@ -467,8 +467,8 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vision_model = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
-        check_tower_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
-        self.visual_projection = nn.Linear(infer_vision_width(config.vision_config), config.projection_dim, bias=False)
+        _check_tower_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
+        self.visual_projection = nn.Linear(_infer_vision_width(config.vision_config), config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         # `from_config(config, dtype=torch.bfloat16)` ignores `_keep_in_fp32_modules_strict`, so the head is created
         # explicitly in float32, or in float64 if that is the default dtype.
@@ -777,7 +777,7 @@ def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") 
         raise ValueError(f"{name} must be from 1 to the embedding's width, {width}, got {dim}.")
 
 
-def check_tower_main_input(name: str, tower: PreTrainedModel, expected: str, example: str) -> None:
+def _check_tower_main_input(name: str, tower: PreTrainedModel, expected: str, example: str) -> None:
     """Check that a tower takes the expected input: pixels for an image tower, token ids for a text tower.
 
     Args:
@@ -796,7 +796,7 @@ def check_tower_main_input(name: str, tower: PreTrainedModel, expected: str, exa
 
 
 @torch.no_grad()
-def infer_vision_width(config: PreTrainedConfig) -> int:
+def _infer_vision_width(config: PreTrainedConfig) -> int:
     """Return the width of the image tower's `pooler_output`.
 
     The width is `hidden_size` if the configuration has this field. Configurations of convolutional towers do not have

@@ -126,7 +126,7 @@ def trim(
         trimmed_languages = ", ".join(earlier_trim["languages"])
         hint = "Trim the model that it was made from"
         raise ValueError(f"MODEL {model} is already trimmed, to {trimmed_languages}. {hint}.")
-    kept_ids = select_token_ids(processor, languages, words, [text for path in texts for text in read_lines(path)])
+    kept_ids = select_token_ids(processor, languages, words, [text for path in texts for text in _read_lines(path)])
     trimmed = type(processor)(processor.image_processor, trim_tokenizer(processor.tokenizer, kept_ids))
     for language in languages:
         checked_words = frequent_words(language, min(MAX_CHECKED_WORDS, *words))
@@ -222,8 +222,8 @@ def select_token_ids(
     kept_ids = _required_token_ids(processor.tokenizer)
     for language, word_list in lists.items():
         bar = tqdm(word_list, desc=f"Words of {language}", unit="word", unit_scale=True)
-        kept_ids |= used_token_ids(processor, map(word_variants, bar))
-    return sorted(_add_merge_parts(processor.tokenizer, kept_ids | used_token_ids(processor, texts)))
+        kept_ids |= _used_token_ids(processor, map(word_variants, bar))
+    return sorted(_add_merge_parts(processor.tokenizer, kept_ids | _used_token_ids(processor, texts)))
 
 
 def frequent_words(language: str, number: int) -> list[str]:
@@ -263,7 +263,7 @@ def word_variants(word: str) -> str:
     return " ".join(f"{form} ({form}" for form in dict.fromkeys((word, word.title(), word.upper())))
 
 
-def used_token_ids(processor: ProcessorMixin, texts: Iterable[str]) -> set[int]:
+def _used_token_ids(processor: ProcessorMixin, texts: Iterable[str]) -> set[int]:
     """Collect the ids of all tokens that occur in the given texts.
 
     Args:
@@ -321,7 +321,7 @@ def _iter_batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def read_lines(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
     """Read the lines of a text file, without blank lines.
 
     Args:
@@ -350,7 +350,7 @@ def _required_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     Args:
         tokenizer: The original tokenizer.
     """
-    state = tokenizer_state(tokenizer)
+    state = _tokenizer_state(tokenizer)
     special_ids = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     ids = {*range(max(special_ids - {None}) + 1), *(token["id"] for token in state["added_tokens"])}
     if state["model"]["type"] == "Unigram":  # the score of a letter without a token depends on the lowest score
@@ -364,7 +364,7 @@ def _required_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return ids
 
 
-def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
     """Return the content of a tokenizer's tokenizer.json as a dictionary, for example with `model` and `added_tokens`.
 
     Args:
@@ -388,7 +388,7 @@ def _list_tokens_in_id_order(state: dict) -> list[str]:
     """Return the tokens of a vocabulary in the order of their ids, without added tokens.
 
     Args:
-        state: Content of tokenizer.json, from `tokenizer_state`.
+        state: Content of tokenizer.json, from `_tokenizer_state`.
     """
     vocabulary = state["model"]["vocab"]  # Unigram: list of tokens with scores; BPE: dictionary from token to id
     return (
@@ -406,7 +406,7 @@ def _add_merge_parts(tokenizer: PreTrainedTokenizerBase, token_ids: set[int]) ->
     Returns:
         The given ids and the added ids. For a Unigram tokenizer, which has no merges, the given ids.
     """
-    state = tokenizer_state(tokenizer)
+    state = _tokenizer_state(tokenizer)
     if state["model"]["type"] != "BPE":
         return token_ids
     id_of, parts = state["model"]["vocab"], {}
@@ -423,7 +423,7 @@ def _merges(state: dict) -> list[tuple[str, str]]:
     """Return the merges of a BPE tokenizer in their order, each as a pair of tokens that are joined.
 
     Args:
-        state: Content of tokenizer.json, from `tokenizer_state`. Older files store a merge as a string with a space
+        state: Content of tokenizer.json, from `_tokenizer_state`. Older files store a merge as a string with a space
             between the two tokens, newer files as a list of two tokens.
     """
     return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in state["model"]["merges"]]
@@ -442,7 +442,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) 
     Raises:
         ValueError: If the tokenizer is of a type that can't be trimmed, or a token would not get its new id.
     """
-    state, new_id = tokenizer_state(tokenizer), {old_id: new for new, old_id in enumerate(kept_ids)}
+    state, new_id = _tokenizer_state(tokenizer), {old_id: new for new, old_id in enumerate(kept_ids)}
     model, tokens = state["model"], _list_tokens_in_id_order(state)
     model_ids = [old_id for old_id in kept_ids if old_id < len(tokens)]  # added tokens may have higher ids
     if model["type"] == "Unigram":

@@ -233,7 +233,9 @@ def load_embedder(
     torch_device = resolve_device(device) if device else get_distributed_state().device
     library, _, open_clip_name = model.partition(":")
     if library == "clip" and open_clip_name:
-        raise ValueError(f"Models of transformers have no prefix: use {open_clip_name} instead of {model}.")
+        raise ValueError(
+            f'A model of transformers is named without "clip:": write {open_clip_name} instead of {model}.'
+        )
     if library != "open_clip" or not open_clip_name:
         processor, loaded = load_processor(model), load_model(model).eval().to(torch_device)
         if precision == "auto":

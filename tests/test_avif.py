@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from capivara_common.avif import MAX_BOXES, _find_boxes, _read_sequence_header, largest_frame_size
-from capivara_common.image_files import BadImage, open_image
+from capivara_common.image_files import BadImage, open_undecoded_image
 
 SIZE, SMALL = (300, 200), (20, 20)
 
@@ -39,9 +39,9 @@ def test_the_size_is_read_from_the_stream(mode, frames):
 
 def test_a_file_that_declares_too_few_pixels_is_refused_before_decoding():
     data = declare(encode(), SMALL)
-    assert open_image(data, "a.avif", max_pixels=SIZE[0] * SIZE[1]).size == SMALL
+    assert open_undecoded_image(data, "a.avif", max_pixels=SIZE[0] * SIZE[1]).size == SMALL
     with pytest.raises(BadImage, match="300 x 200 pixels; at most 50,000 pixels") as caught:
-        open_image(data, "a.avif", max_pixels=50_000)
+        open_undecoded_image(data, "a.avif", max_pixels=50_000)
     assert caught.value.reason == "absurd image size"
 
 

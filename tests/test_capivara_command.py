@@ -326,7 +326,7 @@ def test_status_fits_on_a_screen_with_long_lists(capivara, tmp_path, saved_tiny_
     code, out, _ = capivara("estado", *flags, "--lang", "pt")
     assert code == 0 and len(lines := out.splitlines()) <= 24 and max(map(len, lines)) < 200
     sections = dict(re.findall(r"^(\S[\w ]*?)  +(.+)$", out, re.MULTILINE))
-    assert sections["excluídos"] == ignored and sections["regras"] == "--exclude *.tmp"
+    assert sections["excluídos"] == ignored and sections["regras de exclusão"] == "--exclude *.tmp"
     assert re.findall(r"e mais (\d+); capivara estado --all", out) == ["6", "5", "10"]
     full_text = capivara("status", "--all", *flags)[1]
     assert "\x1b" not in full_text and full_text.count("/bad") == 9 and full_text.count("forget ") == 6

@@ -142,7 +142,7 @@ def test_a_failed_slurm_job_stops_later_phases_and_can_be_resumed(config, built,
     wait_for_jobs(slurm)
     changed(config, score={"model": model, "device": "cpu", "rows_per_part": 4})
     logs = built / "logs" / "2-score" / "train" / "rows"
-    reasons = executors.read_failure_reasons(logs)
+    reasons = executors.read_task_failures(logs)
     assert reasons.keys() == {0, 1} and "not-there" in reasons[0]
     assert len(list((built / "1-translate" / "train").glob("*.parquet"))) == 7
     assert not (built / "3-select").exists() and not (built / "dataset").exists()

@@ -1,9 +1,11 @@
 """Structure of the project: allowed imports, sizes of files and functions, and self-contained model files."""
 
 import ast
+import re
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -74,6 +76,22 @@ def python_files() -> list[Path]:
 @cache
 def tree(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+def test_a_function_that_only_its_file_uses_has_an_underscore():
+    words = {path: set(re.findall(r"\w+", (ROOT / path).read_text(encoding="utf-8"))) for path in python_files()}
+    pages = ROOT.glob("docs/**/*.md")
+    words |= {path: set(re.findall(r"\w+", path.read_text(encoding="utf-8"))) for path in pages}
+    users = Counter(word for found in words.values() for word in found)
+    public = [
+        f"{path}: {node.name}"
+        for path in python_files()
+        if path.parts[0] != "tests"
+        for node in tree(path).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name != "main"
+        if users[node.name] == 1
+    ]
+    assert not public
 
 
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

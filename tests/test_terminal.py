@@ -13,11 +13,11 @@ import PIL.Image
 
 from capivara_common.privacy import escape_control_characters
 from capivara_search.command import capivara
+from capivara_search.csv_output import escape_csv_cell
 from capivara_search.messages import Messages
 from capivara_search.terminal import (
     align_columns,
     display_width,
-    escape_csv_cell,
     fit_to_columns,
     format_link,
     format_path,

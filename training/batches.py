@@ -124,7 +124,7 @@ def batch_indices(step: int, batch_size: int, dataset_size: int, seed: int) -> n
     return _epoch_permutation(seed, epoch, dataset_size)[position * batch_size : (position + 1) * batch_size]
 
 
-def replacement_index(step: int, batch_size: int, dataset_size: int, seed: int, attempt: int) -> int:
+def _replacement_index(step: int, batch_size: int, dataset_size: int, seed: int, attempt: int) -> int:
     """Return the row that replaces a row of a batch whose image can't be used.
 
     Replacements are the rows that follow the batch in the shuffled order of its epoch. After the last row, they
@@ -266,7 +266,7 @@ class BatchPlanner:
             A new plan. Each replacement comes from the same dataset as the pair that it replaces.
 
         Raises:
-            ValueError: If a dataset has no unused pair left, see `replacement_index`.
+            ValueError: If a dataset has no unused pair left, see `_replacement_index`.
         """
         rows, texts, counts = plan.rows.copy(), [*plan.texts], Counter(plan.replacement_counts)
         for place in places:
@@ -274,7 +274,7 @@ class BatchPlanner:
             attempt = counts[number]
             counts[number] += 1
             captions, seed = self.captions[number], self.seed + (number << 32)
-            rows[place] = replacement_index(plan.step, self.pairs_per_dataset[number], len(captions), seed, attempt)
+            rows[place] = _replacement_index(plan.step, self.pairs_per_dataset[number], len(captions), seed, attempt)
             (texts[place],) = sample_captions(captions, rows[[place]], plan.step, seed + attempt)
         batches = [*plan.batches]
         for i, batch in enumerate(batches):

@@ -193,7 +193,7 @@ def read_training_state(path: Path) -> TrainingState:
     """
     if not (path / STATE_FILE).is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no {STATE_FILE}. Give the folder of a checkpoint.")
-    check_checkpoint_files(path)
+    _check_checkpoint_files(path)
     try:
         return TrainingState(**read_json(path / STATE_FILE, step=int, curve=list, config=dict, data=dict))
     except TypeError as error:
@@ -202,7 +202,7 @@ def read_training_state(path: Path) -> TrainingState:
         ) from error
 
 
-def check_checkpoint_files(path: Path) -> None:
+def _check_checkpoint_files(path: Path) -> None:
     """Compare the files of a checkpoint with its checksums.
 
     Raises:
@@ -311,7 +311,7 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
         # its parent folder.
         check_inputs_outside(args.output_dir, *needed, *(Path(name).parent for name in needed))
     partial = partial_folder(args.output_dir)
-    if args.resume is None and not args.overwrite_output_dir and can_resume(partial):
+    if args.resume is None and not args.overwrite_output_dir and _can_resume(partial):
         raise ValueError(
             f"{partial} holds an unfinished run. Resume it with --resume auto, or start again with "
             "--overwrite_output_dir."
@@ -341,7 +341,7 @@ def is_run_complete(args: RunArguments, output_dir: Path) -> bool:
     return args.resume == "auto" and (output_dir / "run.json").is_file() and not partial_folder(output_dir).exists()
 
 
-def can_resume(folder: Path) -> bool:
+def _can_resume(folder: Path) -> bool:
     """Return whether the folder of an unfinished run has a checkpoint or a trained model to resume from."""
     return any(folder.glob("checkpoints/step-*")) or (folder / "run.json").is_file()
 
@@ -400,7 +400,7 @@ def locked_run_folder(output_dir: Path, args: RunArguments, accelerator: Acceler
         # The training loop adds the signal and a message; Ctrl-C before or after training has neither.
         number, message = stop.args or (signal.SIGINT, "Stopped.")
         hint = "Nothing has been trained yet; run the same command again."
-        if can_resume(folder):
+        if _can_resume(folder):
             hint = f"Resume with --resume auto --output_dir {output_dir}."
         print(f"\n{message} {hint}", file=sys.stderr)
         sys.exit(128 + number)
@@ -408,7 +408,7 @@ def locked_run_folder(output_dir: Path, args: RunArguments, accelerator: Acceler
         sys.exit(f"error: {error}")
     finally:
         if lock is not None:
-            if folder.exists() and not can_resume(folder):
+            if folder.exists() and not _can_resume(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
 

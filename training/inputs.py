@@ -187,7 +187,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
         ValueError: If data, columns or model are missing or invalid, the usable pairs do not fill a batch, or the
             embeddings in a dataset were made by another image encoder.
     """
-    splits = open_splits(args)  # before a model is loaded, because missing data is the most common error
+    splits = _open_splits(args)  # before a model is loaded, because missing data is the most common error
     processor = load_processor(args.model)
     base = load_model(args.model)
     # Checks the regular expressions of --frozen_parameters and --lora_targets before any long work.
@@ -201,13 +201,13 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     validation = load_evaluation_pairs(args, validation_split, [args.language], processor)[args.language]
     test = load_evaluation_pairs(args, test_split, args.eval_languages, processor)
     training = load_training_pairs(args, splits, processor)
-    split_usable_and_skipped_pairs(
+    _split_usable_and_skipped_pairs(
         training, args
     )  # fails early if there are too many bad rows, before images are embedded
 
     def with_vectors(pairs: PairDataset) -> PairDataset:
         if pairs.source.is_embedded:
-            return add_dataset_vectors(pairs)
+            return _add_dataset_vectors(pairs)
         return pairs if args.image_embedding_cache == "off" else add_vectors(base, pairs, args, accelerator)
 
     def load_embeds(pairs: PairDataset, title: str) -> Tensor:
@@ -217,12 +217,12 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
         return torch.from_numpy(vectors_to_array(pairs.table.data.column("vectors")).astype(np.float32))
 
     test_pairs = test[args.language]  # without the cache, so that the final evaluation is in float32
-    test_pairs = add_dataset_vectors(test_pairs) if test_pairs.source.is_embedded else test_pairs
+    test_pairs = _add_dataset_vectors(test_pairs) if test_pairs.source.is_embedded else test_pairs
     test_embeds = load_embeds(test_pairs, "Images, test")
     validation = with_vectors(validation)
     validation_embeds = load_embeds(validation, "Images, validation")
     training = list(map(with_vectors, training))
-    training, skipped = split_usable_and_skipped_pairs(training, args)
+    training, skipped = _split_usable_and_skipped_pairs(training, args)
     return TrainingInputs(
         processor=processor,
         training=training,
@@ -235,7 +235,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     )
 
 
-def split_usable_and_skipped_pairs(
+def _split_usable_and_skipped_pairs(
     training: list[PairDataset], args: RunArguments
 ) -> tuple[list[PairDataset], list[SkippedRow]]:
     """Divide the rows of the training datasets into usable pairs and skipped rows.
@@ -257,7 +257,7 @@ def split_usable_and_skipped_pairs(
     return usable, skipped
 
 
-def open_splits(args: RunArguments) -> Splits:
+def _open_splits(args: RunArguments) -> Splits:
     """Open each dataset split that the run uses, and check that it has the required columns. No image is read.
 
     Args:
@@ -272,7 +272,7 @@ def open_splits(args: RunArguments) -> Splits:
     """
     requested = [(name, args.train_split, _training_columns(args), args.augmented_views) for name in args.dataset]
     evaluated = [(args.validation_split, args.language), *((args.test_split, code) for code in args.eval_languages)]
-    requested += [(args.evaluation_dataset, split, [get_caption_column(args, code)], 1) for split, code in evaluated]
+    requested += [(args.evaluation_dataset, split, [_get_caption_column(args, code)], 1) for split, code in evaluated]
     splits: Splits = {}
     for dataset, split, columns, views in requested:
         try:
@@ -293,9 +293,9 @@ def open_splits(args: RunArguments) -> Splits:
         )
     sizes = [len(splits[name, args.train_split]) for name in args.dataset]
     if sum(sizes) < args.effective_batch_size:
-        # `split_usable_and_skipped_pairs` raises an error here. Its message names the largest possible batch, for which
-        # all rows are read. This is quick, because there are fewer rows than one batch has pairs.
-        split_usable_and_skipped_pairs(load_training_pairs(args, splits), args)
+        # `_split_usable_and_skipped_pairs` raises an error here. Its message names the largest possible batch, for
+        # which all rows are read. This is quick, because there are fewer rows than one batch has pairs.
+        _split_usable_and_skipped_pairs(load_training_pairs(args, splits), args)
     apportion_batch(args.effective_batch_size, sizes)
     return splits
 
@@ -307,7 +307,7 @@ def _training_columns(args: RunArguments) -> list[str]:
     """
     _, *others = args.strategy_columns(args.language)
     similarities = [] if args.min_pair_similarity is None else [f"similarities-{args.language}"]
-    return list(dict.fromkeys([get_caption_column(args, args.language), *others, *similarities]))
+    return list(dict.fromkeys([_get_caption_column(args, args.language), *others, *similarities]))
 
 
 def load_training_pairs(
@@ -317,15 +317,15 @@ def load_training_pairs(
 
     Args:
         args: Arguments of the run.
-        splits: Opened splits, see `open_splits`.
+        splits: Opened splits, see `_open_splits`.
         processor: Processor of the model. If it is None, the pairs can be counted but not trained on.
 
     Returns:
         The datasets in the order of `args.dataset`. They still contain unusable rows, see
-        `split_usable_and_skipped_pairs`.
+        `_split_usable_and_skipped_pairs`.
     """
     columns = _training_columns(args)
-    caption_column, standard_column = get_caption_column(args, args.language), f"captions-{args.language}"
+    caption_column, standard_column = _get_caption_column(args, args.language), f"captions-{args.language}"
     choice = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
     settings = {name: getattr(args, name) for name in ("language", "caption_column", *choice)}
 
@@ -359,7 +359,7 @@ def load_evaluation_pairs(
     """
     pairs = {}
     for language in languages:
-        column = get_caption_column(args, language)
+        column = _get_caption_column(args, language)
         table = load_or_build_pair_table(
             split, [column], lambda row, c=column: _require_nonempty_captions(row[c]), {"whole": column}
         )
@@ -368,7 +368,7 @@ def load_evaluation_pairs(
     return pairs
 
 
-def get_caption_column(args: RunArguments, language: str) -> str:
+def _get_caption_column(args: RunArguments, language: str) -> str:
     """Return the name of the column that holds the captions of a language.
 
     Args:
@@ -505,7 +505,7 @@ def embed_pixels(
         return check_finite(torch.cat([compute_image_embeds(model, part) for part in parts]))
 
 
-def add_dataset_vectors(pairs: PairDataset) -> PairDataset:
+def _add_dataset_vectors(pairs: PairDataset) -> PairDataset:
     """Add the column `vectors` with the embeddings that a dataset has instead of images. They stay on the disk.
 
     Args:
@@ -549,7 +549,7 @@ def open_image_store(model: PreTrainedModel, pairs: PairDataset, args: RunArgume
     return EmbeddingStore(root, settings, args.embedding_batch_size, np.float16)
 
 
-def choose_embedding_precision(
+def _choose_embedding_precision(
     model: PreTrainedModel, pairs: PairDataset, args: RunArguments, accelerator: Accelerator
 ) -> str:
     """Choose the precision in which the images of a dataset are embedded. It is the same in all processes.
@@ -591,7 +591,7 @@ def add_vectors(
     Returns:
         A copy of the dataset with the new column. Rows with unusable images have a `reason` and a `detail`.
     """
-    precision = choose_embedding_precision(model, pairs, args, accelerator)
+    precision = _choose_embedding_precision(model, pairs, args, accelerator)
     store, views = open_image_store(model, pairs, args, precision), pairs.augmented_views
     if accelerator.is_main_process:
         size = len(pairs) * views * embedding_width(model.config) * 2 / 1e6

@@ -46,7 +46,7 @@ def measure_graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
         # Both results stay alive until the end. Otherwise new storage could get the address of freed storage, and would
         # not be counted.
         results = [run()]
-        shared = sum(sizes)  # includes the casts of the weights, which autocast caches: the second run reuses them
+        shared = sum(sizes)  # bytes saved by the first run only: autocast caches the weights that it casts
         results.append(run())
     return sum(sizes) - shared
 

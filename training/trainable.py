@@ -75,7 +75,7 @@ def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "adam_beta1": ADAM_BETAS[0],
         "adam_beta2": ADAM_BETAS[1],
-        "lora_modules_to_save": find_fully_trained_modules(model),
+        "lora_modules_to_save": _find_fully_trained_modules(model),
     }
 
 
@@ -119,11 +119,13 @@ def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
         )
     return get_peft_model(
         model,
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=find_fully_trained_modules(model)),
+        LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=_find_fully_trained_modules(model)
+        ),
     )
 
 
-def find_fully_trained_modules(model: PreTrainedModel) -> list[str]:
+def _find_fully_trained_modules(model: PreTrainedModel) -> list[str]:
     """Return the names of those modules of the model that are trained in full, without LoRA adapters."""
     return [name for name, _ in model.named_modules() if name in FULLY_TRAINED_MODULES]
 

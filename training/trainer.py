@@ -80,7 +80,9 @@ class ExactBatchTrainer(Trainer):
         if not any(name.startswith(IMAGE_ENCODER_PREFIXES) for name in names):
             image_embeds = torch.cat([embed_pixels(model, batch.pixel_values, self.accelerator) for batch in batches])
             for batch in batches:
-                batch.pixel_values = None  # otherwise `WholeBatch` would embed the images again, with gradients
+                batch.pixel_values = (
+                    None  # makes `WholeBatch` use `image_embeds`; it would embed pixels again, with gradients
+                )
         report = self._whole_batch(self.state.global_step, batches, pairs, image_embeds)
         return torch.tensor(report.loss, device=self.args.device)
 

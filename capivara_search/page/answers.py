@@ -168,8 +168,8 @@ def _is_encodable(text: str) -> bool:
 class PageAnswers:
     """Computes the responses to the requests of the page with an index.
 
-    Each public method answers one type of request. The methods can be called from any thread, but no two methods can
-    run at the same time.
+    Each public method answers one type of request. Call the methods from any thread, but never two at once:
+    `guard` answers one question at a time.
 
     Args:
         index: Index that is searched.
@@ -189,7 +189,7 @@ class PageAnswers:
             image: Uploaded picture of the query, or None.
 
         Returns:
-            Dictionary with the keys "hits" (dictionaries of `hit_to_dict`, best first), "version" (version of the
+            Dictionary with the keys "hits" (dictionaries of `_hit_to_dict`, best first), "version" (version of the
             index), "count" (number of pictures in the index) and "cut" (whether the text is longer than the context
             length of the model). The scores of hits are None if the query is empty or has only `less`.
 
@@ -207,7 +207,7 @@ class PageAnswers:
         has_target = question.text.strip() or image is not None or question.like or question.more
         with_score = vector is not None and bool(has_target)
         shown_hits = [hit for hit in hits if hit.path != question.like][: question.k]
-        answer = {"hits": [hit_to_dict(hit, with_score) for hit in shown_hits]}
+        answer = {"hits": [_hit_to_dict(hit, with_score) for hit in shown_hits]}
         return self._index_state() | answer | {"cut": len(question.text) > MODEL_TEXT_CHARACTERS}
 
     def copies(self, question: Question, image: object = None) -> dict[str, Any]:
@@ -218,14 +218,15 @@ class PageAnswers:
             image: Not used.
 
         Returns:
-            Dictionary with the key "hits": at most `MAX_ANSWER_PICTURES` dictionaries of `hit_to_dict`, without scores.
+            Dictionary with the key "hits": at most `MAX_ANSWER_PICTURES` dictionaries of `_hit_to_dict`, without
+            scores.
 
         Raises:
             RequestRefusedError: If the picture is not in the index or was not embedded by the model yet.
         """
         self._require_vectors([question.like])
         hits = self.index.copies(question.like, MAX_ANSWER_PICTURES, **question.filters())
-        return {"hits": [hit_to_dict(hit, with_score=False) for hit in hits]}
+        return {"hits": [_hit_to_dict(hit, with_score=False) for hit in hits]}
 
     def folders(self, question: Question, image: object = None) -> dict[str, Any]:
         """Return all folders of the index with their numbers of pictures.
@@ -335,7 +336,7 @@ class PageAnswers:
             raise (RequestRefusedError("gone", 404) if is_gone else RequestRefusedError("not_ready", 503)) from None
 
 
-def hit_to_dict(hit: Hit, with_score: bool) -> dict[str, Any]:
+def _hit_to_dict(hit: Hit, with_score: bool) -> dict[str, Any]:
     """Convert a search hit to a dictionary for JSON.
 
     Args:

@@ -136,7 +136,7 @@ class RequestGuard:
             await answer(scope, receive, send_guarded)
 
     def _is_allowed_host(self, host: str) -> bool:
-        return "*" in self.hosts or parse_host_name(host) in self.hosts
+        return "*" in self.hosts or _parse_host_name(host) in self.hosts
 
     def _check_host(self, scope: Scope) -> None:
         """Check the Host header of a request.
@@ -150,8 +150,8 @@ class RequestGuard:
         """
         host = Headers(scope=scope).get("host", "")
         address = (scope.get("server") or ("",))[0]  # address of this machine that the client has connected to
-        if not self._is_allowed_host(host) and (not host or parse_host_name(host) != address):
-            raise RequestRefusedError("unknown_host", 400, host=host, flag=f"--allow-host {parse_host_name(host)}")
+        if not self._is_allowed_host(host) and (not host or _parse_host_name(host) != address):
+            raise RequestRefusedError("unknown_host", 400, host=host, flag=f"--allow-host {_parse_host_name(host)}")
 
     def _check_origin(self, scope: Scope) -> None:
         """Check that no other website makes the request. Other websites are only allowed to link to the path "/".
@@ -174,7 +174,7 @@ class RequestGuard:
 
 
 @asynccontextmanager
-async def acquire_slot(slots: asyncio.Semaphore, seconds: float) -> AsyncIterator[None]:
+async def _acquire_slot(slots: asyncio.Semaphore, seconds: float) -> AsyncIterator[None]:
     """Acquire a slot of a semaphore, and release it when the block ends.
 
     Args:
@@ -221,7 +221,7 @@ async def receive_body(request: Request, slots: asyncio.Semaphore) -> AsyncItera
         raise RequestRefusedError("no_length", 411)
     if int(length) > MAX_UPLOAD_BYTES + MAX_QUESTION_BYTES:
         raise RequestRefusedError("too_large", 413, megabytes=MAX_UPLOAD_BYTES // 1_000_000)
-    async with acquire_slot(slots, BODY_SLOT_TIMEOUT_S) if int(length) > MAX_QUESTION_BYTES else nullcontext():
+    async with _acquire_slot(slots, BODY_SLOT_TIMEOUT_S) if int(length) > MAX_QUESTION_BYTES else nullcontext():
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 body = await _read_body(request)
@@ -338,9 +338,9 @@ def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
         ValueError: If a value of `extra_hosts` is neither a name nor an address.
     """
     names = ["localhost", "127.0.0.1", "::1", host.lower()]
-    names += [name if name == "*" else parse_host_name(name) for name in extra_hosts]
+    names += [name if name == "*" else _parse_host_name(name) for name in extra_hosts]
     if "" in names:
-        invalid_hosts = (name for name in extra_hosts if name != "*" and not parse_host_name(name))
+        invalid_hosts = (name for name in extra_hosts if name != "*" and not _parse_host_name(name))
         raise make_error_from_code(ValueError, "bad_host", value=", ".join(invalid_hosts))
     if host in ("0.0.0.0", "::"):
         machine = socket.gethostname().lower()
@@ -349,7 +349,7 @@ def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def parse_host_name(host: str) -> str:
+def _parse_host_name(host: str) -> str:
     """Extract the host name or address from the value of a Host header.
 
     Args:
@@ -407,7 +407,7 @@ class QuestionQueue:
 
         self._queued_count += 1
         try:
-            async with acquire_slot(self._turn, QUEUE_TIMEOUT_S):
+            async with _acquire_slot(self._turn, QUEUE_TIMEOUT_S):
                 waiter = asyncio.wrap_future(answer)
                 # A daemon thread is used instead of a thread pool, because Python waits for all threads of a pool
                 # when it exits.

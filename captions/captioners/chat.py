@@ -146,7 +146,11 @@ class ChatCaptioner(Captioner):
         return cls(args, stage)
 
     def start_part(self, part: range) -> None:
-        """Read the journal of a part that an earlier run has left, and delete that of the previous part."""
+        """Load the answers that an interrupted run received for this part, so that they are not requested again.
+
+        The answers are in a file, the journal of the part. The journal of the previous part, which is complete, is
+        deleted.
+        """
         if self._journal is not None:
             self._journal.remove()
         path = self._stage.path(part).with_suffix(JOURNAL_SUFFIX)

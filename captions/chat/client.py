@@ -26,7 +26,7 @@ RETRY_TEMPERATURE = 0.7  # lowest sampling temperature of the second request aft
 PROBE_TRIES = 2  # attempts of the request that checks a server before any work
 # HTTP status codes of requests whose content a server refuses. A run goes on, unless many are refused in a row.
 ITEM_STATUS_CODES, MAX_REFUSED_IN_A_ROW = (400, 413, 422), 20
-MAX_TOKENS = 10**8  # largest number of tokens of a request that is believed; reports add up 32-bit numbers
+MAX_TOKENS = 10**8  # A server that reports more tokens for one request is wrong, and the number is ignored.
 MAX_REASON_CHARACTERS = 300  # longer reasons of a server are shortened: some servers send a page of HTML
 # What to do about the HTTP status codes of requests that a server refuses. {url} stands for the address.
 ADVICE = {

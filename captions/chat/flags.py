@@ -106,7 +106,10 @@ def is_server_beside_tasks(args: Any) -> bool:
 
 
 def sampling_settings(args: Any) -> dict[str, Any]:
-    """Return the flags that change the answers of a model, for the fingerprint and as parameters of requests."""
+    """Return the flags that change the answers of a model, as parameters of its requests.
+
+    They are also part of the fingerprint of a stage, which tells whether existing answers can be reused.
+    """
     settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     return settings | {
         "max_tokens": args.max_tokens,

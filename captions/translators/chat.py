@@ -50,7 +50,7 @@ class ChatTranslator(Translator):
     counts_tokens = True
 
     def __init__(self, args: Any, rank: int = 0, is_check: bool = False):
-        self._args, self._prompts, self._client = args, read_translation_prompts(args), ChatClient(args, rank)
+        self._args, self._prompts, self._client = args, _read_translation_prompts(args), ChatClient(args, rank)
         self._client.connect(self._prompts.messages("a cat"), is_check)
         self.name = self._client.model
         self.fingerprint = {
@@ -70,7 +70,7 @@ class ChatTranslator(Translator):
         check_at_least(args, 1, "captions_per_request")
         if args.model is None:
             raise ValueError("--backend chat requires --model, the name of the model on the server.")
-        read_translation_prompts(args)
+        _read_translation_prompts(args)
 
     @classmethod
     def check(cls, args: Any) -> None:
@@ -98,7 +98,7 @@ class ChatTranslator(Translator):
             args: Flags of `captions.translate`.
             sentences: Sentences to translate.
         """
-        prompts, size = read_translation_prompts(args), args.captions_per_request
+        prompts, size = _read_translation_prompts(args), args.captions_per_request
         characters, requests = sum(map(len, sentences)), -(-len(sentences) // size)
         overhead = len(str(prompts.messages("a") if size == 1 else prompts.line_messages(["a"])))
         read, written = ((requests * overhead + characters) // LETTERS_PER_TOKEN, characters // LETTERS_PER_TOKEN)
@@ -187,7 +187,7 @@ class ChatTranslator(Translator):
         return text, fault or next(iter(find_translation_flags(sentence, text, self._args.language)), None)
 
 
-def read_translation_prompts(args: Any) -> TranslationPrompts:
+def _read_translation_prompts(args: Any) -> TranslationPrompts:
     """Read the file of prompts that the flags of `captions.translate` name.
 
     Raises ValueError if the file is not valid, or a language has no name.

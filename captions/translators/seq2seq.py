@@ -91,7 +91,7 @@ class Seq2SeqTranslator(Translator):
     @classmethod
     def check(cls, args: Any) -> None:
         """Raise ValueError if the model does not know a language. A model not on this machine yet is not checked."""
-        check_languages(args.model or PAPER_MODEL, args.revision, args.language, args.source_language)
+        _check_languages(args.model or PAPER_MODEL, args.revision, args.language, args.source_language)
 
     @classmethod
     def load(cls, args: Any, stage: RowStage) -> Self:
@@ -192,7 +192,7 @@ class Seq2SeqTranslator(Translator):
         return [text.strip() for text in self.tokenizer.batch_decode(text_ids, skip_special_tokens=True)]
 
 
-def check_languages(model: str, revision: str | None, language: str, source_language: str) -> None:
+def _check_languages(model: str, revision: str | None, language: str, source_language: str) -> None:
     """Check that a translation model knows both languages, if its tokenizer is on this machine. Nothing is downloaded.
 
     Args:

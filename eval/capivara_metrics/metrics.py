@@ -29,11 +29,12 @@ BLOCK_SCORES = 2**22
 # Largest score matrix that `cross_modal_ranks` stores: 512 MiB in float32. A larger one is computed once per direction.
 MAX_STORED_SCORES = 2**27
 COMPARISON_BLOCK_SCORES = 2**20  # stored scores compared at a time: 4 MiB in float32, which fits into the CPU's cache
-# Queries in a block, at least: with fewer, reading all item embeddings would take longer than computing the scores.
+# Smallest number of queries in a block. In smaller blocks, reading the item embeddings would take longer than computing
+# the scores.
 MIN_BLOCK_QUERIES = 32
 
 
-def compute_ranks_with_mask(scores: Tensor, is_relevant: Tensor) -> Tensor:
+def _compute_ranks_with_mask(scores: Tensor, is_relevant: Tensor) -> Tensor:
     """Return the rank of each query's best relevant item.
 
     The rank is the number of wrong items that score at least as high as the best relevant item, so a tie counts against
@@ -55,7 +56,7 @@ def compute_ranks_with_mask(scores: Tensor, is_relevant: Tensor) -> Tensor:
 def compute_ranks_from_embeddings(
     query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor
 ) -> Tensor:
-    """Return the rank of each query's best relevant item (see `compute_ranks_with_mask`), computed from embeddings.
+    """Return the rank of each query's best relevant item (see `_compute_ranks_with_mask`), computed from embeddings.
 
     Works in blocks of queries, so that the whole score matrix is never in memory.
 
@@ -75,7 +76,10 @@ def compute_ranks_from_embeddings(
     block_size = max(MIN_BLOCK_QUERIES, BLOCK_SCORES // len(item_embeds))
     blocks = zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True)
     return torch.cat(
-        [compute_ranks_with_mask(queries @ item_embeds.T, groups[:, None] == item_groups) for queries, groups in blocks]
+        [
+            _compute_ranks_with_mask(queries @ item_embeds.T, groups[:, None] == item_groups)
+            for queries, groups in blocks
+        ]
     )
 
 
@@ -117,9 +121,9 @@ def cross_modal_ranks(
         for block, groups in zip(scores.split(block_size), query_groups.split(block_size), strict=True):
             yield block, groups[:, None] == item_groups
 
-    query_ranks = torch.cat([compute_ranks_with_mask(block, relevant) for block, relevant in blocks()])
+    query_ranks = torch.cat([_compute_ranks_with_mask(block, relevant) for block, relevant in blocks()])
     # The items' ranks need columns of the matrix. Reading columns is slow, so two passes over blocks of rows do what
-    # `compute_ranks_with_mask` does: the first finds each item's best relevant score, the second counts what reaches
+    # `_compute_ranks_with_mask` does: the first finds each item's best relevant score, the second counts what reaches
     # it.
     best_of_blocks = [block.masked_fill(~relevant, -torch.inf).amax(dim=0) for block, relevant in blocks()]
     best = torch.stack(best_of_blocks).amax(dim=0)
@@ -164,7 +168,7 @@ def recall_at_k(ranks: Tensor, k: int) -> float:
         >>> recall_at_k(ranks, k=1), recall_at_k(ranks, k=5)
         (0.25, 0.75)
     """
-    return compute_hits_per_query(ranks, k).mean().item()
+    return _compute_hits_per_query(ranks, k).mean().item()
 
 
 def mean_recall(ranks: Tensor) -> float:
@@ -179,7 +183,7 @@ def mean_recall(ranks: Tensor) -> float:
     return mean_hits(ranks).mean().item()
 
 
-def compute_hits_per_query(ranks: Tensor, k: int) -> Tensor:
+def _compute_hits_per_query(ranks: Tensor, k: int) -> Tensor:
     """Return for each query whether a relevant item is among its k highest-scored items.
 
     Args:
@@ -200,7 +204,7 @@ def compute_hits_per_query(ranks: Tensor, k: int) -> Tensor:
 
 
 def mean_hits(ranks: Tensor) -> Tensor:
-    """Return what each query adds to the mean recall: the mean of `compute_hits_per_query` for k = 1, 5 and 10.
+    """Return what each query adds to the mean recall: the mean of `_compute_hits_per_query` for k = 1, 5 and 10.
 
     Args:
         ranks: Rank of each query's best relevant item (queries,), from 0.
@@ -208,7 +212,7 @@ def mean_hits(ranks: Tensor) -> Tensor:
     Returns:
         Values from 0 to 1, (queries,), float64.
     """
-    return torch.stack([compute_hits_per_query(ranks, k) for k in RECALL_CUTOFFS]).mean(dim=0)
+    return torch.stack([_compute_hits_per_query(ranks, k) for k in RECALL_CUTOFFS]).mean(dim=0)
 
 
 def chance_recall(query_groups: Tensor, item_groups: Tensor, k: int) -> float:
@@ -272,7 +276,7 @@ def paired_bootstrap(
 
 
 def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -> Tensor:
-    """Return the rank of each query's best relevant item (see `compute_ranks_with_mask`), computed from scores.
+    """Return the rank of each query's best relevant item (see `_compute_ranks_with_mask`), computed from scores.
 
     Args:
         scores: Similarities (queries, items), finite.
@@ -295,7 +299,7 @@ def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -
         if not all(0 <= item < scores.shape[1] for item in items):
             raise ValueError(f"Items must be from 0 to {scores.shape[1] - 1}, got {list(items)} for query {query}.")
         is_relevant[query, list(items)] = True
-    return compute_ranks_with_mask(scores, is_relevant)
+    return _compute_ranks_with_mask(scores, is_relevant)
 
 
 def median_rank(ranks: Tensor) -> float:

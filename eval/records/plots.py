@@ -33,7 +33,9 @@ DIRECTION_COLORS = {"text_to_image": "#1b7f5c", "image_to_text": "#d98324"}
 TEXT_COLOR = "#1f2933"
 FAINT_TEXT_COLOR = "#6b7280"
 BARS_WIDTH_INCHES = 5.2  # narrow, so that the letters stay readable on a phone
-PLOT_LABELS = read_json(Path(__file__).with_name("words.json"))  # labels of curves and sheets in English and Portuguese
+PLOT_LABELS = read_json(
+    Path(__file__).with_name("words.json")
+)  # labels in English and Portuguese, for loss curves and for sheets of queries with images
 RELEVANT_COLOR = "#1b7f5c"
 OTHER_COLOR = "#d0d3d8"
 IMAGES_PER_QUERY = 5  # highest-scored images that a sheet shows for a query

@@ -163,10 +163,10 @@ def write_records(
     content = {
         "schema_version": SCHEMA_VERSION,
         "dataset": to_publishable_name(name or dataset),
-        "dataset_revision": find_cached_hub_revision(dataset, "dataset"),
+        "dataset_revision": _find_cached_hub_revision(dataset, "dataset"),
         "dataset_fingerprint": fingerprint,
         "model": shorten_private_paths(model),
-        "model_revision": find_cached_hub_revision(model, "model"),
+        "model_revision": _find_cached_hub_revision(model, "model"),
         "versions": package_versions(),
         "seconds": None,
         "skipped_rows": len(skipped),
@@ -259,7 +259,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
 
 
-def find_cached_hub_revision(name: str, repo_type: str) -> str | None:
+def _find_cached_hub_revision(name: str, repo_type: str) -> str | None:
     """Look up in the local Hub cache which commit of a model or dataset was downloaded.
 
     Args:

@@ -56,13 +56,13 @@ def build_openmoji_captions(args: OpenMojiCaptionsArguments) -> Path:
     try:
         return build_dataset(BuildArguments(args.config))
     except ManualStepRequired:
-        fill_translation_tables(
+        _fill_translation_tables(
             [step.import_file for step in plan.all_steps() if getattr(step, "import_file", None)], source
         )
     return build_dataset(BuildArguments(args.config))
 
 
-def fill_translation_tables(tables: list[Path], source: DatasetDict) -> None:
+def _fill_translation_tables(tables: list[Path], source: DatasetDict) -> None:
     """Fill the last column of translation tables with the Portuguese names of the same emoji.
 
     Args:

@@ -100,14 +100,17 @@ def _digest(url: str) -> str:
     return hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
 
 
-def render_pictures(args: OpenMojiChatArguments) -> DatasetDict:
-    """Draw the images of each split, as many as the flags say. The dataset has English and Portuguese names."""
+def _render_pictures(args: OpenMojiChatArguments) -> DatasetDict:
+    """Draw the emoji of each split as images, with their English and Portuguese names.
+
+    The flags set the number of images.
+    """
     counts = {"train": args.images, "validation": args.evaluation_images, "test": args.evaluation_images}
     splits = split_concepts(load_emoji_by_concept())
     return render_splits({name: splits[name][:count] for name, count in counts.items()})
 
 
-def save_english_dataset(source: DatasetDict, folder: Path) -> None:
+def _save_english_dataset(source: DatasetDict, folder: Path) -> None:
     """Save the images with a single English name each, and without Portuguese, unless the folder exists."""
     if not folder.exists():
         with atomic_folder(folder) as new:
@@ -115,7 +118,7 @@ def save_english_dataset(source: DatasetDict, folder: Path) -> None:
             english.map(lambda row: {ENGLISH: row[ENGLISH][:1]}, desc="English names").save_to_disk(new)
 
 
-def read_names(source: DatasetDict, image_side: int) -> EmojiNames:
+def _read_names(source: DatasetDict, image_side: int) -> EmojiNames:
     """Read the answers of the stand-in from the dataset with both languages.
 
     Args:
@@ -130,7 +133,7 @@ def read_names(source: DatasetDict, image_side: int) -> EmojiNames:
 
 
 @contextmanager
-def open_server(args: OpenMojiChatArguments, names: EmojiNames) -> Iterator[list[str]]:
+def _open_server(args: OpenMojiChatArguments, names: EmojiNames) -> Iterator[list[str]]:
     """Yield the addresses of the server: those of the flags, or that of a stand-in that runs during the `with` block.
 
     Args:
@@ -148,7 +151,7 @@ def open_server(args: OpenMojiChatArguments, names: EmojiNames) -> Iterator[list
         yield [server.url]
 
 
-def run_example(args: OpenMojiChatArguments) -> Path:
+def _run_example(args: OpenMojiChatArguments) -> Path:
     """Build the dataset with a server, train a model on it, and return the folder of the run.
 
     Args:
@@ -160,11 +163,11 @@ def run_example(args: OpenMojiChatArguments) -> Path:
         ConnectionError: If the server cannot be reached.
         ImportError: If the packages of the extras `chat` and `demo` are not installed.
     """
-    content, source = read_yaml_config(args.config), render_pictures(args)
+    content, source = read_yaml_config(args.config), _render_pictures(args)
     content |= {"dataset": str(args.output / "english"), "output": str(args.output)}
-    save_english_dataset(source, args.output / "english")
-    names = read_names(source, int(content["generate"]["image_side"]))
-    with open_server(args, names) as urls:
+    _save_english_dataset(source, args.output / "english")
+    names = _read_names(source, int(content["generate"]["image_side"]))
+    with _open_server(args, names) as urls:
         for section in SERVER_SECTIONS:
             content[section] |= {"base_url": urls, "model": args.model, "concurrency": args.concurrency}
         config = args.output / "config.yaml"
@@ -200,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(OpenMojiChatArguments, __doc__, argv)
-    run = run_example(args)
+    run = _run_example(args)
     print(f"Dataset and its card: {args.output / 'dataset'}\nTrained model, results and model card: {run}")
 
 

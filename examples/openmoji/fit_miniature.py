@@ -56,7 +56,7 @@ class MiniatureArguments:
     output: Path = flag(Path("capivara_search/miniature.safetensors"), "File to write.")
 
 
-def synthesize_image_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:
+def _synthesize_image_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:
     """Synthesize an image feature for each class of a classifier from the classifier's weights.
 
     The feature of a class is the mean of real features, moved in the direction of the class's weights.
@@ -82,7 +82,7 @@ class Candidate(NamedTuple):
     Attributes:
         photo_recall: Mean recall on captioned photographs, from 0 to 1.
         validation_recall: Mean recall on OpenMoji's validation concepts, from 0 to 1.
-        reach: Distance of the synthesized class features from the mean feature (see `synthesize_image_features`). None
+        reach: Distance of the synthesized class features from the mean feature (see `_synthesize_image_features`). None
             if no class features were used.
         visual: Weights of the image projection, (text width, image width).
         text: Weights of the text projection, (text width, text width).
@@ -129,7 +129,7 @@ def fit_miniature(args: MiniatureArguments) -> dict[str, Tensor]:
     def fit(reach: float | None) -> Candidate:  # None: without ImageNet's classes
         inputs, targets = [train], [train_texts]
         if reach is not None:
-            inputs.append(synthesize_image_features(train, weights, reach))
+            inputs.append(_synthesize_image_features(train, weights, reach))
             targets.append(class_names)
         visual, text = fit_ridge_projections(torch.cat(inputs), torch.cat(targets))
         validation_recall = recall(validation @ visual.T, validation_texts @ text.T)

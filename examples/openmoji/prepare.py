@@ -150,7 +150,7 @@ def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, lan
         languages: Codes of languages besides English and Portuguese whose words are kept in the vocabulary.
     """
     torch.manual_seed(SEED)
-    model, processor = trim_to_dataset(dataset, *join_encoders(**LOSS_CONFIGS[loss]), languages)
+    model, processor = _trim_to_dataset(dataset, *join_encoders(**LOSS_CONFIGS[loss]), languages)
     captions = dataset["train"]["captions-en"][:]
     features = {
         name: compute_pooled_image_features(model, processor, dataset[name]) for name in ("train", "validation")
@@ -184,7 +184,7 @@ def join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
     return model, processor
 
 
-def trim_to_dataset(
+def _trim_to_dataset(
     dataset: DatasetDict, model: CapivaraModel, processor: CapivaraProcessor, languages: Sequence[str] = ()
 ) -> tuple[CapivaraModel, CapivaraProcessor]:
     """Remove tokens from a model that neither frequent words nor a dataset's captions use.

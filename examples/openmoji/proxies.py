@@ -58,7 +58,7 @@ class ProxiesArguments:
     output: Path = flag(Path("data/openmoji/proxies"), "Folder to create. If it exists, it must be empty.")
 
 
-def redraw_dataset(rows: Dataset, draw: Callable[[str], bytes | None]) -> Dataset:
+def _redraw_dataset(rows: Dataset, draw: Callable[[str], bytes | None]) -> Dataset:
     """Replace the images of an OpenMoji split by another artist's drawings of the same emoji.
 
     Args:
@@ -132,7 +132,7 @@ def load_photographs() -> Dataset:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def write_proxy_datasets(openmoji: Path, output: Path) -> None:
+def _write_proxy_datasets(openmoji: Path, output: Path) -> None:
     """Build the datasets twemoji, noto and photos, and write them with a README.md to a folder.
 
     Args:
@@ -148,7 +148,7 @@ def write_proxy_datasets(openmoji: Path, output: Path) -> None:
         emoji_data = load_self_contained_dataset(openmoji)
         held_out = {name: emoji_data[name] for name in ("validation", "test")}
         datasets = {
-            name: DatasetDict({split: redraw_dataset(rows, draw) for split, rows in held_out.items()})
+            name: DatasetDict({split: _redraw_dataset(rows, draw) for split, rows in held_out.items()})
             for name, draw in (("twemoji", render_twemoji), ("noto", render_noto))
         }
         datasets["photos"] = DatasetDict(test=load_photographs())
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command-line arguments. Default: those of the process.
     """
     args = parse_arguments(ProxiesArguments, __doc__, argv)
-    write_proxy_datasets(args.openmoji, args.output)
+    _write_proxy_datasets(args.openmoji, args.output)
     print((args.output / "README.md").read_text(encoding="utf-8"))
 
 

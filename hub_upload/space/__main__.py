@@ -47,7 +47,7 @@ class SpaceArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: write the folder of a Space with a server (--space) or of a static page (--static)."""
+    """Run the command line: write a folder for a Space: a search server (--space) or a static page (--static)."""
     args = parse_arguments(SpaceArguments, __doc__, argv)
     require_packages("A Space", "search", "lancedb", "starlette", "uvicorn")
     from hub_upload.space.docker_space import open_index_and_read_credit, write_space
