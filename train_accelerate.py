@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from capivara_common.cli import parse_arguments, run_command
 from capivara_common.environment import (
     describe_device,
-    get_distributed_state,
+    get_or_init_distributed_state,
     package_versions,
     require_packages,
     resolve_mixed_precision,
@@ -38,9 +38,9 @@ from caption_data.pairs import compute_pair_content_digest
 from eval.records.plots import plot_retrieval_sheet, plot_training_curves
 from eval.records.result_files import SCHEMA_VERSION, write_records
 from eval.records.tables import render_retrieval_table
-from eval.retrieval import compute_gain_records, compute_retrieval_embeddings, compute_retrieval_records
+from eval.retrieval import compute_gain_records, compute_retrieval_records, embed_captions_for_retrieval
 from hub_upload.card import write_card
-from hub_upload.origins import read_model_and_data_origins
+from hub_upload.origins import read_origins_and_infer_license
 from hub_upload.push import ensure_writable_repository, export_and_push_run
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import describe_model
@@ -49,13 +49,18 @@ from training.checkpoints import (
     Checkpoints,
     TrainingState,
     check_matches_finished_run,
-    choose_output_dir,
+    choose_and_check_output_dir,
     is_run_complete,
     locked_run_folder,
 )
-from training.inputs import TrainingInputs, load_inputs
+from training.inputs import TrainingInputs, load_inputs_and_embed_images
 from training.loop import TrainingLoop
-from training.trainable import fixed_settings, interpolate_weights, merge_adapters, prepare_trainable
+from training.trainable import (
+    fixed_settings,
+    freeze_parameters_and_add_adapters,
+    interpolate_weights,
+    save_and_merge_adapters,
+)
 
 # How long processes wait for each other. It must be long, because the main process evaluates and saves on its own while
 # the other processes wait.
@@ -82,36 +87,36 @@ def main(argv: list[str] | None = None) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("accelerate", "httpx", "httpx2"):  # the Hub's HTTP client would log every request
         logging.getLogger(name).setLevel(logging.WARNING)
-    output_dir = choose_output_dir(args, _join_processes())
+    output_dir = choose_and_check_output_dir(args, _connect_processes())
     args.has_auto_precision = args.mixed_precision == "auto"
     args.mixed_precision = resolve_mixed_precision(args.mixed_precision, PartialState().device)
     if is_run_complete(args, output_dir):
         check_matches_finished_run(output_dir, args.to_dict(), {})
         print(f"The run in {output_dir} is complete; there is nothing to resume.")
-        return _finish_run(args, output_dir)
-    accelerator = _create_accelerator(args, output_dir)
+        return _write_card_and_push_run(args, output_dir)
+    accelerator = _create_accelerator_and_set_threads(args, output_dir)
     if args.push_to_hub and accelerator.is_main_process:
         ensure_writable_repository(args.hub_model_id, args.hub_private)
     with locked_run_folder(output_dir, args, accelerator) as folder:
         checkpoints = Checkpoints(folder / "checkpoints", args.keep_last, accelerator)
         # This call also compares the settings of the run with those in the checkpoint, before any long work begins.
         resume = checkpoints.find_resume_checkpoint(args)
-        inputs = load_inputs(args, accelerator)
+        inputs = load_inputs_and_embed_images(args, accelerator)
         if (folder / "run.json").is_file():  # the run was stopped after training, before or during the evaluation
             check_matches_finished_run(folder, args.to_dict(), inputs.fingerprints(args))
         else:
             train(args, inputs, checkpoints, resume)
         if accelerator.is_main_process:
-            evaluate_models(args, inputs, accelerator, folder)
+            evaluate_base_and_trained_model(args, inputs, accelerator, folder)
         accelerator.wait_for_everyone()
         accelerator.end_training()  # closes the tracker's files, before their folder is renamed
         if accelerator.is_main_process:
             rename_partial_folder(output_dir, args.overwrite_output_dir)
             print(f"\n{(output_dir / 'table.md').read_text(encoding='utf-8')}\nThe results are in {output_dir}.")
-    return _finish_run(args, output_dir)
+    return _write_card_and_push_run(args, output_dir)
 
 
-def _join_processes() -> PartialState:
+def _connect_processes() -> PartialState:
     """Connect the processes that a launcher such as `accelerate launch` has started.
 
     Returns:
@@ -121,7 +126,7 @@ def _join_processes() -> PartialState:
         ValueError: If the launcher has started more processes than Accelerate has connected.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
-    state = get_distributed_state(PROCESS_TIMEOUT)
+    state = get_or_init_distributed_state(PROCESS_TIMEOUT)
     if state.num_processes != started:
         raise ValueError(
             f"{started} processes were started, but Accelerate has connected {state.num_processes}, so each would "
@@ -130,7 +135,7 @@ def _join_processes() -> PartialState:
     return state
 
 
-def _create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
+def _create_accelerator_and_set_threads(args: RunArguments, output_dir: Path) -> Accelerator:
     """Create the `Accelerator` of the run, which holds device, precision, processes and experiment tracker.
 
     Also sets the number of CPU threads. No file is written.
@@ -176,22 +181,24 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
     accelerator.init_trackers("capivara", tracked)
     set_seed(args.seed)
     model = load_model(args.model)
-    wrapped = prepare_trainable(model, args)
+    wrapped = freeze_parameters_and_add_adapters(model, args)
     state = TrainingState(config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads())
     state.device = f"{describe_device(accelerator.device)}, {accelerator.num_processes} processes"
-    sources = read_model_and_data_origins(args.model, args.dataset, args.evaluation_dataset)
+    sources = read_origins_and_infer_license(args.model, args.dataset, args.evaluation_dataset)
     state = TrainingLoop(args, inputs, model, wrapped, checkpoints, state).train(resume)
     if accelerator.is_main_process:
-        model = merge_adapters(wrapped, folder)
+        model = save_and_merge_adapters(wrapped, folder)
         if args.interpolate != 1:
             interpolate_weights(model, load_model(args.model).state_dict(), args.interpolate)
         model.save_pretrained(folder)
         inputs.processor.save_pretrained(folder)
-        _write_run_files(args, model, state, inputs, sources, folder)
+        _write_run_json_and_curves(args, model, state, inputs, sources, folder)
     accelerator.wait_for_everyone()
 
 
-def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Accelerator, folder: Path) -> None:
+def evaluate_base_and_trained_model(
+    args: RunArguments, inputs: TrainingInputs, accelerator: Accelerator, folder: Path
+) -> None:
     """Evaluate the base model and the trained model on the test split of every language.
 
     Writes three outputs into `folder`: result files in `results/`, a table of all results (`table.md`), and an image of
@@ -210,7 +217,7 @@ def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Acc
     all_records, embeddings_by_language = [], {}
     for language, split in inputs.test.items():
         embeddings = embeddings_by_language[language] = {
-            role: compute_retrieval_embeddings(model, inputs.processor, split.captions(), inputs.test_embeds)
+            role: embed_captions_for_retrieval(model, inputs.processor, split.captions(), inputs.test_embeds)
             for role, model in models.items()
         }
         metadata = {
@@ -240,7 +247,7 @@ def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Acc
     write_json(folder / "run.json", run)
 
 
-def _write_run_files(
+def _write_run_json_and_curves(
     args: RunArguments,
     model: PreTrainedModel,
     state: TrainingState,
@@ -255,7 +262,7 @@ def _write_run_files(
         model: Trained model.
         state: State of the run after the last step.
         inputs: Data and image embeddings.
-        origins: Licenses and origins of base model and data, from `hub_upload.origins.read_model_and_data_origins`.
+        origins: Licenses and origins of base model and data, from `hub_upload.origins.read_origins_and_infer_license`.
         folder: Working folder of the run.
     """
     plot_training_curves(state.curve, args.language, folder / "curves.png", label_language=args.language)
@@ -281,7 +288,7 @@ def _write_run_files(
     write_json(folder / "run.json", run)
 
 
-def _finish_run(args: RunArguments, output_dir: Path) -> Path:
+def _write_card_and_push_run(args: RunArguments, output_dir: Path) -> Path:
     """Write the model card of a complete run, and push the run if `args.push_to_hub` is set.
 
     If the card can't be written or the push fails, the reason is logged and the run is kept.

@@ -34,7 +34,7 @@ from capivara_common.cli import flag, parse_arguments, run_command
 from captions.captioners.blip2 import PREFIXES_FILE, PrefixCaptioner, read_prefixes
 from captions.translate import TranslateArguments
 from captions.translators.chat import ChatTranslator
-from examples.chat_server import MODEL, ChatServer, run_chat_server
+from examples.chat_server import MODEL, ChatServer, run_stand_in_chat_server
 
 IMAGE_SIDE, QUERY_TOKENS = 224, 32  # BLIP-2: side of an image in pixels; query tokens per image
 # Fields of the config that --widths divides
@@ -63,7 +63,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure captioning or, with `--parts chat`, translation, and print the results as JSON."""
     args = parse_arguments(CaptionsArguments, __doc__, argv)
     if args.parts == "chat":
-        results = describe_conditions("openai") | {"runs": args.runs, "measured": {"chat": _measure_chat(args.runs)}}
+        results = describe_conditions("openai") | {
+            "runs": args.runs,
+            "measured": {"chat": _measure_chat_translation_rates(args.runs)},
+        }
         return report_results(results, args.output)
     transformers_logging.set_verbosity_error()
     prefixes = read_prefixes(PREFIXES_FILE)
@@ -81,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     report_results(describe_conditions() | {"runs": args.runs, "measured": {"generate": measured}}, args.output)
 
 
-def _measure_chat(runs: int) -> dict[str, Any]:
+def _measure_chat_translation_rates(runs: int) -> dict[str, Any]:
     """Measure translated sentences per second with different numbers of requests at the same time.
 
     Args:
@@ -91,7 +94,7 @@ def _measure_chat(runs: int) -> dict[str, Any]:
         A dict with the sentences per second for each number of requests, and the gain: the rate with the most requests
         divided by the rate with the fewest.
     """
-    with run_chat_server(ChatServer(lambda messages: "um gato", delay_s=ANSWER_S)) as server:
+    with run_stand_in_chat_server(ChatServer(lambda messages: "um gato", delay_s=ANSWER_S)) as server:
 
         def make_step(concurrency: int) -> Callable[[], list[str]]:
             translator = ChatTranslator(

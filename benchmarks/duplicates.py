@@ -45,7 +45,7 @@ from capivara_search.duplicates import (
 from capivara_search.results import DUPLICATE_MIN_SIMILARITY
 from capivara_search.table import COLOR_SIGNATURE_COLUMN
 from examples.openmoji.concepts import load_emoji_by_concept
-from examples.openmoji.dataset import render_openmoji
+from examples.openmoji.dataset import render_openmoji_png
 from examples.real_images import PHOTOGRAPHS, load_photo
 
 DRAWINGS = ("colorwheel", "horse")  # entries of `PHOTOGRAPHS` that are drawings; they are cropped, but not copied
@@ -163,7 +163,7 @@ def _write_icon_variants(folder: Path) -> dict[tuple[str, str], str]:
     """
     files = {}
     for number, icon in enumerate(chain.from_iterable(load_emoji_by_concept().values())):
-        png = render_openmoji(icon.emoji)
+        png = render_openmoji_png(icon.emoji)
         path = folder / f"icon-{len(files):05d}.png"
         path.write_bytes(png)
         files[icon.emoji, ORIGINAL_KIND] = str(path)

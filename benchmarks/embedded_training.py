@@ -42,9 +42,9 @@ from caption_data.embedded import (
     EMBEDS_COLUMN,
     ENCODER_COLUMN,
     embeds_feature,
-    image_encoder_of,
+    resolve_image_encoder_digest,
 )
-from modeling_capivara.loading import load_config
+from modeling_capivara.loading import load_transformers_config
 from modeling_capivara.two_towers import embedding_width
 from training.loop import TrainingLoop
 
@@ -73,7 +73,7 @@ class EmbeddedTrainingArguments:
         check_at_least(self, 1, "steps")
 
 
-def write_dataset(folder: Path, rows: int, width: int, encoder: str) -> None:
+def _write_random_embeddings_dataset(folder: Path, rows: int, width: int, encoder: str) -> None:
     """Write a dataset of random embeddings in the format of `captions.embed`, unless it exists.
 
     Args:
@@ -159,7 +159,7 @@ def _measure_run(args: EmbeddedTrainingArguments, dataset: Path, name: str) -> d
     return result | read_json(folder / "steps.json")
 
 
-def train(args: EmbeddedTrainingArguments) -> None:
+def _train_and_write_step_times(args: EmbeddedTrainingArguments) -> None:
     """Train on the dataset `args.worker`, and write the times of the steps to steps.json in the work folder."""
     starts, run_step = [], TrainingLoop._run_step
 
@@ -186,16 +186,16 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: write the datasets, train on them, and write the results as JSON."""
     args = parse_arguments(EmbeddedTrainingArguments, __doc__, argv)
     if args.worker:
-        train(args)
+        _train_and_write_step_times(args)
         return
     args.work = args.work.absolute()
     args.work.mkdir(parents=True, exist_ok=True)
     save_random_model(args.work / "model")
-    width = embedding_width(load_config(args.work / "model"))
-    encoder, runs, disk = image_encoder_of(str(args.work / "model"), ""), {}, {}
+    width = embedding_width(load_transformers_config(args.work / "model"))
+    encoder, runs, disk = resolve_image_encoder_digest(str(args.work / "model"), ""), {}, {}
     for name, rows in (("small", args.small_rows), ("large", args.rows)):
         dataset = args.work / f"dataset-{rows}"
-        write_dataset(dataset, rows, width, encoder)
+        _write_random_embeddings_dataset(dataset, rows, width, encoder)
         before = _count_bytes(args.work / "cache")
         runs[name] = _measure_run(args, dataset, name)
         disk[name] = {

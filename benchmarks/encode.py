@@ -46,7 +46,7 @@ from capivara_common.files import read_json
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import new_open_clip_model, to_capivara_state_dict
-from modeling_capivara.two_towers import choose_precision, embed_images
+from modeling_capivara.two_towers import choose_fastest_precision, embed_images
 
 IMAGE_SIZE = (320, 240)  # pixels, width and height
 CAPTION_TOKENS = 20  # tokens per caption, including begin and end
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: time the encoders of this project and of open_clip, and print the results as JSON."""
     args = parse_arguments(EncodeArguments, __doc__, argv)
     if args.part == "pass":
-        measured = _measure_pass(args)
+        measured = _measure_embedding_many_images(args)
     else:
         encoders = _build_encoding_functions(args)
         measured = {
@@ -80,7 +80,9 @@ def main(argv: list[str] | None = None) -> None:
     report_results(describe_conditions() | sizes | {"measured": measured}, args.output)
 
 
-def _build_models() -> tuple[CapivaraModel, nn.Module, CapivaraProcessor, Callable[[Image.Image], Tensor]]:
+def _build_models_and_preprocessors() -> tuple[
+    CapivaraModel, nn.Module, CapivaraProcessor, Callable[[Image.Image], Tensor]
+]:
     """Build the models of both programs at full size, with the same random weights.
 
     Returns:
@@ -111,7 +113,7 @@ def _build_encoding_functions(args: EncodeArguments) -> dict[str, dict[str, Call
         For "images" and "captions", a dict of the functions "ours" and "open_clip". Each function preprocesses and
         encodes all inputs, and returns embeddings of shape (inputs, width).
     """
-    ours, theirs, processor, preprocess = _build_models()
+    ours, theirs, processor, preprocess = _build_models_and_preprocessors()
     images = make_images(args.images)
     texts = make_captions(args.captions, CAPTION_TOKENS - 2, deviation=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +159,7 @@ def _compare_encoders(
     }
 
 
-def _measure_pass(args: EncodeArguments) -> dict[str, Any]:
+def _measure_embedding_many_images(args: EncodeArguments) -> dict[str, Any]:
     """Time a long pass over images, which chooses its chunk size, in float32 and in the precision of "auto".
 
     Args:
@@ -170,7 +172,7 @@ def _measure_pass(args: EncodeArguments) -> dict[str, Any]:
         the kept files of all choices, with the seconds of each candidate. "ratio_of_auto": median over the runs of our
         seconds in float32 divided by our seconds in the precision of "auto"; 1 if it is float32.
     """
-    ours, theirs, processor, preprocess = _build_models()
+    ours, theirs, processor, preprocess = _build_models_and_preprocessors()
     images = list(islice(cycle(make_images(min(args.images, 64))), args.images))  # few of them, to save memory
     batches = [images[start : start + 32] for start in range(0, args.images, 32)]
 
@@ -187,7 +189,7 @@ def _measure_pass(args: EncodeArguments) -> dict[str, Any]:
             return torch.cat([theirs.encode_image(pixels, normalize=True).float() for pixels in parts])
 
     with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, CAPIVARA_CACHE=cache):
-        auto, first, programs = choose_precision(ours, processor), {}, {}
+        auto, first, programs = choose_fastest_precision(ours, processor), {}, {}
         for precision in dict.fromkeys(["float32", auto]):
             first[precision] = time_call(partial(run_ours, precision))
             programs["ours", precision] = partial(run_ours, precision)

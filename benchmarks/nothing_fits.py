@@ -23,7 +23,7 @@ import yaml
 from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions, report_results
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import write_json
-from capivara_search.folder_scan import find_pictures
+from capivara_search.folder_scan import find_pictures_and_unreadable_files
 from capivara_search.models import SearchModel, resolve_search_model
 from capivara_search.picture_reading import open_query_picture
 from capivara_search.query import (
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure the detection of sentences without a matching image, and feedback, and print JSON."""
     args = parse_arguments(NothingFitsArguments, __doc__, argv)
     sentences = yaml.safe_load(args.sentences.read_text(encoding="utf-8"))
-    files = [Path(file.path) for file in find_pictures([args.pictures])[0]]
+    files = [Path(file.path) for file in find_pictures_and_unreadable_files([args.pictures])[0]]
     if not files:
         raise ValueError(f"--pictures must be a folder with images, got {args.pictures}.")
     if not sentences.get("there") or not sentences.get("absent"):

@@ -64,7 +64,7 @@ class PublishedArguments(SuiteArguments):
             raise ValueError("--runs can't be used here, since the published model is a single one.")
 
 
-def estimate_downloads(args: PublishedArguments, benchmarks: list[Benchmark]) -> dict[str, int | None]:
+def estimate_download_sizes(args: PublishedArguments, benchmarks: list[Benchmark]) -> dict[str, int | None]:
     """Return the sizes of the downloads in bytes, by Hub id; None if the Hub does not say. Local paths are omitted."""
     sizes, api = {}, HfApi()
     sources = [(name, api.model_info, OPEN_CLIP_WEIGHT_FILES) for name in (args.model, args.baseline)]
@@ -85,7 +85,9 @@ def estimate_downloads(args: PublishedArguments, benchmarks: list[Benchmark]) ->
     return sizes
 
 
-def estimate_seconds(args: PublishedArguments, benchmarks: list[Benchmark], folders: dict[str, Path]) -> dict[str, Any]:
+def estimate_embedding_time(
+    args: PublishedArguments, benchmarks: list[Benchmark], folders: dict[str, Path]
+) -> dict[str, Any]:
     """Estimate the time of all embeddings from the speed of the models on this machine.
 
     Args:
@@ -186,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     require_packages("The comparison with open_clip", "open_clip", "open_clip")
     check_output_file(args.output / "published.json")
     benchmarks = [b for b in select_benchmarks(args) if b.key in args.only or "beyond" not in b.suite]
-    sizes = estimate_downloads(args, benchmarks)
+    sizes = estimate_download_sizes(args, benchmarks)
     total = sum(filter(None, sizes.values())) / 1e9
     unknown = [name for name, size in sizes.items() if size is None]
     print(f"Downloads: {total:.1f} GB" + f", and of unknown size: {', '.join(unknown)}" * bool(unknown), flush=True)
@@ -203,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         models[role] = {"source": source, **read_json(folders[role] / CONVERSION_FILE, revision=str)}
         models[role] |= {"source": source} | compare_with_open_clip(source, folders[role])
         print(f"{source}: {'equal to open_clip' if models[role]['passed'] else 'DIFFERENT from open_clip'}", flush=True)
-    estimate = estimate_seconds(args, readable, folders)
+    estimate = estimate_embedding_time(args, readable, folders)
     left_out = f" without {', '.join(estimate['unknown'])}, whose size is unknown" * bool(estimate["unknown"])
     print(f"Embeddings: about {estimate['seconds'] / 3600:.1f} hours on this machine{left_out}.", flush=True)
     options = {field.name: getattr(args, field.name) for field in fields(SuiteArguments)}

@@ -57,7 +57,7 @@ def _is_linear(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _apply_torchao(config: Any, selects: Callable[[nn.Module, str], bool] = _in_tower) -> Callable:
+def _make_torchao_quantizer(config: Any, selects: Callable[[nn.Module, str], bool] = _in_tower) -> Callable:
     """Return a function that quantizes the selected layers of a model with torchao, and returns the model."""
 
     def quantize(model: nn.Module) -> nn.Module:
@@ -69,14 +69,14 @@ def _apply_torchao(config: Any, selects: Callable[[nn.Module, str], bool] = _in_
     return quantize
 
 
-def _apply_dynamic(model: nn.Module) -> nn.Module:
+def _apply_dynamic_quantization(model: nn.Module) -> nn.Module:
     """Quantize the linear layers of both towers with PyTorch's own dynamic quantization, and return the model."""
     for tower in ("text_model", "vision_model"):
         setattr(model, tower, torch.ao.quantization.quantize_dynamic(getattr(model, tower), {nn.Linear}))
     return model
 
 
-def quantizers() -> dict[str, Callable[[nn.Module], nn.Module]]:
+def build_quantizers() -> dict[str, Callable[[nn.Module], nn.Module]]:
     """Return the kinds of quantization: functions that quantize a model in place and return it, by name."""
     from torchao.quantization import (
         Int8DynamicActivationInt8WeightConfig,
@@ -91,16 +91,16 @@ def quantizers() -> dict[str, Callable[[nn.Module], nn.Module]]:
     return {
         "float32": lambda model: model,
         "bfloat16": lambda model: model.to(torch.bfloat16),
-        "torchao int8, weights": _apply_torchao(Int8WeightOnlyConfig()),
-        "torchao int8, weights and token embeddings": _apply_torchao(int8_rows, _in_tower_or_table),
-        "torchao int8, weights, with projections": _apply_torchao(Int8WeightOnlyConfig(), _is_linear),
-        "torchao int8, weights and activations": _apply_torchao(Int8DynamicActivationInt8WeightConfig()),
-        "torch dynamic int8": _apply_dynamic,
-        f"4 bits, weights in groups of {GROUP_SIZE}": _apply_torchao(four_bits),
+        "torchao int8, weights": _make_torchao_quantizer(Int8WeightOnlyConfig()),
+        "torchao int8, weights and token embeddings": _make_torchao_quantizer(int8_rows, _in_tower_or_table),
+        "torchao int8, weights, with projections": _make_torchao_quantizer(Int8WeightOnlyConfig(), _is_linear),
+        "torchao int8, weights and activations": _make_torchao_quantizer(Int8DynamicActivationInt8WeightConfig()),
+        "torch dynamic int8": _apply_dynamic_quantization,
+        f"4 bits, weights in groups of {GROUP_SIZE}": _make_torchao_quantizer(four_bits),
     }
 
 
-def compare(reference: Tensor, embeds: Tensor) -> dict[str, float]:
+def compare_embeddings(reference: Tensor, embeds: Tensor) -> dict[str, float]:
     """Return the mean and the lowest cosine between two lists of embeddings (rows, width) of unit length."""
     cosines = (reference * embeds).sum(dim=-1).tolist()
     return {"mean_cosine": statistics.mean(cosines), "min_cosine": min(cosines)}
@@ -115,14 +115,14 @@ def main(argv: list[str] | None = None) -> None:
     texts, images = [captions[0] for captions in rows[f"captions-{args.language}"]], list(rows["image"])
     processor, groups = load_processor(source), torch.arange(len(texts))
     reference, measured = None, {}
-    for name, quantize in tqdm(quantizers().items(), unit="kind"):
+    for name, quantize in tqdm(build_quantizers().items(), unit="kind"):
         model = quantize(load_model(source).eval())
         embeds = embed_texts(model, processor, texts).float(), embed_images(model, processor, images).float()
         reference = embeds if name == "float32" else reference
         text_ranks, image_ranks = cross_modal_ranks(*embeds, groups, groups)
         measured[name] = {
-            "texts": compare(reference[0], embeds[0]),
-            "images": compare(reference[1], embeds[1]),
+            "texts": compare_embeddings(reference[0], embeds[0]),
+            "images": compare_embeddings(reference[1], embeds[1]),
             "text_to_image": mean_recall(text_ranks),
             "image_to_text": mean_recall(image_ranks),
         }

@@ -39,7 +39,7 @@ class ReadmeArguments:
     check: bool = flag(False, "Change nothing; fail if a block differs from the JSON.")
 
 
-def find_pages() -> list[str]:
+def find_pages_with_blocks() -> list[str]:
     """Find the Markdown files that contain a generated block, which is text between two markers (see `BLOCK_RE`).
 
     Returns:
@@ -94,7 +94,7 @@ def load_template() -> Template:
         "table": _format_markdown_table,
         "versions": _format_versions,
         "ms": _format_milliseconds,
-        "step_memory": format_step_memory,
+        "step_memory": read_step_memory_text,
         "zip": zip,
     }
     environment.globals |= {
@@ -138,7 +138,7 @@ def _format_milliseconds(percentiles: dict[str, float], digits: int = 0) -> list
     return [format_number(percentiles["p50"], digits), format_number(percentiles["p95"], digits)]
 
 
-def format_step_memory(name: str) -> str:
+def read_step_memory_text(name: str) -> str:
     """Format the peak memory of a step of 2816 pairs.
 
     Args:
@@ -204,7 +204,7 @@ def _average_recall_over_directions(recipe_row: dict[str, Any]) -> list[list[flo
     return recalls
 
 
-def _copy_demo_results(runs: list[Path]) -> None:
+def _copy_demo_results_and_charts(runs: list[Path]) -> None:
     """Copy the results of demo runs to benchmarks/results/demo.json, and the charts of the first run to docs.
 
     Args:
@@ -242,8 +242,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_arguments(ReadmeArguments, __doc__, argv)
     if args.demo:
-        _copy_demo_results(args.demo)
-    for page in find_pages():
+        _copy_demo_results_and_charts(args.demo)
+    for page in find_pages_with_blocks():
         text = (CODE_ROOT / page).read_text(encoding="utf-8")
         if not args.check:
             write_text(CODE_ROOT / page, fill_blocks(page, text))

@@ -102,7 +102,7 @@ def find_or_train_run(seed: int, args: RecipeArguments, base_digest: str) -> Pat
     return folder
 
 
-def _build_row(
+def _build_recipe_row(
     name: str, hits: list[HitsByCondition], reference: list[HitsByCondition], groups: dict[str, Tensor]
 ) -> dict[str, Any]:
     """Summarize one row of the results.
@@ -174,8 +174,10 @@ def main(argv: list[str] | None = None) -> None:
             interpolate_weights(model, base.state_dict(), share)
             hits[name].append(measure(model))
     trainings = {"seeds": args.seeds, "seconds": seconds}
-    rows = [_build_row("base", base_hits, base_hits, groups)]
-    rows += [_build_row(name, row_hits, hits[REFERENCE_ROW], groups) | trainings for name, row_hits in hits.items()]
+    rows = [_build_recipe_row("base", base_hits, base_hits, groups)]
+    rows += [
+        _build_recipe_row(name, row_hits, hits[REFERENCE_ROW], groups) | trainings for name, row_hits in hits.items()
+    ]
     results = {
         "config": read_yaml_config(args.config),
         "n": {key: len(queries) for key, queries in groups.items()},

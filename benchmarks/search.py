@@ -65,7 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_arguments(SearchArguments, __doc__, argv)
     if args.worker:
-        timing.report_results({"fill": fill_index, "index": _measure_index}[args.worker](args))
+        timing.report_results(
+            {"fill": _measure_index_creation, "index": _measure_searching_and_adding}[args.worker](args)
+        )
         return
     from benchmarks import search_follow  # imported here, because a worker must not load torch
 
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         search_follow.write_random_photos(args.work / "photographs", max(ADDED_COUNTS))
         results = _measure_indexes(args) | {"width": EMBEDDING_WIDTH, "k": K, "queries": QUERY_COUNT}
     else:
-        results = search_follow.measure_watched_folder(args.work, args.followed, args.runs)
+        results = search_follow.measure_indexing_and_watching(args.work, args.followed, args.runs)
     name = "search.json" if args.parts == "index" else "search_follow.json"
     timing.report_results(
         timing.describe_conditions("lancedb") | {"runs": args.runs} | results,
@@ -89,8 +91,9 @@ def _measure_indexes(args: SearchArguments) -> dict[str, Any]:
         args: Command-line arguments.
 
     Returns:
-        "index": the results of `fill_index` and `_measure_index` by number of pictures, and under "approximate" whether
-        the index is searched approximately. "first_search_s": the seconds from `_time_search_commands`.
+        "index": the results of `_measure_index_creation` and `_measure_searching_and_adding` by number of pictures, and
+        under "approximate" whether the index is searched approximately. "first_search_s": the seconds from
+        `_time_search_commands`.
     """
     sizes = {}
     for rows in tqdm(args.sizes, desc="Indexes", unit="size"):
@@ -185,7 +188,7 @@ def picture_path(row: int) -> str:
 # ---- measurement of one index ----
 
 
-def fill_index(args: SearchArguments) -> dict[str, Any]:
+def _measure_index_creation(args: SearchArguments) -> dict[str, Any]:
     """Create an index of `args.rows` rows and optimize it, as the search would for this number of rows.
 
     Returns:
@@ -241,7 +244,7 @@ def build_picture_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table
     return pa.Table.from_arrays(arrays, schema=pictures_schema(EMBEDDING_WIDTH))
 
 
-def _measure_index(args: SearchArguments) -> dict[str, Any]:
+def _measure_searching_and_adding(args: SearchArguments) -> dict[str, Any]:
     """Measure the searches of an index, the memory that they need, and the time to add pictures.
 
     Args:

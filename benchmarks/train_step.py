@@ -67,7 +67,7 @@ from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
 from training.arguments import RunArguments
 from training.batches import MicroBatch
 from training.inputs import embed_pixels
-from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at, prepare_trainable
+from training.trainable import build_optimizer, clamp_logit_scale, freeze_parameters_and_add_adapters, learning_rate_at
 from training.whole_batch import StepReport, WholeBatch
 
 PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
@@ -190,8 +190,8 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     Returns:
         The results, as in train_step.json: the conditions and sizes of the benchmark; under "measured", the summary of
         each program (see `_summarize_runs`) by precision and program; under "recipe", the result of
-        `_summarize_recipe`; and under "demo", the result of `_time_demo_commands` for "new" (this checkout) and "old"
-        (`--beside`).
+        `_extrapolate_recipe_step`; and under "demo", the result of `_time_demo_commands` for "new" (this checkout) and
+        "old" (`--beside`).
     """
     suffixes = ["", BEFORE_SUFFIX] if args.beside else [""]
     names = [name + suffix for name in ("no_cache", "cache") for suffix in suffixes] if args.beside else PROGRAMS
@@ -206,7 +206,7 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
         for suffix in suffixes
     }
     requested = (recipe if "recipe" in args.parts else {}) | (programs if "programs" in args.parts else {})
-    steps = {key: partial(run_program, key[1], args, **flags) for key, flags in requested.items()}
+    steps = {key: partial(_measure_program_in_subprocess, key[1], args, **flags) for key, flags in requested.items()}
     measured = timing.run_alternating(steps, args.runs, "Training steps")
     results = timing.describe_conditions() | {"tokens": CAPTION_TOKENS[args.model], "measured": {}}
     results |= {name: getattr(args, name) for name in ("model", "runs", "micro", "steps", "peer_micro")}
@@ -216,7 +216,7 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
         summary = _summarize_runs(runs, peer, before)
         if part == "recipe":  # the larger batch comes last
             key = part + name.removeprefix(RECOMPUTED_PROGRAM)
-            results[key] = _summarize_recipe(requested[part, name, *pairs] | summary, results.get(key))
+            results[key] = _extrapolate_recipe_step(requested[part, name, *pairs] | summary, results.get(key))
         else:
             results["measured"].setdefault(part, {})[name] = summary
     if "demo" in args.parts:
@@ -225,7 +225,7 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     return results
 
 
-def _summarize_recipe(step: dict[str, Any], smaller: dict[str, Any] | None) -> dict[str, Any]:
+def _extrapolate_recipe_step(step: dict[str, Any], smaller: dict[str, Any] | None) -> dict[str, Any]:
     """Add seconds to the summary of a recipe's step and, if a smaller batch was measured too, extrapolate the memory.
 
     Args:
@@ -274,7 +274,7 @@ def _time_demo_commands(checkout: Path) -> dict[str, Any]:
     return results
 
 
-def run_program(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, Any]:
+def _measure_program_in_subprocess(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, Any]:
     """Time the training steps of one program in a separate process. The module docstring describes the programs.
 
     Args:
@@ -300,7 +300,7 @@ def _summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict
     """Summarize the runs of a program.
 
     Args:
-        runs: Result of each run of the program, from `run_program`.
+        runs: Result of each run of the program, from `_measure_program_in_subprocess`.
         peer: Results of open_clip's trainer in the same runs; None if it was not measured.
         before: Results of the same program in the other checkout; None if it was not measured.
 
@@ -389,7 +389,7 @@ class TrainingEngine:
             model="random weights", dataset=["random pixels"], effective_batch_size=args.pairs,
             micro_batch_size=args.micro, mixed_precision=args.precision,
         )  # fmt: skip
-        prepare_trainable(self.model, self.args)
+        freeze_parameters_and_add_adapters(self.model, self.args)
         # evaluation_mode=True: Accelerate adds no DistributedDataParallel wrapper, because WholeBatch sums the
         # gradients of all processes itself.
         self.prepared_model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
@@ -497,7 +497,7 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
     from open_clip_train.scheduler import cosine_lr
     from open_clip_train.train import train_one_epoch
 
-    config, open_clip_args = build_published_config(args.model), parse_open_clip_arguments(args)
+    config, open_clip_args = build_published_config(args.model), build_open_clip_arguments(args)
     steps = 1 + args.steps  # the first step is not timed, because the optimizer allocates its state in it
     random_seed(open_clip_args.seed, open_clip_args.rank)
     model = (
@@ -528,7 +528,7 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
     }
 
 
-def parse_open_clip_arguments(args: TrainStepArguments) -> Any:
+def build_open_clip_arguments(args: TrainStepArguments) -> Any:
     """Build the arguments of open_clip's trainer.
 
     Args:
@@ -555,7 +555,7 @@ def build_open_clip_optimizer(model: nn.Module, open_clip_args: Any) -> torch.op
 
     Args:
         model: Model of open_clip; only parameters with `requires_grad` are trained.
-        open_clip_args: Arguments from `parse_open_clip_arguments`.
+        open_clip_args: Arguments from `build_open_clip_arguments`.
 
     Returns:
         The optimizer, without weight decay for biases, gains of normalization layers, and the logit scale.

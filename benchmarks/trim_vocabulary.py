@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure the requested bases, and print the results as JSON."""
     args = parse_arguments(TrimBenchmarkArguments, __doc__, argv)
     if args.worker:
-        timing.report_results(run_worker(args))
+        timing.report_results(build_or_measure_model(args))
     else:
         results = read_json(args.output) if args.output.is_file() else {}
         for name in args.models:  # written after each base, so that an interrupted run keeps finished bases
@@ -93,11 +93,11 @@ def main(argv: list[str] | None = None) -> None:
             timing.report_results(results, args.output)
 
 
-def run_worker(args: TrimBenchmarkArguments) -> dict[str, Any]:
+def build_or_measure_model(args: TrimBenchmarkArguments) -> dict[str, Any]:
     """Build or measure one model in this process, and return the result."""
     if args.worker == "make":
         return _save_random_base(args.models[0], args.folder)
-    return _measure_model(args.folder, args.captions)
+    return _measure_memory_and_text_speed(args.folder, args.captions)
 
 
 def _measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
@@ -108,9 +108,10 @@ def _measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
         args: Command-line arguments of the benchmark.
 
     Returns:
-        The conditions and sizes of the measurement, and under "before" and "after" the result of `_describe_files` with
-        "memory_bytes" (largest of the runs) and "texts_per_second" (see `timing.summarize_rates`). "speed_ratio" is the
-        median over the runs of the rate after trimming divided by the rate before.
+        The conditions and sizes of the measurement, and under "before" and "after" the result of
+        `_count_tokens_parameters_and_bytes` with "memory_bytes" (largest of the runs) and "texts_per_second" (see
+        `timing.summarize_rates`). "speed_ratio" is the median over the runs of the rate after trimming divided by the
+        rate before.
     """
     with tempfile.TemporaryDirectory(prefix="capivara-trim-") as folder:
 
@@ -129,12 +130,12 @@ def _measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
         results |= {"languages": args.languages, "words": args.words, "captions": args.captions, "runs": args.runs}
         for state in states:
             memory = max(run["memory_bytes"] for run in measured[state])
-            results[state] = _describe_files(Path(folder, state), made["left_out_parameters"])
+            results[state] = _count_tokens_parameters_and_bytes(Path(folder, state), made["left_out_parameters"])
             results[state] |= {"memory_bytes": memory, "texts_per_second": timing.summarize_rates(rates[state])}
         return results | {"speed_ratio": timing.median_ratio(rates["after"], rates["before"])}
 
 
-def _describe_files(folder: Path, left_out_parameters: int) -> dict[str, int]:
+def _count_tokens_parameters_and_bytes(folder: Path, left_out_parameters: int) -> dict[str, int]:
     """Count the tokens, parameters and bytes of a saved model with its published image tower.
 
     Args:
@@ -154,7 +155,7 @@ def _describe_files(folder: Path, left_out_parameters: int) -> dict[str, int]:
     }
 
 
-def _measure_model(folder: Path, captions: int) -> dict[str, float]:
+def _measure_memory_and_text_speed(folder: Path, captions: int) -> dict[str, float]:
     """Load a model in this process, and embed captions.
 
     Args:
@@ -187,10 +188,10 @@ def _save_random_base(name: str, folder: Path) -> dict[str, Any]:
         "vocabulary": "real" or "synthesized". "left_out_parameters": parameters of the published image tower minus
         those of the tiny one.
     """
-    model_class, config = build_published_base(name)
+    model_class, config = get_base_class_and_config(name)
     with torch.device("meta"):
         published = model_class(config).num_parameters()
-    processor, vocabulary = _build_processor(name, config.vision_config.image_size)
+    processor, vocabulary = _build_processor_and_vocabulary_kind(name, config.vision_config.image_size)
     for field, value in TINY_TOWER.items():
         setattr(config.vision_config, field, value)
     torch.manual_seed(0)
@@ -200,7 +201,7 @@ def _save_random_base(name: str, folder: Path) -> dict[str, Any]:
     return {"vocabulary": vocabulary, "left_out_parameters": published - model.num_parameters()}
 
 
-def build_published_base(name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+def get_base_class_and_config(name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """Return the class and the published config of a base, one of `BASES`."""
     if name in SIGLIP_SIZES:
         return SiglipModel, build_published_config(name)
@@ -214,7 +215,7 @@ def build_published_base(name: str) -> tuple[type[PreTrainedModel], PreTrainedCo
     return CapivaraModel, config
 
 
-def _build_processor(name: str, image_size: int) -> tuple[ProcessorMixin, str]:
+def _build_processor_and_vocabulary_kind(name: str, image_size: int) -> tuple[ProcessorMixin, str]:
     """Build the processor of a base model, with a vocabulary of the published size.
 
     Args:
@@ -235,7 +236,7 @@ def _build_processor(name: str, image_size: int) -> tuple[ProcessorMixin, str]:
     return CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()), "real"
 
 
-def iter_words() -> Iterator[str]:
+def iter_frequent_words() -> Iterator[str]:
     """Yield distinct words of all languages of wordfreq: the most frequent word of each, then the second, and so on."""
     import wordfreq
 
@@ -251,7 +252,7 @@ def synthesize_bpe_tokenizer(size: int) -> Siglip2Tokenizer:
     """
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     ids, merges = {token: number for number, token in enumerate(special)}, []
-    for word in iter_words():
+    for word in iter_frequent_words():
         text = f"▁{word}"
         for letter in text:
             ids.setdefault(letter, len(ids))
@@ -279,7 +280,7 @@ def synthesize_unigram_tokenizer(size: int) -> PreTrainedTokenizerFast:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = state["model"]["vocab"]
     known = {token for token, _ in tokens}
-    for word in iter_words():
+    for word in iter_frequent_words():
         if len(tokens) == size:
             break
         if f"▁{word}" not in known:

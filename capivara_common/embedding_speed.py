@@ -97,15 +97,17 @@ def choose_fastest(
     identity = {"setting": setting, "device": describe_device(), "encoder": encoder, "versions": versions}
     cache_file = cache_home() / "embedding_speed" / f"{json_digest(identity)}.json"
     # Of several tasks that start at the same time, the first measures, and the others wait for its choice.
-    with _locked(cache_file.parent):
+    with _hold_folder_lock(cache_file.parent):
         content = _read_choice(cache_file, candidates)
         if content is None:
-            content = identity | _measure(candidates, min_cosine)
+            content = identity | _time_and_choose_candidate(candidates, min_cosine)
             logger.info("Fastest %s on this CPU: %s.", setting, content["choice"])
             with suppress(OSError):  # without the file, the next pass measures again
                 write_json(cache_file, content)
     if output_file:
-        with _locked(output_file.parent):  # a task on another machine may have recorded its choice in the meantime
+        with _hold_folder_lock(
+            output_file.parent
+        ):  # a task on another machine may have recorded its choice in the meantime
             recorded = _read_choice(output_file, candidates)
             if recorded is None:
                 write_json(output_file, content)
@@ -113,7 +115,7 @@ def choose_fastest(
     return content["choice"]
 
 
-def _measure(candidates: Mapping[Any, Callable[[], Any]], min_cosine: float) -> dict[str, Any]:
+def _time_and_choose_candidate(candidates: Mapping[Any, Callable[[], Any]], min_cosine: float) -> dict[str, Any]:
     """Time all candidates in turns, and return the choice with the median seconds of each candidate."""
     seconds: dict[Any, list[float]] = {value: [] for value in candidates}
     vectors = {}
@@ -147,7 +149,7 @@ def _read_choice(path: Path, candidates: Mapping[Any, Any]) -> dict[str, Any] | 
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _hold_folder_lock(folder: Path) -> Iterator[None]:
     """Lock a folder for the `with` block, after creating it. A file system without locks is used without a lock."""
     lock = None
     with suppress(OSError):

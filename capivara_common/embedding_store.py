@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from capivara_common.environment import get_distributed_state
+from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import append_digest, atomic_file, json_digest, matches_appended_digest, write_json
 from capivara_common.image_files import DECODER_THREADS, BadImage
 from capivara_common.tasks import split_rows
@@ -126,7 +126,7 @@ class EmbeddingStore:
         """
         from tqdm.auto import tqdm  # the search imports this module and must start fast
 
-        parts, state = split_rows(len(items), rows_per_shard), get_distributed_state()
+        parts, state = split_rows(len(items), rows_per_shard), get_or_init_distributed_state()
         digests = (json_digest(list(items[part.start : part.stop])) for part in parts)
         paths = [self.folder / f"{kind}s-{digest}.arrow" for digest in digests]
 
@@ -168,7 +168,7 @@ class EmbeddingStore:
         from accelerate.utils import broadcast_object_list  # imports torch, which the search does without
 
         missing: list[int] | None = None
-        if get_distributed_state().is_main_process:
+        if get_or_init_distributed_state().is_main_process:
             with ThreadPoolExecutor(DECODER_THREADS) as threads:
                 missing = [
                     number for number, valid in enumerate(threads.map(matches_appended_digest, paths)) if not valid

@@ -46,7 +46,7 @@ def require_packages(purpose: str, extra_name: str | None, *modules: str) -> Non
         ImportError: If a module is missing. The message contains the command that installs it.
     """
     if missing := missing_modules(*modules):
-        command = install_command(extra_name) if extra_name else f"pip install {' '.join(missing)}"
+        command = get_install_command(extra_name) if extra_name else f"pip install {' '.join(missing)}"
         text = f"{purpose} needs {' and '.join(missing)}, not installed yet: {command}"
         names = " ".join(missing)
         raise coded_error(ImportError, "not_installed", "{text}", text=text, names=names, command=command)
@@ -57,7 +57,7 @@ def missing_modules(*modules: str) -> list[str]:
     return [module for module in modules if not _is_installed(module)]
 
 
-def install_command(extra_name: str) -> str:
+def get_install_command(extra_name: str) -> str:
     """Return the command that installs an extra: of the checkout if this code runs in one, otherwise of the package.
 
     Args:
@@ -84,7 +84,7 @@ def package_versions(*extra_packages: str) -> dict[str, str]:
     return versions
 
 
-def get_distributed_state(timeout: timedelta | None = None) -> "PartialState":
+def get_or_init_distributed_state(timeout: timedelta | None = None) -> "PartialState":
     """Return Accelerate's state, and initialize it in the first call.
 
     Args:

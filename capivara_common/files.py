@@ -144,7 +144,7 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         OSError: If writing fails. If the disk is full, the message says so.
     """
     path = path.resolve()  # if `path` is a link, replace the folder that it points to
-    check_output_folder(path, overwrite)
+    prepare_output_folder(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
     with _locked(new, new), _cleanup_on_error(path, lambda: shutil.rmtree(new, ignore_errors=True)):
@@ -154,7 +154,7 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path, leftover: Path) -> Iterator[None]:
-    """Lock a folder, so that `remove_leftovers` in other processes leaves it alone.
+    """Lock a folder, so that `remove_or_restore_leftovers` in other processes leaves it alone.
 
     Args:
         folder: The folder. It stays locked after it is renamed.
@@ -193,8 +193,8 @@ def _move_folder_into_place(new: Path, path: Path, overwrite: bool) -> None:
     """Rename the folder `new` to `path`.
 
     At any moment, the old or the new folder is complete on the disk. If the process is killed in between,
-    `remove_leftovers` renames the old folder back. Files and folders get the default permissions, because safetensors
-    creates files that only their owner can read.
+    `remove_or_restore_leftovers` renames the old folder back. Files and folders get the default permissions, because
+    safetensors creates files that only their owner can read.
 
     Args:
         new: The complete new folder.
@@ -219,14 +219,14 @@ def _move_folder_into_place(new: Path, path: Path, overwrite: bool) -> None:
             old.rename(path)
             raise
         with suppress(OSError):
-            _remove_folder(old)
+            _remove_leftover_folder(old)
 
 
-def _remove_folder(folder: Path) -> None:
+def _remove_leftover_folder(folder: Path) -> None:
     """Remove a replaced or unfinished folder that lies next to an output folder.
 
     The folder is first renamed to a name with ".tmp-". If the process is killed before all files are deleted,
-    `remove_leftovers` then does not mistake the rest of the folder for a complete one.
+    `remove_or_restore_leftovers` then does not mistake the rest of the folder for a complete one.
     """
     doomed = folder.with_name(f"{folder.name[: -len('old-01234567')]}tmp-{folder.name[-8:]}")
     folder.rename(doomed)
@@ -264,16 +264,16 @@ def rename_partial_folder(path: Path, overwrite: bool = False) -> None:
         overwrite: Whether a folder that exists at `path` and is not empty may be replaced.
 
     Raises:
-        ValueError: If `path` can't be written (see `check_output_folder`).
+        ValueError: If `path` can't be written (see `prepare_output_folder`).
     """
     path, partial = path.resolve(), partial_folder(path)
-    check_output_folder(path, overwrite)
+    prepare_output_folder(path, overwrite)
     for leftover in partial.rglob(".*.tmp"):
         leftover.unlink()  # its writer was killed
     _move_folder_into_place(partial, path, overwrite)
 
 
-def check_output_folder(path: Path, overwrite: bool = False) -> None:
+def prepare_output_folder(path: Path, overwrite: bool = False) -> None:
     """Check that an output folder can be written.
 
     Temporary files and folders that killed processes left beside it are removed first.
@@ -286,7 +286,7 @@ def check_output_folder(path: Path, overwrite: bool = False) -> None:
         ValueError: If `path` is a mount point, a file, a folder that may not be replaced, or not writable.
     """
     path = path.resolve()
-    remove_leftovers(path)
+    remove_or_restore_leftovers(path)
     fault = None
     if os.path.ismount(path):  # Python 3.11 lacks `Path.is_mount` on Windows
         fault = "is a mount point and can't be replaced. Choose a folder inside it"
@@ -316,7 +316,7 @@ def check_inputs_outside(output: Path, *inputs: str | Path | None) -> None:
             )
 
 
-def remove_leftovers(path: Path) -> None:
+def remove_or_restore_leftovers(path: Path) -> None:
     """Clean up what killed processes left next to an output folder.
 
     Unfinished folders are removed. An output that was being replaced is renamed back. Folders in use by a running
@@ -333,7 +333,7 @@ def remove_leftovers(path: Path) -> None:
             if match[1] == "old" and not (path.exists() and any(path.iterdir())):
                 leftover.rename(path)  # the process was killed between the two renames of `_move_folder_into_place`
             else:
-                _remove_folder(leftover)
+                _remove_leftover_folder(leftover)
 
 
 def check_output_file(path: Path) -> None:

@@ -69,7 +69,7 @@ def resolve_model_folder(source: str, convert: Converter, revision: str | None =
     if path.exists():
         _check_model_folder(path, name)
         return path.resolve()
-    if not is_hub_id(source):
+    if not looks_like_hub_id(source):
         raise coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=name)
     repo_id = source.removeprefix("hf-hub:")
     may_have_moved = revision is not None and not COMMIT_RE.fullmatch(revision)  # true for branches and tags
@@ -124,7 +124,7 @@ def check_model_reachable(source: str | Path, *names: str, revision: str | None 
         ValueError: If the model is not cached, and the Hub has no such model or can't be reached.
     """
     source, names = str(source), names or ("config.json",)
-    is_local = Path(source).exists() or not is_hub_id(source)  # loading a local model reports its errors
+    is_local = Path(source).exists() or not looks_like_hub_id(source)  # loading a local model reports its errors
     if is_local or any(_cached_snapshot(source, name, revision) for name in names):
         return
     try:
@@ -135,7 +135,7 @@ def check_model_reachable(source: str | Path, *names: str, revision: str | None 
         raise _model_fetch_error(source, error) from error
 
 
-def is_hub_id(source: str) -> bool:
+def looks_like_hub_id(source: str) -> bool:
     """Return whether the name of a model has the form of a Hub id, OWNER/NAME, optionally with the prefix `hf-hub:`."""
     name = source.removeprefix("hf-hub:")
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))

@@ -41,7 +41,9 @@ def image_encoder_digest(folder: Path) -> str:
         ValueError: If files of the model are missing or damaged.
     """
     settings = (json.dumps(part, sort_keys=True) for part in _image_encoder_settings(folder).values())
-    return hashlib.blake2b("\0".join([_cached_weights_digest(folder), *settings]).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        "\0".join([_get_or_compute_weights_digest(folder), *settings]).encode(), digest_size=16
+    ).hexdigest()
 
 
 def image_processor_settings(folder: Path) -> dict[str, Any]:
@@ -114,7 +116,7 @@ def _normalize_setting(name: str, value: Any) -> Any:
     return {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
 
 
-def _cached_weights_digest(folder: Path) -> str:
+def _get_or_compute_weights_digest(folder: Path) -> str:
     """Return the digest of the image encoder's weights (32 hexadecimal characters).
 
     The digest is read from the cache if the weight files of the model folder are unchanged; otherwise it is computed

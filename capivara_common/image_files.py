@@ -26,7 +26,7 @@ from PIL.Image import Transpose
 
 from capivara_common.avif import largest_frame_size
 from capivara_common.cli import check_at_least, flag
-from capivara_common.environment import get_distributed_state, install_command
+from capivara_common.environment import get_install_command, get_or_init_distributed_state
 from capivara_common.files import IS_WINDOWS, AllowedFolders, find_windows_fault
 
 with suppress(ImportError):
@@ -163,7 +163,7 @@ def read_image_bytes(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -
     Raises:
         BadImage: If there is no image, it may not be opened or can't be read, it is not an image, or it is too large.
     """
-    return _open_row_image(row_image, access)[0]
+    return _read_and_open_row_image(row_image, access)[0]
 
 
 def decode_image(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> PIL.Image.Image:
@@ -181,10 +181,10 @@ def decode_image(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> PI
         BadImage: If there is no image, it may not be opened or can't be read, it is not an image, it is too large, or
             its pixels are damaged.
     """
-    return decode_upright(*_open_row_image(row_image, access)[1:])
+    return decode_upright(*_read_and_open_row_image(row_image, access)[1:])
 
 
-def _open_row_image(row_image: dict | None, access: ImageAccess) -> tuple[bytes, PIL.Image.Image, str]:
+def _read_and_open_row_image(row_image: dict | None, access: ImageAccess) -> tuple[bytes, PIL.Image.Image, str]:
     """Read and open the image of a dataset row without decoding its pixels.
 
     Args:
@@ -233,7 +233,9 @@ def decode_images(
         except BadImage as error:
             return error
 
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // get_distributed_state().num_processes))) as threads:
+    with ThreadPoolExecutor(
+        max(1, min(8, (os.cpu_count() or 2) // get_or_init_distributed_state().num_processes))
+    ) as threads:
         for start in range(0, len(rows), DECODE_CHUNK_IMAGES):
             chunk = rows[start : start + DECODE_CHUNK_IMAGES]
             yield from zip(chunk, threads.map(read, chunk), strict=True)
@@ -265,7 +267,7 @@ def open_undecoded_image(
         tile = _read_tile_size(data, image)
         frame = largest_frame_size(data) if image.format == "AVIF" else image.size
     except PIL.UnidentifiedImageError as error:
-        heic = "" if "HEIF" in _AVAILABLE_FORMATS else f"; to read HEIC: {install_command('heic')}"
+        heic = "" if "HEIF" in _AVAILABLE_FORMATS else f"; to read HEIC: {get_install_command('heic')}"
         detail = f"{name} is not an image in {', '.join(_AVAILABLE_FORMATS)}, or its header is damaged{heic}"
         raise BadImage("unreadable image", detail) from error
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:

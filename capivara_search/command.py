@@ -42,7 +42,7 @@ from capivara_search.command_line import (
     add_boolean_flags,
     describe_usage_error,
     get_global_value,
-    localize_type_errors,
+    localize_click_type_errors,
 )
 from capivara_search.csv_output import write_csv
 from capivara_search.messages import COMMAND_NAMES, Messages, make_error_from_code
@@ -61,7 +61,9 @@ EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes; `ca
 # Value of --relevance-threshold, in English or Portuguese -> value of `PictureIndex.relevance_threshold`.
 RELEVANCE_THRESHOLD_VALUES = {"auto": None, "on": True, "off": False, "sim": True, "não": False}
 RELEVANCE_THRESHOLD_OPTION = option(
-    "--relevance-threshold", type=localize_type_errors(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES))), default="auto"
+    "--relevance-threshold",
+    type=localize_click_type_errors(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES))),
+    default="auto",
 )
 MAX_SHOWN_SKIPPED_FILES = 5  # files that the report of `capivara index` lists; `capivara status --all` lists all
 # Keys of the rules by which files and folders are ignored, in the order of the report.
@@ -127,7 +129,7 @@ def _require_search_extra() -> None:
 @argument("folders", nargs=-1, type=cli.EXISTING_FOLDER)
 @option("--exclude", multiple=True, metavar="pattern")
 @option("--include", multiple=True, metavar="path", shell_complete=cli.ANY_PATH.shell_complete)
-@option("--batch-size", type=localize_type_errors(click.IntRange(1, 10_000)), default=32)
+@option("--batch-size", type=localize_click_type_errors(click.IntRange(1, 10_000)), default=32)
 def index(
     messages: Messages, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], batch_size: int
 ) -> None:
@@ -260,7 +262,7 @@ def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
 @_register_command("search")
 @argument("query", metavar="query", nargs=-1)
 @option("--like", type=cli.EXISTING_FILE)
-@option("-k", type=localize_type_errors(click.IntRange(1, 10_000)), default=12)
+@option("-k", type=localize_click_type_errors(click.IntRange(1, 10_000)), default=12)
 @option("--folder", type=cli.ANY_FOLDER)
 @option("--since", type=DATE)
 @option("--until", type=DATE)
@@ -361,7 +363,7 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
 
 
 @_register_command("app")
-@option("--port", type=localize_type_errors(click.IntRange(1, 65535)), default=7860)
+@option("--port", type=localize_click_type_errors(click.IntRange(1, 65535)), default=7860)
 @option("--host", default="127.0.0.1")
 @option("--allow-host", multiple=True)
 @RELEVANCE_THRESHOLD_OPTION
@@ -528,7 +530,7 @@ def export(messages: Messages, file: Path) -> None:
 
 
 @_register_command("duplicates")
-@option("--threshold", type=localize_type_errors(click.FloatRange(0.01, 1)), default=DUPLICATE_MIN_SIMILARITY)
+@option("--threshold", type=localize_click_type_errors(click.FloatRange(0.01, 1)), default=DUPLICATE_MIN_SIMILARITY)
 @add_boolean_flags("--json", "--csv")
 def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> int:
     """Print groups of near-duplicate pictures.
@@ -559,7 +561,7 @@ def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> i
 
 
 @_register_command("completion")
-@argument("shell", type=localize_type_errors(click.Choice(("bash", "zsh", "fish"))))
+@argument("shell", type=localize_click_type_errors(click.Choice(("bash", "zsh", "fish"))))
 def completion(messages: Messages, shell: str) -> None:
     """Print a script for a shell. After the shell has run it, the Tab key completes commands and flags of `capivara`.
 

@@ -30,7 +30,7 @@ CONTEXT_SETTINGS = {
 }
 
 
-def localize_type_errors(param_type: click.ParamType) -> click.ParamType:
+def localize_click_type_errors(param_type: click.ParamType) -> click.ParamType:
     """Make a click type report rejected values in the user's language.
 
     Args:
@@ -90,15 +90,15 @@ class DateType(click.DateTime):
 
 _path_type = partial(click.Path, readable=False, path_type=Path)
 ANY_PATH, EXISTING_PATH, EXISTING_FILE = (
-    localize_type_errors(_path_type()),
-    localize_type_errors(_path_type(exists=True)),
-    localize_type_errors(_path_type(exists=True, dir_okay=False)),
+    localize_click_type_errors(_path_type()),
+    localize_click_type_errors(_path_type(exists=True)),
+    localize_click_type_errors(_path_type(exists=True, dir_okay=False)),
 )
 ANY_FOLDER, EXISTING_FOLDER = (
-    localize_type_errors(_path_type(file_okay=False)),
-    localize_type_errors(_path_type(exists=True, file_okay=False)),
+    localize_click_type_errors(_path_type(file_okay=False)),
+    localize_click_type_errors(_path_type(exists=True, file_okay=False)),
 )
-DATE = localize_type_errors(DateType(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
+DATE = localize_click_type_errors(DateType(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
 
 
 def add_boolean_flags(*names: str) -> Callable[[Callable], Callable]:
@@ -152,7 +152,7 @@ GLOBAL_OPTIONS = [
     click.Option(["--model"], expose_value=False, callback=_store_global_value, **_folder_option_kwargs),
     click.Option(["--device"], expose_value=False, callback=_store_global_value),
     # The value of `--lang` is not stored: `command.detect_user_language` reads it before click parses the command line.
-    click.Option(["--lang"], expose_value=False, type=localize_type_errors(click.Choice(("pt", "en")))),
+    click.Option(["--lang"], expose_value=False, type=localize_click_type_errors(click.Choice(("pt", "en")))),
 ]
 
 

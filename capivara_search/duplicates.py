@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capivara_search.results import DUPLICATE_MIN_SIMILARITY
-from capivara_search.table import COLOR_SIGNATURE_COLUMN, l2_normalize, to_array, vector_column
+from capivara_search.table import COLOR_SIGNATURE_COLUMN, l2_normalize, vector_column, vector_column_to_array
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -122,10 +122,12 @@ def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes |
     is_uniform = norms < MIN_SIGNATURE_STD * SIGNATURE_BYTES**0.5
     pixels *= np.where(is_uniform, 0, SIGNATURE_WEIGHT**0.5 / np.maximum(norms, 1)).astype(np.float32)
     vector_scale = np.where(is_uniform, 1, (1 - SIGNATURE_WEIGHT) ** 0.5).astype(np.float32)
-    return np.concatenate([vectors * vector_scale, pixels, _extract_flat_details(signatures)], axis=1, dtype=np.float32)
+    return np.concatenate(
+        [vectors * vector_scale, pixels, _extract_details_from_signatures(signatures)], axis=1, dtype=np.float32
+    )
 
 
-def _extract_flat_details(signatures: Sequence[bytes | None]) -> np.ndarray:
+def _extract_details_from_signatures(signatures: Sequence[bytes | None]) -> np.ndarray:
     """Extract the details of flat pictures from color signatures.
 
     Args:
@@ -167,7 +169,7 @@ def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.
     return np.where(np.outer(square_sums, other_square_sums) > 0, flat_similarities, products)
 
 
-def _get_model_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
+def _extract_stored_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     """Return the model's vectors of rows of the table `pictures`.
 
     Args:
@@ -180,7 +182,7 @@ def _get_model_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     vectors, name = np.zeros((len(rows), model.width), np.float32), vector_column(model.width)
     if name in rows.column_names:
         has_vector = pc.and_(rows[name].is_valid(), pc.equal(rows["model"], model.image_digest))
-        vectors[has_vector.to_numpy()] = l2_normalize(to_array(rows[name].filter(has_vector)))
+        vectors[has_vector.to_numpy()] = l2_normalize(vector_column_to_array(rows[name].filter(has_vector)))
     return vectors
 
 
@@ -197,7 +199,7 @@ def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     signatures = [None] * len(rows)
     if COLOR_SIGNATURE_COLUMN in rows.column_names:
         signatures = rows[COLOR_SIGNATURE_COLUMN].to_pylist()
-    return combine_vectors_and_colors(_get_model_vectors(model, rows), signatures)
+    return combine_vectors_and_colors(_extract_stored_vectors(model, rows), signatures)
 
 
 def newest_first_order(rows: pa.Table) -> pa.Array:
@@ -232,7 +234,7 @@ class CachedRows:
 
     def __init__(self, model: "SearchModel", rows: pa.Table):
         self.rows, self._model = rows.sort_by("path"), model
-        self._vectors = _get_model_vectors(model, self.rows)
+        self._vectors = _extract_stored_vectors(model, self.rows)
         self._without_vector = ~self._vectors.any(axis=1)  # True for rows that were embedded with other models
 
     @cached_property
@@ -282,7 +284,7 @@ def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUP
     return compute_duplicate_similarity(vectors, others) >= threshold - FLOAT16_TOLERANCE
 
 
-def leaders(
+def assign_leaders(
     vectors: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY, max_groups: int | None = None
 ) -> np.ndarray:
     """Assign each row to the leader of its group of near-duplicates (sequential leader clustering).
@@ -336,6 +338,6 @@ def cluster_near_duplicates(
     Returns:
         For each group, an array of its row numbers in ascending order. Groups are sorted by their first row number.
     """
-    leader_of = leaders(vectors, threshold, max_groups)
+    leader_of = assign_leaders(vectors, threshold, max_groups)
     order = np.argsort(leader_of, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(leader_of[order])) + 1)[:max_groups] if len(order) else []

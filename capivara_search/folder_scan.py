@@ -77,7 +77,7 @@ def to_absolute_path(folder: str | Path) -> Path:
     return Path(path)
 
 
-def to_path_on_disk(folder: str | Path) -> Path:
+def to_absolute_path_with_disk_case(folder: str | Path) -> Path:
     """Return the absolute path of a folder or file that the user names, as `to_absolute_path`.
 
     On Windows, where case does not matter, the path gets the case of the names on the disk, so that a folder has the
@@ -94,7 +94,7 @@ def to_path_on_disk(folder: str | Path) -> Path:
     return Path(real_path) if os.path.normcase(path) == os.path.normcase(real_path) else path
 
 
-def find_pictures(
+def find_pictures_and_unreadable_files(
     folders: Mapping[Path, str] | Sequence[str | Path],
     rules: IgnoreRules | None = None,
     ignored_counts: dict[str, Counter[str]] | None = None,
@@ -149,13 +149,13 @@ def find_pictures(
             raise make_error_from_code(ValueError, "folder_shut", path=root, reason=skipped_files[root])
         # If rules ignore something in a folder, it is not an error that no picture is left.
         ignored_count = sum(scan.ignored_counts[root][reason] for reason in ("forgotten", "excluded", "link"))
-        if only_paths is None and not ignored_count and not _contains_any([*scan.pictures, *skipped_files], root):
+        if only_paths is None and not ignored_count and not _is_any_path_inside([*scan.pictures, *skipped_files], root):
             raise make_error_from_code(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
     pictures = sorted(scan.pictures.values(), key=lambda file: file.path)
     return pictures, sorted(scan.skipped_files, key=lambda skipped: skipped.path)
 
 
-def _contains_any(paths: Sequence[str], root: str) -> bool:
+def _is_any_path_inside(paths: Sequence[str], root: str) -> bool:
     """Return whether at least one of several files lies inside a folder.
 
     The paths are compared twice: as they are given, and with symbolic links resolved.
@@ -235,7 +235,7 @@ class _FolderScan:
                         else:
                             self.ignored_counts[root]["video"] += entry.name.lower().endswith(VIDEO_SUFFIXES)
             except OSError as error:
-                self.skip_file(folder, to_bad_image(error))
+                self.skip_file(folder, convert_os_error_to_bad_image(error))
 
     def add_file(self, path: str) -> None:
         """Add a picture file to the attribute `pictures`, or to `skipped_files` if the file can't be read.
@@ -246,13 +246,13 @@ class _FolderScan:
         try:
             state = os.stat(path)
         except OSError as error:  # for example, the file was deleted since its folder was listed
-            return self.skip_file(path, to_bad_image(error))
+            return self.skip_file(path, convert_os_error_to_bad_image(error))
         if any("\ud800" <= letter <= "\udfff" for letter in path):
             self.skip_file(path, BadImage("name is no text", "its name is not in UTF-8; rename it"))
         elif not stat.S_ISREG(state.st_mode):
             self.skip_file(path, BadImage("no regular file", "it is a pipe, a socket or a device"))
         elif not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
-            self.skip_file(path, to_bad_image(PermissionError()))
+            self.skip_file(path, convert_os_error_to_bad_image(PermissionError()))
         else:
             self.pictures[path] = FileState.of(path, state)
 
@@ -299,7 +299,7 @@ def is_picture_name(name: str) -> bool:
     return name.lower().endswith(PICTURE_SUFFIXES)
 
 
-def to_bad_image(error: OSError) -> BadImage:
+def convert_os_error_to_bad_image(error: OSError) -> BadImage:
     """Convert an operating system error for a file to a BadImage, whose `reason` says why the file is skipped.
 
     Args:

@@ -32,7 +32,7 @@ from capivara_search.table import (
 )
 
 
-def requested_folders(table: PictureTable) -> dict[str, str]:
+def load_requested_folders(table: PictureTable) -> dict[str, str]:
     """Return the folders that the user has added to an index on this machine.
 
     Args:
@@ -42,7 +42,7 @@ def requested_folders(table: PictureTable) -> dict[str, str]:
         Path of each folder -> real path that it had when it was added. Empty if there is no record on this machine.
     """
     with suppress(OSError, ValueError):
-        recorded = read_json(_get_record_path(table), folders=dict)["folders"]
+        recorded = read_json(_get_requested_folders_path(table), folders=dict)["folders"]
         return {folder: real for folder, real in recorded.items() if isinstance(real, str)}
     return {}
 
@@ -60,17 +60,17 @@ def record_requested_folders(
         moved_from: Old path of a folder that was moved. This folder and the folders inside it are removed from the
             record. None: nothing is removed.
     """
-    recorded = requested_folders(table)
+    recorded = load_requested_folders(table)
     if moved_from:
         recorded = {path: real for path, real in recorded.items() if not Path(path).is_relative_to(moved_from)}
     recorded |= {str(folder): real for folder, real in folders.items()}
     try:
-        write_json(_get_record_path(table), {"index": table.where, "folders": recorded})
+        write_json(_get_requested_folders_path(table), {"index": table.where, "folders": recorded})
     except OSError as error:
-        log_message("thumbnails_alone", _get_record_path(table), error)
+        log_message("thumbnails_alone", _get_requested_folders_path(table), error)
 
 
-def _get_record_path(table: PictureTable) -> Path:
+def _get_requested_folders_path(table: PictureTable) -> Path:
     """Return the path of the JSON file that records the folders of an index on this machine.
 
     The file is in the user's state directory. It is not in the index, because the index possibly comes from another
@@ -117,7 +117,7 @@ def load_ignored_counts(table: PictureTable) -> Counter[str]:
     return counts
 
 
-def folders_to_add(
+def resolve_folders_to_scan(
     table: PictureTable, folders: Mapping[Path, str], exclude: Sequence[str] = (), include: Sequence[str | Path] = ()
 ) -> dict[Path, str]:
     """Return the folders that an update of the index has to scan.
@@ -140,7 +140,7 @@ def folders_to_add(
     rules = load_ignore_rules(table)
     rules.updated(exclude, include)  # called only to raise the errors of invalid patterns now
     known, paths = table.folders(), dict(folders)
-    recorded = {folder: real for folder, real in requested_folders(table).items() if folder in known}
+    recorded = {folder: real for folder, real in load_requested_folders(table).items() if folder in known}
     if not folders:
         paths = {Path(folder): real for folder, real in recorded.items() if is_available(folder, real)}
         if unavailable := sorted(set(known) - set(map(str, paths))):

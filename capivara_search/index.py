@@ -31,9 +31,20 @@ from capivara_search.duplicates import (
     is_duplicate,
     newest_first_order,
 )
-from capivara_search.folder_scan import FileState, find_pictures, to_absolute_path, to_path_on_disk
+from capivara_search.folder_scan import (
+    FileState,
+    find_pictures_and_unreadable_files,
+    to_absolute_path,
+    to_absolute_path_with_disk_case,
+)
 from capivara_search.index_progress import mirror_progress_to_file, read_progress
-from capivara_search.indexing import IndexWriter, StoredRows, embed_files, finish_indexing, prepare_indexing
+from capivara_search.indexing import (
+    IndexWriter,
+    StoredRows,
+    embed_unindexed_files,
+    finish_indexing,
+    plan_update_and_prepare_index,
+)
 from capivara_search.messages import log_message, make_error_from_code
 from capivara_search.picture_reading import open_query_picture
 from capivara_search.results import (
@@ -58,9 +69,9 @@ from capivara_search.table import (
     join_clauses,
     l2_normalize,
     quote_sql,
-    to_array,
     to_hits,
     vector_column,
+    vector_column_to_array,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -102,7 +113,8 @@ class PictureIndex:
         relevance_threshold: Whether a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
             The threshold is the z-score that the best picture of the index reaches for a neutral sentence, which
             describes no particular picture (`query.estimate_z_score_threshold`). None: mark hits only if measurements
-            show that the model separates relevant from irrelevant pictures well (`query.supports_relevance_threshold`).
+            show that the model separates relevant from irrelevant pictures well
+            (`query.is_relevance_threshold_reliable`).
 
     Example:
         >>> from pathlib import Path
@@ -205,9 +217,9 @@ class PictureIndex:
             include: Stored patterns to remove, and forgotten paths (see `forget`) to index again.
             only_paths: Absolute paths of files or folders inside `folders`. Only these paths are updated; rows of paths
                 that no longer exist are removed. None, or more than 500 paths: everything in the folders is updated.
-            real_paths: Absolute path of each folder -> its real path, as `folders_to_add` returned it earlier. A folder
-                whose real path has changed since then, for example because a symbolic link was replaced, is refused.
-                None: the real paths are resolved now.
+            real_paths: Absolute path of each folder -> its real path, as `resolve_folders_to_scan` returned it earlier.
+                A folder whose real path has changed since then, for example because a symbolic link was replaced, is
+                refused. None: the real paths are resolved now.
 
         Returns:
             Report with the numbers of embedded, new, changed, moved and removed pictures, and the skipped files.
@@ -229,7 +241,7 @@ class PictureIndex:
             self._table.locked(),
             mirror_progress_to_file(self.where, on_progress or (lambda done, total: None)) as progress,
         ):
-            plan = prepare_indexing(self._table, self.model, paths, exclude, include, only_paths, progress)
+            plan = plan_update_and_prepare_index(self._table, self.model, paths, exclude, include, only_paths, progress)
             writer = IndexWriter(self._table, self.model, plan, batch_size, progress)
             report = writer.run()
             finish_indexing(self._table, self.model, plan, report)
@@ -267,9 +279,9 @@ class PictureIndex:
                 stored pattern nor a forgotten path.
         """
         recorded = real_paths or {}
-        absolute_folders = map(to_path_on_disk, folders)
+        absolute_folders = map(to_absolute_path_with_disk_case, folders)
         named = {folder: recorded.get(folder) or os.path.realpath(folder) for folder in absolute_folders}
-        return known_folders.folders_to_add(self._table, named, exclude, include)
+        return known_folders.resolve_folders_to_scan(self._table, named, exclude, include)
 
     def watch(
         self,
@@ -301,7 +313,7 @@ class PictureIndex:
             watch_and_update_index,  # imported late because only this method needs watchfiles
         )
 
-        return watch_and_update_index(self, [*map(to_path_on_disk, folders)], poll, stop, on_progress)
+        return watch_and_update_index(self, [*map(to_absolute_path_with_disk_case, folders)], poll, stop, on_progress)
 
     def progress(self) -> dict[str, int | None] | None:
         """Return the progress of an update of this index that is running in any process.
@@ -332,7 +344,11 @@ class PictureIndex:
         Returns:
             The number of removed pictures.
         """
-        return known_folders.remove_and_ignore_path(self._table, to_path_on_disk(folder)) if self._table.exists() else 0
+        return (
+            known_folders.remove_and_ignore_path(self._table, to_absolute_path_with_disk_case(folder))
+            if self._table.exists()
+            else 0
+        )
 
     def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
         """Rewrite the stored paths of pictures after their folder was moved or renamed.
@@ -351,7 +367,9 @@ class PictureIndex:
             ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
                 pictures exists in the new folder.
         """
-        return known_folders.update_paths_after_move(self._table, to_path_on_disk(old), to_path_on_disk(new))
+        return known_folders.update_paths_after_move(
+            self._table, to_absolute_path_with_disk_case(old), to_absolute_path_with_disk_case(new)
+        )
 
     # --- Searching
 
@@ -499,14 +517,17 @@ class PictureIndex:
         if model_clauses := self._model_clauses():
             not_embedded = self._table.count_other_models(self.model.image_digest)
             log_message("not_yet_embedded", not_embedded, len(self), self.model.name, level=logging.WARNING)
-        vector, clause = l2_normalize(vector), join_clauses([*model_clauses, *_filter_clauses(folder, since, until)])
+        vector, clause = (
+            l2_normalize(vector),
+            join_clauses([*model_clauses, *_build_filter_clauses(folder, since, until)]),
+        )
         nearest = partial(self._make_nearest(clause, exact), vector)
         hits = self._group_hits(k, nearest, clause) if group_duplicates else to_hits(nearest(k))
         if not is_text_query or not hits:
             return hits
         uses_threshold = self.relevance_threshold
         if uses_threshold is None:
-            uses_threshold = query.supports_relevance_threshold(self.model.folder)
+            uses_threshold = query.is_relevance_threshold_reliable(self.model.folder)
         if uses_threshold:
             threshold = self._compute_relevance_threshold(vector)
             hits = [replace(hit, above_threshold=hit.score >= threshold) for hit in hits]
@@ -594,7 +615,7 @@ class PictureIndex:
         Raises:
             KeyError: If the picture is not indexed, or was embedded with another model.
         """
-        vector, clause = self.vectors([path])[0], join_clauses(_filter_clauses(folder, since, until))
+        vector, clause = self.vectors([path])[0], join_clauses(_build_filter_clauses(folder, since, until))
         picture = self._table.rows_of_paths(comparison_columns(self.model.width), [path])
         picture_vectors = get_comparison_vectors(self.model, picture)  # a single row
         cached = self._load_cached_rows(clause)
@@ -626,7 +647,7 @@ class PictureIndex:
         Returns:
             Hits, latest first. Their score is 0.
         """
-        clause = join_clauses(_filter_clauses(folder, since, until))
+        clause = join_clauses(_build_filter_clauses(folder, since, until))
         if not group_duplicates:  # the model is not loaded in this case, because only grouping needs it
             return to_hits(self._fetch_newest(clause, HIT_COLUMNS, k))
         cached = self._load_cached_rows(clause)
@@ -761,7 +782,7 @@ class PictureIndex:
             return {}
         rows = self._table.rows_of_paths(["path", "model", column], list(paths))
         rows = rows.filter(pc.equal(rows["model"], self.model.image_digest))
-        return dict(zip(rows["path"].to_pylist(), l2_normalize(to_array(rows[column])), strict=True))
+        return dict(zip(rows["path"].to_pylist(), l2_normalize(vector_column_to_array(rows[column])), strict=True))
 
     def folders(self) -> dict[str, int]:
         """Return the number of pictures in each folder that was added to the index.
@@ -796,7 +817,7 @@ class PictureIndex:
         Returns:
             Path of the folder -> its real path (with symbolic links resolved) at the time when it was added.
         """
-        recorded = known_folders.requested_folders(self._table)
+        recorded = known_folders.load_requested_folders(self._table)
         return {folder: recorded[folder] for folder in self._table.folders() if folder in recorded}
 
     def status(self) -> IndexStatus:
@@ -863,11 +884,11 @@ class PictureIndex:
         Returns:
             Tuple of the sorted paths of the pictures, and the array (paths, width) of their vectors, of unit length.
         """
-        files = [FileState.of(str(source))] if source.is_file() else find_pictures([source])[0]
+        files = [FileState.of(str(source))] if source.is_file() else find_pictures_and_unreadable_files([source])[0]
         rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], folders_clause(source))
         stored = StoredRows(rows, self.model.image_digest)
         vectors = self._stored_vectors([file.path for file in files if stored.is_done(file)])
-        vectors |= embed_files(self.model, [file for file in files if file.path not in vectors], source)
+        vectors |= embed_unindexed_files(self.model, [file for file in files if file.path not in vectors], source)
         paths = [file.path for file in files if file.path in vectors]
         return paths, np.stack([vectors[path] for path in paths]) if paths else np.empty((0, self.model.width))
 
@@ -890,7 +911,7 @@ class PictureIndex:
             return export_rows(self._table, path)
 
 
-def _filter_clauses(folder: FolderFilter, since: DateFilter, until: DateFilter) -> list[str]:
+def _build_filter_clauses(folder: FolderFilter, since: DateFilter, until: DateFilter) -> list[str]:
     """Return the SQL clauses that limit a search to a folder and to a range of days.
 
     Args:

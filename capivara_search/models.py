@@ -23,7 +23,7 @@ from capivara_common.image_encoder_digest import image_encoder_digest, image_pro
 from capivara_common.model_kinds import ANY_SIZE_VISION_TOWERS, KINDS, ModelKind
 from capivara_common.weight_file import read_scalar
 from capivara_search.messages import Messages, log_message, make_error_from_code
-from capivara_search.model_files.checks_capivara import check_config_sizes
+from capivara_search.model_files.checks_capivara import check_config_ranges
 from capivara_search.model_files.text_cleaning_capivara import check_and_collect_texts
 from capivara_search.text_tower import TextTower, load_text_tower
 
@@ -128,7 +128,7 @@ class SearchModel:
     def _model_config(self) -> dict[str, Any]:
         with _wrap_model_errors(self.name):
             config = read_json(self.folder / "config.json", model_type=str)
-            check_config_sizes(config, f"{self.folder}/config.json: ")
+            check_config_ranges(config, f"{self.folder}/config.json: ")
             return config
 
     @property
@@ -159,7 +159,7 @@ class SearchModel:
         """
         with _wrap_model_errors(self.name):
             if (number := read_scalar(self.folder, name)) is not None:
-                check_config_sizes({name: number}, f"{self.folder}: ")
+                check_config_ranges({name: number}, f"{self.folder}: ")
             return number
 
     def scale_scores(self, cosines: np.ndarray) -> np.ndarray:
@@ -315,13 +315,13 @@ def resolve_search_model(model: str | None = None, device: str | None = None) ->
 
         return SearchModel(MINIATURE_NAME, MINIATURE_NAME, get_or_build_miniature_folder(), device)
     with _wrap_model_errors(model):
-        folder = resolve_model_folder(model, convert_from_open_clip)
+        folder = resolve_model_folder(model, convert_open_clip_to_folder)
     if local_folder.exists():
         return SearchModel(local_folder.resolve().name, str(local_folder.resolve()), folder, device)
     return SearchModel(model, model, folder, device)
 
 
-def convert_from_open_clip(source: str, folder: Path, revision: str | None) -> str:
+def convert_open_clip_to_folder(source: str, folder: Path, revision: str | None) -> str:
     """Convert a model from open_clip format. The function imports torch, so that only a conversion waits for torch.
 
     Args:

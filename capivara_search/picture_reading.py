@@ -28,7 +28,7 @@ from capivara_common.image_files import (
     open_undecoded_image,
 )
 from capivara_search.exif import read_exif_date_and_location
-from capivara_search.folder_scan import RAW_SUFFIXES, FileState, to_absolute_path, to_bad_image
+from capivara_search.folder_scan import RAW_SUFFIXES, FileState, convert_os_error_to_bad_image, to_absolute_path
 from capivara_search.messages import make_error_from_code
 
 # First bytes of JPEG and PNG files. A file with these first bytes is not decoded as a RAW file, even if its name has
@@ -68,7 +68,7 @@ class Picture:
     thumbnail: bytes  # WebP file, upright, longer side at most `THUMBNAIL_SIDE` pixels
 
 
-def read_picture(
+def read_picture_for_indexing(
     file: FileState,
     image_size: int = 224,
     resize_filter: int | None = None,
@@ -79,7 +79,7 @@ def read_picture(
     This function is thread-safe. A large JPEG is decoded at reduced size (`REDUCED_DECODE_FACTOR`).
 
     Args:
-        file: State of a file that `find_pictures` has found.
+        file: State of a file that `find_pictures_and_unreadable_files` has found.
         image_size: Side of the model's input in pixels. The image is resized as the model's image processor would do.
         resize_filter: PIL filter, for an image processor that resizes both sides to `image_size`. None: the short side
             is resized to `image_size` with the bicubic filter, and the proportions are kept.
@@ -93,14 +93,14 @@ def read_picture(
         BadImage: If the file can't be read, is damaged, is too large or no longer exists.
     """
     data = _read_picture_bytes(file.path, folders)
-    opened, size = _open_undecoded(data, file.path)
+    opened, size = _open_undecoded_with_size(data, file.path)
     shape = opened.size
     with LARGE_IMAGE_LOCK if shape[0] * shape[1] > MAX_IMAGE_PIXELS else nullcontext():
         min_short_side = max(REDUCED_DECODE_FACTOR * image_size, THUMBNAIL_SIDE)
         pixels = flatten_on_white(decode_upright(opened, "the file", min_short_side))
         if exif_orientation(opened) > 4:  # these orientations swap width and height
             size, shape = size[::-1], shape[::-1]
-        image = resize_short_side(pixels, shape, image_size, resize_filter)
+        image = _resize_like_image_processor(pixels, shape, image_size, resize_filter)
         small, thumbnail = limit_long_side(pixels, THUMBNAIL_SIDE), io.BytesIO()
         small.save(thumbnail, "WEBP", quality=THUMBNAIL_QUALITY, method=THUMBNAIL_WEBP_METHOD)
     digest = blake2b(data, digest_size=16).hexdigest()
@@ -145,7 +145,9 @@ def decode_picture(
     Raises:
         BadImage: If the content is damaged, too large or not a picture.
     """
-    return flatten_on_white(decode_upright(_open_undecoded(data, name, max_pixels)[0], "the file", min_short_side))
+    return flatten_on_white(
+        decode_upright(_open_undecoded_with_size(data, name, max_pixels)[0], "the file", min_short_side)
+    )
 
 
 def _read_picture_bytes(path: str | Path, folders: Sequence[str | Path] | None = None) -> bytes:
@@ -165,7 +167,7 @@ def _read_picture_bytes(path: str | Path, folders: Sequence[str | Path] | None =
         with open_regular_file(path, "it", folders) as file:
             return read_bounded(file)
     except OSError as error:
-        raise to_bad_image(error) from error
+        raise convert_os_error_to_bad_image(error) from error
 
 
 def read_bounded(file: BinaryIO) -> bytes:
@@ -183,7 +185,7 @@ def read_bounded(file: BinaryIO) -> bytes:
     return check_byte_count(file.read(MAX_IMAGE_BYTES + 1), "the file")
 
 
-def _open_undecoded(
+def _open_undecoded_with_size(
     data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS
 ) -> tuple[PIL.Image.Image, tuple[int, int]]:
     """Open a picture without decoding its pixels.
@@ -201,7 +203,7 @@ def _open_undecoded(
         BadImage: If the content is damaged, too large or not a picture.
     """
     is_raw = name.lower().endswith(RAW_SUFFIXES) and not data.startswith(NON_RAW_FILE_STARTS)
-    preview, size = (_extract_raw_preview(data) if is_raw else None) or (data, None)
+    preview, size = (_extract_raw_preview_and_size(data) if is_raw else None) or (data, None)
     image = open_undecoded_image(preview, "the file", max_pixels, hint="")
     if is_raw and size is None and image.format == "TIFF" and image.tag_v2.get(TIFF_SUBFILE_TYPE, 0) & 1:
         # A damaged RAW file, or one of a camera that LibRaw does not know, begins with a thumbnail of the picture.
@@ -209,7 +211,7 @@ def _open_undecoded(
     return image, size or image.size
 
 
-def _extract_raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
+def _extract_raw_preview_and_size(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
     """Extract the largest JPEG preview from a RAW file.
 
     LibRaw adds EXIF data to a preview that has none.
@@ -271,7 +273,7 @@ def limit_long_side(image: PIL.Image.Image, max_side: int) -> PIL.Image.Image:
     return image.resize(size, Resampling.BICUBIC, reducing_gap=2.0)
 
 
-def resize_short_side(
+def _resize_like_image_processor(
     image: PIL.Image.Image, size: tuple[int, int], image_size: int, resize_filter: int | None = None
 ) -> PIL.Image.Image:
     """Resize an image as the model's image processor would do.

@@ -131,7 +131,7 @@ def estimate_z_score_threshold(
     return float(np.quantile(z_scores, BACKGROUND_QUANTILE))
 
 
-def supports_relevance_threshold(folder: Path) -> bool:
+def is_relevance_threshold_reliable(folder: Path) -> bool:
     """Return whether the relevance threshold is reliable for a model, according to its measured AUC.
 
     The AUC measures how well the model recognizes sentences that fit no picture of an index. It must be at least

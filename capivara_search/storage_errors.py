@@ -93,7 +93,7 @@ def convert_lancedb_error(error: Exception, where: str, part: str = "") -> Excep
     """
     if hasattr(error, "code"):
         return error
-    if access_error := match_access_error(error, where):
+    if access_error := convert_access_error_or_none(error, where):
         return access_error
     if is_write_conflict(error):
         return make_error_from_code(partial(OSError, errno.EAGAIN), "conflict", path=where)
@@ -119,7 +119,7 @@ def is_write_conflict(error: Exception) -> bool:
     return bool(WRITE_CONFLICT_RE.search(str(error)))
 
 
-def match_access_error(error: Exception, where: str) -> OSError | None:
+def convert_access_error_or_none(error: Exception, where: str) -> OSError | None:
     """Convert an error to an OSError if the disk or the object storage refused access.
 
     Examples are a full disk, a missing permission and an object storage that does not answer. Such an error does not

@@ -235,7 +235,7 @@ class PictureTable:
                     has_data = not self.is_remote and any(Path(self._table_path(table_name), "data").glob("*"))
                     if "was not found" in str(error) and not has_data:
                         return None
-                    is_refused = self.is_remote or storage_errors.match_access_error(error, self.where)
+                    is_refused = self.is_remote or storage_errors.convert_access_error_or_none(error, self.where)
                     if isinstance(error, LANCEDB_ERRORS) and is_refused:
                         raise
                     raise make_error_from_code(
@@ -349,7 +349,7 @@ class PictureTable:
             try:
                 return operation(table)
             except LANCEDB_ERRORS as error:
-                if storage_errors.match_access_error(error, self.where):
+                if storage_errors.convert_access_error_or_none(error, self.where):
                     raise
                 table.checkout_latest()  # another process may have compacted the files away during the read
                 return operation(table)
@@ -418,7 +418,7 @@ class PictureTable:
         rows = self.run_read(
             PICTURES_TABLE, lambda table: table.take_offsets(offsets).select(["model", column]).to_arrow()
         )
-        return to_array(rows.filter(pc.equal(rows["model"], image_digest))[column])
+        return vector_column_to_array(rows.filter(pc.equal(rows["model"], image_digest))[column])
 
     def count(self, clause: str | None = None, table: str = PICTURES_TABLE) -> int:
         """Return the number of rows of a table that match an SQL condition.
@@ -480,7 +480,7 @@ class PictureTable:
         rows = self.run_read(
             PICTURES_TABLE, lambda table: _build_vector_query(table, vector, k, clause, approximate).to_arrow()
         )
-        scores = np.clip(l2_normalize(to_array(rows[vector_column(len(vector))])) @ vector, -1, 1)
+        scores = np.clip(l2_normalize(vector_column_to_array(rows[vector_column(len(vector))])) @ vector, -1, 1)
         rows = rows.append_column("score", pa.array(scores, pa.float64()))
         return rows.sort_by([("score", "descending"), ("path", "ascending")])
 
@@ -766,7 +766,7 @@ class PictureTable:
                     query = np.ones(table.schema.field(column).type.list_size, np.float32)
                     _build_vector_query(table, query, 1, None, approximate=True).nprobes(1).to_arrow()
         except LANCEDB_ERRORS as error:
-            if refused := storage_errors.match_access_error(error, self.where):
+            if refused := storage_errors.convert_access_error_or_none(error, self.where):
                 raise refused from error
             return False
         return True
@@ -788,7 +788,7 @@ class PictureTable:
             log_message("set_aside", folder, row_count, new_folder, level=logging.WARNING)
 
 
-def to_array(column: pa.ChunkedArray) -> np.ndarray:
+def vector_column_to_array(column: pa.ChunkedArray) -> np.ndarray:
     """Convert a vector column to a NumPy array.
 
     Args:

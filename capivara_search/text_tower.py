@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from capivara_common.model_kinds import KINDS
 from capivara_common.weight_file import WeightFile
-from capivara_search.model_files.checks_capivara import NOT_FINITE_MESSAGE, check_config_sizes, wrap_tokenizer_errors
+from capivara_search.model_files.checks_capivara import NOT_FINITE_MESSAGE, check_config_ranges, wrap_tokenizer_errors
 from capivara_search.model_files.text_cleaning_capivara import CONTEXT_LENGTH, clean_text
 
 # Number of texts per batch. Each thread computes a whole batch. If several threads shared a matrix product, they would
@@ -339,7 +339,7 @@ def load_text_tower(folder: str | Path) -> TextTower | None:
 
     Raises:
         ValueError: If the weights or the tokenizer can't be read, or a size in `config.json` is outside of the range
-            that `check_config_sizes` allows.
+            that `check_config_ranges` allows.
     """
     names = ("config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors")
     config_file, settings_file, tokenizer_file, weights_file = paths = [Path(folder, name) for name in names]
@@ -347,7 +347,7 @@ def load_text_tower(folder: str | Path) -> TextTower | None:
         return None
     try:
         config, settings = (json.loads(path.read_text(encoding="utf-8")) for path in (config_file, settings_file))
-        check_config_sizes(config, f"{config_file}: ")
+        check_config_ranges(config, f"{config_file}: ")
         kind = KINDS[config["model_type"]]
         tower_class = TEXT_TOWERS[kind.numpy_text_tower]
         text_config, weights = {**kind.text_defaults, **config["text_config"]}, WeightFile(weights_file)

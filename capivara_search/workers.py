@@ -20,7 +20,7 @@ from capivara_common.cli import check_at_least, flag, parse_arguments, run_comma
 from capivara_common.environment import cache_home, require_packages
 from capivara_common.tasks import ExecutorArguments, Phase
 from capivara_search.index import PictureIndex
-from capivara_search.indexing import IndexPlan, IndexWriter, finish_indexing, make_plan, prepare_indexing
+from capivara_search.indexing import IndexPlan, IndexWriter, finish_indexing, make_plan, plan_update_and_prepare_index
 from capivara_search.models import SearchModel
 from capivara_search.results import IndexReport
 from capivara_search.table import PictureTable
@@ -82,7 +82,9 @@ def add_with_workers(arguments: WorkerArguments, real_paths: Mapping[Path, str] 
     index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
     arguments.real_paths = real_paths or {Path(folder): os.path.realpath(folder) for folder in arguments.folders}
     with index._table.locked():
-        prepare_indexing(index._table, index.model, arguments.real_paths, arguments.exclude, arguments.include)
+        plan_update_and_prepare_index(
+            index._table, index.model, arguments.real_paths, arguments.exclude, arguments.include
+        )
         arguments.model = index.model.source  # so that all tasks use the same model
         return run_phases(PhaseStep.from_phases(arguments, PHASES, "index"), arguments)
 

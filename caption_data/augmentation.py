@@ -31,7 +31,7 @@ def describe_augmentation(seed: int) -> dict[str, Any]:
     return AUGMENTATION | {"torchvision": version("torchvision"), "seed": seed}
 
 
-def augment_view(image: PIL.Image.Image, digest: str, view: int, seed: int) -> PIL.Image.Image:
+def make_augmented_view(image: PIL.Image.Image, digest: str, view: int, seed: int) -> PIL.Image.Image:
     """Return an augmented view of an image.
 
     The random choices depend on the digest of the image instead of its row, because row numbers change when other rows

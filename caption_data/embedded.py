@@ -63,7 +63,7 @@ def embeds_shape(features: Features, name: str) -> tuple[int, int]:
     return views, width
 
 
-def image_encoder_of(model: str, fingerprint: str) -> str:
+def resolve_image_encoder_digest(model: str, fingerprint: str) -> str:
     """Return the digest of a model's image encoder, for the column `image_encoder`.
 
     Args:

@@ -114,7 +114,7 @@ def load_labeled_images(
     label_column = label_column or next((name for name in LABEL_COLUMNS if name in rows.column_names), "label")
     opened.check_columns([image_column, label_column])
     feature = getattr(rows.features[label_column], "feature", rows.features[label_column])
-    names = feature.names if isinstance(feature, ClassLabel) else _read_class_names(source)
+    names = feature.names if isinstance(feature, ClassLabel) else _read_or_download_class_names(source)
     mapping = (
         _map_labels_to_prompt_classes(names, class_names, source) if names else dict(enumerate(range(len(class_names))))
     )
@@ -162,7 +162,7 @@ def _find_image_files(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def _read_class_names(source: str) -> list[str]:
+def _read_or_download_class_names(source: str) -> list[str]:
     """Read the class names of a dataset from its file `classnames.txt`, a convention of clip-benchmark.
 
     Args:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
-from capivara_common.environment import cache_home, get_distributed_state
+from capivara_common.environment import cache_home, get_or_init_distributed_state
 from capivara_common.files import append_digest, json_digest, matches_appended_digest, read_appended_digest, write_text
 from capivara_common.image_files import BadRow, read_image_bytes
 from caption_data.embedded import DIGEST_COLUMN, EMBEDS_COLUMN, INVALID_EMBEDDING
@@ -29,9 +29,9 @@ from caption_data.rows import (
     NOT_CHOSEN,
     SIMILARITY_COLUMN_RE,
     SkippedRow,
+    compute_image_caption_digest,
     normalize_captions,
     replace_surrogates,
-    rows_fingerprint,
 )
 from caption_data.sources import Split
 from modeling_capivara import clean_text
@@ -81,7 +81,7 @@ def load_or_build_pair_table(
     Raises:
         ValueError: If the split lacks a required column. The message lists the columns of the split.
     """
-    split.check_columns([split.image_column, *missing_columns(caption_columns, split.columns)])
+    split.check_columns([split.image_column, *find_missing_columns(caption_columns, split.columns)])
 
     def make_pair(number: int, row: dict[str, Any]) -> dict[str, Any]:
         pair = {"row": number, "digest": "", "captions": [], "reason": "", "detail": ""}
@@ -89,7 +89,7 @@ def load_or_build_pair_table(
             image = row.pop(split.image_column, None)
             captions = _normalize_and_choose_captions(row, caption_columns, choose)
             if split.is_embedded:
-                digest = _check_embedding(split, number, row)
+                digest = _check_embedding_and_get_digest(split, number, row)
             else:
                 digest = blake2b(read_image_bytes(image, split.image_access), digest_size=16).hexdigest()
             return pair | {"digest": digest, "captions": captions}
@@ -123,10 +123,10 @@ def load_or_build_pair_table(
     )
     path = cache_home() / "pairs" / f"{key}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _get_table_and_prune_cache(path, make_table, has_recovered)
+    return _load_or_build_and_prune_cache(path, make_table, has_recovered)
 
 
-def missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]:
+def find_missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]:
     """Return the names of required columns that a dataset lacks.
 
     One column of captions is enough: if any caption column in `columns` is present, the other caption columns are not
@@ -203,13 +203,13 @@ def compute_pair_content_digest(pairs: Dataset) -> str:
         return path.read_text(encoding="ascii")
     chunks = pairs.select_columns(["digest", "captions"]).iter(1000)
     rows = (row for chunk in chunks for row in zip(chunk["digest"], chunk["captions"], strict=True))
-    fingerprint = rows_fingerprint(rows)
+    fingerprint = compute_image_caption_digest(rows)
     if is_large:
         write_text(path, fingerprint)
     return fingerprint
 
 
-def _get_table_and_prune_cache(
+def _load_or_build_and_prune_cache(
     path: Path, make_table: Callable[[], Dataset], has_recovered: Callable[[Dataset], bool]
 ) -> Dataset:
     """Load a pair table from its cache file, or build it.
@@ -223,7 +223,7 @@ def _get_table_and_prune_cache(
         make_table: Function that loads the table from `path` if the file exists, and otherwise builds it there.
         has_recovered: Function that tells whether any image that the table lists as bad can be read now.
     """
-    state = get_distributed_state()
+    state = get_or_init_distributed_state()
     with state.local_main_process_first():
         # Only the first process of this machine checks the file. The other processes then read the valid file.
         is_valid = not state.is_local_main_process or matches_appended_digest(path)
@@ -247,7 +247,7 @@ def _get_table_and_prune_cache(
     return table
 
 
-def _check_embedding(split: Split, number: int, row: dict[str, Any]) -> str:
+def _check_embedding_and_get_digest(split: Split, number: int, row: dict[str, Any]) -> str:
     """Return the image digest of a row that has an embedding instead of an image.
 
     Args:

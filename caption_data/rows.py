@@ -88,7 +88,7 @@ def normalize_captions(value: Any, column: str) -> list[str]:
     return [replace_surrogates(text or "") for text in values]
 
 
-def rows_fingerprint(rows: Iterable[tuple[str, list[str]]]) -> str:
+def compute_image_caption_digest(rows: Iterable[tuple[str, list[str]]]) -> str:
     """Return a BLAKE2b-128 hex digest of rows in their order.
 
     Args:

@@ -42,7 +42,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm.auto import tqdm
 
-from capivara_common.environment import get_distributed_state
+from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import AllowedFolders, check_links_stay_inside, read_json
 from capivara_common.image_files import (
     MAX_IMAGE_PIXELS,
@@ -60,7 +60,7 @@ from caption_data.embedded import (
     ENCODER_COLUMN,
     embeds_shape,
     find_invalid_embeds,
-    image_encoder_of,
+    resolve_image_encoder_digest,
 )
 from caption_data.file_tables import build_table_and_find_damages
 from caption_data.rows import SkippedRow
@@ -185,11 +185,11 @@ class Split:
             ValueError: If the embeddings were made by another image encoder or by several, have another width, or lack
                 the needed views. The message names the digests of the encoders.
         """
-        from modeling_capivara.loading import load_config  # imports torch, which the stages do without
+        from modeling_capivara.loading import load_transformers_config  # imports torch, which the stages do without
         from modeling_capivara.two_towers import embedding_width
 
         self.check_views(views)
-        encoders, encoder = sorted(self.image_encoders), image_encoder_of(model, fingerprint)
+        encoders, encoder = sorted(self.image_encoders), resolve_image_encoder_digest(model, fingerprint)
         if encoders != [encoder]:
             raise ValueError(
                 f"{self.display_name} has embeddings of the image encoder {' and '.join(encoders)}, but the image "
@@ -199,7 +199,7 @@ class Split:
         _, width = embeds_shape(self.features, self.display_name)
         # The settings of open_clip models do not state the width.
         if not model.startswith("open_clip:"):
-            expected = embedding_width(load_config(model))
+            expected = embedding_width(load_transformers_config(model))
             if width != expected:
                 raise ValueError(
                     f"{self.display_name} has embeddings of width {width}, but those of {model} have width {expected}. "
@@ -258,7 +258,7 @@ class Split:
         """
         if self.is_embedded:
             return [digest or "" for chunk in self.iter_column(DIGEST_COLUMN) for digest in chunk.to_pylist()]
-        digests, quiet = [], not get_distributed_state().is_main_process
+        digests, quiet = [], not get_or_init_distributed_state().is_main_process
         for row in tqdm(range(len(self)), desc="Reading images", unit="image", disable=quiet):
             try:
                 image = read_image_bytes(self.data[row][self.image_column], self.image_access)
@@ -363,7 +363,7 @@ def list_splits(dataset: str) -> list[str]:
     return list(_group_by_split(*_find_root_and_data_files(dataset), "train"))
 
 
-def find_missing_rows(folder: Path) -> tuple[int, str]:
+def count_missing_rows_and_get_command(folder: Path) -> tuple[int, str]:
     """Count the rows that a stage of a caption build has not written yet, by the names of its parquet files.
 
     Args:
@@ -390,7 +390,7 @@ def check_stage_is_finished(folder: Path) -> None:
 
     The message contains the command that finishes the stage. A folder without `stage.json` is accepted.
     """
-    missing, command = find_missing_rows(folder) if (folder / STAGE_FILE).is_file() else (0, "")
+    missing, command = count_missing_rows_and_get_command(folder) if (folder / STAGE_FILE).is_file() else (0, "")
     if missing > 0:
         raise ValueError(
             f"{folder} is unfinished: {missing} rows are missing. Other tasks may still be writing them. This command "
@@ -474,14 +474,14 @@ def load_listed_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset
     """
     names = {"train": [glob.escape(str(path)) for path in paths]}
     try:
-        return _call_loader(dataset, _load_checked_dataset, form, data_files=names, split="train")
+        return _call_loader(dataset, _load_dataset_with_size_check, form, data_files=names, split="train")
     except ValueError:
         if form == "parquet":
             _check_expansion(paths)  # raises an error that names the damaged file; the current error does not
         raise
 
 
-def _load_checked_dataset(*args: Any, split: str | None = None, **options: Any) -> Dataset | DatasetDict:
+def _load_dataset_with_size_check(*args: Any, split: str | None = None, **options: Any) -> Dataset | DatasetDict:
     """Load a dataset like `datasets.load_dataset`, but check the size of parquet files before they are decoded.
 
     Args:
@@ -626,7 +626,7 @@ def open_parquet(path: str | Path, hint: str = "") -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} can't be loaded: {_error_line(error)}{hint}") from error
+        raise ValueError(f"{path} can't be loaded: {_format_error_on_one_line(error)}{hint}") from error
 
 
 def _load_from_hub(dataset: str) -> Any:
@@ -649,7 +649,7 @@ def _load_from_hub(dataset: str) -> Any:
     if not any(map(Path.exists, cached)):
         # Fail after one request: `datasets` would retry six times, for half a minute.
         _call_loader(subject, HfApi().dataset_info, dataset, timeout=DATASET_INFO_TIMEOUT_S)
-    return _call_loader(subject, _load_checked_dataset, dataset)
+    return _call_loader(subject, _load_dataset_with_size_check, dataset)
 
 
 def _call_loader(subject: str, load: Callable, *args: Any, **options: Any) -> Any:
@@ -667,10 +667,10 @@ def _call_loader(subject: str, load: Callable, *args: Any, **options: Any) -> An
     try:
         return load(*args, **options)
     except Exception as error:  # `datasets` and its libraries raise many types of errors
-        raise ValueError(f"{subject} can't be loaded: {_error_line(error)}") from error
+        raise ValueError(f"{subject} can't be loaded: {_format_error_on_one_line(error)}") from error
 
 
-def _error_line(error: BaseException) -> str:
+def _format_error_on_one_line(error: BaseException) -> str:
     """Return the message of an error, or of the error that caused it, on a single line."""
     cause = error.__cause__ or error
     return " ".join(str(cause).split()) or type(cause).__name__  # MemoryError has no text

@@ -51,7 +51,7 @@ from capivara_common.files import atomic_folder, read_json, write_json, write_te
 from capivara_common.privacy import shorten_private_paths, to_publishable_name
 from capivara_common.tasks import ExecutorArguments, Phase
 from caption_data.rows import CAPTION_COLUMN_RE, DATASET_HELP, NOT_CHOSEN, SkippedRow, write_skipped_rows
-from caption_data.sources import STAGE_FILE, find_missing_rows
+from caption_data.sources import STAGE_FILE, count_missing_rows_and_get_command
 from captions.embedding_stage import EmbedArguments
 from captions.generate import GenerateArguments
 from captions.quality import QUALITY_FILE
@@ -61,7 +61,7 @@ from captions.stages import (
     RowStage,
     StageArguments,
     atomic_parquet,
-    check_and_summarize_stage,
+    check_stage_and_count_rows,
     delete_parts_of_changed_rows,
     flatten_dict,
     identity_digest,
@@ -248,7 +248,7 @@ def _build_stage_arguments(
         values = {"import_file" if key == "import" else key: value for key, value in values.items()}
         if "import_file" in values:
             values["import_file"] = str(
-                _translation_table_path(Path(str(values["import_file"])), output, output / title)
+                _resolve_translation_table_path(Path(str(values["import_file"])), output, output / title)
             )
         kind, where = STAGES.get(name, StageArguments), f"{config}, section {name}"
         flags = config_to_flags(values, kind, where)
@@ -260,7 +260,7 @@ def _build_stage_arguments(
     return steps
 
 
-def _translation_table_path(name: Path, output: Path, stage: Path) -> Path:
+def _resolve_translation_table_path(name: Path, output: Path, stage: Path) -> Path:
     """Return the path of a translation table, for the path that the config states.
 
     A relative path is taken relative to the folder of the build, so that builds of two languages never share a table.
@@ -367,11 +367,11 @@ def build_dataset(args: BuildArguments) -> Path | None:
     for step in plan.all_steps():
         if _describe_state(step) != "done":
             step.check_backend()
-    for line in _describe_plan(plan):
+    for line in _describe_progress(plan):
         logger.info("%s", line)
     if args.dry_run:
         _log_counts(plan)
-        for line in itertools.chain.from_iterable(map(_describe_work, plan.steps.values())):
+        for line in itertools.chain.from_iterable(map(_describe_server_requests, plan.steps.values())):
             logger.info("%s", line)
         return None
     for steps in plan.steps.values():
@@ -465,7 +465,7 @@ def _log_counts(plan: BuildPlan) -> None:
     half of the translations.
     """
     for step in (step for step in plan.all_steps() if _describe_state(step) == "done"):
-        report, rows = check_and_summarize_stage(step.output), read_stage_record(step.output)["source"]["rows"]
+        report, rows = check_stage_and_count_rows(step.output), read_stage_record(step.output)["source"]["rows"]
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in report.skipped.items())
         ending = f" ({reasons})" if reasons else ""
         logger.info("%s: %s rows in, %s out%s", step.title, f"{rows:,}", f"{report.rows:,}", ending)
@@ -492,7 +492,7 @@ def _log_counts(plan: BuildPlan) -> None:
             )
 
 
-def _describe_plan(plan: BuildPlan) -> list[str]:
+def _describe_progress(plan: BuildPlan) -> list[str]:
     """Return lines that describe the progress of a build.
 
     For each stage, they contain its state, the command that runs it, and the reasons of its failed tasks. The last line
@@ -513,7 +513,7 @@ def _describe_plan(plan: BuildPlan) -> list[str]:
     return [*lines, f"{plan.dataset}: {'done' if all_done else 'not written yet'}"]
 
 
-def _describe_work(steps: list[StageArguments]) -> list[str]:
+def _describe_server_requests(steps: list[StageArguments]) -> list[str]:
     """Return lines that say what the stages of a split will request from servers.
 
     A stage whose input does not exist yet is estimated from the captions of the source dataset.
@@ -540,7 +540,7 @@ def _describe_state(step: StageArguments) -> str:
         return f"needs the translations in {step.import_file}: {request.partition(':')[0]}"
     if not (step.output / STAGE_FILE).is_file():
         return "not started"
-    missing, _ = find_missing_rows(step.output)
+    missing, _ = count_missing_rows_and_get_command(step.output)
     if missing:
         return f"{missing:,} rows are missing"
     return f"the corrected rows of {step.import_file} are written again" if step.is_corrected() else "done"
@@ -574,7 +574,7 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
                 f"{output} was built with other data or settings than its stages have now. Remove it, then run again."
             )
         return
-    files = {split: _group_parts(split, stage) for split, stage in last_stages.items()}
+    files = {split: _group_parts_into_dataset_files(split, stage) for split, stage in last_stages.items()}
     schema = _unify_schemas(part for split_files in files.values() for parts in split_files for part in parts)
     metadata = {"card": plan.card, "language": plan.language, "splits": {}}
     with atomic_folder(output) as folder:
@@ -591,7 +591,7 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
             shutil.copyfile(plot, folder / SIMILARITY_PLOT_FILE)
         write_skipped_rows(folder / SKIPPED_FILE, _list_unembedded_rows(plan))
         write_json(folder / BUILD_FILE, metadata | {"stages_digest": digests})
-        write_text(folder / "README.md", render_dataset_card(metadata, plot and SIMILARITY_PLOT_FILE))
+        write_text(folder / "README.md", _render_dataset_card(metadata, plot and SIMILARITY_PLOT_FILE))
 
 
 def _list_unembedded_rows(plan: BuildPlan) -> list[SkippedRow]:
@@ -604,7 +604,7 @@ def _list_unembedded_rows(plan: BuildPlan) -> list[SkippedRow]:
     ]
 
 
-def _group_parts(split: str, stage: Path) -> list[list[Path]]:
+def _group_parts_into_dataset_files(split: str, stage: Path) -> list[list[Path]]:
     """Decide which parts (parquet files of a stage) each file of the dataset contains.
 
     Args:
@@ -618,7 +618,7 @@ def _group_parts(split: str, stage: Path) -> list[list[Path]]:
     Raises:
         ValueError: If the stage is not complete, or no row is left.
     """
-    check_and_summarize_stage(stage)
+    check_stage_and_count_rows(stage)
     parts = [path for path in sorted(stage.glob(f"{split}-*.parquet")) if pq.read_metadata(path).num_rows]
     if not parts:
         raise ValueError(f"{stage} has no rows: all were skipped. Its *.skipped.jsonl files list the reasons.")
@@ -676,7 +676,7 @@ def _summarize_stage_for_card(step: StageArguments) -> dict[str, Any]:
     """
     record, report, quality = (
         read_stage_record(step.output),
-        check_and_summarize_stage(step.output),
+        check_stage_and_count_rows(step.output),
         step.output / QUALITY_FILE,
     )
     quality_counts = None
@@ -698,7 +698,7 @@ def _summarize_stage_for_card(step: StageArguments) -> dict[str, Any]:
     }
 
 
-def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
+def _render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
     """Return the text of the dataset card (README.md) of a dataset.
 
     Args:

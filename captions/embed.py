@@ -26,7 +26,7 @@ from huggingface_hub import constants, hf_hub_download
 
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.executors import PhaseStep, run_phases
-from capivara_common.files import acquire_folder_lock, check_output_folder
+from capivara_common.files import acquire_folder_lock, prepare_output_folder
 from capivara_common.privacy import to_publishable_name
 from capivara_common.tasks import Phase
 from caption_data.rows import CAPTION_COLUMN_RE
@@ -49,7 +49,7 @@ class EmbedCommandArguments(EmbedArguments):
     )
 
 
-def _inherit_card(args: EmbedCommandArguments) -> dict[str, Any]:
+def _read_inherited_card_values(args: EmbedCommandArguments) -> dict[str, Any]:
     """Return the values that the card of the output takes from the card of the dataset.
 
     Args:
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     args = parse_arguments(EmbedCommandArguments, __doc__, argv)
-    card, parts = _inherit_card(args), args.output.with_name(args.output.name + ".parts")
+    card, parts = _read_inherited_card_values(args), args.output.with_name(args.output.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
@@ -104,18 +104,18 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"Another process is writing {args.output}. Wait for it, or change --output.") from error
         except OSError:  # some file systems have no locks
             logger.debug("%s can't be locked.", parts)
-        if _write_embedded_dataset(args, card, parts):
+        if _embed_splits_and_write_dataset(args, card, parts):
             folder = shlex.quote(str(args.output))
             print(f"The dataset is in {args.output}. Train on it with --model {args.model} --dataset {folder}.")
             print(f"Publish it with: python -m hub_upload.push --model {folder} --repo_id YOU/NAME --repo_type dataset")
 
 
-def _write_embedded_dataset(args: EmbedCommandArguments, card: dict[str, Any], parts: Path) -> bool:
+def _embed_splits_and_write_dataset(args: EmbedCommandArguments, card: dict[str, Any], parts: Path) -> bool:
     """Embed the images of all requested splits, and write the dataset.
 
     Args:
         args: Flags of the command.
-        card: Values for the dataset card, from `_inherit_card`.
+        card: Values for the dataset card, from `_read_inherited_card_values`.
         parts: Folder for the parts of each split.
 
     Returns:
@@ -126,7 +126,7 @@ def _write_embedded_dataset(args: EmbedCommandArguments, card: dict[str, Any], p
         OSError: If the disk is full. The same command then writes the rest.
     """
     if not (args.output / BUILD_FILE).is_file():
-        check_output_folder(args.output)
+        prepare_output_folder(args.output)
     steps: dict[str, list[StageArguments]] = {}
     flags = {field.name: getattr(args, field.name) for field in fields(EmbedArguments)}
     for split in list_splits(args.dataset) if args.split == "all" else [args.split]:

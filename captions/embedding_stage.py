@@ -19,8 +19,14 @@ from capivara_common.cli import check_at_least, flag, run_command
 from capivara_common.embedding_speed import with_tuned_chunk_size
 from capivara_common.embedding_store import embed_batch
 from capivara_common.image_files import BadImage, BadRow
-from caption_data.augmentation import augment_view, describe_augmentation
-from caption_data.embedded import DIGEST_COLUMN, EMBEDS_COLUMN, ENCODER_COLUMN, embeds_feature, image_encoder_of
+from caption_data.augmentation import describe_augmentation, make_augmented_view
+from caption_data.embedded import (
+    DIGEST_COLUMN,
+    EMBEDS_COLUMN,
+    ENCODER_COLUMN,
+    embeds_feature,
+    resolve_image_encoder_digest,
+)
 from captions.stages import DECODED_KEY, EncoderStageArguments, RowStage, run_stage_command
 from modeling_capivara.two_towers import load_embedder
 
@@ -63,7 +69,7 @@ class EmbedArguments(EncoderStageArguments):
         width = embedder.embed_images([PIL.Image.new("RGB", (32, 32))], 1).shape[1]
         settings = {
             "model": self.model,
-            "encoder": image_encoder_of(self.model, embedder.fingerprint),
+            "encoder": resolve_image_encoder_digest(self.model, embedder.fingerprint),
             "width": width,
             "precision": embedder.precision,
             "views": self.views,
@@ -75,10 +81,10 @@ class EmbedArguments(EncoderStageArguments):
         if embedder.has_chunks:
             row_count, encoder = len(stage.source), embedder.image_fingerprint
             embed = with_tuned_chunk_size(embed, row_count * self.views, embedder.device, encoder, self.output)
-        return columns, settings, lambda rows: embed_rows(embed, self, settings["encoder"], rows)
+        return columns, settings, lambda rows: embed_images_of_rows(embed, self, settings["encoder"], rows)
 
 
-def embed_rows(
+def embed_images_of_rows(
     embed: Callable[..., Any], args: EmbedArguments, encoder: str, rows: list[dict[str, Any]]
 ) -> list[dict[str, Any] | BadRow]:
     """Embed the images of rows.
@@ -112,7 +118,7 @@ def _make_views(row: dict[str, Any], digest: str, args: EmbedArguments) -> list[
     if args.views == 1:
         return [row[DECODED_KEY]]
     try:
-        return [augment_view(row[DECODED_KEY], digest, view, args.seed) for view in range(args.views)]
+        return [make_augmented_view(row[DECODED_KEY], digest, view, args.seed) for view in range(args.views)]
     except ValueError as error:
         return [BadImage("unreadable image", str(error))] * args.views
 

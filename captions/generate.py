@@ -22,7 +22,7 @@ from capivara_common.cli import check_at_least, flag, run_command
 from capivara_common.tasks import Phase
 from captions.captioners import CAPTIONERS
 from captions.captioners.blip2 import DEFAULT_MODEL
-from captions.quality import QUALITY_FILE, summarize_quality
+from captions.quality import QUALITY_FILE, summarize_quality_file
 from captions.stages import RowStage, StageArguments, run_stage_command
 
 
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = run_stage_command(GenerateArguments, __doc__, argv)
     if args is not None and CAPTIONERS[args.captioner].has_report:
-        print(summarize_quality(args.output / QUALITY_FILE, "captions"))
+        print(summarize_quality_file(args.output / QUALITY_FILE, "captions"))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def is_loopback(url: str) -> bool:
     return urllib.parse.urlsplit(url).hostname in LOOPBACK_HOSTS
 
 
-def check_address(url: str, name: str, allow_http: bool = False) -> None:
+def check_service_url(url: str, name: str, allow_http: bool = False) -> None:
     """Check the address of a service.
 
     Args:

@@ -30,7 +30,7 @@ def parse_language(code: str) -> Language | None:
         return None
 
 
-def find_language_code(language: str, codes: Iterable[str], translator_name: str = "The translator") -> str:
+def find_translator_language_code(language: str, codes: Iterable[str], translator_name: str = "The translator") -> str:
     """Find the code that a translator uses for a language.
 
     Args:

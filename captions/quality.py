@@ -98,7 +98,7 @@ def find_caption_flags(caption: str, language: str) -> list[str]:
     return [name for name, is_flagged in checks.items() if is_flagged]
 
 
-def summarize_quality(path: Path, noun: str) -> str:
+def summarize_quality_file(path: Path, noun: str) -> str:
     """Return a summary of a file `quality.json`: the number of texts with each quality flag, and the tokens used.
 
     Args:

@@ -78,11 +78,13 @@ class ScoreArguments(EncoderStageArguments):
         return (
             {f"similarities-{self.language}": SIMILARITIES_FEATURE},
             settings,
-            lambda rows: score_rows(embedder, self, rows),
+            lambda rows: _compute_caption_similarities(embedder, self, rows),
         )
 
 
-def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+def _compute_caption_similarities(
+    embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]]
+) -> list[dict[str, Any] | BadRow]:
     """Compute the similarities of the captions of rows to their images. Each distinct caption is embedded once.
 
     Args:

@@ -33,8 +33,8 @@ from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import to_publishable_name
 from caption_data.rows import CAPTIONS_FEATURE, NOT_CHOSEN, SIMILARITY_STRATEGIES, CaptionChoice, normalize_captions
 from caption_data.sources import Split
-from captions.stages import RowStage, StageArguments, check_and_summarize_stage, read_skipped_rows, run_stage_command
-from eval.records.tables import sanitize_and_shorten_text, write_html_page
+from captions.stages import RowStage, StageArguments, check_stage_and_count_rows, read_skipped_rows, run_stage_command
+from eval.records.tables import sanitize_and_shorten_text, write_html_from_template
 
 # Path of the HTML page in the output folder. The page is written last, so that the report is complete if it exists.
 REPORT_PAGE = Path("report") / "index.html"
@@ -116,7 +116,7 @@ class SelectArguments(CaptionChoice, StageArguments):
             _write_selection_report(self)
 
 
-def _get_similarities_and_chosen(
+def _choose_captions_and_read_similarities(
     args: SelectArguments, row: dict[str, Any]
 ) -> tuple[dict[str, float | None], list[str]]:
     """Choose the captions of a row, and look up the similarities of all captions of the row.
@@ -158,7 +158,7 @@ def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str,
         caption is selected.
     """
     try:
-        scored, chosen = _get_similarities_and_chosen(args, row)
+        scored, chosen = _choose_captions_and_read_similarities(args, row)
     except BadRow as bad:
         return bad
     if not chosen:
@@ -180,7 +180,7 @@ def _write_selection_report(args: SelectArguments) -> None:
     """
     folder, source = args.output / REPORT_PAGE.parent, args.source()
     folder.mkdir(exist_ok=True)
-    captions = _build_caption_table(args, source)
+    captions = _build_caption_similarity_frame(args, source)
     is_image_kept = captions.groupby("row")["kept"].any()
     kept_count = int(is_image_kept.sum())
     scored = captions.dropna(subset="similarity")
@@ -191,7 +191,7 @@ def _write_selection_report(args: SelectArguments) -> None:
     shown, unit = (first, "images, by their first caption") if by_first else (scored, "captions")
     settings = ("split", "language", "caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
     unusable = {
-        reason: n for reason, n in check_and_summarize_stage(args.output).skipped.items() if reason != NOT_CHOSEN
+        reason: n for reason, n in check_stage_and_count_rows(args.output).skipped.items() if reason != NOT_CHOSEN
     }
     sides = {"dropped": shown[~shown["kept"]]["similarity"], "kept": shown[shown["kept"]]["similarity"]}
     metadata = {
@@ -206,13 +206,13 @@ def _write_selection_report(args: SelectArguments) -> None:
             for side, values in sides.items()
             if len(values)
         },
-        "examples": _write_examples_near_cutoff(args, source, shown, folder),
+        "examples": _select_examples_and_write_images(args, source, shown, folder),
     }
     if len(shown):
         cutoff = args.min_pair_similarity if by_first else args.strategy_cutoff
         plot_similarities(sides, unit, cutoff, folder / "similarities.png")
     write_json(folder / "selection.json", metadata)
-    write_html_page(
+    write_html_from_template(
         REPORT_TEMPLATE,
         args.output / REPORT_PAGE,
         metadata=metadata,
@@ -222,7 +222,7 @@ def _write_selection_report(args: SelectArguments) -> None:
     )
 
 
-def _build_caption_table(args: SelectArguments, source: Split) -> pd.DataFrame:
+def _build_caption_similarity_frame(args: SelectArguments, source: Split) -> pd.DataFrame:
     """Return a table of all distinct captions of the valid rows.
 
     The table does not contain the texts of the captions, because there may be tens of millions.
@@ -247,7 +247,7 @@ def _build_caption_table(args: SelectArguments, source: Split) -> pd.DataFrame:
     for number, row in enumerate(source.rows(column_names=present)):
         if number not in unusable:
             row = _rename_and_normalize_row(args, row)
-            similarities, chosen = _get_similarities_and_chosen(args, row)
+            similarities, chosen = _choose_captions_and_read_similarities(args, row)
             for place, (text, similarity) in enumerate(similarities.items()):
                 is_first = place == 0 and bool(row.get(args.columns()[0]))
                 is_scored = similarity is not None and text.strip()
@@ -269,7 +269,7 @@ def _rename_and_normalize_row(args: SelectArguments, row: dict[str, Any]) -> dic
     return row | {name: normalize_captions(row[name], name) for name in args.columns()[:2] if name in row}
 
 
-def _write_examples_near_cutoff(
+def _select_examples_and_write_images(
     args: SelectArguments, source: Split, captions: pd.DataFrame, folder: Path
 ) -> list[dict[str, Any]]:
     """Find the examples closest to the cutoff, and write their images as JPEG files.
@@ -277,7 +277,7 @@ def _write_examples_near_cutoff(
     Args:
         args: Flags of the command.
         source: The rows that the selection has read.
-        captions: Table of captions from `_build_caption_table`.
+        captions: Table of captions from `_build_caption_similarity_frame`.
         folder: Folder for the images.
 
     Returns:
@@ -289,7 +289,7 @@ def _write_examples_near_cutoff(
         side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
         for example in side.head(EXAMPLES_PER_SIDE).itertuples():
             row = source.row(example.row)
-            similarities, _ = _get_similarities_and_chosen(args, _rename_and_normalize_row(args, row))
+            similarities, _ = _choose_captions_and_read_similarities(args, _rename_and_normalize_row(args, row))
             text = list(similarities)[example.place]
             examples.append({"row": example.row, "caption": text, "similarity": example.similarity, "kept": kept})
             if source.is_embedded:
@@ -313,7 +313,7 @@ def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | No
     from matplotlib import pyplot as plt  # slow to import, and only one task draws
     from matplotlib.ticker import MaxNLocator
 
-    from eval.records.plots import MODEL_COLOR, TEXT_COLOR, save_figure, style_axis
+    from eval.records.plots import MODEL_COLOR, TEXT_COLOR, draw_grid_and_hide_frame, save_figure
 
     figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     labels = [f"{name}: {len(values):,}" for name, values in sides.items()]
@@ -321,7 +321,7 @@ def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | No
     if cutoff is not None:
         axis.axvline(cutoff, color=TEXT_COLOR, linewidth=1.2, linestyle="--", label=f"cutoff: {cutoff:g}")
     axis.set(xlabel="cosine similarity of image and caption", ylabel=unit)
-    style_axis(axis, "y", "top", "right")
+    draw_grid_and_hide_frame(axis, "y", "top", "right")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     # Put the legend below the axis, where it covers no bar.
     axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))

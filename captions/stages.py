@@ -483,7 +483,7 @@ class RowStage:
         for path in self.args.output.glob(".*.parquet.*.tmp"):  # other temporary files may belong to running tasks
             if path.with_name(re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
                 path.unlink(missing_ok=True)
-        return _summarize_parts(self.args.output, self.record, self.parts)
+        return _count_written_and_skipped_rows(self.args.output, self.record, self.parts)
 
     def _write_part(self, part: range, schema: pa.Schema, process: ProcessRows, bar: tqdm) -> None:
         """Write the parquet file of one part, and the list of its skipped rows if any row was skipped.
@@ -674,7 +674,7 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
     is_invalidated = recorded["source"].get("fingerprint") is None
     if is_invalidated:
         recorded["source"]["fingerprint"] = record["source"]["fingerprint"]
-    if differences := describe_differences(recorded, record):
+    if differences := describe_stage_record_differences(recorded, record):
         raise ValueError(
             f"{output} was made from {recorded['source'].get('name')} with other settings, and all parts of a folder "
             f"must have the same settings. {differences}. Use the old values, choose another --output, or remove this "
@@ -684,7 +684,7 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
         write_json(path, recorded)
 
 
-def describe_differences(recorded: dict[str, Any], current: dict[str, Any]) -> str:
+def describe_stage_record_differences(recorded: dict[str, Any], current: dict[str, Any]) -> str:
     """Describe the differences between two stage records in the values that all parts of a folder must share.
 
     Args:
@@ -695,8 +695,8 @@ def describe_differences(recorded: dict[str, Any], current: dict[str, Any]) -> s
         The differing values, for example "settings.model: 'a' there, 'b' now"; "" if there are none.
     """
     old, new = (
-        flatten_dict(_get_fixed_values(recorded)),
-        flatten_dict(_get_fixed_values(json.loads(json.dumps(current)))),
+        flatten_dict(_get_fixed_stage_record_values(recorded)),
+        flatten_dict(_get_fixed_stage_record_values(json.loads(json.dumps(current)))),
     )
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
@@ -753,10 +753,10 @@ def identity_digest(record: dict[str, Any]) -> str:
 
     Values that may differ between parts, such as the path of the source, are not included.
     """
-    return json_digest(_get_fixed_values(record), sort_keys=True)
+    return json_digest(_get_fixed_stage_record_values(record), sort_keys=True)
 
 
-def _get_fixed_values(record: dict[str, Any]) -> dict[str, Any]:
+def _get_fixed_stage_record_values(record: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a stage record (content of `stage.json`) that must be equal for all parts of a folder."""
     identity = {key: record.get(key) for key in IDENTITY_KEYS}
     return identity | {
@@ -780,7 +780,7 @@ def flatten_dict(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def check_and_summarize_stage(output: Path | str) -> StageReport:
+def check_stage_and_count_rows(output: Path | str) -> StageReport:
     """Check that the output folder of a stage is complete, and count its written and skipped rows.
 
     Raises ValueError if parts (parquet files) are missing or damaged. The message contains the command that writes the
@@ -788,10 +788,12 @@ def check_and_summarize_stage(output: Path | str) -> StageReport:
     """
     output, record = Path(output), read_stage_record(output)
     check_stage_is_finished(output)
-    return _summarize_parts(output, record, split_rows(record["source"]["rows"], record["rows_per_part"]))
+    return _count_written_and_skipped_rows(
+        output, record, split_rows(record["source"]["rows"], record["rows_per_part"])
+    )
 
 
-def _summarize_parts(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
+def _count_written_and_skipped_rows(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
     """Count the written and skipped rows of parts (parquet files) of a stage.
 
     Args:
@@ -868,5 +870,5 @@ def run_stage_command(
         corrections.apply()
     if not run_phases(PhaseStep.from_phases(args, args.phases, arguments_type.__module__.rpartition(".")[2]), args):
         return None
-    print(f"{args.output}: {check_and_summarize_stage(args.output)}")
+    print(f"{args.output}: {check_stage_and_count_rows(args.output)}")
     return args

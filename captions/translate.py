@@ -33,7 +33,7 @@ from capivara_common.files import write_json
 from caption_data.rows import CAPTIONS_FEATURE
 from captions.chat.answers import Answer
 from captions.languages import parse_language
-from captions.quality import QUALITY_FILE, QUALITY_FLAGS, summarize_quality
+from captions.quality import QUALITY_FILE, QUALITY_FLAGS, summarize_quality_file
 from captions.sentences import (
     CAPTION_KINDS,
     QUALITY_FEATURES,
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = run_stage_command(TranslateArguments, __doc__, argv)
     if args is not None:
-        print(summarize_quality(args.output / QUALITY_FILE, "translations"))
+        print(summarize_quality_file(args.output / QUALITY_FILE, "translations"))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class TranslationMemory:
         """
         self._write_fingerprint()
         self._answers[sentence] = answer
-        self._journal.append(_to_record(sentence, answer))
+        self._journal.append(_build_answer_row(sentence, answer))
         if answer.fault:
             self.faults[sentence] = answer.fault
 
@@ -79,7 +79,10 @@ class TranslationMemory:
         self._write_fingerprint()
         if self._answers:
             schema = ANSWER_SCHEMA
-            rows = [_to_record(text, self._answers.get(text, Answer(answer))) for text, answer in translations.items()]
+            rows = [
+                _build_answer_row(text, self._answers.get(text, Answer(answer)))
+                for text, answer in translations.items()
+            ]
         else:
             schema = PAIR_SCHEMA
             rows = [{"source": text, "translation": translation} for text, translation in translations.items()]
@@ -121,7 +124,7 @@ class TranslationMemory:
                     yield from batch.to_pylist()
 
 
-def _to_record(sentence: str, answer: Answer) -> dict[str, Any]:
+def _build_answer_row(sentence: str, answer: Answer) -> dict[str, Any]:
     """Return the values of `ANSWER_SCHEMA` for the answer to a sentence."""
     record = {"source": sentence, "translation": answer.text, "fault": answer.fault}
     return record | {name: int(getattr(answer, name)) for name in USAGE_FIELDS}

@@ -1,7 +1,8 @@
 """Write and read translation tables: TSV files of sentences that people, or another program, translate.
 
-`write_translation_table` writes the sentences, with an empty last column for the translations. After people have filled
-this column, `read_translation_table` reads the table, and checks that each translation still belongs to its sentence.
+`write_blank_translation_table` writes the sentences, with an empty last column for the translations. After people have
+filled this column, `read_translation_table` reads the table, and checks that each translation still belongs to its
+sentence.
 """
 
 import csv
@@ -69,7 +70,7 @@ def _sentence_id(number: int, sentence: str) -> str:
     return f"s{number}_{hashlib.sha256(sentence.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
-def write_translation_table(path: Path, sentences: list[str], header: Sequence[str] = TABLE_COLUMNS) -> None:
+def write_blank_translation_table(path: Path, sentences: list[str], header: Sequence[str] = TABLE_COLUMNS) -> None:
     """Write a table of sentences to be translated.
 
     The file is UTF-8, with one sentence per line and columns separated by tabs, without quoting. The last column, for
@@ -103,7 +104,9 @@ def read_translation_table(path: Path, sentences: list[str]) -> dict[str, str]:
     check_rows_match_sentences(path, sentences)
     if missing := describe_untranslated(path):
         raise ValueError(f"{path}: {missing} Fill the last column of these lines.")
-    return {source: row["translation"] for source, row in zip(sentences, read_table(path)[1], strict=True)}
+    return {
+        source: row["translation"] for source, row in zip(sentences, read_table_header_and_rows(path)[1], strict=True)
+    }
 
 
 def check_rows_match_sentences(path: Path, sentences: list[str]) -> None:
@@ -114,7 +117,7 @@ def check_rows_match_sentences(path: Path, sentences: list[str]) -> None:
     Raises:
         ValueError: If a row is missing, added or changed. The message names the first such line.
     """
-    _, rows = read_table(path)
+    _, rows = read_table_header_and_rows(path)
     for number, (row, text) in enumerate(itertools.zip_longest(rows, sentences), 1):
         expected = {"id": _sentence_id(number, text), "source": text} if text is not None else {}
         if row is None or not expected or any(row.get(name, value) != value for name, value in expected.items()):
@@ -137,7 +140,7 @@ def describe_untranslated(path: Path) -> str:
 
     Returns "" if all rows have a translation. Raises ValueError if the file is not a translation table.
     """
-    _, rows = read_table(path)
+    _, rows = read_table_header_and_rows(path)
     names = [
         f"line {line} ({row['id'][:MAX_QUOTED_CHARACTERS]})"
         for line, row in enumerate(rows, 2)
@@ -148,7 +151,7 @@ def describe_untranslated(path: Path) -> str:
     return f"{len(names)} of {len(rows)} sentences have no translation yet: {shown}." if names else ""
 
 
-def read_table(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
+def read_table_header_and_rows(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Read a translation table.
 
     Args:

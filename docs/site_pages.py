@@ -1,6 +1,6 @@
 """Text of the documentation site that is generated from the code, and links between the pages of the repository.
 
-A line `<!-- site: NAME -->` on a page is replaced by the text that the function NAME in `GENERATED` returns. GitHub
+A line `<!-- site: NAME -->` on a page is replaced by the text that the function of NAME in `GENERATED` returns. GitHub
 shows such a page without the generated text.
 """
 
@@ -51,7 +51,7 @@ class Parsed(BaseException):
     """
 
 
-def _command_parser(module: str) -> argparse.ArgumentParser:
+def _capture_command_parser(module: str) -> argparse.ArgumentParser:
     """Return the parser of a command by starting its `main` function up to the point where it parses its flags."""
 
     def stop(parser: argparse.ArgumentParser, *args: object, **options: object) -> None:
@@ -70,7 +70,7 @@ def escape(text: str) -> str:
     return re.sub(r"(`[^`]*`)|<", lambda match: match[1] or "&lt;", text)
 
 
-def to_markdown(text: str) -> str:
+def _convert_description_to_markdown(text: str) -> str:
     """Return the description of a command as Markdown: indented paragraphs are code, the others are text."""
     paragraphs = []
     for paragraph in re.split(r"\n{2,}", textwrap.dedent(text).strip("\n")):
@@ -79,14 +79,14 @@ def to_markdown(text: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-def command_modules(folder: str) -> list[str]:
+def find_command_modules(folder: str) -> list[str]:
     """Return the names of the modules in a folder that are commands, in alphabetical order."""
     paths = sorted((ROOT / folder).rglob("*.py")) if (ROOT / folder).is_dir() else [ROOT / folder]
-    commands = [path for path in paths if IS_COMMAND_RE.search(path.read_text(encoding="utf-8"))]
-    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in commands]
+    render_command_reference = [path for path in paths if IS_COMMAND_RE.search(path.read_text(encoding="utf-8"))]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in render_command_reference]
 
 
-def _to_table(rows: Iterable[tuple[str, ...]], *columns: str) -> str:
+def _build_markdown_table(rows: Iterable[tuple[str, ...]], *columns: str) -> str:
     """Return a Markdown table. Line breaks and vertical bars in cells are made harmless."""
     cells = [[" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in rows]
     lines = [list(columns), ["---"] * len(columns), *cells]
@@ -106,22 +106,22 @@ def _describe_action(action: argparse.Action) -> tuple[str, str, str, str]:
     return f"`{name}`", value_type + " …" * (action.nargs in ("*", "+")), default, text
 
 
-def commands() -> str:
+def render_command_reference() -> str:
     """Return the reference of all commands that run with `python`, from their parsers."""
     text = []
     for folder, title in COMMAND_FOLDERS.items():
         text.append(f"## {title}")
-        for module in command_modules(folder):
-            parser, name = _command_parser(module), module.removesuffix(".__main__")
+        for module in find_command_modules(folder):
+            parser, name = _capture_command_parser(module), module.removesuffix(".__main__")
             start = "python train_accelerate.py" if module == "train_accelerate" else f"python -m {name}"
-            text.append(f"### {name}\n\n`{start}`\n\n{to_markdown(parser.description or '')}")
+            text.append(f"### {name}\n\n`{start}`\n\n{_convert_description_to_markdown(parser.description or '')}")
             actions = [action for action in parser._actions if action.dest != "help"]
             actions.sort(key=lambda action: not action.required)  # as `--help` lists them
-            text.append(_to_table(map(_describe_action, actions), "Flag", "Type", "Default", "Meaning"))
+            text.append(_build_markdown_table(map(_describe_action, actions), "Flag", "Type", "Default", "Meaning"))
     return "\n\n".join(text)
 
 
-def search_commands(language: str = "en") -> str:
+def render_search_command_reference(language: str = "en") -> str:
     """Return the reference of the commands of `capivara`, from their click parameters and translated messages."""
     messages, text = Messages(language), []
     group = capivara.make_context("capivara", [], obj=messages, resilient_parsing=True)
@@ -129,23 +129,29 @@ def search_commands(language: str = "en") -> str:
         command = capivara.get_command(group, english)
         context = click.Context(command, group, english, obj=messages)
         name = f"{english} ({portuguese})" if portuguese != english else english
-        text.append(f"### capivara {name}\n\n{to_markdown(messages(f'about.{english}'))}")
+        text.append(f"### capivara {name}\n\n{_convert_description_to_markdown(messages(f'about.{english}'))}")
         rows = [get_localized_help_record(param, context) for param in command.get_params(context)]
-        text.append(_to_table([(f"`{flag}`", escape(meaning)) for flag, meaning in rows], "Flag", "Meaning"))
+        text.append(
+            _build_markdown_table([(f"`{flag}`", escape(meaning)) for flag, meaning in rows], "Flag", "Meaning")
+        )
     return "\n\n".join(text)
 
 
-def configs() -> str:
+def render_config_reference() -> str:
     """Return the reference of the config files: each file in a code block, the comments included."""
     paths = sorted((ROOT / "configs").rglob("*.yaml"))
     blocks = [f"## {path.relative_to(ROOT)}\n\n```yaml\n{path.read_text(encoding='utf-8')}```" for path in paths]
     return "\n\n".join(blocks)
 
 
-GENERATED: dict[str, Callable[[], str]] = {"commands": commands, "search_commands": search_commands, "configs": configs}
+GENERATED: dict[str, Callable[[], str]] = {
+    "commands": render_command_reference,
+    "search_commands": render_search_command_reference,
+    "configs": render_config_reference,
+}
 
 
-def site_text(page: str, text: str) -> str:
+def render_site_page(page: str, text: str) -> str:
     """Return the text of a page as the site shows it.
 
     Args:

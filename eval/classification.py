@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capivara_common.cli import flag, run_command
-from capivara_common.environment import get_distributed_state
+from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import check_output_file
 from caption_data.labeled_images import LABEL_COLUMNS, LabeledImages, load_labeled_images
 from eval.capivara_metrics import metrics
-from eval.embeddings import CachedEmbedder, ModelArguments, load_cached_embedder, run_evaluation, write_result
+from eval.embeddings import CachedEmbedder, ModelArguments, load_cached_embedder, run_evaluation_command, write_result
 from eval.prompts import Prompts, load_prompts
 from eval.records.result_files import Record
 
@@ -74,7 +74,7 @@ class ClassificationArguments(LabeledImageArguments):
     seed: int | None = flag(None, "Seed of the training run, to be written to the records.")
 
 
-def load_split(
+def load_labeled_split(
     args: LabeledImageArguments, split: str, class_names: Sequence[str], class_indices: Sequence[int] | None = None
 ) -> LabeledImages:
     """Load a split of the dataset of labeled images that the arguments name.
@@ -167,7 +167,7 @@ def compute_chance_level(metric: str, labels: list, class_count: int) -> float:
     return {"roc_auc": 0.5, "top_5_accuracy": 5 / class_count}.get(metric, 1 / class_count)
 
 
-def evaluate(args: ClassificationArguments) -> list[Record]:
+def evaluate_classification_and_write_result(args: ClassificationArguments) -> list[Record]:
     """Measure zero-shot classification, and write the result file.
 
     Args:
@@ -181,7 +181,7 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     """
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
-    data = load_split(args, args.split, prompts.english_names, prompts.class_indices)
+    data = load_labeled_split(args, args.split, prompts.english_names, prompts.class_indices)
     store = load_cached_embedder(args)
     started = time.perf_counter()
     images = store.embed_images(data.images)
@@ -198,7 +198,7 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
         Record(**shared, metric=name, value=value, chance=compute_chance_level(name, labels, scores.shape[1]))
         for name, value in values.items()
     ]
-    if get_distributed_state().is_main_process:
+    if get_or_init_distributed_state().is_main_process:
         parts = {"classes": prompts.names + ["(sem nome)"] * unnamed, "notes": list(prompts.notes)}
         # Accuracy per class and confusion matrix are defined only if each image has one class.
         if not isinstance(labels[0], list):
@@ -211,7 +211,7 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     return records
 
 
-main = partial(run_evaluation, ClassificationArguments, __doc__, evaluate)
+main = partial(run_evaluation_command, ClassificationArguments, __doc__, evaluate_classification_and_write_result)
 
 if __name__ == "__main__":
     run_command(main, resumable=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from capivara_common.cli import check_at_least, flag, parse_arguments
 from capivara_common.embedding_speed import with_tuned_chunk_size
 from capivara_common.embedding_store import EmbeddingStore, Place, vectors_to_array
-from capivara_common.environment import cache_home, describe_device, get_distributed_state
+from capivara_common.environment import cache_home, describe_device, get_or_init_distributed_state
 from capivara_common.files import read_json
 from capivara_common.image_files import BadImage, ImageFileArguments
 from caption_data.embedded import EMBEDS_COLUMN
@@ -195,7 +195,7 @@ def write_result(
     write_records(args.output, records, **shared, **store.embedder.metadata, **store.result_metadata, **metadata)
 
 
-def run_evaluation(
+def run_evaluation_command(
     arguments_type: type[ModelArguments],
     doc: str,
     evaluate: Callable[[Any], list[Record]],
@@ -211,7 +211,7 @@ def run_evaluation(
     """
     args = parse_arguments(arguments_type, doc, argv)
     records = evaluate(args)
-    if not get_distributed_state().is_main_process:
+    if not get_or_init_distributed_state().is_main_process:
         return
     for record in records:
         label = record.direction or f"{record.dataset} {record.protocol}"

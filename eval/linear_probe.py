@@ -21,10 +21,15 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from tqdm.auto import tqdm
 
 from capivara_common.cli import flag, run_command
-from capivara_common.environment import get_distributed_state
+from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import check_output_file
-from eval.classification import LabeledImageArguments, compute_chance_level, compute_classification_metrics, load_split
-from eval.embeddings import load_cached_embedder, run_evaluation, write_result
+from eval.classification import (
+    LabeledImageArguments,
+    compute_chance_level,
+    compute_classification_metrics,
+    load_labeled_split,
+)
+from eval.embeddings import load_cached_embedder, run_evaluation_command, write_result
 from eval.prompts import load_prompts
 from eval.records.result_files import Record
 
@@ -134,7 +139,7 @@ def tune_probe_and_score_images(
     return scores, float(regression.best_params_["C"]) if can_select else 1.0
 
 
-def evaluate(args: LinearProbeArguments) -> list[Record]:
+def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[Record]:
     """Measure linear probes with all training images or with each number of `shots`, and write the result file.
 
     Args:
@@ -151,7 +156,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
     names = [args.train_split, args.split, *([args.validation_split] if args.validation_split else [])]
     loaded = {}
     for name in names:
-        data = load_split(args, name, prompts.english_names)
+        data = load_labeled_split(args, name, prompts.english_names)
         if any(isinstance(label, list) for label in data.labels):
             raise ValueError(f"The linear probe needs one label per image, but {args.images} has lists of labels.")
         for other_name, other in loaded.items():
@@ -168,7 +173,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
         images = store.embed_images(data.images, f"Images, {name}")
         features.append((images.embeds.numpy(), np.array(data.labels)[images.rows.numpy()]))
         skipped |= {f"{name} {row}": reason for row, reason in images.skipped.items()}
-    if not get_distributed_state().is_main_process:
+    if not get_or_init_distributed_state().is_main_process:
         return []
     train, test, validation = (*features, None)[:3]
     records, chosen_penalties, labels, classes = [], {}, test[1].tolist(), len(prompts.names)
@@ -195,7 +200,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
     return records
 
 
-main = partial(run_evaluation, LinearProbeArguments, __doc__, evaluate)
+main = partial(run_evaluation_command, LinearProbeArguments, __doc__, evaluate_linear_probe_and_write_result)
 
 if __name__ == "__main__":
     run_command(main, resumable=True)

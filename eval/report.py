@@ -19,11 +19,11 @@ import pandas
 from PIL import Image
 
 from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_common.files import AllowedFolders, atomic_folder, check_inputs_outside, check_output_folder
+from capivara_common.files import AllowedFolders, atomic_folder, check_inputs_outside, prepare_output_folder
 from capivara_common.image_files import BadImage, ImageAccess, decode_image
 from capivara_common.privacy import shorten_private_paths
 from eval.benchmarks import get_published_baseline_result
-from eval.records.plots import plot_bars, plot_training_curves
+from eval.records.plots import plot_baseline_and_model_bars, plot_training_curves
 from eval.records.result_files import (
     GAIN_METRIC,
     SCHEMA_VERSION,
@@ -39,7 +39,7 @@ from eval.records.tables import (
     format_signed_difference,
     pair_with_baselines,
     sanitize_and_shorten_text,
-    write_html_page,
+    write_html_from_template,
 )
 
 PAGE_TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -126,17 +126,17 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
         ValueError: If there is no result file, if the output folder is not empty and `overwrite` is False, or if the
             output folder contains the results.
     """
-    check_output_folder(output, overwrite)
+    prepare_output_folder(output, overwrite)
     check_inputs_outside(output, results)
     content = read_results_folder(results)
     with atomic_folder(output, overwrite) as folder:
         tables = _group_into_tables(build_records_frame(content.results))
-        blocks = [_build_block_and_draw_chart(rows, content, folder) for rows in tables]
+        blocks = [_build_report_block_and_write_images(rows, content, folder) for rows in tables]
         runs = []
         for name, run in content.runs:
             try:
                 curve, language = run["curve"], run["config"]["language"]
-                chart = _draw_chart(f"curves {name}", content, folder, plot_training_curves, curve, language)
+                chart = _write_numbered_chart(f"curves {name}", content, folder, plot_training_curves, curve, language)
             except (TypeError, KeyError, ValueError, AttributeError) as error:
                 content.faults.append(
                     (name, f"its training curve is malformed: {sanitize_and_shorten_text(repr(error), 80)}")
@@ -146,7 +146,7 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
             runs.append((name, run, [chart, *_copy_images(sheets, title, content, folder)]))
         values = {"results_folder": content, "blocks": blocks, "runs": runs}
         values |= {"points": format_signed_difference, "safe_line": _to_safe_line}
-        write_html_page(PAGE_TEMPLATE, folder / "index.html", **values)
+        write_html_from_template(PAGE_TEMPLATE, folder / "index.html", **values)
     return content
 
 
@@ -167,7 +167,9 @@ def _group_into_tables(frame: pandas.DataFrame) -> list[pandas.DataFrame]:
     return [rows for _, rows in frame.groupby(order)]
 
 
-def _build_block_and_draw_chart(rows: pandas.DataFrame, results_folder: ResultsFolder, output: Path) -> dict[str, Any]:
+def _build_report_block_and_write_images(
+    rows: pandas.DataFrame, results_folder: ResultsFolder, output: Path
+) -> dict[str, Any]:
     """Build the template variables of one table of the report, and draw its chart.
 
     Args:
@@ -207,16 +209,20 @@ def _build_block_and_draw_chart(rows: pandas.DataFrame, results_folder: ResultsF
     title = sanitize_and_shorten_text(", ".join(title + [f"first {first['dim']} dimensions"] * bool(first["dim"])), 200)
     sheets = [Path(name).with_suffix(QUERY_SHEET_SUFFIX) for name in dict.fromkeys(rows["name"])]
     skipped = measured.groupby("dataset", sort=False)["skipped_rows"].max()
+    charts = []
+    if drawn:
+        chart = _write_numbered_chart(f"bars {title}", results_folder, output, plot_baseline_and_model_bars, drawn)
+        charts.append(chart)
     return {
         "title": title, "protocol": first["protocol"], "pairs": pairs, "gains": gains,
-        "charts": [_draw_chart(f"bars {title}", results_folder, output, plot_bars, drawn)] if drawn else [],
+        "charts": charts,
         "main": [p for p in drawn if p["metric"] == "mean_recall"] if is_retrieval else drawn,
         "skipped": skipped[skipped > 0].to_dict(),
         "sheets": _copy_images(sheets, "Best and worst queries", results_folder, output),
     }  # fmt: skip
 
 
-def _draw_chart(
+def _write_numbered_chart(
     title: str, results_folder: ResultsFolder, output: Path, plot: Callable, *plot_arguments: Any
 ) -> tuple[str, str]:
     """Draw a chart as a PNG file in the folder of the report.

@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from capivara_common.cli import flag, run_command
-from capivara_common.environment import get_distributed_state
+from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import check_output_file
 from capivara_common.image_files import BadRow
 from capivara_common.privacy import to_publishable_name
-from caption_data.rows import DATASET_HELP, normalize_captions, rows_fingerprint
+from caption_data.rows import DATASET_HELP, compute_image_caption_digest, normalize_captions
 from caption_data.sources import Split, open_split
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
@@ -35,7 +35,7 @@ from eval.embeddings import (
     EmbeddedImages,
     ModelArguments,
     load_cached_embedder,
-    run_evaluation,
+    run_evaluation_command,
     write_result,
 )
 from eval.records.result_files import DIRECTIONS, GAIN_METRIC, Record
@@ -157,7 +157,7 @@ def flatten_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
     return [text for texts in captions for text in texts], torch.tensor(image_of_text)
 
 
-def compute_retrieval_embeddings(
+def embed_captions_for_retrieval(
     model: PreTrainedModel, processor: ProcessorMixin, captions: list[list[str]], image_embeds: Tensor
 ) -> RetrievalEmbeddings:
     """Embed captions, and combine them with image embeddings that have already been computed.
@@ -197,7 +197,7 @@ def compute_retrieval_records(
         One record per direction and metric.
     """
     records, cutoffs = [], [k for k in RECALL_CUTOFFS if k < len(embeddings.image_embeds)]
-    record_fields |= _get_truncation_record_fields(embeddings, protocol)
+    record_fields |= _build_protocol_and_dim_fields(embeddings, protocol)
     for direction in DIRECTIONS:
         ranks = embeddings.ranks[direction]
         record = partial(Record, "retrieval", direction=direction, n=len(ranks), **record_fields)
@@ -212,7 +212,7 @@ def compute_retrieval_records(
     return records
 
 
-def _get_truncation_record_fields(embeddings: RetrievalEmbeddings, protocol: str) -> dict[str, Any]:
+def _build_protocol_and_dim_fields(embeddings: RetrievalEmbeddings, protocol: str) -> dict[str, Any]:
     """Return the fields of `Record` that say whether the embeddings were truncated.
 
     Results of truncated and of full embeddings are not comparable, so they must differ in these fields.
@@ -265,7 +265,7 @@ def compute_gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings
     """
     if len(after.image_embeds) <= max(RECALL_CUTOFFS):
         return []
-    records, record_fields = [], record_fields | _get_truncation_record_fields(after, RETRIEVAL_PROTOCOL)
+    records, record_fields = [], record_fields | _build_protocol_and_dim_fields(after, RETRIEVAL_PROTOCOL)
     for direction in DIRECTIONS:
         hits = [metrics.mean_hits(embeddings.ranks[direction]) for embeddings in (before, after)]
         gain, *interval = metrics.paired_bootstrap(*hits, after.query_groups(direction))
@@ -302,7 +302,7 @@ class RetrievalData:
 
     def fingerprint(self) -> str:
         """Return a digest of all images and captions. Training computes the same digest for the same data."""
-        return rows_fingerprint(zip(self.images.image_digests, self.captions, strict=True))
+        return compute_image_caption_digest(zip(self.images.image_digests, self.captions, strict=True))
 
 
 def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
@@ -315,7 +315,7 @@ def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
     column = args.caption_column.replace("{language}", args.language)
     source.check_columns([source.image_column, column])
     captions = [
-        _select_captions_by_position(value, column, args.caption_positions, row)
+        select_captions_by_position(value, column, args.caption_positions, row)
         for row, value in enumerate(source.data[column][:])
     ]
     if source.damaged_archives:
@@ -325,7 +325,7 @@ def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
     return RetrievalData(source, captions)
 
 
-def evaluate(args: RetrievalArguments, draw_sheet: bool = True) -> list[Record]:
+def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bool = True) -> list[Record]:
     """Measure retrieval and write the result file.
 
     Args:
@@ -356,7 +356,7 @@ def evaluate(args: RetrievalArguments, draw_sheet: bool = True) -> list[Record]:
     if args.caption_positions != "all":
         protocol += f"; captions: {args.caption_positions}"
     records = compute_retrieval_records(embeddings, protocol, **record_fields)
-    if get_distributed_state().is_main_process:
+    if get_or_init_distributed_state().is_main_process:
         metadata = {"dataset": args.dataset, "name": name, "fingerprint": data.fingerprint(), "skipped": images.skipped}
         write_result(args, records, store, started, **metadata)
         if draw_sheet:
@@ -368,7 +368,7 @@ def evaluate(args: RetrievalArguments, draw_sheet: bool = True) -> list[Record]:
     return records
 
 
-def _select_captions_by_position(value: Any, column: str, positions: str, row: int) -> list[str]:
+def select_captions_by_position(value: Any, column: str, positions: str, row: int) -> list[str]:
     """Return the captions of a row at the selected positions.
 
     Args:
@@ -391,7 +391,7 @@ def _select_captions_by_position(value: Any, column: str, positions: str, row: i
     return captions[CAPTION_POSITIONS[positions]]
 
 
-main = partial(run_evaluation, RetrievalArguments, __doc__, evaluate)
+main = partial(run_evaluation_command, RetrievalArguments, __doc__, evaluate_retrieval_and_write_result)
 
 if __name__ == "__main__":
     run_command(main, resumable=True)

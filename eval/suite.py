@@ -26,7 +26,7 @@ import jinja2
 import pandas
 
 from capivara_common.cli import UsageError, flag, parse_arguments, run_command, unknown_name_message
-from capivara_common.environment import get_distributed_state, package_versions
+from capivara_common.environment import get_or_init_distributed_state, package_versions
 from capivara_common.files import list_seed_run_folders, read_json, write_json, write_text
 from capivara_common.privacy import shorten_private_paths
 from eval.benchmarks import (
@@ -34,17 +34,15 @@ from eval.benchmarks import (
     SUITES,
     Benchmark,
     find_local_or_hub_data,
-    find_published_name,
+    find_published_model_name,
     load_benchmarks,
     read_benchmark,
 )
-from eval.classification import ClassificationArguments
-from eval.classification import evaluate as evaluate_classification
+from eval.classification import ClassificationArguments, evaluate_classification_and_write_result
 from eval.embeddings import EmbeddingArguments
 from eval.records.result_files import ROLE_NAMES, Record, read_records
-from eval.records.tables import compute_means
-from eval.retrieval import RetrievalArguments
-from eval.retrieval import evaluate as evaluate_retrieval
+from eval.records.tables import compute_means_and_deviations
+from eval.retrieval import RetrievalArguments, evaluate_retrieval_and_write_result
 from modeling_capivara.two_towers import load_embedder
 
 SUMMARY_VERSION = 1
@@ -107,7 +105,7 @@ def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
         One dict per model, to be stored in suite.json. Its main keys are `name` (folder or Hub id), `role` ("baseline"
         or "capivara"), `run` (number of the model, counted from 0 for each role), `seed` (from the model's run.json, or
         None) and `fingerprint`. `published` and `base_published` are the names under which results of the model and
-        of its base model were published, see `find_published_name`; None if there are no published results.
+        of its base model were published, see `find_published_model_name`; None if there are no published results.
 
     Raises:
         UsageError: If no model is given.
@@ -131,14 +129,14 @@ def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
         model = load_embedder(name, "cpu", is_baseline, precision)
         entry = {"name": name, "role": role, "run": run, "seed": run_data.get("seed"), "fingerprint": model.fingerprint}
         base = str(run_data.get("config", {}).get("model", ""))
-        entry |= {"published": find_published_name(name, role, **model.metadata)} | model.metadata
-        models.append(entry | {"base_published": find_published_name(base, "baseline", **model.metadata)})
+        entry |= {"published": find_published_model_name(name, role, **model.metadata)} | model.metadata
+        models.append(entry | {"base_published": find_published_model_name(base, "baseline", **model.metadata)})
     if len({model["fingerprint"] for model in models[-len(runs) :]}) < len(runs):
         raise ValueError("--runs must be different models, but two of them have the same weights.")
     return models
 
 
-def _plan_models_and_measurements(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _check_models_and_plan_measurements(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Plan the measurements: one for each benchmark, language and model.
 
     Returns:
@@ -177,7 +175,8 @@ def run_measurement(
         args: Arguments of the suite.
         benchmark: The benchmark.
         model: Name, role, seed and more of the model: its dict from `_check_and_describe_models`.
-        measurement: Data, language and result file of the measurement: its dict from `_plan_models_and_measurements`.
+        measurement: Data, language and result file of the measurement: its dict from
+            `_check_models_and_plan_measurements`.
 
     Returns:
         One record per metric and, for retrieval, direction.
@@ -189,11 +188,11 @@ def run_measurement(
     if benchmark.task == "retrieval":
         options |= {"caption_column": benchmark.caption_column, "caption_positions": benchmark.caption_positions}
         task = RetrievalArguments(dataset=measurement["data"], dataset_name=benchmark.key, **options)
-        return evaluate_retrieval(task, draw_sheet=False)
+        return evaluate_retrieval_and_write_result(task, draw_sheet=False)
     options["protocol"] = args.protocol if benchmark.protocol == "ours" else benchmark.protocol
     options |= {"benchmark": benchmark.prompts, "authors_file": args.authors_file}
     options["label_column"] = benchmark.label_column
-    return evaluate_classification(ClassificationArguments(images=measurement["data"], **options))
+    return evaluate_classification_and_write_result(ClassificationArguments(images=measurement["data"], **options))
 
 
 def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
@@ -205,8 +204,8 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
     Returns:
         On the main process the summary, which is the content of suite.json; None on the other processes.
     """
-    models, measurements = _plan_models_and_measurements(args)
-    is_main, benchmarks = get_distributed_state().is_main_process, load_benchmarks()
+    models, measurements = _check_models_and_plan_measurements(args)
+    is_main, benchmarks = get_or_init_distributed_state().is_main_process, load_benchmarks()
     models_by_run = {(model["role"], model["run"]): model for model in models}
     for number, measurement in enumerate(measurements, 1):
         if measurement["status"] == "planned":
@@ -230,13 +229,13 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
             print(f"[{number}/{len(measurements)}] {measurement['file'].removesuffix('.json')}: {outcome}", flush=True)
     if not is_main:
         return None
-    summary = _build_summary(args, models, measurements)
+    summary = _build_suite_json_content(args, models, measurements)
     write_json(args.output / "suite.json", summary)
     write_text(args.output / "table.md", render_suite_table(summary))
     return summary
 
 
-def _build_summary(
+def _build_suite_json_content(
     args: SuiteArguments, models: list[dict[str, Any]], measurements: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Return the content of suite.json: settings, models, measurements, and the rows of the table.
@@ -244,8 +243,8 @@ def _build_summary(
     Args:
         args: Arguments of the suite.
         models: The models, see `_check_and_describe_models`.
-        measurements: All measurements, see `_plan_models_and_measurements`. The results of measurements with the status
-            "measured" are read from the result files.
+        measurements: All measurements, see `_check_models_and_plan_measurements`. The results of measurements with the
+            status "measured" are read from the result files.
     """
     values = []
     for measurement in measurements:
@@ -286,7 +285,8 @@ def build_suite_rows_and_remarks(
         published: Role -> name for `Benchmark.get_published_figure`. Default: the role itself.
 
     Returns:
-        The rows (see `_build_row`), and a remark for each average that is omitted because a dataset is missing.
+        The rows (see `_build_suite_table_row`), and a remark for each average that is omitted because a dataset is
+        missing.
     """
     metrics = [(benchmark.key, language, benchmark.metric) for benchmark, language in pairs]
     metrics = pandas.DataFrame(metrics, columns=["benchmark", "language", "metric"])
@@ -296,7 +296,9 @@ def build_suite_rows_and_remarks(
     average, averages_left_out = read_benchmark(BENCHMARKS_FOLDER / "elevater.json"), []
     members = [benchmark.key for benchmark, _ in pairs if average.key in benchmark.suite]
     member_values = frame[frame["benchmark"].isin(members)]
-    run_means = compute_means(member_values, ["role", "run"]).reset_index()  # `seeds` counts datasets here
+    run_means = compute_means_and_deviations(
+        member_values, ["role", "run"]
+    ).reset_index()  # `seeds` counts datasets here
     if len(members) == average.count and (run_means["seeds"] == average.count).sum() == sum(model_counts.values()):
         run_means = run_means.assign(value=run_means["mean"], benchmark=average.key, language="pt", direction="", n=0)
         frame = pandas.concat([frame, run_means])
@@ -306,7 +308,7 @@ def build_suite_rows_and_remarks(
         run_counts = member_values[member_values["role"] == "capivara"].groupby("benchmark")["run"].nunique()
         complete = (run_counts == model_counts["capivara"]).sum()
         averages_left_out.append(f"{average.title}: omitted, since only {complete} of {average.count} datasets ran.")
-    means = compute_means(frame, GROUP_COLUMNS).reset_index()
+    means = compute_means_and_deviations(frame, GROUP_COLUMNS).reset_index()
     # A mean is shown only if all models of the role were measured, because a mean of fewer models would mislead.
     means = means[means["seeds"] == means["role"].map(model_counts)]
     published = published or {role: role for role in model_counts}
@@ -321,7 +323,9 @@ def build_suite_rows_and_remarks(
     ]  # fmt: skip
     cells = pandas.DataFrame(cells).merge(means, "left")
     cells["difference"] = cells["mean"] - [figure["mean"] if figure else math.nan for figure in cells["published"]]
-    rows = [_build_row(row_cells, protocol) for _, row_cells in cells.groupby(GROUP_COLUMNS[:3], sort=False)]
+    rows = [
+        _build_suite_table_row(row_cells, protocol) for _, row_cells in cells.groupby(GROUP_COLUMNS[:3], sort=False)
+    ]
     members_comparable = all(row["like_for_like"] for row in rows if row["benchmark"] in members)
     for row in rows:
         if row["benchmark"] == average.key:
@@ -329,7 +333,7 @@ def build_suite_rows_and_remarks(
     return rows, averages_left_out
 
 
-def _build_row(cells: pandas.DataFrame, protocol: str) -> dict[str, Any]:
+def _build_suite_table_row(cells: pandas.DataFrame, protocol: str) -> dict[str, Any]:
     """Build a table row for a benchmark, language and direction.
 
     Args:
@@ -372,7 +376,7 @@ def render_suite_table(summary: dict[str, Any]) -> str:
     data or protocol differ from those of the published results.
 
     Args:
-        summary: The content of suite.json, see `_build_summary`.
+        summary: The content of suite.json, see `_build_suite_json_content`.
 
     Returns:
         The Markdown text.

@@ -22,7 +22,7 @@ from capivara_common.cli import check_at_least, flag, parse_arguments, run_comma
 from capivara_common.environment import resolve_device
 from capivara_common.image_files import BadImage, decode_image
 from capivara_common.privacy import escape_control_characters
-from capivara_search.folder_scan import find_pictures
+from capivara_search.folder_scan import find_pictures_and_unreadable_files
 from examples.openmoji.dataset import load_self_contained_dataset
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
@@ -53,7 +53,7 @@ def _iter_pictures(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
         folder: Folder to search.
         names: Output argument: list to which the path of each yielded image, relative to `folder`, is appended.
     """
-    for file in find_pictures([folder])[0]:
+    for file in find_pictures_and_unreadable_files([folder])[0]:
         try:
             image = decode_image({"bytes": Path(file.path).read_bytes(), "path": file.path})
         except (BadImage, OSError) as error:

@@ -1,6 +1,6 @@
 """A stand-in for a server that speaks OpenAI's protocol, for examples, benchmarks and tests without a language model.
 
-    with run_chat_server(ChatServer(lambda messages: "um gato")) as server:
+    with run_stand_in_chat_server(ChatServer(lambda messages: "um gato")) as server:
         print(server.url)  # for --base_url
 
 The server runs in threads of this process, on loopback, until the end of the `with` block.
@@ -112,7 +112,7 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def run_chat_server(server: ChatServer) -> Iterator[ChatServer]:
+def run_stand_in_chat_server(server: ChatServer) -> Iterator[ChatServer]:
     """Run a stand-in server during a `with` block.
 
     Args:

@@ -100,7 +100,7 @@ def _make_random_views(pixels: Tensor, count: int, generator: torch.Generator) -
     return (views + VIEW_NOISE * noise).clamp(0, 1)
 
 
-def to_pixel_values(pixels: Tensor, image_processor: CapivaraImageProcessor) -> Tensor:
+def preprocess_images_differentiably(pixels: Tensor, image_processor: CapivaraImageProcessor) -> Tensor:
     """Preprocess square images like the model's image processor, but with differentiable operations.
 
     PyTorch's antialiased bicubic resize replaces PIL's. Both give the same result, except that PyTorch does not round
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         bar = trange(1, args.steps + 1, desc="Optimizing", unit="step")
         for step in bar:
             views = _make_random_views(draw_picture(), args.views, generator) if args.views else draw_picture()
-            embeds = model(pixel_values=to_pixel_values(views, processor.image_processor)).image_embeds
+            embeds = model(pixel_values=preprocess_images_differentiably(views, processor.image_processor)).image_embeds
             cosine = (embeds @ target.T).mean()
             optimizer.zero_grad()
             (-cosine).backward()

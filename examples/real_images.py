@@ -53,7 +53,7 @@ class RealImagesArguments:
     device: str | None = flag(None, "cpu or cuda. Default: the GPU if there is one.")
 
 
-def _prepare_datasets(folder: Path, openmoji: str) -> None:
+def _write_missing_datasets(folder: Path, openmoji: str) -> None:
     """Write the datasets digits, photos and concepts if they do not exist yet.
 
     Each is written to a subfolder with the images (`data`) and the class names and templates (classes.json).
@@ -63,9 +63,9 @@ def _prepare_datasets(folder: Path, openmoji: str) -> None:
         openmoji: Folder of the OpenMoji dataset, from which the dataset concepts is made.
     """
     makers = {
-        "digits": make_digits_dataset,
-        "photos": _make_photos_and_classes,
-        "concepts": partial(_make_concepts_and_classes, openmoji),
+        "digits": _make_digits_dataset_and_classes,
+        "photos": _make_photo_dataset_and_classes,
+        "concepts": partial(_make_concept_dataset_and_classes, openmoji),
     }
     for name, make_dataset in makers.items():
         if not (folder / name).exists():
@@ -75,7 +75,7 @@ def _prepare_datasets(folder: Path, openmoji: str) -> None:
                 write_json(dataset_folder / "classes.json", classes)
 
 
-def make_digits_dataset() -> tuple[DatasetDict, dict]:
+def _make_digits_dataset_and_classes() -> tuple[DatasetDict, dict]:
     """Make a dataset of scikit-learn's 1,797 handwritten digits.
 
     Returns:
@@ -99,7 +99,7 @@ def make_digits_dataset() -> tuple[DatasetDict, dict]:
     return DatasetDict(splits), classes_file
 
 
-def _make_photos_and_classes() -> tuple[DatasetDict, dict]:
+def _make_photo_dataset_and_classes() -> tuple[DatasetDict, dict]:
     """Make a dataset of scikit-image's photographs, each of which is a class of its own.
 
     Returns:
@@ -141,7 +141,7 @@ def load_photo(name: str) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels).convert("RGB")
 
 
-def _make_concepts_and_classes(openmoji: str) -> tuple[DatasetDict, dict]:
+def _make_concept_dataset_and_classes(openmoji: str) -> tuple[DatasetDict, dict]:
     """Make a classification dataset of OpenMoji's test images, each of which is a class of its own.
 
     The Portuguese name of a class is the first Portuguese caption of its image.
@@ -172,12 +172,12 @@ def _evaluate_and_write_results(args: RealImagesArguments, model: str, role: str
     for language in ("pt", "en"):
         output = args.output / f"openmoji-{language}-{role}.json"
         task = retrieval.RetrievalArguments(model, args.openmoji, output, language=language, **shared)
-        retrieval.evaluate(task)
+        retrieval.evaluate_retrieval_and_write_result(task)
     for name in ("concepts", "digits", "photos"):
         classes, images = str(args.data / name / "classes.json"), str(args.data / name / "data")
         output = args.output / f"{name}-{role}.json"
         task = classification.ClassificationArguments(model, classes, images, output, **shared)
-        classification.evaluate(task)
+        classification.evaluate_classification_and_write_result(task)
 
 
 def _probe_and_write_results(args: RealImagesArguments) -> None:
@@ -194,7 +194,7 @@ def _probe_and_write_results(args: RealImagesArguments) -> None:
     for name, shots in (("full", []), ("few", [1, 2, 4, 8, 16])):
         output = args.output / f"digits-probe-{name}.json"
         task = linear_probe.LinearProbeArguments(args.baseline, classes, images, output, shots=shots, **shared)
-        linear_probe.evaluate(task)
+        linear_probe.evaluate_linear_probe_and_write_result(task)
 
 
 def _build_labeled_dataset(images: list, labels: list[int], names: list[str]) -> Dataset:
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command-line arguments. Default: those of the process.
     """
     args = parse_arguments(RealImagesArguments, __doc__, argv)
-    _prepare_datasets(args.data, args.openmoji)
+    _write_missing_datasets(args.data, args.openmoji)
     _evaluate_and_write_results(args, args.baseline, "baseline")
     _evaluate_and_write_results(args, args.model, "capivara")
     _probe_and_write_results(args)

@@ -77,7 +77,7 @@ class SentenceTuningArguments:
         check_at_least(self, 1, "mini_batch_size")
 
 
-def load_pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
+def load_caption_image_pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
     """Load the images of a dataset split, each with one randomly chosen caption.
 
     Args:
@@ -137,7 +137,7 @@ def build_recall_evaluator(rows: Dataset) -> InformationRetrievalEvaluator:
     The evaluator's accuracy@k equals the recall@k of `eval.retrieval`, unless two images have the same similarity.
 
     Args:
-        rows: Dataset with the columns text and image, from `load_pairs`.
+        rows: Dataset with the columns text and image, from `load_caption_image_pairs`.
     """
     names = [f"{row:08}" for row in range(len(rows))]
     return InformationRetrievalEvaluator(
@@ -165,13 +165,13 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.model / "modules.json").is_file():
         fault = "was not exported in the format sentence_transformers (modules.json is missing)"
         raise ValueError(f"{args.model} {fault}. Export it with hub_upload.export.")
-    rows = load_pairs(args.dataset, args.train_split, args.language, args.seed)
+    rows = load_caption_image_pairs(args.dataset, args.train_split, args.language, args.seed)
     if len(rows) < args.batch_size:
         raise ValueError(
             f"--batch_size must be at most the number of images in the split {args.train_split}, {len(rows)}, "
             f"got {args.batch_size}."
         )
-    evaluator = build_recall_evaluator(load_pairs(args.dataset, args.split, args.language))
+    evaluator = build_recall_evaluator(load_caption_image_pairs(args.dataset, args.split, args.language))
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         encoder = SentenceTransformer(str(args.model))
         encoder[0].auto_model.freeze_image_encoder()  # as in the CAPIVARA paper (arXiv 2310.13683)

@@ -29,8 +29,8 @@ from hub_upload import card_values as values
 from hub_upload.card_values import (
     TEMPLATE_FOLDER,
     collect_run_metadata,
+    escape_value_for_markdown,
     find_eval_dataset_revision,
-    to_markdown,
     to_publishable_line,
 )
 from hub_upload.licenses import check_stated_license
@@ -134,7 +134,7 @@ def render_card(
             _build_card_data(run_metadata, to_publishable_line(title)),
             template_path=str(TEMPLATE_FOLDER / f"model_card_{language}.md.j2"),
             **values.build_template_values(run_metadata, language, repo_id),
-            title=to_markdown(title),
+            title=escape_value_for_markdown(title),
             options=json.dumps(options),
         )
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", str(card), flags=re.MULTILINE)).strip()

@@ -40,7 +40,8 @@ TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 # result files.
 CARD_WORDS = read_json(TEMPLATE_FOLDER / "card_words.json")
 LANGUAGES = tuple(CARD_WORDS)
-# The output is Markdown, so Jinja's HTML escaping is off; `to_markdown` and `to_code` escape texts from files instead.
+# The output is Markdown, so Jinja's HTML escaping is off; `escape_value_for_markdown` and `to_code` escape texts from
+# files instead.
 MARKDOWN_TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER), autoescape=False, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -133,11 +134,11 @@ def _read_run_metadata(folder: Path) -> dict[str, Any]:
         Values by name. The comments in the `return` statement describe them.
     """
     digests: dict[str, str] = {}
-    model, run, runs = _read_run_json_files(folder, digests)
+    model, run, runs = _read_runs_and_find_weights(folder, digests)
     run_folders = (folder, *list_seed_run_folders(folder))
     paths = [path for run_folder in run_folders for path in sorted((run_folder / "results").glob("*.json"))]
-    results = [_read_result(path, folder, digests) for path in paths]
-    values = _average_results([result for result in results if result])
+    results = [_read_result_recording_digest(path, folder, digests) for path in paths]
+    values = _check_and_average_results([result for result in results if result])
     # Imported here and not at the top of the file, because this module imports torch, which would slow down --help.
     from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 
@@ -175,7 +176,9 @@ def _read_run_metadata(folder: Path) -> dict[str, Any]:
     }
 
 
-def _read_run_json_files(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+def _read_runs_and_find_weights(
+    folder: Path, digests: dict[str, str]
+) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
     """Read every `run.json` of a training run: one in its folder, and one in each folder `seed-*`.
 
     Args:
@@ -237,7 +240,7 @@ def _read_json_recording_digest(path: Path, folder: Path, digests: dict[str, str
     return content
 
 
-def _read_result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | None:
+def _read_result_recording_digest(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | None:
     """Read a result file and record its SHA-256.
 
     Args:
@@ -261,7 +264,7 @@ def _read_result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFil
 # --- Measurements ----------------------------------------------------------------------------------------------------
 
 
-def _average_results(results: list[ResultFile]) -> list[Any]:
+def _check_and_average_results(results: list[ResultFile]) -> list[Any]:
     """Check that the result files of a run agree, and average each metric over the seeds.
 
     Args:
@@ -412,7 +415,7 @@ def to_publishable_line(value: Any) -> str:
     return line if len(line) <= MAX_LINE_CHARACTERS else line[: MAX_LINE_CHARACTERS - 1] + "…"
 
 
-def to_markdown(value: Any) -> str:
+def escape_value_for_markdown(value: Any) -> str:
     """Escape a text from a file, so that Markdown shows it literally, without interpreting markup or HTML.
 
     Args:
@@ -440,7 +443,7 @@ def to_code(value: Any) -> str:
     written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = to_publishable_line(written)
     is_plain = text == PATH_PREFIX_RE.sub("", written) and PLAIN_CODE_RE.fullmatch(text)
-    return f"`{text}`" if is_plain else to_markdown(written)
+    return f"`{text}`" if is_plain else escape_value_for_markdown(written)
 
 
 def _is_portuguese(language: str) -> bool:
@@ -528,7 +531,7 @@ class CardWriter:
         Args:
             key: Code of the language to name, such as "pt". An unknown code is returned, escaped for Markdown.
         """
-        return self.words["languages"].get(key) or to_markdown(key)
+        return self.words["languages"].get(key) or escape_value_for_markdown(key)
 
     def dataset(self, name: str) -> str:
         """Return the title of a dataset for the card. If the title is unknown, the name is returned as Markdown code.
@@ -537,7 +540,7 @@ class CardWriter:
             name: Name of the dataset in the result files.
         """
         titles = self.run_metadata["titles"]
-        return to_code(name) if titles.get(name) is None else to_markdown(titles[name])
+        return to_code(name) if titles.get(name) is None else escape_value_for_markdown(titles[name])
 
     def phrase(self, text: str) -> str:
         """Translate an English text from a result file to the card's language, and escape it for Markdown.
@@ -547,7 +550,7 @@ class CardWriter:
         """
         for english, translation in self.words["phrases"].items():
             text = text.replace(english, translation)
-        return to_markdown(text)
+        return escape_value_for_markdown(text)
 
     def each(self, name: str, write: Callable[..., str], *more: Any) -> str:
         """Format a value of `run.json` for all seeds of a run, separated by semicolons in the order of seeds.
@@ -567,10 +570,10 @@ class CardWriter:
         """Format the title of a base model or dataset as a link to the Hub, or in italics if it is not on the Hub.
 
         Args:
-            origin: Metadata from `read_origin_metadata`.
+            origin: Metadata from `read_origin_card_metadata`.
             kind: Start of the path on the Hub: "datasets/" for a dataset, "" for a model.
         """
-        hub_id, title = origin.get("hub_id"), to_markdown(origin["title"])
+        hub_id, title = origin.get("hub_id"), escape_value_for_markdown(origin["title"])
         return f"[{title}](https://huggingface.co/{kind}{hub_id})" if HUB_ID_RE.fullmatch(str(hub_id)) else f"*{title}*"
 
 
@@ -608,7 +611,7 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
         **run_metadata | {"name": name, "groups": groups},
         "is_repository": repo_id is not None,
         **{key: getattr(writer, key) for key in dir(writer) if not key.startswith("_")},
-        "text": to_markdown,
+        "text": escape_value_for_markdown,
         "code": to_code,
         "get_published_baseline_result": get_published_baseline_result,
         "revision": partial(find_eval_dataset_revision, run),
@@ -635,14 +638,14 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
         "gains": gains,
         "worse": [pair for pair in main if pair["is_worse"]],
         "summary": [pair for pair in main if pair["task"] == "retrieval" and pair["language"] == trained_language],
-        "gains_including_zero": _find_gains_including_zero(gains),
+        "gains_including_zero": _find_insignificant_gains(gains),
         "has_several_datasets": len({value.dataset for value in run_metadata["values"]}) > 1,
         "measured_seeds": [row.seed for row in max(run_metadata["values"], key=lambda value: value.seeds).measured],
         "layout": MARKDOWN_TEMPLATES.get_template("model_card.md.j2"),
     }
 
 
-def _find_gains_including_zero(gains: list[Any]) -> list[tuple[Any, list[Any]]]:
+def _find_insignificant_gains(gains: list[Any]) -> list[tuple[Any, list[Any]]]:
     """Find the gains over the baseline that are not significant: their 95 % confidence interval includes zero.
 
     Args:
@@ -662,7 +665,7 @@ def _get_translator_kind(datasets: list[dict[str, Any]], language: str) -> str:
     """Return who translated the training captions.
 
     Args:
-        datasets: Metadata of the training datasets, from `read_origin_metadata`.
+        datasets: Metadata of the training datasets, from `read_origin_card_metadata`.
         language: Language code of the captions.
 
     Returns:

@@ -26,7 +26,15 @@ from capivara_common.hub_cache import OPEN_CLIP_CONFIG
 from capivara_common.model_kinds import KINDS
 from capivara_common.privacy import shorten_private_paths, to_publishable_name
 from hub_upload import upload_checks
-from hub_upload.formats import drop_in, immich, onnx, open_clip, save_tokenizer, transformers_js, write_tokenizer_json
+from hub_upload.formats import (
+    drop_in,
+    immich,
+    onnx,
+    open_clip,
+    save_tokenizer_for_publication,
+    transformers_js,
+    write_tokenizer_json,
+)
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import load_processor, load_two_towers_config
 
@@ -129,7 +137,8 @@ def export_model(
             _write_two_tower_formats(model, folder, config, formats, text_config, repo_id)
         upload_checks.check_model_files(folder)
         return [
-            (name.as_posix(), (folder / name).stat().st_size) for name in upload_checks.find_uploadable_files(folder)
+            (name.as_posix(), (folder / name).stat().st_size)
+            for name in upload_checks.list_uploadable_model_files(folder)
         ]
 
 
@@ -228,12 +237,12 @@ def _write_two_tower_formats(
             f"--text_config applies to CAPIVARA models only, but {model} is a {config.model_type} model. Leave it out."
         )
     if "transformers_js" in formats:
-        transformers_js.convert_tokenizer(model)
+        transformers_js.read_and_convert_tokenizer(model)
     settings = None
     if "open_clip" in formats and has_text_config:
         settings = open_clip.build_open_clip_config(config, processor.image_processor, text_config, repo_id)
-    open_clip.write_config_and_weights(model, folder, config, with_open_clip=settings is not None)
-    _write_processor(model, folder, processor)
+    open_clip.write_transformers_and_open_clip_weights(model, folder, config, with_open_clip=settings is not None)
+    _write_processor_and_model_code(model, folder, processor)
     if settings:
         write_json(folder / OPEN_CLIP_CONFIG, settings)
     if "open_clip" in formats and not has_text_config:
@@ -244,7 +253,7 @@ def _write_two_tower_formats(
         else:
             open_clip.write_open_clip_siglip(model, folder, repo_id or to_publishable_name(str(model)))
     if "sentence_transformers" in formats:
-        open_clip.write_sentence_transformers(folder, processor)
+        open_clip.write_sentence_transformers_config(folder, processor)
         if not kind.is_native:
             open_clip.check_sentence_transformers(model, folder)
     if "transformers_js" in formats:
@@ -256,7 +265,7 @@ def _write_two_tower_formats(
     _copy_card_and_results(model, folder)
 
 
-def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> None:
+def _write_processor_and_model_code(model: Path, folder: Path, processor: ProcessorMixin) -> None:
     """Write the files of the processor, without paths of this machine, and for CAPIVARA also the model's Python code.
 
     Programs that don't run Python code from the Hub read only tokenizer.json. It gives them the same tokens as the
@@ -279,7 +288,7 @@ def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> No
     if not isinstance(processor, CapivaraProcessor):  # a processor of transformers, which needs no code in the folder
         # The tokenizer files are not copied but written again, because `load_processor` has corrected the maximum text
         # length, the model inputs and the handling of capital letters.
-        save_tokenizer(processor.tokenizer, folder)
+        save_tokenizer_for_publication(processor.tokenizer, folder)
         return
     write_tokenizer_json(folder, read_json(folder / "tokenizer.json"), is_capivara=True)
     package = Path(modeling_capivara.__file__).parent

@@ -13,7 +13,7 @@ from hub_upload.licenses import as_texts, infer_license
 from modeling_capivara.loading import read_card_metadata
 
 
-def read_model_and_data_origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
+def read_origins_and_infer_license(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
     """Read the cards (README.md) of a model's base model and of the datasets for training and evaluation.
 
     Args:
@@ -24,18 +24,21 @@ def read_model_and_data_origins(model: str, datasets: Sequence[str], evaluation_
     Returns:
         A dict with four keys. "license" is the license that the model inherits from the base model and the training
         datasets, or None (see `infer_license`). "model", "datasets" (a list) and "evaluation_dataset" hold the metadata
-        that `read_origin_metadata` returns.
+        that `read_origin_card_metadata` returns.
     """
-    base, data = read_origin_metadata(model, "model"), [read_origin_metadata(name, "dataset") for name in datasets]
+    base, data = (
+        read_origin_card_metadata(model, "model"),
+        [read_origin_card_metadata(name, "dataset") for name in datasets],
+    )
     return {
         "license": infer_license([origin["licenses"] for origin in (base, *data)]),
         "model": base,
         "datasets": data,
-        "evaluation_dataset": read_origin_metadata(evaluation_dataset, "dataset"),
+        "evaluation_dataset": read_origin_card_metadata(evaluation_dataset, "dataset"),
     }
 
 
-def read_origin_metadata(name: str, repo_type: str) -> dict[str, Any]:
+def read_origin_card_metadata(name: str, repo_type: str) -> dict[str, Any]:
     """Read the metadata of a base model or dataset from its card (README.md), locally or from the Hub.
 
     Args:

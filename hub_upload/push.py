@@ -193,7 +193,7 @@ def plan_push(args: PushArguments) -> PushPlan:
     try:
         with _wrap_hub_errors(args.repo_id, RETRY_HINT if args.push else "Run the same command again."):
             user = str(_retry_once(lambda: HfApi().whoami(cache=True)["name"])) if get_token() else None
-            remote = _read_remote(args.repo_id, args.repo_type, args.revision)
+            remote = _read_remote_repository(args.repo_id, args.repo_type, args.revision)
     except HubUnreachableError as error:
         if args.push:
             raise
@@ -344,7 +344,7 @@ def push_planned_changes(plan: PushPlan) -> str | None:
         if not remote.exists:
             sdk = {"space_sdk": (plan.metadata or {}).get("sdk")} if args.repo_type == "space" else {}
             api.create_repo(args.repo_id, repo_type=args.repo_type, private=args.private or None, **sdk)
-            remote = _read_remote(args.repo_id, args.repo_type, args.revision)
+            remote = _read_remote_repository(args.repo_id, args.repo_type, args.revision)
         if remote.branch_head is None:
             api.create_branch(args.repo_id, branch=args.revision, revision=remote.base_commit, repo_type=args.repo_type)
         return _create_commit(plan, str(remote.base_commit)) if plan.added_files or plan.deleted_paths else None
@@ -381,7 +381,7 @@ def _create_commit(plan: PushPlan, parent: str) -> str:
         # succeeded.
         if error.response.status_code != 412:
             raise
-        remote = _read_remote(args.repo_id, args.repo_type, args.revision)
+        remote = _read_remote_repository(args.repo_id, args.repo_type, args.revision)
         has_our_files = all(_has_same_content(file, remote.files.get(file.path_in_repo)) for file in plan.added_files)
         if not has_our_files or {*plan.deleted_paths} & {*remote.files}:
             raise
@@ -403,7 +403,7 @@ def _default_commit_title(plan: PushPlan) -> str:
 # --- Calls to the Hub ------------------------------------------------------------------------------------------------
 
 
-def _read_remote(repo_id: str, repo_type: str, revision: str) -> RemoteRepository:
+def _read_remote_repository(repo_id: str, repo_type: str, revision: str) -> RemoteRepository:
     """Read the state of a repository and of one of its branches from the Hub.
 
     Args:
@@ -542,7 +542,7 @@ def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
     with _wrap_hub_errors(repo_id):
         if get_token() is None:
             raise PushError(NO_TOKEN_MESSAGE)
-        remote = _read_remote(repo_id, "model", "main")
+        remote = _read_remote_repository(repo_id, "model", "main")
         _check_visibility(repo_id, remote, private)
         if not remote.exists:
             api.create_repo(repo_id, private=private or None)

@@ -91,7 +91,7 @@ def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
         ValueError: If there is no file to upload, or a file must not be published. The message names the file.
     """
     paths = sorted(
-        find_uploadable_files(folder)
+        list_uploadable_model_files(folder)
         if repo_type == "model"
         else list_dataset_or_space_files(folder, repo_type == "space")
     )
@@ -111,7 +111,7 @@ def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
     return paths
 
 
-def find_uploadable_files(folder: Path) -> list[Path]:
+def list_uploadable_model_files(folder: Path) -> list[Path]:
     """List the files of a model folder that match a pattern of `ALLOWED_FILES`. Symbolic links are skipped.
 
     Args:
@@ -163,14 +163,14 @@ def check_model_files(folder: Path) -> None:
         ValueError: If a file contains a secret or a path, or a safetensors file or image is damaged. The message names
             the file and, if possible, the line.
     """
-    for name in find_uploadable_files(folder):
+    for name in list_uploadable_model_files(folder):
         path = folder / name
         if name.suffix == ".safetensors":
             check_text_is_publishable(_decode_json_escapes(_read_safetensors_header(path)), f"{name}, in its header,")
             continue
         check_file_for_secrets(path, name)
         if name.suffix == ".png":
-            check_text_is_publishable(_read_image_texts(path, name), f"{name}, in a text field,")
+            check_text_is_publishable(_read_image_text_fields(path, name), f"{name}, in a text field,")
         elif name.suffix not in BINARY_SUFFIXES and name.name not in VOCABULARY_FILES:
             check_paths(path, name)
 
@@ -250,7 +250,7 @@ def _check_machine_paths(text: str, subject: str) -> None:
         raise ValueError(f"{subject} contains an absolute path, {path!r}. Make it relative, or leave it out.")
 
 
-def _read_image_texts(file: Path | BinaryIO, name: Path | str) -> str:
+def _read_image_text_fields(file: Path | BinaryIO, name: Path | str) -> str:
     """Return the text fields of an image file, such as PNG comments, without decoding pixels.
 
     Args:
@@ -352,7 +352,7 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
     for name in names:
         path = folder / name
         if name.suffix in DATASET_IMAGE_SUFFIXES:
-            _read_image_texts(path, name)
+            _read_image_text_fields(path, name)
             check_file_for_secrets(path, name)
         elif name.suffix in (".parquet", ".arrow"):
             _check_table_contents(path, name)
@@ -373,7 +373,7 @@ def _check_table_contents(path: Path, name: Path) -> None:
 
     Raises:
         ValueError: If the file can't be read, its schema or a row contains a secret (access token or key), or an image
-            must not be published (see `_find_image_fault`). The message names the column and row.
+            must not be published (see `_find_image_column_fault`). The message names the column and row.
     """
     import pyarrow
 
@@ -422,7 +422,7 @@ def _find_array_fault(array: Any) -> str | None:
     """Check the values of a pyarrow array, including nested arrays at any depth.
 
     Texts and binary values are searched for secrets (access tokens and keys). Structs with the fields `bytes` and
-    `path` are images, which are also checked by `_find_image_fault`.
+    `path` are images, which are also checked by `_find_image_column_fault`.
 
     Args:
         array: pyarrow array of any type.
@@ -439,7 +439,7 @@ def _find_array_fault(array: Any) -> str | None:
         return _find_array_fault(array.dictionary_decode())
     if types.is_struct(kind):
         parts = dict(zip([field.name for field in kind], array.flatten(), strict=True))
-        fault = _find_image_fault(parts["bytes"], parts["path"]) if set(parts) == {"bytes", "path"} else None
+        fault = _find_image_column_fault(parts["bytes"], parts["path"]) if set(parts) == {"bytes", "path"} else None
         return fault or next(filter(None, map(_find_array_fault, parts.values())), None)
     if types.is_map(kind):
         keys_and_items = [ListArray.from_arrays(array.offsets, values) for values in (array.keys, array.items)]
@@ -453,7 +453,7 @@ def _find_array_fault(array: Any) -> str | None:
     return SECRET_MESSAGE if has_secret else None
 
 
-def _find_image_fault(contents: Any, paths: Any) -> str | None:
+def _find_image_column_fault(contents: Any, paths: Any) -> str | None:
     """Check the images of a `datasets.Image` column.
 
     Args:
@@ -469,7 +469,7 @@ def _find_image_fault(contents: Any, paths: Any) -> str | None:
         return "has an image path that leads out of the dataset. Store the image inside the dataset"
     try:
         for content in (content for content in contents if content.is_valid):
-            _read_image_texts(io.BytesIO(content.as_buffer()), "")
+            _read_image_text_fields(io.BytesIO(content.as_buffer()), "")
     except ValueError:
         return "has bytes that can't be read as an image. Remove the row"
     return None

@@ -42,7 +42,7 @@ NOT_FINITE_MESSAGE = (
 LABEL_KEYS = ("id2label", "label2id")
 
 
-def check_config_sizes(values: Mapping[str, Any], section: str = "") -> None:
+def check_config_ranges(values: Mapping[str, Any], section: str = "") -> None:
     """Check that the numbers of a configuration are within `SIZE_LIMITS` and that its padding token is valid.
 
     Args:
@@ -60,7 +60,7 @@ def check_config_sizes(values: Mapping[str, Any], section: str = "") -> None:
         raise ValueError(f"{section}pad_token_id must be below the vocab_size of {vocab_size}, got {pad}.")
     for key, value in values.items():
         if isinstance(value, Mapping) and key not in LABEL_KEYS:
-            check_config_sizes(value, f"{section}{key}.")
+            check_config_ranges(value, f"{section}{key}.")
         if key in ("vision_config", "text_config") and value is None:
             raise ValueError(f"{section}{key} must be the settings of a tower, got null.")
         if key not in SIZE_LIMITS:

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .checks_capivara import SIZE_LIMITS, check_config_sizes
+from .checks_capivara import SIZE_LIMITS, check_config_ranges
 
 # The ViT-B/32 of open_clip's `xlm-roberta-base-ViT-B-32` uses exact GELU; the default of CLIPVisionConfig is QuickGELU.
 VISION_DEFAULTS = {"model_type": "clip_vision_model", "hidden_act": "gelu"}
@@ -100,7 +100,7 @@ class CapivaraConfig(PreTrainedConfig):
         if record is not None and not all(isinstance(record.get(key), kind) for key, kind in TRIM_RECORD_TYPES.items()):
             raise ValueError(f"trimmed_vocabulary must have the keys {', '.join(TRIM_RECORD_TYPES)}, got {record}.")
         fields = {"projection_dim": self.projection_dim, "logit_scale_init_value": self.logit_scale_init_value}
-        check_config_sizes(kwargs | fields)
+        check_config_ranges(kwargs | fields)
         self.vision_config = _build_tower_config("vision_config", self.vision_config, VISION_DEFAULTS)
         self.text_config = _build_tower_config("text_config", self.text_config, TEXT_DEFAULTS)
         if self.text_config.is_encoder_decoder:
@@ -155,10 +155,10 @@ def _build_tower_config(name: str, config: dict | PreTrainedConfig | None, defau
         ValueError: If a size is outside `SIZE_LIMITS`, or transformers does not know the model type.
     """
     if isinstance(config, PreTrainedConfig):
-        check_config_sizes(get_config_sizes(config), f"{name}.")
+        check_config_ranges(collect_config_values_to_check(config), f"{name}.")
         return config
     config = dict(config or {})
-    check_config_sizes(config, f"{name}.")  # before `from_dict`, which would allocate a name for each of `num_labels`
+    check_config_ranges(config, f"{name}.")  # before `from_dict`, which would allocate a name for each of `num_labels`
     model_type = config.setdefault("model_type", defaults["model_type"])
     if model_type not in CONFIG_MAPPING:
         problem = f"{name}.model_type {model_type!r} is not known to this version of transformers"
@@ -171,8 +171,8 @@ def _build_tower_config(name: str, config: dict | PreTrainedConfig | None, defau
     return _build_tower_config(name, CONFIG_MAPPING[model_type].from_dict(config), defaults)
 
 
-def get_config_sizes(config: PreTrainedConfig) -> dict[str, Any]:
-    """Collect the values that `check_config_sizes` checks from a configuration object.
+def collect_config_values_to_check(config: PreTrainedConfig) -> dict[str, Any]:
+    """Collect the values that `check_config_ranges` checks from a configuration object.
 
     Args:
         config: Configuration of any transformers model.
@@ -184,5 +184,7 @@ def get_config_sizes(config: PreTrainedConfig) -> dict[str, Any]:
     nested = {name: getattr(config, name, None) for name in config.sub_configs}
     sizes = {key: getattr(config, key, None) for key in (*SIZE_LIMITS, "model_args", "model_type")}
     return sizes | {
-        name: get_config_sizes(value) for name, value in nested.items() if isinstance(value, PreTrainedConfig)
+        name: collect_config_values_to_check(value)
+        for name, value in nested.items()
+        if isinstance(value, PreTrainedConfig)
     }

@@ -32,15 +32,15 @@ from capivara_common.files import atomic_folder, read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 from capivara_common.model_kinds import KINDS
 
-from .checks_capivara import check_config_sizes, wrap_tokenizer_errors
+from .checks_capivara import check_config_ranges, wrap_tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
 from .image_processing_capivara import CapivaraImageProcessor
 from .loading import (
     build_model_from_tensors,
     format_keys,
-    load_config,
     load_model,
     load_processor,
+    load_transformers_config,
     weights_digest,
     write_origin_card,
 )
@@ -254,7 +254,7 @@ def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
         ValueError: If a field is missing, has the wrong type, or describes an architecture that is not supported.
     """
     try:
-        check_config_sizes(model_cfg)
+        check_config_ranges(model_cfg)
         vision_cfg, text_cfg = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"])
         _check_supported("vision_cfg", vision_cfg)
         _check_supported("text_cfg", text_cfg)
@@ -366,7 +366,7 @@ def _load_text_config(name: Any) -> PreTrainedConfig:
     if name in BASE_TEXT_NAMES:
         return CapivaraConfig().text_config  # the same values, without a download
     try:
-        config = load_config(name, trust_remote_code=False) if isinstance(name, str) else None
+        config = load_transformers_config(name, trust_remote_code=False) if isinstance(name, str) else None
     except (OSError, ValueError) as error:
         reason = f"has no usable configuration ({_first_error_line(error)})"
         hint = "If it is a folder that has moved, enter its new path"
@@ -486,7 +486,9 @@ class OpenClipSource:
     repo_id: str | None = None
 
 
-def _resolve_open_clip_source(source: str, tokenizer: str | None = None, revision: str | None = None) -> OpenClipSource:
+def _find_or_download_open_clip_files(
+    source: str, tokenizer: str | None = None, revision: str | None = None
+) -> OpenClipSource:
     """Find an open_clip model, and download its files if it is on the Hub.
 
     Args:
@@ -559,7 +561,7 @@ def _download_model(repo_id: str, revision: str | None) -> Path:
     return folder
 
 
-def read_open_clip_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def read_open_clip_tensors_and_notes(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Read the tensors of an open_clip model from a checkpoint file.
 
     The tensor names may have a common prefix, for example the attribute name of the model in a PyTorch Lightning
@@ -659,7 +661,7 @@ def _convert_and_write_model(
     """Convert an open_clip model to a folder that transformers can load, in float32, and verify the converted model.
 
     Args:
-        open_clip_source: Files and settings of the model, from `_resolve_open_clip_source`.
+        open_clip_source: Files and settings of the model, from `_find_or_download_open_clip_files`.
         folder: Empty folder to write to.
         config: Architecture of a checkpoint file that has no configuration. Default: the architecture of the published
             CAPIVARA model. Ignored if the model has its own configuration.
@@ -676,7 +678,7 @@ def _convert_and_write_model(
         to_capivara_config(open_clip_source.model_cfg) if open_clip_source.model_cfg else config or CapivaraConfig()
     )
     image_processor = _to_image_processor(open_clip_source.preprocess_cfg, config.vision_config.image_size)
-    state, notes = read_open_clip_state_dict(open_clip_source.weights)
+    state, notes = read_open_clip_tensors_and_notes(open_clip_source.weights)
     CapivaraProcessor(image_processor, _load_tokenizer(open_clip_source.tokenizer, config)).save_pretrained(folder)
     subject = "The checkpoint's tensors (a bare file is taken to have the published architecture)"
     build_model_from_tensors(to_capivara_state_dict(state), config, subject).save_pretrained(folder)
@@ -713,7 +715,9 @@ def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
     Returns:
         Digest of the weights, 32 hexadecimal digits.
     """
-    return weights_digest(_convert_and_write_model(_resolve_open_clip_source(source, revision=revision), folder)[0])
+    return weights_digest(
+        _convert_and_write_model(_find_or_download_open_clip_files(source, revision=revision), folder)[0]
+    )
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -772,7 +776,7 @@ def convert(
         ValueError: If there is no such model, it can't be converted, or `output` has files.
     """
     with atomic_folder(Path(output), overwrite_output_dir) as folder:
-        return _convert_and_write_model(_resolve_open_clip_source(source, tokenizer), folder, config)[1]
+        return _convert_and_write_model(_find_or_download_open_clip_files(source, tokenizer), folder, config)[1]
 
 
 if __name__ == "__main__":

@@ -105,12 +105,12 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
 
         Raises:
             ValueError: If an array or tensor does not have the shape of an image, or a value is out of range (see
-                `to_uint8`).
+                `convert_pixels_to_uint8`).
         """
         if not isinstance(image, Image.Image):
             return _array_to_pil(image, input_data_format)
         if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float pixels, which PIL would clip to white
-            return Image.fromarray(to_uint8(np.asarray(image)))
+            return Image.fromarray(convert_pixels_to_uint8(np.asarray(image)))
         return image.convert("LA") if image.mode == "La" else image  # PIL can't convert La directly to RGB
 
     def _preprocess(
@@ -134,7 +134,7 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
         pixels = []
         for image in images:
             if do_resize:
-                image = resize_short_side(image, size.shortest_edge, resample, max_resized_pixels)
+                image = _resize_short_side(image, size.shortest_edge, resample, max_resized_pixels)
             if do_center_crop:
                 image = center_crop(image, crop_size.height, crop_size.width)
             array = torch.from_numpy(np.array(image.convert("RGB"))).to(device or "cpu")  # (height, width, 3), uint8
@@ -152,7 +152,7 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
 
-def resize_short_side(image: Image.Image, short_side: int, resample: int, max_pixels: int) -> Image.Image:
+def _resize_short_side(image: Image.Image, short_side: int, resample: int, max_pixels: int) -> Image.Image:
     """Resize an image so that its shorter side has a given length, and keep the aspect ratio.
 
     The length of the longer side is rounded down, as in torchvision.
@@ -217,7 +217,7 @@ def _array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | Non
 
     Args:
         image: Pixels, (height, width), or with 1 to 4 channels, (height, width, channels) or (channels, height, width).
-            Values are converted by `to_uint8`.
+            Values are converted by `convert_pixels_to_uint8`.
         input_data_format: "channels_first" or "channels_last". Default: inferred from the shape. If both orders are
             possible, the channels of a tensor are first and the channels of an array are last.
 
@@ -225,7 +225,7 @@ def _array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | Non
         An image in the PIL mode L, LA, RGB or RGBA.
 
     Raises:
-        ValueError: If the shape is none of these, or a value is out of range (see `to_uint8`).
+        ValueError: If the shape is none of these, or a value is out of range (see `convert_pixels_to_uint8`).
     """
     is_tensor = isinstance(image, torch.Tensor)
     array = image.detach().cpu().float().numpy() if is_tensor and image.is_floating_point() else image
@@ -234,11 +234,11 @@ def _array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | Non
         array = _to_channels_last(array, is_tensor, input_data_format)
     elif array.ndim != 2:
         raise ValueError(f"An image must have 2 or 3 dimensions, got an array of shape {array.shape}.")
-    array = np.ascontiguousarray(to_uint8(array))
+    array = np.ascontiguousarray(convert_pixels_to_uint8(array))
     return Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[-1] == 1 else array)
 
 
-def to_uint8(array: np.ndarray) -> np.ndarray:
+def convert_pixels_to_uint8(array: np.ndarray) -> np.ndarray:
     """Convert pixels of any dtype to uint8 values from 0 to 255.
 
     - uint8 values are not changed.

@@ -33,12 +33,12 @@ from transformers.models.siglip2 import Siglip2Tokenizer
 
 from capivara_common.cli import coded_error
 from capivara_common.files import read_json
-from capivara_common.hub_cache import check_model_reachable, is_hub_id
+from capivara_common.hub_cache import check_model_reachable, looks_like_hub_id
 from capivara_common.model_kinds import ANY_SIZE_VISION_TOWERS, KINDS, find_kind
 from capivara_common.weight_file import find_weight_files, read_scalar
 
-from .checks_capivara import PADDING_MODEL_TYPES, check_config_sizes, wrap_tokenizer_errors
-from .configuration_capivara import get_config_sizes
+from .checks_capivara import PADDING_MODEL_TYPES, check_config_ranges, wrap_tokenizer_errors
+from .configuration_capivara import collect_config_values_to_check
 
 WEIGHTS_FILE = "model.safetensors"
 MAX_NAMED_KEYS = 5  # largest number of weights that an error message names, because a model has hundreds of weights
@@ -47,7 +47,7 @@ INHERITED_CARD_FIELDS = ("license", "license_name", "license_link", "language", 
 ORIGIN_CARD_TEXT = "For a description, the training data and the license, see the card of the original model."
 
 
-def load_config(source: str, **options: Any) -> PreTrainedConfig:
+def load_transformers_config(source: str, **options: Any) -> PreTrainedConfig:
     """Load and validate the configuration of any transformers model.
 
     Args:
@@ -62,9 +62,11 @@ def load_config(source: str, **options: Any) -> PreTrainedConfig:
         ValueError: If the configuration is damaged, or a size is outside the limits in `checks_capivara.py`.
     """
     try:
-        check_config_sizes(PreTrainedConfig.get_config_dict(source, revision=options.get("revision"))[0])
+        check_config_ranges(PreTrainedConfig.get_config_dict(source, revision=options.get("revision"))[0])
         config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False, **options})
-        check_config_sizes(get_config_sizes(config))  # finds sizes that a model type stores under its own names
+        check_config_ranges(
+            collect_config_values_to_check(config)
+        )  # finds sizes that a model type stores under its own names
     except OSError:
         raise
     except Exception as error:  # damaged files make transformers raise many types, even RecursionError
@@ -97,10 +99,10 @@ def load_model(source: str | Path) -> PreTrainedModel:
             model, report = AutoModel.from_pretrained(source, config=load_two_towers_config(source), **options)
     except Exception as error:
         raise ValueError(f"The model {source} can't be loaded: {' '.join(str(error).split())}") from error
-    _check_keys(
+    _raise_on_weight_mismatch(
         f"The weights of {source}", report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"]
     )
-    check_config_sizes({"logit_scale": model.logit_scale.item()}, f"{source}: ")
+    check_config_ranges({"logit_scale": model.logit_scale.item()}, f"{source}: ")
     return model
 
 
@@ -108,9 +110,9 @@ def load_model(source: str | Path) -> PreTrainedModel:
 def _silence_load_report() -> Iterator[None]:
     """Return a context manager that keeps transformers from printing a report of weights that do not fit the model.
 
-    The report is not needed, because the error of `_check_keys` names the first of these weights. The logger is
-    disabled, and its level is not set, because at a level of WARNING or higher transformers prints a plan of sharded
-    layers instead of the report.
+    The report is not needed, because the error of `_raise_on_weight_mismatch` names the first of these weights. The
+    logger is disabled, and its level is not set, because at a level of WARNING or higher transformers prints a plan of
+    sharded layers instead of the report.
     """
     transformers_logger = logging.getLogger("transformers.modeling_utils")
     was_disabled, transformers_logger.disabled = transformers_logger.disabled, True
@@ -165,7 +167,7 @@ def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrain
         if KINDS[config.model_type].is_native:
             raise
         return load_model(folder).eval()
-    check_config_sizes({"logit_scale": model.logit_scale.item()}, f"{folder}: ")
+    check_config_ranges({"logit_scale": model.logit_scale.item()}, f"{folder}: ")
     return model
 
 
@@ -195,12 +197,12 @@ def build_model_from_tensors(tensors: Mapping[str, Tensor], config: PreTrainedCo
     mismatched = [
         (key, actual, needed) for key, actual, needed in shapes if actual != needed and (actual, needed) != ((1,), ())
     ]
-    _check_keys(subject, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), mismatched)
+    _raise_on_weight_mismatch(subject, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), mismatched)
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
 
 
-def _check_keys(
+def _raise_on_weight_mismatch(
     name: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Sequence, Sequence]]
 ) -> None:
     """Raise an error if a comparison of weights with a model's configuration found differences.
@@ -265,7 +267,7 @@ def load_processor(source: str | Path) -> ProcessorMixin:
         # Published SigLIP 2 models name Gemma's tokenizer, but were trained on lowercase texts.
         if isinstance(processor.tokenizer, GemmaTokenizer):
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
-        check_config_sizes(processor.image_processor.to_dict())
+        check_config_ranges(processor.image_processor.to_dict())
         config = load_two_towers_config(source)
         _check_and_adapt_processor(processor, config)
     except Exception as error:
@@ -362,7 +364,7 @@ def _check_model_file_exists(source: str | Path, required_file: str, fault: str)
     """
     folder = Path(source)
     if not folder.is_dir():
-        if not is_hub_id(str(source)):
+        if not looks_like_hub_id(str(source)):
             raise coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=source)
         return check_model_reachable(source, required_file)
     if (folder / "config.json").is_file():
@@ -387,7 +389,7 @@ def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
     try:
         if Path(source).is_dir():  # transformers' own error about an unknown `model_type` would list all its types
             find_kind(read_json(Path(source) / "config.json", model_type=str))
-        config = load_config(str(source))
+        config = load_transformers_config(str(source))
         find_kind(config.to_dict())
         return config
     except Exception as error:  # damaged files make transformers raise many types, even RecursionError

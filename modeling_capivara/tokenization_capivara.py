@@ -81,7 +81,7 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         return super()._get_padding_truncation_strategies(padding, truncation, max_length, pad_to_multiple_of, **kwargs)
 
     def _encode_plus(self, text, text_pair=None, **kwargs) -> BatchEncoding:
-        text, text_pair = _clean(text), text_pair and _clean(text_pair)
+        text, text_pair = _clean_tokenizer_input(text), text_pair and _clean_tokenizer_input(text_pair)
         with wrap_tokenizer_errors(f"The tokenizer of {self.name_or_path or 'the model'}"):
             batch = super()._encode_plus(text, text_pair, **kwargs)
         pad = self.pad_token_id
@@ -105,14 +105,17 @@ def _get_tokenizer_copy_kwargs(tokenizer: PreTrainedTokenizerBase) -> dict:
     return {"tokenizer_object": tokenizer.backend_tokenizer, **tokenizer.special_tokens_map, **settings}
 
 
-def _clean(text: str | Iterable) -> str | list | tuple:
+def _clean_tokenizer_input(text: str | Iterable) -> str | list | tuple:
     """Clean all strings in a tokenizer's input with `clean_text`, and return the input in the same structure.
 
     Args:
         text: A text, a list of texts, a list of pairs of texts, or a list of texts that are split into lists of words.
     """
     if isinstance(text, list | tuple) and any(isinstance(part, list | tuple) for part in text):
-        return [type(part)(_clean(part)) if isinstance(part, list | tuple) else _clean(part) for part in text]
+        return [
+            type(part)(_clean_tokenizer_input(part)) if isinstance(part, list | tuple) else _clean_tokenizer_input(part)
+            for part in text
+        ]
     text = check_and_collect_texts(text)
     return clean_text(text) if isinstance(text, str) else [clean_text(part) for part in text]
 

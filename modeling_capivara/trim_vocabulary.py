@@ -32,13 +32,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_common.files import atomic_folder, check_output_folder
+from capivara_common.files import atomic_folder, prepare_output_folder
 from capivara_common.weight_file import find_weight_files
 
 from .loading import (
-    load_config,
     load_memory_mapped_model,
     load_processor,
+    load_transformers_config,
     weights_digest,
     write_origin_card,
 )
@@ -116,11 +116,11 @@ def trim(
             be replaced.
         ImportError: If wordfreq is not installed.
     """
-    check_output_folder(output, overwrite_output_dir)
+    prepare_output_folder(output, overwrite_output_dir)
     languages = list(dict.fromkeys(languages))
     if min(words) < 1:
         raise ValueError(f"--words must be at least 1, got {min(words)}.")
-    processor, config = load_processor(model), load_config(str(model))
+    processor, config = load_processor(model), load_transformers_config(str(model))
     earlier_trim = getattr(config, "trimmed_vocabulary", None)
     if earlier_trim is not None:
         trimmed_languages = ", ".join(earlier_trim["languages"])

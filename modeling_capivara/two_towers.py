@@ -28,13 +28,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from capivara_common.embedding_speed import BF16_MIN_COSINE, CHUNK_SIZES, SAMPLE_IMAGES, choose_fastest
-from capivara_common.environment import get_distributed_state, resolve_device, resolve_mixed_precision
+from capivara_common.environment import get_or_init_distributed_state, resolve_device, resolve_mixed_precision
 from capivara_common.files import read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_model_reachable
 from capivara_common.image_encoder_digest import IMAGE_ENCODER_PREFIXES
 from capivara_common.model_kinds import KINDS
 
-from .checks_capivara import NOT_FINITE_MESSAGE, check_config_sizes, wrap_tokenizer_errors
+from .checks_capivara import NOT_FINITE_MESSAGE, check_config_ranges, wrap_tokenizer_errors
 from .loading import load_model, load_processor, pads_to_max_length, weights_digest
 from .modeling_capivara import l2_normalize
 from .processing_capivara import CapivaraProcessor
@@ -230,7 +230,7 @@ def load_embedder(
         2
         >>> similarities = texts @ texts.T  # cosines, because embeddings have unit length
     """
-    torch_device = resolve_device(device) if device else get_distributed_state().device
+    torch_device = resolve_device(device) if device else get_or_init_distributed_state().device
     library, _, open_clip_name = model.partition(":")
     if library == "clip" and open_clip_name:
         raise ValueError(
@@ -239,7 +239,7 @@ def load_embedder(
     if library != "open_clip" or not open_clip_name:
         processor, loaded = load_processor(model), load_model(model).eval().to(torch_device)
         if precision == "auto":
-            precision = choose_precision(loaded, processor, record)
+            precision = choose_fastest_precision(loaded, processor, record)
         return build_embedder(model, loaded, processor, precision)
     if not baseline:
         hint = "Pass --role baseline, or --baseline of eval.suite"
@@ -247,7 +247,7 @@ def load_embedder(
     return _load_open_clip_embedder(open_clip_name, torch_device, "float32" if precision == "auto" else precision)
 
 
-def choose_precision(model: PreTrainedModel, processor: ProcessorMixin, record: Path | None = None) -> str:
+def choose_fastest_precision(model: PreTrainedModel, processor: ProcessorMixin, record: Path | None = None) -> str:
     """Choose the precision in which a model embeds images fastest.
 
     Args:
@@ -321,7 +321,7 @@ def _load_open_clip_embedder(source: str, device: torch.device, precision: str) 
         if pretrained is None:
             folder = source.removeprefix("local-dir:")
             config = hf_hub_download(repository, OPEN_CLIP_CONFIG) if repository else Path(folder, OPEN_CLIP_CONFIG)
-            check_config_sizes(read_json(Path(config), model_cfg=dict))
+            check_config_ranges(read_json(Path(config), model_cfg=dict))
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
         with wrap_tokenizer_errors("its tokenizer"):
             model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)

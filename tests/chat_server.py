@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from examples.chat_server import MODEL, ChatHandler, ChatServer, run_chat_server
+from examples.chat_server import MODEL, ChatHandler, ChatServer, run_stand_in_chat_server
 
 KEY = "sk-Test/key+0123456789"
 
@@ -129,5 +129,5 @@ class FaultyServer(ChatServer):
 @contextmanager
 def chat_service(**options: Any) -> Iterator[FaultyServer]:
     """Run a server during a `with` block."""
-    with run_chat_server(FaultyServer(**options)) as server:
+    with run_stand_in_chat_server(FaultyServer(**options)) as server:
         yield server

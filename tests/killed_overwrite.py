@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from capivara_common.files import atomic_folder, check_output_folder, partial_folder, rename_partial_folder
+from capivara_common.files import atomic_folder, partial_folder, prepare_output_folder, rename_partial_folder
 
 WATCHED = ("open", "os.", "shutil.", "tempfile.", "fcntl.")
 
@@ -25,7 +25,7 @@ def write(kind: str, out: Path, word: str) -> None:
         with atomic_folder(out, overwrite=True) as folder:
             fill(folder, word)
         return
-    check_output_folder(out, overwrite=True)
+    prepare_output_folder(out, overwrite=True)
     partial_folder(out).mkdir(exist_ok=True)
     fill(partial_folder(out), word)
     rename_partial_folder(out, overwrite=True)

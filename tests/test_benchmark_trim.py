@@ -21,7 +21,7 @@ def small(monkeypatch):
     words = [
         word for pair in zip(*(frequent_words(code, 1000) for code in ("pt", "de", "pl")), strict=True) for word in pair
     ]
-    monkeypatch.setattr(bench, "iter_words", lambda: iter(dict.fromkeys(words)))
+    monkeypatch.setattr(bench, "iter_frequent_words", lambda: iter(dict.fromkeys(words)))
     monkeypatch.setattr(bench, "load_tokenizer", tiny_tokenizer)
     monkeypatch.setattr(bench, "SIGLIP_VOCABULARY_SIZE", SIZES["siglip2"])
     monkeypatch.setattr(bench, "XLM_V_VOCABULARY_SIZE", SIZES["metaclip2"])
@@ -35,9 +35,9 @@ def small(monkeypatch):
         return MetaClip2Model, MetaClip2Config(text_config=text | {"eos_token_id": 2}, vision_config=VISION)
 
     def run(module, models, **flags):
-        return bench.run_worker(bench.TrimBenchmarkArguments(models=[models], **flags))
+        return bench.build_or_measure_model(bench.TrimBenchmarkArguments(models=[models], **flags))
 
-    monkeypatch.setattr(bench, "build_published_base", build)
+    monkeypatch.setattr(bench, "get_base_class_and_config", build)
     monkeypatch.setattr(
         timing,
         "run_module_in_subprocess",
@@ -55,7 +55,7 @@ def test_the_saving_is_that_of_the_removed_rows(name, tmp_path):
     assert results["capivara"] == {"kept": True}, "results of bases that were not measured are kept"
     before, after = measured["before"], measured["after"]
     assert before["tokens"] == SIZES[name] > 1.2 * after["tokens"] and measured["vocabulary"] == "synthesized"
-    model_class, config = bench.build_published_base(name)
+    model_class, config = bench.get_base_class_and_config(name)
     assert before["parameters"] == model_class(config).num_parameters(), "with the published image tower"
     removed = (before["tokens"] - after["tokens"]) * TOWER["hidden_size"]
     assert before["parameters"] - after["parameters"] == removed

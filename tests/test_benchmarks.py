@@ -67,7 +67,7 @@ def test_a_long_pass_embeds_the_same_as_open_clip(tmp_path, monkeypatch, auto):
 
     tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1}
     monkeypatch.setattr(encode, "CapivaraConfig", lambda: CapivaraConfig(vision_config=tower, text_config=tower))
-    monkeypatch.setattr(encode, "choose_precision", lambda *_: auto)
+    monkeypatch.setattr(encode, "choose_fastest_precision", lambda *_: auto)
     monkeypatch.setattr(embedding_speed, "LONG_PASS_IMAGES", 40)
     flags = ["--part", "pass", "--images", "40", "--runs", "1", "--output", str(tmp_path / "encode.json")]
     encode.main(flags)

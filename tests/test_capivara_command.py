@@ -25,7 +25,7 @@ import pytest
 import tqdm.std
 from parsed_command import parsed
 
-from capivara_common.environment import install_command, require_packages
+from capivara_common.environment import get_install_command, require_packages
 from capivara_common.progress import set_progress_bar_timing
 from capivara_search import index_progress
 from capivara_search.command import (
@@ -682,7 +682,7 @@ def test_errors_of_the_system_and_of_packages_are_shown_in_portuguese():
         (ModuleNotFoundError("No", name="lancedb.x"), messages("error.no_search_extra", name="lancedb")),
         (
             missing_package.value,
-            messages("error.not_installed", names="no_such_package", command=install_command("captions")),
+            messages("error.not_installed", names="no_such_package", command=get_install_command("captions")),
         ),
     ):
         assert get_exit_code_and_message(error, messages) == (3, expected)

@@ -8,9 +8,9 @@ import pytest
 from card_run import change, split_card, trained_run
 
 from hub_upload.card import find_card_faults, write_card
-from hub_upload.card_values import to_code, to_markdown
+from hub_upload.card_values import escape_value_for_markdown, to_code
 from hub_upload.licenses import infer_license
-from hub_upload.origins import read_origin_metadata
+from hub_upload.origins import read_origin_card_metadata
 
 HOSTILE = (
     "</table><script>alert(1)</script>",
@@ -33,7 +33,7 @@ def markdown():
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_texts_are_escaped(text):
     reader = markdown()
-    for written in (to_markdown(text), to_code(text)):
+    for written in (escape_value_for_markdown(text), to_code(text)):
         assert "\n" not in written
         tokens = [t.type for t in reader.parseInline(written)[0].children]
         assert set(tokens) <= {"text", "text_special", "code_inline"}, written
@@ -41,10 +41,13 @@ def test_hostile_texts_are_escaped(text):
 
 
 def test_escaping_keeps_urls_and_drops_folders():
-    assert to_markdown("/home/ana/pairs and ~/x/y, C:\\Users\\ana\\z") == "pairs and y, z"
-    assert to_markdown("https://example.org/a/b") == "https://example.org/a/b"
-    assert to_markdown("São João é o que há") == "São João é o que há" and to_markdown("- item") == "\\- item"
-    assert len(to_markdown("a" * 1000)) == 300
+    assert escape_value_for_markdown("/home/ana/pairs and ~/x/y, C:\\Users\\ana\\z") == "pairs and y, z"
+    assert escape_value_for_markdown("https://example.org/a/b") == "https://example.org/a/b"
+    assert (
+        escape_value_for_markdown("São João é o que há") == "São João é o que há"
+        and escape_value_for_markdown("- item") == "\\- item"
+    )
+    assert len(escape_value_for_markdown("a" * 1000)) == 300
     assert to_code("captions-pt") == "`captions-pt`" and to_code("a`b") == "a\\`b"
 
 
@@ -121,23 +124,26 @@ def test_origins_are_read_from_the_cards_of_base_and_data(tmp_path):
     (tmp_path / "data" / "README.md").write_text(
         "---\nlicense: [mit, cc-by-4.0]\nbase_model: owner/base\n---\n\n# Pairs\n", encoding="utf-8"
     )
-    origin = read_origin_metadata(str(tmp_path / "data"), "dataset")
+    origin = read_origin_card_metadata(str(tmp_path / "data"), "dataset")
     assert origin["licenses"] == ["mit", "cc-by-4.0"] and origin["base_model"] == ["owner/base"]
     assert (origin["title"], origin["hub_id"], origin["attribution"]) == ("Pairs", None, None)
     (tmp_path / "data" / "train.parquet").touch()
     for files in ("*.tar", "train.parquet"):  # the card is in the same folder
-        assert read_origin_metadata(str(tmp_path / "data" / files), "dataset")["licenses"] == ["mit", "cc-by-4.0"], (
-            files
-        )
+        assert read_origin_card_metadata(str(tmp_path / "data" / files), "dataset")["licenses"] == [
+            "mit",
+            "cc-by-4.0",
+        ], files
     with contextlib.chdir(tmp_path / "data"):
-        assert read_origin_metadata("emoji", "dataset")["licenses"] == [], "a Hub id must not be taken for a local file"
+        assert read_origin_card_metadata("emoji", "dataset")["licenses"] == [], (
+            "a Hub id must not be taken for a local file"
+        )
     (tmp_path / "data" / "README.md").write_bytes(b"---\nlicense: mit\n---\n# \xff\n")
-    assert read_origin_metadata(str(tmp_path / "data"), "dataset")["licenses"] == ["mit"]
-    unknown = read_origin_metadata("owner/not-in-the-cache", "dataset")  # tests have no network
+    assert read_origin_card_metadata(str(tmp_path / "data"), "dataset")["licenses"] == ["mit"]
+    unknown = read_origin_card_metadata("owner/not-in-the-cache", "dataset")  # tests have no network
     assert unknown["hub_id"] is None and unknown["licenses"] == [] and unknown["title"] == "owner/not-in-the-cache"
-    assert read_origin_metadata("shards/*.tar", "dataset")["hub_id"] is None
-    assert read_origin_metadata("/srv/ana/data", "dataset")["name"] == "data", (
+    assert read_origin_card_metadata("shards/*.tar", "dataset")["hub_id"] is None
+    assert read_origin_card_metadata("/srv/ana/data", "dataset")["name"] == "data", (
         "the name of a person's folder must not be published"
     )
-    assert read_origin_metadata("../ana/data", "dataset")["name"] == "data"
-    assert read_origin_metadata(f"{Path.cwd()}/data/openmoji/base", "model")["name"] == "openmoji/base"
+    assert read_origin_card_metadata("../ana/data", "dataset")["name"] == "data"
+    assert read_origin_card_metadata(f"{Path.cwd()}/data/openmoji/base", "model")["name"] == "openmoji/base"

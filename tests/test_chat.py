@@ -23,7 +23,7 @@ from captions import http_service
 from captions.build import BuildArguments, build_dataset
 from captions.chat.answers import Answer
 from captions.generate import main as generate
-from captions.stages import check_and_summarize_stage
+from captions.stages import check_stage_and_count_rows
 from captions.translate import TranslateArguments
 from captions.translate import main as translate
 from captions.translation_memory import TranslationMemory
@@ -384,7 +384,7 @@ def test_bad_captions_are_listed_and_rows_without_captions_skipped(service, tmp_
     assert row["id"] == 0 and row["generated-captions-pt"] == []
     flagged = row["generated-quality-pt"]["flagged"]
     assert [entry["position"] for entry in flagged] == [0, 1, 2, 3] and flagged[0]["flags"] == ["refused"]
-    assert check_and_summarize_stage(tmp_path / "out").skipped == {"refused": 2}
+    assert check_stage_and_count_rows(tmp_path / "out").skipped == {"refused": 2}
     assert read_json(tmp_path / "out" / "quality.json")["flags"] == {"refused": {"captions": 4}}
 
 
@@ -405,7 +405,9 @@ def test_a_text_model_whose_server_drops_images_is_refused_before_any_work(servi
 
 def test_an_image_above_the_limit_is_skipped(service, dataset, tmp_path):
     generate(caption_flags(service, dataset, tmp_path / "out", "--max_pixels", "1"))
-    assert check_and_summarize_stage(tmp_path / "out").skipped == {"absurd image size": ROWS} and service.requests == []
+    assert (
+        check_stage_and_count_rows(tmp_path / "out").skipped == {"absurd image size": ROWS} and service.requests == []
+    )
 
 
 # Before any work
@@ -538,7 +540,7 @@ def test_a_killed_run_loses_only_requests_in_flight(service, dataset, tmp_path, 
     subprocess.run([sys.executable, "-m", f"captions.{command}", *words], cwd=ROOT, check=True, capture_output=True)
     contents = Counter(json.dumps(request["messages"]) for request in service.requests)
     assert len(contents) == total and sum(contents.values()) - total <= 2, "at most two requests were in flight"
-    assert check_and_summarize_stage(tmp_path / "out").rows == ROWS
+    assert check_stage_and_count_rows(tmp_path / "out").rows == ROWS
     if command == "translate":
         check_rows(tmp_path / "out")
 

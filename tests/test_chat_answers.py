@@ -4,10 +4,16 @@ import json
 
 import pytest
 
-from captions.chat.answers import answer_schema, clean_answer, find_fault, read_json_value, split_lines
-from captions.chat.client import Choice, read_reply
+from captions.chat.answers import (
+    answer_schema,
+    clean_answer,
+    extract_numbered_lines,
+    extract_value_from_json_answer,
+    find_fault,
+)
+from captions.chat.client import Choice, convert_completion_to_reply
 from captions.chat.prompts import CaptionPrompts, TranslationPrompts, number_lines
-from captions.http_service import check_address, hide_key, parse_retry_after
+from captions.http_service import check_service_url, hide_key, parse_retry_after
 from captions.journal import Journal, read_journal
 from captions.languages import language_name
 from captions.quality import find_caption_flags
@@ -104,16 +110,16 @@ def test_faults_that_the_server_states():
 def test_numbered_lines():
     texts = ["a cat\non a mat", "a dog"]
     assert number_lines(texts) == "1. a cat on a mat\n2. a dog"
-    assert split_lines("Here you are:\n\n2) um cão\n1. um gato", 2) == ["um gato", "um cão"]
+    assert extract_numbered_lines("Here you are:\n\n2) um cão\n1. um gato", 2) == ["um gato", "um cão"]
     for wrong in ("1. um gato", "1. a\n2. b\n3. c", "1. a\n1. b", "a\nb", "1. a\n2.", ""):
-        assert split_lines(wrong, 2) is None
+        assert extract_numbered_lines(wrong, 2) is None
 
 
 def test_json_answers():
-    assert read_json_value('```json\n{"caption": "um gato"}\n```', "caption") == "um gato"
-    assert read_json_value('<think>x</think>{"caption": [1]}', "caption") == [1]
+    assert extract_value_from_json_answer('```json\n{"caption": "um gato"}\n```', "caption") == "um gato"
+    assert extract_value_from_json_answer('<think>x</think>{"caption": [1]}', "caption") == [1]
     for plain in ("um gato", "[1]", '{"other": 1}', ""):
-        assert read_json_value(plain, "caption") is None
+        assert extract_value_from_json_answer(plain, "caption") is None
     schema = json.dumps(answer_schema("captions", 3))
     assert '"minItems": 3' in schema and '"required": ["captions"]' in schema
 
@@ -121,7 +127,7 @@ def test_json_answers():
 @pytest.mark.parametrize("completion", ["<html>", {}, None])
 def test_other_responses_are_no_reply(completion):
     with pytest.raises((TypeError, AttributeError)):
-        read_reply(completion)
+        convert_completion_to_reply(completion)
     assert Choice("a").finish_reason is None
 
 
@@ -175,7 +181,7 @@ def test_keys_are_hidden_in_all_forms():
     "url", ["http://127.0.0.1:8000/v1", "http://localhost/v1", "http://[::1]:1/v1", "https://a.org"]
 )
 def test_addresses_that_are_allowed(url):
-    check_address(url, "base_url")
+    check_service_url(url, "base_url")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +190,7 @@ def test_addresses_that_are_allowed(url):
 )
 def test_addresses_that_are_refused(url):
     with pytest.raises(ValueError, match="base_url"):
-        check_address(url, "base_url")
+        check_service_url(url, "base_url")
 
 
 def test_a_journal_survives_incomplete_lines(tmp_path):

@@ -21,7 +21,7 @@ from caption_data.rows import CAPTIONS_FEATURE
 from caption_data.sources import open_split
 from captions.generate import main as generate
 from captions.journal import read_journal
-from captions.stages import check_and_summarize_stage
+from captions.stages import check_stage_and_count_rows
 from captions.translate import main as translate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +108,7 @@ def test_a_killed_run_against_a_real_server_continues(serve, dataset, tmp_path, 
     saved = journal_records(output)
     assert process.returncode == -9 and 5 <= len(saved) < answers
     COMMANDS[command](words)
-    assert check_and_summarize_stage(output).rows == ROWS
+    assert check_stage_and_count_rows(output).rows == ROWS
     rows = list(open_split(str(output), "train", "image").rows())
     assert [row["id"] for row in rows] == list(range(ROWS))
     column = "captions-pt" if command == "translate" else "generated-captions-pt"

@@ -21,7 +21,7 @@ from training.checkpoints import (
     STATE_FILE,
     Checkpoints,
     TrainingState,
-    _build_sha256sum_content,
+    build_sha256sum_content,
     check_matches_finished_run,
     check_same_run,
     next_numbered_folder,
@@ -118,7 +118,7 @@ def test_code_in_a_checkpoint_is_not_run(checkpoints, tmp_path, name, kind):
     proof, path = tmp_path / "proof", checkpoints.path(1) / name
     torch.save(Malicious(proof), path) if kind == "torch" else path.write_bytes(pickle.dumps(Malicious(proof)))
     (path.parent / CHECKSUM_FILE).write_bytes(
-        _build_sha256sum_content(path.parent)
+        build_sha256sum_content(path.parent)
     )  # an attacker would update the checksums
     if name == "random_states_0.pkl":  # Accelerate ignores errors in this file; no result depends on it
         checkpoints.load(checkpoints.path(1), TrainingState())
@@ -192,7 +192,7 @@ def test_an_invalid_state_gives_an_error_of_one_line_that_names_the_file(tmp_pat
     with pytest.raises(ValueError, match=r"trainer\.json"):
         read_training_state(tmp_path)
     (tmp_path / STATE_FILE).write_text(content)
-    (tmp_path / CHECKSUM_FILE).write_bytes(_build_sha256sum_content(tmp_path))
+    (tmp_path / CHECKSUM_FILE).write_bytes(build_sha256sum_content(tmp_path))
     with pytest.raises(ValueError, match=r"^[^\n]*trainer\.json[^\n]*$"):
         read_training_state(tmp_path)
 

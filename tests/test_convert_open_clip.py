@@ -17,7 +17,7 @@ from test_checkpoints import Malicious
 from tiny import TINY_TEXT, TINY_VISION, randomize, tiny_config, tiny_tokenizer
 from towers import as_open_clip
 
-from hub_upload.origins import read_origin_metadata
+from hub_upload.origins import read_origin_card_metadata
 from modeling_capivara import CapivaraConfig
 from modeling_capivara import convert_open_clip as conversion
 from modeling_capivara.convert_open_clip import (
@@ -148,7 +148,7 @@ def test_the_card_states_source_and_license(open_clip_folder, tmp_path):
         "library_name": "transformers",
         "pipeline_tag": "zero-shot-image-classification",
     }
-    origin = read_origin_metadata(str(tmp_path / "there"), "model")
+    origin = read_origin_card_metadata(str(tmp_path / "there"), "model")
     assert (origin["base_model"], origin["licenses"]) == (["us/base"], ["mit"])
 
 
@@ -177,8 +177,8 @@ def test_lightning_file_with_objects_is_refused_with_a_hint_that_works(tmp_path,
     assert "(argparse.Namespace)" in message and "\n" not in message
     monkeypatch.chdir(tmp_path)
     exec(f"import safetensors.torch, torch; {message.partition('where it was written: ')[2]}", {})
-    state, _ = conversion.read_open_clip_state_dict(tmp_path / "epoch.safetensors")
-    expected, _ = conversion.read_open_clip_state_dict(lightning_file(tmp_path))
+    state, _ = conversion.read_open_clip_tensors_and_notes(tmp_path / "epoch.safetensors")
+    expected, _ = conversion.read_open_clip_tensors_and_notes(lightning_file(tmp_path))
     assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
 
 

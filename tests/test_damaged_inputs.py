@@ -20,7 +20,7 @@ import train_accelerate
 from capivara_common.weight_file import find_weight_files
 from capivara_search.models import SearchModel
 from captions import score, select
-from captions.stages import check_and_summarize_stage
+from captions.stages import check_stage_and_count_rows
 from eval import retrieval
 from hub_upload import export
 from modeling_capivara.loading import MAX_NAMED_KEYS, load_memory_mapped_model, load_model, load_two_towers_config
@@ -185,7 +185,7 @@ def test_an_impossible_stage_json_is_refused(finished, stage, fault):
     path = stage / "stage.json"
     changed = RECORDS[fault](json.loads(path.read_text(encoding="utf-8")))
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed), encoding="utf-8")
-    for step in (check_and_summarize_stage, lambda folder: run(str(finished / "numbered"), folder)):
+    for step in (check_stage_and_count_rows, lambda folder: run(str(finished / "numbered"), folder)):
         with pytest.raises(ValueError, match=r"^[^\n]*stage\.json[^\n]*$"):
             step(stage)
 
@@ -207,4 +207,4 @@ def test_a_damaged_list_of_skipped_rows_is_reported(stage, content):
     (path,) = stage.glob("*.skipped.jsonl")
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"^[^\n]*skipped\.jsonl\b[^\n]*$"):
-        check_and_summarize_stage(stage)
+        check_stage_and_count_rows(stage)

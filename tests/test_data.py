@@ -172,8 +172,8 @@ def test_the_fingerprint_of_a_large_table_is_computed_once(tiny_dataset_folder, 
         return pairs.compute_pair_content_digest(pairs.filter_usable_rows(table))
 
     expected = [fingerprint(1), fingerprint(2)]
-    compute = pairs.rows_fingerprint
+    compute = pairs.compute_image_caption_digest
     monkeypatch.setattr(pairs, "CACHED_FINGERPRINT_ROWS", 1)
-    monkeypatch.setattr(pairs, "rows_fingerprint", lambda rows: calls.append(1) or compute(rows))
+    monkeypatch.setattr(pairs, "compute_image_caption_digest", lambda rows: calls.append(1) or compute(rows))
     assert [fingerprint(1), fingerprint(2), fingerprint(1), fingerprint(2)] == expected * 2
     assert len(calls) == 2 and expected[0] != expected[1]

@@ -154,7 +154,7 @@ def test_a_full_disk_loses_nothing(saved_tiny_folder, tiny_dataset_folder, tmp_p
         with pytest.raises(OSError, match="No space left on the disk while writing"):
             embed.main(arguments)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("captions.embedding_stage.embed_rows", lambda *_: pytest.fail("embedded again"))
+    monkeypatch.setattr("captions.embedding_stage.embed_images_of_rows", lambda *_: pytest.fail("embedded again"))
     embed.main(arguments)
     assert read_data(tmp_path / "out") == read_data(embedded)
 
@@ -166,13 +166,13 @@ def read_data(folder: Path) -> dict[str, bytes]:
 KILLED_PROGRAM = """
 import os, signal, sys
 from captions import embed, embedding_stage
-calls, embed_rows = [], embedding_stage.embed_rows
+calls, embed_images_of_rows = [], embedding_stage.embed_images_of_rows
 def count(*args):
     calls.append(1)
     if len(calls) > 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return embed_rows(*args)
-embedding_stage.embed_rows = count
+    return embed_images_of_rows(*args)
+embedding_stage.embed_images_of_rows = count
 embed.main(sys.argv[1:])
 """
 
@@ -264,7 +264,7 @@ def test_evaluation_gives_the_same_figures(saved_tiny_folder, tiny_dataset_folde
     for number, dataset in enumerate((tiny_dataset_folder, embedded)):
         arguments = retrieval.RetrievalArguments(str(saved_tiny_folder), str(dataset), tmp_path / f"{number}.json")
         arguments.cache_dir = "off"
-        retrieval.evaluate(arguments)
+        retrieval.evaluate_retrieval_and_write_result(arguments)
         results.append(json.loads((tmp_path / f"{number}.json").read_text(encoding="utf-8")))
     for first, second in zip(*(result["records"] for result in results), strict=True):
         assert first["value"] == pytest.approx(second["value"], abs=1e-3)
@@ -329,7 +329,9 @@ def test_embeddings_of_another_encoder_are_refused(copy, saved_tiny_folder, tiny
     digests = image_encoder_digest(saved_tiny_folder), image_encoder_digest(other)
     messages = [error_of(flags(other, copy, tmp_path / "run"))]
     for call in (
-        lambda: retrieval.evaluate(retrieval.RetrievalArguments(str(other), str(copy), tmp_path / "r.json")),
+        lambda: retrieval.evaluate_retrieval_and_write_result(
+            retrieval.RetrievalArguments(str(other), str(copy), tmp_path / "r.json")
+        ),
         score.ScoreArguments(str(copy), tmp_path / "out", model=str(other), device="cpu").write_rows,
     ):
         with pytest.raises(ValueError) as error:
@@ -360,7 +362,7 @@ def test_invalid_embeddings_are_skipped_and_listed(copy, saved_tiny_folder, tmp_
     report = score.ScoreArguments(str(copy), tmp_path / "out", model=str(saved_tiny_folder), device="cpu").write_rows()
     assert report.skipped == {INVALID_EMBEDDING: 4}
     arguments = retrieval.RetrievalArguments(str(saved_tiny_folder), str(copy), tmp_path / "r.json", split="train")
-    retrieval.evaluate(arguments, draw_sheet=False)
+    retrieval.evaluate_retrieval_and_write_result(arguments, draw_sheet=False)
     assert list(json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["skipped"]) == ["2", "4", "6"]
     change_rows(copy, "validation", image_embeds=lambda number, vector: [0.0] * 24)
     message = error_of(flags(saved_tiny_folder, copy, tmp_path / "bad", max_bad_share=0.4, **options))
@@ -399,7 +401,7 @@ def test_embeddings_of_a_wrong_width_are_refused(copy, saved_tiny_folder, tmp_pa
         pq.write_table(rows.append_column(EMBEDS_COLUMN, column), path)
     messages = [error_of(flags(saved_tiny_folder, copy, tmp_path / "run"))]
     for call in (
-        lambda: retrieval.evaluate(
+        lambda: retrieval.evaluate_retrieval_and_write_result(
             retrieval.RetrievalArguments(str(saved_tiny_folder), str(copy), tmp_path / "r.json")
         ),
         score.ScoreArguments(str(copy), tmp_path / "out", model=str(saved_tiny_folder), device="cpu").write_rows,

@@ -312,12 +312,12 @@ def test_training_embeds_in_float32_where_it_is_faster(
 ):
     monkeypatch.setattr(training.inputs, "LONG_PASS_IMAGES", 8)
     records = []
-    monkeypatch.setattr(training.inputs, "choose_precision", lambda *args: records.append(args[2]) or choice)
+    monkeypatch.setattr(training.inputs, "choose_fastest_precision", lambda *args: records.append(args[2]) or choice)
     pairs, options = pairs_of(tiny_dataset_folder, tiny_processor), cache_options(tmp_path)
     options.has_auto_precision = is_auto
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    vectors = training.inputs.add_vectors(tiny_model, pairs, options, accelerator).table["vectors"][:]
+    vectors = training.inputs.embed_images_into_column(tiny_model, pairs, options, accelerator).table["vectors"][:]
     (settings,) = tmp_path.glob("*/settings.json")
     assert json.loads(settings.read_text())["precision"] == expected
     assert [tmp_path in record.parents for record in records] == [True] * is_auto

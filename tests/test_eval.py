@@ -129,7 +129,7 @@ def test_a_sheet_shrinks_images_and_survives_a_deleted_file(tmp_path, monkeypatc
         return Image.new("L", (1200, 900))
 
     rows = []
-    monkeypatch.setattr(plots, "plot_gallery", lambda sheet_rows, *_: rows.extend(sheet_rows))
+    monkeypatch.setattr(plots, "plot_ranked_image_grid", lambda sheet_rows, *_: rows.extend(sheet_rows))
     embeds = torch.eye(6)
     embeddings = {"capivara": RetrievalEmbeddings(embeds, embeds, torch.arange(6))}
     plot_retrieval_sheet(tmp_path / "sheet.png", open_image, list("abcdef"), embeddings)

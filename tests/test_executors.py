@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from tiny import save_model
 
 from capivara_common import executors
 from capivara_search import PictureIndex
+from captions import embed
 from captions.build import BuildArguments, build_dataset
 
 PLACES = ("1-translate/train/", "2-score/train", "3-select/train")
@@ -226,26 +228,48 @@ def test_a_build_on_ray_gives_the_same_bytes(config, built):
     assert "2-score, train: rows, task 1 of 2: " in (logs / "logs" / "task_00001.log").read_text()
 
 
-@pytest.mark.parametrize("executor", ["slurm", "ray"])
-def test_an_index_built_on_a_cluster_equals_one_of_a_single_process(executor, request, config, tmp_path):
-    """With Slurm, the command also prints the folder of the logs."""
-    variables = request.getfixturevalue("slurm") if executor == "slurm" else {"RAY_ADDRESS": "local"}
-    if executor == "ray":
+@pytest.fixture(params=["slurm", "ray"])
+def run_on_cluster(request) -> Callable[..., None]:
+    """Function that runs a module with two tasks on a cluster, and waits for them."""
+    flags = ["--executor", request.param, "--tasks", "2", "--mem_per_cpu_gb", "1"]
+    if request.param == "slurm":
+        variables = request.getfixturevalue("slurm")
+        flags += ["--partition", "main", "--time", "00:10:00"]
+    else:
         pytest.importorskip("ray")
-    make_pictures(tmp_path / "fotos", 20)
+        variables = {"RAY_ADDRESS": "local"}
+
+    def run(module: str, *words: str | Path) -> None:
+        options = surroundings()
+        options["env"] |= variables
+        command = [sys.executable, "-m", module, *map(str, words), *flags]
+        process = subprocess.run(command, timeout=TIMEOUT_S, **options)
+        assert process.returncode == 0, process.stderr[-5000:]
+        if request.param == "slurm":
+            assert "logs" in process.stdout  # jobs run later, so the command says where their logs will be
+            wait_for_jobs(variables)
+
+    return run
+
+
+def test_an_index_built_on_a_cluster_equals_one_of_a_single_process(run_on_cluster, config, tmp_path):
+    pictures, logs = tmp_path / "fotos", tmp_path / "logs"
+    make_pictures(pictures, 20)
     model = str(config.parent / "model")
-    command = [sys.executable, "-m", "capivara_search.workers", "--folders", str(tmp_path / "fotos"), "--model", model]
-    command += ["--where", str(tmp_path / "many"), "--logging_dir", str(tmp_path / "logs")]
-    command += ["--executor", executor, "--tasks", "2", "--mem_per_cpu_gb", "1"]
-    command += ["--partition", "main", "--time", "00:10:00"] if executor == "slurm" else []
-    options = surroundings()
-    options["env"] |= variables
-    process = subprocess.run(command, timeout=TIMEOUT_S, **options)
-    assert process.returncode == 0, process.stderr[-5000:]
-    if executor == "slurm":
-        assert "logs" in process.stdout
-        wait_for_jobs(variables)
+    words = ["--folders", pictures, "--model", model, "--where", tmp_path / "many", "--logging_dir", logs]
+    run_on_cluster("capivara_search.workers", *words)
     alone = PictureIndex.open(tmp_path / "one", model=model)
-    alone.add(tmp_path / "fotos")
+    alone.add(pictures)
     assert rows_of(PictureIndex.open(tmp_path / "many")) == rows_of(alone)
-    assert (tmp_path / "logs").is_dir()
+    assert logs.is_dir()
+
+
+def test_embeddings_made_on_a_cluster_equal_those_of_a_single_process(
+    run_on_cluster, config, tiny_dataset_folder, tmp_path
+):
+    words = ["--model", config.parent / "model", "--dataset", tiny_dataset_folder, "--split", "all"]
+    words += ["--license", "cc-by-4.0", "--device", "cpu", "--batch_rows", "4", "--rows_per_part", "8"]
+    run_on_cluster("captions.embed", *words, "--output", tmp_path / "many")
+    embed.main([*map(str, words), "--output", str(tmp_path / "one")])
+    tables = {name: sorted((tmp_path / name / "data").glob("*.parquet")) for name in ("many", "one")}
+    assert [path.read_bytes() for path in tables["many"]] == [path.read_bytes() for path in tables["one"]] != []

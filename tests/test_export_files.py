@@ -19,8 +19,8 @@ from hub_upload.upload_checks import (
     ALLOWED_FILES,
     MODEL_CODE,
     check_model_files,
-    find_uploadable_files,
     list_and_check_files_to_send,
+    list_uploadable_model_files,
 )
 
 TOKEN = "hf_" + "a1B2c3" * 6
@@ -80,10 +80,10 @@ def test_only_allowed_files_are_written(run_folder, tmp_path):
         "tokenizer_config.json",
     ]
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "repository").rglob("*") if path.is_file()} == {0o644}
-    assert set(map(str, find_uploadable_files(tmp_path / "repository"))) == set(names)
+    assert set(map(str, list_uploadable_model_files(tmp_path / "repository"))) == set(names)
     (run_folder / "special_tokens_map.json").symlink_to(run_folder / "trainer.log")
     for name in (*STRAY, "special_tokens_map.json"):  # even if the folder of the run itself is pushed
-        assert Path(name) not in find_uploadable_files(run_folder)
+        assert Path(name) not in list_uploadable_model_files(run_folder)
 
 
 def test_paths_in_records_are_made_relative(run_folder, tmp_path):

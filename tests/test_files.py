@@ -18,10 +18,10 @@ from capivara_common.files import (
     atomic_file,
     atomic_folder,
     check_output_file,
-    check_output_folder,
     matches_appended_digest,
+    prepare_output_folder,
     read_json,
-    remove_leftovers,
+    remove_or_restore_leftovers,
     write_json,
 )
 
@@ -113,7 +113,7 @@ def test_cleanup_by_another_process_between_the_two_renames_loses_nothing(tmp_pa
 
     def renamed(self, target):
         rename(self, target)
-        remove_leftovers(out)
+        remove_or_restore_leftovers(out)
 
     monkeypatch.setattr(Path, "rename", renamed)
     with atomic_folder(out, overwrite=True) as folder:
@@ -131,7 +131,7 @@ def test_a_partly_removed_old_folder_is_never_restored(tmp_path, monkeypatch):
         pass
     monkeypatch.undo()
     out.rename(tmp_path / "kept")
-    check_output_folder(out)
+    prepare_output_folder(out)
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
 
 
@@ -166,7 +166,7 @@ def test_impossible_output_files_are_refused(tmp_path):
 def test_a_folder_that_is_not_writable_is_refused(place):
     if not place.is_dir():
         pytest.skip(f"{place} does not exist on this machine")
-    for check, kind in ((check_output_file, "file"), (check_output_folder, "folder")):
+    for check, kind in ((check_output_file, "file"), (prepare_output_folder, "folder")):
         with pytest.raises(ValueError, match=f"{kind} {place}/new/out .*{place} ") as error:
             check(place / "new" / "out")
         assert error.value.code == "no_output"
@@ -210,5 +210,5 @@ def test_cleanup_leaves_folders_of_running_processes_alone(tmp_path):
     assert (out / "a").read_text() == "first"
     (tmp_path / ".out.tmp-notes").mkdir()  # not one of ours: the suffix must have eight characters
     (tmp_path / ".out.old.tmp-01234567").mkdir()  # belongs to another output, "out.old"
-    remove_leftovers(out)
+    remove_or_restore_leftovers(out)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.old.tmp-01234567", ".out.tmp-notes", "out"]

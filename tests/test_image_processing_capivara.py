@@ -257,7 +257,10 @@ def test_model_files_and_tools_convert_to_8_bits_alike(kind, high):
     values = (np.random.default_rng(0).random((5, 7)) * high).astype(kind)
     values.flat[0] = high
     results = []
-    for convert in (lambda image: image_processing_capivara.to_uint8(np.asarray(image)), image_files.to_8_bit):
+    for convert in (
+        lambda image: image_processing_capivara.convert_pixels_to_uint8(np.asarray(image)),
+        image_files.to_8_bit,
+    ):
         try:
             results.append(np.asarray(convert(Image.fromarray(values))).tolist())
         except ValueError:

@@ -35,7 +35,12 @@ from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
 from training.batches import StepPlan, batch_indices
-from training.inputs import PairDataset, add_vectors, load_cached_embeds, open_image_store
+from training.inputs import (
+    PairDataset,
+    embed_images_into_column,
+    open_image_embedding_store,
+    read_cached_step_image_embeds,
+)
 from training.whole_batch import WholeBatch
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
@@ -83,7 +88,7 @@ def pairs_of(dataset, processor, augmented_views=1, seed=0) -> PairDataset:
 
 def with_cache(model, pairs, root, precision="no") -> PairDataset:
     AcceleratorState._reset_state()
-    return add_vectors(model, pairs, cache_options(root), Accelerator(mixed_precision=precision, cpu=True))
+    return embed_images_into_column(model, pairs, cache_options(root), Accelerator(mixed_precision=precision, cpu=True))
 
 
 def cache_options(root) -> SimpleNamespace:
@@ -93,7 +98,7 @@ def cache_options(root) -> SimpleNamespace:
 
 def cache_of(model, pairs, root, precision="no") -> Path:
     with_cache(model, pairs, root, precision)
-    return open_image_store(model, pairs, cache_options(root), precision).folder
+    return open_image_embedding_store(model, pairs, cache_options(root), precision).folder
 
 
 def read_shards(folder) -> dict[str, bytes]:
@@ -131,7 +136,7 @@ def test_everything_that_embeddings_depend_on_changes_the_cache_folder(
     pairs, names = pairs_of(tiny_dataset_folder, tiny_processor), []
 
     def name(pairs=pairs, precision="no") -> str:
-        return open_image_store(tiny_model, pairs, cache_options(tmp_path), precision).folder.name
+        return open_image_embedding_store(tiny_model, pairs, cache_options(tmp_path), precision).folder.name
 
     first = name()
     for part in ("text_model.embeddings.word_embeddings.weight", "text_projection.0.weight", "logit_scale"):
@@ -234,7 +239,7 @@ def test_embeddings_stay_with_their_images_when_rows_are_skipped(
     assert len(expected) == IMAGES - 2 and usable.table["row"][:] == [0, 1, 2, 4, *range(6, IMAGES)]
     rows = np.random.default_rng(0).permutation(IMAGES - 2)
     plan = StepPlan(0, np.zeros_like(rows), rows, np.zeros_like(rows), [], [])
-    torch.testing.assert_close(load_cached_embeds([usable], plan), expected[rows], rtol=2**-11, atol=2e-6)
+    torch.testing.assert_close(read_cached_step_image_embeds([usable], plan), expected[rows], rtol=2**-11, atol=2e-6)
 
 
 def test_augmentation_refuses_bad_images_and_scales_16_bits(tiny_processor, tiny_dataset_folder, tmp_path):
@@ -345,7 +350,7 @@ def test_processes_share_the_shards_and_wait_for_each_other(tmp_path, monkeypatc
     for rank in (1, 0):
         state = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=True)
         state.wait_for_everyone = lambda: waits.append(1)
-        monkeypatch.setattr("capivara_common.embedding_store.get_distributed_state", lambda state=state: state)
+        monkeypatch.setattr("capivara_common.embedding_store.get_or_init_distributed_state", lambda state=state: state)
         monkeypatch.setattr(store, "_find_missing", lambda paths: list(range(4)))
 
         def load(batches):
@@ -383,7 +388,7 @@ def test_embeddings_of_two_datasets_are_in_the_order_of_the_plan(
     both = [with_cache(tiny_model, pairs, tmp_path / "caches") for pairs in both]
     assert "12 images x 2 views, 0.0 MB" in caplog.text, "the size is logged before the work"
     sources, rows, views = np.array([[1, 0, 1, 0, 0], [5, 11, 0, 4, 0], [0, 1, 1, 0, 1]])
-    embeds = load_cached_embeds(both, StepPlan(0, sources, rows, views, [], []))
+    embeds = read_cached_step_image_embeds(both, StepPlan(0, sources, rows, views, [], []))
     pixels = [both[source].load_pixels(row, view) for source, row, view in zip(sources, rows, views, strict=True)]
     expected = tiny_model(pixel_values=torch.stack(pixels)).image_embeds.detach()
     torch.testing.assert_close(embeds, expected, rtol=2**-11, atol=2e-6)

@@ -59,7 +59,7 @@ from modeling_capivara.two_towers import (
     tokenize,
     uses_sigmoid_loss,
 )
-from training.batches import tokenize_into_micro_batches
+from training.batches import tokenize_into_sorted_micro_batches
 from training.interpolate import main as interpolate
 from training.loop import TrainingLoop
 
@@ -201,7 +201,7 @@ def test_a_step_equals_the_models_own_loss(toy):
     for budget in (0.0, float("inf")):  # with and without gradient caching
         model = load_model(toy.base).train()
         freeze_image_encoder(model)
-        batches, order = tokenize_into_micro_batches(load_processor(toy.base), TWELVE, 5)
+        batches, order = tokenize_into_sorted_micro_batches(load_processor(toy.base), TWELVE, 5)
         with torch.no_grad():
             images = compute_image_embeds(model, pixels[order])
         report, actual = gradients_of(model, Accelerator(cpu=True), batches, images, budget)

@@ -76,9 +76,9 @@ def test_two_processes_build_it_once_even_after_an_earlier_one_was_killed(tmp_pa
 
 @pytest.mark.slow
 def test_it_finds_photographs_in_portuguese():
-    from examples.openmoji.proxies import load_photographs
+    from examples.openmoji.proxies import load_photograph_dataset
 
-    model, photos = resolve_search_model("miniature", device="cpu"), load_photographs()
+    model, photos = resolve_search_model("miniature", device="cpu"), load_photograph_dataset()
     assert (model.width, model.image_size, model.name) == (384, 224, "miniature") and 1 < model.logit_scale < 100
     assert "miniatura" in model.get_notice("pt") and "--model hiaac-nlp/CAPIVARA" in model.get_notice("en")
     images = model.embed_images(photos["image"][:])

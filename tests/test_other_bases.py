@@ -22,7 +22,7 @@ from modeling_capivara.two_towers import (
     tokenize,
 )
 from training.arguments import RunArguments
-from training.trainable import prepare_trainable
+from training.trainable import freeze_parameters_and_add_adapters
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 TWELVE = [f"{caption} {ending}" for caption in CAPTIONS[:6] for ending in ("azul", "e uma casa verde")]
@@ -131,5 +131,5 @@ def test_scale_and_bias_of_siglip_are_frozen_unless_nothing_is(tmp_path):
     MAKERS["siglip"](tmp_path / "base")
     for patterns, trained in ([r"text_model\.embeddings\..*"], False), (["none"], True), ([], False):
         model = load_model(tmp_path / "base")
-        prepare_trainable(model, RunArguments(model="m", dataset=["d"], frozen_parameters=patterns))
+        freeze_parameters_and_add_adapters(model, RunArguments(model="m", dataset=["d"], frozen_parameters=patterns))
         assert model.logit_scale.requires_grad is model.logit_bias.requires_grad is trained

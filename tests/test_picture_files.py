@@ -29,9 +29,14 @@ from capivara_common import image_files
 from capivara_common.image_files import EXIF_TRANSPOSES, BadImage, open_regular_file
 from capivara_search import picture_reading
 from capivara_search.exif import read_exif_date_and_location
-from capivara_search.folder_scan import FileState, find_pictures
+from capivara_search.folder_scan import FileState, find_pictures_and_unreadable_files
 from capivara_search.messages import Messages
-from capivara_search.picture_reading import REDUCED_DECODE_FACTOR, Picture, open_query_picture, read_picture
+from capivara_search.picture_reading import (
+    REDUCED_DECODE_FACTOR,
+    Picture,
+    open_query_picture,
+    read_picture_for_indexing,
+)
 from modeling_capivara import CapivaraImageProcessor
 
 SLOW = pytest.mark.slow
@@ -74,7 +79,7 @@ def encode(image: PIL.Image.Image, kind: str = "JPEG", **options) -> bytes:
 
 
 def write_file(path: Path, data: bytes | PIL.Image.Image, **options) -> FileState:
-    """Write a file and return its state, as `find_pictures` does."""
+    """Write a file and return its state, as `find_pictures_and_unreadable_files` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data if isinstance(data, bytes) else encode(data, **options))
     state = path.stat()
@@ -98,7 +103,7 @@ def make_exif(orientation: int | None = None, **dates: str) -> PIL.Image.Exif:
 
 def scan(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Return the pictures in a folder, and the reasons of skipped files, by path relative to the folder."""
-    files, skipped_files = find_pictures([folder])
+    files, skipped_files = find_pictures_and_unreadable_files([folder])
     reasons = {os.path.relpath(skipped.path, folder): skipped.reason for skipped in skipped_files}
     return [os.path.relpath(file.path, folder) for file in files], reasons
 
@@ -106,7 +111,7 @@ def scan(folder: Path) -> tuple[list[str], dict[str, str]]:
 def reason(path: Path) -> str:
     """Return the reason why a file can't be read, without the name of its folder and with a Portuguese translation."""
     with pytest.raises(BadImage) as error:
-        read_picture(FileState(str(path), 0, 0))
+        read_picture_for_indexing(FileState(str(path), 0, 0))
     assert Messages("pt").has(f"reason.{error.value.reason}") and str(path.parent) not in str(error.value)
     return str(error.value)
 
@@ -123,9 +128,9 @@ def test_pictures_are_found_by_suffix(tmp_path):
     states = [write_file(tmp_path / name, b"anything") for name in names]
     for name in others:
         write_file(tmp_path / name, b"anything")
-    files, skipped_files = find_pictures([tmp_path])
+    files, skipped_files = find_pictures_and_unreadable_files([tmp_path])
     assert files == sorted(states, key=lambda file: file.path) and not skipped_files
-    assert find_pictures([tmp_path / "a", tmp_path, str(tmp_path)])[0] == files, (
+    assert find_pictures_and_unreadable_files([tmp_path / "a", tmp_path, str(tmp_path)])[0] == files, (
         "a folder that is named twice was scanned twice"
     )
 
@@ -138,8 +143,8 @@ def test_paths_are_absolute_and_keep_the_links_that_the_user_names(tmp_path, mon
     monkeypatch.chdir(tmp_path / "home")
     path = str(tmp_path / "home" / "Fotos" / "a.jpg")
     for folder in ("~/Fotos", "Fotos", Path("../home/./Fotos/")):
-        assert [file.path for file in find_pictures([folder])[0]] == [path]
-    assert [file.path for file in find_pictures(["Fotos", tmp_path / "disk"])[0]] == [path], (
+        assert [file.path for file in find_pictures_and_unreadable_files([folder])[0]] == [path]
+    assert [file.path for file in find_pictures_and_unreadable_files(["Fotos", tmp_path / "disk"])[0]] == [path], (
         "a folder with two names was scanned twice"
     )
 
@@ -153,7 +158,7 @@ def test_missing_and_empty_folders_are_refused(tmp_path):
         ([tmp_path, tmp_path / "empty"], "no_picture"),
     ):
         with expect_error(code, path=folders[-1]):
-            find_pictures(folders)
+            find_pictures_and_unreadable_files(folders)
 
 
 def test_links_are_not_followed_but_counted(tmp_path):
@@ -173,7 +178,7 @@ def test_links_are_not_followed_but_counted(tmp_path):
         ("lost.jpg", fotos / "nowhere.jpg"),
     ):
         (fotos / link).symlink_to(target)
-    files, skipped_files = find_pictures([fotos], ignored_counts=(counts := {}))
+    files, skipped_files = find_pictures_and_unreadable_files([fotos], ignored_counts=(counts := {}))
     assert [file.path for file in files] == [str(fotos / "a.jpg"), str(fotos / "year/b.jpg")] and not skipped_files
     assert counts == {str(fotos): {"hidden": 1, "link": 7}}
 
@@ -218,9 +223,9 @@ def test_files_and_folders_without_permission_are_skipped(restricted_folder):
     assert names == ["a.jpg"] and set(reasons) == {"shut.jpg", "closed", "root"}
     assert all(reason.startswith("no permission: ") for reason in reasons.values())
     with expect_error("folder_shut", path=restricted_folder / "root"):
-        find_pictures([restricted_folder / "root"])
+        find_pictures_and_unreadable_files([restricted_folder / "root"])
     assert reason(Path(shut.path)).startswith("no permission")
-    assert read_picture(readable).image.size == (80, 60)
+    assert read_picture_for_indexing(readable).image.size == (80, 60)
 
 
 def test_names_that_are_not_utf_8_are_skipped(tmp_path):
@@ -241,7 +246,7 @@ def test_every_format_is_read(kind, tmp_path):
     if kind == "HEIF":
         pytest.importorskip("pillow_heif")
     file = write_file(tmp_path / "a.jpg", corners((400, 300)), kind=kind)  # the content decides, not the name
-    picture, whole = read_picture(file, image_size=64), open_query_picture(file.path)
+    picture, whole = read_picture_for_indexing(file, image_size=64), open_query_picture(file.path)
     assert (picture.width, picture.height) == whole.size == (400, 300) and picture.image.size == (85, 64)
     assert picture.image.mode == whole.mode == "RGB" and is_upright(picture.image) and is_upright(whole)
     thumbnail = PIL.Image.open(io.BytesIO(picture.thumbnail))
@@ -257,7 +262,7 @@ def test_pictures_are_upright(kind, orientation, tmp_path):
     inverse = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}.get(orientation)  # orientation that undoes this one
     image = corners((1212, 900)) if inverse is None else corners((1212, 900)).transpose(EXIF_TRANSPOSES[inverse])
     file = write_file(tmp_path / "a", image, kind=kind, exif=make_exif(orientation).tobytes())
-    picture, whole = read_picture(file, image_size=32), open_query_picture(file.path)
+    picture, whole = read_picture_for_indexing(file, image_size=32), open_query_picture(file.path)
     assert (picture.width, picture.height) == whole.size == (1212, 900) and picture.image.size == (43, 32)
     assert is_upright(picture.image) and is_upright(whole)
     assert is_upright(PIL.Image.open(io.BytesIO(picture.thumbnail)).convert("RGB"))
@@ -267,7 +272,7 @@ def test_animated_pictures_are_read_by_their_first_frame(tmp_path):
     frames = [PIL.Image.new("RGB", (60, 40), color) for color in (GREEN, RED, BLUE)]
     for kind in ("GIF", "PNG", "WEBP", "TIFF", "MPO", "AVIF"):
         data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
-        image = read_picture(write_file(tmp_path / "a.gif", data)).image
+        image = read_picture_for_indexing(write_file(tmp_path / "a.gif", data)).image
         assert image.size == (60, 40) and np.abs(np.subtract(image.getpixel((20, 20)), GREEN)).max() < 25, kind
 
 
@@ -282,7 +287,7 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
         image = gray.convert("RGB").convert(mode)
     assert image.mode == mode
     kinds = {"YCbCr": "JPEG"} | dict.fromkeys(("RGBA", "LA", "P", "L", "1", "I;16"), "PNG")
-    result = read_picture(write_file(tmp_path / "a", image, kind=kinds.get(mode, "TIFF"))).image
+    result = read_picture_for_indexing(write_file(tmp_path / "a", image, kind=kinds.get(mode, "TIFF"))).image
     left, right = np.asarray(result)[:, :30].mean(), np.asarray(result)[:, 34:].mean()
     assert result.mode == "RGB" and left > 200 and right < 50
 
@@ -294,7 +299,7 @@ def test_transparent_parts_become_white(tmp_path):
     palette.putpalette([0, 0, 0, 0, 0, 0])
     palette.paste(0, (100, 100, 200, 200))
     for data in (encode(logo, "PNG"), encode(logo, "WEBP", lossless=True), encode(palette, "GIF", transparency=1)):
-        picture = read_picture(write_file(tmp_path / "a.png", data), image_size=150)
+        picture = read_picture_for_indexing(write_file(tmp_path / "a.png", data), image_size=150)
         for image in (picture.image, PIL.Image.open(io.BytesIO(picture.thumbnail)).convert("RGB")):
             assert min(image.getpixel((5, 5))) > 245
             assert max(image.getpixel((image.width // 2, image.height // 2))) < 10
@@ -312,7 +317,7 @@ def test_images_equal_those_of_the_image_processor(size, tmp_path):
     image = photograph(*size)
     for kind in ("PNG", "JPEG"):
         file = write_file(tmp_path / "a", image, kind=kind)
-        whole, reduced = open_query_picture(file.path), read_picture(file)
+        whole, reduced = open_query_picture(file.path), read_picture_for_indexing(file)
         assert whole.size == size == (reduced.width, reduced.height) and min(reduced.image.size) == 224
         expected, actual = processor([whole, reduced.image], do_normalize=False).pixel_values.numpy() * 255
         assert whole.tobytes() == PIL.Image.open(file.path).tobytes()
@@ -323,7 +328,7 @@ def test_images_equal_those_of_the_image_processor(size, tmp_path):
 def test_pictures_above_the_pixel_limit_of_datasets_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     file = write_file(tmp_path / "a.jpg", photograph(1600, 1200))
     monkeypatch.setattr(picture_reading, "MAX_IMAGE_PIXELS", 1_000_000)
-    picture = read_picture(file)
+    picture = read_picture_for_indexing(file)
     assert (picture.width, picture.height) == (1600, 1200) and picture.image.size == (298, 224)
     assert read_while_locked(file) == picture
 
@@ -332,7 +337,7 @@ def read_while_locked(file: FileState) -> Picture:
     """Read a picture while the lock for large images is held, and check that it waits."""
     with ThreadPoolExecutor(1) as threads:
         with image_files.LARGE_IMAGE_LOCK:
-            waiting = threads.submit(read_picture, file)
+            waiting = threads.submit(read_picture_for_indexing, file)
             time.sleep(0.2)
             assert not waiting.done()
         return waiting.result()
@@ -341,7 +346,7 @@ def read_while_locked(file: FileState) -> Picture:
 def test_avif_files_of_any_size_are_decoded_one_at_a_time(tmp_path):
     """The header of an AVIF file may declare fewer pixels than its stream contains."""
     file = write_file(tmp_path / "a.avif", photograph(64, 48), kind="AVIF")
-    assert (read_while_locked(file).width, read_picture(file).height) == (64, 48)
+    assert (read_while_locked(file).width, read_picture_for_indexing(file).height) == (64, 48)
 
 
 @SLOW
@@ -380,7 +385,7 @@ def test_raw_files_are_read_by_their_preview(orientation, tmp_path):
         # Without JFIF, because LibRaw adds EXIF data unless they come first.
         data = data[:2] + data[20:] if exif else data
         file = write_file(tmp_path / "IMG_1.DNG", made_dng(data, orientation, (66, 50)))
-        picture = read_picture(file)
+        picture = read_picture_for_indexing(file)
         assert (picture.width, picture.height) == ((66, 50) if orientation in (1, 3) else (50, 66))
         assert is_upright(picture.image)
         assert picture.taken == (datetime(2001, 1, 1) if exif else datetime(2024, 7, 9, 10, 11, 12))
@@ -392,7 +397,7 @@ def test_raw_files_are_read_by_their_preview(orientation, tmp_path):
 @pytest.mark.parametrize("suffix", ["ARW", "nef"])
 def test_an_image_with_the_suffix_of_a_raw_file_is_read(kind, suffix, tmp_path):
     file = write_file(tmp_path / f"DSC01.{suffix}", encode(corners((64, 48)), kind))
-    picture = read_picture(file)
+    picture = read_picture_for_indexing(file)
     assert (picture.width, picture.height) == (64, 48) and is_upright(picture.image)
     assert open_query_picture(file.path).size == (64, 48)
 
@@ -410,7 +415,9 @@ def test_raw_files_without_a_readable_preview_are_skipped(tmp_path):
     ):
         write_file(tmp_path / name, data)
         assert reason(tmp_path / name).startswith(expected) and "b'" not in reason(tmp_path / name)
-    assert len(find_pictures([tmp_path])[0]) == 5, "unreadable files are found by their suffix, too"
+    assert len(find_pictures_and_unreadable_files([tmp_path])[0]) == 5, (
+        "unreadable files are found by their suffix, too"
+    )
 
 
 # --- EXIF ------------------------------------------------------------------------------------------------------------
@@ -427,7 +434,7 @@ def test_the_date_is_read(tmp_path):
     for kind in ("JPEG", "PNG", "WEBP", "TIFF", "HEIF"):
         if kind in PIL.Image.SAVE:
             file = write_file(tmp_path / "a", corners(), kind=kind, exif=exif.tobytes())
-            assert read_picture(file).taken == datetime(2023, 12, 31, 23, 59, 58), kind
+            assert read_picture_for_indexing(file).taken == datetime(2023, 12, 31, 23, 59, 58), kind
     assert read_tags(make_exif(DateTimeDigitized=digitized, DateTime=changed))[0] == datetime(2024, 1, 2, 3, 4, 5)
     for date in ("2023/12/31 23:59:58", "2023.12.31 23:59:58"):
         assert read_tags(make_exif(DateTimeOriginal=date))[0] == datetime(2023, 12, 31, 23, 59, 58)
@@ -447,14 +454,16 @@ def test_the_position_is_read(tmp_path):
         return exif
 
     exif = make_gps((22.0, 54.0, 21.6), "S", (47.0, 3.6, 0.0), "W")
-    picture = read_picture(write_file(tmp_path / "a.jpg", corners(), exif=exif))
+    picture = read_picture_for_indexing(write_file(tmp_path / "a.jpg", corners(), exif=exif))
     assert (picture.latitude, picture.longitude) == pytest.approx((-22.906, -47.06))
     assert not PIL.Image.open(io.BytesIO(picture.thumbnail)).getexif(), (
         "thumbnails may be shown to others, so they have no EXIF data"
     )
     good, zero, nothing = (10.0, 30.0, 0.0), (0.0, 0.0, 0.0), (None, None)
     assert read_tags(make_gps(zero, "N", good, "E"))[1:] == (0.0, 10.5), "the equator"
-    picture = read_picture(write_file(tmp_path / "b.jpg", corners(), exif=make_gps((22.5,), "S", (47.0, 3.6), "W")))
+    picture = read_picture_for_indexing(
+        write_file(tmp_path / "b.jpg", corners(), exif=make_gps((22.5,), "S", (47.0, 3.6), "W"))
+    )
     assert (picture.latitude, picture.longitude) == pytest.approx((-22.5, -47.06)), (
         "degrees alone, and degrees with minutes"
     )
@@ -481,7 +490,7 @@ def test_broken_exif_never_fails_a_picture(tmp_path):
     exif = make_exif(6, DateTimeOriginal="2023:12:31 23:59:58")
     exif.get_ifd(IFD.GPSInfo)[GPS.GPSLatitude] = (1.0, 2.0, 3.0)
     valid, rng = exif.tobytes()[6:], np.random.default_rng(0)
-    assert read_picture(write_file(tmp_path / "a.jpg", jpeg_with_exif(valid))).height == 400
+    assert read_picture_for_indexing(write_file(tmp_path / "a.jpg", jpeg_with_exif(valid))).height == 400
     broken = [
         b"",
         b"x",
@@ -496,7 +505,7 @@ def test_broken_exif_never_fails_a_picture(tmp_path):
             damaged[position] = rng.integers(0, 256)
         broken.append(bytes(damaged))
     for data in broken:
-        picture = read_picture(write_file(tmp_path / "a.jpg", jpeg_with_exif(data)))
+        picture = read_picture_for_indexing(write_file(tmp_path / "a.jpg", jpeg_with_exif(data)))
         assert {picture.width, picture.height} == {400, 300}
     assert open_query_picture(tmp_path / "a.jpg").mode == "RGB"
 

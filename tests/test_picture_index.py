@@ -70,13 +70,13 @@ def index(tmp_path, folder, models):
 
 def record_reads(monkeypatch) -> list[str]:
     """Return a list to which the path of each picture is added that is read from now on."""
-    paths, read_picture = [], indexing.read_picture
+    paths, read_picture = [], indexing.read_picture_for_indexing
 
     def read_and_record(file, **options):
         paths.append(file.path)
         return read_picture(file, **options)
 
-    monkeypatch.setattr(indexing, "read_picture", read_and_record)
+    monkeypatch.setattr(indexing, "read_picture_for_indexing", read_and_record)
     return paths
 
 
@@ -705,7 +705,7 @@ def swap_before(patch, owner: object, name: str, folder: Path, private: Path) ->
     ("owner", "step"),
     [
         *((PictureIndex, "add"), (known_folders, "load_ignore_rules"), (folder_scan, "_FolderScan")),
-        *((indexing, step) for step in ("make_plan", "record_requested_folders", "read_picture")),
+        *((indexing, step) for step in ("make_plan", "record_requested_folders", "read_picture_for_indexing")),
     ],
 )
 def test_a_known_folder_that_becomes_a_link_during_the_run_is_not_read(
@@ -759,9 +759,9 @@ def test_rows_of_a_folder_that_can_not_be_read_stay(index, folder, monkeypatch):
     """For example, on a disk that is not mounted: its files are not taken for deleted."""
     index.add(folder)
     row_count = len(index)
-    files, skipped_files = indexing.find_pictures([folder])
+    files, skipped_files = indexing.find_pictures_and_unreadable_files([folder])
     closed = str(folder / "d0")
     readable = [file for file in files if not file.path.startswith(closed)]
     skipped_files.append(SkippedFile(closed, "no permission", "it may not be read"))
-    monkeypatch.setattr(indexing, "find_pictures", lambda *_: (readable, skipped_files))
+    monkeypatch.setattr(indexing, "find_pictures_and_unreadable_files", lambda *_: (readable, skipped_files))
     assert len(readable) < len(files) and index.add(folder).removed == 0 and len(index) == row_count

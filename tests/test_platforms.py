@@ -15,7 +15,13 @@ import yaml
 
 from capivara_common import files, image_files
 from capivara_common.cli import configure_console
-from capivara_common.files import acquire_folder_lock, atomic_folder, find_windows_fault, remove_leftovers, write_json
+from capivara_common.files import (
+    acquire_folder_lock,
+    atomic_folder,
+    find_windows_fault,
+    remove_or_restore_leftovers,
+    write_json,
+)
 from capivara_common.image_files import BadImage, open_regular_file
 from capivara_search import folder_scan, watch
 from capivara_search.index_progress import PROGRESS_FILE, read_progress
@@ -85,14 +91,14 @@ def test_folders_in_use_stay_where_only_names_are_locked(without_folder_descript
     out, rename = tmp_path / "out", Path.rename
     out.mkdir()  # Windows does not rename a folder to the name of an empty one
     with atomic_folder(out) as new:
-        remove_leftovers(out)
+        remove_or_restore_leftovers(out)
         write_json(new / "a", "old")
 
     def rename_and_clean(self, target):
         if target.is_dir():
             raise FileExistsError(target)
         rename(self, target)
-        remove_leftovers(out)
+        remove_or_restore_leftovers(out)
 
     monkeypatch.setattr(Path, "rename", rename_and_clean)
     with atomic_folder(out, overwrite=True) as new:
@@ -196,9 +202,9 @@ def test_paths_are_judged_on_windows_only(monkeypatch, tmp_path):
 def test_a_folder_has_one_path_where_case_does_not_matter(monkeypatch, tmp_path):
     (tmp_path / "Fotos").mkdir()
     (tmp_path / "fotos").symlink_to(tmp_path / "Fotos")  # stands for a file system that ignores case
-    assert folder_scan.to_path_on_disk(tmp_path / "fotos") == tmp_path / "fotos"
+    assert folder_scan.to_absolute_path_with_disk_case(tmp_path / "fotos") == tmp_path / "fotos"
     monkeypatch.setattr(os.path, "normcase", lambda path: str(path).lower())
-    assert folder_scan.to_path_on_disk(tmp_path / "fotos") == tmp_path / "Fotos"
+    assert folder_scan.to_absolute_path_with_disk_case(tmp_path / "fotos") == tmp_path / "Fotos"
 
 
 def test_junctions_count_as_links():
@@ -236,12 +242,12 @@ def test_output_to_files_is_utf8_on_windows_and_never_an_error(platform, expecte
 
 def test_messages_of_the_decoder_are_whole_and_bounded():
     pipe = io.BytesIO()
-    decoder._send(pipe, b"header", b"")
+    decoder._send_messages(pipe, b"header", b"")
     data = pipe.getvalue()
-    assert [decoder._receive(read := io.BytesIO(data)), decoder._receive(read)] == [b"header", b""]
+    assert [decoder._receive_message(read := io.BytesIO(data)), decoder._receive_message(read)] == [b"header", b""]
     for broken in (b"", data[:5], data[:10], b"\xff" * 8 + b"x", struct.pack(">Q", decoder.MAX_IMAGE_BYTES + 1)):
         with pytest.raises(EOFError):
-            decoder._receive(io.BytesIO(broken))
+            decoder._receive_message(io.BytesIO(broken))
 
 
 @pytest.mark.slow

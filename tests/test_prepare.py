@@ -57,7 +57,7 @@ def test_a_step_trains_with_the_loss_of_the_configuration(loss, tiny_processor, 
         text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"], **prepare.LOSS_CONFIGS[loss]
     )
     model = randomize(CapivaraModel(config))
-    optimizer, _ = prepare._build_optimizer_and_scheduler(model)
+    optimizer, _ = prepare.build_optimizer_and_scheduler(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pixels = torch.rand(4, 48, generator=torch.Generator().manual_seed(0))
     captions = [["um gato"], ["são"], ["água"], ["pão"]]
@@ -76,7 +76,7 @@ def test_existing_datasets_and_models_are_not_changed(tmp_path, monkeypatch, fil
     monkeypatch.setattr(prepare, "build_dataset", lambda: pytest.fail("the dataset was built again"))
     monkeypatch.setattr(prepare, "train_and_save_base_model", lambda *_: pytest.fail("the base model was built again"))
     for dataset in (tmp_path / "data", tmp_path / "data" / file):
-        prepare.prepare_dataset_and_base(dataset, tmp_path / "base")
+        prepare.build_dataset_and_train_base_model(dataset, tmp_path / "base")
     assert [(path.name, path.read_text()) for path in (tmp_path / "data").iterdir()] == [(file, "kept")]
     assert (tmp_path / "base" / "config.json").read_text() == "kept"
 
@@ -106,11 +106,11 @@ def test_time_and_space_are_announced_before_the_work(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(prepare, "build_dataset", stop)
     with caplog.at_level("INFO", "capivara"), pytest.raises(KeyboardInterrupt):
-        prepare.prepare_dataset_and_base(tmp_path / "data", tmp_path / "base")
+        prepare.build_dataset_and_train_base_model(tmp_path / "data", tmp_path / "base")
     assert prepare.DATASET_COST_NOTE in caplog.text
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "file").touch()
     monkeypatch.setattr(prepare, "load_self_contained_dataset", stop)
     with caplog.at_level("INFO", "capivara"), pytest.raises(KeyboardInterrupt):
-        prepare.prepare_dataset_and_base(tmp_path / "data", tmp_path / "base")
+        prepare.build_dataset_and_train_base_model(tmp_path / "data", tmp_path / "base")
     assert prepare.BASE_COST_NOTE in caplog.text and not (tmp_path / "base").exists()

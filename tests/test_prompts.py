@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from eval.prompts import PROMPTS_FOLDER, fill_template, list_benchmarks, load_prompts, parse_assignments
+from eval.prompts import PROMPTS_FOLDER, fill_template, list_benchmarks, load_prompts, parse_python_assignments
 
 # First 16 digits of the SHA-256 of the English names, one per line in the order of the labels. They were computed from
 # the lists that ELEVATER (twenty datasets) and open_clip (ImageNet-1k) publish, not from the files in pt/.
@@ -152,7 +152,7 @@ def test_the_authors_file_is_parsed(tmp_path):
 )
 def test_code_in_the_authors_file_is_refused(text):
     with pytest.raises(ValueError, match="plain assignments"):
-        parse_assignments(text)
+        parse_python_assignments(text)
 
 
 def test_babel_names_some_classes_of_imagenet():

@@ -41,15 +41,15 @@ def colors(png):
 
 @pytest.mark.parametrize("emoji", ["1F41D", "0023-FE0F-20E3", "2764-FE0F", "1F468-200D-2695-FE0F"])
 def test_twemoji_is_found_by_code_points_and_drawn_on_white(emoji):
-    assert {(255, 255, 255)} < colors(proxies.render_twemoji(emoji))
+    assert {(255, 255, 255)} < colors(proxies.render_twemoji_png(emoji))
 
 
 def test_noto_is_black_on_white_and_has_only_single_code_points():
-    grays = colors(proxies.render_noto("2764-FE0F"))
+    grays = colors(proxies.render_noto_png("2764-FE0F"))
     assert {(0, 0, 0), (255, 255, 255)} < grays and all(len(set(color)) == 1 for color in grays)
-    assert proxies.render_noto("1F468-200D-2695-FE0F") is None and proxies.render_noto("E000") is None
-    assert proxies.render_noto("1F41D") != proxies.render_noto("1F680")
-    assert proxies.render_twemoji("E000") is None
+    assert proxies.render_noto_png("1F468-200D-2695-FE0F") is None and proxies.render_noto_png("E000") is None
+    assert proxies.render_noto_png("1F41D") != proxies.render_noto_png("1F680")
+    assert proxies.render_twemoji_png("E000") is None
 
 
 @pytest.mark.slow

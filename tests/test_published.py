@@ -114,7 +114,7 @@ def test_a_model_that_differs_from_open_clip_is_an_error(monkeypatch, tmp_path, 
     (tmp_path / "model" / "conversion.json").write_text('{"revision": "a"}')
     summary = {"models": [], "protocol": "ours", "measurements": [], "rows": []}
     for name, value in {
-        "estimate_downloads": {}, "estimate_seconds": {"seconds": 1, "unknown": []}, "run_suite": summary,
+        "estimate_download_sizes": {}, "estimate_embedding_time": {"seconds": 1, "unknown": []}, "run_suite": summary,
         "resolve_model_folder": tmp_path / "model", "compare_with_open_clip": difference, "render_suite_table": "table",
     }.items():  # fmt: skip
         monkeypatch.setattr(command, name, lambda *_, value=value: value)

@@ -3,7 +3,7 @@
 import pytest
 from langcodes import standardize_tag
 
-from captions.languages import find_language_code
+from captions.languages import find_translator_language_code
 from captions.quality import QUALITY_FLAGS, find_translation_flags
 
 GOOD = [
@@ -80,17 +80,17 @@ def test_a_long_caption_takes_no_time(benchmark_s=2.0):
     ],
 )
 def test_the_code_of_a_language(language, codes, expected):
-    assert find_language_code(language, codes) == expected
+    assert find_translator_language_code(language, codes) == expected
 
 
 def test_unknown_languages_and_those_of_a_real_model():
     from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 
     with pytest.raises(ValueError, match=r"'pr'.*\b3\b.*\bpt\b"):
-        find_language_code("pr", ["pt", "es", "hi"])
+        find_translator_language_code("pr", ["pt", "es", "hi"])
     with pytest.raises(ValueError, match=r"'zh-Hant'.*zho_Hans"):
-        find_language_code("zh-Hant", ["zho_Hans"])
+        find_translator_language_code("zh-Hant", ["zho_Hans"])
     with pytest.raises(ValueError, match=r"'portuguese'.*por_Latn"):
-        find_language_code("portuguese", FAIRSEQ_LANGUAGE_CODES)
+        find_translator_language_code("portuguese", FAIRSEQ_LANGUAGE_CODES)
     for code in ("por_Latn", "hin_Deva", "xho_Latn", "spa_Latn", "arb_Arab", "swh_Latn", "npi_Deva", "als_Latn"):
-        assert find_language_code(standardize_tag(code, macro=True), FAIRSEQ_LANGUAGE_CODES) == code
+        assert find_translator_language_code(standardize_tag(code, macro=True), FAIRSEQ_LANGUAGE_CODES) == code

@@ -11,7 +11,7 @@ from benchmarks import quantize
 def test_compare_returns_mean_and_lowest_cosine():
     reference = torch.eye(2)
     embeds = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
-    assert quantize.compare(reference, embeds) == {
+    assert quantize.compare_embeddings(reference, embeds) == {
         "mean_cosine": pytest.approx(0.8),
         "min_cosine": pytest.approx(0.6),
     }
@@ -24,6 +24,6 @@ def test_every_kind_is_measured(tiny_folder, tiny_dataset_folder, tmp_path, caps
     dataset = str(tiny_dataset_folder)
     quantize.main(["--model", str(tiny_folder), "--dataset", dataset, "--rows", "8", "--output", str(output)])
     results = json.loads(output.read_text(encoding="utf-8"))
-    assert results["rows"] == 8 and set(results["measured"]) == set(quantize.quantizers())
+    assert results["rows"] == 8 and set(results["measured"]) == set(quantize.build_quantizers())
     assert results["measured"]["float32"]["texts"]["min_cosine"] == pytest.approx(1)
     assert 0.5 < results["measured"]["torchao int8, weights"]["texts"]["mean_cosine"] < 1

@@ -37,7 +37,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", readme.find_pages())
+@pytest.mark.parametrize("page", readme.find_pages_with_blocks())
 def test_figures_equal_the_committed_json(page):
     assert readme.fill_blocks(page, TEXTS[page]) == TEXTS[page], "run `python -m benchmarks.readme`"
 
@@ -56,12 +56,16 @@ def test_the_memory_of_a_step_is_measured_extrapolated_or_missing(monkeypatch, t
     extrapolated = {"pairs": 512, "peak_memory_bytes": 2**31, "extrapolated": {"peak_memory_bytes": 3 * 2**30}}
     write_json(tmp_path / "measured.json", {"recipe": measured})
     write_json(tmp_path / "extrapolated.json", {"recipe": extrapolated})
-    assert [readme.format_step_memory(name) for name in ("measured", "extrapolated", "none")] == ["2.0", "2.0–3.0", "–"]
+    assert [readme.read_step_memory_text(name) for name in ("measured", "extrapolated", "none")] == [
+        "2.0",
+        "2.0–3.0",
+        "–",
+    ]
 
 
 @pytest.mark.slow
 def test_a_changed_figure_is_detected_and_a_new_commit_is_shown(monkeypatch, tmp_path):
-    for name in readme.find_pages():
+    for name in readme.find_pages_with_blocks():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         changed = re.sub(r"(captions per second, float32 \|) \d", r"\1 x", TEXTS[name])
         (tmp_path / name).write_text(changed, encoding="utf-8")
@@ -69,7 +73,7 @@ def test_a_changed_figure_is_detected_and_a_new_commit_is_shown(monkeypatch, tmp
     with pytest.raises(SystemExit, match=r"docs/reference/benchmarks\.md"):
         readme.main(["--check"])
     readme.main([])
-    assert all((tmp_path / name).read_text(encoding="utf-8") == TEXTS[name] for name in readme.find_pages())
+    assert all((tmp_path / name).read_text(encoding="utf-8") == TEXTS[name] for name in readme.find_pages_with_blocks())
     readme.main(["--check"])
     results = readme.load_results("recipe") | {"commit": "0123abc", "date": "2026-11-28"}
     monkeypatch.setattr(readme, "load_results", lambda name: results)

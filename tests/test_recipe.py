@@ -22,7 +22,7 @@ from caption_data.augmentation import AUGMENTATION, augment_image
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import RunArguments
-from training.trainable import prepare_trainable
+from training.trainable import freeze_parameters_and_add_adapters
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, WARMUP, HIGH, LOW, BATCH = 50, 5, 5e-4, 1e-4, 10
@@ -70,7 +70,7 @@ def test_configs_of_other_bases_train_only_the_text_tower(name):
     assert args.min_pair_similarity is None, "cosines of different bases have different scales"
     assert args.effective_batch_size == (1000 if args.lora_rank else 2816)
     model = model_class(config_class(**NARROW_CONFIG))
-    prepared = prepare_trainable(model, args)
+    prepared = freeze_parameters_and_add_adapters(model, args)
     trained = [name for name, parameter in prepared.named_parameters() if parameter.requires_grad]
     if args.lora_rank:
         adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in trained if ".lora_" in name}
@@ -94,7 +94,9 @@ def test_the_config_of_open_clips_large_model_can_be_converted(monkeypatch):
 
     sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     text = XLMRobertaConfig(**sizes, vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1)
-    monkeypatch.setattr(convert_open_clip, "load_config", lambda name, **_: {"xlm-roberta-large": text}[name])
+    monkeypatch.setattr(
+        convert_open_clip, "load_transformers_config", lambda name, **_: {"xlm-roberta-large": text}[name]
+    )
     config = convert_open_clip.to_capivara_config(open_clip.get_model_config("xlm-roberta-large-ViT-H-14"))
     with torch.device("meta"):
         ours = CapivaraModel(config)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from capivara_common.files import read_json, write_json
 from eval.records.result_files import GAIN_METRIC, Record, write_records
-from eval.records.tables import average_over_seeds, build_records_frame, get_folder_and_seed, pair_with_baselines
+from eval.records.tables import average_over_seeds, build_records_frame, get_model_folder_and_seed, pair_with_baselines
 from eval.report import PAGE_TEMPLATE, main, read_results_folder, write_report
 
 FIELDS = {"task": "classification", "dataset": "d", "split": "test", "language": "pt", "protocol": "ours"}
@@ -174,7 +174,7 @@ def test_figures_of_different_conditions_are_not_paired(tmp_path, differs):
     ],
 )
 def test_the_folder_and_seed_of_a_model_are_recognized(folder, seed, file, expected):
-    assert get_folder_and_seed(Record(**MODEL | {"model_folder": folder, "seed": seed}), file) == expected
+    assert get_model_folder_and_seed(Record(**MODEL | {"model_folder": folder, "seed": seed}), file) == expected
 
 
 def test_models_are_kept_apart_and_contradictions_reported(tmp_path):

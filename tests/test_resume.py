@@ -232,7 +232,7 @@ def test_two_processes_resume_after_ctrl_c_and_equal_one_process(run, uninterrup
 @pytest.mark.slow
 def test_a_finished_training_is_not_lost(run, uninterrupted, tmp_path, monkeypatch):
     """Neither by Ctrl-C during the evaluation, nor by another program that writes into the output folder."""
-    out, evaluate = tmp_path / "out", train_accelerate.evaluate_models
+    out, evaluate = tmp_path / "out", train_accelerate.evaluate_base_and_trained_model
 
     def evaluate_and_fill_output(*args) -> None:
         evaluate(*args)
@@ -240,11 +240,11 @@ def test_a_finished_training_is_not_lost(run, uninterrupted, tmp_path, monkeypat
         (out / "theirs.txt").touch()
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_accelerate, "evaluate_models", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(train_accelerate, "evaluate_base_and_trained_model", Mock(side_effect=KeyboardInterrupt))
         assert error_of(run(out, save_steps=100)) == "130" and not checkpoint_names(out)
     monkeypatch.setattr(TrainingLoop, "train", None)  # nothing is trained again
     with monkeypatch.context() as patch:
-        patch.setattr(train_accelerate, "evaluate_models", evaluate_and_fill_output)
+        patch.setattr(train_accelerate, "evaluate_base_and_trained_model", evaluate_and_fill_output)
         assert str(out) in error_of(run(out, resume="auto"))
     (out / "theirs.txt").unlink()
     train_accelerate.main(run(out, resume="auto"))
@@ -312,12 +312,12 @@ def test_tensorboard_gets_the_curves(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_nan_loss_stops_the_run_and_names_the_step(run, tmp_path, monkeypatch):
-    original, calls = whole_batch.contrastive_loss, itertools.count(1)
+    original, calls = whole_batch.compute_contrastive_loss_share, itertools.count(1)
 
     def nan_at_step_4(*args):  # counts training steps only, not evaluations of the validation split
         return original(*args) * (float("nan") if torch.is_grad_enabled() and next(calls) == 4 else 1)
 
-    monkeypatch.setattr(whole_batch, "contrastive_loss", nan_at_step_4)
+    monkeypatch.setattr(whole_batch, "compute_contrastive_loss_share", nan_at_step_4)
     assert "Step 4: The loss is nan." in error_of(run(tmp_path / "out"))
     assert checkpoint_names(tmp_path / "out") == ["step-00000002"]
 

@@ -14,7 +14,13 @@ import modeling_capivara.two_towers
 from caption_data.pairs import compute_pair_content_digest, load_or_build_pair_table
 from caption_data.sources import open_split
 from eval.records.result_files import Record, read_records
-from eval.retrieval import RetrievalArguments, _select_captions_by_position, evaluate, load_retrieval_data, main
+from eval.retrieval import (
+    RetrievalArguments,
+    evaluate_retrieval_and_write_result,
+    load_retrieval_data,
+    main,
+    select_captions_by_position,
+)
 from modeling_capivara import CapivaraModel
 
 IMAGES = 14
@@ -66,7 +72,9 @@ def make_flags(model, dataset, output, *other_flags) -> list[str]:
 def measure(model: Path, dataset: Path, output: Path, **options) -> list[Record]:
     """Measure without drawing the sheet of queries, which takes most of the time, and read the records."""
     values = {"caption_column": "legendas", **options}
-    evaluate(RetrievalArguments(str(model), str(dataset), output, **values), draw_sheet=False)
+    evaluate_retrieval_and_write_result(
+        RetrievalArguments(str(model), str(dataset), output, **values), draw_sheet=False
+    )
     return read_records(output)
 
 
@@ -155,7 +163,7 @@ def test_an_interrupted_run_continues(saved_tiny_folder, dataset, measured, tmp_
 def test_captions_are_selected_by_position():
     captions = ["a", "b", "c"]
     positions = ("all", "first", "even", "odd")
-    assert {name: _select_captions_by_position(captions, "captions-pt", name, 0) for name in positions} == {
+    assert {name: select_captions_by_position(captions, "captions-pt", name, 0) for name in positions} == {
         "all": captions,
         "first": ["a"],
         "even": ["a", "c"],

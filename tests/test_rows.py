@@ -25,7 +25,7 @@ from caption_data.pairs import (
 )
 from caption_data.rows import SkippedRow, normalize_captions, write_skipped_rows
 from caption_data.sources import open_split
-from eval.retrieval import _select_captions_by_position
+from eval.retrieval import select_captions_by_position
 
 
 def plain(row: dict) -> list[str]:
@@ -208,7 +208,7 @@ def test_stages_training_and_evaluation_read_captions_alike(tmp_path):
     for value, expected in (("one", ["one"]), (["a", "b"], ["a", "b"]), (["\ud800"], ["?"])):
         assert (
             normalize_captions(value, "captions-pt")
-            == _select_captions_by_position(value, "captions-pt", "all", 0)
+            == select_captions_by_position(value, "captions-pt", "all", 0)
             == expected
         )
         members = [("a.jpg", PICTURES[0]), ("a.json", json.dumps({"captions-pt": value}).encode())]
@@ -218,7 +218,7 @@ def test_stages_training_and_evaluation_read_captions_alike(tmp_path):
         with pytest.raises(BadRow, match="captions-pt"):
             normalize_captions(value, "captions-pt")
         with pytest.raises(ValueError, match=r"\b3\b"):
-            _select_captions_by_position(value, "captions-pt", "all", 3)
+            select_captions_by_position(value, "captions-pt", "all", 3)
 
 
 def test_one_of_several_processes_makes_the_table(tmp_path, monkeypatch):
@@ -226,7 +226,7 @@ def test_one_of_several_processes_makes_the_table(tmp_path, monkeypatch):
     for rank in range(3):  # one after the other, as in `local_main_process_first`
         state = SimpleNamespace(is_local_main_process=rank == 0)
         state.local_main_process_first = lambda: contextlib.nullcontext(waited.append(1))
-        monkeypatch.setattr(pairs, "get_distributed_state", lambda state=state: state)
+        monkeypatch.setattr(pairs, "get_or_init_distributed_state", lambda state=state: state)
 
         def choose(row, rank=rank):
             ranks.append(rank)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from made_index import expect_error
 
-from capivara_search.folder_scan import find_pictures
+from capivara_search.folder_scan import find_pictures_and_unreadable_files
 from capivara_search.ignore_rules import IgnoreRules
 
 PATTERNS = ("*.gif", "/so aqui/", "rascunhos/", "**/cache/*.png", "a/b*", "!a/bom.jpg", "a/**/z.jpg", r"\#x.jpg")
@@ -24,7 +24,7 @@ def write_files(folder: Path, *names: str) -> None:
 def scan(folder: Path, *roots: Path, rules: IgnoreRules | None = None) -> tuple[set[str], dict[str, dict[str, int]]]:
     """Return the pictures in a folder, or in roots below it, relative to the folder, and the ignored counts by root."""
     counts = {}
-    files, _ = find_pictures(roots or [folder], rules, counts)
+    files, _ = find_pictures_and_unreadable_files(roots or [folder], rules, counts)
     return {str(Path(file.path).relative_to(folder)) for file in files}, counts
 
 
@@ -78,7 +78,7 @@ def test_links_lead_neither_to_forgotten_paths_nor_out_of_the_folder(tmp_path):
     assert scan(home, rules=rules)[0] == {"a.jpg", "e.jpg"}, "forgetting a link also ignored its target"
     for root in (home / "privado", fotos / "privado", fotos / "privado" / "c"):
         with expect_error("folder_forgotten", forgotten=home / "privado"):  # the path in the index, not the real path
-            find_pictures([root, home], rules)
+            find_pictures_and_unreadable_files([root, home], rules)
 
 
 def test_forgotten_and_excluded_folders_are_counted_in_pictures(tmp_path):

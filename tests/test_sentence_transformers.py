@@ -15,13 +15,13 @@ from test_readme import code_with
 from towers import as_published, gemma_like, siglip2
 
 from capivara_search.miniature import get_or_build_miniature_folder
-from eval.retrieval import RetrievalArguments, evaluate
+from eval.retrieval import RetrievalArguments, evaluate_retrieval_and_write_result
 from examples.openmoji.concepts import load_emoji_by_concept, split_concepts
-from examples.openmoji.dataset import render_openmoji
-from examples.tune_sentence_transformers import build_clip_loss, build_recall_evaluator, load_pairs, main
+from examples.openmoji.dataset import render_openmoji_png
+from examples.tune_sentence_transformers import build_clip_loss, build_recall_evaluator, load_caption_image_pairs, main
 from hub_upload.export import export_model
 from hub_upload.formats import open_clip
-from hub_upload.formats.open_clip import write_sentence_transformers
+from hub_upload.formats.open_clip import write_sentence_transformers_config
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_texts, random_images
@@ -80,7 +80,7 @@ def test_encode_accepts_texts_images_and_dictionaries(folder, encoder, pictures)
 @pytest.mark.parametrize("mini_batch_size", one_in(3, [5, 2, 64]))
 def test_its_loss_equals_clip_loss(encoder, tiny_dataset_folder, mini_batch_size):
     """Compare the loss and all gradients of a batch that is encoded in mini-batches."""
-    rows = load_pairs(tiny_dataset_folder, "train", "pt")
+    rows = load_caption_image_pairs(tiny_dataset_folder, "train", "pt")
     model = encoder[0].auto_model
     columns = [encoder.preprocess(list(rows[column])) for column in ("text", "image")]
     embeds = [encoder(dict(features))["sentence_embedding"] for features in columns]
@@ -106,7 +106,7 @@ def test_captions_that_look_like_urls_or_files_are_texts(encoder, tmp_path, pict
         train=Dataset.from_dict(rows, Features({"image": Images(), "captions-pt": Value("string")}))
     ).save_to_disk(tmp_path / "data")
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a request left the machine"))
-    rows = load_pairs(tmp_path / "data", "train", "pt")
+    rows = load_caption_image_pairs(tmp_path / "data", "train", "pt")
     texts = encoder.encode(list(rows["text"]))
     np.testing.assert_allclose(texts, encoder.encode([{"text": text} for text in captions]))
     assert abs(texts[1] - encoder.encode(pictures[:1])[0]).max() > 1e-3
@@ -213,7 +213,7 @@ def write_xm3600(folder: Path, pictures: int) -> Path:
         "image_id": [str(number) for number in range(len(names))],
         **dict.fromkeys(("captions", "captions_tokenized", "captions_tokenized_lowercase"), captions),
         "image_locale": ["pt"] * len(names),
-        "image": [{"bytes": render_openmoji(emoji_by_name[name]), "path": None} for name in names],
+        "image": [{"bytes": render_openmoji_png(emoji_by_name[name]), "path": None} for name in names],
     }
     folder.mkdir()
     Dataset.from_dict(columns).cast_column("image", Images()).to_parquet(folder / "pt.parquet")
@@ -236,7 +236,7 @@ def test_mteb_and_our_evaluation_agree(kind, tmp_path, monkeypatch):
         for path in get_or_build_miniature_folder().iterdir():  # a trained model
             (tmp_path / "repository").mkdir(exist_ok=True)
             (tmp_path / "repository" / path.name).symlink_to(path)
-        write_sentence_transformers(tmp_path / "repository", load_processor(tmp_path / "repository"))
+        write_sentence_transformers_config(tmp_path / "repository", load_processor(tmp_path / "repository"))
     directions = {"text_to_image": "XM3600T2IRetrieval", "image_to_text": "XM3600I2TRetrieval"}
     for task in directions.values():
         monkeypatch.setitem(mteb.get_task(task).metadata.dataset, "path", str(data))
@@ -244,7 +244,9 @@ def test_mteb_and_our_evaluation_agree(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code_with("docs/how-to/evaluation.md", "mteb.evaluate"), "evaluation.md", "exec"), {})
     options = {"split": "pt", "caption_column": "captions", "device": "cpu"}
-    records = evaluate(RetrievalArguments("repository", str(data), tmp_path / "ours.json", **options))
+    records = evaluate_retrieval_and_write_result(
+        RetrievalArguments("repository", str(data), tmp_path / "ours.json", **options)
+    )
     ours = {(record.direction, record.metric): record.value for record in records}
     min_recall = {"capivara": 0.1, "siglip": 0.01}[kind]
     assert min_recall < ours["text_to_image", "recall@10"] < 0.9, "a recall near 0 or 1 would prove little"

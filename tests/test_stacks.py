@@ -14,11 +14,11 @@ from capivara_search import index as index_module
 from capivara_search.duplicates import (
     FLOAT16_TOLERANCE,
     SIGNATURE_BYTES,
+    assign_leaders,
     cluster_near_duplicates,
     color_signature,
     combine_vectors_and_colors,
     is_duplicate,
-    leaders,
 )
 from capivara_search.index import PictureIndex, l2_normalize
 from capivara_search.results import DUPLICATE_MIN_SIMILARITY
@@ -99,7 +99,7 @@ def test_groups_equal_those_of_comparing_one_picture_after_the_other(monkeypatch
     vectors = l2_normalize(vectors).astype(np.float16)
     expected_leaders = naive_leaders(vectors, 0.97)
     vectors = combine_vectors_and_colors(vectors, [None] * len(vectors))
-    assert leaders(vectors, 0.97).tolist() == expected_leaders
+    assert assign_leaders(vectors, 0.97).tolist() == expected_leaders
     leading = [row for row, leader in enumerate(expected_leaders) if row == leader]
     groups = [group.tolist() for group in cluster_near_duplicates(vectors, 0.97)]
     assert groups == [[row for row, leader in enumerate(expected_leaders) if leader == first] for first in leading]

@@ -24,12 +24,12 @@ from test_sources import FORMS
 from capivara_common.image_files import BadRow
 from caption_data.parquet_split import SAMPLE_BYTES, SAMPLE_COUNT, compute_split_content_digest, open_in_place
 from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
-from caption_data.sources import find_missing_rows, open_split
+from caption_data.sources import count_missing_rows_and_get_command, open_split
 from captions.score import ScoreArguments
 from captions.stages import (
     RowStage,
     StageArguments,
-    check_and_summarize_stage,
+    check_stage_and_count_rows,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +85,7 @@ def test_a_killed_stage_resumes_to_the_same_bytes(numbered, undisturbed, tmp_pat
     assert len(kills) == len(rounds) and min(kills) >= 3, "too few processes were killed"
     for place in range(len(rounds)):
         folder = tmp_path / f"out-{place}"
-        report = check_and_summarize_stage(folder)
+        report = check_stage_and_count_rows(folder)
         assert (report.rows, report.skipped) == (NUMBER - 4, {"ends in five": 4})
         run(numbered, folder)  # a run with nothing to do deletes temporary files
         assert parts(folder) == parts(undisturbed)
@@ -100,7 +100,7 @@ def test_any_number_of_tasks_writes_the_same_parts(numbered, undisturbed, tmp_pa
         "train-000000035-000000040.parquet", "train-000000035-000000040.skipped.jsonl",
     ]  # fmt: skip
     assert (first.rows, first.skipped) == (11, {"ends in five": 1})
-    assert find_missing_rows(tmp_path / "out")[0] == 28
+    assert count_missing_rows_and_get_command(tmp_path / "out")[0] == 28
 
     def done(number: int, **other) -> list[int]:
         args = replace(arguments(numbered, tmp_path / "out"), **other)
@@ -230,7 +230,7 @@ def test_other_settings_are_refused_and_named(numbered, tmp_path):
         again(dataset=str(tmp_path / "shorter"))
     assert parts(tmp_path / "out") == before, "nothing changed"
     again(batch_rows=5)
-    check_and_summarize_stage(tmp_path / "out")
+    check_stage_and_count_rows(tmp_path / "out")
 
 
 def test_a_moved_dataset_is_the_same_source(tmp_path):
@@ -305,13 +305,13 @@ def test_an_unfinished_stage_cannot_be_read(numbered, tmp_path):
         r"\b26 rows .*python -m captions.stages "
         rf"--dataset {numbered} --output {tmp_path}/out --batch_rows 3 --rows_per_part 7"
     )
-    for read in (check_and_summarize_stage, lambda out: open_split(str(out), "train", "image")):
+    for read in (check_stage_and_count_rows, lambda out: open_split(str(out), "train", "image")):
         with pytest.raises(ValueError, match=command):
             read(tmp_path / "out")
     with pytest.raises(ValueError, match=command):
         run(str(tmp_path / "out"), tmp_path / "next")
     with pytest.raises(ValueError, match=r"stage\.json"):
-        check_and_summarize_stage(tmp_path)
+        check_stage_and_count_rows(tmp_path)
 
 
 def test_damaged_parts_are_named(numbered, undisturbed, tmp_path):
@@ -320,11 +320,11 @@ def test_damaged_parts_are_named(numbered, undisturbed, tmp_path):
     whole = path.read_bytes()
     path.write_bytes((undisturbed / "train-000000007-000000014.parquet").read_bytes())
     with pytest.raises(ValueError, match=r"\b7 rows.*\b1 .*\b7\..*python -m "):
-        check_and_summarize_stage(tmp_path / "out")
+        check_stage_and_count_rows(tmp_path / "out")
     path.write_bytes(whole)
     listed.unlink()
     with pytest.raises(ValueError, match=r"\b6 rows.*\b0 .*\b7\."):
-        check_and_summarize_stage(tmp_path / "out")
+        check_stage_and_count_rows(tmp_path / "out")
 
 
 def test_a_list_of_skipped_rows_of_a_killed_run_is_deleted(numbered, undisturbed, tmp_path):

@@ -20,7 +20,7 @@ from capivara_search.index import PictureIndex
 from capivara_search.miniature import get_or_build_miniature_folder
 from capivara_search.page import server
 from examples.openmoji.concepts import load_emoji_by_concept
-from examples.openmoji.dataset import render_openmoji
+from examples.openmoji.dataset import render_openmoji_png
 from examples.real_images import CLASS_PHOTOGRAPHS, load_photo
 from hub_upload.space import static_page
 from hub_upload.space.__main__ import main
@@ -119,7 +119,7 @@ def fotos(tmp_path_factory) -> Path:
         image.save(folder / f"{name}.jpg", quality=92, exif=exif)
     emoji = [*DRAWINGS, *(pictures[0].emoji for pictures in load_emoji_by_concept().values())]
     for code in list(dict.fromkeys(emoji))[: NUMBER - len(CLASS_PHOTOGRAPHS) - 1]:
-        (folder / f"{code}.png").write_bytes(render_openmoji(code))
+        (folder / f"{code}.png").write_bytes(render_openmoji_png(code))
     transparent = Image.new("RGBA", (300, 200))
     transparent.paste((200, 30, 40, 255), (60, 40, 240, 160))
     transparent.save(folder / ATTACK)

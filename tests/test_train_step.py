@@ -145,7 +145,7 @@ def test_open_clips_trainer_trains_siglip(monkeypatch):
     config = SiglipConfig(text_config=SIGLIP.text_config, vision_config=VISION | {"image_size": 160})
     before = weights_of(model)
     args = worker(PEER_PROGRAM, model="siglip2", pairs=4, peer_micro=2, precision="bf16")
-    theirs = bench.parse_open_clip_arguments(args)
+    theirs = bench.build_open_clip_arguments(args)
     assert theirs.siglip and theirs.accum_freq == 2 and theirs.lock_image and theirs.grad_checkpointing
     monkeypatch.setattr(bench, "build_published_config", lambda model: config)
     results = bench.measure_open_clip(args)
@@ -156,7 +156,7 @@ def test_open_clips_trainer_trains_siglip(monkeypatch):
 
 
 def test_open_clips_arguments_and_optimizer_equal_its_command():
-    theirs = bench.parse_open_clip_arguments(TrainStepArguments(pairs=12, peer_micro=4, precision="bf16"))
+    theirs = bench.build_open_clip_arguments(TrainStepArguments(pairs=12, peer_micro=4, precision="bf16"))
     assert (theirs.batch_size, theirs.accum_freq, theirs.precision) == (4, 3, "amp_bfloat16")
     assert theirs.lock_image and theirs.grad_checkpointing and theirs.world_size == 1
     assert (theirs.beta1, theirs.beta2, theirs.eps, theirs.wd) == (0.9, 0.98, 1e-6, 0.2), (

@@ -15,7 +15,7 @@ from seq2seq_models import m2m100_folder, marian_folder
 from capivara_common.files import read_json
 from caption_data.rows import CAPTIONS_FEATURE
 from caption_data.sources import open_split
-from captions.stages import check_and_summarize_stage
+from captions.stages import check_stage_and_count_rows
 from captions.translate import main
 from captions.translation_memory import TranslationMemory
 from captions.translation_tables import unescape_cell
@@ -183,7 +183,7 @@ def test_a_model_translates_a_dataset(dataset, tmp_path, kind, capsys):
             assert len(row[f"{column}-xh"]) == len(row[f"{column}-en"])
     pairs = {pair for row in translated_rows for pair in zip(row["captions-en"], row["captions-xh"], strict=True)}
     assert len(pairs) == 8, "each sentence has one translation"
-    assert check_and_summarize_stage(tmp_path / "xh").rows == ROWS
+    assert check_stage_and_count_rows(tmp_path / "xh").rows == ROWS
     assert "translations look wrong" in capsys.readouterr().out
 
 
@@ -311,7 +311,7 @@ def test_captions_of_other_names_and_types_are_translated(service, tmp_path):
     expected = [[text and translated(text, "pt") for text in texts] for texts in expected]
     assert [row["captions-pt"] for row in written(tmp_path / "pt")] == expected
     assert sorted(service.sentences()) == ["a", "a cat", "a dog", "half ?"]
-    assert not check_and_summarize_stage(tmp_path / "pt").skipped, "other types count as missing"
+    assert not check_stage_and_count_rows(tmp_path / "pt").skipped, "other types count as missing"
     with pytest.raises(ValueError, match=r"captions-en.*generated-captions-en.*--rename OLD=capt"):
         main(google_flags(service, str(folder), tmp_path / "other"))
 

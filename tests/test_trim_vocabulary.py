@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_search.text_tower import load_text_tower
 from examples.openmoji.concepts import load_emoji_by_concept
-from hub_upload.origins import read_origin_metadata
+from hub_upload.origins import read_origin_card_metadata
 from modeling_capivara import CapivaraConfig, CapivaraModel, CapivaraProcessor, CapivaraTokenizer
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import check_tokenization, main, trim, trim_tokenizer
@@ -77,7 +77,7 @@ def test_metaclip_2_is_trimmed_and_its_card_keeps_the_non_commercial_license(tmp
     assert load_model(tmp_path / "small").config.text_config.vocab_size < 300
     texts = ["a de um", "o"]
     torch.testing.assert_close(embeds(tmp_path / "small", texts), embeds(tmp_path / "base", texts), atol=1e-6, rtol=0)
-    assert read_origin_metadata(str(tmp_path / "small"), "model")["licenses"] == ["cc-by-nc-4.0"]
+    assert read_origin_card_metadata(str(tmp_path / "small"), "model")["licenses"] == ["cc-by-nc-4.0"]
 
 
 def test_only_the_embedding_table_changes(tiny_folder, tmp_path):

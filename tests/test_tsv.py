@@ -10,7 +10,7 @@ from captions.translation_tables import (
     escape_cell,
     read_translation_table,
     unescape_cell,
-    write_translation_table,
+    write_blank_translation_table,
 )
 
 NASTY = ["a cat\ton a mat", "she said \"hello\", and 'bye'", '"all of it is quoted"', "two\nlines", "  blanks around  "]
@@ -36,7 +36,7 @@ def test_escaped_texts_are_restored_and_fit_on_one_line():
 )  # as Windows writes it; without the source; columns in another order
 def test_a_table_round_trips(tmp_path, order):
     path, translations = tmp_path / "sentences.tsv", [text[::-1] for text in NASTY]
-    write_translation_table(path, NASTY)
+    write_blank_translation_table(path, NASTY)
     fill(path, translations)
     data = path.read_bytes()
     if order is None:
@@ -72,7 +72,7 @@ SENTENCES = ["a cat", "a dog", "two men", "a red car", "the sea"]
 )
 def test_wrong_rows_are_named(tmp_path, change, message):
     path = tmp_path / "sentences.tsv"
-    write_translation_table(path, SENTENCES)
+    write_blank_translation_table(path, SENTENCES)
     fill(path, SENTENCES)
     path.write_text("\n".join(change(path.read_text(encoding="utf-8").splitlines())), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
@@ -81,12 +81,12 @@ def test_wrong_rows_are_named(tmp_path, change, message):
 
 def test_an_empty_cell_counts_as_untranslated(tmp_path):
     path = tmp_path / "sentences.tsv"
-    write_translation_table(path, SENTENCES)
+    write_blank_translation_table(path, SENTENCES)
     assert re.match(r"5 of 5 .*: line 2 \(s1_", describe_untranslated(path))
     fill(path, ["um gato", "", "  ", "um carro", "o mar"])
     with pytest.raises(ValueError, match=r"2 of 5 .*line 3 .*line 4 "):
         read_translation_table(path, SENTENCES)
-    write_translation_table(path, SENTENCES)
+    write_blank_translation_table(path, SENTENCES)
     fill(path, ["um gato", "-", "dois homens", "um carro", "o mar"])
     assert describe_untranslated(path) == "" and read_translation_table(path, SENTENCES)["a dog"] == "-"
 

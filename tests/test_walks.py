@@ -67,7 +67,7 @@ def test_from_a_caption_row_to_the_loss(tiny_folder, tiny_dataset_folder, tmp_pa
         return bool(is_caption) or (is_tensor(value) and value.ndim == 2 and len(value) <= 12)
 
     argv = flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", max_steps=1, warmup_steps=0)
-    last, excluded = "training/whole_batch.py:contrastive_loss", ["_measure_validation", "embed_images"]
+    last, excluded = "training/whole_batch.py:compute_contrastive_loss_share", ["_measure_validation", "embed_images"]
     files = trace_files(lambda: train_accelerate.main(argv), is_value, "train_accelerate.py:main", last, excluded)
     check("From a caption row to the loss", files)
 

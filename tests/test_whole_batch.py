@@ -20,13 +20,13 @@ from whole_batch_process import CAPTIONS, MICRO, SEED, STEP, VARIANTS, build, gr
 from modeling_capivara import clip_loss
 from modeling_capivara.two_towers import compute_text_embeds
 from training import whole_batch
-from training.batches import apportion_batch, tokenize_into_micro_batches
+from training.batches import apportion_batch, tokenize_into_sorted_micro_batches
 from training.memory import measure_graph_bytes
 from training.whole_batch import (
     WholeBatch,
     cache_token_embeddings,
-    contrastive_loss,
-    sigmoid_loss,
+    compute_contrastive_loss_share,
+    compute_sigmoid_loss_share,
 )
 
 TESTS = Path(__file__).resolve().parent
@@ -244,13 +244,13 @@ def test_the_loss_of_32768_pairs_costs_under_half_a_gibibyte():
     code = """
 import torch
 from benchmarks.timing import peak_resident_bytes, reset_peak_memory
-from training.whole_batch import contrastive_loss
+from training.whole_batch import compute_contrastive_loss_share
 torch.manual_seed(0)
 texts, images = torch.nn.functional.normalize(torch.randn(2, 32768, 512), dim=-1)
 texts, scale = texts.requires_grad_(), torch.tensor(4.6, requires_grad=True)
 torch.randn(64, 512) @ torch.randn(512, 64)
 before = reset_peak_memory()
-contrastive_loss(texts, images, scale, torch.arange(2048)).backward()
+compute_contrastive_loss_share(texts, images, scale, torch.arange(2048)).backward()
 print(peak_resident_bytes() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -277,10 +277,10 @@ def test_the_losses_of_all_processes_sum_to_the_plain_formula(cut, tile, kind, m
     logits, targets, inputs = scale.exp() * texts @ images.T, torch.arange(11), [texts, images, scale]
     if kind == "contrastive":
         expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-        share = partial(contrastive_loss, *inputs)
+        share = partial(compute_contrastive_loss_share, *inputs)
     else:
         expected = -F.logsigmoid((2 * torch.eye(11) - 1) * (logits + bias)).sum() / 11
-        share = partial(sigmoid_loss, *inputs, logit_bias=bias)
+        share = partial(compute_sigmoid_loss_share, *inputs, logit_bias=bias)
         inputs.append(bias)
     total = sum(share(local_rows=rows) for rows in (targets[:cut], targets[cut:]))
     assert total.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -368,7 +368,7 @@ def test_micro_batches_are_sorted_by_length_and_padded_to_their_longest_text(siz
     ids = tiny_processor(text=CAPTIONS, padding=False)["input_ids"]
     lengths = [len(tokens) for tokens in ids]
     assert lengths != sorted(lengths), "captions that are sorted already would prove nothing"
-    batches, order = tokenize_into_micro_batches(tiny_processor, CAPTIONS, size)
+    batches, order = tokenize_into_sorted_micro_batches(tiny_processor, CAPTIONS, size)
     rows = [row[mask.bool()].tolist() for b in batches for row, mask in zip(b.input_ids, b.attention_mask, strict=True)]
     assert rows == [ids[i] for i in order] and sorted(order) == list(range(len(CAPTIONS)))
     assert [len(row) for row in rows] == sorted(lengths)

@@ -66,7 +66,7 @@ def draw_nothing(patch: pytest.MonkeyPatch) -> None:
         PIL.Image.new("RGB", (9, 9)).save(path)
 
     patch.setattr(plots, "save_figure", dot)
-    patch.setattr(plots, "plot_gallery", lambda rows, path, *_: dot("all", path))
+    patch.setattr(plots, "plot_ranked_image_grid", lambda rows, path, *_: dot("all", path))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

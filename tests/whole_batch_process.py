@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, SiglipConfig, SiglipImageProcessor, Si
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.two_towers import freeze_image_encoder
-from training.batches import tokenize_into_micro_batches
+from training.batches import tokenize_into_sorted_micro_batches
 from training.whole_batch import WholeBatch
 
 CAPTIONS = ["gato", "uma foto de um gato azul", "a casa", "o carro verde e a árvore", "pão", "são joão", "água"]
@@ -51,7 +51,7 @@ def make_batch(trained_images: bool, size: int = MICRO, captions: list[str] = CA
     if siglip:
         processor = SiglipProcessor(SiglipImageProcessor(), tiny_tokenizer())
         processor.tokenizer.model_max_length = SIGLIP.text_config.max_position_embeddings
-    batches, order = tokenize_into_micro_batches(processor, captions, size)
+    batches, order = tokenize_into_sorted_micro_batches(processor, captions, size)
     generator = torch.Generator().manual_seed(0)
     embeds = torch.nn.functional.normalize(torch.randn(len(captions), 24, generator=generator), dim=-1)[order]
     pixels = torch.randn(len(captions), 3, 32, 32, generator=generator)[order]

@@ -40,7 +40,7 @@ class MicroBatch:
         return torch.arange(self.start, self.start + len(self.input_ids))
 
 
-def tokenize_into_micro_batches(
+def tokenize_into_sorted_micro_batches(
     processor: ProcessorMixin, captions: Sequence[str], size: int
 ) -> tuple[list[MicroBatch], list[int]]:
     """Tokenize captions, sort them by number of tokens, and divide them into micro-batches.
@@ -244,7 +244,7 @@ class BatchPlanner:
             rows = batch_indices(step, count, len(self.captions[number]), seed)
             drawn.append((np.full(count, number), rows))
             texts += sample_captions(self.captions[number], rows, step, seed)
-        batches, order = tokenize_into_micro_batches(self.processor, texts, self.micro_batch_size)
+        batches, order = tokenize_into_sorted_micro_batches(self.processor, texts, self.micro_batch_size)
         sources, rows = (np.concatenate(column)[order] for column in zip(*drawn, strict=True))
         return StepPlan(
             step=step,

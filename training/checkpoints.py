@@ -30,11 +30,11 @@ from capivara_common.files import (
     RUN_MARKER,
     acquire_folder_lock,
     check_inputs_outside,
-    check_output_folder,
     list_seed_run_folders,
     partial_folder,
+    prepare_output_folder,
     read_json,
-    remove_leftovers,
+    remove_or_restore_leftovers,
     write_bytes,
     write_json,
 )
@@ -135,7 +135,7 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 write_json(temporary / STATE_FILE, asdict(state))
-                write_bytes(temporary / CHECKSUM_FILE, _build_sha256sum_content(temporary))
+                write_bytes(temporary / CHECKSUM_FILE, build_sha256sum_content(temporary))
                 temporary.rename(path)
                 for old in {*self.steps()[: -self.keep_last]} - {state.best_step}:
                     # Renamed first, so that a process killed during deletion leaves no checkpoint that looks valid.
@@ -210,7 +210,7 @@ def _check_checkpoint_files(path: Path) -> None:
             checkpoint would read. The message names these files.
     """
     listed = (path / CHECKSUM_FILE).read_bytes() if (path / CHECKSUM_FILE).is_file() else b""
-    expected, actual = ({*sums.split(b"\n")} for sums in (listed, _build_sha256sum_content(path)))
+    expected, actual = ({*sums.split(b"\n")} for sums in (listed, build_sha256sum_content(path)))
     name_start = 66  # a line is the digest, 64 hexadecimal digits, then two spaces and the file name
     names = {line[name_start:].decode("utf-8", "replace") for line in expected - actual}
     additional = [line[name_start:].decode() for line in actual - expected]
@@ -274,7 +274,7 @@ def check_matches_finished_run(folder: Path, config: dict[str, Any], data: dict[
     )
 
 
-def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
+def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path:
     """Choose and check the output folder of a run, without creating it. All processes get the same folder.
 
     Args:
@@ -295,7 +295,7 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
         chosen = unfinished[-1].with_suffix("") if unfinished else next_numbered_folder(Path("runs"), name)
         return broadcast_object_list([chosen])[0]
     if state.is_main_process:
-        remove_leftovers(args.output_dir)  # before any process checks the folder
+        remove_or_restore_leftovers(args.output_dir)  # before any process checks the folder
     state.wait_for_everyone()
     if args.resume and (seeds := list_seed_run_folders(args.output_dir)):
         names = ", ".join(folder.name for folder in seeds)
@@ -304,7 +304,7 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
             "Choose one of these folders, with its --seed."
         )
     if not is_run_complete(args, args.output_dir):
-        check_output_folder(args.output_dir, args.overwrite_output_dir)
+        prepare_output_folder(args.output_dir, args.overwrite_output_dir)
     if args.overwrite_output_dir:
         needed = [args.model, args.evaluation_dataset, *args.dataset]
         # Check the parent folders as well, because an input can be a pattern such as `shards/*.tar`, whose files lie in
@@ -389,7 +389,7 @@ def locked_run_folder(output_dir: Path, args: RunArguments, accelerator: Acceler
     folder, lock = partial_folder(output_dir), None
     try:
         if accelerator.is_main_process:
-            lock = _lock_run_folder(folder)
+            lock = _create_and_lock_run_folder(folder)
             for leftover in [*folder.glob("checkpoints/tmp-*" if args.resume else "*")]:
                 if leftover.name != RUN_MARKER:
                     shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
@@ -413,7 +413,7 @@ def locked_run_folder(output_dir: Path, args: RunArguments, accelerator: Acceler
             os.close(lock)
 
 
-def _lock_run_folder(folder: Path) -> int:
+def _create_and_lock_run_folder(folder: Path) -> int:
     """Lock the folder that a run works in, and return the file descriptor of the lock. Creates the folder if necessary.
 
     Raises:
@@ -441,7 +441,7 @@ def _raise_interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt(number, "Stopped.")
 
 
-def _build_sha256sum_content(folder: Path) -> bytes:
+def build_sha256sum_content(folder: Path) -> bytes:
     """Return the checksums of all files of a checkpoint in the format of `sha256sum`: digest, two spaces, file name.
 
     Hidden files are ignored, because file managers and network drives create them.

@@ -1,10 +1,10 @@
 """Load what a training run needs: datasets, model, and the embeddings or pixels of the images.
 
-`load_inputs` does quick checks first, so that wrong arguments fail before long work starts. A view of an image is what
-the model sees of the image at a training step. The setting `augmented_views` selects the views: 1 is the image itself;
-V above 1 is V augmentations of the image that stay the same during the whole run; 0 is a new augmentation at every
-step, as in the paper (arXiv 2310.13683). If `augmented_views` is at least 1, the frozen image tower can embed every
-view once, and the embeddings are cached on disk.
+`load_inputs_and_embed_images` does quick checks first, so that wrong arguments fail before long work starts. A view of
+an image is what the model sees of the image at a training step. The setting `augmented_views` selects the views: 1 is
+the image itself; V above 1 is V augmentations of the image that stay the same during the whole run; 0 is a new
+augmentation at every step, as in the paper (arXiv 2310.13683). If `augmented_views` is at least 1, the frozen image
+tower can embed every view once, and the embeddings are cached on disk.
 """
 
 import copy
@@ -34,15 +34,15 @@ from capivara_common.embedding_store import EmbeddingStore, Place, vectors_to_ar
 from capivara_common.environment import cache_home
 from capivara_common.files import json_digest
 from capivara_common.image_files import BadImage
-from caption_data.augmentation import augment_view, describe_augmentation
+from caption_data.augmentation import describe_augmentation, make_augmented_view
 from caption_data.embedded import EMBEDS_COLUMN
 from caption_data.pairs import (
     check_bad_share,
     compute_pair_content_digest,
     filter_usable_rows,
+    find_missing_columns,
     list_skipped_rows,
     load_or_build_pair_table,
-    missing_columns,
 )
 from caption_data.rows import SkippedRow
 from caption_data.sources import Split, open_split
@@ -50,7 +50,7 @@ from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import (
     IMAGE_ENCODER_PREFIXES,
     check_finite,
-    choose_precision,
+    choose_fastest_precision,
     compute_image_embeds,
     embed_images,
     embedding_width,
@@ -58,7 +58,7 @@ from modeling_capivara.two_towers import (
 )
 from training.arguments import RunArguments
 from training.batches import BatchPlanner, StepPlan, apportion_batch
-from training.trainable import prepare_trainable
+from training.trainable import freeze_parameters_and_add_adapters
 
 PIXELS_VERSION = 1  # part of the cache key; increase it when preprocessing or augmentation changes the pixels
 SHARD_ROWS = 2048  # images per file of the cache; a process that is killed loses at most one unfinished file
@@ -124,7 +124,7 @@ class PairDataset:
         image = self.source.load_image(self.table[pair]["row"])
         try:
             if self.augmented_views != 1:
-                image = augment_view(image, self.table[pair]["digest"], view, self.seed)
+                image = make_augmented_view(image, self.table[pair]["digest"], view, self.seed)
             return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:
             raise BadImage("unreadable image", str(error)) from error
@@ -173,7 +173,7 @@ class TrainingInputs:
         }
 
 
-def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
+def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     """Load the data and the image embeddings of a training run. Embeddings that are not cached are computed.
 
     Args:
@@ -191,7 +191,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     processor = load_processor(args.model)
     base = load_model(args.model)
     # Checks the regular expressions of --frozen_parameters and --lora_targets before any long work.
-    prepare_trainable(load_model(args.model), args)
+    freeze_parameters_and_add_adapters(load_model(args.model), args)
     base.to(accelerator.device).eval()
     for split in splits.values():
         if split.is_embedded:
@@ -207,8 +207,10 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
 
     def with_vectors(pairs: PairDataset) -> PairDataset:
         if pairs.source.is_embedded:
-            return _add_dataset_vectors(pairs)
-        return pairs if args.image_embedding_cache == "off" else add_vectors(base, pairs, args, accelerator)
+            return _add_stored_embeddings_column(pairs)
+        return (
+            pairs if args.image_embedding_cache == "off" else embed_images_into_column(base, pairs, args, accelerator)
+        )
 
     def load_embeds(pairs: PairDataset, title: str) -> Tensor:
         if pairs.vectors is None:
@@ -217,7 +219,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
         return torch.from_numpy(vectors_to_array(pairs.table.data.column("vectors")).astype(np.float32))
 
     test_pairs = test[args.language]  # without the cache, so that the final evaluation is in float32
-    test_pairs = _add_dataset_vectors(test_pairs) if test_pairs.source.is_embedded else test_pairs
+    test_pairs = _add_stored_embeddings_column(test_pairs) if test_pairs.source.is_embedded else test_pairs
     test_embeds = load_embeds(test_pairs, "Images, test")
     validation = with_vectors(validation)
     validation_embeds = load_embeds(validation, "Images, validation")
@@ -279,7 +281,7 @@ def _open_splits(args: RunArguments) -> Splits:
             if (dataset, split) not in splits:
                 splits[dataset, split] = open_split(dataset, split, args.image_column, **args.image_options())
             opened = splits[dataset, split]
-            opened.check_columns([opened.image_column, *missing_columns(columns, opened.columns)])
+            opened.check_columns([opened.image_column, *find_missing_columns(columns, opened.columns)])
         except ValueError as error:
             raise ValueError(f"{str(error).rstrip('.')}. {DATA_FLAGS_HINT}") from error
         if opened.is_embedded:
@@ -406,7 +408,7 @@ def _bad_row_error(split: Split, row: int, reason: str, detail: str) -> ValueErr
     )
 
 
-def load_cached_embeds(training: list[PairDataset], plan: StepPlan) -> Tensor:
+def read_cached_step_image_embeds(training: list[PairDataset], plan: StepPlan) -> Tensor:
     """Read the image embeddings of a step from the cache.
 
     Args:
@@ -505,7 +507,7 @@ def embed_pixels(
         return check_finite(torch.cat([compute_image_embeds(model, part) for part in parts]))
 
 
-def _add_dataset_vectors(pairs: PairDataset) -> PairDataset:
+def _add_stored_embeddings_column(pairs: PairDataset) -> PairDataset:
     """Add the column `vectors` with the embeddings that a dataset has instead of images. They stay on the disk.
 
     Args:
@@ -522,7 +524,9 @@ def _add_dataset_vectors(pairs: PairDataset) -> PairDataset:
     return replace(pairs, table=Dataset(table, fingerprint=fingerprint), augmented_views=pairs.source.stored_views)
 
 
-def open_image_store(model: PreTrainedModel, pairs: PairDataset, args: RunArguments, precision: str) -> EmbeddingStore:
+def open_image_embedding_store(
+    model: PreTrainedModel, pairs: PairDataset, args: RunArguments, precision: str
+) -> EmbeddingStore:
     """Open the store for the image embeddings of a dataset.
 
     Args:
@@ -570,12 +574,12 @@ def _choose_embedding_precision(
     if precision != "bf16" or not args.has_auto_precision or is_short:
         return precision
     if accelerator.is_main_process:
-        record = open_image_store(model, pairs, args, "auto").record_folder(pairs.table["digest"])
-        choice = choose_precision(model, pairs.processor, record)
+        record = open_image_embedding_store(model, pairs, args, "auto").record_folder(pairs.table["digest"])
+        choice = choose_fastest_precision(model, pairs.processor, record)
     return "no" if broadcast_object_list([choice])[0] == "float32" else precision
 
 
-def add_vectors(
+def embed_images_into_column(
     model: PreTrainedModel, pairs: PairDataset, args: RunArguments, accelerator: Accelerator
 ) -> PairDataset:
     """Add the column `vectors` with image embeddings to a dataset, and mark rows with unreadable images as unusable.
@@ -592,7 +596,7 @@ def add_vectors(
         A copy of the dataset with the new column. Rows with unusable images have a `reason` and a `detail`.
     """
     precision = _choose_embedding_precision(model, pairs, args, accelerator)
-    store, views = open_image_store(model, pairs, args, precision), pairs.augmented_views
+    store, views = open_image_embedding_store(model, pairs, args, precision), pairs.augmented_views
     if accelerator.is_main_process:
         size = len(pairs) * views * embedding_width(model.config) * 2 / 1e6
         logger.info(f"Image-embedding cache: {len(pairs):,} images x {views} views, {size:,.1f} MB in {store.folder}.")

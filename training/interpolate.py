@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capivara_common.cli import check_between, flag, parse_arguments, run_command
-from capivara_common.files import atomic_folder, check_output_folder
+from capivara_common.files import atomic_folder, prepare_output_folder
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES
 from training.rotate import load_rotation, rotate_model_, save_rotation
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             the trained model and the file rotation.safetensors is missing from its folder.
     """
     args = parse_arguments(InterpolateArguments, __doc__, argv)
-    check_output_folder(args.output)
+    prepare_output_folder(args.output)
     base_model, model = load_model(args.base), load_model(args.trained)
     rotation = load_rotation(args.trained)
     if rotation is not None:  # `training.rotate` was applied after training, so the base must be rotated alike

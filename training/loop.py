@@ -24,12 +24,18 @@ from transformers import PreTrainedModel
 from capivara_common.image_files import BadImage
 from caption_data.pairs import check_bad_share
 from caption_data.rows import SkippedRow, write_skipped_rows
-from eval.retrieval import compute_retrieval_embeddings, compute_validation_metrics
+from eval.retrieval import compute_validation_metrics, embed_captions_for_retrieval
 from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
 from training.arguments import RunArguments
 from training.batches import MicroBatch, StepPlan
 from training.checkpoints import Checkpoints, TrainingState, handle_signals
-from training.inputs import TrainingInputs, embed_pixels, load_cached_embeds, prefetch_pixels, resolve_loading_workers
+from training.inputs import (
+    TrainingInputs,
+    embed_pixels,
+    prefetch_pixels,
+    read_cached_step_image_embeds,
+    resolve_loading_workers,
+)
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.whole_batch import WholeBatch, select_loss
 
@@ -258,7 +264,7 @@ class TrainingLoop:
             ValueError: If more than `max_bad_share` of the images can't be used, or no replacement is left.
         """
         if pixels is None:
-            return plan, load_cached_embeds(self.inputs.training, plan).to(self.accelerator.device)
+            return plan, read_cached_step_image_embeds(self.inputs.training, plan).to(self.accelerator.device)
         self.model.vision_model.eval()
         embeds = torch.zeros(len(plan.rows), embedding_width(self.model.config), device=self.accelerator.device)
         parts = self._local_places(plan)
@@ -368,7 +374,7 @@ class TrainingLoop:
         """
         measures, inputs = [None], self.inputs
         if self.accelerator.is_main_process:
-            embeddings = compute_retrieval_embeddings(
+            embeddings = embed_captions_for_retrieval(
                 self.model.eval(), inputs.processor, inputs.validation.captions(), inputs.validation_embeds
             )
             all_rows = torch.arange(len(embeddings.image_embeds))

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_common.files import atomic_folder, check_output_folder, write_bytes
+from capivara_common.files import atomic_folder, prepare_output_folder, write_bytes
 from capivara_common.image_files import BadImage
 from caption_data.sources import open_split
 from modeling_capivara.configuration_capivara import normalize_matryoshka_dims
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             images than embedding dimensions.
     """
     args = parse_arguments(RotateArguments, __doc__, argv)
-    check_output_folder(args.output)
+    prepare_output_folder(args.output)
     model, processor = load_model(args.model).eval(), load_processor(args.model)
     if load_rotation(args.model) is not None:
         raise ValueError(f"{args.model} has been rotated before: it has a {ROTATION_FILE}. Give the original model.")

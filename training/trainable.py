@@ -26,7 +26,7 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 _PEFT_INFIX_RE = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")
 
 
-def prepare_trainable(model: PreTrainedModel, args: RunArguments) -> nn.Module:
+def freeze_parameters_and_add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
     """Freeze the image encoder and `args.frozen_parameters`, and add LoRA adapters if `args.lora_rank` is above 0.
 
     With a sigmoid loss (SigLIP), the logit scale and the logit bias are frozen, too, unless `args.frozen_parameters`
@@ -147,7 +147,7 @@ def _match_names(expression: str, names: list[str], key: str) -> list[str]:
         raise ValueError(f"{key} must be a valid regular expression, got {expression!r} ({error}).") from error
 
 
-def merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> PreTrainedModel:
+def save_and_merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> PreTrainedModel:
     """Merge LoRA adapters into the weights of the model.
 
     Args:

@@ -238,10 +238,16 @@ class WholeBatch:
 
 def select_loss(model: nn.Module) -> LossFunction:
     """Return the loss function of a model: SigLIP's loss if the model has a logit bias, otherwise CLIP's loss."""
-    return partial(sigmoid_loss, logit_bias=model.logit_bias) if uses_sigmoid_loss(model) else contrastive_loss
+    return (
+        partial(compute_sigmoid_loss_share, logit_bias=model.logit_bias)
+        if uses_sigmoid_loss(model)
+        else compute_contrastive_loss_share
+    )
 
 
-def contrastive_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, local_rows: Tensor) -> Tensor:
+def compute_contrastive_loss_share(
+    text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, local_rows: Tensor
+) -> Tensor:
     """Compute this process's share of CLIP's contrastive loss.
 
     The sum of the shares of all processes is the loss of the whole batch, as `modeling_capivara.clip_loss` computes it.
@@ -263,7 +269,7 @@ def contrastive_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Ten
         return (text_to_image + image_to_text) / (2 * len(texts))
 
 
-def sigmoid_loss(
+def compute_sigmoid_loss_share(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, local_rows: Tensor, logit_bias: Tensor
 ) -> Tensor:
     """Compute this process's share of SigLIP's sigmoid loss.

@@ -54,8 +54,11 @@ class DecoderProcess:
         """
         with self._lock:
             try:
-                _send(self._process.stdin, name.encode(), data)
-                header, pixels = json.loads(_receive(self._process.stdout)), _receive(self._process.stdout)
+                _send_messages(self._process.stdin, name.encode(), data)
+                header, pixels = (
+                    json.loads(_receive_message(self._process.stdout)),
+                    _receive_message(self._process.stdout),
+                )
             except (EOFError, OSError):  # the process has ended
                 self.close()
                 self._start()
@@ -85,7 +88,7 @@ class DecoderProcess:
         )
 
 
-def _send(file: BinaryIO, *messages: bytes) -> None:
+def _send_messages(file: BinaryIO, *messages: bytes) -> None:
     """Write messages to a pipe, each after its length."""
     for message in messages:
         file.write(struct.pack(">Q", len(message)))
@@ -93,8 +96,8 @@ def _send(file: BinaryIO, *messages: bytes) -> None:
     file.flush()
 
 
-def _receive(file: BinaryIO) -> bytes:
-    """Read a message that `_send` has written.
+def _receive_message(file: BinaryIO) -> bytes:
+    """Read a message that `_send_messages` has written.
 
     Raises:
         EOFError: If the other process has closed the pipe, or announces more than `MAX_IMAGE_BYTES` bytes. A malicious
@@ -122,7 +125,7 @@ def main(seconds: float) -> None:
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         while True:
             try:
-                name, data = _receive(page).decode(), _receive(page)
+                name, data = _receive_message(page).decode(), _receive_message(page)
             except (EOFError, OSError):
                 return
             # The timer is a thread of C code, so it ends the process even while a C library blocks all Python threads.
@@ -136,4 +139,4 @@ def main(seconds: float) -> None:
             faulthandler.cancel_dump_traceback_later()
             # JSON is used instead of pickle, because a malicious picture may take control of this process. Unpickling
             # data from this process could then run code in the parent process.
-            _send(pixels_out, json.dumps(header).encode(), pixels)
+            _send_messages(pixels_out, json.dumps(header).encode(), pixels)

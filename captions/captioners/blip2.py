@@ -35,7 +35,7 @@ from caption_data.rows import CAPTIONS_FEATURE
 from captions.captioners.base import Captioner
 from captions.stages import DECODED_KEY, RowStage
 from captions.translators.seq2seq import DTYPES
-from modeling_capivara.loading import load_config, weights_digest
+from modeling_capivara.loading import load_transformers_config, weights_digest
 
 DEFAULT_MODEL = "Salesforce/blip2-opt-2.7b-coco"  # the model of the CAPIVARA paper, arXiv 2310.13683
 OUTPUT_COLUMN = "generated-captions-en"
@@ -227,7 +227,7 @@ def load_captioner(args: Any) -> PrefixCaptioner:
     model.
     """
     check_model_reachable(args.model, revision=args.revision)
-    config = load_config(args.model, revision=args.revision)
+    config = load_transformers_config(args.model, revision=args.revision)
     if config.model_type != "blip-2" or config.text_config.is_encoder_decoder:
         raise ValueError(
             f"{args.model} has the model type {config.model_type!r}; it must be a BLIP-2 model with a decoder-only "

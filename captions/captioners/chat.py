@@ -23,9 +23,23 @@ from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE
 from captions.captioners.base import Captioner
 from captions.captioners.blip2 import DEFAULT_MODEL
-from captions.chat.answers import USAGE_FIELDS, Answer, answer_schema, clean_answer, find_fault, read_json_value
+from captions.chat.answers import (
+    USAGE_FIELDS,
+    Answer,
+    answer_schema,
+    clean_answer,
+    extract_value_from_json_answer,
+    find_fault,
+)
 from captions.chat.client import ChatClient, Choice
-from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, is_server_beside_tasks, logger, sampling_settings
+from captions.chat.flags import (
+    CHAT,
+    ChatFlags,
+    check_chat_flags,
+    get_settings_that_change_answers,
+    is_server_beside_tasks,
+    logger,
+)
 from captions.chat.prompts import CaptionPrompts
 from captions.journal import Journal, read_journal
 from captions.quality import QUALITY_FILE, find_caption_flags
@@ -91,7 +105,7 @@ class ChatCaptioner(Captioner):
             "prompts": self._prompts.content,
             "image_side": args.image_side,
             "n": args.n,
-            **sampling_settings(args),
+            **get_settings_that_change_answers(args),
         }
 
     @classmethod
@@ -191,7 +205,7 @@ class ChatCaptioner(Captioner):
 
     def _judge(self, choice: Choice) -> tuple[str, str | None]:
         """Return the cleaned caption in an answer, and its first fault or None."""
-        value = read_json_value(choice.text, SCHEMA_KEY) if self._args.response_schema else None
+        value = extract_value_from_json_answer(choice.text, SCHEMA_KEY) if self._args.response_schema else None
         text = clean_answer(value if isinstance(value, str) else choice.text)
         faults = [find_fault(text, choice.finish_reason, choice.refusal)]
         faults += find_caption_flags(text, self._args.caption_language)

@@ -134,7 +134,7 @@ def find_fault(text: str, finish_reason: str | None, refusal: str | None, source
     return REFUSED if REFUSAL_RE.match(text) and not REFUSAL_RE.match(source) else None
 
 
-def split_lines(text: str, count: int) -> list[str] | None:
+def extract_numbered_lines(text: str, count: int) -> list[str] | None:
     """Return the numbered lines of an answer, without the numbers.
 
     Args:
@@ -150,7 +150,7 @@ def split_lines(text: str, count: int) -> list[str] | None:
     return [lines[number] for number in range(1, count + 1)] if is_complete else None
 
 
-def read_json_value(text: str, name: str) -> object:
+def extract_value_from_json_answer(text: str, name: str) -> object:
     """Return the value of a key in an answer that is a JSON object.
 
     Args:

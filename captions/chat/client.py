@@ -261,7 +261,7 @@ class ChatClient:
             try:
                 async with asyncio.timeout(self._args.timeout):
                     completion = await client.chat.completions.create(model=self._args.model, **parameters)
-                reply = read_reply(completion)
+                reply = convert_completion_to_reply(completion)
                 break
             except Exception as error:  # the client and the HTTP library raise errors of many types
                 failure = self._describe_failure(error)
@@ -326,7 +326,7 @@ class ChatClient:
         return text
 
 
-def read_reply(completion: Any) -> Reply:
+def convert_completion_to_reply(completion: Any) -> Reply:
     """Convert a response of the client to a `Reply`.
 
     Raises TypeError or AttributeError if the response is not a chat completion with at least one choice. The client

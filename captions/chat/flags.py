@@ -9,7 +9,7 @@ from typing import Any
 
 from capivara_common.cli import check_at_least, check_between, flag
 from capivara_common.environment import require_packages
-from captions.http_service import check_address, is_loopback
+from captions.http_service import check_service_url, is_loopback
 
 CHAT = "chat: a model on a server that speaks OpenAI's protocol"  # title of the group in `--help`
 RESERVED_KEYS = ("model", "messages", "n", "stream")  # keys of a request that `--extra_body` must not replace
@@ -72,7 +72,7 @@ def check_chat_flags(args: Any, purpose: str) -> None:
     if not args.base_url:
         raise ValueError(f"{purpose} requires --base_url, for example --base_url http://localhost:8000/v1.")
     for url in args.base_url:
-        check_address(url, "base_url", args.allow_http)
+        check_service_url(url, "base_url", args.allow_http)
     check_at_least(args, 1, "concurrency", "max_tokens")
     check_at_least(args, 0.001, "timeout")
     check_between(args, 0, 2, "temperature")
@@ -105,10 +105,11 @@ def is_server_beside_tasks(args: Any) -> bool:
     return args.executor != "local" and all(map(is_loopback, args.base_url))
 
 
-def sampling_settings(args: Any) -> dict[str, Any]:
-    """Return the flags that change the answers of a model, as parameters of its requests.
+def get_settings_that_change_answers(args: Any) -> dict[str, Any]:
+    """Return the flags that change the answers of a model.
 
-    They are also part of the fingerprint of a stage, which tells whether existing answers can be reused.
+    They are part of the fingerprint that tells whether stored answers can be reused. `ChatClient` builds the requests
+    from the same flags.
     """
     settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     return settings | {

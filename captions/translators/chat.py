@@ -10,9 +10,23 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from capivara_common.cli import check_at_least, flag
-from captions.chat.answers import Answer, answer_schema, clean_answer, find_fault, read_json_value, split_lines
+from captions.chat.answers import (
+    Answer,
+    answer_schema,
+    clean_answer,
+    extract_numbered_lines,
+    extract_value_from_json_answer,
+    find_fault,
+)
 from captions.chat.client import ChatClient, Choice
-from captions.chat.flags import CHAT, ChatFlags, check_chat_flags, is_server_beside_tasks, logger, sampling_settings
+from captions.chat.flags import (
+    CHAT,
+    ChatFlags,
+    check_chat_flags,
+    get_settings_that_change_answers,
+    is_server_beside_tasks,
+    logger,
+)
 from captions.chat.prompts import TranslationPrompts
 from captions.quality import REFUSED, TRUNCATED, find_translation_flags
 from captions.stages import RowStage
@@ -60,7 +74,7 @@ class ChatTranslator(Translator):
             "target": args.language,
             "prompts": self._prompts.content,
             "captions_per_request": args.captions_per_request,
-            **sampling_settings(args),
+            **get_settings_that_change_answers(args),
         }
 
     @classmethod
@@ -140,8 +154,8 @@ class ChatTranslator(Translator):
         lines: list[str] = []
 
         def judge(choice: Choice) -> tuple[str, str | None]:
-            value = read_json_value(choice.text, LINES) if self._args.response_schema else None
-            found = value if isinstance(value, list) else split_lines(choice.text, len(sentences))
+            value = extract_value_from_json_answer(choice.text, LINES) if self._args.response_schema else None
+            found = value if isinstance(value, list) else extract_numbered_lines(choice.text, len(sentences))
             lines[:] = map(str, found) if found is not None and len(found) == len(sentences) else []
             return "", None if lines else TRUNCATED
 
@@ -162,7 +176,7 @@ class ChatTranslator(Translator):
         for piece in split_text(sentence, lambda text: len(text) <= MAX_PIECE_CHARACTERS):
 
             def judge(choice: Choice, piece: str = piece) -> tuple[str, str | None]:
-                value = read_json_value(choice.text, SINGLE) if self._args.response_schema else None
+                value = extract_value_from_json_answer(choice.text, SINGLE) if self._args.response_schema else None
                 return self._judge_text(piece, value if isinstance(value, str) else choice.text, choice)
 
             (part,) = await self._client.ask(

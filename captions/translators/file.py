@@ -12,14 +12,20 @@ from capivara_common.cli import flag
 from capivara_common.tasks import split_rows
 from caption_data.sources import STAGE_FILE
 from captions.sentences import build_translated_columns, iter_distinct_captions, map_columns_to_translations
-from captions.stages import Corrections, RowStage, describe_differences, read_skipped_rows, read_stage_record
+from captions.stages import (
+    Corrections,
+    RowStage,
+    describe_stage_record_differences,
+    read_skipped_rows,
+    read_stage_record,
+)
 from captions.translation_tables import (
     TABLE_COLUMNS,
     check_rows_match_sentences,
     describe_untranslated,
-    read_table,
+    read_table_header_and_rows,
     read_translation_table,
-    write_translation_table,
+    write_blank_translation_table,
 )
 from captions.translators.base import Translator
 
@@ -76,7 +82,7 @@ class FileFlags:
         Raises:
             ValueError: If the table states other languages, or does not state the language of the translations.
         """
-        stated, _ = read_table(self.import_file)
+        stated, _ = read_table_header_and_rows(self.import_file)
         hint = "Use the path of a new table, which is then written, or correct the language."
         for column, language in (("source", self.source_language), ("translation", self.language)):
             if stated.get(column) and stated[column] != language:
@@ -102,12 +108,12 @@ class FileFlags:
         stage = RowStage(self)
         if not self.import_file.is_file():
             sentences = self.sentences(stage)
-            write_translation_table(self.import_file, sentences, self.table_header(stage))
+            write_blank_translation_table(self.import_file, sentences, self.table_header(stage))
             counts = f"{len(sentences):,} sentences, {sum(map(len, sentences)):,} characters"
             logger.info("Wrote %s with %s. Do not add, remove or reorder rows.", self.import_file, counts)
             translators = {"human": "by people (to change this, set translated_by: machine)", "machine": "by machine"}
             logger.info("The cards will state that it was translated %s.", translators[self.translated_by])
-        elif read_table(self.import_file)[0]["id"] != stage.record["source"]["fingerprint"]:
+        elif read_table_header_and_rows(self.import_file)[0]["id"] != stage.record["source"]["fingerprint"]:
             self.check_source_rows(stage)  # raises an error before somebody fills a table of another dataset
         return f"{self.import_file} (stage {self.title}) is incomplete: {self.pending_manual_step()}"
 
@@ -134,7 +140,7 @@ class FileFlags:
         try:
             check_rows_match_sentences(self.import_file, sentences)
         except ValueError as error:
-            table_digest = read_table(self.import_file)[0]["id"]
+            table_digest = read_table_header_and_rows(self.import_file)[0]["id"]
             if not table_digest or table_digest == source_digest:
                 raise
             raise ValueError(
@@ -167,7 +173,7 @@ class FileFlags:
             "columns": recorded["columns"],
         }
         record = recorded | {"settings": recorded["settings"] | table}
-        if describe_differences(record, stage.record | current):
+        if describe_stage_record_differences(record, stage.record | current):
             return None  # `write_or_check_stage_record` will raise an error that names the differences
         translations = read_translation_table(self.import_file, self.check_source_rows(stage))
         columns, rows, parts, written = (

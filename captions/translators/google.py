@@ -12,8 +12,8 @@ from typing import Any, Self
 
 from capivara_common.cli import flag
 from capivara_common.environment import require_packages
-from captions.http_service import RETRYABLE_STATUS_CODES, Failure, Retries, check_address, check_key, hide_key
-from captions.languages import find_language_code
+from captions.http_service import RETRYABLE_STATUS_CODES, Failure, Retries, check_key, check_service_url, hide_key
+from captions.languages import find_translator_language_code
 from captions.stages import RowStage
 from captions.translators.base import Translator, translate_in_pieces
 
@@ -75,7 +75,7 @@ class GoogleTranslator(Translator):
         self._client = _make_client(endpoint or GOOGLE_ENDPOINT, self._key)
         codes = self._retry(lambda: [entry["language"] for entry in self._client.get_languages()])
         self.code, self._source_code = (
-            find_language_code(code, codes, self.name) for code in (language, source_language)
+            find_translator_language_code(code, codes, self.name) for code in (language, source_language)
         )
         self.fingerprint = {"backend": "google", "api": "v2", "source": self._source_code, "target": self.code}
 
@@ -157,7 +157,7 @@ def _make_client(endpoint: str, key: str) -> Any:
     Raises:
         ValueError: If the key is missing or has invalid characters, or the URL is not encrypted (https).
     """
-    check_address(endpoint, "google_endpoint")
+    check_service_url(endpoint, "google_endpoint")
     check_key(key, API_KEY_VARIABLE, "--backend google needs a key of the Google Cloud Translation API")
     from google.auth import api_key
     from google.auth.transport.requests import AuthorizedSession

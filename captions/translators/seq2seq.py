@@ -20,13 +20,13 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from capivara_common.cli import flag
-from capivara_common.environment import install_command, resolve_device
+from capivara_common.environment import get_install_command, resolve_device
 from capivara_common.hub_cache import check_model_reachable
-from captions.languages import find_language_code
+from captions.languages import find_translator_language_code
 from captions.stages import RowStage
 from captions.translators.base import Translator, translate_in_pieces
 from modeling_capivara.checks_capivara import wrap_tokenizer_errors
-from modeling_capivara.loading import load_config
+from modeling_capivara.loading import load_transformers_config
 
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # English-Portuguese model of the CAPIVARA paper, arXiv 2310.13683
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -247,8 +247,8 @@ def _get_language_codes(
     source_tokens, target_tokens = _find_language_token_ids(tokenizer)
     only_language = filter(None, [getattr(tokenizer, "target_lang", None)])
     # A Marian model for a single target language has no language tokens.
-    target = find_language_code(language, source_tokens or target_tokens or only_language, name)
-    return target, find_language_code(source_language, target_tokens, name) if target_tokens else None
+    target = find_translator_language_code(language, source_tokens or target_tokens or only_language, name)
+    return target, find_translator_language_code(source_language, target_tokens, name) if target_tokens else None
 
 
 def _load_model(name: str, revision: str | None, precision: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -270,11 +270,13 @@ def _load_model(name: str, revision: str | None, precision: str) -> tuple[PreTra
         check_model_reachable(name, revision=revision)
         with wrap_tokenizer_errors("its tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        load_config(name, revision=revision)
+        load_transformers_config(name, revision=revision)
         return tokenizer, AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=DTYPES[precision])
     except ImportError as error:
         reason = str(error).strip().split(". ")[0]  # remove the links that transformers adds
-        raise ImportError(f"{reason}. Install the packages for translation: {install_command('translate')}") from error
+        raise ImportError(
+            f"{reason}. Install the packages for translation: {get_install_command('translate')}"
+        ) from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{name} can't be loaded as a translation model: {reason}") from error

@@ -87,7 +87,7 @@ def load_prompts(
     if benchmark.endswith(".json"):
         if protocol != "ours":
             raise ValueError(f"{benchmark} has its own prompts, so protocol must be ours, got {protocol!r}.")
-        prompts = _load_own_prompts(Path(benchmark))
+        prompts = _load_prompts_from_classes_file(Path(benchmark))
     elif benchmark in list_benchmarks():
         prompts = _build_prompts(benchmark, "ours", read_json(PROMPTS_FOLDER / "pt" / f"{benchmark}.json"))
     else:
@@ -138,7 +138,7 @@ def fill_template(template: str, class_entry: dict, language: str = "pt") -> str
     return re.sub(r"\{([^{}]*)\}", lambda match: forms[match[1]], template)
 
 
-def _load_own_prompts(path: Path) -> Prompts:
+def _load_prompts_from_classes_file(path: Path) -> Prompts:
     """Load prompts from a JSON file with a user's own classes and templates, see `CLASSES_FILE_EXAMPLE`.
 
     Raises:
@@ -215,7 +215,11 @@ def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Pro
     """
     if not authors_file or not Path(authors_file).is_file():
         raise ValueError(f"--authors_file must be the path of portuguese_prompts.py, got {authors_file}.")
-    values, key, lists = parse_assignments(Path(authors_file).read_text(encoding="utf-8")), our_prompts.benchmark, []
+    values, key, lists = (
+        parse_python_assignments(Path(authors_file).read_text(encoding="utf-8")),
+        our_prompts.benchmark,
+        [],
+    )
     for variable in ("class_map", "template_map"):
         texts = values[variable].get(key) if isinstance(values.get(variable), dict) else None
         if variable == "class_map" and isinstance(texts, list):
@@ -238,7 +242,7 @@ def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Pro
     return Prompts(key, "authors", names, our_prompts.english_names, class_prompts, our_prompts.metric, notes=notes)
 
 
-def parse_assignments(text: str) -> dict:
+def parse_python_assignments(text: str) -> dict:
     """Parse the assignments of a Python file without executing it.
 
     An assigned value may be a text, a number, a list, a tuple, a dict, the name of an earlier variable, or a template,

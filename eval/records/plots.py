@@ -57,7 +57,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     write_bytes(path, file.getvalue())
 
 
-def style_axis(axis: plt.Axes, grid: str, *hidden_sides: str) -> None:
+def draw_grid_and_hide_frame(axis: plt.Axes, grid: str, *hidden_sides: str) -> None:
     """Draw a faint grid behind the data of a plot, and hide the frame on some sides.
 
     Args:
@@ -96,11 +96,11 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, label_lan
     right.set(xlabel=labels["step"], ylabel=labels["recall"], title=labels["recall_title"].format(language=language))
     right.legend(frameon=False)
     for axis in (left, right):
-        style_axis(axis, "both", "top")
+        draw_grid_and_hide_frame(axis, "both", "top")
     save_figure(figure, path)
 
 
-def plot_bars(pairs: list[dict[str, Any]], path: Path) -> None:
+def plot_baseline_and_model_bars(pairs: list[dict[str, Any]], path: Path) -> None:
     """Plot the results of baseline and model as pairs of horizontal bars, with a mark at the chance level.
 
     Args:
@@ -128,7 +128,7 @@ def plot_bars(pairs: list[dict[str, Any]], path: Path) -> None:
     axis.set_ylim(len(pairs) - 0.4, -0.6)  # the first pair is at the top
     axis.set_xlabel("percent", color=FAINT_TEXT_COLOR, fontsize=9)
     axis.tick_params(length=0, labelcolor=TEXT_COLOR)
-    style_axis(axis, "x", "top", "right", "left")
+    draw_grid_and_hide_frame(axis, "x", "top", "right", "left")
     if axis.get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper left", markerscale=0.4, ncols=3, frameon=False, fontsize=9)
     save_figure(figure, path)
@@ -139,7 +139,7 @@ def plot_bars(pairs: list[dict[str, Any]], path: Path) -> None:
 RankedImages = list[tuple[Image.Image | str, bool]]
 
 
-def plot_gallery(
+def plot_ranked_image_grid(
     rows: list[list[tuple[str, RankedImages]]], path: Path, headings: Sequence[str] = (), note: str = ""
 ) -> None:
     """Draw a grid of images with a row per query. Each row has a block of adjacent images per model.
@@ -262,7 +262,7 @@ def plot_retrieval_sheet(
             images = []
             for index in best:
                 try:
-                    images.append((_shrink(open_image(index)), index == relevant))
+                    images.append((_shrink_image(open_image(index)), index == relevant))
                 except BadImage:
                     # The dataset has no images, or the file changed after it was embedded. This must not end a finished
                     # measurement.
@@ -271,10 +271,10 @@ def plot_retrieval_sheet(
             row.append((title, images))
         rows.append(row)
     note = "\n".join(filter(None, (note, reason)))
-    plot_gallery(rows, path, [labels[role] for role in ranks] if is_comparison else (), note)
+    plot_ranked_image_grid(rows, path, [labels[role] for role in ranks] if is_comparison else (), note)
 
 
-def _shrink(image: Image.Image) -> Image.Image:
+def _shrink_image(image: Image.Image) -> Image.Image:
     """Return an RGB copy of an image, at most 400 pixels wide and high, to save memory.
 
     A sheet has up to 48 images, and each is drawn only about 200 pixels wide.

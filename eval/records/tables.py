@@ -38,7 +38,7 @@ def build_records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
         A table with these columns:
 
         - the fields of `Record`, with `dim` 0 instead of None;
-        - `folder` and `seed`, which identify the model, see `get_folder_and_seed`;
+        - `folder` and `seed`, which identify the model, see `get_model_folder_and_seed`;
         - `name`, `precision`, `fingerprint` and `skipped_rows` of the result file;
         - `source`, the name of the file with a JSON pointer to the record;
         - `record` and `file`, the `Record` and `ResultFile` objects.
@@ -50,7 +50,7 @@ def build_records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
         metadata["fingerprint"] = fingerprint if isinstance(fingerprint, str) else None
         metadata["skipped_rows"] = skipped if isinstance(skipped, int) else 0
         for number, record in enumerate(file.records):
-            folder, seed = get_folder_and_seed(record, file.name)
+            folder, seed = get_model_folder_and_seed(record, file.name)
             row = vars(record) | metadata
             row |= {"folder": folder, "seed": seed, "dim": record.dim or 0}
             row |= {"record": record, "source": f"{file.name}#/records/{number}"}
@@ -75,7 +75,7 @@ def build_mean_recall_record(recalls: Sequence[Record]) -> Record:
     return replace(recalls[0], metric="mean_recall", **frame[["value", "chance"]].mean().to_dict())
 
 
-def get_folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
+def get_model_folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
     """Return the folder that identifies a model, and its training seed.
 
     Runs with several seeds are in the subfolders `seed-0`, `seed-1` and so on of a common folder. The common folder
@@ -123,7 +123,7 @@ def find_conflicts(
     return frame[(frame["value"] - frame["first"]).abs() > tolerance]
 
 
-def compute_means(frame: pandas.DataFrame, group_columns: list[str]) -> pandas.DataFrame:
+def compute_means_and_deviations(frame: pandas.DataFrame, group_columns: list[str]) -> pandas.DataFrame:
     """Average the column `value` over all rows with equal values in `group_columns`.
 
     Args:
@@ -161,7 +161,12 @@ def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
         chance=("chance", "first"), data=("fingerprint", lambda fingerprints: frozenset(fingerprints.dropna()))
     )
     columns["measured"] = distinct.groupby(keys, sort=False, dropna=False)["row"].agg(_sort_by_seed)
-    values = compute_means(distinct, keys).join(columns).reset_index().astype({"deviation": object, "chance": object})
+    values = (
+        compute_means_and_deviations(distinct, keys)
+        .join(columns)
+        .reset_index()
+        .astype({"deviation": object, "chance": object})
+    )
     return [*values.where(values.notna(), None).itertuples(index=False, name="Value")]
 
 
@@ -294,7 +299,7 @@ def sanitize_and_shorten_text(text: str, limit: int) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def write_html_page(template: Path, file: Path, **values: object) -> None:
+def write_html_from_template(template: Path, file: Path, **values: object) -> None:
     """Render an HTML page and write it atomically. All values are escaped.
 
     Args:

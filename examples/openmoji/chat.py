@@ -31,7 +31,7 @@ from capivara_search.miniature import get_or_build_miniature_folder
 from captions.build import BuildArguments, build_dataset
 from captions.captioners.chat import to_data_url
 from captions.chat.prompts import CaptionPrompts
-from examples.chat_server import MODEL, ChatServer, run_chat_server
+from examples.chat_server import MODEL, ChatServer, run_stand_in_chat_server
 from examples.openmoji.concepts import load_emoji_by_concept, split_concepts
 from examples.openmoji.dataset import render_splits
 
@@ -100,7 +100,7 @@ def _digest(url: str) -> str:
     return hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
 
 
-def _render_pictures(args: OpenMojiChatArguments) -> DatasetDict:
+def _render_emoji_dataset(args: OpenMojiChatArguments) -> DatasetDict:
     """Draw the emoji of each split as images, with their English and Portuguese names.
 
     The flags set the number of images.
@@ -118,7 +118,7 @@ def _save_english_dataset(source: DatasetDict, folder: Path) -> None:
             english.map(lambda row: {ENGLISH: row[ENGLISH][:1]}, desc="English names").save_to_disk(new)
 
 
-def _read_names(source: DatasetDict, image_side: int) -> EmojiNames:
+def _build_stand_in_answers(source: DatasetDict, image_side: int) -> EmojiNames:
     """Read the answers of the stand-in from the dataset with both languages.
 
     Args:
@@ -133,7 +133,7 @@ def _read_names(source: DatasetDict, image_side: int) -> EmojiNames:
 
 
 @contextmanager
-def _open_server(args: OpenMojiChatArguments, names: EmojiNames) -> Iterator[list[str]]:
+def _open_chat_server_urls(args: OpenMojiChatArguments, names: EmojiNames) -> Iterator[list[str]]:
     """Yield the addresses of the server: those of the flags, or that of a stand-in that runs during the `with` block.
 
     Args:
@@ -147,11 +147,11 @@ def _open_server(args: OpenMojiChatArguments, names: EmojiNames) -> Iterator[lis
         "No language model runs: a stand-in answers with the names of the emoji. For a real server, use --base_url and "
         "--model."
     )
-    with run_chat_server(ChatServer(names.answer)) as server:
+    with run_stand_in_chat_server(ChatServer(names.answer)) as server:
         yield [server.url]
 
 
-def _run_example(args: OpenMojiChatArguments) -> Path:
+def _build_dataset_and_train_model(args: OpenMojiChatArguments) -> Path:
     """Build the dataset with a server, train a model on it, and return the folder of the run.
 
     Args:
@@ -163,11 +163,11 @@ def _run_example(args: OpenMojiChatArguments) -> Path:
         ConnectionError: If the server cannot be reached.
         ImportError: If the packages of the extras `chat` and `demo` are not installed.
     """
-    content, source = read_yaml_config(args.config), _render_pictures(args)
+    content, source = read_yaml_config(args.config), _render_emoji_dataset(args)
     content |= {"dataset": str(args.output / "english"), "output": str(args.output)}
     _save_english_dataset(source, args.output / "english")
-    names = _read_names(source, int(content["generate"]["image_side"]))
-    with _open_server(args, names) as urls:
+    names = _build_stand_in_answers(source, int(content["generate"]["image_side"]))
+    with _open_chat_server_urls(args, names) as urls:
         for section in SERVER_SECTIONS:
             content[section] |= {"base_url": urls, "model": args.model, "concurrency": args.concurrency}
         config = args.output / "config.yaml"
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(OpenMojiChatArguments, __doc__, argv)
-    run = _run_example(args)
+    run = _build_dataset_and_train_model(args)
     print(f"Dataset and its card: {args.output / 'dataset'}\nTrained model, results and model card: {run}")
 
 

@@ -88,7 +88,9 @@ def render_splits(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
     """
     data = DatasetDict()
     for name, pictures in splits.items():
-        images = [render_openmoji(picture.emoji) for picture in tqdm(pictures, desc=f"Drawing {name}", unit="picture")]
+        images = [
+            render_openmoji_png(picture.emoji) for picture in tqdm(pictures, desc=f"Drawing {name}", unit="picture")
+        ]
         columns = {
             "image": [{"bytes": png, "path": None} for png in images],
             "captions-en": [list(picture.captions_en) for picture in pictures],
@@ -100,7 +102,7 @@ def render_splits(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
     return data
 
 
-def render_openmoji(emoji: str) -> bytes:
+def render_openmoji_png(emoji: str) -> bytes:
     """Render OpenMoji's image of an emoji as a PNG image.
 
     Args:
@@ -155,10 +157,10 @@ def save_dataset(dataset: DatasetDict, folder: str | Path) -> None:
     """
     with atomic_folder(Path(folder)) as temporary:
         dataset.save_to_disk(temporary)
-        write_text(temporary / "README.md", render_dataset_card(dataset))
+        write_text(temporary / "README.md", _render_openmoji_dataset_card(dataset))
 
 
-def render_dataset_card(dataset: DatasetDict) -> str:
+def _render_openmoji_dataset_card(dataset: DatasetDict) -> str:
     """Return the text of the dataset card (README.md) of the OpenMoji dataset.
 
     Args:

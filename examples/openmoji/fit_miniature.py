@@ -34,9 +34,9 @@ from examples.openmoji.prepare import (
     bidirectional_recall,
     compute_pooled_image_features,
     fit_ridge_projections,
-    join_encoders,
+    load_and_join_encoders,
 )
-from examples.openmoji.proxies import load_photographs
+from examples.openmoji.proxies import load_photograph_dataset
 from modeling_capivara import clip_loss
 from modeling_capivara.two_towers import embed_texts
 
@@ -95,7 +95,7 @@ class Candidate(NamedTuple):
     text: Tensor
 
 
-def fit_miniature(args: MiniatureArguments) -> dict[str, Tensor]:
+def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
     """Fit the projection of the miniature model.
 
     Args:
@@ -106,7 +106,7 @@ def fit_miniature(args: MiniatureArguments) -> dict[str, Tensor]:
         `direction`, (text width,), is the normalized mean of the text embeddings. `logit_scale` is a scalar, the
         natural logarithm of the factor that multiplies the cosine similarities.
     """
-    model, processor = join_encoders()
+    model, processor = load_and_join_encoders()
     model.eval().text_projection.weight.data = torch.eye(model.config.projection_dim)
 
     def embed(texts: list[str]) -> Tensor:  # (texts, text width), unit length
@@ -115,7 +115,7 @@ def fit_miniature(args: MiniatureArguments) -> dict[str, Tensor]:
     def recall(images: Tensor, texts: Tensor) -> float:
         return bidirectional_recall(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
 
-    data, photos = load_self_contained_dataset(args.dataset), load_photographs()
+    data, photos = load_self_contained_dataset(args.dataset), load_photograph_dataset()
     train = compute_pooled_image_features(model, processor, data["train"])
     validation = compute_pooled_image_features(model, processor, data["validation"])
     photo_features = compute_pooled_image_features(model, processor, photos)
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(MiniatureArguments, __doc__, argv)
     torch.manual_seed(0)
-    tensors = fit_miniature(args)
+    tensors = _fit_miniature_projection(args)
     versions = {name: version for name, version in package_versions().items() if name in MINIATURE_PACKAGES}
     write_bytes(args.output, save(tensors, {"licence": "CC BY-SA 4.0, as OpenMoji's pictures", **versions}))
     print(f"Projection: {args.output}")

@@ -66,7 +66,7 @@ class LanguagesArguments:
         self.languages = list(dict.fromkeys(self.languages))
 
 
-def _add_names(splits: dict[str, list[EmojiPicture]], data: DatasetDict) -> DatasetDict:
+def _add_caption_columns(splits: dict[str, list[EmojiPicture]], data: DatasetDict) -> DatasetDict:
     """Add a column of captions for each language to a dataset of OpenMoji's images.
 
     Args:
@@ -88,7 +88,7 @@ def _add_names(splits: dict[str, list[EmojiPicture]], data: DatasetDict) -> Data
     return results
 
 
-def _prepare_base_model_and_embeddings(work: Path) -> tuple[Path, Path]:
+def _train_base_model_and_embed_dataset(work: Path) -> tuple[Path, Path]:
     """Build the dataset, the base model and the dataset of embeddings, unless they exist.
 
     Args:
@@ -103,7 +103,7 @@ def _prepare_base_model_and_embeddings(work: Path) -> tuple[Path, Path]:
     dataset, base, embedded = work / "dataset", work / "base", work / "embedded"
     if not (dataset / "dataset_dict.json").is_file():
         splits = split_concepts(load_emoji_by_concept([*LANGUAGES]))
-        data = _add_names(splits, render_splits(splits))
+        data = _add_caption_columns(splits, render_splits(splits))
         with atomic_folder(dataset) as folder:
             data.save_to_disk(folder)
             write_text(folder / "README.md", CARD.format(count=len(LANGUAGES) + 1, further=len(LANGUAGES)))
@@ -116,7 +116,7 @@ def _prepare_base_model_and_embeddings(work: Path) -> tuple[Path, Path]:
     return base, embedded
 
 
-def _train_language(code: str, args: LanguagesArguments, base: Path, embedded: Path) -> dict[str, Any]:
+def _train_and_evaluate_language(code: str, args: LanguagesArguments, base: Path, embedded: Path) -> dict[str, Any]:
     """Train a language and evaluate it, unless its run is finished.
 
     Args:
@@ -149,11 +149,11 @@ def main(argv: list[str] | None = None) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(LanguagesArguments, __doc__, argv)
-    base, embedded = _prepare_base_model_and_embeddings(args.work)
+    base, embedded = _train_base_model_and_embed_dataset(args.work)
     results: dict[str, Any] = {}
     conditions = {"date": time.strftime("%Y-%m-%d"), "device": describe_device(), "versions": package_versions("emoji")}
     for code in tqdm(args.languages, desc="Languages", unit="language"):
-        results[code] = _train_language(code, args, base, embedded)
+        results[code] = _train_and_evaluate_language(code, args, base, embedded)
         write_json(args.output, conditions | {"languages": results})
     print(f"Results: {args.output}. `python -m benchmarks.readme` updates the table in docs/reference/languages.md.")
 

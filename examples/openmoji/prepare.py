@@ -35,7 +35,7 @@ from examples.openmoji.dataset import build_dataset, load_self_contained_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.trim_vocabulary import select_token_ids, trim_tokenizer
 from modeling_capivara.two_towers import embed_texts, move_to_device_in_chunks, uses_sigmoid_loss
-from training.batches import batch_indices, sample_captions, tokenize_into_micro_batches
+from training.batches import batch_indices, sample_captions, tokenize_into_sorted_micro_batches
 from training.trainable import clamp_logit_scale
 from training.whole_batch import cache_token_embeddings
 
@@ -108,7 +108,7 @@ class PrepareArguments:
             self.model = Path("data/openmoji", "base-sigmoid" if self.loss == "sigmoid" else "base")
 
 
-def prepare_dataset_and_base(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
+def build_dataset_and_train_base_model(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
     """Build the OpenMoji dataset and the demo's base model if they do not exist yet.
 
     If an error occurs, the folder that was being built is not created, so a folder is never incomplete.
@@ -150,7 +150,7 @@ def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, lan
         languages: Codes of languages besides English and Portuguese whose words are kept in the vocabulary.
     """
     torch.manual_seed(SEED)
-    model, processor = _trim_to_dataset(dataset, *join_encoders(**LOSS_CONFIGS[loss]), languages)
+    model, processor = _trim_vocabulary_to_dataset(dataset, *load_and_join_encoders(**LOSS_CONFIGS[loss]), languages)
     captions = dataset["train"]["captions-en"][:]
     features = {
         name: compute_pooled_image_features(model, processor, dataset[name]) for name in ("train", "validation")
@@ -163,7 +163,7 @@ def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, lan
     write_text(folder / "README.md", CARD_TEMPLATE.format(loss=loss))
 
 
-def join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
+def load_and_join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
     """Combine EfficientNet-Lite0 (images) and multilingual-e5-small (texts) in one model with random projections.
 
     The width of the model's embeddings is the width of the text encoder.
@@ -184,7 +184,7 @@ def join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
     return model, processor
 
 
-def _trim_to_dataset(
+def _trim_vocabulary_to_dataset(
     dataset: DatasetDict, model: CapivaraModel, processor: CapivaraProcessor, languages: Sequence[str] = ()
 ) -> tuple[CapivaraModel, CapivaraProcessor]:
     """Remove tokens from a model that neither frequent words nor a dataset's captions use.
@@ -323,7 +323,7 @@ def align_towers(
         RuntimeError: If the validation recall is still rising after `MAX_STEPS` steps.
     """
     noise = FEATURE_NOISE * features["train"].std(dim=0)
-    optimizer, warmup = _build_optimizer_and_scheduler(model)
+    optimizer, warmup = build_optimizer_and_scheduler(model)
     captions, bar = dataset["train"]["captions-en"], trange(MAX_STEPS, desc="Aligning on English", unit="step")
     curve, loss, best = [], None, {}
     for step in bar:
@@ -347,7 +347,7 @@ def align_towers(
     return curve
 
 
-def _build_optimizer_and_scheduler(
+def build_optimizer_and_scheduler(
     model: CapivaraModel,
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Build the optimizer and the learning rate scheduler for the alignment of the two encoders.
@@ -390,7 +390,7 @@ def align_step(
     model.vision_model.eval()
     torch.manual_seed(SEED * MAX_STEPS + step)
     rows = batch_indices(step, BATCH_SIZE, len(captions), SEED)
-    batches, order = tokenize_into_micro_batches(
+    batches, order = tokenize_into_sorted_micro_batches(
         processor, sample_captions(captions, rows, step, SEED), MICRO_BATCH_SIZE
     )
     batch_features = features[torch.as_tensor(rows[order])]
@@ -463,7 +463,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(PrepareArguments, __doc__, argv)
-    prepare_dataset_and_base(args.dataset, args.model, args.loss)
+    build_dataset_and_train_base_model(args.dataset, args.model, args.loss)
     print(f"Dataset: {args.dataset}\nBase model: {args.model}")
 
 

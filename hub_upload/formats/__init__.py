@@ -83,7 +83,7 @@ def write_tokenizer_json(folder: Path, content: dict[str, Any], is_capivara: boo
     write_text(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False))
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+def save_tokenizer_for_publication(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
     """Write the files of a tokenizer with its current settings, without paths of this machine.
 
     Args:

@@ -29,7 +29,13 @@ from capivara_common.model_kinds import KINDS
 from capivara_common.privacy import to_publishable_name
 from capivara_common.weight_file import find_weight_files
 from hub_upload import formats
-from hub_upload.card_values import HUB_LICENSES, MARKDOWN_TEMPLATES, select_example_inputs, to_code, to_markdown
+from hub_upload.card_values import (
+    HUB_LICENSES,
+    MARKDOWN_TEMPLATES,
+    escape_value_for_markdown,
+    select_example_inputs,
+    to_code,
+)
 from hub_upload.formats import max_text_tokens, onnx, open_clip
 from hub_upload.formats.open_clip import check_tensors, compute_tensor_digests, save_state_dict
 from modeling_capivara.convert_open_clip import (
@@ -73,14 +79,16 @@ def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: st
             models is damaged.
     """
     base_folder = formats.resolve_compatible_base_folder(source, base)
-    if compute_tensor_digests(_load_text_tensors(source)) == compute_tensor_digests(_load_text_tensors(base_folder)):
+    if compute_tensor_digests(_load_text_encoder_tensors(source)) == compute_tensor_digests(
+        _load_text_encoder_tensors(base_folder)
+    ):
         raise ValueError(f"The text encoders of {source} and {base} are bit-identical, so there is nothing to replace.")
     model, processor = load_memory_mapped_model(source, config), load_processor(source)
     is_capivara, length = KINDS[config.model_type].is_native, max_text_tokens(processor)
     dense_folders = _write_text_encoder(model, folder)
     if is_capivara:
         _write_sentence_transformers(model, folder, dense_folders)
-    has_open_clip = _try_write_open_clip(model, source, base_folder, folder)
+    has_open_clip = _try_write_open_clip_weights(model, source, base_folder, folder)
     _write_tokenizer(processor.tokenizer, folder, length, is_capivara)
     del model  # frees memory before the ONNX export loads the model
     onnx.write_onnx(folder, source, ["text_model"])
@@ -102,7 +110,7 @@ def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: st
         shutil.copyfile(source / "LICENSE", folder / "LICENSE")
 
 
-def _load_text_tensors(folder: Path) -> dict[str, Tensor]:
+def _load_text_encoder_tensors(folder: Path) -> dict[str, Tensor]:
     """Load the tensors of a model's text encoder (text tower and text projection), memory-mapped.
 
     Args:
@@ -166,7 +174,7 @@ def _write_sentence_transformers(model: PreTrainedModel, folder: Path, dense_fol
     classes = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(dense_folders, "Dense")}
     classes[f"{len(classes)}_Normalize"] = "Normalize"
     modules = [(path, f"{SENTENCE_TRANSFORMERS_MODELS}.{name}") for path, name in classes.items()]
-    open_clip.write_sentence_modules(folder, modules)
+    open_clip.write_sentence_transformers_modules_json(folder, modules)
     # The encoder is loaded without the pooler layer of transformers: mean pooling does not use it, and it would be
     # initialized at random, because the export has no weights for it.
     kwargs = {"model_args": {"add_pooling_layer": False}} if hasattr(model.text_model, "pooler") else {}
@@ -174,7 +182,7 @@ def _write_sentence_transformers(model: PreTrainedModel, folder: Path, dense_fol
     write_json(folder / "sentence_bert_config.json", settings)
 
 
-def _try_write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: Path) -> bool:
+def _try_write_open_clip_weights(model: PreTrainedModel, source: Path, base: Path, folder: Path) -> bool:
     """Write the text encoder under open_clip's tensor names, for loading into the base model in open_clip.
 
     The written tensors are compared with the model.
@@ -224,7 +232,7 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: i
         is_capivara: Whether it is CAPIVARA's own tokenizer.
     """
     tokenizer.model_max_length = min(tokenizer.model_max_length, length)
-    settings = formats.save_tokenizer(tokenizer, folder)
+    settings = formats.save_tokenizer_for_publication(tokenizer, folder)
     settings.pop("processor_class", None)
     if is_capivara:
         formats.write_tokenizer_json(folder, read_json(folder / "tokenizer.json"), is_capivara)
@@ -255,7 +263,7 @@ def _render_card(source: Path, folder: Path, metadata: dict[str, Any], repo_id: 
     tags += ["sentence-transformers"] * values["is_capivara"] + ["onnx"] + ["open_clip"] * values["open_clip"]
     license = model_card["license"] if model_card.get("license") in HUB_LICENSES else None
     card_data = {"library_name": library, "license": license, "tags": ["capivara", *tags]}
-    texts = [f"{number} text in {to_markdown(language)}" for number in ("a", "another")]
+    texts = [f"{number} text in {escape_value_for_markdown(language)}" for number in ("a", "another")]
     return MARKDOWN_TEMPLATES.get_template("drop_in.md.j2").render(
         **metadata | {name: to_code(metadata[name]) for name in ("model", "base", "image_digest")},
         **values,

@@ -111,7 +111,7 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
     # model was trained with punctuation.
     settings = {"embed_dim": embedding_width(config), "text_cfg": {"context_length": max_text_tokens(processor)}}
     write_json(folder / "config.json", settings)
-    ids = _write_tokenizer(processor, folder / "textual", is_capivara)
+    ids = _write_and_check_tokenizer(processor, folder / "textual", is_capivara)
     model = load_model(source).eval()
     tower = ImmichTower(model, None if pads_to_max_length(processor) else processor.tokenizer.pad_token_id)
     _write_and_check_graph(tower, "text", ids, folder / "textual/model.onnx")
@@ -141,7 +141,7 @@ def find_immich_name(config: PreTrainedConfig) -> str | None:
     return IMMICH_NAMES_BY_SIZE.get((tokens, *sizes))
 
 
-def _write_tokenizer(processor: ProcessorMixin, textual: Path, is_capivara: bool) -> list[np.ndarray]:
+def _write_and_check_tokenizer(processor: ProcessorMixin, textual: Path, is_capivara: bool) -> list[np.ndarray]:
     """Write the tokenizer for Immich, and check that it gives the same token ids as the tokenizer of the model.
 
     Args:

@@ -62,7 +62,9 @@ EMBEDDING_TOLERANCE = 1e-4  # largest difference per component between the model
 logger = logging.getLogger("capivara")
 
 
-def write_config_and_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool) -> None:
+def write_transformers_and_open_clip_weights(
+    model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool
+) -> None:
     """Write configuration and weights for transformers, and optionally weights for open_clip.
 
     Each written tensor is compared with the model. The weights are memory-mapped, so that memory never holds more than
@@ -148,7 +150,7 @@ def resolve_text_config_id(config: CapivaraConfig, text_config: str | None) -> s
     """
     base = CapivaraConfig().text_config  # the default is XLM-RoBERTa base, so no network is needed
     if text_config is None:
-        return None if _config_differences(config.text_config, base) else BASE_TEXT_MODEL
+        return None if _describe_config_differences(config.text_config, base) else BASE_TEXT_MODEL
     try:
         if Path(text_config).is_dir():
             raise ValueError("the path is a folder, but users of the model need a Hub id")
@@ -157,7 +159,7 @@ def resolve_text_config_id(config: CapivaraConfig, text_config: str | None) -> s
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"text_config must be a Hub id with a configuration, got {text_config!r}: {reason}") from error
-    if differences := _config_differences(config.text_config, hub_config):
+    if differences := _describe_config_differences(config.text_config, hub_config):
         raise ValueError(f"text_config {text_config} differs from the model's text tower: {'; '.join(differences)}.")
     return text_config
 
@@ -209,7 +211,7 @@ def build_open_clip_config(
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
 
-def write_sentence_transformers(folder: Path, processor: ProcessorMixin) -> None:
+def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) -> None:
     """Write the configuration files with which Sentence Transformers loads the exported model.
 
     Sentence Transformers loads the whole model, with both towers, as a Transformer module. A Normalize module follows.
@@ -219,7 +221,9 @@ def write_sentence_transformers(folder: Path, processor: ProcessorMixin) -> None
         processor: Processor of the model.
     """
     modules = [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
-    write_sentence_modules(folder, [(path, f"{SENTENCE_TRANSFORMERS_MODULES}.{name}") for path, name in modules])
+    write_sentence_transformers_modules_json(
+        folder, [(path, f"{SENTENCE_TRANSFORMERS_MODULES}.{name}") for path, name in modules]
+    )
     settings = {
         "transformer_task": "feature-extraction",
         # Without these entries, Sentence Transformers 6 would silently treat the model as a text encoder.
@@ -263,10 +267,10 @@ def check_sentence_transformers(source: Path, folder: Path) -> None:
     # Each batch has one text, because in a larger batch the longest text could hide an error: if short texts are not
     # padded to the full length, they are at least padded to the longest text.
     theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, batch_size=1, show_progress_bar=False)
-    _check_difference("sentence-transformers", [(ours, torch.from_numpy(theirs))])
+    _check_embedding_difference("sentence-transformers", [(ours, torch.from_numpy(theirs))])
 
 
-def write_sentence_modules(folder: Path, module_types: list[tuple[str, str]]) -> None:
+def write_sentence_transformers_modules_json(folder: Path, module_types: list[tuple[str, str]]) -> None:
     """Write modules.json and config_sentence_transformers.json, from which Sentence Transformers builds its pipeline.
 
     Args:
@@ -284,7 +288,7 @@ def write_sentence_modules(folder: Path, module_types: list[tuple[str, str]]) ->
     write_json(folder / "config_sentence_transformers.json", settings)
 
 
-def _config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
+def _describe_config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
     """Compare two configurations of text towers in the fields that change the output (`TEXT_CONFIG_FIELDS`).
 
     Args:
@@ -402,10 +406,10 @@ def _check_open_clip_embeddings(model: PreTrainedModel, processor: ProcessorMixi
     pixels = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     texts, images = theirs.eval().encode_text(ids, normalize=True), theirs.encode_image(pixels, normalize=True)
     pairs = (compute_text_embeds(model, ids), texts), (compute_image_embeds(model, pixels), images)
-    _check_difference("open_clip", pairs)
+    _check_embedding_difference("open_clip", pairs)
 
 
-def _check_difference(program: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+def _check_embedding_difference(program: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Check that the embeddings of an export are the same as those of the model.
 
     Args:

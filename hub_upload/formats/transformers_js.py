@@ -61,7 +61,7 @@ def write_configs(folder: Path) -> None:
     write_json(folder / "preprocessor_config.json", settings)
 
 
-def convert_tokenizer(folder: Path) -> dict[str, Any]:
+def read_and_convert_tokenizer(folder: Path) -> dict[str, Any]:
     """Convert a tokenizer.json, so that it has only normalizer steps that transformers.js supports.
 
     Args:
@@ -86,7 +86,7 @@ def convert_and_write_tokenizer(folder: Path) -> None:
         folder: Folder of the export, with config.json and the tokenizer files.
     """
     is_capivara = KINDS[read_json(folder / "config.json")["model_type"]].is_native
-    formats.write_tokenizer_json(folder, convert_tokenizer(folder), is_capivara)
+    formats.write_tokenizer_json(folder, read_and_convert_tokenizer(folder), is_capivara)
     if is_capivara:
         # In Python, CAPIVARA's text cleaning code removes superfluous white space. transformers.js does not run this
         # code, but its setting `remove_space` has the same effect.

@@ -173,7 +173,7 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
             raise ValueError(
                 f"The file name of a picture contains {secret[0]}. Rename it, and revoke it if it is real."
             )
-        pinned = _get_pinned_requirements(model)
+        pinned = _get_required_package_versions(model)
         write_text(output / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pinned.items()))
         values = {
             "title": SPACE_TITLE,
@@ -225,7 +225,7 @@ def read_model_license(model: Path) -> str:
     return str(read_card_metadata(model / "README.md").get("license") or "")
 
 
-def _get_pinned_requirements(model: str) -> dict[str, str]:
+def _get_required_package_versions(model: str) -> dict[str, str]:
     """Return the Python packages that the search page and a model need, with their installed versions.
 
     Args:
