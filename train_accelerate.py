@@ -45,16 +45,15 @@ from hub_upload.push import ensure_writable_repository, export_and_push_run
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import describe_model
 from training.arguments import RunArguments
-from training.checkpoints import (
-    Checkpoints,
-    TrainingState,
+from training.checkpoints import Checkpoints, TrainingState
+from training.inputs import TrainingInputs, load_inputs_and_embed_images
+from training.loop import TrainingLoop
+from training.run_folder import (
     check_matches_finished_run,
     choose_and_check_output_dir,
     is_run_complete,
     locked_run_folder,
 )
-from training.inputs import TrainingInputs, load_inputs_and_embed_images
-from training.loop import TrainingLoop
 from training.trainable import (
     fixed_settings,
     freeze_parameters_and_add_adapters,

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
-from benchmarks.timing import describe_conditions, median_ratio, report_results, summarize_rates, time_alternating
+from benchmarks.tools import describe_conditions, median_ratio, report_results, summarize_rates, time_alternating
 from capivara_common.cli import flag, parse_arguments, run_command
 from captions.captioners.blip2 import PREFIXES_FILE, PrefixCaptioner, read_prefixes
 from captions.translate import TranslateArguments

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.timing import RESULTS_FOLDER, describe_conditions, report_results
+from benchmarks.tools import RESULTS_FOLDER, describe_conditions, report_results
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search import PictureIndex
 from capivara_search.duplicates import (

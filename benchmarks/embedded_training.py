@@ -27,7 +27,7 @@ from datasets import Features, List, Value
 from tqdm.auto import tqdm
 
 import train_accelerate
-from benchmarks.timing import (
+from benchmarks.tools import (
     CODE_ROOT,
     RESULTS_FOLDER,
     describe_conditions,

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.timing import (
+from benchmarks.tools import (
     describe_conditions,
     make_captions,
     median_ratio,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import tools
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import read_json
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
@@ -42,18 +42,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(EvalRetrievalArguments, __doc__, argv)
     embeddings = _make_random_embeddings(args.images, args.captions)
     _compute_our_recalls(*_make_random_embeddings(64, args.captions))  # so that no library is loaded while it is timed
-    before = timing.reset_peak_memory()  # forget the peak of making the embeddings
+    before = tools.reset_peak_memory()  # forget the peak of making the embeddings
     measured = {
-        **timing.describe_conditions(), "width": EMBEDDING_WIDTH,
+        **tools.describe_conditions(), "width": EMBEDDING_WIDTH,
         "images": args.images, "captions": args.images * args.captions,
-        "seconds": timing.time_call(lambda: _compute_our_recalls(*embeddings)),
-        "memory_over_embeddings_bytes": timing.peak_resident_bytes() - before,
+        "seconds": tools.time_call(lambda: _compute_our_recalls(*embeddings)),
+        "memory_over_embeddings_bytes": tools.peak_resident_bytes() - before,
         "all_scores_bytes": 4 * len(embeddings[0]) * len(embeddings[1]),
     }  # fmt: skip
     if not args.worker:
         measured |= _compare_speed_and_recalls(embeddings, args.runs)
     existing = read_json(args.output) if args.output and args.output.is_file() else {}
-    timing.report_results(existing | {"large" if args.worker else "scores": measured}, args.output)
+    tools.report_results(existing | {"large" if args.worker else "scores": measured}, args.output)
 
 
 def _make_random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,11 +136,11 @@ def _compare_speed_and_recalls(embeddings: tuple[Tensor, Tensor, Tensor], runs: 
         "ours": lambda: _compute_our_recalls(*embeddings),
     }
     theirs, ours = (recalls() for recalls in steps.values())  # these calls also warm up both programs
-    seconds = timing.time_alternating(steps, runs, "Alternating runs")
+    seconds = tools.time_alternating(steps, runs, "Alternating runs")
     return {
         "runs": runs,
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
-        "ratio": timing.median_ratio(seconds["clip_benchmark"], seconds["ours"]),
+        "ratio": tools.median_ratio(seconds["clip_benchmark"], seconds["ours"]),
         "largest_difference_of_a_recall": max(abs(ours[name] - theirs[name]) for name in theirs),
     }
 

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.timing import (
+from benchmarks.tools import (
     describe_conditions,
     peak_resident_bytes,
     report_results,

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions, report_results
+from benchmarks.tools import CODE_ROOT, RESULTS_FOLDER, describe_conditions, report_results
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import write_json
 from capivara_search.folder_scan import find_pictures_and_unreadable_files

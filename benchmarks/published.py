@@ -23,7 +23,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from benchmarks.timing import describe_conditions
+from benchmarks.tools import describe_conditions
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import require_packages
 from capivara_common.files import check_output_file, read_json, write_json, write_text

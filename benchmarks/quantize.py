@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from benchmarks.timing import describe_conditions, report_results
+from benchmarks.tools import describe_conditions, report_results
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search.miniature import get_or_build_miniature_folder
 from eval.capivara_metrics.metrics import cross_modal_ranks, mean_recall

@@ -18,7 +18,7 @@ from typing import Any
 import PIL.Image
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions
+from benchmarks.tools import CODE_ROOT, RESULTS_FOLDER, describe_conditions
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import read_json, write_json, write_text
 from eval.records.result_files import DIRECTIONS, Record, read_records

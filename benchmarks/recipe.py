@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import train_accelerate
-from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions
+from benchmarks.tools import CODE_ROOT, RESULTS_FOLDER, describe_conditions
 from capivara_common.cli import flag, parse_arguments, read_yaml_config, run_command
 from capivara_common.files import json_digest, read_json, write_json
 from eval.capivara_metrics.metrics import mean_hits, paired_bootstrap

@@ -26,7 +26,7 @@ import PIL.Image
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from benchmarks import timing
+from benchmarks import tools
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search import PictureIndex
 from capivara_search.page.answers import PageAnswers, Question
@@ -65,22 +65,22 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_arguments(SearchArguments, __doc__, argv)
     if args.worker:
-        timing.report_results(
+        tools.report_results(
             {"fill": _measure_index_creation, "index": _measure_searching_and_adding}[args.worker](args)
         )
         return
     from benchmarks import search_follow  # imported here, because a worker must not load torch
 
-    timing.save_random_model(args.work / "model")
+    tools.save_random_model(args.work / "model")
     if args.parts == "index":
         search_follow.write_random_photos(args.work / "photographs", max(ADDED_COUNTS))
         results = _measure_indexes(args) | {"width": EMBEDDING_WIDTH, "k": K, "queries": QUERY_COUNT}
     else:
         results = search_follow.measure_indexing_and_watching(args.work, args.followed, args.runs)
     name = "search.json" if args.parts == "index" else "search_follow.json"
-    timing.report_results(
-        timing.describe_conditions("lancedb") | {"runs": args.runs} | results,
-        args.output or timing.RESULTS_FOLDER / name,
+    tools.report_results(
+        tools.describe_conditions("lancedb") | {"runs": args.runs} | results,
+        args.output or tools.RESULTS_FOLDER / name,
     )
 
 
@@ -100,7 +100,7 @@ def _measure_indexes(args: SearchArguments) -> dict[str, Any]:
         write_vectors_and_queries(args.work, rows)
         flags = {"rows": rows, "work": args.work, "runs": args.runs, "added": ADDED_COUNTS[rows == max(args.sizes)]}
         filled, measured = (
-            timing.run_module_in_subprocess("benchmarks.search", worker=worker, **flags) for worker in ("fill", "index")
+            tools.run_module_in_subprocess("benchmarks.search", worker=worker, **flags) for worker in ("fill", "index")
         )
         sizes[str(rows)] = filled | measured | {"approximate": rows > MAX_EXACT_ROWS}
     return {"index": sizes, "first_search_s": _time_search_commands(args, max(args.sizes))}
@@ -123,7 +123,7 @@ def _time_search_commands(args: SearchArguments, rows: int) -> list[float]:
     command = [sys.executable, "-m", "capivara_search", *words, "--json"]
     if not json.loads(subprocess.check_output(command)):  # this call also brings the files into the page cache
         raise RuntimeError(f"{' '.join(command)} found nothing.")
-    return [timing.time_call(lambda: subprocess.check_output(command)) for _ in range(args.runs)]
+    return [tools.time_call(lambda: subprocess.check_output(command)) for _ in range(args.runs)]
 
 
 # ---- data ----
@@ -207,9 +207,9 @@ def _measure_index_creation(args: SearchArguments) -> dict[str, Any]:
             table.pictures.add(build_picture_rows(vectors[start : start + WRITE_BATCH_ROWS], start, digest))
 
     return {
-        "written_s": timing.time_call(write),
+        "written_s": tools.time_call(write),
         # Compaction of the table and, if the table is large, the training of an approximate vector index.
-        "optimised_s": timing.time_call(lambda: table.optimize(EMBEDDING_WIDTH)),
+        "optimised_s": tools.time_call(lambda: table.optimize(EMBEDDING_WIDTH)),
         "bytes": sum(path.stat().st_size for path in where.rglob("*") if path.is_file()),
     }
 
@@ -265,7 +265,7 @@ def _measure_searching_and_adding(args: SearchArguments) -> dict[str, Any]:
 
     measured = {
         "vector_ms": _measure_latency_percentiles(search, answers["queries"]),
-        "memory_bytes": timing.peak_resident_bytes(),
+        "memory_bytes": tools.peak_resident_bytes(),
     }
     nearest = [{picture_path(row) for row in rows} for rows in answers["nearest"]]
     measured["recall"] = statistics.mean(len(a & b) / K for a, b in zip(nearest, hits[-QUERY_COUNT:], strict=True))
@@ -300,7 +300,7 @@ def _time_adding_pictures(args: SearchArguments, index: PictureIndex, count: int
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted((args.work / "photographs").iterdir())[:count]:
             shutil.copy(path, folder)
-        seconds = timing.time_call(lambda: index.add(folder))
+        seconds = tools.time_call(lambda: index.add(folder))
         if (removed := index.forget(folder)) != count:
             raise RuntimeError(f"Expected to add {count} pictures, but {removed} were added (and removed again).")
     return seconds
@@ -318,7 +318,7 @@ def _measure_latency_percentiles(call: Callable[[Any], Any], inputs: Any) -> dic
     """
     for value in inputs[: len(inputs) // 10]:
         call(value)
-    milliseconds = [1000 * timing.time_call(lambda value=value: call(value)) for value in inputs]
+    milliseconds = [1000 * tools.time_call(lambda value=value: call(value)) for value in inputs]
     return {f"p{share}": float(np.percentile(milliseconds, share)) for share in (50, 95)}
 
 

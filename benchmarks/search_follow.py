@@ -26,7 +26,7 @@ import numpy as np
 import PIL.Image
 from tqdm.auto import tqdm
 
-from benchmarks.timing import time_call
+from benchmarks.tools import time_call
 from capivara_common.files import write_bytes
 from capivara_search import PictureIndex
 from examples.real_images import CLASS_PHOTOGRAPHS, load_photo

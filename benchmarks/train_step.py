@@ -58,7 +58,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, SiglipConfig, SiglipModel
 
-from benchmarks import timing
+from benchmarks import tools
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.environment import resolve_mixed_precision
 from capivara_common.files import read_json
@@ -145,7 +145,7 @@ class TrainStepArguments:
             raise ValueError(f"parts must be one or more of recipe, programs and demo, got {self.parts}.")
         recipe_only = self.parts == ["recipe"]
         suffix = "_recipe" * recipe_only + f"_{self.model}" * (recipe_only or self.model != "capivara")
-        self.output = self.output or timing.RESULTS_FOLDER / f"train_step{suffix}.json"
+        self.output = self.output or tools.RESULTS_FOLDER / f"train_step{suffix}.json"
         if self.worker:
             self.pairs = self.program_pairs
         elif "recipe" in self.parts and self.recipe_pairs[0] < 2 * RECIPE_MICRO:
@@ -176,9 +176,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure the requested parts, and print the results as JSON."""
     args = parse_arguments(TrainStepArguments, __doc__, argv)
     if args.worker:
-        timing.report_results(measure_open_clip(args) if args.worker == PEER_PROGRAM else measure_ours(args))
+        tools.report_results(measure_open_clip(args) if args.worker == PEER_PROGRAM else measure_ours(args))
     else:
-        timing.report_results(run_requested_benchmarks(args), args.output)
+        tools.report_results(run_requested_benchmarks(args), args.output)
 
 
 def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
@@ -207,8 +207,8 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     }
     requested = (recipe if "recipe" in args.parts else {}) | (programs if "programs" in args.parts else {})
     steps = {key: partial(_measure_program_in_subprocess, key[1], args, **flags) for key, flags in requested.items()}
-    measured = timing.run_alternating(steps, args.runs, "Training steps")
-    results = timing.describe_conditions() | {"tokens": CAPTION_TOKENS[args.model], "measured": {}}
+    measured = tools.run_alternating(steps, args.runs, "Training steps")
+    results = tools.describe_conditions() | {"tokens": CAPTION_TOKENS[args.model], "measured": {}}
     results |= {name: getattr(args, name) for name in ("model", "runs", "micro", "steps", "peer_micro")}
     results |= {"pairs": args.program_pairs, "peer_accum": args.program_pairs // args.peer_micro}
     for (part, name, *pairs), runs in measured.items():
@@ -220,7 +220,7 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
         else:
             results["measured"].setdefault(part, {})[name] = summary
     if "demo" in args.parts:
-        trees = {"old": args.beside, "new": timing.CODE_ROOT}
+        trees = {"old": args.beside, "new": tools.CODE_ROOT}
         results["demo"] = {name: _time_demo_commands(tree.resolve()) for name, tree in trees.items() if tree}
     return results
 
@@ -267,7 +267,7 @@ def _time_demo_commands(checkout: Path) -> dict[str, Any]:
             seconds = {}
             for words in (["examples.openmoji.prepare", *inputs], ["train_accelerate", *flags]):
                 job = partial(subprocess.run, [sys.executable, "-m", *words], cwd=checkout, env=environment, check=True)
-                seconds[words[0]] = timing.time_call(job)
+                seconds[words[0]] = tools.time_call(job)
             paths = sorted(Path(folder, run, "results").glob("*.json"))
             records = [record for path in paths for record in read_json(path, records=list)["records"]]
             results[run] = {"seconds": seconds | {"total": sum(seconds.values())}, "records": records}
@@ -290,8 +290,8 @@ def _measure_program_in_subprocess(name: str, args: TrainStepArguments, **flags:
     flags = {key: getattr(args, key) for key in numbers} | {"pairs": args.program_pairs} | flags
     if args.model != "capivara":  # the other checkout may not have this flag
         flags["model"] = args.model
-    root = args.beside if name.endswith(BEFORE_SUFFIX) else timing.CODE_ROOT
-    return timing.run_module_in_subprocess(
+    root = args.beside if name.endswith(BEFORE_SUFFIX) else tools.CODE_ROOT
+    return tools.run_module_in_subprocess(
         "benchmarks.train_step", root, worker=name.removesuffix(BEFORE_SUFFIX), **flags
     )
 
@@ -311,10 +311,10 @@ def _summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict
     """
     rates = [run["pairs_per_second"] for run in runs]
     memory = max(run["peak_memory_bytes"] for run in runs)
-    summary = {"pairs_per_second": timing.summarize_rates(rates), "peak_memory_bytes": memory}
+    summary = {"pairs_per_second": tools.summarize_rates(rates), "peak_memory_bytes": memory}
     for name, others in {"ratio": peer, "ratio_to_before": before}.items():
         if others:
-            summary[name] = timing.median_ratio(rates, [run["pairs_per_second"] for run in others])
+            summary[name] = tools.median_ratio(rates, [run["pairs_per_second"] for run in others])
     return summary
 
 
@@ -464,12 +464,12 @@ def measure_ours(args: TrainStepArguments) -> dict[str, Any]:
     engine = TrainingEngine(config, args, 0.0 if args.worker == RECOMPUTED_PROGRAM else None)
     for number in range(args.warmup + args.steps):
         step = partial(engine, number, *batch)
-        seconds.append(timing.time_call(lambda step=step: reports.append(step())))
+        seconds.append(tools.time_call(lambda step=step: reports.append(step())))
     return {
         "pairs_per_second": args.pairs / statistics.median(seconds[args.warmup :]),
         "step_s": seconds[args.warmup :],
         "graphs_kept": [report.graphs_kept for report in reports[args.warmup :]],
-        "peak_memory_bytes": timing.peak_resident_bytes(),
+        "peak_memory_bytes": tools.peak_resident_bytes(),
     }
 
 
@@ -521,7 +521,7 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
         "padded_tokens": texts.shape[1],
         "pairs_per_second": args.pairs / statistics.median(seconds),
         "step_s": seconds,
-        "peak_memory_bytes": timing.peak_resident_bytes(),
+        "peak_memory_bytes": tools.peak_resident_bytes(),
     }
 
 

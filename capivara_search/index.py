@@ -24,12 +24,10 @@ import pyarrow.compute as pc
 from capivara_search import folders as known_folders
 from capivara_search import query
 from capivara_search.duplicates import (
-    CachedRows,
     cluster_near_duplicates,
     compute_duplicate_similarity,
     get_comparison_vectors,
     is_duplicate,
-    newest_first_order,
 )
 from capivara_search.folder_scan import (
     FileState,
@@ -65,9 +63,11 @@ from capivara_search.table import (
     PictureTable,
     comparison_columns,
     date_clauses,
+    extract_stored_vectors,
     folders_clause,
     join_clauses,
     l2_normalize,
+    newest_first_order,
     quote_sql,
     to_hits,
     vector_column,
@@ -101,6 +101,56 @@ def _default_index_path() -> str | Path:
         return configured
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(data) / "capivara" / "pictures.lance"
+
+
+class CachedRows:
+    """Rows of the table `pictures` that are kept in memory, for exact search and near-duplicate detection.
+
+    Args:
+        model: Model in use.
+        rows: All rows of an index, or the rows that match the filters of a search, with the columns that
+            `table.comparison_columns` lists.
+
+    Attributes:
+        rows: The rows, sorted by path.
+    """
+
+    def __init__(self, model: "SearchModel", rows: pa.Table):
+        self.rows, self._model = rows.sort_by("path"), model
+        self._vectors = extract_stored_vectors(model, self.rows)
+        self._without_vector = ~self._vectors.any(axis=1)  # True for rows that were embedded with other models
+
+    @cached_property
+    def comparison_vectors(self) -> np.ndarray:
+        """Vectors (rows, columns) of the rows for near-duplicate detection, the result of `get_comparison_vectors`."""
+        return get_comparison_vectors(self._model, self.rows)
+
+    def nearest(self, vector: np.ndarray, k: int) -> pa.Table:
+        """Return the rows whose vectors are nearest to a query vector. All vectors are compared.
+
+        Args:
+            vector: Query vector (width,), of unit length.
+            k: Maximum number of rows.
+
+        Returns:
+            Rows with an additional column `score`, the cosine of the row's vector with the query vector. Rows are
+            sorted by score, best first, then by path.
+        """
+        scores = np.clip(self._vectors @ vector, -1, 1)
+        order = np.argsort(np.where(self._without_vector, np.inf, -scores), kind="stable")
+        order = order[: min(k, len(order) - self._without_vector.sum())]
+        return self.rows.take(order).append_column("score", pa.array(scores[order], pa.float64()))
+
+    def newest(self, k: int) -> pa.Table:
+        """Return the rows with the latest dates, latest first (`newest_first_order`).
+
+        Args:
+            k: Maximum number of rows.
+
+        Returns:
+            At most k rows.
+        """
+        return self.rows.take(newest_first_order(self.rows)[:k])
 
 
 class PictureIndex:

@@ -38,6 +38,8 @@ from capivara_search.storage_errors import LANCEDB_ERRORS, DamagedIndexError
 if TYPE_CHECKING:
     import lancedb
 
+    from capivara_search.models import SearchModel
+
 # Version of the layout of the tables. Raise it if the layout changes in such a way that older code can't read it.
 LAYOUT_VERSION = 1
 LAYOUT_METADATA_KEY = b"capivara.layout"
@@ -801,6 +803,23 @@ def vector_column_to_array(column: pa.ChunkedArray) -> np.ndarray:
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
 
 
+def extract_stored_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
+    """Return the model's vectors of rows of the table `pictures`.
+
+    Args:
+        model: Model in use.
+        rows: Rows with the columns that `comparison_columns` lists.
+
+    Returns:
+        Array (rows, width), float32, of unit length. A row that was embedded with another model has zeros.
+    """
+    vectors, name = np.zeros((len(rows), model.width), np.float32), vector_column(model.width)
+    if name in rows.column_names:
+        has_vector = pc.and_(rows[name].is_valid(), pc.equal(rows["model"], model.image_digest))
+        vectors[has_vector.to_numpy()] = l2_normalize(vector_column_to_array(rows[name].filter(has_vector)))
+    return vectors
+
+
 def to_hits(rows: pa.Table, scores: Sequence[float] | None = None) -> list[Hit]:
     """Convert rows of the table `pictures` to hits.
 
@@ -820,6 +839,24 @@ def to_hits(rows: pa.Table, scores: Sequence[float] | None = None) -> list[Hit]:
         hit_date = row["taken"] or modified
         hits.append(Hit(score=float(score), modified=modified, date=hit_date, date_source=date_source, **row))
     return hits
+
+
+def newest_first_order(rows: pa.Table) -> pa.Array:
+    """Return the order of rows by date, latest first. Rows with the same date are sorted by path.
+
+    The date of a row is its EXIF date if it has one, otherwise the modification time of the file.
+
+    Args:
+        rows: Rows with the columns path, taken and mtime_ns.
+
+    Returns:
+        Indices of the rows in this order, for `rows.take`.
+    """
+    # Cameras record local time, so the modification times of files (UTC) are converted to local time.
+    offset_ns = time.localtime().tm_gmtoff * 10**9
+    modified = ((rows["mtime_ns"].to_numpy() + offset_ns) // 1000).astype("datetime64[us]")
+    dated = pa.table({"path": rows["path"], "date": pc.coalesce(rows["taken"], pa.array(modified))})
+    return pc.sort_indices(dated, [("date", "descending"), ("path", "ascending")])
 
 
 def quote_sql(text: str) -> str:

@@ -27,16 +27,27 @@ from capivara_common.model_kinds import KINDS
 from capivara_common.privacy import shorten_private_paths, to_publishable_name
 from hub_upload import upload_checks
 from hub_upload.formats import (
+    check_tensors,
+    compute_tensor_digests,
     drop_in,
     immich,
     onnx,
     open_clip,
+    save_state_dict,
     save_tokenizer_for_publication,
+    sentence_transformers,
     transformers_js,
     write_tokenizer_json,
 )
 from modeling_capivara import CapivaraProcessor
-from modeling_capivara.loading import load_processor, load_two_towers_config
+from modeling_capivara.convert_open_clip import to_capivara_state_dict, to_open_clip_state_dict
+from modeling_capivara.loading import (
+    WEIGHTS_FILE,
+    load_memory_mapped_model,
+    load_memory_mapped_tensors,
+    load_processor,
+    load_two_towers_config,
+)
 
 DEFAULT_FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
 # drop_in (only the text encoder) and immich (for the Immich photo server) can't share a folder with other formats.
@@ -241,7 +252,7 @@ def _write_two_tower_formats(
     settings = None
     if "open_clip" in formats and has_text_config:
         settings = open_clip.build_open_clip_config(config, processor.image_processor, text_config, repo_id)
-    open_clip.write_transformers_and_open_clip_weights(model, folder, config, with_open_clip=settings is not None)
+    _write_transformers_and_open_clip_weights(model, folder, config, with_open_clip=settings is not None)
     _write_processor_and_model_code(model, folder, processor)
     if settings:
         write_json(folder / OPEN_CLIP_CONFIG, settings)
@@ -253,9 +264,9 @@ def _write_two_tower_formats(
         else:
             open_clip.write_open_clip_siglip(model, folder, repo_id or to_publishable_name(str(model)))
     if "sentence_transformers" in formats:
-        open_clip.write_sentence_transformers_config(folder, processor)
+        sentence_transformers.write_sentence_transformers_config(folder, processor)
         if not kind.is_native:
-            open_clip.check_sentence_transformers(model, folder)
+            sentence_transformers.check_sentence_transformers(model, folder)
     if "transformers_js" in formats:
         transformers_js.convert_and_write_tokenizer(folder)
         onnx.write_onnx(folder, graphs=tuple(onnx.GRAPH_SIGNATURES), precisions=("float32", "int8", "float16"))
@@ -263,6 +274,36 @@ def _write_two_tower_formats(
     elif "onnx" in formats:
         onnx.write_onnx(folder)
     _copy_card_and_results(model, folder)
+
+
+def _write_transformers_and_open_clip_weights(
+    model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool
+) -> None:
+    """Write configuration and weights for transformers, and optionally weights for open_clip.
+
+    Each written tensor is compared with the model. The weights are memory-mapped, so that memory never holds more than
+    one copy of them.
+
+    Args:
+        model: Folder of the model.
+        folder: Folder to write to.
+        config: Configuration of the model.
+        with_open_clip: Whether to also write the weights in open_clip's layout.
+
+    Raises:
+        ValueError: If a written tensor differs from the model.
+    """
+    mapped = load_memory_mapped_model(model, config)
+    expected = compute_tensor_digests(mapped.state_dict())
+    mapped.save_pretrained(folder)
+    if with_open_clip:
+        save_state_dict(to_open_clip_state_dict(mapped), folder / open_clip.OPEN_CLIP_WEIGHTS_FILE)
+    del mapped
+    check_tensors(folder / WEIGHTS_FILE, load_memory_mapped_model(folder, config).state_dict(), expected)
+    if with_open_clip:
+        written = to_capivara_state_dict(load_memory_mapped_tensors([folder / open_clip.OPEN_CLIP_WEIGHTS_FILE]))
+        check_tensors(folder / open_clip.OPEN_CLIP_WEIGHTS_FILE, written, expected)
+        logger.info("transformers and open_clip: %d tensors compared, all equal.", len(written))
 
 
 def _write_processor_and_model_code(model: Path, folder: Path, processor: ProcessorMixin) -> None:

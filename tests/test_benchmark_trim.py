@@ -7,7 +7,7 @@ from tiny import tiny_tokenizer
 from towers import TOWER
 from transformers import MetaClip2Config, MetaClip2Model, SiglipConfig, SiglipModel
 
-from benchmarks import timing
+from benchmarks import tools
 from benchmarks import trim_vocabulary as bench
 from modeling_capivara.trim_vocabulary import frequent_words
 
@@ -39,7 +39,7 @@ def small(monkeypatch):
 
     monkeypatch.setattr(bench, "get_base_class_and_config", build)
     monkeypatch.setattr(
-        timing,
+        tools,
         "run_module_in_subprocess",
         lambda module, folder, **flags: run(module, folder=bench.Path(folder), **flags),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import captions, search, timing, train_step
+from benchmarks import captions, search, tools, train_step
 from capivara_common.files import write_json
 from capivara_search.miniature_encoders import load_tokenizer
 from capivara_search.table import pictures_schema
@@ -31,15 +31,15 @@ def test_the_import_adds_little_to_transformers_and_loads_nothing_large():
 def test_programs_run_in_turns_and_the_ratio_is_the_median_of_the_runs():
     calls = []
     programs = {name: lambda name=name: calls.append(name) or len(calls) for name in ("a", "b")}
-    assert timing.run_alternating(programs, 3, "Runs") == {"a": [1, 3, 5], "b": [2, 4, 6]}
+    assert tools.run_alternating(programs, 3, "Runs") == {"a": [1, 3, 5], "b": [2, 4, 6]}
     assert calls == ["a", "b"] * 3
-    assert timing.median_ratio([2.0, 40.0, 3.0], [1.0, 10.0, 1.0]) == 3.0
-    assert timing.summarize_rates([3.0, 1.0, 2.0]) == {"median": 2.0, "slowest": 1.0, "fastest": 3.0}
+    assert tools.median_ratio([2.0, 40.0, 3.0], [1.0, 10.0, 1.0]) == 3.0
+    assert tools.summarize_rates([3.0, 1.0, 2.0]) == {"median": 2.0, "slowest": 1.0, "fastest": 3.0}
 
 
 @pytest.mark.slow
 def test_a_word_of_made_captions_is_a_token():
-    captions, tokenizer = timing.make_captions(500), load_tokenizer()
+    captions, tokenizer = tools.make_captions(500), load_tokenizer()
     lengths = [len(ids) for ids in tokenizer(captions)["input_ids"]]
     assert lengths == [2 + len(text.split()) for text in captions] and abs(np.mean(lengths) - 20) < 1
     assert 7 <= min(lengths) < 12 and 28 < max(lengths) <= 70
@@ -151,9 +151,9 @@ def test_the_demo_runs_twice_in_both_checkouts(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", run)
-        patch.setattr(timing, "describe_conditions", dict)
+        patch.setattr(tools, "describe_conditions", dict)
         results = train_step.run_requested_benchmarks(train_step.TrainStepArguments(parts=["demo"], beside=tmp_path))
-    trees, names = (tmp_path, timing.CODE_ROOT), ("examples.openmoji.prepare", "train_accelerate") * 2
+    trees, names = (tmp_path, tools.CODE_ROOT), ("examples.openmoji.prepare", "train_accelerate") * 2
     assert [call[:3] for call in calls] == [(name, tree, str(tree)) for tree in trees for name in names]
     assert calls[0][3] == calls[3][3] != calls[4][3]
     first = results["demo"]["old"]["first"]

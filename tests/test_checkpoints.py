@@ -22,11 +22,10 @@ from training.checkpoints import (
     Checkpoints,
     TrainingState,
     build_sha256sum_content,
-    check_matches_finished_run,
     check_same_run,
-    next_numbered_folder,
     read_training_state,
 )
+from training.run_folder import check_matches_finished_run, next_numbered_folder
 
 
 @pytest.fixture

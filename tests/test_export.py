@@ -18,6 +18,7 @@ from tiny import TINY_TEXT, TINY_VISION, randomize, save_model, tiny_config, tin
 from tokenizers import Tokenizer
 from transformers import TimmWrapperConfig
 
+from hub_upload import export
 from hub_upload.export import DEFAULT_FORMATS, export_model
 from hub_upload.formats import open_clip as open_clip_format
 from hub_upload.formats.onnx import PRECISION_SUFFIXES, open_session
@@ -235,17 +236,17 @@ def test_every_tensor_is_equal_in_both_weight_files(tmp_path, tiny_processor, dt
     caplog.set_level("INFO")
     references = []
 
-    def load_model(folder, config, original=open_clip_format.load_memory_mapped_model):
+    def load_model(folder, config, original=export.load_memory_mapped_model):
         mapped_model = original(folder, config)
         references.append(weakref.ref(mapped_model))
         return mapped_model
 
-    def load_tensors(files, original=open_clip_format.load_memory_mapped_tensors):
+    def load_tensors(files, original=export.load_memory_mapped_tensors):
         assert references[0]() is None, "memory holds two copies of the weights"
         return original(files)
 
-    monkeypatch.setattr(open_clip_format, "load_memory_mapped_model", load_model)
-    monkeypatch.setattr(open_clip_format, "load_memory_mapped_tensors", load_tensors)
+    monkeypatch.setattr(export, "load_memory_mapped_model", load_model)
+    monkeypatch.setattr(export, "load_memory_mapped_tensors", load_tensors)
     export_without_onnx(tmp_path / "model", tmp_path / "repository")
     ours = load_file(tmp_path / "repository" / "model.safetensors")
     theirs = load_file(tmp_path / "repository" / "open_clip_model.safetensors")
@@ -262,7 +263,7 @@ def test_a_wrong_tensor_is_named_and_the_export_is_removed(source, tmp_path, mon
         pre, post = "visual.ln_pre.weight", "visual.ln_post.weight"
         return {**state, pre: state[post], post: state[pre]}
 
-    monkeypatch.setattr(open_clip_format, "to_open_clip_state_dict", swap_layer_norms)
+    monkeypatch.setattr(export, "to_open_clip_state_dict", swap_layer_norms)
     message = r"open_clip_model\.safetensors .*vision_model\.post_layernorm\.weight, vision_model\.pre_lay"
     with pytest.raises(ValueError, match=message):
         export_without_onnx(source, tmp_path / "repository")

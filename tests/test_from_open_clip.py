@@ -36,7 +36,7 @@ sys.modules["open_clip"] = None
 import torch
 from PIL import Image
 from transformers import AutoProcessor
-from benchmarks.timing import peak_resident_bytes
+from benchmarks.tools import peak_resident_bytes
 from modeling_capivara import CapivaraModel
 for line in sys.stdin:
     name, revision, texts = json.loads(line)

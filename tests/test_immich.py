@@ -15,7 +15,7 @@ from tiny import TINY_TEXT, randomize, tiny_config
 from towers import TOWER, gemma_like, other_texts, siglip2
 from transformers import SiglipConfig
 
-from benchmarks.timing import make_captions
+from benchmarks.tools import make_captions
 from capivara_common.model_kinds import KINDS
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_efficientnet_backbone, load_tokenizer
 from hub_upload.export import export_model

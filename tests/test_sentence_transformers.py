@@ -20,8 +20,8 @@ from examples.openmoji.concepts import load_emoji_by_concept, split_concepts
 from examples.openmoji.dataset import render_openmoji_png
 from examples.tune_sentence_transformers import build_clip_loss, build_recall_evaluator, load_caption_image_pairs, main
 from hub_upload.export import export_model
-from hub_upload.formats import open_clip
-from hub_upload.formats.open_clip import write_sentence_transformers_config
+from hub_upload.formats import sentence_transformers
+from hub_upload.formats.sentence_transformers import write_sentence_transformers_config
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_texts, random_images
@@ -186,7 +186,7 @@ def test_texts_are_embedded_as_in_training(save, tmp_path):
 def test_an_export_with_other_text_embeddings_is_refused(tmp_path, monkeypatch):
     siglip2(tmp_path / "model", gemma_like(TEXTS, 320))
     # The exported model then pads texts to the longest of the batch, which is wrong for SigLIP.
-    monkeypatch.setattr(open_clip, "pads_to_max_length", lambda _: False)
+    monkeypatch.setattr(sentence_transformers, "pads_to_max_length", lambda _: False)
     with pytest.raises(ValueError, match=r"sentence-transformers.*\d"):
         export_model(tmp_path / "model", tmp_path / "repository", ["sentence_transformers"])
     assert not (tmp_path / "repository").exists()

@@ -10,7 +10,7 @@ from tiny import tiny_config
 from towers import TOWER, VISION
 from transformers import SiglipConfig, SiglipModel
 
-from benchmarks import timing
+from benchmarks import tools
 from benchmarks import train_step as bench
 from benchmarks.train_step import (
     PEER_PROGRAM,
@@ -196,12 +196,12 @@ def test_programs_alternate_and_ratios_are_medians_of_the_runs(beside, monkeypat
     calls, ours = [], {"no_cache": 4.0, "cache": 6.0, "cache_recomputed": 5.0}
 
     def run(module, root, worker, **flags):
-        calls.append((worker, root != timing.CODE_ROOT))
+        calls.append((worker, root != tools.CODE_ROOT))
         slowdown = 1 + ((len(calls) - 1) // (10 if beside else 9) == 1)
-        rate = (1.0 if worker == PEER_PROGRAM else ours[worker]) / slowdown / (1 + (root != timing.CODE_ROOT))
+        rate = (1.0 if worker == PEER_PROGRAM else ours[worker]) / slowdown / (1 + (root != tools.CODE_ROOT))
         return {"pairs_per_second": rate, "peak_memory_bytes": 5 * 2**30}
 
-    monkeypatch.setattr(timing, "run_module_in_subprocess", run)
+    monkeypatch.setattr(tools, "run_module_in_subprocess", run)
     flags = ["--pairs", "8", "--micro", "4", "--peer_micro", "4", "--runs", "3", *["--beside", str(tmp_path)] * beside]
     bench.main([*flags, "--output", str(tmp_path / "o.json")])
     results = json.loads((tmp_path / "o.json").read_text())
@@ -228,7 +228,7 @@ def test_the_recipe_obeys_pairs_and_extrapolates_memory_to_2816(monkeypatch, tmp
         calls.append({"worker": worker, **flags})
         return {"pairs_per_second": 2.0, "peak_memory_bytes": 5 * 10**9 + 1000 * flags["pairs"]}
 
-    monkeypatch.setattr(timing, "run_module_in_subprocess", run)
+    monkeypatch.setattr(tools, "run_module_in_subprocess", run)
     flags = ["--model", "siglip2_so400m", "--parts", "recipe", "--pairs", "257", "--runs", "2"]
     bench.main([*flags, "--output", str(tmp_path / "o.json")])
     recipe = json.loads((tmp_path / "o.json").read_text())["recipe"]

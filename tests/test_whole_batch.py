@@ -243,7 +243,7 @@ def test_the_loss_of_32768_pairs_costs_under_half_a_gibibyte():
     """
     code = """
 import torch
-from benchmarks.timing import peak_resident_bytes, reset_peak_memory
+from benchmarks.tools import peak_resident_bytes, reset_peak_memory
 from training.whole_batch import compute_contrastive_loss_share
 torch.manual_seed(0)
 texts, images = torch.nn.functional.normalize(torch.randn(2, 32768, 512), dim=-1)

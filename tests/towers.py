@@ -38,7 +38,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from hub_upload.formats.open_clip import save_state_dict
+from hub_upload.formats import save_state_dict
 from modeling_capivara.convert_open_clip import to_open_clip_model_cfg, to_open_clip_state_dict, to_preprocess_cfg
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES

@@ -1,4 +1,4 @@
-"""Save and load checkpoints of a training run, and manage the folder that the run works in.
+"""Save and load checkpoints of a training run.
 
 A checkpoint is a folder with the state that Accelerate saves. The folder gets its final name only when the checkpoint
 is complete. SHA-256 checksums of all files are stored in the folder, and compared before a file is loaded. A checkpoint
@@ -9,35 +9,17 @@ a killed process would leave an incomplete checkpoint.
 """
 
 import hashlib
-import itertools
 import logging
-import os
 import pickle
 import shutil
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from capivara_common.files import (
-    RUN_MARKER,
-    acquire_folder_lock,
-    check_inputs_outside,
-    list_seed_run_folders,
-    partial_folder,
-    prepare_output_folder,
-    read_json,
-    remove_or_restore_leftovers,
-    write_bytes,
-    write_json,
-)
+from capivara_common.files import read_json, write_bytes, write_json
 from training.arguments import RunArguments
 
 STATE_FILE = "trainer.json"
@@ -254,191 +236,6 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
         raise ValueError(
             f"{path} belongs to a run with other settings. {listed}. Use the same, or another --output_dir."
         )
-
-
-def check_matches_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str]) -> None:
-    """Check that a finished run has the settings and data of the current run.
-
-    Args:
-        folder: Folder of the finished run.
-        config: Settings of the current run, as `RunArguments.to_dict()` returns them.
-        data: Fingerprints of the current run: name of a dataset split or model -> fingerprint. With an empty dict, only
-            the settings are compared.
-
-    Raises:
-        ValueError: If a fingerprint or a setting that affects the weights differs.
-    """
-    finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
-    check_same_run(
-        TrainingState(config=finished["config"], data=finished["dataset_fingerprints"]), config, data, folder
-    )
-
-
-def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path:
-    """Choose and check the output folder of a run, without creating it. All processes get the same folder.
-
-    Args:
-        args: Arguments of the run. If `output_dir` is None, the next free folder such as `runs/NAME-001` is chosen. If
-            there are unfinished runs and `resume` is "auto", the folder of the latest unfinished run is chosen instead.
-        state: Processes of the run.
-
-    Returns:
-        Folder that the finished run will have.
-
-    Raises:
-        ValueError: If the folder is not empty or holds finished runs of several seeds, if it would be overwritten but
-            contains files that the run reads, or if the new run would replace an unfinished run.
-    """
-    if args.output_dir is None:
-        name = f"{Path(args.dataset[0]).parent.name or 'capivara'}-{args.language}"
-        unfinished = sorted(Path("runs").glob(f"{name}-[0-9]*.partial")) if args.resume == "auto" else []
-        chosen = unfinished[-1].with_suffix("") if unfinished else next_numbered_folder(Path("runs"), name)
-        return broadcast_object_list([chosen])[0]
-    if state.is_main_process:
-        remove_or_restore_leftovers(args.output_dir)  # before any process checks the folder
-    state.wait_for_everyone()
-    if args.resume and (seeds := list_seed_run_folders(args.output_dir)):
-        names = ", ".join(folder.name for folder in seeds)
-        raise ValueError(
-            f"{args.output_dir} holds finished runs of several seeds ({names}), which can't be resumed together. "
-            "Choose one of these folders, with its --seed."
-        )
-    if not is_run_complete(args, args.output_dir):
-        prepare_output_folder(args.output_dir, args.overwrite_output_dir)
-    if args.overwrite_output_dir:
-        needed = [args.model, args.evaluation_dataset, *args.dataset]
-        # Check the parent folders as well, because an input can be a pattern such as `shards/*.tar`, whose files lie in
-        # its parent folder.
-        check_inputs_outside(args.output_dir, *needed, *(Path(name).parent for name in needed))
-    partial = partial_folder(args.output_dir)
-    if args.resume is None and not args.overwrite_output_dir and _can_resume(partial):
-        raise ValueError(
-            f"{partial} holds an unfinished run. Resume it with --resume auto, or start again with "
-            "--overwrite_output_dir."
-        )
-    return args.output_dir
-
-
-def next_numbered_folder(parent: Path, name: str) -> Path:
-    """Return the first free folder of the sequence `parent/name-001`, `parent/name-002`, and so on.
-
-    A folder is free if it does not exist and there is no unfinished run for it (`parent/name-001.partial`).
-    """
-    folders = (parent / f"{name}-{number:03d}" for number in itertools.count(1))
-    return next(folder for folder in folders if not folder.exists() and not partial_folder(folder).exists())
-
-
-def is_run_complete(args: RunArguments, output_dir: Path) -> bool:
-    """Return whether there is nothing to resume, because the run in `output_dir` is complete.
-
-    Args:
-        args: Arguments of the run. The result is False unless `args.resume` is "auto".
-        output_dir: Folder of the run.
-
-    Returns:
-        True if the folder holds a complete run, and there is no unfinished run that will replace it.
-    """
-    return args.resume == "auto" and (output_dir / "run.json").is_file() and not partial_folder(output_dir).exists()
-
-
-def _can_resume(folder: Path) -> bool:
-    """Return whether the folder of an unfinished run has a checkpoint or a trained model to resume from."""
-    return any(folder.glob("checkpoints/step-*")) or (folder / "run.json").is_file()
-
-
-@contextmanager
-def handle_signals(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
-    """Handle signals with `handler` inside of the `with` block, then restore the previous handlers.
-
-    Does nothing in other threads than the main thread, because Python sets signal handlers only there.
-
-    Args:
-        handler: Function that gets the number of the signal and the current stack frame.
-        numbers: Numbers of the signals.
-    """
-    try:
-        previous_handlers = {number: signal.signal(number, handler) for number in numbers}
-    except ValueError:
-        previous_handlers = {}
-    try:
-        yield
-    finally:
-        for number, previous in previous_handlers.items():
-            signal.signal(number, previous)
-
-
-@contextmanager
-def locked_run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -> Iterator[Path]:
-    """Create and lock the folder that a run works in.
-
-    At the end of the `with` block, the folder is unlocked. It is also deleted if it has nothing to resume from.
-
-    Args:
-        output_dir: Folder of the finished run. The run works in the folder `output_dir.partial`.
-        args: Arguments of the run. If `resume` is None, files of an earlier unfinished run are deleted from the folder.
-        accelerator: Processes of the run; the main process holds the lock.
-
-    Yields:
-        The folder that the run works in.
-
-    Raises:
-        ValueError: If another process works in the folder, or it holds files that do not belong to a run.
-        SystemExit: If the run was interrupted, a loss or gradient was not finite, or a weights file was damaged. The
-            user sees a message.
-    """
-    folder, lock = partial_folder(output_dir), None
-    try:
-        if accelerator.is_main_process:
-            lock = _create_and_lock_run_folder(folder)
-            for leftover in [*folder.glob("checkpoints/tmp-*" if args.resume else "*")]:
-                if leftover.name != RUN_MARKER:
-                    shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
-        accelerator.wait_for_everyone()
-        with handle_signals(_raise_interrupt, signal.SIGTERM):
-            yield folder
-    except KeyboardInterrupt as stop:
-        # The training loop adds the signal and a message; Ctrl-C before or after training has neither.
-        number, message = stop.args or (signal.SIGINT, "Stopped.")
-        hint = "Nothing has been trained yet; run the same command again."
-        if _can_resume(folder):
-            hint = f"Resume with --resume auto --output_dir {output_dir}."
-        print(f"\n{message} {hint}", file=sys.stderr)
-        sys.exit(128 + number)
-    except (FloatingPointError, SafetensorError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if lock is not None:
-            if folder.exists() and not _can_resume(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
-
-
-def _create_and_lock_run_folder(folder: Path) -> int:
-    """Lock the folder that a run works in, and return the file descriptor of the lock. Creates the folder if necessary.
-
-    Raises:
-        ValueError: If another process has the lock, or the folder holds files that do not belong to a run.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not (folder / RUN_MARKER).exists():
-        raise ValueError(
-            f"{folder}, the working folder of the run, holds files that are not from a training run. Move them."
-        )
-    (folder / RUN_MARKER).touch()
-    try:
-        return acquire_folder_lock(folder)
-    except BlockingIOError:
-        raise ValueError(
-            f"Another process is training in {folder}. Wait for it, or choose another output_dir."
-        ) from None
-
-
-def _raise_interrupt(number: int, frame: object) -> None:
-    """Raise KeyboardInterrupt for SIGTERM, so that temporary files are removed as after Ctrl-C.
-
-    During training, the training loop replaces this handler.
-    """
-    raise KeyboardInterrupt(number, "Stopped.")
 
 
 def build_sha256sum_content(folder: Path) -> bytes:

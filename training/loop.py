@@ -28,7 +28,7 @@ from eval.retrieval import compute_validation_metrics, embed_captions_for_retrie
 from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
 from training.arguments import RunArguments
 from training.batches import MicroBatch, StepPlan
-from training.checkpoints import Checkpoints, TrainingState, handle_signals
+from training.checkpoints import Checkpoints, TrainingState
 from training.inputs import (
     TrainingInputs,
     embed_pixels,
@@ -36,6 +36,7 @@ from training.inputs import (
     read_cached_step_image_embeds,
     resolve_loading_workers,
 )
+from training.run_folder import handle_signals
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.whole_batch import WholeBatch, select_loss
 

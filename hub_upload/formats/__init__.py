@@ -1,13 +1,18 @@
 """Writers of the export formats, one module for each format.
 
-This module has the functions that several formats share. They write tokenizer files, and check that a model and its
-base model have the same image encoder.
+This module has the functions that several formats share. They write tokenizer files and tensors, compare an export with
+the model, and check that a model and its base model have the same image encoder.
 """
 
+import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from capivara_common.files import read_json, write_json, write_text
@@ -16,6 +21,7 @@ from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.privacy import shorten_private_paths
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.convert_open_clip import convert_to_folder
+from modeling_capivara.loading import format_keys
 from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 
 # Normalizer steps for programs that read tokenizer.json but don't run CAPIVARA's text cleaning code. The steps make
@@ -30,6 +36,7 @@ PLAIN_QUOTE_STEPS = [
         for marks, mark in (("[\u2018-\u201b\u02bc]", "'"), ("[\u201c-\u201f]", '"'))
     ),
 ]
+EMBEDDING_TOLERANCE = 1e-4  # largest difference per component between embeddings of the model and of an export
 
 
 def max_text_tokens(processor: ProcessorMixin) -> int:
@@ -100,3 +107,63 @@ def save_tokenizer_for_publication(tokenizer: PreTrainedTokenizerBase, folder: P
         settings.pop(name, None)
     write_json(path, settings)
     return settings
+
+
+def save_state_dict(state_dict: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors to a safetensors file. To save memory, only tensors that are not contiguous are copied.
+
+    Args:
+        state_dict: Tensors by name.
+        path: File to write.
+    """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def compute_tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
+    """Compute digests of tensors, so that tensors can be compared later without keeping them in memory.
+
+    Args:
+        tensors: Tensors by name.
+
+    Returns:
+        Name of each tensor -> tuple (dtype, shape, SHA-256 of the values).
+    """
+    raw = {name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
+    return {name: (tensor.dtype, tensor.shape, hashlib.sha256(raw[name]).digest()) for name, tensor in tensors.items()}
+
+
+def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple]) -> None:
+    """Check that the tensors in a written file are bit-identical to the tensors of the model.
+
+    Args:
+        file: File that the tensors were read from, for the error message.
+        tensors: Tensors by name.
+        expected: Digests of the model's tensors, from `compute_tensor_digests`.
+
+    Raises:
+        ValueError: If a tensor is missing, is not expected, or differs.
+    """
+    if wrong := {name for name, _ in compute_tensor_digests(tensors).items() ^ expected.items()}:
+        raise ValueError(
+            f"The export was removed, because {file.name} differs from the model in {format_keys(wrong)}. Run it "
+            "again, and report the error if it persists."
+        )
+
+
+def check_embedding_difference(program: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Check that the embeddings of an export are the same as those of the model.
+
+    Args:
+        program: Name of the library that computed embeddings with the export, for the error message.
+        pairs: Tuples (embeddings of the model, embeddings computed by the library), each (rows, width).
+
+    Raises:
+        ValueError: If a number in the two embeddings differs by `EMBEDDING_TOLERANCE` or more.
+    """
+    difference = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
+    if not difference < EMBEDDING_TOLERANCE:
+        raise ValueError(
+            f"The export was removed, because embeddings computed by {program} differ from the model's by "
+            f"{difference:.1e}, more than {EMBEDDING_TOLERANCE:.0e}. Leave this format out of --formats."
+        )

@@ -36,8 +36,15 @@ from hub_upload.card_values import (
     select_example_inputs,
     to_code,
 )
-from hub_upload.formats import max_text_tokens, onnx, open_clip
-from hub_upload.formats.open_clip import check_tensors, compute_tensor_digests, save_state_dict
+from hub_upload.formats import (
+    check_tensors,
+    compute_tensor_digests,
+    max_text_tokens,
+    onnx,
+    open_clip,
+    save_state_dict,
+    sentence_transformers,
+)
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
     to_capivara_state_dict,
@@ -174,7 +181,7 @@ def _write_sentence_transformers(model: PreTrainedModel, folder: Path, dense_fol
     classes = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(dense_folders, "Dense")}
     classes[f"{len(classes)}_Normalize"] = "Normalize"
     modules = [(path, f"{SENTENCE_TRANSFORMERS_MODELS}.{name}") for path, name in classes.items()]
-    open_clip.write_sentence_transformers_modules_json(folder, modules)
+    sentence_transformers.write_sentence_transformers_modules_json(folder, modules)
     # The encoder is loaded without the pooler layer of transformers: mean pooling does not use it, and it would be
     # initialized at random, because the export has no weights for it.
     kwargs = {"model_args": {"add_pooling_layer": False}} if hasattr(model.text_model, "pooler") else {}

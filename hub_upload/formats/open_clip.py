@@ -1,14 +1,16 @@
-"""Export a model for transformers, open_clip and Sentence Transformers, and compare the export with the model."""
+"""Export a model for open_clip.
 
-import hashlib
+For CAPIVARA models, this module builds the configuration; `hub_upload/export.py` writes the weights, together with
+those for transformers. SigLIP models are written by this module alone, and the embeddings that open_clip computes with
+them are compared with the model's.
+"""
+
 import logging
-from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
@@ -16,6 +18,7 @@ from capivara_common.environment import require_packages
 from capivara_common.files import write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 from capivara_common.model_kinds import KINDS
+from hub_upload.formats import check_embedding_difference, save_state_dict
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
@@ -26,29 +29,10 @@ from modeling_capivara.convert_open_clip import (
     to_open_clip_state_dict,
     to_preprocess_cfg,
 )
-from modeling_capivara.loading import (
-    WEIGHTS_FILE,
-    build_model_from_tensors,
-    format_keys,
-    load_memory_mapped_model,
-    load_memory_mapped_tensors,
-    load_model,
-    load_processor,
-)
-from modeling_capivara.two_towers import (
-    compute_image_embeds,
-    compute_text_embeds,
-    embed_texts,
-    pad_batch,
-    pads_to_max_length,
-    random_texts,
-    tokenize,
-)
+from modeling_capivara.loading import build_model_from_tensors, load_model, load_processor
+from modeling_capivara.two_towers import compute_image_embeds, compute_text_embeds, pad_batch, random_texts, tokenize
 
 OPEN_CLIP_WEIGHTS_FILE = OPEN_CLIP_WEIGHT_FILES[0]
-# Python package of Sentence Transformers' module classes since its version 6, for the class names in modules.json.
-SENTENCE_TRANSFORMERS_MODULES = "sentence_transformers.base.modules"
-SENTENCE_EMBEDDING_KEY = "sentence_embedding"  # key under which Sentence Transformers passes embeddings between modules
 # Fields of the text tower's configuration that change its output. Other fields concern training and text generation.
 TEXT_CONFIG_FIELDS = (
     "model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
@@ -58,80 +42,7 @@ TEXT_CONFIG_FIELDS += "layer_norm_eps max_position_embeddings type_vocab_size pa
 # the tokenizer again without the normalizer. Without a type, open_clip reads config.json and asks on the terminal
 # whether to run the Python code that config.json names.
 TOKENIZER_SETTINGS = {"tokenizer_type": "xlm-roberta-xl"}
-EMBEDDING_TOLERANCE = 1e-4  # largest difference per component between the model's and open_clip's embeddings
 logger = logging.getLogger("capivara")
-
-
-def write_transformers_and_open_clip_weights(
-    model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool
-) -> None:
-    """Write configuration and weights for transformers, and optionally weights for open_clip.
-
-    Each written tensor is compared with the model. The weights are memory-mapped, so that memory never holds more than
-    one copy of them.
-
-    Args:
-        model: Folder of the model.
-        folder: Folder to write to.
-        config: Configuration of the model.
-        with_open_clip: Whether to also write the weights in open_clip's layout.
-
-    Raises:
-        ValueError: If a written tensor differs from the model.
-    """
-    mapped = load_memory_mapped_model(model, config)
-    expected = compute_tensor_digests(mapped.state_dict())
-    mapped.save_pretrained(folder)
-    if with_open_clip:
-        save_state_dict(to_open_clip_state_dict(mapped), folder / OPEN_CLIP_WEIGHTS_FILE)
-    del mapped
-    check_tensors(folder / WEIGHTS_FILE, load_memory_mapped_model(folder, config).state_dict(), expected)
-    if with_open_clip:
-        written = to_capivara_state_dict(load_memory_mapped_tensors([folder / OPEN_CLIP_WEIGHTS_FILE]))
-        check_tensors(folder / OPEN_CLIP_WEIGHTS_FILE, written, expected)
-        logger.info("transformers and open_clip: %d tensors compared, all equal.", len(written))
-
-
-def save_state_dict(state_dict: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to a safetensors file. To save memory, only tensors that are not contiguous are copied.
-
-    Args:
-        state_dict: Tensors by name.
-        path: File to write.
-    """
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def compute_tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
-    """Compute digests of tensors, so that tensors can be compared later without keeping them in memory.
-
-    Args:
-        tensors: Tensors by name.
-
-    Returns:
-        Name of each tensor -> tuple (dtype, shape, SHA-256 of the values).
-    """
-    raw = {name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
-    return {name: (tensor.dtype, tensor.shape, hashlib.sha256(raw[name]).digest()) for name, tensor in tensors.items()}
-
-
-def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple]) -> None:
-    """Check that the tensors in a written file are bit-identical to the tensors of the model.
-
-    Args:
-        file: File that the tensors were read from, for the error message.
-        tensors: Tensors by name.
-        expected: Digests of the model's tensors, from `compute_tensor_digests`.
-
-    Raises:
-        ValueError: If a tensor is missing, is not expected, or differs.
-    """
-    if wrong := {name for name, _ in compute_tensor_digests(tensors).items() ^ expected.items()}:
-        raise ValueError(
-            f"The export was removed, because {file.name} differs from the model in {format_keys(wrong)}. Run it "
-            "again, and report the error if it persists."
-        )
 
 
 def resolve_text_config_id(config: CapivaraConfig, text_config: str | None) -> str | None:
@@ -209,83 +120,6 @@ def build_open_clip_config(
     model_cfg["text_cfg"]["tokenizer_kwargs"] = TOKENIZER_SETTINGS
     logger.info("open_clip: configuration of the text tower from %s, tokenizer from %s.", source, tokenizer)
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
-
-
-def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) -> None:
-    """Write the configuration files with which Sentence Transformers loads the exported model.
-
-    Sentence Transformers loads the whole model, with both towers, as a Transformer module. A Normalize module follows.
-
-    Args:
-        folder: Folder of the export, which already has the files for transformers.
-        processor: Processor of the model.
-    """
-    modules = [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
-    write_sentence_transformers_modules_json(
-        folder, [(path, f"{SENTENCE_TRANSFORMERS_MODULES}.{name}") for path, name in modules]
-    )
-    settings = {
-        "transformer_task": "feature-extraction",
-        # Without these entries, Sentence Transformers 6 would silently treat the model as a text encoder.
-        "modality_config": {
-            "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
-            "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
-        },
-        "module_output_name": SENTENCE_EMBEDDING_KEY,
-    }
-    if pads_to_max_length(processor):
-        # Some models, such as SigLIP, need texts of the full length. By default, Sentence Transformers would pad texts
-        # only to the longest text of a batch.
-        rule = {"padding": "max_length", "max_length": processor.tokenizer.model_max_length}
-        settings["processing_kwargs"] = {"text": rule}
-    write_json(folder / "sentence_bert_config.json", settings)
-    names = {"module_input_name": SENTENCE_EMBEDDING_KEY, "module_output_name": SENTENCE_EMBEDDING_KEY}
-    write_json(folder / "1_Normalize/config.json", names)
-
-
-def check_sentence_transformers(source: Path, folder: Path) -> None:
-    """Compare the text embeddings of an export, computed by Sentence Transformers, with those of the original model.
-
-    If Sentence Transformers is not installed, the comparison is skipped, and a message is logged.
-
-    Args:
-        source: Folder of the model.
-        folder: Folder of the export.
-
-    Raises:
-        ValueError: If an embedding differs by more than `EMBEDDING_TOLERANCE`.
-    """
-    if not find_spec("sentence_transformers"):
-        logger.info(
-            "sentence-transformers is not installed, so its text embeddings were not compared with the model's."
-        )
-        return
-    from sentence_transformers import SentenceTransformer
-
-    texts = [*random_texts(), "Uma FOTO de São João"]  # texts of several lengths, and a text with capital letters
-    ours = embed_texts(load_model(source).eval(), load_processor(source), texts)
-    # Each batch has one text, because in a larger batch the longest text could hide an error: if short texts are not
-    # padded to the full length, they are at least padded to the longest text.
-    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, batch_size=1, show_progress_bar=False)
-    _check_embedding_difference("sentence-transformers", [(ours, torch.from_numpy(theirs))])
-
-
-def write_sentence_transformers_modules_json(folder: Path, module_types: list[tuple[str, str]]) -> None:
-    """Write modules.json and config_sentence_transformers.json, from which Sentence Transformers builds its pipeline.
-
-    Args:
-        folder: Folder to write to.
-        module_types: A tuple (subfolder, full class name) for each module, in the order of execution.
-    """
-    modules = [
-        {"idx": index, "name": str(index), "path": path, "type": class_name}
-        for index, (path, class_name) in enumerate(module_types)
-    ]
-    write_json(folder / "modules.json", modules)
-    # Library versions are not written. If they were, users with an older release of Sentence Transformers 6 would see a
-    # warning.
-    settings = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
-    write_json(folder / "config_sentence_transformers.json", settings)
 
 
 def _describe_config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
@@ -406,22 +240,4 @@ def _check_open_clip_embeddings(model: PreTrainedModel, processor: ProcessorMixi
     pixels = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     texts, images = theirs.eval().encode_text(ids, normalize=True), theirs.encode_image(pixels, normalize=True)
     pairs = (compute_text_embeds(model, ids), texts), (compute_image_embeds(model, pixels), images)
-    _check_embedding_difference("open_clip", pairs)
-
-
-def _check_embedding_difference(program: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Check that the embeddings of an export are the same as those of the model.
-
-    Args:
-        program: Name of the library that computed embeddings with the export, for the error message.
-        pairs: Tuples (embeddings of the model, embeddings computed by the library), each (rows, width).
-
-    Raises:
-        ValueError: If a number in the two embeddings differs by `EMBEDDING_TOLERANCE` or more.
-    """
-    difference = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
-    if not difference < EMBEDDING_TOLERANCE:
-        raise ValueError(
-            f"The export was removed, because embeddings computed by {program} differ from the model's by "
-            f"{difference:.1e}, more than {EMBEDDING_TOLERANCE:.0e}. Leave this format out of --formats."
-        )
+    check_embedding_difference("open_clip", pairs)

@@ -1,4 +1,4 @@
-"""Shared tools of all benchmarks: alternating runs, medians, separate processes, and the format of results."""
+"""Shared tools of all benchmarks: time, memory, separate processes, generated inputs, and the format of results."""
 
 import json
 import statistics

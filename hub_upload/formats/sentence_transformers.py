@@ -1,0 +1,95 @@
+"""Export a model for Sentence Transformers, and compare the text embeddings of the export with the model's."""
+
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import ProcessorMixin
+
+from capivara_common.files import write_json
+from hub_upload.formats import check_embedding_difference
+from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_texts, pads_to_max_length, random_texts
+
+# Python package of Sentence Transformers' module classes since its version 6, for the class names in modules.json.
+SENTENCE_TRANSFORMERS_MODULES = "sentence_transformers.base.modules"
+SENTENCE_EMBEDDING_KEY = "sentence_embedding"  # key under which Sentence Transformers passes embeddings between modules
+logger = logging.getLogger("capivara")
+
+
+def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) -> None:
+    """Write the configuration files with which Sentence Transformers loads the exported model.
+
+    Sentence Transformers loads the whole model, with both towers, as a Transformer module. A Normalize module follows.
+
+    Args:
+        folder: Folder of the export, which already has the files for transformers.
+        processor: Processor of the model.
+    """
+    modules = [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
+    write_sentence_transformers_modules_json(
+        folder, [(path, f"{SENTENCE_TRANSFORMERS_MODULES}.{name}") for path, name in modules]
+    )
+    settings = {
+        "transformer_task": "feature-extraction",
+        # Without these entries, Sentence Transformers 6 would silently treat the model as a text encoder.
+        "modality_config": {
+            "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
+            "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
+        },
+        "module_output_name": SENTENCE_EMBEDDING_KEY,
+    }
+    if pads_to_max_length(processor):
+        # Some models, such as SigLIP, need texts of the full length. By default, Sentence Transformers would pad texts
+        # only to the longest text of a batch.
+        rule = {"padding": "max_length", "max_length": processor.tokenizer.model_max_length}
+        settings["processing_kwargs"] = {"text": rule}
+    write_json(folder / "sentence_bert_config.json", settings)
+    names = {"module_input_name": SENTENCE_EMBEDDING_KEY, "module_output_name": SENTENCE_EMBEDDING_KEY}
+    write_json(folder / "1_Normalize/config.json", names)
+
+
+def check_sentence_transformers(source: Path, folder: Path) -> None:
+    """Compare the text embeddings of an export, computed by Sentence Transformers, with those of the original model.
+
+    If Sentence Transformers is not installed, the comparison is skipped, and a message is logged.
+
+    Args:
+        source: Folder of the model.
+        folder: Folder of the export.
+
+    Raises:
+        ValueError: If an embedding differs by more than `EMBEDDING_TOLERANCE`.
+    """
+    if not find_spec("sentence_transformers"):
+        logger.info(
+            "sentence-transformers is not installed, so its text embeddings were not compared with the model's."
+        )
+        return
+    from sentence_transformers import SentenceTransformer
+
+    texts = [*random_texts(), "Uma FOTO de São João"]  # texts of several lengths, and a text with capital letters
+    ours = embed_texts(load_model(source).eval(), load_processor(source), texts)
+    # Each batch has one text, because in a larger batch the longest text could hide an error: if short texts are not
+    # padded to the full length, they are at least padded to the longest text.
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, batch_size=1, show_progress_bar=False)
+    check_embedding_difference("sentence-transformers", [(ours, torch.from_numpy(theirs))])
+
+
+def write_sentence_transformers_modules_json(folder: Path, module_types: list[tuple[str, str]]) -> None:
+    """Write modules.json and config_sentence_transformers.json, from which Sentence Transformers builds its pipeline.
+
+    Args:
+        folder: Folder to write to.
+        module_types: A tuple (subfolder, full class name) for each module, in the order of execution.
+    """
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": class_name}
+        for index, (path, class_name) in enumerate(module_types)
+    ]
+    write_json(folder / "modules.json", modules)
+    # Library versions are not written. If they were, users with an older release of Sentence Transformers 6 would see a
+    # warning.
+    settings = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
+    write_json(folder / "config_sentence_transformers.json", settings)
