@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.tools import describe_conditions, report_results
 from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_search.miniature import get_or_build_miniature_folder
+from capivara_search.miniature_model import get_or_build_miniature_folder
 from eval.capivara_metrics.metrics import cross_modal_ranks, mean_recall
 from examples.openmoji.dataset import load_self_contained_dataset
 from modeling_capivara.loading import load_model, load_processor

@@ -243,7 +243,7 @@ def _download_and_convert_model(repo_id: str, convert: Converter, revision: str 
         return folder
     commit, branch = folder.name, revision or DEFAULT_BRANCH
     folder = _conversion_folder(repo_id, commit)
-    with cache_folder_lock(folder):
+    with lock_model_cache_folder(folder):
         if not is_complete_model(folder):
             _convert_open_clip_model(f"hf-hub:{repo_id}", folder, convert, revision=commit)
         if branch != commit:
@@ -282,7 +282,7 @@ def _get_or_convert_local_model(path: Path, convert: Converter) -> Path:
     name = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
     parent = cache_home() / "open_clip" / f"{path.name}-{name}"
     folder = parent / state
-    with cache_folder_lock(parent):
+    with lock_model_cache_folder(parent):
         if not is_complete_model(folder):
             _convert_open_clip_model(f"local-dir:{path}" if path.is_dir() else str(path), folder, convert)
             for outdated in set(parent.iterdir()) - {folder}:
@@ -318,7 +318,7 @@ def _cached_snapshot(repo_id: str, name: str, revision: str | None = None) -> Pa
     return Path(path).parent if isinstance(path, str) else None
 
 
-def cache_folder_lock(folder: Path) -> AbstractContextManager:
+def lock_model_cache_folder(folder: Path) -> AbstractContextManager:
     """Return a context manager that locks a cache folder, so that two processes don't convert the same model.
 
     The context manager waits while another process holds the lock. The lock is a file next to the folder.

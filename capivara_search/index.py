@@ -360,10 +360,10 @@ class PictureIndex:
             ImportError: If the package watchfiles is not installed.
         """
         from capivara_search.watch import (
-            watch_and_update_index,  # imported late because only this method needs watchfiles
+            iter_index_updates,  # imported late because only this method needs watchfiles
         )
 
-        return watch_and_update_index(self, [*map(to_absolute_path_with_disk_case, folders)], poll, stop, on_progress)
+        return iter_index_updates(self, [*map(to_absolute_path_with_disk_case, folders)], poll, stop, on_progress)
 
     def progress(self) -> dict[str, int | None] | None:
         """Return the progress of an update of this index that is running in any process.

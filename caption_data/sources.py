@@ -62,8 +62,8 @@ from caption_data.embedded import (
     find_invalid_embeds,
     resolve_image_encoder_digest,
 )
-from caption_data.file_tables import build_table_and_find_damages
 from caption_data.rows import SkippedRow
+from caption_data.tars_and_image_folders import load_rows_and_list_damaged_files
 
 # Regular expressions for the file names of each supported form. All files of a dataset must have the same form.
 FILE_FORM_PATTERNS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$", r"^metadata\.csv$")
@@ -329,7 +329,7 @@ def open_split(
         paths, allowed_folders = _find_files_and_allowed_folders(dataset, split, image_roots)
         access = ImageAccess(allowed_folders, max_pixels)
         if paths[0].suffix != ".parquet":
-            data, damages = _call_loader(dataset, build_table_and_find_damages, paths, image_column)
+            data, damages = _call_loader(dataset, load_rows_and_list_damaged_files, paths, image_column)
         elif parquet_type is None:
             data = load_listed_files("parquet", paths, dataset)
     damaged = [SkippedRow(dataset, split, row, "damaged archive", detail) for row, detail in damages]

@@ -34,7 +34,7 @@ from capivara_common.privacy import to_publishable_name
 from caption_data.rows import CAPTIONS_FEATURE, NOT_CHOSEN, SIMILARITY_STRATEGIES, CaptionChoice, normalize_captions
 from caption_data.sources import Split
 from captions.stages import RowStage, StageArguments, check_stage_and_count_rows, read_skipped_rows, run_stage_command
-from eval.records.tables import sanitize_and_shorten_text, write_html_from_template
+from eval.records.tables import make_short_plain_line, write_html_from_template
 
 # Path of the HTML page in the output folder. The page is written last, so that the report is complete if it exists.
 REPORT_PAGE = Path("report") / "index.html"
@@ -215,7 +215,7 @@ def _write_selection_report(args: SelectArguments) -> None:
         metadata=metadata,
         is_embedded=source.is_embedded,
         image_files={path.name for path in folder.glob("row-*.jpg")},
-        shorten=partial(sanitize_and_shorten_text, limit=MAX_SHOWN_CHARACTERS),
+        shorten=partial(make_short_plain_line, limit=MAX_SHOWN_CHARACTERS),
     )
 
 

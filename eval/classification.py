@@ -28,7 +28,13 @@ from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import check_output_file
 from caption_data.labeled_images import LABEL_COLUMNS, LabeledImages, load_labeled_images
 from eval.capivara_metrics import metrics
-from eval.embeddings import CachedEmbedder, ModelArguments, load_cached_embedder, run_evaluation_command, write_result
+from eval.embeddings import (
+    CachedEmbedder,
+    ModelArguments,
+    load_embedder_with_cache,
+    run_evaluation_command,
+    write_result,
+)
 from eval.prompts import Prompts, load_prompts
 from eval.records.result_files import Record
 
@@ -182,7 +188,7 @@ def evaluate_classification_and_write_result(args: ClassificationArguments) -> l
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
     data = load_labeled_split(args, args.split, prompts.english_names, prompts.class_indices)
-    store = load_cached_embedder(args)
+    store = load_embedder_with_cache(args)
     started = time.perf_counter()
     images = store.embed_images(data.images)
     scores = images.embeds @ _embed_classes(store, prompts).T

@@ -150,7 +150,7 @@ class CachedEmbedder:
         return EmbeddingStore(self.cache_folder / "evaluation", {"encoder": encoder_fingerprint}, batch_size)
 
 
-def load_cached_embedder(args: ModelArguments) -> CachedEmbedder:
+def load_embedder_with_cache(args: ModelArguments) -> CachedEmbedder:
     """Load the model that the command-line arguments name, and open its embedding cache.
 
     Raises:

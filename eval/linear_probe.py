@@ -29,7 +29,7 @@ from eval.classification import (
     compute_classification_metrics,
     load_labeled_split,
 )
-from eval.embeddings import load_cached_embedder, run_evaluation_command, write_result
+from eval.embeddings import load_embedder_with_cache, run_evaluation_command, write_result
 from eval.prompts import load_prompts
 from eval.records.result_files import Record
 
@@ -166,7 +166,7 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
                     "Give a folder with a subfolder per split, such as train/ and test/, each with a folder per class."
                 )
         loaded[name] = data
-    store = load_cached_embedder(args)
+    store = load_embedder_with_cache(args)
     started = time.perf_counter()
     features, skipped = [], {}
     for name, data in loaded.items():

@@ -37,8 +37,8 @@ from eval.records.tables import (
     build_records_frame,
     find_conflicts,
     format_signed_difference,
+    make_short_plain_line,
     pair_with_baselines,
-    sanitize_and_shorten_text,
     write_html_from_template,
 )
 
@@ -139,7 +139,7 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
                 chart = _write_numbered_chart(f"curves {name}", content, folder, plot_training_curves, curve, language)
             except (TypeError, KeyError, ValueError, AttributeError) as error:
                 content.faults.append(
-                    (name, f"its training curve is malformed: {sanitize_and_shorten_text(repr(error), 80)}")
+                    (name, f"its training curve is malformed: {make_short_plain_line(repr(error), 80)}")
                 )
                 continue
             sheets, title = [Path(name).with_name(RUN_SHEET_FILE)], "Test captions with the images found for them"
@@ -203,10 +203,10 @@ def _build_report_block_and_write_images(
         entry["label"] = [", ".join(filter(None, parts))]
         if has_several_models:
             entry["label"].append(entry.get("models", entry.get("folder")))
-        entry["short"] = "\n".join(sanitize_and_shorten_text(line, 28) for line in entry["label"])
+        entry["short"] = "\n".join(make_short_plain_line(line, 28) for line in entry["label"])
     title = [_to_words(first["task"]).capitalize(), first["dataset"] if is_retrieval else first["protocol"]]
     title += [f"in {first['language']}"] * bool(first["language"]) + [f"split {first['split']}"]
-    title = sanitize_and_shorten_text(", ".join(title + [f"first {first['dim']} dimensions"] * bool(first["dim"])), 200)
+    title = make_short_plain_line(", ".join(title + [f"first {first['dim']} dimensions"] * bool(first["dim"])), 200)
     sheets = [Path(name).with_suffix(QUERY_SHEET_SUFFIX) for name in dict.fromkeys(rows["name"])]
     skipped = measured.groupby("dataset", sort=False)["skipped_rows"].max()
     charts = []
@@ -265,7 +265,7 @@ def _copy_images(
             image = decode_image({"bytes": None, "path": str(results_folder.folder / inside)}, files).convert("RGBA")
         except BadImage as error:  # only the reason is shown, because the detail may name folders of this machine
             results_folder.faults.append(
-                (sanitize_and_shorten_text(str(inside), 120), f"the image is not shown: {error.reason}")
+                (make_short_plain_line(str(inside), 120), f"the image is not shown: {error.reason}")
             )
             copies.append((None, title))
         else:
@@ -280,7 +280,7 @@ def _copy_images(
 
 def _to_safe_line(text: object) -> str:
     """Convert a value to one line of at most 300 characters, in which private paths are hidden."""
-    return sanitize_and_shorten_text(shorten_private_paths(str(text)), 300)
+    return make_short_plain_line(shorten_private_paths(str(text)), 300)
 
 
 def _to_words(name: str) -> str:

@@ -34,7 +34,7 @@ from eval.embeddings import (
     CachedEmbedder,
     EmbeddedImages,
     ModelArguments,
-    load_cached_embedder,
+    load_embedder_with_cache,
     run_evaluation_command,
     write_result,
 )
@@ -232,7 +232,7 @@ def _build_protocol_and_dim_fields(embeddings: RetrievalEmbeddings, protocol: st
 
 
 @torch.no_grad()
-def compute_validation_metrics(
+def compute_validation_metrics_and_loss(
     embeddings: RetrievalEmbeddings, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, float]:
     """Compute the metrics that training monitors on its validation split.
@@ -341,7 +341,7 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
     """
     check_output_file(args.output)
     data = load_retrieval_data(args)
-    store = load_cached_embedder(args)
+    store = load_embedder_with_cache(args)
     if args.dim is not None:  # refuse a wrong value before the dataset is embedded
         check_truncate_dim(args.dim, store.embedder.embed_texts(["capivara"]).shape[1], "dim")
     started = time.perf_counter()

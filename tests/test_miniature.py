@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from capivara_common.hub_cache import is_complete_model
-from capivara_search import miniature
+from capivara_search import miniature_model
 from capivara_search.messages import Messages
-from capivara_search.miniature import PROJECTION_FILE
+from capivara_search.miniature_model import PROJECTION_FILE
 from capivara_search.models import resolve_search_model
 from examples.openmoji.prepare import bidirectional_recall
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import logging
 logging.basicConfig(level=logging.INFO)
-from capivara_search.miniature import get_or_build_miniature_folder
+from capivara_search.miniature_model import get_or_build_miniature_folder
 print(get_or_build_miniature_folder())
 """
 
@@ -47,10 +47,10 @@ def test_the_installed_projection_is_small_and_complete():
 
 
 def test_another_projection_has_another_folder(monkeypatch, tmp_path):
-    key = miniature._cache_key()
+    key = miniature_model._compute_cache_folder_name()
     (tmp_path / "other").write_bytes(PROJECTION_FILE.read_bytes() + b" ")
-    monkeypatch.setattr(miniature, "PROJECTION_FILE", tmp_path / "other")
-    assert miniature._cache_key() != key
+    monkeypatch.setattr(miniature_model, "PROJECTION_FILE", tmp_path / "other")
+    assert miniature_model._compute_cache_folder_name() != key
 
 
 @pytest.mark.slow

@@ -134,7 +134,7 @@ def test_captions_are_text(rows):
     ],
 )
 def test_names_become_natural_text(name, language, text):
-    assert concepts.to_natural_text(name, language) == text
+    assert concepts.short_name_to_text(name, language) == text
 
 
 def test_pictures_are_drawn_on_white(rows):

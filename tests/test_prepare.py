@@ -57,7 +57,7 @@ def test_a_step_trains_with_the_loss_of_the_configuration(loss, tiny_processor, 
         text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"], **prepare.LOSS_CONFIGS[loss]
     )
     model = randomize(CapivaraModel(config))
-    optimizer, _ = prepare.build_optimizer_and_scheduler(model)
+    optimizer, _ = prepare.build_alignment_optimizer_and_warmup(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pixels = torch.rand(4, 48, generator=torch.Generator().manual_seed(0))
     captions = [["um gato"], ["são"], ["água"], ["pão"]]

@@ -14,7 +14,7 @@ from sampling import one_in
 from test_readme import code_with
 from towers import as_published, gemma_like, siglip2
 
-from capivara_search.miniature import get_or_build_miniature_folder
+from capivara_search.miniature_model import get_or_build_miniature_folder
 from eval.retrieval import RetrievalArguments, evaluate_retrieval_and_write_result
 from examples.openmoji.concepts import load_emoji_by_concept, split_concepts
 from examples.openmoji.dataset import render_openmoji_png

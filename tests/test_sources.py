@@ -14,7 +14,7 @@ from caption_tars import CAPTIONS, PICTURES, ROWS, sample, table_of, tar_source,
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from capivara_common.image_files import decode_image, image_display_path, read_image_bytes
-from caption_data import file_tables, sources
+from caption_data import sources, tars_and_image_folders
 from caption_data.parquet_split import open_in_place
 from caption_data.sources import Split, open_split
 
@@ -265,7 +265,7 @@ def test_an_endless_line_of_a_metadata_file_is_not_read(tmp_path, line):
     good = b"" if line == "first" else b'{"file_name": "a.png", "captions-pt": ["um gato"]}\n'
     with (tmp_path / "metadata.jsonl").open("wb") as file:
         file.write(good)
-        file.truncate(file_tables.MAX_ROW_JSON_BYTES * 3)
+        file.truncate(tars_and_image_folders.MAX_ROW_JSON_BYTES * 3)
     if line == "first":
         with pytest.raises(ValueError, match=r"metadata\.jsonl.*line 1 .*1,000,000"):
             open_split(str(tmp_path), "train", "image")

@@ -17,7 +17,7 @@ from PIL import Image
 pytest.importorskip("uvicorn", reason="hub_upload.space needs uvicorn: pip install -e '.[app]'")
 
 from capivara_search.index import PictureIndex
-from capivara_search.miniature import get_or_build_miniature_folder
+from capivara_search.miniature_model import get_or_build_miniature_folder
 from capivara_search.page import server
 from examples.openmoji.concepts import load_emoji_by_concept
 from examples.openmoji.dataset import render_openmoji_png

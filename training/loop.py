@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from capivara_common.image_files import BadImage
 from caption_data.pairs import check_bad_share
 from caption_data.rows import SkippedRow, write_skipped_rows
-from eval.retrieval import compute_validation_metrics, embed_captions_for_retrieval
+from eval.retrieval import compute_validation_metrics_and_loss, embed_captions_for_retrieval
 from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
 from training.arguments import RunArguments
 from training.batches import MicroBatch, StepPlan
@@ -383,5 +383,5 @@ class TrainingLoop:
             def loss(texts: Tensor, images: Tensor) -> Tensor:
                 return select_loss(self.model)(texts, images, self.model.logit_scale, all_rows)
 
-            measures = [compute_validation_metrics(embeddings, loss)]
+            measures = [compute_validation_metrics_and_loss(embeddings, loss)]
         return broadcast_object_list(measures)[0]

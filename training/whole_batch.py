@@ -262,7 +262,7 @@ def compute_contrastive_loss_share(
     Returns:
         A scalar in nats, in float32 or the higher precision of the inputs.
     """
-    texts, images, scale = _to_common_precision(text_embeds, image_embeds, logit_scale)
+    texts, images, scale = _to_common_device_and_precision(text_embeds, image_embeds, logit_scale)
     with torch.autocast(texts.device.type, enabled=False):
         text_to_image = _sum_tiles(_cross_entropy, scale.exp() * texts[local_rows], images, local_rows)
         image_to_text = _sum_tiles(_cross_entropy, scale.exp() * images[local_rows], texts, local_rows)
@@ -288,7 +288,7 @@ def compute_sigmoid_loss_share(
     Returns:
         A scalar in nats, in float32 or the higher precision of the inputs.
     """
-    texts, images, scale, bias = _to_common_precision(text_embeds, image_embeds, logit_scale, logit_bias)
+    texts, images, scale, bias = _to_common_device_and_precision(text_embeds, image_embeds, logit_scale, logit_bias)
 
     def sum_over_pairs(queries: Tensor, items: Tensor, target_rows: Tensor) -> Tensor:
         signs = torch.full((len(queries), len(items)), -1.0, dtype=queries.dtype, device=queries.device)
@@ -299,7 +299,7 @@ def compute_sigmoid_loss_share(
         return _sum_tiles(sum_over_pairs, scale.exp() * texts[local_rows], images, local_rows) / len(texts)
 
 
-def _to_common_precision(*tensors: Tensor) -> list[Tensor]:
+def _to_common_device_and_precision(*tensors: Tensor) -> list[Tensor]:
     """Return all tensors on the device of the first tensor, in its data type, or in float32 if that is more precise."""
     first = tensors[0]
     return [tensor.to(first.device, torch.promote_types(first.dtype, torch.float32)) for tensor in tensors]

@@ -16,7 +16,7 @@ from PIL import Image
 from capivara_common.files import read_json, write_bytes
 from capivara_common.image_files import BadImage
 from eval.records.result_files import ROLE_NAMES
-from eval.records.tables import sanitize_and_shorten_text
+from eval.records.tables import make_short_plain_line
 
 matplotlib.use("Agg")  # draws into files, so that no screen is needed
 
@@ -171,7 +171,7 @@ def plot_ranked_image_grid(
                 for column, (image, is_relevant) in enumerate(images):
                     axis = figure.add_subplot(grid[number, block * (columns + 1) + column])
                     if isinstance(image, str):
-                        text = textwrap.fill(sanitize_and_shorten_text(image, 60), 14)
+                        text = textwrap.fill(make_short_plain_line(image, 60), 14)
                         axis.text(3.5, 3.5, text, ha="center", va="center", fontsize=7, parse_math=False)
                         image = Image.new("RGB", (8, 8), "#e5e7eb")
                     axis.imshow(image)
@@ -257,7 +257,7 @@ def plot_retrieval_sheet(
             if not is_comparison and relevant not in best:
                 best.append(relevant)
             rank_label = labels["rank"].format(rank=int(ranks[role][query]) + 1)
-            title = f"“{sanitize_and_shorten_text(queries[query], 40)}”   {rank_label}"
+            title = f"“{make_short_plain_line(queries[query], 40)}”   {rank_label}"
             title += f" ({labels[kind]})" if kind and role == "capivara" else ""
             images = []
             for index in best:

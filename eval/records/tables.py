@@ -287,7 +287,7 @@ def format_signed_difference(difference: float | None, is_rank: bool = False) ->
     return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
 
 
-def sanitize_and_shorten_text(text: str, limit: int) -> str:
+def make_short_plain_line(text: str, limit: int) -> str:
     """Shorten untrusted text to one line. Removes control characters and marks that change the direction of text.
 
     Args:
@@ -322,7 +322,7 @@ def escape_markdown(text: str, limit: int = 300) -> str:
         limit: Largest number of characters before escaping; a longer text ends with "…".
     """
     text = "".join(
-        "\\" + letter if letter in MARKDOWN_CHARACTERS else letter for letter in sanitize_and_shorten_text(text, limit)
+        "\\" + letter if letter in MARKDOWN_CHARACTERS else letter for letter in make_short_plain_line(text, limit)
     )
     # At the start of a line, these marks would make a list or a heading.
     return re.sub(r"^([-+=])|^(\d+)(?=[.)])", lambda match: f"\\{match[1]}" if match[1] else f"{match[2]}\\", text)

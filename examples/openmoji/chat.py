@@ -8,8 +8,9 @@ the Portuguese names of all emoji, so that its answers show how the pipeline wor
 `--base_url`, the same requests go to a real server. docs/how-to/captions_server.md describes servers, prompts and
 flags.
 
-The base model is the small model of the search (`capivara_search/miniature.py`). The steps are those of any dataset:
-a config (configs/openmoji_chat.yaml), `captions.build`, and `train_accelerate.py`. Finished steps are not repeated.
+The base model is the small model of the search (`capivara_search/miniature_model.py`). The steps are those of any
+dataset: a config (configs/openmoji_chat.yaml), `captions.build`, and `train_accelerate.py`. Finished steps are not
+    repeated.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from datasets import DatasetDict
 
 from capivara_common.cli import check_at_least, flag, parse_arguments, read_yaml_config, run_command
 from capivara_common.files import atomic_folder, write_text
-from capivara_search.miniature import get_or_build_miniature_folder
+from capivara_search.miniature_model import get_or_build_miniature_folder
 from captions.build import BuildArguments, build_dataset
 from captions.captioners.chat import to_data_url
 from captions.chat.prompts import CaptionPrompts

@@ -154,8 +154,8 @@ def _load_captioned_emoji() -> list[EmojiPicture]:
         stems = [_to_hex(text), _to_hex(text.replace("\ufe0f", ""))]
         stem = next((stem for stem in stems if stem in drawn), None)
         if stem is not None:  # the package with the names has newer emoji than the package with the images
-            captions_en = [to_natural_text(name, "en") for name in (entry["en"], *entry.get("alias", ()))]
-            pictures[stem] = EmojiPicture(stem, tuple(captions_en), (to_natural_text(portuguese[text], "pt"),))
+            captions_en = [short_name_to_text(name, "en") for name in (entry["en"], *entry.get("alias", ()))]
+            pictures[stem] = EmojiPicture(stem, tuple(captions_en), (short_name_to_text(portuguese[text], "pt"),))
     return _drop_poor_aliases(list(pictures.values()))
 
 
@@ -185,10 +185,10 @@ def load_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[str, str
     plain_texts = {picture.emoji: picture.text.replace("\ufe0f", "") for picture in pictures}
     if missing := [code for code, text in plain_texts.items() if text not in names]:
         raise ValueError(f"The package emoji has no {language} name of {missing[0]}. Install another version.")
-    return {code: to_natural_text(names[text], language) for code, text in plain_texts.items()}
+    return {code: short_name_to_text(names[text], language) for code, text in plain_texts.items()}
 
 
-def to_natural_text(name: str, language: str) -> str:
+def short_name_to_text(name: str, language: str) -> str:
     """Convert an emoji's short name to natural text, for example `:rosto_chorando_de_rir:` to `rosto chorando de rir`.
 
     Some of Unicode's names have a colon ("family: man, woman, boy"), which is missing in the short names of the package

@@ -323,7 +323,7 @@ def align_towers(
         RuntimeError: If the validation recall is still rising after `MAX_STEPS` steps.
     """
     noise = FEATURE_NOISE * features["train"].std(dim=0)
-    optimizer, warmup = build_optimizer_and_scheduler(model)
+    optimizer, warmup = build_alignment_optimizer_and_warmup(model)
     captions, bar = dataset["train"]["captions-en"], trange(MAX_STEPS, desc="Aligning on English", unit="step")
     curve, loss, best = [], None, {}
     for step in bar:
@@ -347,7 +347,7 @@ def align_towers(
     return curve
 
 
-def build_optimizer_and_scheduler(
+def build_alignment_optimizer_and_warmup(
     model: CapivaraModel,
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Build the optimizer and the learning rate scheduler for the alignment of the two encoders.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from capivara_common.environment import cache_home, require_packages
 from capivara_common.files import atomic_folder, write_text
-from capivara_common.hub_cache import cache_folder_lock, is_complete_model
+from capivara_common.hub_cache import is_complete_model, lock_model_cache_folder
 from capivara_search.messages import log_message
 
 PROJECTION_FILE = Path(__file__).with_name("miniature.safetensors")
@@ -29,7 +29,7 @@ tags: [capivara, clip]
 
 EfficientNet-Lite0 (Apache-2.0) and multilingual-e5-small (MIT), neither trained further, with a projection fitted on
 English captions of OpenMoji's pictures and on the English names of ImageNet's classes. The pictures are OpenMoji's,
-licensed CC BY-SA 4.0 (https://openmoji.org), and so is the projection. Made by `capivara_search.miniature`.
+licensed CC BY-SA 4.0 (https://openmoji.org), and so is the projection. Made by `capivara_search.miniature_model`.
 """
 
 
@@ -42,11 +42,11 @@ def get_or_build_miniature_folder() -> Path:
         ImportError: If the package with its image encoder or its text encoder is not installed.
         OSError: If there is not enough disk space for the model (about 300 MB).
     """
-    folder = cache_home() / "miniature" / _cache_key()
+    folder = cache_home() / "miniature" / _compute_cache_folder_name()
     if is_complete_model(folder):
         return folder
     require_packages("The miniature", None, *REQUIRED_MODULES)
-    with cache_folder_lock(folder):
+    with lock_model_cache_folder(folder):
         if not is_complete_model(folder):
             log_message("miniature", folder)
             with atomic_folder(folder, overwrite=True) as new:
@@ -93,7 +93,7 @@ def _write_model(folder: Path) -> None:
     write_text(folder / "README.md", MODEL_CARD)
 
 
-def _cache_key() -> str:
+def _compute_cache_folder_name() -> str:
     """Return the name of the miniature model's folder in the cache.
 
     The name is a BLAKE2b digest of `FOLDER_VERSION`, the versions of the packages in `REQUIRED_PACKAGES`, and the

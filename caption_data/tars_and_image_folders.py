@@ -39,7 +39,7 @@ IMAGE_FIELDS = {"bytes": Value("binary"), "path": Value("string")}  # an image t
 ARCHIVE_FIELDS = {"archive": Value("string"), "offset": Value("int64"), "size": Value("int64")}
 
 
-def build_table_and_find_damages(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
+def load_rows_and_list_damaged_files(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
     """Build the table of rows of tars, or of image folders with a metadata file.
 
     The table has the columns of the JSON or CSV files, and an image column with the path of each image or its position
