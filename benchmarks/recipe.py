@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         "rows": rows,
     }
     write_json(args.output, describe_conditions() | results)
-    print(f"Results: {args.output}. `python -m benchmarks.readme` updates the tables in the documentation.")
+    print(f"Results: {args.output}. `python -m benchmarks.documentation_tables` updates the tables.")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def write_random_photos(folder: Path, count: int) -> list[Path]:
     for number, path in enumerate(tqdm(paths, desc="Photographs", unit="picture")):
         if not path.is_file():
             buffer = io.BytesIO()
-            _make_photo(number).save(buffer, "JPEG", quality=90)
+            _make_noisy_photo_crop(number).save(buffer, "JPEG", quality=90)
             write_bytes(path, buffer.getvalue())
     return paths
 
@@ -111,7 +111,7 @@ def _load_source_photos() -> list[PIL.Image.Image]:
     return [load_photo(name) for name in CLASS_PHOTOGRAPHS]
 
 
-def _make_photo(seed: int) -> PIL.Image.Image:
+def _make_noisy_photo_crop(seed: int) -> PIL.Image.Image:
     """Generate a photograph of size `PHOTO_SIZE`: a random crop of a real photograph, resized, with noise.
 
     Args:

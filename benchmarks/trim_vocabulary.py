@@ -236,7 +236,7 @@ def _build_processor_and_vocabulary_kind(name: str, image_size: int) -> tuple[Pr
     return CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()), "real"
 
 
-def iter_frequent_words() -> Iterator[str]:
+def iter_words_of_all_languages() -> Iterator[str]:
     """Yield distinct words of all languages of wordfreq: the most frequent word of each, then the second, and so on."""
     import wordfreq
 
@@ -252,7 +252,7 @@ def synthesize_bpe_tokenizer(size: int) -> Siglip2Tokenizer:
     """
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     ids, merges = {token: number for number, token in enumerate(special)}, []
-    for word in iter_frequent_words():
+    for word in iter_words_of_all_languages():
         text = f"▁{word}"
         for letter in text:
             ids.setdefault(letter, len(ids))
@@ -280,7 +280,7 @@ def synthesize_unigram_tokenizer(size: int) -> PreTrainedTokenizerFast:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = state["model"]["vocab"]
     known = {token for token, _ in tokens}
-    for word in iter_frequent_words():
+    for word in iter_words_of_all_languages():
         if len(tokens) == size:
             break
         if f"▁{word}" not in known:

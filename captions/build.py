@@ -362,10 +362,10 @@ def build_dataset(args: BuildArguments) -> Path | None:
     except ValueError as error:  # report an invalid config like an invalid flag
         raise UsageError(str(error)) from error
     for steps in plan.steps.values():
-        if _describe_state(steps[0]) != "done":
+        if _get_stage_status(steps[0]) != "done":
             _check_stage_columns(steps)  # raises errors before a model is downloaded or loaded
     for step in plan.all_steps():
-        if _describe_state(step) != "done":
+        if _get_stage_status(step) != "done":
             step.check_backend()
     for line in _describe_progress(plan):
         logger.info("%s", line)
@@ -384,7 +384,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
         runnable, waiting = runnable + ready, waiting + steps[len(ready) :][:1]
     # Complete stages are run as well, and return at once. But if a stage waits for a translation table, complete stages
     # are skipped, so that the table is requested as soon as all other work is done.
-    left = [step for step in runnable if not waiting or _describe_state(step) != "done"]
+    left = [step for step in runnable if not waiting or _get_stage_status(step) != "done"]
     logs = (args.logging_dir or plan.output / "logs") / "dataset"
     phases = [phase for step in left for phase in PhaseStep.from_phases(step, step.phases, step.title)]
     if not waiting:
@@ -451,7 +451,7 @@ def _apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
                 else:
                     shutil.rmtree(step_after.output, ignore_errors=True)
             corrections.apply()
-        if _describe_state(step) != "done":
+        if _get_stage_status(step) != "done":
             return
 
 
@@ -461,7 +461,7 @@ def _log_counts(plan: BuildPlan) -> None:
     Log a warning if the selection dropped more than half of the rows of a stage, or if `drop_flagged` dropped more than
     half of the translations.
     """
-    for step in (step for step in plan.all_steps() if _describe_state(step) == "done"):
+    for step in (step for step in plan.all_steps() if _get_stage_status(step) == "done"):
         report, rows = check_stage_and_count_rows(step.output), read_stage_record(step.output)["source"]["rows"]
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in report.skipped.items())
         ending = f" ({reasons})" if reasons else ""
@@ -499,7 +499,7 @@ def _describe_progress(plan: BuildPlan) -> list[str]:
     for steps in plan.steps.values():
         is_current = True  # True if all earlier stages of the split are complete, so that their rows are final
         for step in steps:
-            state = _describe_state(step)
+            state = _get_stage_status(step)
             is_done = state == "done"
             ending = "; changed rows of earlier stages are written again" if is_done and not is_current else ""
             lines.append(f"{step.title}: {state}{ending}\n    {step.command()}")
@@ -517,9 +517,9 @@ def _describe_server_requests(steps: list[StageArguments]) -> list[str]:
     """
     lines, first = [], steps[0]
     for number, step in enumerate(steps):
-        if _describe_state(step) == "done":
+        if _get_stage_status(step) == "done":
             continue
-        is_ready = number == 0 or _describe_state(steps[number - 1]) == "done"
+        is_ready = number == 0 or _get_stage_status(steps[number - 1]) == "done"
         source = {name: getattr(first, name) for name in ("dataset", "rename", "image_column")}
         args = step if is_ready else replace(step, **source)
         if isinstance(args, GenerateArguments | TranslateArguments):
@@ -528,7 +528,7 @@ def _describe_server_requests(steps: list[StageArguments]) -> list[str]:
     return lines
 
 
-def _describe_state(step: StageArguments) -> str:
+def _get_stage_status(step: StageArguments) -> str:
     """Return a short description of the state of a stage.
 
     The description is "done" if all rows are written and the translation table, if any, has not been corrected since.

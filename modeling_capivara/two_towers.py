@@ -249,7 +249,7 @@ def load_embedder(
         >>> similarities = texts @ texts.T  # cosines, because embeddings have unit length
     """
     torch_device = resolve_device(device) if device else get_or_init_distributed_state().device
-    open_clip_name = _get_open_clip_name(model)
+    open_clip_name = _parse_open_clip_name(model)
     if not open_clip_name:
         processor, loaded = load_processor(model), load_model(model).eval().to(torch_device)
         if precision == "auto":
@@ -271,13 +271,13 @@ def check_model_exists(model: str) -> None:
         ValueError: If there is no such model, or the Hub can't be reached.
         ImportError: If an open_clip model is requested and open_clip is not installed.
     """
-    if open_clip_name := _get_open_clip_name(model):
+    if open_clip_name := _parse_open_clip_name(model):
         _find_open_clip_model(open_clip_name)
     else:
         check_model_file_exists(model, "config.json", "is not a model folder")
 
 
-def _get_open_clip_name(model: str) -> str:
+def _parse_open_clip_name(model: str) -> str:
     """Return the name of an open_clip model without the prefix "open_clip:"; "" for a model of transformers.
 
     Raises ValueError if the model has the prefix "clip:", which earlier versions used for models of transformers.

@@ -21,7 +21,7 @@ def small(monkeypatch):
     words = [
         word for pair in zip(*(frequent_words(code, 1000) for code in ("pt", "de", "pl")), strict=True) for word in pair
     ]
-    monkeypatch.setattr(bench, "iter_frequent_words", lambda: iter(dict.fromkeys(words)))
+    monkeypatch.setattr(bench, "iter_words_of_all_languages", lambda: iter(dict.fromkeys(words)))
     monkeypatch.setattr(bench, "load_tokenizer", tiny_tokenizer)
     monkeypatch.setattr(bench, "SIGLIP_VOCABULARY_SIZE", SIZES["siglip2"])
     monkeypatch.setattr(bench, "XLM_V_VOCABULARY_SIZE", SIZES["metaclip2"])

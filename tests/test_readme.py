@@ -13,7 +13,7 @@ import pytest
 from parsed_command import parsed
 from PIL import Image
 
-from benchmarks import readme
+from benchmarks import documentation_tables as tables
 from capivara_common.files import write_json
 from capivara_search.messages import COMMAND_NAMES
 
@@ -37,26 +37,26 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", readme.find_pages_with_blocks())
+@pytest.mark.parametrize("page", tables.find_pages_with_blocks())
 def test_figures_equal_the_committed_json(page):
-    assert readme.fill_blocks(page, TEXTS[page]) == TEXTS[page], "run `python -m benchmarks.readme`"
+    assert tables.fill_blocks(page, TEXTS[page]) == TEXTS[page], "run `python -m benchmarks.documentation_tables`"
 
 
 def test_every_table_macro_is_used_on_a_page():
-    macros = {name for name in vars(readme.load_template().module) if not name.startswith("_")} - {"on"}
-    assert macros == {name for text in TEXTS.values() for _, name, _ in readme.BLOCK_RE.findall(text)}
+    macros = {name for name in vars(tables.load_block_macros().module) if not name.startswith("_")} - {"on"}
+    assert macros == {name for text in TEXTS.values() for _, name, _ in tables.BLOCK_RE.findall(text)}
     page = "docs/reference/benchmarks.md"
     with pytest.raises(ValueError, match=r"benchmarks\.md.*'no_such'"):
-        readme.fill_blocks(page, TEXTS[page].replace("demo_summary", "no_such"))
+        tables.fill_blocks(page, TEXTS[page].replace("demo_summary", "no_such"))
 
 
 def test_the_memory_of_a_step_is_measured_extrapolated_or_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(readme, "RESULTS_FOLDER", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS_FOLDER", tmp_path)
     measured = {"pairs": 2816, "peak_memory_bytes": 2**31}
     extrapolated = {"pairs": 512, "peak_memory_bytes": 2**31, "extrapolated": {"peak_memory_bytes": 3 * 2**30}}
     write_json(tmp_path / "measured.json", {"recipe": measured})
     write_json(tmp_path / "extrapolated.json", {"recipe": extrapolated})
-    assert [readme.read_step_memory_text(name) for name in ("measured", "extrapolated", "none")] == [
+    assert [tables.read_step_memory_text(name) for name in ("measured", "extrapolated", "none")] == [
         "2.0",
         "2.0–3.0",
         "–",
@@ -65,24 +65,26 @@ def test_the_memory_of_a_step_is_measured_extrapolated_or_missing(monkeypatch, t
 
 @pytest.mark.slow
 def test_a_changed_figure_is_detected_and_a_new_commit_is_shown(monkeypatch, tmp_path):
-    for name in readme.find_pages_with_blocks():
+    for name in tables.find_pages_with_blocks():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         changed = re.sub(r"(captions per second, float32 \|) \d", r"\1 x", TEXTS[name])
         (tmp_path / name).write_text(changed, encoding="utf-8")
-    monkeypatch.setattr(readme, "CODE_ROOT", tmp_path)
+    monkeypatch.setattr(tables, "CODE_ROOT", tmp_path)
     with pytest.raises(SystemExit, match=r"docs/reference/benchmarks\.md"):
-        readme.main(["--check"])
-    readme.main([])
-    assert all((tmp_path / name).read_text(encoding="utf-8") == TEXTS[name] for name in readme.find_pages_with_blocks())
-    readme.main(["--check"])
-    results = readme.load_results("recipe") | {"commit": "0123abc", "date": "2026-11-28"}
-    monkeypatch.setattr(readme, "load_results", lambda name: results)
-    assert "commit 0123abc, 2026-11-28" in readme.load_template().module.demo_summary(False)
+        tables.main(["--check"])
+    tables.main([])
+    assert all((tmp_path / name).read_text(encoding="utf-8") == TEXTS[name] for name in tables.find_pages_with_blocks())
+    tables.main(["--check"])
+    results = tables.load_results("recipe") | {"commit": "0123abc", "date": "2026-11-28"}
+    monkeypatch.setattr(tables, "load_results", lambda name: results)
+    assert "commit 0123abc, 2026-11-28" in tables.load_block_macros().module.demo_summary(False)
 
 
 def test_images_of_the_documentation_are_small():
     for path in (ROOT / "docs").glob("*.png"):
-        assert path.stat().st_size < 400_000, f"{path.name}: save it by benchmarks.readme.save_small_image"
+        assert path.stat().st_size < 400_000, (
+            f"{path.name}: save it by benchmarks.documentation_tables.save_small_image"
+        )
 
 
 def test_the_readme_is_short():

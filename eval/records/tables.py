@@ -213,7 +213,10 @@ def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
     means = [[value and value.mean for value in pair] for pair in pairs]
     means = pandas.DataFrame(means, columns=[*ROLE_NAMES], dtype=float)
     gains = (means["capivara"] - means["baseline"]).astype(object)
-    return [_make_pair(*pair, gain) for pair, gain in zip(pairs, gains.where(gains.notna(), None), strict=True)]
+    return [
+        _build_baseline_comparison(*pair, gain)
+        for pair, gain in zip(pairs, gains.where(gains.notna(), None), strict=True)
+    ]
 
 
 def _find_doubts(baseline: Any | None, model: Any | None) -> list[str]:
@@ -234,7 +237,7 @@ def _find_doubts(baseline: Any | None, model: Any | None) -> list[str]:
     return doubts
 
 
-def _make_pair(baseline: Any | None, model: Any | None, gain: float | None) -> dict[str, Any]:
+def _build_baseline_comparison(baseline: Any | None, model: Any | None, gain: float | None) -> dict[str, Any]:
     """Build the dict for one pair of baseline and model; `pair_with_baselines` describes its keys.
 
     Args:

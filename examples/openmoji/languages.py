@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     for code in tqdm(args.languages, desc="Languages", unit="language"):
         results[code] = _train_and_evaluate_language(code, args, base, embedded)
         write_json(args.output, conditions | {"languages": results})
-    print(f"Results: {args.output}. `python -m benchmarks.readme` updates the table in docs/reference/languages.md.")
+    print(f"Results: {args.output}. `python -m benchmarks.documentation_tables` updates the table.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Write tables of the results in benchmarks/results into the documentation.
 
-python -m benchmarks.readme           # fill the blocks between the markers
-python -m benchmarks.readme --demo runs/openmoji-pt-001   # first import the results of a demo run
-python -m benchmarks.readme --check   # fail if a block differs from the JSON
+python -m benchmarks.documentation_tables                               # fill the blocks between the markers
+python -m benchmarks.documentation_tables --demo runs/openmoji-pt-001   # first import the results of a demo run
+python -m benchmarks.documentation_tables --check                       # fail if a block differs from the JSON
 
 A block is the text between a begin marker and an end marker (HTML comments, see `BLOCK_RE`) in a Markdown file. The
 begin marker contains the name of the block. The macro with the same name in `tables.md.j2` writes the text.
@@ -24,14 +24,16 @@ from capivara_common.files import read_json, write_json, write_text
 from eval.records.result_files import DIRECTIONS, Record, read_records
 from eval.records.tables import format_percent_over_seeds, format_signed_difference, render_retrieval_table
 
-BLOCK_RE = re.compile(r"(<!-- (\w+): made by `python -m benchmarks.readme` -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+BLOCK_RE = re.compile(
+    r"(<!-- (\w+): made by `python -m benchmarks.documentation_tables` -->\n).*?(<!-- end \2 -->)", re.DOTALL
+)
 
 PORTUGUESE_PAGES = ("LEIAME.md", "docs/how-to/seu_idioma.md")
 
 
 @dataclass
-class ReadmeArguments:
-    """Command-line arguments of `benchmarks.readme`."""
+class DocumentationTablesArguments:
+    """Command-line arguments of `benchmarks.documentation_tables`."""
 
     demo: list[Path] = flag(
         [], "Folders of runs of configs/openmoji.yaml, one per seed. Their results replace demo.json."
@@ -63,7 +65,7 @@ def fill_blocks(page: str, text: str) -> str:
     Raises:
         ValueError: If `tables.md.j2` has no macro for a block.
     """
-    tables, portuguese = load_template().module, page in PORTUGUESE_PAGES
+    tables, portuguese = load_block_macros().module, page in PORTUGUESE_PAGES
 
     def block(match: re.Match) -> str:
         begin, name, end = match.groups()
@@ -74,7 +76,7 @@ def fill_blocks(page: str, text: str) -> str:
     return BLOCK_RE.sub(block, text)
 
 
-def load_template() -> Template:
+def load_block_macros() -> Template:
     """Load the template `tables.md.j2`, and register the filters and functions that the template calls.
 
     Returns:
@@ -240,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
 
     With `--check`, nothing is written, and the command fails if a table does not match the results.
     """
-    args = parse_arguments(ReadmeArguments, __doc__, argv)
+    args = parse_arguments(DocumentationTablesArguments, __doc__, argv)
     if args.demo:
         _copy_demo_results_and_charts(args.demo)
     for page in find_pages_with_blocks():
@@ -248,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.check:
             write_text(CODE_ROOT / page, fill_blocks(page, text))
         elif fill_blocks(page, text) != text:
-            sys.exit(f"{page} differs from benchmarks/results. Run `python -m benchmarks.readme`.")
+            sys.exit(f"{page} differs from benchmarks/results. Run `python -m benchmarks.documentation_tables`.")
 
 
 if __name__ == "__main__":
