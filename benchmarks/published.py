@@ -3,7 +3,7 @@
     python -m benchmarks.published --output results/published
     python -m benchmarks.published --output results/quick --only flickr30k-pt mnist --limit 500
 
-Needs a network, and the extras `train` and `open_clip`. CAPIVARA and its base model are downloaded and converted, and
+Needs a network, and the extras `train` and `open-clip`. CAPIVARA and its base model are downloaded and converted, and
 their tokens, pixels and embeddings are compared with open_clip's. Then `eval.suite` measures both on the retrieval and
 classification sets of the paper. Sets that can't be downloaded are listed with the place to ask for them; put their
 data into --data_dir.
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: If a converted model differs from open_clip's. The report is written nevertheless.
     """
     args = parse_arguments(PublishedArguments, __doc__, argv)
-    require_packages("The comparison with open_clip", "open_clip", "open_clip")
+    require_packages("The comparison with open_clip", "open-clip", "open_clip")
     check_output_file(args.output / "published.json")
     benchmarks = [b for b in select_benchmarks(args) if b.key in args.only or "beyond" not in b.suite]
     sizes = estimate_download_sizes(args, benchmarks)

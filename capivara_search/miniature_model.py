@@ -45,7 +45,7 @@ def get_or_build_miniature_folder() -> Path:
     folder = cache_home() / "miniature" / _compute_cache_folder_name()
     if is_complete_model(folder):
         return folder
-    require_packages("The miniature", None, *REQUIRED_MODULES)
+    require_packages("The miniature", "search", *REQUIRED_MODULES)
     with lock_model_cache_folder(folder):
         if not is_complete_model(folder):
             log_message("miniature", folder)

@@ -101,7 +101,7 @@ def _plan_phases(args: EmbedCommandArguments, parts: Path) -> list[PhaseStep]:
             files.
     """
     card = _read_inherited_card_values(args)
-    args.check_backend()
+    args.check_model()
     if not (args.output / BUILD_FILE).is_file():
         prepare_output_folder(args.output)
     steps: dict[str, list[StageArguments]] = {}

@@ -292,12 +292,12 @@ class EncoderStageArguments(StageArguments):
             raise ValueError("--model is missing. Choose the model, for example the base model of the training.")
         check_at_least(self, 1, "embedding_batch_size")
         if self.model.startswith("open_clip:"):
-            require_packages(f"The stage {self.stage_name}", "open_clip", "open_clip")
+            require_packages(f"The stage {self.stage_name}", "open-clip", "open_clip")
 
-    def check_backend(self) -> None:
-        """Check, before any stage of a build runs, that the model exists. The model is not loaded.
+    def check_model(self) -> None:
+        """Check that the model exists, without loading it. Raises ValueError if it does not.
 
-        Raises ValueError if the model does not exist.
+        A build does not call this method, because its data can be checked before the model is converted.
         """
         from modeling_capivara.two_towers import check_model_exists  # imports torch, which other stages do without
 
@@ -863,6 +863,8 @@ def run_stage_command(
         stage = RowStage(args)
         missing = sum(len(part) for part in stage.parts if not stage.path(part).is_file())
         args.check_backend()
+        if isinstance(args, EncoderStageArguments):
+            args.check_model()
         print("\n".join([f"{args.output}: {missing:,} rows are missing", *args.describe_work(stage)]))
         return None
     if args.pending_manual_step():

@@ -5,7 +5,7 @@ r"""Fine-tune a CAPIVARA model with the trainer of sentence-transformers, on ima
     python -m examples.tune_sentence_transformers --model repository --dataset data/openmoji/dataset --language pt \
         --output_dir runs/tuned
 
-This example is for users who already train with sentence-transformers. It needs the extra `sentence_transformers` of
+This example is for users who already train with sentence-transformers. It needs the extra `sentence-transformers` of
 this package. Three options (see `build_clip_loss`) make the loss of sentence-transformers equal to CLIP's loss: both
 retrieval directions, a separate softmax for each direction, and the model's learned scale instead of a fixed scale.
 Gradient caching (GradCache, arXiv 2101.06983) allows batches of any size. There are two differences from

@@ -369,7 +369,7 @@ def _find_open_clip_model(source: str) -> tuple[str, str | None, str]:
         ValueError: If open_clip has no such weights, the folder has no model, or the Hub can't be reached.
         ImportError: If open_clip is not installed.
     """
-    require_packages(f"The model open_clip:{source}", "open_clip", "open_clip")
+    require_packages(f"The model open_clip:{source}", "open-clip", "open_clip")
     import open_clip
 
     name, pretrained, repository = source, None, ""

@@ -382,7 +382,7 @@ def test_missing_columns_and_splits_are_reported_before_any_stage(config, tmp_pa
 def test_a_missing_package_is_reported_before_any_stage(config, monkeypatch):
     changed(config, score={"model": "open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k"})
     monkeypatch.setattr("capivara_common.environment.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"score.*\[open_clip\]"):
+    with pytest.raises(ImportError, match=r"score.*\[open-clip\]"):
         build_dataset(BuildArguments(config, dry_run=True))
 
 

@@ -148,4 +148,4 @@ def test_the_guide_installs_what_its_commands_need():
     for page in ("your_language.md", "seu_idioma.md"):
         text = (ROOT / "docs" / "how-to" / page).read_text(encoding="utf-8")
         lines = re.findall(r'pip install -e "\.\[(.*)\]"', text)
-        assert {"demo", "translate", "open_clip", "lora"} <= set(lines[-1].split(",")), page
+        assert {"demo", "translate", "open-clip", "lora"} <= set(lines[-1].split(",")), page

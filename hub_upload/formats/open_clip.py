@@ -166,7 +166,7 @@ def check_siglip_supported(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"open_clip has no SigLIP with (width, layers, patch size) {_tower_sizes(config)}. It has {known}."
         )
-    require_packages("open_clip's format", "open_clip", "open_clip")
+    require_packages("open_clip's format", "open-clip", "open_clip")
 
 
 def _tower_sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
