@@ -337,6 +337,7 @@ def align_towers(
             if recall == highest:
                 best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             if all(point["validation_mean_recall"] < highest for point in curve[-PATIENCE:]):
+                bar.write("The validation recall no longer rises, so training ends here. The best weights are kept.")
                 break
         loss = align_step(model, processor, captions, features["train"], noise, optimizer, step)
         warmup.step()
