@@ -4,11 +4,15 @@ If a command was started by `python -m`, importing this module calls `exit_on_in
 `capivara_common.cli.run_command` calls `raise_on_interrupt`.
 """
 
+import atexit
 import os
 import signal
 import sys
+import threading
 
 message = "Stopped."
+# Name of daemon threads that may run C++ code for a long time, for example while they load a model.
+NATIVE_THREAD_NAME = "native code"
 
 
 def _exit_immediately(*_: object) -> None:
@@ -34,6 +38,22 @@ def raise_on_interrupt() -> None:
     """Let Ctrl-C raise KeyboardInterrupt again, so that running work can clean up."""
     if signal.getsignal(signal.SIGINT) is _exit_immediately:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def exit_if_native_code_runs(code: int) -> None:
+    """End the process at once if a thread named `NATIVE_THREAD_NAME` still runs; otherwise do nothing.
+
+    At a normal exit, Python ends such a thread when it returns from C++ code. C++ then aborts the process with
+    "terminate called without an active exception".
+
+    Args:
+        code: Exit code of the process.
+    """
+    if any(thread.name == NATIVE_THREAD_NAME for thread in threading.enumerate()):
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
 
 
 # While `python -m` imports the packages of a module, sys.argv[0] is "-m".

@@ -664,7 +664,11 @@ def run() -> None:
     interrupt.message = Messages(detect_user_language(sys.argv[1:]))("stopped")
     interrupt.exit_on_interrupt()
     configure_console()
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        interrupt.exit_if_native_code_runs(end.code)
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> None:

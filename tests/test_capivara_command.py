@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -25,9 +26,10 @@ import pytest
 import tqdm.std
 from parsed_command import parsed
 
+from capivara_common import interrupt
 from capivara_common.environment import get_install_command, require_packages
 from capivara_common.progress import set_progress_bar_timing
-from capivara_search import index_progress
+from capivara_search import command, index_progress
 from capivara_search.command import (
     SEARCH_MODULES,
     detect_user_language,
@@ -819,6 +821,23 @@ def test_app_prints_its_allowed_hosts_and_the_folders_with_thumbnails_only(capiv
 
 
 @pytest.mark.slow
+def test_a_thread_that_loads_a_model_does_not_abort_the_exit(monkeypatch):
+    """Python would end the thread inside of C++ code, which aborts the process."""
+    codes, end = [], threading.Event()
+    monkeypatch.setattr(command, "main", lambda: sys.exit(3))
+    monkeypatch.setattr(interrupt, "exit_on_interrupt", lambda: None)
+    monkeypatch.setattr(interrupt, "atexit", SimpleNamespace(_run_exitfuncs=lambda: codes.append("atexit")))
+    monkeypatch.setattr(os, "_exit", codes.append)
+    thread = threading.Thread(target=end.wait, name=interrupt.NATIVE_THREAD_NAME, daemon=True)
+    for expected in ([], ["atexit", 3]):
+        with pytest.raises(SystemExit):
+            command.run()
+        assert codes == expected
+        if not thread.is_alive():
+            thread.start()
+    end.set()
+
+
 def test_app_serves_the_page_until_ctrl_c(index):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

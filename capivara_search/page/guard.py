@@ -27,6 +27,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from capivara_common.interrupt import NATIVE_THREAD_NAME
 from capivara_search.messages import make_error_from_code
 
 try:
@@ -411,7 +412,7 @@ class QuestionQueue:
                 waiter = asyncio.wrap_future(answer)
                 # A daemon thread is used instead of a thread pool, because Python waits for all threads of a pool
                 # when it exits.
-                threading.Thread(target=run_question, daemon=True).start()
+                threading.Thread(target=run_question, name=NATIVE_THREAD_NAME, daemon=True).start()
                 if (await asyncio.wait([waiter], timeout=seconds or QUESTION_TIMEOUT_S))[0]:
                     return waiter.result()
         finally:
