@@ -213,7 +213,10 @@ def _read_and_open_row_image(row_image: dict | None, access: ImageAccess) -> tup
 
 
 def decode_images(
-    rows: range, row_image: Callable[[int], dict | None], access: ImageAccess
+    rows: Sequence[int],
+    row_image: Callable[[int], dict | None],
+    access: ImageAccess,
+    describe_error: Callable[[int, BadImage], str] = lambda row, error: error.detail,
 ) -> Iterator[PIL.Image.Image | BadImage]:
     """Decode the images of dataset rows with up to eight threads.
 
@@ -221,6 +224,7 @@ def decode_images(
         rows: Row numbers.
         row_image: Function that returns the image entry of a row number, as for `decode_image`.
         access: Rules for the files that may be opened.
+        describe_error: Function that returns the detail of the error of a row. Default: the detail of the error.
 
     Yields:
         The decoded images, in the order of `rows`. If an image can't be used, its `BadImage` error takes its place.
@@ -230,7 +234,7 @@ def decode_images(
         try:
             return decode_image(row_image(row), access)
         except BadImage as error:
-            return error
+            return BadImage(error.reason, describe_error(row, error))
 
     with ThreadPoolExecutor(
         max(1, min(8, (os.cpu_count() or 2) // get_or_init_distributed_state().num_processes))

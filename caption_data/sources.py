@@ -243,14 +243,13 @@ class Split:
     def decode_images(self, rows: Sequence[int]) -> Iterator[PIL.Image.Image | BadImage]:
         """Decode the images of rows with several threads.
 
-        Yields:
+        Returns:
             The image of each row, in order. For a missing or invalid image, a BadImage whose detail is the message of
             `describe_image_error`.
         """
-        images = decode_images(rows, lambda row: self.data[row][self.image_column], self.image_access)
-        for row, image in zip(rows, images, strict=True):
-            is_bad = isinstance(image, BadImage)
-            yield BadImage(image.reason, self.describe_image_error(row, image)) if is_bad else image
+        return decode_images(
+            rows, lambda row: self.data[row][self.image_column], self.image_access, self.describe_image_error
+        )
 
     @cached_property
     def image_digests(self) -> list[str]:

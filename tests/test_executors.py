@@ -246,7 +246,8 @@ def run_on_cluster(request) -> Callable[..., None]:
         process = subprocess.run(command, timeout=TIMEOUT_S, **options)
         assert process.returncode == 0, process.stderr[-5000:]
         if request.param == "slurm":
-            assert "logs" in process.stdout  # jobs run later, so the command says where their logs will be
+            # Jobs run later, so the command says where their logs will be.
+            assert "logs" in process.stdout + process.stderr
             wait_for_jobs(variables)
 
     return run
