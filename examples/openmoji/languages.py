@@ -8,7 +8,7 @@ share a name in any language are in the same split, so all languages are measure
 model is built as the demo's, on English names only, with the vocabulary of all languages. The images are embedded once
 by `captions.embed`; all trainings use the dataset of embeddings, without images. The results are written after each
 language. To finish an interrupted run, or to add languages, run the command again. A language takes about three minutes
-on two CPU threads. docs/reference/languages.md shows the results.
+on two CPU threads.
 """
 
 import logging
