@@ -16,6 +16,7 @@ from urllib.parse import urlencode
 
 from benchmarks.documentation_tables import save_small_image
 from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.environment import require_packages
 from capivara_search import PictureIndex
 from capivara_search.page.server import create_page_server
 from examples.real_images import PHOTOGRAPHS, load_photo
@@ -66,6 +67,7 @@ def _take_screenshot(url: str, args: ScreenshotArguments, output: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command: index the photographs, serve the page, and save the screenshot."""
     args = parse_arguments(ScreenshotArguments, __doc__, argv)
+    require_packages("A screenshot", "test", "playwright")
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder) / "fotos"
         pictures.mkdir()
