@@ -132,7 +132,7 @@ def check_model_reachable(source: str | Path, *names: str, revision: str | None 
     except (HfHubHTTPError, HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
             return  # the Hub was reached: the function that loads the model reports the error
-        raise _model_fetch_error(source, error) from error
+        raise _model_fetch_error(source, error) from None  # the message names the cause; the tracebacks fill screens
 
 
 def looks_like_hub_id(source: str) -> bool:
@@ -237,7 +237,7 @@ def _download_and_convert_model(repo_id: str, convert: Converter, revision: str 
         if not _find_config_error(folder, repo_id):
             folder = Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=MODEL_FILE_PATTERNS))
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError) as error:
-        raise _model_fetch_error(repo_id, error) from error
+        raise _model_fetch_error(repo_id, error) from None
     if is_complete_model(folder) or not (folder / OPEN_CLIP_CONFIG).is_file():
         _check_model_folder(folder, repo_id)
         return folder

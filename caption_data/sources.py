@@ -696,6 +696,8 @@ def _find_root_and_data_files(dataset: str) -> tuple[Path, list[Path]]:
     else:
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         candidates = [Path(name) for name in glob.iglob(dataset, recursive=True)]
+        if not candidates:
+            raise ValueError(f"No file matches {dataset}. Check it, and put a pattern in quotes in a shell.")
     by_form = [
         sorted(file for file in candidates if re.search(form, file.name) and file.is_file())
         for form in FILE_FORM_PATTERNS
