@@ -273,14 +273,15 @@ def rename_partial_folder(path: Path, overwrite: bool = False) -> None:
     _move_folder_into_place(partial, path, overwrite)
 
 
-def prepare_output_folder(path: Path, overwrite: bool = False) -> None:
+def prepare_output_folder(path: Path, overwrite: bool | None = None) -> None:
     """Check that an output folder can be written.
 
     Temporary files and folders that killed processes left beside it are removed first.
 
     Args:
         path: The output folder.
-        overwrite: Whether a folder that exists and is not empty may be replaced.
+        overwrite: Whether a folder that exists and is not empty may be replaced. None: the command never replaces it
+            and has no flag for this.
 
     Raises:
         ValueError: If `path` is a mount point, a file, a folder that may not be replaced, or not writable.
@@ -291,7 +292,8 @@ def prepare_output_folder(path: Path, overwrite: bool = False) -> None:
     if os.path.ismount(path):  # Python 3.11 lacks `Path.is_mount` on Windows
         fault = "is a mount point and can't be replaced. Choose a folder inside it"
     elif path.is_dir() and any(path.iterdir()) and not overwrite:
-        fault = "is not empty. Choose another one, or replace it with --overwrite_output_dir"
+        hint = "" if overwrite is None else ", or replace it with --overwrite_output_dir"
+        fault = f"is not empty. Choose another one{hint}"
     elif path.exists() and not path.is_dir():
         fault = "is a file. Choose another name"
     if fault:

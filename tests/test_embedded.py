@@ -461,6 +461,7 @@ def test_stages_that_need_images_refuse_embeddings(embedded, saved_tiny_folder, 
 def test_a_folder_with_other_files_is_never_replaced(saved_tiny_folder, tiny_dataset_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x", encoding="utf-8")
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="not empty") as caught:
         embed.main(embed_flags(saved_tiny_folder, tiny_dataset_folder, tmp_path / "out"))
+    assert "--overwrite" not in str(caught.value), "the command has no such flag"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
