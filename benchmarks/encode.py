@@ -190,18 +190,22 @@ def _measure_embedding_many_images(args: EncodeArguments) -> dict[str, Any]:
             parts = (torch.stack([*map(preprocess, batch)]) for batch in batches)
             return torch.cat([theirs.encode_image(pixels, normalize=True).float() for pixels in parts])
 
+    embeddings: dict[tuple[str, str], Tensor] = {}
+
+    def run_and_store(name: str, precision: str) -> None:
+        embeddings[name, precision] = {"ours": run_ours, "open_clip": run_theirs}[name](precision)
+
     with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, CAPIVARA_CACHE=cache):
         auto, first, programs = choose_fastest_precision(ours, processor), {}, {}
         for precision in dict.fromkeys(["float32", auto]):
             first[precision] = time_call(partial(run_ours, precision))
-            programs["ours", precision] = partial(run_ours, precision)
-            programs["open_clip", precision] = partial(run_theirs, precision)
+            programs |= {(name, precision): partial(run_and_store, name, precision) for name in ("ours", "open_clip")}
         seconds = time_alternating(programs, args.runs, f"{args.images} images")
         choices = [read_json(path) for path in Path(cache, "embedding_speed").iterdir()]
         results: dict[str, Any] = {"auto": auto, "choices": choices}
         for precision in first:
             times = {name: seconds[name, precision] for name in ("ours", "open_clip")}
-            vectors = [program(precision) for program in (run_ours, run_theirs)]
+            vectors = [embeddings[name, precision] for name in ("ours", "open_clip")]
             results[precision] = {
                 **{name: summarize_rates([args.images / elapsed for elapsed in times[name]]) for name in times},
                 "ratio": median_ratio(times["open_clip"], times["ours"]),
