@@ -30,7 +30,7 @@ from capivara_common.files import json_digest, locked_folder, read_json, write_j
 if TYPE_CHECKING:
     import torch
 
-CHUNK_SIZES = (4, 8, 16)  # candidates for the images per forward pass; the first is the default
+CHUNK_SIZES = (8, 4, 16)  # candidates for the images per forward pass; the first is the default
 SAMPLE_IMAGES = 16  # images that a measurement embeds with each candidate
 ROUNDS = 3  # how often each candidate is measured
 # A pass with fewer images keeps the default, because the measurement takes as long as embedding 144 images.

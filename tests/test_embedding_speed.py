@@ -42,7 +42,7 @@ class FakeModel:
         self.seconds = {int(name.removeprefix("chunk_")): value for name, value in seconds.items()}
         monkeypatch.setattr(embedding_speed, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
-    def embed(self, images, chunk_images=4):
+    def embed(self, images, chunk_images=8):
         self.calls.append(chunk_images)
         self.now += self.seconds.get(chunk_images, 1.0)
         return UNIT[: len(images)]
@@ -67,7 +67,7 @@ def programs(model, **vectors) -> dict:
 @pytest.mark.parametrize("fastest", [4, 8, 16])
 def test_the_fastest_chunk_size_is_measured_once_and_kept(monkeypatch, cache, fastest):
     model = FakeModel(monkeypatch, **{f"chunk_{fastest}": 0.5})
-    assert model.run() == fastest and model.calls == 3 * [4, 8, 16] + [fastest]
+    assert model.run() == fastest and model.calls == 3 * [8, 4, 16] + [fastest]
     assert model.run() == fastest and len(model.calls) == 11  # the second pass reads the file
     (file,) = cache.glob("*.json")
     content = json.loads(file.read_text())
@@ -78,45 +78,45 @@ def test_the_fastest_chunk_size_is_measured_once_and_kept(monkeypatch, cache, fa
 
 
 def test_the_default_stays_unless_another_size_is_clearly_faster(monkeypatch):
-    assert FakeModel(monkeypatch, chunk_8=0.99, chunk_16=1.2).run() == 4
+    assert FakeModel(monkeypatch, chunk_4=0.99, chunk_16=1.2).run() == 8
 
 
 def test_the_faster_of_two_fast_sizes_is_chosen(monkeypatch):
-    assert FakeModel(monkeypatch, chunk_8=0.5, chunk_16=0.8).run() == 8
+    assert FakeModel(monkeypatch, chunk_4=0.5, chunk_16=0.8).run() == 4
 
 
 def test_one_slow_round_does_not_decide(monkeypatch):
-    model, embed = FakeModel(monkeypatch, chunk_8=0.5), FakeModel.embed
+    model, embed = FakeModel(monkeypatch, chunk_4=0.5), FakeModel.embed
 
-    def slow_at_first(self, images, chunk_images=4):
-        self.now += 9 * (self.calls == [4])  # the first call with 8
+    def slow_at_first(self, images, chunk_images=8):
+        self.now += 9 * (self.calls == [8])  # the first call with 4
         return embed(self, images, chunk_images)
 
     monkeypatch.setattr(FakeModel, "embed", slow_at_first)
-    assert model.run() == 8
+    assert model.run() == 4
 
 
 @pytest.mark.parametrize("options", [{"count": LONG_PASS_IMAGES - 1}, {"device": "cuda:0"}, {"device": "cuda"}])
 def test_short_passes_and_gpus_keep_the_default_without_measuring(monkeypatch, cache, options, tmp_path):
-    model = FakeModel(monkeypatch, chunk_8=0.5)
-    assert model.run(record=tmp_path / "output", **options) == 4 and model.calls == [4]
+    model = FakeModel(monkeypatch, chunk_4=0.5)
+    assert model.run(record=tmp_path / "output", **options) == 8 and model.calls == [8]
     assert not cache.exists() and not (tmp_path / "output").exists()
 
 
 def test_a_resumed_run_keeps_the_recorded_choice(monkeypatch, cache, tmp_path):
     output = tmp_path / "output"
-    assert FakeModel(monkeypatch, chunk_8=0.5).run(output) == 8
+    assert FakeModel(monkeypatch, chunk_4=0.5).run(output) == 4
     for file in cache.iterdir():
         file.unlink()
     other_machine = FakeModel(monkeypatch, chunk_16=0.5)
-    assert other_machine.run(output) == 8 and other_machine.calls == [8]
+    assert other_machine.run(output) == 4 and other_machine.calls == [4]
     assert other_machine.run(tmp_path / "another") == 16
-    assert other_machine.run(output) == 8
+    assert other_machine.run(output) == 4
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"choice": "8"}', '{"choice": 7}', '{"choice": true}', "\0\xff"])
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"choice": "4"}', '{"choice": 7}', '{"choice": true}', "\0\xff"])
 def test_a_damaged_file_is_measured_again(monkeypatch, cache, damage, tmp_path):
-    FakeModel(monkeypatch, chunk_8=0.5).run(tmp_path / "output")
+    FakeModel(monkeypatch, chunk_4=0.5).run(tmp_path / "output")
     files = [*cache.glob("*.json"), *(tmp_path / "output").iterdir()]
     assert len(files) == 2
     for file in files:
@@ -127,10 +127,10 @@ def test_a_damaged_file_is_measured_again(monkeypatch, cache, damage, tmp_path):
 
 
 def test_a_task_adopts_a_choice_that_was_recorded_while_it_measured(monkeypatch, tmp_path):
-    model, output = FakeModel(monkeypatch, chunk_8=0.5), tmp_path / "output"
+    model, output = FakeModel(monkeypatch, chunk_4=0.5), tmp_path / "output"
     embed = model.embed
 
-    def race(images, chunk_images=4):
+    def race(images, chunk_images=8):
         output.mkdir(exist_ok=True)
         (output / "fastest-chunk_images.json").write_text('{"choice": 16}')
         return embed(images, chunk_images)
@@ -145,10 +145,10 @@ import numpy as np
 from pathlib import Path
 from capivara_common.embedding_speed import with_tuned_chunk_size
 calls = []
-def embed(images, chunk_images=4):
+def embed(images, chunk_images=8):
     calls.append(chunk_images)
     time.sleep(0.02 if chunk_images == int(sys.argv[1]) else 0.1)
-    return np.eye(1, 4)[[0] * len(images)]
+    return np.eye(1, 8)[[0] * len(images)]
 with_tuned_chunk_size(embed, 10**6, "cpu", "encoder", Path(sys.argv[2]))([0])
 print(len(calls), calls[-1])
 """
@@ -160,7 +160,7 @@ def test_tasks_that_start_together_use_one_choice(tmp_path):
         words = [sys.executable, "-c", TASK, str(fastest), str(tmp_path / "output")]
         return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ)
 
-    outputs = [task.communicate(timeout=120)[0].split() for task in [start(8), start(16), start(16)]]
+    outputs = [task.communicate(timeout=120)[0].split() for task in [start(4), start(16), start(16)]]
     calls, choices = zip(*outputs, strict=True)
     assert sorted(calls) == ["1", "1", "10"] and len(set(choices)) == 1
 
@@ -168,7 +168,7 @@ def test_tasks_that_start_together_use_one_choice(tmp_path):
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path / "file"))
-    assert FakeModel(monkeypatch, chunk_8=0.5).run() == 8
+    assert FakeModel(monkeypatch, chunk_4=0.5).run() == 4
 
 
 # ---- precision ----
