@@ -339,11 +339,17 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
 
     Returns:
         Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
+
+    Raises:
+        ValueError: If there is a single label with a comma in it, probably several labels.
     """
     from capivara_search.picture_reading import open_query_picture
     from capivara_search.query import clean_and_check_labels
 
-    labels, pictures = clean_and_check_labels(labels, template), _open_index()
+    labels = clean_and_check_labels(labels, template)
+    if len(labels) == 1 and "," in labels[0]:
+        raise make_error_from_code(ValueError, "labels_with_comma", label=labels[0])
+    pictures = _open_index()
     _print_model_notice(pictures, messages)
     results = pictures.classify(path, labels, template)
     if not results and path.is_file():

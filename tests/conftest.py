@@ -137,7 +137,13 @@ def small_disk(tmp_path):
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     """Use temporary folders for caches and state, so that tests do not touch the user's."""
-    os.environ["CAPIVARA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    os.environ["CAPIVARA_CACHE"] = str(cache)
+    # All worker processes of pytest-xdist share the miniature model, because building it takes 16 seconds.
+    base = tmp_path_factory.getbasetemp()
+    miniature = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "miniature"
+    miniature.mkdir(exist_ok=True)
+    (cache / "miniature").symlink_to(miniature)
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 

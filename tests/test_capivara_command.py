@@ -230,6 +230,7 @@ USAGE_ERRORS = {
     "index none": ("", "bad.directory", {"value": "none"}),
     "classify .": ("", "missing", {"name": {"en": "--labels LABEL", "pt": "--labels RÓTULO"}}),
     "classify . --labels gato Gato": ("", "error.label_twice", {"label": "gato"}),
+    "classify . --labels gato,cachorro": ("", "error.labels_with_comma", {"label": "gato,cachorro"}),
     "classify . --labels ''": ("", "error.empty_label", {}),
     "export none/all.csv": ("", "bad.directory", {"value": "none"}),
     "duplicates --json --csv": ("", "json_or_csv", {}),

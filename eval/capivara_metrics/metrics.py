@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from sklearn.metrics import precision_recall_curve, roc_auc_score
 from torch import Tensor
 
 RECALL_CUTOFFS = (1, 5, 10)  # values of k; CAPIVARA (arXiv 2310.13683) reports the mean of these three recall@k
@@ -401,6 +400,8 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
     Raises:
         ValueError: If the shapes differ, if a score is not finite, or if no class has an image.
     """
+    from sklearn.metrics import precision_recall_curve  # takes a second to import, and retrieval does not need it
+
     if scores.shape != targets.shape:
         raise ValueError(f"Shapes must be equal, got scores {tuple(scores.shape)}, targets {tuple(targets.shape)}.")
     _check_finite(scores)
@@ -429,6 +430,8 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError: If only one of the two labels occurs, or if a score is not finite.
     """
+    from sklearn.metrics import roc_auc_score  # takes a second to import, and retrieval does not need it
+
     positives = labels.bool()
     if not positives.any() or positives.all():
         raise ValueError("ROC AUC needs positive and negative labels, but all labels are the same.")
