@@ -82,8 +82,8 @@ def _convert_description_to_markdown(text: str) -> str:
 def find_command_modules(folder: str) -> list[str]:
     """Return the names of the modules in a folder that are commands, in alphabetical order."""
     paths = sorted((ROOT / folder).rglob("*.py")) if (ROOT / folder).is_dir() else [ROOT / folder]
-    render_command_reference = [path for path in paths if IS_COMMAND_RE.search(path.read_text(encoding="utf-8"))]
-    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in render_command_reference]
+    command_files = [path for path in paths if IS_COMMAND_RE.search(path.read_text(encoding="utf-8"))]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in command_files]
 
 
 def _build_markdown_table(rows: Iterable[tuple[str, ...]], *columns: str) -> str:
