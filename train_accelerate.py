@@ -24,7 +24,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from capivara_common.cli import parse_arguments, run_command
+from capivara_common.cli import parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import (
     describe_device,
     get_or_init_distributed_state,
@@ -32,16 +32,23 @@ from capivara_common.environment import (
     require_packages,
     resolve_mixed_precision,
 )
-from capivara_common.files import RUN_MARKER, partial_folder, read_json, rename_partial_folder, write_json, write_text
-from capivara_common.privacy import to_publishable_name
-from caption_data.pairs import compute_pair_content_digest
+from capivara_common.files import (
+    RUN_MARKER,
+    get_partial_folder_path,
+    read_json,
+    rename_partial_folder,
+    write_json,
+    write_text,
+)
+from capivara_common.privacy import get_publishable_model_or_dataset_name
+from caption_data.pairs import load_or_compute_pair_content_digest
 from eval.records.plots import plot_retrieval_sheet, plot_training_curves
-from eval.records.result_files import SCHEMA_VERSION, write_records
+from eval.records.result_files import SCHEMA_VERSION, write_records_to_result_file
 from eval.records.tables import render_retrieval_table
 from eval.retrieval import compute_gain_records, compute_retrieval_records, embed_captions_for_retrieval
 from hub_upload.card import write_card
 from hub_upload.origins import read_origins_and_infer_license
-from hub_upload.push import ensure_writable_repository, export_and_push_run
+from hub_upload.push import ensure_writable_repository, try_export_and_push_run
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import describe_model
 from training.arguments import RunArguments
@@ -52,13 +59,13 @@ from training.run_folder import (
     check_matches_finished_run,
     choose_and_check_output_dir,
     is_run_complete,
-    locked_run_folder,
+    lock_run_folder_and_exit_on_interrupt,
 )
 from training.trainable import (
     fixed_settings,
     freeze_parameters_and_add_adapters,
     interpolate_weights,
-    save_and_merge_adapters,
+    merge_and_optionally_save_adapters,
 )
 
 # How long processes wait for each other. It must be long, because the main process evaluates and saves on its own while
@@ -92,11 +99,11 @@ def main(argv: list[str] | None = None) -> Path:
     if is_run_complete(args, output_dir):
         check_matches_finished_run(output_dir, args.to_dict(), {})
         print(f"The run in {output_dir} is complete; there is nothing to resume.")
-        return _write_card_and_push_run(args, output_dir)
+        return _write_card_and_push_run_if_requested(args, output_dir)
     accelerator = _create_accelerator_and_set_threads(args, output_dir)
     if args.push_to_hub and accelerator.is_main_process:
         ensure_writable_repository(args.hub_model_id, args.hub_private)
-    with locked_run_folder(output_dir, args, accelerator) as folder:
+    with lock_run_folder_and_exit_on_interrupt(output_dir, args, accelerator) as folder:
         checkpoints = Checkpoints(folder / "checkpoints", args.keep_last, accelerator)
         # This call also compares the settings of the run with those in the checkpoint, before any long work begins.
         resume = checkpoints.find_resume_checkpoint(args)
@@ -106,13 +113,13 @@ def main(argv: list[str] | None = None) -> Path:
         else:
             train(args, inputs, checkpoints, resume)
         if accelerator.is_main_process:
-            evaluate_base_and_trained_model(args, inputs, accelerator, folder)
+            evaluate_base_and_trained_and_write_results(args, inputs, accelerator, folder)
         accelerator.wait_for_everyone()
         accelerator.end_training()  # closes the tracker's files, before their folder is renamed
         if accelerator.is_main_process:
             rename_partial_folder(output_dir, args.overwrite_output_dir)
             print(f"\n{(output_dir / 'table.md').read_text(encoding='utf-8')}\nThe results are in {output_dir}.")
-    return _write_card_and_push_run(args, output_dir)
+    return _write_card_and_push_run_if_requested(args, output_dir)
 
 
 def _connect_processes() -> PartialState:
@@ -155,7 +162,10 @@ def _create_accelerator_and_set_threads(args: RunArguments, output_dir: Path) ->
     if args.tracker != "none":
         extra = "trackers" if args.tracker == "tensorboard" else None
         require_packages(f"--tracker {args.tracker}", extra, args.tracker)
-        tracker_options = {"log_with": args.tracker, "project_dir": str(partial_folder(output_dir) / "trackers")}
+        tracker_options = {
+            "log_with": args.tracker,
+            "project_dir": str(get_partial_folder_path(output_dir) / "trackers"),
+        }
     return Accelerator(mixed_precision=args.mixed_precision, **tracker_options)
 
 
@@ -186,7 +196,7 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
     sources = read_origins_and_infer_license(args.model, args.dataset, args.evaluation_dataset)
     state = TrainingLoop(args, inputs, model, wrapped, checkpoints, state).train(resume)
     if accelerator.is_main_process:
-        model = save_and_merge_adapters(wrapped, folder)
+        model = merge_and_optionally_save_adapters(wrapped, folder)
         if args.interpolate != 1:
             interpolate_weights(model, load_model(args.model).state_dict(), args.interpolate)
         model.save_pretrained(folder)
@@ -195,7 +205,7 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
     accelerator.wait_for_everyone()
 
 
-def evaluate_base_and_trained_model(
+def evaluate_base_and_trained_and_write_results(
     args: RunArguments, inputs: TrainingInputs, accelerator: Accelerator, folder: Path
 ) -> None:
     """Evaluate the base model and the trained model on the test split of every language.
@@ -220,7 +230,7 @@ def evaluate_base_and_trained_model(
             for role, model in models.items()
         }
         metadata = {
-            "dataset": to_publishable_name(args.evaluation_dataset),
+            "dataset": get_publishable_model_or_dataset_name(args.evaluation_dataset),
             "split": args.test_split,
             "language": language,
         }
@@ -230,9 +240,9 @@ def evaluate_base_and_trained_model(
         records += compute_retrieval_records(embeddings["capivara"], **trained)
         records += compute_gain_records(embeddings["baseline"], embeddings["capivara"], **trained)
         name = f"retrieval_{metadata['dataset'].replace('/', '_')}_{args.test_split}_{language}.json"
-        write_records(
+        write_records_to_result_file(
             folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",
-            fingerprint=compute_pair_content_digest(split.table), device=describe_device(accelerator.device),
+            fingerprint=load_or_compute_pair_content_digest(split.table), device=describe_device(accelerator.device),
             **describe_model(models["capivara"]), **split.source.describe_embeds(),
         )  # fmt: skip
         all_records += records
@@ -287,7 +297,7 @@ def _write_run_json_and_curves(
     write_json(folder / "run.json", run)
 
 
-def _write_card_and_push_run(args: RunArguments, output_dir: Path) -> Path:
+def _write_card_and_push_run_if_requested(args: RunArguments, output_dir: Path) -> Path:
     """Write the model card of a complete run, and push the run if `args.push_to_hub` is set.
 
     If the card can't be written or the push fails, the reason is logged and the run is kept.
@@ -310,9 +320,9 @@ def _write_card_and_push_run(args: RunArguments, output_dir: Path) -> Path:
                 logger.warning("The model card, README.md, could not be written: %s", error)
             (output_dir / RUN_MARKER).unlink()
         if args.push_to_hub:
-            export_and_push_run(output_dir, args.hub_model_id, args.hub_private, language)
+            try_export_and_push_run(output_dir, args.hub_model_id, args.hub_private, language)
     return output_dir
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

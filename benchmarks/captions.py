@@ -29,9 +29,15 @@ from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
-from benchmarks.tools import describe_conditions, median_ratio, report_results, summarize_rates, time_alternating
-from capivara_common.cli import flag, parse_arguments, run_command
-from captions.captioners.blip2 import PREFIXES_FILE, PrefixCaptioner, read_prefixes
+from benchmarks.tools import (
+    describe_measurement_conditions,
+    median_ratio,
+    output_results_as_json,
+    summarize_rates,
+    time_alternating,
+)
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
+from captions.captioners.blip2 import PREFIXES_FILE, PrefixCaptioner, read_caption_prefixes
 from captions.translate import TranslateArguments
 from captions.translators.chat import ChatTranslator
 from examples.chat_server import MODEL, ChatServer, run_stand_in_chat_server
@@ -63,14 +69,14 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure captioning or, with `--parts chat`, translation, and print the results as JSON."""
     args = parse_arguments(CaptionsArguments, __doc__, argv)
     if args.parts == "chat":
-        results = describe_conditions("openai") | {
+        results = describe_measurement_conditions("openai") | {
             "runs": args.runs,
             "measured": {"chat": _measure_chat_translation_rates(args.runs)},
         }
-        return report_results(results, args.output)
+        return output_results_as_json(results, args.output)
     transformers_logging.set_verbosity_error()
-    prefixes = read_prefixes(PREFIXES_FILE)
-    steps = _build_generation_functions(_build_small_random_captioner(args, prefixes), prefixes, args.images)
+    prefixes = read_caption_prefixes(PREFIXES_FILE)
+    steps = _build_captioning_programs_to_compare(_build_small_random_captioner(args, prefixes), prefixes, args.images)
     plain, ours = (step().tolist() for step in steps.values())
     seconds = time_alternating(steps, args.runs, "generate")
     rates = {name: [args.images / elapsed for elapsed in times] for name, times in seconds.items()}
@@ -81,7 +87,9 @@ def main(argv: list[str] | None = None) -> None:
         "images": args.images, "prefixes": len(prefixes), "new_tokens": args.new_tokens, "precision": "float32",
         "divided": {"widths": args.widths, "layers": args.layers},
     }  # fmt: skip
-    report_results(describe_conditions() | {"runs": args.runs, "measured": {"generate": measured}}, args.output)
+    output_results_as_json(
+        describe_measurement_conditions() | {"runs": args.runs, "measured": {"generate": measured}}, args.output
+    )
 
 
 def _measure_chat_translation_rates(runs: int) -> dict[str, Any]:
@@ -169,7 +177,7 @@ def _build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
-def _build_generation_functions(
+def _build_captioning_programs_to_compare(
     captioner: PrefixCaptioner, prefixes: list[str], images: int
 ) -> dict[str, Callable[[], Tensor]]:
     """Build the programs to compare, `plain` and `ours`, which caption images of random pixels.
@@ -204,4 +212,4 @@ def _build_generation_functions(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

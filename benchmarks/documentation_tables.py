@@ -18,8 +18,8 @@ from typing import Any
 import PIL.Image
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from benchmarks.tools import CODE_ROOT, RESULTS_FOLDER, describe_conditions
-from capivara_common.cli import flag, parse_arguments, run_command
+from benchmarks.tools import CODE_ROOT, RESULTS_FOLDER, describe_measurement_conditions
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import read_json, write_json, write_text
 from eval.records.result_files import DIRECTIONS, Record, read_records
 from eval.records.tables import format_percent_over_seeds, format_signed_difference, render_retrieval_table
@@ -41,7 +41,7 @@ class DocumentationTablesArguments:
     check: bool = flag(False, "Change nothing; fail if a block differs from the JSON.")
 
 
-def find_pages_with_blocks() -> list[str]:
+def find_pages_with_generated_blocks() -> list[str]:
     """Find the Markdown files that contain a generated block, which is text between two markers (see `BLOCK_RE`).
 
     Returns:
@@ -52,7 +52,7 @@ def find_pages_with_blocks() -> list[str]:
     return sorted(str(path) for path in paths if BLOCK_RE.search((CODE_ROOT / path).read_text(encoding="utf-8")))
 
 
-def fill_blocks(page: str, text: str) -> str:
+def replace_generated_blocks_in_text(page: str, text: str) -> str:
     """Replace the text of all blocks between markers in a Markdown file. The file itself is not written.
 
     Args:
@@ -96,7 +96,7 @@ def load_block_macros() -> Template:
         "table": _format_markdown_table,
         "versions": _format_versions,
         "ms": _format_milliseconds,
-        "step_memory": read_step_memory_text,
+        "step_memory": format_recorded_training_step_peak_memory,
         "zip": zip,
     }
     environment.globals |= {
@@ -140,7 +140,7 @@ def _format_milliseconds(percentiles: dict[str, float], digits: int = 0) -> list
     return [format_number(percentiles["p50"], digits), format_number(percentiles["p95"], digits)]
 
 
-def read_step_memory_text(name: str) -> str:
+def format_recorded_training_step_peak_memory(name: str) -> str:
     """Format the peak memory of a step of 2816 pairs.
 
     Args:
@@ -221,7 +221,7 @@ def _copy_demo_results_and_charts(runs: list[Path]) -> None:
                 elif run == runs[0]:  # the baseline is the same in all runs
                     records.append(asdict(record))
     results = {"records": records, "runs": [read_json(run / "run.json") for run in runs]}
-    write_json(RESULTS_FOLDER / "demo.json", describe_conditions() | results)
+    write_json(RESULTS_FOLDER / "demo.json", describe_measurement_conditions() | results)
     for name in ("curves.png", "retrieval.png"):
         save_small_image(runs[0] / name, CODE_ROOT / "docs" / name)
 
@@ -245,13 +245,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(DocumentationTablesArguments, __doc__, argv)
     if args.demo:
         _copy_demo_results_and_charts(args.demo)
-    for page in find_pages_with_blocks():
+    for page in find_pages_with_generated_blocks():
         text = (CODE_ROOT / page).read_text(encoding="utf-8")
         if not args.check:
-            write_text(CODE_ROOT / page, fill_blocks(page, text))
-        elif fill_blocks(page, text) != text:
+            write_text(CODE_ROOT / page, replace_generated_blocks_in_text(page, text))
+        elif replace_generated_blocks_in_text(page, text) != text:
             sys.exit(f"{page} differs from benchmarks/results. Run `python -m benchmarks.documentation_tables`.")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

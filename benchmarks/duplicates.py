@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.tools import RESULTS_FOLDER, describe_conditions, report_results
-from capivara_common.cli import flag, parse_arguments, run_command
+from benchmarks.tools import RESULTS_FOLDER, describe_measurement_conditions, output_results_as_json
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_search import PictureIndex
 from capivara_search.duplicates import (
     FLOAT16_TOLERANCE,
@@ -46,7 +46,7 @@ from capivara_search.results import DUPLICATE_MIN_SIMILARITY
 from capivara_search.table import COLOR_SIGNATURE_COLUMN
 from examples.openmoji.concepts import load_emoji_by_concept
 from examples.openmoji.dataset import render_openmoji_png
-from examples.real_images import PHOTOGRAPHS, load_photo
+from examples.real_images import PHOTOGRAPHS, load_example_photo
 
 DRAWINGS = ("colorwheel", "horse")  # entries of `PHOTOGRAPHS` that are drawings; they are cropped, but not copied
 # Name of a crop -> its upper left corner (x, y), in quarters of the image's width and height. A crop has half the width
@@ -69,7 +69,7 @@ class DuplicatesArguments:
     output: Path = flag(RESULTS_FOLDER / "duplicates.json", "JSON file for the results.")
 
 
-def _reduce_image(pixels: int, image: Image.Image) -> Image.Image:
+def _shrink_image_to_max_side(pixels: int, image: Image.Image) -> Image.Image:
     """Scale an image down, unless it is already small enough.
 
     Args:
@@ -104,23 +104,23 @@ def _copy_image(image: Image.Image) -> Image.Image:
 
 
 PHOTO_KINDS: dict[str, CopyRecipe] = {
-    "reduced to 400 pixels": (partial(_reduce_image, 400), {"quality": 90}),
-    "reduced to 200 pixels": (partial(_reduce_image, 200), {"quality": 90}),
-    "reduced to 100 pixels": (partial(_reduce_image, 100), {"quality": 90}),
+    "reduced to 400 pixels": (partial(_shrink_image_to_max_side, 400), {"quality": 90}),
+    "reduced to 200 pixels": (partial(_shrink_image_to_max_side, 200), {"quality": 90}),
+    "reduced to 100 pixels": (partial(_shrink_image_to_max_side, 100), {"quality": 90}),
     "recompressed, quality 50": (_copy_image, {"quality": 50}),
     "recompressed, quality 10": (_copy_image, {"quality": 10}),
     "cropped by 5 %": (partial(_crop_image, 0.05), {"quality": 90}),
     "cropped by 10 %": (partial(_crop_image, 0.1), {"quality": 90}),
     "cropped by 20 %": (partial(_crop_image, 0.2), {"quality": 90}),
     "cropped by 5 %, reduced to 200 pixels, quality 50": (
-        lambda image: _reduce_image(200, _crop_image(0.05, image)),
+        lambda image: _shrink_image_to_max_side(200, _crop_image(0.05, image)),
         {"quality": 50},
     ),
 }
 ICON_KINDS: dict[str, CopyRecipe] = {
     "enlarged to 448 pixels": (lambda image: image.resize((448, 448), Image.Resampling.BICUBIC), {"format": "PNG"}),
-    "reduced to 112 pixels": (partial(_reduce_image, 112), {"format": "PNG"}),
-    "reduced to 64 pixels": (partial(_reduce_image, 64), {"format": "PNG"}),
+    "reduced to 112 pixels": (partial(_shrink_image_to_max_side, 112), {"format": "PNG"}),
+    "reduced to 64 pixels": (partial(_shrink_image_to_max_side, 64), {"format": "PNG"}),
     "as JPEG, quality 90": (_copy_image, {"quality": 90}),
     "as JPEG, quality 50": (_copy_image, {"quality": 50}),
 }
@@ -138,7 +138,7 @@ def _write_photograph_variants(folder: Path) -> dict[tuple[str, str], str]:
     """
     files = {}
     for name in sorted(PHOTOGRAPHS):
-        image, variants = load_photo(name), {}
+        image, variants = load_example_photo(name), {}
         if name not in DRAWINGS:
             variants = {ORIGINAL_KIND: (image, {"quality": 95})}
             variants |= {kind: (copy(image), options) for kind, (copy, options) in PHOTO_KINDS.items()}
@@ -252,7 +252,7 @@ def _find_lookalike_icon_pairs(paths: list[str]) -> list[tuple[int, int]]:
     return pairs
 
 
-def _measure_rule(
+def _measure_duplicate_detection_at_threshold(
     vectors: np.ndarray, photos: dict, icons: dict, same_drawings: list[tuple[int, int]], threshold: float
 ) -> dict[str, Any]:
     """Measure how well a rule detects duplicates. The rule: the similarity of two vectors is at least `threshold`.
@@ -314,12 +314,12 @@ def main(argv: list[str] | None = None) -> None:
             "flat": {"photographs": sum(flat[: len(photos)]), "icons": sum(flat[len(photos) :])},
             "same_drawings": len(same_drawings),
             "rules": {
-                name: _measure_rule(rule_vectors, photos, icons, same_drawings, threshold)
+                name: _measure_duplicate_detection_at_threshold(rule_vectors, photos, icons, same_drawings, threshold)
                 for name, (rule_vectors, threshold) in rules.items()
             },
         }
-    report_results(describe_conditions() | results, args.output)
+    output_results_as_json(describe_measurement_conditions() | results, args.output)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

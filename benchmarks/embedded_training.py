@@ -30,12 +30,12 @@ import train_accelerate
 from benchmarks.tools import (
     CODE_ROOT,
     RESULTS_FOLDER,
-    describe_conditions,
+    describe_measurement_conditions,
     make_captions,
-    report_results,
+    output_results_as_json,
     save_random_model,
 )
-from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import read_json, write_json
 from caption_data.embedded import (
     DIGEST_COLUMN,
@@ -113,7 +113,7 @@ def _write_random_embeddings_dataset(folder: Path, rows: int, width: int, encode
     temporary.rename(folder)
 
 
-def _sum_anonymous_bytes(process: psutil.Process) -> int:
+def _sum_anonymous_memory_of_process_tree(process: psutil.Process) -> int:
     """Return the anonymous memory (`RssAnon`) of a process and all its descendants in bytes."""
     total = 0
     for member in (process, *process.children(recursive=True)):
@@ -125,7 +125,7 @@ def _sum_anonymous_bytes(process: psutil.Process) -> int:
     return total
 
 
-def _measure_run(args: EmbeddedTrainingArguments, dataset: Path, name: str) -> dict[str, float]:
+def _measure_training_in_subprocess(args: EmbeddedTrainingArguments, dataset: Path, name: str) -> dict[str, float]:
     """Train on a dataset in a separate process, and sample its memory.
 
     Args:
@@ -151,7 +151,7 @@ def _measure_run(args: EmbeddedTrainingArguments, dataset: Path, name: str) -> d
             [*words, f"--steps={args.steps}"], cwd=CODE_ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
         while process.poll() is None:
-            peak = max(peak, _sum_anonymous_bytes(process))
+            peak = max(peak, _sum_anonymous_memory_of_process_tree(process))
             time.sleep(SAMPLE_INTERVAL_S)
     if process.returncode:
         raise RuntimeError(f"Training ended with exit code {process.returncode}. Its messages are in {log}.")
@@ -197,12 +197,12 @@ def main(argv: list[str] | None = None) -> None:
         dataset = args.work / f"dataset-{rows}"
         _write_random_embeddings_dataset(dataset, rows, width, encoder)
         before = _count_bytes(args.work / "cache")
-        runs[name] = _measure_run(args, dataset, name)
+        runs[name] = _measure_training_in_subprocess(args, dataset, name)
         disk[name] = {
             "dataset_bytes": _count_bytes(dataset),
             "caches_bytes": _count_bytes(args.work / "cache") - before,
         }
-    runs["large, again"] = _measure_run(args, dataset, "again")
+    runs["large, again"] = _measure_training_in_subprocess(args, dataset, "again")
     peak = max(runs[name]["peak_anonymous_bytes"] for name in ("large", "large, again"))
     results = {
         "rows": args.rows,
@@ -215,10 +215,10 @@ def main(argv: list[str] | None = None) -> None:
         "anonymous_bytes_over_small": peak - runs["small"]["peak_anonymous_bytes"],
         "disk": disk,
     }
-    report_results(describe_conditions("datasets", "pyarrow") | results, args.output)
+    output_results_as_json(describe_measurement_conditions("datasets", "pyarrow") | results, args.output)
     if not args.keep:
         shutil.rmtree(args.work)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

@@ -29,17 +29,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.tools import (
-    describe_conditions,
+    describe_measurement_conditions,
     make_captions,
     median_ratio,
-    report_results,
+    output_results_as_json,
     summarize_rates,
     time_alternating,
     time_call,
 )
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.embedding_speed import with_tuned_chunk_size
-from capivara_common.embedding_store import embed_batch
+from capivara_common.embedding_store import embed_batch_except_bad_images
 from capivara_common.files import read_json
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.part == "pass":
         measured = _measure_embedding_many_images(args)
     else:
-        encoders = _build_encoding_functions(args)
+        encoders = _build_encoding_programs_to_compare(args)
         measured = {
             f"{what}_{precision}": _compare_encoders(encoders[what], getattr(args, what), precision, args.runs)
             for precision in ("float32", "bfloat16")
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         }
     sizes = {name: getattr(args, name) for name in ("runs", "images", "captions")}
     sizes |= {"tokens": CAPTION_TOKENS, "image_size": IMAGE_SIZE}
-    report_results(describe_conditions() | sizes | {"measured": measured}, args.output)
+    output_results_as_json(describe_measurement_conditions() | sizes | {"measured": measured}, args.output)
 
 
 def _build_models_and_preprocessors() -> tuple[
@@ -103,7 +103,7 @@ def make_images(count: int) -> list[Image.Image]:
     return [Image.fromarray(array) for array in pixels]
 
 
-def _build_encoding_functions(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Tensor]]]:
+def _build_encoding_programs_to_compare(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Tensor]]]:
     """Build the encoders to compare, with the same random weights and inputs.
 
     Args:
@@ -182,7 +182,7 @@ def _measure_embedding_many_images(args: EncodeArguments) -> dict[str, Any]:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             embed = partial(embed_images, ours, processor)
             embed = with_tuned_chunk_size(embed, args.images, "cpu", f"benchmark in {precision}")
-            return torch.stack([vector for batch in batches for vector in embed_batch(batch, embed)])
+            return torch.stack([vector for batch in batches for vector in embed_batch_except_bad_images(batch, embed)])
 
     @torch.inference_mode()
     def run_theirs(precision: str) -> Tensor:
@@ -217,4 +217,4 @@ def _measure_embedding_many_images(args: EncodeArguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

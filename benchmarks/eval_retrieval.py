@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import tools
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import read_json
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     _compute_our_recalls(*_make_random_embeddings(64, args.captions))  # so that no library is loaded while it is timed
     before = tools.reset_peak_memory()  # forget the peak of making the embeddings
     measured = {
-        **tools.describe_conditions(), "width": EMBEDDING_WIDTH,
+        **tools.describe_measurement_conditions(), "width": EMBEDDING_WIDTH,
         "images": args.images, "captions": args.images * args.captions,
         "seconds": tools.time_call(lambda: _compute_our_recalls(*embeddings)),
         "memory_over_embeddings_bytes": tools.peak_resident_bytes() - before,
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.worker:
         measured |= _compare_speed_and_recalls(embeddings, args.runs)
     existing = read_json(args.output) if args.output and args.output.is_file() else {}
-    tools.report_results(existing | {"large" if args.worker else "scores": measured}, args.output)
+    tools.output_results_as_json(existing | {"large" if args.worker else "scores": measured}, args.output)
 
 
 def _make_random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,4 +146,4 @@ def _compare_speed_and_recalls(embeddings: tuple[Tensor, Tensor, Tensor], runs: 
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.tools import (
-    describe_conditions,
+    describe_measurement_conditions,
+    output_results_as_json,
     peak_resident_bytes,
-    report_results,
     run_module_in_subprocess,
     save_random_model,
     time_call,
 )
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from hub_upload.export import export_model
 
 # The export to ONNX is not measured, because it loads the whole model.
@@ -39,15 +39,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         before, target = peak_resident_bytes(), args.worker.with_name("repository")
         seconds = time_call(lambda: export_model(args.worker, target, EXPORTED_FORMATS))
-        report_results({"after_imports_bytes": before, "peak_bytes": peak_resident_bytes(), "seconds": seconds})
+        output_results_as_json({"after_imports_bytes": before, "peak_bytes": peak_resident_bytes(), "seconds": seconds})
         return
     with tempfile.TemporaryDirectory(prefix="capivara-export-") as folder:
         weights = save_random_model(Path(folder) / "model")
         measured = run_module_in_subprocess("benchmarks.export", worker=f"{folder}/model")
     additional = measured["peak_bytes"] - measured["after_imports_bytes"]
     measured |= {"peak_over_imports_bytes": additional, "ratio_to_weights": additional / weights}
-    report_results(describe_conditions() | {"weights_bytes": weights, "export": measured}, args.output)
+    output_results_as_json(
+        describe_measurement_conditions() | {"weights_bytes": weights, "export": measured}, args.output
+    )
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmarks.tools import CODE_ROOT, RESULTS_FOLDER, describe_conditions, report_results
-from capivara_common.cli import flag, parse_arguments, run_command
+from benchmarks.tools import CODE_ROOT, RESULTS_FOLDER, describe_measurement_conditions, output_results_as_json
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import write_json
 from capivara_search.folder_scan import find_pictures_and_unreadable_files
 from capivara_search.models import SearchModel, resolve_search_model
@@ -31,10 +31,10 @@ from capivara_search.query import (
     NEUTRAL_SENTENCES,
     RELEVANCE_AUC_FILE,
     apply_feedback,
-    estimate_z_score_threshold,
+    estimate_relevance_z_score_threshold,
     z_score,
 )
-from examples.real_images import PHOTOGRAPHS, load_photo
+from examples.real_images import PHOTOGRAPHS, load_example_photo
 
 TOP_K = 10  # number of results in which objects are counted
 FEEDBACK_WEIGHTS = (0.25, 0.5, 1.0, 2.0)
@@ -107,7 +107,7 @@ def _read_classes_in_photograph(path: Path, class_names: dict[int, str]) -> set[
     return {class_names[int(line.split()[0])] for line in labels.read_text().splitlines()}
 
 
-def _measure_feedback(
+def _measure_feedback_effect_on_results(
     model: SearchModel, feedback_queries: list[dict], images: np.ndarray, classes: list[set[str]]
 ) -> Iterator[dict]:
     """Measure how feedback changes the first `TOP_K` results.
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     if not sentences.get("there") or not sentences.get("absent"):
         raise ValueError(f"--sentences must be a file with sentences under `there` and `absent`, got {args.sentences}.")
     model, pictures = resolve_search_model(args.model), [open_query_picture(path) for path in files]
-    pictures += [load_photo(name) for name in PHOTOGRAPHS if sentences.get("photographs")]
+    pictures += [load_example_photo(name) for name in PHOTOGRAPHS if sentences.get("photographs")]
     images, neutral_texts = model.embed_images(pictures), model.embed_texts(NEUTRAL_SENTENCES)
     scores = {
         kind: model.embed_texts(sentences[kind]) @ images.T
@@ -172,8 +172,10 @@ def main(argv: list[str] | None = None) -> None:
     counts = {"pictures": len(images), "sentences": {kind: len(rows) for kind, rows in scores.items()}}
     best = {kind: np.array([z_score(row.max(), row) for row in rows]) for kind, rows in scores.items()}
     separation = _compute_auc_with_interval(best["there"], best["absent"])
-    relevance_threshold = estimate_z_score_threshold(images, neutral_texts, (neutral_texts @ images.T).max(axis=1))
-    results = describe_conditions() | {
+    relevance_threshold = estimate_relevance_z_score_threshold(
+        images, neutral_texts, (neutral_texts @ images.T).max(axis=1)
+    )
+    results = describe_measurement_conditions() | {
         "model": model.name,
         **counts,
         "chosen": CHOSEN_STATISTIC,
@@ -185,11 +187,13 @@ def main(argv: list[str] | None = None) -> None:
     if sentences.get("steering") and config.is_file():
         names = yaml.safe_load(config.read_text(encoding="utf-8"))["names"]
         classes = [_read_classes_in_photograph(path, names) for path in files]
-        results["steering"] = list(_measure_feedback(model, sentences["steering"], images[: len(files)], classes))
+        results["steering"] = list(
+            _measure_feedback_effect_on_results(model, sentences["steering"], images[: len(files)], classes)
+        )
     if args.keep:
         write_json(model.folder / RELEVANCE_AUC_FILE, results)
-    report_results(results, args.output)
+    output_results_as_json(results, args.output)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

@@ -15,11 +15,11 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from benchmarks.documentation_tables import save_small_image
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import require_packages
 from capivara_search import PictureIndex
 from capivara_search.page.server import create_page_server
-from examples.real_images import PHOTOGRAPHS, load_photo
+from examples.real_images import PHOTOGRAPHS, load_example_photo
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
@@ -35,7 +35,7 @@ class ScreenshotArguments:
     height: int = flag(800, "Height of the window in pixels.")
 
 
-def _take_screenshot(url: str, args: ScreenshotArguments, output: Path) -> None:
+def _save_page_screenshot(url: str, args: ScreenshotArguments, output: Path) -> None:
     """Save a PNG of the page at a URL, after all its pictures have been loaded.
 
     Args:
@@ -72,14 +72,14 @@ def main(argv: list[str] | None = None) -> None:
         pictures = Path(folder) / "fotos"
         pictures.mkdir()
         for name in PHOTOGRAPHS:
-            load_photo(name).save(pictures / f"{name}.jpg", quality=92)
+            load_example_photo(name).save(pictures / f"{name}.jpg", quality=92)
         index = PictureIndex.open(Path(folder) / "fotos.lance", model=args.model)
         index.add(pictures)
         server, listening, url = create_page_server(index, port=0, language="pt")
         serving = threading.Thread(target=server.run, args=([listening],), daemon=True)
         serving.start()
         try:
-            _take_screenshot(f"{url}/?{urlencode({'text': args.sentence})}", args, Path(folder) / "page.png")
+            _save_page_screenshot(f"{url}/?{urlencode({'text': args.sentence})}", args, Path(folder) / "page.png")
         finally:
             server.should_exit = True
             serving.join()
@@ -88,4 +88,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

@@ -23,15 +23,15 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from benchmarks.tools import describe_conditions
-from capivara_common.cli import flag, parse_arguments, run_command
+from benchmarks.tools import describe_measurement_conditions
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import require_packages
 from capivara_common.files import check_output_file, read_json, write_json, write_text
-from capivara_common.hub_cache import CONVERSION_FILE, OPEN_CLIP_WEIGHT_FILES, resolve_model_folder
+from capivara_common.hub_cache import CONVERSION_FILE, OPEN_CLIP_WEIGHT_FILES, find_download_or_convert_model_folder
 from eval.benchmarks import Benchmark, find_local_or_hub_data
 from eval.prompts import load_prompts
 from eval.records.result_files import ROLE_NAMES
-from eval.suite import SuiteArguments, render_suite_table, run_suite, select_benchmarks
+from eval.suite import SuiteArguments, check_arguments_and_select_benchmarks, render_suite_table, run_suite
 from modeling_capivara.convert_open_clip import convert_to_folder
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import compute_image_embeds, compute_text_embeds, load_embedder
@@ -64,7 +64,7 @@ class PublishedArguments(SuiteArguments):
             raise ValueError("--runs can't be used here, since the published model is a single one.")
 
 
-def estimate_download_sizes(args: PublishedArguments, benchmarks: list[Benchmark]) -> dict[str, int | None]:
+def fetch_download_sizes_from_hub(args: PublishedArguments, benchmarks: list[Benchmark]) -> dict[str, int | None]:
     """Return the sizes of the downloads in bytes, by Hub id; None if the Hub does not say. Local paths are omitted."""
     sizes, api = {}, HfApi()
     sources = [(name, api.model_info, OPEN_CLIP_WEIGHT_FILES) for name in (args.model, args.baseline)]
@@ -125,7 +125,7 @@ def estimate_embedding_time(
 
 
 @torch.no_grad()
-def compare_with_open_clip(source: str, folder: Path) -> dict[str, Any]:
+def compare_converted_model_with_open_clip(source: str, folder: Path) -> dict[str, Any]:
     """Compare a converted model with open_clip on the CPU, for a few texts and images.
 
     Args:
@@ -187,8 +187,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(PublishedArguments, __doc__, argv)
     require_packages("The comparison with open_clip", "open-clip", "open_clip")
     check_output_file(args.output / "published.json")
-    benchmarks = [b for b in select_benchmarks(args) if b.key in args.only or "beyond" not in b.suite]
-    sizes = estimate_download_sizes(args, benchmarks)
+    benchmarks = [
+        b for b in check_arguments_and_select_benchmarks(args) if b.key in args.only or "beyond" not in b.suite
+    ]
+    sizes = fetch_download_sizes_from_hub(args, benchmarks)
     total = sum(filter(None, sizes.values())) / 1e9
     unknown = [name for name, size in sizes.items() if size is None]
     print(f"Downloads: {total:.1f} GB" + f", and of unknown size: {', '.join(unknown)}" * bool(unknown), flush=True)
@@ -199,11 +201,13 @@ def main(argv: list[str] | None = None) -> None:
         else:
             readable.append(benchmark)
     sources = {"baseline": args.baseline, "capivara": args.model}
-    folders = {role: resolve_model_folder(source, convert_to_folder) for role, source in sources.items()}
+    folders = {
+        role: find_download_or_convert_model_folder(source, convert_to_folder) for role, source in sources.items()
+    }
     models = {}
     for role, source in sources.items():
         models[role] = {"source": source, **read_json(folders[role] / CONVERSION_FILE, revision=str)}
-        models[role] |= {"source": source} | compare_with_open_clip(source, folders[role])
+        models[role] |= {"source": source} | compare_converted_model_with_open_clip(source, folders[role])
         print(f"{source}: {'equal to open_clip' if models[role]['passed'] else 'DIFFERENT from open_clip'}", flush=True)
     estimate = estimate_embedding_time(args, readable, folders)
     left_out = f" without {', '.join(estimate['unknown'])}, whose size is unknown" * bool(estimate["unknown"])
@@ -217,7 +221,10 @@ def main(argv: list[str] | None = None) -> None:
         model["name"] = sources[model["role"]]
     names = ("protocol", "measurements", "rows")
     measured = {name: summary[name] for name in names} | {"limit": args.limit, "downloads": sizes, "estimate": estimate}
-    write_json(args.output / "published.json", describe_conditions("open_clip_torch") | {"models": models} | measured)
+    write_json(
+        args.output / "published.json",
+        describe_measurement_conditions("open_clip_torch") | {"models": models} | measured,
+    )
     write_text(args.output / "report.md", report := _render_report(models, summary))
     print(report)
     if different := [model["source"] for model in models.values() if not model["passed"]]:
@@ -225,4 +232,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=True)
+    run_main_and_report_user_errors(main, resumable=True)

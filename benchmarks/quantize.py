@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from benchmarks.tools import describe_conditions, report_results
-from capivara_common.cli import flag, parse_arguments, run_command
+from benchmarks.tools import describe_measurement_conditions, output_results_as_json
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_search.miniature_model import get_or_build_miniature_folder
 from eval.capivara_metrics.metrics import cross_modal_ranks, mean_recall
-from examples.openmoji.dataset import load_self_contained_dataset
+from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
@@ -100,7 +100,7 @@ def build_quantizers() -> dict[str, Callable[[nn.Module], nn.Module]]:
     }
 
 
-def compare_embeddings(reference: Tensor, embeds: Tensor) -> dict[str, float]:
+def compute_mean_and_lowest_cosine(reference: Tensor, embeds: Tensor) -> dict[str, float]:
     """Return the mean and the lowest cosine between two lists of embeddings (rows, width) of unit length."""
     cosines = (reference * embeds).sum(dim=-1).tolist()
     return {"mean_cosine": statistics.mean(cosines), "min_cosine": min(cosines)}
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: quantize, embed, compare, and print the results as JSON."""
     args = parse_arguments(QuantizeArguments, __doc__, argv)
     source = args.model or str(get_or_build_miniature_folder())
-    split = load_self_contained_dataset(args.dataset)["test"]
+    split = load_dataset_and_refuse_image_paths(args.dataset)["test"]
     rows = split.select(range(min(args.rows, len(split))))
     texts, images = [captions[0] for captions in rows[f"captions-{args.language}"]], list(rows["image"])
     processor, groups = load_processor(source), torch.arange(len(texts))
@@ -121,14 +121,14 @@ def main(argv: list[str] | None = None) -> None:
         reference = embeds if name == "float32" else reference
         text_ranks, image_ranks = cross_modal_ranks(*embeds, groups, groups)
         measured[name] = {
-            "texts": compare_embeddings(reference[0], embeds[0]),
-            "images": compare_embeddings(reference[1], embeds[1]),
+            "texts": compute_mean_and_lowest_cosine(reference[0], embeds[0]),
+            "images": compute_mean_and_lowest_cosine(reference[1], embeds[1]),
             "text_to_image": mean_recall(text_ranks),
             "image_to_text": mean_recall(image_ranks),
         }
     what = {"model": args.model or "miniature", "rows": len(texts), "language": args.language}
-    report_results(describe_conditions("torchao") | what | {"measured": measured}, args.output)
+    output_results_as_json(describe_measurement_conditions("torchao") | what | {"measured": measured}, args.output)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

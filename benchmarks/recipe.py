@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import train_accelerate
-from benchmarks.tools import CODE_ROOT, RESULTS_FOLDER, describe_conditions
-from capivara_common.cli import flag, parse_arguments, read_yaml_config, run_command
+from benchmarks.tools import CODE_ROOT, RESULTS_FOLDER, describe_measurement_conditions
+from capivara_common.cli import flag, parse_arguments, read_yaml_config, run_main_and_report_user_errors
 from capivara_common.files import json_digest, read_json, write_json
 from eval.capivara_metrics.metrics import mean_hits, paired_bootstrap
 from eval.embeddings import CachedEmbedder
@@ -102,7 +102,7 @@ def find_or_train_run(seed: int, args: RecipeArguments, base_digest: str) -> Pat
     return folder
 
 
-def _build_recipe_row(
+def _build_row_of_recalls_and_gains(
     name: str, hits: list[HitsByCondition], reference: list[HitsByCondition], groups: dict[str, Tensor]
 ) -> dict[str, Any]:
     """Summarize one row of the results.
@@ -173,9 +173,10 @@ def main(argv: list[str] | None = None) -> None:
             interpolate_weights(model, base.state_dict(), share)
             hits[name].append(measure(model))
     trainings = {"seeds": args.seeds, "seconds": seconds}
-    rows = [_build_recipe_row("base", base_hits, base_hits, groups)]
+    rows = [_build_row_of_recalls_and_gains("base", base_hits, base_hits, groups)]
     rows += [
-        _build_recipe_row(name, row_hits, hits[REFERENCE_ROW], groups) | trainings for name, row_hits in hits.items()
+        _build_row_of_recalls_and_gains(name, row_hits, hits[REFERENCE_ROW], groups) | trainings
+        for name, row_hits in hits.items()
     ]
     results = {
         "config": read_yaml_config(args.config),
@@ -183,9 +184,9 @@ def main(argv: list[str] | None = None) -> None:
         "chance": chance,
         "rows": rows,
     }
-    write_json(args.output, describe_conditions() | results)
+    write_json(args.output, describe_measurement_conditions() | results)
     print(f"Results: {args.output}. `python -m benchmarks.documentation_tables` updates the tables.")
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=True)
+    run_main_and_report_user_errors(main, resumable=True)

@@ -27,7 +27,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from benchmarks import tools
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_search import PictureIndex
 from capivara_search.page.answers import PageAnswers, Question
 from capivara_search.table import MAX_EXACT_ROWS, pictures_schema, vector_column
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_arguments(SearchArguments, __doc__, argv)
     if args.worker:
-        tools.report_results(
+        tools.output_results_as_json(
             {"fill": _measure_index_creation, "index": _measure_searching_and_adding}[args.worker](args)
         )
         return
@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         results = search_follow.measure_indexing_and_watching(args.work, args.followed, args.runs)
     name = "search.json" if args.parts == "index" else "search_follow.json"
-    tools.report_results(
-        tools.describe_conditions("lancedb") | {"runs": args.runs} | results,
+    tools.output_results_as_json(
+        tools.describe_measurement_conditions("lancedb") | {"runs": args.runs} | results,
         args.output or tools.RESULTS_FOLDER / name,
     )
 
@@ -97,7 +97,7 @@ def _measure_indexes(args: SearchArguments) -> dict[str, Any]:
     """
     sizes = {}
     for rows in tqdm(args.sizes, desc="Indexes", unit="size"):
-        write_vectors_and_queries(args.work, rows)
+        write_random_vectors_and_queries(args.work, rows)
         flags = {"rows": rows, "work": args.work, "runs": args.runs, "added": ADDED_COUNTS[rows == max(args.sizes)]}
         filled, measured = (
             tools.run_module_in_subprocess("benchmarks.search", worker=worker, **flags) for worker in ("fill", "index")
@@ -134,7 +134,7 @@ def index_path(work: Path, rows: int) -> Path:
     return work / f"index-{rows}.lance"
 
 
-def write_vectors_and_queries(work: Path, rows: int) -> None:
+def write_random_vectors_and_queries(work: Path, rows: int) -> None:
     """Generate the vectors of an index and queries, unless their files exist.
 
     The file `vectors-ROWS.npy` contains float16 vectors of shape (rows, width). The file `answers-ROWS.npz` contains
@@ -323,4 +323,4 @@ def _measure_latency_percentiles(call: Callable[[Any], Any], inputs: Any) -> dic
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

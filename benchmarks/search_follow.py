@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from benchmarks.tools import time_call
 from capivara_common.files import write_bytes
 from capivara_search import PictureIndex
-from examples.real_images import CLASS_PHOTOGRAPHS, load_photo
+from examples.real_images import CLASS_PHOTOGRAPHS, load_example_photo
 
 PHOTO_SIZE = (640, 480)  # width and height in pixels
 PIXEL_NOISE = 3.0  # standard deviation of the noise, in pixel values from 0 to 255
@@ -54,9 +54,10 @@ def measure_indexing_and_watching(work: Path, number: int, runs: int) -> dict[st
 
     Returns:
         The results, as in search_follow.json: "pictures" and "burst" (numbers of photographs), "estimates" (result of
-        `_measure_remaining_time_error` by indexing run), "nothing_new_s" (seconds of each run that finds nothing new),
-        "change_in_the_answers_s" (seconds by kind of change, see `_time_changes`), and "page_ms" (results of
-        `_time_page_searches` while the folder is unchanged and while many new photographs are read).
+        `_index_and_measure_remaining_time_error` by indexing run), "nothing_new_s" (seconds of each run that finds
+        nothing new), "change_in_the_answers_s" (seconds by kind of change, see `_time_folder_changes_reaching_index`),
+        and "page_ms" (results of `_time_page_searches` while the folder is unchanged and while many new photographs are
+        read).
     """
     work = work.absolute()  # the index stores absolute paths
     folder, where = work / "followed", work / "followed.lance"
@@ -71,11 +72,13 @@ def measure_indexing_and_watching(work: Path, number: int, runs: int) -> dict[st
         _copy_photos(photos[round(number * start) : round(number * end)], folder)
         if name == "resumed":
             _start_and_interrupt_indexing(words, where, round(number * (end - start) * INTERRUPTION_SHARE))
-        estimates[name] = _measure_remaining_time_error(words, where)
+        estimates[name] = _index_and_measure_remaining_time_error(words, where)
     nothing_new = [time_call(lambda: _run_indexing(words)) for _ in range(runs)]
     index = PictureIndex.open(where)
-    with _serve_page(flags) as search:
-        changes = [_time_changes(index, folder, photo, burst[0]) for photo in tqdm(spare, desc="Changes")]
+    with _serve_search_page_and_follow_folder(flags) as search:
+        changes = [
+            _time_folder_changes_reaching_index(index, folder, photo, burst[0]) for photo in tqdm(spare, desc="Changes")
+        ]
         idle = _time_page_searches(search, lambda done: done < QUESTION_COUNT)
         _copy_photos(burst, folder)
         busy = _time_page_searches(search, lambda done: len(index) < number + BURST_SIZE)
@@ -108,7 +111,7 @@ def write_random_photos(folder: Path, count: int) -> list[Path]:
 @cache
 def _load_source_photos() -> list[PIL.Image.Image]:
     """Return the real photographs whose crops are the generated photographs."""
-    return [load_photo(name) for name in CLASS_PHOTOGRAPHS]
+    return [load_example_photo(name) for name in CLASS_PHOTOGRAPHS]
 
 
 def _make_noisy_photo_crop(seed: int) -> PIL.Image.Image:
@@ -136,7 +139,7 @@ def _copy_photos(paths: list[Path], folder: Path) -> None:
         shutil.copy(path, folder)
 
 
-def _start_command(words: list[str], stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
+def _start_capivara_command(words: list[str], stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
     """Start the command `capivara` in a new process and return the process.
 
     Args:
@@ -149,7 +152,7 @@ def _start_command(words: list[str], stderr: int = subprocess.DEVNULL) -> subpro
 
 def _run_indexing(words: list[str]) -> None:
     """Run `capivara index` to its end; raise RuntimeError if it fails."""
-    if code := _start_command(words).wait():
+    if code := _start_capivara_command(words).wait():
         raise RuntimeError(f"capivara {' '.join(words)} ended with exit code {code}.")
 
 
@@ -161,13 +164,13 @@ def _start_and_interrupt_indexing(words: list[str], where: Path, done_count: int
         where: Folder of the index.
         done_count: Number of pictures that the run has read when it is interrupted.
     """
-    process, index = _start_command(words), PictureIndex.open(where)
+    process, index = _start_capivara_command(words), PictureIndex.open(where)
     wait_until(lambda: process.poll() is not None or (index.progress() or {"done": 0})["done"] >= done_count, 3600)
     process.send_signal(signal.SIGINT)
     process.wait()
 
 
-def _measure_remaining_time_error(words: list[str], where: Path) -> dict[str, Any]:
+def _index_and_measure_remaining_time_error(words: list[str], where: Path) -> dict[str, Any]:
     """Run `capivara index`, and measure how wrong its estimates of the remaining time are.
 
     Args:
@@ -178,7 +181,7 @@ def _measure_remaining_time_error(words: list[str], where: Path) -> dict[str, An
         "seconds": seconds of the run. "looks": number of estimates. "factor_off": median and maximum of the factor, at
         least 1, between the estimated and the actual remaining time; None if there are no estimates.
     """
-    process, index = _start_command(words), PictureIndex.open(where)
+    process, index = _start_capivara_command(words), PictureIndex.open(where)
     start, readings = time.perf_counter(), []
     while process.poll() is None:
         if progress := index.progress():
@@ -218,7 +221,9 @@ def wait_until(condition: Callable[[], object], seconds: float = WAIT_TIMEOUT_S)
     return time.perf_counter() - start
 
 
-def _time_changes(index: PictureIndex, folder: Path, photo: Path, other: Path) -> dict[str, float]:
+def _time_folder_changes_reaching_index(
+    index: PictureIndex, folder: Path, photo: Path, other: Path
+) -> dict[str, float]:
     """Measure how long changes of a followed folder take to reach the index.
 
     Args:
@@ -248,7 +253,7 @@ def _time_changes(index: PictureIndex, folder: Path, photo: Path, other: Path) -
 
 
 @contextmanager
-def _serve_page(flags: list[str]) -> Iterator[Callable[[str], None]]:
+def _serve_search_page_and_follow_folder(flags: list[str]) -> Iterator[Callable[[str], None]]:
     """Start the search page with a process that follows the indexed folder, and stop both at the end of the block.
 
     Args:
@@ -262,7 +267,7 @@ def _serve_page(flags: list[str]) -> Iterator[Callable[[str], None]]:
     """
     with socket.create_server(("127.0.0.1", 0)) as free_socket:
         port = free_socket.getsockname()[1]
-    process = _start_command(["app", "--watch", "--no-open", "--port", str(port), *flags], subprocess.PIPE)
+    process = _start_capivara_command(["app", "--watch", "--no-open", "--port", str(port), *flags], subprocess.PIPE)
 
     def search(text: str) -> None:
         body = json.dumps({"text": text, "k": 48}).encode() + b"\n"

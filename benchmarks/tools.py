@@ -165,7 +165,7 @@ def save_random_model(folder: Path) -> int:
     return (folder / WEIGHTS_FILE).stat().st_size
 
 
-def describe_conditions(*packages: str) -> dict[str, Any]:
+def describe_measurement_conditions(*packages: str) -> dict[str, Any]:
     """Describe the conditions of a measurement, to be stored with its results.
 
     Args:
@@ -185,7 +185,7 @@ def describe_conditions(*packages: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def report_results(results: Any, output: Path | None = None) -> None:
+def output_results_as_json(results: Any, output: Path | None = None) -> None:
     """Print the results as JSON in one line, and also write them to `output` if it is given."""
     if output:
         write_json(output, results)

@@ -59,7 +59,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, SiglipConfig, SiglipModel
 
 from benchmarks import tools
-from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import resolve_mixed_precision
 from capivara_common.files import read_json
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
@@ -176,9 +176,11 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure the requested parts, and print the results as JSON."""
     args = parse_arguments(TrainStepArguments, __doc__, argv)
     if args.worker:
-        tools.report_results(measure_open_clip(args) if args.worker == PEER_PROGRAM else measure_ours(args))
+        tools.output_results_as_json(
+            measure_open_clip_trainer(args) if args.worker == PEER_PROGRAM else measure_our_trainer(args)
+        )
     else:
-        tools.report_results(run_requested_benchmarks(args), args.output)
+        tools.output_results_as_json(run_requested_benchmarks(args), args.output)
 
 
 def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
@@ -190,8 +192,8 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     Returns:
         The results, as in train_step.json: the conditions and sizes of the benchmark; under "measured", the summary of
         each program (see `_summarize_runs`) by precision and program; under "recipe", the result of
-        `_extrapolate_recipe_step`; and under "demo", the result of `_time_demo_commands` for "new" (this checkout) and
-        "old" (`--beside`).
+        `_add_seconds_and_extrapolated_memory_to_step`; and under "demo", the result of `_time_demo_commands` for "new"
+        (this checkout) and "old" (`--beside`).
     """
     suffixes = ["", BEFORE_SUFFIX] if args.beside else [""]
     names = [name + suffix for name in ("no_cache", "cache") for suffix in suffixes] if args.beside else PROGRAMS
@@ -208,7 +210,7 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     requested = (recipe if "recipe" in args.parts else {}) | (programs if "programs" in args.parts else {})
     steps = {key: partial(_measure_program_in_subprocess, key[1], args, **flags) for key, flags in requested.items()}
     measured = tools.run_alternating(steps, args.runs, "Training steps")
-    results = tools.describe_conditions() | {"tokens": CAPTION_TOKENS[args.model], "measured": {}}
+    results = tools.describe_measurement_conditions() | {"tokens": CAPTION_TOKENS[args.model], "measured": {}}
     results |= {name: getattr(args, name) for name in ("model", "runs", "micro", "steps", "peer_micro")}
     results |= {"pairs": args.program_pairs, "peer_accum": args.program_pairs // args.peer_micro}
     for (part, name, *pairs), runs in measured.items():
@@ -216,7 +218,9 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
         summary = _summarize_runs(runs, peer, before)
         if part == "recipe":  # the larger batch comes last
             key = part + name.removeprefix(RECOMPUTED_PROGRAM)
-            results[key] = _extrapolate_recipe_step(requested[part, name, *pairs] | summary, results.get(key))
+            results[key] = _add_seconds_and_extrapolated_memory_to_step(
+                requested[part, name, *pairs] | summary, results.get(key)
+            )
         else:
             results["measured"].setdefault(part, {})[name] = summary
     if "demo" in args.parts:
@@ -225,7 +229,9 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
     return results
 
 
-def _extrapolate_recipe_step(step: dict[str, Any], smaller: dict[str, Any] | None) -> dict[str, Any]:
+def _add_seconds_and_extrapolated_memory_to_step(
+    step: dict[str, Any], smaller: dict[str, Any] | None
+) -> dict[str, Any]:
     """Add seconds to the summary of a recipe's step and, if a smaller batch was measured too, extrapolate the memory.
 
     Args:
@@ -284,7 +290,7 @@ def _measure_program_in_subprocess(name: str, args: TrainStepArguments, **flags:
         **flags: Flags of the worker that override `args`.
 
     Returns:
-        The result of `measure_open_clip` or `measure_ours` in that process.
+        The result of `measure_open_clip_trainer` or `measure_our_trainer` in that process.
     """
     numbers = ("steps", *(["peer_micro"] if name == PEER_PROGRAM else ["micro", "warmup"]))
     flags = {key: getattr(args, key) for key in numbers} | {"pairs": args.program_pairs} | flags
@@ -448,7 +454,7 @@ def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tup
     return texts, F.normalize(vectors, dim=-1)
 
 
-def measure_ours(args: TrainStepArguments) -> dict[str, Any]:
+def measure_our_trainer(args: TrainStepArguments) -> dict[str, Any]:
     """Measure our trainer once.
 
     Args:
@@ -480,7 +486,7 @@ class PeerBatches(list):
     """A list of micro-batches with the attributes `num_batches` and `num_samples`, which `train_one_epoch` reads."""
 
 
-def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
+def measure_open_clip_trainer(args: TrainStepArguments) -> dict[str, Any]:
     """Measure open_clip's trainer once, on open_clip's model of the same architecture.
 
     Args:
@@ -569,4 +575,4 @@ def build_open_clip_optimizer(model: nn.Module, open_clip_args: Any) -> torch.op
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

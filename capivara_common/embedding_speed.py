@@ -67,13 +67,13 @@ def with_tuned_chunk_size(
         if not chosen:
             sample = list(islice(cycle(images), SAMPLE_IMAGES))
             candidates = {size: partial(embed, sample, chunk_images=size) for size in CHUNK_SIZES}
-            chosen.append(choose_fastest("chunk_images", candidates, encoder, record))
+            chosen.append(load_or_measure_fastest_setting("chunk_images", candidates, encoder, record))
         return embed(images, chunk_images=chosen[0])
 
     return embed_tuned
 
 
-def choose_fastest(
+def load_or_measure_fastest_setting(
     setting: str, candidates: Mapping[Any, Callable[[], Any]], encoder: str, record: Path | None = None
 ) -> Any:
     """Choose the value of a setting with which a sample of images is embedded fastest.

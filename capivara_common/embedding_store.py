@@ -6,7 +6,7 @@
 
 This module knows neither models nor datasets. The caller gives it a function that loads items (images or texts) and a
 function that embeds a batch of loaded items. Training, evaluation, caption scoring and the search all embed images with
-`embed_batch`; training and evaluation also keep the embeddings in an `EmbeddingStore`.
+`embed_batch_except_bad_images`; training and evaluation also keep the embeddings in an `EmbeddingStore`.
 """
 
 import itertools
@@ -32,7 +32,9 @@ Embed = Callable[[list[Any]], Iterable[np.ndarray]]  # function from a list of l
 logger = logging.getLogger("capivara")
 
 
-def embed_batch(items: Sequence[Any], embed: Embed, skip_refused: bool = False) -> list[np.ndarray | BadImage]:
+def embed_batch_except_bad_images(
+    items: Sequence[Any], embed: Embed, skip_refused: bool = False
+) -> list[np.ndarray | BadImage]:
     """Embed a batch of images, without the images that can't be used.
 
     Args:
@@ -56,7 +58,7 @@ def embed_batch(items: Sequence[Any], embed: Embed, skip_refused: bool = False) 
         if len(good) == 1:
             vectors = iter([BadImage("unreadable image", f"the model refuses it: {error}")])
         else:
-            vectors = (vector for item in good for vector in embed_batch([item], embed, skip_refused))
+            vectors = (vector for item in good for vector in embed_batch_except_bad_images([item], embed, skip_refused))
     return [item if isinstance(item, BadImage) else next(vectors) for item in items]
 
 
@@ -111,7 +113,7 @@ class EmbeddingStore:
             load: Function that gets the batches of this process in order, each as a list of places, and returns an
                 iterable over the loaded batches. A loaded batch has an item for each place, or a `BadImage`. The
                 function may load batches ahead of their use.
-            embed: Function that embeds a list of loaded items; see `embed_batch`.
+            embed: Function that embeds a list of loaded items; see `embed_batch_except_bad_images`.
             title: Label of the progress bar.
             kind: What a row is, in the singular. Part of the file names.
             rows_per_shard: Rows per file. An interruption loses at most one file per process.
@@ -145,7 +147,7 @@ class EmbeddingStore:
             for path, part in local:
                 vectors: dict[Place, np.ndarray | BadImage] = {}
                 for batch, loaded_items in zip(plan_batches(part), loaded, strict=False):
-                    vectors |= zip(batch, embed_batch(loaded_items, embed), strict=True)
+                    vectors |= zip(batch, embed_batch_except_bad_images(loaded_items, embed), strict=True)
                     bar.update(len(batch) / views)
                 self._write_shard(path, [[vectors[row, view] for view in range(views) if items[row]] for row in part])
         state.wait_for_everyone()

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from capivara_common.cli import coded_error
+from capivara_common.cli import make_coded_error
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +46,10 @@ def require_packages(purpose: str, extra_name: str | None, *modules: str) -> Non
         ImportError: If a module is missing. The message contains the command that installs it.
     """
     if missing := missing_modules(*modules):
-        command = get_install_command(extra_name) if extra_name else f"pip install {' '.join(missing)}"
+        command = get_install_command_of_extra(extra_name) if extra_name else f"pip install {' '.join(missing)}"
         text = f"{purpose} needs {' and '.join(missing)}, not installed yet: {command}"
         names = " ".join(missing)
-        raise coded_error(ImportError, "not_installed", "{text}", text=text, names=names, command=command)
+        raise make_coded_error(ImportError, "not_installed", "{text}", text=text, names=names, command=command)
 
 
 def missing_modules(*modules: str) -> list[str]:
@@ -57,7 +57,7 @@ def missing_modules(*modules: str) -> list[str]:
     return [module for module in modules if not _is_installed(module)]
 
 
-def get_install_command(extra_name: str) -> str:
+def get_install_command_of_extra(extra_name: str) -> str:
     """Return the command that installs an extra: of the checkout if this code runs in one, otherwise of the package.
 
     Args:
@@ -127,7 +127,7 @@ def resolve_device(name: str | None) -> "torch.device":
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError if torch is built without CUDA
         text = "device must be cpu, cuda or one GPU of several such as cuda:1; {name!r}: {error}"
-        raise coded_error(ValueError, "device", text, name=name, error=error) from error
+        raise make_coded_error(ValueError, "device", text, name=name, error=error) from error
 
 
 def resolve_mixed_precision(requested: str, device: "torch.device") -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import lock_descriptor
 
-from capivara_common.cli import coded_error
+from capivara_common.cli import make_coded_error
 
 RUN_MARKER = ".capivara-run"  # name of a file that marks the folder of an unfinished run
 DIGEST_HEX_LENGTH = 64  # SHA-256 in hexadecimal; CPUs have instructions for it, so it is faster than BLAKE2
@@ -144,7 +144,7 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         OSError: If writing fails. If the disk is full, the message says so.
     """
     path = path.resolve()  # if `path` is a link, replace the folder that it points to
-    prepare_output_folder(path, overwrite)
+    check_output_folder_and_clean_leftovers(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
     with _locked(new, new), _cleanup_on_error(path, lambda: shutil.rmtree(new, ignore_errors=True)):
@@ -233,7 +233,7 @@ def _remove_leftover_folder(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def partial_folder(path: Path) -> Path:
+def get_partial_folder_path(path: Path) -> Path:
     """Return the folder for the files of an unfinished run: the output folder `path` with the suffix ".partial"."""
     path = path.resolve()
     return path.with_name(path.name + ".partial")
@@ -257,23 +257,23 @@ def list_seed_run_folders(folder: Path) -> list[Path]:
 
 
 def rename_partial_folder(path: Path, overwrite: bool = False) -> None:
-    """Move the files of a finished run into place: rename `partial_folder(path)` to `path`.
+    """Move the files of a finished run into place: rename `get_partial_folder_path(path)` to `path`.
 
     Args:
         path: Output folder of the run.
         overwrite: Whether a folder that exists at `path` and is not empty may be replaced.
 
     Raises:
-        ValueError: If `path` can't be written (see `prepare_output_folder`).
+        ValueError: If `path` can't be written (see `check_output_folder_and_clean_leftovers`).
     """
-    path, partial = path.resolve(), partial_folder(path)
-    prepare_output_folder(path, overwrite)
+    path, partial = path.resolve(), get_partial_folder_path(path)
+    check_output_folder_and_clean_leftovers(path, overwrite)
     for leftover in partial.rglob(".*.tmp"):
         leftover.unlink()  # its writer was killed
     _move_folder_into_place(partial, path, overwrite)
 
 
-def prepare_output_folder(path: Path, overwrite: bool | None = None) -> None:
+def check_output_folder_and_clean_leftovers(path: Path, overwrite: bool | None = None) -> None:
     """Check that an output folder can be written.
 
     Temporary files and folders that killed processes left beside it are removed first.
@@ -343,7 +343,7 @@ def check_output_file(path: Path) -> None:
     path = path.absolute()
     if path.is_dir():
         text = "The output file {path} is a folder. Give a file name, such as {path}/result.json."
-        raise coded_error(ValueError, "output_is_folder", text, path=path)
+        raise make_coded_error(ValueError, "output_is_folder", text, path=path)
     _check_writable(path, "file")
 
 
@@ -363,7 +363,9 @@ def _check_writable(path: Path, kind: str) -> None:
     except OSError as error:
         fault = f"can't be written to ({error.strerror})" if existing.is_dir() else "is not a folder"
         text = "The output {what} {path} can't be written: {place} {fault}. Choose another place."
-        raise coded_error(ValueError, "no_output", text, what=kind, path=path, place=existing, fault=fault) from error
+        raise make_coded_error(
+            ValueError, "no_output", text, what=kind, path=path, place=existing, fault=fault
+        ) from error
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -445,7 +447,7 @@ class AllowedFolders:
 
     def contains(self, path: Path) -> bool:
         """Return whether a path lies in an allowed folder after all links are resolved."""
-        if IS_WINDOWS and find_windows_fault(path, self.folders):
+        if IS_WINDOWS and find_windows_path_fault(path, self.folders):
             return False
         try:
             real = Path(os.path.realpath(path))
@@ -461,7 +463,7 @@ class AllowedFolders:
             )
 
 
-def find_windows_fault(path: str | Path, folders: Sequence[str | Path] | None = None) -> str | None:
+def find_windows_path_fault(path: str | Path, folders: Sequence[str | Path] | None = None) -> str | None:
     r"""Return why a file must not be looked up on Windows, before the operating system sees its path.
 
     Windows sends the user's credentials to the server of a network path, even if the path is only looked up. Some
@@ -495,7 +497,7 @@ def _windows_drive(path: str | Path) -> str:
     return drive.replace("\\\\?\\unc\\", "\\\\").removeprefix("\\\\?\\")
 
 
-def check_links_stay_inside(folder: Path) -> None:
+def check_folder_for_outside_links_and_pipes(folder: Path) -> None:
     """Raise ValueError if a folder contains a link that leads out of it, or a pipe or device, at any depth.
 
     Called before a library reads the whole folder, because opening a pipe would wait forever.

@@ -20,10 +20,10 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapsho
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import WeakFileLock
 
-from capivara_common.cli import coded_error
+from capivara_common.cli import make_coded_error
 from capivara_common.environment import cache_home
 from capivara_common.files import atomic_folder, read_json, write_json, write_text
-from capivara_common.model_kinds import find_kind
+from capivara_common.model_kinds import get_supported_model_kind
 from capivara_common.weight_file import find_weight_files
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -44,7 +44,7 @@ Converter = Callable[[str, Path, str | None], str]
 logger = logging.getLogger("capivara")
 
 
-def resolve_model_folder(source: str, convert: Converter, revision: str | None = None) -> Path:
+def find_download_or_convert_model_folder(source: str, convert: Converter, revision: str | None = None) -> Path:
     """Return a folder with a model in transformers' format; download or convert the model if necessary.
 
     Args:
@@ -59,22 +59,23 @@ def resolve_model_folder(source: str, convert: Converter, revision: str | None =
         Path of the model folder.
 
     Raises:
-        ValueError: If the model does not exist, `find_kind` refuses its config.json, or it can't be downloaded.
+        ValueError: If the model does not exist, `get_supported_model_kind` refuses its config.json, or it can't be
+            downloaded.
         OSError: If the disk is full.
     """
     name = source.removeprefix("local-dir:")
     path = Path(name).expanduser()
     if path.is_file() or ((path / OPEN_CLIP_CONFIG).is_file() and not is_complete_model(path)):
-        return _get_or_convert_local_model(path.resolve(), convert)
+        return _get_or_convert_local_open_clip_model(path.resolve(), convert)
     if path.exists():
         _check_model_folder(path, name)
         return path.resolve()
     if not looks_like_hub_id(source):
-        raise coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=name)
+        raise make_coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=name)
     repo_id = source.removeprefix("hf-hub:")
     may_have_moved = revision is not None and not COMMIT_RE.fullmatch(revision)  # true for branches and tags
     cached = None if may_have_moved else find_cached_model(repo_id, revision)
-    return cached or _download_and_convert_model(repo_id, convert, revision)
+    return cached or _download_hub_model_converting_open_clip(repo_id, convert, revision)
 
 
 def find_cached_model(repo_id: str, revision: str | None = None) -> Path | None:
@@ -87,10 +88,10 @@ def find_cached_model(repo_id: str, revision: str | None = None) -> Path | None:
     Returns:
         Folder of the downloaded model or of its converted copy; None if the model is not cached completely.
     """
-    snapshot = _cached_snapshot(repo_id, "config.json", revision)
+    snapshot = _find_cached_hub_snapshot(repo_id, "config.json", revision)
     if snapshot and is_complete_model(snapshot):
         return snapshot
-    folder = _conversion_folder(repo_id, revision or DEFAULT_BRANCH)
+    folder = _get_hub_model_conversion_folder(repo_id, revision or DEFAULT_BRANCH)
     return folder if is_complete_model(folder) else None
 
 
@@ -104,12 +105,12 @@ def is_model_reachable(repo_id: str) -> bool:
         repo_id: Hub id, OWNER/NAME.
     """
     with suppress(ValueError):
-        check_model_reachable(repo_id)
+        check_hub_model_reachable(repo_id)
         return True
     return False
 
 
-def check_model_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
+def check_hub_model_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
     """Check that a model exists, with a single short request to the Hub.
 
     Loading functions of other libraries retry for minutes if the Hub can't be reached. This check fails early.
@@ -125,7 +126,7 @@ def check_model_reachable(source: str | Path, *names: str, revision: str | None 
     """
     source, names = str(source), names or ("config.json",)
     is_local = Path(source).exists() or not looks_like_hub_id(source)  # loading a local model reports its errors
-    if is_local or any(_cached_snapshot(source, name, revision) for name in names):
+    if is_local or any(_find_cached_hub_snapshot(source, name, revision) for name in names):
         return
     try:
         get_hf_file_metadata(hf_hub_url(source, names[0], revision=revision), timeout=HUB_TIMEOUT_S)
@@ -159,12 +160,12 @@ def _check_model_folder(folder: Path, name: str | Path) -> None:
     Raises:
         ValueError: If a file is missing, or the type of the model is not supported.
     """
-    if error := _find_config_error(folder, name):
+    if error := _find_config_or_processor_error(folder, name):
         raise error
     find_weight_files(folder)
 
 
-def _find_config_error(folder: Path, name: str | Path) -> ValueError | None:
+def _find_config_or_processor_error(folder: Path, name: str | Path) -> ValueError | None:
     """Check the config and the processor of a model, but not its weights.
 
     Args:
@@ -177,16 +178,16 @@ def _find_config_error(folder: Path, name: str | Path) -> ValueError | None:
     file = "config.json"
     if (folder / file).is_file():
         try:
-            kind = find_kind(read_json(folder / file, model_type=str))
+            kind = get_supported_model_kind(read_json(folder / file, model_type=str))
         except (ValueError, TypeError, AttributeError) as error:  # the last two: a section is not an object
             text = "The config.json of {model} does not describe a supported two-tower model: {reason}"
-            return coded_error(ValueError, "no_two_towers", text, model=name, reason=str(error))
+            return make_coded_error(ValueError, "no_two_towers", text, model=name, reason=str(error))
         file = PROCESSOR_CONFIG_FILES[0]
         candidates = PROCESSOR_CONFIG_FILES[:1] if kind.is_native else PROCESSOR_CONFIG_FILES
         if any((folder / candidate).is_file() for candidate in candidates):
             return None
     text = "{model} is not a complete model of transformers or open_clip: {file} is missing."
-    return coded_error(ValueError, "not_a_model", text, model=name, file=file)
+    return make_coded_error(ValueError, "not_a_model", text, model=name, file=file)
 
 
 def _model_fetch_error(source: str | Path, error: Exception) -> ValueError:
@@ -205,19 +206,19 @@ def _model_fetch_error(source: str | Path, error: Exception) -> ValueError:
             "There is no model {model}: it is not a folder, and the Hub has no model of that name that you may read. "
             "Check the name; a private or gated model needs `hf auth login`."
         )
-        return coded_error(ValueError, "no_model_on_hub", text, model=source)
+        return make_coded_error(ValueError, "no_model_on_hub", text, model=source)
     if isinstance(error, HfHubHTTPError):
         text = "{model} could not be fetched from the Hub: {error}"
-        return coded_error(ValueError, "not_fetched", text, model=source, error=" ".join(str(error).split()))
+        return make_coded_error(ValueError, "not_fetched", text, model=source, error=" ".join(str(error).split()))
     text = (
         "The model {model} is not a folder and not in the Hub's cache ({cache}), and the Hub can't be reached "
         "({error}). Check the name, or the connection and HF_HUB_OFFLINE."
     )
     name = type(error.__cause__ or error).__name__
-    return coded_error(ValueError, "no_hub", text, model=source, cache=constants.HF_HUB_CACHE, error=name)
+    return make_coded_error(ValueError, "no_hub", text, model=source, cache=constants.HF_HUB_CACHE, error=name)
 
 
-def _download_and_convert_model(repo_id: str, convert: Converter, revision: str | None) -> Path:
+def _download_hub_model_converting_open_clip(repo_id: str, convert: Converter, revision: str | None) -> Path:
     """Download a Hub model, and convert it if it is in open_clip's format.
 
     Args:
@@ -234,7 +235,7 @@ def _download_and_convert_model(repo_id: str, convert: Converter, revision: str 
     try:  # without a network, snapshot_download returns the cached files
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=SMALL_FILE_PATTERNS))
         logger.info("Downloading the model %s from the Hub, once …", repo_id, extra={"code": "downloading"})
-        if not _find_config_error(folder, repo_id):
+        if not _find_config_or_processor_error(folder, repo_id):
             folder = Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=MODEL_FILE_PATTERNS))
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError) as error:
         raise _model_fetch_error(repo_id, error) from None
@@ -242,7 +243,7 @@ def _download_and_convert_model(repo_id: str, convert: Converter, revision: str 
         _check_model_folder(folder, repo_id)
         return folder
     commit, branch = folder.name, revision or DEFAULT_BRANCH
-    folder = _conversion_folder(repo_id, commit)
+    folder = _get_hub_model_conversion_folder(repo_id, commit)
     with lock_model_cache_folder(folder):
         if not is_complete_model(folder):
             _convert_open_clip_model(f"hf-hub:{repo_id}", folder, convert, revision=commit)
@@ -266,7 +267,7 @@ def _convert_open_clip_model(source: str, folder: Path, convert: Converter, revi
         write_json(new / CONVERSION_FILE, {"source": source, "revision": revision, "weights_digest": digest})
 
 
-def _get_or_convert_local_model(path: Path, convert: Converter) -> Path:
+def _get_or_convert_local_open_clip_model(path: Path, convert: Converter) -> Path:
     """Convert a local open_clip model, unless a conversion of its current files is cached.
 
     Args:
@@ -290,7 +291,7 @@ def _get_or_convert_local_model(path: Path, convert: Converter) -> Path:
     return folder
 
 
-def _conversion_folder(repo_id: str, revision: str) -> Path:
+def _get_hub_model_conversion_folder(repo_id: str, revision: str) -> Path:
     """Return the cache folder for the converted copy of a Hub model. The folder need not exist.
 
     Args:
@@ -303,7 +304,7 @@ def _conversion_folder(repo_id: str, revision: str) -> Path:
     return folder / revision
 
 
-def _cached_snapshot(repo_id: str, name: str, revision: str | None = None) -> Path | None:
+def _find_cached_hub_snapshot(repo_id: str, name: str, revision: str | None = None) -> Path | None:
     """Return the folder in the Hub's cache that contains a downloaded file of a model.
 
     Args:

@@ -67,8 +67,8 @@ def _image_encoder_settings(folder: Path) -> dict[str, dict[str, Any]]:
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        vision, processor = config.get("vision_config") or {}, _read_processor_settings(folder)
-        steps = {name: _normalize_setting(name, processor.get(name)) for name in IMAGE_PROCESSOR_FIELDS}
+        vision, processor = config.get("vision_config") or {}, _read_image_processor_settings(folder)
+        steps = {name: _normalize_image_size_setting(name, processor.get(name)) for name in IMAGE_PROCESSOR_FIELDS}
         kind = KINDS[config.get("model_type", NATIVE_MODEL_TYPE)]
         tower = kind.select_vision_settings(vision)
         if tower is None:
@@ -82,7 +82,7 @@ def _image_encoder_settings(folder: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"The settings of the model {folder} can't be read: {error!r}") from error
 
 
-def _read_processor_settings(folder: Path) -> dict[str, Any]:
+def _read_image_processor_settings(folder: Path) -> dict[str, Any]:
     """Return the settings of a model folder's image processor.
 
     transformers reads them from processor_config.json, or from preprocessor_config.json of older models.
@@ -95,7 +95,7 @@ def _read_processor_settings(folder: Path) -> dict[str, Any]:
     return json.loads(older.read_text(encoding="utf-8"))
 
 
-def _normalize_setting(name: str, value: Any) -> Any:
+def _normalize_image_size_setting(name: str, value: Any) -> Any:
     """Convert a setting of the image processor to a canonical form. A size that is one number becomes an object.
 
     Args:

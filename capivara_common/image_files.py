@@ -1,9 +1,9 @@
 """Open untrusted images safely: images in dataset rows, in indexed folders, and in uploads to the search page.
 
 A dataset may come from anybody, and its rows may contain paths of image files. A file is opened only if it lies in the
-folder of the dataset or in a folder that the user allows, after all links are resolved (`open_regular_file`). URLs are
-never downloaded. `open_undecoded_image` checks the format and size in the header of an image before `decode_upright`
-decodes its pixels.
+folder of the dataset or in a folder that the user allows, after all links are resolved
+(`open_regular_file_safe_from_link_swaps`). URLs are never downloaded. `check_and_open_image_without_decoding` checks
+the format and size in the header of an image before `decode_upright` decodes its pixels.
 """
 
 import errno
@@ -26,8 +26,8 @@ from PIL.Image import Transpose
 
 from capivara_common.avif import largest_frame_size
 from capivara_common.cli import check_at_least, flag
-from capivara_common.environment import get_install_command, get_or_init_distributed_state
-from capivara_common.files import IS_WINDOWS, AllowedFolders, find_windows_fault
+from capivara_common.environment import get_install_command_of_extra, get_or_init_distributed_state
+from capivara_common.files import IS_WINDOWS, AllowedFolders, find_windows_path_fault
 
 with suppress(ImportError):
     import pillow_heif  # extra `heic`
@@ -163,7 +163,7 @@ def read_image_bytes(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -
     Raises:
         BadImage: If there is no image, it may not be opened or can't be read, it is not an image, or it is too large.
     """
-    return _read_and_open_row_image(row_image, access)[0]
+    return _read_row_image_without_decoding(row_image, access)[0]
 
 
 def decode_image(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> PIL.Image.Image:
@@ -181,10 +181,10 @@ def decode_image(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> PI
         BadImage: If there is no image, it may not be opened or can't be read, it is not an image, it is too large, or
             its pixels are damaged.
     """
-    return decode_upright(*_read_and_open_row_image(row_image, access)[1:])
+    return decode_upright(*_read_row_image_without_decoding(row_image, access)[1:])
 
 
-def _read_and_open_row_image(row_image: dict | None, access: ImageAccess) -> tuple[bytes, PIL.Image.Image, str]:
+def _read_row_image_without_decoding(row_image: dict | None, access: ImageAccess) -> tuple[bytes, PIL.Image.Image, str]:
     """Read and open the image of a dataset row without decoding its pixels.
 
     Args:
@@ -209,10 +209,10 @@ def _read_and_open_row_image(row_image: dict | None, access: ImageAccess) -> tup
             data = _read_file_bytes(access.allowed_folders, archive, offset or 0, size or 0)
     data = check_byte_count(data or b"", repr(path) if path else "the image in the row")
     name = repr(image_display_path(image)) if path else f"{len(data)} bytes"
-    return data, open_undecoded_image(data, name, access.max_pixels), name
+    return data, check_and_open_image_without_decoding(data, name, access.max_pixels), name
 
 
-def decode_images(
+def decode_row_images(
     rows: Sequence[int],
     row_image: Callable[[int], dict | None],
     access: ImageAccess,
@@ -243,7 +243,7 @@ def decode_images(
             yield from threads.map(read, rows[start : start + DECODE_CHUNK_IMAGES])
 
 
-def open_undecoded_image(
+def check_and_open_image_without_decoding(
     data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS, hint: str = " (--max_pixels raises it)"
 ) -> PIL.Image.Image:
     """Open an image and check its format and size. Only the header is decoded.
@@ -266,10 +266,10 @@ def open_undecoded_image(
     PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=_AVAILABLE_FORMATS)
-        tile = _read_tile_size(data, image)
+        tile = _read_tiff_tile_size(data, image)
         frame = largest_frame_size(data) if image.format == "AVIF" else image.size
     except PIL.UnidentifiedImageError as error:
-        heic = "" if "HEIF" in _AVAILABLE_FORMATS else f"; to read HEIC: {get_install_command('heic')}"
+        heic = "" if "HEIF" in _AVAILABLE_FORMATS else f"; to read HEIC: {get_install_command_of_extra('heic')}"
         detail = f"{name} is not an image in {', '.join(_AVAILABLE_FORMATS)}, or its header is damaged{heic}"
         raise BadImage("unreadable image", detail) from error
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
@@ -281,7 +281,7 @@ def open_undecoded_image(
 
 
 def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -> PIL.Image.Image:
-    """Decode the pixels of an image that `open_undecoded_image` returned, and rotate it upright by its EXIF data.
+    """Decode the pixels of an opened image, and rotate it upright by its EXIF data.
 
     A process decodes only one image at a time if the image has more than `MAX_IMAGE_PIXELS` pixels or is in AVIF
     format, to limit memory. Damaged EXIF data is ignored.
@@ -298,8 +298,8 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
     Raises:
         BadImage: If the pixels can't be decoded.
     """
-    # `open_undecoded_image` has checked the frame size that the AV1 streams of an AVIF file state. A hostile file may
-    # hide that size, or a frame may exceed it: libavif decodes up to 268 megapixels.
+    # `check_and_open_image_without_decoding` has checked the frame size that the AV1 streams of an AVIF file state. A
+    # hostile file may hide that size, or a frame may exceed it: libavif decodes up to 268 megapixels.
     is_large = image.format == "AVIF" or image.width * image.height > MAX_IMAGE_PIXELS
     try:
         with LARGE_IMAGE_LOCK if is_large else nullcontext():
@@ -401,20 +401,22 @@ def _read_file_bytes(
         if not inside:
             raise PermissionError("lies outside the dataset's folder; allow other folders with --image_roots")
         existing = next((file for file in inside if file.is_file()), inside[0])
-        with open_regular_file(existing, "it", allowed_folders.folders) as file:
+        with open_regular_file_safe_from_link_swaps(existing, "it", allowed_folders.folders) as file:
             file.seek(offset)
             return file.read(max(0, min(size, MAX_IMAGE_BYTES + 1)))
     except Exception as error:  # a path from a row is untrusted, and opening it can fail in many ways
         raise BadImage("unreadable image", f"{path!r}: {getattr(error, 'detail', error)}") from error
 
 
-def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path] | None = None) -> BinaryIO:
+def open_regular_file_safe_from_link_swaps(
+    path: str | Path, name: str, folders: Sequence[str | Path] | None = None
+) -> BinaryIO:
     """Open a regular file for reading, safe against links that change while it is opened.
 
     Links are resolved once. Then the real path is opened folder by folder without following links, so the opened file
     is the one that was checked (no time-of-check to time-of-use race). Windows can't open a file in this way; there,
-    the file is compared before and after it is opened (`_open_and_compare`), and paths that lead to devices or to
-    network shares of other people are refused (`find_windows_fault`).
+    the file is compared before and after it is opened (`_open_and_check_no_link_followed`), and paths that lead to
+    devices or to network shares of other people are refused (`find_windows_path_fault`).
 
     Args:
         path: The file.
@@ -432,7 +434,7 @@ def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path]
             in the meantime.
         ValueError: If the path contains a NUL character.
     """
-    if IS_WINDOWS and (fault := find_windows_fault(path, folders)):
+    if IS_WINDOWS and (fault := find_windows_path_fault(path, folders)):
         raise BadImage("no regular file", f"{name} {fault}")
     real = Path(os.path.realpath(path))
     if folders is not None and not any(real.is_relative_to(folder) for folder in folders):
@@ -440,7 +442,7 @@ def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path]
     no_file = BadImage("no regular file", f"{name} is a folder, a pipe, a socket or a device")
     if _FOLDER_OPEN_FLAGS is None and not stat.S_ISREG(os.lstat(real).st_mode):
         raise no_file  # where O_NONBLOCK is missing, opening a pipe or a device could wait forever
-    number = _open_and_compare(real) if _FOLDER_OPEN_FLAGS is None else _open_without_links(real)
+    number = _open_and_check_no_link_followed(real) if _FOLDER_OPEN_FLAGS is None else _open_without_links(real)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
         raise no_file
@@ -459,7 +461,7 @@ def _open_without_links(real: Path) -> int:
         os.close(folder)
 
 
-def _open_and_compare(real: Path) -> int:
+def _open_and_check_no_link_followed(real: Path) -> int:
     """Open a file where links can't be excluded while it is opened, and check that no link was followed.
 
     An attacker who replaces a folder by a link and back at the right moments, several times, could still deceive the
@@ -488,7 +490,7 @@ def _open_and_compare(real: Path) -> int:
     return number
 
 
-def _read_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
+def _read_tiff_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
     """Return the width and height of the tiles of a TIFF image in pixels.
 
     The function parses the TIFF directory itself, because libtiff decodes the tiles and PIL skips directory entries

@@ -1,7 +1,7 @@
 """Handle Ctrl-C while a command imports torch and other large libraries: print one line instead of a traceback.
 
 If a command was started by `python -m`, importing this module calls `exit_on_interrupt`. After the imports,
-`capivara_common.cli.run_command` calls `raise_on_interrupt`.
+`capivara_common.cli.run_main_and_report_user_errors` calls `raise_on_interrupt`.
 """
 
 import atexit
@@ -15,7 +15,7 @@ message = "Stopped."
 NATIVE_THREAD_NAME = "native code"
 
 
-def _exit_immediately(*_: object) -> None:
+def _print_message_and_exit_at_once(*_: object) -> None:
     """Print `message` and end the process at once; a signal handler for Ctrl-C.
 
     The handler does not raise KeyboardInterrupt, because C extensions can suppress the exception while they are
@@ -31,12 +31,12 @@ def exit_on_interrupt() -> None:
     Nothing changes if another handler for Ctrl-C is already installed, or if the shell ignores Ctrl-C for this process.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _exit_immediately)
+        signal.signal(signal.SIGINT, _print_message_and_exit_at_once)
 
 
 def raise_on_interrupt() -> None:
     """Let Ctrl-C raise KeyboardInterrupt again, so that running work can clean up."""
-    if signal.getsignal(signal.SIGINT) is _exit_immediately:
+    if signal.getsignal(signal.SIGINT) is _print_message_and_exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

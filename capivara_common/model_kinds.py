@@ -1,6 +1,6 @@
 """Kinds of two-tower models: all differences between the kinds that this project supports, in one table.
 
-    find_kind(read_json(folder / "config.json")).pads_to_max_length
+    get_supported_model_kind(read_json(folder / "config.json")).pads_to_max_length
 
 A kind is a `model_type` of transformers. An entry of `KINDS` says in what the kind differs from transformers' CLIP, so
 a kind that is built like CLIP needs only its names:
@@ -143,7 +143,7 @@ class ModelKind:
         return {"model_type": tower} | {name: vision.get(name, default) for name, default in defaults.items()}
 
 
-def find_kind(config: Mapping[str, Any]) -> ModelKind:
+def get_supported_model_kind(config: Mapping[str, Any]) -> ModelKind:
     """Return the kind of a model, after checking that the model is supported.
 
     Args:

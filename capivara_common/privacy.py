@@ -155,7 +155,7 @@ def _find_substring_positions(content: str | bytes | mmap.mmap, part: str | byte
         position = content.find(part, position + 1)
 
 
-def redact(text: str) -> str:
+def redact_secrets(text: str) -> str:
     """Replace the secrets in a text by `***` or `hf_***`.
 
     Secrets are the Hub tokens of this machine, and any text that looks like a key, a token or a password in a URL.
@@ -179,7 +179,7 @@ def make_printable(text: str) -> str:
 
     Line breaks are kept.
     """
-    return "\n".join(map(escape_control_characters, redact(text).split("\n")))
+    return "\n".join(map(escape_control_characters, redact_secrets(text).split("\n")))
 
 
 def read_hub_tokens() -> list[str]:
@@ -205,7 +205,7 @@ def find_machine_path(text: str) -> str | None:
     return next((match[0] for match in _compile_path_pattern().finditer(text) if match["path"]), None)
 
 
-def shorten_private_paths(value: Any) -> Any:
+def shorten_absolute_paths(value: Any) -> Any:
     """Shorten the absolute paths in a text, or in all texts of a JSON value.
 
     A path inside the current folder becomes relative to the current folder. Any other path is reduced to its last part
@@ -221,33 +221,33 @@ def shorten_private_paths(value: Any) -> Any:
         ValueError: If two keys of an object become equal by shortening.
     """
     if isinstance(value, dict):
-        cleaned = {shorten_private_paths(key): shorten_private_paths(item) for key, item in value.items()}
+        cleaned = {shorten_absolute_paths(key): shorten_absolute_paths(item) for key, item in value.items()}
         if len(cleaned) < len(value):
             raise ValueError(f"These keys differ only in their folders: {sorted(value)}. Rename one of them.")
         return cleaned
     if isinstance(value, list):
-        return [shorten_private_paths(item) for item in value]
+        return [shorten_absolute_paths(item) for item in value]
     if not isinstance(value, str) or not ("/" in value or "\\" in value):
         return value
     if whole := _WHOLE_PATH_RE.fullmatch(value):  # if the whole text is a path, the path may contain spaces
-        return whole[1] + _shorten_private_path(whole[2])
+        return whole[1] + _shorten_absolute_path(whole[2])
     return _compile_path_pattern().sub(
-        lambda match: _shorten_private_path(match[0]) if match["path"] else match[0], value
+        lambda match: _shorten_absolute_path(match[0]) if match["path"] else match[0], value
     )
 
 
-def to_publishable_name(name: str) -> str:
+def get_publishable_model_or_dataset_name(name: str) -> str:
     """Return a name of a model or dataset that can be published in records and cards.
 
     Args:
         name: Hub id or local path.
 
     Returns:
-        A Hub id is returned unchanged. A local path is shortened as by `shorten_private_paths`, and at most its last
+        A Hub id is returned unchanged. A local path is shortened as by `shorten_absolute_paths`, and at most its last
         two parts are returned.
     """
     is_local = name.startswith(("/", "~", "\\\\")) or ".." in Path(name).parts or Path(name).exists()
-    return "/".join(PurePosixPath(_shorten_private_path(name) if is_local else name).parts[-2:]) or "."
+    return "/".join(PurePosixPath(_shorten_absolute_path(name) if is_local else name).parts[-2:]) or "."
 
 
 def list_private_folders() -> list[str]:
@@ -273,7 +273,7 @@ def _compile_path_pattern() -> re.Pattern[str]:
     return re.compile(rf"{'|'.join(_URL_PATTERNS)}|{site_path}|{path}")
 
 
-def _shorten_private_path(path: str) -> str:
+def _shorten_absolute_path(path: str) -> str:
     """Return a path relative to the current folder; only its last part if the path lies outside the current folder."""
     current = Path.cwd()
     target = Path(os.path.normpath(current / path))

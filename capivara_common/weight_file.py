@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from capivara_common.cli import coded_error
+from capivara_common.cli import make_coded_error
 from capivara_common.files import read_json
 
 
@@ -167,7 +167,7 @@ def find_weight_files(folder: Path) -> list[Path]:
             "The model folder {model} has no weights ({file} is missing). Weights in other formats are not supported: "
             "load the model with transformers and save it again with `save_pretrained`."
         )
-        raise coded_error(ValueError, "not_a_model", text, model=folder, file="model.safetensors")
+        raise make_coded_error(ValueError, "not_a_model", text, model=folder, file="model.safetensors")
     names = sorted({str(name) for name in read_json(index, weight_map=dict)["weight_map"].values()})
     if not names or any(Path(name).name != name for name in names):
         raise ValueError(f"{index} must list files of its own folder, got {names[:3]}.")

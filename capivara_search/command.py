@@ -34,7 +34,7 @@ from tqdm.std import tqdm
 from capivara_common import interrupt
 from capivara_common.cli import configure_console
 from capivara_common.files import is_disk_full
-from capivara_common.privacy import UNSAFE_CHARACTER_RE, escape_control_characters, redact
+from capivara_common.privacy import UNSAFE_CHARACTER_RE, escape_control_characters, redact_secrets
 from capivara_common.progress import set_progress_bar_timing
 from capivara_search import command_line as cli
 from capivara_search.command_line import (
@@ -47,7 +47,13 @@ from capivara_search.command_line import (
 from capivara_search.csv_output import write_csv
 from capivara_search.messages import COMMAND_NAMES, Messages, make_error_from_code
 from capivara_search.results import DEFAULT_LABEL_TEMPLATE, DUPLICATE_MIN_SIMILARITY, IndexReport, IndexStatus
-from capivara_search.terminal import align_columns, format_path, open_pictures, print_notice, show_hits
+from capivara_search.terminal import (
+    align_columns,
+    open_valid_pictures_in_viewer,
+    print_notice,
+    shorten_and_escape_path,
+    show_hits,
+)
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -145,8 +151,8 @@ def index(
     pictures = _open_index()
     pictures.repair()
     real_paths = pictures.folders_to_add(folders, exclude, include)
-    _print_model_notice(pictures, messages, with_name=True)
-    print_notice(messages("looking", folders=", ".join(format_path(str(folder)) for folder in real_paths)))
+    _print_miniature_model_notice(pictures, messages, with_name=True)
+    print_notice(messages("looking", folders=", ".join(shorten_and_escape_path(str(folder)) for folder in real_paths)))
     interrupt.raise_on_interrupt()  # from here on, Ctrl-C lets the index finish or undo what it has begun
     with show_progress_bar(messages) as show_progress:
         options = {"exclude": exclude, "include": include, "batch_size": batch_size}
@@ -211,7 +217,7 @@ def _format_report(report: IndexReport, picture_count: int, messages: Messages) 
         parts.append(messages.format_count("skipped_files", len(report.skipped_files)))
     yield f"{', '.join(parts)} ({tqdm.format_interval(report.seconds)}){':' if report.skipped_files else '.'}"
     for skipped in report.skipped_files[:MAX_SHOWN_SKIPPED_FILES]:
-        yield f"  {format_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
+        yield f"  {shorten_and_escape_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
     if (more := len(report.skipped_files) - MAX_SHOWN_SKIPPED_FILES) > 0:
         yield "  " + messages("and_more", n=more)
     if ignored := _format_ignored_counts(report.ignored_counts, messages):
@@ -246,14 +252,16 @@ def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
             the operating system reports changes in all other folders.
     """
     pictures = _open_index() if folders else _open_filled_index(allow_indexing=True)
-    _print_model_notice(pictures, messages, with_name=True)
+    _print_miniature_model_notice(pictures, messages, with_name=True)
     with _exit_block_on_interrupt(messages), show_progress_bar(messages, leave=False) as show_progress:
         reports = pictures.watch(*folders, poll=poll or None, on_progress=show_progress)
         for number, report in enumerate(reports):
             lines = list(_format_report(report, len(pictures), messages))
             if number == 0:
                 click.echo("\n".join(lines))
-                followed = ", ".join(format_path(str(folder)) for folder in folders or pictures.requested_folders())
+                followed = ", ".join(
+                    shorten_and_escape_path(str(folder)) for folder in folders or pictures.requested_folders()
+                )
                 print_notice(messages("watching", folders=followed))
             elif report.new or report.changed or report.moved or report.removed or report.skipped_files:
                 click.echo("\n".join(lines[:-1]))
@@ -303,7 +311,7 @@ def search(
     if since and until and since > until:
         raise click.UsageError(messages("dates_order", since=since, until=until))
     pictures = _open_filled_index(relevance_threshold=relevance_threshold)
-    _print_model_notice(pictures, messages)
+    _print_miniature_model_notice(pictures, messages)
     options = {"exact": exact, "group_duplicates": not all, "more": more, "less": less}
     hits = pictures.search(" ".join(query), like, k, folder=folder, since=since, until=until, **options)
     if json:
@@ -313,11 +321,11 @@ def search(
     elif hits:
         show_hits(hits, pictures.thumbnail, messages)
     elif folder and not pictures.newest(1, folder=folder):
-        print_notice(messages("nothing_of", path=format_path(str(folder))))
+        print_notice(messages("nothing_of", path=shorten_and_escape_path(str(folder))))
     else:
         print_notice(messages("no_hit"))
     if open:
-        open_pictures([hit.path for hit in hits], messages)
+        open_valid_pictures_in_viewer([hit.path for hit in hits], messages)
     return 0 if hits else EXIT_NOTHING_FOUND
 
 
@@ -350,7 +358,7 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
     if len(labels) == 1 and "," in labels[0]:
         raise make_error_from_code(ValueError, "labels_with_comma", label=labels[0])
     pictures = _open_index()
-    _print_model_notice(pictures, messages)
+    _print_miniature_model_notice(pictures, messages)
     results = pictures.classify(path, labels, template)
     if not results and path.is_file():
         open_query_picture(path)  # raises an error that says why the file can't be read
@@ -363,7 +371,7 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
         rows = [[messages(f"column.{name}") for name in ("label", "share", "path")]]
         for result in results:
             share = messages.format_number(100 * max(result.shares.values())) + " %"
-            rows.append([result.label or messages("no_label_fits"), share, format_path(result.path)])
+            rows.append([result.label or messages("no_label_fits"), share, shorten_and_escape_path(result.path)])
         click.echo("\n".join(align_columns(rows, right_aligned=(1,))))
     return 0 if results else EXIT_NOTHING_FOUND
 
@@ -396,14 +404,14 @@ def app(
     """
     from capivara_search.page.guard import list_allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index
-    from capivara_search.watch import watch_in_subprocess
+    from capivara_search.watch import keep_watch_subprocess_running
 
     names = ", ".join(list_allowed_hosts(host, allow_host))
     pictures = _open_filled_index(allow_indexing=True, relevance_threshold=relevance_threshold)
-    _print_model_notice(pictures, messages)
+    _print_miniature_model_notice(pictures, messages)
     not_requested = pictures.folders().keys() - pictures.requested_folders().keys()
     if hidden_folders := sorted(filter(os.path.isdir, not_requested)):
-        print_notice(messages("thumbnails_only", folders=", ".join(map(format_path, hidden_folders))))
+        print_notice(messages("thumbnails_only", folders=", ".join(map(shorten_and_escape_path, hidden_folders))))
     flag_values = {"index": pictures.where, "lang": messages.language}
     flag_values |= {name: get_global_value(name) for name in ("model", "device")}
     follower_flags = [f"--{name}={value}" for name, value in flag_values.items() if value]
@@ -413,7 +421,7 @@ def app(
         if not is_loopback(host):
             print_notice(messages("open_to_all", names=names))
 
-    with _exit_block_on_interrupt(messages), watch_in_subprocess(*follower_flags) if watch else nullcontext():
+    with _exit_block_on_interrupt(messages), keep_watch_subprocess_running(*follower_flags) if watch else nullcontext():
         options = {"language": messages.language, "allow_hosts": list(allow_host), "open_browser": not no_open}
         serve_index(pictures, host, port, on_open=print_address, **options)
 
@@ -455,27 +463,27 @@ def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str
     """
     codes = Counter(skipped.code for skipped in state.skipped_files)
     sections = {
-        "where": [format_path(state.where)],
+        "where": [shorten_and_escape_path(state.where)],
         "pictures": [messages.format_number(state.pictures)],
         "model": [escape_control_characters(state.model or "")],
         "size": [] if state.bytes is None else [messages.format_size(state.bytes)],
         "taken": [f"{messages.format_date(state.first)} – {messages.format_date(state.last)}"] if state.first else [],
     }
-    sections["folders"] = [
-        f"{format_path(folder) if os.path.isdir(folder) else messages('away', folder=format_path(folder))}"
-        f"  {messages.format_number(number)}"
-        for folder, number in state.folders.items()
-    ]
+    sections["folders"] = []
+    for folder, number in state.folders.items():
+        path = shorten_and_escape_path(folder)
+        name = path if os.path.isdir(folder) else messages("away", folder=path)
+        sections["folders"].append(f"{name}  {messages.format_number(number)}")
     sections["ignored"] = [_format_ignored_counts(state.ignored_counts, messages)] if state.ignored_counts else []
     sections["rules"] = [
         *(f"--exclude {escape_control_characters(pattern)}" for pattern in state.exclude),
-        *(messages("status.forgotten", path=format_path(path)) for path in state.forgotten),
+        *(messages("status.forgotten", path=shorten_and_escape_path(path)) for path in state.forgotten),
     ]
     totals = [f"{messages.format_number(number)} {messages.skip_reason(code)}" for code, number in codes.most_common()]
     sections["skipped_files"] = [
         *([", ".join(totals)] if len(totals) > 1 else []),
         *(
-            f"{format_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
+            f"{shorten_and_escape_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
             for skipped in state.skipped_files
         ),
     ]
@@ -498,7 +506,9 @@ def forget(messages: Messages, path: Path) -> int:
     key = "stays_out" if os.path.lexists(path) else "nothing_of"
     if number:
         key = "forgotten"
-    text = messages(key, n=messages.format_number(number), path=format_path(str(path)), quoted_path=quoted_path)
+    text = messages(
+        key, n=messages.format_number(number), path=shorten_and_escape_path(str(path)), quoted_path=quoted_path
+    )
     click.echo(text, err=not number)
     return 0 if number else EXIT_NOTHING_FOUND
 
@@ -515,7 +525,7 @@ def move(messages: Messages, old: Path, new: Path) -> None:
         new: Folder that the pictures are in now.
     """
     row_count, file_count = map(messages.format_number, _open_filled_index().move(old, new))
-    click.echo(messages("moved_to", n=row_count, files=file_count, path=format_path(str(new))))
+    click.echo(messages("moved_to", n=row_count, files=file_count, path=shorten_and_escape_path(str(new))))
 
 
 @_register_command("export")
@@ -532,7 +542,9 @@ def export(messages: Messages, file: Path) -> None:
     """
     if not file.parent.is_dir():
         raise click.UsageError(messages("bad.directory", value=escape_control_characters(str(file.parent))))
-    click.echo(messages.format_count("exported", _open_filled_index().export(file), path=format_path(str(file))))
+    click.echo(
+        messages.format_count("exported", _open_filled_index().export(file), path=shorten_and_escape_path(str(file)))
+    )
 
 
 @_register_command("duplicates")
@@ -600,11 +612,11 @@ def _open_filled_index(allow_indexing: bool = False, relevance_threshold: str = 
     pictures = _open_index()
     pictures.relevance_threshold = RELEVANCE_THRESHOLD_VALUES[relevance_threshold]
     if not len(pictures) and not (allow_indexing and pictures.progress()):
-        raise make_error_from_code(RuntimeError, "no_index", where=format_path(str(pictures.where)))
+        raise make_error_from_code(RuntimeError, "no_index", where=shorten_and_escape_path(str(pictures.where)))
     return pictures
 
 
-def _print_model_notice(pictures: "PictureIndex", messages: Messages, with_name: bool = False) -> None:
+def _print_miniature_model_notice(pictures: "PictureIndex", messages: Messages, with_name: bool = False) -> None:
     """Print the name of the model, and a notice if the model is the miniature (see `SearchModel.get_notice`).
 
     Args:
@@ -692,7 +704,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # PIL warns in English about pictures with too many pixels. They are refused right after, with our own message.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
-        with _show_log_messages(messages):
+        with _print_log_messages_in_user_language(messages):
             code = capivara.main(argv, "capivara", standalone_mode=False, obj=messages) or 0
     except click.Abort:  # Ctrl-C in a command for which an interrupt is not the normal end
         click.echo(messages("stopped_resumable"), err=True)
@@ -734,13 +746,13 @@ def get_exit_code_and_message(error: Exception, messages: Messages) -> tuple[int
         text = messages("port_in_use")
     elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:  # the numbers of socket.gaierror are negative
         text = messages("no_host")
-    line = escape_control_characters(redact(" ".join(text.split()))) or type(error).__name__
+    line = escape_control_characters(redact_secrets(" ".join(text.split()))) or type(error).__name__
     return EXIT_USAGE_ERROR if type(error) is ValueError else EXIT_UNUSABLE, line
 
 
 @contextmanager
-def _show_log_messages(messages: Messages) -> Iterator[None]:
-    """Print log messages of `log_message` to stderr in the user's language while the block runs.
+def _print_log_messages_in_user_language(messages: Messages) -> Iterator[None]:
+    """Print log messages of `log_message_from_code` to stderr in the user's language while the block runs.
 
     Args:
         messages: Texts of the user's language.

@@ -24,7 +24,7 @@ import PIL.Image
 import pyarrow as pa
 
 from capivara_search.results import DUPLICATE_MIN_SIMILARITY
-from capivara_search.table import COLOR_SIGNATURE_COLUMN, extract_stored_vectors
+from capivara_search.table import COLOR_SIGNATURE_COLUMN, extract_unit_vectors_of_model_or_zeros
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -51,7 +51,7 @@ DUPLICATE_DETAIL_RMS = 1.2
 DETAIL_COLUMNS = slice(-DETAIL_BYTES, None)  # columns of the details in the result of `combine_vectors_and_colors`
 
 
-def color_signature(image: PIL.Image.Image) -> bytes:
+def compute_color_signature(image: PIL.Image.Image) -> bytes:
     """Compute the color signature of a picture, which is compared to find near-duplicates.
 
     Args:
@@ -63,7 +63,7 @@ def color_signature(image: PIL.Image.Image) -> bytes:
     """
     image = image.convert("RGB")
     colors = image.resize((SIGNATURE_SIDE, SIGNATURE_SIDE), PIL.Image.Resampling.BOX).tobytes()
-    if not _is_flat(np.asarray(image)):
+    if not _is_flat_picture(np.asarray(image)):
         return colors
     planes = zip(image.convert("YCbCr").split(), DETAIL_SIDES, strict=True)
     # A cell is the area of the picture that becomes one pixel of the details. In a smaller or larger copy of the
@@ -74,7 +74,7 @@ def color_signature(image: PIL.Image.Image) -> bytes:
     )
 
 
-def _is_flat(pixels: np.ndarray) -> bool:
+def _is_flat_picture(pixels: np.ndarray) -> bool:
     """Return whether a picture is flat: nearly one color, or with many pixels of exactly the same color.
 
     Args:
@@ -102,7 +102,8 @@ def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes |
 
     Args:
         vectors: The model's vector of each picture: array (rows, width), of unit length.
-        signatures: The color signature of each picture (`color_signature`), or None if the picture has no signature.
+        signatures: The color signature of each picture (`compute_color_signature`), or None if the picture has no
+            signature.
 
     Returns:
         Array (rows, width + `SIGNATURE_BYTES` + `DETAIL_BYTES`), float32. The last columns (`DETAIL_COLUMNS`) contain
@@ -119,11 +120,11 @@ def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes |
     pixels *= np.where(is_uniform, 0, SIGNATURE_WEIGHT**0.5 / np.maximum(norms, 1)).astype(np.float32)
     vector_scale = np.where(is_uniform, 1, (1 - SIGNATURE_WEIGHT) ** 0.5).astype(np.float32)
     return np.concatenate(
-        [vectors * vector_scale, pixels, _extract_details_from_signatures(signatures)], axis=1, dtype=np.float32
+        [vectors * vector_scale, pixels, _extract_flat_picture_details(signatures)], axis=1, dtype=np.float32
     )
 
 
-def _extract_details_from_signatures(signatures: Sequence[bytes | None]) -> np.ndarray:
+def _extract_flat_picture_details(signatures: Sequence[bytes | None]) -> np.ndarray:
     """Extract the details of flat pictures from color signatures.
 
     Args:
@@ -178,7 +179,7 @@ def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     signatures = [None] * len(rows)
     if COLOR_SIGNATURE_COLUMN in rows.column_names:
         signatures = rows[COLOR_SIGNATURE_COLUMN].to_pylist()
-    return combine_vectors_and_colors(extract_stored_vectors(model, rows), signatures)
+    return combine_vectors_and_colors(extract_unit_vectors_of_model_or_zeros(model, rows), signatures)
 
 
 def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY) -> np.ndarray:
@@ -195,7 +196,7 @@ def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUP
     return compute_duplicate_similarity(vectors, others) >= threshold - FLOAT16_TOLERANCE
 
 
-def assign_leaders(
+def assign_near_duplicate_leaders(
     vectors: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY, max_groups: int | None = None
 ) -> np.ndarray:
     """Assign each row to the leader of its group of near-duplicates (sequential leader clustering).
@@ -249,6 +250,6 @@ def cluster_near_duplicates(
     Returns:
         For each group, an array of its row numbers in ascending order. Groups are sorted by their first row number.
     """
-    leader_of = assign_leaders(vectors, threshold, max_groups)
+    leader_of = assign_near_duplicate_leaders(vectors, threshold, max_groups)
     order = np.argsort(leader_of, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(leader_of[order])) + 1)[:max_groups] if len(order) else []

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from capivara_common.cli import coded_error
+from capivara_common.cli import make_coded_error
 from capivara_common.image_files import IMAGE_SUFFIXES, BadImage
 from capivara_search.ignore_rules import SYSTEM_NAMES, IgnoreRules, resolve_parent_links
 from capivara_search.messages import make_error_from_code
@@ -128,7 +128,7 @@ def find_pictures_and_unreadable_files(
         if not os.path.isdir(root):
             fault = "is a file, not a folder" if os.path.exists(root) else "does not exist"
             text = "The folder {path} {fault}. Name a folder of pictures."
-            raise coded_error(ValueError, None, text, path=root, fault=fault)
+            raise make_coded_error(ValueError, None, text, path=root, fault=fault)
     rules = rules or IgnoreRules()
     for root in roots:
         if forgotten := rules.find_forgotten_parent(root):

@@ -19,7 +19,7 @@ from pathlib import Path
 from capivara_common.files import read_json, write_json
 from capivara_search.folder_scan import to_absolute_path
 from capivara_search.ignore_rules import IgnoreRules
-from capivara_search.messages import log_message, make_error_from_code
+from capivara_search.messages import log_message_from_code, make_error_from_code
 from capivara_search.table import (
     FOLDER_KEY_PREFIX,
     METADATA_TABLE,
@@ -42,7 +42,7 @@ def load_requested_folders(table: PictureTable) -> dict[str, str]:
         Path of each folder -> real path that it had when it was added. Empty if there is no record on this machine.
     """
     with suppress(OSError, ValueError):
-        recorded = read_json(_get_requested_folders_path(table), folders=dict)["folders"]
+        recorded = read_json(_get_requested_folders_file_path(table), folders=dict)["folders"]
         return {folder: real for folder, real in recorded.items() if isinstance(real, str)}
     return {}
 
@@ -65,12 +65,12 @@ def record_requested_folders(
         recorded = {path: real for path, real in recorded.items() if not Path(path).is_relative_to(moved_from)}
     recorded |= {str(folder): real for folder, real in folders.items()}
     try:
-        write_json(_get_requested_folders_path(table), {"index": table.where, "folders": recorded})
+        write_json(_get_requested_folders_file_path(table), {"index": table.where, "folders": recorded})
     except OSError as error:
-        log_message("thumbnails_alone", _get_requested_folders_path(table), error)
+        log_message_from_code("thumbnails_alone", _get_requested_folders_file_path(table), error)
 
 
-def _get_requested_folders_path(table: PictureTable) -> Path:
+def _get_requested_folders_file_path(table: PictureTable) -> Path:
     """Return the path of the JSON file that records the folders of an index on this machine.
 
     The file is in the user's state directory. It is not in the index, because the index possibly comes from another
@@ -125,7 +125,7 @@ def resolve_folders_to_scan(
     Args:
         table: Table of the index.
         folders: Absolute path of each folder that the user names -> its real path. Empty: all folders that were added
-            on this machine and are available (`is_available`). A warning in the log lists the other folders.
+            on this machine and are available (`is_folder_available`). A warning in the log lists the other folders.
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
         include: What to stop ignoring: patterns that an earlier `exclude` stored in the index, and paths that were
             forgotten (`IgnoreRules.forgotten`). A forgotten folder outside of all other folders is scanned, too.
@@ -142,21 +142,23 @@ def resolve_folders_to_scan(
     known, paths = table.folders(), dict(folders)
     recorded = {folder: real for folder, real in load_requested_folders(table).items() if folder in known}
     if not folders:
-        paths = {Path(folder): real for folder, real in recorded.items() if is_available(folder, real)}
+        paths = {Path(folder): real for folder, real in recorded.items() if is_folder_available(folder, real)}
         if unavailable := sorted(set(known) - set(map(str, paths))):
-            log_message("folders_away", ", ".join(unavailable), level=logging.WARNING)
+            log_message_from_code("folders_away", ", ".join(unavailable), level=logging.WARNING)
     for path in map(to_absolute_path, include):
         is_inside = any(map(path.is_relative_to, [*recorded, *paths]))
         if not is_inside and path.is_dir() and rules.find_forgotten_parent(str(path)):
             paths[path] = os.path.realpath(path)
     if not paths:
         raise make_error_from_code(ValueError, "no_known_folder")
-    if mistaken := [pattern for pattern in exclude if _is_path_given_as_pattern(pattern, {*map(Path, known), *paths})]:
+    if mistaken := [
+        pattern for pattern in exclude if _is_pattern_probably_a_mistaken_path(pattern, {*map(Path, known), *paths})
+    ]:
         raise make_error_from_code(ValueError, "path_excluded", pattern=mistaken[0])
     return paths
 
 
-def _is_path_given_as_pattern(pattern: str, folders: Iterable[Path]) -> bool:
+def _is_pattern_probably_a_mistaken_path(pattern: str, folders: Iterable[Path]) -> bool:
     """Return whether the user has probably given a path relative to the working directory instead of a pattern.
 
     Patterns are relative to the indexed folders, so such a path usually has no effect as a pattern.
@@ -175,7 +177,7 @@ def _is_path_given_as_pattern(pattern: str, folders: Iterable[Path]) -> bool:
     return bool(parents) and os.path.lexists(path) and not any(matches)
 
 
-def is_available(folder: str | Path, real_path: str, allow_empty: bool = False) -> bool:
+def is_folder_available(folder: str | Path, real_path: str, allow_empty: bool = False) -> bool:
     """Return whether a folder exists, can be read, and still has its recorded real path.
 
     An empty folder counts as unavailable by default, because the mount point of a disk that is not mounted is empty.
@@ -193,7 +195,7 @@ def is_available(folder: str | Path, real_path: str, allow_empty: bool = False) 
     return False
 
 
-def remove_and_ignore_path(table: PictureTable, path: Path) -> int:
+def remove_from_index_and_ignore_path(table: PictureTable, path: Path) -> int:
     """Remove a folder or file from an index, and add its path to the rules so that later updates ignore it.
 
     Args:

@@ -35,15 +35,15 @@ from capivara_search.folder_scan import (
     to_absolute_path,
     to_absolute_path_with_disk_case,
 )
-from capivara_search.index_progress import mirror_progress_to_file, read_progress
+from capivara_search.index_progress import mirror_progress_to_file, read_progress_of_running_update
 from capivara_search.indexing import (
     IndexWriter,
     StoredRows,
-    embed_unindexed_files,
+    embed_files_without_indexing,
     finish_indexing,
     plan_update_and_prepare_index,
 )
-from capivara_search.messages import log_message, make_error_from_code
+from capivara_search.messages import log_message_from_code, make_error_from_code
 from capivara_search.picture_reading import open_query_picture
 from capivara_search.results import (
     DEFAULT_LABEL_TEMPLATE,
@@ -62,14 +62,14 @@ from capivara_search.table import (
     THUMBNAIL_COLUMN,
     PictureTable,
     comparison_columns,
+    convert_rows_to_hits,
     date_clauses,
-    extract_stored_vectors,
+    extract_unit_vectors_of_model_or_zeros,
     folders_clause,
     join_clauses,
     l2_normalize,
     newest_first_order,
     quote_sql,
-    to_hits,
     vector_column,
     vector_column_to_array,
 )  # fmt: skip
@@ -117,7 +117,7 @@ class CachedRows:
 
     def __init__(self, model: "SearchModel", rows: pa.Table):
         self.rows, self._model = rows.sort_by("path"), model
-        self._vectors = extract_stored_vectors(model, self.rows)
+        self._vectors = extract_unit_vectors_of_model_or_zeros(model, self.rows)
         self._without_vector = ~self._vectors.any(axis=1)  # True for rows that were embedded with other models
 
     @cached_property
@@ -162,9 +162,9 @@ class PictureIndex:
     Attributes:
         relevance_threshold: Whether a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
             The threshold is the z-score that the best picture of the index reaches for a neutral sentence, which
-            describes no particular picture (`query.estimate_z_score_threshold`). None: mark hits only if measurements
-            show that the model separates relevant from irrelevant pictures well
-            (`query.is_relevance_threshold_reliable`).
+            describes no particular picture (`query.estimate_relevance_z_score_threshold`). None: mark hits only if
+            measurements show that the model separates relevant from irrelevant pictures well
+            (`query.is_relevance_auc_of_model_high_enough`).
 
     Example:
         >>> from pathlib import Path
@@ -360,10 +360,12 @@ class PictureIndex:
             ImportError: If the package watchfiles is not installed.
         """
         from capivara_search.watch import (
-            iter_index_updates,  # imported late because only this method needs watchfiles
+            watch_folders_and_iter_index_updates,  # imported late because only this method needs watchfiles
         )
 
-        return iter_index_updates(self, [*map(to_absolute_path_with_disk_case, folders)], poll, stop, on_progress)
+        return watch_folders_and_iter_index_updates(
+            self, [*map(to_absolute_path_with_disk_case, folders)], poll, stop, on_progress
+        )
 
     def progress(self) -> dict[str, int | None] | None:
         """Return the progress of an update of this index that is running in any process.
@@ -372,7 +374,7 @@ class PictureIndex:
             Dictionary with the keys `done` (number of processed pictures), `total` (number of pictures to process) and
             `left_s` (estimated seconds left, None if not known yet). None if no update is running.
         """
-        return read_progress(self._table.where)
+        return read_progress_of_running_update(self._table.where)
 
     def repair(self) -> None:
         """Restore the newest readable version of each damaged table of the index.
@@ -395,7 +397,7 @@ class PictureIndex:
             The number of removed pictures.
         """
         return (
-            known_folders.remove_and_ignore_path(self._table, to_absolute_path_with_disk_case(folder))
+            known_folders.remove_from_index_and_ignore_path(self._table, to_absolute_path_with_disk_case(folder))
             if self._table.exists()
             else 0
         )
@@ -507,8 +509,8 @@ class PictureIndex:
     def _compute_relevance_threshold(self, vector: np.ndarray) -> float:
         """Compute the minimum cosine with a sentence that makes a picture count as relevant.
 
-        The threshold is a z-score (`query.estimate_z_score_threshold`). It is converted to a cosine with the mean and
-        the standard deviation of the cosines between the sentence and a sample of the index.
+        The threshold is a z-score (`query.estimate_relevance_z_score_threshold`). It is converted to a cosine with the
+        mean and the standard deviation of the cosines between the sentence and a sample of the index.
 
         Args:
             vector: Vector (width,) of the sentence, of unit length.
@@ -522,7 +524,7 @@ class PictureIndex:
             neutral_vectors = self.model.embed_texts(query.NEUTRAL_SENTENCES)
             nearest = self._make_nearest(join_clauses(self._model_clauses()))
             best_cosines = [nearest(neutral, 1)["score"][0].as_py() for neutral in neutral_vectors]
-            return query.estimate_z_score_threshold(self._sample_vectors(), neutral_vectors, best_cosines)
+            return query.estimate_relevance_z_score_threshold(self._sample_vectors(), neutral_vectors, best_cosines)
 
         scores = self._sample_vectors() @ vector
         return float(scores.mean() + self._table.cached("background", background) * scores.std())
@@ -566,18 +568,18 @@ class PictureIndex:
             raise ValueError(f"since must not be after until, got {since} and {until}.")
         if model_clauses := self._model_clauses():
             not_embedded = self._table.count_other_models(self.model.image_digest)
-            log_message("not_yet_embedded", not_embedded, len(self), self.model.name, level=logging.WARNING)
+            log_message_from_code("not_yet_embedded", not_embedded, len(self), self.model.name, level=logging.WARNING)
         vector, clause = (
             l2_normalize(vector),
             join_clauses([*model_clauses, *_build_filter_clauses(folder, since, until)]),
         )
         nearest = partial(self._make_nearest(clause, exact), vector)
-        hits = self._group_hits(k, nearest, clause) if group_duplicates else to_hits(nearest(k))
+        hits = self._group_hits(k, nearest, clause) if group_duplicates else convert_rows_to_hits(nearest(k))
         if not is_text_query or not hits:
             return hits
         uses_threshold = self.relevance_threshold
         if uses_threshold is None:
-            uses_threshold = query.is_relevance_threshold_reliable(self.model.folder)
+            uses_threshold = query.is_relevance_auc_of_model_high_enough(self.model.folder)
         if uses_threshold:
             threshold = self._compute_relevance_threshold(vector)
             hits = [replace(hit, above_threshold=hit.score >= threshold) for hit in hits]
@@ -642,7 +644,7 @@ class PictureIndex:
         cached = self._load_cached_rows(clause)
         others = cached.comparison_vectors if cached else vectors
         copy_counts = is_duplicate(vectors[first_rows], others).sum(axis=1) - 1
-        hits = zip(to_hits(rows.take(first_rows)), copy_counts, strict=True)
+        hits = zip(convert_rows_to_hits(rows.take(first_rows)), copy_counts, strict=True)
         return [replace(hit, copies=max(0, int(copy_count))) for hit, copy_count in hits]
 
     def copies(
@@ -671,7 +673,7 @@ class PictureIndex:
         rows = cached.rows if cached else self._table.nearest(vector, DUPLICATE_OVERFETCH * k, clause)
         others = cached.comparison_vectors if cached else get_comparison_vectors(self.model, rows)
         copies = np.flatnonzero(is_duplicate(picture_vectors, others)[0])
-        hits = to_hits(
+        hits = convert_rows_to_hits(
             rows.take(copies), np.clip(compute_duplicate_similarity(others[copies], picture_vectors)[:, 0], -1, 1)
         )
         return sorted((hit for hit in hits if hit.path != path), key=lambda hit: (-hit.score, hit.path))[:k]
@@ -698,7 +700,7 @@ class PictureIndex:
         """
         clause = join_clauses(_build_filter_clauses(folder, since, until))
         if not group_duplicates:  # the model is not loaded in this case, because only grouping needs it
-            return to_hits(self._fetch_newest(clause, HIT_COLUMNS, k))
+            return convert_rows_to_hits(self._fetch_newest(clause, HIT_COLUMNS, k))
         cached = self._load_cached_rows(clause)
         newest = cached.newest if cached else partial(self._fetch_newest, clause, comparison_columns(self.model.width))
         return self._group_hits(k, newest, clause)
@@ -770,7 +772,7 @@ class PictureIndex:
         vectors, groups = get_comparison_vectors(self.model, rows), []
         for numbers in (group for group in cluster_near_duplicates(vectors, threshold) if len(group) > 1):
             scores = np.clip(compute_duplicate_similarity(vectors[numbers], vectors[numbers[:1]])[:, 0], -1, 1)
-            leader, *others = to_hits(rows.take(numbers), scores)
+            leader, *others = convert_rows_to_hits(rows.take(numbers), scores)
             groups.append([leader, *sorted(others, key=lambda hit: (-hit.score, hit.path))])
         return sorted(groups, key=len, reverse=True)
 
@@ -798,7 +800,7 @@ class PictureIndex:
             A hit with the score 0, or None if the picture is not indexed.
         """
         rows = self._table.rows_of_paths(HIT_COLUMNS, [str(path)])
-        return to_hits(rows)[0] if rows.num_rows else None
+        return convert_rows_to_hits(rows)[0] if rows.num_rows else None
 
     def vectors(self, paths: Sequence[str]) -> np.ndarray:
         """Return the stored vectors of pictures.
@@ -937,7 +939,9 @@ class PictureIndex:
         rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], folders_clause(source))
         stored = StoredRows(rows, self.model.image_digest)
         vectors = self._stored_vectors([file.path for file in files if stored.is_done(file)])
-        vectors |= embed_unindexed_files(self.model, [file for file in files if file.path not in vectors], source)
+        vectors |= embed_files_without_indexing(
+            self.model, [file for file in files if file.path not in vectors], source
+        )
         paths = [file.path for file in files if file.path in vectors]
         return paths, np.stack([vectors[path] for path in paths]) if paths else np.empty((0, self.model.width))
 
@@ -954,10 +958,10 @@ class PictureIndex:
         Raises:
             ValueError: If the suffix is neither .parquet nor .csv, or the file can't be created.
         """
-        from capivara_search.index_export import export_rows
+        from capivara_search.index_export import export_all_rows
 
         with self._table.locked():  # so that no other process compacts the files that are being read
-            return export_rows(self._table, path)
+            return export_all_rows(self._table, path)
 
 
 def _build_filter_clauses(folder: FolderFilter, since: DateFilter, until: DateFilter) -> list[str]:

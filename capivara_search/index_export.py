@@ -18,7 +18,7 @@ from capivara_search.messages import make_error_from_code
 from capivara_search.table import COLOR_SIGNATURE_COLUMN, THUMBNAIL_COLUMN, PictureTable
 
 
-def export_rows(table: PictureTable, path: str | Path) -> int:
+def export_all_rows(table: PictureTable, path: str | Path) -> int:
     """Write all rows of an index to a Parquet or CSV file.
 
     An existing file is replaced only when the new file is complete.

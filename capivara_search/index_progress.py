@@ -58,8 +58,8 @@ class RateEstimator:
 def mirror_progress_to_file(where: str, progress: ProgressCallback) -> Iterator[ProgressCallback]:
     """Extend a progress callback so that each call also updates the progress file of an index.
 
-    Other processes read the file with `read_progress`. The file is removed at the end of the `with` block. Nothing is
-    written for an index on object storage. The caller must hold the lock of the index.
+    Other processes read the file with `read_progress_of_running_update`. The file is removed at the end of the `with`
+    block. Nothing is written for an index on object storage. The caller must hold the lock of the index.
 
     Args:
         where: Folder or address of the index.
@@ -90,7 +90,7 @@ def mirror_progress_to_file(where: str, progress: ProgressCallback) -> Iterator[
             file.unlink(missing_ok=True)
 
 
-def read_progress(where: str) -> dict[str, int | None] | None:
+def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
     """Return the progress of an index update that is running in any process.
 
     A progress file alone does not prove that an update is running, because a killed process leaves its file behind.

@@ -28,15 +28,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from capivara_common.cli import coded_error
-from capivara_common.embedding_store import embed_batch
+from capivara_common.cli import make_coded_error
+from capivara_common.embedding_store import embed_batch_except_bad_images
 from capivara_common.image_files import DECODER_THREADS, BadImage
-from capivara_search.duplicates import color_signature
+from capivara_search.duplicates import compute_color_signature
 from capivara_search.folder_scan import RETRYABLE_REASONS, FileState, find_pictures_and_unreadable_files
 from capivara_search.folders import load_ignore_rules, record_requested_folders, save_ignore_rules
 from capivara_search.ignore_rules import IgnoreRules
 from capivara_search.index_progress import ProgressCallback, RateEstimator
-from capivara_search.messages import log_message
+from capivara_search.messages import log_message_from_code
 from capivara_search.picture_reading import Picture, read_picture_for_indexing
 from capivara_search.results import IndexReport, SkippedFile
 from capivara_search.table import (
@@ -132,7 +132,7 @@ class IndexPlan:
     ignored_counts: dict[str, Counter[str]]  # folder -> reason -> number of ignored files and folders
 
 
-def make_plan(
+def plan_index_update(
     table: PictureTable,
     image_digest: str,
     folders: Mapping[Path, str],
@@ -167,11 +167,11 @@ def make_plan(
     except ValueError as error:
         other_folders = {folder: real for folder, real in folders.items() if str(folder) != error.values["path"]}
         if other_folders and {*map(str, folders)} <= {*table.folders()}:
-            log_message("left_as_it_is", error, level=logging.WARNING)
-            return make_plan(table, image_digest, other_folders, rules, only_paths)
+            log_message_from_code("left_as_it_is", error, level=logging.WARNING)
+            return plan_index_update(table, image_digest, other_folders, rules, only_paths)
         if number := table.count(folders_clause(error.values["path"])):
             text = "{error} The index keeps its {number} pictures of this folder; `forget` removes them."
-            raise coded_error(ValueError, error.code, text, error=error, number=number, **error.values) from error
+            raise make_coded_error(ValueError, error.code, text, error=error, number=number, **error.values) from error
         raise
     columns = ["path", "size", "mtime_ns", "digest", "model"]
     stored = StoredRows(table.rows(columns, clause), image_digest)
@@ -187,9 +187,11 @@ def make_plan(
     unreadable_prefixes = tuple(skipped.path + os.sep for skipped in unreadable)
     missing = (path for path in stored.positions if path not in present and path.startswith(folder_prefixes))
     removed = [path for path in missing if not path.startswith(unreadable_prefixes)]
-    if only_paths is not None and any(_is_emptied(table, folder, removed, files) for folder in folders):
+    if only_paths is not None and any(
+        _would_remove_all_rows_of_folder(table, folder, removed, files) for folder in folders
+    ):
         # The folder seems to be empty. A plan for whole folders is made instead, because it refuses empty folders.
-        return make_plan(table, image_digest, folders, rules)
+        return plan_index_update(table, image_digest, folders, rules)
     return IndexPlan(
         clause=clause,
         covers_folders=only_paths is None,
@@ -204,7 +206,9 @@ def make_plan(
     )
 
 
-def _is_emptied(table: PictureTable, folder: Path, removed: Sequence[str], files: Sequence[FileState]) -> bool:
+def _would_remove_all_rows_of_folder(
+    table: PictureTable, folder: Path, removed: Sequence[str], files: Sequence[FileState]
+) -> bool:
     """Return whether a plan would remove all rows of a folder although no file was found in the folder.
 
     An example is a folder on a disk that was unmounted.
@@ -356,7 +360,7 @@ class IndexWriter:
             self.progress(self.reported, len(self.plan.files))
             self.embed = self.model.tune_image_embedding(len(self.plan.files), self.batch_size)
         if new:
-            vectors |= dict(zip(new, embed_batch(list(new.values()), self.embed), strict=True))
+            vectors |= dict(zip(new, embed_batch_except_bad_images(list(new.values()), self.embed), strict=True))
         self.report.embedded += len(new)
         for file, picture in pictures.items():
             self._add_row(file, picture, vectors[picture.digest])
@@ -390,7 +394,7 @@ class IndexWriter:
         digest, stored = picture.digest, self.plan.stored_rows[file.path]
         values = {name: value for name, value in vars(picture).items() if name != "image"}
         values |= {
-            COLOR_SIGNATURE_COLUMN: color_signature(picture.image),
+            COLOR_SIGNATURE_COLUMN: compute_color_signature(picture.image),
             "model": self.image_digest,
             self.column: np.float16(vector),
         }
@@ -442,7 +446,7 @@ def plan_update_and_prepare_index(
     """
     _ = model.image_size  # raises an error now if the search does not support the model's image processor
     rules = load_ignore_rules(table).updated(exclude, include)
-    plan = make_plan(table, model.image_digest, folders, rules=rules, only_paths=only_paths)
+    plan = plan_index_update(table, model.image_digest, folders, rules=rules, only_paths=only_paths)
     stored_model = table.model()
     if progress and plan.files and (stored_model is None or stored_model["image_digest"] != model.image_digest):
         progress(0, len(plan.files))  # the web page shows a new index only after the first report of progress
@@ -476,9 +480,9 @@ def _record_current_model(table: PictureTable, model: "SearchModel", plan: Index
     to_reembed = sum(row is not None and not row[1] for row in stored_rows)
     is_new_image_encoder = (stored_model or {}).get("image_digest") != model.image_digest
     if other_count and (to_reembed or is_new_image_encoder):
-        log_message("image_side", model.name, to_reembed, other_count)
+        log_message_from_code("image_side", model.name, to_reembed, other_count)
     elif stored_model and stored_model != metadata and table.count():
-        log_message("text_exchanged", model.name, stored_model.get("name"))
+        log_message_from_code("text_exchanged", model.name, stored_model.get("name"))
     table.set_metadata({"model": json.dumps(metadata)})
 
 
@@ -540,7 +544,9 @@ def _update_and_list_skipped_files(
     return [SkippedFile.from_row(valid_rows[path]) for path in sorted(valid_rows)]
 
 
-def embed_unindexed_files(model: "SearchModel", files: Sequence[FileState], folder: Path) -> dict[str, np.ndarray]:
+def embed_files_without_indexing(
+    model: "SearchModel", files: Sequence[FileState], folder: Path
+) -> dict[str, np.ndarray]:
     """Embed picture files without adding them to an index.
 
     Args:
@@ -555,7 +561,9 @@ def embed_unindexed_files(model: "SearchModel", files: Sequence[FileState], fold
     vectors, read = {}, _make_reader(model, [os.path.realpath(folder)])
     for batch in prefetch_pictures(files, read, CLASSIFY_BATCH_SIZE):
         pictures = {file.path: result.image for file, result in batch if isinstance(result, Picture)}
-        vectors |= dict(zip(pictures, embed_batch(list(pictures.values()), model.embed_images), strict=True))
+        vectors |= dict(
+            zip(pictures, embed_batch_except_bad_images(list(pictures.values()), model.embed_images), strict=True)
+        )
     return vectors
 
 

@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from capivara_common.cli import coded_error
-from capivara_common.privacy import escape_control_characters, redact
+from capivara_common.cli import make_coded_error
+from capivara_common.privacy import escape_control_characters, redact_secrets
 
 # Maps the English name of each command to its Portuguese name. Both names work, whatever the language of the user.
 COMMAND_NAMES = dict(
@@ -154,12 +154,12 @@ def make_error_from_code(error_type: Callable[[str], Exception], code: str, **va
     """
 
     def create_redacted(text: str) -> Exception:
-        return error_type(redact(text))
+        return error_type(redact_secrets(text))
 
-    return coded_error(create_redacted, code, Messages("en").raw(f"error.{code}"), **values)
+    return make_coded_error(create_redacted, code, Messages("en").raw(f"error.{code}"), **values)
 
 
-def log_message(code: str, *values: object, level: int = logging.INFO) -> None:
+def log_message_from_code(code: str, *values: object, level: int = logging.INFO) -> None:
     """Log a message for users with the logger "capivara". The command `capivara` prints it in the user's language.
 
     Args:
@@ -168,6 +168,6 @@ def log_message(code: str, *values: object, level: int = logging.INFO) -> None:
         *values: Values of the numbered placeholders. Secrets in strings, such as API keys, are redacted.
         level: Level of the log record, such as `logging.WARNING`.
     """
-    values = tuple(redact(value) if isinstance(value, str) else value for value in values)
+    values = tuple(redact_secrets(value) if isinstance(value, str) else value for value in values)
     text, extra = Messages("en")(f"note.{code}", *values), {"code": code, "values": values}
     logging.getLogger("capivara").log(level, "%s", text, extra=extra)

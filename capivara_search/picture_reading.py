@@ -21,11 +21,11 @@ from capivara_common.image_files import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
     BadImage,
+    check_and_open_image_without_decoding,
     check_byte_count,
     decode_upright,
     exif_orientation,
-    open_regular_file,
-    open_undecoded_image,
+    open_regular_file_safe_from_link_swaps,
 )
 from capivara_search.exif import read_exif_date_and_location
 from capivara_search.folder_scan import RAW_SUFFIXES, FileState, convert_os_error_to_bad_image, to_absolute_path
@@ -93,11 +93,11 @@ def read_picture_for_indexing(
         BadImage: If the file can't be read, is damaged, is too large or no longer exists.
     """
     data = _read_picture_bytes(file.path, folders)
-    opened, size = _open_undecoded_with_size(data, file.path)
+    opened, size = _open_undecoded_picture_or_raw_preview(data, file.path)
     shape = opened.size
     with LARGE_IMAGE_LOCK if shape[0] * shape[1] > MAX_IMAGE_PIXELS else nullcontext():
         min_short_side = max(REDUCED_DECODE_FACTOR * image_size, THUMBNAIL_SIDE)
-        pixels = flatten_on_white(decode_upright(opened, "the file", min_short_side))
+        pixels = convert_image_to_rgb_on_white(decode_upright(opened, "the file", min_short_side))
         if exif_orientation(opened) > 4:  # these orientations swap width and height
             size, shape = size[::-1], shape[::-1]
         image = _resize_like_image_processor(pixels, shape, image_size, resize_filter)
@@ -145,8 +145,8 @@ def decode_picture(
     Raises:
         BadImage: If the content is damaged, too large or not a picture.
     """
-    return flatten_on_white(
-        decode_upright(_open_undecoded_with_size(data, name, max_pixels)[0], "the file", min_short_side)
+    return convert_image_to_rgb_on_white(
+        decode_upright(_open_undecoded_picture_or_raw_preview(data, name, max_pixels)[0], "the file", min_short_side)
     )
 
 
@@ -164,7 +164,7 @@ def _read_picture_bytes(path: str | Path, folders: Sequence[str | Path] | None =
         BadImage: If the file can't be read, is empty or too large, or lies outside of the folders.
     """
     try:
-        with open_regular_file(path, "it", folders) as file:
+        with open_regular_file_safe_from_link_swaps(path, "it", folders) as file:
             return read_bounded(file)
     except OSError as error:
         raise convert_os_error_to_bad_image(error) from error
@@ -185,7 +185,7 @@ def read_bounded(file: BinaryIO) -> bytes:
     return check_byte_count(file.read(MAX_IMAGE_BYTES + 1), "the file")
 
 
-def _open_undecoded_with_size(
+def _open_undecoded_picture_or_raw_preview(
     data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS
 ) -> tuple[PIL.Image.Image, tuple[int, int]]:
     """Open a picture without decoding its pixels.
@@ -204,7 +204,7 @@ def _open_undecoded_with_size(
     """
     is_raw = name.lower().endswith(RAW_SUFFIXES) and not data.startswith(NON_RAW_FILE_STARTS)
     preview, size = (_extract_raw_preview_and_size(data) if is_raw else None) or (data, None)
-    image = open_undecoded_image(preview, "the file", max_pixels, hint="")
+    image = check_and_open_image_without_decoding(preview, "the file", max_pixels, hint="")
     if is_raw and size is None and image.format == "TIFF" and image.tag_v2.get(TIFF_SUBFILE_TYPE, 0) & 1:
         # A damaged RAW file, or one of a camera that LibRaw does not know, begins with a thumbnail of the picture.
         raise BadImage("unreadable image", "the RAW file is damaged, or of an unknown camera; export it as JPEG")
@@ -244,7 +244,7 @@ def _extract_raw_preview_and_size(data: bytes) -> tuple[bytes, tuple[int, int]] 
     return thumb.data, (sizes.width, sizes.height)
 
 
-def flatten_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+def convert_image_to_rgb_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
     """Convert an image of any mode to RGB, with a white background behind transparent pixels.
 
     Without the white background, transparent pixels would become black, and the model would see a black logo on a

@@ -7,7 +7,8 @@ The relevance threshold separates pictures that match a sentence from pictures t
 neutral sentences: sentences such as "uma imagem" that describe no particular picture. Cosines of
 different sentences are not comparable, so they are first converted to z-scores: the number of standard deviations above
 the mean of the sentence's cosines with a sample of the index. A picture is relevant to a sentence if its z-score
-reaches the z-score that the best picture of the index reaches for a neutral sentence (`estimate_z_score_threshold`).
+reaches the z-score that the best picture of the index reaches for a neutral sentence
+(`estimate_relevance_z_score_threshold`).
 
 The constants were chosen by `python -m benchmarks.nothing_fits` (docs/how-to/search.md). An argument `sample` is always
 an array of picture vectors that were drawn from the index.
@@ -110,7 +111,7 @@ def z_score(score: float, scores: np.ndarray) -> float:
     return float((score - scores.mean()) / max(scores.std(), 1e-6))
 
 
-def estimate_z_score_threshold(
+def estimate_relevance_z_score_threshold(
     sample: np.ndarray, neutral_vectors: Sequence[np.ndarray], best_cosines: Sequence[float]
 ) -> float:
     """Return the z-score that the best picture of an index reaches for a neutral sentence.
@@ -131,7 +132,7 @@ def estimate_z_score_threshold(
     return float(np.quantile(z_scores, BACKGROUND_QUANTILE))
 
 
-def is_relevance_threshold_reliable(folder: Path) -> bool:
+def is_relevance_auc_of_model_high_enough(folder: Path) -> bool:
     """Return whether the relevance threshold is reliable for a model, according to its measured AUC.
 
     The AUC measures how well the model recognizes sentences that fit no picture of an index. It must be at least

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from capivara_common.privacy import redact
+from capivara_common.privacy import redact_secrets
 from capivara_search.messages import make_error_from_code
 
 LANCEDB_ERRORS = (RuntimeError, OSError, ValueError)  # types of the errors that LanceDB raises
@@ -93,15 +93,15 @@ def convert_lancedb_error(error: Exception, where: str, part: str = "") -> Excep
     """
     if hasattr(error, "code"):
         return error
-    if access_error := convert_access_error_or_none(error, where):
+    if access_error := convert_storage_refusal_to_os_error_or_none(error, where):
         return access_error
     if is_write_conflict(error):
         return make_error_from_code(partial(OSError, errno.EAGAIN), "conflict", path=where)
     if isinstance(error, RuntimeError | ValueError) and LANCE_ERROR_RE.search(str(error)):
         code = "damaged_remote" if "://" in where else "damaged"
-        detail = redact(" ".join(RUST_LOCATION_RE.sub("", str(error)).split()))[:MAX_DETAIL_CHARACTERS]
+        detail = redact_secrets(" ".join(RUST_LOCATION_RE.sub("", str(error)).split()))[:MAX_DETAIL_CHARACTERS]
         return make_error_from_code(DamagedIndexError, code, path=where, part=part or "tables", detail=detail)
-    redacted = redact(str(error))
+    redacted = redact_secrets(str(error))
     return error if redacted == str(error) else OSError(errno.EIO, redacted)
 
 
@@ -119,7 +119,7 @@ def is_write_conflict(error: Exception) -> bool:
     return bool(WRITE_CONFLICT_RE.search(str(error)))
 
 
-def convert_access_error_or_none(error: Exception, where: str) -> OSError | None:
+def convert_storage_refusal_to_os_error_or_none(error: Exception, where: str) -> OSError | None:
     """Convert an error to an OSError if the disk or the object storage refused access.
 
     Examples are a full disk, a missing permission and an object storage that does not answer. Such an error does not
@@ -133,7 +133,7 @@ def convert_access_error_or_none(error: Exception, where: str) -> OSError | None
         An error with an error code and a one-line message. None if the error has another cause.
     """
     # The location of the index is removed from the text, because the name of a folder could match a pattern.
-    text = redact(" ".join(RUST_LOCATION_RE.sub("", str(error).replace(where, "")).split()))
+    text = redact_secrets(" ".join(RUST_LOCATION_RE.sub("", str(error).replace(where, "")).split()))
     for code, pattern, number in STORAGE_ERROR_PATTERNS:
         if ("://" in where or code != "no_answer") and re.search(pattern, text):
             # OSError(errno, ...) creates an instance of the matching subclass, such as PermissionError for EACCES.
@@ -154,8 +154,8 @@ def check_address(where: str) -> None:
         ValueError: If the location begins like an address but is not a valid address.
     """
     if SCHEME_RE.match(where) and not ADDRESS_RE.fullmatch(where):
-        # `redact` finds the keys only after "://".
-        address = redact(re.sub(":/+", "://", where, count=1))
+        # `redact_secrets` finds the keys only after "://".
+        address = redact_secrets(re.sub(":/+", "://", where, count=1))
         raise make_error_from_code(ValueError, "index_address", path=address, example="s3://bucket/fotos")
 
 

@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 
 from capivara_common.files import CAN_OPEN_FOLDERS, acquire_folder_lock
 from capivara_search import storage_errors
-from capivara_search.messages import log_message, make_error_from_code
+from capivara_search.messages import log_message_from_code, make_error_from_code
 from capivara_search.results import Hit
 from capivara_search.storage_errors import LANCEDB_ERRORS, DamagedIndexError
 
@@ -54,7 +54,7 @@ RULES_KEY = "rules"  # the value is JSON: the rules for ignoring files, which ap
 TRAINED_ROWS_KEY = "approximate_rows"  # number of rows that the approximate vector index was trained on
 THUMBNAIL_COLUMN = "thumbnail"
 COLOR_SIGNATURE_COLUMN = "look"  # indexes that were made before this column existed do not have it
-# Columns that `to_hits` converts to a `Hit`.
+# Columns that `convert_rows_to_hits` converts to a `Hit`.
 HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
 # Dates are limited to this range, because a file's time is stored in nanoseconds as a 64-bit integer.
 EARLIEST_DATE, LATEST_DATE = date(1800, 1, 1), date(2200, 1, 1)
@@ -108,7 +108,7 @@ def pictures_schema(width: int) -> pa.Schema:
             pa.field("latitude", pa.float64()),  # degrees
             pa.field("longitude", pa.float64()),  # degrees
             pa.field(THUMBNAIL_COLUMN, pa.binary()),  # WebP file
-            pa.field(COLOR_SIGNATURE_COLUMN, pa.binary()),  # result of `duplicates.color_signature`
+            pa.field(COLOR_SIGNATURE_COLUMN, pa.binary()),  # result of `duplicates.compute_color_signature`
             pa.field("model", pa.string(), False),  # digest of the model that made the vector (`image_digest`)
             pa.field(vector_column(width), pa.list_(pa.float16(), width)),  # unit length
         ],
@@ -191,7 +191,8 @@ class PictureTable:
     @cached_property
     def _connection(self) -> "lancedb.DBConnection":
         """LanceDB's connection to the folder or address of the index, opened on first access."""
-        # LanceDB's own warnings are turned off, because this module reports the important ones with `log_message`.
+        # LanceDB's own warnings are turned off, because this module reports the important ones with
+        # `log_message_from_code`.
         os.environ.setdefault("LANCEDB_LOG", "error")
         import lancedb  # imported late because the import takes a second
 
@@ -237,7 +238,9 @@ class PictureTable:
                     has_data = not self.is_remote and any(Path(self._table_path(table_name), "data").glob("*"))
                     if "was not found" in str(error) and not has_data:
                         return None
-                    is_refused = self.is_remote or storage_errors.convert_access_error_or_none(error, self.where)
+                    is_refused = self.is_remote or storage_errors.convert_storage_refusal_to_os_error_or_none(
+                        error, self.where
+                    )
                     if isinstance(error, LANCEDB_ERRORS) and is_refused:
                         raise
                     raise make_error_from_code(
@@ -351,7 +354,7 @@ class PictureTable:
             try:
                 return operation(table)
             except LANCEDB_ERRORS as error:
-                if storage_errors.convert_access_error_or_none(error, self.where):
+                if storage_errors.convert_storage_refusal_to_os_error_or_none(error, self.where):
                     raise
                 table.checkout_latest()  # another process may have compacted the files away during the read
                 return operation(table)
@@ -370,7 +373,7 @@ class PictureTable:
         if self.open_table(table) is None:
             names = [name for name in columns if name in TABLE_SCHEMAS[table].names]
             return TABLE_SCHEMAS[table].empty_table().select(names)
-        return self.run_read(table, lambda opened: _build_scan(opened, columns, clause).to_arrow())
+        return self.run_read(table, lambda opened: _build_row_scan_query(opened, columns, clause).to_arrow())
 
     def rows_of_paths(self, columns: Sequence[str], paths: Sequence[str]) -> pa.Table:
         """Read the rows of the pictures with the given paths.
@@ -400,7 +403,9 @@ class PictureTable:
         """
         # `run_read` only starts the scan. Errors during the iteration must be converted, too.
         with storage_errors.wrap_storage_errors(self.where, PICTURES_TABLE):
-            yield from self.run_read(PICTURES_TABLE, lambda table: _build_scan(table, columns, clause).to_batches())
+            yield from self.run_read(
+                PICTURES_TABLE, lambda table: _build_row_scan_query(table, columns, clause).to_batches()
+            )
 
     def sample(self, width: int, image_digest: str, max_rows: int) -> np.ndarray:
         """Read the vectors of pictures that are spread evenly over the table.
@@ -612,7 +617,7 @@ class PictureTable:
             try:
                 lock = acquire_folder_lock(folder)
             except BlockingIOError:
-                log_message("waiting", self.where, level=logging.WARNING)
+                log_message_from_code("waiting", self.where, level=logging.WARNING)
                 lock = acquire_folder_lock(folder, wait=True)
             except OSError:
                 return None
@@ -643,7 +648,7 @@ class PictureTable:
                 create = methodcaller("create_index", indexed_column, config=config)
                 self.run_write(PICTURES_TABLE, create)
             self.set_metadata({TRAINED_ROWS_KEY: str(row_count)})
-            log_message("approximate", row_count, time.monotonic() - start)
+            log_message_from_code("approximate", row_count, time.monotonic() - start)
         unindexed = max((index.num_unindexed_rows for index in self.indices().values()), default=0)
         small = self.run_read(PICTURES_TABLE, lambda table: table.stats()["fragment_stats"]["num_small_fragments"])
         if small >= MAX_SMALL_FRAGMENTS or unindexed > MAX_UNINDEXED_ROWS:
@@ -724,7 +729,7 @@ class PictureTable:
             manifest.with_name("latest_version_hint.json").unlink(missing_ok=True)
             self._repair_table(name)
             if (table := self.open_table(name)) is not None:
-                log_message("older_record", folder, table.count_rows(), level=logging.WARNING)
+                log_message_from_code("older_record", folder, table.count_rows(), level=logging.WARNING)
             return None
         if table is None or self._is_readable(table):
             return None
@@ -737,7 +742,7 @@ class PictureTable:
                 if self._is_readable(table):
                     table.restore()
                     if (restored := table.count_rows()) < row_count:
-                        log_message("older_version", folder, restored, row_count, level=logging.WARNING)
+                        log_message_from_code("older_version", folder, restored, row_count, level=logging.WARNING)
                     return None
         del self._open_tables[name]
         return self._set_aside(folder, row_count)
@@ -759,7 +764,9 @@ class PictureTable:
         """
         names = [name for name in table.schema.names if name != THUMBNAIL_COLUMN]
         try:
-            for _ in _build_scan(table, names if table.count_rows() <= MAX_EXACT_ROWS else ["size"]).to_batches():
+            for _ in _build_row_scan_query(
+                table, names if table.count_rows() <= MAX_EXACT_ROWS else ["size"]
+            ).to_batches():
                 pass
             for (column,) in (index.columns for index in table.list_indices()):
                 if column == "path":
@@ -768,7 +775,7 @@ class PictureTable:
                     query = np.ones(table.schema.field(column).type.list_size, np.float32)
                     _build_vector_query(table, query, 1, None, approximate=True).nprobes(1).to_arrow()
         except LANCEDB_ERRORS as error:
-            if refused := storage_errors.convert_access_error_or_none(error, self.where):
+            if refused := storage_errors.convert_storage_refusal_to_os_error_or_none(error, self.where):
                 raise refused from error
             return False
         return True
@@ -785,9 +792,9 @@ class PictureTable:
         folder.rename(new_folder)
         del self._connection  # the connection is opened again, because it may have cached files of the old folder
         if row_count is None:
-            log_message("set_aside_unknown", folder, new_folder, level=logging.WARNING)
+            log_message_from_code("set_aside_unknown", folder, new_folder, level=logging.WARNING)
         else:
-            log_message("set_aside", folder, row_count, new_folder, level=logging.WARNING)
+            log_message_from_code("set_aside", folder, row_count, new_folder, level=logging.WARNING)
 
 
 def vector_column_to_array(column: pa.ChunkedArray) -> np.ndarray:
@@ -803,7 +810,7 @@ def vector_column_to_array(column: pa.ChunkedArray) -> np.ndarray:
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
 
 
-def extract_stored_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
+def extract_unit_vectors_of_model_or_zeros(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     """Return the model's vectors of rows of the table `pictures`.
 
     Args:
@@ -820,7 +827,7 @@ def extract_stored_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     return vectors
 
 
-def to_hits(rows: pa.Table, scores: Sequence[float] | None = None) -> list[Hit]:
+def convert_rows_to_hits(rows: pa.Table, scores: Sequence[float] | None = None) -> list[Hit]:
     """Convert rows of the table `pictures` to hits.
 
     Args:
@@ -951,7 +958,7 @@ def _compact(table: Any, age: timedelta) -> None:
         table.optimize(cleanup_older_than=age)
 
 
-def _build_scan(table: Any, columns: Sequence[str], clause: str | None = None) -> Any:
+def _build_row_scan_query(table: Any, columns: Sequence[str], clause: str | None = None) -> Any:
     """Build a LanceDB query that reads the rows matching an SQL condition.
 
     Args:

@@ -26,7 +26,7 @@ MIN_TILE_COLUMNS = 34  # least width of a drawn picture in characters; a charact
 TILE_ROWS_PER_COLUMN = 0.375  # aspect ratio 4:3 of a drawn picture, because characters are twice as high as wide
 
 
-def format_path(path: str) -> str:
+def shorten_and_escape_path(path: str) -> str:
     """Return a short form of a path for display.
 
     Args:
@@ -213,7 +213,7 @@ def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], mes
         click.echo(render_contact_sheet(thumbnails, captions, columns, lines - len(hits) - 3))
     rows = [[messages(f"column.{name}") for name in ("rank", "score", "date", "path")]]
     for rank, hit in enumerate(hits, 1):
-        path = format_path(hit.path)
+        path = shorten_and_escape_path(hit.path)
         if supports_true_color(sys.stdout):
             path = format_link(hit.path, path)
         duplicates = f"  ({messages.format_count('duplicate_count', hit.copies + 1)})" if hit.copies else ""
@@ -226,7 +226,7 @@ def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], mes
     click.echo("\n".join(lines))
 
 
-def open_pictures(paths: Sequence[str], messages: Messages) -> None:
+def open_valid_pictures_in_viewer(paths: Sequence[str], messages: Messages) -> None:
     """Open the first `MAX_OPENED_PICTURES` pictures in the system's viewer.
 
     An index may come from other people, and its paths may lead to any file. If such a file were a program, the system
@@ -249,6 +249,6 @@ def open_pictures(paths: Sequence[str], messages: Messages) -> None:
             if is_picture_name(path) and open_query_picture(path):
                 valid_paths.append(path)
                 continue
-        print_notice(messages("not_opened", path=format_path(path)))
+        print_notice(messages("not_opened", path=shorten_and_escape_path(path)))
     if any(map(click.launch, valid_paths)):
         raise make_error_from_code(RuntimeError, "no_viewer")

@@ -325,7 +325,7 @@ class SiglipTextTower(ClipTextTower):
 TEXT_TOWERS = {tower.__name__: tower for tower in (TextTower, ClipTextTower, SiglipTextTower)}
 
 
-def load_text_tower(folder: str | Path) -> TextTower | None:
+def load_numpy_text_tower_or_none(folder: str | Path) -> TextTower | None:
     """Load the text encoder of a model if this module implements its architecture.
 
     Adapters, other encoders, other tokenizers, quantized weights and weights in several files are not supported. A

@@ -18,8 +18,8 @@ from typing import Any
 
 from capivara_common.files import IS_WINDOWS
 from capivara_search.folder_scan import FileState, is_picture_name
-from capivara_search.folders import is_available, load_ignore_rules
-from capivara_search.messages import log_message
+from capivara_search.folders import is_folder_available, load_ignore_rules
+from capivara_search.messages import log_message_from_code
 from capivara_search.results import IndexReport
 
 # A burst of changes ends after this time without a change. If a file changes after its burst, it is read again.
@@ -36,10 +36,12 @@ MOUNTINFO_FILE = Path("/proc/self/mountinfo")  # exists on Linux only
 RESTART_DELAY_S = 30  # time before a follower that has ended is started again
 SHUTDOWN_TIMEOUT_S = 15  # time that a follower gets to finish its batch before it is killed
 # Code that the follower, the child process that updates the index, runs with `python -c`.
-FOLLOWER_PROGRAM = "from capivara_search import command, watch; watch.end_with_parent(); command.run()"
+FOLLOWER_PROGRAM = (
+    "from capivara_search import command, watch; watch.end_with_parent_and_lower_priority(); command.run()"
+)
 
 
-def iter_index_updates(
+def watch_folders_and_iter_index_updates(
     index: Any,
     named_folders: Sequence[Path],
     poll: bool | None,
@@ -71,8 +73,8 @@ def iter_index_updates(
         """Return the folders to watch.
 
         Returns:
-            Path -> real path. For named folders, the real path was resolved when `iter_index_updates` was called.
-            For other folders, it is the real path that the folder had when the user added it.
+            Path -> real path. For named folders, the real path was resolved when `watch_folders_and_iter_index_updates`
+            was called. For other folders, it is the real path that the folder had when the user added it.
         """
         if not named_folders:
             return {Path(folder): real for folder, real in index.requested_folders().items()}
@@ -82,8 +84,8 @@ def iter_index_updates(
         return {folder: real for folder, real in named_paths.items() if not rules.find_forgotten_parent(str(folder))}
 
     def available_folders(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
-        """Return the available folders (path -> device and inode); see the function `_stat_available_folders`."""
-        return _stat_available_folders(folders, allow_empty=bool(named_folders))
+        """Return the available folders (path -> device and inode)."""
+        return _find_available_folders_with_inodes(folders, allow_empty=bool(named_folders))
 
     def add(paths: Iterable[Path], only_paths: Collection[str] | None) -> IndexReport:
         """Update the index from the folders `paths`, or only from the paths `only_paths` inside these folders."""
@@ -103,7 +105,7 @@ def iter_index_updates(
         folders = known_folders()
         followed, waiting, only_paths = available_folders(folders), dict[str, FileState | None](), None
         if missing := [str(folder) for folder in folders if folder not in followed]:
-            log_message("not_there", ", ".join(missing), level=logging.WARNING)
+            log_message_from_code("not_there", ", ".join(missing), level=logging.WARNING)
         while not followed and not stop.wait(POLL_INTERVAL_MS / 1000):
             folders = known_folders()
             followed = available_folders(folders)
@@ -119,20 +121,20 @@ def iter_index_updates(
             # All folders are updated once. This happens after `watch` has started, so that no change is missed.
             is_full_update = only_paths is None
             if not is_full_update:
-                only_paths = _pop_settled(waiting)
+                only_paths = _pop_settled_paths_and_update_states(waiting)
             if is_full_update or only_paths:
                 try:
                     yield add(followed, only_paths)
                 except ValueError as error:  # for example because a folder was emptied; the index keeps its rows
                     if is_first:
                         raise
-                    log_message("not_followed", error, level=logging.WARNING)
+                    log_message_from_code("not_followed", error, level=logging.WARNING)
                 is_first, only_paths = False, only_paths or []
             for change, path in changes:
                 waiting |= {affected: _file_state(affected) for affected in _affected_paths(change.name, path)}
 
 
-def _pop_settled(waiting: dict[str, FileState | None]) -> list[str]:
+def _pop_settled_paths_and_update_states(waiting: dict[str, FileState | None]) -> list[str]:
     """Remove the paths whose files have not changed since the previous call, and return them.
 
     Args:
@@ -178,7 +180,7 @@ def _file_state(path: str) -> FileState | None:
     return None
 
 
-def _stat_available_folders(folders: Mapping[Path, str], allow_empty: bool) -> dict[Path, tuple[int, int]]:
+def _find_available_folders_with_inodes(folders: Mapping[Path, str], allow_empty: bool) -> dict[Path, tuple[int, int]]:
     """Return the folders that exist, can be read and still have their recorded real path.
 
     Args:
@@ -193,7 +195,7 @@ def _stat_available_folders(folders: Mapping[Path, str], allow_empty: bool) -> d
     for folder, real in folders.items():
         with suppress(OSError):
             state = os.stat(folder)
-            if is_available(folder, real, allow_empty):
+            if is_folder_available(folder, real, allow_empty):
                 available[folder] = state.st_dev, state.st_ino
     return available
 
@@ -222,7 +224,7 @@ def is_network_folder(folder: Path) -> bool:
 
 
 @contextmanager
-def watch_in_subprocess(*flags: str) -> Iterator[None]:
+def keep_watch_subprocess_running(*flags: str) -> Iterator[None]:
     """Run `capivara watch` in a separate process, the follower, during the `with` block.
 
     If the follower ends before the block does, for example because of an error, it is started again after
@@ -244,13 +246,13 @@ def watch_in_subprocess(*flags: str) -> Iterator[None]:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, **options)
             while not stopping.wait(0.2) and process.poll() is None:
                 pass
-            process.stdin.close()  # tells the child process, the follower, to end (`end_with_parent`)
+            process.stdin.close()  # tells the follower to end (`end_with_parent_and_lower_priority`)
             try:
                 process.wait(SHUTDOWN_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
             if not stopping.is_set():
-                log_message("follower_ended", process.returncode, RESTART_DELAY_S, level=logging.WARNING)
+                log_message_from_code("follower_ended", process.returncode, RESTART_DELAY_S, level=logging.WARNING)
             stopping.wait(RESTART_DELAY_S)
 
     thread = threading.Thread(target=keep_running, daemon=True)
@@ -262,7 +264,7 @@ def watch_in_subprocess(*flags: str) -> Iterator[None]:
         thread.join()
 
 
-def end_with_parent() -> None:
+def end_with_parent_and_lower_priority() -> None:
     """Make this process end together with its parent process, and lower its CPU priority (not on Windows).
 
     When the parent closes the standard input of this process, or ends, this process receives SIGINT, as by Ctrl-C.

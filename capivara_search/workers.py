@@ -16,11 +16,17 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import ClassVar
 
-from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import cache_home, require_packages
 from capivara_common.tasks import ExecutorArguments, Phase
 from capivara_search.index import PictureIndex
-from capivara_search.indexing import IndexPlan, IndexWriter, finish_indexing, make_plan, plan_update_and_prepare_index
+from capivara_search.indexing import (
+    IndexPlan,
+    IndexWriter,
+    finish_indexing,
+    plan_index_update,
+    plan_update_and_prepare_index,
+)
 from capivara_search.models import SearchModel
 from capivara_search.results import IndexReport
 from capivara_search.table import PictureTable
@@ -33,8 +39,8 @@ class WorkerArguments(ExecutorArguments):
     All machines must have the same folders of pictures, with the same paths and the same real paths.
     """
 
-    # Absolute path of each folder -> its real path. `add_with_workers` sets it before any task starts, so that all
-    # tasks use the same real paths.
+    # Absolute path of each folder -> its real path. `add_folders_with_workers` sets it before any task starts, so that
+    # all tasks use the same real paths.
     real_paths: ClassVar[Mapping[Path, str]] = {}
 
     where: str = flag(..., "Folder or address of the index. All machines must be able to reach it.")
@@ -58,7 +64,7 @@ class WorkerArguments(ExecutorArguments):
         return self.logging_dir or cache_home() / "index_logs" / name
 
 
-def add_with_workers(arguments: WorkerArguments, real_paths: Mapping[Path, str] | None = None) -> bool:
+def add_folders_with_workers(arguments: WorkerArguments, real_paths: Mapping[Path, str] | None = None) -> bool:
     """Update an index from folders as `PictureIndex.add` does, but with several tasks that run in parallel.
 
     Args:
@@ -93,17 +99,17 @@ def _open_index_and_plan(arguments: WorkerArguments) -> tuple[PictureTable, Sear
     """Open an index and plan the work that remains to be done.
 
     Args:
-        arguments: Command-line flags, after `add_with_workers` has set the real paths of the folders.
+        arguments: Command-line flags, after `add_folders_with_workers` has set the real paths of the folders.
 
     Returns:
         The table of the index, the model, and the plan.
     """
     index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
-    plan = make_plan(index._table, index.model.image_digest, arguments.real_paths)
+    plan = plan_index_update(index._table, index.model.image_digest, arguments.real_paths)
     return index._table, index.model, plan
 
 
-def _embed_share(arguments: WorkerArguments, rank: int, world_size: int) -> str:
+def _embed_and_store_share_of_pictures(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     """Embed one task's share of the picture files and write their rows to the index.
 
     Args:
@@ -143,7 +149,7 @@ def _prune_and_optimize_index(arguments: WorkerArguments, rank: int, world_size:
 
 # Phases of the command, in the order in which they run.
 PHASES = {
-    "embed": Phase(run=_embed_share, is_parallel=True, uses_model=True),
+    "embed": Phase(run=_embed_and_store_share_of_pictures, is_parallel=True, uses_model=True),
     "end": Phase(run=_prune_and_optimize_index),
 }
 
@@ -159,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     index.repair()
     folders = index.folders_to_add(args.folders, args.exclude, args.include)
     args.folders = [*map(str, folders)]
-    if add_with_workers(args, folders):
+    if add_folders_with_workers(args, folders):
         print(f"The index has {len(index)} pictures.")
     else:
         print(f"The jobs were submitted to Slurm. Their logs are in {args.log_folder}.")
@@ -169,4 +175,4 @@ if __name__ == "__main__":
     # The module is imported under its name, because tasks on other machines can't unpickle functions of `__main__`.
     from capivara_search import workers
 
-    run_command(workers.main, resumable=True)
+    run_main_and_report_user_errors(workers.main, resumable=True)

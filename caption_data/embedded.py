@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasets import Features, List, Value
 
 from capivara_common.embedding_store import vectors_to_array
-from capivara_common.hub_cache import resolve_model_folder
+from capivara_common.hub_cache import find_download_or_convert_model_folder
 from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.image_files import BadRow
 
@@ -32,7 +32,7 @@ def embeds_feature(width: int, views: int = 1) -> List:
     return vector if views == 1 else List(vector, length=views)
 
 
-def embeds_shape(features: Features, name: str) -> tuple[int, int]:
+def check_embeds_columns_and_get_shape(features: Features, name: str) -> tuple[int, int]:
     """Return the shape of the embeddings of a dataset, after checking the three columns.
 
     Args:
@@ -75,7 +75,7 @@ def resolve_image_encoder_digest(model: str, fingerprint: str) -> str:
 
     if model.startswith("open_clip:"):
         return fingerprint
-    return image_encoder_digest(resolve_model_folder(model, convert_to_folder))
+    return image_encoder_digest(find_download_or_convert_model_folder(model, convert_to_folder))
 
 
 def has_unit_length(vectors: np.ndarray) -> np.ndarray:

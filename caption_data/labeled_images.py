@@ -15,12 +15,12 @@ from datasets import ClassLabel, Image
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from capivara_common.files import check_links_stay_inside, json_digest
+from capivara_common.files import check_folder_for_outside_links_and_pipes, json_digest
 from capivara_common.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, ImageAccess
 from caption_data.sources import (
     Split,
     disable_decoding,
-    get_allowed_folders,
+    get_allowed_folders_of_dataset,
     load_listed_files,
     open_split,
     select_split,
@@ -50,7 +50,7 @@ class LabeledImages:
         return json_digest([images, self.labels])
 
 
-def load_labeled_images(
+def load_images_with_prompt_class_labels(
     source: str,
     split: str,
     class_names: Sequence[str],
@@ -89,8 +89,11 @@ def load_labeled_images(
     path = Path(source)
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
     if path.is_dir() and not any(file for pattern in tables for file in path.glob(pattern)):
-        column, access = image_column or "image", ImageAccess(get_allowed_folders(source, image_roots), max_pixels)
-        rows = load_listed_files("imagefolder", _find_image_files(path, split), source)
+        column, access = (
+            image_column or "image",
+            ImageAccess(get_allowed_folders_of_dataset(source, image_roots), max_pixels),
+        )
+        rows = load_listed_files("imagefolder", _check_links_and_find_split_image_files(path, split), source)
         opened = Split(source, split, column, disable_decoding(rows, column), access)
     else:
         opened = open_split(source, split, image_column or "image", image_roots, max_pixels)
@@ -134,7 +137,7 @@ def load_labeled_images(
     return LabeledImages(images, kept_labels)
 
 
-def _find_image_files(folder: Path, split: str) -> list[Path]:
+def _check_links_and_find_split_image_files(folder: Path, split: str) -> list[Path]:
     """Return the image files of a classification dataset with one sub-folder per class.
 
     Only files with an image extension are returned, without hidden files. With other files, `datasets` would unpack
@@ -148,7 +151,7 @@ def _find_image_files(folder: Path, split: str) -> list[Path]:
     Raises:
         ValueError: If there is no such split, no image file, or a link leads out of the folder.
     """
-    check_links_stay_inside(folder)
+    check_folder_for_outside_links_and_pipes(folder)
     root, names = folder, [child.name for child in folder.iterdir() if child.is_dir()]
     if names and all(name.casefold() in SPLIT_FOLDERS for name in names):
         root = select_split({SPLIT_FOLDERS[name.casefold()]: folder / name for name in names}, str(folder), split)

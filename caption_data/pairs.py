@@ -29,7 +29,7 @@ from caption_data.rows import (
     NOT_CHOSEN,
     SIMILARITY_COLUMN_RE,
     SkippedRow,
-    compute_image_caption_digest,
+    compute_image_caption_rows_digest,
     normalize_captions,
     replace_surrogates,
 )
@@ -89,7 +89,7 @@ def load_or_build_pair_table(
             image = row.pop(split.image_column, None)
             captions = _normalize_and_choose_captions(row, caption_columns, choose)
             if split.is_embedded:
-                digest = _check_embedding_and_get_digest(split, number, row)
+                digest = _check_embedding_and_get_image_digest(split, number, row)
             else:
                 digest = blake2b(read_image_bytes(image, split.image_access), digest_size=16).hexdigest()
             return pair | {"digest": digest, "captions": captions}
@@ -119,7 +119,8 @@ def load_or_build_pair_table(
     access = split.image_access
     limits = [access.max_pixels, access.allowed_folders and list(map(str, access.allowed_folders.folders))]
     key = json_digest(
-        [PAIR_TABLE_VERSION, _source_state(split), limits, list(caption_columns), settings], sort_keys=True
+        [PAIR_TABLE_VERSION, _get_row_and_image_state_for_cache_key(split), limits, list(caption_columns), settings],
+        sort_keys=True,
     )
     path = cache_home() / "pairs" / f"{key}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,7 @@ def filter_usable_rows(table: Dataset) -> Dataset:
     return table if len(valid_rows) == len(table) else table.select(valid_rows)
 
 
-def list_skipped_rows(table: Dataset, split: Split) -> list[SkippedRow]:
+def list_skipped_rows_and_damaged_archives(table: Dataset, split: Split) -> list[SkippedRow]:
     """Return one record for each row of a pair table that cannot be used, then one for each damaged archive.
 
     Args:
@@ -191,7 +192,7 @@ def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float)
     )
 
 
-def compute_pair_content_digest(pairs: Dataset) -> str:
+def load_or_compute_pair_content_digest(pairs: Dataset) -> str:
     """Return a hex digest of a table of `load_or_build_pair_table`: of its image digests and captions, in order.
 
     The digest does not depend on the paths of the files. The digest of a large table is stored in the cache, because
@@ -203,7 +204,7 @@ def compute_pair_content_digest(pairs: Dataset) -> str:
         return path.read_text(encoding="ascii")
     chunks = pairs.select_columns(["digest", "captions"]).iter(1000)
     rows = (row for chunk in chunks for row in zip(chunk["digest"], chunk["captions"], strict=True))
-    fingerprint = compute_image_caption_digest(rows)
+    fingerprint = compute_image_caption_rows_digest(rows)
     if is_large:
         write_text(path, fingerprint)
     return fingerprint
@@ -235,8 +236,8 @@ def _load_or_build_and_prune_cache(
             table, is_valid = make_table(), False
         if not is_valid:
             append_digest(path)
-        # The fingerprint of `datasets` becomes the digest of the content, which `compute_pair_content_digest` relies
-        # on.
+        # The fingerprint of `datasets` becomes the digest of the content, which `load_or_compute_pair_content_digest`
+        # relies on.
         table._fingerprint = read_appended_digest(path)
         if state.is_local_main_process:
             os.utime(path)
@@ -247,7 +248,7 @@ def _load_or_build_and_prune_cache(
     return table
 
 
-def _check_embedding_and_get_digest(split: Split, number: int, row: dict[str, Any]) -> str:
+def _check_embedding_and_get_image_digest(split: Split, number: int, row: dict[str, Any]) -> str:
     """Return the image digest of a row that has an embedding instead of an image.
 
     Args:
@@ -281,18 +282,18 @@ def _normalize_and_choose_captions(row: dict[str, Any], columns: Sequence[str], 
         else:
             row[column] = normalize_captions(row.get(column), column)
     try:
-        captions = [text for text in choose(row) if _has_content(text)]
+        captions = [text for text in choose(row) if _has_text_after_cleaning(text)]
     except (ValueError, TypeError) as error:  # for example fewer similarities than captions
         raise BadRow("no caption", f"{error}") from error
     texts = (text for column in columns for text in row[column] if isinstance(text, str))
-    if not captions and any(map(_has_content, texts)):
+    if not captions and any(map(_has_text_after_cleaning, texts)):
         raise BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
     if not captions:
         raise BadRow("no caption", f"no caption has any content: { ({column: row[column] for column in columns})!r}")
     return captions
 
 
-def _has_content(text: str) -> bool:
+def _has_text_after_cleaning(text: str) -> bool:
     """Return True if a text is not empty after text cleaning (`clean_text`)."""
     # Cleaning takes most of the time that a pass over the rows needs. It is skipped for printable texts with a letter
     # or digit and without HTML entities, because cleaning never removes letters and digits from such a text.
@@ -300,7 +301,7 @@ def _has_content(text: str) -> bool:
     return bool(is_plain or clean_text(text))
 
 
-def _source_state(split: Split) -> list[Any]:
+def _get_row_and_image_state_for_cache_key(split: Split) -> list[Any]:
     """Return a list of JSON values that changes if the rows or image files of a split change.
 
     The list is used in the key of the cache. Image files are compared by path, size and modification time. Raises

@@ -88,7 +88,7 @@ def normalize_captions(value: Any, column: str) -> list[str]:
     return [replace_surrogates(text or "") for text in values]
 
 
-def compute_image_caption_digest(rows: Iterable[tuple[str, list[str]]]) -> str:
+def compute_image_caption_rows_digest(rows: Iterable[tuple[str, list[str]]]) -> str:
     """Return a BLAKE2b-128 hex digest of rows in their order.
 
     Args:
@@ -186,7 +186,7 @@ class CaptionChoice:
         if self.min_pair_similarity is not None:
             generated = row.get(f"generated-captions-{language}")
             generated_count = None if generated is None else len(generated)
-            similarities = _get_similarities(row, language, len(captions), generated_count)
+            similarities = _get_checked_similarities_without_nan(row, language, len(captions), generated_count)
             if not captions or similarities[0] < self.min_pair_similarity:
                 return []
         if strategy == "none":
@@ -196,7 +196,7 @@ class CaptionChoice:
             return _deduplicate(texts)
         if strategy == "first":
             return _deduplicate(texts)[: len(_deduplicate(captions)) + self.caption_count]
-        similarities = _get_similarities(row, language, len(captions), len(texts) - len(captions))
+        similarities = _get_checked_similarities_without_nan(row, language, len(captions), len(texts) - len(captions))
         # The sort is stable, so ties keep the order of the row.
         ranked = sorted(range(len(texts)), key=lambda i: -similarities[i])
         if strategy == "rank":
@@ -218,7 +218,9 @@ def _get_required_list(row: dict, name: str) -> list:
     return row[name]
 
 
-def _get_similarities(row: dict, language: str, caption_count: int, generated_count: int | None) -> list[float]:
+def _get_checked_similarities_without_nan(
+    row: dict, language: str, caption_count: int, generated_count: int | None
+) -> list[float]:
     """Return the similarities of a row, with minus infinity instead of NaN and None.
 
     Args:

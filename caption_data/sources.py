@@ -43,13 +43,13 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm.auto import tqdm
 
 from capivara_common.environment import get_or_init_distributed_state
-from capivara_common.files import AllowedFolders, check_links_stay_inside, read_json
+from capivara_common.files import AllowedFolders, check_folder_for_outside_links_and_pipes, read_json
 from capivara_common.image_files import (
     MAX_IMAGE_PIXELS,
     BadImage,
     ImageAccess,
     decode_image,
-    decode_images,
+    decode_row_images,
     image_display_path,
     read_image_bytes,
 )
@@ -58,7 +58,7 @@ from caption_data.embedded import (
     EMBEDS_COLUMN,
     EMBEDS_DTYPE,
     ENCODER_COLUMN,
-    embeds_shape,
+    check_embeds_columns_and_get_shape,
     find_invalid_embeds,
     resolve_image_encoder_digest,
 )
@@ -165,13 +165,13 @@ class Split:
     @cached_property
     def invalid_embeds(self) -> dict[int, str]:
         """Faults of the embeddings of a split without images: number of each invalid row -> description."""
-        _, width = embeds_shape(self.features, self.display_name)
+        _, width = check_embeds_columns_and_get_shape(self.features, self.display_name)
         return find_invalid_embeds(self.iter_column(EMBEDS_COLUMN), width)
 
     @property
     def stored_views(self) -> int:
         """Number of embeddings per row of a split without images. 1: the image itself. Above 1: augmentations."""
-        return embeds_shape(self.features, self.display_name)[0]
+        return check_embeds_columns_and_get_shape(self.features, self.display_name)[0]
 
     def check_embeds(self, model: str, fingerprint: str = "", views: int = 1) -> None:
         """Check that a model can use the embeddings of a split without images.
@@ -196,7 +196,7 @@ class Split:
                 f"encoder of {model} is {encoder}. Use the base model that the dataset card names, or embed the images "
                 f"again: python -m captions.embed --model {model} --dataset IMAGES --output FOLDER"
             )
-        _, width = embeds_shape(self.features, self.display_name)
+        _, width = check_embeds_columns_and_get_shape(self.features, self.display_name)
         # The settings of open_clip models do not state the width.
         if not model.startswith("open_clip:"):
             expected = embedding_width(load_transformers_config(model))
@@ -247,7 +247,7 @@ class Split:
             The image of each row, in order. For a missing or invalid image, a BadImage whose detail is the message of
             `describe_image_error`.
         """
-        return decode_images(
+        return decode_row_images(
             rows, lambda row: self.data[row][self.image_column], self.image_access, self.describe_image_error
         )
 
@@ -319,13 +319,13 @@ def open_split(
     path, paths, damages, data = Path(dataset), [], [], None
     check_stage_is_finished(path)
     if (path / "dataset_dict.json").is_file():
-        data = select_split(load_saved_dataset(path, image_roots), dataset, split)
+        data = select_split(check_paths_and_load_saved_dataset(path, image_roots), dataset, split)
         access = ImageAccess(AllowedFolders(path, image_roots), max_pixels)
     elif not path.exists() and not glob.has_magic(dataset):
         data = select_split(_load_from_hub(dataset), dataset, split)
-        access = ImageAccess(get_allowed_folders(dataset, image_roots), max_pixels)
+        access = ImageAccess(get_allowed_folders_of_dataset(dataset, image_roots), max_pixels)
     else:
-        paths, allowed_folders = _find_files_and_allowed_folders(dataset, split, image_roots)
+        paths, allowed_folders = _find_split_files_and_allowed_folders(dataset, split, image_roots)
         access = ImageAccess(allowed_folders, max_pixels)
         if paths[0].suffix != ".parquet":
             data, damages = _call_loader(dataset, load_rows_and_list_damaged_files, paths, image_column)
@@ -337,7 +337,7 @@ def open_split(
     else:
         opened = Split(dataset, split, image_column, disable_decoding(data, image_column), access, paths, damaged)
     if image_column not in opened.columns and EMBEDS_COLUMN in opened.columns:
-        embeds_shape(opened.features, opened.display_name)
+        check_embeds_columns_and_get_shape(opened.features, opened.display_name)
         opened.image_column = EMBEDS_COLUMN
     feature = opened.features.get(image_column)
     if isinstance(feature, dict) and "archive" in feature and (not paths or paths[0].suffix == ".parquet"):
@@ -365,7 +365,7 @@ def list_splits(dataset: str) -> list[str]:
     return list(_group_by_split(*_find_root_and_data_files(dataset), "train"))
 
 
-def count_missing_rows_and_get_command(folder: Path) -> tuple[int, str]:
+def count_missing_stage_rows_and_get_command(folder: Path) -> tuple[int, str]:
     """Count the rows that a stage of a caption build has not written yet, by the names of its parquet files.
 
     Args:
@@ -392,7 +392,7 @@ def check_stage_is_finished(folder: Path) -> None:
 
     The message contains the command that finishes the stage. A folder without `stage.json` is accepted.
     """
-    missing, command = count_missing_rows_and_get_command(folder) if (folder / STAGE_FILE).is_file() else (0, "")
+    missing, command = count_missing_stage_rows_and_get_command(folder) if (folder / STAGE_FILE).is_file() else (0, "")
     if missing > 0:
         raise ValueError(
             f"{folder} is unfinished: {missing} rows are missing. Other tasks may still be writing them. This command "
@@ -425,7 +425,7 @@ def _without_decoding(feature: Any) -> Any:
     return replace(feature, decode=False) if getattr(feature, "decode", False) else feature
 
 
-def _find_files_and_allowed_folders(
+def _find_split_files_and_allowed_folders(
     dataset: str, split: str, image_roots: Sequence[Path] = ()
 ) -> tuple[list[Path], AllowedFolders]:
     """Find the data files of a split on this machine.
@@ -479,7 +479,9 @@ def load_listed_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset
         return _call_loader(dataset, _load_dataset_with_size_check, form, data_files=names, split="train")
     except ValueError:
         if form == "parquet":
-            _check_expansion(paths)  # raises an error that names the damaged file; the current error does not
+            _check_decoded_size_of_parquet_files(
+                paths
+            )  # raises an error that names the damaged file; the current error does not
         raise
 
 
@@ -514,11 +516,11 @@ def _iter_size_checked_tables(
     Yields:
         The tuples (key, table) that `generate` yields: the key of the table in `datasets`, and the Arrow table.
     """
-    _check_expansion(files)
+    _check_decoded_size_of_parquet_files(files)
     yield from generate(files=files, **options)
 
 
-def _check_expansion(paths: Sequence[str | Path]) -> None:
+def _check_decoded_size_of_parquet_files(paths: Sequence[str | Path]) -> None:
     """Raise ValueError if a parquet file is damaged, or if the files together are too large after decoding.
 
     The limit is the larger of `UNLIMITED_EXPANSION_BYTES` and `MAX_PARQUET_EXPANSION` times the size of the files. The
@@ -530,7 +532,9 @@ def _check_expansion(paths: Sequence[str | Path]) -> None:
     for path in paths:
         with open_parquet(path) as file:
             groups = (file.metadata.row_group(number) for number in range(file.num_row_groups))
-            sizes = (sum(map(_compute_decoded_size, batch.columns)) for batch in file.iter_batches(PARQUET_BATCH_ROWS))
+            sizes = (
+                sum(map(_compute_decoded_array_size, batch.columns)) for batch in file.iter_batches(PARQUET_BATCH_ROWS)
+            )
             is_too_large = sum(group.total_byte_size for group in groups) > limit
             while not is_too_large and (size := next(sizes, None)) is not None:
                 decoded += size
@@ -543,7 +547,7 @@ def _check_expansion(paths: Sequence[str | Path]) -> None:
                 )
 
 
-def _compute_decoded_size(array: pa.Array) -> int:
+def _compute_decoded_array_size(array: pa.Array) -> int:
     """Return the size in bytes that an array has without dictionary encoding, so that repeated values are counted."""
     if pa.types.is_dictionary(array.type):
         values = array.dictionary
@@ -551,13 +555,13 @@ def _compute_decoded_size(array: pa.Array) -> int:
             return len(array) * values.type.bit_width // 8
         return pc.sum(pc.take(pc.binary_length(values), array.indices)).as_py() or 0
     if pa.types.is_struct(array.type):
-        return sum(map(_compute_decoded_size, array.flatten()))
+        return sum(map(_compute_decoded_array_size, array.flatten()))
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        return _compute_decoded_size(array.flatten())
+        return _compute_decoded_array_size(array.flatten())
     return array.nbytes
 
 
-def load_saved_dataset(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
+def check_paths_and_load_saved_dataset(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
     """Load a `DatasetDict` that was saved with `save_to_disk`.
 
     Args:
@@ -567,7 +571,7 @@ def load_saved_dataset(folder: Path, image_roots: Sequence[Path] = ()) -> Datase
     Raises:
         ValueError: If a link or path leads out of these folders, or the dataset can't be loaded.
     """
-    check_links_stay_inside(folder)
+    check_folder_for_outside_links_and_pipes(folder)
     allowed_folders = AllowedFolders(folder, image_roots)
     for split in read_json(folder / "dataset_dict.json", splits=list)["splits"]:
         state = folder / str(split) / "state.json"
@@ -585,7 +589,7 @@ def load_saved_dataset(folder: Path, image_roots: Sequence[Path] = ()) -> Datase
     return data
 
 
-def get_allowed_folders(dataset: str, image_roots: Sequence[Path] = ()) -> AllowedFolders:
+def get_allowed_folders_of_dataset(dataset: str, image_roots: Sequence[Path] = ()) -> AllowedFolders:
     """Return the folders in which the files of a dataset may lie.
 
     These are the folder of the dataset (for a Hub id, its folder in the Hub cache), the folders `image_roots`, and the
@@ -645,7 +649,7 @@ def _load_from_hub(dataset: str) -> Any:
         raise ValueError(f"{dataset} does not exist, and it is not a Hub id such as 'laicsiifes/flickr30k-pt-br'.")
     subject = f"{dataset} is not a path on this machine, and as a Hub id it"
     converted = Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___")
-    if not (get_allowed_folders(dataset).folder.exists() or converted.exists()):
+    if not (get_allowed_folders_of_dataset(dataset).folder.exists() or converted.exists()):
         # Fail after one request: `datasets` would retry six times, for half a minute.
         _call_loader(subject, HfApi().dataset_info, dataset, timeout=DATASET_INFO_TIMEOUT_S)
     return _call_loader(subject, _load_dataset_with_size_check, dataset)

@@ -247,7 +247,7 @@ def _iter_json_rows(path: Path) -> Iterator[Any]:
     Blank lines are skipped. Raises ValueError if a line is longer than `MAX_ROW_JSON_BYTES`.
     """
     with path.open("rb") as file:
-        yield from map(_parse_json, filter(bytes.strip, _iter_bounded_lines(file)))
+        yield from map(_parse_json, filter(bytes.strip, _iter_lines_with_length_check(file)))
 
 
 def _iter_csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
@@ -259,7 +259,7 @@ def _iter_csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
     """
     first_line = 1  # line in which the current row begins; a quoted cell may span several lines
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(_iter_bounded_lines(file), strict=True)
+        rows = csv.reader(_iter_lines_with_length_check(file), strict=True)
         try:
             names = next(rows, [])
             if "file_name" not in names:
@@ -289,7 +289,7 @@ def _iter_csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
             raise ValueError("the file must be UTF-8; in a spreadsheet, save it as CSV UTF-8") from error
 
 
-def _iter_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
+def _iter_lines_with_length_check(file: IO[AnyStr]) -> Iterator[AnyStr]:
     """Iterate over the lines of an open text or binary file.
 
     Raises ValueError if a line is longer than `MAX_ROW_JSON_BYTES`, so that a file with an endless line, for example a

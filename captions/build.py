@@ -43,15 +43,15 @@ from capivara_common.cli import (
     flag,
     parse_arguments,
     read_yaml_config,
-    run_command,
+    run_main_and_report_user_errors,
     unknown_name_message,
 )
 from capivara_common.executors import PhaseStep, read_task_failures, run_phases
 from capivara_common.files import atomic_folder, read_json, write_json, write_text
-from capivara_common.privacy import shorten_private_paths, to_publishable_name
+from capivara_common.privacy import get_publishable_model_or_dataset_name, shorten_absolute_paths
 from capivara_common.tasks import ExecutorArguments, Phase
 from caption_data.rows import CAPTION_COLUMN_RE, DATASET_HELP, NOT_CHOSEN, SkippedRow, write_skipped_rows
-from caption_data.sources import STAGE_FILE, count_missing_rows_and_get_command
+from caption_data.sources import STAGE_FILE, count_missing_stage_rows_and_get_command
 from captions.embedding_stage import EmbedArguments
 from captions.generate import GenerateArguments
 from captions.quality import QUALITY_FILE
@@ -62,7 +62,7 @@ from captions.stages import (
     StageArguments,
     atomic_parquet,
     check_stage_and_count_rows,
-    delete_parts_of_changed_rows,
+    delete_parts_of_changed_rows_and_fingerprint,
     flatten_dict,
     identity_digest,
     read_stage_record,
@@ -171,7 +171,7 @@ def read_build_plan(
     for key in REQUIRED_KEYS:
         if not content.get(key):
             raise ValueError(f"{config} lacks `{key}`. Add it to the config, or set --{key}.")
-    card = _parse_card_section(content.get("card"), config)
+    card = _validate_card_section(content.get("card"), config)
     if without_images and "embed" not in content:
         score = content.get("score")
         content["embed"] = {"model": score.get("model")} if isinstance(score, dict) else {}
@@ -287,7 +287,7 @@ def _resolve_translation_table_path(name: Path, output: Path, stage: Path) -> Pa
     return path
 
 
-def _parse_card_section(card: Any, config: Path) -> dict[str, Any]:
+def _validate_card_section(card: Any, config: Path) -> dict[str, Any]:
     """Validate the section `card` of a config, which must state the license and the sources of the dataset.
 
     Args:
@@ -363,7 +363,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
         raise UsageError(str(error)) from error
     for steps in plan.steps.values():
         if _get_stage_status(steps[0]) != "done":
-            _check_stage_columns(steps)  # raises errors before a model is downloaded or loaded
+            _check_columns_of_all_stages(steps)  # raises errors before a model is downloaded or loaded
     for step in plan.all_steps():
         if _get_stage_status(step) != "done":
             step.check_backend()
@@ -406,7 +406,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
     return plan.dataset
 
 
-def _check_stage_columns(steps: list[StageArguments]) -> None:
+def _check_columns_of_all_stages(steps: list[StageArguments]) -> None:
     """Check, before anything runs, that each stage of a split has the columns that it needs.
 
     Args:
@@ -447,7 +447,7 @@ def _apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
             for step_after in reversed(later):
                 has_same_rows = step_after is later[0] and isinstance(step_after, ScoreArguments)
                 if has_same_rows and (step_after.output / STAGE_FILE).is_file():
-                    delete_parts_of_changed_rows(step_after.output, corrections.rows)
+                    delete_parts_of_changed_rows_and_fingerprint(step_after.output, corrections.rows)
                 else:
                     shutil.rmtree(step_after.output, ignore_errors=True)
             corrections.apply()
@@ -537,7 +537,7 @@ def _get_stage_status(step: StageArguments) -> str:
         return f"needs the translations in {step.import_file}: {request.partition(':')[0]}"
     if not (step.output / STAGE_FILE).is_file():
         return "not started"
-    missing, _ = count_missing_rows_and_get_command(step.output)
+    missing, _ = count_missing_stage_rows_and_get_command(step.output)
     if missing:
         return f"{missing:,} rows are missing"
     return f"the corrected rows of {step.import_file} are written again" if step.is_corrected() else "done"
@@ -579,7 +579,9 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
             count = len(split_files)
             names = [folder / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
             progress = tqdm(zip(names, split_files, strict=True), desc="Dataset", unit="file", total=count)
-            counts = sum((_write_parquet_and_count(path, parts, schema) for path, parts in progress), Counter())
+            counts = sum(
+                (_merge_parquet_parts_and_count_captions(path, parts, schema) for path, parts in progress), Counter()
+            )
             steps = [_summarize_stage_for_card(step) for step in plan.steps[split]]
             metadata["splits"][split] = {"rows": counts.pop("rows"), "captions": dict(counts), "steps": steps}
         plots = (step.output / "report" / SIMILARITY_PLOT_FILE for step in plan.all_steps())
@@ -597,7 +599,10 @@ def _list_unembedded_rows(plan: BuildPlan) -> list[SkippedRow]:
     paths = (path for stage in stages for path in sorted(stage.output.glob("*.skipped.jsonl")))
     rows = [SkippedRow(**json.loads(line)) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     return [
-        replace(row, source=to_publishable_name(row.source), detail=shorten_private_paths(row.detail)) for row in rows
+        replace(
+            row, source=get_publishable_model_or_dataset_name(row.source), detail=shorten_absolute_paths(row.detail)
+        )
+        for row in rows
     ]
 
 
@@ -639,7 +644,7 @@ def _unify_schemas(parts: Iterable[Path]) -> pa.Schema:
     return features.arrow_schema
 
 
-def _write_parquet_and_count(path: Path, parts: list[Path], schema: pa.Schema) -> Counter[str]:
+def _merge_parquet_parts_and_count_captions(path: Path, parts: list[Path], schema: pa.Schema) -> Counter[str]:
     """Write one parquet file of the dataset.
 
     Args:
@@ -681,7 +686,7 @@ def _summarize_stage_for_card(step: StageArguments) -> dict[str, Any]:
             quality_counts |= {"flags": flags, "usage": usage}
     return {
         "name": step.output.parent.name.partition("-")[2],
-        "settings": shorten_private_paths(record["settings"]),
+        "settings": shorten_absolute_paths(record["settings"]),
         "rows_in": record["source"]["rows"],
         "rows_out": report.rows,
         "left_out": report.skipped,
@@ -797,4 +802,4 @@ if __name__ == "__main__":
     # Import this file as a named module, so that other processes can unpickle its classes.
     from captions import build as module
 
-    run_command(module.main, resumable=True)
+    run_main_and_report_user_errors(module.main, resumable=True)

@@ -23,10 +23,10 @@ from typing import Any
 
 from huggingface_hub import constants, hf_hub_download
 
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.executors import PhaseStep, run_phases
-from capivara_common.files import locked_folder, prepare_output_folder
-from capivara_common.privacy import to_publishable_name
+from capivara_common.files import check_output_folder_and_clean_leftovers, locked_folder
+from capivara_common.privacy import get_publishable_model_or_dataset_name
 from capivara_common.tasks import Phase
 from caption_data.rows import CAPTION_COLUMN_RE
 from caption_data.sources import list_splits
@@ -75,7 +75,7 @@ def _read_inherited_card_values(args: EmbedCommandArguments) -> dict[str, Any]:
         )
     keys = ("attribution",) if args.license else ("attribution", "license_name", "license_link")
     inherited = {key: card[key] for key in keys if card.get(key)}
-    name = to_publishable_name(args.dataset)
+    name = get_publishable_model_or_dataset_name(args.dataset)
     return inherited | {
         "license": license_id,
         "pretty_name": f"{card.get('pretty_name') or name}: image embeddings",
@@ -103,7 +103,7 @@ def _plan_phases(args: EmbedCommandArguments, parts: Path) -> list[PhaseStep]:
     card = _read_inherited_card_values(args)
     args.check_model()
     if not (args.output / BUILD_FILE).is_file():
-        prepare_output_folder(args.output)
+        check_output_folder_and_clean_leftovers(args.output)
     steps: dict[str, list[StageArguments]] = {}
     for split in list_splits(args.dataset) if args.split == "all" else [args.split]:
         step = replace(args, split=split, output=parts / "1-embed" / split, logging_dir=args.log_folder / split)
@@ -146,4 +146,4 @@ if __name__ == "__main__":
     # Import this file as a named module, so that other processes can unpickle its classes.
     from captions import embed
 
-    run_command(embed.main, resumable=True)
+    run_main_and_report_user_errors(embed.main, resumable=True)

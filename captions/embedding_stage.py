@@ -14,8 +14,8 @@ import numpy as np
 import PIL.Image
 from datasets import Value
 
-from capivara_common.cli import check_at_least, flag, run_command
-from capivara_common.embedding_store import embed_batch
+from capivara_common.cli import check_at_least, flag, run_main_and_report_user_errors
+from capivara_common.embedding_store import embed_batch_except_bad_images
 from capivara_common.image_files import BadImage, BadRow
 from caption_data.augmentation import describe_augmentation, make_augmented_view
 from caption_data.embedded import (
@@ -96,8 +96,12 @@ def embed_images_of_rows(
         For each row, a dict with the new columns, or a BadImage (a BadRow with the reason) if the image cannot be used.
     """
     digests = [blake2b(row[args.image_column]["bytes"], digest_size=16).hexdigest() for row in rows]
-    images = [view for row, digest in zip(rows, digests, strict=True) for view in _make_views(row, digest, args)]
-    vectors = embed_batch(images, embed, skip_refused=True)
+    images = [
+        view
+        for row, digest in zip(rows, digests, strict=True)
+        for view in _get_image_or_augmented_views(row, digest, args)
+    ]
+    vectors = embed_batch_except_bad_images(images, embed, skip_refused=True)
     results: list[dict[str, Any] | BadRow] = []
     for digest, start in zip(digests, range(0, len(vectors), args.views), strict=True):
         views = vectors[start : start + args.views]
@@ -110,7 +114,9 @@ def embed_images_of_rows(
     return results
 
 
-def _make_views(row: dict[str, Any], digest: str, args: EmbedArguments) -> list[PIL.Image.Image | BadImage]:
+def _get_image_or_augmented_views(
+    row: dict[str, Any], digest: str, args: EmbedArguments
+) -> list[PIL.Image.Image | BadImage]:
     """Return the views of a row's image: the image itself, or `args.views` augmentations."""
     if args.views == 1:
         return [row[DECODED_KEY]]
@@ -133,4 +139,4 @@ if __name__ == "__main__":
     # Import this file as a named module, so that other processes can unpickle its classes.
     from captions import embedding_stage
 
-    run_command(embedding_stage.main, resumable=True)
+    run_main_and_report_user_errors(embedding_stage.main, resumable=True)

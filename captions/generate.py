@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capivara_common.cli import check_at_least, flag, run_command
+from capivara_common.cli import check_at_least, flag, run_main_and_report_user_errors
 from capivara_common.tasks import Phase
 from captions.captioners import CAPTIONERS
 from captions.captioners.blip2 import DEFAULT_MODEL
@@ -125,4 +125,4 @@ if __name__ == "__main__":
     # Import this file as a named module, so that other processes can unpickle its classes.
     from captions import generate
 
-    run_command(generate.main, resumable=True)
+    run_main_and_report_user_errors(generate.main, resumable=True)

@@ -47,7 +47,7 @@ def find_translator_language_code(language: str, codes: Iterable[str], translato
     """
     codes, wanted = list(codes), parse_language(language)
     parsed = {code: parse_language(code) for code in codes}
-    matches = [code for code in codes if wanted and parsed[code] and _is_same_language(wanted, parsed[code])]
+    matches = [code for code in codes if wanted and parsed[code] and _is_same_language_and_script(wanted, parsed[code])]
     if matches:
         return min(matches, key=lambda code: (code != language, parsed[code] != wanted, bool(parsed[code].territory)))
     near = sorted(codes, key=lambda code: -difflib.SequenceMatcher(None, language.lower(), code.lower()).ratio())
@@ -57,7 +57,7 @@ def find_translator_language_code(language: str, codes: Iterable[str], translato
     )
 
 
-def _is_same_language(wanted: Language, other: Language) -> bool:
+def _is_same_language_and_script(wanted: Language, other: Language) -> bool:
     """Return True if two language codes mean the same language in the same script.
 
     Codes with two different regions (pt-BR and pt-PT) are not the same. A code without a region matches any region.

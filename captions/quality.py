@@ -46,7 +46,7 @@ MARKUP_RE = re.compile(
 )
 
 
-def find_translation_flags(source: str, translation: str, language: str) -> list[str]:
+def find_translation_quality_flags(source: str, translation: str, language: str) -> list[str]:
     """Return the names of the problems that a translation seems to have.
 
     Args:
@@ -77,7 +77,7 @@ def find_translation_flags(source: str, translation: str, language: str) -> list
     return [name for name, is_flagged in checks.items() if is_flagged]
 
 
-def find_caption_flags(caption: str, language: str) -> list[str]:
+def find_caption_quality_flags(caption: str, language: str) -> list[str]:
     """Return the names of the problems that a generated caption seems to have.
 
     Args:

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from capivara_common.cli import flag, run_command
-from capivara_common.embedding_store import embed_batch
+from capivara_common.cli import flag, run_main_and_report_user_errors
+from capivara_common.embedding_store import embed_batch_except_bad_images
 from capivara_common.image_files import BadRow
 from caption_data.rows import SIMILARITIES_FEATURE
 from captions.stages import DECODED_KEY, EncoderStageArguments, RowStage, run_stage_command
@@ -101,7 +101,9 @@ def _compute_caption_similarities(
     embeds = embedder.embed_texts(distinct, 2 * size) if distinct else []
     text_embeds = dict(zip(distinct, embeds, strict=True))  # shape of each embedding: (width,)
     images = [rows[number][DECODED_KEY] for number in captioned]
-    image_embeds = embed_batch(images, partial(embedder.embed_images, batch_size=size), skip_refused=True)
+    image_embeds = embed_batch_except_bad_images(
+        images, partial(embedder.embed_images, batch_size=size), skip_refused=True
+    )
     for number, embed in zip(captioned, image_embeds, strict=True):
         results[number] = embed
         if not isinstance(embed, BadRow):
@@ -123,4 +125,4 @@ if __name__ == "__main__":
     # Import this file as a named module, so that other processes can unpickle its classes.
     from captions import score
 
-    run_command(score.main, resumable=True)
+    run_main_and_report_user_errors(score.main, resumable=True)

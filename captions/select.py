@@ -27,13 +27,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from capivara_common.cli import flag, run_command
+from capivara_common.cli import flag, run_main_and_report_user_errors
 from capivara_common.files import write_json
 from capivara_common.image_files import BadRow, decode_image
-from capivara_common.privacy import to_publishable_name
+from capivara_common.privacy import get_publishable_model_or_dataset_name
 from caption_data.rows import CAPTIONS_FEATURE, NOT_CHOSEN, SIMILARITY_STRATEGIES, CaptionChoice, normalize_captions
 from caption_data.sources import Split
-from captions.stages import RowStage, StageArguments, check_stage_and_count_rows, read_skipped_rows, run_stage_command
+from captions.stages import (
+    RowStage,
+    StageArguments,
+    check_stage_and_count_rows,
+    read_skipped_row_numbers_and_reasons,
+    run_stage_command,
+)
 from eval.records.tables import make_short_plain_line, write_html_from_template
 
 # Path of the HTML page in the output folder. The page is written last, so that the report is complete if it exists.
@@ -192,7 +198,7 @@ def _write_selection_report(args: SelectArguments) -> None:
     }
     sides = {"dropped": shown[~shown["kept"]]["similarity"], "kept": shown[shown["kept"]]["similarity"]}
     metadata = {
-        "dataset": to_publishable_name(args.dataset),
+        "dataset": get_publishable_model_or_dataset_name(args.dataset),
         **{name: getattr(args, name) for name in settings},
         "images": {"kept": kept_count, "not chosen": len(is_image_kept) - kept_count, "can't be used": unusable},
         "captions": {"of these images": len(captions), "kept": int(captions["kept"].sum())},
@@ -207,7 +213,7 @@ def _write_selection_report(args: SelectArguments) -> None:
     }
     if len(shown):
         cutoff = args.min_pair_similarity if by_first else args.strategy_cutoff
-        plot_similarities(sides, unit, cutoff, folder / "similarities.png")
+        plot_kept_and_dropped_similarities(sides, unit, cutoff, folder / "similarities.png")
     write_json(folder / "selection.json", metadata)
     write_html_from_template(
         REPORT_TEMPLATE,
@@ -238,12 +244,14 @@ def _build_caption_similarity_frame(args: SelectArguments, source: Split) -> pd.
     """
     present = [old for old in source.columns if args.column_renames().get(old, old) in args.columns()]
     parts = args.output.glob(f"{args.split}-*.parquet")
-    unusable = {row for part in parts for row, reason in read_skipped_rows(part) if reason != NOT_CHOSEN}
+    unusable = {
+        row for part in parts for row, reason in read_skipped_row_numbers_and_reasons(part) if reason != NOT_CHOSEN
+    }
     # Use arrays of C numbers, because lists of Python objects would need several times the memory.
     table = {"row": array("q"), "place": array("i"), "first": array("b"), "kept": array("b"), "similarity": array("d")}
     for number, row in enumerate(source.rows(column_names=present)):
         if number not in unusable:
-            row = _rename_and_normalize_row(args, row)
+            row = _rename_columns_and_normalize_captions(args, row)
             similarities, chosen = _choose_captions_and_read_similarities(args, row)
             for place, (text, similarity) in enumerate(similarities.items()):
                 is_first = place == 0 and bool(row.get(args.columns()[0]))
@@ -255,7 +263,7 @@ def _build_caption_similarity_frame(args: SelectArguments, source: Split) -> pd.
     return captions.astype({"first": bool, "kept": bool})
 
 
-def _rename_and_normalize_row(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any]:
+def _rename_columns_and_normalize_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any]:
     """Return a row of the source with the column names of the output, and with captions as lists of texts.
 
     Args:
@@ -286,7 +294,9 @@ def _select_examples_and_write_images(
         side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
         for example in side.head(EXAMPLES_PER_SIDE).itertuples():
             row = source.row(example.row)
-            similarities, _ = _choose_captions_and_read_similarities(args, _rename_and_normalize_row(args, row))
+            similarities, _ = _choose_captions_and_read_similarities(
+                args, _rename_columns_and_normalize_captions(args, row)
+            )
             text = list(similarities)[example.place]
             examples.append({"row": example.row, "caption": text, "similarity": example.similarity, "kept": kept})
             if source.is_embedded:
@@ -298,7 +308,9 @@ def _select_examples_and_write_images(
     return examples
 
 
-def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | None, path: Path) -> None:
+def plot_kept_and_dropped_similarities(
+    sides: dict[str, pd.Series], unit: str, cutoff: float | None, path: Path
+) -> None:
     """Draw a stacked histogram of the similarities of kept and dropped captions, with a line at the cutoff.
 
     Args:
@@ -310,7 +322,7 @@ def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | No
     from matplotlib import pyplot as plt  # slow to import, and only one task draws
     from matplotlib.ticker import MaxNLocator
 
-    from eval.records.plots import MODEL_COLOR, TEXT_COLOR, draw_grid_and_hide_frame, save_figure
+    from eval.records.plots import MODEL_COLOR, TEXT_COLOR, draw_grid_and_hide_frame, save_png_and_close_figure
 
     figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     labels = [f"{name}: {len(values):,}" for name, values in sides.items()]
@@ -322,7 +334,7 @@ def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | No
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     # Put the legend below the axis, where it covers no bar.
     axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
-    save_figure(figure, path)
+    save_png_and_close_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -340,4 +352,4 @@ if __name__ == "__main__":
     # Import this file as a named module, so that other processes can unpickle its classes.
     from captions import select
 
-    run_command(select.main, resumable=True)
+    run_main_and_report_user_errors(select.main, resumable=True)

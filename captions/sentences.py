@@ -11,7 +11,7 @@ from datasets import List, Value
 from capivara_common.image_files import BadRow
 from caption_data.rows import normalize_captions
 from caption_data.sources import Split
-from captions.quality import find_translation_flags
+from captions.quality import find_translation_quality_flags
 
 CAPTION_KINDS = ("captions", "generated-captions")  # names of caption columns, without the language code at the end
 # Type of the column `quality-<language>`. `captions` is the number of translated captions of the row. `flagged` lists
@@ -22,7 +22,7 @@ _FLAGGED_FEATURES |= {"source": Value("string"), "translation": Value("string")}
 QUALITY_FEATURES = {"captions": Value("int32"), "flagged": List(_FLAGGED_FEATURES)}
 
 
-def map_columns_to_translations(present: Collection[str], where: str, args: Any) -> dict[str, str]:
+def map_caption_columns_to_translated_columns(present: Collection[str], where: str, args: Any) -> dict[str, str]:
     """Return the caption columns to translate and the columns of their translations.
 
     Args:
@@ -63,7 +63,7 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range]) -> 
         ValueError: If the dataset already has a column of translations.
     """
     names = {args.column_renames().get(name, name): name for name in source.columns}
-    columns = [names[column] for column in map_columns_to_translations(names, source.display_name, args)]
+    columns = [names[column] for column in map_caption_columns_to_translated_columns(names, source.display_name, args)]
     seen: set[bytes] = set()  # digests of sentences; the sentences would need ten times the memory
     for part in parts:
         rows = itertools.islice(source.rows(part.start, column_names=columns), len(part))
@@ -78,7 +78,7 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range]) -> 
                     yield sentence
 
 
-def build_translated_columns(
+def build_translation_and_quality_columns(
     args: Any,
     row: dict[str, Any],
     columns: dict[str, str],
@@ -104,7 +104,7 @@ def build_translated_columns(
         for position, source in enumerate(row.get(column) or []):
             translation = translations[source] if source.strip() else ""
             fault = (faults or {}).get(source)
-            flags = [fault] if fault else find_translation_flags(source, translation, args.language)
+            flags = [fault] if fault else find_translation_quality_flags(source, translation, args.language)
             caption_count += 1
             if flags:
                 entry = {"column": target, "position": position, "flags": flags}

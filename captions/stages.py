@@ -304,7 +304,7 @@ class EncoderStageArguments(StageArguments):
         check_model_exists(self.model)
 
 
-def _get_copied_features(source: Split, args: StageArguments) -> Features:
+def _check_and_get_copied_column_types(source: Split, args: StageArguments) -> Features:
     """Return the columns that a stage copies from its source to its output.
 
     Columns with an Arrow extension type are not copied.
@@ -397,7 +397,7 @@ class RowStage:
         # If the first file of the source can't be read, this line raises the error, before a model is loaded or a paid
         # service is called.
         next(self.source.rows(), None)
-        self.features = _get_copied_features(self.source, args)
+        self.features = _check_and_get_copied_column_types(self.source, args)
         self.record = {  # the keys of `stage.json` that are known before a model is loaded
             "version": STAGE_VERSION,
             "command": args.command(),
@@ -676,8 +676,8 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
         # raises an error.
         write_json(path, record)
     recorded = read_stage_record(output)
-    # The fingerprint is None if `delete_parts_of_changed_rows` has deleted the parts with changed rows. The new source
-    # is then accepted.
+    # The fingerprint is None if `delete_parts_of_changed_rows_and_fingerprint` has deleted the parts with changed rows.
+    # The new source is then accepted.
     is_invalidated = recorded["source"].get("fingerprint") is None
     if is_invalidated:
         recorded["source"]["fingerprint"] = record["source"]["fingerprint"]
@@ -735,7 +735,7 @@ class Corrections:
         write_json(self.output / STAGE_FILE, self.record)
 
 
-def delete_parts_of_changed_rows(output: Path, rows: Iterable[int]) -> None:
+def delete_parts_of_changed_rows_and_fingerprint(output: Path, rows: Iterable[int]) -> None:
     """Delete the parts (parquet files) of a stage that were made from changed rows, so that they are written again.
 
     The fingerprint of the source is removed from `stage.json`, so that `write_or_check_stage_record` accepts the
@@ -814,7 +814,7 @@ def _count_written_and_skipped_rows(output: Path, record: dict[str, Any], parts:
         path = _part_path(output, record["source"]["split"], part)
         with open_parquet(path, f". Remove it, {retry}") as file:
             written = file.metadata.num_rows
-        reasons = Counter(reason for _, reason in read_skipped_rows(path))
+        reasons = Counter(reason for _, reason in read_skipped_row_numbers_and_reasons(path))
         if written + sum(reasons.values()) != len(part):
             raise ValueError(
                 f"{path} has {written} rows and lists {sum(reasons.values())} skipped rows; together there must be "
@@ -824,7 +824,7 @@ def _count_written_and_skipped_rows(output: Path, record: dict[str, Any], parts:
     return StageReport(rows, dict(skipped.most_common()))
 
 
-def read_skipped_rows(part: Path) -> list[tuple[int, str]]:
+def read_skipped_row_numbers_and_reasons(part: Path) -> list[tuple[int, str]]:
     """Return the tuple (row number, reason) for each skipped row of a part.
 
     `part` is the path of the parquet file of the part. Raises ValueError if the list of skipped rows is damaged.

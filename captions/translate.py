@@ -28,7 +28,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from capivara_common.cli import check_at_least, flag, run_command
+from capivara_common.cli import check_at_least, flag, run_main_and_report_user_errors
 from capivara_common.files import write_json
 from caption_data.rows import CAPTIONS_FEATURE
 from captions.chat.answers import Answer
@@ -37,9 +37,9 @@ from captions.quality import QUALITY_FILE, QUALITY_FLAGS, summarize_quality_file
 from captions.sentences import (
     CAPTION_KINDS,
     QUALITY_FEATURES,
-    build_translated_columns,
+    build_translation_and_quality_columns,
     iter_distinct_captions,
-    map_columns_to_translations,
+    map_caption_columns_to_translated_columns,
 )
 from captions.stages import RowStage, StageArguments, iter_length_limited_batches, read_stage_record, run_stage_command
 from captions.translation_memory import TranslationMemory
@@ -125,7 +125,11 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
             ValueError: If the dataset has no captions in the source language, or already has a column of translations.
         """
         added = super().check_columns(columns, where)
-        return [*added, *map_columns_to_translations(columns, where, self).values(), f"quality-{self.language}"]
+        return [
+            *added,
+            *map_caption_columns_to_translated_columns(columns, where, self).values(),
+            f"quality-{self.language}",
+        ]
 
     def settings(self, translator: dict[str, Any]) -> dict[str, Any]:
         """Return the settings of the stage for `stage.json`.
@@ -177,7 +181,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         Raises:
             ValueError, OSError, ImportError: If the translator cannot be loaded, or the table is incomplete.
         """
-        columns = map_columns_to_translations(stage.features, stage.source.display_name, self)
+        columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
         translator = TRANSLATORS[self.backend].load(self, stage)
         translations: dict[str, str] = {}  # sentence -> translation, for the sentences of the next parts
         faults: dict[str, str] = {}  # sentence -> fault, if the translator gave no usable answer
@@ -188,7 +192,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
             translations.update(_translate_with_memory(self, translator, sentences, faults, shows_bar=stage.rank == 0))
 
         def process(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return [build_translated_columns(self, row, columns, translations, faults) for row in rows]
+            return [build_translation_and_quality_columns(self, row, columns, translations, faults) for row in rows]
 
         new_columns = dict.fromkeys(columns.values(), CAPTIONS_FEATURE) | {f"quality-{self.language}": QUALITY_FEATURES}
         return new_columns, self.settings(translator.fingerprint), process, prepare
@@ -292,4 +296,4 @@ if __name__ == "__main__":
     # Import this file as a named module, so that other processes can unpickle its classes.
     from captions import translate
 
-    run_command(translate.main, resumable=True)
+    run_main_and_report_user_errors(translate.main, resumable=True)

@@ -102,7 +102,7 @@ def read_translation_table(path: Path, sentences: list[str]) -> dict[str, str]:
         ValueError: If the rows do not match the sentences, or a sentence has no translation.
     """
     check_rows_match_sentences(path, sentences)
-    if missing := describe_untranslated(path):
+    if missing := describe_untranslated_rows(path):
         raise ValueError(f"{path}: {missing} Fill the last column of these lines.")
     return {
         source: row["translation"] for source, row in zip(sentences, read_table_header_and_rows(path)[1], strict=True)
@@ -135,7 +135,7 @@ def _describe_cells(row: dict[str, str] | None) -> str:
     return f"{row['id']} ({row.get('source', '')[:MAX_QUOTED_CHARACTERS]!r})" if row else "no row"
 
 
-def describe_untranslated(path: Path) -> str:
+def describe_untranslated_rows(path: Path) -> str:
     """Return a sentence that counts the rows of a table without a translation, and lists the first of them.
 
     Returns "" if all rows have a translation. Raises ValueError if the file is not a translation table.

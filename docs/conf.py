@@ -8,7 +8,7 @@ from sphinx.application import Sphinx
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 from modeling_capivara import __version__
-from site_pages import render_site_page
+from site_pages import insert_generated_parts_and_rewrite_links
 
 project, author, release = "CAPIVARA", "The CAPIVARA developers", __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -29,7 +29,7 @@ nitpicky, nitpick_ignore_regex = True, [("py:.*", ".*")]
 
 def _replace_source(app: Sphinx, page: str, source: list[str]) -> None:
     """Replace the text of a page by the text for the site (a callback of Sphinx)."""
-    source[0] = render_site_page(page, source[0])
+    source[0] = insert_generated_parts_and_rewrite_links(page, source[0])
 
 
 def setup(app: Sphinx) -> None:

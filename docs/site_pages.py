@@ -93,7 +93,7 @@ def _build_markdown_table(rows: Iterable[tuple[str, ...]], *columns: str) -> str
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _describe_action(action: argparse.Action) -> tuple[str, str, str, str]:
+def _build_command_argument_row(action: argparse.Action) -> tuple[str, str, str, str]:
     """Return flag, type, default and meaning of an argument of a command."""
     name = action.option_strings[0] if action.option_strings else action.dest
     value_type = getattr(action.type, "__name__", "") if action.type else "switch" * (action.nargs == 0)
@@ -117,7 +117,9 @@ def render_command_reference() -> str:
             text.append(f"### {name}\n\n`{start}`\n\n{_convert_description_to_markdown(parser.description or '')}")
             actions = [action for action in parser._actions if action.dest != "help"]
             actions.sort(key=lambda action: not action.required)  # as `--help` lists them
-            text.append(_build_markdown_table(map(_describe_action, actions), "Flag", "Type", "Default", "Meaning"))
+            text.append(
+                _build_markdown_table(map(_build_command_argument_row, actions), "Flag", "Type", "Default", "Meaning")
+            )
     return "\n\n".join(text)
 
 
@@ -137,7 +139,7 @@ def render_search_command_reference(language: str = "en") -> str:
     return "\n\n".join(text)
 
 
-def render_config_reference() -> str:
+def render_config_files_as_code_blocks() -> str:
     """Return the reference of the config files: each file in a code block, the comments included."""
     paths = sorted((ROOT / "configs").rglob("*.yaml"))
     blocks = [f"## {path.relative_to(ROOT)}\n\n```yaml\n{path.read_text(encoding='utf-8')}```" for path in paths]
@@ -147,11 +149,11 @@ def render_config_reference() -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     "commands": render_command_reference,
     "search_commands": render_search_command_reference,
-    "configs": render_config_reference,
+    "configs": render_config_files_as_code_blocks,
 }
 
 
-def render_site_page(page: str, text: str) -> str:
+def insert_generated_parts_and_rewrite_links(page: str, text: str) -> str:
     """Return the text of a page as the site shows it.
 
     Args:

@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from capivara_common.cli import flag, run_command
+from capivara_common.cli import flag, run_main_and_report_user_errors
 from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import check_output_file
-from caption_data.labeled_images import LABEL_COLUMNS, LabeledImages, load_labeled_images
+from caption_data.labeled_images import LABEL_COLUMNS, LabeledImages, load_images_with_prompt_class_labels
 from eval.capivara_metrics import metrics
 from eval.embeddings import (
     CachedEmbedder,
     ModelArguments,
     load_embedder_with_cache,
     run_evaluation_command,
-    write_result,
+    write_result_file_with_model_metadata,
 )
 from eval.prompts import Prompts, load_prompts
 from eval.records.result_files import Record
@@ -97,7 +97,7 @@ def load_labeled_split(
     """
     columns = (args.image_column, args.label_column)
     options = args.image_options() | {"limit": args.limit}
-    return load_labeled_images(args.images, split, class_names, *columns, class_indices, **options)
+    return load_images_with_prompt_class_labels(args.images, split, class_names, *columns, class_indices, **options)
 
 
 def _embed_classes(store: CachedEmbedder, prompts: Prompts) -> Tensor:
@@ -173,7 +173,7 @@ def compute_chance_level(metric: str, labels: list, class_count: int) -> float:
     return {"roc_auc": 0.5, "top_5_accuracy": 5 / class_count}.get(metric, 1 / class_count)
 
 
-def evaluate_classification_and_write_result(args: ClassificationArguments) -> list[Record]:
+def evaluate_zero_shot_and_write_result(args: ClassificationArguments) -> list[Record]:
     """Measure zero-shot classification, and write the result file.
 
     Args:
@@ -213,11 +213,11 @@ def evaluate_classification_and_write_result(args: ClassificationArguments) -> l
             parts["per_class_accuracy"] = [None if math.isnan(accuracy) else accuracy for accuracy in accuracies]
             parts["confusion_matrix"] = metrics.confusion_matrix(scores, label_tensor).tolist()
         parts |= {"dataset": args.images, "fingerprint": data.fingerprint(), "skipped": images.skipped}
-        write_result(args, records, store, started, **parts)
+        write_result_file_with_model_metadata(args, records, store, started, **parts)
     return records
 
 
-main = partial(run_evaluation_command, ClassificationArguments, __doc__, evaluate_classification_and_write_result)
+main = partial(run_evaluation_command, ClassificationArguments, __doc__, evaluate_zero_shot_and_write_result)
 
 if __name__ == "__main__":
-    run_command(main, resumable=True)
+    run_main_and_report_user_errors(main, resumable=True)

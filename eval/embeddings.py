@@ -28,7 +28,7 @@ from capivara_common.files import read_json
 from capivara_common.image_files import BadImage, ImageFileArguments
 from caption_data.embedded import EMBEDS_COLUMN
 from caption_data.sources import Split
-from eval.records.result_files import Record, write_records
+from eval.records.result_files import Record, write_records_to_result_file
 from modeling_capivara.two_towers import Embedder, load_embedder
 
 # Rows of a file of the cache
@@ -162,7 +162,7 @@ def load_embedder_with_cache(args: ModelArguments) -> CachedEmbedder:
     return CachedEmbedder(embedder, cache_home() if args.cache_dir == "auto" else Path(args.cache_dir), args.batch_size)
 
 
-def write_result(
+def write_result_file_with_model_metadata(
     args: ModelArguments, records: list[Record], store: CachedEmbedder, start_time: float, **metadata: Any
 ) -> None:
     """Write the result file of an evaluation command to `args.output`.
@@ -172,13 +172,15 @@ def write_result(
         records: The measured values.
         store: The model that was measured, with its cache.
         start_time: Value of `time.perf_counter()` before the first embedding.
-        metadata: Further keyword arguments of `write_records`. `dataset` (folder, file pattern or Hub id of the images)
-            and `fingerprint` (digest of the measured data) are required; `skipped` (row number -> reason) and `name`
-            are optional. Any other keyword, such as `notes`, becomes a key of the result file.
+        metadata: Further keyword arguments of `write_records_to_result_file`. `dataset` (folder, file pattern or Hub id
+            of the images) and `fingerprint` (digest of the measured data) are required; `skipped` (row number ->
+            reason) and `name` are optional. Any other keyword, such as `notes`, becomes a key of the result file.
     """
     seconds, device = time.perf_counter() - start_time, describe_device(store.embedder.device)
     shared = {"model": args.model, "device": device, "precision": store.embedder.precision, "seconds": seconds}
-    write_records(args.output, records, **shared, **store.embedder.metadata, **store.result_metadata, **metadata)
+    write_records_to_result_file(
+        args.output, records, **shared, **store.embedder.metadata, **store.result_metadata, **metadata
+    )
 
 
 def run_evaluation_command(

@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from tqdm.auto import tqdm
 
-from capivara_common.cli import flag, run_command
+from capivara_common.cli import flag, run_main_and_report_user_errors
 from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import check_output_file
 from eval.classification import (
@@ -29,7 +29,7 @@ from eval.classification import (
     compute_classification_metrics,
     load_labeled_split,
 )
-from eval.embeddings import load_embedder_with_cache, run_evaluation_command, write_result
+from eval.embeddings import load_embedder_with_cache, run_evaluation_command, write_result_file_with_model_metadata
 from eval.prompts import load_prompts
 from eval.records.result_files import Record
 
@@ -74,7 +74,7 @@ def sample_few_shot(labels: np.ndarray, shots: int, rng: np.random.Generator) ->
     return np.concatenate([rng.permutation(rows)[:shots] for rows in rows_by_class])
 
 
-def make_predefined_split_fold(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def draw_random_validation_fold(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw a random 20 % of the images of each class for validation, in the format of scikit-learn's `PredefinedSplit`.
 
     A class with two to four images contributes one image; the only image of a class stays in training.
@@ -121,7 +121,7 @@ def tune_probe_and_score_images(
     if len(np.unique(train[1])) < 2:
         raise ValueError(f"A linear probe needs at least two training classes, got {len(np.unique(train[1]))}.")
     if validation is None:
-        fit_data, fold = train, make_predefined_split_fold(train[1], rng)
+        fit_data, fold = train, draw_random_validation_fold(train[1], rng)
     else:
         fit_data = tuple(map(np.concatenate, zip(train, validation, strict=True)))
         fold = np.repeat([-1, 0], [len(train[1]), len(validation[1])])
@@ -196,11 +196,11 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
                 )
             )  # fmt: skip
     metadata = {"dataset": args.images, "fingerprint": loaded[args.split].fingerprint(), "skipped": skipped}
-    write_result(args, records, store, started, **metadata, chosen_penalties=chosen_penalties)
+    write_result_file_with_model_metadata(args, records, store, started, **metadata, chosen_penalties=chosen_penalties)
     return records
 
 
 main = partial(run_evaluation_command, LinearProbeArguments, __doc__, evaluate_linear_probe_and_write_result)
 
 if __name__ == "__main__":
-    run_command(main, resumable=True)
+    run_main_and_report_user_errors(main, resumable=True)

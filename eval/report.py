@@ -18,10 +18,15 @@ from typing import Any
 import pandas
 from PIL import Image
 
-from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_common.files import AllowedFolders, atomic_folder, check_inputs_outside, prepare_output_folder
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
+from capivara_common.files import (
+    AllowedFolders,
+    atomic_folder,
+    check_inputs_outside,
+    check_output_folder_and_clean_leftovers,
+)
 from capivara_common.image_files import BadImage, ImageAccess, decode_image
-from capivara_common.privacy import shorten_private_paths
+from capivara_common.privacy import shorten_absolute_paths
 from eval.benchmarks import get_published_baseline_result
 from eval.records.plots import plot_baseline_and_model_bars, plot_training_curves
 from eval.records.result_files import (
@@ -30,12 +35,12 @@ from eval.records.result_files import (
     TASKS,
     ResultFile,
     parse_result,
-    read_json_object_and_bytes,
+    read_untrusted_json_object_and_bytes,
 )
 from eval.records.tables import (
     average_over_seeds,
     build_records_frame,
-    find_conflicts,
+    find_conflicting_records,
     format_signed_difference,
     make_short_plain_line,
     pair_with_baselines,
@@ -93,7 +98,7 @@ def read_results_folder(folder: Path) -> ResultsFolder:
         if any(part.startswith(".") or part.endswith(".partial") for part in name.split("/")):
             continue
         try:
-            content, _ = read_json_object_and_bytes(path)
+            content, _ = read_untrusted_json_object_and_bytes(path)
             if "summary_version" in content:
                 continue  # a summary (of eval.suite or examples.real_images) repeats the result files next to it
             if "records" in content:
@@ -126,7 +131,7 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
         ValueError: If there is no result file, if the output folder is not empty and `overwrite` is False, or if the
             output folder contains the results.
     """
-    prepare_output_folder(output, overwrite)
+    check_output_folder_and_clean_leftovers(output, overwrite)
     check_inputs_outside(output, results)
     content = read_results_folder(results)
     with atomic_folder(output, overwrite) as folder:
@@ -143,7 +148,7 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Result
                 )
                 continue
             sheets, title = [Path(name).with_name(RUN_SHEET_FILE)], "Test captions with the images found for them"
-            runs.append((name, run, [chart, *_copy_images(sheets, title, content, folder)]))
+            runs.append((name, run, [chart, *_copy_images_into_report_as_jpeg(sheets, title, content, folder)]))
         values = {"results_folder": content, "blocks": blocks, "runs": runs}
         values |= {"points": format_signed_difference, "safe_line": _to_safe_line}
         write_html_from_template(PAGE_TEMPLATE, folder / "index.html", **values)
@@ -182,7 +187,7 @@ def _build_report_block_and_write_images(
     """
     first, measured = rows.iloc[0], rows[rows["metric"] != GAIN_METRIC]
     is_retrieval = first["task"] == "retrieval"
-    conflicts = find_conflicts(measured, "folder", REPORT_TOLERANCE)
+    conflicts = find_conflicting_records(measured, "folder", REPORT_TOLERANCE)
     for row in conflicts.drop_duplicates(["name", "dataset", "folder"]).itertuples():
         fault = f"contradicts an earlier file about {row.dataset} with {row.folder}; the earlier values are shown"
         results_folder.faults.append((row.name, fault))
@@ -218,7 +223,7 @@ def _build_report_block_and_write_images(
         "charts": charts,
         "main": [p for p in drawn if p["metric"] == "mean_recall"] if is_retrieval else drawn,
         "skipped": skipped[skipped > 0].to_dict(),
-        "sheets": _copy_images(sheets, "Best and worst queries", results_folder, output),
+        "sheets": _copy_images_into_report_as_jpeg(sheets, "Best and worst queries", results_folder, output),
     }  # fmt: skip
 
 
@@ -242,7 +247,7 @@ def _write_numbered_chart(
     return f"{results_folder.image_count:03d}.png", title
 
 
-def _copy_images(
+def _copy_images_into_report_as_jpeg(
     sheets: list[Path], title: str, results_folder: ResultsFolder, output: Path
 ) -> list[tuple[str | None, str]]:
     """Copy images from the results folder into the folder of the report, as JPEG files on a white background.
@@ -280,7 +285,7 @@ def _copy_images(
 
 def _to_safe_line(text: object) -> str:
     """Convert a value to one line of at most 300 characters, in which private paths are hidden."""
-    return make_short_plain_line(shorten_private_paths(str(text)), 300)
+    return make_short_plain_line(shorten_absolute_paths(str(text)), 300)
 
 
 def _to_words(name: str) -> str:
@@ -302,4 +307,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from capivara_common.cli import flag, run_command
+from capivara_common.cli import flag, run_main_and_report_user_errors
 from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import check_output_file
 from capivara_common.image_files import BadRow
-from capivara_common.privacy import to_publishable_name
-from caption_data.rows import DATASET_HELP, compute_image_caption_digest, normalize_captions
+from capivara_common.privacy import get_publishable_model_or_dataset_name
+from caption_data.rows import DATASET_HELP, compute_image_caption_rows_digest, normalize_captions
 from caption_data.sources import Split, open_split
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
@@ -36,7 +36,7 @@ from eval.embeddings import (
     ModelArguments,
     load_embedder_with_cache,
     run_evaluation_command,
-    write_result,
+    write_result_file_with_model_metadata,
 )
 from eval.records.result_files import DIRECTIONS, GAIN_METRIC, Record
 from eval.records.tables import build_mean_recall_record
@@ -135,7 +135,7 @@ class RetrievalEmbeddings:
         return dict(zip(DIRECTIONS, ranks, strict=True))
 
 
-def flatten_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
+def check_and_flatten_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
     """Flatten the captions of all images into one list.
 
     Args:
@@ -174,7 +174,7 @@ def embed_captions_for_retrieval(
     Raises:
         ValueError: If an image has no caption, or an empty caption.
     """
-    texts, image_of_text = flatten_captions(captions)
+    texts, image_of_text = check_and_flatten_captions(captions)
     return RetrievalEmbeddings(embed_texts(model, processor, texts), image_embeds, image_of_text)
 
 
@@ -293,7 +293,7 @@ class RetrievalData:
             images are not in the embeddings.
         """
         images = store.embed_images(self.images)
-        texts, row_of_text = flatten_captions(self.captions)
+        texts, row_of_text = check_and_flatten_captions(self.captions)
         has_image = torch.isin(row_of_text, images.rows)
         # All captions are embedded, so that their cache does not depend on which images can be read.
         text_embeds = store.embed_texts(texts, "Captions")[has_image]
@@ -302,7 +302,7 @@ class RetrievalData:
 
     def fingerprint(self) -> str:
         """Return a digest of all images and captions. Training computes the same digest for the same data."""
-        return compute_image_caption_digest(zip(self.images.image_digests, self.captions, strict=True))
+        return compute_image_caption_rows_digest(zip(self.images.image_digests, self.captions, strict=True))
 
 
 def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
@@ -321,7 +321,7 @@ def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
     if source.damaged_archives:
         fault = source.damaged_archives[0].detail
         raise ValueError(f"{source.display_name} is damaged: {fault}. Download or create it again.")
-    flatten_captions(captions)
+    check_and_flatten_captions(captions)
     return RetrievalData(source, captions)
 
 
@@ -350,7 +350,11 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
     if len(images.rows) < 2:
         raise ValueError(f"Retrieval needs at least two readable images, but {args.dataset} has one.")
     name = args.dataset_name or args.dataset
-    record_fields = {"dataset": to_publishable_name(name), "split": args.split, "language": args.language}
+    record_fields = {
+        "dataset": get_publishable_model_or_dataset_name(name),
+        "split": args.split,
+        "language": args.language,
+    }
     record_fields |= {"seed": args.seed, "model": args.role, "model_folder": args.model}
     protocol = RETRIEVAL_PROTOCOL
     if args.caption_positions != "all":
@@ -358,7 +362,7 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
     records = compute_retrieval_records(embeddings, protocol, **record_fields)
     if get_or_init_distributed_state().is_main_process:
         metadata = {"dataset": args.dataset, "name": name, "fingerprint": data.fingerprint(), "skipped": images.skipped}
-        write_result(args, records, store, started, **metadata)
+        write_result_file_with_model_metadata(args, records, store, started, **metadata)
         if draw_sheet:
             from eval.records.plots import plot_retrieval_sheet  # imports matplotlib, which other callers don't need
 
@@ -394,4 +398,4 @@ def select_captions_by_position(value: Any, column: str, positions: str, row: in
 main = partial(run_evaluation_command, RetrievalArguments, __doc__, evaluate_retrieval_and_write_result)
 
 if __name__ == "__main__":
-    run_command(main, resumable=True)
+    run_main_and_report_user_errors(main, resumable=True)

@@ -25,20 +25,20 @@ from typing import Any, Literal
 import jinja2
 import pandas
 
-from capivara_common.cli import UsageError, flag, parse_arguments, run_command, unknown_name_message
+from capivara_common.cli import UsageError, flag, parse_arguments, run_main_and_report_user_errors, unknown_name_message
 from capivara_common.environment import get_or_init_distributed_state, package_versions
 from capivara_common.files import list_seed_run_folders, read_json, write_json, write_text
-from capivara_common.privacy import shorten_private_paths
+from capivara_common.privacy import shorten_absolute_paths
 from eval.benchmarks import (
     BENCHMARKS_FOLDER,
     SUITES,
     Benchmark,
     find_local_or_hub_data,
-    find_published_model_name,
+    find_model_name_in_published_results,
     load_benchmarks,
     read_benchmark,
 )
-from eval.classification import ClassificationArguments, evaluate_classification_and_write_result
+from eval.classification import ClassificationArguments, evaluate_zero_shot_and_write_result
 from eval.embeddings import EmbeddingArguments
 from eval.records.result_files import ROLE_NAMES, Record, read_records
 from eval.records.tables import compute_means_and_deviations
@@ -73,7 +73,7 @@ class SuiteArguments(EmbeddingArguments):
     authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py. Required for protocol authors.")
 
 
-def select_benchmarks(args: SuiteArguments) -> list[Benchmark]:
+def check_arguments_and_select_benchmarks(args: SuiteArguments) -> list[Benchmark]:
     """Return the benchmarks to run: the benchmarks in --only if it is given, otherwise all members of the suite.
 
     Raises:
@@ -105,7 +105,8 @@ def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
         One dict per model, to be stored in suite.json. Its main keys are `name` (folder or Hub id), `role` ("baseline"
         or "capivara"), `run` (number of the model, counted from 0 for each role), `seed` (from the model's run.json, or
         None) and `fingerprint`. `published` and `base_published` are the names under which results of the model and
-        of its base model were published, see `find_published_model_name`; None if there are no published results.
+        of its base model were published, see `find_model_name_in_published_results`; None if there are no published
+        results.
 
     Raises:
         UsageError: If no model is given.
@@ -129,8 +130,10 @@ def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
         model = load_embedder(name, "cpu", is_baseline, precision)
         entry = {"name": name, "role": role, "run": run, "seed": run_data.get("seed"), "fingerprint": model.fingerprint}
         base = str(run_data.get("config", {}).get("model", ""))
-        entry |= {"published": find_published_model_name(name, role, **model.metadata)} | model.metadata
-        models.append(entry | {"base_published": find_published_model_name(base, "baseline", **model.metadata)})
+        entry |= {"published": find_model_name_in_published_results(name, role, **model.metadata)} | model.metadata
+        models.append(
+            entry | {"base_published": find_model_name_in_published_results(base, "baseline", **model.metadata)}
+        )
     if len({model["fingerprint"] for model in models[-len(runs) :]}) < len(runs):
         raise ValueError("--runs must be different models, but two of them have the same weights.")
     return models
@@ -146,7 +149,7 @@ def _check_models_and_plan_measurements(args: SuiteArguments) -> tuple[list[dict
         `data` is the path or Hub id of the data. `local` is True if the data are in --data_dir; the status "not run" is
         then an error. `skipped` is the number of images that could not be read.
     """
-    benchmarks, requested = select_benchmarks(args), args.languages
+    benchmarks, requested = check_arguments_and_select_benchmarks(args), args.languages
     models, measurements = _check_and_describe_models(args), []
     for benchmark in benchmarks:
         source = find_local_or_hub_data(benchmark, args.data_dir)
@@ -192,7 +195,7 @@ def run_measurement(
     options["protocol"] = args.protocol if benchmark.protocol == "ours" else benchmark.protocol
     options |= {"benchmark": benchmark.prompts, "authors_file": args.authors_file}
     options["label_column"] = benchmark.label_column
-    return evaluate_classification_and_write_result(ClassificationArguments(images=measurement["data"], **options))
+    return evaluate_zero_shot_and_write_result(ClassificationArguments(images=measurement["data"], **options))
 
 
 def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
@@ -220,7 +223,7 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
                     traceback.print_exc()
                 measurement |= {
                     "status": "not run",
-                    "reason": error_type + " ".join(shorten_private_paths(str(error)).split()),
+                    "reason": error_type + " ".join(shorten_absolute_paths(str(error)).split()),
                 }
         if is_main:
             if measurement["status"] == "measured":
@@ -259,8 +262,8 @@ def _build_suite_json_content(
         "summary_version": SUMMARY_VERSION,
         **{name: getattr(args, name) for name in ("suite", "protocol", "precision")},
         "versions": package_versions(),
-        "models": [model | {"name": shorten_private_paths(model["name"])} for model in models],
-        "measurements": [entry | {"data": shorten_private_paths(entry["data"])} for entry in measurements],
+        "models": [model | {"name": shorten_absolute_paths(model["name"])} for model in models],
+        "measurements": [entry | {"data": shorten_absolute_paths(entry["data"])} for entry in measurements],
         "rows": rows,
         "averages_left_out": averages_left_out,
         "notes": {benchmark.key: (benchmark.title, benchmark.protocol_note) for benchmark, _ in pairs},
@@ -423,4 +426,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=True)
+    run_main_and_report_user_errors(main, resumable=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import capivara_common.interrupt  # noqa: F401
 from capivara_common.environment import describe_device, package_versions
-from capivara_common.privacy import shorten_private_paths
+from capivara_common.privacy import shorten_absolute_paths
 
 
 def collect_run_conditions(args: Any, device: Any = "cpu", *packages: str) -> dict[str, Any]:
@@ -23,4 +23,4 @@ def collect_run_conditions(args: Any, device: Any = "cpu", *packages: str) -> di
     """
     config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
     versions = package_versions(*packages)
-    return {"config": shorten_private_paths(config), "device": describe_device(device), "versions": versions}
+    return {"config": shorten_absolute_paths(config), "device": describe_device(device), "versions": versions}

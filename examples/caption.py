@@ -18,12 +18,12 @@ from pathlib import Path
 import PIL.Image
 from datasets import Dataset
 
-from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import resolve_device
 from capivara_common.image_files import BadImage, decode_image
 from capivara_common.privacy import escape_control_characters
 from capivara_search.folder_scan import find_pictures_and_unreadable_files
-from examples.openmoji.dataset import load_self_contained_dataset
+from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command-line arguments. Default: those of the process.
     """
     args = parse_arguments(CaptionArguments, __doc__, argv)
-    data = None if args.pictures and args.bank else load_self_contained_dataset(args.dataset)
+    data = None if args.pictures and args.bank else load_dataset_and_refuse_image_paths(args.dataset)
     if args.bank:
         sentences = args.bank.read_text("utf-8-sig").splitlines()
     else:
@@ -108,4 +108,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

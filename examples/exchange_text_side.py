@@ -26,13 +26,13 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 import modeling_capivara  # noqa: F401  registers the tokenizer, so that no code of the model folder is executed
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import atomic_folder, check_inputs_outside, read_json, write_json
 from capivara_common.image_encoder_digest import image_encoder_digest
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_recall, recall_at_k
 from examples import collect_run_conditions
 from examples.caption import flatten_split_captions
-from examples.openmoji.dataset import load_self_contained_dataset
+from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
@@ -110,7 +110,7 @@ class LancePictures:
         return np.array(self.table.to_arrow().sort_by("id")["vector"].to_pylist(), dtype=np.float32)
 
 
-def compute_vector_store_recall(
+def search_vector_store_and_compute_recall(
     pictures: QdrantPictures | LancePictures, queries: np.ndarray, picture_of_query: list[int]
 ) -> dict[str, float]:
     """Search a vector store with all queries and compute recall@k.
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.text_side} belongs to a SigLIP model. sentence-transformers loads only text encoders of CAPIVARA."
         )
     with atomic_folder(args.output, args.overwrite_output_dir) as folder:
-        rows = load_self_contained_dataset(args.dataset)[args.split]
+        rows = load_dataset_and_refuse_image_paths(args.dataset)[args.split]
         texts, picture_of_text = flatten_split_captions(rows, args.language)
         model, processor = load_model(args.base).eval(), load_processor(args.base)
         vectors = embed_images(model, processor, rows["image"], progress="Pictures, by the base").numpy()
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
             with closing(store(folder / name.lower(), vectors)) as pictures:
                 before = pictures.vectors()
                 results["recall"][name] = {
-                    encoder: compute_vector_store_recall(pictures, vectors_of_texts, picture_of_text)
+                    encoder: search_vector_store_and_compute_recall(pictures, vectors_of_texts, picture_of_text)
                     for encoder, vectors_of_texts in queries.items()
                 }
                 changed = np.abs(before - pictures.vectors()).max(axis=1) > VECTOR_TOLERANCE
@@ -182,4 +182,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

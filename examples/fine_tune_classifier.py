@@ -23,11 +23,11 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import resolve_mixed_precision
 from capivara_common.files import atomic_folder, write_json, write_text
 from capivara_common.image_files import BadImage
-from caption_data.labeled_images import LabeledImages, load_labeled_images
+from caption_data.labeled_images import LabeledImages, load_images_with_prompt_class_labels
 from eval.capivara_metrics.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
 from examples import collect_run_conditions
@@ -103,8 +103,8 @@ class LabeledRows:
     An item is a dictionary with `image` (PIL image) and `labels` (class index). Images that can't be read are skipped.
 
     Args:
-        labeled_images: Images with their labels, from `load_labeled_images`. All images are decoded once, to find those
-            that can't be read.
+        labeled_images: Images with their labels, from `load_images_with_prompt_class_labels`. All images are decoded
+            once, to find those that can't be read.
     """
 
     def __init__(self, labeled_images: LabeledImages):
@@ -120,7 +120,7 @@ class LabeledRows:
         return {"image": self.labeled_images.images.load_image(row), "labels": self.labeled_images.labels[row]}
 
 
-def _load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | LabeledRows]:
+def _load_train_and_test_images(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | LabeledRows]:
     """Load the labeled images for training and for evaluation.
 
     Args:
@@ -139,7 +139,7 @@ def _load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | 
         return list(make_digits_dataset(prompts.names, args.seed).values())
     columns = (args.image_column, args.label_column)
     splits = [
-        load_labeled_images(args.images, split, prompts.english_names, *columns)
+        load_images_with_prompt_class_labels(args.images, split, prompts.english_names, *columns)
         for split in (args.train_split, args.split)
     ]
     if any(isinstance(labeled_images.labels[0], list) for labeled_images in splits):
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(ClassifierArguments, __doc__, argv)
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         prompts = load_prompts(args.benchmark)
-        train, test = _load_splits(args, prompts)
+        train, test = _load_train_and_test_images(args, prompts)
         processor = load_processor(args.model)
         if args.image_size:
             processor.image_processor.size = {"shortest_edge": args.image_size}
@@ -212,4 +212,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional
 from tqdm.auto import trange
 
-from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import resolve_device
 from capivara_common.files import atomic_folder, write_json
 from examples import collect_run_conditions
@@ -119,7 +119,7 @@ def preprocess_images_differentiably(pixels: Tensor, image_processor: CapivaraIm
     return functional.normalize(pixels, image_processor.image_mean, image_processor.image_std)
 
 
-def to_image(pixels: Tensor) -> PIL.Image.Image:
+def convert_tensor_to_pil_image(pixels: Tensor) -> PIL.Image.Image:
     """Convert a tensor to an 8-bit PIL image.
 
     Args:
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         # The embedding is cloned, because a tensor that was made in inference mode can't be used in a backward pass.
         target = embed_texts(model, processor, [args.sentence]).clone().to(model.device)
         optimizer = torch.optim.Adam([colors], lr=args.learning_rate)
-        pictures = [to_image(draw_picture())]
+        pictures = [convert_tensor_to_pil_image(draw_picture())]
         saved_steps = {round(step * args.steps / (STRIP_IMAGES - 1)) for step in range(1, STRIP_IMAGES)}
         bar = trange(1, args.steps + 1, desc="Optimizing", unit="step")
         for step in bar:
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.step()
             bar.set_postfix(cosine=f"{cosine.item():.3f}")
             if step in saved_steps:
-                pictures.append(to_image(draw_picture()))
+                pictures.append(convert_tensor_to_pil_image(draw_picture()))
         seconds = time.perf_counter() - started
         pictures[-1].save(folder / "picture.png")
         thumbnails = [np.asarray(picture.resize((STRIP_SIDE, STRIP_SIDE))) for picture in pictures]
@@ -185,4 +185,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

@@ -22,10 +22,10 @@ import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import atomic_folder, read_json, write_json
 from eval import classification, linear_probe, prompts, retrieval
-from examples.openmoji.dataset import load_self_contained_dataset
+from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 
 # Photographs that PyPI packages contain, by name. Each has a short name and a sentence in English and Portuguese.
 PHOTOGRAPHS = read_json(Path(__file__).parent / "photographs.json")
@@ -107,7 +107,7 @@ def _make_photo_dataset_and_classes() -> tuple[DatasetDict, dict]:
     """
     classes = [{key: entry[key] for key in ("en", "pt", "gender", "number")} for entry in CLASS_PHOTOGRAPHS.values()]
     data = _build_labeled_dataset(
-        [load_photo(name) for name in CLASS_PHOTOGRAPHS],
+        [load_example_photo(name) for name in CLASS_PHOTOGRAPHS],
         list(range(len(CLASS_PHOTOGRAPHS))),
         [entry["en"] for entry in classes],
     )
@@ -116,7 +116,7 @@ def _make_photo_dataset_and_classes() -> tuple[DatasetDict, dict]:
     )
 
 
-def load_photo(name: str) -> PIL.Image.Image:
+def load_example_photo(name: str) -> PIL.Image.Image:
     """Load a photograph that scikit-image, scikit-learn or matplotlib contains.
 
     Args:
@@ -152,7 +152,7 @@ def _make_concept_dataset_and_classes(openmoji: str) -> tuple[DatasetDict, dict]
     Returns:
         The dataset with the single split test, and the content of classes.json.
     """
-    rows = load_self_contained_dataset(Path(openmoji))["test"]
+    rows = load_dataset_and_refuse_image_paths(Path(openmoji))["test"]
     classes = [{"en": row["emoji"], "pt": row["captions-pt"][0]} for row in rows.remove_columns("image")]
     data = _build_labeled_dataset(rows["image"], list(range(len(rows))), [entry["en"] for entry in classes])
     return DatasetDict(test=data), _build_classes_json_content(
@@ -160,7 +160,7 @@ def _make_concept_dataset_and_classes(openmoji: str) -> tuple[DatasetDict, dict]
     )
 
 
-def _evaluate_and_write_results(args: RealImagesArguments, model: str, role: str) -> None:
+def _evaluate_model_and_write_results(args: RealImagesArguments, model: str, role: str) -> None:
     """Evaluate one model on retrieval and zero-shot classification, and write a result file for each task.
 
     Args:
@@ -177,10 +177,10 @@ def _evaluate_and_write_results(args: RealImagesArguments, model: str, role: str
         classes, images = str(args.data / name / "classes.json"), str(args.data / name / "data")
         output = args.output / f"{name}-{role}.json"
         task = classification.ClassificationArguments(model, classes, images, output, **shared)
-        classification.evaluate_classification_and_write_result(task)
+        classification.evaluate_zero_shot_and_write_result(task)
 
 
-def _probe_and_write_results(args: RealImagesArguments) -> None:
+def _evaluate_linear_probe_and_write_results(args: RealImagesArguments) -> None:
     """Evaluate the base model with a linear probe on scikit-learn's digits, and write the result files.
 
     The result is also valid for the trained model, because CAPIVARA's training freezes the image encoder and a linear
@@ -237,11 +237,11 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_arguments(RealImagesArguments, __doc__, argv)
     _write_missing_datasets(args.data, args.openmoji)
-    _evaluate_and_write_results(args, args.baseline, "baseline")
-    _evaluate_and_write_results(args, args.model, "capivara")
-    _probe_and_write_results(args)
+    _evaluate_model_and_write_results(args, args.baseline, "baseline")
+    _evaluate_model_and_write_results(args, args.model, "capivara")
+    _evaluate_linear_probe_and_write_results(args)
     print(f"Results: {args.output}. To make an HTML report: python -m eval.report {args.output} --output report")
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=True)
+    run_main_and_report_user_errors(main, resumable=True)

@@ -30,12 +30,12 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from transformers import TrainerCallback
 
 import modeling_capivara  # noqa: F401  registers the Auto classes, so that no code of the model folder is executed
-from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import resolve_mixed_precision
 from capivara_common.files import atomic_folder, write_json, write_text
-from eval.retrieval import flatten_captions
+from eval.retrieval import check_and_flatten_captions
 from examples import collect_run_conditions
-from examples.openmoji.dataset import load_self_contained_dataset
+from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 from modeling_capivara.modeling_capivara import similarity_logits
 from training.trainable import clamp_logit_scale
 
@@ -77,7 +77,7 @@ class SentenceTuningArguments:
         check_at_least(self, 1, "mini_batch_size")
 
 
-def load_caption_image_pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
+def load_images_with_one_random_caption(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
     """Load the images of a dataset split, each with one randomly chosen caption.
 
     Args:
@@ -94,14 +94,14 @@ def load_caption_image_pairs(dataset: Path, split: str, language: str, seed: int
     Raises:
         ValueError: If the dataset has no such split or column, or an image has no caption.
     """
-    data = load_self_contained_dataset(dataset)
+    data = load_dataset_and_refuse_image_paths(dataset)
     if split not in data:
         raise ValueError(f"{dataset} has no split {split!r}; it has {', '.join(data)}.")
     column = f"captions-{language}"
     if not {"image", column} <= set(data[split].column_names):
         raise ValueError(f"{dataset} needs the columns image and {column}; it has {data[split].column_names}.")
     captions = [[cell] if isinstance(cell, str) else cell for cell in data[split][column]]
-    flatten_captions(captions)  # raises ValueError if a caption is missing
+    check_and_flatten_captions(captions)  # raises ValueError if a caption is missing
     rng = random.Random(seed)
     texts = [{"text": rng.choice(image_captions)} for image_captions in captions]
     return data[split].select_columns("image").add_column("text", texts).select_columns(["text", "image"])
@@ -137,7 +137,7 @@ def build_recall_evaluator(rows: Dataset) -> InformationRetrievalEvaluator:
     The evaluator's accuracy@k equals the recall@k of `eval.retrieval`, unless two images have the same similarity.
 
     Args:
-        rows: Dataset with the columns text and image, from `load_caption_image_pairs`.
+        rows: Dataset with the columns text and image, from `load_images_with_one_random_caption`.
     """
     names = [f"{row:08}" for row in range(len(rows))]
     return InformationRetrievalEvaluator(
@@ -165,13 +165,13 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.model / "modules.json").is_file():
         fault = "was not exported in the format sentence_transformers (modules.json is missing)"
         raise ValueError(f"{args.model} {fault}. Export it with hub_upload.export.")
-    rows = load_caption_image_pairs(args.dataset, args.train_split, args.language, args.seed)
+    rows = load_images_with_one_random_caption(args.dataset, args.train_split, args.language, args.seed)
     if len(rows) < args.batch_size:
         raise ValueError(
             f"--batch_size must be at most the number of images in the split {args.train_split}, {len(rows)}, "
             f"got {args.batch_size}."
         )
-    evaluator = build_recall_evaluator(load_caption_image_pairs(args.dataset, args.split, args.language))
+    evaluator = build_recall_evaluator(load_images_with_one_random_caption(args.dataset, args.split, args.language))
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         encoder = SentenceTransformer(str(args.model))
         encoder[0].auto_model.freeze_image_encoder()  # as in the CAPIVARA paper (arXiv 2310.13683)
@@ -211,4 +211,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

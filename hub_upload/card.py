@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import list_seed_run_folders, write_text
 from eval.records.result_files import GAIN_METRIC
 from hub_upload import card_values as values
@@ -131,7 +131,7 @@ def render_card(
     with values.wrap_format_errors(folder):
         title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({run_metadata['config']['language']})"
         card = ModelCard.from_template(
-            _build_card_data(run_metadata, to_publishable_line(title)),
+            _build_card_front_matter(run_metadata, to_publishable_line(title)),
             template_path=str(TEMPLATE_FOLDER / f"model_card_{language}.md.j2"),
             **values.build_template_values(run_metadata, language, repo_id),
             title=escape_value_for_markdown(title),
@@ -175,7 +175,7 @@ def write_card(
 # --- Comparison of a card with its files -----------------------------------------------------------------------------
 
 
-def find_card_faults(folder: Path) -> list[str]:
+def find_differences_between_card_and_files(folder: Path) -> list[str]:
     """Compare the model card of a run or export with the files in its folder.
 
     The last HTML comment in the card stores the options that the card was rendered with. A new card is rendered from
@@ -196,7 +196,7 @@ def find_card_faults(folder: Path) -> list[str]:
     if not (folder / CARD_FILE).is_file():
         raise ValueError(f"{folder} has no {CARD_FILE}. Write it with `python -m hub_upload.card --model {folder}`.")
     text = _read_text(folder / CARD_FILE)
-    if not (options := _parse_render_options(text)):
+    if not (options := _read_render_options_from_card_comment(text)):
         return [f"{CARD_FILE}: it was not written by `python -m hub_upload.card`, so its values can't be verified."]
     try:
         with values.wrap_format_errors(folder):  # the options in the card may have wrong types, too
@@ -215,21 +215,23 @@ def find_card_faults(folder: Path) -> list[str]:
     return [*faults, *_iter_line_differences(expected_values, card_values)]
 
 
-def find_generated_card_faults(folder: Path) -> list[str]:
+def find_differences_between_generated_card_and_files(folder: Path) -> list[str]:
     """Compare the card in a model folder with the folder's files, but only if `hub_upload.card` wrote the card.
 
     Args:
         folder: Folder of a model, with or without a card.
 
     Returns:
-        One message per statement of the card that the files do not support (see `find_card_faults`). The list is empty
-        if the folder has no card or a handwritten one.
+        One message per statement of the card that the files do not support (see
+        `find_differences_between_card_and_files`). The list is empty if the folder has no card or a handwritten one.
     """
-    is_generated = (folder / CARD_FILE).is_file() and _parse_render_options(_read_text(folder / CARD_FILE))
-    return find_card_faults(folder) if is_generated else []
+    is_generated = (folder / CARD_FILE).is_file() and _read_render_options_from_card_comment(
+        _read_text(folder / CARD_FILE)
+    )
+    return find_differences_between_card_and_files(folder) if is_generated else []
 
 
-def _parse_render_options(text: str) -> dict[str, Any] | None:
+def _read_render_options_from_card_comment(text: str) -> dict[str, Any] | None:
     """Read the options that a card was rendered with from the HTML comment at its end.
 
     Args:
@@ -289,7 +291,7 @@ def _read_text(path: Path) -> str:
 # are fractions from 0 to 1, as in the result files.
 
 
-def _build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
+def _build_card_front_matter(run_metadata: dict[str, Any], title: str) -> ModelCardData:
     """Build the front matter of a card, with the metrics of the model (the Hub's "model index").
 
     Languages, licenses and Hub ids that the Hub does not accept are omitted.
@@ -328,7 +330,9 @@ def _build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
         datasets=_filter_hub_ids(origin.get("hub_id") for origin in run_metadata["origins"]["datasets"]) or None,
         tags=tags + run_metadata["formats"],
         model_name=title,
-        eval_results=[_build_eval_result(run_metadata, measurement) for measurement in published],
+        eval_results=[
+            _convert_measurement_to_model_index_entry(run_metadata, measurement) for measurement in published
+        ],
     )
 
 
@@ -344,7 +348,7 @@ def _filter_hub_ids(names: Any) -> list[str]:
     return [name for name in names if isinstance(name, str) and values.HUB_ID_RE.fullmatch(name)]
 
 
-def _build_eval_result(run_metadata: dict[str, Any], measurement: Any) -> EvalResult:
+def _convert_measurement_to_model_index_entry(run_metadata: dict[str, Any], measurement: Any) -> EvalResult:
     """Convert a measurement to an entry of the model index. huggingface_hub groups the entries by task and dataset.
 
     Args:
@@ -383,11 +387,11 @@ def main(argv: list[str] | None = None) -> None:
         path = write_card(args.model, args.repo_id, args.language, args.output, args.license)
         print(f"Wrote {path} from the files of {args.model}. Compare it with them at any time: --check {args.model}")
         return
-    if faults := find_card_faults(args.check):
+    if faults := find_differences_between_card_and_files(args.check):
         sys.exit(
             "\n".join([*faults, f"error: The card of {args.check} differs from its files in {len(faults)} lines."])
         )
-    if _parse_render_options(_read_text(args.check / CARD_FILE))["version"] != TEMPLATE_VERSION:
+    if _read_render_options_from_card_comment(_read_text(args.check / CARD_FILE))["version"] != TEMPLATE_VERSION:
         print(
             f"The tables and digests in the card of {args.check} agree with its files. Its text was not compared, "
             "because the card was written with an older template."
@@ -397,4 +401,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

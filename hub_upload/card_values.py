@@ -32,7 +32,7 @@ from capivara_common.weight_file import WeightFile
 from eval.benchmarks import get_published_baseline_result
 from eval.records import result_files
 from eval.records.result_files import DIRECTIONS, GAIN_METRIC, RANK_METRICS, TASKS, ResultFile, is_number
-from eval.records.tables import average_over_seeds, build_records_frame, find_conflicts, pair_with_baselines
+from eval.records.tables import average_over_seeds, build_records_frame, find_conflicting_records, pair_with_baselines
 from hub_upload.upload_checks import RUN_PLOT_FILES
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
@@ -40,8 +40,8 @@ TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 # result files.
 CARD_WORDS = read_json(TEMPLATE_FOLDER / "card_words.json")
 LANGUAGES = tuple(CARD_WORDS)
-# The output is Markdown, so Jinja's HTML escaping is off; `escape_value_for_markdown` and `to_code` escape texts from
-# files instead.
+# The output is Markdown, so Jinja's HTML escaping is off; `escape_value_for_markdown` and
+# `format_as_markdown_code_or_escaped_text` escape texts from files instead.
 MARKDOWN_TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER), autoescape=False, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -108,7 +108,8 @@ def collect_run_metadata(folder: Path) -> dict[str, Any]:
         folder: Folder of a run with one or several seeds, or an export of the run.
 
     Returns:
-        Values by name, for `render_card`. The comments at the end of `_read_run_metadata` describe them.
+        Values by name, for `render_card`. The comments at the end of `_collect_run_metadata_without_error_wrapping`
+        describe them.
 
     Raises:
         ValueError: If a file is missing or malformed, two results for the same metric and data contradict each other,
@@ -119,10 +120,10 @@ def collect_run_metadata(folder: Path) -> dict[str, Any]:
             f"The folder {folder} does not exist. Give the folder of a finished training run or an export of it."
         )
     with wrap_format_errors(folder):
-        return _read_run_metadata(folder)
+        return _collect_run_metadata_without_error_wrapping(folder)
 
 
-def _read_run_metadata(folder: Path) -> dict[str, Any]:
+def _collect_run_metadata_without_error_wrapping(folder: Path) -> dict[str, Any]:
     """Read the values that `collect_run_metadata` returns.
 
     Errors of any type, such as KeyError, may be raised if a file is malformed. `collect_run_metadata` converts them.
@@ -231,7 +232,7 @@ def _read_json_recording_digest(path: Path, folder: Path, digests: dict[str, str
     """
     name = path.relative_to(folder).as_posix()
     try:
-        content, data = result_files.read_json_object_and_bytes(path)
+        content, data = result_files.read_untrusted_json_object_and_bytes(path)
     except ValueError as error:
         raise ValueError(f"{name} {error}.") from error
     if secret := find_secret(data.decode("utf-8")):
@@ -285,7 +286,7 @@ def _check_and_average_results(results: list[ResultFile]) -> list[Any]:
     baseline_tolerance = (BASELINE_TOLERANCE_QUERIES / frame["n"]).clip(lower=CARD_TOLERANCE)
     baseline_tolerance = baseline_tolerance.mask(frame["metric"].isin(RANK_METRICS), BASELINE_TOLERANCE_RANKS)
     tolerance = baseline_tolerance.where(frame["model"] == "baseline", CARD_TOLERANCE)
-    for row in find_conflicts(frame, "precision", tolerance).itertuples():
+    for row in find_conflicting_records(frame, "precision", tolerance).itertuples():
         raise ValueError(
             f"{row.first_source}/value and {row.source}/value contradict each other: for the same measurement, one has "
             f"{row.first:g} and the other {row.value:g}. Remove the result file that belongs to another model."
@@ -337,7 +338,8 @@ def _group_results_by_table(values: list[Any]) -> list[dict[str, Any]]:
         - "main": the pairs with the most important metric: mean recall for retrieval, otherwise the first metric.
         - "gains": results of the metric `GAIN_METRIC`.
         - "texts" and "images": numbers of texts and images that were evaluated, or None.
-        - "widths": pairs for full and truncated embeddings, in decreasing width (see `_compare_widths`).
+        - "widths": pairs for full and truncated embeddings, in decreasing width (see
+          `_compare_recall_by_embedding_width`).
     """
     values_by_key: dict[tuple, list[Any]] = {}
     for value in sorted(values, key=lambda value: bool(value.dim)):
@@ -352,7 +354,7 @@ def _group_results_by_table(values: list[Any]) -> list[dict[str, Any]]:
         n = {value.direction: value.n for value in group}
         sizes = {"texts": n.get("text_to_image"), "images": n.get("image_to_text") or n.get("")}
         groups.append({"task": task, "first": group[0], "pairs": pairs, "main": main, "gains": gains, **sizes})
-        groups[-1]["widths"] = _compare_widths(group) if any(value.dim for value in group) else []
+        groups[-1]["widths"] = _compare_recall_by_embedding_width(group) if any(value.dim for value in group) else []
     return groups
 
 
@@ -372,7 +374,7 @@ def _pair_model_with_baseline(values: Iterable[Any]) -> list[dict[str, Any]]:
     return sorted(pairs, key=lambda pair: ("", *DIRECTIONS).index(pair["direction"]))
 
 
-def _compare_widths(group: list[Any]) -> list[dict[str, Any]]:
+def _compare_recall_by_embedding_width(group: list[Any]) -> list[dict[str, Any]]:
     """Compare baseline and model at each embedding width (full and truncated embeddings).
 
     The metric is mean recall, or recall@1 if the group has no mean recall because there are too few images.
@@ -430,7 +432,7 @@ def escape_value_for_markdown(value: Any) -> str:
     return html.escape(line, quote=False)
 
 
-def to_code(value: Any) -> str:
+def format_as_markdown_code_or_escaped_text(value: Any) -> str:
     """Format a JSON value for Markdown.
 
     Args:
@@ -455,7 +457,7 @@ def _is_portuguese(language: str) -> bool:
     return re.split("[-_]", language)[0] in ("pt", "por")
 
 
-def select_example_inputs(language: str, fallback_texts: Sequence[str]) -> dict[str, str]:
+def select_code_example_inputs(language: str, fallback_texts: Sequence[str]) -> dict[str, str]:
     """Choose the texts for the code examples of a card.
 
     Args:
@@ -540,7 +542,11 @@ class CardWriter:
             name: Name of the dataset in the result files.
         """
         titles = self.run_metadata["titles"]
-        return to_code(name) if titles.get(name) is None else escape_value_for_markdown(titles[name])
+        return (
+            format_as_markdown_code_or_escaped_text(name)
+            if titles.get(name) is None
+            else escape_value_for_markdown(titles[name])
+        )
 
     def phrase(self, text: str) -> str:
         """Translate an English text from a result file to the card's language, and escape it for Markdown.
@@ -612,7 +618,7 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
         "is_repository": repo_id is not None,
         **{key: getattr(writer, key) for key in dir(writer) if not key.startswith("_")},
         "text": escape_value_for_markdown,
-        "code": to_code,
+        "code": format_as_markdown_code_or_escaped_text,
         "get_published_baseline_result": get_published_baseline_result,
         "revision": partial(find_eval_dataset_revision, run),
         "is_portuguese": _is_portuguese(trained_language),
@@ -620,7 +626,7 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
         "is_capivara": run_metadata["model_class"] == CAPIVARA_CLASS,
         "is_siglip": run_metadata["model_class"] in FIXED_LENGTH_CLASSES,
         "citation": (TEMPLATE_FOLDER / "citation.bib").read_text(encoding="utf-8").strip(),
-        "examples": partial(select_example_inputs, trained_language),
+        "examples": partial(select_code_example_inputs, trained_language),
         "width": architecture.get("projection_dim") or (architecture.get("text_config") or {}).get("projection_size"),
         "towers": [(key, architecture.get(key) or {}) for key in ("vision_config", "text_config")],
         "origins_by_kind": [
@@ -628,12 +634,14 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
             *(("dataset", origin) for origin in origins["datasets"]),
             *(("teacher", origin) for origin in [origins.get("teacher")] if origin),
         ],
-        "translated_by": _get_translator_kind(origins["datasets"], trained_language),
-        "licenses": lambda origin: ", ".join(map(to_code, origin.get("licenses") or ())),
+        "translated_by": _infer_human_or_machine_translation(origins["datasets"], trained_language),
+        "licenses": lambda origin: ", ".join(
+            map(format_as_markdown_code_or_escaped_text, origin.get("licenses") or ())
+        ),
         "is_rotated": (run_metadata["model"] / "rotation.safetensors").is_file(),
         "stopped_early": any(seed_run["steps"] < config["max_steps"] for seed_run in run_metadata["runs"]),
         "validation": [(key, curve[0][key], curve[-1][key]) for key in DIRECTIONS] if len(curve) > 1 else [],
-        "settings": _select_settings(config, run.get("fixed", {})),
+        "settings": _select_hyperparameters_for_card(config, run.get("fixed", {})),
         "main": main,
         "gains": gains,
         "worse": [pair for pair in main if pair["is_worse"]],
@@ -661,7 +669,7 @@ def _find_insignificant_gains(gains: list[Any]) -> list[tuple[Any, list[Any]]]:
     return [(gain, rows) for gain, rows in measurements if rows]
 
 
-def _get_translator_kind(datasets: list[dict[str, Any]], language: str) -> str:
+def _infer_human_or_machine_translation(datasets: list[dict[str, Any]], language: str) -> str:
     """Return who translated the training captions.
 
     Args:
@@ -675,7 +683,7 @@ def _get_translator_kind(datasets: list[dict[str, Any]], language: str) -> str:
     return "mixed" if len(stated) > 1 else "".join(stated)
 
 
-def _select_settings(config: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
+def _select_hyperparameters_for_card(config: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
     """Select the hyperparameters in `_SETTING_NAMES` that the card shows. Those without effect in the run are skipped.
 
     Args:

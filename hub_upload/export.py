@@ -19,12 +19,12 @@ from pathlib import Path
 from transformers import PreTrainedConfig, ProcessorMixin
 
 import modeling_capivara
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import require_packages
 from capivara_common.files import atomic_folder, check_inputs_outside, list_seed_run_folders, read_json, write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG
 from capivara_common.model_kinds import KINDS
-from capivara_common.privacy import shorten_private_paths, to_publishable_name
+from capivara_common.privacy import get_publishable_model_or_dataset_name, shorten_absolute_paths
 from hub_upload import upload_checks
 from hub_upload.formats import (
     check_tensors,
@@ -141,7 +141,7 @@ def export_model(
     with atomic_folder(output, overwrite) as folder:
         config = _read_and_check_model_config(model, formats)
         if formats == ["drop_in"]:
-            drop_in.write_drop_in(model, folder, config, str(base), repo_id)
+            drop_in.write_drop_in_text_encoder(model, folder, config, str(base), repo_id)
         elif formats == ["immich"]:
             immich.write_immich(model, folder, config, base)
         else:
@@ -252,8 +252,8 @@ def _write_two_tower_formats(
     settings = None
     if "open_clip" in formats and has_text_config:
         settings = open_clip.build_open_clip_config(config, processor.image_processor, text_config, repo_id)
-    _write_transformers_and_open_clip_weights(model, folder, config, with_open_clip=settings is not None)
-    _write_processor_and_model_code(model, folder, processor)
+    _write_and_verify_model_weights(model, folder, config, with_open_clip=settings is not None)
+    _write_processor_with_code_if_needed(model, folder, processor)
     if settings:
         write_json(folder / OPEN_CLIP_CONFIG, settings)
     if "open_clip" in formats and not has_text_config:
@@ -262,23 +262,23 @@ def _write_two_tower_formats(
         except (ValueError, ImportError) as error:
             logger.info("The format open_clip is skipped: %s", error)
         else:
-            open_clip.write_open_clip_siglip(model, folder, repo_id or to_publishable_name(str(model)))
+            open_clip.write_open_clip_siglip(
+                model, folder, repo_id or get_publishable_model_or_dataset_name(str(model))
+            )
     if "sentence_transformers" in formats:
         sentence_transformers.write_sentence_transformers_config(folder, processor)
         if not kind.is_native:
-            sentence_transformers.check_sentence_transformers(model, folder)
+            sentence_transformers.check_sentence_transformers_embeddings(model, folder)
     if "transformers_js" in formats:
-        transformers_js.convert_and_write_tokenizer(folder)
+        transformers_js.convert_tokenizer_files_in_place(folder)
         onnx.write_onnx(folder, graphs=tuple(onnx.GRAPH_SIGNATURES), precisions=("float32", "int8", "float16"))
-        transformers_js.write_configs(folder)
+        transformers_js.write_model_and_preprocessor_configs(folder)
     elif "onnx" in formats:
         onnx.write_onnx(folder)
-    _copy_card_and_results(model, folder)
+    _copy_existing_card_and_run_files(model, folder)
 
 
-def _write_transformers_and_open_clip_weights(
-    model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool
-) -> None:
+def _write_and_verify_model_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool) -> None:
     """Write configuration and weights for transformers, and optionally weights for open_clip.
 
     Each written tensor is compared with the model. The weights are memory-mapped, so that memory never holds more than
@@ -306,7 +306,7 @@ def _write_transformers_and_open_clip_weights(
         logger.info("transformers and open_clip: %d tensors compared, all equal.", len(written))
 
 
-def _write_processor_and_model_code(model: Path, folder: Path, processor: ProcessorMixin) -> None:
+def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: ProcessorMixin) -> None:
     """Write the files of the processor, without paths of this machine, and for CAPIVARA also the model's Python code.
 
     Programs that don't run Python code from the Hub read only tokenizer.json. It gives them the same tokens as the
@@ -322,7 +322,7 @@ def _write_processor_and_model_code(model: Path, folder: Path, processor: Proces
             continue
         shutil.copyfile(model / name, folder / name)
         if name.endswith("_config.json"):
-            settings = shorten_private_paths(read_json(model / name))
+            settings = shorten_absolute_paths(read_json(model / name))
             for loading_option in ("is_local", "local_files_only"):
                 settings.pop(loading_option, None)
             write_json(folder / name, settings)
@@ -337,10 +337,10 @@ def _write_processor_and_model_code(model: Path, folder: Path, processor: Proces
         shutil.copyfile(package / name, folder / name)
 
 
-def _copy_card_and_results(model: Path, folder: Path) -> None:
+def _copy_existing_card_and_run_files(model: Path, folder: Path) -> None:
     """Copy the files that the model card needs: the card, license, run.json, results, plots and rotation.
 
-    Missing files are skipped. Absolute paths in JSON files are shortened by `shorten_private_paths`.
+    Missing files are skipped. Absolute paths in JSON files are shortened by `shorten_absolute_paths`.
 
     Args:
         model: Folder of the model. If it is a folder `seed-*`, the results of all seeds are copied.
@@ -354,7 +354,7 @@ def _copy_card_and_results(model: Path, folder: Path) -> None:
         records["run.json"] = model / "run.json"
     for name, path in records.items():
         upload_checks.check_regular_file(path)
-        write_json(folder / name, shorten_private_paths(read_json(path)))
+        write_json(folder / name, shorten_absolute_paths(read_json(path)))
     for name in ("README.md", "LICENSE", "rotation.safetensors", *upload_checks.RUN_PLOT_FILES):
         path = model / name
         if path.is_file():
@@ -362,4 +362,4 @@ def _copy_card_and_results(model: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-from capivara_common.privacy import to_publishable_name
+from capivara_common.privacy import get_publishable_model_or_dataset_name
 from hub_upload.licenses import as_texts, infer_license
 from modeling_capivara.loading import read_card_metadata
 
@@ -66,7 +66,7 @@ def read_origin_card_metadata(name: str, repo_type: str) -> dict[str, Any]:
     translations = card.get("translations")
     translators = translations if isinstance(translations, dict) else {}
     return {
-        "name": to_publishable_name(name),
+        "name": get_publishable_model_or_dataset_name(name),
         "title": str(card.get("pretty_name") or default_title),
         "hub_id": name if path and is_on_hub else None,
         "revision": path.parent.name if path and is_on_hub else None,

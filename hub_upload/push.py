@@ -41,10 +41,10 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import read_json
 from capivara_common.privacy import make_printable
-from hub_upload.card import CARD_FILE, find_generated_card_faults, write_card
+from hub_upload.card import CARD_FILE, find_differences_between_generated_card_and_files, write_card
 from hub_upload.licenses import check_stated_license
 from hub_upload.upload_checks import check_repo_id, check_text_is_publishable, list_and_check_files_to_send
 
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(PushArguments, __doc__, argv)
     plan = plan_push(args)
     print(_describe_push(plan), flush=True)
-    check_card_is_current(args)
+    warn_or_fail_if_card_is_outdated(args)
     if not (plan.added_files or plan.deleted_paths or plan.creates_branch):
         print("The Hub already has all files; there is nothing to send.")
     elif not args.push:
@@ -191,7 +191,9 @@ def plan_push(args: PushArguments) -> PushPlan:
     check_stated_license(origins, (metadata or {}).get("license"))
     user, remote, unreachable = None, RemoteRepository(), ""
     try:
-        with _wrap_hub_errors(args.repo_id, RETRY_HINT if args.push else "Run the same command again."):
+        with _convert_hub_errors_and_mask_logs(
+            args.repo_id, RETRY_HINT if args.push else "Run the same command again."
+        ):
             user = str(_retry_once(lambda: HfApi().whoami(cache=True)["name"])) if get_token() else None
             remote = _read_remote_repository(args.repo_id, args.repo_type, args.revision)
     except HubUnreachableError as error:
@@ -214,7 +216,7 @@ def plan_push(args: PushArguments) -> PushPlan:
     return PushPlan(args, user, remote, metadata, added, unchanged, deleted, unreachable)
 
 
-def check_card_is_current(args: PushArguments) -> None:
+def warn_or_fail_if_card_is_outdated(args: PushArguments) -> None:
     """Print a warning if the model card was written by `hub_upload.card` but no longer agrees with the model's files.
 
     Args:
@@ -223,7 +225,7 @@ def check_card_is_current(args: PushArguments) -> None:
     Raises:
         ValueError: If card and files differ and `args.push` is set, so that the outdated card is not uploaded.
     """
-    faults = find_generated_card_faults(args.model) if args.repo_type == "model" else []
+    faults = find_differences_between_generated_card_and_files(args.model) if args.repo_type == "model" else []
     if not faults:
         return
     listed = "".join(f"\n  {_printable_name(fault)}" for fault in faults)
@@ -338,7 +340,7 @@ def push_planned_changes(plan: PushPlan) -> str | None:
         PushError: If there is no token, the Hub refuses the push or the connection breaks.
     """
     args, remote, api = plan.args, plan.remote, HfApi()
-    with _wrap_hub_errors(args.repo_id):
+    with _convert_hub_errors_and_mask_logs(args.repo_id):
         if get_token() is None:
             raise PushError(NO_TOKEN_MESSAGE)
         if not remote.exists:
@@ -368,7 +370,7 @@ def _create_commit(plan: PushPlan, parent: str) -> str:
 
     def send() -> str:
         commit = HfApi().create_commit(
-            args.repo_id, operations, commit_message=args.message or _default_commit_title(plan),
+            args.repo_id, operations, commit_message=args.message or _build_default_commit_title(plan),
             repo_type=args.repo_type, revision=args.revision, parent_commit=parent, create_pr=args.pull_request,
         )  # fmt: skip
         return commit.pr_url or commit.commit_url
@@ -389,7 +391,7 @@ def _create_commit(plan: PushPlan, parent: str) -> str:
         return f"{constants.ENDPOINT}/{url_prefix}{args.repo_id}/commit/{remote.branch_head}"
 
 
-def _default_commit_title(plan: PushPlan) -> str:
+def _build_default_commit_title(plan: PushPlan) -> str:
     """Return the commit title for a push without --message, such as "Add 4 files" or "Update README.md".
 
     Args:
@@ -453,7 +455,7 @@ def _retry_once(call: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _wrap_hub_errors(repo_id: str, again: str = RETRY_HINT) -> Iterator[None]:
+def _convert_hub_errors_and_mask_logs(repo_id: str, again: str = RETRY_HINT) -> Iterator[None]:
     """Convert all errors that calls to the Hub raise in a `with` block to PushError.
 
     Inside the block, access tokens and keys are masked in all log messages.
@@ -491,13 +493,13 @@ def _wrap_hub_errors(repo_id: str, again: str = RETRY_HINT) -> Iterator[None]:
         has_answer = isinstance(error, errors.HfHubHTTPError)
         is_unreachable = isinstance(error, errors.OfflineModeIsEnabled | errors.HTTPError) and not has_answer
         error_type = HubUnreachableError if is_unreachable else PushError
-        raise error_type(_explain_error(error, repo_id, again)) from None
+        raise error_type(_explain_hub_error(error, repo_id, again)) from None
     finally:
         logging.captureWarnings(False)
         logging.setLogRecordFactory(create_record)
 
 
-def _explain_error(error: BaseException, repo_id: str, again: str) -> str:
+def _explain_hub_error(error: BaseException, repo_id: str, again: str) -> str:
     """Return an error message that says why a call to the Hub failed and what the user can do about it.
 
     Args:
@@ -539,7 +541,7 @@ def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
     """
     check_repo_id(repo_id)
     api = HfApi()
-    with _wrap_hub_errors(repo_id):
+    with _convert_hub_errors_and_mask_logs(repo_id):
         if get_token() is None:
             raise PushError(NO_TOKEN_MESSAGE)
         remote = _read_remote_repository(repo_id, "model", "main")
@@ -550,7 +552,7 @@ def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
             _retry_once(lambda: api.auth_check(repo_id, write=True))
 
 
-def export_and_push_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> bool:
+def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> bool:
     """Export a finished training run with its model card, and push it to the Hub.
 
     If the push fails, no error is raised, because the run itself is complete. Instead, a warning with the reason and a
@@ -579,7 +581,11 @@ def export_and_push_run(run: Path, repo_id: str, private: bool = False, card_lan
         if repository.is_dir():
             hint = f"Push it later: {shlex.join(words + ['--private'] * private)}"
         logger.warning(
-            "NOT PUSHED to %s: %s\nThe run is complete in %s. %s", repo_id, _error_sentence(error), run, hint
+            "NOT PUSHED to %s: %s\nThe run is complete in %s. %s",
+            repo_id,
+            _describe_error_in_masked_sentence(error),
+            run,
+            hint,
         )
         return False
     shutil.rmtree(repository, ignore_errors=True)
@@ -587,7 +593,7 @@ def export_and_push_run(run: Path, repo_id: str, private: bool = False, card_lan
     return True
 
 
-def _error_sentence(error: BaseException) -> str:
+def _describe_error_in_masked_sentence(error: BaseException) -> str:
     """Describe an exception in one sentence that ends with a full stop. Access tokens and keys are masked.
 
     Args:
@@ -601,4 +607,4 @@ def _error_sentence(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=True)
+    run_main_and_report_user_errors(main, resumable=True)

@@ -1,8 +1,8 @@
 """Decide which files may be published, and check them before they leave this machine.
 
 Model folders have an allow-list of file names, `ALLOWED_FILES`. Dataset and Space folders are filtered by suffix and
-name in `list_dataset_or_space_files`. The checks refuse files that contain access tokens, keys or absolute paths,
-damaged files, and links that lead out of the folder.
+name in `list_uploadable_dataset_or_space_files`. The checks refuse files that contain access tokens, keys or absolute
+paths, damaged files, and links that lead out of the folder.
 """
 
 import io
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import PIL.Image
 from huggingface_hub.utils import validate_repo_id
 
-from capivara_common.files import check_links_stay_inside
+from capivara_common.files import check_folder_for_outside_links_and_pipes
 from capivara_common.image_files import IMAGE_FORMATS
 from capivara_common.privacy import (
     SECRET_RE2,
@@ -93,7 +93,7 @@ def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
     paths = sorted(
         list_uploadable_model_files(folder)
         if repo_type == "model"
-        else list_dataset_or_space_files(folder, repo_type == "space")
+        else list_uploadable_dataset_or_space_files(folder, repo_type == "space")
     )
     if not paths:
         raise ValueError(f"{folder} contains no files of a {repo_type}. Check the folder and --repo_type.")
@@ -306,7 +306,7 @@ OUTSIDE_PATH_PATTERN = r"^(/|~|[A-Za-z]:[\\/]|file:)|(^|/)\.\.(/|$)"  # image pa
 SECRET_MESSAGE = "contains what looks like an access token or key. Remove it, and revoke it if it is real"
 
 
-def list_dataset_or_space_files(folder: Path, is_space: bool = False) -> list[Path]:
+def list_uploadable_dataset_or_space_files(folder: Path, is_space: bool = False) -> list[Path]:
     """List the files of a dataset or Space that may be uploaded.
 
     For a dataset, these are rows, images, card and license. For a Space, these are all files except Python bytecode.
@@ -322,7 +322,7 @@ def list_dataset_or_space_files(folder: Path, is_space: bool = False) -> list[Pa
     Raises:
         ValueError: If a link leads out of the folder, or a file to upload is not a regular file.
     """
-    check_links_stay_inside(folder)
+    check_folder_for_outside_links_and_pipes(folder)
     names = []
     for path in (path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder)
@@ -381,13 +381,15 @@ def _check_table_contents(path: Path, name: Path) -> None:
             if not first_row and find_secret(f"{batch.schema} {batch.schema.metadata}"):
                 raise ValueError(f"{name}, in its header, {SECRET_MESSAGE}.")
             for column, array in zip(batch.schema.names, batch.columns, strict=True):
-                if not _find_array_fault(array):
+                if not _find_secret_or_image_fault_in_array(array):
                     continue
                 # Binary search for the first row with a fault, because each check compiles a long pattern.
                 row = bisect_left(
-                    range(len(array)), True, key=lambda row: _find_array_fault(array[: row + 1]) is not None
+                    range(len(array)),
+                    True,
+                    key=lambda row: _find_secret_or_image_fault_in_array(array[: row + 1]) is not None,
                 )
-                fault = _find_array_fault(array[row : row + 1])
+                fault = _find_secret_or_image_fault_in_array(array[row : row + 1])
                 raise ValueError(f"{name}, column {column!r}, row {first_row + row}, {fault}.")
             first_row += len(batch)
     except pyarrow.ArrowException as error:
@@ -416,7 +418,7 @@ def _iter_record_batches(path: Path) -> Iterator[Any]:
         yield from file.iter_batches(BATCH_ROWS)
 
 
-def _find_array_fault(array: Any) -> str | None:
+def _find_secret_or_image_fault_in_array(array: Any) -> str | None:
     """Check the values of a pyarrow array, including nested arrays at any depth.
 
     Texts and binary values are searched for secrets (access tokens and keys). Structs with the fields `bytes` and
@@ -432,18 +434,18 @@ def _find_array_fault(array: Any) -> str | None:
 
     kind = array.type
     if isinstance(array, ExtensionArray):
-        return _find_array_fault(array.storage)
+        return _find_secret_or_image_fault_in_array(array.storage)
     if types.is_dictionary(kind):
-        return _find_array_fault(array.dictionary_decode())
+        return _find_secret_or_image_fault_in_array(array.dictionary_decode())
     if types.is_struct(kind):
         parts = dict(zip([field.name for field in kind], array.flatten(), strict=True))
         fault = _find_image_column_fault(parts["bytes"], parts["path"]) if set(parts) == {"bytes", "path"} else None
-        return fault or next(filter(None, map(_find_array_fault, parts.values())), None)
+        return fault or next(filter(None, map(_find_secret_or_image_fault_in_array, parts.values())), None)
     if types.is_map(kind):
         keys_and_items = [ListArray.from_arrays(array.offsets, values) for values in (array.keys, array.items)]
-        return next(filter(None, map(_find_array_fault, keys_and_items)), None)
+        return next(filter(None, map(_find_secret_or_image_fault_in_array, keys_and_items)), None)
     if types.is_nested(kind):
-        return _find_array_fault(array.flatten())
+        return _find_secret_or_image_fault_in_array(array.flatten())
     if "string" not in str(kind) and "binary" not in str(kind):
         return None
     pattern = "|".join([SECRET_RE2, *map(re.escape, read_hub_tokens())])

@@ -95,7 +95,7 @@ class CapivaraConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim must be at least 1, got {self.projection_dim}.")
-        self.matryoshka_dims = normalize_matryoshka_dims(self.matryoshka_dims or (), self.projection_dim) or None
+        self.matryoshka_dims = check_and_sort_matryoshka_dims(self.matryoshka_dims or (), self.projection_dim) or None
         record = self.trimmed_vocabulary
         if record is not None and not all(isinstance(record.get(key), kind) for key, kind in TRIM_RECORD_TYPES.items()):
             raise ValueError(f"trimmed_vocabulary must have the keys {', '.join(TRIM_RECORD_TYPES)}, got {record}.")
@@ -118,7 +118,7 @@ class CapivaraConfig(PreTrainedConfig):
         return {key: value for key, value in super().to_dict().items() if key not in omitted}
 
 
-def normalize_matryoshka_dims(dims: Sequence[int], projection_dim: int) -> list[int]:
+def check_and_sort_matryoshka_dims(dims: Sequence[int], projection_dim: int) -> list[int]:
     """Validate Matryoshka widths, remove duplicates and sort them in descending order.
 
     Args:

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import atomic_folder, read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 from capivara_common.model_kinds import KINDS
@@ -36,8 +36,8 @@ from .checks_capivara import check_config_ranges, wrap_tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
 from .image_processing_capivara import CapivaraImageProcessor
 from .loading import (
-    build_model_from_tensors,
-    format_keys,
+    build_save_only_model_from_tensors,
+    format_weight_names_for_error,
     load_model,
     load_processor,
     load_transformers_config,
@@ -626,7 +626,7 @@ def _load_checkpoint(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read as a checkpoint: {_first_error_line(error)}") from error
 
 
-def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase:
+def _load_and_check_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase:
     """Load a tokenizer and check that it fits the text tower.
 
     Args:
@@ -655,7 +655,7 @@ def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def _convert_and_write_model(
+def _convert_write_and_verify_model(
     open_clip_source: OpenClipSource, folder: Path, config: CapivaraConfig | None = None
 ) -> tuple[CapivaraModel, list[str]]:
     """Convert an open_clip model to a folder that transformers can load, in float32, and verify the converted model.
@@ -679,9 +679,11 @@ def _convert_and_write_model(
     )
     image_processor = _to_image_processor(open_clip_source.preprocess_cfg, config.vision_config.image_size)
     state, notes = read_open_clip_tensors_and_notes(open_clip_source.weights)
-    CapivaraProcessor(image_processor, _load_tokenizer(open_clip_source.tokenizer, config)).save_pretrained(folder)
+    CapivaraProcessor(image_processor, _load_and_check_tokenizer(open_clip_source.tokenizer, config)).save_pretrained(
+        folder
+    )
     subject = "The checkpoint's tensors (a bare file is taken to have the published architecture)"
-    build_model_from_tensors(to_capivara_state_dict(state), config, subject).save_pretrained(folder)
+    build_save_only_model_from_tensors(to_capivara_state_dict(state), config, subject).save_pretrained(folder)
     if open_clip_source.folder:
         description = (
             "Converted to transformers by `python -m modeling_capivara.convert_open_clip`; the weights are unchanged."
@@ -695,7 +697,9 @@ def _convert_and_write_model(
         if not torch.equal(returned[name].view(torch.int32), state[name].view(torch.int32)):
             changed.add(name)
     if changed:
-        raise ValueError(f"The conversion changed tensors, so nothing was written: {format_keys(changed)}.")
+        raise ValueError(
+            f"The conversion changed tensors, so nothing was written: {format_weight_names_for_error(changed)}."
+        )
     for embeds in (embed_images(model, processor, random_images()), embed_texts(model, processor, random_texts())):
         if not (embeds[0] - embeds[1:]).abs().amax(dim=1).min() > 1e-6:  # written so that NaN is refused
             fault = "embeddings of random images or texts are not finite, or do not differ"
@@ -716,7 +720,7 @@ def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
         Digest of the weights, 32 hexadecimal digits.
     """
     return weights_digest(
-        _convert_and_write_model(_find_or_download_open_clip_files(source, revision=revision), folder)[0]
+        _convert_write_and_verify_model(_find_or_download_open_clip_files(source, revision=revision), folder)[0]
     )
 
 
@@ -776,8 +780,8 @@ def convert(
         ValueError: If there is no such model, it can't be converted, or `output` has files.
     """
     with atomic_folder(Path(output), overwrite_output_dir) as folder:
-        return _convert_and_write_model(_find_or_download_open_clip_files(source, tokenizer), folder, config)[1]
+        return _convert_write_and_verify_model(_find_or_download_open_clip_files(source, tokenizer), folder, config)[1]
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

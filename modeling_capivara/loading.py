@@ -31,10 +31,10 @@ from transformers import (
 from transformers.models.gemma import GemmaTokenizer
 from transformers.models.siglip2 import Siglip2Tokenizer
 
-from capivara_common.cli import coded_error
+from capivara_common.cli import make_coded_error
 from capivara_common.files import read_json
-from capivara_common.hub_cache import check_model_reachable, looks_like_hub_id
-from capivara_common.model_kinds import ANY_SIZE_VISION_TOWERS, KINDS, find_kind
+from capivara_common.hub_cache import check_hub_model_reachable, looks_like_hub_id
+from capivara_common.model_kinds import ANY_SIZE_VISION_TOWERS, KINDS, get_supported_model_kind
 from capivara_common.weight_file import find_weight_files, read_scalar
 
 from .checks_capivara import PADDING_MODEL_TYPES, check_config_ranges, wrap_tokenizer_errors
@@ -162,7 +162,7 @@ def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrain
     """
     tensors = load_memory_mapped_tensors(find_weight_files(folder))
     try:
-        model = build_model_from_tensors(tensors, config, f"The weights of {folder}")
+        model = build_save_only_model_from_tensors(tensors, config, f"The weights of {folder}")
     except ValueError:
         if KINDS[config.model_type].is_native:
             raise
@@ -171,7 +171,9 @@ def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrain
     return model
 
 
-def build_model_from_tensors(tensors: Mapping[str, Tensor], config: PreTrainedConfig, subject: str) -> PreTrainedModel:
+def build_save_only_model_from_tensors(
+    tensors: Mapping[str, Tensor], config: PreTrainedConfig, subject: str
+) -> PreTrainedModel:
     """Build a model that uses the given tensors as its weights, without copying them.
 
     The model is meant to be saved. It can't be run, because its non-persistent buffers, which are not among the
@@ -222,11 +224,13 @@ def _raise_on_weight_mismatch(
     faults = {kind: keys for kind, keys in all_faults.items() if keys}
     if faults:
         max_keys = MAX_NAMED_KEYS // len(faults)
-        descriptions = [f"{kind} keys: {format_keys(keys, max_keys)}" for kind, keys in faults.items()]
+        descriptions = [
+            f"{kind} keys: {format_weight_names_for_error(keys, max_keys)}" for kind, keys in faults.items()
+        ]
         raise ValueError(f"{name} do not fit its config; {'; '.join(descriptions)}.")
 
 
-def format_keys(keys: Iterable[str], max_keys: int = MAX_NAMED_KEYS) -> str:
+def format_weight_names_for_error(keys: Iterable[str], max_keys: int = MAX_NAMED_KEYS) -> str:
     """Format names of weights for an error message.
 
     Args:
@@ -365,13 +369,13 @@ def check_model_file_exists(source: str | Path, required_file: str, fault: str) 
     folder = Path(source)
     if not folder.is_dir():
         if not looks_like_hub_id(str(source)):
-            raise coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=source)
-        return check_model_reachable(source, required_file)
+            raise make_coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=source)
+        return check_hub_model_reachable(source, required_file)
     if (folder / "config.json").is_file():
         load_two_towers_config(folder)  # transformers' own error would not name the folder
     if not (folder / required_file).is_file():
         text = "The folder {model} {fault} ({file} is missing)."
-        raise coded_error(ValueError, "not_a_model", text, model=source, fault=fault, file=required_file)
+        raise make_coded_error(ValueError, "not_a_model", text, model=source, fault=fault, file=required_file)
 
 
 def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
@@ -388,14 +392,14 @@ def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
     """
     try:
         if Path(source).is_dir():  # transformers' own error about an unknown `model_type` would list all its types
-            find_kind(read_json(Path(source) / "config.json", model_type=str))
+            get_supported_model_kind(read_json(Path(source) / "config.json", model_type=str))
         config = load_transformers_config(str(source))
-        find_kind(config.to_dict())
+        get_supported_model_kind(config.to_dict())
         return config
     except Exception as error:  # damaged files make transformers raise many types, even RecursionError
         reason = " ".join(str(error).split())
         text = "The config.json of {model} does not describe a two-tower model: {reason}"
-        raise coded_error(ValueError, "no_two_towers", text, model=source, reason=reason) from error
+        raise make_coded_error(ValueError, "no_two_towers", text, model=source, reason=reason) from error
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:

@@ -238,7 +238,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
             converter = import_module("modeling_capivara.convert_open_clip")
         except ImportError as error:
             raise ImportError("from_open_clip needs the package modeling-capivara: install it.") from error
-        folder = hub_cache.resolve_model_folder(source, converter.convert_to_folder, revision)
+        folder = hub_cache.find_download_or_convert_model_folder(source, converter.convert_to_folder, revision)
         model_type = CapivaraConfig.get_config_dict(folder)[0].get("model_type")
         if model_type != "capivara":
             raise ValueError(f"The model in {folder} is not a CAPIVARA model: its model_type is {model_type!r}.")

@@ -18,7 +18,7 @@ MAX_CHARACTERS = 4096
 MAX_LINES = 512
 LONG_WHITESPACE_RE = re.compile(r"\s{6,}")
 # ftfy may need one pass for each "&" or ";". A text with more than this number of these characters is cleaned by
-# `_fix_line`, which limits the number of passes.
+# `_unescape_and_repair_line`, which limits the number of passes.
 MAX_FTFY_ENTITY_SIGNS = 8
 # Nested entities ("&amp;amp;") up to this depth are resolved one level per pass, as in ftfy. All deeper levels are
 # resolved together in the last pass.
@@ -44,7 +44,7 @@ def clean_text(text: str) -> str:
     check_and_collect_texts([text])
     if len(text) > MAX_CHARACTERS or text.count("\n") > MAX_LINES:
         text = _truncate_text(text)
-    return " ".join(html.unescape(html.unescape(_fix_text(text))).split())
+    return " ".join(html.unescape(html.unescape(_fix_text_with_limited_ftfy_passes(text))).split())
 
 
 def _truncate_text(text: str) -> str:
@@ -78,7 +78,7 @@ def _shorten_whitespace(match: re.Match) -> str:
     return match[0][:2] + "\n" * ("\n" in match[0]) + match[0][-2:]
 
 
-def _fix_text(text: str) -> str:
+def _fix_text_with_limited_ftfy_passes(text: str) -> str:
     """Return the same result as `ftfy.fix_text`, but limit the number of passes over the text.
 
     ftfy makes one pass for each level of nested entities, so its time can be quadratic in the length of the text.
@@ -90,10 +90,10 @@ def _fix_text(text: str) -> str:
         return ftfy.fix_text(text)
     bracket = text.find("<")  # ftfy resolves no entities from the line with the first "<" on
     end = len(text) if bracket < 0 else text.rfind("\n", 0, bracket) + 1
-    return "".join(map(_fix_line, re.split("(?<=\n)", text[:end]))) + ftfy.fix_text(text[end:])
+    return "".join(map(_unescape_and_repair_line, re.split("(?<=\n)", text[:end]))) + ftfy.fix_text(text[end:])
 
 
-def _fix_line(line: str) -> str:
+def _unescape_and_repair_line(line: str) -> str:
     """Resolve HTML entities and repair mojibake in one line of text, in at most `MAX_ENTITY_NESTING` + 1 passes.
 
     Args:

@@ -31,9 +31,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import require_packages
-from capivara_common.files import atomic_folder, prepare_output_folder
+from capivara_common.files import atomic_folder, check_output_folder_and_clean_leftovers
 from capivara_common.weight_file import find_weight_files
 
 from .loading import (
@@ -117,7 +117,7 @@ def trim(
             be replaced.
         ImportError: If wordfreq is not installed.
     """
-    prepare_output_folder(output, overwrite_output_dir)
+    check_output_folder_and_clean_leftovers(output, overwrite_output_dir)
     languages = list(dict.fromkeys(languages))
     if min(words) < 1:
         raise ValueError(f"--words must be at least 1, got {min(words)}.")
@@ -127,16 +127,18 @@ def trim(
         trimmed_languages = ", ".join(earlier_trim["languages"])
         hint = "Trim the model that it was made from"
         raise ValueError(f"MODEL {model} is already trimmed, to {trimmed_languages}. {hint}.")
-    kept_ids = select_token_ids(processor, languages, words, [text for path in texts for text in _read_lines(path)])
+    kept_ids = select_token_ids_to_keep(
+        processor, languages, words, [text for path in texts for text in _read_lines(path)]
+    )
     trimmed = type(processor)(processor.image_processor, trim_tokenizer(processor.tokenizer, kept_ids))
     for language in languages:
         checked_words = frequent_words(language, min(MAX_CHECKED_WORDS, *words))
-        check_tokenization(processor, trimmed, kept_ids, map(word_variants, checked_words))
+        check_trimmed_tokenizer_matches_original(processor, trimmed, kept_ids, map(word_variants, checked_words))
     vocabulary = sorted(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
     digest = hashlib.blake2b(json.dumps(vocabulary).encode(), digest_size=16).hexdigest()
     record = {"languages": languages, "words": list(words), "tokenizer": digest}
     with atomic_folder(output, overwrite_output_dir) as folder:
-        parameters_before, parameters_after = _write_trimmed_model(model, config, folder, kept_ids, record)
+        parameters_before, parameters_after = _write_and_verify_trimmed_model(model, config, folder, kept_ids, record)
         trimmed.save_pretrained(folder)
         for name in COPIED_FILES:
             if (model / name).is_file():
@@ -154,7 +156,7 @@ def _weights_megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in find_weight_files(folder)) / 1e6
 
 
-def _write_trimmed_model(
+def _write_and_verify_trimmed_model(
     source: Path, config: PreTrainedConfig, folder: Path, kept_ids: Sequence[int], record: dict
 ) -> tuple[int, int]:
     """Write the model without the embeddings of removed tokens, and verify the file that was written.
@@ -196,7 +198,7 @@ def _write_trimmed_model(
 # --- Tokens ----------------------------------------------------------------------------------------------------------
 
 
-def select_token_ids(
+def select_token_ids_to_keep(
     processor: ProcessorMixin, languages: Sequence[str], words: Sequence[int], texts: Iterable[str] = ()
 ) -> list[int]:
     """Select the tokens to keep when a vocabulary is trimmed.
@@ -220,7 +222,7 @@ def select_token_ids(
     """
     word_counts = [*words, *[words[-1]] * len(languages)]  # longer than `languages`
     lists = {language: frequent_words(language, count) for language, count in zip(languages, word_counts, strict=False)}
-    kept_ids = _required_token_ids(processor.tokenizer)
+    kept_ids = _get_always_kept_token_ids(processor.tokenizer)
     for language, word_list in lists.items():
         bar = tqdm(word_list, desc=f"Words of {language}", unit="word", unit_scale=True)
         kept_ids |= _used_token_ids(processor, map(word_variants, bar))
@@ -283,7 +285,7 @@ def _tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[list[int]
     return processor(text=list(texts), padding=False, truncation=True)["input_ids"]
 
 
-def check_tokenization(
+def check_trimmed_tokenizer_matches_original(
     original: ProcessorMixin, trimmed: ProcessorMixin, kept_ids: Sequence[int], texts: Iterable[str]
 ) -> None:
     """Check that the trimmed tokenizer splits texts into the same tokens as the original tokenizer.
@@ -339,7 +341,7 @@ def _read_lines(path: Path) -> list[str]:
     return texts
 
 
-def _required_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _get_always_kept_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the ids of tokens that are always kept, because any text may need them.
 
     These are added tokens, tokens of a single letter, and tokens without letters. All tokens up to the last special
@@ -350,7 +352,7 @@ def _required_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     Args:
         tokenizer: The original tokenizer.
     """
-    state = _tokenizer_state(tokenizer)
+    state = _check_and_get_tokenizer_json(tokenizer)
     special_ids = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     ids = {*range(max(special_ids - {None}) + 1), *(token["id"] for token in state["added_tokens"])}
     if state["model"]["type"] == "Unigram":  # the score of a letter without a token depends on the lowest score
@@ -364,7 +366,7 @@ def _required_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return ids
 
 
-def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
+def _check_and_get_tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> dict:
     """Return the content of a tokenizer's tokenizer.json as a dictionary, for example with `model` and `added_tokens`.
 
     Args:
@@ -388,7 +390,7 @@ def _list_tokens_in_id_order(state: dict) -> list[str]:
     """Return the tokens of a vocabulary in the order of their ids, without added tokens.
 
     Args:
-        state: Content of tokenizer.json, from `_tokenizer_state`.
+        state: Content of tokenizer.json, from `_check_and_get_tokenizer_json`.
     """
     vocabulary = state["model"]["vocab"]  # Unigram: list of tokens with scores; BPE: dictionary from token to id
     return (
@@ -406,7 +408,7 @@ def _add_merge_parts(tokenizer: PreTrainedTokenizerBase, token_ids: set[int]) ->
     Returns:
         The given ids and the added ids. For a Unigram tokenizer, which has no merges, the given ids.
     """
-    state = _tokenizer_state(tokenizer)
+    state = _check_and_get_tokenizer_json(tokenizer)
     if state["model"]["type"] != "BPE":
         return token_ids
     id_of, parts = state["model"]["vocab"], {}
@@ -423,8 +425,8 @@ def _merges(state: dict) -> list[tuple[str, str]]:
     """Return the merges of a BPE tokenizer in their order, each as a pair of tokens that are joined.
 
     Args:
-        state: Content of tokenizer.json, from `_tokenizer_state`. Older files store a merge as a string with a space
-            between the two tokens, newer files as a list of two tokens.
+        state: Content of tokenizer.json, from `_check_and_get_tokenizer_json`. Older files store a merge as a string
+            with a space between the two tokens, newer files as a list of two tokens.
     """
     return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in state["model"]["merges"]]
 
@@ -442,7 +444,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) 
     Raises:
         ValueError: If the tokenizer is of a type that can't be trimmed, or a token would not get its new id.
     """
-    state, new_id = _tokenizer_state(tokenizer), {old_id: new for new, old_id in enumerate(kept_ids)}
+    state, new_id = _check_and_get_tokenizer_json(tokenizer), {old_id: new for new, old_id in enumerate(kept_ids)}
     model, tokens = state["model"], _list_tokens_in_id_order(state)
     model_ids = [old_id for old_id in kept_ids if old_id < len(tokens)]  # added tokens may have higher ids
     if model["type"] == "Unigram":
@@ -469,4 +471,4 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) 
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

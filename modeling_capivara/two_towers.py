@@ -27,7 +27,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from capivara_common.embedding_speed import CHUNK_SIZES, SAMPLE_IMAGES, choose_fastest, with_tuned_chunk_size
+from capivara_common.embedding_speed import (
+    CHUNK_SIZES,
+    SAMPLE_IMAGES,
+    load_or_measure_fastest_setting,
+    with_tuned_chunk_size,
+)
 from capivara_common.environment import (
     get_or_init_distributed_state,
     require_packages,
@@ -35,7 +40,7 @@ from capivara_common.environment import (
     resolve_mixed_precision,
 )
 from capivara_common.files import read_json
-from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_model_reachable
+from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_hub_model_reachable
 from capivara_common.image_encoder_digest import IMAGE_ENCODER_PREFIXES
 from capivara_common.model_kinds import KINDS
 
@@ -311,7 +316,7 @@ def choose_fastest_precision(model: PreTrainedModel, processor: ProcessorMixin, 
         for name in ("float32", "bf16")
     }
     encoder = weights_digest(model, IMAGE_ENCODER_PREFIXES)
-    return choose_fastest("precision", candidates, encoder, record)
+    return load_or_measure_fastest_setting("precision", candidates, encoder, record)
 
 
 def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> Embedder:
@@ -385,7 +390,7 @@ def _find_open_clip_model(source: str) -> tuple[str, str | None, str]:
     elif not Path(source.removeprefix("local-dir:"), OPEN_CLIP_CONFIG).is_file():
         raise ValueError(f"open_clip:{source} is not the folder of an open_clip model ({OPEN_CLIP_CONFIG} is missing).")
     # If the model has been downloaded before, one of these files is in the cache, and no network is needed.
-    check_model_reachable(repository, OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHT_FILES)
+    check_hub_model_reachable(repository, OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHT_FILES)
     return name, pretrained, repository
 
 

@@ -13,7 +13,7 @@ import PIL.Image
 from datasets import Dataset, DatasetDict, Features
 
 from capivara_common.image_files import BadImage, read_image_bytes
-from caption_data.pairs import filter_usable_rows, list_skipped_rows, load_or_build_pair_table
+from caption_data.pairs import filter_usable_rows, list_skipped_rows_and_damaged_archives, load_or_build_pair_table
 from caption_data.parquet_split import open_in_place
 from caption_data.sources import open_split
 from training.inputs import load_evaluation_pairs, load_training_pairs
@@ -94,7 +94,7 @@ def table_of(source, skipped=None, columns=("captions-pt",), choose=lambda row: 
     settings = {"call": next(CALLS)}
     table = load_or_build_pair_table(source, list(columns), choose, settings)
     if skipped is not None:
-        skipped += list_skipped_rows(table, source)
+        skipped += list_skipped_rows_and_damaged_archives(table, source)
     return filter_usable_rows(table)
 
 
@@ -107,7 +107,7 @@ def training_of(args, skipped) -> list:
     splits = {(name, args.train_split): open_split(name, args.train_split, args.image_column) for name in args.dataset}
     pairs = load_training_pairs(args, splits, None)
     for dataset in pairs:
-        skipped += list_skipped_rows(dataset.table, dataset.source)
+        skipped += list_skipped_rows_and_damaged_archives(dataset.table, dataset.source)
         dataset.table = filter_usable_rows(dataset.table)
     return pairs
 

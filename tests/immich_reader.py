@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 from tokenizers import Tokenizer
 
-from examples.real_images import CLASS_PHOTOGRAPHS, load_photo
+from examples.real_images import CLASS_PHOTOGRAPHS, load_example_photo
 
 ODD_TEXTS = {
     "typographic quotation marks": "a placa \u201cproibido estacionar\u201d e o copo d\u2019água",
@@ -102,7 +102,7 @@ def pictures() -> list[PIL.Image.Image]:
     shapes = ((1, 1), (0.6, 1), (1, 0.45))
     images = []
     for name in CLASS_PHOTOGRAPHS:
-        image = load_photo(name)
+        image = load_example_photo(name)
         images += [image.crop((0, 0, int(image.width * x), int(image.height * y))) for x, y in shapes]
         images.append(image.crop((0, 0, image.width - 1, image.height - 7)))
     return images

@@ -14,7 +14,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from capivara_common.files import atomic_folder, partial_folder, prepare_output_folder, rename_partial_folder
+from capivara_common.files import (
+    atomic_folder,
+    check_output_folder_and_clean_leftovers,
+    get_partial_folder_path,
+    rename_partial_folder,
+)
 
 WATCHED = ("open", "os.", "shutil.", "tempfile.", "fcntl.")
 
@@ -25,9 +30,9 @@ def write(kind: str, out: Path, word: str) -> None:
         with atomic_folder(out, overwrite=True) as folder:
             fill(folder, word)
         return
-    prepare_output_folder(out, overwrite=True)
-    partial_folder(out).mkdir(exist_ok=True)
-    fill(partial_folder(out), word)
+    check_output_folder_and_clean_leftovers(out, overwrite=True)
+    get_partial_folder_path(out).mkdir(exist_ok=True)
+    fill(get_partial_folder_path(out), word)
     rename_partial_folder(out, overwrite=True)
 
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import captions.stages
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS_FEATURE
-from caption_data.sources import count_missing_rows_and_get_command
+from caption_data.sources import count_missing_stage_rows_and_get_command
 from captions.stages import RowStage, StageArguments
 
 MAX_ROUNDS = 200
@@ -88,7 +88,7 @@ def kill_stage(dataset: str, output: str, generator: random.Random, numbers: lis
         calls = [lambda task=task: run(dataset, output, task) for task in tasks]
         process_ids = [child(call, generator.randint(1, 16)) for call in calls]
         kills += sum([was_killed(process_id) for process_id in process_ids])
-        if (Path(output) / "stage.json").is_file() and not count_missing_rows_and_get_command(Path(output))[0]:
+        if (Path(output) / "stage.json").is_file() and not count_missing_stage_rows_and_get_command(Path(output))[0]:
             return kills
     sys.exit(f"{output} is not complete after {MAX_ROUNDS} rounds")
 

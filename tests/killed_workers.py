@@ -24,7 +24,7 @@ import captions.score  # imported before the forks, to save time
 import captions.select
 import captions.stages
 from capivara_common import executors
-from capivara_common.cli import run_command
+from capivara_common.cli import run_main_and_report_user_errors
 
 MAX_OUTPUT_CHARACTERS = 5000  # only the end of stderr is returned
 write_part, write_table = captions.stages.RowStage._write_part, pq.ParquetWriter.write_table
@@ -63,7 +63,7 @@ def build(config: str, victim: str, place: str, folder: Path) -> tuple[int, str]
             killers = build_killers(victim, place, folder / "mark")
             captions.stages.RowStage._write_part, pq.ParquetWriter.write_table = killers
             executors.START_METHOD = "fork"
-            run_command(lambda: captions.build.main(["--config", config, "--workers", "2"]))
+            run_main_and_report_user_errors(lambda: captions.build.main(["--config", config, "--workers", "2"]))
             code = 0
         except SystemExit as ended:
             code = ended.code

@@ -17,7 +17,7 @@ import time
 import traceback
 from contextlib import contextmanager
 
-from capivara_common.cli import run_command
+from capivara_common.cli import run_main_and_report_user_errors
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def answer(request: dict) -> dict:
     with captured(1, texts, "out"), captured(2, texts, "err"):
         try:
             command = getattr(importlib.import_module(module), name)
-            run_command(lambda: command(request["argv"]))
+            run_main_and_report_user_errors(lambda: command(request["argv"]))
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
             print(end.code if isinstance(end.code, str) else "", file=sys.stderr)

@@ -7,8 +7,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from capivara_common.avif import MAX_BOXES, _find_boxes, _read_sequence_header, largest_frame_size
-from capivara_common.image_files import BadImage, open_undecoded_image
+from capivara_common.avif import MAX_BOXES, _find_boxes, _read_size_from_sequence_header, largest_frame_size
+from capivara_common.image_files import BadImage, check_and_open_image_without_decoding
 
 SIZE, SMALL = (300, 200), (20, 20)
 
@@ -39,9 +39,9 @@ def test_the_size_is_read_from_the_stream(mode, frames):
 
 def test_a_file_that_declares_too_few_pixels_is_refused_before_decoding():
     data = declare(encode(), SMALL)
-    assert open_undecoded_image(data, "a.avif", max_pixels=SIZE[0] * SIZE[1]).size == SMALL
+    assert check_and_open_image_without_decoding(data, "a.avif", max_pixels=SIZE[0] * SIZE[1]).size == SMALL
     with pytest.raises(BadImage, match="300 x 200 pixels; at most 50,000 pixels") as caught:
-        open_undecoded_image(data, "a.avif", max_pixels=50_000)
+        check_and_open_image_without_decoding(data, "a.avif", max_pixels=50_000)
     assert caught.value.reason == "absurd image size"
 
 
@@ -85,7 +85,7 @@ LAST = [(8, 4), (7, 4), (299, 9), (199, 8)]  # bits of width and height; width a
     ],
 )
 def test_optional_fields_of_a_sequence_header_are_skipped(fields):
-    assert _read_sequence_header(bits(*fields, *LAST)) == SIZE
+    assert _read_size_from_sequence_header(bits(*fields, *LAST)) == SIZE
 
 
 def test_a_search_for_boxes_ends():

@@ -151,7 +151,7 @@ def test_the_demo_runs_twice_in_both_checkouts(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", run)
-        patch.setattr(tools, "describe_conditions", dict)
+        patch.setattr(tools, "describe_measurement_conditions", dict)
         results = train_step.run_requested_benchmarks(train_step.TrainStepArguments(parts=["demo"], beside=tmp_path))
     trees, names = (tmp_path, tools.CODE_ROOT), ("examples.openmoji.prepare", "train_accelerate") * 2
     assert [call[:3] for call in calls] == [(name, tree, str(tree)) for tree in trees for name in names]
@@ -162,7 +162,7 @@ def test_the_demo_runs_twice_in_both_checkouts(tmp_path, monkeypatch):
 
 def test_the_expected_answers_are_the_nearest_vectors(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "QUERY_COUNT", 3)
-    search.write_vectors_and_queries(tmp_path, 50)
+    search.write_random_vectors_and_queries(tmp_path, 50)
     vectors = np.load(tmp_path / "vectors-50.npy").astype(np.float32)
     answers = np.load(tmp_path / "answers-50.npz")
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3) and len(answers["queries"]) == 3

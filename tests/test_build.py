@@ -22,7 +22,7 @@ from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
 from captions import select
 from captions.build import BuildArguments, ManualStepRequired, build_dataset, main, read_build_plan
 from captions.stages import StageArguments
-from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji_captions
+from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji_caption_dataset
 from hub_upload.upload_checks import list_and_check_files_to_send
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -463,7 +463,7 @@ def test_the_openmoji_build_restores_the_portuguese_names(tmp_path, tiny_folder,
     """With a tiny model, the translated captions are exactly the Portuguese captions of the dataset."""
     source = datasets.load_from_disk(tiny_dataset_folder)
     config = openmoji_config(tmp_path, tiny_folder)
-    folder = build_openmoji_captions(OpenMojiCaptionsArguments(tiny_dataset_folder, config))
+    folder = build_openmoji_caption_dataset(OpenMojiCaptionsArguments(tiny_dataset_folder, config))
     for split, rows in source.items():
         built = rows_of(folder, split)
         assert [row["captions-pt"] for row in built] == [captions[:1] for captions in rows["captions-pt"]]

@@ -27,7 +27,7 @@ import tqdm.std
 from parsed_command import parsed
 
 from capivara_common import interrupt
-from capivara_common.environment import get_install_command, require_packages
+from capivara_common.environment import get_install_command_of_extra, require_packages
 from capivara_common.progress import set_progress_bar_timing
 from capivara_search import command, index_progress
 from capivara_search.command import (
@@ -38,7 +38,7 @@ from capivara_search.command import (
     show_progress_bar,
 )
 from capivara_search.index import PictureIndex
-from capivara_search.index_export import export_rows
+from capivara_search.index_export import export_all_rows
 from capivara_search.messages import COMMAND_NAMES, Messages, make_error_from_code
 from capivara_search.storage_errors import convert_lancedb_error
 from capivara_search.table import PictureTable
@@ -488,7 +488,7 @@ def test_output_has_no_control_characters_and_no_formulas(capivara, own_index, f
     assert code == 0 and head == ["path", "label", "'=1+1", "'@b"] and first[1] in ("'=1+1", "'@b", "")
     values, table = {"path": "=HYPERLINK(1)", "latitude": -23.5}, PictureTable(own_index)
     table.run_write("pictures", lambda opened: opened.update(values=values, where="path LIKE '%azul%'"))
-    export_rows(table, tmp_path / "all.csv")
+    export_all_rows(table, tmp_path / "all.csv")
     rows = csv.DictReader((tmp_path / "all.csv").open(encoding="utf-8"))
     assert {row["path"]: row["latitude"] for row in rows}["'=HYPERLINK(1)"] == "-23.5"
 
@@ -685,7 +685,7 @@ def test_errors_of_the_system_and_of_packages_are_shown_in_portuguese():
         (ModuleNotFoundError("No", name="lancedb.x"), messages("error.no_search_extra", name="lancedb")),
         (
             missing_package.value,
-            messages("error.not_installed", names="no_such_package", command=get_install_command("captions")),
+            messages("error.not_installed", names="no_such_package", command=get_install_command_of_extra("captions")),
         ),
     ):
         assert get_exit_code_and_message(error, messages) == (3, expected)

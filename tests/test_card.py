@@ -18,8 +18,8 @@ from capivara_common.files import RUN_MARKER, write_json
 from hub_upload import push
 from hub_upload.card import (
     TEMPLATE_VERSION,
-    find_card_faults,
-    find_generated_card_faults,
+    find_differences_between_card_and_files,
+    find_differences_between_generated_card_and_files,
     main,
     render_card,
     write_card,
@@ -49,7 +49,7 @@ def run(with_card, tmp_path):
 
 def test_a_run_gets_a_card_with_all_sections(run):
     data, body = split_card(card_of(run))
-    assert find_card_faults(run) == []
+    assert find_differences_between_card_and_files(run) == []
     assert re.findall(r"^## (.*)$", body, re.MULTILINE)[:-1] == SECTIONS
     assert data["language"] == ["pt", "en"] and data["library_name"] == "transformers"
     assert data["pipeline_tag"] == "zero-shot-image-classification" and "multilingual" in data["tags"]
@@ -97,7 +97,7 @@ def test_the_portuguese_card_has_the_same_figures(run):
         r"\b(the|of|and|with|from)\b", re.sub(r"```.*?```|`[^`]*`|\[.*?\]\(.*?\)|<!--.*", "", text, flags=re.S)
     )
     write_card(run, language="pt")
-    assert find_card_faults(run) == []
+    assert find_differences_between_card_and_files(run) == []
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -121,7 +121,7 @@ def test_a_card_from_an_older_template_is_checked_by_its_values(run, capsys):
     """Its text may differ. Its front matter, values and digests may not, and it must not contain HTML."""
     text = card_of(run).replace("random scores would give", "dice would give")
     (run / "README.md").write_text(text, encoding="utf-8")
-    assert any("dice" in fault for fault in find_card_faults(run))
+    assert any("dice" in fault for fault in find_differences_between_card_and_files(run))
     text = text.replace(f', "version": {TEMPLATE_VERSION}', "")
     (run / "README.md").write_text(text, encoding="utf-8")
     main(["--check", str(run)])
@@ -129,12 +129,12 @@ def test_a_card_from_an_older_template_is_checked_by_its_values(run, capsys):
     assert "older template" in output and "All values" not in output
     for added in ("<script>", "| <b>a | b |", "<!-- made by hub_upload.card with {} -->"):
         (run / "README.md").write_text(text.replace(MARKER, f"{added}\n\n{MARKER}"), encoding="utf-8")
-        assert find_card_faults(run) == [f"README.md: the card has {added!r}."]
+        assert find_differences_between_card_and_files(run) == [f"README.md: the card has {added!r}."]
     for old in (r"interval ([-+])", r"(`run.json` \| `)", r"(R@1 \| \**)", r"(license: )"):
         changed = re.sub(old, r"\g<1>9", text, count=1)
         assert changed != text
         (run / "README.md").write_text(changed, encoding="utf-8")
-        assert find_card_faults(run), old
+        assert find_differences_between_card_and_files(run), old
 
 
 def test_templates_contain_no_figures():
@@ -158,10 +158,10 @@ def test_one_changed_digit_of_the_card_or_a_file_fails(run):
         for place in generator.sample([match.start() for match in re.finditer(r"\d(?=.*\n)", text)], places):
             digit = str((int(text[place]) + generator.randint(1, 9)) % 10)
             path.write_text(text[:place] + digit + text[place + 1 :], encoding="utf-8")
-            faults = find_card_faults(run)
+            faults = find_differences_between_card_and_files(run)
             assert any(path.name in fault for fault in faults), f"{text[max(0, place - 60) : place + 20]!r}"
         path.write_text(text, encoding="utf-8")
-    assert find_card_faults(run) == []
+    assert find_differences_between_card_and_files(run) == []
 
 
 @pytest.mark.slow
@@ -170,40 +170,46 @@ def test_only_harmless_lines_may_be_added_by_hand_and_none_removed(run):
     numbers = ("Also tried: recall 99.9.", "Dez por cento (１０ %) melhor.", "½ better.")
     for added in (*numbers, "See [more](javascript:alert).", "<!--", "```", "## Results"):
         (run / "README.md").write_text(text.replace(MARKER, f"{added}\n\n{MARKER}"), encoding="utf-8")
-        assert find_card_faults(run), added
+        assert find_differences_between_card_and_files(run), added
     (run / "README.md").write_text(text.replace(MARKER, f"We thank our annotators.\n\n{MARKER}"), encoding="utf-8")
-    assert find_card_faults(run) == []
+    assert find_differences_between_card_and_files(run) == []
     (run / "README.md").write_text(text.replace("- multilingual\n", "- multilingual\n- best\n"), encoding="utf-8")
-    assert find_card_faults(run) == ["README.md: the card has '- best'."]
+    assert find_differences_between_card_and_files(run) == ["README.md: the card has '- best'."]
     for removed in ("| Text → image, R@1 ", "- The figures hold", "## Results"[3:], "license: "):
         lines = [line for line in text.split("\n") if removed not in line]
         (run / "README.md").write_text("\n".join(lines), encoding="utf-8")
-        assert find_card_faults(run), removed
+        assert find_differences_between_card_and_files(run), removed
 
 
 def test_a_card_that_another_program_wrote_is_a_fault(run):
     (run / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n", encoding="utf-8")
-    (fault,) = find_card_faults(run)
+    (fault,) = find_differences_between_card_and_files(run)
     assert "python -m hub_upload.card" in fault
     for name, fault in (('"us/x\\"); import os; (\\""', "import os"), ("5", str(run))):
         options = f'{{"language": "en", "repo_id": {name}}}'
         (run / "README.md").write_text(f"---\na: b\n---\n\n# Mine\n\n<!-- made by hub_upload.card with {options} -->\n")
-        assert fault in find_card_faults(run)[0]
+        assert fault in find_differences_between_card_and_files(run)[0]
     (run / "README.md").unlink()
     with pytest.raises(ValueError, match=r"README\.md.*python -m hub_upload\.card"):
-        find_card_faults(run)
+        find_differences_between_card_and_files(run)
 
 
 def test_a_push_refuses_an_outdated_card_and_accepts_a_handwritten_one(run):
     args = PushArguments(model=run, repo_id="us/model")
-    assert find_generated_card_faults(run) == [] and push.check_card_is_current(args) is None
+    assert (
+        find_differences_between_generated_card_and_files(run) == []
+        and push.warn_or_fail_if_card_is_outdated(args) is None
+    )
     change(results_of(run), lambda content: content["records"][0].update(value=0.999))
-    assert find_generated_card_faults(run)
-    push.check_card_is_current(args)  # a preview warns only
+    assert find_differences_between_generated_card_and_files(run)
+    push.warn_or_fail_if_card_is_outdated(args)  # a preview warns only
     with pytest.raises(ValueError, match=r"README\.md"):
-        push.check_card_is_current(PushArguments(model=run, repo_id="us/model", push=True))
+        push.warn_or_fail_if_card_is_outdated(PushArguments(model=run, repo_id="us/model", push=True))
     (run / "README.md").write_text("# Written by hand: 99 % right\n", encoding="utf-8")
-    assert find_generated_card_faults(run) == [] and push.check_card_is_current(args) is None
+    assert (
+        find_differences_between_generated_card_and_files(run) == []
+        and push.warn_or_fail_if_card_is_outdated(args) is None
+    )
 
 
 def test_folders_of_this_machine_do_not_appear_in_a_card(run):
@@ -215,7 +221,9 @@ def test_folders_of_this_machine_do_not_appear_in_a_card(run):
     change(run / "run.json", insert_absolute_paths)
     change(results_of(run), lambda results: [r.update(dataset="/home/ana/squares") for r in results["records"]])
     write_card(run)
-    assert "ana" not in card_of(run) and "squares" in card_of(run) and find_card_faults(run) == []
+    assert (
+        "ana" not in card_of(run) and "squares" in card_of(run) and find_differences_between_card_and_files(run) == []
+    )
 
 
 def test_the_command_writes_and_checks_cards_and_refuses_wrong_flags(run, tmp_path, capsys):
@@ -283,7 +291,7 @@ def published(folder) -> list[dict]:
 def test_a_card_of_several_seeds_has_means_and_deviations(tmp_path):
     folder = shutil.copytree(SEEDS, tmp_path / "seeds")
     write_card(folder)
-    assert find_card_faults(folder) == []
+    assert find_differences_between_card_and_files(folder) == []
     expected = "recall@1", "text_to_image", "capivara"
     records = json.loads(results_of(folder).read_text(encoding="utf-8"))["records"]
     shares = [r["value"] for r in records if (r["metric"], r["direction"], r["model"]) == expected]
@@ -297,7 +305,7 @@ def test_a_card_of_several_seeds_has_means_and_deviations(tmp_path):
     shutil.copytree(folder / "seed-1", tmp_path / "one")
     shutil.copytree(folder / "results", tmp_path / "one" / "results")
     write_card(tmp_path / "one", repo_id="us/model")
-    assert mean in card_of(tmp_path / "one") and find_card_faults(tmp_path / "one") == []
+    assert mean in card_of(tmp_path / "one") and find_differences_between_card_and_files(tmp_path / "one") == []
     assert {metric["args"]["seed"] for metric in published(tmp_path / "one")} == {1}
 
 
@@ -306,7 +314,7 @@ def test_separate_runs_of_seeds_have_the_card_of_one_run_with_several_seeds(tmp_
     write_card(together)
     separate = runs_of_seeds(tmp_path / "separate")
     write_card(separate)
-    assert find_card_faults(separate) == []
+    assert find_differences_between_card_and_files(separate) == []
     cards = [card_of(together), card_of(separate)]
     without_files = [re.sub(r"^\| `(seed-\d/)?results/.*\n", "", card, flags=re.MULTILINE) for card in cards]
     assert without_files[0] == without_files[1] and cards[1].count("| `seed-1/results/") == 2
@@ -355,7 +363,7 @@ def test_only_models_and_datasets_from_the_hub_get_ids_and_revisions(run):
 
     def revisions() -> set:
         write_card(run)
-        assert find_card_faults(run) == []
+        assert find_differences_between_card_and_files(run) == []
         return {r["dataset"].get("revision") for r in split_card(card_of(run))[0]["model-index"][0]["results"]}
 
     change(run / "run.json", set_hub_ids)
@@ -382,12 +390,15 @@ def test_a_license_can_be_stated_only_if_base_and_data_leave_it_open(run, tmp_pa
     assert "license" not in split_card(card_of(run))[0] and "No license is stated" in card_of(run)
     main(["--model", str(run), "--license", "cc-by-4.0"])
     text = card_of(run)
-    assert split_card(text)[0]["license"] == "cc-by-4.0" and find_card_faults(run) == []
+    assert split_card(text)[0]["license"] == "cc-by-4.0" and find_differences_between_card_and_files(run) == []
     assert "licensed **`cc-by-4.0`**, as stated by its publisher" in text and "No license is stated" not in text
     write_card(run, language="pt", license="cc-by-4.0")
-    assert "sob a licença **`cc-by-4.0`**, indicada por quem o publica" in card_of(run) and find_card_faults(run) == []
+    assert (
+        "sob a licença **`cc-by-4.0`**, indicada por quem o publica" in card_of(run)
+        and find_differences_between_card_and_files(run) == []
+    )
     (run / "README.md").write_text(text.replace("cc-by-4.0", "mine"), encoding="utf-8")
-    assert "'mine'" in find_card_faults(run)[0]
+    assert "'mine'" in find_differences_between_card_and_files(run)[0]
 
 
 def test_a_model_of_a_non_commercial_base_gets_no_other_license(run):
@@ -402,9 +413,12 @@ def test_a_model_of_a_non_commercial_base_gets_no_other_license(run):
         with pytest.raises(ValueError, match=rf"\b{license}\b.*facebook/metaclip-2.*\bcc-by-nc-4\.0\b"):
             write_card(run, license=license)
     write_card(run, license="cc-by-nc-sa-4.0")
-    assert split_card(card_of(run))[0]["license"] == "cc-by-nc-sa-4.0" and find_card_faults(run) == []
+    assert (
+        split_card(card_of(run))[0]["license"] == "cc-by-nc-sa-4.0"
+        and find_differences_between_card_and_files(run) == []
+    )
     (run / "README.md").write_text(card_of(run).replace("cc-by-nc-sa-4.0", "mit"), encoding="utf-8")
-    assert any("mit" in fault for fault in find_card_faults(run))
+    assert any("mit" in fault for fault in find_differences_between_card_and_files(run))
 
 
 @pytest.mark.parametrize("language", ["en", "pt"])
@@ -430,7 +444,7 @@ def card_with(run, config: dict, **origins) -> str:
 
     change(run / "run.json", edit)
     write_card(run)
-    assert find_card_faults(run) == []
+    assert find_differences_between_card_and_files(run) == []
     return card_of(run)
 
 
@@ -469,7 +483,7 @@ def test_classification_and_linear_probe_get_a_table(run):
     assert "| `cifar-10` | `ours` | accuracy | 100 | **50.00** | 45.00 | -5.00 |" in text
     assert "| `cifar-10` | `16 shots` | accuracy | 100 | – | 75.00 | – | – |" in text
     assert "The model is worse than the baseline on:\n  - accuracy, `cifar-10`, `ours`: 45.00, baseline 50.00" in text
-    assert find_card_faults(run) == []
+    assert find_differences_between_card_and_files(run) == []
 
 
 @pytest.mark.parametrize("ranks", [{"baseline": 9.0, "capivara": 3.0}, {"baseline": 3.0, "capivara": 9.0}])
@@ -507,7 +521,7 @@ def test_files_of_other_formats_add_code_examples_to_the_card(run):
     graphs = {"text_model.onnx": {"bytes": 2_500_000, "largest_difference": 2e-7}}
     graphs |= {"text_model_quantized.onnx": {"bytes": 700_000, "lowest_cosine": 0.9974}}
     (run / "onnx" / "quantisation.json").write_text(json.dumps({"graphs": graphs}), encoding="utf-8")
-    assert find_card_faults(run), "a card that is older than these files must be a fault"
+    assert find_differences_between_card_and_files(run), "a card that is older than these files must be a fault"
     write_card(run, repo_id="us/model")
     data, body = split_card(card_of(run))
     assert {"open_clip", "sentence-transformers", "onnx"} <= set(data["tags"])
@@ -515,4 +529,4 @@ def test_files_of_other_formats_add_code_examples_to_the_card(run):
     assert 'snapshot_download("us/model"' in body and "# model" in body
     assert "| `onnx/text_model.onnx` | 2.5 MB | 2.0e-07 | – |" in body and "| 0.7 MB | – | 0.9974 |" in body
     write_card(run)
-    assert 'name = "local-dir:."' in card_of(run) and find_card_faults(run) == []
+    assert 'name = "local-dir:."' in card_of(run) and find_differences_between_card_and_files(run) == []

@@ -14,7 +14,7 @@ import pytest
 from card_run import split_card, trained_run
 from hub_client import hub_commands
 
-from hub_upload.card import find_card_faults, write_card
+from hub_upload.card import find_differences_between_card_and_files, write_card
 from modeling_capivara import CapivaraConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +103,7 @@ def test_code_examples_load_a_pushed_model_from_the_hub(run, tmp_path):
         write_card(exported, repo_id="us/model", language="pt")
         portuguese = code_blocks(exported)
         write_card(exported, repo_id="us/model")
-        assert find_card_faults(exported) == []
+        assert find_differences_between_card_and_files(exported) == []
         without_comments = [
             re.sub(r"# .*", "", "".join(texts.values())) for texts in (code_blocks(exported), portuguese)
         ]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from card_run import change, split_card, trained_run
 
-from hub_upload.card import find_card_faults, write_card
-from hub_upload.card_values import escape_value_for_markdown, to_code
+from hub_upload.card import find_differences_between_card_and_files, write_card
+from hub_upload.card_values import escape_value_for_markdown, format_as_markdown_code_or_escaped_text
 from hub_upload.licenses import infer_license
 from hub_upload.origins import read_origin_card_metadata
 
@@ -33,7 +33,7 @@ def markdown():
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_texts_are_escaped(text):
     reader = markdown()
-    for written in (escape_value_for_markdown(text), to_code(text)):
+    for written in (escape_value_for_markdown(text), format_as_markdown_code_or_escaped_text(text)):
         assert "\n" not in written
         tokens = [t.type for t in reader.parseInline(written)[0].children]
         assert set(tokens) <= {"text", "text_special", "code_inline"}, written
@@ -48,7 +48,10 @@ def test_escaping_keeps_urls_and_drops_folders():
         and escape_value_for_markdown("- item") == "\\- item"
     )
     assert len(escape_value_for_markdown("a" * 1000)) == 300
-    assert to_code("captions-pt") == "`captions-pt`" and to_code("a`b") == "a\\`b"
+    assert (
+        format_as_markdown_code_or_escaped_text("captions-pt") == "`captions-pt`"
+        and format_as_markdown_code_or_escaped_text("a`b") == "a\\`b"
+    )
 
 
 @pytest.mark.slow
@@ -96,7 +99,7 @@ def test_hostile_texts_change_neither_front_matter_nor_markup_of_a_card(hostile,
     data, body = split_card(text)
     blocks = markdown().parse(body)
     tokens = {token.type for block in blocks for token in (block, *(block.children or ()))}
-    assert find_card_faults(tmp_path / "run") == [] and "html_inline" not in tokens
+    assert find_differences_between_card_and_files(tmp_path / "run") == [] and "html_inline" not in tokens
     assert [block.content.strip() for block in blocks if block.type == "html_block"] == [text.split("\n")[-1]]
     assert not {"license", "base_model", "datasets"} & set(data) and "<script" not in body
     assert "alert(1)" in body and "{{ 7 \\* 7 }}" in body and "# New" not in body.split("\n")

@@ -5,18 +5,18 @@ import json
 import pytest
 
 from captions.chat.answers import (
-    answer_schema,
+    build_response_format_for_json_answer,
     clean_answer,
+    detect_refusal_or_truncation,
     extract_numbered_lines,
     extract_value_from_json_answer,
-    find_fault,
 )
 from captions.chat.client import Choice, convert_completion_to_reply
 from captions.chat.prompts import CaptionPrompts, TranslationPrompts, number_lines
 from captions.http_service import check_service_url, hide_key, parse_retry_after
 from captions.journal import Journal, read_journal
 from captions.languages import language_name
-from captions.quality import find_caption_flags
+from captions.quality import find_caption_quality_flags
 
 
 @pytest.mark.parametrize(
@@ -91,20 +91,23 @@ def test_reasoning_without_an_end_is_no_answer():
     ],
 )
 def test_refusals_are_found(answer):
-    assert find_fault(answer, "stop", None, "a cat") == "refused"
+    assert detect_refusal_or_truncation(answer, "stop", None, "a cat") == "refused"
 
 
 def test_faults_that_the_server_states():
     assert (
-        find_fault("um gato", "length", None) == "truncated"
-        and find_fault("um gato", "content_filter", None) == "refused"
+        detect_refusal_or_truncation("um gato", "length", None) == "truncated"
+        and detect_refusal_or_truncation("um gato", "content_filter", None) == "refused"
     )
-    assert find_fault("", "stop", "I can't") == "refused" and find_fault("um gato", "stop", None) is None
+    assert (
+        detect_refusal_or_truncation("", "stop", "I can't") == "refused"
+        and detect_refusal_or_truncation("um gato", "stop", None) is None
+    )
     quoted = "I'm sorry, I can't read this sign"
-    assert find_fault("Desculpe, não posso ler esta placa", "stop", None, quoted) is None, (
+    assert detect_refusal_or_truncation("Desculpe, não posso ler esta placa", "stop", None, quoted) is None, (
         "the source is an apology, too"
     )
-    assert find_fault("Lamento sobre o Cristo morto", "stop", None, "Lamentation of Christ") is None
+    assert detect_refusal_or_truncation("Lamento sobre o Cristo morto", "stop", None, "Lamentation of Christ") is None
 
 
 def test_numbered_lines():
@@ -120,7 +123,7 @@ def test_json_answers():
     assert extract_value_from_json_answer('<think>x</think>{"caption": [1]}', "caption") == [1]
     for plain in ("um gato", "[1]", '{"other": 1}', ""):
         assert extract_value_from_json_answer(plain, "caption") is None
-    schema = json.dumps(answer_schema("captions", 3))
+    schema = json.dumps(build_response_format_for_json_answer("captions", 3))
     assert '"minItems": 3' in schema and '"required": ["captions"]' in schema
 
 
@@ -132,13 +135,13 @@ def test_other_responses_are_no_reply(completion):
 
 
 def test_captions_that_look_wrong():
-    assert find_caption_flags("um gato no tapete", "pt") == []
-    assert find_caption_flags("...", "pt") == ["empty"] and find_caption_flags("кошка на ковре", "pt") == [
-        "wrong script"
-    ]
-    assert find_caption_flags("um gato " * 80, "pt") == ["length"] and find_caption_flags("um <b>gato</b>", "pt") == [
-        "markup"
-    ]
+    assert find_caption_quality_flags("um gato no tapete", "pt") == []
+    assert find_caption_quality_flags("...", "pt") == ["empty"] and find_caption_quality_flags(
+        "кошка на ковре", "pt"
+    ) == ["wrong script"]
+    assert find_caption_quality_flags("um gato " * 80, "pt") == ["length"] and find_caption_quality_flags(
+        "um <b>gato</b>", "pt"
+    ) == ["markup"]
 
 
 # Prompts and names of languages

@@ -23,9 +23,9 @@ from training.checkpoints import (
     TrainingState,
     build_sha256sum_content,
     check_same_run,
-    read_training_state,
+    verify_checkpoint_and_read_state,
 )
-from training.run_folder import check_matches_finished_run, next_numbered_folder
+from training.run_folder import check_matches_finished_run, find_free_numbered_folder
 
 
 @pytest.fixture
@@ -52,9 +52,9 @@ def folder_names(checkpoints: Checkpoints) -> list[str]:
 
 
 def test_the_next_numbered_folder_is_the_first_free_one(tmp_path):
-    assert next_numbered_folder(tmp_path, "x") == tmp_path / "x-001"
+    assert find_free_numbered_folder(tmp_path, "x") == tmp_path / "x-001"
     (tmp_path / "x-001").mkdir()
-    assert next_numbered_folder(tmp_path, "x") == tmp_path / "x-002"
+    assert find_free_numbered_folder(tmp_path, "x") == tmp_path / "x-002"
 
 
 def test_a_loaded_checkpoint_continues_with_the_same_weights(checkpoints):
@@ -189,11 +189,11 @@ INVALID_STATES = ["", '{"step": true}', '{"step": 1, "curve": {}}', "[" * 1000 +
 @pytest.mark.parametrize("content", INVALID_STATES)
 def test_an_invalid_state_gives_an_error_of_one_line_that_names_the_file(tmp_path, content):
     with pytest.raises(ValueError, match=r"trainer\.json"):
-        read_training_state(tmp_path)
+        verify_checkpoint_and_read_state(tmp_path)
     (tmp_path / STATE_FILE).write_text(content)
     (tmp_path / CHECKSUM_FILE).write_bytes(build_sha256sum_content(tmp_path))
     with pytest.raises(ValueError, match=r"^[^\n]*trainer\.json[^\n]*$"):
-        read_training_state(tmp_path)
+        verify_checkpoint_and_read_state(tmp_path)
 
 
 def test_every_different_setting_and_dataset_is_listed(tmp_path):

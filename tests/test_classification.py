@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Sequence
 from towers import as_open_clip
 
 from capivara_common.image_files import BadImage
-from caption_data.labeled_images import _map_labels_to_prompt_classes, load_labeled_images
+from caption_data.labeled_images import _map_labels_to_prompt_classes, load_images_with_prompt_class_labels
 from eval.classification import compute_chance_level, compute_classification_metrics, main
 from eval.prompts import load_prompts
 
@@ -81,21 +81,25 @@ def test_a_folder_of_images_is_classified_without_its_damaged_image(saved_tiny_f
 def test_classes_are_matched_by_name(image_folder, tmp_path):
     files = [image_folder / name / "0.png" for name in SHUFFLED]
     folder = save_dataset(tmp_path, files, list(range(10)), ClassLabel(names=SHUFFLED))
-    assert load_labeled_images(folder, "test", CIFAR).labels == [CIFAR.index(name) for name in SHUFFLED]
+    assert load_images_with_prompt_class_labels(folder, "test", CIFAR).labels == [
+        CIFAR.index(name) for name in SHUFFLED
+    ]
     for split, names, options, message in (
         ("test", ["avião", *CIFAR[1:]], {}, "'airplane'"),
         ("train", CIFAR, {}, "'train'"),
         ("test", CIFAR, {"label_column": "class"}, "'class'"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_labeled_images(folder, split, names, **options)
+            load_images_with_prompt_class_labels(folder, split, names, **options)
 
 
 def test_an_image_may_have_several_labels_but_none_out_of_range(image_folder, tmp_path):
     files = [image_folder / "cat" / "0.png"] * 2
     with pytest.raises(ValueError, match=r"\[10\]"):
-        load_labeled_images(save_dataset(tmp_path / "outside", files, [3, 10]), "test", CIFAR)
-    images = load_labeled_images(save_dataset(tmp_path, files, [[0, 3], [2]], Sequence(CLASS_LABEL)), "test", CIFAR)
+        load_images_with_prompt_class_labels(save_dataset(tmp_path / "outside", files, [3, 10]), "test", CIFAR)
+    images = load_images_with_prompt_class_labels(
+        save_dataset(tmp_path, files, [[0, 3], [2]], Sequence(CLASS_LABEL)), "test", CIFAR
+    )
     assert images.labels == [[0, 3], [2]]
 
 
@@ -167,7 +171,7 @@ def test_repeated_names_are_matched_in_order_and_slashes_as_underscores():
 
 
 def test_images_of_classes_without_prompts_are_left_out(image_folder):
-    images = load_labeled_images(str(image_folder), "test", CIFAR, class_indices=[3, 0])
+    images = load_images_with_prompt_class_labels(str(image_folder), "test", CIFAR, class_indices=[3, 0])
     assert sorted(images.labels) == [0] * 3 + [1] * 3 and len(images.images) == 6
 
 
@@ -175,7 +179,7 @@ def test_a_listed_file_outside_of_the_folder_is_refused(images_copy):
     shutil.copy(images_copy / "cat/1.png", images_copy.parent / "secret.png")
     (images_copy / "metadata.jsonl").write_text(json.dumps({"file_name": "../secret.png", "label": 0}))
     with pytest.raises(BadImage, match="outside"):
-        load_labeled_images(str(images_copy), "train", CIFAR).images.load_image(0)
+        load_images_with_prompt_class_labels(str(images_copy), "train", CIFAR).images.load_image(0)
 
 
 @pytest.mark.parametrize("name", ["cat/1.png", "cat"])
@@ -183,7 +187,7 @@ def test_links_out_of_the_folder_are_refused(images_copy, tmp_path, name):
     (images_copy / name).rename(tmp_path / "elsewhere")
     (images_copy / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=rf"\['{name}'\]"):
-        load_labeled_images(str(images_copy), "test", CIFAR)
+        load_images_with_prompt_class_labels(str(images_copy), "test", CIFAR)
 
 
 def test_tars_of_clip_benchmark_are_read(saved_tiny_folder, image_folder, tmp_path):
@@ -197,7 +201,7 @@ def test_tars_of_clip_benchmark_are_read(saved_tiny_folder, image_folder, tmp_pa
                 member = tarfile.TarInfo(f"s{number:04d}.{ending}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    images = load_labeled_images(str(tmp_path / "wds"), "test", CIFAR)
+    images = load_images_with_prompt_class_labels(str(tmp_path / "wds"), "test", CIFAR)
     assert images.labels == [CIFAR.index(name) for name in SHUFFLED]
     main(make_flags(saved_tiny_folder, tmp_path / "wds", tmp_path / "r.json"))
     content = read_result(tmp_path / "r.json")
@@ -208,7 +212,9 @@ def test_a_folder_called_train_may_be_a_class_but_is_no_test_split(images_copy, 
     """CIFAR-100 has a class called train. A split for training must not be measured as test."""
     (images_copy / "truck").rename(images_copy / "train")
     names = ["train" if name == "truck" else name for name in CIFAR]
-    assert sorted(load_labeled_images(str(images_copy), "test", names).labels) == sorted(list(range(10)) * 3)
+    assert sorted(load_images_with_prompt_class_labels(str(images_copy), "test", names).labels) == sorted(
+        list(range(10)) * 3
+    )
     (tmp_path / "splits").mkdir()
     images_copy.rename(tmp_path / "splits" / "train")
     with pytest.raises(ValueError, match=r"'test'.*\['train'\]"):

@@ -81,7 +81,7 @@ def test_a_wrong_command_line_exits_with_2_and_one_line(line, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", [command, *words])
     monkeypatch.setattr(capivara_common.cli, "set_progress_bar_timing", lambda: None)
     with pytest.raises(SystemExit) as ended:
-        capivara_common.cli.run_command(main_of(command))
+        capivara_common.cli.run_main_and_report_user_errors(main_of(command))
     message = capsys.readouterr().err
     assert ended.value.code == 2 and re.search(WRONG_COMMANDS[line], message) and message.count("\n") == 1
 
@@ -102,7 +102,7 @@ def test_user_errors_and_ctrl_c_are_one_line(monkeypatch, capsys, error, resumab
 
     monkeypatch.setattr(capivara_common.cli, "set_progress_bar_timing", lambda: None)
     with pytest.raises(SystemExit) as ended:
-        capivara_common.cli.run_command(main, resumable)
+        capivara_common.cli.run_main_and_report_user_errors(main, resumable)
     assert ended.value.code == code and capsys.readouterr().err == message
 
 
@@ -151,7 +151,7 @@ def test_no_message_shows_a_token(words, monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["command", *words.format(token).split()])
     with pytest.raises(SystemExit) as raised:
-        capivara_common.cli.run_command(main)
+        capivara_common.cli.run_main_and_report_user_errors(main)
     message = capsys.readouterr().err
     assert raised.value.code and "error: " in message and token not in message
 

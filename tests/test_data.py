@@ -10,7 +10,13 @@ from caption_data import pairs
 from caption_data.pairs import check_bad_share
 from caption_data.sources import open_split
 from training.arguments import RunArguments
-from training.batches import BatchPlanner, apportion_batch, batch_indices, sample_captions, sample_view_numbers
+from training.batches import (
+    BatchPlanner,
+    apportion_batch_to_datasets,
+    batch_indices,
+    sample_captions,
+    sample_view_numbers,
+)
 
 CAPTIONS = [[f"gato {i}", f"uma casa azul {i}"][: 1 + i % 2] for i in range(11)]
 
@@ -43,16 +49,16 @@ def test_each_step_draws_new_views():
 
 
 def test_pairs_per_dataset_follow_the_sizes_of_the_datasets():
-    assert apportion_batch(7, [10, 20, 40]) == [1, 2, 4]
-    assert sum(apportion_batch(2816, [999_999, 31_000, 5_000])) == 2816
+    assert apportion_batch_to_datasets(7, [10, 20, 40]) == [1, 2, 4]
+    assert sum(apportion_batch_to_datasets(2816, [999_999, 31_000, 5_000])) == 2816
     for sizes in ([8], [5, 3], [1, 1, 6]):
-        assert apportion_batch(8, sizes) == sizes
+        assert apportion_batch_to_datasets(8, sizes) == sizes
         with pytest.raises(ValueError, match=r"9.*--effective_batch_size 8\b"):
-            apportion_batch(9, sizes)
+            apportion_batch_to_datasets(9, sizes)
     with pytest.raises(ValueError, match="pair"):
-        apportion_batch(9, [0])
+        apportion_batch_to_datasets(9, [0])
     with pytest.raises(ValueError, match=r"\b3\b"):
-        apportion_batch(10, [1000, 3])
+        apportion_batch_to_datasets(10, [1000, 3])
 
 
 def test_a_plan_is_a_function_of_step_and_seed(tiny_processor):
@@ -169,11 +175,11 @@ def test_the_fingerprint_of_a_large_table_is_computed_once(tiny_dataset_folder, 
         table = pairs.load_or_build_pair_table(
             split, ["captions-pt"], lambda row: row["captions-pt"][:captions], [captions]
         )
-        return pairs.compute_pair_content_digest(pairs.filter_usable_rows(table))
+        return pairs.load_or_compute_pair_content_digest(pairs.filter_usable_rows(table))
 
     expected = [fingerprint(1), fingerprint(2)]
-    compute = pairs.compute_image_caption_digest
+    compute = pairs.compute_image_caption_rows_digest
     monkeypatch.setattr(pairs, "CACHED_FINGERPRINT_ROWS", 1)
-    monkeypatch.setattr(pairs, "compute_image_caption_digest", lambda rows: calls.append(1) or compute(rows))
+    monkeypatch.setattr(pairs, "compute_image_caption_rows_digest", lambda rows: calls.append(1) or compute(rows))
     assert [fingerprint(1), fingerprint(2), fingerprint(1), fingerprint(2)] == expected * 2
     assert len(calls) == 2 and expected[0] != expected[1]

@@ -17,7 +17,7 @@ from caption_tars import encoded
 from PIL.PngImagePlugin import PngInfo
 from pyarrow import parquet
 
-from hub_upload.upload_checks import check_dataset_files, list_dataset_or_space_files
+from hub_upload.upload_checks import check_dataset_files, list_uploadable_dataset_or_space_files
 
 SECRET = "gho_" + "a1B2c3D4e5" * 4
 TEXTS = pyarrow.list_(pyarrow.string())
@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 def check_folder(folder) -> None:
     """Check the files of the dataset in `folder`."""
-    check_dataset_files(folder, list_dataset_or_space_files(folder))
+    check_dataset_files(folder, list_uploadable_dataset_or_space_files(folder))
 
 
 @contextlib.contextmanager
@@ -164,7 +164,7 @@ def test_special_files_and_links_out_of_the_folder_are_refused_at_once(folder, t
         targets = {"device": "/dev/zero", "link out": tmp_path / "elsewhere/rows.json", "link of a folder": tmp_path}
         path.symlink_to(targets[kind])
     with pytest.raises(ValueError, match=r"rows\.json"):
-        list_dataset_or_space_files(folder)
+        list_uploadable_dataset_or_space_files(folder)
 
 
 @pytest.mark.parametrize("name", ["a.tar", "d.json", "e.csv"])

@@ -17,7 +17,7 @@ from test_images import cache_options, pairs_of, with_cache
 
 import training.inputs
 from capivara_common import embedding_speed
-from capivara_common.embedding_speed import LONG_PASS_IMAGES, choose_fastest, with_tuned_chunk_size
+from capivara_common.embedding_speed import LONG_PASS_IMAGES, load_or_measure_fastest_setting, with_tuned_chunk_size
 from capivara_search import PictureIndex
 from caption_data.sources import open_split
 from captions import embedding_stage
@@ -183,7 +183,7 @@ def test_bf16_is_chosen_only_if_it_is_faster_and_close(monkeypatch, bf16_seconds
     close = UNIT * cosine
     close[:, 1] = np.sqrt(1 - cosine**2)
     candidates = programs(model, float32=UNIT, bf16=close)
-    assert choose_fastest("precision", candidates, "encoder") == expected
+    assert load_or_measure_fastest_setting("precision", candidates, "encoder") == expected
 
 
 @pytest.mark.parametrize("supported", [True, False])

@@ -8,12 +8,12 @@ from PIL import Image
 
 from capivara_common.files import read_json
 from capivara_common.image_files import BadImage
-from capivara_common.privacy import to_publishable_name
+from capivara_common.privacy import get_publishable_model_or_dataset_name
 from eval import retrieval
 from eval.capivara_metrics import metrics
 from eval.records import plots
 from eval.records.plots import plot_retrieval_sheet, select_sheet_queries
-from eval.records.result_files import read_records, write_records
+from eval.records.result_files import read_records, write_records_to_result_file
 from eval.records.tables import render_retrieval_table
 from eval.retrieval import RetrievalEmbeddings, compute_gain_records, compute_retrieval_records
 
@@ -101,9 +101,9 @@ def test_a_result_file_keeps_its_records_and_shortens_the_name_of_the_dataset(tm
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "openmoji" / "dataset").mkdir(parents=True)
     for name in ("data/openmoji/dataset", str(tmp_path / "data/openmoji/dataset"), "openmoji/dataset"):
-        write_records(tmp_path / "r.json", records, dataset=name, **metadata)
+        write_records_to_result_file(tmp_path / "r.json", records, dataset=name, **metadata)
         content = read_json(tmp_path / "r.json")
-        assert content["dataset"] == to_publishable_name(name) == "openmoji/dataset"
+        assert content["dataset"] == get_publishable_model_or_dataset_name(name) == "openmoji/dataset"
         assert read_records(tmp_path / "r.json") == records
         assert content["schema_version"] == 2 and content["versions"]["torch"] and str(tmp_path) not in str(content)
 

@@ -9,7 +9,7 @@ import torch
 from towers import other_texts
 
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, recall_at_k
-from eval.retrieval import RetrievalArguments, RetrievalEmbeddings, flatten_captions, load_retrieval_data
+from eval.retrieval import RetrievalArguments, RetrievalEmbeddings, check_and_flatten_captions, load_retrieval_data
 from hub_upload import export
 from hub_upload.formats import onnx as onnx_files
 from modeling_capivara.two_towers import load_embedder
@@ -37,7 +37,9 @@ def test_a_store_returns_its_vectors_and_the_nearest_images(store, example, tmp_
     np.testing.assert_allclose(pictures.vectors(), vectors, rtol=0, atol=1e-6)
     query = vectors[3] + 0.1 * vectors[4]
     assert pictures.nearest(query.numpy()) == (vectors @ query).topk(10).indices.tolist()
-    recalls = example.compute_vector_store_recall(pictures, vectors.numpy(), torch.arange(20).roll(1).tolist())
+    recalls = example.search_vector_store_and_compute_recall(
+        pictures, vectors.numpy(), torch.arange(20).roll(1).tolist()
+    )
     assert recalls["recall@1"] == 0 < recalls["recall@10"] < 1
     pictures.close()
 
@@ -54,7 +56,7 @@ def test_recall_equals_that_of_eval(example, tiny_folder, trained, tiny_dataset_
     data = load_retrieval_data(
         RetrievalArguments(str(tiny_folder), str(tiny_dataset_folder), tmp_path / "x", split="train")
     )
-    texts, image_of_text = flatten_captions(data.captions)
+    texts, image_of_text = check_and_flatten_captions(data.captions)
     images = load_embedder(str(tiny_folder)).embed_images([*data.images.decode_images(range(12))])
     for side, folder in (("base", tiny_folder), ("exchanged", trained)):
         text_embeds = load_embedder(str(folder)).embed_texts(texts)

@@ -22,7 +22,7 @@ from hub_upload import export
 from hub_upload.export import DEFAULT_FORMATS, export_model
 from hub_upload.formats import open_clip as open_clip_format
 from hub_upload.formats.onnx import PRECISION_SUFFIXES, open_session
-from hub_upload.formats.open_clip import resolve_text_config_id
+from hub_upload.formats.open_clip import choose_and_check_text_config_id
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import to_capivara_state_dict, to_open_clip_state_dict
 from modeling_capivara.loading import load_processor
@@ -304,12 +304,15 @@ def open_clip_embeddings(repository: Path) -> dict[str, np.ndarray]:
 
 
 def test_the_default_text_config_is_xlm_roberta_base():
-    assert resolve_text_config_id(CapivaraConfig(), None) == "FacebookAI/xlm-roberta-base"
-    assert resolve_text_config_id(CapivaraConfig(), "FacebookAI/xlm-roberta-base") == "FacebookAI/xlm-roberta-base"
+    assert choose_and_check_text_config_id(CapivaraConfig(), None) == "FacebookAI/xlm-roberta-base"
+    assert (
+        choose_and_check_text_config_id(CapivaraConfig(), "FacebookAI/xlm-roberta-base")
+        == "FacebookAI/xlm-roberta-base"
+    )
     changed = CapivaraConfig(text_config={"layer_norm_eps": 1e-6})
-    assert resolve_text_config_id(changed, None) is None
+    assert choose_and_check_text_config_id(changed, None) is None
     with pytest.raises(ValueError, match=r"layer_norm_eps.*1e-05.*1e-06"):
-        resolve_text_config_id(changed, "FacebookAI/xlm-roberta-base")
+        choose_and_check_text_config_id(changed, "FacebookAI/xlm-roberta-base")
 
 
 @pytest.mark.parametrize(

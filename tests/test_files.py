@@ -18,8 +18,8 @@ from capivara_common.files import (
     atomic_file,
     atomic_folder,
     check_output_file,
+    check_output_folder_and_clean_leftovers,
     matches_appended_digest,
-    prepare_output_folder,
     read_json,
     remove_or_restore_leftovers,
     write_json,
@@ -131,7 +131,7 @@ def test_a_partly_removed_old_folder_is_never_restored(tmp_path, monkeypatch):
         pass
     monkeypatch.undo()
     out.rename(tmp_path / "kept")
-    prepare_output_folder(out)
+    check_output_folder_and_clean_leftovers(out)
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
 
 
@@ -166,7 +166,7 @@ def test_impossible_output_files_are_refused(tmp_path):
 def test_a_folder_that_is_not_writable_is_refused(place):
     if not place.is_dir():
         pytest.skip(f"{place} does not exist on this machine")
-    for check, kind in ((check_output_file, "file"), (prepare_output_folder, "folder")):
+    for check, kind in ((check_output_file, "file"), (check_output_folder_and_clean_leftovers, "folder")):
         with pytest.raises(ValueError, match=f"{kind} {place}/new/out .*{place} ") as error:
             check(place / "new" / "out")
         assert error.value.code == "no_output"

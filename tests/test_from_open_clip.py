@@ -20,7 +20,7 @@ from tiny import randomize, tiny_config, tiny_tokenizer
 from towers import MAKERS, as_open_clip
 from transformers.initialization import no_init_weights
 
-from capivara_common.hub_cache import resolve_model_folder
+from capivara_common.hub_cache import find_download_or_convert_model_folder
 from capivara_search.models import convert_open_clip_to_folder, resolve_search_model
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
 from modeling_capivara.convert_open_clip import new_open_clip_model, to_open_clip_model_cfg
@@ -190,9 +190,9 @@ def test_a_revision_asks_the_hub_and_a_commit_does_not(tiny_published, cache, tm
 def test_two_at_once_convert_once(tiny_published, cache):
     program = (
         "import logging, sys; logging.basicConfig(level=logging.INFO)\n"
-        "from capivara_common.hub_cache import resolve_model_folder\n"
+        "from capivara_common.hub_cache import find_download_or_convert_model_folder\n"
         "from capivara_search.models import convert_open_clip_to_folder\n"
-        "print(resolve_model_folder(sys.argv[1], convert_open_clip_to_folder))"
+        "print(find_download_or_convert_model_folder(sys.argv[1], convert_open_clip_to_folder))"
     )
     line = [sys.executable, "-c", program, str(tiny_published)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -212,7 +212,10 @@ def test_a_folder_of_open_clip_is_converted_and_again_when_it_changes(tiny_publi
     assert model.folder.parent.parent == cache / "open_clip" and model.name == "open" and model.image_size == 32
     assert len(model.image_digest) == 32
     written_at = (model.folder / "model.safetensors").stat().st_mtime_ns
-    assert resolve_model_folder(f"local-dir:{tiny_published}", convert_open_clip_to_folder) == model.folder
+    assert (
+        find_download_or_convert_model_folder(f"local-dir:{tiny_published}", convert_open_clip_to_folder)
+        == model.folder
+    )
     assert (model.folder / "model.safetensors").stat().st_mtime_ns == written_at
     state = torch.load(tiny_published / WEIGHTS, weights_only=True)
     state["visual.proj"] = state["visual.proj"] * -1
@@ -238,7 +241,7 @@ def test_a_tensor_that_comes_back_changed_is_noticed(tiny_published, cache, monk
 
     monkeypatch.setattr(convert_open_clip, "to_capivara_state_dict", swapped)
     with pytest.raises(ValueError, match=r"visual\.ln_post\.weight, visual\.ln_pre\.weight\."):
-        resolve_model_folder(str(tiny_published), convert_open_clip_to_folder)
+        find_download_or_convert_model_folder(str(tiny_published), convert_open_clip_to_folder)
     assert cache_is_empty(cache)
 
 
@@ -255,13 +258,15 @@ def test_damaged_weights_are_refused(tiny_published, cache, change, message):
     change(state)
     torch.save(state, tiny_published / WEIGHTS)
     with pytest.raises(ValueError, match=message):
-        resolve_model_folder(str(tiny_published), convert_open_clip_to_folder)
+        find_download_or_convert_model_folder(str(tiny_published), convert_open_clip_to_folder)
     assert cache_is_empty(cache)
 
 
 def test_a_clip_model_of_transformers_is_refused(tmp_path):
     MAKERS["clip"](tmp_path / "clip")
-    assert resolve_model_folder(str(tmp_path / "clip"), convert_open_clip_to_folder) == tmp_path / "clip"
+    assert (
+        find_download_or_convert_model_folder(str(tmp_path / "clip"), convert_open_clip_to_folder) == tmp_path / "clip"
+    )
     with pytest.raises(ValueError, match=r"^[^\n]*model_type[^\n]*'clip'[^\n]*$"):
         CapivaraModel.from_open_clip(str(tmp_path / "clip"))
 

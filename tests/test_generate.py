@@ -26,7 +26,7 @@ from captions.captioners.blip2 import (
     PrefixCaptioner,
     caption_rows,
     load_captioner,
-    read_prefixes,
+    read_caption_prefixes,
 )
 from captions.generate import GenerateArguments, main
 from captions.stages import DECODED_KEY
@@ -39,7 +39,7 @@ QFORMER = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, 
 OPT = {"model_type": "opt", "vocab_size": 300, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}
 OPT |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128, "bos_token_id": 2}
 OPT |= {"eos_token_id": 12, "pad_token_id": 1, "tie_word_embeddings": False}
-TEN = read_prefixes(PREFIXES_FILE)
+TEN = read_caption_prefixes(PREFIXES_FILE)
 
 
 def opt_tokenizer() -> PreTrainedTokenizerFast:
@@ -252,7 +252,7 @@ def test_prefixes_from_a_file(images_folder, blip2_folder, tmp_path):
 def test_invalid_prefixes_are_refused(prefixes, values, tmp_path):
     (tmp_path / "p.json").write_text(json.dumps({"prefixes": prefixes}))
     with pytest.raises(ValueError, match=rf"p\.json.*{values}"):
-        read_prefixes(tmp_path / "p.json")
+        read_caption_prefixes(tmp_path / "p.json")
 
 
 @pytest.mark.parametrize(

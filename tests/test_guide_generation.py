@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from examples import guide_generation
-from examples.guide_generation import preprocess_images_differentiably, to_image
+from examples.guide_generation import convert_tensor_to_pil_image, preprocess_images_differentiably
 from modeling_capivara import CapivaraModel
 from modeling_capivara.two_towers import embed_images, embed_texts
 
@@ -20,7 +20,7 @@ def test_differentiable_preprocessing_equals_the_processor(tiny_processor):
         smooth = torch.nn.functional.interpolate(
             torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0)), size=(side, side), mode="bicubic"
         ).clamp(0, 1)
-        theirs = tiny_processor(images=to_image(smooth), return_tensors="pt")["pixel_values"]
+        theirs = tiny_processor(images=convert_tensor_to_pil_image(smooth), return_tensors="pt")["pixel_values"]
         ours = preprocess_images_differentiably(smooth, tiny_processor.image_processor)
         assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 0.03, side
 

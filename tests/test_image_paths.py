@@ -26,14 +26,14 @@ import train_accelerate
 from capivara_common import image_files
 from capivara_common.files import AllowedFolders
 from capivara_common.image_files import BadImage, ImageAccess, decode_image, read_image_bytes
-from caption_data.labeled_images import load_labeled_images
+from caption_data.labeled_images import load_images_with_prompt_class_labels
 from caption_data.sources import open_split
 from captions.build import BuildArguments, build_dataset
 from captions.generate import main as generate
 from captions.score import main as score
 from captions.select import main as select
 from eval.classification import main as classify
-from examples.openmoji.dataset import load_self_contained_dataset
+from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 
 MARK = b"SENTINEL-0f3a9c"  # content of every file that must not be read
 MAGENTA = (255, 0, 255)  # color of the private photo; no other image contains it
@@ -447,7 +447,7 @@ def test_a_pipe_in_a_dataset_is_refused_without_waiting(place, tmp_path):
         (tmp_path / "photos").mkdir()
         os.mkfifo(tmp_path / "photos" / "metadata.csv")
         with pytest.raises(ValueError, match=r"metadata\.csv"):
-            load_labeled_images(str(tmp_path / "photos"), "test", ["cat"])
+            load_images_with_prompt_class_labels(str(tmp_path / "photos"), "test", ["cat"])
         return
     with pytest.raises(ValueError, match="saved"):
         open_split(str(folder), "train", "image")
@@ -482,4 +482,4 @@ def test_an_example_dataset_never_embeds_a_local_file(tmp_path, hostile):
     content = json.loads(info.read_text(encoding="utf-8"))
     info.write_text(json.dumps(content | {"features": FEATURES.to_dict()}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"'test'.*1"):
-        load_self_contained_dataset(tmp_path / "saved")
+        load_dataset_and_refuse_image_paths(tmp_path / "saved")

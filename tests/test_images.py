@@ -29,7 +29,7 @@ import training.inputs
 from capivara_common.embedding_store import EmbeddingStore, _load_shard, vectors_to_array
 from capivara_common.files import DIGEST_HEX_LENGTH
 from capivara_common.image_files import BadImage
-from caption_data.pairs import filter_usable_rows, list_skipped_rows, load_or_build_pair_table
+from caption_data.pairs import filter_usable_rows, list_skipped_rows_and_damaged_archives, load_or_build_pair_table
 from caption_data.sources import open_split
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import load_model
@@ -232,7 +232,7 @@ def test_embeddings_stay_with_their_images_when_rows_are_skipped(
     dataset = altered(tiny_dataset_folder, tmp_path / "data", {3: NEGATIVE}, {5: []})
     pairs = pairs_of(dataset, tiny_processor)
     embedded = with_cache(tiny_model, pairs, tmp_path / "caches")
-    skipped = list_skipped_rows(embedded.table, embedded.source)
+    skipped = list_skipped_rows_and_damaged_archives(embedded.table, embedded.source)
     assert [(row.row, row.reason) for row in skipped] == [(3, "unreadable image"), (5, "no caption")]
     usable = replace(embedded, table=filter_usable_rows(embedded.table))
     expected = embed_images(tiny_model, tiny_processor, usable)

@@ -19,7 +19,7 @@ from benchmarks.tools import make_captions
 from capivara_common.model_kinds import KINDS
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_efficientnet_backbone, load_tokenizer
 from hub_upload.export import export_model
-from hub_upload.formats.immich import find_immich_name
+from hub_upload.formats.immich import find_immich_name_by_architecture
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
@@ -77,7 +77,7 @@ def test_the_name_in_immichs_list_follows_from_the_architecture(vocab_size, trim
     config = SiglipConfig(text_config=text, vision_config=sizes)
     if trimmed_of:
         config.trimmed_vocabulary = {"of": trimmed_of}
-    assert find_immich_name(config) == name
+    assert find_immich_name_by_architecture(config) == name
 
 
 def test_the_default_names_are_those_of_the_published_sizes():
@@ -85,7 +85,7 @@ def test_the_default_names_are_those_of_the_published_sizes():
         ("capivara", CapivaraConfig()),
         ("siglip", SiglipConfig(text_config={"vocab_size": 256_000})),
     ):
-        assert find_immich_name(config) == KINDS[model_type].immich_name
+        assert find_immich_name_by_architecture(config) == KINDS[model_type].immich_name
 
 
 # --- The export ------------------------------------------------------------------------------------------------------

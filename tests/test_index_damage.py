@@ -230,7 +230,7 @@ def test_a_temporary_error_is_not_taken_for_damage(copy, model, monkeypatch):
     def fail(*_):
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(table, "_build_scan", fail)
+    monkeypatch.setattr(table, "_build_row_scan_query", fail)
     with expect_error("too_many_files", OSError):
         index.repair()
     assert not list((copy / "i").glob("*.damaged"))

@@ -12,7 +12,12 @@ from tiny import save_model
 
 from capivara_search import index_progress, table
 from capivara_search.index import PictureIndex
-from capivara_search.index_progress import PROGRESS_FILE, RateEstimator, mirror_progress_to_file, read_progress
+from capivara_search.index_progress import (
+    PROGRESS_FILE,
+    RateEstimator,
+    mirror_progress_to_file,
+    read_progress_of_running_update,
+)
 from capivara_search.models import SearchModel
 from capivara_search.table import PictureTable
 
@@ -148,18 +153,20 @@ def test_another_process_reads_the_progress_while_an_update_runs(tmp_path):
     where, context = str(tmp_path / "i.lance"), multiprocessing.get_context("spawn")
     reported, ended = context.Event(), context.Event()
     process = context.Process(target=_report_progress, args=(where, reported, ended))
-    assert read_progress(where) is None
+    assert read_progress_of_running_update(where) is None
     process.start()
-    assert reported.wait(60) and read_progress(where) == {"done": 0, "total": 3400, "left_s": None}
+    assert reported.wait(60) and read_progress_of_running_update(where) == {"done": 0, "total": 3400, "left_s": None}
     ended.set()
     process.join()
     assert json.loads((tmp_path / "i.lance" / PROGRESS_FILE).read_text())["done"] == 120
-    assert read_progress(where) is None, "the process that was killed is not updating the index"
+    assert read_progress_of_running_update(where) is None, "the process that was killed is not updating the index"
     opened = PictureTable(where)
     with opened.locked(), mirror_progress_to_file(opened.where, lambda done, total: None) as progress:
         progress(0, 5)
-        assert read_progress(where) == {"done": 0, "total": 5, "left_s": None}
+        assert read_progress_of_running_update(where) == {"done": 0, "total": 5, "left_s": None}
         (tmp_path / "i.lance" / PROGRESS_FILE).write_text('{"done": 1, "total": 5, "left_s": 100}')
         os.utime(tmp_path / "i.lance" / PROGRESS_FILE, (time.time() - 30,) * 2)
-        assert read_progress(where)["left_s"] in (69, 70), "the 30 seconds since the file was written are subtracted"
-    assert read_progress(where) is None and not os.listdir(tmp_path)
+        assert read_progress_of_running_update(where)["left_s"] in (69, 70), (
+            "the 30 seconds since the file was written are subtracted"
+        )
+    assert read_progress_of_running_update(where) is None and not os.listdir(tmp_path)

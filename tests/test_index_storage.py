@@ -18,7 +18,7 @@ from made_index import expect_error, make_pictures, rows_of
 from capivara_search import indexing
 from capivara_search.index import PictureIndex
 from capivara_search.storage_errors import convert_lancedb_error
-from capivara_search.workers import WorkerArguments, add_with_workers
+from capivara_search.workers import WorkerArguments, add_folders_with_workers
 
 BUCKET, FORKSERVER = "fotos", multiprocessing.get_context("forkserver")
 UNREACHABLE = "http://127.0.0.1:9"  # no server listens on this port
@@ -103,7 +103,7 @@ def test_two_workers_write_the_rows_of_a_single_process(storage, tmp_path, model
     (folder / "broken.jpg").write_bytes(b"no picture")
     arguments = {"folders": [str(folder)], "model": model, "logging_dir": tmp_path / "logs", "batch_size": 1}
     both = WorkerArguments(where=f"s3://{BUCKET}/both", workers=2, tasks=3, **arguments)
-    assert add_with_workers(both)
+    assert add_folders_with_workers(both)
     alone = PictureIndex.open(tmp_path / "alone", model=model)
     alone.add(folder, batch_size=1)
     filled = PictureIndex.open(f"s3://{BUCKET}/both", model=alone.model)
@@ -121,8 +121,8 @@ def test_two_workers_write_the_rows_of_a_single_process(storage, tmp_path, model
     (folder / "d1" / "p0001.png").unlink()
     (folder / "d2" / "p0002.png").rename(folder / "novo.png")
     filled.forget(folder / "d3")
-    assert add_with_workers(replace(both, exclude=["d4/"]))
-    assert add_with_workers(both), "the rules are not stored in the bucket"
+    assert add_folders_with_workers(replace(both, exclude=["d4/"]))
+    assert add_folders_with_workers(both), "the rules are not stored in the bucket"
     alone.forget(folder / "d3")
     alone.add(folder, batch_size=1, exclude=["d4/"])
     check_same()
@@ -161,12 +161,14 @@ def test_a_failed_task_is_reported_and_the_same_command_does_the_rest(tmp_path, 
     arguments = WorkerArguments(where=str(tmp_path / "i"), **options)
     arguments.device = "nonsense"
     with pytest.raises(ValueError, match=r"(?s)index: embed: [123] .*nonsense"):
-        add_with_workers(arguments)
+        add_folders_with_workers(arguments)
     arguments.device = "cpu"
-    assert add_with_workers(arguments)
+    assert add_folders_with_workers(arguments)
     assert len(PictureIndex.open(tmp_path / "i")) == 10
     with expect_error(None, path=tmp_path / "no"):
-        add_with_workers(WorkerArguments(where=str(tmp_path / "i"), **{**options, "folders": [str(tmp_path / "no")]}))
+        add_folders_with_workers(
+            WorkerArguments(where=str(tmp_path / "i"), **{**options, "folders": [str(tmp_path / "no")]})
+        )
 
 
 @pytest.mark.parametrize(

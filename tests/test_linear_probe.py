@@ -9,8 +9,8 @@ import pytest
 
 from eval.linear_probe import (
     LabeledFeatures,
+    draw_random_validation_fold,
     main,
-    make_predefined_split_fold,
     sample_few_shot,
     tune_probe_and_score_images,
 )
@@ -42,7 +42,7 @@ def test_few_shot_samples_and_validation_folds_are_stratified():
     labels = np.array([0] * 5 + [1] * 2 + [2])
     rows = sample_few_shot(labels, 2, np.random.default_rng(0))
     assert sorted(labels[rows]) == [0, 0, 1, 1, 2]
-    fold = make_predefined_split_fold(labels, np.random.default_rng(0))
+    fold = draw_random_validation_fold(labels, np.random.default_rng(0))
     assert set(fold) == {-1, 0} and sorted(labels[fold == 0]) == [0, 1]
 
 

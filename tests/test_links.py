@@ -6,7 +6,7 @@ import pytest
 from caption_tars import PICTURES, files_of, sample, write_tar
 from datasets import Dataset, DatasetDict
 
-from capivara_common.files import AllowedFolders, check_links_stay_inside
+from capivara_common.files import AllowedFolders, check_folder_for_outside_links_and_pipes
 from caption_data.sources import open_split
 
 
@@ -29,11 +29,11 @@ def test_an_image_that_links_out_of_the_dataset_is_not_read(folder):
         "unless the user allows the folder"
     )
     with pytest.raises(ValueError, match=r"\['b\.png'\]"):
-        check_links_stay_inside(folder)
+        check_folder_for_outside_links_and_pipes(folder)
     (folder / "b.png").unlink()
     (folder / "more").symlink_to("..", target_is_directory=True)
     with pytest.raises(ValueError, match=r"\['more'\]"):
-        check_links_stay_inside(folder)
+        check_folder_for_outside_links_and_pipes(folder)
     assert not AllowedFolders(folder).contains(folder / "more" / "secret.png")
     assert AllowedFolders(folder, [folder.parent]).contains(folder / "more" / "secret.png")
 
@@ -42,7 +42,7 @@ def test_links_inside_the_dataset_and_a_linked_folder_work(folder):
     (folder / "b.png").symlink_to("a.png")
     (folder.parent / "link").symlink_to("data", target_is_directory=True)
     for path in (folder, folder.parent / "link"):
-        check_links_stay_inside(path)
+        check_folder_for_outside_links_and_pipes(path)
         assert files_of(path) == [PICTURES[1], PICTURES[1]]
 
 
@@ -56,11 +56,11 @@ def test_a_snapshot_in_the_hubs_cache_works(folder, inner):
     for number, file in enumerate(folder.iterdir()):
         file.rename(repository / "blobs" / str(number))
         (snapshot / file.name).symlink_to(repository / "blobs" / str(number))
-    check_links_stay_inside(snapshot)
+    check_folder_for_outside_links_and_pipes(snapshot)
     assert None not in files_of(snapshot)
     (snapshot / "c.png").symlink_to(folder.parent / "secret.png")
     with pytest.raises(ValueError, match=r"c\.png"):
-        check_links_stay_inside(snapshot)
+        check_folder_for_outside_links_and_pipes(snapshot)
 
 
 def test_lists_archives_and_tables_that_link_out_are_refused(folder, tmp_path):

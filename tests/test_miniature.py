@@ -18,7 +18,7 @@ from capivara_search import miniature_model
 from capivara_search.messages import Messages
 from capivara_search.miniature_model import PROJECTION_FILE
 from capivara_search.models import resolve_search_model
-from examples.openmoji.prepare import bidirectional_recall
+from examples.openmoji.prepare import compute_mean_bidirectional_recall
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -89,6 +89,6 @@ def test_it_finds_photographs_in_portuguese():
         assert name in [names[number] for number in best_two], text
     measured = json.loads((ROOT / "benchmarks" / "results" / "miniature.json").read_text())["measured"]["miniature"]
     texts = model.embed_texts([captions[0] for captions in photos["captions-pt"]])
-    recall = 100 * bidirectional_recall(torch.from_numpy(images), torch.from_numpy(texts))
+    recall = 100 * compute_mean_bidirectional_recall(torch.from_numpy(images), torch.from_numpy(texts))
     expected = np.mean([measured["photo_names_pt"][way] for way in ("text_to_image", "image_to_text")])
     assert recall == pytest.approx(expected, abs=2)  # the benchmark was run with the same projection

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, VisionTex
 
 from capivara_common.hub_cache import is_complete_model
 from capivara_common.image_encoder_digest import image_encoder_digest
-from capivara_common.model_kinds import ADDING_PAGE, KINDS, ModelKind, find_kind
+from capivara_common.model_kinds import ADDING_PAGE, KINDS, ModelKind, get_supported_model_kind
 from capivara_search.index import PictureIndex
 from capivara_search.models import resolve_search_model
 from hub_upload.export import export_model
@@ -283,7 +283,7 @@ def test_a_model_whose_parts_do_not_fit_is_refused_in_one_line_before_anything_i
 def test_an_unknown_kind_names_the_supported_kinds_and_the_page_on_adding_one(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=ADDING_PAGE) as caught:
-        find_kind(config)
+        get_supported_model_kind(config)
     assert all(model_type in str(caught.value) for model_type in KINDS) and "\n" not in str(caught.value)
     assert (Path(__file__).parents[1] / ADDING_PAGE).is_file()
     if config:

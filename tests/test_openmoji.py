@@ -134,7 +134,7 @@ def test_captions_are_text(rows):
     ],
 )
 def test_names_become_natural_text(name, language, text):
-    assert concepts.short_name_to_text(name, language) == text
+    assert concepts.convert_emoji_short_name_to_text(name, language) == text
 
 
 def test_pictures_are_drawn_on_white(rows):
@@ -150,7 +150,7 @@ def test_pictures_are_drawn_on_white(rows):
 
 @pytest.fixture(scope="module")
 def small_dataset(splits) -> DatasetDict:
-    return dataset.render_splits(
+    return dataset.render_emoji_splits_as_dataset(
         {name: pictures[:size] for (name, pictures), size in zip(splits.items(), (5, 2, 3), strict=True)}
     )
 

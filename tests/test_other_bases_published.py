@@ -19,7 +19,7 @@ from towers import MAKERS, gemma_like, siglip2
 from capivara_common.files import read_json
 from capivara_common.image_encoder_digest import image_encoder_digest
 from eval import report, retrieval, suite
-from hub_upload.card import find_card_faults, write_card
+from hub_upload.card import find_differences_between_card_and_files, write_card
 from hub_upload.export import export_model, main
 
 PUBLISHED_FORMATS = "transformers,open_clip,sentence_transformers"  # formats that a push after a run exports
@@ -72,7 +72,7 @@ def test_the_card_names_class_and_loss_and_its_code_runs(run, exported, kind, la
     for source, name in ((run, "run"), (exported, "made")):
         folder = shutil.copytree(source, tmp_path / name)
         write_card(folder, language=language)
-        assert find_card_faults(folder) == []
+        assert find_differences_between_card_and_files(folder) == []
     data, body = split_card(card_of(tmp_path / "made"))
     assert kind in data["tags"] and "sentence-transformers" in data["tags"]
     assert not re.search(r"trust_remote_code|modeling_capivara|XLM|examples\.caption|get_text_features|MIT licen", body)
@@ -186,7 +186,7 @@ def test_card_and_report_show_the_published_figure_of_the_base(run, kind, tmp_pa
     (folder / "results" / "xm3600.json").write_text(json.dumps(content), encoding="utf-8")
     for language, figure in {"en": "published for the base: 77.54", "pt": "publicado do modelo de base: 77,54"}.items():
         write_card(folder, language=language)
-        assert find_card_faults(folder) == []
+        assert find_differences_between_card_and_files(folder) == []
         line = re.search(rf"^\| [^\n]* \|\n(\n?)- [^|\n]*, {figure} \(\[\w+\]\(https://", card_of(folder), re.MULTILINE)
         assert bool(line) == (kind == "siglip")
     report.main([str(tmp_path / "results"), "--output", str(tmp_path / "page")])
@@ -197,6 +197,6 @@ def test_card_and_report_show_the_published_figure_of_the_base(run, kind, tmp_pa
 
 def test_the_onnx_code_of_the_card_runs(graphs, tmp_path):
     folder = shutil.copytree(graphs, tmp_path / "made")
-    assert find_card_faults(folder) == []
+    assert find_differences_between_card_and_files(folder) == []
     example_inputs, *_, block = re.findall(r"```python\n(.*?)```", card_of(folder), re.DOTALL)
     assert "onnxruntime" in block and printed(example_inputs + block, folder).startswith("[[")

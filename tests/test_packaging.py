@@ -10,7 +10,7 @@ import yaml
 
 import modeling_capivara
 from capivara_common import environment
-from capivara_common.environment import get_install_command, require_packages
+from capivara_common.environment import get_install_command_of_extra, require_packages
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = configparser.ConfigParser()
@@ -44,7 +44,7 @@ def test_install_commands_name_this_project():
 def test_the_error_for_a_missing_package_has_the_install_command(monkeypatch, tmp_path):
     assert not [extra for extra in EXTRAS if "_" in extra], "older versions of pip do not find extras with underscores"
     for extra in EXTRAS:
-        assert get_install_command(extra) == f'pip install -e ".[{extra}]"'
+        assert get_install_command_of_extra(extra) == f'pip install -e ".[{extra}]"'
     with pytest.raises(ImportError, match=r'^X .*no_such\.module.*pip install -e "\.\[app\]"$'):
         require_packages("X", "app", "json", "no_such.module")
     require_packages("X", "app", "json")

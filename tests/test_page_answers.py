@@ -221,7 +221,7 @@ def test_every_text_is_used_and_every_used_text_exists():
     texts = flatten(server.load_page_messages("pt")) | flatten(server.load_page_messages("pt", is_static=True))
     used = set(re.findall(r'\bmessage\("(\w+)"', scripts)) | set(re.findall(r"\bt(?:\.|\[')(\w+)", template))
     assert not {key for key in used if key not in texts and f"{key}_other" not in texts}
-    raised = set(re.findall(r'(?:RequestRefusedError|coded_error|errorWithCode)\(\s*"(\w+)"', source + scripts))
+    raised = set(re.findall(r'(?:RequestRefusedError|make_coded_error|errorWithCode)\(\s*"(\w+)"', source + scripts))
     codes = raised | {"connection", "too_many_pixels"}  # these two are chosen by conditional expressions
     assert codes == {key.removeprefix("errors.") for key in texts if key.startswith("errors.")}
     quoted = set(re.findall(r'["`{](\w+)["`}]', scripts + source)) | used

@@ -35,7 +35,7 @@ from capivara_search.page.guard import (
     RequestRefusedError,
 )
 from capivara_search.page.server import create_page_server
-from capivara_search.picture_reading import flatten_on_white
+from capivara_search.picture_reading import convert_image_to_rgb_on_white
 from capivara_search.table import FOLDER_KEY_PREFIX
 
 DECODE_TIMEOUT_S = 2
@@ -595,7 +595,7 @@ def test_the_decoder_process_returns_the_same_image(folder):
             image.save(file := io.BytesIO(), kind, **({"transparency": 0} if mode == "P" else {}))
             actual, expected = (
                 process.decode(file.getvalue()),
-                flatten_on_white(decode_image({"bytes": file.getvalue()})),
+                convert_image_to_rgb_on_white(decode_image({"bytes": file.getvalue()})),
             )
             assert (actual.mode, actual.size, actual.tobytes()) == (expected.mode, expected.size, expected.tobytes())
         os.kill(process._process.pid, 9)
@@ -647,6 +647,6 @@ def test_the_file_that_was_checked_is_the_file_that_is_sent(saved_tiny_folder, t
 def test_the_connection_limit_depends_on_the_file_descriptor_limit(monkeypatch):
     for limit, expected in ((256, 64), (928, 400), (guard.resource.RLIM_INFINITY, 400)):
         monkeypatch.setattr(guard.resource, "getrlimit", lambda _, limit=limit: (limit, limit))
-        assert guard.connection_limit() == expected
+        assert guard.compute_connection_limit() == expected
     monkeypatch.setattr(guard, "resource", None)
-    assert guard.connection_limit() == guard.MAX_CONNECTIONS
+    assert guard.compute_connection_limit() == guard.MAX_CONNECTIONS

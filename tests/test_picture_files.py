@@ -26,7 +26,7 @@ from made_raw import made_dng
 from PIL.ExifTags import GPS, IFD, Base
 
 from capivara_common import image_files
-from capivara_common.image_files import EXIF_TRANSPOSES, BadImage, open_regular_file
+from capivara_common.image_files import EXIF_TRANSPOSES, BadImage, open_regular_file_safe_from_link_swaps
 from capivara_search import picture_reading
 from capivara_search.exif import read_exif_date_and_location
 from capivara_search.folder_scan import FileState, find_pictures_and_unreadable_files
@@ -356,7 +356,7 @@ def test_avif_files_that_declare_too_few_pixels_take_little_memory():
     The peak of `getrusage` would include the memory of the process that started this one.
     """
     with pytest.raises(BadImage, match="16384 x 12200 pixels"):
-        image_files.open_undecoded_image(zlib.decompress(base64.b64decode(LYING_AVIF)), "a.avif")
+        image_files.check_and_open_image_without_decoding(zlib.decompress(base64.b64decode(LYING_AVIF)), "a.avif")
     program = (
         "import base64, re, sys, zlib\n"
         "from capivara_common.image_files import ImageAccess, decode_images\n"
@@ -573,5 +573,5 @@ def test_a_path_that_becomes_a_link_before_it_is_opened_is_not_followed(swapped,
     with monkeypatch.context() as patch:
         patch.setattr(os.path, "realpath", resolve_then_swap)
         with pytest.raises(OSError):
-            open_regular_file(file.path, "it", [str(tmp_path / "fotos")])
+            open_regular_file_safe_from_link_swaps(file.path, "it", [str(tmp_path / "fotos")])
     assert Path(file.path).read_bytes() == b"secret", "the path was not replaced, so the test proves nothing"

@@ -490,7 +490,7 @@ def test_a_file_that_can_not_be_opened_keeps_its_row_and_is_tried_again(index, f
             raise OSError(errno.EIO, "the disk: no")
         return open_regular_file(path, *options)
 
-    monkeypatch.setattr(picture_reading, "open_regular_file", open_or_fail)
+    monkeypatch.setattr(picture_reading, "open_regular_file_safe_from_link_swaps", open_or_fail)
     skipped_files = [SkippedFile(str(chosen), "read error", "the disk: no")]
     assert index.add(folder).skipped_files == index.status().skipped_files == skipped_files
     assert index.get_picture(str(chosen)) is not None
@@ -673,7 +673,7 @@ def test_a_file_that_becomes_a_link_while_indexing_is_not_read(tmp_path, models,
     """The scan has found a file, and then it becomes a link to a picture outside of the folder."""
     make_pictures(tmp_path / "private", 1, seed=9)
     private, chosen = next((tmp_path / "private").rglob("*.png")), sorted(folder.rglob("*.png"))[3]
-    make_plan = indexing.make_plan
+    make_plan = indexing.plan_index_update
 
     def plan_then_swap(*args, **options):
         plan = make_plan(*args, **options)
@@ -681,7 +681,7 @@ def test_a_file_that_becomes_a_link_while_indexing_is_not_read(tmp_path, models,
         chosen.symlink_to(private)
         return plan
 
-    monkeypatch.setattr(indexing, "make_plan", plan_then_swap)
+    monkeypatch.setattr(indexing, "plan_index_update", plan_then_swap)
     index = PictureIndex.open(tmp_path / "i.lance", model=models["base"])
     [skipped] = index.add(folder).skipped_files
     assert (skipped.path, skipped.code) == (str(chosen), "link out of the folder")
@@ -705,7 +705,7 @@ def swap_before(patch, owner: object, name: str, folder: Path, private: Path) ->
     ("owner", "step"),
     [
         *((PictureIndex, "add"), (known_folders, "load_ignore_rules"), (folder_scan, "_FolderScan")),
-        *((indexing, step) for step in ("make_plan", "record_requested_folders", "read_picture_for_indexing")),
+        *((indexing, step) for step in ("plan_index_update", "record_requested_folders", "read_picture_for_indexing")),
     ],
 )
 def test_a_known_folder_that_becomes_a_link_during_the_run_is_not_read(

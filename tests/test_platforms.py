@@ -18,16 +18,16 @@ from capivara_common.cli import configure_console
 from capivara_common.files import (
     acquire_folder_lock,
     atomic_folder,
-    find_windows_fault,
+    find_windows_path_fault,
     remove_or_restore_leftovers,
     write_json,
 )
-from capivara_common.image_files import BadImage, open_regular_file
+from capivara_common.image_files import BadImage, open_regular_file_safe_from_link_swaps
 from capivara_search import folder_scan, watch
-from capivara_search.index_progress import PROGRESS_FILE, read_progress
+from capivara_search.index_progress import PROGRESS_FILE, read_progress_of_running_update
 from capivara_search.page import decoder
 from capivara_search.table import PictureTable
-from capivara_search.terminal import format_path
+from capivara_search.terminal import shorten_and_escape_path
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,8 +110,8 @@ def test_the_lock_of_an_index_needs_no_open_folder(without_folder_descriptors, t
     table = PictureTable(tmp_path / "i.lance")
     with table.locked():
         write_json(tmp_path / "i.lance" / PROGRESS_FILE, {"done": 1, "total": 2})
-        assert read_progress(table.where)["done"] == 1
-    assert read_progress(table.where) is None and not (tmp_path / "i.lance" / PROGRESS_FILE).exists()
+        assert read_progress_of_running_update(table.where)["done"] == 1
+    assert read_progress_of_running_update(table.where) is None and not (tmp_path / "i.lance" / PROGRESS_FILE).exists()
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
@@ -127,15 +127,15 @@ def without_nofollow(monkeypatch):
 def test_a_file_is_opened_where_links_can_not_be_excluded(without_nofollow, tmp_path):
     (tmp_path / "a.png").write_bytes(b"a")
     (tmp_path / "inner").symlink_to(tmp_path)
-    with open_regular_file(tmp_path / "inner" / "a.png", "it", [tmp_path]) as file:
+    with open_regular_file_safe_from_link_swaps(tmp_path / "inner" / "a.png", "it", [tmp_path]) as file:
         assert file.read() == b"a"
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "pipe.png", tmp_path):
         with pytest.raises(BadImage) as caught:
-            open_regular_file(path, "it", [tmp_path])
+            open_regular_file_safe_from_link_swaps(path, "it", [tmp_path])
         assert caught.value.reason == "no regular file"
     with pytest.raises(FileNotFoundError):
-        open_regular_file(tmp_path / "gone.png", "it", [tmp_path])
+        open_regular_file_safe_from_link_swaps(tmp_path / "gone.png", "it", [tmp_path])
 
 
 @pytest.mark.parametrize("swapped", ["2024/a.jpg", "2024"])
@@ -159,7 +159,9 @@ def test_a_link_that_appears_is_noticed_where_links_can_not_be_excluded(
         else:
             patch.setattr(os.path, "realpath", lambda path: (realpath(path), swap())[0])
         with pytest.raises((OSError, BadImage)):
-            open_regular_file(tmp_path / "fotos" / "2024" / "a.jpg", "it", [str(tmp_path / "fotos")])
+            open_regular_file_safe_from_link_swaps(
+                tmp_path / "fotos" / "2024" / "a.jpg", "it", [str(tmp_path / "fotos")]
+            )
     assert (tmp_path / "fotos" / "2024" / "a.jpg").read_bytes() == b"secret", "the path was not replaced"
 
 
@@ -180,21 +182,23 @@ FOLDERS = ["C:\\Fotos", "\\\\nas\\fotos\\2024"]
     ],
 )  # fmt: skip
 def test_paths_of_windows_are_judged_before_they_are_looked_up(path, is_safe):
-    assert (find_windows_fault(path, FOLDERS) is None) == is_safe
+    assert (find_windows_path_fault(path, FOLDERS) is None) == is_safe
 
 
 def test_a_user_may_name_any_network_share():
-    assert find_windows_fault("\\\\outro\\share\\a.jpg") is None and find_windows_fault("\\\\outro\\share\\NUL")
+    assert find_windows_path_fault("\\\\outro\\share\\a.jpg") is None and find_windows_path_fault(
+        "\\\\outro\\share\\NUL"
+    )
 
 
 def test_paths_are_judged_on_windows_only(monkeypatch, tmp_path):
     (tmp_path / "nul.png").write_bytes(b"a")
-    open_regular_file(tmp_path / "nul.png", "it").close()
+    open_regular_file_safe_from_link_swaps(tmp_path / "nul.png", "it").close()
     assert files.AllowedFolders(tmp_path).contains(tmp_path / "nul.png")
     for module in (files, image_files):
         monkeypatch.setattr(module, "IS_WINDOWS", True)
     with pytest.raises(BadImage) as caught:
-        open_regular_file(tmp_path / "nul.png", "it")
+        open_regular_file_safe_from_link_swaps(tmp_path / "nul.png", "it")
     assert caught.value.reason == "no regular file" and "nul.png" in caught.value.detail
     assert not files.AllowedFolders(tmp_path).contains(tmp_path / "nul.png")
 
@@ -218,7 +222,7 @@ def test_paths_are_shortened_with_the_separator_of_the_system(monkeypatch):
     monkeypatch.setattr(os, "getcwd", lambda: "C:\\Fotos")
     monkeypatch.setattr(os.path, "expanduser", lambda _: "C:\\Users\\ana")
     paths = ("C:\\Fotos\\2024\\a.jpg", "C:\\Users\\ana\\b.jpg", "D:\\c.jpg")
-    assert [*map(format_path, paths)] == ["2024\\a.jpg", "~\\b.jpg", "D:\\c.jpg"]
+    assert [*map(shorten_and_escape_path, paths)] == ["2024\\a.jpg", "~\\b.jpg", "D:\\c.jpg"]
 
 
 def test_network_shares_of_windows_are_scanned(monkeypatch):

@@ -41,7 +41,9 @@ def test_the_alignment_returns_the_weights_of_the_highest_recall(tiny_processor,
     def run():
         config = tiny_config(text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"])
         model = randomize(CapivaraModel(config))
-        return model, prepare.align_towers(model, tiny_processor, dataset, {"train": pixels, "validation": pixels})
+        return model, prepare.train_text_tower_until_recall_stops_rising(
+            model, tiny_processor, dataset, {"train": pixels, "validation": pixels}
+        )
 
     (model, curve), (second_model, second_curve) = run(), run()
     recalls = [point["validation_mean_recall"] for point in curve]
@@ -61,7 +63,7 @@ def test_a_step_trains_with_the_loss_of_the_configuration(loss, tiny_processor, 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pixels = torch.rand(4, 48, generator=torch.Generator().manual_seed(0))
     captions = [["um gato"], ["são"], ["água"], ["pão"]]
-    prepare.align_step(model, tiny_processor, captions, pixels, torch.zeros(48), optimizer, 0)
+    prepare.train_text_tower_one_step(model, tiny_processor, captions, pixels, torch.zeros(48), optimizer, 0)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert ("logit_bias" in changed) == (loss == "sigmoid") and "logit_scale" in changed
     assert not [name for name in changed if name.startswith("vision_model.")]
@@ -76,7 +78,7 @@ def test_existing_datasets_and_models_are_not_changed(tmp_path, monkeypatch, fil
     monkeypatch.setattr(prepare, "build_dataset", lambda: pytest.fail("the dataset was built again"))
     monkeypatch.setattr(prepare, "train_and_save_base_model", lambda *_: pytest.fail("the base model was built again"))
     for dataset in (tmp_path / "data", tmp_path / "data" / file):
-        prepare.build_dataset_and_train_base_model(dataset, tmp_path / "base")
+        prepare.build_missing_dataset_and_base_model(dataset, tmp_path / "base")
     assert [(path.name, path.read_text()) for path in (tmp_path / "data").iterdir()] == [(file, "kept")]
     assert (tmp_path / "base" / "config.json").read_text() == "kept"
 
@@ -90,13 +92,13 @@ def test_selected_tokens_are_cached_for_the_next_run(tmp_path, tiny_processor, m
         calls.append(texts)
         return [1, 2]
 
-    monkeypatch.setattr(prepare, "select_token_ids", select_token_ids)
+    monkeypatch.setattr(prepare, "select_token_ids_to_keep", select_token_ids)
     dataset = {"train": Dataset.from_dict({"captions-en": [["a cat"]], "captions-pt": [["um gato"]]})}
     for _ in range(2):
-        assert prepare.select_vocabulary_ids(dataset, tiny_processor) == [1, 2]
+        assert prepare.select_or_load_cached_vocabulary_ids(dataset, tiny_processor) == [1, 2]
     assert calls == [["a cat", "um gato"]]
     monkeypatch.setattr(prepare, "VOCABULARY_WORD_COUNTS", (10, 10))
-    prepare.select_vocabulary_ids(dataset, tiny_processor)
+    prepare.select_or_load_cached_vocabulary_ids(dataset, tiny_processor)
     assert len(calls) == 2
 
 
@@ -106,11 +108,11 @@ def test_time_and_space_are_announced_before_the_work(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(prepare, "build_dataset", stop)
     with caplog.at_level("INFO", "capivara"), pytest.raises(KeyboardInterrupt):
-        prepare.build_dataset_and_train_base_model(tmp_path / "data", tmp_path / "base")
+        prepare.build_missing_dataset_and_base_model(tmp_path / "data", tmp_path / "base")
     assert prepare.DATASET_COST_NOTE in caplog.text
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "file").touch()
-    monkeypatch.setattr(prepare, "load_self_contained_dataset", stop)
+    monkeypatch.setattr(prepare, "load_dataset_and_refuse_image_paths", stop)
     with caplog.at_level("INFO", "capivara"), pytest.raises(KeyboardInterrupt):
-        prepare.build_dataset_and_train_base_model(tmp_path / "data", tmp_path / "base")
+        prepare.build_missing_dataset_and_base_model(tmp_path / "data", tmp_path / "base")
     assert prepare.BASE_COST_NOTE in caplog.text and not (tmp_path / "base").exists()

@@ -11,11 +11,11 @@ from capivara_common.privacy import (
     SECRET_RE2,
     find_machine_path,
     find_secret,
+    get_publishable_model_or_dataset_name,
     list_private_folders,
     make_printable,
-    redact,
-    shorten_private_paths,
-    to_publishable_name,
+    redact_secrets,
+    shorten_absolute_paths,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +63,7 @@ def test_every_kind_of_secret_is_found_in_any_context(kind, around):
     assert SECRETS[kind].startswith(prefix) and len(prefix) <= 21 and text[position:].startswith(SECRETS[kind])
     assert find_secret(text.encode()) == (description, position)
     assert pyarrow.compute.match_substring_regex(pyarrow.array([text]), SECRET_RE2).to_pylist() == [True]
-    assert SECRETS[kind] not in redact(text) and "***" in redact(text)
+    assert SECRETS[kind] not in redact_secrets(text) and "***" in redact_secrets(text)
 
 
 @pytest.mark.parametrize("sign", [r"\u005f", r"\u005F", "%5f"])
@@ -75,7 +75,7 @@ def test_a_secret_with_an_escaped_underscore_is_found(kind, sign):
         assert find_secret(text) == find_secret(text.encode()) and find_secret("x" * 1000 + " " + text)
         assert 0 <= find_secret(text)[1] < text.index(sign)
         assert pyarrow.compute.match_substring_regex(pyarrow.array([text]), SECRET_RE2).to_pylist() == [True]
-        assert LETTERS[:15] not in redact(text) and "***" in redact(text)
+        assert LETTERS[:15] not in redact_secrets(text) and "***" in redact_secrets(text)
 
 
 SECRET = "a1B2c3D4"
@@ -93,7 +93,7 @@ REQUEST_FORMS = (
 
 @pytest.mark.parametrize("form", REQUEST_FORMS)
 def test_secrets_in_urls_and_headers_are_redacted(form):
-    redacted = redact(f"It failed: {form.format(SECRET)} and more")
+    redacted = redact_secrets(f"It failed: {form.format(SECRET)} and more")
     assert SECRET not in redacted and redacted.startswith("It failed: ") and redacted.endswith(" and more")
 
 
@@ -101,14 +101,14 @@ def test_secrets_in_urls_and_headers_are_redacted(form):
 def test_text_without_secrets_is_unchanged(text):
     import pyarrow.compute
 
-    assert find_secret(text) is find_secret(text.encode()) is None and redact(text) == text
+    assert find_secret(text) is find_secret(text.encode()) is None and redact_secrets(text) == text
     assert pyarrow.compute.match_substring_regex(pyarrow.array([text]), SECRET_RE2).to_pylist() == [False]
 
 
 def test_the_token_of_this_machine_is_a_secret_in_any_form(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "of-another-form")
     assert find_secret("see of-another-form") == find_secret(b"see of-another-form") == ("a token of this machine", 4)
-    assert redact("see of-another-form") == "see hf_***"
+    assert redact_secrets("see of-another-form") == "see hf_***"
 
 
 PATHS = (
@@ -141,14 +141,14 @@ def test_an_absolute_path_of_any_root_is_found_and_hidden(path, around):
         return  # it would be a URL
     text = around.format(path)
     assert find_machine_path(text), text
-    hidden = shorten_private_paths(text)
+    hidden = shorten_absolute_paths(text)
     assert find_machine_path(hidden) is None and "maria" not in hidden and "ana" not in hidden, hidden
 
 
 @pytest.mark.parametrize("text", NO_PATHS)
 def test_text_without_absolute_paths_is_unchanged(text):
     assert find_machine_path(text) is None, text
-    assert shorten_private_paths(text) in (text, text.rpartition("/")[2]), text
+    assert shorten_absolute_paths(text) in (text, text.rpartition("/")[2]), text
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_text_without_absolute_paths_is_unchanged(text):
 )
 def test_a_path_is_found_after_punctuation(around):
     text = around.format("/data1/maria/fotos")
-    assert find_machine_path(text) and find_machine_path(shorten_private_paths(text)) is None
+    assert find_machine_path(text) and find_machine_path(shorten_absolute_paths(text)) is None
 
 
 def test_paths_in_urls_links_and_lists_are_found():
@@ -166,16 +166,16 @@ def test_paths_in_urls_links_and_lists_are_found():
         "GET /../home/maria/x", f"GET {Path.cwd()}/x", f"[a]({Path.cwd()}/x)",
     ):  # fmt: skip
         assert find_machine_path(text), text
-    assert shorten_private_paths("PATH=/usr/bin/x:/home/maria/bin") == "PATH=bin"
-    assert shorten_private_paths("in /data1/maria/x:12") == "in x:12"
-    assert shorten_private_paths("--model=/home/maria silva/run one") == "--model=run one"
-    assert shorten_private_paths({"a": ["/srv/x/y", {"b": "/gpfs/z.json"}], "/a/c": 3}) == {
+    assert shorten_absolute_paths("PATH=/usr/bin/x:/home/maria/bin") == "PATH=bin"
+    assert shorten_absolute_paths("in /data1/maria/x:12") == "in x:12"
+    assert shorten_absolute_paths("--model=/home/maria silva/run one") == "--model=run one"
+    assert shorten_absolute_paths({"a": ["/srv/x/y", {"b": "/gpfs/z.json"}], "/a/c": 3}) == {
         "a": ["y", {"b": "z.json"}],
         "c": 3,
     }
-    assert shorten_private_paths(f"open_clip:local-dir:{Path.cwd()}/runs/x") == "open_clip:local-dir:runs/x"
+    assert shorten_absolute_paths(f"open_clip:local-dir:{Path.cwd()}/runs/x") == "open_clip:local-dir:runs/x"
     with pytest.raises(ValueError, match=r"/a/x.*/b/x"):
-        shorten_private_paths({"/a/x": 1, "/b/x": 2})
+        shorten_absolute_paths({"/a/x": 1, "/b/x": 2})
 
 
 def test_the_documentation_of_this_project_has_no_false_alarms():
@@ -200,24 +200,28 @@ def test_short_names_of_datasets_hide_home_folders(monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "home", lambda: home)
     for folder in (tmp_path, tmp_path / "home", home / "captions"):
         monkeypatch.chdir(folder)
-        assert to_publishable_name(str(home / "captions")) in ("captions", "."), folder
+        assert get_publishable_model_or_dataset_name(str(home / "captions")) in ("captions", "."), folder
     monkeypatch.chdir(home)
     assert (
-        to_publishable_name(str(home / "captions" / "train"))
-        == to_publishable_name("captions/train")
+        get_publishable_model_or_dataset_name(str(home / "captions" / "train"))
+        == get_publishable_model_or_dataset_name("captions/train")
         == "captions/train"
     )
-    assert to_publishable_name("laicsiifes/flickr30k-pt-br") == "laicsiifes/flickr30k-pt-br"
-    assert to_publishable_name("/gpfs/users/maria/captions") == to_publishable_name("~maria/captions") == "captions"
+    assert get_publishable_model_or_dataset_name("laicsiifes/flickr30k-pt-br") == "laicsiifes/flickr30k-pt-br"
     assert (
-        to_publishable_name("../../maria/captions") == "captions"
-        and to_publishable_name("a/b/*.parquet") == "b/*.parquet"
+        get_publishable_model_or_dataset_name("/gpfs/users/maria/captions")
+        == get_publishable_model_or_dataset_name("~maria/captions")
+        == "captions"
+    )
+    assert (
+        get_publishable_model_or_dataset_name("../../maria/captions") == "captions"
+        and get_publishable_model_or_dataset_name("a/b/*.parquet") == "b/*.parquet"
     )
 
 
 def test_untrusted_text_is_printed_without_secrets_and_control_characters():
     token = "hf_" + "a1B2" * 9
-    assert redact(f"Bearer {SECRET} {token}: https://me:pass@host/x?X-Amz-Signature=ab12&b=1") == (
+    assert redact_secrets(f"Bearer {SECRET} {token}: https://me:pass@host/x?X-Amz-Signature=ab12&b=1") == (
         "Bearer *** hf_***: https://***@host/x?X-Amz-Signature=***&b=1"
     )
     assert make_printable(f"pão\x1b[31m\r\u202e\x9b\n{token}") == r"pão\x1b[31m\r\u202e\x9b" + "\nhf_***"
@@ -229,5 +233,5 @@ def test_long_texts_take_linear_time():
     texts = ("/a" * 50_000, "//" * 50_000 + "a", "a/" * 50_000, "/" * 100_000, "C:\\" * 30_000, "hf_" * 30_000)
     texts += ("\\" * 100_000, "/path/to," * 10_000, "x:" * 50_000 + "/ ", "x://a:" * 20_000, "bearer:" * 20_000)
     for text in texts:
-        find_machine_path(text), shorten_private_paths(text), find_secret(text), redact(text)
+        find_machine_path(text), shorten_absolute_paths(text), find_secret(text), redact_secrets(text)
     assert time.perf_counter() - started < 10, "quadratic time"

@@ -114,9 +114,13 @@ def test_a_model_that_differs_from_open_clip_is_an_error(monkeypatch, tmp_path, 
     (tmp_path / "model" / "conversion.json").write_text('{"revision": "a"}')
     summary = {"models": [], "protocol": "ours", "measurements": [], "rows": []}
     for name, value in {
-        "estimate_download_sizes": {}, "estimate_embedding_time": {"seconds": 1, "unknown": []}, "run_suite": summary,
-        "resolve_model_folder": tmp_path / "model", "compare_with_open_clip": difference, "render_suite_table": "table",
-    }.items():  # fmt: skip
+        "fetch_download_sizes_from_hub": {},
+        "estimate_embedding_time": {"seconds": 1, "unknown": []},
+        "run_suite": summary,
+        "find_download_or_convert_model_folder": tmp_path / "model",
+        "compare_converted_model_with_open_clip": difference,
+        "render_suite_table": "table",
+    }.items():
         monkeypatch.setattr(command, name, lambda *_, value=value: value)
     with pytest.raises(SystemExit) as ended:
         command.main(["--output", str(tmp_path / "out"), "--only", "mnist"])

@@ -4,7 +4,7 @@ import pytest
 from langcodes import standardize_tag
 
 from captions.languages import find_translator_language_code
-from captions.quality import QUALITY_FLAGS, find_translation_flags
+from captions.quality import QUALITY_FLAGS, find_translation_quality_flags
 
 GOOD = [
     ("a cat on a mat", "um gato em um tapete", "pt"),
@@ -27,7 +27,7 @@ GOOD = [
 
 @pytest.mark.parametrize(("source", "translation", "language"), GOOD)
 def test_good_translations_get_no_flag(source, translation, language):
-    assert find_translation_flags(source, translation, language) == []
+    assert find_translation_quality_flags(source, translation, language) == []
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_good_translations_get_no_flag(source, translation, language):
     ],
 )
 def test_failed_translations_are_flagged(source, translation, language, expected):
-    assert find_translation_flags(source, translation, language) == expected
+    assert find_translation_quality_flags(source, translation, language) == expected
     assert set(expected) <= set(QUALITY_FLAGS)
 
 
@@ -57,9 +57,9 @@ def test_a_long_caption_takes_no_time(benchmark_s=2.0):
     import time
 
     start = time.perf_counter()
-    find_translation_flags("a cat on a mat. " * 700, "um gato em um tapete e " * 700, "pt")
-    find_translation_flags("a" * 10_000, "ab" * 5_000, "pt")
-    find_translation_flags("<" * 10_000, "<a " * 3_000, "pt")
+    find_translation_quality_flags("a cat on a mat. " * 700, "um gato em um tapete e " * 700, "pt")
+    find_translation_quality_flags("a" * 10_000, "ab" * 5_000, "pt")
+    find_translation_quality_flags("<" * 10_000, "<a " * 3_000, "pt")
     assert time.perf_counter() - start < benchmark_s
 
 

@@ -11,7 +11,7 @@ from benchmarks import quantize
 def test_compare_returns_mean_and_lowest_cosine():
     reference = torch.eye(2)
     embeds = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
-    assert quantize.compare_embeddings(reference, embeds) == {
+    assert quantize.compute_mean_and_lowest_cosine(reference, embeds) == {
         "mean_cosine": pytest.approx(0.8),
         "min_cosine": pytest.approx(0.6),
     }

@@ -94,11 +94,11 @@ def test_the_relevance_threshold_is_a_quantile_of_neutral_sentences(index):
 def test_a_model_uses_the_threshold_if_its_measured_auc_is_high_enough(index, tmp_path):
     for auc, is_supported in ((0.79, False), (0.8, True), (1, True)):
         write_json(tmp_path / query.RELEVANCE_AUC_FILE, {"auc": auc})
-        assert query.is_relevance_threshold_reliable(tmp_path) == is_supported
-    assert not query.is_relevance_threshold_reliable(index.model.folder)
+        assert query.is_relevance_auc_of_model_high_enough(tmp_path) == is_supported
+    assert not query.is_relevance_auc_of_model_high_enough(index.model.folder)
     for damaged in ('{"auc": "high"}', '{"auc": null}', "{}", "[]", "{", "\0"):
         (tmp_path / query.RELEVANCE_AUC_FILE).write_text(damaged)
-        assert not query.is_relevance_threshold_reliable(tmp_path), "a damaged file raises no error"
+        assert not query.is_relevance_auc_of_model_high_enough(tmp_path), "a damaged file raises no error"
 
 
 def test_the_sample_holds_only_vectors_of_the_same_model(index):

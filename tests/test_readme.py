@@ -37,9 +37,11 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", tables.find_pages_with_blocks())
+@pytest.mark.parametrize("page", tables.find_pages_with_generated_blocks())
 def test_figures_equal_the_committed_json(page):
-    assert tables.fill_blocks(page, TEXTS[page]) == TEXTS[page], "run `python -m benchmarks.documentation_tables`"
+    assert tables.replace_generated_blocks_in_text(page, TEXTS[page]) == TEXTS[page], (
+        "run `python -m benchmarks.documentation_tables`"
+    )
 
 
 def test_every_table_macro_is_used_on_a_page():
@@ -47,7 +49,7 @@ def test_every_table_macro_is_used_on_a_page():
     assert macros == {name for text in TEXTS.values() for _, name, _ in tables.BLOCK_RE.findall(text)}
     page = "docs/reference/benchmarks.md"
     with pytest.raises(ValueError, match=r"benchmarks\.md.*'no_such'"):
-        tables.fill_blocks(page, TEXTS[page].replace("demo_summary", "no_such"))
+        tables.replace_generated_blocks_in_text(page, TEXTS[page].replace("demo_summary", "no_such"))
 
 
 def test_the_memory_of_a_step_is_measured_extrapolated_or_missing(monkeypatch, tmp_path):
@@ -56,7 +58,9 @@ def test_the_memory_of_a_step_is_measured_extrapolated_or_missing(monkeypatch, t
     extrapolated = {"pairs": 512, "peak_memory_bytes": 2**31, "extrapolated": {"peak_memory_bytes": 3 * 2**30}}
     write_json(tmp_path / "measured.json", {"recipe": measured})
     write_json(tmp_path / "extrapolated.json", {"recipe": extrapolated})
-    assert [tables.read_step_memory_text(name) for name in ("measured", "extrapolated", "none")] == [
+    assert [
+        tables.format_recorded_training_step_peak_memory(name) for name in ("measured", "extrapolated", "none")
+    ] == [
         "2.0",
         "2.0–3.0",
         "–",
@@ -65,7 +69,7 @@ def test_the_memory_of_a_step_is_measured_extrapolated_or_missing(monkeypatch, t
 
 @pytest.mark.slow
 def test_a_changed_figure_is_detected_and_a_new_commit_is_shown(monkeypatch, tmp_path):
-    for name in tables.find_pages_with_blocks():
+    for name in tables.find_pages_with_generated_blocks():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         changed = re.sub(r"(captions per second, float32 \|) \d", r"\1 x", TEXTS[name])
         (tmp_path / name).write_text(changed, encoding="utf-8")
@@ -73,7 +77,10 @@ def test_a_changed_figure_is_detected_and_a_new_commit_is_shown(monkeypatch, tmp
     with pytest.raises(SystemExit, match=r"docs/reference/benchmarks\.md"):
         tables.main(["--check"])
     tables.main([])
-    assert all((tmp_path / name).read_text(encoding="utf-8") == TEXTS[name] for name in tables.find_pages_with_blocks())
+    assert all(
+        (tmp_path / name).read_text(encoding="utf-8") == TEXTS[name]
+        for name in tables.find_pages_with_generated_blocks()
+    )
     tables.main(["--check"])
     results = tables.load_results("recipe") | {"commit": "0123abc", "date": "2026-11-28"}
     monkeypatch.setattr(tables, "load_results", lambda name: results)
@@ -113,7 +120,7 @@ def test_the_search_example_of_the_readme_runs_offline(capsys, monkeypatch, tmp_
 @pytest.mark.slow
 def test_the_code_of_the_search_tutorial_finds_the_coffee(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for word in ("load_photo", "PictureIndex"):
+    for word in ("load_example_photo", "PictureIndex"):
         exec(compile(code_with("docs/tutorials/first_search.md", word), "first_search.md", "exec"), {})
     assert "fotos/coffee.jpg" in capsys.readouterr().out.splitlines()[0]
 

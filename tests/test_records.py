@@ -6,7 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from eval.records.result_files import Record, ResultFile, parse_result, read_json_object_and_bytes, read_records
+from eval.records.result_files import (
+    Record,
+    ResultFile,
+    parse_result,
+    read_records,
+    read_untrusted_json_object_and_bytes,
+)
 from eval.records.tables import average_over_seeds, build_records_frame, format_signed_difference, pair_with_baselines
 
 RECORD = Record(
@@ -59,7 +65,7 @@ def test_an_invalid_file_is_refused_with_the_place_of_the_fault(tmp_path, text, 
     with pytest.raises(ValueError, match=message):
         read_records(tmp_path / "r.json")
     with pytest.raises(ValueError, match="regular file"):
-        read_json_object_and_bytes(tmp_path)  # a folder
+        read_untrusted_json_object_and_bytes(tmp_path)  # a folder
 
 
 def make_result_file(*records: Record, name: str = "a.json", **header) -> ResultFile:

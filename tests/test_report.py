@@ -13,7 +13,7 @@ from browser import open_browser
 from PIL import Image
 
 from capivara_common.files import read_json, write_json
-from eval.records.result_files import GAIN_METRIC, Record, write_records
+from eval.records.result_files import GAIN_METRIC, Record, write_records_to_result_file
 from eval.records.tables import average_over_seeds, build_records_frame, get_model_folder_and_seed, pair_with_baselines
 from eval.report import PAGE_TEMPLATE, main, read_results_folder, write_report
 
@@ -70,7 +70,7 @@ def find_links(page: str) -> list[str]:
 
 def write_result_file(folder: Path, *records: dict, name: str = "r.json", **other_metadata) -> None:
     metadata = {"dataset": "d", "fingerprint": "f", "model": "m", "device": "cpu", "precision": "float32"}
-    write_records(folder / name, [Record(**record) for record in records], **metadata | other_metadata)
+    write_records_to_result_file(folder / name, [Record(**record) for record in records], **metadata | other_metadata)
 
 
 def read_page(report: Path) -> str:

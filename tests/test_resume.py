@@ -232,7 +232,7 @@ def test_two_processes_resume_after_ctrl_c_and_equal_one_process(run, uninterrup
 @pytest.mark.slow
 def test_a_finished_training_is_not_lost(run, uninterrupted, tmp_path, monkeypatch):
     """Neither by Ctrl-C during the evaluation, nor by another program that writes into the output folder."""
-    out, evaluate = tmp_path / "out", train_accelerate.evaluate_base_and_trained_model
+    out, evaluate = tmp_path / "out", train_accelerate.evaluate_base_and_trained_and_write_results
 
     def evaluate_and_fill_output(*args) -> None:
         evaluate(*args)
@@ -240,11 +240,13 @@ def test_a_finished_training_is_not_lost(run, uninterrupted, tmp_path, monkeypat
         (out / "theirs.txt").touch()
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_accelerate, "evaluate_base_and_trained_model", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(
+            train_accelerate, "evaluate_base_and_trained_and_write_results", Mock(side_effect=KeyboardInterrupt)
+        )
         assert error_of(run(out, save_steps=100)) == "130" and not checkpoint_names(out)
     monkeypatch.setattr(TrainingLoop, "train", None)  # nothing is trained again
     with monkeypatch.context() as patch:
-        patch.setattr(train_accelerate, "evaluate_base_and_trained_model", evaluate_and_fill_output)
+        patch.setattr(train_accelerate, "evaluate_base_and_trained_and_write_results", evaluate_and_fill_output)
         assert str(out) in error_of(run(out, resume="auto"))
     (out / "theirs.txt").unlink()
     train_accelerate.main(run(out, resume="auto"))

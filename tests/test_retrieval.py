@@ -11,7 +11,7 @@ import pytest
 from test_checkpoints import flipped
 
 import modeling_capivara.two_towers
-from caption_data.pairs import compute_pair_content_digest, load_or_build_pair_table
+from caption_data.pairs import load_or_build_pair_table, load_or_compute_pair_content_digest
 from caption_data.sources import open_split
 from eval.records.result_files import Record, read_records
 from eval.retrieval import (
@@ -228,7 +228,7 @@ def test_training_and_evaluation_agree_on_the_fingerprint_of_data(dataset, tiny_
         source = open_split(str(folder), "test", "image")
         table = load_or_build_pair_table(source, [column], lambda row, name=column: row[name], {"captions": column})
         arguments = RetrievalArguments("m", str(folder), tmp_path, caption_column=column)
-        assert load_retrieval_data(arguments).fingerprint() == compute_pair_content_digest(table)
+        assert load_retrieval_data(arguments).fingerprint() == load_or_compute_pair_content_digest(table)
     english = replace(arguments, language="en", caption_column="captions-{language}")
     assert load_retrieval_data(arguments).fingerprint() != load_retrieval_data(english).fingerprint()
 

@@ -18,10 +18,10 @@ from capivara_common.image_files import BadImage, BadRow, decode_image
 from caption_data import pairs
 from caption_data.pairs import (
     check_bad_share,
-    compute_pair_content_digest,
     filter_usable_rows,
-    list_skipped_rows,
+    list_skipped_rows_and_damaged_archives,
     load_or_build_pair_table,
+    load_or_compute_pair_content_digest,
 )
 from caption_data.rows import SkippedRow, normalize_captions, write_skipped_rows
 from caption_data.sources import open_split
@@ -102,7 +102,7 @@ def test_images_are_upright_as_in_datasets():
 def test_the_fingerprint_covers_images_captions_and_order(tmp_path):
     def fingerprint(folder, numbers, change=None, **captions):
         members = [m for i in numbers for m in sample(i, *([change] if i == 1 and change else []), **captions)]
-        return compute_pair_content_digest(table_of(tar_source(tmp_path / folder, members)))
+        return load_or_compute_pair_content_digest(table_of(tar_source(tmp_path / folder, members)))
 
     pixels = np.asarray(PIL.Image.open(io.BytesIO(PICTURES[1]))).copy()
     pixels[3, 4, 1] ^= 1
@@ -120,7 +120,9 @@ def test_a_table_is_one_memory_mapped_file(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "MAP_BATCH_ROWS", 3)
     table = table_of(source)
     assert len(table.cache_files) == 1 and table["captions"][:] == CAPTIONS, "one memory-mapped file"
-    assert table[:] == whole[:] and compute_pair_content_digest(table) == compute_pair_content_digest(whole)
+    assert table[:] == whole[:] and load_or_compute_pair_content_digest(table) == load_or_compute_pair_content_digest(
+        whole
+    )
     nothing = table_of(source, choose=lambda row: [])
     assert len(nothing) == 0 and set(nothing.column_names) >= {"row", "digest", "captions"}
 
@@ -151,11 +153,15 @@ def test_a_table_is_made_again_if_its_inputs_change(tmp_path):
     (folder / "list" / "a.png").write_bytes(PICTURES[1])
     (folder / "list" / "metadata.jsonl").write_text('{"file_name": "a.png", "captions-pt": ["x", "y"]}')
     write_tar(folder / "tar" / "0.tar", sample(1))
-    first = list(map(compute_pair_content_digest, tables()))
-    assert calls == ["tar", "list"] and list(map(compute_pair_content_digest, tables())) == first and len(calls) == 2
+    first = list(map(load_or_compute_pair_content_digest, tables()))
+    assert (
+        calls == ["tar", "list"]
+        and list(map(load_or_compute_pair_content_digest, tables())) == first
+        and len(calls) == 2
+    )
     (folder / "list" / "a.png").write_bytes(PICTURES[3])
     write_tar(folder / "tar" / "0.tar", sample(1, data=PICTURES[3]))
-    assert not set(map(compute_pair_content_digest, tables())) & set(first) and len(calls) == 4
+    assert not set(map(load_or_compute_pair_content_digest, tables())) & set(first) and len(calls) == 4
     assert [table["captions"][:] for table in tables(1)] == [[CAPTIONS[1][1:]], [["y"]]] and len(calls) == 6
 
 
@@ -167,7 +173,10 @@ def test_an_image_that_becomes_readable_is_used(tmp_path, monkeypatch):
         (tmp_path / "metadata.jsonl").write_text(line, encoding="utf-8")
         split = open_split(str(tmp_path), "train", "image")
         return [
-            row.reason for row in list_skipped_rows(load_or_build_pair_table(split, ["captions-pt"], plain, {}), split)
+            row.reason
+            for row in list_skipped_rows_and_damaged_archives(
+                load_or_build_pair_table(split, ["captions-pt"], plain, {}), split
+            )
         ]
 
     def refused(*_):
@@ -176,7 +185,7 @@ def test_an_image_that_becomes_readable_is_used(tmp_path, monkeypatch):
     assert reasons("https://example.org/a.png") == ["unreadable image"]
     (tmp_path / "a.png").write_bytes(PICTURES[1])
     with monkeypatch.context() as patch:
-        patch.setattr(image_files, "open_regular_file", refused)
+        patch.setattr(image_files, "open_regular_file_safe_from_link_swaps", refused)
         assert reasons("a.png") == ["unreadable image"]
     assert not reasons("a.png")
 
@@ -233,6 +242,6 @@ def test_one_of_several_processes_makes_the_table(tmp_path, monkeypatch):
             return row["captions-pt"]
 
         table = load_or_build_pair_table(source, ["captions-pt"], choose, {"at": f"{tmp_path}"})
-        results.append((filter_usable_rows(table)[:], list_skipped_rows(table, source)))
+        results.append((filter_usable_rows(table)[:], list_skipped_rows_and_damaged_archives(table, source)))
     assert len(waited) == 3 and {*ranks} == {0}
     assert results[0] == results[1] == results[2] and len(results[0][1]) == 1

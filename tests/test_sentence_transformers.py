@@ -18,7 +18,12 @@ from capivara_search.miniature_model import get_or_build_miniature_folder
 from eval.retrieval import RetrievalArguments, evaluate_retrieval_and_write_result
 from examples.openmoji.concepts import load_emoji_by_concept, split_concepts
 from examples.openmoji.dataset import render_openmoji_png
-from examples.tune_sentence_transformers import build_clip_loss, build_recall_evaluator, load_caption_image_pairs, main
+from examples.tune_sentence_transformers import (
+    build_clip_loss,
+    build_recall_evaluator,
+    load_images_with_one_random_caption,
+    main,
+)
 from hub_upload.export import export_model
 from hub_upload.formats import sentence_transformers
 from hub_upload.formats.sentence_transformers import write_sentence_transformers_config
@@ -80,7 +85,7 @@ def test_encode_accepts_texts_images_and_dictionaries(folder, encoder, pictures)
 @pytest.mark.parametrize("mini_batch_size", one_in(3, [5, 2, 64]))
 def test_its_loss_equals_clip_loss(encoder, tiny_dataset_folder, mini_batch_size):
     """Compare the loss and all gradients of a batch that is encoded in mini-batches."""
-    rows = load_caption_image_pairs(tiny_dataset_folder, "train", "pt")
+    rows = load_images_with_one_random_caption(tiny_dataset_folder, "train", "pt")
     model = encoder[0].auto_model
     columns = [encoder.preprocess(list(rows[column])) for column in ("text", "image")]
     embeds = [encoder(dict(features))["sentence_embedding"] for features in columns]
@@ -106,7 +111,7 @@ def test_captions_that_look_like_urls_or_files_are_texts(encoder, tmp_path, pict
         train=Dataset.from_dict(rows, Features({"image": Images(), "captions-pt": Value("string")}))
     ).save_to_disk(tmp_path / "data")
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a request left the machine"))
-    rows = load_caption_image_pairs(tmp_path / "data", "train", "pt")
+    rows = load_images_with_one_random_caption(tmp_path / "data", "train", "pt")
     texts = encoder.encode(list(rows["text"]))
     np.testing.assert_allclose(texts, encoder.encode([{"text": text} for text in captions]))
     assert abs(texts[1] - encoder.encode(pictures[:1])[0]).max() > 1e-3

@@ -10,10 +10,10 @@ from site_pages import (
     IS_COMMAND_RE,
     OUTSIDE_PAGES,
     find_command_modules,
+    insert_generated_parts_and_rewrite_links,
     render_command_reference,
-    render_config_reference,
+    render_config_files_as_code_blocks,
     render_search_command_reference,
-    render_site_page,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,16 +44,21 @@ def test_the_reference_of_the_search_names_commands_in_both_languages():
 
 
 def test_every_config_is_shown():
-    assert render_config_reference().count("```yaml") == len(list((ROOT / "configs").rglob("*.yaml")))
+    assert render_config_files_as_code_blocks().count("```yaml") == len(list((ROOT / "configs").rglob("*.yaml")))
 
 
 def test_links_to_files_outside_docs_lead_to_their_pages():
-    text = render_site_page("how-to/x", "[a](../../SECURITY.md#the-page) [b](search.md) [c](https://a.b/SECURITY.md)")
+    text = insert_generated_parts_and_rewrite_links(
+        "how-to/x", "[a](../../SECURITY.md#the-page) [b](search.md) [c](https://a.b/SECURITY.md)"
+    )
     assert text == "[a](../explanation/security.md#the-page) [b](search.md) [c](https://a.b/SECURITY.md)"
-    assert render_site_page("x", "```\n[a](../SECURITY.md)\n```") == "```\n[a](../SECURITY.md)\n```"
+    assert (
+        insert_generated_parts_and_rewrite_links("x", "```\n[a](../SECURITY.md)\n```")
+        == "```\n[a](../SECURITY.md)\n```"
+    )
 
 
 @pytest.mark.parametrize("page", OUTSIDE_PAGES)
 def test_a_page_for_a_file_outside_docs_has_its_text(page):
     title = (ROOT / OUTSIDE_PAGES[page]).read_text(encoding="utf-8").splitlines()[0]
-    assert render_site_page(page, "stub").startswith(title)
+    assert insert_generated_parts_and_rewrite_links(page, "stub").startswith(title)

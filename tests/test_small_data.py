@@ -15,7 +15,7 @@ from tiny import draw_nothing, save_model
 import train_accelerate
 from captions.build import BuildArguments, ManualStepRequired, build_dataset, main
 from captions.translation_tables import escape_cell, unescape_cell
-from hub_upload.card import find_card_faults, write_card
+from hub_upload.card import find_differences_between_card_and_files, write_card
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "docs" / "how-to" / "your_language.md").read_text(encoding="utf-8")
@@ -89,7 +89,7 @@ def test_the_guide_leads_from_forty_images_to_a_model(config, tiny_processor):
         ("pt", "traduzidas por pessoas", "máquina"),
     ):
         text = write_card(run, None, language).read_text(encoding="utf-8")
-        assert who in text and machine not in text and find_card_faults(run) == []
+        assert who in text and machine not in text and find_differences_between_card_and_files(run) == []
     with pytest.raises(ValueError, match=r"\b41\b.*--effective_batch_size 40\b"):
         train_accelerate.main([*words, "--effective_batch_size", "41", "--output_dir", "runs/larger"])
     # The message names the largest possible batch after the selection of captions.

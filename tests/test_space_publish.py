@@ -20,7 +20,7 @@ pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.
 
 from capivara_search.index import PictureIndex
 from hub_upload.space.__main__ import main
-from hub_upload.space.docker_space import copy_index_for_publication, read_credit
+from hub_upload.space.docker_space import copy_index_for_publication, read_picture_credit_from_card
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = "---\nlicense: cc-by-sa-4.0\n---\n"
@@ -43,10 +43,13 @@ def flags(tiny_folder, tmp_path):
 def test_credit_is_read_from_the_readme_of_the_pictures(tmp_path):
     (tmp_path / "areas").mkdir()
     (tmp_path / "areas" / "README.md").write_text(AREAS_CARD, encoding="utf-8")
-    credit = read_credit(tmp_path / "areas")
+    credit = read_picture_credit_from_card(tmp_path / "areas")
     assert (credit.name, credit.license, credit.attribution) == ("Áreas", "cc-by-sa-4.0", "Made here")
     (tmp_path / "areas" / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")  # invalid YAML
-    assert (read_credit(tmp_path / "areas").name, read_credit(tmp_path / "areas").license) == ("areas", "")
+    assert (
+        read_picture_credit_from_card(tmp_path / "areas").name,
+        read_picture_credit_from_card(tmp_path / "areas").license,
+    ) == ("areas", "")
 
 
 @pytest.mark.slow

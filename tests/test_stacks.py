@@ -14,10 +14,10 @@ from capivara_search import index as index_module
 from capivara_search.duplicates import (
     FLOAT16_TOLERANCE,
     SIGNATURE_BYTES,
-    assign_leaders,
+    assign_near_duplicate_leaders,
     cluster_near_duplicates,
-    color_signature,
     combine_vectors_and_colors,
+    compute_color_signature,
     is_duplicate,
 )
 from capivara_search.index import PictureIndex, l2_normalize
@@ -99,7 +99,7 @@ def test_groups_equal_those_of_comparing_one_picture_after_the_other(monkeypatch
     vectors = l2_normalize(vectors).astype(np.float16)
     expected_leaders = naive_leaders(vectors, 0.97)
     vectors = combine_vectors_and_colors(vectors, [None] * len(vectors))
-    assert assign_leaders(vectors, 0.97).tolist() == expected_leaders
+    assert assign_near_duplicate_leaders(vectors, 0.97).tolist() == expected_leaders
     leading = [row for row, leader in enumerate(expected_leaders) if row == leader]
     groups = [group.tolist() for group in cluster_near_duplicates(vectors, 0.97)]
     assert groups == [[row for row, leader in enumerate(expected_leaders) if leader == first] for first in leading]
@@ -150,7 +150,7 @@ def test_flat_pictures_are_near_duplicates_only_if_their_details_are(tmp_path, m
     stream = io.BytesIO()
     icon(1).save(stream, "JPEG", quality=90)
     copies = [icon(0, 192), PIL.Image.open(stream)]
-    signatures = [color_signature(image) for image in (*different, *copies, *blank)]
+    signatures = [compute_color_signature(image) for image in (*different, *copies, *blank)]
     assert all(len(signature) > SIGNATURE_BYTES for signature in signatures)
     vectors = np.tile(np.eye(WIDTH)[0], (len(signatures), 1))
     index = fill_index(tmp_path / "i.lance", model, vectors, look=signatures)
@@ -170,7 +170,10 @@ def test_a_photograph_is_not_flat_and_a_flat_copy_of_it_is_found():
     rng = np.random.default_rng(0)
     photo = PIL.Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).resize((240, 240), 3)
     noisy = PIL.Image.fromarray(np.clip(np.asarray(photo) + rng.normal(0, 3, (240, 240, 3)), 0, 255).astype(np.uint8))
-    signature, flat_signature = color_signature(noisy), color_signature(photo.quantize(4).convert("RGB"))
+    signature, flat_signature = (
+        compute_color_signature(noisy),
+        compute_color_signature(photo.quantize(4).convert("RGB")),
+    )
     assert len(signature) == SIGNATURE_BYTES < len(flat_signature)
     vectors = combine_vectors_and_colors(np.tile(np.eye(WIDTH)[0], (2, 1)), [signature, flat_signature])
     assert is_duplicate(vectors, vectors).all()

@@ -24,7 +24,7 @@ from test_sources import FORMS
 from capivara_common.image_files import BadRow
 from caption_data.parquet_split import SAMPLE_BYTES, SAMPLE_COUNT, compute_split_content_digest, open_in_place
 from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
-from caption_data.sources import count_missing_rows_and_get_command, open_split
+from caption_data.sources import count_missing_stage_rows_and_get_command, open_split
 from captions.score import ScoreArguments
 from captions.stages import (
     RowStage,
@@ -100,7 +100,7 @@ def test_any_number_of_tasks_writes_the_same_parts(numbered, undisturbed, tmp_pa
         "train-000000035-000000040.parquet", "train-000000035-000000040.skipped.jsonl",
     ]  # fmt: skip
     assert (first.rows, first.skipped) == (11, {"ends in five": 1})
-    assert count_missing_rows_and_get_command(tmp_path / "out")[0] == 28
+    assert count_missing_stage_rows_and_get_command(tmp_path / "out")[0] == 28
 
     def done(number: int, **other) -> list[int]:
         args = replace(arguments(numbered, tmp_path / "out"), **other)

@@ -21,7 +21,7 @@ from capivara_search.miniature_model import get_or_build_miniature_folder
 from capivara_search.page import server
 from examples.openmoji.concepts import load_emoji_by_concept
 from examples.openmoji.dataset import render_openmoji_png
-from examples.real_images import CLASS_PHOTOGRAPHS, load_photo
+from examples.real_images import CLASS_PHOTOGRAPHS, load_example_photo
 from hub_upload.space import static_page
 from hub_upload.space.__main__ import main
 from hub_upload.space.static_page import SOURCE_SCRIPT, render_static_page, write_static_page
@@ -113,7 +113,7 @@ def fotos(tmp_path_factory) -> Path:
     """Fifty pictures: photographs of scikit-image (JPEG, one rotated by EXIF) and drawings of OpenMoji (PNG)."""
     folder = tmp_path_factory.mktemp("fotos")
     for name in CLASS_PHOTOGRAPHS:
-        image, exif = load_photo(name).convert("RGB"), Image.Exif()
+        image, exif = load_example_photo(name).convert("RGB"), Image.Exif()
         if name == "chelsea":
             image, exif[0x0112] = image.transpose(Image.Transpose.ROTATE_90), 6
         image.save(folder / f"{name}.jpg", quality=92, exif=exif)
@@ -214,8 +214,8 @@ def check_picture_view(visitor: Visitor) -> None:
     page = visitor.page
     visitor.finds("um gato")
     page.click(".tile[title='chelsea.jpg']")
-    page.wait_for_function(f"document.getElementById('viewer-picture').naturalWidth === {load_photo('chelsea').width}")
-    width, height = load_photo("chelsea").size
+    width, height = load_example_photo("chelsea").size
+    page.wait_for_function(f"document.getElementById('viewer-picture').naturalWidth === {width}")
     facts = page.locator("#viewer-facts").inner_text()
     assert "kB" in facts and "(arquivo)" in facts and f"{width} × {height} pixels" in facts, "EXIF rotation is ignored"
     assert page.locator("#download").is_hidden(), "visitors have the file already"

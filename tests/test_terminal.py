@@ -20,8 +20,8 @@ from capivara_search.terminal import (
     display_width,
     fit_to_columns,
     format_link,
-    format_path,
     render_contact_sheet,
+    shorten_and_escape_path,
     supports_pictures,
     supports_true_color,
 )
@@ -78,11 +78,11 @@ def test_a_path_is_shown_relative_to_the_current_folder_or_home(tmp_path, monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "Fotos" / "2024").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "Fotos")
-    assert format_path(f"{tmp_path}/Fotos/2024/a.jpg") == "2024/a.jpg"
-    assert format_path(f"{tmp_path}/Outras/a.jpg") == "~/Outras/a.jpg"
-    assert format_path(f"{tmp_path}-2/a.jpg") == f"{tmp_path}-2/a.jpg"
+    assert shorten_and_escape_path(f"{tmp_path}/Fotos/2024/a.jpg") == "2024/a.jpg"
+    assert shorten_and_escape_path(f"{tmp_path}/Outras/a.jpg") == "~/Outras/a.jpg"
+    assert shorten_and_escape_path(f"{tmp_path}-2/a.jpg") == f"{tmp_path}-2/a.jpg"
     monkeypatch.chdir("/")
-    assert format_path("/srv/a.jpg") == "/srv/a.jpg"
+    assert shorten_and_escape_path("/srv/a.jpg") == "/srv/a.jpg"
 
 
 def test_columns_are_aligned_for_wide_and_combining_characters():

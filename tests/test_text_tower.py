@@ -21,7 +21,7 @@ from transformers import AutoProcessor, SiglipModel, XLMRobertaTokenizer
 
 from capivara_common.weight_file import WeightFile
 from capivara_search.models import SearchModel, resolve_search_model
-from capivara_search.text_tower import load_text_tower
+from capivara_search.text_tower import load_numpy_text_tower_or_none
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_texts
@@ -74,7 +74,7 @@ def save(folder: Path, config: CapivaraConfig) -> Path:
 def test_500_awkward_texts_match_pytorch(tiny_folder):
     texts = awkward_texts(500)
     assert len(set(texts)) > 480
-    embeds = load_text_tower(tiny_folder).embed(texts)
+    embeds = load_numpy_text_tower_or_none(tiny_folder).embed(texts)
     expected = embed_with_torch(tiny_folder, texts)
     assert embeds.dtype == np.float32 and np.abs(np.linalg.norm(embeds, axis=1) - 1).max() < 1e-6
     np.testing.assert_allclose(embeds, expected, rtol=0, atol=1e-5)
@@ -92,7 +92,7 @@ def test_500_awkward_texts_match_pytorch(tiny_folder):
 def test_supported_architectures_match_pytorch(tmp_path, fields):
     folder = save(tmp_path / "model", tiny_config(**fields))
     np.testing.assert_allclose(
-        load_text_tower(folder).embed(AWKWARD), embed_with_torch(folder, AWKWARD), rtol=0, atol=1e-5
+        load_numpy_text_tower_or_none(folder).embed(AWKWARD), embed_with_torch(folder, AWKWARD), rtol=0, atol=1e-5
     )
 
 
@@ -103,14 +103,16 @@ def test_half_precision_weights_match_pytorch(request, kind, texts, dtype):
     path = folder / "model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     expected = embed_with_torch(folder, texts)
-    np.testing.assert_allclose(load_text_tower(folder).embed(texts), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(load_numpy_text_tower_or_none(folder).embed(texts), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_real_weights_of_multilingual_e5_match_pytorch():
     """The miniature has 250,037 tokens, twelve layers, and token embeddings in float16."""
     folder, texts = resolve_search_model("miniature").folder, awkward_texts(200)
-    np.testing.assert_allclose(load_text_tower(folder).embed(texts), embed_with_torch(folder, texts), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        load_numpy_text_tower_or_none(folder).embed(texts), embed_with_torch(folder, texts), rtol=0, atol=1e-5
+    )
 
 
 # --- SigLIP 2 ---------------------------------------------------------------------------------------------------------
@@ -147,7 +149,7 @@ def test_siglip_matches_pytorch_for_awkward_texts(siglip2_folder, case):
     change(siglip2_folder / "tokenizer_config.json", **SETTINGS[case])
     texts = ["<table>", "a\n\n\nb", "<eos> GATO", *awkward_texts(150)]
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
-    tower = load_text_tower(siglip2_folder)
+    tower = load_numpy_text_tower_or_none(siglip2_folder)
     embeds = tower.embed(texts)
     np.testing.assert_allclose(embeds, embed_with_torch(siglip2_folder, texts), rtol=0, atol=1e-5)
     np.testing.assert_allclose(tower.embed(["AÇÃO"]), tower.embed(["ação"]), rtol=0, atol=1e-6)
@@ -193,7 +195,7 @@ def test_metaclip_2_matches_pytorch_for_awkward_texts(saved_metaclip, tmp_path, 
     config = json.loads((folder / "config.json").read_text())
     change(folder / "config.json", text_config=config["text_config"] | {"hidden_act": activation})
     texts = [text.encode("utf-8", "replace").decode() for text in awkward_texts(200)]
-    embeds = load_text_tower(folder).embed(texts)
+    embeds = load_numpy_text_tower_or_none(folder).embed(texts)
     np.testing.assert_allclose(embeds, embed_with_torch(folder, texts), rtol=0, atol=1e-5)
     assert np.abs(embeds[0] - embeds[1:6]).max(axis=1).min() > 0.01, "equal embeddings would prove nothing"
 
@@ -202,7 +204,7 @@ def test_metaclip_2_matches_pytorch_for_awkward_texts(saved_metaclip, tmp_path, 
 def test_other_tokenizers_of_metaclip_2_are_left_to_pytorch(saved_metaclip, tmp_path, settings):
     folder = shutil.copytree(saved_metaclip, tmp_path / "model")
     change(folder / "tokenizer_config.json", **settings)
-    assert load_text_tower(saved_metaclip) is not None and load_text_tower(folder) is None
+    assert load_numpy_text_tower_or_none(saved_metaclip) is not None and load_numpy_text_tower_or_none(folder) is None
 
 
 # --- Unsupported models -----------------------------------------------------------------------------------------------
@@ -226,9 +228,9 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("case", UNSUPPORTED)
 def test_unsupported_models_are_embedded_by_pytorch(tiny_folder, case):
-    assert load_text_tower(tiny_folder) is not None
+    assert load_numpy_text_tower_or_none(tiny_folder) is not None
     UNSUPPORTED[case](tiny_folder)
-    assert load_text_tower(tiny_folder) is None
+    assert load_numpy_text_tower_or_none(tiny_folder) is None
     if case in ("activation", "tokenizer"):
         texts = [*PLAIN, "um <mask> gato", "um <pad> gato"]
         embeds = SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").embed_texts(texts)
@@ -240,7 +242,7 @@ def test_a_model_with_several_weight_files_is_embedded_by_pytorch(tiny_folder):
     model = load_model(tiny_folder)
     (tiny_folder / "model.safetensors").unlink()
     model.save_pretrained(tiny_folder, max_shard_size="50kB")
-    assert len(list(tiny_folder.glob("model-*.safetensors"))) > 1 and load_text_tower(tiny_folder) is None
+    assert len(list(tiny_folder.glob("model-*.safetensors"))) > 1 and load_numpy_text_tower_or_none(tiny_folder) is None
     search_model = SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu")
     np.testing.assert_allclose(search_model.embed_texts(PLAIN), expected, rtol=0, atol=1e-6)
     assert len(search_model.image_digest) == 32 and search_model.logit_scale > 1
@@ -356,6 +358,6 @@ def test_tensors_are_read_from_the_mapped_file(tiny_folder):
 
 def test_a_siglip_with_another_tokenizer_is_embedded_by_pytorch(tmp_path):
     MAKERS["siglip"](tmp_path)
-    assert load_text_tower(tmp_path) is None
+    assert load_numpy_text_tower_or_none(tmp_path) is None
     embeds = SearchModel("siglip", "siglip", tmp_path, device="cpu").embed_texts(PLAIN)
     np.testing.assert_allclose(embeds, embed_with_torch(tmp_path, PLAIN), rtol=0, atol=1e-6)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import train_accelerate
 from capivara_common.files import RUN_MARKER, acquire_folder_lock
-from hub_upload.card import find_card_faults
+from hub_upload.card import find_differences_between_card_and_files
 from modeling_capivara.loading import load_model, load_processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +68,11 @@ def test_a_run_writes_all_its_files(finished, tiny_dataset_folder):
     table = (out / "table.md").read_text(encoding="utf-8")
     assert "Baseline" in table and "CAPIVARA" in table and "| – | – |" in table and "95 % interval" not in table
     assert "R@5" in (card := (out / "README.md").read_text(encoding="utf-8")) and "R@10" not in card
-    assert find_card_faults(out) == [] and '"repo_id": null' in card and not (out / RUN_MARKER).exists()
+    assert (
+        find_differences_between_card_and_files(out) == []
+        and '"repo_id": null' in card
+        and not (out / RUN_MARKER).exists()
+    )
 
 
 def test_a_folder_that_the_run_reads_is_not_overwritten(tiny_folder, tiny_dataset_folder, tmp_path):

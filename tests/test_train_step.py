@@ -18,7 +18,7 @@ from benchmarks.train_step import (
     PROGRAMS,
     TrainingEngine,
     TrainStepArguments,
-    measure_ours,
+    measure_our_trainer,
 )
 
 SIGLIP = SiglipConfig(text_config=TOWER | {"vocab_size": 300, "projection_size": 32}, vision_config=VISION)
@@ -51,7 +51,7 @@ def changed_weights(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> 
     [("no_cache", {}), ("cache", {"precision": "bf16"}), ("cache_recomputed", {}), ("no_cache", {"model": "siglip2"})],
 )
 def test_a_measurement_of_our_trainer_is_complete(program, changes):
-    results = measure_ours(worker(program, **changes))
+    results = measure_our_trainer(worker(program, **changes))
     json.dumps(results, allow_nan=False)
     assert len(results["step_s"]) == 2, "the warm-up is not among them"
     assert results["pairs_per_second"] == pytest.approx(7 / statistics.median(results["step_s"]))
@@ -121,7 +121,7 @@ def test_open_clips_trainer_trains_only_the_text_encoder(monkeypatch, accum, pre
     # Without warm-up of the learning rate, so that the weights change.
     monkeypatch.setattr(open_clip_train.scheduler, "cosine_lr", lambda optimizer, *_: lambda step: None)
     args = worker(PEER_PROGRAM, pairs=2 * accum, peer_micro=2, precision=precision, steps=4)
-    results = bench.measure_open_clip(args)
+    results = bench.measure_open_clip_trainer(args)
     ((model, before),) = models
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {"logit_scale", "text.proj.0.weight"} <= changed_weights(model, before) <= trained
@@ -148,7 +148,7 @@ def test_open_clips_trainer_trains_siglip(monkeypatch):
     theirs = bench.build_open_clip_arguments(args)
     assert theirs.siglip and theirs.accum_freq == 2 and theirs.lock_image and theirs.grad_checkpointing
     monkeypatch.setattr(bench, "build_published_config", lambda model: config)
-    results = bench.measure_open_clip(args)
+    results = bench.measure_open_clip_trainer(args)
     trained = changed_weights(model, before)
     assert {"logit_bias", "text.token_embedding.weight"} <= trained, "only the sigmoid loss has a bias"
     assert not [name for name in trained if name.startswith("visual.")]

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, normalizers
 from transformers import AutoProcessor, pipeline
 
 from hub_upload.export import export_model, main
-from hub_upload.formats.transformers_js import convert_and_write_tokenizer
+from hub_upload.formats.transformers_js import convert_tokenizer_files_in_place
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clean_text
 
 pytestmark = pytest.mark.slow
@@ -132,7 +132,7 @@ def test_token_ids_are_the_same_for_texts_without_damage(xlmr, packages, tmp_pat
     processor = xlmr[0]
     processor.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "capivara"}')
-    convert_and_write_tokenizer(tmp_path)
+    convert_tokenizer_files_in_place(tmp_path)
     candidates = [text for text in (*PLAIN, *AWKWARD, *LONG.values(), *TYPED) if len(text) < 20_000]
     texts = [text for text in candidates if text.isascii() or not any(unicodedata.category(c) == "Cs" for c in text)]
     texts += [clean_text(text) for text in texts]

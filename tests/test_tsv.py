@@ -6,7 +6,7 @@ import re
 import pytest
 
 from captions.translation_tables import (
-    describe_untranslated,
+    describe_untranslated_rows,
     escape_cell,
     read_translation_table,
     unescape_cell,
@@ -82,13 +82,13 @@ def test_wrong_rows_are_named(tmp_path, change, message):
 def test_an_empty_cell_counts_as_untranslated(tmp_path):
     path = tmp_path / "sentences.tsv"
     write_blank_translation_table(path, SENTENCES)
-    assert re.match(r"5 of 5 .*: line 2 \(s1_", describe_untranslated(path))
+    assert re.match(r"5 of 5 .*: line 2 \(s1_", describe_untranslated_rows(path))
     fill(path, ["um gato", "", "  ", "um carro", "o mar"])
     with pytest.raises(ValueError, match=r"2 of 5 .*line 3 .*line 4 "):
         read_translation_table(path, SENTENCES)
     write_blank_translation_table(path, SENTENCES)
     fill(path, ["um gato", "-", "dois homens", "um carro", "o mar"])
-    assert describe_untranslated(path) == "" and read_translation_table(path, SENTENCES)["a dog"] == "-"
+    assert describe_untranslated_rows(path) == "" and read_translation_table(path, SENTENCES)["a dog"] == "-"
 
 
 def test_a_table_must_be_utf_8(tmp_path):

@@ -94,7 +94,7 @@ def test_from_a_folder_of_pictures_to_a_hit(tiny_folder, tmp_path):
                 capivara([*words, "--model", str(tiny_folder), "--index", str(tmp_path / "i"), "--lang", "en"])
 
     make_pictures(tmp_path / "fotos", 5)
-    first, last = "capivara_search/command.py:main", "capivara_search/table.py:to_hits"
+    first, last = "capivara_search/command.py:main", "capivara_search/table.py:convert_rows_to_hits"
     check("From a folder of pictures to a hit", trace_files(run, is_value, first, last))
 
 

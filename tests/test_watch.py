@@ -328,7 +328,9 @@ def test_the_page_answers_during_an_update_and_follows_folders_afterwards(starte
     tasks = Path(f"/proc/{page.pid}/task").iterdir()
     children = [child for task in tasks for child in (task / "children").read_text().split()]
     commands = {child: Path(f"/proc/{child}/cmdline").read_text() for child in children}
-    follower = int(next(child for child, command in commands.items() if "end_with_parent" in command))
+    follower = int(
+        next(child for child, command in commands.items() if "end_with_parent_and_lower_priority" in command)
+    )
     assert os.getsid(follower) == os.getsid(page.pid) and os.getpgid(follower) == follower, (
         "its priority would not count in another session"
     )
@@ -344,7 +346,7 @@ def test_the_follower_of_the_page_is_started_again_after_it_was_killed(tmp_path,
     program = f"import os, sys; print(os.getpid(), file=open({str(log)!r}, 'a')); sys.stdin.read()"
     monkeypatch.setattr(watch, "FOLLOWER_PROGRAM", program)
     monkeypatch.setattr(watch, "RESTART_DELAY_S", 0.2)
-    with watch.watch_in_subprocess():
+    with watch.keep_watch_subprocess_running():
         wait_until(lambda: log.read_text().endswith("\n"))
         os.kill(int(log.read_text()), signal.SIGKILL)
         wait_until(lambda: log.read_text().count("\n") == 2)

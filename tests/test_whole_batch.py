@@ -20,7 +20,7 @@ from whole_batch_process import CAPTIONS, MICRO, SEED, STEP, VARIANTS, build, gr
 from modeling_capivara import clip_loss
 from modeling_capivara.two_towers import compute_text_embeds
 from training import whole_batch
-from training.batches import apportion_batch, tokenize_into_sorted_micro_batches
+from training.batches import apportion_batch_to_datasets, tokenize_into_sorted_micro_batches
 from training.memory import measure_graph_bytes
 from training.whole_batch import (
     WholeBatch,
@@ -379,7 +379,7 @@ def test_micro_batches_are_sorted_by_length_and_padded_to_their_longest_text(siz
 @pytest.mark.parametrize("sizes", [[], [0], [1], [0, 1]])
 def test_fewer_than_two_usable_pairs_are_refused_without_proposing_a_batch(sizes):
     with pytest.raises(ValueError, match=rf"\b2\b.*\b{sum(sizes)}\b") as error:
-        apportion_batch(2, sizes)
+        apportion_batch_to_datasets(2, sizes)
     assert "--effective_batch_size" not in str(error.value)
 
 

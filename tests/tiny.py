@@ -65,7 +65,7 @@ def draw_nothing(patch: pytest.MonkeyPatch) -> None:
         plots.plt.close(figure)
         PIL.Image.new("RGB", (9, 9)).save(path)
 
-    patch.setattr(plots, "save_figure", dot)
+    patch.setattr(plots, "save_png_and_close_figure", dot)
     patch.setattr(plots, "plot_ranked_image_grid", lambda rows, path, *_: dot("all", path))
 
 

@@ -86,7 +86,7 @@ def trace_files(
 
 def publish(argv: list[str]) -> None:
     """Print the files that publishing a run passes through. `argv`: FOLDER, REPO_ID. Needs a stand-in for the Hub."""
-    from hub_upload.push import export_and_push_run
+    from hub_upload.push import try_export_and_push_run
 
     run = Path(argv[0]).resolve()
 
@@ -96,9 +96,9 @@ def publish(argv: list[str]) -> None:
 
     module = "hub_upload/push.py:"
     files = trace_files(
-        lambda: export_and_push_run(run, argv[1]),
+        lambda: try_export_and_push_run(run, argv[1]),
         is_of_run,
-        f"{module}export_and_push_run",
+        f"{module}try_export_and_push_run",
         f"{module}push_planned_changes",
     )
     print(json.dumps(sorted(files)))

@@ -102,7 +102,7 @@ def index_and_search(model: str, folder: Path) -> dict:
         "left": len(index),
         "size": size,
         "folder": read_json(folder / "out" / "value.json"),
-        "connections": guard.connection_limit(),
+        "connections": guard.compute_connection_limit(),
         "progress": index.progress(),
     }
 

@@ -63,7 +63,7 @@ def tokenize_into_sorted_micro_batches(
     return batches, order
 
 
-def apportion_batch(batch_size: int, dataset_sizes: Sequence[int]) -> list[int]:
+def apportion_batch_to_datasets(batch_size: int, dataset_sizes: Sequence[int]) -> list[int]:
     """Split a batch over datasets in proportion to their sizes, by largest-remainder apportionment (Hamilton's method).
 
     Args:
@@ -228,7 +228,7 @@ class BatchPlanner:
     """Callable that plans the batches of a run. The plan of a step does not depend on the steps planned before it."""
 
     captions: list[Sequence[list[str]]]  # for each dataset, the captions of each of its pairs
-    pairs_per_dataset: list[int]  # pairs that each dataset contributes to a batch, see `apportion_batch`
+    pairs_per_dataset: list[int]  # pairs that each dataset contributes to a batch, see `apportion_batch_to_datasets`
     processor: ProcessorMixin
     micro_batch_size: int  # captions per micro-batch
     # Views of every image. 1: the image itself. V above 1: V augmentations that stay the same during the whole run, one

@@ -94,7 +94,7 @@ class Checkpoints:
         if args.resume is None or (args.resume == "auto" and not steps):
             return None
         path = self.path(steps[-1]) if args.resume == "auto" else Path(args.resume)
-        check_same_run(read_training_state(path), args.to_dict(), {}, path)
+        check_same_run(verify_checkpoint_and_read_state(path), args.to_dict(), {}, path)
         return path
 
     def save(self, state: TrainingState) -> None:
@@ -148,7 +148,7 @@ class Checkpoints:
             ValueError: If the checkpoint is damaged, holds pickled objects other than tensors, or belongs to a run with
                 other settings or data.
         """
-        saved = read_training_state(path)
+        saved = verify_checkpoint_and_read_state(path)
         check_same_run(saved, current.config, current.data, path)
         try:
             self.accelerator.load_state(str(path))
@@ -167,7 +167,7 @@ class Checkpoints:
         return saved
 
 
-def read_training_state(path: Path) -> TrainingState:
+def verify_checkpoint_and_read_state(path: Path) -> TrainingState:
     """Read the state of a run from a checkpoint, after comparing the checksums of all its files.
 
     Raises:

@@ -35,11 +35,11 @@ from caption_data.augmentation import describe_augmentation, make_augmented_view
 from caption_data.embedded import EMBEDS_COLUMN
 from caption_data.pairs import (
     check_bad_share,
-    compute_pair_content_digest,
     filter_usable_rows,
     find_missing_columns,
-    list_skipped_rows,
+    list_skipped_rows_and_damaged_archives,
     load_or_build_pair_table,
+    load_or_compute_pair_content_digest,
 )
 from caption_data.rows import SkippedRow
 from caption_data.sources import Split, open_split
@@ -54,7 +54,7 @@ from modeling_capivara.two_towers import (
     move_to_device_in_chunks,
 )
 from training.arguments import RunArguments
-from training.batches import BatchPlanner, StepPlan, apportion_batch
+from training.batches import BatchPlanner, StepPlan, apportion_batch_to_datasets
 from training.trainable import freeze_parameters_and_add_adapters
 
 PIXELS_VERSION = 1  # part of the cache key; increase it when preprocessing or augmentation changes the pixels
@@ -149,7 +149,7 @@ class TrainingInputs:
     def make_planner(self, args: RunArguments) -> BatchPlanner:
         """Return the planner that selects the pairs, captions and image views for every step of the run."""
         captions = [pairs.table["captions"] for pairs in self.training]
-        counts = apportion_batch(args.effective_batch_size, list(map(len, self.training)))
+        counts = apportion_batch_to_datasets(args.effective_batch_size, list(map(len, self.training)))
         # A copy, because the planner runs in a thread, and a tokenizer stores padding and length of its last call.
         processor = copy.deepcopy(self.processor)
         return BatchPlanner(captions, counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
@@ -166,7 +166,7 @@ class TrainingInputs:
         for code, pairs in self.test.items():
             tables[f"{args.evaluation_dataset} {args.test_split} {code}"] = pairs.table
         return {"base model": self.base_digest} | {
-            name: compute_pair_content_digest(table) for name, table in tables.items()
+            name: load_or_compute_pair_content_digest(table) for name, table in tables.items()
         }
 
 
@@ -184,7 +184,7 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
         ValueError: If data, columns or model are missing or invalid, the usable pairs do not fill a batch, or the
             embeddings in a dataset were made by another image encoder.
     """
-    splits = _open_splits(args)  # before a model is loaded, because missing data is the most common error
+    splits = _open_and_check_splits(args)  # before a model is loaded, because missing data is the most common error
     processor = load_processor(args.model)
     base = load_model(args.model)
     # Checks the regular expressions of --frozen_parameters and --lora_targets before any long work.
@@ -244,13 +244,13 @@ def _split_usable_and_skipped_pairs(
         ValueError: If more than `args.max_bad_share` of the rows can't be used, or too few pairs are left for a batch.
     """
     usable = [replace(pairs, table=filter_usable_rows(pairs.table)) for pairs in training]
-    skipped = [row for pairs in training for row in list_skipped_rows(pairs.table, pairs.source)]
+    skipped = [row for pairs in training for row in list_skipped_rows_and_damaged_archives(pairs.table, pairs.source)]
     check_bad_share(skipped, sum(map(len, usable)) + len(skipped), args.max_bad_share)
-    apportion_batch(args.effective_batch_size, list(map(len, usable)))
+    apportion_batch_to_datasets(args.effective_batch_size, list(map(len, usable)))
     return usable, skipped
 
 
-def _open_splits(args: RunArguments) -> Splits:
+def _open_and_check_splits(args: RunArguments) -> Splits:
     """Open each dataset split that the run uses, and check that it has the required columns. No image is read.
 
     Args:
@@ -263,7 +263,9 @@ def _open_splits(args: RunArguments) -> Splits:
         ValueError: If a split or column is missing, or there are too few rows for a batch. The message about a missing
             split or column names the flags that choose splits and columns.
     """
-    requested = [(name, args.train_split, _training_columns(args), args.augmented_views) for name in args.dataset]
+    requested = [
+        (name, args.train_split, _list_training_caption_columns(args), args.augmented_views) for name in args.dataset
+    ]
     evaluated = [(args.validation_split, args.language), *((args.test_split, code) for code in args.eval_languages)]
     requested += [(args.evaluation_dataset, split, [_get_caption_column(args, code)], 1) for split, code in evaluated]
     splits: Splits = {}
@@ -286,11 +288,11 @@ def _open_splits(args: RunArguments) -> Splits:
         # `_split_usable_and_skipped_pairs` raises an error here. Its message names the largest possible batch, for
         # which all rows are read. This is quick, because there are fewer rows than one batch has pairs.
         _split_usable_and_skipped_pairs(load_training_pairs(args, splits), args)
-    apportion_batch(args.effective_batch_size, list(map(len, training)))
+    apportion_batch_to_datasets(args.effective_batch_size, list(map(len, training)))
     return splits
 
 
-def _training_columns(args: RunArguments) -> list[str]:
+def _list_training_caption_columns(args: RunArguments) -> list[str]:
     """Return the names of the columns from which the training captions are chosen.
 
     They are the caption columns, and the column of similarities if the strategy or the pair filter reads it.
@@ -307,14 +309,14 @@ def load_training_pairs(
 
     Args:
         args: Arguments of the run.
-        splits: Opened splits, see `_open_splits`.
+        splits: Opened splits, see `_open_and_check_splits`.
         processor: Processor of the model. If it is None, the pairs can be counted but not trained on.
 
     Returns:
         The datasets in the order of `args.dataset`. They still contain unusable rows, see
         `_split_usable_and_skipped_pairs`.
     """
-    columns = _training_columns(args)
+    columns = _list_training_caption_columns(args)
     caption_column, standard_column = _get_caption_column(args, args.language), f"captions-{args.language}"
     choice = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
     settings = {name: getattr(args, name) for name in ("language", "caption_column", *choice)}
@@ -378,7 +380,7 @@ def _require_nonempty_captions(texts: list[str]) -> list[str]:
 
 def _check_no_bad_rows(pairs: PairDataset) -> None:
     """Raise ValueError if an evaluation split has a row that can't be used. The message names the first such row."""
-    for skipped in list_skipped_rows(pairs.table, pairs.source):
+    for skipped in list_skipped_rows_and_damaged_archives(pairs.table, pairs.source):
         raise _bad_row_error(pairs.source, skipped.row, skipped.reason, skipped.detail)
 
 

@@ -10,8 +10,8 @@ Compare other values with `python -m eval.retrieval`. Processor and configuratio
 from dataclasses import dataclass
 from pathlib import Path
 
-from capivara_common.cli import check_between, flag, parse_arguments, run_command
-from capivara_common.files import atomic_folder, prepare_output_folder
+from capivara_common.cli import check_between, flag, parse_arguments, run_main_and_report_user_errors
+from capivara_common.files import atomic_folder, check_output_folder_and_clean_leftovers
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES
 from training.rotate import load_rotation, rotate_model_, save_rotation
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             the trained model and the file rotation.safetensors is missing from its folder.
     """
     args = parse_arguments(InterpolateArguments, __doc__, argv)
-    prepare_output_folder(args.output)
+    check_output_folder_and_clean_leftovers(args.output)
     base_model, model = load_model(args.base), load_model(args.trained)
     rotation = load_rotation(args.trained)
     if rotation is not None:  # `training.rotate` was applied after training, so the base must be rotated alike
@@ -67,4 +67,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

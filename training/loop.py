@@ -36,7 +36,7 @@ from training.inputs import (
     read_cached_step_image_embeds,
     resolve_loading_workers,
 )
-from training.run_folder import handle_signals
+from training.run_folder import handle_signals_temporarily
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.whole_batch import WholeBatch, select_loss
 
@@ -97,7 +97,7 @@ class TrainingLoop:
         )  # fmt: skip
         self.received_signals = []
         with (
-            handle_signals(self._handle_stop_signal, signal.SIGTERM, signal.SIGINT),
+            handle_signals_temporarily(self._handle_stop_signal, signal.SIGTERM, signal.SIGINT),
             ThreadPoolExecutor(1) as self.executor,
             bar,
         ):

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_common.files import atomic_folder, prepare_output_folder, write_bytes
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
+from capivara_common.files import atomic_folder, check_output_folder_and_clean_leftovers, write_bytes
 from capivara_common.image_files import BadImage
 from caption_data.sources import open_split
-from modeling_capivara.configuration_capivara import normalize_matryoshka_dims
+from modeling_capivara.configuration_capivara import check_and_sort_matryoshka_dims
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             images than embedding dimensions.
     """
     args = parse_arguments(RotateArguments, __doc__, argv)
-    prepare_output_folder(args.output)
+    check_output_folder_and_clean_leftovers(args.output)
     model, processor = load_model(args.model).eval(), load_processor(args.model)
     if load_rotation(args.model) is not None:
         raise ValueError(f"{args.model} has been rotated before: it has a {ROTATION_FILE}. Give the original model.")
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             "Give a CAPIVARA or CLIP model."
         )
     width = model.config.projection_dim
-    model.config.matryoshka_dims = normalize_matryoshka_dims(args.dims, width) or None
+    model.config.matryoshka_dims = check_and_sort_matryoshka_dims(args.dims, width) or None
     source = open_split(args.dataset, args.split, args.image_column)
     source.check_columns([args.image_column])
     rows = np.linspace(0, len(source) - 1, min(len(source), MAX_ROTATION_IMAGES)).astype(np.int64)
@@ -166,4 +166,4 @@ def load_rotation(model: str | Path) -> Tensor | None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

@@ -22,9 +22,9 @@ from capivara_common.files import (
     RUN_MARKER,
     acquire_folder_lock,
     check_inputs_outside,
+    check_output_folder_and_clean_leftovers,
+    get_partial_folder_path,
     list_seed_run_folders,
-    partial_folder,
-    prepare_output_folder,
     read_json,
     remove_or_restore_leftovers,
 )
@@ -68,7 +68,7 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
     if args.output_dir is None:
         name = f"{Path(args.dataset[0]).parent.name or 'capivara'}-{args.language}"
         unfinished = sorted(Path("runs").glob(f"{name}-[0-9]*.partial")) if args.resume == "auto" else []
-        chosen = unfinished[-1].with_suffix("") if unfinished else next_numbered_folder(Path("runs"), name)
+        chosen = unfinished[-1].with_suffix("") if unfinished else find_free_numbered_folder(Path("runs"), name)
         return broadcast_object_list([chosen])[0]
     if state.is_main_process:
         remove_or_restore_leftovers(args.output_dir)  # before any process checks the folder
@@ -80,13 +80,13 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
             "Choose one of these folders, with its --seed."
         )
     if not is_run_complete(args, args.output_dir):
-        prepare_output_folder(args.output_dir, args.overwrite_output_dir)
+        check_output_folder_and_clean_leftovers(args.output_dir, args.overwrite_output_dir)
     if args.overwrite_output_dir:
         needed = [args.model, args.evaluation_dataset, *args.dataset]
         # Check the parent folders as well, because an input can be a pattern such as `shards/*.tar`, whose files lie in
         # its parent folder.
         check_inputs_outside(args.output_dir, *needed, *(Path(name).parent for name in needed))
-    partial = partial_folder(args.output_dir)
+    partial = get_partial_folder_path(args.output_dir)
     if args.resume is None and not args.overwrite_output_dir and _can_resume(partial):
         raise ValueError(
             f"{partial} holds an unfinished run. Resume it with --resume auto, or start again with "
@@ -95,13 +95,13 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
     return args.output_dir
 
 
-def next_numbered_folder(parent: Path, name: str) -> Path:
+def find_free_numbered_folder(parent: Path, name: str) -> Path:
     """Return the first free folder of the sequence `parent/name-001`, `parent/name-002`, and so on.
 
     A folder is free if it does not exist and there is no unfinished run for it (`parent/name-001.partial`).
     """
     folders = (parent / f"{name}-{number:03d}" for number in itertools.count(1))
-    return next(folder for folder in folders if not folder.exists() and not partial_folder(folder).exists())
+    return next(folder for folder in folders if not folder.exists() and not get_partial_folder_path(folder).exists())
 
 
 def is_run_complete(args: RunArguments, output_dir: Path) -> bool:
@@ -114,7 +114,11 @@ def is_run_complete(args: RunArguments, output_dir: Path) -> bool:
     Returns:
         True if the folder holds a complete run, and there is no unfinished run that will replace it.
     """
-    return args.resume == "auto" and (output_dir / "run.json").is_file() and not partial_folder(output_dir).exists()
+    return (
+        args.resume == "auto"
+        and (output_dir / "run.json").is_file()
+        and not get_partial_folder_path(output_dir).exists()
+    )
 
 
 def _can_resume(folder: Path) -> bool:
@@ -123,7 +127,7 @@ def _can_resume(folder: Path) -> bool:
 
 
 @contextmanager
-def handle_signals(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+def handle_signals_temporarily(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
     """Handle signals with `handler` inside of the `with` block, then restore the previous handlers.
 
     Does nothing in other threads than the main thread, because Python sets signal handlers only there.
@@ -144,7 +148,9 @@ def handle_signals(handler: Callable[[int, Any], None], *numbers: int) -> Iterat
 
 
 @contextmanager
-def locked_run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -> Iterator[Path]:
+def lock_run_folder_and_exit_on_interrupt(
+    output_dir: Path, args: RunArguments, accelerator: Accelerator
+) -> Iterator[Path]:
     """Create and lock the folder that a run works in.
 
     At the end of the `with` block, the folder is unlocked. It is also deleted if it has nothing to resume from.
@@ -162,7 +168,7 @@ def locked_run_folder(output_dir: Path, args: RunArguments, accelerator: Acceler
         SystemExit: If the run was interrupted, a loss or gradient was not finite, or a weights file was damaged. The
             user sees a message.
     """
-    folder, lock = partial_folder(output_dir), None
+    folder, lock = get_partial_folder_path(output_dir), None
     try:
         if accelerator.is_main_process:
             lock = _create_and_lock_run_folder(folder)
@@ -170,7 +176,7 @@ def locked_run_folder(output_dir: Path, args: RunArguments, accelerator: Acceler
                 if leftover.name != RUN_MARKER:
                     shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
         accelerator.wait_for_everyone()
-        with handle_signals(_raise_interrupt, signal.SIGTERM):
+        with handle_signals_temporarily(_raise_interrupt, signal.SIGTERM):
             yield folder
     except KeyboardInterrupt as stop:
         # The training loop adds the signal and a message; Ctrl-C before or after training has neither.

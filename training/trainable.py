@@ -147,7 +147,7 @@ def _match_names(expression: str, names: list[str], key: str) -> list[str]:
         raise ValueError(f"{key} must be a valid regular expression, got {expression!r} ({error}).") from error
 
 
-def save_and_merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> PreTrainedModel:
+def merge_and_optionally_save_adapters(wrapped: nn.Module, folder: Path | None = None) -> PreTrainedModel:
     """Merge LoRA adapters into the weights of the model.
 
     Args:

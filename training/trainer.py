@@ -74,7 +74,7 @@ class ExactBatchTrainer(Trainer):
         model.train()
         if self._whole_batch is None:
             self._whole_batch = WholeBatch(model, self.accelerator, self.args.seed)
-        batches = _convert_to_micro_batches(self._step_batches)
+        batches = _wrap_batches_as_micro_batches(self._step_batches)
         pairs, image_embeds = sum(len(batch.input_ids) for batch in batches), None
         names = [name for name, p in self.accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
         if not any(name.startswith(IMAGE_ENCODER_PREFIXES) for name in names):
@@ -87,7 +87,7 @@ class ExactBatchTrainer(Trainer):
         return torch.tensor(report.loss, device=self.args.device)
 
 
-def _convert_to_micro_batches(samples: Sequence[dict]) -> list[MicroBatch]:
+def _wrap_batches_as_micro_batches(samples: Sequence[dict]) -> list[MicroBatch]:
     """Convert the batches that a data collator returned to micro-batches.
 
     Args:

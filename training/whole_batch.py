@@ -264,8 +264,8 @@ def compute_contrastive_loss_share(
     """
     texts, images, scale = _to_common_device_and_precision(text_embeds, image_embeds, logit_scale)
     with torch.autocast(texts.device.type, enabled=False):
-        text_to_image = _sum_tiles(_cross_entropy, scale.exp() * texts[local_rows], images, local_rows)
-        image_to_text = _sum_tiles(_cross_entropy, scale.exp() * images[local_rows], texts, local_rows)
+        text_to_image = _sum_loss_in_tiles(_cross_entropy, scale.exp() * texts[local_rows], images, local_rows)
+        image_to_text = _sum_loss_in_tiles(_cross_entropy, scale.exp() * images[local_rows], texts, local_rows)
         return (text_to_image + image_to_text) / (2 * len(texts))
 
 
@@ -296,7 +296,7 @@ def compute_sigmoid_loss_share(
         return -F.logsigmoid(signs * (queries @ items.T + bias)).sum()
 
     with torch.autocast(texts.device.type, enabled=False):
-        return _sum_tiles(sum_over_pairs, scale.exp() * texts[local_rows], images, local_rows) / len(texts)
+        return _sum_loss_in_tiles(sum_over_pairs, scale.exp() * texts[local_rows], images, local_rows) / len(texts)
 
 
 def _to_common_device_and_precision(*tensors: Tensor) -> list[Tensor]:
@@ -319,7 +319,7 @@ def _cross_entropy(queries: Tensor, items: Tensor, target_rows: Tensor) -> Tenso
     return F.cross_entropy(queries @ items.T, target_rows, reduction="sum")
 
 
-def _sum_tiles(loss: Callable[..., Tensor], queries: Tensor, items: Tensor, target_rows: Tensor) -> Tensor:
+def _sum_loss_in_tiles(loss: Callable[..., Tensor], queries: Tensor, items: Tensor, target_rows: Tensor) -> Tensor:
     """Sum a loss over all queries, in tiles of at most `MAX_TILE_LOGITS` logits.
 
     If there are several tiles, the backward pass recomputes the logits of each tile, so that only one tile is in

@@ -81,7 +81,7 @@ class Question:
         """
         if not isinstance(values, dict) or not values.keys() <= {field.name for field in fields(cls)}:
             raise RequestRefusedError("bad_question")
-        question = cls(**{name: _parse_field_value(name, value) for name, value in values.items()})
+        question = cls(**{name: _parse_question_field_value(name, value) for name, value in values.items()})
         if len(question.text) > MAX_TEXT_CHARACTERS:
             raise RequestRefusedError("long_text", letters=MAX_TEXT_CHARACTERS)
         if question.since and question.until and question.since > question.until:
@@ -120,7 +120,7 @@ class Question:
             raise RequestRefusedError("template") from None
 
 
-def _parse_field_value(name: str, value: object) -> Any:
+def _parse_question_field_value(name: str, value: object) -> Any:
     """Check a JSON value and convert it to the type of a field of `Question`.
 
     Args:

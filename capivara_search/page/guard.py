@@ -200,7 +200,7 @@ async def _acquire_slot(slots: asyncio.Semaphore, seconds: float) -> AsyncIterat
 
 
 @asynccontextmanager
-async def receive_body(request: Request, slots: asyncio.Semaphore) -> AsyncIterator[bytearray]:
+async def receive_request_body_within_limits(request: Request, slots: asyncio.Semaphore) -> AsyncIterator[bytearray]:
     """Receive the body of a POST request, as an async context manager.
 
     To limit the memory, a body above `MAX_QUESTION_BYTES` waits for a slot of `slots`, and occupies it until the `async
@@ -263,7 +263,7 @@ class LimitedHttpProtocol(H11Protocol):
         """
         super().connection_made(transport)
         self._restart_deadline()
-        if len(self.connections) > connection_limit():
+        if len(self.connections) > compute_connection_limit():
             waiting = (connection for connection in self.connections if connection.is_waiting())
             longest = min(waiting, key=lambda connection: connection._waiting_since)
             self.connections.discard(longest)
@@ -310,7 +310,7 @@ class LimitedHttpProtocol(H11Protocol):
             self.transport.abort()
 
 
-def connection_limit() -> int:
+def compute_connection_limit() -> int:
     """Return how many connections the server accepts, from 1 to `MAX_CONNECTIONS`.
 
     The number depends on how many files the process is allowed to open. A connection that downloads a picture needs two

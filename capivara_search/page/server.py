@@ -39,7 +39,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from capivara_common.image_files import BadImage, open_regular_file
+from capivara_common.image_files import BadImage, open_regular_file_safe_from_link_swaps
 from capivara_search.folder_scan import is_picture_name
 from capivara_search.messages import make_error_from_code
 from capivara_search.page.answers import PageAnswers, Question
@@ -53,7 +53,7 @@ from capivara_search.page.guard import (
     RequestGuard,
     RequestRefusedError,
     list_allowed_hosts,
-    receive_body,
+    receive_request_body_within_limits,
 )
 from capivara_search.picture_reading import read_bounded
 
@@ -267,7 +267,7 @@ class PageSite:
         """
 
         async def answer(request: Request) -> Response:
-            async with receive_body(request, self._body_slots) as body:
+            async with receive_request_body_within_limits(request, self._body_slots) as body:
                 # The body is parsed in a thread, so that the event loop can answer other clients meanwhile.
                 question, upload = await run_in_threadpool(_split_question_and_upload, body)
                 image = await self._decode_upload(upload) if upload else None
@@ -359,7 +359,7 @@ class PageSite:
         with contextlib.ExitStack() as stack, contextlib.suppress(BadImage, OSError, ValueError):
             if is_picture_name(path):
                 folders = list(self.answers.index.requested_folders().values())
-                file = stack.enter_context(open_regular_file(path, repr(path), folders))
+                file = stack.enter_context(open_regular_file_safe_from_link_swaps(path, repr(path), folders))
                 image = self._decoder.decode(read_bounded(file), path)
                 stack.pop_all()  # keeps the file open
                 return file, image

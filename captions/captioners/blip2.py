@@ -29,7 +29,7 @@ from transformers import (
 from capivara_common.cli import flag
 from capivara_common.environment import resolve_device
 from capivara_common.files import read_json
-from capivara_common.hub_cache import check_model_reachable
+from capivara_common.hub_cache import check_hub_model_reachable
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS_FEATURE
 from captions.captioners.base import Captioner
@@ -226,7 +226,7 @@ def load_captioner(args: Any) -> PrefixCaptioner:
     Raises ValueError or OSError if the model does not exist, or is not a BLIP-2 model with a decoder-only language
     model.
     """
-    check_model_reachable(args.model, revision=args.revision)
+    check_hub_model_reachable(args.model, revision=args.revision)
     config = load_transformers_config(args.model, revision=args.revision)
     if config.model_type != "blip-2" or config.text_config.is_encoder_decoder:
         raise ValueError(
@@ -244,7 +244,7 @@ def load_captioner(args: Any) -> PrefixCaptioner:
 # Rows
 
 
-def read_prefixes(path: Path) -> list[str]:
+def read_caption_prefixes(path: Path) -> list[str]:
     """Read the beginnings of captions from a JSON file with the content `{"prefixes": [texts]}`.
 
     Raises ValueError if the file has no prefixes, or a prefix is blank or repeated.
@@ -296,7 +296,7 @@ class Blip2Captioner(Captioner):
     flags = Blip2Flags
 
     def __init__(self, args: Any):
-        self._prefixes, self._model = read_prefixes(args.prefixes), load_captioner(args)
+        self._prefixes, self._model = read_caption_prefixes(args.prefixes), load_captioner(args)
         self.settings = {
             # For a local folder, only its name is recorded, so that the folder can be moved.
             "model": Path(args.model).name if Path(args.model).is_dir() else args.model,

@@ -26,10 +26,10 @@ from captions.captioners.blip2 import DEFAULT_MODEL
 from captions.chat.answers import (
     USAGE_FIELDS,
     Answer,
-    answer_schema,
+    build_response_format_for_json_answer,
     clean_answer,
+    detect_refusal_or_truncation,
     extract_value_from_json_answer,
-    find_fault,
 )
 from captions.chat.client import ChatClient, Choice
 from captions.chat.flags import (
@@ -42,7 +42,7 @@ from captions.chat.flags import (
 )
 from captions.chat.prompts import CaptionPrompts
 from captions.journal import Journal, read_journal
-from captions.quality import QUALITY_FILE, find_caption_flags
+from captions.quality import QUALITY_FILE, find_caption_quality_flags
 from captions.stages import DECODED_KEY, RowStage, read_stage_record
 
 JPEG_QUALITY = 90
@@ -88,7 +88,7 @@ class ChatCaptioner(Captioner):
         self._args, self._stage = args, stage
         self._prompts = CaptionPrompts(args.prompts, args.caption_language)
         self._client = ChatClient(args, stage.rank if stage else 0)
-        probe = to_data_url(PIL.Image.new("RGB", (PROBE_SIDE, PROBE_SIDE), "gray"), PROBE_SIDE)
+        probe = convert_image_to_jpeg_data_url(PIL.Image.new("RGB", (PROBE_SIDE, PROBE_SIDE), "gray"), PROBE_SIDE)
         read = self._client.connect(self._prompts.messages(0, probe), is_check=stage is None)
         # transformers serve drops the images of a request to a text model, without an error.
         if read and read == self._client.connect(self._prompts.messages(0, None)):
@@ -182,7 +182,7 @@ class ChatCaptioner(Captioner):
         Returns:
             For each row, a dict with the new columns. A BadRow if no caption can be used and the row has no others.
         """
-        urls = [to_data_url(row[DECODED_KEY], self._args.image_side) for row in rows]
+        urls = [convert_image_to_jpeg_data_url(row[DECODED_KEY], self._args.image_side) for row in rows]
         count = len(self._prompts.prompts)
         answers = self._client.map(self._request_captions, [(url, number) for url in urls for number in range(count)])
         self._stage.bar.set_postfix_str(self._client.describe_usage(), refresh=False)
@@ -197,7 +197,7 @@ class ChatCaptioner(Captioner):
         url, number = item
         key = f"{hashlib.blake2b(url.encode(), digest_size=16).hexdigest()}-{number}"
         if key not in self._stored:
-            messages, schema = self._prompts.messages(number, url), answer_schema(SCHEMA_KEY)
+            messages, schema = self._prompts.messages(number, url), build_response_format_for_json_answer(SCHEMA_KEY)
             answers = await self._client.ask(messages, self._judge, self._args.n, schema)
             self._journal.append({"request": key, "answers": [asdict(answer) for answer in answers]})
             self._stored[key] = answers
@@ -207,8 +207,8 @@ class ChatCaptioner(Captioner):
         """Return the cleaned caption in an answer, and its first fault or None."""
         value = extract_value_from_json_answer(choice.text, SCHEMA_KEY) if self._args.response_schema else None
         text = clean_answer(value if isinstance(value, str) else choice.text)
-        faults = [find_fault(text, choice.finish_reason, choice.refusal)]
-        faults += find_caption_flags(text, self._args.caption_language)
+        faults = [detect_refusal_or_truncation(text, choice.finish_reason, choice.refusal)]
+        faults += find_caption_quality_flags(text, self._args.caption_language)
         return text or choice.refusal or "", next(filter(None, faults), None)
 
     def _new_columns(self, row: dict[str, Any], answers: list[list[Answer]]) -> dict[str, Any] | BadRow:
@@ -254,7 +254,7 @@ class ChatCaptioner(Captioner):
             path.unlink(missing_ok=True)
 
 
-def to_data_url(image: PIL.Image.Image, side: int) -> str:
+def convert_image_to_jpeg_data_url(image: PIL.Image.Image, side: int) -> str:
     """Return an image as a JPEG data URL, on a white background.
 
     Args:

@@ -11,8 +11,8 @@ A model that is asked for a caption or a translation often adds more. `clean_ans
 5. bold marks and quotes around the whole text, unless the source sentence has quotes around it, too;
 6. line breaks, which become blanks.
 
-Then `find_fault` names an answer that is no caption at all. Other problems, such as a wrong script, are found by
-`captions.quality`, as for all translators.
+Then `detect_refusal_or_truncation` names an answer that is no caption at all. Other problems, such as a wrong script,
+are found by `captions.quality`, as for all translators.
 """
 
 import json
@@ -90,7 +90,7 @@ def clean_answer(text: str, source: str = "") -> str:
         text: Content of the answer.
         source: Sentence that was translated. If it has quotes or an introduction itself, its translation keeps them.
     """
-    text = _remove_reasoning(text)
+    text = _remove_reasoning_and_special_tokens(text)
     if fence := FENCE_RE.search(text):
         text = fence[1]
     text = text.strip()
@@ -103,18 +103,18 @@ def clean_answer(text: str, source: str = "") -> str:
         if re.fullmatch(r"\*\*[^*]+\*\*", text):
             text = text[2:-2].strip()
         if not any(source.strip().startswith(left) for left, _ in QUOTES):
-            text = _remove_quotes(text)
+            text = _remove_surrounding_quotes(text)
     return " ".join(text.split())
 
 
-def _remove_reasoning(text: str) -> str:
+def _remove_reasoning_and_special_tokens(text: str) -> str:
     """Remove reasoning and special tokens from an answer."""
     text = REASONING_RE.sub("", text)
     text = REASONING_START_RE.sub("", REASONING_END_RE.sub("", text))
     return SPECIAL_TOKEN_RE.sub("", text)
 
 
-def _remove_quotes(text: str) -> str:
+def _remove_surrounding_quotes(text: str) -> str:
     """Remove a pair of quotes around a text, if the text has no such quotes inside."""
     for left, right in QUOTES:
         inner = text[len(left) : -len(right)]
@@ -123,7 +123,9 @@ def _remove_quotes(text: str) -> str:
     return text
 
 
-def find_fault(text: str, finish_reason: str | None, refusal: str | None, source: str = "") -> str | None:
+def detect_refusal_or_truncation(
+    text: str, finish_reason: str | None, refusal: str | None, source: str = ""
+) -> str | None:
     """Return the fault of an answer that is no caption or translation; None if there is no such fault.
 
     Args:
@@ -153,7 +155,9 @@ def extract_numbered_lines(text: str, count: int) -> list[str] | None:
     Returns:
         The lines in the order of their numbers; None unless each number from 1 to `count` occurs exactly once.
     """
-    matches = [match for line in _remove_reasoning(text).splitlines() if (match := LINE_RE.match(line))]
+    matches = [
+        match for line in _remove_reasoning_and_special_tokens(text).splitlines() if (match := LINE_RE.match(line))
+    ]
     lines = {int(match[1]): match[2] for match in matches}
     is_complete = len(matches) == count and lines.keys() == set(range(1, count + 1))
     return [lines[number] for number in range(1, count + 1)] if is_complete else None
@@ -169,7 +173,7 @@ def extract_value_from_json_answer(text: str, name: str) -> object:
     Returns:
         The value; None if the answer is not a JSON object with this key, because servers may ignore a JSON schema.
     """
-    text = _remove_reasoning(text).strip()
+    text = _remove_reasoning_and_special_tokens(text).strip()
     fence = FENCE_RE.search(text)
     try:
         content = json.loads(fence[1] if fence else text)
@@ -178,7 +182,7 @@ def extract_value_from_json_answer(text: str, name: str) -> object:
     return content.get(name) if isinstance(content, dict) else None
 
 
-def answer_schema(name: str, count: int | None = None) -> dict[str, object]:
+def build_response_format_for_json_answer(name: str, count: int | None = None) -> dict[str, object]:
     """Return the parameter `response_format` that restricts an answer to a JSON object with a single key.
 
     Args:

@@ -12,11 +12,11 @@ from typing import Any, Self
 from capivara_common.cli import check_at_least, flag
 from captions.chat.answers import (
     Answer,
-    answer_schema,
+    build_response_format_for_json_answer,
     clean_answer,
+    detect_refusal_or_truncation,
     extract_numbered_lines,
     extract_value_from_json_answer,
-    find_fault,
 )
 from captions.chat.client import ChatClient, Choice
 from captions.chat.flags import (
@@ -28,7 +28,7 @@ from captions.chat.flags import (
     logger,
 )
 from captions.chat.prompts import TranslationPrompts
-from captions.quality import REFUSED, TRUNCATED, find_translation_flags
+from captions.quality import REFUSED, TRUNCATED, find_translation_quality_flags
 from captions.stages import RowStage
 from captions.translators.base import Translator, split_text
 
@@ -160,7 +160,9 @@ class ChatTranslator(Translator):
             return "", None if lines else TRUNCATED
 
         messages = self._prompts.line_messages(list(sentences))
-        (cost,) = await self._client.ask(messages, judge, response_format=answer_schema(LINES, len(sentences)))
+        (cost,) = await self._client.ask(
+            messages, judge, response_format=build_response_format_for_json_answer(LINES, len(sentences))
+        )
         if not lines:
             return None, cost
         answers = []
@@ -180,7 +182,9 @@ class ChatTranslator(Translator):
                 return self._judge_text(piece, value if isinstance(value, str) else choice.text, choice)
 
             messages = self._prompts.messages(piece)
-            (part,) = await self._client.ask(messages, judge, response_format=answer_schema(SINGLE))
+            (part,) = await self._client.ask(
+                messages, judge, response_format=build_response_format_for_json_answer(SINGLE)
+            )
             # Other faults are forgotten: `captions.translate` finds them again, as for all translators.
             fault = part.fault if part.fault in UNUSABLE else None
             text = f"{answer.text} {part.text}".strip()
@@ -196,8 +200,8 @@ class ChatTranslator(Translator):
             choice: The whole answer; None for a line of an answer.
         """
         text = clean_answer(text, sentence)
-        fault = find_fault(text, choice and choice.finish_reason, choice and choice.refusal, sentence)
-        return text, fault or next(iter(find_translation_flags(sentence, text, self._args.language)), None)
+        fault = detect_refusal_or_truncation(text, choice and choice.finish_reason, choice and choice.refusal, sentence)
+        return text, fault or next(iter(find_translation_quality_flags(sentence, text, self._args.language)), None)
 
 
 def _read_translation_prompts(args: Any) -> TranslationPrompts:

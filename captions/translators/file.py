@@ -11,18 +11,22 @@ import pyarrow.parquet as pq
 from capivara_common.cli import flag
 from capivara_common.tasks import split_rows
 from caption_data.sources import STAGE_FILE
-from captions.sentences import build_translated_columns, iter_distinct_captions, map_columns_to_translations
+from captions.sentences import (
+    build_translation_and_quality_columns,
+    iter_distinct_captions,
+    map_caption_columns_to_translated_columns,
+)
 from captions.stages import (
     Corrections,
     RowStage,
     describe_stage_record_differences,
-    read_skipped_rows,
+    read_skipped_row_numbers_and_reasons,
     read_stage_record,
 )
 from captions.translation_tables import (
     TABLE_COLUMNS,
     check_rows_match_sentences,
-    describe_untranslated,
+    describe_untranslated_rows,
     read_table_header_and_rows,
     read_translation_table,
     write_blank_translation_table,
@@ -70,7 +74,7 @@ class FileFlags:
         if not self.import_file.is_file():
             return "the table does not exist yet"
         self.check_table()
-        return describe_untranslated(self.import_file)
+        return describe_untranslated_rows(self.import_file)
 
     def check_table(self) -> None:
         """Check that the first line of the translation table states the source and target languages of the flags.
@@ -176,17 +180,19 @@ class FileFlags:
         if describe_stage_record_differences(record, stage.record | current):
             return None  # `write_or_check_stage_record` will raise an error that names the differences
         translations = read_translation_table(self.import_file, self.check_source_rows(stage))
-        columns = map_columns_to_translations(stage.features, stage.source.display_name, self)
+        columns = map_caption_columns_to_translated_columns(stage.features, stage.source.display_name, self)
         names = [*columns, *columns.values(), f"quality-{self.language}"]
         rows, parts, written = [], [], 0
         for part in split_rows(len(stage.source), self.rows_per_part):
             path = stage.path(part)
             old_rows = pq.read_table(path, columns=names).to_pylist() if path.is_file() else []
-            new_rows = [row | build_translated_columns(self, row, columns, translations) for row in old_rows]
+            new_rows = [
+                row | build_translation_and_quality_columns(self, row, columns, translations) for row in old_rows
+            ]
             changed = [number for number, row in enumerate(new_rows) if row != old_rows[number]]
             rows += [written + number for number in changed]
             parts += [path] if changed else []
-            written += len(part) - len(read_skipped_rows(path))
+            written += len(part) - len(read_skipped_row_numbers_and_reasons(path))
         return Corrections(self.output, record, parts, rows)
 
 

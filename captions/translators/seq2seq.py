@@ -20,8 +20,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from capivara_common.cli import flag
-from capivara_common.environment import get_install_command, resolve_device
-from capivara_common.hub_cache import check_model_reachable
+from capivara_common.environment import get_install_command_of_extra, resolve_device
+from capivara_common.hub_cache import check_hub_model_reachable
 from captions.languages import find_translator_language_code
 from captions.stages import RowStage
 from captions.translators.base import Translator, translate_in_pieces
@@ -91,7 +91,9 @@ class Seq2SeqTranslator(Translator):
     @classmethod
     def check(cls, args: Any) -> None:
         """Raise ValueError if the model does not know a language. A model not on this machine yet is not checked."""
-        _check_languages(args.model or PAPER_MODEL, args.revision, args.language, args.source_language)
+        _check_languages_if_tokenizer_is_cached(
+            args.model or PAPER_MODEL, args.revision, args.language, args.source_language
+        )
 
     @classmethod
     def load(cls, args: Any, stage: RowStage) -> Self:
@@ -132,7 +134,7 @@ class Seq2SeqTranslator(Translator):
         source_tokens, target_tokens = _find_language_token_ids(tokenizer)
         self._forbidden_ids = {*source_tokens.values()}  # token ids that are removed from source sentences
         self._language_ids = {*source_tokens.values(), *target_tokens.values()}
-        self.code, source_code = _get_language_codes(tokenizer, language, source_language, self.name)
+        self.code, source_code = _get_model_language_codes(tokenizer, language, source_language, self.name)
         if source_tokens:
             self._prefix_ids = [source_tokens[self.code]]
         elif target_tokens:
@@ -192,7 +194,9 @@ class Seq2SeqTranslator(Translator):
         return [text.strip() for text in self.tokenizer.batch_decode(text_ids, skip_special_tokens=True)]
 
 
-def _check_languages(model: str, revision: str | None, language: str, source_language: str) -> None:
+def _check_languages_if_tokenizer_is_cached(
+    model: str, revision: str | None, language: str, source_language: str
+) -> None:
     """Check that a translation model knows both languages, if its tokenizer is on this machine. Nothing is downloaded.
 
     Args:
@@ -208,7 +212,7 @@ def _check_languages(model: str, revision: str | None, language: str, source_lan
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError, AttributeError):
         return  # `Seq2SeqTranslator` will download the model, or raise the error
-    _get_language_codes(tokenizer, language, source_language, model)
+    _get_model_language_codes(tokenizer, language, source_language, model)
 
 
 def _find_language_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], dict[str, int]]:
@@ -226,7 +230,7 @@ def _find_language_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[s
     return source_tokens, {} if source_tokens else getattr(tokenizer, "lang_code_to_id", target_tokens)
 
 
-def _get_language_codes(
+def _get_model_language_codes(
     tokenizer: PreTrainedTokenizerBase, language: str, source_language: str, name: str
 ) -> tuple[str, str | None]:
     """Return the codes that a translation model uses for two languages.
@@ -267,7 +271,7 @@ def _load_model(name: str, revision: str | None, precision: str) -> tuple[PreTra
         ImportError: If the tokenizer needs a package that is not installed.
     """
     try:
-        check_model_reachable(name, revision=revision)
+        check_hub_model_reachable(name, revision=revision)
         with wrap_tokenizer_errors("its tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         load_transformers_config(name, revision=revision)
@@ -275,7 +279,7 @@ def _load_model(name: str, revision: str | None, precision: str) -> tuple[PreTra
     except ImportError as error:
         reason = str(error).strip().split(". ")[0]  # remove the links that transformers adds
         raise ImportError(
-            f"{reason}. Install the packages for translation: {get_install_command('translate')}"
+            f"{reason}. Install the packages for translation: {get_install_command_of_extra('translate')}"
         ) from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]

@@ -112,7 +112,7 @@ def load_benchmarks() -> dict[str, Benchmark]:
     return {benchmark.key: benchmark for benchmark in benchmarks if benchmark.task != "average"}
 
 
-def find_published_model_name(name: str, role: str, model_class: str, loss: str) -> str | None:
+def find_model_name_in_published_results(name: str, role: str, model_class: str, loss: str) -> str | None:
     """Return the name under which results of a model were published, as `get_published_figure` expects it.
 
     Args:

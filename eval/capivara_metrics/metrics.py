@@ -71,7 +71,7 @@ def compute_ranks_from_embeddings(
     Raises:
         ValueError: If a query has no relevant item, or if an embedding is not finite.
     """
-    _check_embeddings_and_groups(query_embeds, item_embeds, query_groups, item_groups)
+    _check_finite_embeddings_and_relevant_items(query_embeds, item_embeds, query_groups, item_groups)
     block_size = max(MIN_BLOCK_QUERIES, BLOCK_SCORES // len(item_embeds))
     blocks = zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True)
     return torch.cat(
@@ -108,8 +108,8 @@ def cross_modal_ranks(
     backward = item_embeds, query_embeds, item_groups, query_groups
     if len(query_embeds) * len(item_embeds) > MAX_STORED_SCORES:
         return compute_ranks_from_embeddings(*forward), compute_ranks_from_embeddings(*backward)
-    _check_embeddings_and_groups(*forward)
-    _check_embeddings_and_groups(*backward)
+    _check_finite_embeddings_and_relevant_items(*forward)
+    _check_finite_embeddings_and_relevant_items(*backward)
     scores, block_size = query_embeds @ item_embeds.T, max(1, COMPARISON_BLOCK_SCORES // len(item_embeds))
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
@@ -129,7 +129,7 @@ def cross_modal_ranks(
     return query_ranks, sum(((block >= best) & ~relevant).sum(dim=0) for block, relevant in blocks())
 
 
-def _check_embeddings_and_groups(
+def _check_finite_embeddings_and_relevant_items(
     query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor
 ) -> None:
     """Raise ValueError if an embedding is NaN or infinite, or if the group of a query has no item."""

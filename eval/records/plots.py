@@ -47,7 +47,7 @@ QUERY_CHANGES = {"gain": (-1, 3), "tie": (0, 1), "loss": (1, 1)}
 FALLBACK_FONTS = ("Noto Sans", "Noto Serif", "FreeSans", "Lohit", "Nirmala UI", "Mangal", "Arial Unicode", "WenQuanYi")
 
 
-def save_figure(figure: plt.Figure, path: Path) -> None:
+def save_png_and_close_figure(figure: plt.Figure, path: Path) -> None:
     """Write a matplotlib figure to a PNG file with 130 dots per inch, and close the figure. The write is atomic."""
     file = io.BytesIO()
     with warnings.catch_warnings():
@@ -97,7 +97,7 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, label_lan
     right.legend(frameon=False)
     for axis in (left, right):
         draw_grid_and_hide_frame(axis, "both", "top")
-    save_figure(figure, path)
+    save_png_and_close_figure(figure, path)
 
 
 def plot_baseline_and_model_bars(pairs: list[dict[str, Any]], path: Path) -> None:
@@ -131,7 +131,7 @@ def plot_baseline_and_model_bars(pairs: list[dict[str, Any]], path: Path) -> Non
     draw_grid_and_hide_frame(axis, "x", "top", "right", "left")
     if axis.get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper left", markerscale=0.4, ncols=3, frameon=False, fontsize=9)
-    save_figure(figure, path)
+    save_png_and_close_figure(figure, path)
 
 
 # Images with the highest scores, best first. Each is a tuple of the image (its caption if the image can't be shown) and
@@ -186,7 +186,7 @@ def plot_ranked_image_grid(
             left = grid[0, block * (columns + 1)].get_position(figure).x0
             figure.text(left, 1 - 0.27 / height, heading, fontsize=12, weight="bold", parse_math=False)
         figure.text(0.01, 0.1 / height, note, fontsize=8.5, color=TEXT_COLOR, parse_math=False)
-        save_figure(figure, path)
+        save_png_and_close_figure(figure, path)
 
 
 def select_sheet_queries(before: "Tensor", after: "Tensor", seed: int) -> list[tuple[int, str]]:

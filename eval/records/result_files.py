@@ -20,7 +20,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from capivara_common.environment import package_versions
 from capivara_common.files import write_json
-from capivara_common.privacy import shorten_private_paths, to_publishable_name
+from capivara_common.privacy import get_publishable_model_or_dataset_name, shorten_absolute_paths
 
 SCHEMA_VERSION = 2  # version of the format of result files and of run.json
 MAX_JSON_BYTES = 64 * 2**20  # the largest part, an indented confusion matrix of 1000 classes, takes 12 MB
@@ -137,10 +137,10 @@ class ResultFile:
 
     name: str  # path of the file relative to the folder that is read
     records: tuple[Record, ...]  # the measured values, at least one
-    content: dict[str, Any]  # the whole JSON object, with the keys that `write_records` writes
+    content: dict[str, Any]  # the whole JSON object, with the keys that `write_records_to_result_file` writes
 
 
-def write_records(
+def write_records_to_result_file(
     path: Path, records: list[Record], *, dataset: str, fingerprint: str | None, model: str, name: str | None = None,
     skipped: dict[Any, str] | None = None, **metadata: Any,
 ) -> None:  # fmt: skip
@@ -159,18 +159,18 @@ def write_records(
     """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module, skipped = spec.name if spec else Path(sys.argv[0]).stem, skipped or {}
-    listed = [asdict(record) | {"model_folder": shorten_private_paths(record.model_folder)} for record in records]
+    listed = [asdict(record) | {"model_folder": shorten_absolute_paths(record.model_folder)} for record in records]
     content = {
         "schema_version": SCHEMA_VERSION,
-        "dataset": to_publishable_name(name or dataset),
+        "dataset": get_publishable_model_or_dataset_name(name or dataset),
         "dataset_revision": _find_cached_hub_revision(dataset, "dataset"),
         "dataset_fingerprint": fingerprint,
-        "model": shorten_private_paths(model),
+        "model": shorten_absolute_paths(model),
         "model_revision": _find_cached_hub_revision(model, "model"),
         "versions": package_versions(),
         "seconds": None,
         "skipped_rows": len(skipped),
-        "command": " ".join(["python", "-m", module, *shorten_private_paths(sys.argv[1:])]),
+        "command": " ".join(["python", "-m", module, *shorten_absolute_paths(sys.argv[1:])]),
         "records": listed,
         "skipped": skipped,
     }
@@ -185,7 +185,7 @@ def read_records(path: Path) -> list[Record]:
             the value and the rule that it breaks.
     """
     try:
-        content, _ = read_json_object_and_bytes(path)
+        content, _ = read_untrusted_json_object_and_bytes(path)
     except ValueError as error:
         raise ValueError(f"{path} {error}.") from error
     try:
@@ -223,7 +223,7 @@ def parse_result(content: dict[str, Any], name: str) -> ResultFile:
     return ResultFile(name, tuple(records), content)
 
 
-def read_json_object_and_bytes(path: Path) -> tuple[dict[str, Any], bytes]:
+def read_untrusted_json_object_and_bytes(path: Path) -> tuple[dict[str, Any], bytes]:
     """Read a JSON object from a file that is not trusted.
 
     Returns:

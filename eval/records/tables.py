@@ -19,7 +19,7 @@ import jinja2
 import pandas
 
 from capivara_common.files import write_text
-from capivara_common.privacy import shorten_private_paths
+from capivara_common.privacy import shorten_absolute_paths
 from eval.records.result_files import DIRECTIONS, RANK_METRICS, ROLE_NAMES, Condition, Record, ResultFile
 
 # Control characters, marks that change the direction of text, and private-use characters.
@@ -97,10 +97,10 @@ def get_model_folder_and_seed(record: Record, file_name: str) -> tuple[str, int 
         folder = PurePosixPath(file_name).parent
         if folder.parent.name == f"seed-{seed}":  # the file is in RUNS/seed-N/results, next to the runs of other seeds
             folder = folder.parent.parent
-    return "this run" if str(folder) == "." else shorten_private_paths(folder.as_posix()), seed
+    return "this run" if str(folder) == "." else shorten_absolute_paths(folder.as_posix()), seed
 
 
-def find_conflicts(
+def find_conflicting_records(
     frame: pandas.DataFrame, group_column: str, tolerance: float | pandas.Series = 0
 ) -> pandas.DataFrame:
     """Find records of the same measurement with different values.
@@ -207,7 +207,7 @@ def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
         matches = []
         for model in roles["capivara"]:
             candidates = [(baseline, model) for baseline in roles["baseline"] or [None]]
-            matches += [pair for pair in candidates if not _find_doubts(*pair)] or candidates
+            matches += [pair for pair in candidates if not _find_doubts_about_comparability(*pair)] or candidates
         unmatched = [value for value in roles["baseline"] if not any(value is baseline for baseline, _ in matches)]
         pairs += matches + [(baseline, None) for baseline in unmatched]
     means = [[value and value.mean for value in pair] for pair in pairs]
@@ -219,7 +219,7 @@ def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _find_doubts(baseline: Any | None, model: Any | None) -> list[str]:
+def _find_doubts_about_comparability(baseline: Any | None, model: Any | None) -> list[str]:
     """Return the reasons to doubt that baseline and model were measured on the same data.
 
     Args:
@@ -255,7 +255,7 @@ def _build_baseline_comparison(baseline: Any | None, model: Any | None, gain: fl
         "n": sides[0].n,
         "seeds": max(value.seeds for value in sides),
         "is_rank": sides[0].metric in RANK_METRICS,
-        "doubts": _find_doubts(baseline, model),
+        "doubts": _find_doubts_about_comparability(baseline, model),
     }
 
 

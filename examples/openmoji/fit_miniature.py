@@ -24,14 +24,14 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import package_versions
 from capivara_common.files import write_bytes
 from capivara_search.miniature_encoders import load_efficientnet_tensors
 from eval.prompts import load_prompts
-from examples.openmoji.dataset import load_self_contained_dataset
+from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 from examples.openmoji.prepare import (
-    bidirectional_recall,
+    compute_mean_bidirectional_recall,
     compute_pooled_image_features,
     fit_ridge_projections,
     load_and_join_encoders,
@@ -56,7 +56,7 @@ class MiniatureArguments:
     output: Path = flag(Path("capivara_search/miniature.safetensors"), "File to write.")
 
 
-def _synthesize_image_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:
+def _synthesize_class_features_from_weights(features: Tensor, weights: Tensor, reach: float) -> Tensor:
     """Synthesize an image feature for each class of a classifier from the classifier's weights.
 
     The feature of a class is the mean of real features, moved in the direction of the class's weights.
@@ -82,8 +82,8 @@ class Candidate(NamedTuple):
     Attributes:
         photo_recall: Mean recall on captioned photographs, from 0 to 1.
         validation_recall: Mean recall on OpenMoji's validation concepts, from 0 to 1.
-        reach: Distance of the synthesized class features from the mean feature (see `_synthesize_image_features`). None
-            if no class features were used.
+        reach: Distance of the synthesized class features from the mean feature (see
+            `_synthesize_class_features_from_weights`). None if no class features were used.
         visual: Weights of the image projection, (text width, image width).
         text: Weights of the text projection, (text width, text width).
     """
@@ -113,9 +113,9 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
         return embed_texts(model, processor, texts)
 
     def recall(images: Tensor, texts: Tensor) -> float:
-        return bidirectional_recall(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
+        return compute_mean_bidirectional_recall(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
 
-    data, photos = load_self_contained_dataset(args.dataset), load_photograph_dataset()
+    data, photos = load_dataset_and_refuse_image_paths(args.dataset), load_photograph_dataset()
     train = compute_pooled_image_features(model, processor, data["train"])
     validation = compute_pooled_image_features(model, processor, data["validation"])
     photo_features = compute_pooled_image_features(model, processor, photos)
@@ -129,7 +129,7 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
     def fit(reach: float | None) -> Candidate:  # None: without ImageNet's classes
         inputs, targets = [train], [train_texts]
         if reach is not None:
-            inputs.append(_synthesize_image_features(train, weights, reach))
+            inputs.append(_synthesize_class_features_from_weights(train, weights, reach))
             targets.append(class_names)
         visual, text = fit_ridge_projections(torch.cat(inputs), torch.cat(targets))
         validation_recall = recall(validation @ visual.T, validation_texts @ text.T)
@@ -169,4 +169,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

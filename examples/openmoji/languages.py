@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 
 import captions.embed
 import train_accelerate
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import describe_device, package_versions
 from capivara_common.files import atomic_folder, read_json, write_json, write_text
 from eval.records.result_files import read_records
-from examples.openmoji.concepts import EmojiPicture, load_emoji_by_concept, load_names, split_concepts
-from examples.openmoji.dataset import load_self_contained_dataset, render_splits
+from examples.openmoji.concepts import EmojiPicture, load_emoji_by_concept, load_emoji_names, split_concepts
+from examples.openmoji.dataset import load_dataset_and_refuse_image_paths, render_emoji_splits_as_dataset
 from examples.openmoji.prepare import train_and_save_base_model
 
 # Languages of the package emoji besides English, with their names in English.
@@ -71,7 +71,7 @@ def _add_caption_columns(splits: dict[str, list[EmojiPicture]], data: DatasetDic
 
     Args:
         splits: Emoji of each split by its name, from `split_concepts`.
-        data: Dataset of the same splits, from `render_splits`.
+        data: Dataset of the same splits, from `render_emoji_splits_as_dataset`.
 
     Returns:
         The dataset with a column "captions-CODE" for each code of `LANGUAGES`.
@@ -80,7 +80,7 @@ def _add_caption_columns(splits: dict[str, list[EmojiPicture]], data: DatasetDic
     for split, pictures in splits.items():
         rows = data[split]
         for code in LANGUAGES:
-            names = load_names(code, pictures)
+            names = load_emoji_names(code, pictures)
             column, feature = f"captions-{code}", List(Value("string"))
             if column not in rows.column_names:  # the demo's dataset already has Portuguese names
                 rows = rows.add_column(column, [[names[picture.emoji]] for picture in pictures], feature=feature)
@@ -88,7 +88,7 @@ def _add_caption_columns(splits: dict[str, list[EmojiPicture]], data: DatasetDic
     return results
 
 
-def _train_base_model_and_embed_dataset(work: Path) -> tuple[Path, Path]:
+def _build_missing_base_model_and_embeddings(work: Path) -> tuple[Path, Path]:
     """Build the dataset, the base model and the dataset of embeddings, unless they exist.
 
     Args:
@@ -103,14 +103,14 @@ def _train_base_model_and_embed_dataset(work: Path) -> tuple[Path, Path]:
     dataset, base, embedded = work / "dataset", work / "base", work / "embedded"
     if not (dataset / "dataset_dict.json").is_file():
         splits = split_concepts(load_emoji_by_concept([*LANGUAGES]))
-        data = _add_caption_columns(splits, render_splits(splits))
+        data = _add_caption_columns(splits, render_emoji_splits_as_dataset(splits))
         with atomic_folder(dataset) as folder:
             data.save_to_disk(folder)
             write_text(folder / "README.md", CARD.format(count=len(LANGUAGES) + 1, further=len(LANGUAGES)))
     if not (base / "config.json").is_file():
         logger.info("Preparing the base model in %s (once): it takes about ten minutes.", base)
         with atomic_folder(base) as folder:
-            train_and_save_base_model(load_self_contained_dataset(dataset), folder, "contrastive", [*LANGUAGES])
+            train_and_save_base_model(load_dataset_and_refuse_image_paths(dataset), folder, "contrastive", [*LANGUAGES])
     paths = {"model": base, "dataset": dataset, "output": embedded}
     captions.embed.main([f"--{name}={path}" for name, path in paths.items()] + ["--split=all", "--device=cpu"])
     return base, embedded
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(LanguagesArguments, __doc__, argv)
-    base, embedded = _train_base_model_and_embed_dataset(args.work)
+    base, embedded = _build_missing_base_model_and_embeddings(args.work)
     results: dict[str, Any] = {}
     conditions = {"date": time.strftime("%Y-%m-%d"), "device": describe_device(), "versions": package_versions("emoji")}
     for code in tqdm(args.languages, desc="Languages", unit="language"):
@@ -159,4 +159,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=True)
+    run_main_and_report_user_errors(main, resumable=True)

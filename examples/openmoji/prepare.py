@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import trange
 
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import cache_home, require_packages, resolve_mixed_precision
 from capivara_common.files import atomic_folder, read_json, write_json, write_text
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_e5_and_tokenizer, load_efficientnet_backbone
 from eval.capivara_metrics.metrics import compute_ranks_from_embeddings, mean_recall
-from examples.openmoji.dataset import build_dataset, load_self_contained_dataset, save_dataset
+from examples.openmoji.dataset import build_dataset, load_dataset_and_refuse_image_paths, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.trim_vocabulary import select_token_ids, trim_tokenizer
+from modeling_capivara.trim_vocabulary import select_token_ids_to_keep, trim_tokenizer
 from modeling_capivara.two_towers import embed_texts, move_to_device_in_chunks, uses_sigmoid_loss
 from training.batches import batch_indices, sample_captions, tokenize_into_sorted_micro_batches
 from training.trainable import clamp_logit_scale
@@ -108,7 +108,7 @@ class PrepareArguments:
             self.model = Path("data/openmoji", "base-sigmoid" if self.loss == "sigmoid" else "base")
 
 
-def build_dataset_and_train_base_model(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
+def build_missing_dataset_and_base_model(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
     """Build the OpenMoji dataset and the demo's base model if they do not exist yet.
 
     If an error occurs, the folder that was being built is not created, so a folder is never incomplete.
@@ -134,7 +134,7 @@ def build_dataset_and_train_base_model(dataset_dir: Path, model_dir: Path | None
                 f"{model_dir} has no base model (config.json is missing). Remove this folder or give another one."
             )
         with atomic_folder(model_dir) as folder:
-            train_and_save_base_model(load_self_contained_dataset(dataset_dir), folder, loss)
+            train_and_save_base_model(load_dataset_and_refuse_image_paths(dataset_dir), folder, loss)
 
 
 def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, languages: Sequence[str] = ()) -> None:
@@ -150,13 +150,15 @@ def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, lan
         languages: Codes of languages besides English and Portuguese whose words are kept in the vocabulary.
     """
     torch.manual_seed(SEED)
-    model, processor = _trim_vocabulary_to_dataset(dataset, *load_and_join_encoders(**LOSS_CONFIGS[loss]), languages)
+    model, processor = _trim_vocabulary_to_frequent_words_and_captions(
+        dataset, *load_and_join_encoders(**LOSS_CONFIGS[loss]), languages
+    )
     captions = dataset["train"]["captions-en"][:]
     features = {
         name: compute_pooled_image_features(model, processor, dataset[name]) for name in ("train", "validation")
     }
     initialize_projections(model, processor, features["train"], [texts[0] for texts in captions])
-    curve = align_towers(model, processor, dataset, features)
+    curve = train_text_tower_until_recall_stops_rising(model, processor, dataset, features)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_json(folder / "alignment.json", curve)
@@ -184,7 +186,7 @@ def load_and_join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProc
     return model, processor
 
 
-def _trim_vocabulary_to_dataset(
+def _trim_vocabulary_to_frequent_words_and_captions(
     dataset: DatasetDict, model: CapivaraModel, processor: CapivaraProcessor, languages: Sequence[str] = ()
 ) -> tuple[CapivaraModel, CapivaraProcessor]:
     """Remove tokens from a model that neither frequent words nor a dataset's captions use.
@@ -198,7 +200,7 @@ def _trim_vocabulary_to_dataset(
     Returns:
         The same model, and a new processor with the trimmed tokenizer.
     """
-    ids = select_vocabulary_ids(dataset, processor, languages)
+    ids = select_or_load_cached_vocabulary_ids(dataset, processor, languages)
     embedding = model.get_input_embeddings()
     rows = embedding.weight.detach()[ids]
     model.set_input_embeddings(nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=embedding.padding_idx))
@@ -206,7 +208,7 @@ def _trim_vocabulary_to_dataset(
     return model, CapivaraProcessor(processor.image_processor, trim_tokenizer(processor.tokenizer, ids))
 
 
-def select_vocabulary_ids(
+def select_or_load_cached_vocabulary_ids(
     dataset: DatasetDict, processor: CapivaraProcessor, languages: Sequence[str] = ()
 ) -> list[int]:
     """Select the tokens of frequent words and of a dataset's captions.
@@ -236,7 +238,7 @@ def select_vocabulary_ids(
     file = cache_home() / "openmoji" / f"word-pieces-{key}.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"ids": select_token_ids(processor, languages, word_counts, texts)})
+        write_json(file, {"ids": select_token_ids_to_keep(processor, languages, word_counts, texts)})
     return read_json(file, ids=list)["ids"]
 
 
@@ -302,7 +304,7 @@ def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tens
     return (torch.diag(1 / scale) @ without_image_mean @ weights).T.contiguous(), without_text_mean
 
 
-def align_towers(
+def train_text_tower_until_recall_stops_rising(
     model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, features: dict[str, Tensor]
 ) -> list[dict[str, float]]:
     """Train the text tower and both projections on English captions until the validation recall stops rising.
@@ -339,7 +341,7 @@ def align_towers(
             if all(point["validation_mean_recall"] < highest for point in curve[-PATIENCE:]):
                 bar.write("The validation recall no longer rises, so training ends here. The best weights are kept.")
                 break
-        loss = align_step(model, processor, captions, features["train"], noise, optimizer, step)
+        loss = train_text_tower_one_step(model, processor, captions, features["train"], noise, optimizer, step)
         warmup.step()
     else:
         raise RuntimeError(f"The validation recall was still rising after {MAX_STEPS} steps. Increase MAX_STEPS.")
@@ -370,7 +372,7 @@ def build_alignment_optimizer_and_warmup(
     return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS - 1)
 
 
-def align_step(
+def train_text_tower_one_step(
     model, processor, captions: list[list[str]], features: Tensor, noise: Tensor, optimizer, step: int
 ) -> float:
     """Train the text tower and both projections on one batch of text-image pairs.
@@ -424,10 +426,10 @@ def compute_validation_recall(model: CapivaraModel, processor: CapivaraProcessor
         Mean recall of text-to-image and image-to-text retrieval, from 0 to 1.
     """
     texts = embed_texts(model.eval(), processor, [texts[0] for texts in split["captions-en"]])
-    return bidirectional_recall(F.normalize(model.visual_projection(features), dim=-1), texts)
+    return compute_mean_bidirectional_recall(F.normalize(model.visual_projection(features), dim=-1), texts)
 
 
-def bidirectional_recall(images: Tensor, texts: Tensor) -> float:
+def compute_mean_bidirectional_recall(images: Tensor, texts: Tensor) -> float:
     """Compute the mean recall of text-to-image and image-to-text retrieval.
 
     Args:
@@ -464,9 +466,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(PrepareArguments, __doc__, argv)
-    build_dataset_and_train_base_model(args.dataset, args.model, args.loss)
+    build_missing_dataset_and_base_model(args.dataset, args.model, args.loss)
     print(f"Dataset: {args.dataset}\nBase model: {args.model}")
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=True)
+    run_main_and_report_user_errors(main, resumable=True)

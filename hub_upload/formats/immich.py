@@ -121,7 +121,7 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
         pixels = processor(images=pictures, return_tensors="np")["pixel_values"]
         write_json(folder / "visual/preprocess_cfg.json", {"size": [*pixels.shape[2:]], "mode": "RGB", **steps})
         _write_and_check_graph(tower, "image", [image[None] for image in pixels], folder / "visual/model.onnx")
-    name = find_immich_name(config)
+    name = find_immich_name_by_architecture(config)
     logger.info(
         "Copy the folder to clip/NAME in Immich's model cache. NAME must be a model in Immich's list with an embedding "
         "width of %d; %s.",
@@ -129,7 +129,7 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
     )  # fmt: skip
 
 
-def find_immich_name(config: PreTrainedConfig) -> str | None:
+def find_immich_name_by_architecture(config: PreTrainedConfig) -> str | None:
     """Return the name of the model in Immich's list that has the same architecture, or None if no model has it.
 
     Args:

@@ -205,7 +205,7 @@ def export_graph(
         shapes: `dynamic_shapes` of `torch.onnx.export`: for each input, the dimensions that may vary, by index. All
             other dimensions have the size of the example inputs. None: no dimension may vary.
     """
-    with _silence_logging(), torch.no_grad():
+    with _silence_logs_and_warnings(), torch.no_grad():
         # The exporter keeps the mode of the module. Without `eval()`, dropout would therefore stay active in the graph.
         program = torch.onnx.export(
             module.eval(), (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False,
@@ -245,7 +245,7 @@ def _quantize_weights(source: Path, target: Path) -> None:
         source: File of the float32 graph.
         target: File of the int8 graph. The weights are written next to it.
     """
-    with _silence_logging():
+    with _silence_logs_and_warnings():
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -323,7 +323,7 @@ def check_difference(graph: Path, difference: float, tolerance: float = EMBEDDIN
 
 
 @contextmanager
-def _silence_logging() -> Iterator[None]:
+def _silence_logs_and_warnings() -> Iterator[None]:
     """Hide log messages and warnings in a block, and restore the configuration of the root logger afterwards.
 
     The ONNX exporter and the quantizer log much, and one of them changes the configuration of the root logger.

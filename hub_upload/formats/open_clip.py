@@ -29,7 +29,7 @@ from modeling_capivara.convert_open_clip import (
     to_open_clip_state_dict,
     to_preprocess_cfg,
 )
-from modeling_capivara.loading import build_model_from_tensors, load_model, load_processor
+from modeling_capivara.loading import build_save_only_model_from_tensors, load_model, load_processor
 from modeling_capivara.two_towers import compute_image_embeds, compute_text_embeds, pad_batch, random_texts, tokenize
 
 OPEN_CLIP_WEIGHTS_FILE = OPEN_CLIP_WEIGHT_FILES[0]
@@ -45,7 +45,7 @@ TOKENIZER_SETTINGS = {"tokenizer_type": "xlm-roberta-xl"}
 logger = logging.getLogger("capivara")
 
 
-def resolve_text_config_id(config: CapivaraConfig, text_config: str | None) -> str | None:
+def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | None) -> str | None:
     """Choose the Hub id from which open_clip loads the configuration of the text tower, and check that it fits.
 
     Args:
@@ -97,7 +97,7 @@ def build_open_clip_config(
     Raises:
         ValueError: If open_clip can't represent the architecture, a tower or the preprocessing.
     """
-    source = resolve_text_config_id(config, text_config)
+    source = choose_and_check_text_config_id(config, text_config)
     if source is None:
         vocabulary = f" (trimmed to {config.text_config.vocab_size:,} tokens)" if config.trimmed_vocabulary else ""
         logger.info(
@@ -111,7 +111,7 @@ def build_open_clip_config(
         try:
             with torch.device("meta"):
                 tensors = to_capivara_state_dict(new_open_clip_model(config).state_dict())
-                build_model_from_tensors(tensors, config, "Its tensors")
+                build_save_only_model_from_tensors(tensors, config, "Its tensors")
         except (RuntimeError, ValueError) as error:  # for a few timm models, open_clip's head has another width
             raise ValueError(f"open_clip can't build this model: {' '.join(str(error).split())}") from error
     # open_clip loads the tokenizer from this Hub id if the model is loaded with a `hf-hub:` name. If it is loaded with

@@ -28,7 +28,7 @@ def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) 
         processor: Processor of the model.
     """
     modules = [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
-    write_sentence_transformers_modules_json(
+    write_sentence_transformers_pipeline_files(
         folder, [(path, f"{SENTENCE_TRANSFORMERS_MODULES}.{name}") for path, name in modules]
     )
     settings = {
@@ -50,7 +50,7 @@ def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) 
     write_json(folder / "1_Normalize/config.json", names)
 
 
-def check_sentence_transformers(source: Path, folder: Path) -> None:
+def check_sentence_transformers_embeddings(source: Path, folder: Path) -> None:
     """Compare the text embeddings of an export, computed by Sentence Transformers, with those of the original model.
 
     If Sentence Transformers is not installed, the comparison is skipped, and a message is logged.
@@ -77,7 +77,7 @@ def check_sentence_transformers(source: Path, folder: Path) -> None:
     check_embedding_difference("sentence-transformers", [(ours, torch.from_numpy(theirs))])
 
 
-def write_sentence_transformers_modules_json(folder: Path, module_types: list[tuple[str, str]]) -> None:
+def write_sentence_transformers_pipeline_files(folder: Path, module_types: list[tuple[str, str]]) -> None:
     """Write modules.json and config_sentence_transformers.json, from which Sentence Transformers builds its pipeline.
 
     Args:

@@ -42,7 +42,7 @@ NMT_REPLACEMENTS = {
 LANCZOS_RESAMPLE = 1
 
 
-def write_configs(folder: Path) -> None:
+def write_model_and_preprocessor_configs(folder: Path) -> None:
     """Add the settings of transformers.js to config.json, and write preprocessor_config.json.
 
     The transformers library for Python ignores these settings: it reads only the other keys of config.json, and it
@@ -77,7 +77,7 @@ def read_and_convert_tokenizer(folder: Path) -> dict[str, Any]:
     return tokenizer | {"normalizer": _convert_normalizer(tokenizer["normalizer"])}
 
 
-def convert_and_write_tokenizer(folder: Path) -> None:
+def convert_tokenizer_files_in_place(folder: Path) -> None:
     """Rewrite the tokenizer files of an export, so that transformers.js can read them and gives the same token ids.
 
     For a CAPIVARA model, the token ids are the same for texts that CAPIVARA's Python code has already cleaned.

@@ -13,7 +13,7 @@ device. To search on this machine only, use `capivara app`.
 from dataclasses import dataclass
 from pathlib import Path
 
-from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.cli import flag, parse_arguments, run_main_and_report_user_errors
 from capivara_common.environment import require_packages
 
 NPM_COMMAND = "npm install --ignore-scripts @huggingface/transformers"
@@ -66,4 +66,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, resumable=True)
+    run_main_and_report_user_errors(main, resumable=True)

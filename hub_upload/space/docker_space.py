@@ -17,7 +17,7 @@ import pyarrow as pa
 from huggingface_hub import SpaceCard, SpaceCardData
 
 from capivara_common.files import atomic_folder, write_text
-from capivara_common.privacy import find_secret, to_publishable_name
+from capivara_common.privacy import find_secret, get_publishable_model_or_dataset_name
 from capivara_search.index import PictureIndex
 from capivara_search.indexing import FOLDER_KEY_PREFIX
 from capivara_search.models import resolve_search_model
@@ -52,7 +52,7 @@ def open_index_and_read_credit(pictures: str, model: str) -> tuple[PictureIndex,
         model: Folder or Hub id of the model.
 
     Returns:
-        The index, and name, license and attribution of its pictures (see `read_credit`).
+        The index, and name, license and attribution of its pictures (see `read_picture_credit_from_card`).
 
     Raises:
         ValueError: If the index or the model does not exist.
@@ -62,10 +62,10 @@ def open_index_and_read_credit(pictures: str, model: str) -> tuple[PictureIndex,
             f"--pictures {pictures} is not an index. Create one: capivara index FOLDER --index pictures.lance"
         )
     index = PictureIndex.open(pictures, model)
-    return index, read_credit(Path(next(iter(index.folders()), pictures)))
+    return index, read_picture_credit_from_card(Path(next(iter(index.folders()), pictures)))
 
 
-def read_credit(folder: Path) -> Credit:
+def read_picture_credit_from_card(folder: Path) -> Credit:
     """Read the credit for the pictures in a folder from the front matter of the folder's README.md.
 
     Args:
@@ -192,7 +192,12 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
         card_data |= {"title": SPACE_TITLE, "short_description": "Busca de imagens com palavras em português"}
         card_data["models"] = None if Path(model).is_dir() else [model]
         write_space_card(
-            output, "space", card_data, name=to_publishable_name(model), credit=credit, model_license=model_license
+            output,
+            "space",
+            card_data,
+            name=get_publishable_model_or_dataset_name(model),
+            credit=credit,
+            model_license=model_license,
         )
         for name in ("README.md", "app.py"):  # they contain texts from the cards of model and pictures
             check_file_for_secrets(output / name, name)
@@ -268,7 +273,7 @@ def _copy_local_model(model: str, space_folder: Path) -> str:
     source = Path(model)
     if not source.is_dir():
         return model
-    target = Path("models", to_publishable_name(model))
+    target = Path("models", get_publishable_model_or_dataset_name(model))
     for file in (file for pattern in SPACE_MODEL_FILES for file in source.glob(pattern)):
         copy_file(file, space_folder / target / file.name)
     check_model_files(space_folder / target)

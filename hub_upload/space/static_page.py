@@ -20,7 +20,7 @@ from pathlib import Path
 
 from capivara_common.environment import require_packages
 from capivara_common.files import atomic_folder, read_json, write_bytes, write_text
-from capivara_common.privacy import to_publishable_name
+from capivara_common.privacy import get_publishable_model_or_dataset_name
 from capivara_search.models import resolve_search_model
 from capivara_search.page import server
 from hub_upload.export import export_model
@@ -73,9 +73,9 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
         if not all((source / name).is_file() for name in PAGE_MODEL_FILES):
             repository = Path(temporary, "repository")
             export_model(source, repository, ["transformers"])
-            transformers_js.convert_and_write_tokenizer(repository)
+            transformers_js.convert_tokenizer_files_in_place(repository)
             onnx.write_onnx(repository)  # float32 and int8 graphs of both towers; the page uses the int8 ones
-            transformers_js.write_configs(repository)
+            transformers_js.write_model_and_preprocessor_configs(repository)
         check_model_files(repository)
         digests = [hashlib.sha256((repository / name).read_bytes()).digest() for name in PAGE_MODEL_FILES]
         # The URL of the model contains the digest. Otherwise, browsers would use the cached files of an old model.
@@ -85,7 +85,11 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
         size = sum(
             path.stat().st_size for path in (*output.glob("model/**/*.*"), output / "library" / "onnxruntime.wasm")
         )
-        page_model = {"id": digest, "name": to_publishable_name(model), "megabytes": round(size / 1e6)}
+        page_model = {
+            "id": digest,
+            "name": get_publishable_model_or_dataset_name(model),
+            "megabytes": round(size / 1e6),
+        }
         page_model["side"] = read_json(repository / "preprocessor_config.json")["size"]["shortest_edge"]
         for path in (server.PAGE_FOLDER / "static").iterdir():
             copy_file(SOURCE_SCRIPT if path.name == SOURCE_SCRIPT.name else path, output / "static" / path.name)

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import transformers
 from PIL import Image
 
-from capivara_common.cli import run_command
+from capivara_common.cli import run_main_and_report_user_errors
 from capivara_common.environment import require_packages
 from capivara_common.files import atomic_folder
 
@@ -85,4 +85,4 @@ def write_suites(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: sys.exit(main()))
+    run_main_and_report_user_errors(lambda: sys.exit(main()))
