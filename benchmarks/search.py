@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         search_follow.write_random_photos(args.work / "photographs", max(ADDED_COUNTS))
         results = _measure_indexes(args) | {"width": EMBEDDING_WIDTH, "k": K, "queries": QUERY_COUNT}
     else:
-        results = search_follow.measure_indexing_and_watching(args.work, args.followed, args.runs)
+        results = search_follow.measure_indexing_watching_and_searches(args.work, args.followed, args.runs)
     name = "search.json" if args.parts == "index" else "search_follow.json"
     tools.output_results_as_json(
         tools.describe_measurement_conditions("lancedb") | {"runs": args.runs} | results,

@@ -44,7 +44,7 @@ QUESTION_TEXTS = ("um gato dormindo", "cachorro correndo na praia", "", "pôr do
 WAIT_TIMEOUT_S = 120
 
 
-def measure_indexing_and_watching(work: Path, number: int, runs: int) -> dict[str, Any]:
+def measure_indexing_watching_and_searches(work: Path, number: int, runs: int) -> dict[str, Any]:
     """Measure indexing runs, changes of the followed folder, and searches of the page.
 
     Args:

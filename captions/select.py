@@ -119,7 +119,7 @@ class SelectArguments(CaptionChoice, StageArguments):
             _write_selection_report(self)
 
 
-def _choose_captions_and_read_similarities(
+def _get_similarities_and_chosen_captions(
     args: SelectArguments, row: dict[str, Any]
 ) -> tuple[dict[str, float | None], list[str]]:
     """Choose the captions of a row, and look up the similarities of all captions of the row.
@@ -161,7 +161,7 @@ def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str,
         caption is selected.
     """
     try:
-        scored, chosen = _choose_captions_and_read_similarities(args, row)
+        scored, chosen = _get_similarities_and_chosen_captions(args, row)
     except BadRow as bad:
         return bad
     if not chosen:
@@ -252,7 +252,7 @@ def _build_caption_similarity_frame(args: SelectArguments, source: Split) -> pd.
     for number, row in enumerate(source.rows(column_names=present)):
         if number not in unusable:
             row = _rename_columns_and_normalize_captions(args, row)
-            similarities, chosen = _choose_captions_and_read_similarities(args, row)
+            similarities, chosen = _get_similarities_and_chosen_captions(args, row)
             for place, (text, similarity) in enumerate(similarities.items()):
                 is_first = place == 0 and bool(row.get(args.columns()[0]))
                 is_scored = similarity is not None and text.strip()
@@ -294,7 +294,7 @@ def _select_examples_and_write_images(
         side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
         for example in side.head(EXAMPLES_PER_SIDE).itertuples():
             row = source.row(example.row)
-            similarities, _ = _choose_captions_and_read_similarities(
+            similarities, _ = _get_similarities_and_chosen_captions(
                 args, _rename_columns_and_normalize_captions(args, row)
             )
             text = list(similarities)[example.place]

@@ -583,7 +583,7 @@ def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card
         logger.warning(
             "NOT PUSHED to %s: %s\nThe run is complete in %s. %s",
             repo_id,
-            _describe_error_in_masked_sentence(error),
+            _describe_error_with_secrets_masked(error),
             run,
             hint,
         )
@@ -593,7 +593,7 @@ def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card
     return True
 
 
-def _describe_error_in_masked_sentence(error: BaseException) -> str:
+def _describe_error_with_secrets_masked(error: BaseException) -> str:
     """Describe an exception in one sentence that ends with a full stop. Access tokens and keys are masked.
 
     Args:
