@@ -47,7 +47,7 @@ from eval.records.result_files import SCHEMA_VERSION, write_records_to_result_fi
 from eval.records.tables import render_retrieval_table
 from eval.retrieval import compute_gain_records, compute_retrieval_records, embed_captions_for_retrieval
 from hub_upload.card import write_card
-from hub_upload.origins import read_origins_and_infer_license
+from hub_upload.origins import read_origin_cards_and_infer_license
 from hub_upload.push import ensure_writable_repository, try_export_and_push_run
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import describe_model
@@ -193,7 +193,7 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
     wrapped = freeze_parameters_and_add_adapters(model, args)
     state = TrainingState(config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads())
     state.device = f"{describe_device(accelerator.device)}, {accelerator.num_processes} processes"
-    sources = read_origins_and_infer_license(args.model, args.dataset, args.evaluation_dataset)
+    sources = read_origin_cards_and_infer_license(args.model, args.dataset, args.evaluation_dataset)
     state = TrainingLoop(args, inputs, model, wrapped, checkpoints, state).train(resume)
     if accelerator.is_main_process:
         model = merge_and_optionally_save_adapters(wrapped, folder)
@@ -271,7 +271,8 @@ def _write_run_json_and_curves(
         model: Trained model.
         state: State of the run after the last step.
         inputs: Data and image embeddings.
-        origins: Licenses and origins of base model and data, from `hub_upload.origins.read_origins_and_infer_license`.
+        origins: Licenses and origins of base model and data, from
+            `hub_upload.origins.read_origin_cards_and_infer_license`.
         folder: Working folder of the run.
     """
     plot_training_curves(state.curve, args.language, folder / "curves.png", label_language=args.language)

@@ -1,7 +1,7 @@
 """Measure images and captions per second, compared with open_clip on the same weights.
 
     python -m benchmarks.encode --output benchmarks/results/encode.json
-    python -m benchmarks.encode --part pass --images 2000 --runs 3 --output benchmarks/results/encode_pass.json
+    python -m benchmarks.encode --part pass --images 2000 --output benchmarks/results/encode_pass.json
 
 The two programs are this project and open_clip. Both use the full published architecture with the same random weights,
 and get the same PIL images and the same texts of 20 tokens. Preprocessing and tokenization are included. The programs

@@ -153,7 +153,11 @@ def _measure_feedback_effect_on_results(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure the detection of sentences without a matching image, and feedback, and print JSON."""
+    """Run the command, and print JSON with both results.
+
+    The results are how well sentences without a matching image are detected, and how much the feedback "more of this"
+    and "less of this" changes the images that a search finds.
+    """
     args = parse_arguments(NothingFitsArguments, __doc__, argv)
     sentences = yaml.safe_load(args.sentences.read_text(encoding="utf-8"))
     files = [Path(file.path) for file in find_pictures_and_unreadable_files([args.pictures])[0]]

@@ -131,7 +131,8 @@ class TrainStepArguments:
     parts: list[str] = flag(["recipe", "programs"], "What to measure: a step of the recipe, the programs, the demo.")
     output: Path | None = flag(
         None,
-        "JSON file for the results. Default: train_step.json, train_step_MODEL.json or train_step_recipe_MODEL.json.",
+        "JSON file for the results. Default: train_step.json; with --model, train_step_MODEL.json; for the recipe "
+        "alone, train_step_recipe_MODEL.json.",
     )
     beside: Path | None = flag(None, "Another checkout with its own .venv, measured in the same runs.")
     worker: Literal["open_clip", "no_cache", "cache", "cache_recomputed"] | None = flag(
@@ -156,8 +157,8 @@ class TrainStepArguments:
         pairs = self.program_pairs
         if not self.worker and "programs" in self.parts and (pairs % self.peer_micro or pairs <= self.peer_micro):
             raise ValueError(
-                f"pairs must be a multiple of peer_micro ({self.peer_micro}) and at least twice as large, because "
-                f"open_clip would not accumulate gradients otherwise; got {pairs}."
+                f"pairs must be a multiple of peer_micro, the pairs of one forward pass of open_clip "
+                f"({self.peer_micro}), and at least twice it, so that open_clip accumulates gradients; got {pairs}."
             )
 
     @property

@@ -1,16 +1,17 @@
-"""Measure what a trimmed vocabulary saves: parameters, download, memory and text speed of each base at full size.
+"""Measure what a trimmed vocabulary saves for each supported base model: parameters, download, memory, text speed.
 
     python -m benchmarks.trim_vocabulary
     python -m benchmarks.trim_vocabulary --models metaclip2 --runs 3
 
-Each base has random weights and a text tower of the published size. Its image tower is tiny, because trimming does not
-change it; parameters and download are those of the published image tower. Each base is built and measured in separate
+A base model is the model that a training starts from. Here, each has random weights and a text tower of the published
+size. Its image tower is tiny, because trimming does not change it; the parameters and the download size of the
+published image tower are added to the results. Each base model is built and measured in separate
 processes, one after another. The original and the trimmed model are measured alternately. The largest base, MetaCLIP 2,
 needs 12 GB of memory and 7 GB of disk.
 
 The XLM-R vocabulary of CAPIVARA and XLM-R large is the real one. The vocabularies of SigLIP 2 (Gemma's) and MetaCLIP 2
 (XLM-V's) are not on PyPI, so vocabularies of the same kind and size are built from the most frequent words of all
-languages of wordfreq. How many of their tokens two languages need is therefore only an estimate for the real ones.
+languages of wordfreq. For these two models, the number of tokens that remain for two languages is only an estimate.
 """
 
 import json

@@ -65,10 +65,10 @@ class ModelKind:
         is_native: Whether the classes of model, processor and tokenizer are those of this project. They clean and
             truncate texts themselves, and their code travels with a saved model.
         processors: Names of the classes of processors that fit the kind.
-        pads_to_max_length: Whether texts are padded to the maximum length and padding is attended to, so that there is
-            no attention mask. Otherwise, texts are padded to the longest text of a batch, and padding is masked.
-        read_widths: Function from the content of config.json to the settings that are the width of embeddings, by name.
-            Two settings, the text tower's first, if the towers have separate ones.
+        pads_to_max_length: True: texts are padded to the maximum length, and the model sees the padding, because there
+            is no attention mask. False: texts are padded to the longest text of the batch, and padding is masked.
+        read_widths: Function that gets the content of config.json and returns a dict: name of a setting -> width of the
+            embeddings. The dict has two entries, the text tower's first, if each tower has its own setting.
         text_towers: Supported values of `text_config.model_type`; empty if the kind has a single type of text tower, or
             supports all types.
         text_defaults: Default values of `text_config`.
@@ -80,8 +80,8 @@ class ModelKind:
             PyTorch embeds texts.
         open_clip_layout: Layout of the weights in open_clip: "hf_text" for a text tower of transformers with a
             projection, "timm_siglip" for SigLIP. None: the export leaves open_clip out.
-        immich_name: Model in Immich's list that has this architecture. None: the formats for Immich and for exchanging
-            the text encoder (`drop_in`) are refused.
+        immich_name: Name of a model in Immich's list that has this architecture. None: the export formats `immich` and
+            `drop_in` are not available.
         js_image_processor: Class of transformers.js that preprocesses images. None: the class has the same name as in
             Python.
     """
@@ -131,8 +131,8 @@ class ModelKind:
             vision: `vision_config` of a config.json.
 
         Returns:
-            Settings by name, with default values for those that `vision` omits. None for a type of image tower that is
-            not in the table.
+            Settings by name, with default values for those that `vision` omits. None if the kind does not support
+            the type of image tower.
         """
         tower, defaults = self.model_type, self.vision_defaults
         if self.vision_towers:

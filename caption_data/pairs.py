@@ -30,7 +30,7 @@ from caption_data.rows import (
     SIMILARITY_COLUMN_RE,
     SkippedRow,
     compute_image_caption_rows_digest,
-    normalize_captions,
+    convert_to_caption_list,
     replace_surrogates,
 )
 from caption_data.sources import Split
@@ -280,7 +280,7 @@ def _normalize_and_choose_captions(row: dict[str, Any], columns: Sequence[str], 
         if SIMILARITY_COLUMN_RE.fullmatch(column):
             row[column] = row.get(column) or []
         else:
-            row[column] = normalize_captions(row.get(column), column)
+            row[column] = convert_to_caption_list(row.get(column), column)
     try:
         captions = [text for text in choose(row) if _has_text_after_cleaning(text)]
     except (ValueError, TypeError) as error:  # for example fewer similarities than captions

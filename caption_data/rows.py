@@ -66,7 +66,7 @@ class SkippedRow:
     detail: str
 
 
-def normalize_captions(value: Any, column: str) -> list[str]:
+def convert_to_caption_list(value: Any, column: str) -> list[str]:
     """Convert the value of a caption column to a list of texts.
 
     Each caption keeps its position in the list, because similarities belong to captions by position. Lone surrogates
@@ -186,7 +186,7 @@ class CaptionChoice:
         if self.min_pair_similarity is not None:
             generated = row.get(f"generated-captions-{language}")
             generated_count = None if generated is None else len(generated)
-            similarities = _get_checked_similarities_without_nan(row, language, len(captions), generated_count)
+            similarities = _get_similarities_with_nan_as_minus_infinity(row, language, len(captions), generated_count)
             if not captions or similarities[0] < self.min_pair_similarity:
                 return []
         if strategy == "none":
@@ -196,7 +196,9 @@ class CaptionChoice:
             return _deduplicate(texts)
         if strategy == "first":
             return _deduplicate(texts)[: len(_deduplicate(captions)) + self.caption_count]
-        similarities = _get_checked_similarities_without_nan(row, language, len(captions), len(texts) - len(captions))
+        similarities = _get_similarities_with_nan_as_minus_infinity(
+            row, language, len(captions), len(texts) - len(captions)
+        )
         # The sort is stable, so ties keep the order of the row.
         ranked = sorted(range(len(texts)), key=lambda i: -similarities[i])
         if strategy == "rank":
@@ -218,7 +220,7 @@ def _get_required_list(row: dict, name: str) -> list:
     return row[name]
 
 
-def _get_checked_similarities_without_nan(
+def _get_similarities_with_nan_as_minus_infinity(
     row: dict, language: str, caption_count: int, generated_count: int | None
 ) -> list[float]:
     """Return the similarities of a row, with minus infinity instead of NaN and None.

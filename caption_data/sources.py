@@ -229,7 +229,12 @@ class Split:
             )
 
     def describe_embeds(self) -> dict[str, dict[str, str]]:
-        """Return the key of a result file that says that images were embeddings in the dataset; empty for images."""
+        """Return the entry of a result file for a dataset that stores embeddings instead of images.
+
+        Returns:
+            {"image_embeds": {"dtype": ..., "encoder": digests of the image encoders}}, or an empty dict if the dataset
+            stores images.
+        """
         if not self.is_embedded:
             return {}
         return {"image_embeds": {"dtype": EMBEDS_DTYPE, "encoder": " ".join(sorted(self.image_encoders))}}
@@ -294,8 +299,8 @@ def open_split(
     """Open one split of a dataset.
 
     The dataset can be a saved `DatasetDict`, a folder of parquet files, folders of images with a `metadata.jsonl` or
-    `metadata.csv`, WebDataset tars, or a Hub id. It can have embeddings instead of images (`caption_data.embedded`):
-    if it lacks the image column and has the column `image_embeds`, this becomes the image column of the split.
+    `metadata.csv`, WebDataset tars, or a Hub id. It can have embeddings instead of images (`caption_data.embedded`).
+    The split then uses the column `image_embeds` as its image column.
 
     Args:
         dataset: Folder, file, glob pattern or Hub id.
@@ -305,16 +310,16 @@ def open_split(
         image_roots: Folders outside of the dataset in which images may lie. Image paths and links to all other folders
             are refused.
         max_pixels: Largest number of pixels (width x height); larger images count as bad.
-        parquet_type: Subclass of `Split` that reads the parquet files `paths` in place. Default: copy parquet files to
-            the cache of `datasets`.
+        parquet_type: Subclass of `Split` that reads parquet files where they are. Default: `datasets` loads parquet
+            files and copies them to its cache.
 
     Returns:
         The split, with at least one row.
 
     Raises:
-        ValueError: If the dataset or the split does not exist (the message lists the splits), the split is empty, a tar
-            is compressed, the images of a saved or parquet dataset are stored as positions in tars, a link leads out of
-            the dataset, or the dataset is the output of an unfinished stage of a caption build.
+        ValueError: If the dataset or the split does not exist (the message lists the splits), or the split is empty. If
+            a tar is compressed, or a link leads out of the dataset. If a saved or parquet dataset refers to bytes in
+            tar files instead of containing its images. If a caption build has not finished writing the dataset.
     """
     path, paths, damages, data = Path(dataset), [], [], None
     check_stage_is_finished(path)

@@ -31,7 +31,13 @@ from capivara_common.cli import flag, run_main_and_report_user_errors
 from capivara_common.files import write_json
 from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import get_publishable_model_or_dataset_name
-from caption_data.rows import CAPTIONS_FEATURE, NOT_CHOSEN, SIMILARITY_STRATEGIES, CaptionChoice, normalize_captions
+from caption_data.rows import (
+    CAPTIONS_FEATURE,
+    NOT_CHOSEN,
+    SIMILARITY_STRATEGIES,
+    CaptionChoice,
+    convert_to_caption_list,
+)
 from caption_data.sources import Split
 from captions.stages import (
     RowStage,
@@ -271,7 +277,7 @@ def _rename_columns_and_normalize_captions(args: SelectArguments, row: dict[str,
         row: A row of the source.
     """
     row = {args.column_renames().get(old, old): value for old, value in row.items()}
-    return row | {name: normalize_captions(row[name], name) for name in args.columns()[:2] if name in row}
+    return row | {name: convert_to_caption_list(row[name], name) for name in args.columns()[:2] if name in row}
 
 
 def _select_examples_and_write_images(

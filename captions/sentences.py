@@ -9,7 +9,7 @@ from typing import Any
 from datasets import List, Value
 
 from capivara_common.image_files import BadRow
-from caption_data.rows import normalize_captions
+from caption_data.rows import convert_to_caption_list
 from caption_data.sources import Split
 from captions.quality import find_translation_quality_flags
 
@@ -70,7 +70,7 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range]) -> 
         for row, column in ((row, column) for row in rows for column in columns):
             texts: list[str] = []
             with suppress(BadRow):  # a row with invalid captions is skipped when the parts are written
-                texts = normalize_captions(row.get(column), column)
+                texts = convert_to_caption_list(row.get(column), column)
             for sentence in filter(str.strip, texts):
                 digest = hashlib.blake2b(sentence.encode(), digest_size=16).digest()
                 if digest not in seen:

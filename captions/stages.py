@@ -53,7 +53,7 @@ from caption_data.rows import (
     CAPTIONS_FEATURE,
     DATASET_HELP,
     SkippedRow,
-    normalize_captions,
+    convert_to_caption_list,
     write_skipped_rows,
 )
 from caption_data.sources import STAGE_FILE, Split, check_stage_is_finished, open_parquet
@@ -564,7 +564,7 @@ class RowStage:
                 if self.args.decodes_images:
                     row[DECODED_KEY] = decode_image(row[column], ImageAccess(max_pixels=self.args.max_pixels))
             return row | {
-                name: normalize_captions(row[name], name) for name in row if CAPTION_COLUMN_RE.fullmatch(name)
+                name: convert_to_caption_list(row[name], name) for name in row if CAPTION_COLUMN_RE.fullmatch(name)
             }
         except BadRow as bad:
             return bad

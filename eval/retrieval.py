@@ -26,7 +26,7 @@ from capivara_common.environment import get_or_init_distributed_state
 from capivara_common.files import check_output_file
 from capivara_common.image_files import BadRow
 from capivara_common.privacy import get_publishable_model_or_dataset_name
-from caption_data.rows import DATASET_HELP, compute_image_caption_rows_digest, normalize_captions
+from caption_data.rows import DATASET_HELP, compute_image_caption_rows_digest, convert_to_caption_list
 from caption_data.sources import Split, open_split
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
@@ -385,7 +385,7 @@ def select_captions_by_position(value: Any, column: str, positions: str, row: in
         ValueError: If the value is not text, or the row has captions but none at these positions.
     """
     try:
-        captions = normalize_captions(value, column)
+        captions = convert_to_caption_list(value, column)
     except BadRow as bad:
         fault = f"Captions must be text, got {str(value)[:100]} in row {row} of the column {column!r}"
         raise ValueError(f"{fault}. Choose another --caption_column.") from bad

@@ -37,7 +37,7 @@ from hub_upload.formats import (
     save_tokenizer_for_publication,
     sentence_transformers,
     transformers_js,
-    write_tokenizer_json,
+    write_tokenizer_json_with_normalizer,
 )
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.convert_open_clip import to_capivara_state_dict, to_open_clip_state_dict
@@ -145,7 +145,7 @@ def export_model(
         elif formats == ["immich"]:
             immich.write_immich(model, folder, config, base)
         else:
-            _write_two_tower_formats(model, folder, config, formats, text_config, repo_id)
+            _write_formats_with_both_towers(model, folder, config, formats, text_config, repo_id)
         upload_checks.check_model_files(folder)
         return [
             (name.as_posix(), (folder / name).stat().st_size)
@@ -221,7 +221,7 @@ def _read_and_check_model_config(folder: Path, formats: Sequence[str] = ()) -> P
     return config
 
 
-def _write_two_tower_formats(
+def _write_formats_with_both_towers(
     model: Path,
     folder: Path,
     config: PreTrainedConfig,
@@ -331,7 +331,7 @@ def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: P
         # length, the model inputs and the handling of capital letters.
         save_tokenizer_for_publication(processor.tokenizer, folder)
         return
-    write_tokenizer_json(folder, read_json(folder / "tokenizer.json"), is_capivara=True)
+    write_tokenizer_json_with_normalizer(folder, read_json(folder / "tokenizer.json"), is_capivara=True)
     package = Path(modeling_capivara.__file__).parent
     for name in upload_checks.MODEL_CODE:
         shutil.copyfile(package / name, folder / name)

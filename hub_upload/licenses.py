@@ -45,8 +45,8 @@ def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None
     """Check that a stated license does not permit commercial use if base, data or teacher of the model forbid it.
 
     Args:
-        origins: Metadata from `hub_upload.origins.read_origins_and_infer_license`, as in run.json. The key "teacher"
-            may be added to it.
+        origins: Metadata from `hub_upload.origins.read_origin_cards_and_infer_license`, as in run.json. The key
+            "teacher" may be added to it.
         stated: Value of `license` in a card: a Hub identifier, several of them, or None.
 
     Raises:

@@ -13,7 +13,7 @@ from hub_upload.licenses import as_texts, infer_license
 from modeling_capivara.loading import read_card_metadata
 
 
-def read_origins_and_infer_license(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
+def read_origin_cards_and_infer_license(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
     """Read the cards (README.md) of a model's base model and of the datasets for training and evaluation.
 
     Args:

@@ -197,8 +197,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
         self.text_model = AutoModel.from_config(
             config.text_config, dtype=dtype, **_get_no_pooler_kwargs(config.text_config)
         )
-        _check_tower_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
-        _check_tower_main_input("text_config", self.text_model, "input_ids", "xlm-roberta")
+        _check_tower_takes_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
+        _check_tower_takes_input("text_config", self.text_model, "input_ids", "xlm-roberta")
         self.visual_projection = nn.Linear(_infer_vision_width(config.vision_config), config.projection_dim, bias=False)
         self.text_projection = _build_text_projection(config)
         self.logit_scale, bias = nn.Parameter(torch.tensor(config.logit_scale_init_value)), config.logit_bias_init_value
@@ -467,7 +467,7 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vision_model = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
-        _check_tower_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
+        _check_tower_takes_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
         self.visual_projection = nn.Linear(_infer_vision_width(config.vision_config), config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         # `from_config(config, dtype=torch.bfloat16)` ignores `_keep_in_fp32_modules_strict`, so the head is created
@@ -777,7 +777,7 @@ def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") 
         raise ValueError(f"{name} must be from 1 to the embedding's width, {width}, got {dim}.")
 
 
-def _check_tower_main_input(name: str, tower: PreTrainedModel, expected: str, example: str) -> None:
+def _check_tower_takes_input(name: str, tower: PreTrainedModel, expected: str, example: str) -> None:
     """Check that a tower takes the expected input: pixels for an image tower, token ids for a text tower.
 
     Args:

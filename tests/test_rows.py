@@ -23,7 +23,7 @@ from caption_data.pairs import (
     load_or_build_pair_table,
     load_or_compute_pair_content_digest,
 )
-from caption_data.rows import SkippedRow, normalize_captions, write_skipped_rows
+from caption_data.rows import SkippedRow, convert_to_caption_list, write_skipped_rows
 from caption_data.sources import open_split
 from eval.retrieval import select_captions_by_position
 
@@ -216,16 +216,19 @@ def test_stages_training_and_evaluation_read_captions_alike(tmp_path):
     """A caption may be one text, a list, None, or have a lone surrogate; other types are refused."""
     for value, expected in (("one", ["one"]), (["a", "b"], ["a", "b"]), (["\ud800"], ["?"])):
         assert (
-            normalize_captions(value, "captions-pt")
+            convert_to_caption_list(value, "captions-pt")
             == select_captions_by_position(value, "captions-pt", "all", 0)
             == expected
         )
         members = [("a.jpg", PICTURES[0]), ("a.json", json.dumps({"captions-pt": value}).encode())]
         assert table_of(tar_source(tmp_path, members), [])["captions"][:] == [expected]
-    assert normalize_captions(["a", None], "captions-pt") == ["a", ""] and normalize_captions(None, "captions-pt") == []
+    assert (
+        convert_to_caption_list(["a", None], "captions-pt") == ["a", ""]
+        and convert_to_caption_list(None, "captions-pt") == []
+    )
     for value in ({"pt": "x"}, ["a", 7]):
         with pytest.raises(BadRow, match="captions-pt"):
-            normalize_captions(value, "captions-pt")
+            convert_to_caption_list(value, "captions-pt")
         with pytest.raises(ValueError, match=r"\b3\b"):
             select_captions_by_position(value, "captions-pt", "all", 3)
 

@@ -24,9 +24,9 @@ from training.batches import apportion_batch_to_datasets, tokenize_into_sorted_m
 from training.memory import measure_graph_bytes
 from training.whole_batch import (
     WholeBatch,
-    cache_token_embeddings,
     compute_contrastive_loss_share,
     compute_sigmoid_loss_share,
+    look_up_token_embeddings_once,
 )
 
 TESTS = Path(__file__).resolve().parent
@@ -304,7 +304,7 @@ def test_cached_rows_give_the_same_gradient_as_the_table(kind):
     ids = [torch.tensor([[1, 3, 3], [0, 1, 8]]), torch.tensor([[3, 0]])]
     factors = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     sum((plain(batch) * factors[: batch.shape[1]]).sum() for batch in ids).backward()
-    with cache_token_embeddings(table, ids):
+    with look_up_token_embeddings_once(table, ids):
         sum((table(batch) * factors[: batch.shape[1]]).sum() for batch in ids).backward()
     torch.testing.assert_close(table.weight.grad, plain.weight.grad)
     assert not plain.weight.grad[0].any() and "forward" not in vars(table)
@@ -315,7 +315,7 @@ def test_cached_rows_add_a_sparse_gradient_to_the_existing_one():
     table, sparse = torch.nn.Embedding(9, 4), []
     table.weight.register_hook(lambda gradient: sparse.append(gradient.is_sparse))
     for step in range(2):
-        with cache_token_embeddings(table, [torch.tensor([[5, 3]])]):
+        with look_up_token_embeddings_once(table, [torch.tensor([[5, 3]])]):
             table(torch.tensor([5, 5])).sum().backward()
         assert table.weight.grad.layout == torch.strided
         assert table.weight.grad[5].tolist() == [2.0 * (step + 1)] * 4 and not table.weight.grad[3].any()
@@ -324,9 +324,9 @@ def test_cached_rows_add_a_sparse_gradient_to_the_existing_one():
 
 def test_a_backward_pass_outside_of_the_context_is_an_error():
     table, ids = torch.nn.Embedding(9, 4), torch.tensor([[5, 3]])
-    with cache_token_embeddings(table, [ids]):
+    with look_up_token_embeddings_once(table, [ids]):
         result = torch.utils.checkpoint.checkpoint(lambda: table(ids).pow(2).sum(), use_reentrant=False)
-    with pytest.raises(RuntimeError, match="cache_token_embeddings"):
+    with pytest.raises(RuntimeError, match="look_up_token_embeddings_once"):
         result.backward()
     assert table.weight.grad is None
 

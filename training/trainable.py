@@ -63,14 +63,14 @@ def freeze_parameters_and_add_adapters(model: PreTrainedModel, args: RunArgument
 
 
 def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the hyperparameters that no argument of the run changes, for the key `fixed` of run.json.
+    """Return the hyperparameters that the user cannot set. They are stored under the key `fixed` of run.json.
 
     Args:
-        model: Model whose module names are searched for the modules that are trained in full.
+        model: The model that is trained.
 
     Returns:
-        A dict with the keys "adam_beta1", "adam_beta2" and "lora_modules_to_save" (names of the modules that are
-        trained in full while other layers get LoRA adapters).
+        A dict with the keys "adam_beta1", "adam_beta2" and "lora_modules_to_save" (names of the model's modules that
+        LoRA trains in full, as PEFT's setting `modules_to_save`).
     """
     return {
         "adam_beta1": ADAM_BETAS[0],

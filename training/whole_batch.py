@@ -115,7 +115,7 @@ class WholeBatch:
             raise ValueError(f"The loss needs at least 2 pairs, got {pairs}.")
         local_rows = torch.cat([torch.empty(0, dtype=torch.long), *(batch.positions for batch in batches)])
         local_rows = local_rows.to(self.accelerator.device)
-        word_rows = cache_token_embeddings(
+        word_rows = look_up_token_embeddings_once(
             self.model.text_model.get_input_embeddings(), [batch.input_ids.to(local_rows.device) for batch in batches]
         )
         with word_rows, self.accelerator.autocast():  # one context, so that autocast casts each weight once a step
@@ -343,7 +343,7 @@ def _sum_loss_in_tiles(loss: Callable[..., Tensor], queries: Tensor, items: Tens
 
 
 @contextmanager
-def cache_token_embeddings(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None]:
+def look_up_token_embeddings_once(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None]:
     """Look up the token embeddings of a step once, and use them for all lookups inside of the `with` block.
 
     The embedding table then gets one sparse gradient per step. Without this, every micro-batch would compute a dense
@@ -369,7 +369,7 @@ def cache_token_embeddings(table: nn.Embedding, input_ids: Sequence[Tensor]) -> 
 
     def check_context(gradient: Tensor) -> None:
         if ended:  # a recomputed micro-batch would have used the whole table instead of these rows
-            raise RuntimeError("The backward pass of the texts must run within `cache_token_embeddings`.")
+            raise RuntimeError("The backward pass of the texts must run within `look_up_token_embeddings_once`.")
 
     if rows.requires_grad:
         rows.register_hook(check_context)

@@ -37,7 +37,7 @@ from modeling_capivara.trim_vocabulary import select_token_ids_to_keep, trim_tok
 from modeling_capivara.two_towers import embed_texts, move_to_device_in_chunks, uses_sigmoid_loss
 from training.batches import batch_indices, sample_captions, tokenize_into_sorted_micro_batches
 from training.trainable import clamp_logit_scale
-from training.whole_batch import cache_token_embeddings
+from training.whole_batch import look_up_token_embeddings_once
 
 # Hyperparameters. They were chosen by the recall of English captions on the validation concepts, without the test
 # split.
@@ -400,7 +400,7 @@ def train_text_tower_one_step(
     batch_features = batch_features + noise * torch.randn_like(batch_features)
     image_embeds = F.normalize(model.visual_projection(batch_features), dim=-1)
     use_bf16 = resolve_mixed_precision("auto", model.device) == "bf16"
-    with cache_token_embeddings(model.get_input_embeddings(), [batch.input_ids for batch in batches]):
+    with look_up_token_embeddings_once(model.get_input_embeddings(), [batch.input_ids for batch in batches]):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=use_bf16):
             text_embeds = torch.cat([model(b.input_ids, attention_mask=b.attention_mask).text_embeds for b in batches])
         loss = clip_loss(text_embeds, image_embeds, model.logit_scale, model.logit_bias)

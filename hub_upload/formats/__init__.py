@@ -72,7 +72,7 @@ def resolve_compatible_base_folder(model: Path, base: str) -> Path:
     return folder
 
 
-def write_tokenizer_json(folder: Path, content: dict[str, Any], is_capivara: bool) -> None:
+def write_tokenizer_json_with_normalizer(folder: Path, content: dict[str, Any], is_capivara: bool) -> None:
     """Write tokenizer.json.
 
     For CAPIVARA, add normalizer steps that straighten curly quotes and normalize accents (NFC).

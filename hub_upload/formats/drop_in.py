@@ -246,7 +246,7 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: i
     settings = formats.save_tokenizer_for_publication(tokenizer, folder)
     settings.pop("processor_class", None)
     if is_capivara:
-        formats.write_tokenizer_json(folder, read_json(folder / "tokenizer.json"), is_capivara)
+        formats.write_tokenizer_json_with_normalizer(folder, read_json(folder / "tokenizer.json"), is_capivara)
         settings["auto_map"] = {"AutoTokenizer": settings["auto_map"]["AutoTokenizer"]}
     write_json(folder / "tokenizer_config.json", settings)
 

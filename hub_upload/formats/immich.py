@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from capivara_common.files import write_json
 from capivara_common.model_kinds import KINDS
-from hub_upload.formats import max_text_tokens, resolve_compatible_base_folder, write_tokenizer_json
+from hub_upload.formats import max_text_tokens, resolve_compatible_base_folder, write_tokenizer_json_with_normalizer
 from hub_upload.formats.onnx import check_difference, export_graph, open_session, weights_file
 from modeling_capivara.convert_open_clip import to_preprocess_cfg
 from modeling_capivara.loading import load_model, load_processor
@@ -161,7 +161,7 @@ def _write_and_check_tokenizer(processor: ProcessorMixin, textual: Path, is_capi
     if not tokenizer.is_fast:
         raise ValueError(f"Immich needs a tokenizer.json, but a {type(tokenizer).__name__} has none.")
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    write_tokenizer_json(textual, content | {"padding": None, "truncation": None}, is_capivara)
+    write_tokenizer_json_with_normalizer(textual, content | {"padding": None, "truncation": None}, is_capivara)
     write_json(textual / "tokenizer_config.json", {"pad_token": tokenizer.pad_token})
     written, texts = Tokenizer.from_file(str(textual / "tokenizer.json")), ["um gato", *random_texts()]
     written.enable_padding(length=length, pad_token=tokenizer.pad_token, pad_id=tokenizer.pad_token_id)

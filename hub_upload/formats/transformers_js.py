@@ -86,7 +86,7 @@ def convert_tokenizer_files_in_place(folder: Path) -> None:
         folder: Folder of the export, with config.json and the tokenizer files.
     """
     is_capivara = KINDS[read_json(folder / "config.json")["model_type"]].is_native
-    formats.write_tokenizer_json(folder, read_and_convert_tokenizer(folder), is_capivara)
+    formats.write_tokenizer_json_with_normalizer(folder, read_and_convert_tokenizer(folder), is_capivara)
     if is_capivara:
         # In Python, CAPIVARA's text cleaning code removes superfluous white space. transformers.js does not run this
         # code, but its setting `remove_space` has the same effect.
