@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> Path:
         ValueError: If an argument or the data are invalid.
         OSError: If a file can't be read or written.
         ImportError: If a required package is not installed.
-        SystemExit: If the run was interrupted, or a loss or gradient was not finite. The user sees a message.
+        SystemExit: If the run was interrupted, or a loss or gradient was not finite. The user sees the reason.
     """
     args = parse_arguments(RunArguments, __doc__, argv, config=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -136,7 +136,8 @@ def _connect_processes() -> PartialState:
     if state.num_processes != started:
         raise ValueError(
             f"{started} processes were started, but Accelerate has connected {state.num_processes}, so each would "
-            "train on a separate batch. Launch with --num_processes 1, or with a file of configs/accelerate/."
+            "train on a separate batch. Launch with --num_processes 1, or with a configuration file from "
+            "configs/accelerate/."
         )
     return state
 
@@ -153,7 +154,7 @@ def _create_accelerator_and_set_threads(args: RunArguments, output_dir: Path) ->
     Raises:
         ImportError: If peft or the tracker's package is not installed.
     """
-    # Set here, because `accelerate launch` limits a single process to one thread.
+    # The number of threads is set explicitly, because `accelerate launch` limits a single process to one thread.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if args.lora_rank:
@@ -175,7 +176,7 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
     Args:
         args: Arguments of the run.
         inputs: Data and image embeddings.
-        checkpoints: Checkpoints of the run. Their folder is inside of the working folder of the run.
+        checkpoints: Checkpoints of the run. They are stored inside the working folder of the run.
         resume: Folder of the checkpoint to resume from, or None to start at step 0.
 
     Raises:
@@ -210,9 +211,9 @@ def evaluate_base_and_trained_and_write_results(
 ) -> None:
     """Evaluate the base model and the trained model on the test split of every language.
 
-    Writes three outputs into `folder`: result files in `results/`, a table of all results (`table.md`), and an image of
-    example queries with the images that both models find (`retrieval.png`). The duration of the evaluation is added to
-    `run.json`.
+    Writes three outputs into `folder`: result files in `results/`, a table of all results (`table.md`), and an image
+    that shows example queries with the images that each model ranks first (`retrieval.png`). The duration of the
+    evaluation is added to `run.json`.
 
     Args:
         args: Arguments of the run.
@@ -312,8 +313,8 @@ def _write_card_and_push_run_if_requested(args: RunArguments, output_dir: Path) 
     """
     if PartialState().is_main_process:
         language = "pt" if args.language == "pt" else "en"
-        # The marker is removed only after the card is written. If the process is killed before, a resumed run writes
-        # it.
+        # The marker file is deleted only after the card is written. If the process is killed before that, the marker
+        # is still there, and resuming the run writes the card.
         if (output_dir / RUN_MARKER).is_file():
             try:
                 write_card(output_dir, language=language)

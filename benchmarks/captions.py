@@ -43,11 +43,11 @@ from captions.translators.chat import ChatTranslator
 from examples.chat_server import MODEL, ChatServer, run_stand_in_chat_server
 
 IMAGE_SIDE, QUERY_TOKENS = 224, 32  # BLIP-2: side of an image in pixels; query tokens per image
-# Fields of the config that --widths divides
+# Names of the fields of BLIP-2's config whose values are divided by --widths
 SCALED_FIELDS = {"hidden_size", "intermediate_size", "encoder_hidden_size", "ffn_dim", "word_embed_proj_dim"}
 SCALED_FIELDS |= {"num_attention_heads", "vocab_size"}
 CONCURRENCY, ANSWER_S = (1, 8, 64), 1.0  # requests at the same time; seconds until the stand-in server answers
-ROUNDS = 8  # requests that follow one another per measurement
+ROUNDS = 8  # each measurement translates ROUNDS * concurrency sentences, one per request
 
 
 @dataclass
@@ -57,10 +57,10 @@ class CaptionsArguments:
     images: int = flag(16, "Number of images, all in one batch.")
     new_tokens: int = flag(12, "Number of tokens to generate per caption.")
     runs: int = flag(5, "How often each program is timed; the programs take turns.")
-    widths: int = flag(4, "Divisor of BLIP-2's widths, heads and vocabulary.")
-    layers: int = flag(6, "Divisor of BLIP-2's number of layers.")
+    widths: int = flag(4, "Number by which BLIP-2's widths, heads and vocabulary are divided.")
+    layers: int = flag(6, "Number by which BLIP-2's numbers of layers are divided.")
     parts: Literal["generate", "chat"] = flag(
-        "generate", "What to measure: BLIP-2, or translation by a server with several requests at the same time."
+        "generate", "generate: measure captioning by BLIP-2. chat: measure translation by a chat server."
     )
     output: Path | None = flag(None, "JSON file for the results.")
 
@@ -96,11 +96,12 @@ def _measure_chat_translation_rates(runs: int) -> dict[str, Any]:
     """Measure translated sentences per second with different numbers of requests at the same time.
 
     Args:
-        runs: Number of runs. Each run measures every number of requests once.
+        runs: Number of runs. Each run measures every number of requests in `CONCURRENCY` once.
 
     Returns:
-        A dict with the sentences per second for each number of requests, and the gain: the rate with the most requests
-        divided by the rate with the fewest.
+        `{"sentences_per_second": {number of requests: rates as in summarize_rates}, "gain": {"measured": rate with the
+        most requests divided by the rate with one request}, "answer_seconds": seconds until the server answers,
+        "rounds": ROUNDS}`.
     """
     with run_stand_in_chat_server(ChatServer(lambda messages: "um gato", delay_s=ANSWER_S)) as server:
 
@@ -146,7 +147,7 @@ def _build_small_random_captioner(args: CaptionsArguments, prefixes: list[str]) 
     language = {"model_type": "opt", "hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32}
     language |= {"ffn_dim": 10240, "word_embed_proj_dim": 2560, "vocab_size": 50304, "max_position_embeddings": 2048}
     language |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
-    config = Blip2Config(text_config=language)  # the defaults of the other parts are the published sizes
+    config = Blip2Config(text_config=language)  # sizes of vision tower and Q-Former: the defaults are as published
     for part in (config.vision_config, config.qformer_config, config.text_config):
         part.num_hidden_layers = max(1, part.num_hidden_layers // args.layers)
         for name in SCALED_FIELDS & part.to_dict().keys():
@@ -156,7 +157,7 @@ def _build_small_random_captioner(args: CaptionsArguments, prefixes: list[str]) 
     torch.manual_seed(0)
     model = Blip2ForConditionalGeneration(config).eval().requires_grad_(False)
     for parameter in model.parameters():
-        if parameter.ndim > 1:  # BLIP-2 initializes its vision tower with a deviation of 1e-10
+        if parameter.ndim > 1:  # BLIP-2 initializes its vision tower almost to 0, with a standard deviation of 1e-10
             torch.nn.init.normal_(parameter, std=0.02)
     model.language_model.generation_config.eos_token_id = None
     processor = BlipImageProcessor(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})
@@ -167,7 +168,7 @@ def _build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     """Build a tokenizer with one token per word. The tokenizer puts the token "</s>" before each text.
 
     Args:
-        words: Words of the vocabulary. A word may occur several times; any word that is missing becomes "<unk>".
+        words: Words of the vocabulary; repeated words count once. All other words become the token "<unk>".
     """
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -180,7 +181,7 @@ def _build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
 def _build_captioning_programs_to_compare(
     captioner: PrefixCaptioner, prefixes: list[str], images: int
 ) -> dict[str, Callable[[], Tensor]]:
-    """Build the programs to compare, `plain` and `ours`, which caption images of random pixels.
+    """Build the two programs that the benchmark compares. Both generate captions of the same images of random pixels.
 
     Args:
         captioner: The model with its processors.
@@ -188,7 +189,8 @@ def _build_captioning_programs_to_compare(
         images: Number of images.
 
     Returns:
-        Functions "plain" and "ours", which return new token ids of shape (images * prefixes, new_tokens).
+        `{"plain": function, "ours": function}`; the module docstring describes both programs. The functions return the
+        generated token ids, of shape (images * prefixes, new_tokens).
     """
     model, new_tokens = captioner.model, captioner.max_new_tokens
     pixels = torch.randn(images, 3, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(0))

@@ -1,11 +1,12 @@
 """Write tables of the results in benchmarks/results into the documentation.
 
-python -m benchmarks.documentation_tables                               # fill the blocks between the markers
-python -m benchmarks.documentation_tables --demo runs/openmoji-pt-001   # first import the results of a demo run
-python -m benchmarks.documentation_tables --check                       # fail if a block differs from the JSON
+    python -m benchmarks.documentation_tables                               # write the tables
+    python -m benchmarks.documentation_tables --demo runs/openmoji-pt-001   # first copy the results of a demo run
+    python -m benchmarks.documentation_tables --check                       # only check that the tables are current
 
-A block is the text between a begin marker and an end marker (HTML comments, see `BLOCK_RE`) in a Markdown file. The
-begin marker contains the name of the block. The macro with the same name in `tables.md.j2` writes the text.
+Each table is in a block of a Markdown file: the text between a begin marker and an end marker (HTML comments, see
+`BLOCK_RE`). The begin marker contains the name of the block. The Jinja macro with the same name in `tables.md.j2`
+generates the text of the block.
 """
 
 import re
@@ -36,9 +37,9 @@ class DocumentationTablesArguments:
     """Command-line arguments of `benchmarks.documentation_tables`."""
 
     demo: list[Path] = flag(
-        [], "Folders of runs of configs/openmoji.yaml, one per seed. Their results replace demo.json."
+        [], "Output folders of trainings with configs/openmoji.yaml, one per seed. Their results replace demo.json."
     )
-    check: bool = flag(False, "Change nothing; fail if a block differs from the JSON.")
+    check: bool = flag(False, "Write nothing, and fail if a table differs from benchmarks/results.")
 
 
 def find_pages_with_generated_blocks() -> list[str]:
@@ -70,17 +71,17 @@ def replace_generated_blocks_in_text(page: str, text: str) -> str:
     def block(match: re.Match) -> str:
         begin, name, end = match.groups()
         if not hasattr(tables, name):
-            raise ValueError(f"{page} has the block {name!r}, for which benchmarks/tables.md.j2 has no macro.")
+            raise ValueError(f"{page} has the block {name!r}. Add a macro with this name to benchmarks/tables.md.j2.")
         return f"{begin}{getattr(tables, name)(portuguese).strip()}\n{end}"
 
     return BLOCK_RE.sub(block, text)
 
 
 def load_block_macros() -> Template:
-    """Load the template `tables.md.j2`, and register the filters and functions that the template calls.
+    """Load the Jinja template `tables.md.j2`, and register the filters and functions that the template calls.
 
     Returns:
-        The template. It has a macro for each block of the documentation.
+        The template. It has one macro for each generated block of the documentation.
     """
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), extensions=["jinja2.ext.do"], **options)
@@ -113,7 +114,7 @@ def _percent(shares: float | list[float]) -> str:
         shares: A fraction from 0 to 1, or the fractions of several seeds.
 
     Returns:
-        Text such as `format_percent_over_seeds` returns.
+        "12.3" for one fraction; "12.3 ± 0.4" (mean ± sample standard deviation) for several.
     """
     return format_percent_over_seeds([shares] if isinstance(shares, float) else shares)
 
@@ -141,14 +142,14 @@ def _format_milliseconds(percentiles: dict[str, float], digits: int = 0) -> list
 
 
 def format_recorded_training_step_peak_memory(name: str) -> str:
-    """Format the peak memory of a step of 2816 pairs.
+    """Format the peak memory of a training step with 2816 image-text pairs, the batch size of the CAPIVARA paper.
 
     Args:
         name: Name of a result file of `benchmarks.train_step` with the part `recipe`, without `.json`.
 
     Returns:
-        Memory in GiB, as measured. If fewer pairs were measured, a range from their memory to the extrapolated one. "–"
-        if the file does not exist, because nothing has been measured.
+        Memory in GiB, such as "51.3". If only a smaller batch was measured, a range: from the memory of the smaller
+        batch to the memory that was extrapolated for 2816 pairs. "–" if the file does not exist.
     """
     path = RESULTS_FOLDER / f"{name}.json"
     if not path.is_file():
@@ -195,8 +196,8 @@ def _average_recall_over_directions(recipe_row: dict[str, Any]) -> list[list[flo
         recipe_row: An entry of "rows" in recipe.json.
 
     Returns:
-        A list for each pair of test set and language, in the order openmoji pt, openmoji en, twemoji pt, and so on. It
-        contains the average (0 to 1) of each seed.
+        One list for each pair of test set and language, in the order openmoji pt, openmoji en, twemoji pt, and so on.
+        Each list contains the average (0 to 1) of each seed.
     """
     test_sets = [f"{name}/test/{code}" for name in ("openmoji", "twemoji", "noto", "photos") for code in ("pt", "en")]
     recalls = []

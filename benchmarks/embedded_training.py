@@ -3,10 +3,11 @@
     python -m benchmarks.embedded_training
     python -m benchmarks.embedded_training --rows 100000 --work /tmp/embedded
 
-Writes a small and a large dataset of random embeddings with ten captions per row, in the format of `captions.embed`,
-and trains a model of the published size with random weights for a few steps on each, as separate processes. A run on
-the large dataset is then started again: its caches exist, so its first step must start soon. The memory is `RssAnon`
-of /proc, summed over all processes of the run; memory-mapped files do not count. Requires Linux.
+The benchmark writes a small and a large dataset of random image embeddings with ten captions per row, in the format of
+`captions.embed`. On each, it trains a model for a few steps in a separate process. The model has random weights and the
+size of the published CAPIVARA. Then it trains on the large dataset once more: the caches of this dataset exist now, so
+the first step must start sooner. The memory is the sum of `RssAnon` in /proc over all processes of a training, which
+excludes memory-mapped files. Requires Linux.
 """
 
 import os
@@ -52,7 +53,7 @@ CAPTIONS_PER_ROW = 10
 ROWS_PER_FILE = 50_000
 EVALUATION_ROWS = 64  # rows in each of the splits validation and test
 SAMPLE_INTERVAL_S = 0.1  # seconds between two samples of the memory
-HALF_CAPTIONS = 10_000  # a caption is two of these texts, so that 100 million captions are possible
+HALF_CAPTIONS = 10_000  # number of texts; a caption joins two of them, so 100 million different captions are possible
 TRAINING_FLAGS = "--effective_batch_size 16 --micro_batch_size 8 --warmup_steps 0 --caption_strategy none"
 
 
@@ -61,12 +62,12 @@ class EmbeddedTrainingArguments:
     """Command-line arguments of `benchmarks.embedded_training`."""
 
     rows: int = flag(3_300_000, "Rows of the large dataset.")
-    small_rows: int = flag(10_000, "Rows of the small dataset, whose memory is subtracted.")
+    small_rows: int = flag(10_000, "Rows of the small dataset. Its peak memory is subtracted.")
     steps: int = flag(3, "Optimizer steps of each run.")
-    work: Path = flag(Path("runs/embedded_training"), "Folder for datasets, caches and runs; 25 GB by default.")
+    work: Path = flag(Path("runs/embedded_training"), "Folder for datasets, caches and runs. Needs 25 GB by default.")
     keep: bool = flag(False, "Keep the work folder. By default, it is removed at the end.")
     output: Path = flag(RESULTS_FOLDER / "embedded_training.json", "JSON file for the results.")
-    worker: Path | None = flag(None, "Internal: train on this dataset, and write the results to this folder.")
+    worker: Path | None = flag(None, "Internal: train on this dataset in this process.")
 
     def __post_init__(self) -> None:
         check_at_least(self, 100, "rows", "small_rows")
@@ -74,13 +75,13 @@ class EmbeddedTrainingArguments:
 
 
 def _write_random_embeddings_dataset(folder: Path, rows: int, width: int, encoder: str) -> None:
-    """Write a dataset of random embeddings in the format of `captions.embed`, unless it exists.
+    """Write a dataset of random image embeddings in the format of `captions.embed`, unless the folder exists.
 
     Args:
         folder: Folder of the dataset.
         rows: Rows of the split train.
         width: Width of the embeddings.
-        encoder: Value of the column `image_encoder`.
+        encoder: Digest of the image encoder that the embeddings pretend to come from, stored in every row.
     """
     if folder.is_dir():
         return
@@ -131,11 +132,11 @@ def _measure_training_in_subprocess(args: EmbeddedTrainingArguments, dataset: Pa
     Args:
         args: Arguments of the benchmark.
         dataset: Folder of the dataset.
-        name: Name of the run, and of its folder.
+        name: Name of the run's folder and log file in the work folder.
 
     Returns:
-        "peak_anonymous_bytes": largest sampled memory. "first_step_s": seconds from the start of the process to the
-        start of the first optimizer step. "seconds": duration of the process. "step_s": mean duration of a step.
+        `{"peak_anonymous_bytes": largest sampled memory, "first_step_s": seconds from the start of the process to the
+        start of the first optimizer step, "seconds": duration of the process, "step_s": mean duration of a step}`.
 
     Raises:
         RuntimeError: If the process fails. The message names its log file.

@@ -7,10 +7,10 @@ The two programs are this project and open_clip. Both use the full published arc
 and get the same PIL images and the same texts of 20 tokens. Preprocessing and tokenization are included. The programs
 run alternately, and each rate is the median over the runs of a program.
 
-By default, each run embeds one batch. With `--part pass`, each run embeds many images in batches, as indexing
-does: with the chunk size that `capivara_common.embedding_speed` chooses on this CPU, in float32 and in the precision
-that `--precision auto` chooses. The first run of each precision also makes these choices, which takes time, so it is
-reported separately.
+By default, each run embeds one batch. With `--part pass`, each run embeds many images in batches, as the indexing of a
+folder does: in float32 and in the precision that `--precision auto` of other commands chooses, with the number of
+images per forward pass that `capivara_common.embedding_speed` finds to be the fastest on this CPU. The first run in
+each precision takes longer, because it also measures these numbers, so its time is reported separately.
 """
 
 import os
@@ -54,7 +54,7 @@ CAPTION_TOKENS = 20  # tokens per caption, including begin and end
 class EncodeArguments:
     """Command-line arguments of `benchmarks.encode`."""
 
-    part: Literal["batches", "pass"] = flag("batches", "batches: one call per run. pass: a long pass over images.")
+    part: Literal["batches", "pass"] = flag("batches", "batches: embed one batch per run. pass: embed many batches.")
     images: int = flag(32, "Number of images per run.")
     captions: int = flag(64, "Number of captions per run.")
     runs: int = flag(5, "How often each program is timed; the programs take turns.")
@@ -84,9 +84,9 @@ def _build_models_and_preprocessors() -> tuple[
     """Build the models of both programs at full size, with the same random weights.
 
     Returns:
-        Our model and open_clip's model, our processor, and open_clip's preprocessing of an image.
+        Tuple of our model, open_clip's model, our processor, and open_clip's function that preprocesses one image.
     """
-    from open_clip.transform import PreprocessCfg, image_transform_v2  # not needed to check the flags
+    from open_clip.transform import PreprocessCfg, image_transform_v2  # imported late: --help works without open_clip
 
     torch.manual_seed(0)
     config = CapivaraConfig()
@@ -98,22 +98,22 @@ def _build_models_and_preprocessors() -> tuple[
 
 
 def make_images(count: int) -> list[Image.Image]:
-    """Generate images with random pixels."""
+    """Generate `count` images of size `IMAGE_SIZE` with random pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, *IMAGE_SIZE[::-1], 3), dtype=np.uint8)
     return [Image.fromarray(array) for array in pixels]
 
 
 def _build_encoding_programs_to_compare(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Tensor]]]:
-    """Build the encoders to compare, with the same random weights and inputs.
+    """Build the encoding functions of both programs, with the same random weights and the same inputs.
 
     Args:
         args: Command-line arguments: numbers of images and captions.
 
     Returns:
-        For "images" and "captions", a dict of the functions "ours" and "open_clip". Each function preprocesses and
-        encodes all inputs, and returns embeddings of shape (inputs, width).
+        `{"images": {"ours": function, "open_clip": function}, "captions": {"ours": function, "open_clip": function}}`.
+        Each function preprocesses and encodes all inputs, and returns embeddings of shape (inputs, width).
     """
-    from open_clip.tokenizer import HFTokenizer  # not needed to check the flags
+    from open_clip.tokenizer import HFTokenizer  # imported late: --help works without open_clip
 
     ours, theirs, processor, preprocess = _build_models_and_preprocessors()
     images = make_images(args.images)
@@ -146,9 +146,11 @@ def _compare_encoders(
         runs: Number of runs. Each run times every program once.
 
     Returns:
-        "ours" and "open_clip": median, slowest and fastest rate of the runs in items per second. "ratio": median over
-        the runs of open_clip's seconds divided by our seconds, so that more than 1 means that ours is faster.
-        "largest_difference": largest absolute difference between corresponding elements of the embeddings.
+        A dict with these keys:
+
+        - "ours" and "open_clip": median, slowest and fastest rate of the runs in items per second.
+        - "ratio": median over the runs of open_clip's seconds divided by our seconds; above 1 if ours is faster.
+        - "largest_difference": largest absolute difference between corresponding elements of the embeddings.
     """
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     with torch.inference_mode(), autocast:
@@ -162,20 +164,23 @@ def _compare_encoders(
 
 
 def _measure_embedding_many_images(args: EncodeArguments) -> dict[str, Any]:
-    """Time a long pass over images, which chooses its chunk size, in float32 and in the precision of "auto".
+    """Time the embedding of many images in batches, in float32 and in the fastest precision ("auto").
 
     Args:
         args: Command-line arguments: number of images and of runs.
 
     Returns:
-        "float32", and "bf16" if "auto" chooses it: rates and ratio as `_compare_encoders` returns them, with open_clip
-        in the same precision; "first_seconds", the time of our first run, which chose the chunk size; and
-        "smallest_cosine" between our embeddings and open_clip's. "auto": the precision that "auto" chooses. "choices":
-        the kept files of all choices, with the seconds of each candidate. "ratio_of_auto": median over the runs of our
-        seconds in float32 divided by our seconds in the precision of "auto"; 1 if it is float32.
+        A dict with these keys:
+
+        - "auto": the precision that is the fastest on this CPU, "float32" or "bf16".
+        - "float32" and, if "auto" is "bf16", "bf16": a dict with the rates and the ratio of both programs in this
+          precision (see `_compare_encoders`); "first_seconds", the time of our first run; and "smallest_cosine", the
+          smallest cosine between our embedding and open_clip's embedding of an image.
+        - "choices": contents of the cache files that record what was chosen, with the seconds of each candidate.
+        - "ratio_of_auto": median over the runs of our seconds in float32 divided by our seconds in precision "auto".
     """
     ours, theirs, processor, preprocess = _build_models_and_preprocessors()
-    images = list(islice(cycle(make_images(min(args.images, 64))), args.images))  # few of them, to save memory
+    images = list(islice(cycle(make_images(min(args.images, 64))), args.images))  # repeat 64 images, to save memory
     batches = [images[start : start + 32] for start in range(0, args.images, 32)]
 
     def run_ours(precision: str) -> Tensor:

@@ -3,8 +3,8 @@
     python -m benchmarks.eval_retrieval --output benchmarks/results/eval_retrieval.json
     python -m benchmarks.eval_retrieval --images 100000 --captions 10 --worker   # only ours; takes half an hour
 
-Both programs get the same embeddings: random unit vectors of width 512, with five captions per image. Our peak memory
-is measured first, then both programs run alternately.
+Both programs get the same embeddings: random unit vectors of width 512, with five captions per image. The time and peak
+memory of this project ("ours") are measured first. Then both programs run alternately.
 """
 
 import statistics
@@ -31,9 +31,9 @@ class EvalRetrievalArguments:
     images: int = flag(5000, "Number of images.")
     captions: int = flag(5, "Number of captions per image.")
     runs: int = flag(5, "How often each program is timed; the programs take turns.")
-    worker: bool = flag(False, "Measure only our time and memory.")
+    worker: bool = flag(False, "Measure only the time and memory of this project, without clip-benchmark.")
     output: Path | None = flag(
-        None, "JSON file for the results: key `scores`, or `large` with --worker. The other key is kept."
+        None, "JSON file for the results. Only its key `scores` is replaced, or `large` with --worker."
     )
 
 
@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: time the recalls of this project and of clip-benchmark, and print the results as JSON."""
     args = parse_arguments(EvalRetrievalArguments, __doc__, argv)
     embeddings = _make_random_embeddings(args.images, args.captions)
-    _compute_our_recalls(*_make_random_embeddings(64, args.captions))  # so that no library is loaded while it is timed
-    before = tools.reset_peak_memory()  # forget the peak of making the embeddings
+    _compute_our_recalls(*_make_random_embeddings(64, args.captions))  # untimed: loads libraries
+    before = tools.reset_peak_memory()  # the memory that was needed to make the embeddings must not count
     measured = {
         **tools.describe_measurement_conditions(), "width": EMBEDDING_WIDTH,
         "images": args.images, "captions": args.images * args.captions,
@@ -70,7 +70,7 @@ def _make_random_embeddings(images: int, captions_per_image: int) -> tuple[Tenso
     image_embeds = torch.nn.functional.normalize(torch.randn(images, EMBEDDING_WIDTH, generator=generator), dim=-1)
     image_of_text = torch.arange(images).repeat_interleave(captions_per_image)
     text_embeds = image_embeds[image_of_text]
-    # In place, because it is the largest tensor.
+    # The noise is added in place, because `text_embeds` is the largest tensor.
     text_embeds += 0.3 * torch.randn(text_embeds.shape, generator=generator)
     return image_embeds, torch.nn.functional.normalize(text_embeds, dim=-1), image_of_text
 
@@ -127,9 +127,12 @@ def _compare_speed_and_recalls(embeddings: tuple[Tensor, Tensor, Tensor], runs: 
         runs: Number of runs. Each run times both programs once.
 
     Returns:
-        "runs": number of runs. "seconds": median seconds of "clip_benchmark" and "ours". "ratio": median over the runs
-        of clip-benchmark's seconds divided by our seconds. "largest_difference_of_a_recall": largest absolute
-        difference between the recalls (0 to 1) of the two programs.
+        A dict with these keys:
+
+        - "runs": number of runs.
+        - "seconds": `{"clip_benchmark": median seconds, "ours": median seconds}`.
+        - "ratio": median over the runs of clip-benchmark's seconds divided by our seconds.
+        - "largest_difference_of_a_recall": largest absolute difference between the recalls of the two programs.
     """
     steps = {
         "clip_benchmark": lambda: _compute_clip_benchmark_recalls(*embeddings),

@@ -3,7 +3,8 @@
     python -m benchmarks.export --output benchmarks/results/export.json
 
 A model of the published size with random weights is exported for transformers, open_clip and sentence-transformers in a
-separate process. Peak memory is read after the imports and at the end.
+separate process. The peak memory of this process is read after the imports and at the end; the difference is the memory
+that the export needs.
 """
 
 import tempfile

@@ -5,11 +5,14 @@
     python -m benchmarks.nothing_fits --model MODEL --pictures ~/Fotos --sentences mine.yaml --output mine.json --keep
 
 The last command measures another model on your own photographs. `mine.yaml` lists sentences whose object is in a
-photograph under `there`, and others under `absent`, as benchmarks/nothing_fits.yaml does. The AUC of a statistic says
-how well it separates both kinds of sentences (0.5 is chance). If YOLO boxes lie next to the photographs, the effect of
-feedback is measured as well: how many of the first ten results show an object before and after less or more of it is
-requested. docs/reference/benchmarks.md has the results of statistics and forms of feedback that were rejected, with
-their commit.
+photograph under `there`, and sentences without a matching photograph under `absent`, as benchmarks/nothing_fits.yaml
+does. For each sentence, the z-score of its best photograph is computed: how many standard deviations the best cosine
+lies above the mean of the cosines with all photographs. The AUC of this statistic says how well it separates both kinds
+of sentences (0.5 is chance).
+
+If YOLO labels lie next to the photographs, the effect of feedback is measured, too. A simulated user asks for more or
+less of an object, and the photographs with this object among the first ten results are counted before and afterwards.
+docs/reference/benchmarks.md shows the results.
 """
 
 from collections.abc import Iterator
@@ -39,7 +42,8 @@ from examples.real_images import PHOTOGRAPHS, load_example_photo
 TOP_K = 10  # number of results in which objects are counted
 FEEDBACK_WEIGHTS = (0.25, 0.5, 1.0, 2.0)
 BOOTSTRAP_RESAMPLES = 1000
-# Statistic of the relevance threshold: the z-score of the best hit. It does not change the order of hits.
+# Name, in the results, of the statistic that the search compares with its relevance threshold: the z-score of the best
+# hit (see the module docstring).
 CHOSEN_STATISTIC = "best, in deviations"
 
 
@@ -54,7 +58,7 @@ class NothingFitsArguments:
     )
     output: Path = flag(RESULTS_FOLDER / "nothing_fits.json", "JSON file for the results.")
     keep: bool = flag(
-        False, "Also save the results in the model's folder, where the search reads whether to show the threshold."
+        False, "Also save the results in the model's folder. The search uses its threshold if the AUC there is high."
     )
 
 
@@ -79,8 +83,8 @@ def _compute_auc_with_interval(present: np.ndarray, absent: np.ndarray) -> dict[
         absent: Statistic of each sentence without a matching image, of shape (m,).
 
     Returns:
-        "auc": the AUC. "interval_95": lower and upper end of its 95 % bootstrap interval. "halves": list of two AUCs,
-        of the sentences with even and with odd index.
+        `{"auc": the AUC, "interval_95": [lower end, upper end] of its 95 % bootstrap interval, "halves": [AUC of the
+        sentences with even index, AUC of the sentences with odd index]}`.
     """
     rng = np.random.default_rng(0)
     resampled = [
@@ -114,16 +118,22 @@ def _measure_feedback_effect_on_results(
 
     Args:
         model: Model that embeds the texts.
-        feedback_queries: Queries of the YAML file, with `text`, `each` (class of an object -> words for the object)
-            and `wanted` (list of classes that the results should show).
+        feedback_queries: Queries from the YAML file, each `{"text": sentence to search for, "each": {class of an
+            object: words for the object}, "wanted": classes of objects that the results should show}`. For each entry
+            of "each", one case is measured: a user who asks for more or less of this object.
         images: Image embeddings of shape (images, width).
         classes: Classes of the objects in each image.
 
     Yields:
-        For each weight and kind of feedback ("by": words or a picture), a dict. "object" and "wanted": mean number of
-        results that show the object, or an object of a wanted class, as lists [before feedback, after feedback].
-        "gone": fraction (0 to 1) of the cases with the object before feedback in which no result shows it afterwards.
-        "had": number of cases with the object before feedback. "cases": number of all cases.
+        A dict for each weight and for each kind of feedback, with these keys:
+
+        - "form": always "in deviations", because vectors are divided by a standard deviation (see `apply_feedback`).
+        - "by": "words" if the user names the object, "picture" if the user clicks on a result that shows the object.
+        - "weight": weight of the feedback; negative for less of the object.
+        - "object": mean number of results that show the object, `[before feedback, after feedback]`.
+        - "wanted": mean number of results that show an object of a wanted class, `[before feedback, after feedback]`.
+        - "cases": number of cases. "had": number of cases in which a result shows the object before feedback.
+        - "gone": fraction (0 to 1) of the cases in "had" in which no result shows the object after feedback.
     """
     cases = [
         (query["text"], object_class, words, set(query["wanted"]))
@@ -135,7 +145,7 @@ def _measure_feedback_effect_on_results(
         counts = []
         for query, word, (_, object_class, _, wanted) in zip(queries, words, cases, strict=True):
             before = np.argsort(-images @ query)
-            # The user clicks on the first result that shows the object.
+            # Simulate a user who clicks on the first result that shows the object.
             clicked = images[next(index for index in before if object_class in classes[index])]
             example = word if by == "words" else clicked
             after = np.argsort(-images @ apply_feedback(query, [(weight / FEEDBACK_STRENGTH, example)], images))
@@ -153,10 +163,10 @@ def _measure_feedback_effect_on_results(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command, and print JSON with both results.
+    """Run the command: measure two properties of a model, and print the results as JSON.
 
-    The results are how well sentences without a matching image are detected, and how much the feedback "more of this"
-    and "less of this" changes the images that a search finds.
+    The first is how well sentences without a matching image are detected. The second is how much the feedback "more of
+    this" and "less of this" changes the images that a search finds; it is measured only if YOLO labels exist.
     """
     args = parse_arguments(NothingFitsArguments, __doc__, argv)
     sentences = yaml.safe_load(args.sentences.read_text(encoding="utf-8"))

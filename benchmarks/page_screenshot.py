@@ -1,10 +1,10 @@
-"""Make the picture of the search page in the README.
+"""Make the screenshot of the search page that the README shows.
 
-    pip install -e ".[test]"    # playwright, and Chromium of the system
+    pip install -e ".[test]"    # installs playwright; Chromium must be installed on the system
     python -m benchmarks.page_screenshot
 
-Indexes the photographs that scikit-image, scikit-learn and matplotlib contain (all freely licensed), opens the search
-page in headless Chromium, and saves what it answers to a Portuguese sentence.
+The command indexes the photographs that scikit-image, scikit-learn and matplotlib contain (all freely licensed), opens
+the search page in headless Chromium, searches for a Portuguese sentence, and saves a screenshot of the results.
 """
 
 import shutil
@@ -28,19 +28,19 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 class ScreenshotArguments:
     """Command-line flags of `python -m benchmarks.page_screenshot`."""
 
-    model: str = flag("miniature", "Model of the index: a folder, a Hub id, or the miniature.")
-    sentence: str = flag("uma moto vermelha estacionada em uma garagem", "Sentence that the page answers.")
+    model: str = flag("miniature", "Folder or Hub id of the model, or miniature: a tiny model that needs no network.")
+    sentence: str = flag("uma moto vermelha estacionada em uma garagem", "Sentence to search for.")
     output: Path = flag(Path("docs/search.png"), "PNG file to write.")
     width: int = flag(1280, "Width of the window in pixels.")
     height: int = flag(800, "Height of the window in pixels.")
 
 
 def _save_page_screenshot(url: str, args: ScreenshotArguments, output: Path) -> None:
-    """Save a PNG of the page at a URL, after all its pictures have been loaded.
+    """Save a screenshot of a page as PNG, after all pictures of the page have been loaded.
 
     Args:
-        url: Address of the page.
-        args: Flags with the size of the window.
+        url: URL of the page.
+        args: Command-line arguments, which set the size of the browser window.
         output: PNG file to write.
 
     Raises:
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             server.should_exit = True
             serving.join()
         save_small_image(Path(folder) / "page.png", args.output)
-    print(f"{args.output}: {args.sentence!r}, answered by {args.model}")
+    print(f"Screenshot: {args.output}. It shows the results for {args.sentence!r}, found by the model {args.model}.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Check this project against the published models: convert them, compare them with open_clip, measure the paper's sets.
+"""Convert the published models, compare them with open_clip, and evaluate them on the datasets of the CAPIVARA paper.
 
     python -m benchmarks.published --output results/published
     python -m benchmarks.published --output results/quick --only flickr30k-pt mnist --limit 500
 
-Needs a network, and the extras `train` and `open-clip`. CAPIVARA and its base model are downloaded and converted, and
-their tokens, pixels and embeddings are compared with open_clip's. Then `eval.suite` measures both on the retrieval and
-classification sets of the paper. Sets that can't be downloaded are listed with the place to ask for them; put their
-data into --data_dir.
+Needs network access, and the extras `train` and `open-clip`. CAPIVARA and the base model that it was trained from are
+downloaded and converted, and their tokens, pixels and embeddings are compared with open_clip's. Then `eval.suite`
+evaluates both models on the retrieval and classification datasets of the paper (arXiv 2310.13683). Datasets that can't
+be downloaded are listed with the place to request them. Put their data into the folder --data_dir.
 
 The output folder gets `published.json`, `report.md`, and the files of `eval.suite`. To continue an interrupted run,
 repeat the command: downloads, conversions and embeddings are kept in caches.
@@ -38,8 +38,8 @@ from modeling_capivara.two_towers import compute_image_embeds, compute_text_embe
 
 # Differences of float32 embeddings of unit length, computed on the CPU. Tokens and pixels must be equal.
 MAX_EMBEDDING_DIFFERENCE = 1e-5
-CAPTIONS_PER_IMAGE = 5  # of the retrieval sets that can be downloaded
-TIMED_ITEMS = 32  # number of images and of texts whose embedding is timed for the estimate
+CAPTIONS_PER_IMAGE = 5  # in the retrieval datasets that can be downloaded
+TIMED_ITEMS = 32  # number of images, and of texts, that are embedded to estimate the total time
 # Texts with characters that are cleaned before they are tokenized, and a text that is truncated.
 TEXTS = (
     *("um gato dormindo no sofá", "SÃ£o JoÃ£o &amp;amp; cia", "", "  Duas   CRIANÇAS\n jogam bola ", "日本語 🦫"),
@@ -50,22 +50,36 @@ IMAGE_SIZES = ((310, 227), (224, 224), (97, 640), (1200, 800), (16, 16))  # widt
 
 @dataclass
 class PublishedArguments(SuiteArguments):
-    """Command-line arguments of `benchmarks.published`: as for `eval.suite`, with the published models as defaults."""
+    """Command-line arguments of `benchmarks.published`: those of `eval.suite`, with the published models as defaults.
+
+    Raises:
+        ValueError: If `runs` is given, or an argument is invalid for `eval.suite`.
+    """
 
     model: str = flag("hiaac-nlp/CAPIVARA", "Hub id or folder of the trained model in open_clip's format.")
     baseline: str = flag(
-        "laion/CLIP-ViT-B-32-xlm-roberta-base-laion5B-s13B-b90k", "As --model, for the model that it was trained from."
+        "laion/CLIP-ViT-B-32-xlm-roberta-base-laion5B-s13B-b90k",
+        "Hub id or folder of the base model that --model was trained from, in open_clip's format.",
     )
     output: Path = flag(Path("results/published"), "Folder to write the results to.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.runs:
-            raise ValueError("--runs can't be used here, since the published model is a single one.")
+            raise ValueError("--runs can't be used here, because there is only one published model. Remove --runs.")
 
 
 def fetch_download_sizes_from_hub(args: PublishedArguments, benchmarks: list[Benchmark]) -> dict[str, int | None]:
-    """Return the sizes of the downloads in bytes, by Hub id; None if the Hub does not say. Local paths are omitted."""
+    """Ask the Hub for the sizes of all models and datasets that must be downloaded.
+
+    Args:
+        args: Arguments of the command.
+        benchmarks: Benchmarks whose datasets are needed.
+
+    Returns:
+        `{Hub id: size of the download in bytes}`. The size is None if the Hub does not report it. Models and datasets
+        that are on this machine are not included.
+    """
     sizes, api = {}, HfApi()
     sources = [(name, api.model_info, OPEN_CLIP_WEIGHT_FILES) for name in (args.model, args.baseline)]
     for benchmark in benchmarks:
@@ -76,10 +90,10 @@ def fetch_download_sizes_from_hub(args: PublishedArguments, benchmarks: list[Ben
         if name not in sizes and not Path(name).exists():
             try:
                 stored = {file.rfilename: file.size or 0 for file in get_info(name, files_metadata=True).siblings}
-            except HfHubHTTPError:  # the suite reports the reason
+            except HfHubHTTPError:  # `eval.suite` reports the reason later
                 sizes[name] = None
                 continue
-            if weight_files:  # count one of several formats of the same weights
+            if weight_files:  # the repository may have the same weights in several formats, but only one is downloaded
                 stored = dict([next((item for item in stored.items() if item[0] in weight_files), ("", 0))])
             sizes[name] = sum(stored.values())
     return sizes
@@ -93,11 +107,12 @@ def estimate_embedding_time(
     Args:
         args: Arguments of the command.
         benchmarks: Benchmarks whose data can be read.
-        folders: Role -> folder of the converted model.
+        folders: Folder of each converted model by the model's role, such as "baseline".
 
     Returns:
-        `images` and `texts` (numbers to embed, for all models), and `seconds`. Images of models with the same image
-        encoder are embedded once. Benchmarks of unknown size are not counted; their keys are in `unknown`.
+        `{"images": number of images to embed, "texts": number of texts to embed, "seconds": estimated time, "unknown":
+        keys of the benchmarks of unknown size, which are not counted}`. The numbers are totals of all models; if models
+        have the same image encoder, each image counts once.
     """
     images, texts, unknown = 0, 0, []
     for benchmark in benchmarks:
@@ -133,8 +148,12 @@ def compare_converted_model_with_open_clip(source: str, folder: Path) -> dict[st
         folder: Folder of the converted model.
 
     Returns:
-        `equal_tokens` and `equal_pixels` (bool), the largest absolute differences of `text_embeds` and `image_embeds`,
-        and `passed`: whether tokens and pixels are equal and the differences at most `MAX_EMBEDDING_DIFFERENCE`.
+        A dict with these keys:
+
+        - "equal_tokens" and "equal_pixels": whether token ids and pixels equal those of open_clip.
+        - "text_embeds" and "image_embeds": largest absolute difference between corresponding elements of the
+          embeddings of both programs.
+        - "passed": whether tokens and pixels are equal and both differences at most `MAX_EMBEDDING_DIFFERENCE`.
     """
     import open_clip
 
@@ -171,18 +190,18 @@ def _render_report(models: dict[str, dict[str, Any]], summary: dict[str, Any]) -
         same = ["equal" if model[name] else "**different**" for name in ("equal_tokens", "equal_pixels")]
         differences = [f"{model[name]:.1e}" for name in ("text_embeds", "image_embeds")]
         lines.append(f"| {ROLE_NAMES[role]}: {model['source']} | {' | '.join(same + differences)} |")
-    lines += ["", "Texts and images: largest difference of a number of an embedding of unit length.", ""]
+    lines += ["", "Texts and images: largest absolute difference between elements of unit-length embeddings.", ""]
     return "\n".join(lines) + "\n" + render_suite_table(summary)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: estimate, convert, compare, measure, and write the report.
+    """Run the command: convert the models, compare them with open_clip, evaluate them, and write the report.
 
     Args:
         argv: Command-line arguments; the arguments of the program if None.
 
     Raises:
-        SystemExit: If a converted model differs from open_clip's. The report is written nevertheless.
+        SystemExit: If a converted model gives other results than open_clip. The report is written nevertheless.
     """
     args = parse_arguments(PublishedArguments, __doc__, argv)
     require_packages("The comparison with open_clip", "open-clip", "open_clip")

@@ -4,11 +4,12 @@
     python -m benchmarks.quantize --output benchmarks/results/quantize.json
 
 Each kind of quantization is applied to a new copy of the model, which embeds the images and texts of a test split. Two
-things are measured: the cosines between these embeddings and those of the float32 model, and the mean recall of
-retrieval with the quantized model's embeddings. Random weights would not do:
-quantization errors depend on the outliers that trained weights have. The linear layers of the towers are quantized. The
-projections are quantized only in the kind whose name says so, because one outlier in a projection can spoil all
-embeddings.
+things are measured: the cosines between these embeddings and the embeddings of the float32 model, and the mean recall
+of retrieval with the quantized model's embeddings. The model must be trained, because quantization errors depend on
+outliers, which random weights do not have.
+
+The linear layers of the towers are quantized. The projections are quantized only by the kind "torchao int8, weights,
+with projections", because one outlier in a projection can spoil all embeddings.
 """
 
 import statistics
@@ -29,7 +30,7 @@ from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
-GROUP_SIZE = 32  # weights that share a scale in 4 bits, torchao's usual size
+GROUP_SIZE = 32  # number of weights that share one scale in 4-bit quantization, as usual in torchao
 
 
 @dataclass
@@ -41,7 +42,7 @@ class QuantizeArguments:
         Path("data/openmoji/dataset"), "Dataset of `examples.openmoji.prepare`; its test split is used."
     )
     language: str = flag("pt", "Language of the captions.")
-    rows: int = flag(350, "Number of rows of the test split, from the first one.")
+    rows: int = flag(350, "Number of rows to use, from the start of the test split.")
     output: Path | None = flag(None, "JSON file for the results.")
 
 
@@ -58,7 +59,13 @@ def _is_linear(module: nn.Module, name: str) -> bool:
 
 
 def _make_torchao_quantizer(config: Any, selects: Callable[[nn.Module, str], bool] = _in_tower) -> Callable:
-    """Return a function that quantizes the selected layers of a model with torchao, and returns the model."""
+    """Return a function that quantizes some layers of a model with torchao, and returns the model.
+
+    Args:
+        config: Quantization config of torchao.
+        selects: Function that gets a module and its name, and returns whether the module is quantized. By default, the
+            linear layers of the towers are quantized.
+    """
 
     def quantize(model: nn.Module) -> nn.Module:
         from torchao.quantization import quantize_
@@ -77,7 +84,12 @@ def _apply_dynamic_quantization(model: nn.Module) -> nn.Module:
 
 
 def build_quantizers() -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """Return the kinds of quantization: functions that quantize a model in place and return it, by name."""
+    """Build a function for each kind of quantization that the benchmark compares.
+
+    Returns:
+        `{name of the kind: function}`. Each function quantizes a model in place and returns the model. The kind
+        "float32" changes nothing and serves as the reference.
+    """
     from torchao.quantization import (
         Int8DynamicActivationInt8WeightConfig,
         Int8WeightOnlyConfig,
@@ -101,13 +113,21 @@ def build_quantizers() -> dict[str, Callable[[nn.Module], nn.Module]]:
 
 
 def compute_mean_and_lowest_cosine(reference: Tensor, embeds: Tensor) -> dict[str, float]:
-    """Return the mean and the lowest cosine between two lists of embeddings (rows, width) of unit length."""
+    """Compare two lists of embeddings row by row.
+
+    Args:
+        reference: Embeddings of the float32 model, (rows, width), unit length.
+        embeds: Embeddings of the same inputs by a quantized model, (rows, width), unit length.
+
+    Returns:
+        `{"mean_cosine": mean cosine of corresponding rows, "min_cosine": lowest cosine of corresponding rows}`.
+    """
     cosines = (reference * embeds).sum(dim=-1).tolist()
     return {"mean_cosine": statistics.mean(cosines), "min_cosine": min(cosines)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: quantize, embed, compare, and print the results as JSON."""
+    """Run the command: quantize the model in several ways, evaluate each, and print the results as JSON."""
     args = parse_arguments(QuantizeArguments, __doc__, argv)
     source = args.model or str(get_or_build_miniature_folder())
     split = load_dataset_and_refuse_image_paths(args.dataset)["test"]

@@ -1,11 +1,14 @@
-"""Measure the recall of the paper's recipe on the demo's base model, with weight interpolation and several seeds.
+"""Train the base model of the OpenMoji demo by the CAPIVARA paper's recipe with several seeds, and measure recall.
 
     python -m benchmarks.recipe
     python -m benchmarks.recipe --base data/openmoji/base-sigmoid --output benchmarks/results/recipe_sigmoid.json
 
-The loss is the base model's, as aligned by `examples.openmoji.prepare`. Requires the data of that command and of
-`examples.openmoji.proxies`. Finished runs stay in the work folder and are not trained again. docs/explanation/recipe.md
-shows the results. WiSE-FT: arXiv 2109.01903.
+Each trained model is measured with its own weights, and with weighted means of its weights and the base model's weights
+(WiSE-FT weight interpolation, arXiv 2109.01903). The training uses the loss that the base model was built with:
+contrastive in the first command, sigmoid in the second.
+
+Run `examples.openmoji.prepare` and `examples.openmoji.proxies` first, because this benchmark needs their output.
+Finished runs stay in the work folder and are not trained again. docs/explanation/recipe.md shows the results.
 """
 
 from dataclasses import dataclass
@@ -41,7 +44,9 @@ TRAINED_SHARES = {REFERENCE_ROW: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7":
 # Datasets of drawings. Only they get confidence intervals, because the dataset photos has too few images.
 DRAWING_SETS = ("openmoji", "twemoji", "noto")
 EVALUATION_SPLITS = [*((name, split) for name in DRAWING_SETS for split in ("validation", "test")), ("photos", "test")]
-# Condition, such as "noto/test/pt/text_to_image" -> mean hit at 1, 5 and 10 of each query, 0 to 1, of shape (queries,)
+# Keys are conditions "DATASET/SPLIT/LANGUAGE/DIRECTION", such as "noto/test/pt/text_to_image". Values have the shape
+# (queries,). They are between 0 and 1: the mean over k = 1, 5 and 10 of whether the query finds its item among the
+# first k results.
 HitsByCondition = dict[str, Tensor]
 
 
@@ -51,8 +56,8 @@ class RecipeArguments:
 
     config: Path = flag(CODE_ROOT / "configs" / "openmoji.yaml", "YAML file with the training flags.")
     seeds: list[int] = flag([0, 1, 2], "Seeds of the training runs, one run per seed.")
-    base: str = flag("data/openmoji/base", "Folder of the base model.")
-    openmoji: str = flag("data/openmoji/dataset", "Folder of the demo's dataset.")
+    base: str = flag("data/openmoji/base", "Folder of the base model, from `examples.openmoji.prepare`.")
+    openmoji: str = flag("data/openmoji/dataset", "Folder of the OpenMoji dataset, from `examples.openmoji.prepare`.")
     proxies: Path = flag(Path("data/openmoji/proxies"), "Output folder of `examples.openmoji.proxies`.")
     work: Path = flag(Path("runs/recipe"), "Folder for runs and embeddings; half a gigabyte per run.")
     output: Path = flag(RESULTS_FOLDER / "recipe.json", "JSON file for the results.")
@@ -82,7 +87,9 @@ def _load_evaluation_data(args: RecipeArguments) -> dict[str, RetrievalData]:
 
 
 def find_or_train_run(seed: int, args: RecipeArguments, base_digest: str) -> Path:
-    """Return the folder of a finished run; train first if there is none for this config, base model and seed.
+    """Return the folder of the training run with a seed, after training it if it does not exist.
+
+    A finished run is reused if its config, base model and seed are the same.
 
     Args:
         seed: Seed of the training.
@@ -105,19 +112,22 @@ def find_or_train_run(seed: int, args: RecipeArguments, base_digest: str) -> Pat
 def _build_row_of_recalls_and_gains(
     name: str, hits: list[HitsByCondition], reference: list[HitsByCondition], groups: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Summarize one row of the results.
+    """Summarize one row of the results: the recall of one kind of model, and its gain over the reference row.
 
     Args:
-        name: Name of the row.
-        hits: Hits of each seed.
-        reference: Hits of each seed of the reference row.
-        groups: Image index of each query, by condition; the bootstrap resamples images.
+        name: Name of the row, such as "interpolate-0.5".
+        hits: Hits of the row's models, one dict per seed.
+        reference: Hits of the models of the reference row, one dict per seed.
+        groups: For each condition, the image index of each query. The bootstrap resamples images.
 
     Returns:
-        "name": name of the row. "values": for each condition, the mean recall (0 to 1) of each seed. "gain": for each
-        condition whose images are drawings, three numbers: the mean recall of this row minus the mean recall of the
-        reference row, both averaged over the seeds; then the low and the high end of the 95 % interval of this
-        difference, from a paired bootstrap. For the reference row itself, "gain" is an empty dict.
+        A dict with these keys:
+
+        - "name": name of the row.
+        - "values": `{condition: mean recall (0 to 1) of each seed}`.
+        - "gain": `{condition: (gain, low, high)}`, only for conditions whose images are drawings. The gain is the mean
+          recall of this row minus that of the reference row, both averaged over the seeds. Low and high are the ends of
+          its 95 % interval from a paired bootstrap. Empty for the reference row itself.
     """
 
     def average_seeds(hits_of_seeds: list[HitsByCondition], key: str) -> Tensor:

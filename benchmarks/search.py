@@ -1,13 +1,15 @@
-"""Measure time and memory of searches among a thousand to a million pictures, and how fast a followed folder updates.
+"""Measure search in indexes of up to a million pictures, and how fast changes of a followed folder reach an index.
 
     python -m benchmarks.search --parts index
     python -m benchmarks.search --parts index --sizes 1000 10000 --output /tmp/search.json
     python -m benchmarks.search --parts follow
 
-The indexes contain generated vectors of width 512, in clusters, and all columns except thumbnails. Each index is
-measured in a separate process, which has its own peak memory. The text encoder has the full published size and random
-weights. `benchmarks/search_follow.py` measures the part `follow`. Results are in benchmarks/results/search.json and
-search_follow.json; docs/reference/benchmarks.md shows them.
+The part `index` measures time and memory of searches. The indexes contain random vectors of width 512, in clusters, and
+all columns except thumbnails. Each index is measured in a separate process, so that its peak memory is known. The text
+encoder has the full published size and random weights.
+
+The part `follow` (in `benchmarks/search_follow.py`) measures an index that `capivara app --watch` keeps up to date with
+a folder. Results are in benchmarks/results/search.json and search_follow.json; docs/reference/benchmarks.md shows them.
 """
 
 import json
@@ -45,10 +47,10 @@ QUERY_TEXTS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniver
 class SearchArguments:
     """Command-line arguments of `benchmarks.search`."""
 
-    parts: Literal["index", "follow"] = flag("index", "What to measure: indexes of all sizes, or a followed folder.")
+    parts: Literal["index", "follow"] = flag("index", "What to measure: search in indexes, or a followed folder.")
     sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Number of pictures of each index.")
     followed: int = flag(10_000, "Number of photographs in the followed folder, 640 x 480 pixels each.")
-    runs: int = flag(5, "Repetitions of adding one picture, of starting a new process, and of following a change.")
+    runs: int = flag(5, "How often a single picture is added, a new process searches, and the folder changes.")
     work: Path = flag(Path("runs/search"), "Folder for vectors, indexes, photographs and model; about 10 GB.")
     output: Path | None = flag(
         None, "JSON file for the results. Default: search.json or search_follow.json in benchmarks/results."
@@ -61,7 +63,7 @@ class SearchArguments:
 def main(argv: list[str] | None = None) -> None:
     """Run the command: measure searching and updating, and print the results as JSON.
 
-    `--parts` chooses between indexes of several sizes, and `capivara open --watch` on a folder that changes.
+    `--parts` chooses between indexes of several sizes, and `capivara app --watch` on a folder that changes.
     """
     args = parse_arguments(SearchArguments, __doc__, argv)
     if args.worker:
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
             {"fill": _measure_index_creation, "index": _measure_searching_and_adding}[args.worker](args)
         )
         return
-    from benchmarks import search_follow  # imported here, because a worker must not load torch
+    from benchmarks import search_follow  # imported late: it loads torch, which would add to the memory of a worker
 
     tools.save_random_model(args.work / "model")
     if args.parts == "index":
@@ -91,9 +93,9 @@ def _measure_indexes(args: SearchArguments) -> dict[str, Any]:
         args: Command-line arguments.
 
     Returns:
-        "index": the results of `_measure_index_creation` and `_measure_searching_and_adding` by number of pictures, and
-        under "approximate" whether the index is searched approximately. "first_search_s": the seconds from
-        `_time_search_commands`.
+        `{"index": {number of pictures: measurements}, "first_search_s": seconds of each first search}`. The
+        measurements are the results of `_measure_index_creation` and `_measure_searching_and_adding` in one dict, and
+        under "approximate" whether the index is searched approximately.
     """
     sizes = {}
     for rows in tqdm(args.sizes, desc="Indexes", unit="size"):
@@ -121,7 +123,7 @@ def _time_search_commands(args: SearchArguments, rows: int) -> list[float]:
     """
     words = ["search", QUERY_TEXTS[0], "--index", str(index_path(args.work, rows)), "--model", str(args.work / "model")]
     command = [sys.executable, "-m", "capivara_search", *words, "--json"]
-    if not json.loads(subprocess.check_output(command)):  # this call also brings the files into the page cache
+    if not json.loads(subprocess.check_output(command)):  # this untimed call also fills the system's file cache
         raise RuntimeError(f"{' '.join(command)} found nothing.")
     return [tools.time_call(lambda: subprocess.check_output(command)) for _ in range(args.runs)]
 
@@ -192,8 +194,8 @@ def _measure_index_creation(args: SearchArguments) -> dict[str, Any]:
     """Create an index of `args.rows` rows and optimize it, as the search would for this number of rows.
 
     Returns:
-        "written_s": seconds to write the rows. "optimised_s": seconds to optimize the index. "bytes": size of the index
-        on disk.
+        `{"written_s": seconds to write the rows, "optimised_s": seconds to optimize the index, "bytes": size of the
+        index on disk}`.
     """
     where, model = index_path(args.work, args.rows), args.work / "model"
     shutil.rmtree(where, ignore_errors=True)
@@ -220,7 +222,7 @@ def build_picture_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table
     Args:
         vectors: Vectors of shape (rows, width).
         start: Number of the first row.
-        digest: Image encoder digest of the model.
+        digest: Digest of the image encoder, for the column `model`.
 
     Returns:
         Table with one row for each vector.
@@ -251,10 +253,16 @@ def _measure_searching_and_adding(args: SearchArguments) -> dict[str, Any]:
         args: Command-line arguments: work folder, number of rows of the index, and largest number of pictures to add.
 
     Returns:
-        "vector_ms", "text_ms", "page_ms" and "page_newest_ms": median and 95th percentile of the milliseconds of a
-        search by vector, by text, by text through the search page, and of the newest pictures. "memory_bytes": peak
-        resident memory after the searches by vector. "recall": fraction (0 to 1) of the exact K nearest rows that a
-        search by vector finds. "added_s": by number of added pictures, the seconds to add them.
+        A dict with these keys. Each time of a search is the result of `_measure_latency_percentiles`.
+
+        - "vector_ms": time of a search by vector.
+        - "text_ms": time of a search by text, which includes embedding the text.
+        - "page_ms": time of a search by text as the search page makes it.
+        - "page_newest_ms": time in which the search page finds the newest pictures.
+        - "memory_bytes": peak resident memory after the searches by vector.
+        - "recall": fraction (0 to 1) of the exact K nearest rows that a search by vector finds.
+        - "added_s": `{number of added pictures: {"seconds": time to add them}}`. For one picture, "seconds" is a
+          median, and "first_s" is the time of the first addition.
     """
     answers = np.load(args.work / f"answers-{args.rows}.npz")
     index = PictureIndex.open(index_path(args.work, args.rows), model=str(args.work / "model"))
@@ -302,7 +310,7 @@ def _time_adding_pictures(args: SearchArguments, index: PictureIndex, count: int
             shutil.copy(path, folder)
         seconds = tools.time_call(lambda: index.add(folder))
         if (removed := index.forget(folder)) != count:
-            raise RuntimeError(f"Expected to add {count} pictures, but {removed} were added (and removed again).")
+            raise RuntimeError(f"Expected to add {count} pictures to the index, but {removed} were added.")
     return seconds
 
 

@@ -1,9 +1,10 @@
 """Measure a search index that follows a folder of photographs. Run by `benchmarks.search --parts follow`.
 
-The benchmark starts the command `capivara` in separate processes, as a user would. It measures how accurately an
-indexing run estimates its remaining time, how long a run takes that finds nothing new, and how fast the search page
-answers while a process follows the folder. The photographs of 640 x 480 pixels are random crops of real photographs,
-resized, with added noise like that of a camera sensor.
+To follow a folder means to watch it and to update the index after each change. The benchmark starts the command
+`capivara` in separate processes, as a user would. It measures how accurately an indexing run estimates its remaining
+time, how long an indexing run without new photographs takes, how soon a change of the folder is in the index, and how
+fast the search page answers meanwhile. The photographs of 640 x 480 pixels are random crops of real photographs, with
+added noise like that of a camera sensor.
 """
 
 import io
@@ -45,7 +46,7 @@ WAIT_TIMEOUT_S = 120
 
 
 def measure_indexing_watching_and_searches(work: Path, number: int, runs: int) -> dict[str, Any]:
-    """Measure indexing runs, changes of the followed folder, and searches of the page.
+    """Measure indexing runs, changes of the followed folder, and searches through the search page.
 
     Args:
         work: Folder for photographs and index; it contains the folder `model`.
@@ -53,11 +54,15 @@ def measure_indexing_watching_and_searches(work: Path, number: int, runs: int) -
         runs: How often the changes of the folder, and the indexing run that finds nothing new, are measured.
 
     Returns:
-        The results, as in search_follow.json: "pictures" and "burst" (numbers of photographs), "estimates" (result of
-        `_index_and_measure_remaining_time_error` by indexing run), "nothing_new_s" (seconds of each run that finds
-        nothing new), "change_in_the_answers_s" (seconds by kind of change, see `_time_folder_changes_reaching_index`),
-        and "page_ms" (results of `_time_page_searches` while the folder is unchanged and while many new photographs are
-        read).
+        A dict with these keys, which is written to search_follow.json:
+
+        - "pictures": number of photographs in the folder.
+        - "estimates": `{name in INDEXING_SHARES: result of _index_and_measure_remaining_time_error}`.
+        - "nothing_new_s": seconds of each indexing run that finds nothing new.
+        - "change_in_the_answers_s": `{kind of change: seconds of each run}`, see `_time_folder_changes_reaching_index`.
+        - "page_ms": results of `_time_page_searches`: under "following" while the folder does not change, and under
+          "while_a_burst_is_read" while many new photographs are indexed.
+        - "burst": number of these new photographs.
     """
     work = work.absolute()  # the index stores absolute paths
     folder, where = work / "followed", work / "followed.lance"
@@ -153,7 +158,7 @@ def _start_capivara_command(words: list[str], stderr: int = subprocess.DEVNULL) 
 def _run_indexing(words: list[str]) -> None:
     """Run `capivara index` to its end; raise RuntimeError if it fails."""
     if code := _start_capivara_command(words).wait():
-        raise RuntimeError(f"capivara {' '.join(words)} ended with exit code {code}.")
+        raise RuntimeError(f"capivara {' '.join(words)} ended with exit code {code}. Run it to see the error.")
 
 
 def _start_and_interrupt_indexing(words: list[str], where: Path, done_count: int) -> None:
@@ -178,8 +183,9 @@ def _index_and_measure_remaining_time_error(words: list[str], where: Path) -> di
         where: Folder of the index.
 
     Returns:
-        "seconds": seconds of the run. "looks": number of estimates. "factor_off": median and maximum of the factor, at
-        least 1, between the estimated and the actual remaining time; None if there are no estimates.
+        `{"seconds": duration of the run, "looks": number of estimates, "factor_off": {"median": factor, "max":
+        factor}}`. The factors, at least 1, are between the estimated and the actual remaining time. "factor_off" is
+        None if there are no estimates.
     """
     process, index = _start_capivara_command(words), PictureIndex.open(where)
     start, readings = time.perf_counter(), []
@@ -188,7 +194,7 @@ def _index_and_measure_remaining_time_error(words: list[str], where: Path) -> di
             readings.append((time.perf_counter(), progress["done"], progress["left_s"]))
         time.sleep(POLL_INTERVAL_S)
     end = max((now for now, _, _ in readings), default=start)
-    # Until then, the model is loaded.
+    # The last reading without a finished picture. Until then, the run loads the model.
     first_picture = max((now for now, done, _ in readings if not done), default=start)
     estimates = [
         (end - now, left) for now, _, left in readings if now - first_picture >= ESTIMATE_START_S and left is not None
@@ -229,11 +235,11 @@ def _time_folder_changes_reaching_index(
     Args:
         index: Index of the folder.
         folder: The followed folder.
-        photo: Photograph that is added, changed, moved and removed again.
-        other: Photograph that replaces the content of `photo` when the file is changed.
+        photo: Photograph of which a copy is added to the folder, and then changed, moved and removed.
+        other: Photograph whose content replaces the content of the copy when the copy is changed.
 
     Returns:
-        Seconds from the change of the file until the index shows the change, for "new", "changed", "moved" and
+        `{kind of change: seconds until the index shows the change}`, with the kinds "new", "changed", "moved" and
         "removed".
     """
     path, moved = folder / "changing.jpg", folder / "moved.jpg"
@@ -293,8 +299,8 @@ def _time_page_searches(search: Callable[[str], None], should_continue: Callable
             measurement ends.
 
     Returns:
-        "p50", "p95" and "max": median, 95th percentile and maximum of the time of a search, in milliseconds.
-        "questions": number of searches.
+        `{"p50": median time of a search in milliseconds, "p95": its 95th percentile, "max": its maximum, "questions":
+        number of searches}`.
     """
     times: list[float] = []
     while should_continue(len(times)):

@@ -37,10 +37,10 @@ def peak_resident_bytes() -> int:
 
 
 def reset_peak_memory() -> int:
-    """Reset the peak memory that `peak_resident_bytes` returns to the memory that this process uses now.
+    """Reset the recorded peak memory of this process to the memory that it uses now.
 
     Returns:
-        The new peak: resident memory of this process in bytes.
+        The new value of `peak_resident_bytes`.
     """
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5 resets the peak, see proc(5)
     return peak_resident_bytes()
@@ -86,9 +86,13 @@ def time_alternating(steps: dict[str, Callable[[], Any]], runs: int, title: str)
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Return the median of `numerators[i] / denominators[i]` over the runs `i`, with seconds or rates of two programs.
+    """Return the median over all runs of the ratio of two programs' times or rates.
 
     A slow phase of the machine slows down both programs in the same run, so its effect cancels out in the ratio.
+
+    Args:
+        numerators: Seconds or rate of the first program in each run.
+        denominators: Seconds or rate of the second program in each run.
     """
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
@@ -100,7 +104,7 @@ def summarize_rates(rates: Sequence[float]) -> dict[str, float]:
         rates: Rate of each run in items per second.
 
     Returns:
-        Median, minimum and maximum of the rates under "median", "slowest" and "fastest".
+        `{"median": median of the rates, "slowest": lowest rate, "fastest": highest rate}`.
     """
     return {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)}
 
@@ -109,12 +113,12 @@ def run_module_in_subprocess(module: str, root: Path = CODE_ROOT, **flags: Any) 
     """Run a module of this project in a new process, which has its own peak memory.
 
     Args:
-        module: Name of the module.
-        root: Checkout of this project. A checkout other than this one needs a `.venv`.
-        **flags: Flags of the command.
+        module: Name of the module, such as "benchmarks.export".
+        root: Checkout of this project in which the module runs. Another checkout than this one needs its own `.venv`.
+        **flags: Command-line flags of the module by name, without the leading hyphens.
 
     Returns:
-        Value of the JSON in the last line of the output.
+        The value that the last line of the module's output contains as JSON.
 
     Raises:
         RuntimeError: If the process fails; the message contains the end of its error output.
@@ -136,7 +140,7 @@ def make_captions(count: int, words: int = 18, deviation: float = 4.5) -> list[s
         deviation: Standard deviation of the number of words.
 
     Returns:
-        The captions, as Portuguese words separated by spaces.
+        The captions: Portuguese words from `CAPTION_WORDS`, separated by spaces.
     """
     rng = np.random.default_rng(0)
     lengths = rng.normal(words, deviation, count).round().clip(5, 68).astype(int)
@@ -147,7 +151,7 @@ def save_random_model(folder: Path) -> int:
     """Save a CAPIVARA model of the published size with random weights, unless the folder already contains a model.
 
     Args:
-        folder: Folder for the model with its processor.
+        folder: Folder to save the model and its processor in.
 
     Returns:
         Size of the weight file in bytes.
@@ -172,10 +176,10 @@ def describe_measurement_conditions(*packages: str) -> dict[str, Any]:
         *packages: Names of further packages whose versions are recorded.
 
     Returns:
-        "commit": short Git commit, with "+" appended if there are uncommitted changes. "date": YYYY-MM-DD. "device":
-        description of the CPU. "threads": number of threads of torch. "versions": versions by package.
+        `{"commit": short Git commit, with "+" appended if there are uncommitted changes, "date": YYYY-MM-DD, "device":
+        description of the CPU, "threads": number of torch's threads, "versions": {package: version}}`.
     """
-    import torch  # imported here, as above, so that programs without torch are measured without its memory
+    import torch  # imported late: the memory of torch must not count in processes that do not use torch
 
     words = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty=+"]
     commit = subprocess.run(words, cwd=CODE_ROOT, capture_output=True, text=True, check=False).stdout.strip()

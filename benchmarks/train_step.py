@@ -19,9 +19,10 @@ memory is that of one program. The programs run alternately:
 - `cache_recomputed`: as `cache`, but the autograd graphs of all micro-batches are recomputed, as for a batch of 2816
   pairs, whose graphs do not fit into memory.
 
-`--beside CHECKOUT` measures only `no_cache`, `cache` and the recipe's step. Each alternates with the same program of
-another checkout, which needs its own .venv. Ratios are the rate of this checkout divided by the rate of the other
-checkout. `--parts demo` runs `make demo` end to end after the installation, twice per checkout.
+`--beside CHECKOUT` compares this checkout with another checkout, which needs its own .venv. Only `no_cache`, `cache`
+and the part `recipe` are measured. Each alternates with the same program of the other checkout. Ratios are the rate of
+this checkout divided by the rate of the other checkout. `--parts demo` times the commands of `make demo`, without the
+installation, twice per checkout.
 
 `--model siglip2` measures SigLIP 2 B/16 with the sigmoid loss against open_clip's `--siglip` on its ViT-B-16-SigLIP2;
 `siglip2_large` and `siglip2_so400m` measure L/16 at 256 pixels and So400m/14 at 224 pixels. Texts have 64 random ids,
@@ -70,13 +71,15 @@ from training.inputs import embed_pixels
 from training.trainable import build_optimizer, clamp_logit_scale, freeze_parameters_and_add_adapters, learning_rate_at
 from training.whole_batch import StepReport, WholeBatch
 
-PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
+PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's name of a precision -> its name in the results
 PEER_PROGRAM = "open_clip"
 RECOMPUTED_PROGRAM = "cache_recomputed"
 PROGRAMS = (PEER_PROGRAM, "no_cache", "cache", RECOMPUTED_PROGRAM)
 BEFORE_SUFFIX = "_before"  # suffix of the names of programs that run in the checkout `--beside`
-PROGRAM_PAIRS = 96  # default of --pairs for the programs
-RECIPE_PAIRS, RECIPE_MICRO = 2816, 64  # CAPIVARA, arXiv 2310.13683, appendix; the micro-batch is our choice
+PROGRAM_PAIRS = 96  # pairs per step in the part `programs`, unless --pairs is given
+# Pairs per step and per micro-batch in the part `recipe`. 2816 is from the appendix of the CAPIVARA paper (arXiv
+# 2310.13683); the micro-batch is our choice.
+RECIPE_PAIRS, RECIPE_MICRO = 2816, 64
 EXTRAPOLATION_RULE = (
     "Linear in the pairs, through the two measured batch sizes, each of at least two micro-batches. Weights, "
     "gradients, Adam's moments and the graph of a micro-batch do not depend on the batch. Token ids, embeddings and "
@@ -123,18 +126,18 @@ class TrainStepArguments:
     pairs: int | None = flag(
         None, "Pairs per step of the programs (default: 96) or, with --parts recipe, of the recipe (default: 2816)."
     )
-    micro: int = flag(16, "Pairs per micro-batch of our programs; the recipe's step has 64.")
-    peer_micro: int = flag(48, "open_clip's --batch-size. Its --accum-freq is pairs / peer_micro.")
+    micro: int = flag(16, "Pairs per micro-batch of our programs. The part recipe always uses 64.")
+    peer_micro: int = flag(48, "Pairs per micro-batch of open_clip: its --batch-size. --accum-freq follows from it.")
     runs: int = flag(5, "How often each program is timed; the programs take turns.")
     steps: int = flag(1, "Timed steps per run.")
-    warmup: int = flag(1, "Untimed steps before them, for our programs; open_clip has 1.")
-    parts: list[str] = flag(["recipe", "programs"], "What to measure: a step of the recipe, the programs, the demo.")
+    warmup: int = flag(1, "Untimed steps of our programs before the timed steps. open_clip always has 1.")
+    parts: list[str] = flag(["recipe", "programs"], "Groups of measurements: one or more of recipe, programs and demo.")
     output: Path | None = flag(
         None,
         "JSON file for the results. Default: train_step.json; with --model, train_step_MODEL.json; for the recipe "
         "alone, train_step_recipe_MODEL.json.",
     )
-    beside: Path | None = flag(None, "Another checkout with its own .venv, measured in the same runs.")
+    beside: Path | None = flag(None, "Another checkout with its own .venv, to compare with this one.")
     worker: Literal["open_clip", "no_cache", "cache", "cache_recomputed"] | None = flag(
         None, "Measure once in this process (internal)."
     )
@@ -151,24 +154,24 @@ class TrainStepArguments:
             self.pairs = self.program_pairs
         elif "recipe" in self.parts and self.recipe_pairs[0] < 2 * RECIPE_MICRO:
             raise ValueError(
-                f"pairs must be at least {4 * RECIPE_MICRO} for the recipe, so that a step of half as many pairs has "
-                f"two micro-batches; got {self.pairs}."
+                f"pairs must be at least {4 * RECIPE_MICRO} for the part recipe, so that the step of half as many "
+                f"pairs, which is measured too, has two micro-batches; got {self.pairs}."
             )
         pairs = self.program_pairs
         if not self.worker and "programs" in self.parts and (pairs % self.peer_micro or pairs <= self.peer_micro):
             raise ValueError(
                 f"pairs must be a multiple of peer_micro, the pairs of one forward pass of open_clip "
-                f"({self.peer_micro}), and at least twice it, so that open_clip accumulates gradients; got {pairs}."
+                f"({self.peer_micro}), and at least twice that number, so that gradients accumulate; got {pairs}."
             )
 
     @property
     def program_pairs(self) -> int:
-        """Pairs per step of the programs."""
+        """Pairs per step in the part `programs`."""
         return self.pairs or PROGRAM_PAIRS
 
     @property
     def recipe_pairs(self) -> list[int]:
-        """Pairs of each measured step of the recipe: 2816 or, if `pairs` was given for it, half as many and `pairs`."""
+        """Pairs per step in the part `recipe`: [2816], or [pairs / 2, pairs] if `pairs` was given for this part."""
         is_published = "programs" in self.parts or self.pairs in (None, RECIPE_PAIRS)
         return [RECIPE_PAIRS] if is_published else [self.pairs // 2, self.pairs]
 
@@ -191,10 +194,12 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
         args: Command-line arguments of the benchmark.
 
     Returns:
-        The results, as in train_step.json: the conditions and sizes of the benchmark; under "measured", the summary of
-        each program (see `_summarize_runs`) by precision and program; under "recipe", the result of
-        `_add_seconds_and_extrapolated_memory_to_step`; and under "demo", the result of `_time_demo_commands` for "new"
-        (this checkout) and "old" (`--beside`).
+        A dict that is written to the results file. It has the conditions and sizes of the benchmark and these keys:
+
+        - "measured": `{precision: {program: result of _summarize_runs}}`.
+        - "recipe", if requested: result of `_add_seconds_and_extrapolated_memory_to_step`. With `--beside`,
+          "recipe_before" is the same for the other checkout.
+        - "demo", if requested: `{"new": result of _time_demo_commands for this checkout, "old": for the other}`.
     """
     suffixes = ["", BEFORE_SUFFIX] if args.beside else [""]
     names = [name + suffix for name in ("no_cache", "cache") for suffix in suffixes] if args.beside else PROGRAMS
@@ -233,15 +238,16 @@ def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
 def _add_seconds_and_extrapolated_memory_to_step(
     step: dict[str, Any], smaller: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Add seconds to the summary of a recipe's step and, if a smaller batch was measured too, extrapolate the memory.
+    """Add the seconds of a step of the part `recipe` to its summary, and extrapolate its memory to 2816 pairs.
 
     Args:
         step: Sizes of the step, and the summary of its runs from `_summarize_runs`.
         smaller: Result of this function for the smaller batch; None if no smaller batch was measured.
 
     Returns:
-        `step` with the additional key "step_s", the median seconds. With a smaller batch also "smaller" (its result)
-        and "extrapolated": the number of pairs, their "peak_memory_bytes", and the rule.
+        `step` with the additional key "step_s", the median seconds of a step. If a smaller batch was measured, it also
+        has "smaller", the argument, and "extrapolated": `{"pairs": 2816, "peak_memory_bytes": extrapolated memory,
+        "rule": EXTRAPOLATION_RULE}`.
     """
     step = step | {"step_s": step["pairs"] / step["pairs_per_second"]["median"]}
     if smaller is None:
@@ -262,8 +268,8 @@ def _time_demo_commands(checkout: Path) -> dict[str, Any]:
         checkout: Folder of the checkout.
 
     Returns:
-        For "first" and "second", a dict with the keys "seconds" (seconds of each command by module name, and their sum
-        under "total") and "records" (list of all evaluation records that the training wrote).
+        `{"first": result of the first run, "second": result of the second run}`. The result of a run is `{"seconds":
+        {module of the command: seconds, "total": sum}, "records": evaluation records that the training wrote}`.
     """
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -312,9 +318,12 @@ def _summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict
         before: Results of the same program in the other checkout; None if it was not measured.
 
     Returns:
-        "pairs_per_second": median, slowest and fastest rate of the runs. "peak_memory_bytes": largest peak memory of a
-        run. "ratio" and "ratio_to_before", if measured: median over the runs of the program's rate divided by the rate
-        of `peer` or `before`.
+        A dict with these keys:
+
+        - "pairs_per_second": median, slowest and fastest rate of the runs.
+        - "peak_memory_bytes": largest peak memory of a run.
+        - "ratio", if `peer` was measured: median over the runs of the program's rate divided by open_clip's rate.
+        - "ratio_to_before", if `before` was measured: the same with the rate in the other checkout.
     """
     rates = [run["pairs_per_second"] for run in runs]
     memory = max(run["peak_memory_bytes"] for run in runs)
@@ -346,8 +355,8 @@ def make_random_token_ids(config: PreTrainedConfig, pairs: int) -> Tensor:
         pairs: Number of texts.
 
     Returns:
-        For CAPIVARA ids of shape (pairs, 77), padded and sorted by length, with 20 tokens on average. For SigLIP ids of
-        shape (pairs, 64) without padding.
+        For CAPIVARA, ids of shape (pairs, 77): texts of 20 tokens on average, sorted by length and padded. For SigLIP,
+        ids of shape (pairs, 64) without padding.
     """
     generator, siglip = torch.Generator().manual_seed(0), isinstance(config, SiglipConfig)
     shape = pairs, SIGLIP_TOKENS if siglip else PEER_CONTEXT_LENGTH
@@ -378,7 +387,10 @@ def _make_random_pixels(config: PreTrainedConfig, pairs: int) -> Tensor:
 
 
 class TrainingEngine:
-    """The parts of `training.loop.TrainingLoop` that compute a step, with random weights and without the loop.
+    """Our trainer's computation of a step, on a model with random weights.
+
+    A step computes what `training.loop.TrainingLoop` computes: forward and backward passes and the update of the
+    weights. Data loading, evaluation and checkpoints are left out.
 
     Args:
         config: Config of the model.
@@ -421,7 +433,7 @@ class TrainingEngine:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=False)
         report = self.step(number, texts, len(images), images)
-        # As in `TrainingLoop._update_weights`, including the norm of the gradient.
+        # The same work as in `TrainingLoop._update_weights`, which also computes the norm of the gradient.
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(number, self.args)
         torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
@@ -445,7 +457,7 @@ def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tup
     """
     texts = []
     for number, ids in enumerate(make_random_token_ids(config, args.pairs).split(args.micro)):
-        # Padded to the longest text of the micro-batch.
+        # Remove padding beyond the longest text of the micro-batch, as our trainer does.
         ids = ids[:, : (ids != PAD_TOKEN_ID).sum(dim=1).max()].contiguous()
         mask = None if isinstance(config, SiglipConfig) else (ids != PAD_TOKEN_ID).long()
         texts.append(MicroBatch(number, number * args.micro, ids, mask))
@@ -462,9 +474,13 @@ def measure_our_trainer(args: TrainStepArguments) -> dict[str, Any]:
         args: Command-line arguments of the benchmark.
 
     Returns:
-        "pairs_per_second": number of pairs divided by the median seconds of the timed steps. "step_s": seconds of each
-        timed step. "graphs_kept": for each timed step, the number of micro-batches whose autograd graph was kept
-        instead of being recomputed. "peak_memory_bytes": peak resident memory of the process.
+        A dict with these keys:
+
+        - "pairs_per_second": number of pairs divided by the median seconds of the timed steps.
+        - "step_s": seconds of each timed step.
+        - "graphs_kept": for each timed step, the number of micro-batches whose autograd graph was kept until the
+          backward pass instead of being recomputed.
+        - "peak_memory_bytes": peak resident memory of the process.
     """
     config, seconds, reports = build_published_config(args.model), [], []
     batch = make_random_batch(config, args)
@@ -494,9 +510,12 @@ def measure_open_clip_trainer(args: TrainStepArguments) -> dict[str, Any]:
         args: Command-line arguments of the benchmark.
 
     Returns:
-        "pairs_per_second": number of pairs divided by the median seconds of the timed steps. "step_s": seconds of each
-        timed step. "padded_tokens": length to which all texts are padded. "peak_memory_bytes": peak resident memory of
-        the process.
+        A dict with these keys:
+
+        - "pairs_per_second": number of pairs divided by the median seconds of the timed steps.
+        - "step_s": seconds of each timed step.
+        - "padded_tokens": number of tokens to which all texts are padded.
+        - "peak_memory_bytes": peak resident memory of the process.
     """
     from open_clip import create_loss, create_model
     from open_clip_train.data import DataInfo

@@ -3,11 +3,11 @@
     python -m benchmarks.trim_vocabulary
     python -m benchmarks.trim_vocabulary --models metaclip2 --runs 3
 
-A base model is the model that a training starts from. Here, each has random weights and a text tower of the published
-size. Its image tower is tiny, because trimming does not change it; the parameters and the download size of the
-published image tower are added to the results. Each base model is built and measured in separate
-processes, one after another. The original and the trimmed model are measured alternately. The largest base, MetaCLIP 2,
-needs 12 GB of memory and 7 GB of disk.
+A base model ("base") is the model that a training starts from. Here, each base model has random weights and a text
+tower of the published size. Its image tower is tiny, because trimming does not change it; the parameters and the
+download size of the published image tower are added to the results. Each base model is built and measured in separate
+processes, one after another. The original and the trimmed model are measured alternately. The largest base model,
+MetaCLIP 2, needs 12 GB of memory and 7 GB of disk.
 
 The XLM-R vocabulary of CAPIVARA and XLM-R large is the real one. The vocabularies of SigLIP 2 (Gemma's) and MetaCLIP 2
 (XLM-V's) are not on PyPI, so vocabularies of the same kind and size are built from the most frequent words of all
@@ -56,9 +56,9 @@ XLM_V_VOCABULARY_SIZE = 901_629  # rows of MetaCLIP 2's embedding table
 LARGE_TEXT = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 VIT_H = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
 VIT_H |= {"patch_size": 14, "image_size": 224}
-# The width stays that of the published tower, because the embeddings of a SigLIP model have it.
+# Sizes of the tiny image tower. The hidden size is not reduced, because it is also the width of SigLIP's embeddings.
 TINY_TOWER = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-FLOAT_BYTES = 4  # weights are published in float32
+FLOAT_BYTES = 4  # bytes per parameter, because the weights are published in float32
 WORDS_PER_LANGUAGE = 100_000  # at most this many words; most of wordfreq's lists are shorter
 ADDED_TOKEN_SCORE = -11.0  # log-probability of an added word, higher than the sum for the tokens that it replaces
 
@@ -67,13 +67,13 @@ ADDED_TOKEN_SCORE = -11.0  # log-probability of an added word, higher than the s
 class TrimBenchmarkArguments:
     """Command-line arguments of `benchmarks.trim_vocabulary`."""
 
-    models: list[str] = flag([*BASES], f"Bases to measure: {', '.join(BASES)}. Results of other bases are kept.")
+    models: list[str] = flag([*BASES], f"Base models to measure, among {', '.join(BASES)}. Other results are kept.")
     languages: list[str] = flag(["pt", "en"], "Languages to keep.")
-    words: list[int] = flag([*DEFAULT_WORD_COUNTS], "Most frequent words of each language to keep.")
+    words: list[int] = flag([*DEFAULT_WORD_COUNTS], "Number of the most frequent words to keep, for each language.")
     captions: int = flag(64, "Number of captions per run, of 20 tokens on average.")
     runs: int = flag(5, "How often each model is timed; the base and the trimmed model take turns.")
     output: Path = flag(tools.RESULTS_FOLDER / "trim_sizes.json", "JSON file for the results.")
-    worker: Literal["make", "measure"] | None = flag(None, "Do one thing in this process (internal).")
+    worker: Literal["make", "measure"] | None = flag(None, "Build or measure a model in this process (internal).")
     folder: Path | None = flag(None, "Folder of the worker's model (internal).")
 
     def __post_init__(self) -> None:
@@ -83,36 +83,45 @@ class TrimBenchmarkArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure the requested bases, and print the results as JSON."""
+    """Run the command: measure the requested base models, and print the results as JSON."""
     args = parse_arguments(TrimBenchmarkArguments, __doc__, argv)
     if args.worker:
         tools.output_results_as_json(build_or_measure_model(args))
     else:
         results = read_json(args.output) if args.output.is_file() else {}
-        for name in args.models:  # written after each base, so that an interrupted run keeps finished bases
+        for name in args.models:  # results are written after each model, so that an interruption loses only one
             results[name] = _measure_base(name, args)
             tools.output_results_as_json(results, args.output)
 
 
 def build_or_measure_model(args: TrimBenchmarkArguments) -> dict[str, Any]:
-    """Build or measure one model in this process, and return the result."""
+    """Do the work of a worker process: build or measure one model.
+
+    Args:
+        args: Command-line arguments of the benchmark. `worker` decides what is done.
+
+    Returns:
+        Result of `_save_random_base_with_tiny_image_tower` or `_measure_memory_and_text_speed`.
+    """
     if args.worker == "make":
         return _save_random_base_with_tiny_image_tower(args.models[0], args.folder)
     return _measure_memory_and_text_speed(args.folder, args.captions)
 
 
 def _measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
-    """Build a base, trim its vocabulary, and measure both models in alternating runs.
+    """Build a base model, trim its vocabulary, and measure the original and the trimmed model in alternating runs.
 
     Args:
-        name: Name of the base, one of `BASES`.
+        name: Name of the base model, one of `BASES`.
         args: Command-line arguments of the benchmark.
 
     Returns:
-        The conditions and sizes of the measurement, and under "before" and "after" the result of
-        `_count_tokens_parameters_and_bytes` with "memory_bytes" (largest of the runs) and "texts_per_second" (see
-        `tools.summarize_rates`). "speed_ratio" is the median over the runs of the rate after trimming divided by the
-        rate before.
+        A dict with the conditions and sizes of the measurement and these keys:
+
+        - "before" (the original model) and "after" (the trimmed model): the result of
+          `_count_tokens_parameters_and_bytes` with two more keys, "memory_bytes" (largest of the runs) and
+          "texts_per_second" (see `tools.summarize_rates`).
+        - "speed_ratio": median over the runs of the trimmed model's rate divided by the original model's rate.
     """
     with tempfile.TemporaryDirectory(prefix="capivara-trim-") as folder:
 
@@ -137,15 +146,15 @@ def _measure_base(name: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
 
 
 def _count_tokens_parameters_and_bytes(folder: Path, left_out_parameters: int) -> dict[str, int]:
-    """Count the tokens, parameters and bytes of a saved model with its published image tower.
+    """Count the tokens, parameters and bytes that a saved model would have with the published image tower.
 
     Args:
         folder: Folder of the model with a tiny image tower.
-        left_out_parameters: Parameters of the published image tower minus those of the tiny one.
+        left_out_parameters: Number of parameters of the published image tower minus that of the tiny image tower.
 
     Returns:
-        "tokens": rows of the embedding table. "parameters" of the whole model. "download_bytes": all files, with
-        weights in float32.
+        `{"tokens": rows of the token embedding table, "parameters": parameters of the whole model, "download_bytes":
+        size of all files with weights in float32}`.
     """
     weights = [tensor for path in find_weight_files(folder) for tensor in WeightFile(path).tensors.values()]
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -157,15 +166,15 @@ def _count_tokens_parameters_and_bytes(folder: Path, left_out_parameters: int) -
 
 
 def _measure_memory_and_text_speed(folder: Path, captions: int) -> dict[str, float]:
-    """Load a model in this process, and embed captions.
+    """Load a model in this process, and measure its memory and how fast it embeds captions.
 
     Args:
         folder: Folder of the model.
         captions: Number of captions.
 
     Returns:
-        "memory_bytes": resident memory after the model was loaded and has embedded captions once, minus the memory
-        before. "texts_per_second": rate of the second pass, with tokenization.
+        `{"memory_bytes": resident memory after the model was loaded and has embedded the captions once, minus the
+        memory before, "texts_per_second": rate when it embeds the captions again, including tokenization}`.
     """
     texts, before = tools.make_captions(captions), tools.reset_peak_memory()
     model, processor = load_model(folder).eval(), load_processor(folder)
@@ -179,15 +188,15 @@ def _measure_memory_and_text_speed(folder: Path, captions: int) -> dict[str, flo
 
 
 def _save_random_base_with_tiny_image_tower(name: str, folder: Path) -> dict[str, Any]:
-    """Save a base with a text tower of the published size, a tiny image tower and random weights.
+    """Save a base model with a text tower of the published size, a tiny image tower and random weights.
 
     Args:
-        name: Name of the base, one of `BASES`.
+        name: Name of the base model, one of `BASES`.
         folder: Folder to write to.
 
     Returns:
-        "vocabulary": "real" or "synthesized". "left_out_parameters": parameters of the published image tower minus
-        those of the tiny one.
+        `{"vocabulary": "real" if it is a published one, otherwise "synthesized", "left_out_parameters": number of
+        parameters of the published image tower minus that of the tiny image tower}`.
     """
     model_class, config = get_base_class_and_config(name)
     with torch.device("meta"):
@@ -203,7 +212,7 @@ def _save_random_base_with_tiny_image_tower(name: str, folder: Path) -> dict[str
 
 
 def get_base_class_and_config(name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """Return the class and the published config of a base, one of `BASES`."""
+    """Return the model class and the published config of the base model `name`, one of `BASES`."""
     if name in SIGLIP_SIZES:
         return SiglipModel, build_published_config(name)
     if name == "metaclip2":
@@ -220,7 +229,7 @@ def _build_processor_and_vocabulary_kind(name: str, image_size: int) -> tuple[Pr
     """Build the processor of a base model, with a vocabulary of the published size.
 
     Args:
-        name: Name of the base, one of `BASES`.
+        name: Name of the base model, one of `BASES`.
         image_size: Side of the images in pixels.
 
     Returns:
@@ -238,7 +247,7 @@ def _build_processor_and_vocabulary_kind(name: str, image_size: int) -> tuple[Pr
 
 
 def iter_words_of_all_languages() -> Iterator[str]:
-    """Yield distinct words of all languages of wordfreq: the most frequent word of each, then the second, and so on."""
+    """Yield the distinct words of all languages of wordfreq, the most frequent words of each language first."""
     import wordfreq
 
     lists = [frequent_words(language, WORDS_PER_LANGUAGE) for language in sorted(wordfreq.available_languages())]
@@ -246,7 +255,7 @@ def iter_words_of_all_languages() -> Iterator[str]:
 
 
 def synthesize_bpe_tokenizer(size: int) -> Siglip2Tokenizer:
-    """Build a tokenizer of SigLIP 2's kind: BPE with a token for each byte, whose tokens are the beginnings of words.
+    """Build a BPE tokenizer like that of SigLIP 2. Its tokens are all bytes and the beginnings of frequent words.
 
     Args:
         size: Number of tokens.
@@ -272,7 +281,7 @@ def synthesize_bpe_tokenizer(size: int) -> Siglip2Tokenizer:
 
 
 def synthesize_unigram_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """Build a tokenizer of XLM-V's kind: the tokens of XLM-R, and frequent words as additional tokens.
+    """Build a unigram tokenizer like XLM-V's. Its tokens are the tokens of XLM-R and additional frequent words.
 
     Args:
         size: Number of tokens.

@@ -1,8 +1,11 @@
 """Read the size of the frames in an AVIF file without decoding them.
 
-The `ispe` box of an AVIF file declares the size of the image, but the decoder allocates memory for the frames in the
-AV1 streams, which may be larger. The sequence headers of the streams state the size of the frames (AV1 specification,
-section 5.5.1). The boxes are those of ISO/IEC 14496-12 and 23008-12.
+A hostile file can declare a small image and contain huge frames, which would fill the memory during decoding. The size
+of the frames lets `image_files.py` refuse such a file before it is decoded.
+
+An AVIF file consists of nested boxes (ISO/IEC 14496-12 and 23008-12). The `ispe` box declares the size of the image,
+but the decoder allocates memory for the frames in the AV1 streams, which may be larger. The sequence headers of these
+streams state the size of the frames (AV1 specification, section 5.5.1).
 """
 
 import io
@@ -12,10 +15,10 @@ from contextlib import suppress
 from itertools import count, islice
 
 # Honest files stay below these limits, which bound the time that a hostile file takes.
-MAX_BOXES = 100_000  # in one box
+MAX_BOXES = 100_000  # number of child boxes that are read in one box
 MAX_OBUS = 100  # per stream; the sequence header precedes the first frame
 MAX_ITEM_TABLE_BYTES = 64_000  # enough for 4,000 items
-MAX_STREAM_BYTES = 1_000_000  # that are read of a stream
+MAX_STREAM_BYTES = 1_000_000  # number of bytes that are read of one stream
 MAX_SEQUENCE_HEADER_BYTES = 512  # with the most operating points, a sequence header takes about 400 bytes
 SEQUENCE_HEADER = 1  # type of an OBU (open bitstream unit)
 TRACK_PATH = (b"moov", b"trak", b"mdia", b"minf", b"stbl")  # boxes around the sample table of an image sequence
@@ -35,7 +38,7 @@ def largest_frame_size(data: bytes) -> tuple[int, int]:
     """
     file, sizes = memoryview(data), [(0, 0)]
     for find_streams in (_item_streams, _track_streams):
-        with suppress(ValueError, IndexError, EOFError, struct.error):  # what precedes a damaged part counts
+        with suppress(ValueError, IndexError, EOFError, struct.error):  # sizes found before a damaged part count
             for stream in find_streams(file):
                 sizes.extend(_frame_sizes(stream))
     return max(sizes, key=lambda size: size[0] * size[1])
@@ -64,7 +67,7 @@ def _find_boxes(content: memoryview, *path: bytes) -> Iterator[memoryview]:
 
 
 def _item_streams(file: memoryview) -> Iterator[bytearray]:
-    """Yield the AV1 stream of each item of a still image.
+    """Yield the AV1 stream of each item of a still image: of the image, its tiles and its transparency.
 
     Raises:
         ValueError: If a table of items is too large.
@@ -89,7 +92,14 @@ def _item_streams(file: memoryview) -> Iterator[bytearray]:
 
 
 def _item_locations(table: memoryview) -> Iterator[tuple[int, list[tuple[bool, int, int]]]]:
-    """Yield the number of each item in an `iloc` box and its extents: (whether it is in `idat`, start, size in bytes).
+    """Yield the number and the extents (ranges of bytes) of each item that an `iloc` box lists.
+
+    Args:
+        table: Content of the `iloc` box.
+
+    Yields:
+        The tuple (item number, extents). Each extent is a tuple (in_idat, start, size). `in_idat` says whether `start`
+        is an offset in the `idat` box instead of the file. `size` is in bytes; 0 means up to the end.
 
     Raises:
         ValueError: If the table is too large.
@@ -180,7 +190,7 @@ def _skip_timing_and_operating_points(read: Callable[[int], int]) -> None:
     """Skip the timing information and the operating points of an AV1 sequence header.
 
     Args:
-        read: Function that reads a number of bits as an unsigned integer.
+        read: Function that takes a number of bits, reads that many bits, and returns them as an unsigned integer.
     """
     delay_bits = 0
     if read(1):  # timing_info_present_flag: timing information follows

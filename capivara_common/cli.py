@@ -79,13 +79,14 @@ def run_main_and_report_user_errors(main: Callable[[], object], resumable: bool 
 
 
 def configure_console() -> None:
-    """Print characters that the terminal can't show as escapes, and print UTF-8 on Windows.
+    """Make all output of this process printable: escape characters that the terminal can't show, use UTF-8 on Windows.
 
-    Windows would otherwise use a code page of 256 characters for output that goes to a file or to another program.
+    Without this, a character that the terminal can't show would raise UnicodeEncodeError. For output to a file or to
+    another program, Windows would use a code page of 256 characters.
     """
     options = {"encoding": "utf-8"} if sys.platform == "win32" else {}
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # None for a program without a console, or replaced by another kind of object
+        with suppress(AttributeError):  # the stream may be None (no console) or an object without `reconfigure`
             stream.reconfigure(errors="backslashreplace", **options)
 
 
@@ -95,27 +96,27 @@ def parse_arguments(
     """Parse a command line into a dataclass.
 
     Args:
-        arguments_type: Dataclass whose fields are created by `flag`. If it inherits from several dataclasses, the class
-            attribute `groups` may list these dataclasses. `--help` then shows the flags of each dataclass under a
-            title, the value of its attribute `_argument_group_name`.
+        arguments_type: Dataclass whose fields are created by `flag`. If it inherits from several dataclasses, its class
+            attribute `groups` may list these dataclasses. `--help` then shows the flags of each listed dataclass under
+            a title of their own. The title is the attribute `_argument_group_name` of the listed dataclass.
         description: Text that `--help` shows above the flags.
         argv: Words of the command line. Default: `sys.argv[1:]`.
-        config: Whether the command has the flag `--config FILE.yaml`, which reads values from a file. Values on the
-            command line override the file.
+        config: Whether the command has the flag `--config FILE.yaml`, which reads values of flags from a file. Flags on
+            the command line override the file.
 
     Returns:
         An instance of `arguments_type`.
 
     Raises:
-        UsageError: If a key or flag is unknown (the message suggests the most similar name), a required flag is
-            missing, or a value is of the wrong type or out of range.
+        UsageError: If a flag, or a key of the config file, is unknown. The message suggests the most similar name.
+            Also if a required flag is missing, or a value is of the wrong type or out of range.
         SystemExit: After `--help`.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     parser = _build_parser(arguments_type, description)
     try:
         if config:
-            parser.add_argument("--config", help="YAML file with the names of the flags below. Flags override it.")
+            parser.add_argument("--config", help="YAML file with `flag: value` lines. Flags override it.")
             if file := parser.parse_known_args(words)[0].config:
                 # The values of the file are placed as flags before the words of the command line, so that the same code
                 # checks and converts both. PyYAML alone would read `1e-4` as text.
@@ -158,7 +159,7 @@ def _build_parser(arguments_type: Any, description: str | None) -> argparse.Argu
                     self.error(unknown_name_message(name, "flag", flags))
             values, remaining = super().parse_known_args(args, namespace)
             if remaining:
-                self.error("A value does not follow a flag")  # the value is not shown: it may be a secret
+                self.error("A value belongs to no flag")  # the value is not shown: it may be a secret
             return values, remaining
 
         def _get_value(self, action: argparse.Action, word: str) -> Any:
@@ -189,12 +190,12 @@ def flag(default: Any, help: str, **options: Any) -> Any:
     Args:
         default: Default value; `...` makes the flag required.
         help: Description of the flag for `--help`.
-        **options: Options of `argparse.ArgumentParser.add_argument`. In addition, `positional=True` makes a positional
-            argument instead of a flag, and `group="title"` lists the flag in `--help` under that title, after the flags
-            without a group.
+        **options: Keyword arguments of `argparse.ArgumentParser.add_argument`. Two more options are possible:
+            `positional=True` makes a positional argument instead of a flag. `group="title"` lists the flag in `--help`
+            under that title, after the flags without a group.
 
     Returns:
-        A dataclass field. `help` and `options` are its metadata.
+        A dataclass field whose metadata are `help` and `options`.
     """
     metadata = {"help": help, **options}
     if default is ...:
@@ -286,7 +287,7 @@ def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str)
             flags.append(f"--{key}={value}")  # flag and value are a single word, because a value may begin with "-"
             continue
         for word in map(str, value):
-            # Negative numbers as argparse defines them.
+            # The pattern is the one by which argparse recognizes negative numbers. They are not read as flags.
             if word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word):
                 raise ValueError(
                     f"{subject}: `{key}` lists {word!r}, which would be read as a flag. Values must not begin with -."

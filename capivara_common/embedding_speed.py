@@ -1,16 +1,16 @@
-"""Choose how a model embeds images fastest on this CPU: the number of images per forward pass, and the precision.
+"""Measure which number of images per forward pass, and which precision, embeds images fastest on this CPU.
 
     embed = with_tuned_chunk_size(embed, len(images), device, encoder_digest, output)
     vectors = embed(images[:32])  # the first call measures
 
-Which choice is fastest differs between CPUs. Before a long pass embeds its first batch, it embeds images of this batch
-with each candidate in turns, and chooses the candidate with the smallest median time. The choice is kept in the folder
-`embedding_speed` of the cache, in a file for each CPU, model and version of torch and transformers, so that later
-passes do not measure again.
+The fastest value differs between CPUs. A run that embeds many images measures it before its first batch: images of this
+batch are embedded with each candidate in turn, and the candidate with the smallest median time is chosen. The choice is
+stored in the folder `embedding_speed` of the cache, in one file for each CPU, model and version of torch and
+transformers, so that later runs do not measure again.
 
 The number of images per forward pass changes the last bits of embeddings, so the choice is also recorded in the output
-of the pass. A resumed run and other tasks of the same output read this record, even on another machine. The embeddings
-of the measurement are not used, so that all rows of the output are computed in the same way.
+of the run. If the run is resumed, or other tasks write to the same output, they read this record, even on another
+machine. The embeddings of the measurement are discarded, so that all rows of the output are computed in the same way.
 """
 
 import logging
@@ -30,14 +30,14 @@ from capivara_common.files import json_digest, locked_folder, read_json, write_j
 if TYPE_CHECKING:
     import torch
 
-CHUNK_SIZES = (8, 4, 16)  # candidates for the images per forward pass; the first is the default
+CHUNK_SIZES = (8, 4, 16)  # candidates for the number of images per forward pass; the first is the default
 SAMPLE_IMAGES = 16  # images that a measurement embeds with each candidate
 ROUNDS = 3  # how often each candidate is measured
-# A pass with fewer images keeps the default, because the measurement takes as long as embedding 144 images.
+# A run with fewer images keeps the default, because the measurement takes as long as embedding 144 images.
 LONG_PASS_IMAGES = 1000
 MIN_SPEEDUP = 1.03  # a smaller speedup over the default may be noise, so the default stays
-# Smallest allowed cosine between the embeddings of an image with two values of a setting: with different numbers of
-# images per forward pass, and in bfloat16 and float32.
+# For each setting, the smallest allowed cosine between the embeddings of an image with the default value and with
+# another value. A candidate that changes embeddings more than that is not chosen.
 MIN_COSINES = {"chunk_images": 0.999999, "precision": 0.999}
 logger = logging.getLogger("capivara")
 
@@ -50,11 +50,12 @@ def with_tuned_chunk_size(
     Args:
         embed: Function that embeds a list of images. It must have the keyword parameter `chunk_images`, the number of
             images per forward pass on a CPU.
-        image_count: Images of the whole pass, including those that an earlier run or another task embeds. A pass with
-            fewer than `LONG_PASS_IMAGES` uses the default of `embed`, as does every pass on a GPU.
-        device: Device of the model.
-        encoder: Digest of the image encoder, including the precision.
-        record: Folder for the record of this pass, for example the output folder. None: the pass has no record.
+        image_count: Number of images to embed in total, including images that an earlier run or another task embeds.
+            If there are fewer than `LONG_PASS_IMAGES`, nothing is measured, and `embed` uses its default.
+        device: Device of the model. On a GPU, nothing is measured, and `embed` uses its default.
+        encoder: Digest of the image encoder and the precision.
+        record: Folder in which the choice is recorded, for example the output folder of the run. None: the choice is
+            not recorded.
 
     Returns:
         Function that embeds a list of at least one image. Its first call measures, unless the choice is known.
@@ -76,18 +77,22 @@ def with_tuned_chunk_size(
 def load_or_measure_fastest_setting(
     setting: str, candidates: Mapping[Any, Callable[[], Any]], encoder: str, record: Path | None = None
 ) -> Any:
-    """Choose the value of a setting with which a sample of images is embedded fastest.
+    """Return the value of a setting with which images are embedded fastest on this CPU.
+
+    The value is read from the folder `record`, otherwise from the cache for this CPU, model and versions of torch and
+    transformers. If neither has a readable file, the candidates are measured. The default value stays unless another
+    value is faster by `MIN_SPEEDUP` and hardly changes the embeddings (`MIN_COSINES`).
 
     Args:
         setting: Name of the setting, a key of `MIN_COSINES`.
-        candidates: For each value, a function that embeds the sample and returns an array (images, width) of vectors of
-            unit length. The first value is the default.
+        candidates: `{value: function}`. The function embeds a sample of images with this value of the setting, and
+            returns vectors of unit length as an array (images, width). The first value is the default.
         encoder: Digest of the image encoder.
-        record: Folder in which the choice of the output is recorded, or None.
+        record: Folder in which the choice is recorded, for example the output folder of the run. None: the choice is
+            not recorded.
 
     Returns:
-        The recorded choice of the output if there is one. Otherwise, the choice that is kept in the cache for this CPU,
-        model and versions. If neither file exists or can be read, the value that is measured to be fastest.
+        A key of `candidates`.
     """
     output_file = record and record / f"fastest-{setting}.json"
     if output_file and (content := _read_choice(output_file, candidates)):
@@ -95,13 +100,13 @@ def load_or_measure_fastest_setting(
     versions = {name: version for name, version in package_versions().items() if name in ("torch", "transformers")}
     identity = {"setting": setting, "device": describe_device(), "encoder": encoder, "versions": versions}
     cache_file = cache_home() / "embedding_speed" / f"{json_digest(identity)}.json"
-    # Of several tasks that start at the same time, the first measures, and the others wait for its choice.
+    # If several tasks start at the same time, the first task measures, and the other tasks wait for its choice.
     with _create_and_lock_folder(cache_file.parent):
         content = _read_choice(cache_file, candidates)
         if content is None:
             content = identity | _time_and_choose_candidate(candidates, MIN_COSINES[setting])
             logger.info("Fastest %s on this CPU: %s.", setting, content["choice"])
-            with suppress(OSError):  # without the file, the next pass measures again
+            with suppress(OSError):  # without the file, the next run measures again
                 write_json(cache_file, content)
     if output_file:
         with _create_and_lock_folder(output_file.parent):
@@ -114,7 +119,15 @@ def load_or_measure_fastest_setting(
 
 
 def _time_and_choose_candidate(candidates: Mapping[Any, Callable[[], Any]], min_cosine: float) -> dict[str, Any]:
-    """Time all candidates in turns, and return the choice with the median seconds of each candidate."""
+    """Time all candidates `ROUNDS` times each, and choose the fastest one that hardly changes the embeddings.
+
+    Args:
+        candidates: `{value: function}`, as for `load_or_measure_fastest_setting`. The first value is the default.
+        min_cosine: Smallest allowed cosine between an embedding and the embedding with the default value.
+
+    Returns:
+        `{"choice": chosen value, "seconds": {value as text: median seconds}}`.
+    """
     seconds: dict[Any, list[float]] = {value: [] for value in candidates}
     vectors = {}
     for _ in range(ROUNDS):
@@ -132,7 +145,16 @@ def _time_and_choose_candidate(candidates: Mapping[Any, Callable[[], Any]], min_
 
 
 def _read_choice(path: Path, candidates: Mapping[Any, Any]) -> dict[str, Any] | None:
-    """Read a file with a choice. Returns None if the file is missing or damaged, so that the choice is made again."""
+    """Read a recorded choice, as `_time_and_choose_candidate` returns it.
+
+    Args:
+        path: JSON file with the choice.
+        candidates: The allowed choices are its keys.
+
+    Returns:
+        Content of the file. None if the file is missing or damaged, or its choice is not a key of `candidates`. The
+        caller then chooses again.
+    """
     try:
         content = read_json(path, choice=type(next(iter(candidates))))
     except FileNotFoundError:
@@ -144,7 +166,7 @@ def _read_choice(path: Path, candidates: Mapping[Any, Any]) -> dict[str, Any] | 
 
 
 def _create_and_lock_folder(folder: Path) -> AbstractContextManager[None]:
-    """Create a folder if necessary, and return a context manager that locks it."""
-    with suppress(OSError):  # the lock fails, too, and is not required
+    """Create a folder if necessary, and return a context manager that waits for the lock of the folder."""
+    with suppress(OSError):  # without the folder, the `with` block runs without a lock, which only costs time
         folder.mkdir(parents=True, exist_ok=True)
     return locked_folder(folder, wait=True)

@@ -1,4 +1,4 @@
-"""Compute embeddings of images or texts, and store them on disk, so that each is computed only once.
+"""Compute embeddings of images or texts, and store them on disk, so that each embedding is computed only once.
 
     store = EmbeddingStore(cache_home() / "evaluation", {"encoder": digest}, batch_size=32)
     table = store.load_or_embed(image_digests, load, embed, "Images")
@@ -24,10 +24,12 @@ from capivara_common.files import append_digest, atomic_file, json_digest, match
 from capivara_common.image_files import DECODER_THREADS, BadImage
 from capivara_common.tasks import split_rows
 
-STORE_VERSION = 3  # part of the key; increase it when a code change alters embeddings or the format of the files
-# Files of earlier versions, relative to the parent folder of a store. They are not used any more.
+# Part of the settings that identify a store. Increase it when a code change alters embeddings or the file format.
+STORE_VERSION = 3
+# Glob patterns of files that earlier versions of this module wrote, relative to the parent folder of a store. The files
+# are no longer read; the user is told that they can be deleted.
 OLD_FILE_PATTERNS = ("*/*.npy", "*/shard-*.arrow")
-Place = tuple[int, int]  # number of a row, and number of a view of the row's image
+Place = tuple[int, int]  # number of a row, and number of a view (augmented variant) of the image in this row
 Embed = Callable[[list[Any]], Iterable[np.ndarray]]  # function from a list of loaded items to one vector per item
 logger = logging.getLogger("capivara")
 
@@ -35,19 +37,19 @@ logger = logging.getLogger("capivara")
 def embed_batch_except_bad_images(
     items: Sequence[Any], embed: Embed, skip_refused: bool = False
 ) -> list[np.ndarray | BadImage]:
-    """Embed a batch of images, without the images that can't be used.
+    """Embed the good images of a batch, and return an error in place of each image that can't be used.
 
     Args:
         items: Loaded images. An image that could not be loaded is a `BadImage`.
         embed: Function that embeds a list of at least one loaded image. It raises ValueError if it refuses an image.
-        skip_refused: If the function refuses the batch, embed its images one by one, so that only the refused images
-            are bad. By default, the error is raised.
+        skip_refused: What to do if `embed` raises ValueError. True: embed the images one by one, and return a
+            `BadImage` for each image that is refused. False: raise the error.
 
     Returns:
-        For each item its embedding, (width,), or a `BadImage` if it can't be used.
+        One entry per item: the embedding, (width,), or a `BadImage` if the image can't be used.
 
     Raises:
-        ValueError: If the function refuses an image and `skip_refused` is not set.
+        ValueError: If `embed` refuses an image and `skip_refused` is not set.
     """
     good = [item for item in items if not isinstance(item, BadImage)]
     try:
@@ -78,8 +80,9 @@ class EmbeddingStore:
         root: Folder of all stores. A store is a folder in it, named by a digest of the settings.
         settings: Everything besides the items that changes an embedding, as JSON values: the encoder with its
             preprocessing, the precision, and for augmented views the augmentation with its seed and library version.
-        batch_size: Items that are embedded together. It changes the last bits of embeddings, so it is part of the key.
-        dtype: Type of the stored numbers.
+        batch_size: Number of items that are embedded together. It changes the last bits of embeddings, so a store with
+            another batch size is another folder.
+        dtype: NumPy type of the stored numbers.
     """
 
     def __init__(self, root: Path, settings: dict[str, Any], batch_size: int, dtype: type = np.float32):
@@ -91,7 +94,7 @@ class EmbeddingStore:
         """Return the folder for records about the embeddings of these items, such as how they were computed.
 
         Args:
-            items: Items as `load_or_embed` takes them.
+            items: The same items that are passed to `load_or_embed`.
         """
         return self.folder / f"records-{json_digest(list(items))}"
 
@@ -108,23 +111,26 @@ class EmbeddingStore:
         """Load the embeddings of all rows, after computing the missing shards.
 
         Args:
-            items: What identifies the content of each row: the digest of its image, or its text. A row with an empty
+            items: Identifier of the content of each row: the digest of the image, or the text. A row with an empty
                 string is bad and is not embedded.
-            load: Function that gets the batches of this process in order, each as a list of places, and returns an
-                iterable over the loaded batches. A loaded batch has an item for each place, or a `BadImage`. The
-                function may load batches ahead of their use.
+            load: Function that loads images or texts. It gets an iterator over the batches of this process. A batch is
+                a list of places; a place is a tuple (row number, view number). The function returns an iterable over
+                the loaded batches, in the same order. A loaded batch has for each place the loaded item, or a
+                `BadImage`. The function may load batches before they are needed.
             embed: Function that embeds a list of loaded items; see `embed_batch_except_bad_images`.
             title: Label of the progress bar.
-            kind: What a row is, in the singular. Part of the file names.
-            rows_per_shard: Rows per file. An interruption loses at most one file per process.
-            views: Views per row.
+            kind: Singular noun for a row, such as "image" or "text". It is the unit of the progress bar and part of the
+                file names.
+            rows_per_shard: Number of rows per shard (file). An interruption loses at most one shard per process.
+            views: Number of views (augmented variants) per row.
 
         Returns:
-            A memory-mapped table with one row per item. `vectors` has views * width numbers per row.
+            A memory-mapped table with one row per item and the columns of a shard (see the class). For a good row,
+            `vectors` has views * width numbers.
 
         Raises:
-            ValueError: If a file has another number of rows than its shard, or the function `embed` refuses an item.
-            OSError: If the disk is full. The same call then computes the missing shards.
+            ValueError: If a shard has the wrong number of rows, or `embed` refuses an item.
+            OSError: If the disk is full. Complete shards stay; call the method again to compute the rest.
         """
         from tqdm.auto import tqdm  # the search imports this module and must start fast
 
@@ -140,7 +146,7 @@ class EmbeddingStore:
         # Each process gets consecutive shards, because some datasets can only be read in order.
         missing = np.array_split(np.array(self._find_missing(paths), dtype=int), state.num_processes)
         local = [(paths[number], parts[number]) for number in missing[state.process_index]]
-        # One iterator for all shards, because starting worker processes takes seconds.
+        # `load` is called once for all shards, because it may start worker processes, which takes seconds.
         loaded = iter(load(batch for _, part in local for batch in plan_batches(part)) if local else ())
         is_hidden = not (local and state.is_main_process)
         with tqdm(total=sum(len(part) for _, part in local), desc=title, unit=kind, disable=is_hidden) as bar:
@@ -152,7 +158,7 @@ class EmbeddingStore:
                 self._write_shard(path, [[vectors[row, view] for view in range(views) if items[row]] for row in part])
         state.wait_for_everyone()
         table = pa.concat_tables(map(_load_shard, paths, map(len, parts)))
-        state.wait_for_everyone()  # the main process may delete a temporary folder after this
+        state.wait_for_everyone()  # only then may the main process delete a temporary folder
         return table
 
     def _find_missing(self, paths: list[Path]) -> list[int]:
@@ -189,7 +195,7 @@ class EmbeddingStore:
         vectors = np.array(list(itertools.chain(*good)), self.dtype)
         ends = np.cumsum([0, *map(len, good)]) * (vectors.size // max(1, len(vectors)))
         columns = {"vectors": pa.LargeListArray.from_arrays(ends, vectors.ravel())}
-        # A good row has neither of these values, because its fault is None.
+        # The fault of a good row is None, so both columns are empty for a good row.
         columns |= {name: [getattr(fault, name, "") for fault in faults] for name in ("reason", "detail")}
         table = pa.table(columns)
         with atomic_file(path) as temporary:
@@ -213,10 +219,11 @@ def vectors_to_array(column: pa.ChunkedArray) -> np.ndarray:
     """Return a column of vectors as an array, for example the column `vectors` of `EmbeddingStore.load_or_embed`.
 
     Args:
-        column: Lists of numbers, all of the same length, also nested. There must be no null and no empty list.
+        column: Column of lists of numbers. All lists must have the same length; none may be empty or null. Lists of
+            lists are flattened.
 
     Returns:
-        Read-only array (rows, numbers per row).
+        Array of shape (rows, numbers per row), which is read-only.
     """
     values = column.combine_chunks()
     while pa.types.is_nested(values.type):

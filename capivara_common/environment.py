@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-CODE_ROOT = Path(__file__).resolve().parents[1]  # the checkout or site-packages; tasks elsewhere import from it
+# Folder of this code: the checkout or site-packages. Tasks on other machines import the code from there.
+CODE_ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTION = "modeling-capivara"  # name of the package on PyPI
 # Packages whose versions are stored with results, because measurements depend on these versions.
 RECORDED_PACKAGES = (
@@ -58,7 +59,9 @@ def missing_modules(*modules: str) -> list[str]:
 
 
 def get_install_command_of_extra(extra_name: str) -> str:
-    """Return the command that installs an extra: of the checkout if this code runs in one, otherwise of the package.
+    """Return the `pip install` command for an extra, that is, a group of optional packages.
+
+    The command names the checkout if this code runs in a checkout, otherwise the package on PyPI.
 
     Args:
         extra_name: Name of the extra in setup.cfg.
@@ -85,14 +88,14 @@ def package_versions(*extra_packages: str) -> dict[str, str]:
 
 
 def get_or_init_distributed_state(timeout: timedelta | None = None) -> "PartialState":
-    """Return Accelerate's state, and initialize it in the first call.
+    """Return Accelerate's `PartialState`. The first call initializes it, which also starts torch.distributed if needed.
 
     Args:
         timeout: How long this process waits for other processes before it fails. Default: the timeout of
             torch.distributed, which is ten minutes on the CPU. Only the first call can set the timeout.
 
     Returns:
-        State with the rank and the device of this process, and the number of processes.
+        `PartialState` with the rank and the device of this process, and the number of processes.
     """
     import torch
     from accelerate import PartialState
@@ -111,8 +114,8 @@ def resolve_device(name: str | None) -> "torch.device":
     """Return a device of this machine by its name.
 
     Args:
-        name: Name that torch accepts, for example "cpu" or "cuda:1". If the name is None or empty, a GPU is used if
-            there is one, otherwise the CPU.
+        name: Name that torch accepts, for example "cpu" or "cuda:1". None or "": the GPU if the machine has one,
+            otherwise the CPU.
 
     Returns:
         The device.
@@ -126,7 +129,7 @@ def resolve_device(name: str | None) -> "torch.device":
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError if torch is built without CUDA
-        text = "device must be cpu, cuda or one GPU of several such as cuda:1; {name!r}: {error}"
+        text = "device must be cpu, cuda or a single GPU such as cuda:1, got {name!r}: {error}"
         raise make_coded_error(ValueError, "device", text, name=name, error=error) from error
 
 
@@ -153,7 +156,7 @@ def resolve_mixed_precision(requested: str, device: "torch.device") -> str:
 
 def describe_device(device: "torch.device | str" = "cpu") -> str:
     """Return the name of a CPU or GPU for results, such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)"."""
-    import torch  # imported here so that commands can read their flags without torch
+    import torch  # imported here so that commands can parse their flags before they load torch, which takes seconds
 
     device = torch.device(device)
     if device.type == "cuda":

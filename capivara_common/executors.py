@@ -4,11 +4,13 @@ Example:
     run_phases(PhaseStep.from_phases(args, PHASES, "score"), args)
 
 A command consists of phases (`Phase` in `tasks.py`), for example first scoring rows and then merging the scores. The
-rows of a phase are split into tasks, numbered by rank. Each phase becomes a datatrove pipeline with a single step,
-`PhaseStep`, and starts when the previous phase is complete. The output files on disk define the progress: a task whose
-rows are finished returns at once, so a run can be resumed with any number of tasks. datatrove writes a completion file
-for each task that ends successfully. If the completion file of a task is missing, the task has failed or is still
-running; the reason is in `failures/RANK.txt` next to the log of the task.
+rows of a phase are split into tasks. The rank of a task is its number, from 0. Each phase becomes a datatrove pipeline
+with a single step, `PhaseStep`, and starts when the previous phase is complete.
+
+The output files on disk define the progress: a task whose rows are finished returns at once, so a run can be resumed
+with any number of tasks. datatrove writes a completion file for each task that ends successfully. If the completion
+file of a task is missing, the task has failed or is still running. The reason is then in the file `failures/RANK.txt`
+in the log folder of the phase.
 """
 
 import itertools
@@ -59,7 +61,7 @@ class PhaseStep(PipelineStep):
         phase: Phase to run.
         args: Command-line arguments of the command; they are passed to the function of the phase.
         log_folder: Folder for the logs and failure reasons of all tasks.
-        title: Name of the step for logs and error messages, such as "score: merge".
+        title: Name of the step for logs and error messages, such as "score: merge" (command and phase).
     """
 
     def __init__(self, phase: Phase, args: Any, log_folder: Path, title: str):
@@ -76,9 +78,12 @@ class PhaseStep(PipelineStep):
 
         Args:
             args: Command-line arguments of the command.
-            phases: Phases by name, in the order in which they run. The logs of a phase are written to the subfolder of
-                `args.log_folder` with the name of the phase.
+            phases: `{name: phase}`, in the order in which the phases run. The logs of a phase are written to a
+                subfolder of `args.log_folder`, which has the name of the phase.
             title: Name of the command for logs and error messages.
+
+        Returns:
+            The steps in the same order, for `run_phases`.
         """
         return [cls(phase, args, args.log_folder / name, f"{title}: {name}") for name, phase in phases.items()]
 
@@ -108,13 +113,13 @@ class PhaseStep(PipelineStep):
 
 
 def read_task_failures(log_folder: Path) -> dict[int, str]:
-    """Read why tasks of a phase failed or did not end.
+    """Return the reasons why tasks of a phase failed or did not end.
 
     Args:
         log_folder: Log folder of a phase, which contains the folder `failures`.
 
     Returns:
-        A dict from the rank of each task that failed or did not end to the reason, in one line.
+        `{rank of the task: reason on one line}` for each task that failed or did not end.
     """
     paths = sorted((log_folder / "failures").glob("*.txt"))
     return {int(path.stem): path.read_text(encoding="utf-8").split("\n\n")[0] for path in paths}
@@ -125,20 +130,20 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
 
     Args:
         steps: One step per phase, in order. A step starts only if the previous step is complete.
-        args: Command-line arguments with the executor flags. Steps whose own arguments (`step.args`) have executor
-            flags use their own flags instead.
+        args: Command-line arguments with the executor flags. `args.executor` applies to all steps. If `step.args` has
+            executor flags, too, the other flags of the step (such as `workers`) are read from there.
 
     Returns:
         True if all phases are complete. False if the phases were submitted to Slurm as jobs that run later.
 
     Raises:
-        ValueError: If tasks of a phase with several tasks fail. The message lists the failed tasks with their reasons.
-            Later phases are not started.
-        ValueError, OSError, ImportError: If the only task of a phase fails; the error is the one that the task raised.
+        ValueError: If a phase has several tasks and some of them fail. The message lists the failed tasks with their
+            reasons. Later phases are not started.
+        Exception: If a phase has a single task that fails. The error of the task is raised unchanged.
     """
     previous = None
     for step in steps:
-        for folder in ("failures", "completions"):  # an earlier start, maybe with other ranks, has left these folders
+        for folder in ("failures", "completions"):  # left by an earlier run, maybe with other ranks
             shutil.rmtree(step.log_folder / folder, ignore_errors=True)
         step_args = step.args if isinstance(step.args, ExecutorArguments) else args
         if args.executor == "slurm":
@@ -160,9 +165,9 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
 def _run_step_locally(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor:
     """Run all tasks of a step on this machine.
 
-    The function starts `args.workers` worker processes, each pinned to one GPU. A single worker runs in the current
-    process. If a worker is killed, the other workers continue (datatrove's own process pool would wait for the killed
-    worker forever).
+    The function starts `args.workers` worker processes, each pinned to one GPU if the machine has GPUs. A single worker
+    runs in the current process. If a worker is killed, the other workers continue. (datatrove's own process pool is not
+    used, because it would wait for the killed worker forever.)
 
     Args:
         step: The step to run.
@@ -200,12 +205,12 @@ def _run_step_locally(step: PhaseStep, args: ExecutorArguments) -> LocalPipeline
 def _run_rank_sequence(executor: LocalPipelineExecutor, ranks: range) -> None:
     """Run tasks one after another in this process.
 
-    If the executor has several tasks and a task fails, the remaining tasks still run. The error of a single task is
-    raised.
+    If the executor has several tasks and a task fails, the remaining tasks still run, and no error is raised. If the
+    executor has a single task, its error is raised.
 
-    This function replaces `LocalPipelineExecutor.run`, which forks a Manager process for each call. Starting the
-    Manager takes 0.2 s, the Manager survives if this process is killed, and forking is unsafe after lancedb has started
-    threads.
+    This function replaces `LocalPipelineExecutor.run`, which forks a `multiprocessing` Manager process in each call.
+    Starting the Manager takes 0.2 s, the Manager survives if this process is killed, and forking is unsafe after
+    lancedb has started threads.
 
     Args:
         executor: datatrove's executor with the step and the number of tasks.
@@ -242,7 +247,8 @@ def _run_tasks_in_worker(
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
-    # If the parent is killed, this worker must end, because a new start of the command writes the same files.
+    # If the parent is killed, this worker must end, because the user may run the command again, which writes the same
+    # files.
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     loguru.logger.disable("datatrove")
     logging.basicConfig(format="%(message)s")  # warnings only; tasks report progress in their logs
@@ -325,7 +331,9 @@ def _submit_step_to_slurm(
         ValueError: If the command `sbatch` is missing on this machine, or sbatch refuses the job.
     """
     if shutil.which("sbatch") is None:
-        raise ValueError("--executor slurm needs sbatch, which this machine lacks. Run the command on a login node.")
+        raise ValueError(
+            "--executor slurm needs the program sbatch, which this machine lacks. Run the command on a login node."
+        )
     paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": CODE_ROOT}
     setup = [f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()]
     if args.node_script is not None and step.phase.uses_model:

@@ -50,18 +50,19 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path, **fields: type) -> Any:
-    """Read a JSON file.
+    """Return the content of a JSON file, after checking its fields.
 
     Args:
         path: The file.
-        **fields: Required fields of the object and their exact types. Without fields, any JSON value is accepted.
+        **fields: Name and exact type of each field that the JSON object must have, such as `splits=list`. Without
+            fields, any JSON value is accepted.
 
     Returns:
-        The value.
+        The parsed JSON value.
 
     Raises:
         OSError: If the file can't be read.
-        ValueError: If the file is not JSON; or if fields are given, and the value is not an object, or a field is
+        ValueError: If the file is not JSON. If fields are given: also if the value is not an object, or a field is
             missing or of another type.
     """
     try:
@@ -77,17 +78,17 @@ def read_json(path: Path, **fields: type) -> Any:
 
 
 def json_digest(value: Any, sort_keys: bool = False) -> str:
-    """Return the BLAKE2b-128 hex digest of a value that is written as JSON.
+    """Return the BLAKE2b-128 hex digest of the JSON text of a value.
 
     Args:
         value: Any value that `json.dumps` accepts.
-        sort_keys: Make the digest independent of the order of dict keys.
+        sort_keys: Whether to sort dict keys first, so that their order does not change the digest.
     """
     return hashlib.blake2b(json.dumps(value, sort_keys=sort_keys).encode(), digest_size=16).hexdigest()
 
 
 def append_digest(path: Path) -> None:
-    """Append the SHA-256 of a file to the file, as `DIGEST_HEX_LENGTH` characters, for `matches_appended_digest`."""
+    """Append to a file the SHA-256 digest of its content, so that `matches_appended_digest` can detect damage."""
     with path.open("r+b") as file:
         file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
 
@@ -100,7 +101,7 @@ def matches_appended_digest(path: Path) -> bool:
 
 
 def read_appended_digest(path: Path) -> str:
-    """Return the hex digest at the end of a file, which `append_digest` wrote there. The file is not checked."""
+    """Return the hex digest that `append_digest` wrote at the end of a file, without checking the file against it."""
     with path.open("rb") as file:
         file.seek(-DIGEST_HEX_LENGTH, os.SEEK_END)
         return file.read().decode("ascii")
@@ -134,7 +135,7 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         path: Final path of the folder.
-        overwrite: Whether a folder that exists at `path` may be replaced. It stays until the new one is complete.
+        overwrite: Whether a folder that exists at `path` may be replaced. It stays until the new folder is complete.
 
     Yields:
         The temporary folder, next to `path`.
@@ -154,12 +155,14 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path, leftover: Path) -> Iterator[None]:
-    """Lock a folder, so that `remove_or_restore_leftovers` in other processes leaves it alone.
+    """Lock a folder for the `with` block, so that other processes don't mistake it for the rest of a killed process.
+
+    `remove_or_restore_leftovers` leaves locked folders alone.
 
     Args:
-        folder: The folder. It stays locked after it is renamed.
-        leftover: Name under which other processes may find the folder. Where folders can't be opened, this name is
-            locked (see `acquire_folder_lock`).
+        folder: The folder. It stays locked if the block renames it.
+        leftover: Path under which other processes may find the folder. On Windows, this path is locked instead of the
+            folder itself (see `acquire_folder_lock`).
     """
     with ExitStack() as stack:
         with suppress(OSError):  # some file systems have no locks
@@ -169,14 +172,15 @@ def _locked(folder: Path, leftover: Path) -> Iterator[None]:
 
 @contextmanager
 def _cleanup_on_error(path: Path, remove: Callable[[], object]) -> Iterator[None]:
-    """Clean up if the block fails.
+    """Remove the incomplete output if the `with` block fails.
 
     Args:
         path: Output that the block writes, for the error message.
         remove: Function that removes the incomplete output.
 
     Raises:
-        OSError: If the block failed because the disk is full. Any other exception of the block is raised unchanged.
+        OSError: If the block failed because the disk is full; the message says so. Any other exception of the block is
+            raised unchanged.
     """
     try:
         yield
@@ -184,17 +188,17 @@ def _cleanup_on_error(path: Path, remove: Callable[[], object]) -> Iterator[None
         remove()
         if is_disk_full(error):
             raise OSError(
-                errno.ENOSPC, f"No space left on the disk while writing {path}; nothing was kept. Free some space."
+                errno.ENOSPC, f"No space left on the disk while writing {path}; no output was kept. Free some space."
             ) from error
         raise
 
 
 def _move_folder_into_place(new: Path, path: Path, overwrite: bool) -> None:
-    """Rename the folder `new` to `path`.
+    """Rename the folder `new` to `path`, and remove the folder that was there.
 
-    At any moment, the old or the new folder is complete on the disk. If the process is killed in between,
-    `remove_or_restore_leftovers` renames the old folder back. Files and folders get the default permissions, because
-    safetensors creates files that only their owner can read.
+    The old folder is renamed first and removed last, so at any moment the old or the new folder is complete on the
+    disk. If the process is killed in between, `remove_or_restore_leftovers` renames the old folder back. Files and
+    folders get the default permissions, because safetensors creates files that only their owner can read.
 
     Args:
         new: The complete new folder.
@@ -225,8 +229,8 @@ def _move_folder_into_place(new: Path, path: Path, overwrite: bool) -> None:
 def _remove_leftover_folder(folder: Path) -> None:
     """Remove a replaced or unfinished folder that lies next to an output folder.
 
-    The folder is first renamed to a name with ".tmp-". If the process is killed before all files are deleted,
-    `remove_or_restore_leftovers` then does not mistake the rest of the folder for a complete one.
+    The folder is first renamed: ".old-" or ".tmp-" in its name becomes ".tmp-". If the process is killed before all
+    files are deleted, `remove_or_restore_leftovers` then does not mistake the remaining files for a complete folder.
     """
     doomed = folder.with_name(f"{folder.name[: -len('old-01234567')]}tmp-{folder.name[-8:]}")
     folder.rename(doomed)
@@ -257,7 +261,7 @@ def list_seed_run_folders(folder: Path) -> list[Path]:
 
 
 def rename_partial_folder(path: Path, overwrite: bool = False) -> None:
-    """Move the files of a finished run into place: rename `get_partial_folder_path(path)` to `path`.
+    """Rename the folder of a finished run from `get_partial_folder_path(path)` to its final path `path`.
 
     Args:
         path: Output folder of the run.
@@ -276,15 +280,15 @@ def rename_partial_folder(path: Path, overwrite: bool = False) -> None:
 def check_output_folder_and_clean_leftovers(path: Path, overwrite: bool | None = None) -> None:
     """Check that an output folder can be written.
 
-    Temporary files and folders that killed processes left beside it are removed first.
+    Folders that killed processes left next to it are first cleaned up (see `remove_or_restore_leftovers`).
 
     Args:
         path: The output folder.
-        overwrite: Whether a folder that exists and is not empty may be replaced. None: the command never replaces it
-            and has no flag for this.
+        overwrite: Whether a folder that exists and is not empty may be replaced. None means False; the error message
+            then does not suggest `--overwrite_output_dir`, because the command has no such flag.
 
     Raises:
-        ValueError: If `path` is a mount point, a file, a folder that may not be replaced, or not writable.
+        ValueError: If `path` is a mount point or a file, can't be written to, or is a folder that may not be replaced.
     """
     path = path.resolve()
     remove_or_restore_leftovers(path)
@@ -314,15 +318,15 @@ def check_inputs_outside(output: Path, *inputs: str | Path | None) -> None:
     for name in (*inputs, Path.cwd()):  # a Hub id does not exist as a path
         if name is not None and Path(name).exists() and Path(name).resolve().is_relative_to(output.resolve()):
             raise ValueError(
-                f"The output folder {output} contains {name}, which would be replaced. Choose another one."
+                f"The output folder {output} contains {name}, which would be deleted. Choose another output folder."
             )
 
 
 def remove_or_restore_leftovers(path: Path) -> None:
-    """Clean up what killed processes left next to an output folder.
+    """Clean up the hidden folders that killed processes left next to the output folder `path`.
 
-    Unfinished folders are removed. An output that was being replaced is renamed back. Folders in use by a running
-    process are locked and stay. On a file system without locks, everything stays.
+    Unfinished new folders are removed. If a process was killed while it replaced `path`, the old folder is renamed
+    back. Folders that a running process uses are locked and stay. On a file system without locks, all folders stay.
     """
     path = path.resolve()
     name = re.compile(rf"\.{re.escape(path.name)}\.(old|tmp)-\w{{8}}")
@@ -350,12 +354,14 @@ def check_output_file(path: Path) -> None:
 def _check_writable(path: Path, kind: str) -> None:
     """Check that a file or folder can be created at `path`, by writing a temporary file to the nearest existing folder.
 
+    Looking at permissions would not be enough: for example, the disk may be read-only.
+
     Args:
         path: Path of the output.
         kind: "file" or "folder", for the error message.
 
     Raises:
-        ValueError: If the output can't be written. Permissions alone don't tell, for example on a read-only disk.
+        ValueError: If the output can't be written.
     """
     existing = next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
     try:
@@ -369,7 +375,7 @@ def _check_writable(path: Path, kind: str) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error means that the disk is full. safetensors reports it in the message, not as an errno."""
+    """Return whether an error means that the disk is full, by its errno or, for errors of safetensors, its message."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
 
@@ -377,16 +383,16 @@ def acquire_folder_lock(folder: Path, wait: bool = False) -> int:
     """Lock a folder, so that only one process at a time works in it.
 
     The folder itself is opened and locked, so no lock file is needed. Windows can't open folders. There, an empty file
-    in the system's folder for temporary files is locked instead, whose name is a hash of the folder's path. This lock
-    file is never removed: otherwise a process could lock the removed file, and another process a new file of the same
-    name.
+    in the system's folder for temporary files is locked instead. Its name is a hash of the folder's path. This lock
+    file is never removed: otherwise one process could lock the removed file while another process locks a new file of
+    the same name.
 
     Args:
         folder: The folder.
-        wait: Whether to wait if another process holds the lock.
+        wait: Whether to wait while another process holds the lock.
 
     Returns:
-        The locked file descriptor. Closing the descriptor, or the end of the process, releases the lock.
+        The locked file descriptor. The lock is released when the descriptor is closed or the process ends.
 
     Raises:
         BlockingIOError: If another process holds the lock, and `wait` is not set.
@@ -430,12 +436,13 @@ def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
 class AllowedFolders:
     """Folders in which the files of a dataset may lie.
 
-    Links that lead out of these folders, and paths of files outside, are refused. A snapshot in the Hub's cache
-    consists of links to the `blobs` folder of its repository, so that folder is allowed, too.
+    The rows and links of an untrusted dataset could otherwise lead to private files of the user. A path is accepted if
+    it lies in one of these folders after all links are resolved. A snapshot in the Hub's cache consists of links to the
+    `blobs` folder of its repository, so the `blobs` folder is allowed, too.
 
     Args:
         folder: Folder of the dataset. Its path may contain links.
-        extra_folders: Further folders that links and paths may lead to.
+        extra_folders: Further folders in which files may lie.
     """
 
     def __init__(self, folder: Path, extra_folders: Sequence[Path] = ()):
@@ -464,10 +471,10 @@ class AllowedFolders:
 
 
 def find_windows_path_fault(path: str | Path, folders: Sequence[str | Path] | None = None) -> str | None:
-    r"""Return why a file must not be looked up on Windows, before the operating system sees its path.
+    r"""Return the reason why Windows must not open or look up a path, or None if the path is safe.
 
-    Windows sends the user's credentials to the server of a network path, even if the path is only looked up. Some
-    names, such as NUL, are devices in every folder.
+    Only the text of the path is checked, because looking up a network path is already dangerous: Windows sends the
+    user's credentials to the server. Some names, such as NUL, are devices in every folder.
 
     Args:
         path: Path of the file.
@@ -476,7 +483,7 @@ def find_windows_path_fault(path: str | Path, folders: Sequence[str | Path] | No
             of paths, is ignored. None: every drive is accepted.
 
     Returns:
-        The reason, as the end of a sentence about the file; None if there is no reason.
+        The reason as the end of a sentence, such as "has the reserved name 'NUL'"; None if the path is safe.
     """
     drive, drives = _windows_drive(path), set(map(_windows_drive, folders or ()))
     if folders is not None and drive.startswith("\\") and drive not in drives:

@@ -1,10 +1,12 @@
 """Find Hub models in the cache of this machine, download missing models, and convert open_clip models.
 
 A model is downloaded and converted only once. The converted copy of a Hub model lies in the folder
-`cache_home()/open_clip/OWNER--NAME/COMMIT`. The file `refs/BRANCH` in the folder `OWNER--NAME` contains the commit of a
-branch. Conversions are written atomically. A cached model is used without a request to the Hub; only if the caller
-requests a branch or tag, the Hub is asked whether the branch or tag has moved. If the files of a local open_clip model
-change, the model is converted again and the previous conversion is removed.
+`cache_home()/open_clip/OWNER--NAME/COMMIT`. The file `refs/BRANCH` in the folder `OWNER--NAME` records the commit that
+the branch had at its last conversion. Conversions are written atomically.
+
+A cached model is used without a request to the Hub. Only if the caller requests a branch or tag, the Hub is asked
+whether the branch or tag has moved. If the files of a local open_clip model change, the model is converted again, and
+the previous conversion is removed.
 """
 
 import hashlib
@@ -34,7 +36,7 @@ OPEN_CLIP_WEIGHT_FILES = tuple(  # in order of preference
 PROCESSOR_CONFIG_FILES = ("processor_config.json", "preprocessor_config.json")
 SMALL_FILE_PATTERNS = ["*.json", "*.model", "*.txt"]
 MODEL_FILE_PATTERNS = [*SMALL_FILE_PATTERNS, "model*.safetensors"]
-HUB_TIMEOUT_S = 5  # for connecting, and for each read, when asking whether the Hub has a model
+HUB_TIMEOUT_S = 5  # timeout for connecting and for each read of the request whether the Hub has a model
 DEFAULT_BRANCH = "main"
 COMMIT_RE = re.compile(r"[0-9a-f]{40}")
 CONVERSION_FILE = "conversion.json"  # file in a converted folder that names the model it was made from
@@ -59,8 +61,8 @@ def find_download_or_convert_model_folder(source: str, convert: Converter, revis
         Path of the model folder.
 
     Raises:
-        ValueError: If the model does not exist, `get_supported_model_kind` refuses its config.json, or it can't be
-            downloaded.
+        ValueError: If the model does not exist or can't be downloaded, a file is missing, or the type of the model is
+            not supported (see `get_supported_model_kind`).
         OSError: If the disk is full.
     """
     name = source.removeprefix("local-dir:")
@@ -133,7 +135,7 @@ def check_hub_model_reachable(source: str | Path, *names: str, revision: str | N
     except (HfHubHTTPError, HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
             return  # the Hub was reached: the function that loads the model reports the error
-        raise _model_fetch_error(source, error) from None  # the message names the cause; the tracebacks fill screens
+        raise _model_fetch_error(source, error) from None  # None: the message already names the cause
 
 
 def looks_like_hub_id(source: str) -> bool:
@@ -179,7 +181,7 @@ def _find_config_or_processor_error(folder: Path, name: str | Path) -> ValueErro
     if (folder / file).is_file():
         try:
             kind = get_supported_model_kind(read_json(folder / file, model_type=str))
-        except (ValueError, TypeError, AttributeError) as error:  # the last two: a section is not an object
+        except (ValueError, TypeError, AttributeError) as error:  # TypeError, AttributeError: a section is not a dict
             text = "The config.json of {model} does not describe a supported two-tower model: {reason}"
             return make_coded_error(ValueError, "no_two_towers", text, model=name, reason=str(error))
         file = PROCESSOR_CONFIG_FILES[0]
@@ -296,7 +298,7 @@ def _get_hub_model_conversion_folder(repo_id: str, revision: str) -> Path:
 
     Args:
         repo_id: Hub id, OWNER/NAME.
-        revision: Commit, branch or tag. A branch or tag means the commit at which it was last converted.
+        revision: Commit, branch or tag. A branch or tag stands for the commit that it had at the last conversion.
     """
     folder = cache_home() / "open_clip" / repo_id.replace("/", "--")
     with suppress(OSError, ValueError):

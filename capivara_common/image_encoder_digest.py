@@ -17,14 +17,15 @@ from capivara_common.files import read_json, write_json
 from capivara_common.model_kinds import KINDS, NATIVE_MODEL_TYPE
 from capivara_common.weight_file import WeightFile, find_weight_files
 
-DIGEST_VERSION = 1  # must be raised when the content that the digest covers is changed
+DIGEST_VERSION = 1  # version of the cached digests; increase it if the digest covers other weights than before
 IMAGE_ENCODER_PREFIXES = ("vision_model.", "visual_projection.")  # names of the image encoder's parameters
 DIGEST_CHUNK_BYTES = 1 << 24  # 16 MiB hashed at a time, to limit memory
+# Default values of transformers' image processors. The file of an image processor may omit these settings.
 IMAGE_PROCESSOR_DEFAULTS = {
     "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
 }  # fmt: skip
-# Config fields that do not change the embedding of an image. For image towers that are not in the table of kinds, all
-# other fields count.
+# Config fields that do not change the embedding of an image. If `KINDS` does not know the type of an image tower, the
+# digest covers all other fields of its config.
 IGNORED_CONFIG_FIELDS = {
     *("transformers_version", "dtype", "torch_dtype", "_name_or_path", "id2label", "label2id", "label_names"),
 }
@@ -35,7 +36,10 @@ IMAGE_PROCESSOR_FIELDS = (
 
 
 def image_encoder_digest(folder: Path) -> str:
-    """Return the digest of a model folder's image encoder (BLAKE2b, 32 hexadecimal characters).
+    """Return the digest of the image encoder of a model (BLAKE2b-128, 32 hexadecimal characters).
+
+    Args:
+        folder: Model folder in transformers' format.
 
     Raises:
         ValueError: If files of the model are missing or damaged.
@@ -47,7 +51,13 @@ def image_encoder_digest(folder: Path) -> str:
 
 
 def image_processor_settings(folder: Path) -> dict[str, Any]:
-    """Return the image processor settings `IMAGE_PROCESSOR_FIELDS` of a model folder.
+    """Return the settings of a model's image processor that change the embedding of an image.
+
+    Args:
+        folder: Model folder in transformers' format.
+
+    Returns:
+        `{name: value}` for each name in `IMAGE_PROCESSOR_FIELDS`.
 
     Raises:
         ValueError: If files of the model are missing or damaged.
@@ -58,9 +68,12 @@ def image_processor_settings(folder: Path) -> dict[str, Any]:
 def _image_encoder_settings(folder: Path) -> dict[str, dict[str, Any]]:
     """Read the settings of a model that change the embedding of an image.
 
+    Args:
+        folder: Model folder in transformers' format.
+
     Returns:
-        "vision_config": settings of the image tower by name. "image_processor": settings of the image processor by
-        name. Settings that the files omit have their default values.
+        `{"vision_config": settings of the image tower, "image_processor": settings of the image processor}`. Both
+        values are dicts `{name: value}`. Settings that the files omit have their default values.
 
     Raises:
         ValueError: If files of the model are missing or damaged.
@@ -96,7 +109,7 @@ def _read_image_processor_settings(folder: Path) -> dict[str, Any]:
 
 
 def _normalize_image_size_setting(name: str, value: Any) -> Any:
-    """Convert a setting of the image processor to a canonical form. A size that is one number becomes an object.
+    """Convert a setting of the image processor to one canonical form: a size that is one number becomes a dict.
 
     Args:
         name: Name of the setting. Only "size" and "crop_size" are changed.
@@ -107,12 +120,12 @@ def _normalize_image_size_setting(name: str, value: Any) -> Any:
         224.
 
     Raises:
-        TypeError: If a size is neither a whole number, an object nor None.
+        TypeError: If a size is neither a whole number, a dict nor None.
     """
     if name not in ("size", "crop_size") or isinstance(value, dict | None):
         return value
     if type(value) is not int:
-        raise TypeError(f"{name} must be a whole number or an object of them, got {value!s:.80}")
+        raise TypeError(f"{name} must be a whole number or an object of whole numbers, got {value!s:.80}")
     return {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
 
 
@@ -139,7 +152,7 @@ def _get_or_compute_weights_digest(folder: Path) -> str:
 
 
 def _compute_weights_digest(paths: list[Path]) -> str:
-    """Compute the digest of the image encoder's tensors: of their names, types, shapes and bytes.
+    """Compute a digest of the names, types, shapes and bytes of the image encoder's tensors.
 
     Args:
         paths: Weight files of a model.

@@ -59,12 +59,12 @@ EXIF_TRANSPOSES = {  # EXIF orientation -> operation that makes the image uprigh
 _FILE_OPEN_FLAGS = os.O_RDONLY
 for _flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"):
     _FILE_OPEN_FLAGS |= getattr(os, _flag, 0)
-# Flags that open the parent folders of a file without following links; None on Windows, which can't do that. O_PATH,
-# which only Linux has, also opens folders that may be entered but not listed.
+# Flags for `os.open` that open the parent folders of a file without following links; None on Windows, which can't do
+# that. O_PATH, which only Linux has, also opens folders that the user may enter but not list.
 _FOLDER_OPEN_FLAGS = None
 if hasattr(os, "O_DIRECTORY") and hasattr(os, "O_NOFOLLOW") and os.open in os.supports_dir_fd:
     _FOLDER_OPEN_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-MAX_DETAIL_CHARACTERS = 300  # limit for error details, which may quote texts of any length
+MAX_DETAIL_CHARACTERS = 300  # longer error details are cut off, because they may quote texts of any length
 # Held while a large image is decoded, so that only one image at a time takes hundreds of megabytes. Callers may keep
 # the lock until they have processed the image.
 LARGE_IMAGE_LOCK = threading.RLock()
@@ -74,7 +74,7 @@ _AVAILABLE_FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.O
 
 
 class BadRow(ValueError):
-    """Error of a dataset row that can't be used.
+    """Error that is raised for a dataset row that can't be used.
 
     Args:
         reason: Short reason from a fixed list, such as "unreadable image". Commands that skip the row write the reason
@@ -92,11 +92,11 @@ class BadRow(ValueError):
 
 
 class BadImage(BadRow):
-    """Error of an image that can't be used, for example because it is missing, damaged, too large or not allowed."""
+    """Error that is raised for an image that can't be used: it is missing, damaged, too large or not allowed."""
 
     @property
     def code(self) -> str:
-        """Key of the translated reason in the message file of `capivara_search`."""
+        """Key by which `capivara_search` finds the translated message; equal to `reason`."""
         return self.reason
 
 
@@ -114,12 +114,12 @@ class ImageAccess:
     max_pixels: int = MAX_IMAGE_PIXELS
 
 
-BYTES_ONLY = ImageAccess()
+BYTES_ONLY = ImageAccess()  # rows must contain the bytes of their images; paths are refused
 
 
 @dataclass(kw_only=True)
 class ImageFileArguments:
-    """Command-line flags that are shared by all commands that read the images of a dataset."""
+    """Command-line flags of all commands that read the images of a dataset."""
 
     image_roots: list[Path] = flag([], "Folders outside the dataset that its image paths and links may lead to.")
     max_pixels: int = flag(MAX_IMAGE_PIXELS, "Skip images with more pixels (width x height).")
@@ -141,9 +141,10 @@ class ImageFileArguments:
         return {"image_roots": self.image_roots, "max_pixels": self.max_pixels}
 
     def image_settings(self) -> dict[str, Any]:
-        """Return the flags that differ from their defaults, by name, to be stored with results.
+        """Return the flags that differ from their defaults as `{name: value}`, to be stored with results.
 
-        Only the last part of each folder in `image_roots` is returned, because a full path may reveal a person's name.
+        Of each folder in `image_roots`, only the last part of its path is returned, because a full path may reveal a
+        person's name.
         """
         roots = {"image_roots": [root.name for root in self.image_roots]} if self.image_roots else {}
         return roots | ({"max_pixels": self.max_pixels} if self.max_pixels != MAX_IMAGE_PIXELS else {})
@@ -192,7 +193,7 @@ def _read_row_image_without_decoding(row_image: dict | None, access: ImageAccess
         access: Rules for the files that may be opened.
 
     Returns:
-        The content of the image file, the opened image, and its name for error messages.
+        The tuple (content of the image file, opened image, name of the image for error messages).
 
     Raises:
         BadImage: If there is no image, it may not be opened or can't be read, it is not an image, or it is too large.
@@ -222,9 +223,10 @@ def decode_row_images(
 
     Args:
         rows: Row numbers.
-        row_image: Function that returns the image entry of a row number, as for `decode_image`.
+        row_image: Function that takes a row number and returns the image entry of the row, as for `decode_image`.
         access: Rules for the files that may be opened.
-        describe_error: Function that returns the detail of the error of a row. Default: the detail of the error.
+        describe_error: Function that takes a row number and its `BadImage` error, and returns the text that replaces
+            the `detail` of the error. Default: the detail stays.
 
     Yields:
         The decoded images, in the order of `rows`. If an image can't be used, its `BadImage` error takes its place.
@@ -317,10 +319,10 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
 
 
 def exif_orientation(image: PIL.Image.Image) -> int:
-    """Return the EXIF orientation of a loaded image, 1 (upright) to 8.
+    """Return the EXIF orientation of a loaded image: a number from 1 (upright) to 8.
 
-    The result is 1 if the orientation is missing, damaged or out of range. For a TIFF image it is always 1, because PIL
-    makes the image upright when it loads the pixels.
+    The result is 1 if the orientation is missing, damaged or out of range. For a TIFF image the result is always 1,
+    because PIL makes the image upright when it loads the pixels.
     """
     try:
         orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation)
@@ -380,7 +382,8 @@ def _read_file_bytes(
     file that is too large.
 
     Args:
-        allowed_folders: Folders in which the file may lie. None: every path is refused.
+        allowed_folders: Folders in which the file may lie; checked after all links are resolved. None: every path is
+            refused.
         path: Path of the file. A relative path is looked up in the allowed folders first, then in the current folder.
         offset: Position of the first byte to read.
         size: Number of bytes to read.
@@ -411,18 +414,18 @@ def _read_file_bytes(
 def open_regular_file_safe_from_link_swaps(
     path: str | Path, name: str, folders: Sequence[str | Path] | None = None
 ) -> BinaryIO:
-    """Open a regular file for reading, safe against links that change while it is opened.
+    """Open a regular file for reading, safe against an attacker who replaces folders by links at the same time.
 
-    Links are resolved once. Then the real path is opened folder by folder without following links, so the opened file
-    is the one that was checked (no time-of-check to time-of-use race). Windows can't open a file in this way; there,
-    the file is compared before and after it is opened (`_open_and_check_no_link_followed`), and paths that lead to
-    devices or to network shares of other people are refused (`find_windows_path_fault`).
+    All links in the path are resolved once. Then the resulting path is opened folder by folder without following links,
+    so the opened file is the one that was checked (no time-of-check to time-of-use race). Windows can't open a file in
+    this way. There, the file is compared before and after it is opened (`_open_and_check_no_link_followed`), and paths
+    that lead to devices or to other network shares are refused (`find_windows_path_fault`).
 
     Args:
         path: The file.
         name: Name of the file for error messages.
-        folders: Real paths of folders. The file must lie in one of these folders after all links are resolved. None:
-            the file may lie anywhere, because the user has named it.
+        folders: Paths of folders without links. The file must lie in one of these folders after all links in `path` are
+            resolved. None: the file may lie anywhere; for files that the user named explicitly.
 
     Returns:
         The file, opened in binary mode.
@@ -430,8 +433,8 @@ def open_regular_file_safe_from_link_swaps(
     Raises:
         BadImage: If the path does not lead to a regular file (reason "no regular file"), or leads out of `folders`
             (reason "link out of the folder").
-        OSError: If the file does not exist or can't be opened, or a folder on its real path has been replaced by a link
-            in the meantime.
+        OSError: If the file does not exist or can't be opened, or a folder on its path has been replaced by a link in
+            the meantime.
         ValueError: If the path contains a NUL character.
     """
     if IS_WINDOWS and (fault := find_windows_path_fault(path, folders)):
@@ -441,7 +444,7 @@ def open_regular_file_safe_from_link_swaps(
         raise BadImage("link out of the folder", f"{name} leads out of the folders that may be read")
     no_file = BadImage("no regular file", f"{name} is a folder, a pipe, a socket or a device")
     if _FOLDER_OPEN_FLAGS is None and not stat.S_ISREG(os.lstat(real).st_mode):
-        raise no_file  # where O_NONBLOCK is missing, opening a pipe or a device could wait forever
+        raise no_file  # without O_NONBLOCK, opening a pipe or device could wait forever
     number = _open_and_check_no_link_followed(real) if _FOLDER_OPEN_FLAGS is None else _open_without_links(real)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
@@ -450,7 +453,10 @@ def open_regular_file_safe_from_link_swaps(
 
 
 def _open_without_links(real: Path) -> int:
-    """Open a file folder by folder, and return its descriptor. Raises OSError if a part of the path is a link."""
+    """Open the path `real` folder by folder, and return the file descriptor. Raises OSError if a part of it is a link.
+
+    All links in `real` were already resolved, so a link in it means that somebody has replaced a folder since then.
+    """
     folder = os.open(real.anchor, _FOLDER_OPEN_FLAGS)
     try:
         for part in real.parent.parts[1:]:
@@ -462,10 +468,10 @@ def _open_without_links(real: Path) -> int:
 
 
 def _open_and_check_no_link_followed(real: Path) -> int:
-    """Open a file where links can't be excluded while it is opened, and check that no link was followed.
+    """Open a file, and then check that no link was followed; for Windows, which can't open a file without links.
 
-    An attacker who replaces a folder by a link and back at the right moments, several times, could still deceive the
-    comparison.
+    The check compares the file before and after it is opened. An attacker who replaces a folder by a link and back
+    several times, at the right moments, could still deceive the check.
 
     Args:
         real: Path of the file, with all links resolved.
@@ -474,13 +480,13 @@ def _open_and_check_no_link_followed(real: Path) -> int:
         The file descriptor.
 
     Raises:
-        OSError: If the file can't be opened, or is another file than before or after it was opened.
+        OSError: If the file can't be opened, or the path led to another file before or after the file was opened.
     """
     before = os.lstat(real)
     number = os.open(real, _FILE_OPEN_FLAGS)
     try:
         opened, after = os.fstat(number), os.lstat(real)
-        # Junctions of Windows are no symbolic links for `lstat`, but `realpath` resolves them.
+        # `lstat` does not report a junction (a kind of link on Windows) as a link, but `realpath` resolves it.
         is_same = os.path.samestat(before, opened) and os.path.samestat(opened, after)
         if not is_same or os.path.realpath(real) != str(real):
             raise OSError(errno.ELOOP, "the file was replaced while it was opened", str(real))
@@ -491,10 +497,10 @@ def _open_and_check_no_link_followed(real: Path) -> int:
 
 
 def _read_tiff_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
-    """Return the width and height of the tiles of a TIFF image in pixels.
+    """Return the width and height of the tiles of a TIFF image in pixels, so that huge tiles can be refused.
 
-    The function parses the TIFF directory itself, because libtiff decodes the tiles and PIL skips directory entries
-    that libtiff reads.
+    PIL decodes the tiles with libtiff, which also reads directory entries that PIL skips. The sizes that PIL reports
+    may therefore be wrong, so this function parses the TIFF directory itself.
 
     Args:
         data: Content of the whole file.
@@ -552,7 +558,7 @@ def image_display_path(row_image: dict | None) -> str:
         row_image: Image entry of the row, as for `decode_image`.
 
     Returns:
-        The path; for a file inside a tar archive, ARCHIVE/PATH; "" if the row contains only bytes.
+        The path of the image file. For a file inside a tar archive, ARCHIVE/PATH. "" if the row contains only bytes.
     """
     image = row_image or {}
     return "/".join(filter(None, (image.get("archive"), image.get("path"))))

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 
-message = "Stopped."
+message = "Stopped."  # text that is printed after Ctrl-C
 # Name of daemon threads that may run C++ code for a long time, for example while they load a model.
 NATIVE_THREAD_NAME = "native code"
 
@@ -43,8 +43,8 @@ def raise_on_interrupt() -> None:
 def exit_if_native_code_runs(code: int) -> None:
     """End the process at once if a thread named `NATIVE_THREAD_NAME` still runs; otherwise do nothing.
 
-    At a normal exit, Python ends such a thread when it returns from C++ code. C++ then aborts the process with
-    "terminate called without an active exception".
+    At a normal exit, Python ends such a thread as soon as the thread returns from C++ code. The C++ runtime would then
+    abort the process with "terminate called without an active exception".
 
     Args:
         code: Exit code of the process.

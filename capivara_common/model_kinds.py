@@ -1,9 +1,10 @@
-"""Kinds of two-tower models: all differences between the kinds that this project supports, in one table.
+"""List the supported kinds of two-tower models, and the settings in which they differ, in the table `KINDS`.
 
-    get_supported_model_kind(read_json(folder / "config.json")).pads_to_max_length
+    kind = get_supported_model_kind(read_json(folder / "config.json"))
+    kind.pads_to_max_length
 
-A kind is a `model_type` of transformers. An entry of `KINDS` says in what the kind differs from transformers' CLIP, so
-a kind that is built like CLIP needs only its names:
+A kind corresponds to a `model_type` of transformers. An entry of `KINDS` states only the differences from transformers'
+CLIP, so a kind that is built like CLIP needs only its names:
 
     KINDS["my_clip"] = ModelKind(model_type="my_clip", title="My CLIP", class_name="MyCLIPModel")
 
@@ -14,10 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-NATIVE_MODEL_TYPE = "capivara"  # the digest of an image encoder assumes it for a config without `model_type`
+# `model_type` of this project's own models. `image_encoder_digest` assumes it if a config has no `model_type`.
+NATIVE_MODEL_TYPE = "capivara"
 ADDING_PAGE = "docs/explanation/architecture.md"  # page that says how to add a kind
-# Default values of transformers. Published configs omit fields that have their default value, but configs that were
-# loaded and saved again contain them. Of an image tower, only fields that change the embedding of an image are listed.
+# Default values of transformers' configs. Published configs omit fields that have their default value, but configs that
+# were loaded and saved again contain these fields. For image towers, only fields that change the embedding of an image
+# are listed, because the digest of the image encoder covers only these fields.
 CLIP_VISION_DEFAULTS = {
     **{"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12, "patch_size": 32},
     "image_size": 224,
@@ -29,7 +32,7 @@ VIT_VISION_DEFAULTS = CLIP_VISION_DEFAULTS | {
     **{"hidden_act": "gelu", "layer_norm_eps": 1e-12, "patch_size": 16, "pooler_act": "tanh"},
 }
 DINOV2_VISION_DEFAULTS = CLIP_VISION_DEFAULTS | {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "patch_size": 14}
-# Image towers that interpolate their position embeddings, so that they take images of any size
+# `model_type` of image towers that accept images of any size, because they interpolate their position embeddings
 ANY_SIZE_VISION_TOWERS = ("dinov2",)
 SIGLIP_TEXT_DEFAULTS = {
     **{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-6},
@@ -39,7 +42,7 @@ METACLIP_2_TEXT_DEFAULTS = {
     **{"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "layer_norm_eps": 1e-5},
     **{"max_position_embeddings": 77, "hidden_act": "quick_gelu", "eos_token_id": 49407},
 }
-# Model types that are not supported, with an explanation for the error message
+# `model_type` of well-known models that are not supported -> explanation for the error message
 UNSUPPORTED_MODEL_TYPES = {"siglip2": " (SigLIP 2 of any resolution, NaFlex)"}
 
 
@@ -62,24 +65,25 @@ class ModelKind:
         model_type: Value of `model_type` in config.json.
         title: Name of the kind for messages.
         class_name: Name of the model class, as results and model cards record it.
-        is_native: Whether the classes of model, processor and tokenizer are those of this project. They clean and
-            truncate texts themselves, and their code travels with a saved model.
-        processors: Names of the classes of processors that fit the kind.
+        is_native: Whether the model, processor and tokenizer use classes of this project. These classes clean and
+            truncate texts themselves, and their code is saved with the model.
+        processors: Names of the processor classes that fit the kind.
         pads_to_max_length: True: texts are padded to the maximum length, and the model sees the padding, because there
             is no attention mask. False: texts are padded to the longest text of the batch, and padding is masked.
-        read_widths: Function that gets the content of config.json and returns a dict: name of a setting -> width of the
-            embeddings. The dict has two entries, the text tower's first, if each tower has its own setting.
-        text_towers: Supported values of `text_config.model_type`; empty if the kind has a single type of text tower, or
+        read_widths: Function that gets the content of config.json and returns the width of the embeddings as
+            `{name of the setting: width}`. If each tower has its own setting, the dict has two entries, first the entry
+            of the text tower.
+        text_towers: Supported values of `text_config.model_type`. Empty if the kind has a single type of text tower, or
             supports all types.
         text_defaults: Default values of `text_config`.
-        vision_towers: Type of image tower (`vision_config.model_type`) -> default values of the settings that change
-            the embedding of an image. The first type is the default. Empty if the kind has a single type of image
-            tower.
-        vision_defaults: The same default values for a kind with a single type of image tower.
-        numpy_text_tower: Name of the class in `capivara_search/text_tower.py` that embeds texts without torch. None:
-            PyTorch embeds texts.
+        vision_towers: For a kind with several types of image tower: `{vision_config.model_type: default values}`, with
+            the default values of the settings that change the embedding of an image. The first type is the default.
+        vision_defaults: For a kind with a single type of image tower: the default values of the settings that change
+            the embedding of an image.
+        numpy_text_tower: Name of the class in `capivara_search/text_tower.py` that embeds texts with NumPy, without
+            torch. None: texts are embedded with PyTorch.
         open_clip_layout: Layout of the weights in open_clip: "hf_text" for a text tower of transformers with a
-            projection, "timm_siglip" for SigLIP. None: the export leaves open_clip out.
+            projection, "timm_siglip" for SigLIP. None: an export has no files for open_clip.
         immich_name: Name of a model in Immich's list that has this architecture. None: the export formats `immich` and
             `drop_in` are not available.
         js_image_processor: Class of transformers.js that preprocesses images. None: the class has the same name as in
@@ -131,8 +135,8 @@ class ModelKind:
             vision: `vision_config` of a config.json.
 
         Returns:
-            Settings by name, with default values for those that `vision` omits. None if the kind does not support
-            the type of image tower.
+            `{name: value}`, with default values for settings that `vision` omits. None if the kind does not support the
+            type of image tower.
         """
         tower, defaults = self.model_type, self.vision_defaults
         if self.vision_towers:
@@ -154,7 +158,8 @@ def get_supported_model_kind(config: Mapping[str, Any]) -> ModelKind:
 
     Raises:
         ValueError: If the type of the model or of a tower is not supported, or the towers have embeddings of different
-            widths. The message is an explanation that starts in lowercase, such as "model_type is 'bert'; …".
+            widths. The message starts in lowercase, such as "model_type is 'bert'; …", because callers append it to a
+            sentence.
     """
     model_type = config.get("model_type")
     if model_type not in KINDS:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-# Prefix of a secret -> regular expression for the characters after the prefix. The expressions must be valid in both
+# {prefix of a secret: regular expression for the characters after the prefix}. The expressions must be valid in both
 # Python's `re` and RE2, because Arrow searches the columns of parquet files with RE2.
 _TOKEN_PATTERNS = {
     "hf_": r"(?:oauth_[\w.-]{20,}|jwt_[\w.-]{20,}|[A-Za-z0-9]{20,})",
@@ -27,8 +27,8 @@ _TOKEN_PATTERNS = {
     "GOCSPX-": r"[\w-]{28}",
     "ya29.": r"[\w-]{20,}",
 }
-# These secrets follow the name of an AWS key or a PEM header. In contrast to the tokens above, any character may
-# precede them.
+# Secrets that are recognized by the name of an AWS key or by the header of a PEM file. In contrast to the tokens above,
+# any character may precede the name or header.
 _AWS_KEY_NAMES = """aws_secret_access_key AWS_SECRET_ACCESS_KEY aws_secret_key AWS_SECRET_KEY
           SecretAccessKey secretAccessKey secret_access_key SECRET_ACCESS_KEY"""
 _LABELED_SECRET_PATTERNS = {
@@ -75,7 +75,8 @@ _REQUEST_SECRET_RE = re.compile(
 _NAME_CHARACTER = r"[^\s\"'`<>|;,)\]}:/\\]"  # a character that may belong to a file name within a text
 _PATH_TAIL = rf"(?:{_NAME_CHARACTER}|[/\\]|:(?!/))*"
 _NONEMPTY_PATH_TAIL = _NAME_CHARACTER + _PATH_TAIL
-# Texts with slashes that are not paths: URLs, inline Base64 images, HTTP routes and links to pages of the Hub.
+# Texts that contain slashes but are not paths: `_URL_PATTERNS` matches URLs and inline Base64 images, `_SITE_PATH`
+# matches HTTP routes and links to pages of the Hub.
 _URL_PATTERNS = (
     r"(?<![\w+.-])(?!(?i:file):)[A-Za-z][\w+.-]{0,30}://[^\s/](?:(?!::)[^\s\"'<>`|;,)\]}])*",
     r";base64,[A-Za-z0-9+/]{60,}",
@@ -85,9 +86,9 @@ _SITE_PATH = (
     r"(?:\b(?:GET|HEAD|POST|PUT|PATCH|DELETE) (?=/)"
     rf"|(?:\]\(|(?:href|src)=\\?[\"']?)(?=/(?:{_HUB_PAGES})[/)\"']))(?!\S{{0,400}}/\.\.)"
 )
-# Characters that may precede a path. After a letter, a dot or a slash, the text would be part of a longer name.
-# Markdown signs such as `*` are not in this set, because they also occur within glob patterns (`data/**/x`).
-# `_PATH_START` accepts a Markdown sign before a path only if the sign is at the beginning of a word.
+# Characters that may precede a path in a text. A letter, a dot or a slash may not, because the text after it would be
+# part of a longer name. Markdown signs such as `*` are not in this set either, because they also occur within glob
+# patterns (`data/**/x`). `_PATH_START` accepts a Markdown sign before a path only if it is at the beginning of a word.
 _BOUNDARY_CHARACTERS = r"""\s"'`“”‘’«=:(\[{<>,;|!@&–—→·"""
 _PATH_START = (
     rf"(?:(?<=://)|(?<=:///)|(?<![^{_BOUNDARY_CHARACTERS}])|"
@@ -96,7 +97,7 @@ _PATH_START = (
     )
     + ")"
 )
-_FOLDER_PATTERN = r"(?=[\d/._~+-]*[^\W\d_])[\w.@+%~-]+/"  # needs a letter, because fractions and dates are not folders
+_FOLDER_PATTERN = r"(?=[\d/._~+-]*[^\W\d_])[\w.@+%~-]+/"  # must have a letter, so fractions and dates don't match
 _HOST_PATTERN = r"[A-Za-z0-9][\w.$-]+"
 _DOMAIN_PATTERN = r"[\w-]+(?:\.[\w-]+)*\.(?!local/|lan/|home/|internal/)[A-Za-z]{2,}/"  # as in `//cdn.example.org/x`
 _PATH_PATTERNS = (
@@ -126,9 +127,9 @@ def find_secret(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
         content: Text, bytes or memory-mapped file to search.
 
     Returns:
-        A description of the secret for messages, which does not contain the secret itself, and the position of the
-        secret in `content` (in characters or bytes). None if `content` has no secret. If there are several secrets, any
-        one of them is returned.
+        The tuple (description, position). The description names the kind of secret for messages, without the secret
+        itself. The position is an offset in `content`, in characters for a text, otherwise in bytes. None if `content`
+        has no secret. If there are several secrets, any one of them is returned.
     """
     encode = str if isinstance(content, str) else str.encode
     for token in read_hub_tokens():
@@ -141,7 +142,7 @@ def find_secret(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
                 return f"what looks like an access token or key ({prefix}…)", position
     for escape in _ESCAPED_UNDERSCORES:
         for position in _find_substring_positions(content, encode(escape)):
-            # The search starts 30 characters before the escape, because the name of an AWS key may precede it.
+            # The search starts 30 characters before the escaped "_", because the secret may begin before this "_".
             if match := secret_pattern.search(content, max(0, position - 30), position + 300):
                 return f"what looks like an access token or key (with {escape})", match.start()
     return None
@@ -156,7 +157,7 @@ def _find_substring_positions(content: str | bytes | mmap.mmap, part: str | byte
 
 
 def redact_secrets(text: str) -> str:
-    """Replace the secrets in a text by `***` or `hf_***`.
+    """Replace the secrets in a text by `***`, and secrets that start with `hf_` by `hf_***`.
 
     Secrets are the Hub tokens of this machine, and any text that looks like a key, a token or a password in a URL.
     """
@@ -167,7 +168,7 @@ def redact_secrets(text: str) -> str:
 
 
 def escape_control_characters(text: str) -> str:
-    r"""Return `text` with line breaks, and all characters that a terminal obeys or hides, escaped (ESC as `\x1b`)."""
+    r"""Escape all characters that a terminal obeys or hides, including line breaks (ESC becomes `\x1b`)."""
     # Python represents a byte 0xXX of a file name that is not valid UTF-8 by the surrogate \udcXX. It is shown as \xXX.
     return UNSAFE_CHARACTER_RE.sub(
         lambda match: match[0].encode("unicode_escape").decode().replace("\\udc", "\\x"), text
@@ -175,9 +176,9 @@ def escape_control_characters(text: str) -> str:
 
 
 def make_printable(text: str) -> str:
-    """Make text from an untrusted source safe to print: redact secrets and escape control characters in each line.
+    """Make text from an untrusted source safe to print: redact secrets, and escape control characters.
 
-    Line breaks are kept.
+    Line breaks stay as they are.
     """
     return "\n".join(map(escape_control_characters, redact_secrets(text).split("\n")))
 
@@ -199,8 +200,8 @@ def read_hub_tokens() -> list[str]:
 def find_machine_path(text: str) -> str | None:
     """Return the first absolute path in a text; None if the text contains no absolute path.
 
-    A path counts if it has at least two parts (`/folder/file`), or one part in quotes (`"/folder"`). URLs, Hub ids,
-    fractions and dates are not paths.
+    Only a path with at least two parts (`/folder/file`), or with one part in quotes (`"/folder"`), is recognized. URLs,
+    Hub ids, fractions and dates are not mistaken for paths.
     """
     return next((match[0] for match in _compile_path_pattern().finditer(text) if match["path"]), None)
 
@@ -237,14 +238,14 @@ def shorten_absolute_paths(value: Any) -> Any:
 
 
 def get_publishable_model_or_dataset_name(name: str) -> str:
-    """Return a name of a model or dataset that can be published in records and cards.
+    """Return the name of a model or dataset without private folders, so that records and cards can be published.
 
     Args:
         name: Hub id or local path.
 
     Returns:
-        A Hub id is returned unchanged. A local path is shortened as by `shorten_absolute_paths`, and at most its last
-        two parts are returned.
+        The unchanged Hub id, or the local path after `shorten_absolute_paths`, of which at most the last two parts are
+        kept.
     """
     is_local = name.startswith(("/", "~", "\\\\")) or ".." in Path(name).parts or Path(name).exists()
     return "/".join(PurePosixPath(_shorten_absolute_path(name) if is_local else name).parts[-2:]) or "."
@@ -262,10 +263,10 @@ def list_private_folders() -> list[str]:
 
 
 def _compile_path_pattern() -> re.Pattern[str]:
-    """Compile a regular expression that finds absolute paths, and also URLs and other texts with slashes.
+    """Compile a regular expression that finds absolute paths in a text.
 
-    Its group `path` matches only for an absolute path. The other texts match as a whole, so that their ends are not
-    mistaken for paths.
+    It also matches URLs and other texts with slashes as a whole, so that their ends are not mistaken for paths. The
+    group `path` matches only if an absolute path was found.
     """
     local_folder = rf"(?:{'|'.join(map(re.escape, list_private_folders()))})(?![\w.-])"
     site_path = rf"{_SITE_PATH}(?!{local_folder})[^\s\"'<>`|;,)\]]*"

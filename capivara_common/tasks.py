@@ -1,4 +1,4 @@
-"""Command-line flags and phases of commands whose work is split into tasks.
+"""Define the command-line flags and the phases of commands whose work is split into tasks.
 
 This module imports no large library, so that `--help` answers at once.
 """
@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from capivara_common.cli import check_at_least, flag
 
+# End of the error message for a command that was started by a distributed launcher
 TASK_SHARING_HINT = (
-    "rows are shared out by --tasks and --workers on one machine, and by --executor slurm or ray on several"
+    "to divide its work, use --tasks and --workers on one machine, or --executor slurm or ray on several machines"
 )
 # Titles of groups in `--help`
 TASKS, CLUSTER = "tasks", "Slurm and Ray clusters"
@@ -21,7 +22,7 @@ TASKS, CLUSTER = "tasks", "Slurm and Ray clusters"
 
 @dataclass(kw_only=True)
 class ExecutorArguments:
-    """Flags that choose where tasks run. Names follow datatrove's executors."""
+    """Command-line flags that choose where and how tasks run. The names are those of datatrove's executors."""
 
     executor: Literal["local", "slurm", "ray"] = flag(
         "local", "Where tasks run: on this machine (local), a Slurm cluster or a Ray cluster.", group=TASKS
@@ -47,8 +48,8 @@ class ExecutorArguments:
     mem_per_cpu_gb: int = flag(4, "Memory per CPU core in GiB.", group=CLUSTER)
     node_script: Path | None = flag(
         None,
-        "Bash script that each job of a phase with a model sources before its tasks, for example to start a server on "
-        "the node (slurm).",
+        "Bash script that each job sources before its tasks, for example to start a server on the node. Only phases "
+        "that use a model run it (slurm).",
         group=CLUSTER,
     )
     gpus_per_task: int = flag(0, "GPUs per task. Only phases that use a model get them.", group=CLUSTER)
@@ -62,13 +63,14 @@ class ExecutorArguments:
         """Validate the executor flags.
 
         Raises:
-            ValueError: If a flag is out of range, a required flag is missing, a value contains characters that are
-                unsafe in a Slurm job script, or the command was started by a distributed launcher.
+            ValueError: If a flag is out of range, a required flag is missing, or a value contains characters that are
+                unsafe in a Slurm job script. Also if the command was started by a distributed launcher (Accelerate,
+                torchrun), because every process would then do all the work.
         """
         check_at_least(self, 1, "tasks", "workers", "cpus_per_task", "mem_per_cpu_gb")
         check_at_least(self, 0, "gpus_per_task")
         if self.executor != "local" and self.tasks is None:
-            raise ValueError(f"--executor {self.executor} needs --tasks, the number of tasks that divide the rows.")
+            raise ValueError(f"--executor {self.executor} needs --tasks, the number of tasks to split the rows into.")
         if self.executor == "slurm" and not (self.partition and self.time):
             raise ValueError("--executor slurm needs --partition and --time, such as --partition gpu --time 04:00:00.")
         if self.executor == "slurm":  # datatrove writes these values into the job script without quoting
@@ -86,11 +88,11 @@ class ExecutorArguments:
                     )
         if not all(re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) for option in self.sbatch):
             raise ValueError(f"sbatch options must be KEY or KEY=VALUE without leading dashes, got {self.sbatch}.")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every process would do all rows
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every process would do all the work
             raise ValueError(f"This command must not be launched by Accelerate or torchrun: {TASK_SHARING_HINT}.")
 
     def executor_flags(self) -> dict[str, Any]:
-        """Return the flags of this class whose values differ from the defaults, by name."""
+        """Return the flags of this class whose values differ from the defaults, as `{name: value}`."""
         defaults = vars(ExecutorArguments()).items()
         return {name: value for name, default in defaults if (value := getattr(self, name)) != default}
 
@@ -101,25 +103,24 @@ class Phase:
 
     Attributes:
         run: Function that does the work of one task. It is called with the arguments of the command, the rank of the
-            task, and the number of tasks.
+            task, and the number of tasks. It returns at once if the task has no work left.
         is_parallel: Whether the phase is split over all tasks. If False, a single task runs it.
         uses_model: Whether each task gets `gpus_per_task` GPUs.
     """
 
-    # Called with the command's arguments, rank and world size; returns at once if this rank has no work left.
     run: Callable[[Any, int, int], Any]
-    is_parallel: bool = False  # True: split over all tasks. False: a single task.
-    uses_model: bool = False  # True: a task gets `gpus_per_task` GPUs
+    is_parallel: bool = False
+    uses_model: bool = False
 
 
 def split_rows(row_count: int, rows_per_part: int) -> list[range]:
-    """Split the row numbers of a dataset into contiguous chunks.
+    """Split the row numbers of a dataset into contiguous ranges of at most `rows_per_part` rows.
 
     Args:
         row_count: Number of rows of the dataset.
-        rows_per_part: Number of rows of each chunk. The last chunk may be smaller.
+        rows_per_part: Number of rows in each range. The last range may be shorter.
 
     Returns:
-        Range of row numbers of each chunk.
+        The ranges of row numbers, in order.
     """
     return [range(start, min(start + rows_per_part, row_count)) for start in range(0, row_count, rows_per_part)]

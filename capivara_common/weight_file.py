@@ -1,7 +1,7 @@
 """Read tensors of safetensors files through a memory map, without torch and without loading whole files.
 
-The operating system reads only the bytes that are used from the disk, for example the rows of the token embedding
-matrix that belong to the tokens of a text.
+Only the bytes that are used are read from the disk. For example, to embed a text, only the rows of the token embedding
+matrix for the tokens of this text are read.
 """
 
 import json
@@ -38,7 +38,7 @@ class WeightFile:
 
     Attributes:
         path: Path of the file.
-        tensors: `TensorInfo` of each tensor, by the name of the tensor.
+        tensors: `{name of the tensor: TensorInfo}`.
 
     Raises:
         ValueError: If the file is missing, truncated or not a safetensors file.
@@ -106,7 +106,7 @@ class WeightFile:
 
 
 def read_scalar(folder: Path, name: str) -> float | None:
-    """Return a weight of a model that is a single number.
+    """Return the value of a model's weight that is a single number, such as `logit_scale`.
 
     Args:
         folder: Model folder with safetensors files.
@@ -134,7 +134,7 @@ def _to_float32(raw: memoryview, dtype: str, name: str) -> np.ndarray:
 
     Args:
         raw: Bytes of the tensor in little-endian order.
-        dtype: Name of its type in safetensors.
+        dtype: Name of the tensor's type in safetensors, such as "BF16".
         name: Name of the tensor for the error message.
 
     Raises:
@@ -172,5 +172,5 @@ def find_weight_files(folder: Path) -> list[Path]:
     if not names or any(Path(name).name != name for name in names):
         raise ValueError(f"{index} must list files of its own folder, got {names[:3]}.")
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"The model folder {folder} lacks the weights {', '.join(missing)}, which its index names.")
+        raise ValueError(f"The model folder {folder} lacks {', '.join(missing)}, listed in its index. Download it.")
     return [folder / name for name in names]

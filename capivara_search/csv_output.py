@@ -18,7 +18,7 @@ FORMULA_PATTERN = r"^([=+\-@\t\r])"
 
 
 def escape_csv_cell(text: str) -> str:
-    """Escape a text for a CSV cell.
+    """Escape control characters and spreadsheet formulas in the text of a CSV cell.
 
     Args:
         text: Content of the cell.

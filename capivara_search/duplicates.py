@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
 BLOCK_ROWS = 512  # number of vectors that are compared with each other in one step
-LATER_BLOCK_ROWS = 2048  # number of later vectors that a block is compared with in one step
+LATER_BLOCK_ROWS = 2048  # number of vectors after a block that are compared with the block in one step
 FLOAT16_TOLERANCE = 1e-3  # thresholds are lowered by this value, because vectors are rounded to float16 when stored
 # Side of a color signature in pixels. It was chosen like `DUPLICATE_MIN_SIMILARITY` (docs/reference/benchmarks.md).
 SIGNATURE_SIDE = 6
@@ -107,7 +107,7 @@ def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes |
 
     Returns:
         Array (rows, width + `SIGNATURE_BYTES` + `DETAIL_BYTES`), float32. The last columns (`DETAIL_COLUMNS`) contain
-        the details of flat pictures and are zeros for other pictures.
+        the details of flat pictures, such as icons, and are zeros for other pictures.
     """
     pixels = np.frombuffer(
         b"".join((signature or bytes(SIGNATURE_BYTES))[:SIGNATURE_BYTES] for signature in signatures), np.uint8
@@ -127,6 +127,9 @@ def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes |
 def _extract_flat_picture_details(signatures: Sequence[bytes | None]) -> np.ndarray:
     """Extract the details of flat pictures from color signatures.
 
+    Flat pictures, such as icons, have many pixels of exactly the same color. Their color signatures end with the
+    details: the reduced Y, Cb and Cr planes of the picture (`compute_color_signature`).
+
     Args:
         signatures: The color signature of each picture, or None if the picture has no signature.
 
@@ -144,9 +147,10 @@ def _extract_flat_picture_details(signatures: Sequence[bytes | None]) -> np.ndar
 def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return the similarity of each picture in a first set to each picture in a second set.
 
-    The similarity of two flat pictures is 1 minus the scaled mean squared difference of their details. The scale is
-    chosen so that a root mean square difference of `DUPLICATE_DETAIL_RMS` gives the similarity
-    `DUPLICATE_MIN_SIMILARITY`. The similarity of all other pairs is the dot product of their vectors without details.
+    Two flat pictures, such as icons, are compared by their details (`compute_color_signature`). Their similarity is 1
+    minus the scaled mean squared difference of the details. The scale is chosen so that a root mean square difference
+    of `DUPLICATE_DETAIL_RMS` gives the similarity `DUPLICATE_MIN_SIMILARITY`. The similarity of all other pairs is the
+    dot product of their vectors without details.
 
     Args:
         vectors: First set: array (rows, columns), a result of `combine_vectors_and_colors`.

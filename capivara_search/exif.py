@@ -57,10 +57,11 @@ def _to_degrees(parts: Any, sign: int, limit: int) -> float:
         The coordinate in decimal degrees.
 
     Raises:
-        ValueError: If the coordinate is negative, above the limit or NaN. PIL's fractions raise other errors, too.
+        ValueError: If the coordinate is negative, above the limit or NaN. Values of an unexpected type raise other
+            errors, which the caller suppresses, too.
     """
     parts = parts if isinstance(parts, tuple) else (parts / 1,)  # PIL returns degrees without minutes as one number
     degrees = sum(float(part) / unit for part, unit in zip(parts, (1, 60, 3600)[: len(parts) or 1], strict=True))
     if not 0 <= degrees <= limit:  # this comparison is also False for NaN
-        raise ValueError(f"must be 0 to {limit}, got {degrees}")
+        raise ValueError(f"A coordinate must be 0 to {limit} degrees, got {degrees}.")
     return sign * degrees

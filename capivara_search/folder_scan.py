@@ -78,10 +78,11 @@ def to_absolute_path(folder: str | Path) -> Path:
 
 
 def to_absolute_path_with_disk_case(folder: str | Path) -> Path:
-    """Return the absolute path of a folder or file that the user names, as `to_absolute_path`.
+    """Return the absolute path of a folder or file, with upper and lower case as on the disk.
 
-    On Windows, where case does not matter, the path gets the case of the names on the disk, so that a folder has the
-    same path in every command. The path is looked up, so it must not come from a visitor of the page.
+    `~` and `..` are resolved, but symbolic links are not. The case matters only on Windows, where a user can write a
+    path in any case: a folder then has the same path in every command. This function looks the path up on the disk, so
+    do not pass it a path from a visitor of the web page.
 
     Args:
         folder: Absolute path, or path relative to the working directory.
@@ -105,12 +106,12 @@ def find_pictures_and_unreadable_files(
     A symbolic link is followed only if it is one of `folders`. Links inside the folders are not followed.
 
     Args:
-        folders: Folders to scan: a list of paths, or a mapping from each path to its expected real path. A folder whose
-            real path differs from the expected real path is refused.
+        folders: Folders to scan: a list of paths, or a dictionary `{path: expected real path}`. In a real path,
+            symbolic links are resolved. A folder whose real path differs from the expected one is refused.
         rules: Rules for ignoring files. None: only hidden files and the names in `SYSTEM_NAMES` are ignored.
-        ignored_counts: Dictionary that this function fills in: folder -> reason -> number of ignored files and folders.
-            The reasons "forgotten" and "excluded" count pictures, "hidden" and "system" count pictures and folders,
-            "link" counts symbolic links and "video" counts video files. None: the numbers are not returned.
+        ignored_counts: Dictionary that this function fills in: `{folder: {reason: number of ignored entries}}`. The
+            reasons "forgotten" and "excluded" count pictures, "hidden" and "system" count pictures and folders, "link"
+            counts symbolic links and "video" counts video files. None: the numbers are not returned.
         only_paths: Absolute paths of files and folders inside `folders`. Only these are scanned, and finding no picture
             in them is not an error. None: everything in the folders is scanned.
 
@@ -119,9 +120,9 @@ def find_pictures_and_unreadable_files(
         not be read.
 
     Raises:
-        ValueError: If a folder does not exist, can't be opened, was removed from the index by the user
-            (`IgnoreRules.forgotten`), has another real path than expected, or contains no picture. A folder without
-            pictures is accepted if something in it was ignored, or could not be read.
+        ValueError: If a folder does not exist or can't be opened, if the user has removed it from the index
+            (`IgnoreRules.forgotten`), or if its real path is not the expected one. Also if a folder contains no
+            picture, unless something in the folder was ignored or could not be read.
     """
     roots = [str(to_absolute_path(folder)) for folder in folders]
     for root in roots:
@@ -176,7 +177,7 @@ def _is_any_path_inside(paths: Sequence[str], root: str) -> bool:
 
 
 class _FolderScan:
-    """Scan of folders for pictures, which collects pictures, skipped files and numbers of ignored files.
+    """Scan of folders for pictures. It collects pictures, skipped files and numbers of ignored files.
 
     Each folder is visited only once, even if it can be reached from several roots.
 
@@ -186,8 +187,8 @@ class _FolderScan:
         only_paths: Absolute paths of files and folders inside the roots. Only these are scanned. None: everything.
 
     Attributes:
-        ignored_counts: Root -> reason -> number of ignored files and folders.
-        pictures: Path of each picture that was found -> state of its file.
+        ignored_counts: `{root: {reason: number of ignored files and folders}}`.
+        pictures: `{path of a picture that was found: state of its file}`.
         skipped_files: Files and folders that can't be read.
     """
 
@@ -205,7 +206,7 @@ class _FolderScan:
         self.visited_folders: set[tuple[int, int]] = set()  # device and inode of each folder
 
     def scan_folder(self, root: str) -> None:
-        """Scan one root and its subfolders, and add what is found to the attributes.
+        """Scan one root and its subfolders, and add the results to the attributes of this object.
 
         Args:
             root: Absolute path of the folder, one of the roots.

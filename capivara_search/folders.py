@@ -39,7 +39,8 @@ def load_requested_folders(table: PictureTable) -> dict[str, str]:
         table: Table of the index.
 
     Returns:
-        Path of each folder -> real path that it had when it was added. Empty if there is no record on this machine.
+        Dictionary `{path of the folder: its real path when it was added}`. In a real path, symbolic links are resolved.
+        The dictionary is empty if this machine has no record.
     """
     with suppress(OSError, ValueError):
         recorded = read_json(_get_requested_folders_file_path(table), folders=dict)["folders"]
@@ -56,7 +57,7 @@ def record_requested_folders(
 
     Args:
         table: Table of the index.
-        folders: Path of each folder -> real path that it had when the user named it.
+        folders: Dictionary `{path of the folder: its real path when the user named it}`.
         moved_from: Old path of a folder that was moved. This folder and the folders inside it are removed from the
             record. None: nothing is removed.
     """
@@ -100,13 +101,15 @@ def save_ignore_rules(table: PictureTable, rules: IgnoreRules) -> None:
 
 
 def load_ignored_counts_by_reason(table: PictureTable) -> Counter[str]:
-    """Return how many files and folders the latest update of whole folders has ignored in all folders of an index.
+    """Return how many files and folders of an index are ignored for each reason, summed over all folders.
+
+    The numbers come from the latest update of each whole folder. Updates of single files do not change them.
 
     Args:
         table: Table of the index.
 
     Returns:
-        Reason -> number of ignored files and folders. `IndexReport.ignored_counts` explains the reasons.
+        Counter `{reason: number of ignored files and folders}`. `IndexReport.ignored_counts` explains the reasons.
     """
     counts = Counter[str]()
     for key, value in table.read_metadata().items():
@@ -124,14 +127,15 @@ def resolve_folders_to_scan(
 
     Args:
         table: Table of the index.
-        folders: Absolute path of each folder that the user names -> its real path. Empty: all folders that were added
-            on this machine and are available (`is_folder_available`). A warning in the log lists the other folders.
+        folders: The folders that the user names: `{absolute path: real path}`. Empty: all folders that were added on
+            this machine and are available (`is_folder_available`). A warning in the log lists the other folders.
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
         include: What to stop ignoring: patterns that an earlier `exclude` stored in the index, and paths that were
-            forgotten (`IgnoreRules.forgotten`). A forgotten folder outside of all other folders is scanned, too.
+            forgotten (`IgnoreRules.forgotten`). A forgotten folder that is in none of the other folders is scanned,
+            too.
 
     Returns:
-        Absolute path of each folder to scan -> its real path.
+        Dictionary `{absolute path of a folder to scan: its real path}`. In a real path, symbolic links are resolved.
 
     Raises:
         ValueError: If there is no folder to scan, a pattern is invalid, an entry of `include` is neither a stored
@@ -184,7 +188,7 @@ def is_folder_available(folder: str | Path, real_path: str, allow_empty: bool = 
 
     Args:
         folder: Path of the folder.
-        real_path: Real path that the folder had when the user added it.
+        real_path: Real path (with symbolic links resolved) that the folder had when the user added it.
         allow_empty: Whether an empty folder counts as available.
 
     Returns:
@@ -220,7 +224,7 @@ def remove_from_index_and_ignore_path(table: PictureTable, path: Path) -> int:
 def update_paths_after_move(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
     """Rewrite the paths in an index after the user has moved or renamed a folder of pictures.
 
-    If the call is interrupted, it can be repeated: the rows change first, those of each table in a single commit.
+    If the call is interrupted, it can be repeated. The rows are changed first, in a single commit per table.
 
     Args:
         table: Table of the index.
@@ -228,8 +232,8 @@ def update_paths_after_move(table: PictureTable, old: Path, new: Path) -> tuple[
         new: Absolute path of the folder now.
 
     Returns:
-        Tuple of two numbers: the pictures that the index had in the old folder, and those of these pictures whose
-        files exist in the new folder.
+        Tuple of two numbers: how many pictures the index had in the old folder, and how many of these pictures exist as
+        files in the new folder.
 
     Raises:
         ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its

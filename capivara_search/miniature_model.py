@@ -39,7 +39,7 @@ def get_or_build_miniature_folder() -> Path:
     Building the model takes some seconds.
 
     Raises:
-        ImportError: If the package with its image encoder or its text encoder is not installed.
+        ImportError: If one of the packages in `REQUIRED_MODULES` is not installed.
         OSError: If there is not enough disk space for the model (about 300 MB).
     """
     folder = cache_home() / "miniature" / _compute_cache_folder_name()

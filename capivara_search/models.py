@@ -89,7 +89,7 @@ class SearchModel:
         Raises:
             ValueError: If the processor in the folder belongs to another type of model, or produces another size.
         """
-        if self._kind.is_native:  # for an image encoder of timm, config.json has no image size
+        if self._kind.is_native:  # config.json has no image size if the image encoder comes from timm
             return self._check_size("crop_size", (self._processor_settings["crop_size"] or {}).get("height"))
         for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
             path = self.folder / name
@@ -113,9 +113,9 @@ class SearchModel:
 
     @cached_property
     def resize_filter(self) -> int | None:
-        """PIL resampling filter of a processor that resizes pictures to a square regardless of their aspect ratio.
+        """PIL resampling filter for resizing pictures to a square, or None if the aspect ratio is kept.
 
-        The processor of SigLIP is an example. None for a processor that keeps the aspect ratio and crops.
+        The processor of SigLIP changes the aspect ratio of pictures. The processor of CLIP keeps it and crops instead.
         """
         return self._processor_settings["resample"] if "height" in (self._processor_settings["size"] or {}) else None
 
@@ -190,7 +190,7 @@ class SearchModel:
         """
         texts = check_and_collect_texts(list(texts))
         if not self._kind.is_native:  # the tokenizer of CAPIVARA cleans its texts itself
-            # A tokenizer raises an error for half of a surrogate pair.
+            # Half of a surrogate pair is replaced by "?", because a tokenizer would raise an error for it.
             texts = [text.encode("utf-8", "replace").decode() for text in texts]
         with _wrap_model_errors(self.name):
             is_loaded = "_loaded" in self.__dict__
@@ -227,10 +227,13 @@ class SearchModel:
     def tune_image_embedding(
         self, image_count: int, batch_size: int
     ) -> Callable[[Sequence["Image.Image"]], np.ndarray]:
-        """Return a function that embeds many images as fast as this CPU can (see `with_tuned_chunk_size`).
+        """Return a function that embeds images with the number of images per forward pass that is fastest on this CPU.
+
+        The first call of the function measures the speed, unless the best number is already known
+        (`with_tuned_chunk_size`). On a GPU, or for few images, the default number is used.
 
         Args:
-            image_count: Number of images to embed in total. The function measures its speed only if there are many.
+            image_count: Number of images to embed in total.
             batch_size: Number of images that are preprocessed at once.
 
         Returns:
@@ -321,7 +324,9 @@ def resolve_search_model(model: str | None = None, device: str | None = None) ->
 
 
 def convert_open_clip_to_folder(source: str, folder: Path, revision: str | None) -> str:
-    """Convert a model from open_clip format. The function imports torch, so that only a conversion waits for torch.
+    """Convert a model from open_clip format to a folder in the format of `CapivaraModel`.
+
+    torch is imported only when this function is called, so that only a conversion waits for it.
 
     Args:
         source: Folder, checkpoint file or Hub id of the model in open_clip format.

@@ -44,8 +44,8 @@ MAX_PICTURE_PIXELS = 200_000_000
 REDUCED_DECODE_FACTOR = 4
 THUMBNAIL_SIDE = 256  # pixels of the longer side
 # The web page searches with thumbnails, so the embedding of a thumbnail must be close to the embedding of its picture.
-# Measured on pictures of OpenMoji with the demo model: WebP at quality 90 takes 4.0 kB, and the cosine between both
-# embeddings is 0.994. JPEG at quality 85 takes 7.3 kB, and the cosine is 0.950.
+# Measured on pictures of OpenMoji with the model that `make demo` trains: WebP at quality 90 takes 4.0 kB, and the
+# cosine between both embeddings is 0.994. JPEG at quality 85 takes 7.3 kB, and the cosine is 0.950.
 THUMBNAIL_QUALITY = 90
 # Effort of the WebP encoder, from 0 to 6. With 2, encoding the thumbnail of a photograph takes 2.5 ms. The default of 4
 # takes 16 ms and saves only 1 % of the bytes.
@@ -171,7 +171,7 @@ def _read_picture_bytes(path: str | Path, folders: Sequence[str | Path] | None =
 
 
 def read_bounded(file: BinaryIO) -> bytes:
-    """Read an open file whole, if its size is acceptable.
+    """Read the whole content of an open file, and refuse an empty or very large file.
 
     Args:
         file: The file, opened in binary mode.
@@ -197,7 +197,8 @@ def _open_undecoded_picture_or_raw_preview(
 
     Returns:
         Tuple of the image, of which only the header has been read, and the (width, height) of the picture before
-        rotation. For a RAW file, the image is the JPEG preview in the file, and the size is that of the RAW picture.
+        rotation. For a RAW file, the image is the JPEG preview in the file, but width and height are those of the RAW
+        picture.
 
     Raises:
         BadImage: If the content is damaged, too large or not a picture.

@@ -4,11 +4,11 @@ Feedback moves the vector of a query towards or away from words or pictures (Roc
 ranking and excludes no picture.
 
 The relevance threshold separates pictures that match a sentence from pictures that do not. It is calibrated with
-neutral sentences: sentences such as "uma imagem" that describe no particular picture. Cosines of
-different sentences are not comparable, so they are first converted to z-scores: the number of standard deviations above
-the mean of the sentence's cosines with a sample of the index. A picture is relevant to a sentence if its z-score
-reaches the z-score that the best picture of the index reaches for a neutral sentence
-(`estimate_relevance_z_score_threshold`).
+neutral sentences: sentences such as "uma imagem" that describe no particular picture. Cosines of different sentences
+are not comparable, so they are first converted to z-scores. The z-score of a picture is the number of standard
+deviations by which its cosine lies above the mean of the sentence's cosines with a sample of the index. A picture is
+relevant to a sentence if its z-score reaches the z-score that the best picture of the index reaches for a neutral
+sentence (`estimate_relevance_z_score_threshold`).
 
 The constants were chosen by `python -m benchmarks.nothing_fits` (docs/how-to/search.md). An argument `sample` is always
 an array of picture vectors that were drawn from the index.
@@ -35,8 +35,9 @@ MAX_FEEDBACK_WEIGHT = 4
 # benchmarks.nothing_fits).
 FEEDBACK_STRENGTH = 0.5
 SAMPLE_ROWS = 2000  # maximum number of vectors that are drawn from an index
-# File in a model's folder, written by `benchmarks.nothing_fits --keep`. Its key `auc` is the area under the ROC curve
-# for telling sentences that fit a picture of the index from sentences that fit none, by the score of the best picture.
+# File in a model's folder, written by `benchmarks.nothing_fits --keep`. Its key `auc` (area under the ROC curve) says
+# how well the score of the best picture separates sentences that fit a picture of the index from sentences that fit
+# none.
 RELEVANCE_AUC_FILE = "nothing_fits.json"
 AUTO_THRESHOLD_MIN_AUC = 0.8  # models with at least this AUC use the relevance threshold by default
 # Sentences that describe no particular picture. They are in Portuguese, like the captions that CAPIVARA was trained on.
@@ -133,13 +134,13 @@ def estimate_relevance_z_score_threshold(
 
 
 def is_relevance_auc_of_model_high_enough(folder: Path) -> bool:
-    """Return whether the relevance threshold is reliable for a model, according to its measured AUC.
+    """Return whether the relevance threshold is reliable for a model, according to a measurement.
 
-    The AUC measures how well the model recognizes sentences that fit no picture of an index. It must be at least
-    `AUTO_THRESHOLD_MIN_AUC`.
+    The measured AUC (area under the ROC curve) says how well the model recognizes sentences that fit no picture of an
+    index. It must be at least `AUTO_THRESHOLD_MIN_AUC`.
 
     Args:
-        folder: Folder of the model. Its file `RELEVANCE_AUC_FILE` contains the AUC.
+        folder: Folder of the model. The AUC is in its file `RELEVANCE_AUC_FILE`.
 
     Returns:
         True if the AUC is high enough. False if it is too low, or if the file is missing or damaged.

@@ -32,7 +32,7 @@ class Hit:
     modified: datetime | None = None  # modification time of the file, in this machine's local time
     # Whether the score reaches the relevance threshold of the sentence. None if no threshold was applied.
     above_threshold: bool | None = None
-    date: datetime | None = None  # date for display, sorting and date filters: `taken`, or `modified` if that is None
+    date: datetime | None = None  # for display, sorting and date filters: `taken`, or `modified` if `taken` is None
     date_source: str = ""  # where `date` comes from: "camera" (`taken`) or "file" (`modified`)
     copies: int = 0  # number of near-duplicates of this hit, if the search groups them; otherwise 0
 
@@ -104,7 +104,7 @@ class IndexStatus:
     where: str  # folder or address of the index
     pictures: int  # number of indexed pictures
     skipped_files: list[SkippedFile]  # files that could not be indexed
-    folders: dict[str, int]  # path of each indexed folder -> number of pictures in the folder and its subfolders
+    folders: dict[str, int]  # {path of an indexed folder: number of pictures in the folder and its subfolders}
     model: str | None  # name of the model of the latest run of `PictureIndex.add`
     bytes: int | None = None  # size on disk in bytes; None on object storage
     approximate: bool = False  # whether searches use an approximate vector index (`table.MAX_EXACT_ROWS`)

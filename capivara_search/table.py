@@ -356,7 +356,7 @@ class PictureTable:
             except LANCEDB_ERRORS as error:
                 if storage_errors.convert_storage_refusal_to_os_error_or_none(error, self.where):
                     raise
-                table.checkout_latest()  # another process may have compacted the files away during the read
+                table.checkout_latest()  # read the files of the newest version, which are not removed yet
                 return operation(table)
 
     def rows(self, columns: Sequence[str], clause: str | None = None, table: str = PICTURES_TABLE) -> pa.Table:
@@ -448,7 +448,7 @@ class PictureTable:
         return self.cached(image_digest, lambda: self.count(f"model != {quote_sql(image_digest)}"))
 
     def read_metadata(self) -> dict[str, str]:
-        """Return the key-value metadata of the index (the table `about`)."""
+        """Return the metadata of the index, a dictionary `{key: value}` that is stored in the table `about`."""
         rows = self.rows(["key", "value"], table=METADATA_TABLE)
         return dict(zip(rows["key"].to_pylist(), rows["value"].to_pylist(), strict=True))
 
@@ -461,8 +461,8 @@ class PictureTable:
         """Return the model that the latest update of the index used.
 
         Returns:
-            Dictionary with the keys `source` (folder or Hub id), `name`, `width` (of the vectors) and `image_digest`
-            (`SearchModel.image_digest`). None if the index has no model yet.
+            Dictionary `{"source": folder or Hub id, "name": name for users, "width": width of the vectors,
+            "image_digest": digest of the image encoder}` (see `SearchModel`). None if the index has no model yet.
         """
         with suppress(KeyError, json.JSONDecodeError):
             return json.loads(self.read_metadata()["model"])
@@ -499,7 +499,7 @@ class PictureTable:
         """Return the LanceDB indexes of the table `pictures`.
 
         Returns:
-            Name of the indexed column -> LanceDB's description of the index.
+            Dictionary `{name of the indexed column: LanceDB's description of the index}`.
         """
         indices = self.cached("indices", lambda: self.run_read(PICTURES_TABLE, lambda table: table.list_indices()))
         return {index.columns[0]: index for index in indices}
@@ -554,7 +554,7 @@ class PictureTable:
         """Delete the rows with the given paths.
 
         Args:
-            paths: Paths of the rows to delete. For the metadata table, whose rows have no path: their keys.
+            paths: Paths of the rows to delete. The rows of the metadata table have no path, so their keys are given.
             table: Name of the table.
         """
         for start in range(0, len(paths), MAX_PATHS_PER_CLAUSE):
@@ -579,7 +579,7 @@ class PictureTable:
         """Set entries of the key-value metadata of the index (the table `about`).
 
         Args:
-            values: Key -> new value. Entries that already have this value are not written again.
+            values: Dictionary `{key: new value}`. Entries that already have this value are not written again.
         """
         stored = self.read_metadata()
         if changed := {key: value for key, value in values.items() if stored.get(key) != value}:
@@ -591,7 +591,7 @@ class PictureTable:
         """Hold the lock of the index during the `with` block, so that only one process at a time writes to the index.
 
         If another process holds the lock, a warning is logged, and the call waits. Indexes on object storage have no
-        lock; there, the primary key prevents that two processes write two rows for the same path.
+        lock; there, the primary key prevents two processes from writing two rows for the same path.
         """
         lock = None if self.is_remote else self._acquire_lock()
         try:
@@ -676,7 +676,7 @@ class PictureTable:
 
         Args:
             width: Width of the model's vectors.
-            row_count: Number of rows that the table will have then.
+            row_count: Number of rows that the table will have when `optimize` is called.
 
         Returns:
             Seconds. The estimate is 0 if the approximate vector index need not be trained.
@@ -811,14 +811,14 @@ def vector_column_to_array(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def extract_unit_vectors_of_model_or_zeros(model: "SearchModel", rows: pa.Table) -> np.ndarray:
-    """Return the model's vectors of rows of the table `pictures`.
+    """Return the vector of each row, or a vector of zeros for a row that was embedded with another model.
 
     Args:
         model: Model in use.
-        rows: Rows with the columns that `comparison_columns` lists.
+        rows: Rows of the table `pictures`, with the columns that `comparison_columns` lists.
 
     Returns:
-        Array (rows, width), float32, of unit length. A row that was embedded with another model has zeros.
+        Array (rows, width), float32. All vectors except zeros have unit length.
     """
     vectors, name = np.zeros((len(rows), model.width), np.float32), vector_column(model.width)
     if name in rows.column_names:

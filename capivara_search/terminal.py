@@ -22,8 +22,10 @@ from capivara_search.results import Hit
 
 MAX_OPENED_PICTURES = 12  # limit of --open, whose help states this number; nobody can look at more windows at once
 print_notice = partial(click.echo, err=True)  # stdout holds results only; everything else goes to stderr
-MIN_TILE_COLUMNS = 34  # least width of a drawn picture in characters; a character shows two pixels, upper and lower
-TILE_ROWS_PER_COLUMN = 0.375  # aspect ratio 4:3 of a drawn picture, because characters are twice as high as wide
+MIN_TILE_COLUMNS = 34  # minimum width of a drawn picture in characters; a character shows an upper and a lower pixel
+# Height of a drawn picture in characters, divided by its width. A character is twice as high as wide, so the picture
+# has the aspect ratio 4:3.
+TILE_ROWS_PER_COLUMN = 0.375
 
 
 def shorten_and_escape_path(path: str) -> str:

@@ -39,16 +39,16 @@ class TextTower:
     The class attributes (in capitals) describe the supported architecture. Subclasses override them.
 
     Attributes:
-        REQUIRED_CONFIG: Keys of `text_config` for which only one value is supported, with this value. A missing key
-            counts as supported.
-        OTHER_TENSOR_COUNTS: Possible numbers of text tensors in addition to the 16 tensors of each layer.
+        REQUIRED_CONFIG: Supported values of `text_config`: `{key: the only supported value}`. A key that is missing in
+            `text_config` counts as supported.
+        OTHER_TENSOR_COUNTS: Supported numbers of tensors outside of the transformer layers, which have 16 tensors each.
         CLEAN_TEXT: Function that cleans a text before tokenization.
         weights: Memory-mapped weights of the model.
         tokenizer: Tokenizer that truncates texts. It also pads them if the encoder expects texts of fixed length.
         layer_count: Number of transformer layers.
         head_count: Number of attention heads of each layer.
         epsilon: Small number that the layer norms add to the variance.
-        text_config: `text_config` of the model, with the default values of its kind.
+        text_config: `text_config` of the model. Missing keys have the default values of the model's architecture.
     """
 
     REQUIRED_CONFIG: ClassVar[dict[str, Any]] = {"model_type": "xlm-roberta", "hidden_act": "gelu", "is_decoder": False}
@@ -86,7 +86,7 @@ class TextTower:
         return tokenizer
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed texts, which are cleaned, tokenized and encoded in batches of similar length.
+        """Clean, tokenize and embed texts, in batches of texts of similar length.
 
         Args:
             texts: Texts, at least one.
@@ -258,7 +258,8 @@ class ClipTextTower(TextTower):
 
         Args:
             tokens: Token ids (texts, tokens).
-            mask: Attention mask, as in `_attention`.
+            mask: Boolean array that can be broadcast to (texts, heads, tokens, attended tokens). True if a token
+                attends to another.
 
         Returns:
             Hidden states (texts, tokens, hidden size), before the final layer norm.
@@ -295,8 +296,8 @@ class SiglipTextTower(ClipTextTower):
             text_config: `text_config` of the model.
 
         Returns:
-            The same tokenizer, or None if transformers would load a tokenizer of a class other than Gemma's or SigLIP
-            2's.
+            The same tokenizer. None if transformers would load another class than `Siglip2Tokenizer` or
+            `GemmaTokenizer`.
         """
         if settings.get("tokenizer_class") not in ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast"):
             return None

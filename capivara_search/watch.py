@@ -22,9 +22,9 @@ from capivara_search.folders import is_folder_available, load_ignore_rules
 from capivara_search.messages import log_message_from_code
 from capivara_search.results import IndexReport
 
-# A burst of changes ends after this time without a change. If a file changes after its burst, it is read again.
+# Time without a change, in milliseconds, after which a burst of changes ends. A file that changes later is read again.
 SETTLED_MS = 1000
-MAX_BURST_MS = 2000  # maximum length of a burst, even if changes never stop
+MAX_BURST_MS = 2000  # maximum duration of a burst, even if changes never stop
 # Time between two scans of folders for which the operating system reports no changes.
 POLL_INTERVAL_MS = 2000
 # Types of file systems for which Linux does not report changes that other machines make. A dot is added to a type of
@@ -73,8 +73,8 @@ def watch_folders_and_iter_index_updates(
         """Return the folders to watch.
 
         Returns:
-            Path -> real path. For named folders, the real path was resolved when `watch_folders_and_iter_index_updates`
-            was called. For other folders, it is the real path that the folder had when the user added it.
+            Dictionary `{path: real path}`. The real path of a named folder was resolved when this generator started.
+            The real path of any other folder is the one that it had when the user added it.
         """
         if not named_folders:
             return {Path(folder): real for folder, real in index.requested_folders().items()}
@@ -84,11 +84,11 @@ def watch_folders_and_iter_index_updates(
         return {folder: real for folder, real in named_paths.items() if not rules.find_forgotten_parent(str(folder))}
 
     def available_folders(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
-        """Return the available folders (path -> device and inode)."""
+        """Return the available folders as a dictionary `{path: (device, inode)}`."""
         return _find_available_folders_with_inodes(folders, allow_empty=bool(named_folders))
 
     def add(paths: Iterable[Path], only_paths: Collection[str] | None) -> IndexReport:
-        """Update the index from the folders `paths`, or only from the paths `only_paths` inside these folders."""
+        """Update the index from the folders `paths`. If `only_paths` is given, update only these paths inside them."""
         report = index.add(*paths, only_paths=only_paths, on_progress=on_progress, real_paths=folders)
         index.model.prepare_images()  # loads the model now, so that the first change need not wait for it
         return report
@@ -138,8 +138,8 @@ def _pop_settled_paths_and_update_states(waiting: dict[str, FileState | None]) -
     """Remove the paths whose files have not changed since the previous call, and return them.
 
     Args:
-        waiting: Path -> state of the file in the previous call, None if there was no file. The dictionary is changed in
-            place: settled paths are removed, and the states of the remaining paths are updated.
+        waiting: Dictionary `{path: state of the file in the previous call, or None if there was no file}`. It is
+            changed in place: settled paths are removed, and the states of the remaining paths are updated.
 
     Returns:
         The settled paths, which were removed from `waiting`.
@@ -184,12 +184,12 @@ def _find_available_folders_with_inodes(folders: Mapping[Path, str], allow_empty
     """Return the folders that exist, can be read and still have their recorded real path.
 
     Args:
-        folders: Path of each folder -> its recorded real path.
+        folders: Dictionary `{path of the folder: its recorded real path}`.
         allow_empty: Whether an empty folder counts as available.
 
     Returns:
-        Path of each available folder -> tuple of the folder's device and inode. If a disk is mounted or unmounted at
-        this path, the device and inode change, so the caller can notice the change.
+        Dictionary `{path of an available folder: (device, inode)}`. If a disk is mounted or unmounted at this path, the
+        device and inode change, so the caller can notice the change.
     """
     available = {}
     for folder, real in folders.items():
@@ -203,8 +203,8 @@ def _find_available_folders_with_inodes(folders: Mapping[Path, str], allow_empty
 def is_network_folder(folder: Path) -> bool:
     """Return whether a folder is on a network file system whose changes are not reported.
 
-    Linux does not report the changes of `NETWORK_FILE_SYSTEMS`. On Windows, a path that begins with two backslashes
-    (UNC) leads to a network share. In all other cases, the answer is False, also for network drives of macOS.
+    On Linux, these are the types in `NETWORK_FILE_SYSTEMS`. On Windows, a path that begins with two backslashes (UNC)
+    leads to a network share. In all other cases, the answer is False, also for network drives of macOS.
 
     Args:
         folder: Path of the folder.

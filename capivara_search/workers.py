@@ -39,14 +39,14 @@ class WorkerArguments(ExecutorArguments):
     All machines must have the same folders of pictures, with the same paths and the same real paths.
     """
 
-    # Absolute path of each folder -> its real path. `add_folders_with_workers` sets it before any task starts, so that
-    # all tasks use the same real paths.
+    # {absolute path of a folder: its real path}. `add_folders_with_workers` sets this attribute before any task starts,
+    # so that all tasks use the same real paths.
     real_paths: ClassVar[Mapping[Path, str]] = {}
 
     where: str = flag(..., "Folder or address of the index. All machines must be able to reach it.")
     folders: list[str] = flag([], "Folders of pictures. Default: the folders that were added on this machine before.")
     exclude: list[str] = flag([], "Patterns of files and folders to ignore from now on, in the syntax of .gitignore.")
-    include: list[str] = flag([], "Patterns to stop ignoring, and forgotten paths to index again.")
+    include: list[str] = flag([], "Stored patterns to remove, and forgotten paths to index again.")
     model: str | None = flag(None, "Folder or Hub id of the model. Default: the model that the index was built with.")
     device: str | None = flag(None, "Device of the model, for example cuda:1. Default: the GPU if there is one.")
     batch_size: int = flag(32, "Pictures per batch of the model.")
@@ -68,17 +68,17 @@ def add_folders_with_workers(arguments: WorkerArguments, real_paths: Mapping[Pat
     """Update an index from folders as `PictureIndex.add` does, but with several tasks that run in parallel.
 
     Args:
-        arguments: Command-line flags. The fields `real_paths` and `model` are set by this function.
-        real_paths: Absolute path of each folder in `arguments.folders` -> its real path, as
-            `PictureIndex.folders_to_add` returns them. None: the real paths are resolved now.
+        arguments: Command-line flags. This function sets the attributes `real_paths` and `model`.
+        real_paths: Real paths of the folders in `arguments.folders`, as `PictureIndex.folders_to_add` returns them:
+            `{absolute path: real path}`. None: the real paths are resolved now.
 
     Returns:
         True if all tasks are done and the index is up to date. False if the tasks were submitted to Slurm as jobs and
         have not run yet.
 
     Raises:
-        ValueError: If a folder does not exist, was forgotten or contains no picture, if a pattern is invalid, or if
-            tasks have failed. In the last case, the message lists the failed tasks.
+        ValueError: If a folder does not exist, was forgotten or contains no picture, or a pattern is invalid. If tasks
+            have failed; the message then lists the failed tasks.
         OSError: If the index can't be written.
         ImportError: If datatrove is not installed.
     """
@@ -96,7 +96,7 @@ def add_folders_with_workers(arguments: WorkerArguments, real_paths: Mapping[Pat
 
 
 def _open_index_and_plan(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, IndexPlan]:
-    """Open an index and plan the work that remains to be done.
+    """Open an index and plan the work of the update that is not done yet.
 
     Args:
         arguments: Command-line flags, after `add_folders_with_workers` has set the real paths of the folders.

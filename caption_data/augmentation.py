@@ -1,7 +1,7 @@
-"""Augment images as CAPIVARA does (arXiv 2310.13683, section 4), with augmentations that can be repeated.
+"""Augment images as in the CAPIVARA paper (arXiv 2310.13683, section 4), reproducibly.
 
-Training augments images while it runs or before it embeds them. `captions.embed` augments images for a dataset that
-others train on. Both get the same views for the same seed.
+Two callers augment images: training, and `captions.embed`, which writes a dataset of embeddings for others to train on.
+For the same image, seed and view number, both get the same augmented image.
 """
 
 from importlib.metadata import version
@@ -13,7 +13,7 @@ import torch
 
 from capivara_common.image_files import to_8_bit
 
-AUGMENTATION = {
+AUGMENTATION = {  # image and crop sizes in pixels, range of the crop's share of the image, strength of AugMix
     "resize": 250,
     "crop": 224,
     "scale": [0.9, 1.0],
@@ -27,20 +27,23 @@ def derive_seed(*numbers: int) -> int:
 
 
 def describe_augmentation(seed: int) -> dict[str, Any]:
-    """Return everything besides the image that determines its augmented views, as JSON values."""
+    """Return the settings that determine the augmented views of an image, as JSON values.
+
+    Results and caches record them: `AUGMENTATION`, the version of torchvision, and the seed.
+    """
     return AUGMENTATION | {"torchvision": version("torchvision"), "seed": seed}
 
 
 def make_augmented_view(image: PIL.Image.Image, digest: str, view: int, seed: int) -> PIL.Image.Image:
-    """Return an augmented view of an image.
+    """Return a randomly augmented copy (view) of an image. The same arguments give the same view.
 
-    The random choices depend on the digest of the image instead of its row, because row numbers change when other rows
-    are skipped.
+    The random choices depend on the digest of the image instead of its row number, because row numbers change when
+    other rows are skipped.
 
     Args:
         image: Decoded image.
         digest: BLAKE2b-128 hex digest of the image file.
-        view: Number of the view.
+        view: Number of the view. Each number gives another view of the image.
         seed: Seed of the run or dataset.
 
     Returns:

@@ -1,11 +1,12 @@
-"""Datasets that hold embeddings of images instead of the images, as `captions.embed` writes them.
+"""Define and check the columns of datasets that hold image embeddings instead of images.
 
-Instead of an image, a row has these columns:
+`captions.embed` writes such datasets. Instead of an image, a row has these columns:
 
-- `image_embeds`: unit-length embedding in float16, (width,). With augmented views, (views, width).
+- `image_embeds`: embedding of the image in float16, of unit length and shape (width,). If the dataset has several
+  augmented views of each image, the shape is (views, width).
 - `image_digest`: BLAKE2b-128 hex digest of the image file, as in `Split.image_digests`.
-- `image_encoder`: digest of the image encoder, the same in all rows. It is in every row so that it survives
-  concatenation, filtering and a round trip through the Hub.
+- `image_encoder`: digest of the image encoder that computed the embedding, the same in all rows. It is in every row, so
+  that it survives concatenation, filtering and a round trip through the Hub.
 """
 
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from capivara_common.image_files import BadRow
 EMBEDS_COLUMN, DIGEST_COLUMN, ENCODER_COLUMN = "image_embeds", "image_digest", "image_encoder"
 EMBEDS_DTYPE = "float16"
 MAX_NORM_ERROR = 0.01  # largest accepted distance of a norm from 1; float16 changes the norm by less than 0.001
-INVALID_EMBEDDING = "invalid embedding"  # reason of a row whose embedding can't be used
+INVALID_EMBEDDING = "invalid embedding"  # `SkippedRow.reason` of a row whose embedding can't be used
 
 
 def embeds_feature(width: int, views: int = 1) -> List:
@@ -33,14 +34,14 @@ def embeds_feature(width: int, views: int = 1) -> List:
 
 
 def check_embeds_columns_and_get_shape(features: Features, name: str) -> tuple[int, int]:
-    """Return the shape of the embeddings of a dataset, after checking the three columns.
+    """Return the shape of a dataset's embeddings, after checking the three columns that this module describes.
 
     Args:
         features: Types of the columns of the dataset.
-        name: Name of the dataset, for errors.
+        name: Name of the dataset for error messages.
 
     Returns:
-        The number of views and the width.
+        The tuple (number of views per image, width of an embedding).
 
     Raises:
         ValueError: If a column is missing, or the embeddings do not have the type float16 and a fixed shape.
@@ -48,7 +49,7 @@ def check_embeds_columns_and_get_shape(features: Features, name: str) -> tuple[i
     for column in (DIGEST_COLUMN, ENCODER_COLUMN):
         if features.get(column) != Value("string"):
             raise ValueError(
-                f"{name} has {EMBEDS_COLUMN!r} but no column {column!r} of strings; there are {list(features)}. "
+                f"{name} has {EMBEDS_COLUMN!r} but no column {column!r} of strings; its columns are {list(features)}. "
                 "Make the dataset again with captions.embed, which writes all three columns."
             )
     outer = features[EMBEDS_COLUMN]
@@ -64,12 +65,12 @@ def check_embeds_columns_and_get_shape(features: Features, name: str) -> tuple[i
 
 
 def resolve_image_encoder_digest(model: str, fingerprint: str) -> str:
-    """Return the digest of a model's image encoder, for the column `image_encoder`.
+    """Return the digest of a model's image encoder, to be compared with the column `image_encoder`.
 
     Args:
         model: Folder or Hub id of a model, or "open_clip:…".
-        fingerprint: Fingerprint of an open_clip model (`Embedder.fingerprint`), which is used as its digest. It depends
-            on the precision. Ignored for other models.
+        fingerprint: Fingerprint of an open_clip model (`Embedder.fingerprint`). It is returned as the digest of an
+            open_clip model, and depends on the precision. Ignored for other models.
     """
     from modeling_capivara.convert_open_clip import convert_to_folder
 
@@ -79,13 +80,13 @@ def resolve_image_encoder_digest(model: str, fingerprint: str) -> str:
 
 
 def has_unit_length(vectors: np.ndarray) -> np.ndarray:
-    """Return whether all views of each row have unit length. NaN and infinity do not.
+    """Return for each row whether all its embeddings have unit length. It is False if a number is NaN or infinite.
 
     Args:
-        vectors: (rows, views, width).
+        vectors: Embeddings of shape (rows, views, width).
 
     Returns:
-        Booleans, (rows,).
+        Boolean array of shape (rows,).
     """
     with np.errstate(invalid="ignore", over="ignore"):
         norms = np.linalg.norm(vectors.astype(np.float32), axis=-1)
@@ -96,11 +97,11 @@ def find_invalid_embeds(chunks: Iterable[pa.ChunkedArray], width: int) -> dict[i
     """Find the rows whose embedding is missing, not finite or not of unit length.
 
     Args:
-        chunks: The column `image_embeds`, some thousand rows at a time.
+        chunks: The column `image_embeds` in chunks of some thousand rows.
         width: Width of the embeddings.
 
     Returns:
-        Number of each invalid row -> description of the fault.
+        `{row number: description of the fault}` for each invalid row.
     """
     faults, start = {}, 0
     for chunk in chunks:
@@ -113,7 +114,11 @@ def find_invalid_embeds(chunks: Iterable[pa.ChunkedArray], width: int) -> dict[i
 
 
 def read_row_embedding(row: dict[str, Any]) -> np.ndarray:
-    """Return the embedding of a row, (width,) or (views, width), float32. Raises BadRow if it is invalid."""
+    """Return the embedding of a dataset row in float32, of shape (width,) or (views, width).
+
+    Raises:
+        BadRow: If the embedding is missing or not of unit length, or the digest of the image is missing.
+    """
     vector = np.array(row[EMBEDS_COLUMN] or [np.nan], np.float32)
     if not row[DIGEST_COLUMN] or not has_unit_length(vector.reshape(1, -1, vector.shape[-1])).all():
         raise BadRow(INVALID_EMBEDDING, f"{EMBEDS_COLUMN} must have unit length, and {DIGEST_COLUMN} must not be empty")

@@ -1,8 +1,8 @@
 """Load images with class labels for the classification benchmarks.
 
 A dataset has one of these forms: a folder with one sub-folder of images per class, a saved Hugging Face dataset, a
-folder of parquet files, a folder of WebDataset tars, or a Hub id. If the labels are plain numbers, the file
-`classnames.txt` of the dataset can name the classes, one class name per line.
+folder of parquet files, a folder of WebDataset tars, or a Hub id. If its labels are numbers without class names, the
+dataset can contain a file `classnames.txt` with one class name per line.
 """
 
 import re
@@ -33,10 +33,10 @@ SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("vali
 
 @dataclass
 class LabeledImages:
-    """Images of a classification dataset with their classes.
+    """Images of a classification dataset with their class labels.
 
     Attributes:
-        images: Split with the images of the selected classes.
+        images: Dataset split that contains only the images of the selected classes.
         labels: One entry per image. An entry is a class index, or a list of class indices if the dataset allows several
             classes per image.
     """
@@ -45,7 +45,7 @@ class LabeledImages:
     labels: list[int] | list[list[int]]
 
     def fingerprint(self) -> str:
-        """Return a BLAKE2b-128 hex digest of all image files and labels. Reads all image files on the first call."""
+        """Return a BLAKE2b-128 hex digest of all image files and labels. The first call reads all image files."""
         images = blake2b(bytes.fromhex("".join(self.images.image_digests)), digest_size=16).hexdigest()
         return json_digest([images, self.labels])
 
@@ -63,8 +63,9 @@ def load_images_with_prompt_class_labels(
 ) -> LabeledImages:
     """Load labeled images and map their labels to the classes of a prompt file.
 
-    If the dataset has class names, they are matched with `class_names` by name, because datasets order classes
-    differently. If the dataset has only label numbers, these are used as indices into `class_names`.
+    The prompt file of a benchmark lists class names and prompts for zero-shot classification. If the dataset has class
+    names, they are matched with `class_names` by name, because datasets order classes differently. If the dataset has
+    only label numbers, these numbers are used as indices into `class_names`.
 
     Args:
         source: Folder, glob pattern or Hub id of the dataset.
@@ -72,8 +73,8 @@ def load_images_with_prompt_class_labels(
         class_names: English names of all classes of the dataset, in the order of the prompt file.
         image_column: Name of the image column. Default: the image column, if the dataset has exactly one.
         label_column: Name of the label column. Default: the first of `LABEL_COLUMNS` that exists.
-        class_indices: Indices into `class_names` of the classes to distinguish. Images of other classes are skipped
-            (for example, Babel-ImageNet translates only some of ImageNet's classes). Default: all classes.
+        class_indices: Indices into `class_names`: the classes to distinguish. Images of other classes are skipped. (For
+            example, Babel-ImageNet translates only some of ImageNet's classes.) Default: all classes.
         image_roots: Folders outside of the dataset in which images may lie. Image paths and links to all other folders
             are refused.
         max_pixels: Largest number of pixels (width x height); larger images count as bad.
@@ -83,8 +84,8 @@ def load_images_with_prompt_class_labels(
         The images with their labels. A label is the position of its class in `class_indices`.
 
     Raises:
-        ValueError: If the split or a column is missing, a label is invalid, no image is left, or the class names of the
-            dataset and of the prompts differ. The message then lists the classes that differ.
+        ValueError: If the split or a column is missing, a label is invalid, or no image is left. Also if the class
+            names of the dataset and of the prompt file differ; the message then lists the classes that differ.
     """
     path = Path(source)
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
@@ -124,7 +125,8 @@ def load_images_with_prompt_class_labels(
         raise ValueError(f"{source}: labels must be integers or lists of integers, got {sorted(kinds)}.")
     if outside := {x for label in label_lists for x in label} - mapping.keys():
         raise ValueError(
-            f"{source}: labels {sorted(outside)[:10]} are outside the {len(mapping)} classes that have a name."
+            f"{source}: labels must be at least 0 and less than the number of class names, {len(mapping)}, got "
+            f"{sorted(outside)[:10]}. Add the missing class names, or remove the rows with these labels."
         )
     selected = range(len(class_names)) if class_indices is None else class_indices
     positions = {index: position for position, index in enumerate(selected)}
@@ -140,16 +142,19 @@ def load_images_with_prompt_class_labels(
 def _check_links_and_find_split_image_files(folder: Path, split: str) -> list[Path]:
     """Return the image files of a classification dataset with one sub-folder per class.
 
-    Only files with an image extension are returned, without hidden files. With other files, `datasets` would unpack
-    archives, and open any path in a metadata file.
+    Only visible files with an image extension are returned. If other files were passed on to `datasets`, it would
+    unpack archives, and open any path that a metadata file names.
 
     Args:
         folder: Folder with one sub-folder per class, or with one sub-folder per split (for example `train` and `val`),
             each with one sub-folder per class.
         split: Name of the split. Ignored if the folder has no sub-folders for splits.
 
+    Returns:
+        Paths of the image files of the split, sorted.
+
     Raises:
-        ValueError: If there is no such split, no image file, or a link leads out of the folder.
+        ValueError: If there is no such split or no image file, or a link leads out of the folder.
     """
     check_folder_for_outside_links_and_pipes(folder)
     root, names = folder, [child.name for child in folder.iterdir() if child.is_dir()]
@@ -178,7 +183,8 @@ def _read_or_download_class_names(source: str) -> list[str]:
     if not Path(source).is_dir():
         try:
             path = Path(hf_hub_download(source, path.name, repo_type="dataset"))
-        # Without a connection, the file may exist on the Hub. Guessing the order of classes could give wrong labels.
+        # Without a connection, it is unknown whether the Hub has this file. Without the file, the order of the classes
+        # would be a guess, and the labels could be wrong.
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:
@@ -194,7 +200,10 @@ def _map_labels_to_prompt_classes(names: Sequence[str], prompt_names: Sequence[s
     Args:
         names: Class names of the dataset, in the order of its labels.
         prompt_names: Class names of the prompt file.
-        source: Name of the dataset, for errors.
+        source: Name of the dataset for error messages.
+
+    Returns:
+        `{label number: index of the prompt class}`.
 
     Raises:
         ValueError: If a name of the dataset does not exist in the prompt file, or occurs there less often.
@@ -211,7 +220,9 @@ def _map_labels_to_prompt_classes(names: Sequence[str], prompt_names: Sequence[s
         )
     matches = [(classes[_normalize_name(name)] or [None]).pop(0) for name in names]
     if surplus := [name for name, number in zip(names, matches, strict=True) if number is None]:
-        raise ValueError(f"{source} names classes more often than the prompts do: {surplus[:10]}. Rename them.")
+        raise ValueError(
+            f"{source} uses a class name more often than the prompt file: {surplus[:10]}. Rename the extra classes."
+        )
     return dict(enumerate(matches))
 
 

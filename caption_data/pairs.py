@@ -1,8 +1,8 @@
-"""Build pair tables, which hold the chosen captions and the image digest of each row of a split.
+"""Build pair tables: tables with the image digest and the chosen captions of each row of a dataset split.
 
-A pair is an image with the captions that a training or evaluation run uses. The table is built with a single pass over
-the split. It is a memory-mapped Arrow file in the cache folder, so that a second run with the same data and settings
-starts immediately.
+A pair is an image together with the captions that a training or evaluation run uses. The table is built in a single
+pass over the split. It is stored as a memory-mapped Arrow file in the cache folder, so that a second run with the same
+data and settings starts immediately.
 """
 
 import os
@@ -46,11 +46,11 @@ PAIR_TABLE_FEATURES = Features(
     {name: Value("string") for name in ("digest", "reason", "detail")}
     | {"row": Value("int64"), "captions": CAPTIONS_FEATURE}
 )
-# Reasons that do not concern an image file; all other reasons do.
+# Values of the column `reason` that do not mean that an image file is bad; all other values do.
 FILELESS_REASONS = ("", NOT_CHOSEN, "no caption", INVALID_EMBEDDING)
 IMAGE_KEYS = ("bytes", "path")  # keys of an encoded image in a row; at least one must be present
 ASCII_ALPHANUMERIC_RE = re.compile("[0-9A-Za-z]")
-ChooseCaptions = Callable[[dict[str, Any]], list[str]]  # returns the captions to use from a row
+ChooseCaptions = Callable[[dict[str, Any]], list[str]]  # function from a row to the captions to use
 
 
 def load_or_build_pair_table(
@@ -64,14 +64,15 @@ def load_or_build_pair_table(
 
     Args:
         split: The rows.
-        caption_columns: Columns that `choose` reads. A column with a single text per row is converted to lists of one
-            text before `choose` is called. A missing column becomes a column of empty lists if the split has another
-            column of captions.
+        caption_columns: Names of the columns that `choose` reads. Before `choose` is called, a single text in such a
+            column is converted to a list with one text. If a caption column is missing but the split has another one,
+            the missing column is replaced by empty lists.
         choose: Function that returns the captions to use from a row without its image. It may raise ValueError.
-        settings: Everything that the result of `choose` depends on, as JSON values; part of the cache key.
+        settings: Everything besides the row that the result of `choose` depends on, as JSON values. If a setting
+            changes, the table is built again.
 
     Returns:
-        A table with one row per row of the split, and these columns:
+        A table with one row for each row of the split, and these columns:
             row: Number of the row in the split, counted from 0.
             digest: BLAKE2b-128 hex digest of the image file; "" if the row cannot be used.
             captions: List of the chosen captions; empty if the row cannot be used.
@@ -102,7 +103,7 @@ def load_or_build_pair_table(
         return {name: [pair[name] for pair in pairs] for name in PAIR_TABLE_FEATURES}
 
     def make_table() -> Dataset:
-        # Embeddings are not converted to lists of Python numbers, which would take most of the time.
+        # The column of embeddings is not needed, and converting it to Python numbers would take most of the time.
         data = split.data.remove_columns(EMBEDS_COLUMN) if split.is_embedded else split.data
         return data.map(
             make_pairs, with_indices=True, batched=True, batch_size=MAP_BATCH_ROWS, features=PAIR_TABLE_FEATURES,
@@ -111,7 +112,8 @@ def load_or_build_pair_table(
         )  # fmt: skip
 
     def has_recovered(table: Dataset) -> bool:
-        # Compared as an Arrow column: reading millions of reasons as Python objects would take minutes at every start.
+        # The reasons are compared as an Arrow column, because reading millions of them as Python objects would take
+        # minutes at every start.
         is_fileless = pc.is_in(table.data.column("reason"), value_set=pa.array(FILELESS_REASONS))
         bad = map(int, np.flatnonzero(pc.invert(is_fileless)))
         return any(make_pair(number, split.data[number])["reason"] in FILELESS_REASONS for number in bad)
@@ -128,14 +130,14 @@ def load_or_build_pair_table(
 
 
 def find_missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]:
-    """Return the names of required columns that a dataset lacks.
+    """Return the names of the required columns that a dataset lacks.
 
     One column of captions is enough: if any caption column in `columns` is present, the other caption columns are not
-    required. All other columns are always required.
+    required. Columns of similarities are always required.
 
     Args:
-        columns: Names of the columns that a strategy reads.
-        present: Names of the columns of the dataset.
+        columns: Names of the columns that a caption strategy reads.
+        present: Names of the columns that the dataset has.
     """
     caption_columns = [name for name in columns if not SIMILARITY_COLUMN_RE.fullmatch(name)]
     optional = set() if set(caption_columns).isdisjoint(present) else set(caption_columns)
@@ -146,15 +148,14 @@ def filter_usable_rows(table: Dataset) -> Dataset:
     """Return the rows of a pair table that can be used.
 
     Args:
-        table: Pair table from `load_or_build_pair_table`. Its column `reason` says why a row cannot be used, and is
-            empty for usable rows.
+        table: Pair table from `load_or_build_pair_table`. A row can be used if its column `reason` is empty.
     """
     valid_rows = np.flatnonzero(pc.equal(table.data.column("reason"), ""))
     return table if len(valid_rows) == len(table) else table.select(valid_rows)
 
 
 def list_skipped_rows_and_damaged_archives(table: Dataset, split: Split) -> list[SkippedRow]:
-    """Return one record for each row of a pair table that cannot be used, then one for each damaged archive.
+    """Return a record of each row of a pair table that cannot be used, followed by a record of each damaged archive.
 
     Args:
         table: Pair table from `load_or_build_pair_table`.
@@ -167,7 +168,7 @@ def list_skipped_rows_and_damaged_archives(table: Dataset, split: Split) -> list
 
 
 def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float) -> None:
-    """Raise an error if too many rows of a split have a missing or invalid image or caption.
+    """Check that only a small share of the rows of a split have a missing or invalid image or caption.
 
     Args:
         skipped: All skipped rows of the split. Rows with the reason "not chosen" do not count as bad, because their
@@ -187,16 +188,19 @@ def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float)
     first = "\n".join(f"  {s.source}, split {s.split!r}, row {s.row}: {s.reason} ({s.detail})" for s in bad[:3])
     raise ValueError(
         f"{len(bad)} of {total} rows ({share:.2%}) can't be used ({counts}); max_bad_share allows "
-        f"{max_bad_share:.2%}. The first of them:\n{first}\nRepair or remove these rows, or raise --max_bad_share; "
-        "skipped.jsonl then lists all of them."
+        f"{max_bad_share:.2%}. The first bad rows:\n{first}\nRepair or remove the bad rows, or raise --max_bad_share; "
+        "the file skipped.jsonl then lists all bad rows."
     )
 
 
 def load_or_compute_pair_content_digest(pairs: Dataset) -> str:
-    """Return a hex digest of a table of `load_or_build_pair_table`: of its image digests and captions, in order.
+    """Return a hex digest of the image digests and captions of a pair table, in the order of its rows.
 
-    The digest does not depend on the paths of the files. The digest of a large table is stored in the cache, because
-    computing it for millions of rows takes a minute or more.
+    The digest does not depend on the paths of the image files. The digest of a large table is stored in the cache,
+    because computing it for millions of rows takes a minute or more.
+
+    Args:
+        pairs: Pair table from `load_or_build_pair_table`, or rows selected from it.
     """
     path = cache_home() / "pairs" / f"{pairs._fingerprint}.txt"
     is_large = len(pairs) >= CACHED_FINGERPRINT_ROWS
@@ -221,8 +225,9 @@ def _load_or_build_and_prune_cache(
 
     Args:
         path: Cache file of the table.
-        make_table: Function that loads the table from `path` if the file exists, and otherwise builds it there.
-        has_recovered: Function that tells whether any image that the table lists as bad can be read now.
+        make_table: Function that loads the table from `path` if the file exists, and otherwise builds the file.
+        has_recovered: Function that takes the table, and returns whether any image that the table lists as bad can be
+            read now.
     """
     state = get_or_init_distributed_state()
     with state.local_main_process_first():
@@ -236,8 +241,8 @@ def _load_or_build_and_prune_cache(
             table, is_valid = make_table(), False
         if not is_valid:
             append_digest(path)
-        # The fingerprint of `datasets` becomes the digest of the content, which `load_or_compute_pair_content_digest`
-        # relies on.
+        # The digest of the file replaces the fingerprint that `datasets` computed, because
+        # `load_or_compute_pair_content_digest` uses the fingerprint as a cache key for the content of the table.
         table._fingerprint = read_appended_digest(path)
         if state.is_local_main_process:
             os.utime(path)
@@ -252,9 +257,9 @@ def _check_embedding_and_get_image_digest(split: Split, number: int, row: dict[s
     """Return the image digest of a row that has an embedding instead of an image.
 
     Args:
-        split: The split with the row.
-        number: Number of the row.
-        row: The row; the embedding itself is not needed.
+        split: Split that contains the row.
+        number: Number of the row in the split.
+        row: The row. It need not contain the embedding.
 
     Raises:
         BadRow: If the digest is missing or the embedding is invalid.
@@ -270,11 +275,11 @@ def _normalize_and_choose_captions(row: dict[str, Any], columns: Sequence[str], 
     Args:
         row: A row without its image. Its caption columns are converted in place to lists of texts.
         columns: Names of the caption and similarity columns.
-        choose: Function that returns the chosen captions of the row.
+        choose: Function that takes the row and returns the captions to use.
 
     Raises:
-        BadRow: If no caption is chosen (reason "not chosen"), or if the row has no valid caption or `choose` fails
-            (reason "no caption").
+        BadRow: With the reason "not chosen" if the row has captions, but none of them is chosen. With the reason "no
+            caption" if the row has no valid caption, or `choose` fails.
     """
     for column in columns:
         if SIMILARITY_COLUMN_RE.fullmatch(column):
@@ -295,8 +300,8 @@ def _normalize_and_choose_captions(row: dict[str, Any], columns: Sequence[str], 
 
 def _has_text_after_cleaning(text: str) -> bool:
     """Return True if a text is not empty after text cleaning (`clean_text`)."""
-    # Cleaning takes most of the time that a pass over the rows needs. It is skipped for printable texts with a letter
-    # or digit and without HTML entities, because cleaning never removes letters and digits from such a text.
+    # Without this shortcut, cleaning would take most of the time of a pass over the rows. A printable text that has an
+    # ASCII letter or digit, and no HTML entity ("&"), is never empty after cleaning.
     is_plain = text.isprintable() and "&" not in text and ASCII_ALPHANUMERIC_RE.search(text)
     return bool(is_plain or clean_text(text))
 
@@ -304,8 +309,11 @@ def _has_text_after_cleaning(text: str) -> bool:
 def _get_row_and_image_state_for_cache_key(split: Split) -> list[Any]:
     """Return a list of JSON values that changes if the rows or image files of a split change.
 
-    The list is used in the key of the cache. Image files are compared by path, size and modification time. Raises
-    ValueError if the image column holds neither bytes nor paths.
+    The list is part of the cache key of a pair table. A change of an image file is recognized by its path, size and
+    modification time.
+
+    Raises:
+        ValueError: If the image column holds neither bytes nor paths.
     """
     tables = [(file["filename"], os.stat(file["filename"])) for file in split.data.cache_files]
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in tables]

@@ -1,7 +1,8 @@
-"""Read splits of parquet files in place, and compute fingerprints of the files of a split.
+"""Read dataset splits in parquet files without copying the files, and compute fingerprints of a split's files.
 
-`open_split` copies parquet files to the cache of `datasets`, where random access is fast. The stages of a caption build
-read each file only once and in order. They use `open_in_place`, which reads the files without a copy.
+`open_split` copies parquet files to the cache of `datasets`, where random access is fast. The stages of the caption
+pipeline `captions` read each file only once and in order, so a copy would waste time and disk space. They use
+`open_in_place`, which reads the original files.
 """
 
 import bisect
@@ -20,18 +21,19 @@ from tqdm.auto import tqdm
 from caption_data.sources import COLUMN_CHUNK_ROWS, PARQUET_BATCH_ROWS, Split, open_parquet, open_split
 from caption_data.tars_and_image_folders import METADATA_SUFFIXES
 
-# The fingerprint of a large file covers this number of samples, spread evenly over the file, each of this size.
+# The fingerprint of a large file covers `SAMPLE_COUNT` samples of `SAMPLE_BYTES` bytes, spread evenly over the file.
 SAMPLE_COUNT, SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(eq=False)
 class ParquetSplit(Split):
-    """A split of parquet files that are read in place, a few rows at a time.
+    """A dataset split whose parquet files are read in place, without a copy, a few rows at a time.
 
-    Reading rows in order is fast, random access is slow. Opening the split reads only the metadata of the files, so an
-    error in damaged rows is raised when these rows are read.
+    Reading rows in order is fast, but random access is slow. Opening the split reads only the metadata of the files, so
+    an error in damaged rows is raised when these rows are read.
 
-    Raises ValueError if a file is damaged, or if the files have different columns or types.
+    Raises:
+        ValueError: If a file is damaged, or the files have different columns or types.
     """
 
     def __post_init__(self) -> None:
@@ -86,7 +88,7 @@ class ParquetSplit(Split):
                         yield row
 
     def iter_column(self, name: str) -> Iterator[pa.ChunkedArray]:
-        """Iterate over the values of a column, some thousand rows at a time."""
+        """Iterate over the values of the column `name` in chunks of some thousand rows."""
         for path in self.paths:
             with open_parquet(path) as file:
                 for batch in file.iter_batches(COLUMN_CHUNK_ROWS, columns=[name]):
@@ -100,8 +102,8 @@ open_in_place = partial(open_split, parquet_type=ParquetSplit)
 def compute_split_content_digest(source: Split) -> str:
     """Return a digest of the files of a split, so that changed data can be detected.
 
-    The digest covers the name, size and content of each file, but not the folder. The content of a large file is
-    represented by `SAMPLE_COUNT` samples of `SAMPLE_BYTES` bytes each.
+    The digest covers the name, size and content of each file, but not its folder. Of the content of a large data file,
+    only `SAMPLE_COUNT` samples of `SAMPLE_BYTES` bytes each are covered, to save time.
 
     Returns:
         A BLAKE2b-128 hex digest. For saved datasets and datasets of the Hub, the fingerprint that `datasets` computes.

@@ -4,8 +4,9 @@ A row of a caption dataset is a dict with these keys:
 
 - `captions-<language>`: list of the original captions.
 - `generated-captions-<language>`: list of the captions that a model wrote.
-- `similarities-<language>`: list of cosine similarities between the image and each caption under the base model, first
-  of the original captions, then of the generated captions.
+- `similarities-<language>`: list of cosine similarities between the embedding of the image and of each caption,
+  computed with the base model (the model before fine-tuning). The original captions come first, then the generated
+  captions.
 
 A caption strategy is a rule that selects captions of a row. The strategies and their constants come from CAPIVARA,
 arXiv 2310.13683.
@@ -34,11 +35,11 @@ DATASET_HELP = (
     "Dataset: a saved Hugging Face dataset, a folder or glob pattern of parquet files or WebDataset tars, a folder of "
     "images with metadata.jsonl or metadata.csv, or a Hub id."
 )
-# Reason in `SkippedRow` of a row that the pair filter or the caption strategy skips. Such a row does not count as
-# bad, because its data is valid.
+# `SkippedRow.reason` of a row that is skipped because the pair filter or the caption strategy chooses no caption of it.
+# Such a row does not count as bad, because its data is valid.
 NOT_CHOSEN = "not chosen"
 STRATEGIES = ("none", "first", "all", "rank", "threshold", "diverse")
-SIMILARITY_STRATEGIES = ("rank", "threshold", "diverse")  # strategies that read the column of similarities
+SIMILARITY_STRATEGIES = ("rank", "threshold", "diverse")  # strategies that read the column `similarities-<language>`
 # A token is one or more characters other than white space and punctuation. The pattern `\w+` would split Hindi words at
 # their vowel signs, because Python does not count vowel signs as word characters.
 TOKEN_PATTERN = r"[^\s!-/:-@\[-`{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u0964\u0965\u2010-\u2027\u2030-\u205e\u3000-\u303f]+"
@@ -46,7 +47,7 @@ TOKEN_PATTERN = r"[^\s!-/:-@\[-`{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u0964\u0965\u2
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """Record of a skipped row (a row that can't be used or was not chosen); one line of `skipped.jsonl`.
+    """Record of a dataset row that was skipped, because it can't be used or was not chosen; a line of `skipped.jsonl`.
 
     A record with the reason "damaged archive" stands for all rows of the archive after the damage.
 
@@ -56,7 +57,7 @@ class SkippedRow:
         row: Number of the row in the split, counted from 0.
         reason: "not chosen", "no image", "unreadable image", "absurd image size", "invalid embedding", "no caption" or
             "damaged archive".
-        detail: Description of the problem for people.
+        detail: Description of the problem for the user.
     """
 
     source: str
@@ -69,11 +70,12 @@ class SkippedRow:
 def convert_to_caption_list(value: Any, column: str) -> list[str]:
     """Convert the value of a caption column to a list of texts.
 
-    Each caption keeps its position in the list, because similarities belong to captions by position. Lone surrogates
-    are replaced by "?", because JSON can hold them, but no tokenizer or Arrow file accepts them.
+    Each caption keeps its position in the list, because the list of similarities has the same order. Lone surrogates
+    (halves of a UTF-16 pair) are replaced by "?", because JSON can hold them, but no tokenizer or Arrow file accepts
+    them.
 
     Args:
-        value: A text, a list of texts and None, or None.
+        value: A text, a list whose entries are texts or None, or None.
         column: Name of the column, for the error message.
 
     Returns:
@@ -89,10 +91,10 @@ def convert_to_caption_list(value: Any, column: str) -> list[str]:
 
 
 def compute_image_caption_rows_digest(rows: Iterable[tuple[str, list[str]]]) -> str:
-    """Return a BLAKE2b-128 hex digest of rows in their order.
+    """Return a BLAKE2b-128 hex digest of the images and captions of rows, which depends on the order of the rows.
 
     Args:
-        rows: The tuple (hex digest of the image, list of captions) for each row.
+        rows: One tuple (hex digest of the image, list of captions) per row.
     """
     digest = blake2b(digest_size=16)
     for row in rows:
@@ -114,27 +116,27 @@ def write_skipped_rows(path: Path, skipped: list[SkippedRow]) -> None:
 
 @dataclass(kw_only=True)
 class CaptionChoice:
-    """Flags that choose which captions of an image are used, shared by all commands that select captions.
+    """Command-line flags that choose which captions of an image are used; shared by all commands that select captions.
 
     The strategy `diverse` avoids captions that say the same. It starts with the captions that the strategy `threshold`
-    would choose, and goes through them from the most to the least similar to the image. It keeps a caption if its words
-    overlap little with those of each caption kept before: if the cosine of their TF-IDF vectors is at most
-    `max_overlap`. If fewer than `min_kept` captions were kept, it also keeps those of the dropped captions that are
-    most similar to the image, up to `min_kept` in total.
+    would choose, and goes through them from the most to the least similar to the image. A caption is kept if it shares
+    few words with every caption that was kept before: the cosine of their TF-IDF vectors must be at most `max_overlap`.
+    If fewer than `min_kept` captions were kept, the dropped captions that are most similar to the image are added, up
+    to `min_kept` captions in total.
     """
 
     caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
         "none",
-        "Captions of an image to use; training draws one of them at every step. none: the original captions. first: "
+        "Which captions of an image to use; training draws one at every step. none: the original captions. first: "
         "the original captions and the first `caption_count` generated ones. all: original and generated captions. "
         "rank: the `caption_count` captions most similar to the image. threshold: captions with a similarity of at "
         "least `min_similarity`. diverse: captions as for threshold that differ from each other.",
     )
-    # The default values are those of the released CAPIVARA models.
+    # The default values are the settings of the released CAPIVARA models.
     caption_count: int = flag(5, "Number of captions, for the strategies first and rank.")
     min_similarity: float = flag(0.2, "Lowest image-caption cosine that the strategies threshold and diverse accept.")
     min_pair_similarity: float | None = flag(
-        None, "Leave out images whose cosine with their first caption is lower (pair filter). Default: no pair filter."
+        None, "Skip images whose cosine with their first original caption is lower. Default: no such pair filter."
     )
     # Constants of the strategy `diverse`; no flag changes them.
     max_overlap, min_kept = 0.3, 3
@@ -229,8 +231,8 @@ def _get_similarities_with_nan_as_minus_infinity(
         row: A row with the column `similarities-<language>`.
         language: Language code at the end of the column name.
         caption_count: Number of original captions of the row.
-        generated_count: Number of generated captions of the row. None if the number is unknown; the row may then have
-            more similarities than original captions.
+        generated_count: Number of generated captions of the row. None if the row has no column of generated captions;
+            the row may then have more similarities than original captions.
 
     Returns:
         First the similarities of the original captions, then the similarities of the generated captions.
@@ -244,7 +246,7 @@ def _get_similarities_with_nan_as_minus_infinity(
         raise ValueError(
             f"{name!r} has {len(similarities)} numbers for {needed} captions ({caption_count} original, "
             f"{generated_count or 0} generated); it must hold one number for each caption, in that order. Run "
-            "captions.score again, or choose a strategy that needs no similarities: none, first or all."
+            "captions.score again, or choose a caption strategy that needs no similarities: none, first or all."
         )
     return [-math.inf if value is None or math.isnan(value) else value for value in similarities]
 
@@ -260,7 +262,7 @@ def _select_diverse(ranked: list[str], corpus: list[str], choice: CaptionChoice)
     Args:
         ranked: Distinct captions to choose from, the most similar to the image first.
         corpus: All distinct captions of the row, from which the TF-IDF weights are computed.
-        choice: Flags; their constants `max_overlap` and `min_kept` are used.
+        choice: Flags of the command, of which the constants `max_overlap` and `min_kept` are used.
 
     Returns:
         The chosen captions, in the order of `ranked`.

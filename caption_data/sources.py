@@ -1,22 +1,23 @@
-"""Open caption datasets of every supported form as a `Split`, with the images still encoded.
+"""Open a caption dataset of any supported form as a `Split`: its rows, whose images are decoded only when needed.
 
 A dataset has one of these forms:
 
 - a saved `DatasetDict`;
 - a folder of parquet files;
-- folders of images with a `metadata.jsonl` or `metadata.csv`, in which the column `file_name` is the path of the image,
-  and a single caption becomes a list with one caption;
+- folders of images with a `metadata.jsonl` or `metadata.csv`. Its column `file_name` is the path of the image. A
+  caption column may hold a single text, which becomes a list with one caption;
 - WebDataset tars in the layout of the CAPIVARA authors, with one image (`jpg` or `png`) and one `json` per sample;
 - a Hub id.
 
 Parquet files and datasets of the Hub are copied to the cache of `datasets`, which memory-maps the copies. Tars and
 image folders are read in place: the cache holds only a table of their rows, which is built again if the size or the
-modification time of a file changes. Nothing is extracted, and nothing is unpickled.
+modification time of a file changes. For security, no archive is extracted and no pickle file is loaded.
 
-Names decide to which split a file belongs. If a folder of the file has the name of a split, the innermost such folder
-decides. Otherwise the start of the file name decides, for example `test-0001.parquet`. The names of splits are
-`SPLIT_NAMES` and the name of the requested split. If no file has the name of a split, all files belong to "train", as
-on the Hub. The dataset then has no "test" split, so that a model is never evaluated on its training data by mistake.
+The split of a file follows from names. If a folder above the file has the name of a split, the file belongs to this
+split; the innermost such folder counts. Otherwise the start of the file name counts, for example `test-0001.parquet`.
+Names of splits are `SPLIT_NAMES` and the name of the requested split. If no folder and no file has the name of a split,
+all files belong to "train", as on the Hub. The dataset then has no "test" split, so that a model is never evaluated on
+its training data by mistake.
 """
 
 import glob
@@ -67,33 +68,33 @@ from caption_data.tars_and_image_folders import load_rows_and_list_damaged_files
 
 # Regular expressions for the file names of each supported form. All files of a dataset must have the same form.
 FILE_FORM_PATTERNS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$", r"^metadata\.csv$")
-# Names of files and folders that are recognized as the name of a split.
+# Names of splits that are recognized in the names of files and folders.
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
 STAGE_FILE = "stage.json"  # file in each folder that a stage of `captions` writes
-# Row numbers in the file name of a part (a parquet file that a stage of `captions` writes): the number of its first
-# row, and the number of its last row plus 1.
+# A stage of the caption pipeline `captions` writes its output as several parquet files. The name of such a file ends
+# with the number of its first row and the number of its last row plus 1.
 PART_NAME_RE = re.compile(r"-(\d{9})-(\d{9})$")
 DATASET_INFO_TIMEOUT_S = 20  # seconds to wait for the Hub to answer whether a dataset exists
 PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time
-COLUMN_CHUNK_ROWS = 4096  # rows of a column without images that are read at the same time
+COLUMN_CHUNK_ROWS = 4096  # rows that are read at the same time if a single column without images is read
 # Parquet stores a repeated value once, so a malicious file of 1 kB can expand to gigabytes of text. Parquet reduces the
 # size of captions to about a tenth, and hardly reduces the size of images, so valid files stay far below this limit.
 MAX_PARQUET_EXPANSION = 100  # decoded bytes per byte of the parquet files
-UNLIMITED_EXPANSION_BYTES = 100_000_000  # no limit on the expansion up to this size
+UNLIMITED_EXPANSION_BYTES = 100_000_000  # up to this decoded size, any expansion is allowed
 
 
 @dataclass(eq=False)
 class Split:
-    """One split of a dataset: its rows in a fixed order, with encoded images.
+    """One split of a dataset: its rows in a fixed order, whose images are decoded only when needed.
 
     Attributes:
-        name: Path, pattern or Hub id of the dataset.
+        name: Path, glob pattern or Hub id of the dataset.
         split: Name of the split.
         image_column: Name of the image column.
         data: The rows. None in subclasses that read the rows without `datasets`.
         image_access: Rules for the image files: folders in which they may lie, and largest number of pixels.
         paths: Files that hold the rows. Empty for saved datasets and datasets of the Hub.
-        damaged_archives: One record for each tar or JSON Lines file whose rows after a damaged place are missing.
+        damaged_archives: One record for each damaged tar or JSON Lines file. Its rows after the damage are missing.
     """
 
     name: str
@@ -125,7 +126,7 @@ class Split:
         return list(self.features)
 
     def limited(self, limit: int | None) -> "Split":
-        """Return the split with only `limit` rows, which are evenly spaced; None: return all rows."""
+        """Return the split reduced to `limit` evenly spaced rows; if `limit` is None, return the whole split."""
         if limit is None or limit >= len(self):
             return self
         return replace(self, data=self.data.select([row * len(self) // limit for row in range(limit)]))
@@ -134,7 +135,7 @@ class Split:
         """Raise ValueError if the split lacks a column in `names`. The message lists the columns of the split."""
         for name in names:
             if name not in self.columns:
-                raise ValueError(f"{self.display_name} has no column {name!r}; there are {self.columns}.")
+                raise ValueError(f"{self.display_name} has no column {name!r}; its columns are {self.columns}.")
 
     def __len__(self) -> int:
         return len(self.data)
@@ -154,36 +155,39 @@ class Split:
         return self.data[index]
 
     def iter_column(self, name: str) -> Iterator[pa.ChunkedArray]:
-        """Iterate over the values of a column, some thousand rows at a time."""
+        """Iterate over the values of the column `name` in chunks of some thousand rows."""
         return (table[name] for table in self.data.select_columns([name]).with_format("arrow").iter(COLUMN_CHUNK_ROWS))
 
     @cached_property
     def image_encoders(self) -> set[str]:
-        """Digests of the image encoders that made the embeddings of a split without images."""
+        """Digests of the image encoders that computed the embeddings; only for a split with embeddings."""
         return {str(encoder) for chunk in self.iter_column(ENCODER_COLUMN) for encoder in chunk.unique().to_pylist()}
 
     @cached_property
     def invalid_embeds(self) -> dict[int, str]:
-        """Faults of the embeddings of a split without images: number of each invalid row -> description."""
+        """Invalid embeddings as `{row number: description of the fault}`; only for a split with embeddings."""
         _, width = check_embeds_columns_and_get_shape(self.features, self.display_name)
         return find_invalid_embeds(self.iter_column(EMBEDS_COLUMN), width)
 
     @property
     def stored_views(self) -> int:
-        """Number of embeddings per row of a split without images. 1: the image itself. Above 1: augmentations."""
+        """Number of embeddings per row; only for a split with embeddings.
+
+        1 means the embedding of the image itself. A larger number means embeddings of augmented views of the image.
+        """
         return check_embeds_columns_and_get_shape(self.features, self.display_name)[0]
 
     def check_embeds(self, model: str, fingerprint: str = "", views: int = 1) -> None:
-        """Check that a model can use the embeddings of a split without images.
+        """Check that a model can use the embeddings of this split, which has embeddings instead of images.
 
         Args:
             model: Folder or Hub id of the model, or "open_clip:…".
             fingerprint: Fingerprint of an open_clip model (`Embedder.fingerprint`).
-            views: Views that are needed, see `check_views`.
+            views: Number of views that the caller needs; see `check_views`.
 
         Raises:
-            ValueError: If the embeddings were made by another image encoder or by several, have another width, or lack
-                the needed views. The message names the digests of the encoders.
+            ValueError: If the embeddings were computed by another image encoder or by several image encoders; the
+                message names their digests. Also if the embeddings have another width, or the needed views are missing.
         """
         from modeling_capivara.loading import load_transformers_config  # imports torch, which the stages do without
         from modeling_capivara.two_towers import embedding_width
@@ -202,18 +206,19 @@ class Split:
             expected = embedding_width(load_transformers_config(model))
             if width != expected:
                 raise ValueError(
-                    f"{self.display_name} has embeddings of width {width}, but those of {model} have width {expected}. "
-                    "The dataset was changed after captions.embed wrote it. Make it again."
+                    f"{self.display_name} has embeddings of width {width}, but {model} has width {expected}. The "
+                    "dataset was changed after captions.embed wrote it. Make the dataset again."
                 )
 
     def check_views(self, views: int) -> None:
-        """Check that a split without images has the needed views.
+        """Check that a split with embeddings has the views (augmented variants of each image) that the caller needs.
 
         Args:
-            views: 1: the image itself. V above 1: V augmentations. 0: a new augmentation each time.
+            views: 1: the embedding of the image itself. A larger number: embeddings of as many augmented views. 0: a
+                new augmented view in each training step, which stored embeddings cannot provide.
 
         Raises:
-            ValueError: If the split has other views.
+            ValueError: If the split does not have these views.
         """
         stored = self.stored_views
         if views == 1 < stored:
@@ -224,16 +229,16 @@ class Split:
         if views == 0 or views > stored:
             allowed = "1" if stored == 1 else f"2 to {stored}"
             raise ValueError(
-                f"{self.display_name} has embeddings instead of images, so that augmented_views must be {allowed}, got "
-                f"{views}. More views must be made from the images, with captions.embed --views."
+                f"{self.display_name} has embeddings instead of images, so augmented_views must be {allowed}, got "
+                f"{views}. To get more views, embed the images again with captions.embed --views."
             )
 
     def describe_embeds(self) -> dict[str, dict[str, str]]:
-        """Return the entry of a result file for a dataset that stores embeddings instead of images.
+        """Describe the embeddings of this split for a result file.
 
         Returns:
-            {"image_embeds": {"dtype": ..., "encoder": digests of the image encoders}}, or an empty dict if the dataset
-            stores images.
+            `{"image_embeds": {"dtype": type of the numbers, "encoder": digests of the image encoders}}` if the split
+            has embeddings, `{}` if it has images.
         """
         if not self.is_embedded:
             return {}
@@ -246,11 +251,14 @@ class Split:
         return decode_image(self.data[row][self.image_column], self.image_access)
 
     def decode_images(self, rows: Sequence[int]) -> Iterator[PIL.Image.Image | BadImage]:
-        """Decode the images of rows with several threads.
+        """Decode the images of the given row numbers with several threads.
+
+        Args:
+            rows: Row numbers.
 
         Returns:
-            The image of each row, in order. For a missing or invalid image, a BadImage whose detail is the message of
-            `describe_image_error`.
+            Iterator over the images, in the order of `rows`. In place of a missing or invalid image, it yields a
+            `BadImage` whose detail is the message of `describe_image_error`.
         """
         return decode_row_images(
             rows, lambda row: self.data[row][self.image_column], self.image_access, self.describe_image_error
@@ -260,8 +268,8 @@ class Split:
     def image_digests(self) -> list[str]:
         """BLAKE2b-128 hex digest of each image file, one per row. The first access reads all image files.
 
-        For a missing or invalid image, the digest is computed from the error message. A split with embeddings instead
-        of images has the digests in a column.
+        For a missing or invalid image, the digest is computed from the error message. If the split has embeddings
+        instead of images, the digests are read from its column `image_digest`.
         """
         if self.is_embedded:
             return [digest or "" for chunk in self.iter_column(DIGEST_COLUMN) for digest in chunk.to_pylist()]
@@ -283,7 +291,7 @@ class Split:
             bad: The error.
         """
         path = image_display_path(self.data[row][self.image_column])
-        # Remove only the folder, because the file name may be escaped or shortened in the error.
+        # Only the folder is replaced, because the file name may be escaped or shortened in the error.
         folder = path.removesuffix(Path(path).name)
         return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
 
@@ -310,16 +318,18 @@ def open_split(
         image_roots: Folders outside of the dataset in which images may lie. Image paths and links to all other folders
             are refused.
         max_pixels: Largest number of pixels (width x height); larger images count as bad.
-        parquet_type: Subclass of `Split` that reads parquet files where they are. Default: `datasets` loads parquet
-            files and copies them to its cache.
+        parquet_type: Subclass of `Split` that reads parquet files in place (`ParquetSplit`). Default: `datasets` loads
+            parquet files and copies them to its cache.
 
     Returns:
         The split, with at least one row.
 
     Raises:
-        ValueError: If the dataset or the split does not exist (the message lists the splits), or the split is empty. If
-            a tar is compressed, or a link leads out of the dataset. If a saved or parquet dataset refers to bytes in
-            tar files instead of containing its images. If a caption build has not finished writing the dataset.
+        ValueError: In one of these cases:
+            - The dataset or the split does not exist (the message lists the existing splits), or the split is empty.
+            - A tar is compressed, or a link leads out of the dataset.
+            - A saved or parquet dataset refers to bytes in tar files instead of containing its images.
+            - The caption pipeline `captions` has not finished writing the dataset.
     """
     path, paths, damages, data = Path(dataset), [], [], None
     check_stage_is_finished(path)
@@ -348,7 +358,7 @@ def open_split(
     if isinstance(feature, dict) and "archive" in feature and (not paths or paths[0].suffix == ".parquet"):
         raise ValueError(
             f"{opened.display_name}: the images in column {image_column!r} are positions in tars that may have changed "
-            "since. Use the tars as the dataset, or store the image bytes in it."
+            "since. Use the tars as the dataset, or store the bytes of the images in the dataset."
         )
     if not len(opened):
         damage_details = "; ".join(damage.detail for damage in damaged[:3])
@@ -358,9 +368,13 @@ def open_split(
 
 
 def list_splits(dataset: str) -> list[str]:
-    """Return the names of all splits of a dataset, in the forms that `open_split` opens.
+    """Return the names of all splits of a dataset.
 
-    Raises ValueError if the dataset does not exist.
+    Args:
+        dataset: Folder, file, glob pattern or Hub id of a dataset in one of the forms that `open_split` opens.
+
+    Raises:
+        ValueError: If the dataset does not exist.
     """
     path = Path(dataset)
     if (path / "dataset_dict.json").is_file():
@@ -371,13 +385,15 @@ def list_splits(dataset: str) -> list[str]:
 
 
 def count_missing_stage_rows_and_get_command(folder: Path) -> tuple[int, str]:
-    """Count the rows that a stage of a caption build has not written yet, by the names of its parquet files.
+    """Count the rows that a stage of the caption pipeline has not written yet, and return the command that writes them.
+
+    The rows are counted by the row numbers in the names of the parquet files.
 
     Args:
-        folder: Output folder of the stage, with a `stage.json`.
+        folder: Output folder of the stage, which contains the file `stage.json`.
 
     Returns:
-        The number of missing rows, and the shell command that writes them.
+        The tuple (number of missing rows, shell command that writes them).
 
     Raises:
         ValueError: If the `stage.json` is damaged.
@@ -393,7 +409,7 @@ def count_missing_stage_rows_and_get_command(folder: Path) -> tuple[int, str]:
 
 
 def check_stage_is_finished(folder: Path) -> None:
-    """Raise ValueError if a folder is the output of an unfinished stage of a caption build.
+    """Raise ValueError if a folder is the output of an unfinished stage of the caption pipeline `captions`.
 
     The message contains the command that finishes the stage. A folder without `stage.json` is accepted.
     """
@@ -406,10 +422,10 @@ def check_stage_is_finished(folder: Path) -> None:
 
 
 def disable_decoding(data: Dataset, image_column: str) -> Dataset:
-    """Return a dataset that does not decode its images, audio and video, even if they are nested in other columns.
+    """Return the dataset in a form that does not decode images, audio and video, even if they are nested in columns.
 
-    This is a safety measure, because `datasets` opens any path in the data for decoding. An image column of plain bytes
-    or paths becomes a column of images that are not decoded.
+    This is a safety measure, because `datasets` opens any path in the data for decoding. If the image column holds
+    plain bytes or paths, it becomes a column of images that are not decoded.
     """
     plain = Features({name: _without_decoding(feature) for name, feature in data.features.items()})
     if isinstance(plain.get(image_column), Value):  # parquet files of other programs hold plain bytes or paths
@@ -417,7 +433,7 @@ def disable_decoding(data: Dataset, image_column: str) -> Dataset:
     fingerprint = data._fingerprint
     for column in [name for name in plain if plain[name] != data.features[name]]:
         data = data.cast_column(column, plain[column])
-    data._fingerprint = fingerprint  # the rows are unchanged, and existing builds record this value
+    data._fingerprint = fingerprint  # the rows are unchanged, and existing outputs record this fingerprint
     return data
 
 
@@ -441,7 +457,7 @@ def _find_split_files_and_allowed_folders(
         image_roots: Folders outside of the dataset in which files and images may lie.
 
     Returns:
-        The files, and the folders in which these files and their images may lie.
+        The tuple (files of the split, folders in which these files and their images may lie).
 
     Raises:
         ValueError: If no file belongs to the split, the dataset has files of several forms (for example parquet and
@@ -465,19 +481,19 @@ def _find_split_files_and_allowed_folders(
 def load_listed_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
     """Load data files with a loader of `datasets`.
 
-    The files are passed one by one. With a folder, `datasets` would follow its README, which may name any other file or
-    URL.
+    The files are passed to the loader one by one. If the loader were given the folder, it would follow the README of
+    the folder, which may name any other file or URL.
 
     Args:
         form: Name of the loader, for example "parquet" or "imagefolder".
         paths: Files to load.
-        dataset: Name of the dataset, for errors.
+        dataset: Name of the dataset for error messages.
 
     Returns:
         The rows of all files.
 
     Raises:
-        ValueError: If a file cannot be loaded, or parquet files expand too much.
+        ValueError: If a file cannot be loaded, or parquet files are too large after decoding.
     """
     names = {"train": [glob.escape(str(path)) for path in paths]}
     try:
@@ -499,7 +515,7 @@ def _load_dataset_with_size_check(*args: Any, split: str | None = None, **option
         **options: Keyword arguments of `load_dataset_builder`.
 
     Raises:
-        ValueError: If parquet files expand too much (`MAX_PARQUET_EXPANSION`).
+        ValueError: If parquet files are too large after decoding (see `_check_decoded_size_of_parquet_files`).
     """
     builder = load_dataset_builder(*args, **options)
     if isinstance(builder, Parquet):  # `_generate_tables` only runs for files that are not cached
@@ -529,8 +545,8 @@ def _check_decoded_size_of_parquet_files(paths: Sequence[str | Path]) -> None:
     """Raise ValueError if a parquet file is damaged, or if the files together are too large after decoding.
 
     The limit is the larger of `UNLIMITED_EXPANSION_BYTES` and `MAX_PARQUET_EXPANSION` times the size of the files. The
-    files are decoded a few rows at a time, because the sizes in their metadata are only a lower bound: a value that
-    dictionary or delta encoding stores once counts once there, even if many rows repeat it.
+    files are decoded a few rows at a time to add up their sizes. The sizes in the metadata of the files would only be a
+    lower bound: a value that many rows repeat counts once there if it is stored once (dictionary or delta encoding).
     """
     stored, decoded = sum(map(os.path.getsize, paths)), 0
     limit = max(UNLIMITED_EXPANSION_BYTES, MAX_PARQUET_EXPANSION * stored)
@@ -546,14 +562,14 @@ def _check_decoded_size_of_parquet_files(paths: Sequence[str | Path]) -> None:
                 is_too_large = decoded > limit
             if is_too_large:
                 raise ValueError(
-                    f"{path} expands too much: parquet files may expand to at most {MAX_PARQUET_EXPANSION} times "
-                    f"their size, or {UNLIMITED_EXPANSION_BYTES / 1e6:.0f} MB; these files have {stored:,} bytes. "
-                    "If you trust them, write them again without compression and dictionaries."
+                    f"{path} is too large after decoding: parquet files may expand to {MAX_PARQUET_EXPANSION} times "
+                    f"their size, or to {UNLIMITED_EXPANSION_BYTES / 1e6:.0f} MB; these files have {stored:,} bytes. "
+                    "If you trust the files, write them again without compression and dictionary encoding."
                 )
 
 
 def _compute_decoded_array_size(array: pa.Array) -> int:
-    """Return the size in bytes that an array has without dictionary encoding, so that repeated values are counted."""
+    """Return the size in bytes of an array without dictionary encoding: a value counts each time that it occurs."""
     if pa.types.is_dictionary(array.type):
         values = array.dictionary
         if pa.types.is_primitive(values.type):
@@ -574,7 +590,7 @@ def check_paths_and_load_saved_dataset(folder: Path, image_roots: Sequence[Path]
         image_roots: Other folders in which the Arrow files of the dataset may lie.
 
     Raises:
-        ValueError: If a link or path leads out of these folders, or the dataset can't be loaded.
+        ValueError: If a link or path leads out of `folder` and `image_roots`, or the dataset can't be loaded.
     """
     check_folder_for_outside_links_and_pipes(folder)
     allowed_folders = AllowedFolders(folder, image_roots)
@@ -584,10 +600,10 @@ def check_paths_and_load_saved_dataset(folder: Path, image_roots: Sequence[Path]
         tables = read_json(state, _data_files=list)["_data_files"] if state.is_file() else []
         names = [table.get("filename") if isinstance(table, dict) else None for table in tables]
         if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{state} must list the tables of the split in _data_files, each with its filename.")
+            raise ValueError(f"{state} must list the files of the split in _data_files, each with its filename.")
         allowed_folders.check([state.parent / name for name in names])
         if missing := [name for name in names if not (state.parent / name).is_file()]:
-            raise ValueError(f"{state} names {missing[0]}, but there is no such file.")
+            raise ValueError(f"{state} lists {missing[0]}, but there is no such file. Save or copy the dataset again.")
     data = _call_loader(str(folder), load_from_disk, str(folder))
     if not isinstance(data, DatasetDict):
         raise ValueError(f"{folder} is one split of a dataset. Use the folder of the whole dataset, {folder.parent}.")
@@ -610,19 +626,19 @@ def get_allowed_folders_of_dataset(dataset: str, image_roots: Sequence[Path] = (
 
 
 def select_split(splits: dict[str, Any], dataset: str, split: str, hint: str = "") -> Any:
-    """Return the value of a split in a dict by split name.
+    """Return `splits[split]`, or raise an error that lists the existing splits.
 
     Args:
-        splits: Values by split name, for example a `DatasetDict`.
-        dataset: Name of the dataset, for the error message.
-        split: Name of the split to return.
-        hint: Text at the end of the error message.
+        splits: `{split name: value}`, for example a `DatasetDict`.
+        dataset: Name of the dataset for the error message.
+        split: Name of the requested split.
+        hint: Advice at the end of the error message.
 
     Raises:
         ValueError: If the split does not exist. The message lists the existing splits.
     """
     if split not in splits:
-        raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{hint}")
+        raise ValueError(f"{dataset} has no split {split!r}; its splits are {sorted(splits)}.{hint}")
     return splits[split]
 
 
@@ -630,8 +646,12 @@ def select_split(splits: dict[str, Any], dataset: str, split: str, hint: str = "
 def open_parquet(path: str | Path, hint: str = "") -> Iterator[pq.ParquetFile]:
     """Open a parquet file for reading, as a context manager.
 
-    Raises ValueError if the file is missing or damaged, also while its rows are read. The message names the file and
-    ends with the text `hint`.
+    Args:
+        path: Path of the file.
+        hint: Advice at the end of the error message.
+
+    Raises:
+        ValueError: If the file is missing or damaged. Damaged rows raise the error when the `with` block reads them.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -679,7 +699,7 @@ def _call_loader(subject: str, load: Callable, *args: Any, **options: Any) -> An
 
 
 def _format_error_on_one_line(error: BaseException) -> str:
-    """Return the message of an error, or of the error that caused it, on a single line."""
+    """Return the message of an error on a single line. If the error has a cause, return the message of the cause."""
     cause = error.__cause__ or error
     return " ".join(str(cause).split()) or type(cause).__name__  # MemoryError has no text
 
@@ -688,10 +708,10 @@ def _find_root_and_data_files(dataset: str) -> tuple[Path, list[Path]]:
     """Find all data files of a dataset on this machine.
 
     Args:
-        dataset: Folder, file or glob pattern. In a folder, files are searched directly and one level below.
+        dataset: Folder, file or glob pattern. Of a folder, the files in it and in its direct sub-folders are found.
 
     Returns:
-        The root folder and the sorted data files. Only the names of folders below the root can state the split of a
+        The tuple (root folder, sorted data files). Only the names of folders below the root can state the split of a
         file.
 
     Raises:
@@ -706,7 +726,7 @@ def _find_root_and_data_files(dataset: str) -> tuple[Path, list[Path]]:
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         candidates = [Path(name) for name in glob.iglob(dataset, recursive=True)]
         if not candidates:
-            raise ValueError(f"No file matches {dataset}. Check it, and put a pattern in quotes in a shell.")
+            raise ValueError(f"No file matches {dataset}. Check the pattern; in a shell, put it in quotes.")
     by_form = [
         sorted(file for file in candidates if re.search(form, file.name) and file.is_file())
         for form in FILE_FORM_PATTERNS
@@ -724,10 +744,11 @@ def _find_root_and_data_files(dataset: str) -> tuple[Path, list[Path]]:
 def _group_by_split(root: Path, files: list[Path], split: str) -> dict[str, list[Path]]:
     """Group data files by the split to which they belong.
 
-    The innermost folder with the name of a split decides, otherwise the start of the file name. Names of splits are
-    `SPLIT_NAMES` and the requested split. A file without such a name is grouped under the name of its folder, or under
-    the first word of its file name. If no file has the name of a split, all files belong to the split whose name the
-    root folder has, or to "train" if the root folder has another name.
+    If a folder above a file has the name of a split, the file belongs to this split; the innermost such folder counts.
+    Otherwise the start of the file name counts. Names of splits are `SPLIT_NAMES` and the requested split. A file
+    without such a name is grouped under the name of its folder or, directly in `root`, under the first word of its file
+    name. If no file has the name of a split, all files belong to the split with the name of the root folder, or to
+    "train" if the root folder does not have the name of a split.
 
     Args:
         root: Folder below which the names of folders count.
@@ -735,7 +756,7 @@ def _group_by_split(root: Path, files: list[Path], split: str) -> dict[str, list
         split: Name of the requested split.
 
     Returns:
-        The files of each split, by split name.
+        `{split name: files}`.
     """
     split_names = [split, *SPLIT_NAMES]
     by_split: dict[str, list[Path]] = {}

@@ -1,8 +1,8 @@
 """Build tables of the rows of WebDataset tars and of image folders with a metadata file.
 
-`open_split` builds one table per split. The table holds the columns of the JSON or CSV files, and for each image its
-path, or its offset and size in a tar. The image bytes stay in the original files and are read from there when needed.
-The cache of `datasets` stores the table until one of the files changes.
+`open_split` calls this module to build one table per split. The table holds the columns of the JSON or CSV files and,
+for each image, its path, or its offset and size in a tar. The image bytes stay in the original files and are read from
+there when needed. The table is stored in the cache of `datasets`. It is built again if one of the files changes.
 """
 
 import csv
@@ -23,16 +23,17 @@ from capivara_common.files import json_digest
 from capivara_common.image_files import MAX_DETAIL_CHARACTERS
 from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE, SIMILARITY_COLUMN_RE, replace_surrogates
 
-METADATA_SUFFIXES = (".jsonl", ".csv")  # suffixes of the metadata files, which list images with their captions
+METADATA_SUFFIXES = (".jsonl", ".csv")  # suffixes of metadata files, which list the images and captions of a folder
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
 MAX_ROW_JSON_BYTES = 1_000_000  # largest size of one row; twenty captions with similarities need less than 10 kB
+# {type of a JSON value: feature (column type of `datasets`)}
 JSON_FEATURES = {str: Value("string"), bool: Value("bool"), int: Value("int64"), float: Value("float64")}
 SCHEMA_SAMPLE_ROWS = 100  # number of rows from which column types are inferred, because JSON and CSV have no schema
 # Version in the fingerprint of a table. Increase it if a code change makes different rows from the same files, so that
 # cached tables are built again.
 FILE_TABLE_VERSION = 3
-# If an archive is damaged, the table has one additional row after the last readable row of the archive. This column
-# holds the description of the damage in that row, and is null in all other rows.
+# If a file is damaged, the stored table has one additional row after the last readable row of the file. This column
+# holds the description of the damage in the additional row, and is null in all other rows.
 DAMAGE_COLUMN = "damaged archive"
 IMAGE_FIELDS = {"bytes": Value("binary"), "path": Value("string")}  # an image that `datasets` has not decoded
 # Additional fields of an image in a plain tar: path of the tar, and offset and size of the image in bytes.
@@ -51,16 +52,16 @@ def load_rows_and_list_damaged_files(paths: list[Path], image_column: str) -> tu
         image_column: Name of the image column in the table.
 
     Returns:
-        The table, and a list with one tuple (number of rows of the table before the damage, description of the damage)
-        for each damaged file.
+        The tuple (table, damages). `damages` has one tuple (number of rows of the table before the damage, description
+        of the damage) for each damaged file.
 
     Raises:
-        ValueError: If a tar is compressed, because the members of a compressed tar cannot be read by their offset, or
-            if a CSV file has an error.
+        ValueError: If a CSV file has an error. Also if a tar is compressed, because the members of a compressed tar
+            cannot be read by their offset.
     """
     if compressed := [path for path in paths if path.suffix not in (".tar", *METADATA_SUFFIXES)]:
         raise ValueError(
-            f"{compressed[0]} is compressed; only plain tars can be read in place. Decompress it to a .tar file."
+            f"{compressed[0]} is compressed; only uncompressed tars can be read. Decompress it to a .tar file."
         )
     sample = list(itertools.islice(_iter_rows(paths, image_column), SCHEMA_SAMPLE_ROWS))
     if not sample:
@@ -86,17 +87,17 @@ def load_rows_and_list_damaged_files(paths: list[Path], image_column: str) -> tu
 
 
 def _iter_tar_sample_positions(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
-    """Iterate over the samples of a WebDataset tar.
+    """Iterate over the samples of a WebDataset tar, each as the positions of its members (files in the tar).
 
     A sample is a group of consecutive members that have the same folder and the same file name up to the first dot. A
     member whose extension is already in the sample begins a new sample.
 
     Args:
-        path: A plain tar.
+        path: An uncompressed tar.
 
     Yields:
-        A dict for each sample, with the keys "image", "json" and "cls" of the members that exist. A value is the tuple
-        (name of the member, offset in bytes, size in bytes).
+        `{kind: (name of the member, offset in bytes, size in bytes)}` for each sample. `kind` is "image", "json" or
+        "cls"; members of other kinds are skipped.
 
     Raises:
         tarfile.ReadError: If the archive is damaged. The samples before the damage are yielded first.
@@ -125,7 +126,7 @@ def _iter_tar_sample_positions(path: Path) -> Iterator[dict[str, tuple[str, int,
 
 
 def _infer_feature(name: str, values: list[Any]) -> Any:
-    """Return the feature (column type of `datasets`) of a column.
+    """Infer the feature (column type of `datasets`) of a column from its name and some of its values.
 
     Caption and similarity columns are recognized by their name. The other columns get the most common type of their
     values, or a list of that type if any value is a list.
@@ -135,7 +136,7 @@ def _infer_feature(name: str, values: list[Any]) -> Any:
         values: Values of the column in the sample rows.
 
     Returns:
-        The feature; None if the most common type is not a text, number or bool, so that the column is not read.
+        The feature. None if the most common type is not a text, number or bool; the column is then left out.
     """
     if CAPTION_COLUMN_RE.fullmatch(name):
         return CAPTIONS_FEATURE
@@ -149,7 +150,7 @@ def _infer_feature(name: str, values: list[Any]) -> Any:
 
 
 def _cast_value_or_none(value: Any, feature: Any) -> Any:
-    """Return a JSON value in the type of its column, or None if the value has another type.
+    """Return a JSON value in the type of its column, or None if the value does not have this type.
 
     A single text becomes a list with one text if the column holds lists.
 
@@ -166,9 +167,14 @@ def _cast_value_or_none(value: Any, feature: Any) -> Any:
 
 
 def _iter_table_rows(paths: list[Path], image_column: str, features: Features) -> Iterator[dict[str, Any]]:
-    """Iterate over the rows of the table, with the values in the types of their columns.
+    """Iterate over the rows of the table, with all values converted to the types of their columns.
 
-    A row that describes a damaged file has the description in `DAMAGE_COLUMN` and no other value.
+    A row that describes the damage of a file has the description in `DAMAGE_COLUMN`, and None in all other columns.
+
+    Args:
+        paths: Files of one form, as for `load_rows_and_list_damaged_files`.
+        image_column: Name of the image column in the table.
+        features: Types of all columns of the table.
     """
     for row in _iter_rows(paths, image_column):
         image = row.pop(image_column, None)
@@ -179,11 +185,14 @@ def _iter_table_rows(paths: list[Path], image_column: str, features: Features) -
 
 
 def _iter_rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]:
-    """Iterate over the rows of all files, as dicts of JSON values by column name.
+    """Iterate over the rows of all files, as dicts `{column name: JSON value}`.
 
-    The value of `image_column` is a dict with the path of the image (in a tar also the tar, offset and size), or None.
-    If a tar or JSON Lines file is damaged, its last row is a dict with the single key `DAMAGE_COLUMN`, which describes
-    the damage. Raises ValueError if a CSV file has an error.
+    The value of `image_column` is None, or a dict with the position of the image: its path and, in a tar, also the path
+    of the tar, the offset and the size. If a tar or JSON Lines file is damaged, its last row is
+    `{DAMAGE_COLUMN: description of the damage}`.
+
+    Raises:
+        ValueError: If a CSV file has an error.
     """
     for path in paths:
         read = _iter_metadata_rows if path.suffix in METADATA_SUFFIXES else _iter_tar_rows
@@ -201,12 +210,12 @@ def _iter_rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]
 
 
 def _iter_tar_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
-    """Iterate over the samples of a plain tar.
+    """Iterate over the samples of an uncompressed tar.
 
     Yields:
-        The tuple (row, image) for each sample. `row` is the JSON value of the sample, with the class index of the
-        sample under "cls" if the sample has one. `image` is a dict with the keys "path", "archive", "offset" and
-        "size" (both in bytes); None if the sample has no image.
+        The tuple (row, image) for each sample. `row` is the JSON value of the sample. If the sample has a class index,
+        `row` is a dict that contains it as "cls". `image` is `{"path": name in the tar, "archive": path of the tar,
+        "offset": first byte, "size": number of bytes}`; None if the sample has no image.
     """
     with path.open("rb") as file:
         for sample in _iter_tar_sample_positions(path):
@@ -230,9 +239,9 @@ def _iter_metadata_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None
     """Iterate over the rows of a `metadata.jsonl` or `metadata.csv` file.
 
     Yields:
-        The tuple (row, image) for each row. `row` is the row without its value `file_name`, which is the path of the
-        image relative to the folder of the metadata file. `image` is {"path": absolute path or URL}; None if the row
-        has no `file_name`.
+        The tuple (row, image) for each row. `row` is the row without the column `file_name`. `image` is
+        `{"path": absolute path or URL}`, made from `file_name`, a path relative to the folder of the metadata file;
+        None if the row has no `file_name`.
     """
     for row in (_iter_csv_rows if path.suffix == ".csv" else _iter_json_rows)(path):
         image, name = None, row.pop("file_name", None) if isinstance(row, dict) else None
@@ -242,20 +251,21 @@ def _iter_metadata_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None
 
 
 def _iter_json_rows(path: Path) -> Iterator[Any]:
-    """Iterate over the JSON values of the lines of a JSON Lines file; an invalid line gives None.
+    """Iterate over the JSON values of the lines of a JSON Lines file.
 
-    Blank lines are skipped. Raises ValueError if a line is longer than `MAX_ROW_JSON_BYTES`.
+    An invalid line yields None, and blank lines are skipped. Raises ValueError if a line is longer than
+    `MAX_ROW_JSON_BYTES`.
     """
     with path.open("rb") as file:
         yield from map(_parse_json, filter(bytes.strip, _iter_lines_with_length_check(file)))
 
 
 def _iter_csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
-    """Iterate over the rows of a CSV file as dicts from column name to text; an empty cell is None.
+    """Iterate over the rows of a CSV file as dicts `{column name: text}`. The value of an empty cell is None.
 
     Raises:
-        ValueError: If the file is not UTF-8 or not valid CSV, a line is too long, a row has more cells than the first
-            line, or the first line does not name the column `file_name` or names a column twice.
+        ValueError: If the file is not UTF-8 or not valid CSV, a line is too long, or a row has more cells than the
+            first line. Also if the first line does not name the column `file_name`, or names a column twice.
     """
     first_line = 1  # line in which the current row begins; a quoted cell may span several lines
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -304,10 +314,10 @@ def _iter_lines_with_length_check(file: IO[AnyStr]) -> Iterator[AnyStr]:
 
 
 def _iter_tar_member_positions(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Iterate over the regular files of a plain tar, each as (name, offset in bytes, size in bytes).
+    """Iterate over the regular files in an uncompressed tar, each as (name, offset in bytes, size in bytes).
 
-    Raises tarfile.ReadError if the tar is damaged. The check is needed because `tarfile` mistakes most kinds of damage
-    for the end of the archive.
+    Raises tarfile.ReadError if the tar is damaged. This function checks for damage itself, because `tarfile` mistakes
+    most kinds of damage for the end of the archive.
     """
     length = path.stat().st_size
     with tarfile.open(path, "r:") as tar:

@@ -106,8 +106,8 @@ class BuildArguments(ExecutorArguments):
     language: str | None = flag(None, "Language code of the captions. Default: the value in the config.")
     without_images: bool = flag(
         False,
-        "End with the stage embed, so that the dataset can be published without its images. Default model: that of the "
-        "section score.",
+        "Add the stage embed, which replaces the images by embeddings, so that the dataset can be published without "
+        "images. If the config has no section embed, the stage uses the model of the section score.",
     )
     dry_run: bool = flag(False, "Check the config and the data, print what would be done, and exit.")
 
@@ -120,10 +120,10 @@ class BuildPlan:
     """Plan of a build: the stages to run for each split, and the values for the dataset card.
 
     Attributes:
-        steps: Dict from the name of each split to the flags of its stages, in the order in which they run.
+        steps: Dict `{split name: flags of its stages}`. The stages are in the order in which they run.
         output: Folder of the build.
         language: Language code of the captions.
-        card: Section `card` of the config, with information that the program cannot find out, such as the license.
+        card: Section `card` of the config. It states what the program cannot find out, such as the license.
         dataset: Folder of the built dataset.
     """
 
@@ -152,10 +152,10 @@ def read_build_plan(
 
     Args:
         config: YAML file with the keys `CONFIG_KEYS` and one section per stage.
-        executor_flags: Flags of `ExecutorArguments` by name, for all stages. Values in the section of a stage take
-            precedence.
+        executor_flags: Dict `{flag name: value}` with flags of `ExecutorArguments` for all stages. Values in the
+            section of a stage take precedence.
         without_images: Whether to add the stage `embed` if the config lacks it.
-        **overrides: Values that replace the config's value of the same key. None keeps the value of the config.
+        **overrides: Values that override the config's value of the same key. None keeps the value of the config.
 
     Returns:
         The plan.
@@ -195,18 +195,20 @@ def read_build_plan(
         for split in evaluation
     }
     if evaluation and any(isinstance(step, EmbedArguments) and step.views > 1 for step in steps[train]):
-        raise ValueError(f"{config}: embed.views must be 1 with evaluation_splits, which need the image itself.")
+        raise ValueError(
+            f"{config}: embed.views must be 1 with evaluation_splits, because evaluation uses no augmented images."
+        )
     output = Path(content["output"])
     return BuildPlan(steps, output, content["language"], card, output / DATASET_FOLDER)
 
 
 def _refuse_keys_of_services(section: Any, config: Path) -> None:
-    """Raise ValueError if a section of a config holds a key of a service. The message does not contain the value."""
+    """Raise ValueError if a section of a config contains an API key or a password. The message does not show it."""
     for name in section if isinstance(section, dict) else ():
         if re.fullmatch(r"((openai|google)_?)?(api_?)?(key|token|secret|password)", str(name).lower()):
             raise ValueError(
-                f"{config} must not contain {name}: a key belongs in the environment variable OPENAI_API_KEY or "
-                "GOOGLE_API_KEY. Remove it, and replace the key if others could read the file."
+                f"{config} must not contain {name}: an API key belongs in the environment variable OPENAI_API_KEY or "
+                "GOOGLE_API_KEY. Remove it from the file, and replace the API key if others could read the file."
             )
 
 
@@ -217,10 +219,10 @@ def _build_stage_arguments(
 
     Args:
         content: Content of the config.
-        chain: The tuple (folder name, section of the config) for each stage, in order; a folder name is for example
+        chain: One tuple (folder name, section of the config) per stage, in order. An example of a folder name is
             "2-translate".
         split: Name of the split.
-        executor_flags: Flags of `ExecutorArguments` by name, for all stages.
+        executor_flags: Dict `{flag name: value}` with flags of `ExecutorArguments` for all stages.
         config: Path of the config, for errors.
 
     Returns:
@@ -261,14 +263,14 @@ def _build_stage_arguments(
 
 
 def _resolve_translation_table_path(name: Path, output: Path, stage: Path) -> Path:
-    """Return the path of a translation table, for the path that the config states.
+    """Return the path of a translation table.
 
     A relative path is taken relative to the folder of the build, so that builds of two languages never share a table.
     An absolute path does not change. Earlier versions of the program took relative paths relative to the current
     folder. If such a version has begun the stage, the table in the current folder is still used.
 
     Args:
-        name: Path of the table in the config.
+        name: Path of the table as the config states it.
         output: Folder of the build.
         stage: Folder of the translation stage.
     """
@@ -279,8 +281,8 @@ def _resolve_translation_table_path(name: Path, output: Path, stage: Path) -> Pa
         if stage.is_dir():
             return name
         logger.warning(
-            "%s lies in the current folder. If it is the table of this build, move it to %s and state its languages in "
-            "its first line (docs/how-to/your_language.md).",
+            "The translation table %s lies in the current folder and is not used. If it belongs to this build, move it "
+            "to %s and state its languages in its first line (docs/how-to/your_language.md).",
             name,
             path,
         )
@@ -376,14 +378,14 @@ def build_dataset(args: BuildArguments) -> Path | None:
         return None
     for steps in plan.steps.values():
         _apply_corrections(steps, plan.dataset)
-    # For each split, `runnable` gets the stages before the first stage with a manual step, and `waiting` gets the stage
-    # with the manual step.
+    # Collect the stages of all splits that can run now (`runnable`), and for each split the first stage that waits for
+    # a person (`waiting`).
     runnable, waiting = [], []
     for steps in plan.steps.values():
         ready = list(itertools.takewhile(lambda step: not step.pending_manual_step(), steps))
         runnable, waiting = runnable + ready, waiting + steps[len(ready) :][:1]
-    # Complete stages are run as well, and return at once. But if a stage waits for a translation table, complete stages
-    # are skipped, so that the table is requested as soon as all other work is done.
+    # Complete stages are usually run again, and return at once. But if a stage waits for a translation table, they are
+    # skipped, so that the build asks for the table as soon as all other work is done.
     left = [step for step in runnable if not waiting or _get_stage_status(step) != "done"]
     logs = (args.logging_dir or plan.output / "logs") / "dataset"
     phases = [phase for step in left for phase in PhaseStep.from_phases(step, step.phases, step.title)]
@@ -413,8 +415,8 @@ def _check_columns_of_all_stages(steps: list[StageArguments]) -> None:
         steps: Flags of the stages of the split, in order.
 
     Raises:
-        ValueError: If the dataset or the split does not exist, a stage lacks a required column or would overwrite an
-            existing column.
+        ValueError: If the dataset or the split does not exist, or if a stage lacks a required column or would overwrite
+            an existing column.
     """
     first, *later = steps
     stage = RowStage(first)
@@ -440,7 +442,10 @@ def _apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
         if corrections := step.corrections():
             changed, later = len(corrections.rows), steps[number + 1 :] if corrections.rows else []
             logger.info(
-                "%s was corrected: %s rows of %s are written again.", step.import_file, f"{changed:,}", step.title
+                "The table %s was corrected; %s rows of %s are now written again.",
+                step.import_file,
+                f"{changed:,}",
+                step.title,
             )
             if (dataset / BUILD_FILE).is_file():
                 shutil.rmtree(dataset)
@@ -456,10 +461,10 @@ def _apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
 
 
 def _log_counts(plan: BuildPlan) -> None:
-    """Log the numbers of rows that each complete stage has read and written.
+    """Log how many rows each complete stage has read and written, and warn if a stage has dropped most of its data.
 
-    Log a warning if the selection dropped more than half of the rows of a stage, or if `drop_flagged` dropped more than
-    half of the translations.
+    A warning is logged if the stage select dropped more than half of the rows, or if the flag `drop_flagged` of the
+    stage translate dropped more than half of the translations.
     """
     for step in (step for step in plan.all_steps() if _get_stage_status(step) == "done"):
         report, rows = check_stage_and_count_rows(step.output), read_stage_record(step.output)["source"]["rows"]
@@ -490,10 +495,10 @@ def _log_counts(plan: BuildPlan) -> None:
 
 
 def _describe_progress(plan: BuildPlan) -> list[str]:
-    """Return lines that describe the progress of a build.
+    """Return lines of text that describe the progress of a build.
 
-    For each stage, they contain its state, the command that runs it, and the reasons of its failed tasks. The last line
-    describes the state of the dataset.
+    The lines of a stage contain its state, the command that runs it, and the errors of its failed tasks. The last line
+    contains the state of the dataset.
     """
     lines, all_done = [], plan.dataset.is_dir()
     for steps in plan.steps.values():
@@ -501,7 +506,7 @@ def _describe_progress(plan: BuildPlan) -> list[str]:
         for step in steps:
             state = _get_stage_status(step)
             is_done = state == "done"
-            ending = "; changed rows of earlier stages are written again" if is_done and not is_current else ""
+            ending = "; rows that change in earlier stages will be written again" if is_done and not is_current else ""
             lines.append(f"{step.title}: {state}{ending}\n    {step.command()}")
             is_current, all_done = is_current and is_done, all_done and is_done
             for phase in PhaseStep.from_phases(step, step.phases, step.title):
@@ -511,9 +516,9 @@ def _describe_progress(plan: BuildPlan) -> list[str]:
 
 
 def _describe_server_requests(steps: list[StageArguments]) -> list[str]:
-    """Return lines that say what the stages of a split will request from servers.
+    """Return lines of text for `--dry_run` that estimate the requests of the stages of a split to servers.
 
-    A stage whose input does not exist yet is estimated from the captions of the source dataset.
+    If the input of a stage does not exist yet, the estimate is made from the captions of the source dataset.
     """
     lines, first = [], steps[0]
     for number, step in enumerate(steps):
@@ -529,9 +534,9 @@ def _describe_server_requests(steps: list[StageArguments]) -> list[str]:
 
 
 def _get_stage_status(step: StageArguments) -> str:
-    """Return a short description of the state of a stage.
+    """Return a short description of the state of a stage, for example "done", "not started" or "120 rows are missing".
 
-    The description is "done" if all rows are written and the translation table, if any, has not been corrected since.
+    The description is "done" if all rows are written and the translation table, if any, has not been edited since then.
     """
     if request := step.pending_manual_step():
         return f"needs the translations in {step.import_file}: {request.partition(':')[0]}"
@@ -540,12 +545,12 @@ def _get_stage_status(step: StageArguments) -> str:
     missing, _ = count_missing_stage_rows_and_get_command(step.output)
     if missing:
         return f"{missing:,} rows are missing"
-    return f"the corrected rows of {step.import_file} are written again" if step.is_corrected() else "done"
+    return f"rows that were corrected in {step.import_file} will be written again" if step.is_corrected() else "done"
 
 
-# The dataset. Its folder is ready for the Hub, holds the rows of the last stage of each split, and is written
-# completely or not at all. All splits have the same columns, because `datasets` requires it. If a split has skipped a
-# stage, the columns of this stage are empty in the split.
+# The functions below write the dataset: a folder for the Hub with the rows of the last stage of each split. The folder
+# is written completely or not at all. All splits have the same columns, because `datasets` requires this. If a split
+# has skipped a stage, the columns that this stage adds are empty in the split.
 
 
 def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
@@ -594,7 +599,10 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
 
 
 def _list_unembedded_rows(plan: BuildPlan) -> list[SkippedRow]:
-    """Return the rows that the stage `embed` has skipped. Their images are not in the dataset, so it lists the rows."""
+    """Return the rows that the stage `embed` has skipped, for the file `skipped.jsonl` of the dataset.
+
+    Local paths in the records are shortened, because the dataset may be published.
+    """
     stages = [step for steps in plan.steps.values() for step in steps[-1:] if isinstance(step, EmbedArguments)]
     paths = (path for stage in stages for path in sorted(stage.output.glob("*.skipped.jsonl")))
     rows = [SkippedRow(**json.loads(line)) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
@@ -673,8 +681,10 @@ def _summarize_stage_for_card(step: StageArguments) -> dict[str, Any]:
     """Return information about a complete stage for the dataset card.
 
     Returns:
-        A dict with the name of the stage, its settings, the numbers of rows read, written and skipped (by reason), the
-        numbers of translations and of flagged translations, who translated, and the versions of packages.
+        A dict with these keys: "name" (name of the stage), "settings" (dict of its settings), "rows_in" and "rows_out"
+        (numbers of rows read and written), "left_out" (`{reason: number of skipped rows}`), "quality" (dict with the
+        numbers of captions and of flagged captions, or None), "translations" (`{language code: "human" or "machine"}`)
+        and "versions" (`{package: version}`).
     """
     record, report = read_stage_record(step.output), check_stage_and_count_rows(step.output)
     quality, quality_counts = step.output / QUALITY_FILE, None
@@ -727,7 +737,7 @@ def _render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str
         translations=translations or None,  # training copies this value to model cards
         configs=[{"config_name": "default", "data_files": files}],
     )
-    prompts = {  # prompts of language models, by stage; all splits have the same ones
+    prompts = {  # stage name -> prompts of its language model, as YAML text; they are the same for all splits
         step["name"]: yaml.dump(content, Dumper=_TextDumper, allow_unicode=True, sort_keys=False)
         for split in splits
         for step in split["steps"]
@@ -754,7 +764,7 @@ def _render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str
 
 
 class _TextDumper(yaml.SafeDumper):
-    """YAML dumper that writes texts of several lines as they are."""
+    """YAML dumper that writes multi-line texts in block style, which is easier to read than a quoted string."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

@@ -5,11 +5,12 @@ r"""Replace the images of a dataset by their embeddings, so that others can trai
     python train_accelerate.py --config configs/openmoji.yaml --dataset data/openmoji/embedded
 
 The output is a dataset with a card, which `datasets.load_dataset` opens and `hub_upload.push` publishes. It has all
-columns but the image, and the columns of `caption_data.embedded`: the embedding, the digest of the image file, and the
-digest of the image encoder. All commands that take images take it instead, with any model that has this image encoder.
+columns of the source dataset except the image. Instead of the image, a row has its embedding, the digest of the image
+file, and the digest of the image encoder (`caption_data.embedded`). Commands that read images can read this dataset
+instead, if their model has the same image encoder.
 
-Rows whose image cannot be used are skipped, and listed in skipped.jsonl. The folder OUTPUT.parts holds finished parts.
-To finish an interrupted run, run the same command again.
+Rows whose image cannot be used are skipped, and listed in skipped.jsonl. The folder OUTPUT.parts holds the rows that
+are finished. To continue an interrupted run, run the same command again.
 """
 
 import glob
@@ -49,13 +50,14 @@ class EmbedCommandArguments(EmbedArguments):
 
 
 def _read_inherited_card_values(args: EmbedCommandArguments) -> dict[str, Any]:
-    """Return the values that the card of the output takes from the card of the dataset.
+    """Return the values for the card of the output that come from the card of the source dataset.
 
     Args:
         args: Flags of the command.
 
     Returns:
-        The section `card` of a build config, and the key `translations`.
+        A dict with the keys of the section `card` of a build config, such as "license" and "sources", and with the key
+        "translations" (`{language code: "human" or "machine"}`).
 
     Raises:
         ValueError: If neither the flags nor the card of the dataset state a license. A license is never guessed.
@@ -90,7 +92,7 @@ def _plan_phases(args: EmbedCommandArguments, parts: Path) -> list[PhaseStep]:
 
     Args:
         args: Flags of the command.
-        parts: Folder for the parts of each split.
+        parts: Folder for the finished rows of each split.
 
     Returns:
         The phases, in the order in which they run: those that embed the images of each split, and the phase that writes

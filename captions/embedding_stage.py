@@ -2,7 +2,8 @@ r"""Replace the images of one split by their embeddings. This is the stage that 
 
     python -m captions.embedding_stage --model data/openmoji/base --dataset data/openmoji/dataset --output embedded
 
-The output is a folder of parts, as of every stage. `captions.embed` makes a dataset with a card from such folders.
+The output is a folder of parquet files, as for every stage of a build. `captions.embed` makes a dataset with a card
+from such folders.
 """
 
 from collections.abc import Callable
@@ -35,10 +36,14 @@ class EmbedArguments(EncoderStageArguments):
 
     accepts_embeds = keeps_images = False
     stage_name = "embed"
-    translations: ClassVar[dict[str, str]] = {}  # who translated each language, for the dataset card
-    rerun_command: ClassVar[str] = ""  # command that writes missing rows; default: the command of this stage
+    # Language code -> "human" or "machine": who translated the captions in this language, for the dataset card.
+    translations: ClassVar[dict[str, str]] = {}
+    # Command that error messages show if rows are missing. If empty, they show the command of this stage.
+    rerun_command: ClassVar[str] = ""
     views: int = flag(
-        1, "Embeddings per image. 1: the image itself. N above 1: N augmentations, for --augmented_views N of training."
+        1,
+        "Embeddings per image. 1: the embedding of the image itself. N above 1: the embeddings of N randomly augmented "
+        "copies, for training with --augmented_views N.",
     )
     seed: int = flag(0, "Seed of the augmentations (with --views).")
     batch_rows: int = flag(64, "Rows to process at the same time.")
@@ -53,13 +58,15 @@ class EmbedArguments(EncoderStageArguments):
         return self.rerun_command or super().command()
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """Load the model whose image encoder embeds the images.
+        """Load the model that embeds the images.
 
         Args:
-            stage: The task, with the rows that it processes.
+            stage: Access to the rows to embed.
 
         Returns:
-            The positional arguments of `RowStage.run`: columns, settings, and the function that embeds rows.
+            A tuple with the first three arguments of `RowStage.run`: `columns`, the dict `{new column: feature}`;
+            `settings`, a dict for the file `stage.json`; and `process`, the function that embeds the images of a list
+            of rows.
 
         Raises:
             ValueError, OSError, ImportError: If the model cannot be loaded.
@@ -93,7 +100,8 @@ def embed_images_of_rows(
         rows: Rows with an image file, and its decoded image under the key `DECODED_KEY`.
 
     Returns:
-        For each row, a dict with the new columns, or a BadImage (a BadRow with the reason) if the image cannot be used.
+        For each row, a dict `{"column name": value}` with the new columns, or a BadImage (a kind of BadRow) with the
+        reason why the image cannot be used.
     """
     digests = [blake2b(row[args.image_column]["bytes"], digest_size=16).hexdigest() for row in rows]
     images = [
@@ -117,7 +125,10 @@ def embed_images_of_rows(
 def _get_image_or_augmented_views(
     row: dict[str, Any], digest: str, args: EmbedArguments
 ) -> list[PIL.Image.Image | BadImage]:
-    """Return the views of a row's image: the image itself, or `args.views` augmentations."""
+    """Return the images to embed for a row: the image itself, or `args.views` randomly augmented copies.
+
+    If the image cannot be augmented, a list with `args.views` times the same BadImage is returned.
+    """
     if args.views == 1:
         return [row[DECODED_KEY]]
     try:

@@ -51,26 +51,29 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
         CAPTIONERS[self.captioner].check_flags(self)
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Return the names of the columns that the stage adds. The stage requires no column except the image column.
+        """Return the names of the columns that the stage adds.
+
+        The stage needs no column except the image column, so no check can fail.
 
         Args:
             columns: Names of the columns of the dataset.
-            where: Name of the dataset; not used, because no check can fail.
+            where: Name of the dataset; not used.
         """
         return [*super().check_columns(columns, where), *CAPTIONERS[self.captioner].columns(self)]
 
     def check_backend(self) -> None:
-        """Check, before any stage of a build runs, that the captioner can be used.
+        """Check that the captioner can be used, for example that its server can be reached.
 
-        Raises ValueError or OSError if the captioner cannot be used.
+        A build calls this method before its first stage runs. Raises ValueError or OSError if the captioner cannot be
+        used.
         """
         CAPTIONERS[self.captioner].check(self)
 
     def describe_work(self, stage: RowStage) -> list[str]:
-        """Return lines for a dry run that say what will be requested from a server, such as requests and tokens.
+        """Estimate the requests and tokens that captioning will send to a server, as lines of text for `--dry_run`.
 
         Args:
-            stage: The task, with the rows that it processes.
+            stage: Access to the rows to caption.
         """
         return CAPTIONERS[self.captioner].describe_work(self, stage)
 
@@ -78,11 +81,12 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
         """Load the captioner.
 
         Args:
-            stage: The task, with the rows that it processes.
+            stage: Access to the rows to caption.
 
         Returns:
-            The positional arguments of `RowStage.run`: columns, settings, the function that captions rows, and the
-            function that is called before each part.
+            A tuple with the arguments of `RowStage.run`: `columns`, the dict `{new column: feature}`; `settings`, a
+            dict for the file `stage.json`; `process`, the function that captions a list of rows; `prepare`, a function
+            that is called before each part (parquet file) of the output; and `prepared_rows`, which is 1.
 
         Raises:
             ValueError, OSError, ImportError: If the captioner cannot be used.
@@ -96,12 +100,12 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
 
     @property
     def phases(self) -> dict[str, Phase]:
-        """Phases of the stage by name. The phase "report" exists only if the captioner writes a report."""
+        """Phases of the stage, as a dict `{name: phase}`. "report" exists only if the captioner writes a report."""
         phases = super().phases
         return phases if CAPTIONERS[self.captioner].has_report else {"rows": phases["rows"]}
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
-        """Write `quality.json`, with the faults of the captions.
+        """Write `quality.json`, which counts the generated captions that look wrong.
 
         Args:
             rank: Number of the task; not used, because a single task writes the file.

@@ -1,7 +1,7 @@
-"""Rules for all backends that call an HTTP service: retries, keys and addresses.
+"""Rules for all backends that call an HTTP service: retries, API keys and addresses.
 
-`Retries` is the policy of all backends that speak HTTP: which failures are repeated, how often and after which time. It
-does not send or wait itself, so that synchronous and asynchronous clients can use it:
+`Retries` decides whether a failed request is repeated, how often, and after which time. It does not send requests or
+wait itself, so that synchronous and asynchronous clients can use it:
 
     retries = Retries("Google")
     while True:
@@ -30,10 +30,10 @@ LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")  # hosts that may be called w
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a request failed.
+    """Reason why a request failed, and whether it may be repeated.
 
     Attributes:
-        reason: Explanation without the key.
+        reason: Explanation that does not contain the API key.
         is_temporary: Whether the same request may succeed later.
         retry_after_s: Seconds after which the service asks to repeat the request; None if it does not say.
     """
@@ -44,11 +44,11 @@ class Failure:
 
 
 class Retries:
-    """Attempts of one request.
+    """Retry policy of one request: counts its failed attempts, and decides whether and when it is sent again.
 
     Args:
         service: Name of the service, with which error messages begin.
-        advice: Sentences for the error message of a request that the service refuses, which say what to check.
+        advice: What to check if the service refuses the request; part of the error message.
         max_tries: Largest number of attempts. Default: `MAX_TRIES`.
     """
 
@@ -81,7 +81,10 @@ class Retries:
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Return the seconds of a header Retry-After, which states seconds or a date; None if missing or invalid."""
+    """Parse the HTTP header Retry-After, which states seconds or a date, and return the time to wait in seconds.
+
+    Returns None if the header is missing or invalid.
+    """
     try:
         return float(value or "")
     except ValueError:
@@ -93,14 +96,14 @@ def parse_retry_after(value: str | None) -> float | None:
 
 
 def hide_key(text: str, key: str) -> str:
-    """Replace all forms of a key in a text by "<key>": plain, percent-encoded, and as in the `repr` of a text."""
+    """Replace an API key in a text by "<key>". Also finds the key if it is percent-encoded or escaped as in `repr`."""
     for form in filter(None, (key, urllib.parse.quote(key, safe=""), repr(key)[1:-1])):
         text = text.replace(form, "<key>")
     return text
 
 
 def is_loopback(url: str) -> bool:
-    """Return True if a URL leads to this machine."""
+    """Return True if the host of a URL is a name of this machine, such as localhost."""
     return urllib.parse.urlsplit(url).hostname in LOOPBACK_HOSTS
 
 
@@ -113,12 +116,14 @@ def check_service_url(url: str, name: str, allow_http: bool = False) -> None:
         allow_http: Allow unencrypted requests to other machines.
 
     Raises:
-        ValueError: If the address is no URL, contains a user name, key or query, which would be logged, or is not
-            encrypted (https) although it leads to another machine.
+        ValueError: If the address is not a URL, or is not encrypted (https) although it leads to another machine. Also
+            if it contains a user name, a key or a query, because addresses appear in logs.
     """
     parts = urllib.parse.urlsplit(url)
     if parts.username is not None or parts.query or parts.fragment:  # the address is not shown: it may contain a key
-        raise ValueError(f"{name} must not contain a user name, a key or a query. A key belongs in the environment.")
+        raise ValueError(
+            f"{name} must not contain a user name, a key or a query. Set API keys as environment variables instead."
+        )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{name} must be an address such as https://example.org, got {url!r}.")
     if parts.scheme == "http" and not (allow_http or is_loopback(url)):
@@ -126,15 +131,15 @@ def check_service_url(url: str, name: str, allow_http: bool = False) -> None:
 
 
 def check_key(key: str, variable: str, purpose: str) -> None:
-    """Check that a key can be sent in an HTTP header.
+    """Check that an API key can be sent in an HTTP header.
 
     Args:
-        key: The key.
-        variable: Environment variable that holds the key.
-        purpose: What needs the key; the error message begins with it.
+        key: The API key.
+        variable: Name of the environment variable that holds the key, for the error message.
+        purpose: Beginning of the error message, which says what needs the key.
 
     Raises:
-        ValueError: If the key is missing or contains blanks or special characters. The message does not contain it.
+        ValueError: If the key is missing, or contains blanks or special characters. The message does not show the key.
     """
     if not re.fullmatch(r"[!-~]+", key):
         state = "contains blanks or special characters" if key else "is not set"

@@ -1,4 +1,4 @@
-"""Append records to a file, one JSON object per line, so that a killed process loses no record that it has appended."""
+"""Append JSON records to a file (a journal), one per line, so that a killed process loses no appended record."""
 
 import json
 from collections.abc import Iterator
@@ -24,11 +24,11 @@ class Journal:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)
-        # The line break comes first, so that a line that a killed process left incomplete cannot damage the next one.
+        # Begin with a line break: if a killed process left an incomplete line, this record still gets its own line.
         self._file.write(b"\n" + json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
 
     def remove(self) -> None:
-        """Delete the file, after its records have been stored elsewhere."""
+        """Delete the file. Call this after the records have been stored elsewhere."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -1,7 +1,7 @@
 """Language codes: compare the codes of different programs, and name languages in English.
 
-Each translator has other codes: for the language `pt` of a column `captions-pt`, a translator may use `>>por<<`,
-`por_Latn`, `pt_XX` or `pt`.
+Each translator has its own language codes. For Portuguese, which is `pt` in the column name `captions-pt`, the code can
+be `por`, `por_Latn`, `pt_XX` or `pt`.
 """
 
 import difflib
@@ -72,9 +72,9 @@ def language_name(code: str) -> str:
     """Return the English name of a language, for example "Portuguese (Brazil)" for pt-BR.
 
     Raises:
-        ValueError: If the code is invalid, or has no name, as the codes for private use (qaa to qtz) and for content
-            without a language (zxx).
-        ImportError: If the package `language_data`, which has the names, is not installed.
+        ValueError: If the code is invalid or has no name. For example, codes for private use (qaa to qtz) and the code
+            for content without a language (zxx) have no name.
+        ImportError: If the package `language_data`, which contains the names, is not installed.
     """
     require_packages("The name of a language", "chat", "language_data")
     language = parse_language(code)

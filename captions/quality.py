@@ -1,4 +1,4 @@
-"""Find translations that look wrong, with simple heuristics. A quality flag is the name of such a problem.
+"""Find translations and captions that look wrong, with simple heuristics. A quality flag is the name of a problem.
 
 The thresholds are chosen to accept translations by people, and to detect typical failures of translation models.
 Endless repetitions are detected only by the length of the translation.
@@ -14,18 +14,19 @@ from capivara_common.files import read_json
 from caption_data.rows import TOKEN_PATTERN
 from captions.languages import parse_language
 
-QUALITY_FILE = "quality.json"  # file in the output folder of a stage that counts quality flags
-# Flags of answers of a language model that are no translation or caption; `captions.chat.answers` finds them.
+QUALITY_FILE = "quality.json"  # file with the number of texts with each quality flag, in the output folder of a stage
+# Quality flags of answers of a language model that are no translation or caption; `captions.chat.answers` sets them.
 REFUSED, TRUNCATED = "refused", "truncated"
 QUALITY_FLAGS = ("empty", "copy", "wrong script", "length", "markup", REFUSED, TRUNCATED)
-MAX_CAPTION_LETTERS = 600  # longer generated captions look wrong; the text tower reads about 250 letters
+MAX_CAPTION_LETTERS = 600  # longer generated captions look wrong; CLIP's text encoder reads only about 250 letters
 # Up to this number of words, a translation may be equal to the source, because it may be a name ("Rio de Janeiro").
 MAX_NAME_WORDS = 3
 # Smallest share of letters that must be in the script of the language. The share is low because brands and names keep
 # their script, so that half of the letters of a Hindi caption may be Latin.
 MIN_SCRIPT_SHARE = 0.3
 TWO_SCRIPT_LANGUAGES = ("az", "kk", "ku", "pa", "sr", "tk", "ug", "uz")  # written in more than one script
-# Unicode scripts, as regular expressions, of the ISO 15924 script codes that stand for a variant or several scripts.
+# Dict from a script code of ISO 15924 to a regular expression. It has the codes that are no Unicode script themselves,
+# because they stand for several Unicode scripts (Jpan) or for a variant of one (Hans).
 SCRIPT_PATTERNS = {
     "Hans": r"\p{Hani}",
     "Hant": r"\p{Hani}",
@@ -34,12 +35,12 @@ SCRIPT_PATTERNS = {
 }
 LETTER_RE, DENSE_SCRIPT_RE = regex.compile(r"\p{L}"), regex.compile(r"[\p{Hani}\p{Hira}\p{Kana}\p{Hang}]")
 # The length of a translation looks wrong if the longer of source and translation has more than
-# `3 * characters of the shorter + 20` characters. The additional 20 characters allow the Zulu "isilwane sasekhaya" for
-# "cat". A character of Chinese, Japanese or Korean counts as 3.
+# `3 * characters of the shorter + 20` characters. The additional 20 characters allow for short words: the Zulu
+# translation of "cat", for example, is "isilwane sasekhaya". A character of Chinese, Japanese or Korean counts as 3.
 MAX_LENGTH_RATIO, LENGTH_SLACK_LETTERS, LETTERS_PER_DENSE_SIGN = 3, 20, 3
-# Markup that must not occur in a translation: HTML entities and tags, and symbols that translation models write if they
-# fail. These symbols are SentencePiece's symbols for an unknown token and for a blank, the replacement character of
-# Unicode, and language tokens.
+# Markup that must not occur in a translation: HTML entities and tags, and symbols that translation models write by
+# mistake. These symbols are SentencePiece's symbols for an unknown token and for a blank, the replacement character of
+# Unicode, and language tokens such as `>>por<<`.
 MARKUP_RE = re.compile(
     r"&(?:[a-zA-Z][a-zA-Z0-9]{1,9}|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});|</?[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>|<!--"
     r"|\u2047|\u2581|\ufffd|>>[\w-]+<<|__[a-z]{2,3}__"
@@ -60,7 +61,7 @@ def find_translation_quality_flags(source: str, translation: str, language: str)
             copy: The translation has the same words as the source, and has more than `MAX_NAME_WORDS` words.
             wrong script: Less than `MIN_SCRIPT_SHARE` of the letters are in the script of the language.
             length: The translation is much longer or shorter than the source.
-            markup: The translation contains HTML, or symbols that translation models write if they fail.
+            markup: The translation contains HTML, or symbols that translation models write by mistake.
     """
     if not source.strip():
         return []
@@ -85,8 +86,11 @@ def find_caption_quality_flags(caption: str, language: str) -> list[str]:
         language: Code of the language of the caption.
 
     Returns:
-        A list of quality flags, which is empty if the caption looks right: "empty", "wrong script", "length" (more than
-        `MAX_CAPTION_LETTERS` letters) and "markup".
+        A list of quality flags, which is empty if the caption looks right:
+            empty: The caption has no letter or digit.
+            wrong script: Less than `MIN_SCRIPT_SHARE` of the letters are in the script of the language.
+            length: The caption has more than `MAX_CAPTION_LETTERS` characters.
+            markup: The caption contains HTML, or symbols that models write by mistake.
     """
     if not _has_letters(caption):
         return ["empty"]
@@ -115,7 +119,7 @@ def summarize_quality_file(path: Path, noun: str) -> str:
 
 
 def _count_letters(text: str) -> int:
-    """Return the length of a text. A character of Chinese, Japanese or Korean counts as several letters."""
+    """Return the length of a text. A Chinese, Japanese or Korean character counts as `LETTERS_PER_DENSE_SIGN`."""
     return len(text) + (LETTERS_PER_DENSE_SIGN - 1) * len(DENSE_SCRIPT_RE.findall(text))
 
 

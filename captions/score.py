@@ -1,4 +1,4 @@
-r"""Score captions by their cosine similarity to the image, computed with a model of an image and a text encoder.
+r"""Score captions by the cosine similarity of caption and image, computed with a model such as CLIP or SigLIP.
 
     python -m captions.score --dataset data/translated --output data/scored --language pt --model data/openmoji/base
     python -m captions.score --dataset data/translated --output data/scored --language pt --workers 2 \
@@ -60,19 +60,21 @@ class ScoreArguments(EncoderStageArguments):
         """Load the model that scores captions.
 
         Args:
-            stage: The task, with the rows that it processes.
+            stage: Access to the rows to score.
 
         Returns:
-            The positional arguments of `RowStage.run`: columns, settings, and the function that scores rows.
+            A tuple with the first three arguments of `RowStage.run`: `columns`, the dict `{new column: feature}`;
+            `settings`, a dict for the file `stage.json`; and `process`, the function that scores the captions of a list
+            of rows.
 
         Raises:
-            ValueError, OSError, ImportError: If the model cannot be loaded, or the dataset has embeddings that another
-                image encoder made.
+            ValueError, OSError, ImportError: If the model cannot be loaded, or if the dataset has embeddings instead of
+                images and they were made with another image encoder.
         """
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
         if stage.source.is_embedded:
             stage.source.check_embeds(self.model, embedder.fingerprint)
-            # The rows have embeddings where other datasets have images.
+            # The rows already contain embeddings instead of images, so that they only need to be stacked to a tensor.
             embedder = replace(embedder, embed_images=lambda embeds, batch_size: torch.from_numpy(np.stack(embeds)))
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}
         columns = {f"similarities-{self.language}": SIMILARITIES_FEATURE}
@@ -90,7 +92,8 @@ def _compute_caption_similarities(
         rows: Rows with captions, and a decoded image under the key `DECODED_KEY`.
 
     Returns:
-        For each row, a dict with the new column, or a BadRow if the row has no caption or its image cannot be used.
+        For each row, a dict `{"similarities-<language>": numbers}`, or a BadRow if the row has no caption or its image
+        cannot be used.
     """
     # The similarities of a row are stored in the order of these columns.
     columns, size = args.required_columns(), args.embedding_batch_size

@@ -72,7 +72,7 @@ class SelectArguments(CaptionChoice, StageArguments):
 
     @property
     def strategy_cutoff(self) -> float | None:
-        """Lowest similarity that the strategy accepts for a caption; None if the strategy has no cutoff."""
+        """Lowest similarity of image and caption that the caption strategy accepts; None if it has no cutoff."""
         return self.min_similarity if self.caption_strategy in ("threshold", "diverse") else None
 
     def columns(self) -> list[str]:
@@ -85,10 +85,10 @@ class SelectArguments(CaptionChoice, StageArguments):
         return [f"{name}-{self.language}" for name in ("captions", "generated-captions", "similarities")]
 
     def required_columns(self) -> list[str]:
-        """Return the names of columns that the selection can work on. The dataset must have at least one of them.
+        """Return the names of required columns; the dataset must have at least one of them.
 
-        If the strategy or the pair filter reads similarities, the only name is the column of similarities. Otherwise,
-        the names are the columns of captions and generated captions.
+        If the caption strategy or the pair filter reads similarities, the list contains only the similarity column.
+        Otherwise, it contains the columns of captions and of generated captions.
         """
         scored = self.caption_strategy in SIMILARITY_STRATEGIES or self.min_pair_similarity is not None
         return self.columns()[2:] if scored else self.columns()[:2]
@@ -97,12 +97,12 @@ class SelectArguments(CaptionChoice, StageArguments):
         """Return the arguments with which `RowStage.run` selects the captions of all rows.
 
         Args:
-            stage: The task, with the rows that it processes; not used.
+            stage: Access to the rows; not used.
 
         Returns:
-            A tuple with the first three arguments of `RowStage.run`: `columns`, a dict from the name of the column of
-            selected captions to its feature (column type of `datasets`); `settings`, a dict with the settings of the
-            selection for `stage.json`; and `process`, the function that selects the captions of a list of rows.
+            A tuple with the first three arguments of `RowStage.run`: `columns`, the dict `{new column: feature}`, where
+            a feature is a column type of `datasets`; `settings`, a dict with the settings of the selection for
+            `stage.json`; and `process`, the function that selects the captions of a list of rows.
         """
         settings = {
             "language": self.language,
@@ -132,11 +132,11 @@ def _get_similarities_and_chosen_captions(
 
     Args:
         args: Flags of the command.
-        row: A row of the dataset. A missing column of captions counts as empty.
+        row: A row of the dataset. A missing caption column is treated as empty.
 
     Returns:
-        A dict from each distinct caption of the row, in order, to its similarity (None if unknown), and the list of
-        chosen captions. The list is empty if the image must be skipped.
+        A tuple: the dict `{caption: similarity}` with each distinct caption of the row in order (None if its similarity
+        is unknown), and the list of chosen captions. The list is empty if the image must be skipped.
 
     Raises:
         BadRow: If the row has no caption, or the number of similarities differs from the number of captions.
@@ -163,8 +163,8 @@ def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str,
         row: A row of the dataset.
 
     Returns:
-        A dict with the new values of the columns of captions, generated captions and similarities, or a BadRow if no
-        caption is selected.
+        A dict `{"column name": value}` with the new values of the three columns (captions, generated captions and
+        similarities), or a BadRow if no caption is selected.
     """
     try:
         scored, chosen = _get_similarities_and_chosen_captions(args, row)
@@ -175,8 +175,8 @@ def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str,
     return dict(zip(args.columns(), (chosen, [], [scored[text] for text in chosen]), strict=True))
 
 
-# The report. It is computed by an additional pass over all captions, so that it does not depend on how the selection
-# was split into tasks, or on whether the selection was interrupted.
+# The functions below write the report. They read all captions once more instead of collecting numbers during the
+# selection, because the selection may be split into tasks or interrupted.
 
 
 def _write_selection_report(args: SelectArguments) -> None:
@@ -195,7 +195,7 @@ def _write_selection_report(args: SelectArguments) -> None:
     scored = captions.dropna(subset="similarity")
     first = scored[scored["first"]].assign(kept=lambda table: table["row"].map(is_image_kept).astype(bool))
     # If only the pair filter has a cutoff, show only the first caption of each image, because the filter reads only
-    # that caption. Captions that a strategy such as `rank` drops would hide those that the filter drops.
+    # that caption. The histogram of all captions would mix the effects of the filter and of a strategy such as `rank`.
     by_first = args.min_pair_similarity is not None and args.strategy_cutoff is None
     shown, unit = (first, "images, by their first caption") if by_first else (scored, "captions")
     settings = ("split", "language", "caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
@@ -238,7 +238,7 @@ def _build_caption_similarity_frame(args: SelectArguments, source: Split) -> pd.
 
     Args:
         args: Flags of the command.
-        source: The rows that the selection has read.
+        source: The dataset split that the selection has read.
 
     Returns:
         A table with one row per distinct caption of an image, and these columns:
@@ -287,7 +287,7 @@ def _select_examples_and_write_images(
 
     Args:
         args: Flags of the command.
-        source: The rows that the selection has read.
+        source: The dataset split that the selection has read.
         captions: Table of captions from `_build_caption_similarity_frame`.
         folder: Folder for the images.
 
@@ -320,7 +320,7 @@ def plot_kept_and_dropped_similarities(
     """Draw a stacked histogram of the similarities of kept and dropped captions, with a line at the cutoff.
 
     Args:
-        sides: Similarities under the keys "dropped" and "kept".
+        sides: Dict `{"dropped": similarities, "kept": similarities}`.
         unit: Label of the y axis, for example "captions".
         cutoff: Lowest similarity that the selection accepts; None to draw no line.
         path: PNG file to write.

@@ -1,4 +1,4 @@
-"""Find the captions of a dataset to translate, and build the columns of their translations."""
+"""Find the captions of a dataset that must be translated, and build the columns with their translations."""
 
 import hashlib
 import itertools
@@ -23,7 +23,7 @@ QUALITY_FEATURES = {"captions": Value("int32"), "flagged": List(_FLAGGED_FEATURE
 
 
 def map_caption_columns_to_translated_columns(present: Collection[str], where: str, args: Any) -> dict[str, str]:
-    """Return the caption columns to translate and the columns of their translations.
+    """Return which caption columns to translate, and the names of the columns for their translations.
 
     Args:
         present: Names of the columns of the dataset, after the flag `rename`.
@@ -31,8 +31,7 @@ def map_caption_columns_to_translated_columns(present: Collection[str], where: s
         args: Flags of `captions.translate`.
 
     Returns:
-        A dict from the name of each caption column to the name of the new column, for example from "captions-en" to
-        "captions-pt".
+        A dict `{caption column: new column}`, for example `{"captions-en": "captions-pt"}`.
 
     Raises:
         ValueError: If the dataset already has a column of translations, or the column of similarities of the target
@@ -43,20 +42,21 @@ def map_caption_columns_to_translated_columns(present: Collection[str], where: s
     for name in (*columns.values(), f"similarities-{args.language}"):
         if name in present:
             raise ValueError(
-                f"{where} must not have the column {name} yet. Rename it with --rename {name}=old-{name}; similarities "
-                "are computed after translation."
+                f"{where} already has the column {name}, which must be created by or after the translation. Rename the "
+                f"old column with --rename {name}=old-{name}."
             )
     return columns
 
 
 def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range]) -> Iterator[str]:
-    """Iterate over the distinct captions in ranges of rows, without blank captions, in the order of the rows.
+    """Iterate over the distinct captions in some rows of a dataset, in the order of the rows.
 
-    Only the caption columns are requested from the source, so that most datasets do not read the images.
+    Blank captions are skipped. Only the caption columns are requested from the dataset, so that most dataset formats
+    need not read the images.
 
     Args:
         args: Flags of `captions.translate`.
-        source: The rows.
+        source: The dataset split.
         parts: Ranges of row numbers.
 
     Raises:
@@ -64,7 +64,7 @@ def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range]) -> 
     """
     names = {args.column_renames().get(name, name): name for name in source.columns}
     columns = [names[column] for column in map_caption_columns_to_translated_columns(names, source.display_name, args)]
-    seen: set[bytes] = set()  # digests of sentences; the sentences would need ten times the memory
+    seen: set[bytes] = set()  # digests instead of sentences, because the sentences would need ten times the memory
     for part in parts:
         rows = itertools.islice(source.rows(part.start, column_names=columns), len(part))
         for row, column in ((row, column) for row in rows for column in columns):
@@ -90,13 +90,14 @@ def build_translation_and_quality_columns(
     Args:
         args: Flags of `captions.translate`.
         row: A row with captions.
-        columns: Dict from the name of each caption column to the name of the column of its translations.
-        translations: Dict from each sentence to its translation.
-        faults: Dict from each sentence without a usable translation to the fault, a quality flag such as "refused".
+        columns: Dict `{caption column: column of its translations}`.
+        translations: Dict `{sentence: translation}`.
+        faults: Dict `{sentence: fault}` for the sentences without a usable translation. A fault is a quality flag such
+            as "refused".
 
     Returns:
-        A dict from column name to value. The value of `quality-<language>` holds the number of translated captions and
-        the list of translations that look wrong.
+        A dict `{column name: value}`. The value of `quality-<language>` is a dict with the keys "captions" (number of
+        translated captions) and "flagged" (list of the translations that look wrong).
     """
     new_columns, caption_count, flagged = {}, 0, []
     for column, target in columns.items():

@@ -1,11 +1,11 @@
-"""Define the base class of all stages of a caption build. A stage reads rows, and writes them with more columns.
+"""Define the base class of all stages of a caption build. A stage reads dataset rows, and writes them with new columns.
 
 Example:
     StageArguments(dataset="images", output=Path("copy")).write_rows()  # copies the rows; subclasses add columns
 
 A stage writes its output in parts. A part is a parquet file of consecutive rows of the source. The file name contains
 the row numbers, and rows that cannot be used are listed in a JSON Lines file next to the part. The parts are divided
-among the tasks of the stage; task `rank` of `world_size` tasks writes its share.
+among the tasks (processes) of the stage; task `rank` of `world_size` tasks writes its share.
 
 A part gets its final name only when it is complete, so the file names alone show which rows are done. A killed task can
 be run again, also with another number of tasks, and no row is lost or written twice. The output folder of a stage is
@@ -64,12 +64,13 @@ DECODED_KEY = "decoded image"  # key of the decoded image in a row that a stage 
 STAGE_VERSION = 1  # version of the format of output folders; increase it if the format of parts changes
 # Keys of `stage.json` whose values must be equal for all parts of a folder.
 IDENTITY_KEYS = ("version", "source", "rows_per_part", "settings", "columns")
-# Keys of "source" in `stage.json` whose values may differ, because the path of the source depends on the machine.
+# Keys of "source" in `stage.json` whose values may differ between runs, because they contain the path of the source,
+# which depends on the machine.
 IGNORED_SOURCE_KEYS = ("name", "damaged")
 # Types of the values in `stage.json`, by key.
 RECORD_TYPES = {"version": int, "command": str, "source": dict, "rows_per_part": int}
 RECORD_TYPES |= {"settings": dict, "columns": dict, "versions": dict}
-MAX_ROWS = 10**9  # row numbers in the names of parts have nine digits
+MAX_ROWS = 10**9  # largest dataset: row numbers in the file names of parts have nine digits
 ROWS_PER_GROUP = 16  # number of rows in a parquet row group, the smallest unit that a reader decodes
 MAX_PREPARED_ROWS = 50_000  # number of rows whose translations are in memory at the same time
 # Function that processes a batch of rows. For each row, it returns a dict with the values of the new columns, or a
@@ -87,7 +88,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     Raises ValueError if the value of a flag is invalid.
     """
 
-    uses_model = False  # True if tasks need a GPU
+    uses_model = False  # True if the stage runs a model, so that its tasks get GPUs
     decodes_images = False  # True if the stage needs the decoded image of each row, under the key `DECODED_KEY`
     # True if the stage can work on a dataset of embeddings. If it needs decoded images, it gets embeddings instead.
     accepts_embeds = True
@@ -120,7 +121,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         self.check_executor()
 
     def column_renames(self) -> dict[str, str]:
-        """Return the flag `rename` as a dict from old to new column names. Raises ValueError if the flag is invalid."""
+        """Return the flag `rename` as a dict `{old name: new name}`. Raises ValueError if the flag is invalid."""
         pairs = [pair.split("=") for pair in self.rename]
         names = dict(pair for pair in pairs if len(pair) == 2 and all(pair))
         if len(names) < len(pairs) or len(set(names.values())) < len(names) or self.image_column in names:
@@ -131,10 +132,9 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return names
 
     def required_columns(self) -> list[str]:
-        """Return the columns that the stage can work on. The dataset must have at least one of these columns.
+        """Return the names of required columns; the dataset must have at least one of them.
 
-        The names are those that columns have after the flag `rename` was applied. If the list is empty, the stage works
-        with any columns.
+        The names are compared after the flag `rename` was applied. If the list is empty, the stage needs no column.
         """
         return []
 
@@ -160,10 +160,10 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return []
 
     def known_settings(self) -> dict[str, Any]:
-        """Return the settings for `stage.json` that are known before a model is loaded.
+        """Return those settings for `stage.json` that are known before a model is loaded, as `{"name": value}`.
 
-        If the stage has run before, `RowStage.is_done` compares them with the settings in its `stage.json`, so that a
-        command that is repeated after the stage is complete need not load the model.
+        `RowStage.is_done` compares them with the recorded settings. A command that is repeated after its stage is
+        complete therefore need not load the model.
         """
         return {}
 
@@ -172,16 +172,19 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return open_in_place(self.dataset, self.split, self.image_column, **self.image_options())
 
     def check_backend(self) -> None:
-        """Check, before any stage of a build runs, that the model or service of the stage can be used.
+        """Check that the model or service of the stage can be used, for example that its server can be reached.
 
-        Raises ValueError or OSError if it cannot be used.
+        A build calls this method before its first stage runs. Raises ValueError or OSError if the check fails.
         """
 
     def describe_work(self, stage: "RowStage") -> list[str]:
-        """Return lines for a dry run that say what the stage will request from a server, such as requests and tokens.
+        """Estimate the requests and tokens that the stage will send to a server, as lines of text for `--dry_run`.
 
         Args:
-            stage: The task, with the rows that it processes.
+            stage: Access to the rows to process.
+
+        Returns:
+            Lines to print. The list is empty if the stage uses no server.
         """
         return []
 
@@ -190,11 +193,11 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return ""
 
     def is_corrected(self) -> bool:
-        """Return True if the translation table was edited after the stage wrote parts with its translations."""
+        """Return True if the translation table was edited after the stage wrote output with its translations."""
         return False
 
     def corrections(self) -> "Corrections | None":
-        """Return the rows and parts (parquet files) that a corrected translation table changes.
+        """Return which rows and parquet files of the output change because a translation table was corrected.
 
         Returns None if no table was corrected.
         """
@@ -204,17 +207,17 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         """Load everything that the stage needs to process rows, for example a model.
 
         Args:
-            stage: The task, with the rows that it processes.
+            stage: Access to the rows to process.
 
         Returns:
-            The positional arguments of `RowStage.run`: `columns` (dict from new columns to features), `settings`
-            (dict), `process` (function that processes a batch of rows), and optionally `prepare` (function that is
-            called before parts are written) and `prepared_rows`.
+            A tuple with the arguments of `RowStage.run`: `columns`, the dict `{new column: feature}`; `settings`, a
+            dict for the file `stage.json`; and `process`, a function that processes a batch of rows. Optionally also
+            `prepare`, a function that is called before rows are written, and the number `prepared_rows`.
         """
         return {}, {}, lambda rows: [{} for _ in rows]
 
     def write_rows(self, rank: int = 0, world_size: int = 1) -> "StageReport":
-        """Write those output files of one task that do not exist yet.
+        """Write the output files of one task that do not exist yet.
 
         Args:
             rank: Number of the task, counted from 0.
@@ -248,7 +251,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
     @property
     def phases(self) -> dict[str, Phase]:
-        """Phases of the stage by name, in the order in which they run.
+        """Phases of the stage, as a dict `{name: phase}` in the order in which they run.
 
         The phase "rows" is divided among all tasks. The phase "report", which a single task runs, exists only if the
         class has a method `report`.
@@ -269,7 +272,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
 @dataclass
 class EncoderStageArguments(StageArguments):
-    """Flags of a stage that embeds images with a two-tower model."""
+    """Flags of a stage that embeds images with a two-tower model, such as CLIP."""
 
     uses_model = decodes_images = True
     model: str | None = flag(
@@ -282,7 +285,7 @@ class EncoderStageArguments(StageArguments):
     )
     precision: Literal["float32", "bf16", "auto"] = flag(
         "float32",
-        "Data type of activations. bf16 is faster on most GPUs; auto = bf16 where it is measured to be faster.",
+        "Data type of activations. bf16 is faster on most GPUs; auto: bf16 if a measurement shows that it is faster.",
     )
     device: str | None = flag(None, "cpu or cuda. Default: cuda if a GPU is available, otherwise cpu.")
 
@@ -297,9 +300,10 @@ class EncoderStageArguments(StageArguments):
     def check_model(self) -> None:
         """Check that the model exists, without loading it. Raises ValueError if it does not.
 
-        A build does not call this method, because its data can be checked before the model is converted.
+        A build does not call this method, so that its data can be checked before the model has been converted.
         """
-        from modeling_capivara.two_towers import check_model_exists  # imports torch, which other stages do without
+        # This import loads torch, which is slow and which other stages do not need.
+        from modeling_capivara.two_towers import check_model_exists
 
         check_model_exists(self.model)
 
@@ -310,15 +314,15 @@ def _check_and_get_copied_column_types(source: Split, args: StageArguments) -> F
     Columns with an Arrow extension type are not copied.
 
     Args:
-        source: The rows to read.
+        source: The dataset split to read.
         args: Flags of the stage; `rename` and `image_column` are applied.
 
     Returns:
-        Feature (column type of `datasets`) of each column, by its name in the output.
+        A dict `{column name in the output: feature}`, where a feature is a column type of `datasets`.
 
     Raises:
-        ValueError: If the source has no image column, if none of the columns in `args.required_columns()` is in the
-            source (at least one must be), or if two columns would get the same name in the output.
+        ValueError: If the source has no image column, or none of the columns in `args.required_columns()`. Also if it
+            has embeddings and the stage needs images, or if two columns would get the same name in the output.
     """
     names = args.column_renames() | ({} if source.is_embedded else {args.image_column: IMAGE_COLUMN})
     source.check_columns([*names, source.image_column])
@@ -346,7 +350,7 @@ def _check_and_get_copied_column_types(source: Split, args: StageArguments) -> F
     return Features(features | {IMAGE_COLUMN: Image()})
 
 
-# Writing
+# Write the output of a stage
 
 
 @dataclass(frozen=True)
@@ -355,7 +359,7 @@ class StageReport:
 
     Attributes:
         rows: Number of written rows.
-        skipped: Number of skipped rows by reason, the most frequent reason first.
+        skipped: Dict `{reason: number of skipped rows}`, the most frequent reason first.
     """
 
     rows: int
@@ -369,9 +373,9 @@ class StageReport:
 
 
 class RowStage:
-    """One task of a stage: reads some of the rows of a dataset, processes them, and writes them as parts.
+    """One task of a stage: it reads its share of the rows of a dataset, processes them, and writes them as parts.
 
-    A part is a parquet file with consecutive rows. The tasks of a stage share the rows among them.
+    A part is a parquet file with consecutive rows.
 
     Args:
         args: Flags of the stage.
@@ -380,10 +384,11 @@ class RowStage:
 
     Attributes:
         source: The dataset that the rows are read from.
-        features: Feature (column type of `datasets`) of each column that is copied from the source to the output.
-        record: The values of `stage.json` that are known before a model is loaded.
-        parts: Row ranges of the parts that this task writes.
-        path: Function that returns the path of a part for its row range.
+        features: Dict `{column name: feature}` of the columns that are copied from the source to the output. A feature
+            is a column type of `datasets`.
+        record: Dict with the values of `stage.json` that are known before a model is loaded.
+        parts: Ranges of row numbers, one for each part that this task writes.
+        path: Function that takes the range of a part and returns the path of its parquet file.
         bar: Progress bar of `run`, which counts rows.
 
     Raises:
@@ -417,10 +422,10 @@ class RowStage:
 
     @property
     def is_done(self) -> bool:
-        """True if all parts of the task are written.
+        """True if all parts of the task are written with the current command, rows and settings.
 
-        The parts are found by their file names and are not opened. False also if the folder was written with another
-        command, other rows or other settings. In this case, `run` raises an error that names the differences.
+        The parts are found by their file names and are not opened. If the folder was written with other settings, the
+        value is False, and `run` then raises an error that names the differences.
         """
         if not (self.args.output / STAGE_FILE).is_file():
             return False
@@ -445,25 +450,27 @@ class RowStage:
         """Write the parts of the task that do not exist yet. A part is written completely or not at all.
 
         Args:
-            columns: Feature (column type of `datasets`) of each new column. A new column replaces an existing column of
-                the same name.
+            columns: Dict `{new column: feature}`, where a feature is a column type of `datasets`. A new column replaces
+                an existing column of the same name.
             settings: All settings that affect the values of the new columns, as JSON values for `stage.json`. All
                 parts of a folder must have the same settings.
-            process: Function that takes a list of at most `args.batch_rows` rows and returns a list with a dict of the
-                new columns, or a BadRow, for each row. Results must not depend on how rows are batched. In a row, the
-                image is a dict with the keys "bytes" and "path", and captions are lists of texts. If
-                `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`. If the dataset has
-                embeddings instead of images, the embedding is under this key, as a float32 array.
-            prepare: Function that is called with the row ranges of the next parts, with at most `prepared_rows` rows in
-                total, before these parts are written, for example to translate the captions of several parts at once.
-            prepared_rows: With 1, `prepare` is called before each part.
+            process: Function that takes a list of at most `args.batch_rows` rows. For each row, it returns a dict
+                `{new column: value}`, or a BadRow if the row must be skipped. Results must not depend on how rows are
+                batched. In a row, the image is a dict with the keys "bytes" and "path", and captions are lists of
+                texts. If `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`. If the
+                dataset has embeddings instead of images, the embedding is under this key, as a float32 array.
+            prepare: Function that is called before the next parts are written, with the list of their row ranges. It
+                can, for example, translate the captions of several parts at once.
+            prepared_rows: Largest number of rows for one call of `prepare`. A longer part gets a call of its own, so
+                with 1, `prepare` is called before each part.
 
         Returns:
             The numbers of written and skipped rows of the task.
 
         Raises:
-            ValueError: If the folder has other settings or another source; the message names the differences.
-            OSError: If the disk is full. The same command then writes the missing parts.
+            ValueError: If the folder was written with other settings or from another source. The message names the
+                differences.
+            OSError: If the disk is full. The same command can be run again to write the missing parts.
         """
         features = Features(self.features | columns)
         added = {
@@ -487,11 +494,11 @@ class RowStage:
         return self.report()
 
     def report(self) -> StageReport:
-        """Count the rows of the task, and clean up after killed runs.
+        """Count the written and skipped rows of the task, and delete temporary files of killed runs.
 
-        Temporary files of killed runs are deleted if their part has been written by a later run.
+        A temporary file is deleted only if its part exists, because other temporary files may belong to running tasks.
         """
-        for path in self.args.output.glob(".*.parquet.*.tmp"):  # other temporary files may belong to running tasks
+        for path in self.args.output.glob(".*.parquet.*.tmp"):  # name: "." + name of the part + random text + ".tmp"
             if path.with_name(re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
                 path.unlink(missing_ok=True)
         return _count_written_and_skipped_rows(self.args.output, self.record, self.parts)
@@ -527,7 +534,7 @@ class RowStage:
         Args:
             process: Function that returns the new columns of a batch of rows.
             part: Row range of the part.
-            skipped: List to which a record of each row that cannot be used is appended.
+            skipped: List to which the function appends a record for each row that cannot be used.
         """
         rows = itertools.islice(self.source.rows(part.start), len(part))
         numbered = zip(part, rows, strict=True)  # `strict` raises if the source has lost rows
@@ -548,9 +555,9 @@ class RowStage:
             self.bar.update(len(batch))
 
     def _prepare_row(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
-        """Convert a row of the source to the form that `process` of `run` receives.
+        """Convert a row of the source to the form that the argument `process` of the method `run` takes.
 
-        The columns are renamed, the image file is read (and decoded if the stage needs it), and captions become lists
+        The columns are renamed, the image file is read (and decoded if the stage needs this), and captions become lists
         of texts. Returns a BadRow if the image or the captions are invalid.
         """
         names, column = self.args.column_renames(), self.args.image_column
@@ -615,7 +622,7 @@ def iter_length_limited_batches(items: Iterable[S], max_length: int, max_items: 
         yield group
 
 
-# The output folder
+# Read and check the output folder of a stage
 
 
 def _part_path(output: Path, split: str, part: range) -> Path:
@@ -676,8 +683,8 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
         # raises an error.
         write_json(path, record)
     recorded = read_stage_record(output)
-    # The fingerprint is None if `delete_parts_of_changed_rows_and_fingerprint` has deleted the parts with changed rows.
-    # The new source is then accepted.
+    # `delete_parts_of_changed_rows_and_fingerprint` sets the fingerprint to None after it has deleted the parts with
+    # changed rows. The changed source is then accepted.
     is_invalidated = recorded["source"].get("fingerprint") is None
     if is_invalidated:
         recorded["source"]["fingerprint"] = record["source"]["fingerprint"]
@@ -709,7 +716,7 @@ def describe_stage_record_differences(recorded: dict[str, Any], current: dict[st
 
 @dataclass(frozen=True)
 class Corrections:
-    """Effect of a corrected translation table on a translation stage that was made from the table.
+    """Effect of a corrected translation table on the output of a translation stage.
 
     Attributes:
         output: Output folder of the stage.
@@ -738,7 +745,7 @@ class Corrections:
 def delete_parts_of_changed_rows_and_fingerprint(output: Path, rows: Iterable[int]) -> None:
     """Delete the parts (parquet files) of a stage that were made from changed rows, so that they are written again.
 
-    The fingerprint of the source is removed from `stage.json`, so that `write_or_check_stage_record` accepts the
+    The fingerprint of the source is set to None in `stage.json`, so that `write_or_check_stage_record` accepts the
     changed source.
 
     Args:
@@ -754,15 +761,15 @@ def delete_parts_of_changed_rows_and_fingerprint(output: Path, rows: Iterable[in
 
 
 def identity_digest(record: dict[str, Any]) -> str:
-    """Return a hex digest of a stage record (content of `stage.json`), from the values that identify the output.
+    """Return a hex digest of the values in a stage record (content of `stage.json`) that determine the output.
 
-    Values that may differ between parts, such as the path of the source, are not included.
+    Values that do not affect the output, such as the path of the source, are not included.
     """
     return json_digest(_get_fixed_stage_record_values(record), sort_keys=True)
 
 
 def _get_fixed_stage_record_values(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a stage record (content of `stage.json`) that must be equal for all parts of a folder."""
+    """Return the values of a stage record (content of `stage.json`) that must be equal for all files of a folder."""
     identity = {key: record.get(key) for key in IDENTITY_KEYS}
     return identity | {
         "source": {key: value for key, value in record["source"].items() if key not in IGNORED_SOURCE_KEYS}
@@ -777,7 +784,7 @@ def flatten_dict(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         prefix: Text that is put before each key.
 
     Returns:
-        A dict from the keys on the path to each value, joined with dots, to the value.
+        A dict `{keys joined with dots: value}` with all values that are not dicts.
     """
     leaves: dict[str, Any] = {}
     for key, value in data.items():
@@ -825,9 +832,13 @@ def _count_written_and_skipped_rows(output: Path, record: dict[str, Any], parts:
 
 
 def read_skipped_row_numbers_and_reasons(part: Path) -> list[tuple[int, str]]:
-    """Return the tuple (row number, reason) for each skipped row of a part.
+    """Return the tuple (row number, reason) for each skipped row of a part of a stage's output.
 
-    `part` is the path of the parquet file of the part. Raises ValueError if the list of skipped rows is damaged.
+    Args:
+        part: Parquet file of the part. The list of its skipped rows is in the JSON Lines file next to it.
+
+    Raises:
+        ValueError: If the list of skipped rows is damaged.
     """
     path = _skipped_path(part)
     try:
@@ -839,7 +850,7 @@ def read_skipped_row_numbers_and_reasons(part: Path) -> list[tuple[int, str]]:
         ) from error
 
 
-# The command line
+# Run a stage as a command
 
 
 def run_stage_command(
@@ -873,7 +884,9 @@ def run_stage_command(
         )
         return None
     if corrections := args.corrections():
-        logger.info("%s was corrected: %s rows are written again.", args.import_file, f"{len(corrections.rows):,}")
+        logger.info(
+            "The table %s was corrected; %s rows are now written again.", args.import_file, f"{len(corrections.rows):,}"
+        )
         corrections.apply()
     if not run_phases(PhaseStep.from_phases(args, args.phases, args.stage_name), args):
         return None

@@ -1,4 +1,4 @@
-r"""Translate captions into another language with a model, a service, a server of a language model, or people.
+r"""Translate captions with a model on this machine, Google's service, a language model on a server, or people.
 
     python -m captions.translate --dataset data/generated --output data/pt --language pt
     python -m captions.translate --dataset data/generated --output data/xh --language xh --workers 4 \
@@ -11,8 +11,8 @@ r"""Translate captions into another language with a model, a service, a server o
 With the language pt, the column `captions-en` is translated to `captions-pt`, and `generated-captions-en` to
 `generated-captions-pt`. The order of the captions stays the same.
 
-Each distinct sentence is translated only once. Finished translations are stored in the folder `--memory`, as parquet
-files that never change, and any later run with the same settings uses them. A sentence is translated twice only if two
+Each distinct caption is translated only once. Finished translations are stored in the folder `--memory`, as parquet
+files that never change, and any later run with the same settings uses them. A caption is translated twice only if two
 tasks need it at the same moment.
 
 Translations that look wrong are listed in the column `quality-pt` and counted in OUTPUT/quality.json. To finish an
@@ -82,7 +82,9 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         None, "Sentences to translate at the same time. Default: 32 (transformers), 128 (google)."
     )
     batch_rows: int = flag(
-        256, "Rows to process at the same time. Translations are saved after eight sentences per row."
+        256,
+        "Rows to process at the same time. Translations are saved each time that eight times this number of captions "
+        "is translated.",
     )
     rows_per_part: int = flag(1024, "Rows per output file.")
 
@@ -107,19 +109,19 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
     def required_columns(self) -> list[str]:
         """Return the names of the caption columns in the source language.
 
-        The dataset must have at least one of these columns.
+        The dataset must have at least one of them.
         """
         return [f"{kind}-{self.source_language}" for kind in CAPTION_KINDS]
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Check the columns of the dataset.
+        """Check that the dataset has captions to translate and no translations yet, and return the new columns.
 
         Args:
             columns: Names of the columns of the dataset, after the flag `rename`.
             where: Name of the dataset, with which error messages begin.
 
         Returns:
-            The names of the columns that the stage adds: translations and `quality-<language>`.
+            The names of the columns that the stage adds: columns of translations, and `quality-<language>`.
 
         Raises:
             ValueError: If the dataset has no captions in the source language, or already has a column of translations.
@@ -132,11 +134,11 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         ]
 
     def settings(self, translator: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings of the stage for `stage.json`.
+        """Return the settings of the stage for `stage.json`, as a dict `{"name": value}`.
 
         Args:
-            translator: Fingerprint of the translator: everything that affects a translation, except the sentence
-                itself.
+            translator: Fingerprint of the translator: a dict with everything that affects a translation, except the
+                sentence itself.
         """
         settings = {"translator": translator, "language": self.language, "source_language": self.source_language}
         # `existing` was a flag of earlier versions of the program. The key keeps existing output folders valid.
@@ -144,21 +146,22 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
 
     @property
     def translations(self) -> dict[str, str]:
-        """Dict with one entry for dataset and model cards: code of the target language -> "human" or "machine"."""
+        """Who translates, for dataset and model cards, as a dict `{target language: "human" or "machine"}`."""
         return {self.language: "machine" if self.import_file is None else self.translated_by}
 
     def check_backend(self) -> None:
-        """Check, before any stage of a build runs, that the translator can be used.
+        """Check that the translator can be used, for example that its server can be reached.
 
-        Raises ValueError or OSError if the translator cannot be used.
+        A build calls this method before its first stage runs. Raises ValueError or OSError if the translator cannot be
+        used.
         """
         TRANSLATORS[self.backend].check(self)
 
     def describe_work(self, stage: RowStage) -> list[str]:
-        """Return lines for a dry run that say what will be requested from a server, such as requests and tokens.
+        """Estimate the requests and tokens that the translation will send to a server, as lines for `--dry_run`.
 
         Args:
-            stage: The task, with the rows that it processes.
+            stage: Access to the rows whose captions are translated.
         """
         translator = TRANSLATORS[self.backend]
         if not translator.counts_tokens:
@@ -170,13 +173,13 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         """Load the translator, or read the translation table.
 
         Args:
-            stage: The task, with the rows that it processes.
+            stage: Access to the rows whose captions are translated.
 
         Returns:
-            A tuple with the arguments of `RowStage.run`: `columns`, a dict from the name of each new column to its
-            feature (column type of `datasets`); `settings`, a dict with the settings for `stage.json`; `process`, the
-            function that returns the new columns of a list of rows; and `prepare`, the function that translates the
-            sentences of the next parts before these parts are written.
+            A tuple with the arguments of `RowStage.run`: `columns`, the dict `{new column: feature}`; `settings`, a
+            dict for the file `stage.json`; `process`, the function that returns the new columns of a list of rows; and
+            `prepare`, the function that translates the captions of several parts (parquet files) before they are
+            written.
 
         Raises:
             ValueError, OSError, ImportError: If the translator cannot be loaded, or the table is incomplete.
@@ -198,7 +201,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         return new_columns, self.settings(translator.fingerprint), process, prepare
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
-        """Write `quality.json`, with the numbers of flagged translations and a few examples for each quality flag.
+        """Write `quality.json`, with the number of translations that look wrong and a few examples of each problem.
 
         Args:
             rank: Number of the task; not used, because a single task writes the file.
@@ -225,11 +228,11 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
 
 
 def _open_memory(args: TranslateArguments, fingerprint: dict[str, Any]) -> TranslationMemory:
-    """Open the translation memory of a translator.
+    """Open the translation memory (stored translations) of a translator.
 
     Args:
         args: Flags of the command.
-        fingerprint: Fingerprint of the translator.
+        fingerprint: Everything that affects a translation, except the sentence itself, as a dict.
     """
     return TranslationMemory(args.memory or args.output.with_name(args.output.name + ".memory"), fingerprint)
 
@@ -237,19 +240,20 @@ def _open_memory(args: TranslateArguments, fingerprint: dict[str, Any]) -> Trans
 def _translate_with_memory(
     args: TranslateArguments, translator: Translator, sentences: set[str], faults: dict[str, str], shows_bar: bool
 ) -> dict[str, str]:
-    """Translate sentences, and use the translation memory for sentences that have been translated before.
+    """Return the translations of sentences: stored translations if there are any, otherwise new translations.
 
-    New translations are stored in the memory after each batch, so that they are not lost if a later batch fails.
+    New translations are stored in the translation memory after each batch, so that they are not lost if a later batch
+    fails.
 
     Args:
         args: Flags of the command.
         translator: The translator.
         sentences: Sentences to translate; none may be blank.
-        faults: Dict to which the faults of answers that are not usable are added, by sentence.
+        faults: Dict `{sentence: fault}`. The function adds an entry for each unusable answer.
         shows_bar: Show a progress bar.
 
     Returns:
-        A dict from each sentence to its translation.
+        A dict `{sentence: translation}`.
     """
     # The longest sentences come first, so that an out-of-memory error appears at the start.
     missing = sorted(sentences, key=lambda text: (-len(text), text))
@@ -278,7 +282,7 @@ def _translate_with_memory(
     return translations
 
 
-# The command
+# Run the command
 
 
 def main(argv: list[str] | None = None) -> None:

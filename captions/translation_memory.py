@@ -18,7 +18,7 @@ from captions.stages import atomic_parquet
 
 # Columns of the parquet files of a translation memory: a sentence and its translation.
 PAIR_SCHEMA = pa.schema({"source": pa.string(), "translation": pa.string()})
-# Columns if the translator states faults and tokens of its answers.
+# Columns for translators that report the fault and the tokens of each answer, such as language models.
 ANSWER_SCHEMA = pa.schema([*PAIR_SCHEMA, ("fault", pa.string()), *((name, pa.int32()) for name in USAGE_FIELDS)])
 MEMORY_BATCH_ROWS = 10_000  # sentences of a translation memory that are read at the same time
 
@@ -26,31 +26,31 @@ MEMORY_BATCH_ROWS = 10_000  # sentences of a translation memory that are read at
 class TranslationMemory:
     """Store of finished translations of one translator on disk, shared by all runs and tasks.
 
-    Translations are stored in parquet files that never change. A translator that waits for many separate answers stores
-    each answer in a journal first (`append`), which becomes a parquet file when the batch is complete (`add`).
+    Translations are stored in parquet files that never change. `add` stores a batch of translations as a new file.
+    Before a batch is complete, `append` stores single answers in a temporary file, the journal, so that a killed run
+    does not lose them. `add` then deletes the journal.
 
     Args:
-        folder: Folder with the translation memories of all translators. Each translator has a sub-folder.
+        folder: Folder with the translation memories of all translators. Each translator has a subfolder.
         fingerprint: Everything that affects a translation (translator, languages, options), except the sentence itself,
-            as a dict of JSON values. The digest of this dict is the name of the translator's sub-folder.
+            as a dict of JSON values. The digest of this dict is the name of the translator's subfolder.
 
     Attributes:
-        faults: Faults of stored answers that are not usable (`Answer.fault`), by sentence. Contains the sentences that
-            `find` has found or `append` has stored.
+        faults: Dict `{sentence: fault}` for the unusable answers (`Answer.fault`) that `find` has found or `append` has
+            stored.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
         self.folder, self.fingerprint = folder / json_digest(fingerprint, sort_keys=True), fingerprint
         self.faults: dict[str, str] = {}
-        self._answers: dict[str, Answer] = {}  # by sentence, until `add` stores them
+        self._answers: dict[str, Answer] = {}  # sentence -> answer, for the answers that only the journal contains
         self._journal = Journal(self.folder / f"{uuid.uuid4().hex}.jsonl")
 
     def find(self, sentences: Iterable[str]) -> dict[str, str]:
-        """Return the stored translations of sentences, as a dict: sentence -> translation.
+        """Return the stored translations of sentences, as a dict `{sentence: translation}`.
 
-        Sentences without a stored translation are not in the dict.
-
-        Each call reads all files of the memory, so a single call with many sentences is faster than many calls.
+        Sentences without a stored translation are not in the dict. Each call reads all files of the memory, so a single
+        call with many sentences is faster than many calls.
         """
         wanted, known = set(sentences), {}
         for record in self._records() if wanted else ():
@@ -61,7 +61,7 @@ class TranslationMemory:
         return known
 
     def append(self, sentence: str, answer: Answer) -> None:
-        """Store a single translation in the journal of this process, until `add` stores its batch.
+        """Store a single answer in the journal of this process, until `add` stores the batch that contains it.
 
         Raises OSError if the disk is full.
         """
@@ -72,9 +72,13 @@ class TranslationMemory:
             self.faults[sentence] = answer.fault
 
     def add(self, translations: dict[str, str]) -> None:
-        """Store translations, given by sentence, in a new file. The file is written completely or not at all.
+        """Store a batch of translations in a new parquet file, which is written completely or not at all.
 
-        Raises OSError if the disk is full.
+        Args:
+            translations: Dict `{sentence: translation}`.
+
+        Raises:
+            OSError: If the disk is full.
         """
         self._write_fingerprint()
         if self._answers:
@@ -93,11 +97,12 @@ class TranslationMemory:
         self._journal.remove()
 
     def count_usage(self) -> dict[str, int]:
-        """Sum up what the translations in the memory have cost, over all runs that used the memory.
+        """Sum up the cost of all translations in the memory, over all runs that used the memory.
 
         Returns:
-            A dict with the keys `answers` (number of stored answers), `retried` (sum of their retries),
-            `prompt_tokens` and `completion_tokens` (tokens sent to the model and generated by the model).
+            A dict with the keys "answers" (number of stored answers), "retried" (number of answers that were requested
+            twice), "prompt_tokens" (tokens that the model has read) and "completion_tokens" (tokens that it has
+            written).
         """
         usage = Counter(answers=0, retried=0, prompt_tokens=0, completion_tokens=0)
         for record in self._records():
@@ -107,13 +112,14 @@ class TranslationMemory:
         return dict(usage)
 
     def _write_fingerprint(self) -> None:
-        """Write the file `translator.json`, which says what the digest in the name of the folder means."""
+        """Write the fingerprint to the file `translator.json`. Its digest is the name of the folder."""
         if not (self.folder / "translator.json").is_file():
             write_json(self.folder / "translator.json", self.fingerprint)
 
     def _records(self) -> Iterator[dict[str, Any]]:
         """Iterate over all stored answers, as dicts with the keys of `PAIR_SCHEMA` or `ANSWER_SCHEMA`."""
-        # Journals come first: another task may turn its journal into a parquet file in the meantime.
+        # Read the journals before the parquet files. If another task meanwhile replaces its journal by a parquet file,
+        # its answers are then still found.
         for path in sorted(self.folder.glob("*.jsonl")):
             with suppress(FileNotFoundError):
                 yield from read_journal(path)
@@ -125,6 +131,6 @@ class TranslationMemory:
 
 
 def _build_answer_row(sentence: str, answer: Answer) -> dict[str, Any]:
-    """Return the values of `ANSWER_SCHEMA` for the answer to a sentence."""
+    """Return the answer to a sentence as a dict with the keys of `ANSWER_SCHEMA`."""
     record = {"source": sentence, "translation": answer.text, "fault": answer.fault}
     return record | {name: int(getattr(answer, name)) for name in USAGE_FIELDS}

@@ -71,16 +71,15 @@ def _sentence_id(number: int, sentence: str) -> str:
 
 
 def write_blank_translation_table(path: Path, sentences: list[str], header: Sequence[str] = TABLE_COLUMNS) -> None:
-    """Write a table of sentences to be translated.
+    """Write a table of sentences with an empty last column, in which people will write the translations.
 
-    The file is UTF-8, with one sentence per line and columns separated by tabs, without quoting. The last column, for
-    the translations, is empty. The id of a sentence contains its digest, so that no translation is assigned to a wrong
-    sentence later.
+    The file is UTF-8, with one sentence per line and columns separated by tabs, without quoting. The first column has
+    an id with the digest of the sentence, so that a translation is never assigned to the wrong sentence.
 
     Args:
         path: TSV file to write.
         sentences: Sentences, in the order of the lines.
-        header: Names of the columns for the first line; each name can be followed by `:` and a value.
+        header: Column names for the first line. Each name can be followed by `:` and a value, as in "translation:pt".
     """
     lines = [f"{_sentence_id(number, text)}\t{escape_cell(text)}\t" for number, text in enumerate(sentences, 1)]
     write_text(path, "\n".join(["\t".join(header), *lines]) + "\n")
@@ -96,7 +95,7 @@ def read_translation_table(path: Path, sentences: list[str]) -> dict[str, str]:
         sentences: The sentences that were written to the table, in the same order.
 
     Returns:
-        A dict from each sentence to its translation.
+        A dict `{sentence: translation}`.
 
     Raises:
         ValueError: If the rows do not match the sentences, or a sentence has no translation.
@@ -112,7 +111,7 @@ def read_translation_table(path: Path, sentences: list[str]) -> dict[str, str]:
 def check_rows_match_sentences(path: Path, sentences: list[str]) -> None:
     """Check that the rows of a table belong to the given sentences, in the same order.
 
-    Ids are always compared, sentences only if the table has the column `source`.
+    The ids are always compared. The sentences are compared only if the table has the column `source`.
 
     Raises:
         ValueError: If a row is missing, added or changed. The message names the first such line.
@@ -136,9 +135,9 @@ def _describe_cells(row: dict[str, str] | None) -> str:
 
 
 def describe_untranslated_rows(path: Path) -> str:
-    """Return a sentence that counts the rows of a table without a translation, and lists the first of them.
+    """Return a message with the number of rows without a translation, and with the first of these rows.
 
-    Returns "" if all rows have a translation. Raises ValueError if the file is not a translation table.
+    Returns "" if all rows of the table have a translation. Raises ValueError if the file is not a translation table.
     """
     _, rows = read_table_header_and_rows(path)
     names = [
@@ -152,14 +151,15 @@ def describe_untranslated_rows(path: Path) -> str:
 
 
 def read_table_header_and_rows(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Read a translation table.
+    """Read a translation table, and return its header and its rows.
 
     Args:
         path: TSV file.
 
     Returns:
-        A dict from column name to the value that follows it in the first line (for the header "translation:pt",
-        {"translation": "pt"}; "" if there is no value), and the list of rows as dicts from column name to text.
+        A tuple of two elements. The first is the header, a dict `{column name: value}`: the header "id",
+        "translation:pt", for example, becomes `{"id": "", "translation": "pt"}`. The second is the list of rows, each
+        as a dict `{column name: text}`.
 
     Raises:
         ValueError: If the file is not a translation table.

@@ -12,9 +12,9 @@ from site_pages import insert_generated_parts_and_rewrite_links
 
 project, author, release = "CAPIVARA", "The CAPIVARA developers", __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["package.md"]  # the description on the package index
+exclude_patterns = ["package.md"]  # the project description for PyPI, which is not a page of this site
 html_theme = "furo"
-smartquotes = False  # would make a dash of the two hyphens of a flag
+smartquotes = False  # would replace the two hyphens of a flag such as --model by a dash
 html_title = f"CAPIVARA {release}"
 html_copy_source = html_show_sourcelink = html_show_copyright = False
 myst_heading_anchors = 3
@@ -23,15 +23,16 @@ default_role = "code"  # single backticks in docstrings are code
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
-# Every link and anchor must lead somewhere, except types of other libraries in signatures.
+# Warn about links and anchors without a target. References to Python objects are not checked, because the signatures
+# mention types of other libraries, which are not documented here.
 nitpicky, nitpick_ignore_regex = True, [("py:.*", ".*")]
 
 
 def _replace_source(app: Sphinx, page: str, source: list[str]) -> None:
-    """Replace the text of a page by the text for the site (a callback of Sphinx)."""
+    """Replace the text of a page, in place, by its text for the site. Sphinx calls this when it has read the page."""
     source[0] = insert_generated_parts_and_rewrite_links(page, source[0])
 
 
 def setup(app: Sphinx) -> None:
-    """Register the callback that generates parts of the pages."""
+    """Set up this project's extension of Sphinx: register the callback that replaces the text of each page."""
     app.connect("source-read", _replace_source)

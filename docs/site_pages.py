@@ -1,7 +1,7 @@
-"""Text of the documentation site that is generated from the code, and links between the pages of the repository.
+"""Prepare the Markdown pages of the repository for the documentation site: generate parts of them, and rewrite links.
 
-A line `<!-- site: NAME -->` on a page is replaced by the text that the function of NAME in `GENERATED` returns. GitHub
-shows such a page without the generated text.
+A line `<!-- site: NAME -->` on a page is replaced by generated text, such as a list of all commands. The dict
+`GENERATED` contains the function that generates it. GitHub shows such a page without the generated text.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from capivara_search.command_line import get_localized_help_record
 from capivara_search.messages import COMMAND_NAMES, Messages
 
 ROOT = Path(__file__).resolve().parent.parent
-# Pages of the site whose text is a file outside `docs`.
+# Name of a page of the site -> file outside `docs` that contains its text.
 OUTSIDE_PAGES = {
     "leiame": "LEIAME.md",
     "explanation/security": "SECURITY.md",
@@ -28,7 +28,7 @@ OUTSIDE_PAGES = {
     "reference/contributing": "CONTRIBUTING.md",
     "reference/portuguese_prompts": "eval/prompts/pt/README.md",
 }
-# Folders with commands, in the order of the page.
+# Folder or file with commands -> title of its section in the command reference, in the order of the sections.
 COMMAND_FOLDERS = {
     "train_accelerate.py": "Train",
     "training": "Change a trained model",
@@ -45,14 +45,23 @@ IS_COMMAND_RE = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
 
 
 class Parsed(BaseException):
-    """Carries the parser of a command out of `parse_arguments`, before the command starts its work.
+    """Raised with the parser of a command when the command parses its flags, to stop it before it starts its work.
 
-    It is a BaseException, because the commands report ordinary exceptions as errors of the user.
+    It is a BaseException, because the commands catch ordinary exceptions and report them as errors of the user.
     """
 
 
 def _capture_command_parser(module: str) -> argparse.ArgumentParser:
-    """Return the parser of a command by starting its `main` function up to the point where it parses its flags."""
+    """Return the argument parser of a command.
+
+    The function calls the `main` function of the command, and stops it when it parses its flags.
+
+    Args:
+        module: Name of the command's module, such as "eval.retrieval".
+
+    Raises:
+        ValueError: If `main` returns without parsing flags.
+    """
 
     def stop(parser: argparse.ArgumentParser, *args: object, **options: object) -> None:
         raise Parsed(parser)
@@ -71,7 +80,7 @@ def escape(text: str) -> str:
 
 
 def _convert_description_to_markdown(text: str) -> str:
-    """Return the description of a command as Markdown: indented paragraphs are code, the others are text."""
+    """Convert the description of a command to Markdown. Indented paragraphs become code blocks."""
     paragraphs = []
     for paragraph in re.split(r"\n{2,}", textwrap.dedent(text).strip("\n")):
         is_code = paragraph.startswith(" ")
@@ -87,14 +96,19 @@ def find_command_modules(folder: str) -> list[str]:
 
 
 def _build_markdown_table(rows: Iterable[tuple[str, ...]], *columns: str) -> str:
-    """Return a Markdown table. Line breaks and vertical bars in cells are made harmless."""
+    """Return a Markdown table. In its cells, line breaks become spaces, and vertical bars are escaped.
+
+    Args:
+        rows: Cells of each row.
+        *columns: Titles of the columns.
+    """
     cells = [[" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in rows]
     lines = [list(columns), ["---"] * len(columns), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _build_command_argument_row(action: argparse.Action) -> tuple[str, str, str, str]:
-    """Return flag, type, default and meaning of an argument of a command."""
+    """Return the cells of an argument of a command in the command reference: flag, type, default and meaning."""
     name = action.option_strings[0] if action.option_strings else action.dest
     value_type = getattr(action.type, "__name__", "") if action.type else "switch" * (action.nargs == 0)
     if action.choices:
@@ -107,7 +121,7 @@ def _build_command_argument_row(action: argparse.Action) -> tuple[str, str, str,
 
 
 def render_command_reference() -> str:
-    """Return the reference of all commands that run with `python`, from their parsers."""
+    """Return the Markdown reference of all commands that run with `python`, made from their argument parsers."""
     text = []
     for folder, title in COMMAND_FOLDERS.items():
         text.append(f"## {title}")
@@ -116,7 +130,7 @@ def render_command_reference() -> str:
             start = "python train_accelerate.py" if module == "train_accelerate" else f"python -m {name}"
             text.append(f"### {name}\n\n`{start}`\n\n{_convert_description_to_markdown(parser.description or '')}")
             actions = [action for action in parser._actions if action.dest != "help"]
-            actions.sort(key=lambda action: not action.required)  # as `--help` lists them
+            actions.sort(key=lambda action: not action.required)  # required flags first, as in `--help`
             text.append(
                 _build_markdown_table(map(_build_command_argument_row, actions), "Flag", "Type", "Default", "Meaning")
             )
@@ -124,7 +138,11 @@ def render_command_reference() -> str:
 
 
 def render_search_command_reference(language: str = "en") -> str:
-    """Return the reference of the commands of `capivara`, from their click parameters and translated messages."""
+    """Return the Markdown reference of the subcommands of `capivara`.
+
+    Args:
+        language: Language of the descriptions, "en" or "pt".
+    """
     messages, text = Messages(language), []
     group = capivara.make_context("capivara", [], obj=messages, resilient_parsing=True)
     for english, portuguese in COMMAND_NAMES.items():
@@ -140,7 +158,7 @@ def render_search_command_reference(language: str = "en") -> str:
 
 
 def render_config_files_as_code_blocks() -> str:
-    """Return the reference of the config files: each file in a code block, the comments included."""
+    """Return Markdown with the YAML files of the folder `configs`, each in a code block with its comments."""
     paths = sorted((ROOT / "configs").rglob("*.yaml"))
     blocks = [f"## {path.relative_to(ROOT)}\n\n```yaml\n{path.read_text(encoding='utf-8')}```" for path in paths]
     return "\n\n".join(blocks)
@@ -161,7 +179,8 @@ def insert_generated_parts_and_rewrite_links(page: str, text: str) -> str:
         text: Text of the page in the repository.
 
     Returns:
-        The text with generated parts. Links to files outside `docs` that are pages of the site lead to these pages.
+        The text with its generated parts. Links to files of the repository that are pages of the site, such as
+        README.md, are changed so that they lead to these pages.
     """
     source = Path(OUTSIDE_PAGES.get(page, f"docs/{page}.md"))
     if page in OUTSIDE_PAGES:

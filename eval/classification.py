@@ -1,4 +1,4 @@
-r"""Zero-shot classification: assign each image the class whose text embedding is most similar.
+r"""Zero-shot classification: assign to each image the class whose text embedding is most similar.
 
     python -m eval.classification --model data/openmoji/base --benchmark cifar-10 --images FOLDER \
         --output results/cifar-10.json
@@ -55,7 +55,8 @@ class LabeledImageArguments(ModelArguments):
     )
     benchmark: str = flag(
         ...,
-        "A file in eval/prompts/pt, such as cifar-10, or a JSON file of your own classes (docs/how-to/evaluation.md).",
+        "Name of a file in eval/prompts/pt, such as cifar-10, or path of a JSON file with your own classes "
+        "(docs/how-to/evaluation.md).",
     )
     images: str = flag(
         ...,
@@ -73,7 +74,7 @@ class ClassificationArguments(LabeledImageArguments):
 
     protocol: Literal["ours", "authors", "babel"] = flag(
         "ours",
-        "Source of names and prompts: this project (ours), CAPIVARA's authors (authors), Babel-ImageNet (babel).",
+        "Source of class names and prompts: this project (ours), CAPIVARA's authors (authors), Babel-ImageNet (babel).",
     )
     language: str | None = flag(None, "Language code of the class names; only for --protocol babel. Default: pt.")
     authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py. Required for protocol authors.")
@@ -83,17 +84,17 @@ class ClassificationArguments(LabeledImageArguments):
 def load_labeled_split(
     args: LabeledImageArguments, split: str, class_names: Sequence[str], class_indices: Sequence[int] | None = None
 ) -> LabeledImages:
-    """Load a split of the dataset of labeled images that the arguments name.
+    """Load a split of the labeled images in `args.images`.
 
     Args:
-        args: Command-line arguments: the dataset, its columns and the options for reading image files.
+        args: Command-line arguments. They name the dataset, its columns and the options for reading image files.
         split: Name of the split.
         class_names: English names of all classes, in the order of the labels.
-        class_indices: Indices into `class_names` of the classes to keep. Given if the prompts name only some of the
-            classes; None keeps all classes.
+        class_indices: Indices in `class_names` of the classes to keep, if there are prompts for only some of the
+            classes. None keeps all classes.
 
     Returns:
-        The images, which are decoded when they are needed, with their labels.
+        The images with their labels. An image is decoded only when it is used.
     """
     columns = (args.image_column, args.label_column)
     options = args.image_options() | {"limit": args.limit}
@@ -127,7 +128,8 @@ def compute_classification_metrics(scores: Tensor, labels: list, metric: str) ->
         metric: Metric of the dataset: "accuracy", "mean-per-class", "11point_mAP" or "roc_auc".
 
     Returns:
-        Metric name, as in `Record.metric` -> value from 0 to 1. The dataset's metric comes first.
+        A dict `{name of the metric: value from 0 to 1}`, with names as in `Record.metric`. The metric of the dataset
+        comes first.
 
     Raises:
         ValueError: If labels are lists and the metric is not "11point_mAP", or if the metric is "11point_mAP" and
@@ -141,8 +143,8 @@ def compute_classification_metrics(scores: Tensor, labels: list, metric: str) ->
         targets = torch.zeros(scores.shape)
         for row, classes in enumerate(labels):
             targets[row, classes] = 1
-        # As in the published results, images are ranked by their class probabilities, since cosines of different images
-        # are not on one scale.
+        # As in the published results, images are ranked by class probabilities, because cosines of different images are
+        # not on a common scale.
         return {"11point_mAP": metrics.eleven_point_map((CLIP_LOGIT_SCALE * scores).softmax(dim=-1), targets)}
     label_tensor = torch.tensor(labels)
     values = {"accuracy": metrics.top_k_accuracy(scores, label_tensor)}
@@ -166,7 +168,7 @@ def compute_chance_level(metric: str, labels: list, class_count: int) -> float:
     Returns:
         Expected value, from 0 to 1.
     """
-    if metric == "11point_mAP":  # the interpolated precision has no closed form, so it is estimated
+    if metric == "11point_mAP":  # it has no closed form, so the mean over random scores estimates it
         generator = torch.Generator().manual_seed(0)
         draws = [torch.rand(len(labels), class_count, generator=generator) for _ in range(CHANCE_DRAWS)]
         return float(np.mean([compute_classification_metrics(scores, labels, metric)[metric] for scores in draws]))
@@ -193,7 +195,8 @@ def evaluate_zero_shot_and_write_result(args: ClassificationArguments) -> list[R
     images = store.embed_images(data.images)
     scores = images.embeds @ _embed_classes(store, prompts).T
     labels = [data.labels[row] for row in images.rows.tolist()]
-    # The authors' list may lack a name for the last classes. They can't be predicted, so they score below any cosine.
+    # CAPIVARA's authors name fewer classes than some datasets have. The last classes then have no name and can't be
+    # predicted, so their score is set to -2, below any cosine.
     unnamed = max(0, len(prompts.english_names) - len(prompts.names)) if prompts.class_indices is None else 0
     scores = F.pad(scores, (0, unnamed), value=-2.0)
     values = compute_classification_metrics(scores, labels, prompts.metric)

@@ -4,7 +4,8 @@
     images = store.embed_images(open_split("data/openmoji/dataset", "test", "image"))
     text_embeds = store.embed_texts(["uma foto de um gato"])
 
-The embeddings are kept in stores (`capivara_common.embedding_store`). A shard has up to 256 images or 2048 texts.
+The class `EmbeddingStore` of `capivara_common.embedding_store` caches the embeddings on disk. A cache file has the
+embeddings of up to 256 images or 2048 texts.
 """
 
 import tempfile
@@ -31,7 +32,7 @@ from caption_data.sources import Split
 from eval.records.result_files import Record, write_records_to_result_file
 from modeling_capivara.two_towers import Embedder, load_embedder
 
-# Rows of a file of the cache
+# Largest number of embeddings in a cache file.
 IMAGES_PER_SHARD = 256
 TEXTS_PER_SHARD = 2048
 
@@ -42,7 +43,8 @@ class EmbeddingArguments(ImageFileArguments):
 
     batch_size: int = flag(32, "Images in a batch. A batch of texts is twice as large.")
     precision: Literal["float32", "bf16", "auto"] = flag(
-        "float32", "Precision. The results in bf16 differ slightly. auto = bf16 where it is measured to be faster."
+        "float32",
+        "Precision of the model. Results in bf16 differ slightly. auto = bf16 where it is faster, otherwise float32.",
     )
     cache_dir: str = flag("auto", "Cache folder; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = no cache is kept.")
     device: str | None = flag(None, "Device: cpu, cuda, or one GPU such as cuda:1. Default: the GPU if there is one.")
@@ -71,17 +73,18 @@ class EmbeddedImages:
 
     embeds: Tensor  # (readable images, width), unit length, float32
     rows: Tensor  # (readable images,), row number of each image in the split, ascending
-    skipped: dict[int, str]  # row number of each unreadable image -> reason
+    skipped: dict[int, str]  # {row number of an unreadable image: reason}
 
 
 @dataclass
 class CachedEmbedder:
-    """Embeddings of images and texts, which are computed with a model and cached on disk."""
+    """Model that embeds images and texts, with a cache of the embeddings on disk."""
 
     embedder: Embedder
     cache_folder: Path | None = None  # folder of all caches; None: a temporary folder that is deleted with this object
     batch_size: int = 32  # images in a batch; a batch of texts is twice as large
-    result_metadata: dict[str, Any] = field(default_factory=dict, init=False)  # keys for the result file
+    # Additional keys for the result file, which describe embeddings that come with the dataset instead of images.
+    result_metadata: dict[str, Any] = field(default_factory=dict, init=False)  # set by `embed_images`
 
     def __post_init__(self) -> None:
         self._temporary = None if self.cache_folder else tempfile.TemporaryDirectory(prefix="capivara-embeddings-")
@@ -146,7 +149,12 @@ class CachedEmbedder:
         return torch.from_numpy(vectors_to_array(table["vectors"])[[position[text] for text in texts]])
 
     def _store(self, encoder_fingerprint: str, batch_size: int) -> EmbeddingStore:
-        """Open the store of embeddings that an encoder computes in batches of the given size."""
+        """Open the part of the cache that holds the embeddings of an encoder.
+
+        Args:
+            encoder_fingerprint: Digest that identifies the encoder.
+            batch_size: Number of images or texts that are embedded at a time.
+        """
         return EmbeddingStore(self.cache_folder / "evaluation", {"encoder": encoder_fingerprint}, batch_size)
 
 
@@ -154,7 +162,7 @@ def load_embedder_with_cache(args: ModelArguments) -> CachedEmbedder:
     """Load the model that the command-line arguments name, and open its embedding cache.
 
     Raises:
-        ValueError, OSError, ImportError: If the model can't be loaded, as `load_embedder` raises them.
+        ValueError, OSError, ImportError: If the model can't be loaded, see `load_embedder`.
     """
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision)
     if args.cache_dir == "off":
@@ -173,8 +181,9 @@ def write_result_file_with_model_metadata(
         store: The model that was measured, with its cache.
         start_time: Value of `time.perf_counter()` before the first embedding.
         metadata: Further keyword arguments of `write_records_to_result_file`. `dataset` (folder, file pattern or Hub id
-            of the images) and `fingerprint` (digest of the measured data) are required; `skipped` (row number ->
-            reason) and `name` are optional. Any other keyword, such as `notes`, becomes a key of the result file.
+            of the images) and `fingerprint` (digest of the measured data) are required. Optional are `skipped`, a dict
+            `{row number: reason}`, and `name`, the dataset's name in the records. Any other keyword, such as `notes`,
+            becomes a key of the result file.
     """
     seconds, device = time.perf_counter() - start_time, describe_device(store.embedder.device)
     shared = {"model": args.model, "device": device, "precision": store.embedder.precision, "seconds": seconds}

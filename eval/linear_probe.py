@@ -34,14 +34,14 @@ from eval.prompts import load_prompts
 from eval.records.result_files import Record
 
 INVERSE_PENALTIES = np.logspace(-3, 5, 9)  # scikit-learn's C, from the strongest to the weakest penalty
-MAX_ITERATIONS = 1000  # iterations of the solver, at most
+MAX_ITERATIONS = 1000  # largest number of iterations of scikit-learn's solver
 
 
 @dataclass
 class LinearProbeArguments(LabeledImageArguments):
     """Command-line arguments of `eval.linear_probe`."""
 
-    shots: list[int] = flag([], "Training images per class, one or several numbers. Default: all images.")
+    shots: list[int] = flag([], "Training images per class; with several numbers, each is measured. Default: all.")
     draws: int = flag(3, "Random draws of training images to average over (with --shots).")
     seed: int = flag(0, "Seed of the draws and of the validation fold.")
     train_split: str = flag("train", "Split to fit the logistic regression to.")
@@ -55,7 +55,7 @@ class LinearProbeArguments(LabeledImageArguments):
             raise ValueError(f"--shots and --draws must be at least 1, got {self.shots} and {self.draws}.")
 
 
-# Image embeddings (images, width), and the class index of each image (images,).
+# Tuple of image embeddings, (images, width), and the class index of each image, (images,).
 LabeledFeatures = tuple[np.ndarray, np.ndarray]
 
 
@@ -102,14 +102,15 @@ def tune_probe_and_score_images(
 ) -> tuple[torch.Tensor, float]:
     """Fit the logistic regression and score the test images.
 
-    Selects the inverse penalty C with the highest accuracy on the validation images. If several values have the same
-    accuracy, the smallest is selected. C is 1 if there are too few training images to hold out validation images.
+    The inverse L2 penalty C is the value in `INVERSE_PENALTIES` with the highest accuracy on the validation images. If
+    several values have the same accuracy, the smallest is selected. If there are too few training images to hold out
+    validation images, C is 1.
 
     Args:
         train: Embeddings and labels of the training images.
         validation: Embeddings and labels of the validation images. If None, a fifth of the training images is used.
         test: Embeddings and labels of the test images.
-        class_count: Number of classes of the dataset, including those without training images.
+        class_count: Number of classes of the dataset, including classes without training images.
         rng: Random generator that draws the validation fold.
 
     Returns:
@@ -149,7 +150,7 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
         One record per metric and number of training images on the main process; an empty list on other processes.
 
     Raises:
-        ValueError: If images have several labels, two splits hold the same images, or an argument is invalid.
+        ValueError: If an image has several labels, two splits hold the same images, or an argument is invalid.
     """
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark)
@@ -160,7 +161,8 @@ def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[R
         if any(isinstance(label, list) for label in data.labels):
             raise ValueError(f"The linear probe needs one label per image, but {args.images} has lists of labels.")
         for other_name, other in loaded.items():
-            if other.images.image_digests == data.images.image_digests:  # the test images would be trained on
+            # Equal splits would mean that the probe is trained on the test images.
+            if other.images.image_digests == data.images.image_digests:
                 raise ValueError(
                     f"Splits must hold different images, but {other_name!r} and {name!r} hold the same. "
                     "Give a folder with a subfolder per split, such as train/ and test/, each with a folder per class."

@@ -48,9 +48,10 @@ from eval.records.tables import (
 )
 
 PAGE_TEMPLATE = Path(__file__).parent / "report.html.j2"
-RUN_SHEET_FILE = "retrieval.png"  # sheet of a run: queries with the images that base and trained model find
-# Suffix of the image of best and worst queries that `eval.retrieval` draws. It replaces `.json` in the name of the
-# result file.
+# Image that a training run writes. It shows example queries with the images that base and trained model rank first.
+RUN_SHEET_FILE = "retrieval.png"
+# Suffix of the image with the best and worst queries, which `eval.retrieval` writes. It replaces `.json` in the name of
+# the result file.
 QUERY_SHEET_SUFFIX = ".queries.png"
 # Two metric values (0 to 1) that differ by at most this count as equal, because the device may change the last digits.
 REPORT_TOLERANCE = 5e-4
@@ -67,14 +68,14 @@ class ReportArguments:
 
 @dataclass
 class ResultsFolder:
-    """Content of the results folder that a report shows: result files, training runs, and files that are not shown.
+    """Result files and training runs that a report shows, and the files in the folder that can't be shown.
 
     The content of the files is not trusted.
     """
 
     folder: Path  # absolute, with links resolved
     results: list[ResultFile] = field(default_factory=list)  # ordered by name
-    runs: list[tuple[str, dict]] = field(default_factory=list)  # name and content of each run.json
+    runs: list[tuple[str, dict]] = field(default_factory=list)  # (file name, content) of each run.json
     faults: list[tuple[str, str]] = field(default_factory=list)  # (file name, why it is not fully shown)
     image_count: int = 0  # images written so far next to the page
 
@@ -183,7 +184,7 @@ def _build_report_block_and_write_images(
         output: Folder of the report.
 
     Returns:
-        Variable of `report.html.j2` -> value.
+        A dict `{variable of the template report.html.j2: value}`.
     """
     first, measured = rows.iloc[0], rows[rows["metric"] != GAIN_METRIC]
     is_retrieval = first["task"] == "retrieval"
@@ -196,8 +197,7 @@ def _build_report_block_and_write_images(
     for pair in pairs:
         pair["published"] = get_published_baseline_result(pair)
         pair["models"] = " against ".join(pair[role].folder for role in ("capivara", "baseline") if pair[role])
-    # Result files list the metric of the dataset (`DATASET_METRICS`) first. For classification, only this metric is
-    # drawn in the charts.
+    # A result file lists the metric of its dataset first. For classification, the chart shows only this metric.
     own_metrics = measured.drop_duplicates("dataset").set_index("dataset")["metric"]
     drawn = [p for p in pairs if not p["is_rank"] and (is_retrieval or p["metric"] == own_metrics[p["dataset"]])]
     has_several_models = len({pair["models"] for pair in pairs}) > 1

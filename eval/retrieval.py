@@ -63,7 +63,8 @@ class RetrievalArguments(ModelArguments):
     caption_column: str = flag("captions-{language}", "Column with a caption or a list of captions per image.")
     caption_positions: Literal["all", "first", "even", "odd"] = flag(
         "all",
-        "Captions to use, by position. Of the ten per image in the paper's data, Marian's are even, Google's odd.",
+        "Captions of each image to use, by position from 0. In the paper's data, with ten captions per image, even "
+        "positions are translations by Marian, odd positions by Google.",
     )
     dim: int | None = flag(
         None, "Compare only the first DIM dimensions of the embeddings, normalized again. Default: all dimensions."
@@ -101,13 +102,13 @@ class RetrievalEmbeddings:
         return RetrievalEmbeddings(text_embeds, image_embeds, self.image_of_text, self.full_width or width)
 
     def query_groups(self, direction: str) -> Tensor:
-        """Return the image index of each query, which says which items are relevant to the query.
+        """Return for each query the index of its image. An item with the same image index is relevant to the query.
 
         Args:
             direction: "text_to_image" (captions are the queries) or "image_to_text" (images are the queries).
 
         Returns:
-            For each query the index of its image, (queries,). An item with the same index is relevant to the query.
+            Image indices, (queries,).
         """
         return self.image_of_text if direction == "text_to_image" else torch.arange(len(self.image_embeds))
 
@@ -128,7 +129,8 @@ class RetrievalEmbeddings:
     def ranks(self) -> dict[str, Tensor]:
         """Rank of the best relevant item of each query, for both directions.
 
-        Dict: "text_to_image" or "image_to_text" -> ranks (queries,), counted from 0.
+        A dict with the keys "text_to_image" and "image_to_text". A value has the ranks of the queries of this
+        direction, (queries,), counted from 0.
         """
         groups = (self.query_groups(direction) for direction in DIRECTIONS)
         ranks = metrics.cross_modal_ranks(self.text_embeds, self.image_embeds, *groups)
@@ -136,7 +138,7 @@ class RetrievalEmbeddings:
 
 
 def check_and_flatten_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
-    """Flatten the captions of all images into one list.
+    """Flatten the captions of all images into one list, after checking that no caption is missing or empty.
 
     Args:
         captions: For each image, the list of its captions.
@@ -235,15 +237,18 @@ def _build_protocol_and_dim_fields(embeddings: RetrievalEmbeddings, protocol: st
 def compute_validation_metrics_and_loss(
     embeddings: RetrievalEmbeddings, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, float]:
-    """Compute the metrics that training monitors on its validation split.
+    """Compute the mean recalls and the loss that are monitored on the validation split during training.
 
     Args:
         embeddings: The embedded split.
         loss: Function that gets text embeddings and image embeddings, both (images, width), and returns a scalar.
 
     Returns:
-        A dict with four keys. `text_to_image` and `image_to_text` hold the mean recall of each direction, from 0 to 1.
-        `mean_recall` is the mean of these two. `loss` is the loss of all images, each paired with its first caption.
+        A dict with four keys:
+
+        - "text_to_image" and "image_to_text": mean recall of this direction, from 0 to 1.
+        - "mean_recall": mean of these two recalls.
+        - "loss": loss over all images, each paired with its first caption.
     """
     measures = pd.Series({direction: metrics.mean_recall(embeddings.ranks[direction]) for direction in DIRECTIONS})
     first = torch.searchsorted(embeddings.image_of_text, torch.arange(len(embeddings.image_embeds)))
@@ -252,7 +257,7 @@ def compute_validation_metrics_and_loss(
 
 
 def compute_gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **record_fields) -> list[Record]:
-    """Compute by how much training raised the mean recall, with 95 % bootstrap intervals.
+    """Compute the gain in mean recall from training, with a 95 % bootstrap interval, for both directions.
 
     Args:
         before: Embeddings of the baseline, the model before training.
@@ -288,9 +293,8 @@ class RetrievalData:
             store: The model with its embedding cache.
 
         Returns:
-            The embeddings of captions and images, and the result of `CachedEmbedder.embed_images`. The field `skipped`
-            of the result lists the images that could not be read, with reasons; the captions of these
-            images are not in the embeddings.
+            The embeddings of captions and images, and the result of `CachedEmbedder.embed_images`, whose field
+            `skipped` says which images could not be read. The captions of these images are not in the embeddings.
         """
         images = store.embed_images(self.images)
         texts, row_of_text = check_and_flatten_captions(self.captions)
@@ -306,10 +310,10 @@ class RetrievalData:
 
 
 def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
-    """Open the dataset split that the arguments name, and read its captions. No image is decoded yet.
+    """Open the dataset split `args.split`, and read its captions. No image is decoded yet.
 
     Raises:
-        ValueError: If a column is missing, a caption is missing, empty or not text, or an archive is damaged.
+        ValueError: If a column is missing, if a caption is missing, empty or not text, or if an archive is damaged.
     """
     source = open_split(args.dataset, args.split, args.image_column, **args.image_options()).limited(args.limit)
     column = args.caption_column.replace("{language}", args.language)

@@ -59,7 +59,7 @@ class SuiteArguments(EmbeddingArguments):
     model: str | None = flag(
         None, "Folder or Hub id of a CLIP-like model. With --runs, this model is added to the runs."
     )
-    runs: list[str] = flag([], "Models trained with several seeds, or their folder. The table has mean ± deviation.")
+    runs: list[str] = flag([], "Models trained with different seeds, or their folder. The table has mean ± deviation.")
     baseline: str | None = flag(
         None, "Baseline: folder or Hub id, open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
     )
@@ -68,13 +68,15 @@ class SuiteArguments(EmbeddingArguments):
     only: list[str] = flag([], "Keys of the benchmarks to run, from any suite. Default: all benchmarks of the suite.")
     languages: list[str] = flag([], "Language codes to run. Default: the languages in the file of each benchmark.")
     protocol: Literal["ours", "authors"] = flag(
-        "ours", "Source of names and prompts: this project (ours), or CAPIVARA's authors, as published (authors)."
+        "ours", "Class names and prompts: of this project (ours), or of CAPIVARA's authors, as published (authors)."
     )
     authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py. Required for protocol authors.")
 
 
 def check_arguments_and_select_benchmarks(args: SuiteArguments) -> list[Benchmark]:
-    """Return the benchmarks to run: the benchmarks in --only if it is given, otherwise all members of the suite.
+    """Check the arguments, and return the benchmarks to run.
+
+    These are the benchmarks in --only if it is given, otherwise all benchmarks of the suite.
 
     Raises:
         UsageError: If a name is unknown (the message lists the known names), or if arguments contradict each other.
@@ -97,16 +99,20 @@ def check_arguments_and_select_benchmarks(args: SuiteArguments) -> list[Benchmar
 
 
 def _check_and_describe_models(args: SuiteArguments) -> list[dict[str, Any]]:
-    """Describe all models of the suite: the baseline, if there is one, then the models to compare with it.
+    """Describe all models of the suite: first the baseline, if there is one, then the models to compare with it.
 
     Each model is loaded once, so that a model that can't be loaded ends the suite before the long work starts.
 
     Returns:
-        One dict per model, to be stored in suite.json. Its main keys are `name` (folder or Hub id), `role` ("baseline"
-        or "capivara"), `run` (number of the model, counted from 0 for each role), `seed` (from the model's run.json, or
-        None) and `fingerprint`. `published` and `base_published` are the names under which results of the model and
-        of its base model were published, see `find_model_name_in_published_results`; None if there are no published
-        results.
+        One dict per model, to be stored in suite.json. Its main keys are:
+
+        - "name": folder or Hub id.
+        - "role": "baseline" or "capivara".
+        - "run": number of the model, counted from 0 for each role.
+        - "seed": seed of the training run, from the model's run.json, or None.
+        - "fingerprint": digest that identifies the model.
+        - "published" and "base_published": name under which results of the model, or of the model that it was
+          fine-tuned from, were published (see `find_model_name_in_published_results`); None without such results.
 
     Raises:
         UsageError: If no model is given.
@@ -143,11 +149,15 @@ def _check_models_and_plan_measurements(args: SuiteArguments) -> tuple[list[dict
     """Plan the measurements: one for each benchmark, language and model.
 
     Returns:
-        The models (see `_check_and_describe_models`), and one dict per measurement, to be stored in suite.json.
-        `benchmark`, `language`, `role` and `run` identify the measurement. `file` is the name of its result file.
-        `status` is "planned" or "not run", with a `reason`; after a successful measurement it becomes "measured".
-        `data` is the path or Hub id of the data. `local` is True if the data are in --data_dir; the status "not run" is
-        then an error. `skipped` is the number of images that could not be read.
+        The models (see `_check_and_describe_models`), and one dict per measurement, to be stored in suite.json:
+
+        - "benchmark", "language", "role" and "run" identify the measurement.
+        - "file": name of its result file.
+        - "status": "planned" or "not run"; "measured" after a successful measurement.
+        - "reason": why the status is "not run".
+        - "data": path or Hub id of the data.
+        - "local": whether the data are in --data_dir. The status "not run" is then an error.
+        - "skipped": number of images that could not be read.
     """
     benchmarks, requested = check_arguments_and_select_benchmarks(args), args.languages
     models, measurements = _check_and_describe_models(args), []
@@ -177,9 +187,9 @@ def run_measurement(
     Args:
         args: Arguments of the suite.
         benchmark: The benchmark.
-        model: Name, role, seed and more of the model: its dict from `_check_and_describe_models`.
-        measurement: Data, language and result file of the measurement: its dict from
-            `_check_models_and_plan_measurements`.
+        model: Dict of the model from `_check_and_describe_models`, with its name, role and seed.
+        measurement: Dict of the measurement from `_check_models_and_plan_measurements`, with its data, language and
+            result file.
 
     Returns:
         One record per metric and, for retrieval, direction.
@@ -280,12 +290,13 @@ def build_suite_rows_and_remarks(
     """Build the rows of a suite's table: measured and published results, in percent.
 
     Args:
-        pairs: Benchmarks, each with a language. Each pair gets a row, or for retrieval a row per direction.
-        values: Measured results as dicts: the fields of a `Record`, and `benchmark` (key), `role` ("baseline" or
-            "capivara") and `run` (number of the model, counted from 0 for each role).
-        model_counts: Role -> number of models.
+        pairs: Tuples (benchmark, language). Each gets a row, or for retrieval a row per direction.
+        values: Measured results as dicts. The keys are the fields of `Record`, and "benchmark" (key of the benchmark),
+            "role" ("baseline" or "capivara") and "run" (number of the model, counted from 0 for each role).
+        model_counts: A dict `{role: number of models}`.
         protocol: Source of class names and prompts, "ours" or "authors".
-        published: Role -> name for `Benchmark.get_published_figure`. Default: the role itself.
+        published: A dict `{role: name under which the model's results were published, or None}`; the name is an
+            argument of `Benchmark.get_published_figure`. By default, the name is the role.
 
     Returns:
         The rows (see `_build_suite_table_row`), and a remark for each average that is omitted because a dataset is
@@ -299,9 +310,8 @@ def build_suite_rows_and_remarks(
     average, averages_left_out = read_benchmark(BENCHMARKS_FOLDER / "elevater.json"), []
     members = [benchmark.key for benchmark, _ in pairs if average.key in benchmark.suite]
     member_values = frame[frame["benchmark"].isin(members)]
-    run_means = compute_means_and_deviations(
-        member_values, ["role", "run"]
-    ).reset_index()  # `seeds` counts datasets here
+    # A row of `member_values` is the result of a model on a dataset, so `seeds` counts the datasets of each model here.
+    run_means = compute_means_and_deviations(member_values, ["role", "run"]).reset_index()
     if len(members) == average.count and (run_means["seeds"] == average.count).sum() == sum(model_counts.values()):
         run_means = run_means.assign(value=run_means["mean"], benchmark=average.key, language="pt", direction="", n=0)
         frame = pandas.concat([frame, run_means])
@@ -340,13 +350,18 @@ def _build_suite_table_row(cells: pandas.DataFrame, protocol: str) -> dict[str, 
     """Build a table row for a benchmark, language and direction.
 
     Args:
-        cells: One line per role, with the benchmark, its published result, and mean and deviation of the measurements.
+        cells: Table with one row per role. It has the benchmark, its published result, and mean and deviation of the
+            measured results.
         protocol: Source of class names and prompts, "ours" or "authors".
 
     Returns:
-        A dict that describes the benchmark. `like_for_like` says whether measured and published results are comparable.
-        For each role it has a dict with `published` and `measured` (both in percent, or None) and `difference`,
-        measured minus published in percentage points.
+        A dict with these keys:
+
+        - "benchmark", "title", "section", "language", "direction", "metric", "images" and "test_images" describe the
+          benchmark.
+        - "like_for_like": whether measured and published results are comparable.
+        - "baseline" and "capivara": a dict with "published" and "measured" (each None, or a dict with "mean" and "std"
+          in percent) and "difference" (measured minus published, in percentage points).
     """
     first = cells.iloc[0]
     benchmark: Benchmark = first["data"]
@@ -413,7 +428,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command-line arguments; the arguments of the program if None.
 
     Raises:
-        SystemExit: If a benchmark could not be measured although its data are in --data_dir.
+        SystemExit: If a measurement failed although the data of the benchmark are in --data_dir.
     """
     if summary := run_suite(parse_arguments(SuiteArguments, __doc__, argv)):
         print(render_suite_table(summary))

@@ -1,4 +1,4 @@
-"""Demo of CAPIVARA on OpenMoji, and worked examples of training, evaluation and search. Each module is a command."""
+"""Demo of CAPIVARA on OpenMoji, and examples of training, evaluation and search. Most modules are commands."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +15,12 @@ def collect_run_conditions(args: Any, device: Any = "cpu", *packages: str) -> di
     Args:
         args: Dataclass instance with the command's arguments.
         device: Device that the model ran on.
-        *packages: Names of packages whose versions are recorded in addition to the default ones of `package_versions`.
+        *packages: Names of packages whose versions are recorded, in addition to the packages that `package_versions`
+            always reports.
 
     Returns:
-        Dictionary with `config` (values of the arguments by name; paths that would reveal folders of this machine are
-        hidden), `device` (description of the device) and `versions` (package versions by name).
+        `{"config": {argument: value}, "device": description of the device, "versions": {package: version}}`. In
+        "config", paths that would reveal folders of this machine are shortened.
     """
     config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
     versions = package_versions(*packages)

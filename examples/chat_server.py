@@ -1,9 +1,10 @@
-"""A stand-in for a server that speaks OpenAI's protocol, for examples, benchmarks and tests without a language model.
+"""Simulated chat server with OpenAI's API, for examples, benchmarks and tests without a language model ("stand-in").
 
     with run_stand_in_chat_server(ChatServer(lambda messages: "um gato")) as server:
         print(server.url)  # for --base_url
 
-The server runs in threads of this process, on loopback, until the end of the `with` block.
+A function that you pass computes the answers. The server runs in threads of this process, on loopback, until the end of
+the `with` block.
 """
 
 import json
@@ -15,15 +16,15 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-MODEL = "stand-in"  # name of the only model
+MODEL = "stand-in"  # name of the only model that the server offers
 
 
 @dataclass
 class ChatServer:
-    """A running stand-in server.
+    """Behavior and address of a simulated chat server. `run_stand_in_chat_server` starts the server.
 
     Attributes:
-        answer: Function that returns the answer to a list of messages.
+        answer: Function that gets the messages of a request and returns the text of the answer.
         delay_s: Seconds until a request is answered.
         url: Address for `--base_url`; "" before the server runs.
     """
@@ -33,10 +34,12 @@ class ChatServer:
     url: str = ""
 
     def handle(self, handler: "ChatHandler", body: dict[str, Any]) -> None:
-        """Answer a request for a chat completion. A request for a single token is answered at once.
+        """Answer a request for a chat completion after `delay_s` seconds.
+
+        A request for a single token is answered without delay.
 
         Args:
-            handler: The connection.
+            handler: The connection that the answer is sent to.
             body: Content of the request.
         """
         time.sleep(self.delay_s if body.get("max_tokens") != 1 else 0)
@@ -46,9 +49,9 @@ class ChatServer:
         """Return a chat completion with a single choice.
 
         Args:
-            body: Content of the request, which counts as ten tokens, and ten more for an image.
-            text: The answer, of which each word counts as a token.
-            finish_reason: Why the model stopped.
+            body: Content of the request. It counts as 10 prompt tokens, or as 20 if it contains an image.
+            text: Text of the answer. Each word counts as one token.
+            finish_reason: Why the simulated model stopped, as in OpenAI's API.
         """
         has_image = not isinstance(content := body["messages"][-1]["content"], str) and len(content) > 1
         message = {"role": "assistant", "content": text}
@@ -65,20 +68,20 @@ class ChatServer:
 
 
 class ChatHandler(BaseHTTPRequestHandler):
-    """Connection to the stand-in server."""
+    """Handler of one connection to the simulated chat server."""
 
     protocol_version = "HTTP/1.1"
     chat_server: ChatServer
 
     def do_GET(self) -> None:
-        """Answer every GET request with the list of models, which has one model."""
+        """Answer every GET request with the list of models, which has a single entry."""
         self.send_json({"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "me"}]})
 
     def do_POST(self) -> None:
         """Answer a request for a chat completion."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path != "/v1/chat/completions":
-            self.send_json({"error": {"message": f"there is no {self.path}"}}, 404)
+            self.send_json({"error": {"message": f"This server has no {self.path}."}}, 404)
         else:
             self.chat_server.handle(self, body)
 
@@ -99,7 +102,7 @@ class ChatHandler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *args: Any) -> None:
-        """Log nothing."""
+        """Do nothing, so that requests are not logged to stderr."""
 
 
 class _Server(ThreadingHTTPServer):
@@ -113,10 +116,13 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def run_stand_in_chat_server(server: ChatServer) -> Iterator[ChatServer]:
-    """Run a stand-in server during a `with` block.
+    """Run a simulated chat server during a `with` block.
 
     Args:
-        server: The server. Its attribute `url` is set.
+        server: Behavior of the server. Its attribute `url` is set to the server's address.
+
+    Yields:
+        The argument `server`.
     """
     listener = _Server(("127.0.0.1", 0), type("Handler", (ChatHandler,), {"chat_server": server}))
     threading.Thread(target=listener.serve_forever, args=(0.01,), daemon=True).start()

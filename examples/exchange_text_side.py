@@ -79,7 +79,7 @@ class QdrantPictures:
         ]
 
     def vectors(self) -> np.ndarray:
-        """Return the stored vectors in the order of the rows, (images, width)."""
+        """Return the stored vectors, (images, width), in the order of their row numbers."""
         points, _ = self.client.scroll(
             COLLECTION_NAME, limit=self.client.count(COLLECTION_NAME).count, with_vectors=True
         )
@@ -106,7 +106,7 @@ class LancePictures:
         return self.table.search(query).distance_type("cosine").limit(SEARCH_DEPTH).to_arrow()["id"].to_pylist()
 
     def vectors(self) -> np.ndarray:
-        """Return the stored vectors in the order of the rows, (images, width)."""
+        """Return the stored vectors, (images, width), in the order of their row numbers."""
         return np.array(self.table.to_arrow().sort_by("id")["vector"].to_pylist(), dtype=np.float32)
 
 
@@ -121,7 +121,8 @@ def search_vector_store_and_compute_recall(
         picture_of_query: For each query, the row number of the only image that is relevant.
 
     Returns:
-        Recall from 0 to 1, by name: "recall@k" for each k in `RECALL_CUTOFFS`, and their mean as "mean_recall".
+        `{"recall@1": …, "mean_recall": …}`: recall from 0 to 1 for each k in `RECALL_CUTOFFS`, and the mean of these
+        recalls.
     """
     ranks = []
     for query, row in zip(tqdm(queries, desc="Queries", unit="query"), picture_of_query, strict=True):
@@ -147,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     if expected_digest != base_digest:
         raise ValueError(
             f"{args.text_side} was exported for another image encoder than that of {args.base}: its digest is "
-            f"{expected_digest}, not {base_digest}."
+            f"{expected_digest}, not {base_digest}. Export the text encoder again, with this model as --base."
         )
     if not (args.text_side / "modules.json").is_file():
         raise ValueError(
@@ -157,9 +158,9 @@ def main(argv: list[str] | None = None) -> None:
         rows = load_dataset_and_refuse_image_paths(args.dataset)[args.split]
         texts, picture_of_text = flatten_split_captions(rows, args.language)
         model, processor = load_model(args.base).eval(), load_processor(args.base)
-        vectors = embed_images(model, processor, rows["image"], progress="Pictures, by the base").numpy()
+        vectors = embed_images(model, processor, rows["image"], progress="Images, base model").numpy()
         queries = {
-            "base": embed_texts(model, processor, texts, progress="Captions, by the base").numpy(),
+            "base": embed_texts(model, processor, texts, progress="Captions, base model").numpy(),
             "exchanged": SentenceTransformer(str(args.text_side), device="cpu").encode(texts, show_progress_bar=True),
         }
         results: dict[str, Any] = {"pictures": len(vectors), "captions": len(texts), "embedded_again": 0, "recall": {}}

@@ -128,7 +128,8 @@ def _load_train_and_test_images(args: ClassifierArguments, prompts: Prompts) -> 
         prompts: Class names of the benchmark.
 
     Returns:
-        List of two datasets: the training images and the test images. Their items have the keys image and labels.
+        List of two datasets: the training images and the test images. An item of a dataset is `{"image": PIL image,
+        "labels": class index}`.
 
     Raises:
         ValueError: If `--images` is missing for a benchmark other than the digits, or an image has several labels.

@@ -108,10 +108,10 @@ def preprocess_images_differentiably(pixels: Tensor, image_processor: CapivaraIm
 
     Args:
         pixels: Images, (images, 3, side, side), values from 0 to 1.
-        image_processor: The model's image processor, which gives size, crop, mean and standard deviation.
+        image_processor: The model's image processor. Its size, crop, mean and standard deviation are used.
 
     Returns:
-        Normalized pixels, (images, 3, height, width), the model's input.
+        Normalized pixel values for the model, (images, 3, height, width).
     """
     side, crop = image_processor.size["shortest_edge"], image_processor.crop_size
     pixels = functional.resize(pixels, [side], functional.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         model.requires_grad_(False)  # only the image is optimized
         generator, started = torch.Generator().manual_seed(args.seed), time.perf_counter()
         cells = min(args.cells, args.size)
-        colors = INITIAL_NOISE * torch.randn(1, 3, cells, cells, generator=generator)  # after the sigmoid almost gray
+        colors = INITIAL_NOISE * torch.randn(1, 3, cells, cells, generator=generator)  # almost gray after sigmoid
         colors = colors.to(model.device).requires_grad_()
 
         def draw_picture() -> Tensor:  # (1, 3, size, size), from 0 to 1

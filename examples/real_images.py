@@ -27,7 +27,7 @@ from capivara_common.files import atomic_folder, read_json, write_json
 from eval import classification, linear_probe, prompts, retrieval
 from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 
-# Photographs that PyPI packages contain, by name. Each has a short name and a sentence in English and Portuguese.
+# Name of a photograph in a PyPI package -> a short name and a sentence about it, each in English and Portuguese.
 PHOTOGRAPHS = read_json(Path(__file__).parent / "photographs.json")
 # The photographs of scikit-image. In the dataset `photos`, each of them is a class.
 CLASS_PHOTOGRAPHS = {name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry}
@@ -46,7 +46,7 @@ class RealImagesArguments:
     """Command-line flags of `python -m examples.real_images`."""
 
     model: str = flag(..., "Folder of the trained model, such as the output of configs/openmoji.yaml.")
-    baseline: str = flag("data/openmoji/base", "Model to compare with.")
+    baseline: str = flag("data/openmoji/base", "Folder or Hub id of the base model to compare with.")
     openmoji: str = flag("data/openmoji/dataset", "OpenMoji dataset that `examples.openmoji.prepare` writes.")
     data: Path = flag(Path("data/real_images"), "Folder for the datasets; existing datasets are used as they are.")
     output: Path = flag(Path("runs/real_images"), "Folder for the result files.")
@@ -56,7 +56,7 @@ class RealImagesArguments:
 def _write_missing_datasets(folder: Path, openmoji: str) -> None:
     """Write the datasets digits, photos and concepts if they do not exist yet.
 
-    Each is written to a subfolder with the images (`data`) and the class names and templates (classes.json).
+    Each dataset gets a subfolder with its images (`data`) and with its class names and prompt templates (classes.json).
 
     Args:
         folder: Folder for the three subfolders.
@@ -79,8 +79,8 @@ def _make_digits_dataset_and_classes() -> tuple[DatasetDict, dict]:
     """Make a dataset of scikit-learn's 1,797 handwritten digits.
 
     Returns:
-        The dataset, in which every fourth digit is in the split test and the others are in train; and the content of
-        classes.json, with the class names and prompt templates for zero-shot classification of MNIST.
+        Tuple of the dataset and the content of classes.json. Every fourth digit is in the split test, all others are in
+        train. The class names and prompt templates are those of MNIST.
     """
     from sklearn.datasets import load_digits
 
@@ -103,7 +103,7 @@ def _make_photo_dataset_and_classes() -> tuple[DatasetDict, dict]:
     """Make a dataset of scikit-image's photographs, each of which is a class of its own.
 
     Returns:
-        The dataset with the single split test, and the content of classes.json.
+        Tuple of the dataset, with the single split test, and the content of classes.json.
     """
     classes = [{key: entry[key] for key in ("en", "pt", "gender", "number")} for entry in CLASS_PHOTOGRAPHS.values()]
     data = _build_labeled_dataset(
@@ -150,7 +150,7 @@ def _make_concept_dataset_and_classes(openmoji: str) -> tuple[DatasetDict, dict]
         openmoji: Folder of the OpenMoji dataset.
 
     Returns:
-        The dataset with the single split test, and the content of classes.json.
+        Tuple of the dataset, with the single split test, and the content of classes.json.
     """
     rows = load_dataset_and_refuse_image_paths(Path(openmoji))["test"]
     classes = [{"en": row["emoji"], "pt": row["captions-pt"][0]} for row in rows.remove_columns("image")]
@@ -218,8 +218,8 @@ def _build_classes_json_content(dataset: str, title: str, classes: list[dict], t
     Args:
         dataset: Identifier of the dataset.
         title: Title of the dataset in reports.
-        classes: For each class a dictionary with its English name (`en`) and its Portuguese name (`pt`). Templates that
-            contain an article also need `gender` and `number`.
+        classes: For each class `{"en": English name, "pt": Portuguese name}`. Templates that contain an article also
+            need the keys "gender" and "number" of the Portuguese name.
         templates: Portuguese prompt templates, such as "uma foto de {um}.".
 
     Returns:

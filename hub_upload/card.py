@@ -2,7 +2,7 @@
 
     python -m hub_upload.card --model runs/openmoji-pt-001
     python -m hub_upload.card --model runs/openmoji-pt-001 --repo_id my-name/my-model --language pt
-    python -m hub_upload.card --model runs/mine --license cc-by-4.0    # if base and data don't determine a license
+    python -m hub_upload.card --model runs/mine --license cc-by-4.0    # only if no license can be inferred
     python -m hub_upload.card --check runs/openmoji-pt-001
 
 All numbers in a card come from the files in the folder of the run or export. `--check` renders the card again from
@@ -51,9 +51,10 @@ REFRAMING_MARKUP_RE = re.compile(r"<|^\s*(```|~~~|\||#|=+$|-+$)|\]\((?!https?://
 CARD_VALUE_RE = re.compile(
     r"(?<=\| )(?:\*\*)?[-+]?\d[\d.,e-]*(?: ± [\d.,]+)?(?:\*\*)?(?= \|)|(?<=[ ])[-+]\d+[.,]\d+|`[0-9a-f]{32}`"
 )
-MAX_SHOWN_CHARACTERS = 120  # characters of a card line that a message shows
-# (task, direction) of a record -> (id, name) of the task in the model index, the metrics in a card's front matter. The
-# Hub defines no image-text retrieval task, so this project chose ids and names for the two directions of retrieval.
+MAX_SHOWN_CHARACTERS = 120  # an error message quotes at most this many characters of a card line
+# Maps the (task, direction) of a result to the (id, display name) of the task in the model index. The model index is
+# the list of metrics in the front matter (YAML header) of a card. The Hub defines no image-text retrieval task, so this
+# project chose ids and names for the two directions of retrieval.
 HUB_TASKS = {
     ("retrieval", "text_to_image"): ("text-to-image-retrieval", "Text-to-image retrieval"),
     ("retrieval", "image_to_text"): ("image-to-text-retrieval", "Image-to-text retrieval"),
@@ -66,16 +67,18 @@ HUB_TASKS = {
 class CardArguments:
     """Command-line arguments of `python -m hub_upload.card`, which writes or checks a model card."""
 
-    model: Path | None = flag(None, "Folder of a finished run, or an export of it. Its card is written.")
+    model: Path | None = flag(None, "Folder of a finished training run, or of its export. Its card is written.")
     repo_id: str | None = flag(
-        None, "Hub id, owner/name, that the code examples load. Default: they load the folder they are run in."
+        None, "Hub id (owner/name) that the card's code examples load. Default: they load the current folder."
     )
     language: Literal["en", "pt"] = flag("en", "Language of the card.")
     license: str | None = flag(
-        None, "License of the model, an identifier of the Hub. Only if base and data don't determine the license."
+        None,
+        "License of the model, a Hub identifier such as mit. Needed only if the licenses of base model and training "
+        "data don't determine it.",
     )
     output: Path | None = flag(None, "File to write. Default: README.md in the folder.")
-    check: Path | None = flag(None, "Folder whose card is compared with its files. Nothing is written.")
+    check: Path | None = flag(None, "Folder whose card is compared with the folder's files. Nothing is written.")
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.check is None):
@@ -100,11 +103,11 @@ def render_card(
             don't determine it.
 
     Returns:
-        The card with front matter and text.
+        The card, with its front matter (YAML header) and Markdown text.
 
     Raises:
-        ValueError: If an argument is wrong, `license` contradicts the licenses of base model and training data, a
-            number is missing in the files, or the card would contain an absolute path or a secret.
+        ValueError: If an argument is wrong, or `license` contradicts the licenses of base model and training data. Also
+            if a number is missing in the files, or the card would contain an absolute path or an access token.
     """
     if language not in values.LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(values.LANGUAGES)}, got {language!r}.")
@@ -122,8 +125,8 @@ def render_card(
             raise ValueError(f"license must be a license identifier of the Hub, for example mit, got {license!r:.60}.")
         if run_metadata["license"] not in (None, license):
             raise ValueError(
-                f"Base and data of the model require the license {run_metadata['license']}, got {license}. Leave out "
-                "--license."
+                f"Base model and training data require the license {run_metadata['license']}, got --license {license}. "
+                "Leave out --license."
             )
         with values.wrap_format_errors(folder):
             check_stated_license(run_metadata["origins"], license)
@@ -197,7 +200,7 @@ def find_differences_between_card_and_files(folder: Path) -> list[str]:
         raise ValueError(f"{folder} has no {CARD_FILE}. Write it with `python -m hub_upload.card --model {folder}`.")
     text = _read_text(folder / CARD_FILE)
     if not (options := _read_render_options_from_card_comment(text)):
-        return [f"{CARD_FILE}: it was not written by `python -m hub_upload.card`, so its values can't be verified."]
+        return [f"{CARD_FILE}: the card was not written by `python -m hub_upload.card`, so it can't be verified."]
     try:
         with values.wrap_format_errors(folder):  # the options in the card may have wrong types, too
             render_options = {name: options.get(name) for name in ("language", "repo_id", "license")}
@@ -222,8 +225,8 @@ def find_differences_between_generated_card_and_files(folder: Path) -> list[str]
         folder: Folder of a model, with or without a card.
 
     Returns:
-        One message per statement of the card that the files do not support (see
-        `find_differences_between_card_and_files`). The list is empty if the folder has no card or a handwritten one.
+        One message for each difference (see `find_differences_between_card_and_files`). The list is empty if card and
+        files agree, or if the folder has no card or a handwritten card.
     """
     is_generated = (folder / CARD_FILE).is_file() and _read_render_options_from_card_comment(
         _read_text(folder / CARD_FILE)
@@ -238,8 +241,9 @@ def _read_render_options_from_card_comment(text: str) -> dict[str, Any] | None:
         text: Text of the card.
 
     Returns:
-        The options "version" (of the template), "language", "repo_id" and, if one was given, "license". None if the
-        text has no such comment, for example because the card was written by hand.
+        A dict {"version": template version, "language": "en" or "pt", "repo_id": Hub id or None}. If a license was
+        given, it also has the key "license". None if the text has no such comment, for example because the card was
+        written by hand.
     """
     with suppress(ValueError, TypeError, IndexError):
         options = {"version": 1} | json.loads(OPTIONS_COMMENT_RE.findall(text)[-1])
@@ -277,7 +281,9 @@ def _iter_line_differences(expected: str, text: str, allow_additions: bool = Fal
             continue
         if allow_additions and not missing:
             added = [line for line in added if REFRAMING_MARKUP_RE.search(line) or any(map(str.isnumeric, line))]
-        yield from (f"{CARD_FILE}: the files give {line[:MAX_SHOWN_CHARACTERS]!r}." for line in missing)
+        yield from (
+            f"{CARD_FILE}: the files give {line[:MAX_SHOWN_CHARACTERS]!r}, which the card lacks." for line in missing
+        )
         yield from (f"{CARD_FILE}: the card has {line[:MAX_SHOWN_CHARACTERS]!r}." for line in added)
 
 
@@ -310,8 +316,7 @@ def _build_card_front_matter(run_metadata: dict[str, Any], title: str) -> ModelC
         model_type = "clip"
     tags = ["capivara", model_type, "image-text-retrieval", "zero-shot", *["multilingual"] * (len(languages) > 1)]
     model, seed = run_metadata["origins"]["model"], run_metadata["run"]["seed"]
-    # A base model in a local folder has no Hub id, but its card may name the models on the Hub that it was derived
-    # from.
+    # A base model in a local folder has no Hub id. Its card may name models on the Hub from which it was derived.
     base = _filter_hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
     results = [value for value in run_metadata["values"] if value.model == "capivara" and value.metric != GAIN_METRIC]
     # If several seeds were measured, the model index shows the seed of the weights in the folder.
@@ -349,14 +354,17 @@ def _filter_hub_ids(names: Any) -> list[str]:
 
 
 def _convert_measurement_to_model_index_entry(run_metadata: dict[str, Any], measurement: Any) -> EvalResult:
-    """Convert a measurement to an entry of the model index. huggingface_hub groups the entries by task and dataset.
+    """Convert a measurement to an entry of the model index (the metrics in a card's front matter).
+
+    huggingface_hub groups the entries by task and dataset when it writes the card.
 
     Args:
         run_metadata: Values from `collect_run_metadata`.
-        measurement: Measurement of one seed, from the `measured` field of an `average_over_seeds` result.
+        measurement: Measurement of one seed: an element of the field `measured` of a named tuple that
+            `eval.records.tables.average_over_seeds` returns.
 
     Returns:
-        The entry, with a metric value from 0 to 1 for metrics that are shares.
+        The entry. Metrics that are fractions, such as recall, have values from 0 to 1.
     """
     record, commit = measurement.record, find_eval_dataset_revision(run_metadata["run"], measurement)
     task_type, task_name = HUB_TASKS[record.task, record.direction]
@@ -385,11 +393,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(CardArguments, __doc__, argv)
     if args.check is None:
         path = write_card(args.model, args.repo_id, args.language, args.output, args.license)
-        print(f"Wrote {path} from the files of {args.model}. Compare it with them at any time: --check {args.model}")
+        print(
+            f"Wrote {path} from the files of {args.model}. To check later that card and files still agree, use "
+            f"--check {args.model} instead of --model."
+        )
         return
     if faults := find_differences_between_card_and_files(args.check):
         sys.exit(
-            "\n".join([*faults, f"error: The card of {args.check} differs from its files in {len(faults)} lines."])
+            "\n".join(
+                [
+                    *faults,
+                    f"error: The card of {args.check} differs from its files in {len(faults)} lines. Write the card "
+                    "again with `python -m hub_upload.card --model FOLDER`.",
+                ]
+            )
         )
     if _read_render_options_from_card_comment(_read_text(args.check / CARD_FILE))["version"] != TEMPLATE_VERSION:
         print(

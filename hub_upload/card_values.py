@@ -3,10 +3,11 @@
     run_metadata = collect_run_metadata(Path("runs/openmoji-pt-001"))
     run_metadata["config"]["learning_rate"]
 
-The values come from `run.json` and `results/*.json` (for a run with several seeds, also from those in `seed-*/`),
-`config.json`, the headers of the safetensors files, and `onnx/quantisation.json`. If these files lack a value that the
-card requires, an error is raised. Missing optional values are omitted from the card. Texts from files are escaped, so
-that they can't add Markdown or HTML to the card. Numbers get the decimal separator of the card's language.
+The values come from `run.json`, `results/*.json`, `config.json`, the headers of the safetensors files, and
+`onnx/quantisation.json`. For a run with several seeds, `run.json` and `results/*.json` in the folders `seed-*` are read
+too. If these files lack a value that the card requires, an error is raised. Missing optional values are omitted from
+the card. Texts from files are escaped, so that they can't add Markdown or HTML to the card. Numbers get the decimal
+separator of the card's language.
 """
 
 import hashlib
@@ -36,8 +37,8 @@ from eval.records.tables import average_over_seeds, build_records_frame, find_co
 from hub_upload.upload_checks import RUN_PLOT_FILES
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
-# Language of a card ("en" or "pt") -> names of languages and metrics in that language, and translations of the texts in
-# result files.
+# Maps the language of a card ("en" or "pt") to the words of the card in this language: names of languages and metrics,
+# and translations of the texts in result files.
 CARD_WORDS = read_json(TEMPLATE_FOLDER / "card_words.json")
 LANGUAGES = tuple(CARD_WORDS)
 # The output is Markdown, so Jinja's HTML escaping is off; `escape_value_for_markdown` and
@@ -48,7 +49,7 @@ MARKDOWN_TEMPLATES = jinja2.Environment(
 )  # fmt: skip
 # Identifiers from https://huggingface.co/docs/hub/repositories-licenses, without "unknown" and "other".
 HUB_LICENSES = frozenset((Path(__file__).parent / "licenses.txt").read_text(encoding="utf-8").split())
-FORMAT_FILES = {  # tag of an export format on the Hub -> files that exist if a folder has this format
+FORMAT_FILES = {  # Hub tag of an export format -> files that a folder with this format contains
     "open_clip": ("open_clip_config.json", "open_clip_model.safetensors"),
     "sentence-transformers": ("modules.json",),
     "onnx": ("onnx/text_model.onnx", "onnx/vision_model.onnx"),
@@ -87,18 +88,20 @@ _SETTING_NAMES = (
 
 @contextmanager
 def wrap_format_errors(folder: Path) -> Iterator[None]:
-    """Convert errors that malformed values raise, such as TypeError or KeyError, to ValueError.
+    """Return a context manager that converts errors of malformed values, such as KeyError, to ValueError.
 
     Args:
         folder: Folder of the files that are read, for the error message.
 
     Raises:
-        ValueError: If the block raises such an error.
+        ValueError: If the code inside the `with` statement raises an error that a malformed value causes.
     """
     try:
         yield
     except (TypeError, LookupError, AttributeError, ArithmeticError, jinja2.UndefinedError) as error:
-        raise ValueError(f"A file in {folder} does not have the expected content: {error!r:.100}.") from error
+        raise ValueError(
+            f"A file in {folder} does not have the expected content: {error!r:.100}. Restore the file."
+        ) from error
 
 
 def collect_run_metadata(folder: Path) -> dict[str, Any]:
@@ -108,8 +111,8 @@ def collect_run_metadata(folder: Path) -> dict[str, Any]:
         folder: Folder of a run with one or several seeds, or an export of the run.
 
     Returns:
-        Values by name, for `render_card`. The comments at the end of `_collect_run_metadata_without_error_wrapping`
-        describe them.
+        A dict {name: value}, for `render_card`. The comments at the end of
+        `_collect_run_metadata_without_error_wrapping` describe the values.
 
     Raises:
         ValueError: If a file is missing or malformed, two results for the same metric and data contradict each other,
@@ -132,7 +135,7 @@ def _collect_run_metadata_without_error_wrapping(folder: Path) -> dict[str, Any]
         folder: Folder of a run with one or several seeds, or an export of the run.
 
     Returns:
-        Values by name. The comments in the `return` statement describe them.
+        A dict {name: value}. The comments in the `return` statement describe the values.
     """
     digests: dict[str, str] = {}
     model, run, runs = _read_runs_and_find_weights(folder, digests)
@@ -151,7 +154,7 @@ def _collect_run_metadata_without_error_wrapping(folder: Path) -> dict[str, Any]
     contents = {name: _read_json_recording_digest(model / name, folder, digests) for name in files}
     digests |= {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in pictures}
     weights = [WeightFile(path) for path in (*model.glob("model.safetensors"), *model.glob("model-*-of-*.safetensors"))]
-    origins = run["origins"]  # metadata from the cards of base and data
+    origins = run["origins"]  # metadata from the cards of the base model and the datasets
     evaluation_dataset, license = origins["evaluation_dataset"], str(origins["license"])
     return {
         "folder": folder,  # folder of the run or export
@@ -160,13 +163,13 @@ def _collect_run_metadata_without_error_wrapping(folder: Path) -> dict[str, Any]
         "runs": runs,  # contents of the `run.json` files of all seeds, sorted by seed
         "config": run["config"],
         "model_class": model_class,  # class of the model; runs that did not store it trained `CapivaraModel`
-        "loss": run.get("loss", "contrastive"),
+        "loss": run.get("loss", "contrastive"),  # "contrastive" (CLIP) or "sigmoid" (SigLIP)
         "origins": origins,
         "titles": {evaluation_dataset["name"]: evaluation_dataset["title"]},  # dataset name -> title on its card
         "license": license if license in HUB_LICENSES else None,
-        "is_inherited": license in HUB_LICENSES,
-        "values": [value for value in values if not value.dim],  # from `average_over_seeds`, full width only
-        "groups": _group_results_by_table(values),
+        "is_inherited": license in HUB_LICENSES,  # whether base model and data determine the license
+        "values": [value for value in values if not value.dim],  # results of full-width embeddings, averaged over seeds
+        "groups": _group_results_by_table(values),  # all results, one group for each table of the card
         "tokens": tokens,  # maximum number of tokens in a text; the processor truncates longer texts
         "architecture": contents.get("config.json", {}),  # content of `config.json`; empty if the file is missing
         "parameters": sum(math.prod(tensor.shape) for file in weights for tensor in file.tensors.values()),
@@ -184,12 +187,12 @@ def _read_runs_and_find_weights(
 
     Args:
         folder: Folder of the run or export.
-        digests: Relative path -> SHA-256 of each file that was read. The files read here are added.
+        digests: Dict {relative path: SHA-256} of the files that were read. The files read here are added.
 
     Returns:
-        The folder with the weights, the content of the `run.json` that belongs to these weights, and the contents of
-        all `run.json` files, sorted by seed. If the weights are in folders `seed-*`, the folder of the lowest seed is
-        chosen.
+        A tuple of the folder with the weights, the content of the `run.json` that belongs to these weights, and the
+        list of the contents of all `run.json` files, sorted by seed. If the weights are in folders `seed-*`, the folder
+        of the lowest seed is chosen.
 
     Raises:
         ValueError: If there is no `run.json`, or a file is malformed or has another schema version.
@@ -222,7 +225,7 @@ def _read_json_recording_digest(path: Path, folder: Path, digests: dict[str, str
     Args:
         path: File to read.
         folder: Folder of the run or export.
-        digests: Relative path -> SHA-256 of each file that was read. The file is added, relative to `folder`.
+        digests: Dict {path relative to `folder`: SHA-256} of the files that were read. The file is added.
 
     Returns:
         The content of the file.
@@ -247,7 +250,7 @@ def _read_result_recording_digest(path: Path, folder: Path, digests: dict[str, s
     Args:
         path: File to read.
         folder: Folder of the run or export.
-        digests: Relative path -> SHA-256 of each file that was read. The file is added, relative to `folder`.
+        digests: Dict {path relative to `folder`: SHA-256} of the files that were read. The file is added.
 
     Returns:
         The parsed result file. None for a JSON file without `records`, such as the summary of an evaluation suite.
@@ -272,7 +275,8 @@ def _check_and_average_results(results: list[ResultFile]) -> list[Any]:
         results: All result files of the run.
 
     Returns:
-        The named tuples of `average_over_seeds`, one for each metric, model and measured data.
+        The named tuples that `eval.records.tables.average_over_seeds` returns, one for each metric, model and evaluated
+        dataset.
 
     Raises:
         ValueError: If there are no measurements with full-width embeddings, two files contradict each other, or a file
@@ -295,8 +299,8 @@ def _check_and_average_results(results: list[ResultFile]) -> list[Any]:
     for value in values:
         if value.seeds > 1 and value.measured[0].seed is None:
             raise ValueError(
-                f"{value.measured[0].source} names no seed, although other results do. Measure it again with --seed, "
-                "or remove it."
+                f"{value.measured[0].source} names no seed, although other results do. Repeat the evaluation with "
+                "--seed, or remove this result file."
             )
     return values
 
@@ -304,12 +308,13 @@ def _check_and_average_results(results: list[ResultFile]) -> list[Any]:
 def find_eval_dataset_revision(run: dict[str, Any], measurement: Any) -> str | None:
     """Find the Hub commit of the dataset that a model was evaluated on.
 
-    The result file names the commit, unless the training run evaluated the model itself. In that case, the result file
-    has the same dataset fingerprint as the run, and the commit is in `run.json`.
+    If the training run itself evaluated the model, the commit is in `run.json`, and the result file has the dataset
+    fingerprint of `run.json`. Otherwise, the result file names the commit.
 
     Args:
         run: Content of `run.json`.
-        measurement: Measurement of one seed, from the `measured` field of an `average_over_seeds` result.
+        measurement: Measurement of one seed: an element of the field `measured` of a named tuple that
+            `average_over_seeds` returns.
 
     Returns:
         The commit hash, or None if the dataset is not from the Hub.
@@ -324,7 +329,7 @@ def find_eval_dataset_revision(run: dict[str, Any], measurement: Any) -> str | N
 
 
 def _group_results_by_table(values: list[Any]) -> list[dict[str, Any]]:
-    """Group results that a card shows in one table: those with the same dataset, protocol and precision.
+    """Group results by the table that shows them in a card. A table has one dataset, protocol and precision.
 
     Args:
         values: Results of `average_over_seeds`, also for truncated embeddings.
@@ -338,8 +343,8 @@ def _group_results_by_table(values: list[Any]) -> list[dict[str, Any]]:
         - "main": the pairs with the most important metric: mean recall for retrieval, otherwise the first metric.
         - "gains": results of the metric `GAIN_METRIC`.
         - "texts" and "images": numbers of texts and images that were evaluated, or None.
-        - "widths": pairs for full and truncated embeddings, in decreasing width (see
-          `_compare_recall_by_embedding_width`).
+        - "widths": pairs for full and truncated embeddings, from `_compare_recall_by_embedding_width`. Empty if no
+          truncated embeddings were evaluated.
     """
     values_by_key: dict[tuple, list[Any]] = {}
     for value in sorted(values, key=lambda value: bool(value.dim)):
@@ -365,8 +370,8 @@ def _pair_model_with_baseline(values: Iterable[Any]) -> list[dict[str, Any]]:
         values: Results of `average_over_seeds`.
 
     Returns:
-        The dicts of `pair_with_baselines`, sorted by retrieval direction, each with the additional key "is_worse":
-        whether the model is worse than the baseline.
+        The dicts that `eval.records.tables.pair_with_baselines` returns, sorted by retrieval direction. Each has the
+        additional key "is_worse": whether the model is worse than the baseline.
     """
     pairs = pair_with_baselines(value for value in values if value.metric != GAIN_METRIC)
     for pair in pairs:
@@ -383,8 +388,9 @@ def _compare_recall_by_embedding_width(group: list[Any]) -> list[dict[str, Any]]
         group: Results of `average_over_seeds` that have the same dataset, protocol and precision.
 
     Returns:
-        The dicts of `_pair_model_with_baseline`, sorted by direction and decreasing width. Each has the additional key
-        "recall_share": the model's recall divided by the model's recall with full embeddings; None for full embeddings.
+        The dicts that `_pair_model_with_baseline` returns, sorted by direction and decreasing width. Each has the
+        additional key "recall_share": the model's recall with truncated embeddings divided by its recall with full
+        embeddings. The value is None for full embeddings.
     """
     metric = "mean_recall" if any(value.metric == "mean_recall" for value in group) else "recall@1"
     pairs = _pair_model_with_baseline(value for value in group if value.metric == metric)
@@ -465,8 +471,11 @@ def select_code_example_inputs(language: str, fallback_texts: Sequence[str]) -> 
         fallback_texts: Texts to use as example texts and labels if the language is not Portuguese.
 
     Returns:
-        A dict of strings: "texts" and "labels" (Python source of lists), "template" (a prompt with the placeholder {})
-        and "picture" (the file name of an image).
+        A dict of strings with these keys:
+
+        - "texts" and "labels": Python source code of a list of strings.
+        - "template": prompt with the placeholder {} for a label.
+        - "picture": file name of an image.
     """
     texts, template, picture = PORTUGUESE_EXAMPLES, "uma imagem de cor {}", "foto.jpg"
     if not _is_portuguese(language):
@@ -501,7 +510,9 @@ class CardWriter:
             ValueError: If `value` is not a number.
         """
         if not is_number(value):
-            raise ValueError(f"Expected a number, got {str(value)[:80]!r}. Write the files of the run again.")
+            raise ValueError(
+                f"The card needs a number, but a file of the run has {str(value)[:80]!r}. Restore the file."
+            )
         return f"{value:{'+' if sign else ''},.{digits}{kind}}".translate(self.separators)
 
     def percent(self, share: Any, sign: bool = False) -> str:
@@ -562,7 +573,7 @@ class CardWriter:
         """Format a value of `run.json` for all seeds of a run, separated by semicolons in the order of seeds.
 
         Args:
-            name: Key in `run.json`; a dot separates nested keys, for example "seconds.training".
+            name: Key in `run.json`. A dot separates nested keys, for example "seconds.training".
             write: Function that formats a value.
             more: Further arguments of `write`.
 
@@ -576,7 +587,7 @@ class CardWriter:
         """Format the title of a base model or dataset as a link to the Hub, or in italics if it is not on the Hub.
 
         Args:
-            origin: Metadata from `read_origin_card_metadata`.
+            origin: Metadata from `hub_upload.origins.read_origin_card_metadata`.
             kind: Start of the path on the Hub: "datasets/" for a dataset, "" for a model.
         """
         hub_id, title = origin.get("hub_id"), escape_value_for_markdown(origin["title"])
@@ -596,7 +607,7 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
             folder.
 
     Returns:
-        Values and functions by their name in the template.
+        A dict {name of the template variable: value or function}.
 
     Raises:
         ValueError: If a value that the card requires is missing.
@@ -660,7 +671,8 @@ def _find_insignificant_gains(gains: list[Any]) -> list[tuple[Any, list[Any]]]:
         gains: Results of `average_over_seeds` for the metric `GAIN_METRIC`.
 
     Returns:
-        Pairs of a gain and its measurements (one per seed) whose interval includes zero. Other gains are skipped.
+        A tuple (gain, measurements) for each gain that is not significant with at least one seed. The measurements are
+        those of the seeds whose interval includes zero.
     """
     measurements = [
         (gain, [row for row in gain.measured if row.interval_95 and row.interval_95[0] <= 0 <= row.interval_95[1]])
@@ -670,10 +682,10 @@ def _find_insignificant_gains(gains: list[Any]) -> list[tuple[Any, list[Any]]]:
 
 
 def _infer_human_or_machine_translation(datasets: list[dict[str, Any]], language: str) -> str:
-    """Return who translated the training captions.
+    """Return whether humans or machines translated the training captions.
 
     Args:
-        datasets: Metadata of the training datasets, from `read_origin_card_metadata`.
+        datasets: Metadata of the training datasets, from `hub_upload.origins.read_origin_card_metadata`.
         language: Language code of the captions.
 
     Returns:
@@ -687,12 +699,12 @@ def _select_hyperparameters_for_card(config: dict[str, Any], fixed: dict[str, An
     """Select the hyperparameters in `_SETTING_NAMES` that the card shows. Those without effect in the run are skipped.
 
     Args:
-        config: Settings of the run, "config" in `run.json`.
-        fixed: Hyperparameters that are not settings, because they are fixed in the training code; "fixed" in
-            `run.json`.
+        config: Settings of the run. They are the value of "config" in `run.json`.
+        fixed: Hyperparameters that users can't set, because the training code sets them to constants. They are the
+            value of "fixed" in `run.json`.
 
     Returns:
-        Values by name.
+        A dict {name of the hyperparameter: value}, in the order of `_SETTING_NAMES`.
     """
     settings = {key: config.get(key, fixed.get(key)) for key in _SETTING_NAMES.split()}
     if not config["lora_rank"]:

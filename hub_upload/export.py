@@ -66,19 +66,19 @@ class ExportArguments:
         ",".join(DEFAULT_FORMATS),
         f"Formats to write, separated by commas: {', '.join(DEFAULT_FORMATS)}, transformers_js. transformers is always "
         "written. onnx needs the extra `onnx` and takes minutes for a full-size model. transformers_js, for browsers "
-        "and Node.js, includes onnx. Two formats can't be combined with others: drop_in, the text encoder for images "
-        "that were embedded with --base, and immich, a folder for the machine-learning service of Immich.",
+        "and Node.js, includes onnx. Two formats can't be combined with others: drop_in writes only the text encoder, "
+        "to search images that were embedded with --base; immich writes a folder for the photo server Immich.",
     )
     base: str | None = flag(
         None,
         "Base model that the images were embedded with: a folder (CAPIVARA also in open_clip's format) or a Hub id. "
-        "Its image encoder must be bit-identical to the model's. Required for drop_in; with immich, only the text "
-        "encoder is written.",
+        "Its image encoder must be bit-identical to the model's. Required for drop_in, optional for immich. If it is "
+        "given, only the text encoder is written.",
     )
     text_config: str | None = flag(
         None,
-        "Hub id from which open_clip loads the configuration of the text tower. Default: XLM-RoBERTa base. If the text "
-        "tower is another one and this flag is missing, the format open_clip is skipped.",
+        "Hub id from which open_clip loads the configuration of the text tower. Default: XLM-RoBERTa base. Without "
+        "this flag, the format open_clip is skipped if the model has another text tower.",
     )
     repo_id: str | None = flag(
         None,
@@ -129,7 +129,7 @@ def export_model(
             image encoder must be bit-identical to the model's.
 
     Returns:
-        Relative path and size in bytes of each file, sorted by path.
+        A tuple (relative path, size in bytes) for each file, sorted by path.
 
     Raises:
         ValueError: If an argument is wrong, the model is damaged, a format can't represent the model, or a written file
@@ -162,7 +162,7 @@ def _clean_and_check_formats(formats: Sequence[str], text_config: str | None, ba
         base: Value of --base, or None.
 
     Returns:
-        The formats without spaces and empty names. "onnx" is added if "transformers_js" needs it.
+        The names of the formats, without spaces and empty names. "onnx" is added if "transformers_js" needs it.
 
     Raises:
         ValueError: If a format is unknown, or the formats and the other arguments can't be combined.
@@ -196,7 +196,7 @@ def _read_and_check_model_config(folder: Path, formats: Sequence[str] = ()) -> P
 
     Args:
         folder: Folder of a two-tower model.
-        formats: Names of the formats to write. "drop_in" and "immich" support CAPIVARA and SigLIP only.
+        formats: Names of the formats to write. "drop_in" and "immich" support only CAPIVARA and SigLIP models.
 
     Returns:
         The configuration.
@@ -309,8 +309,8 @@ def _write_and_verify_model_weights(model: Path, folder: Path, config: PreTraine
 def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: ProcessorMixin) -> None:
     """Write the files of the processor, without paths of this machine, and for CAPIVARA also the model's Python code.
 
-    Programs that don't run Python code from the Hub read only tokenizer.json. It gives them the same tokens as the
-    processor, except for damaged texts, which only the text cleaning code repairs.
+    Programs that don't run Python code from the Hub read only tokenizer.json. This file gives them the same tokens as
+    the processor, except for damaged texts, which only the text cleaning code repairs.
 
     Args:
         model: Folder of the model.
@@ -338,9 +338,10 @@ def _write_processor_with_code_if_needed(model: Path, folder: Path, processor: P
 
 
 def _copy_existing_card_and_run_files(model: Path, folder: Path) -> None:
-    """Copy the files that the model card needs: the card, license, run.json, results, plots and rotation.
+    """Copy the files of a model that are neither weights nor processor: card, license, run.json, results and plots.
 
-    Missing files are skipped. Absolute paths in JSON files are shortened by `shorten_absolute_paths`.
+    The file rotation.safetensors is copied too. Missing files are skipped. Absolute paths in JSON files are shortened
+    by `shorten_absolute_paths`.
 
     Args:
         model: Folder of the model. If it is a folder `seed-*`, the results of all seeds are copied.

@@ -42,12 +42,12 @@ def _is_non_commercial(license: str) -> bool:
 
 
 def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None) -> None:
-    """Check that a stated license does not permit commercial use if base, data or teacher of the model forbid it.
+    """Check that a stated license does not permit commercial use that base model, training data or teacher forbid.
 
     Args:
-        origins: Metadata from `hub_upload.origins.read_origin_cards_and_infer_license`, as in run.json. The key
-            "teacher" may be added to it.
-        stated: Value of `license` in a card: a Hub identifier, several of them, or None.
+        origins: Metadata that `hub_upload.origins.read_origin_cards_and_infer_license` returns. It is the value of
+            "origins" in run.json. It may also have the key "teacher" with the metadata of a teacher model.
+        stated: Value of `license` in a card: a Hub identifier, a list of Hub identifiers, or None.
 
     Raises:
         ValueError: If the base model, a training dataset or the teacher is licensed for non-commercial use only, and
@@ -67,7 +67,7 @@ def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None
 
 
 def as_texts(value: Any) -> list[str]:
-    """Convert a value of a card's front matter, such as `license`, to a list of strings.
+    """Convert a value from the front matter (YAML header) of a card, such as `license`, to a list of strings.
 
     Args:
         value: A single value or a list of values. Empty values and None are skipped.

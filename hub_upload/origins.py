@@ -14,17 +14,21 @@ from modeling_capivara.loading import read_card_metadata
 
 
 def read_origin_cards_and_infer_license(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
-    """Read the cards (README.md) of a model's base model and of the datasets for training and evaluation.
+    """Read the cards (README.md) of a model's base model and datasets, and infer the license of the model from them.
 
     Args:
         model: Folder or Hub id of the base model.
         datasets: Training datasets: folders, file patterns or Hub ids.
-        evaluation_dataset: Dataset of the evaluation.
+        evaluation_dataset: Dataset of the evaluation: a folder, file pattern or Hub id.
 
     Returns:
-        A dict with four keys. "license" is the license that the model inherits from the base model and the training
-        datasets, or None (see `infer_license`). "model", "datasets" (a list) and "evaluation_dataset" hold the metadata
-        that `read_origin_card_metadata` returns.
+        A dict with these keys:
+
+        - "license": Hub identifier of the license that the model inherits from the base model and the training
+          datasets, or None (see `hub_upload.licenses.infer_license`).
+        - "model": metadata of the base model, from `read_origin_card_metadata`.
+        - "datasets": list with the metadata of each training dataset.
+        - "evaluation_dataset": metadata of the evaluation dataset.
     """
     base, data = (
         read_origin_card_metadata(model, "model"),
@@ -53,9 +57,9 @@ def read_origin_card_metadata(name: str, repo_type: str) -> dict[str, Any]:
         - "hub_id" and "revision": Hub id and commit. None if the card does not come from the Hub.
         - "base_model": list of the Hub ids that the card names as base models.
         - "licenses": list of license identifiers.
-        - "attribution": sentence that the license requires.
-        - "translations": language code -> "human" or "machine", who translated the captions of this language. Cards
-          written by `captions.build` state it.
+        - "attribution": sentence that credits the authors, as the license requires.
+        - "translations": dict {language code: "human" or "machine"}, which says who translated the captions of this
+          language. Cards that `captions.build` writes state it.
     """
     is_on_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     is_file_or_pattern = not Path(name).is_dir() and "/" in name

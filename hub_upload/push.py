@@ -67,7 +67,7 @@ REFUSAL_MESSAGES = {
     412: "{repo_id} was changed by somebody else in the meantime (412), so nothing was committed. Run the command "
     "without --push to see what the repository holds now, then with --push.",
 }
-REPOSITORY_FOLDER = "repository"  # subfolder of the run that holds the export until it is on the Hub
+REPOSITORY_FOLDER = "repository"  # subfolder of the run that holds the export until the export is on the Hub
 # Formats that a training run publishes. ONNX is not one of them, because its export takes minutes and needs additional
 # packages.
 PUBLISHED_FORMATS = ("transformers", "open_clip", "sentence_transformers")
@@ -122,7 +122,7 @@ class RemoteRepository:
     is_private: bool = False
     branch_head: str | None = None  # last commit of the branch; None if the branch does not exist
     base_commit: str | None = None  # commit to build on: `branch_head`, or the head of main for a new branch
-    files: dict[str, RepoFile] = field(default_factory=dict)  # path -> size and hashes, at `base_commit`
+    files: dict[str, RepoFile] = field(default_factory=dict)  # {path: size and hashes of the file at `base_commit`}
 
 
 @dataclass
@@ -177,8 +177,9 @@ def plan_push(args: PushArguments) -> PushPlan:
         The changes that `push_planned_changes` would make.
 
     Raises:
-        ValueError: If the folder holds no file to send, a file must not be published, the card's front matter is not
-            valid YAML, or the card states a license that the base model or the training data does not permit.
+        ValueError: If the folder holds no file to send, or a file must not be published. Also if the card's front
+            matter is not valid YAML, or the card states a license that the base model or the training data does not
+            permit.
         PushError: If the Hub can't be reached and `args.push` is set, or if the Hub would refuse the push.
     """
     paths, origins = list_and_check_files_to_send(args.model, args.repo_type), {}
@@ -236,7 +237,7 @@ def warn_or_fail_if_card_is_outdated(args: PushArguments) -> None:
 
 
 def _describe_push(plan: PushPlan) -> str:
-    """Describe a push for the user, before it is made.
+    """Describe to the user which changes a push will make on the Hub.
 
     Args:
         plan: Result of `plan_push`.
@@ -414,8 +415,8 @@ def _read_remote_repository(repo_id: str, repo_type: str, revision: str) -> Remo
         revision: Name of the branch. If the branch does not exist, the files of main are listed.
 
     Returns:
-        The state of the repository. `exists` is False if there is no such repository, or the access token gives no
-        access to it.
+        The state of the repository. Its field `exists` is False if there is no such repository, or the access token
+        gives no access to it.
     """
     api = HfApi()
     try:
@@ -462,7 +463,7 @@ def _convert_hub_errors_and_mask_logs(repo_id: str, again: str = RETRY_HINT) -> 
 
     Args:
         repo_id: Repository to name in error messages.
-        again: Hint that is added to the error message if a failure may be temporary.
+        again: Advice that is added to the error message if the failure may be temporary.
 
     Raises:
         HubUnreachableError: If the Hub did not answer.
@@ -505,7 +506,7 @@ def _explain_hub_error(error: BaseException, repo_id: str, again: str) -> str:
     Args:
         error: Error that the call to the Hub raised.
         repo_id: Repository to name in the message, owner/name.
-        again: Hint that is added if the failure may be temporary.
+        again: Advice that is added to the message if the failure may be temporary.
     """
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
@@ -516,7 +517,7 @@ def _explain_hub_error(error: BaseException, repo_id: str, again: str) -> str:
         return text.format(repo_id=repo_id, owner=repo_id.split("/")[0], status=status, reason=reason, tokens=tokens)
     if isinstance(error, errors.HTTPError):
         return f"The connection to the Hub broke ({type(error).__name__}: {error}). {again}"
-    if isinstance(error, OSError) or type(error) is RuntimeError:  # Xet, the Hub's storage, raises RuntimeError
+    if isinstance(error, OSError) or type(error) is RuntimeError:  # Xet, the Hub's file storage, raises RuntimeError
         return str(error) or type(error).__name__
     return (
         f"{constants.ENDPOINT} did not answer like the Hub ({type(error).__name__}: {error}). A proxy or a "
@@ -536,8 +537,8 @@ def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
 
     Raises:
         ValueError: If `repo_id` is not a valid repository id.
-        PushError: If there is no token, the token has no write access, the repository is public although `private` is
-            set, or the Hub can't be reached.
+        PushError: If there is no token, the token has no write access, or the Hub can't be reached. Also if `private`
+            is set and the repository exists and is public.
     """
     check_repo_id(repo_id)
     api = HfApi()
@@ -561,11 +562,11 @@ def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card
     Args:
         run: Folder of the training run.
         repo_id: Repository on the Hub, owner/name.
-        private: Whether the repository is created as private.
+        private: Whether the repository must be private. A new repository is then created as private.
         card_language: Language of the model card, "en" or "pt".
 
     Returns:
-        Whether the model is now on the Hub.
+        True if the model is now on the Hub, False if the push failed.
     """
     from hub_upload.export import export_model  # imports torch, which `hub_upload.push` does not need
 

@@ -2,7 +2,7 @@
 
 Model folders have an allow-list of file names, `ALLOWED_FILES`. Dataset and Space folders are filtered by suffix and
 name in `list_uploadable_dataset_or_space_files`. The checks refuse files that contain access tokens, keys or absolute
-paths, damaged files, and links that lead out of the folder.
+paths. They also refuse damaged files, and symbolic links that lead out of the folder.
 """
 
 import io
@@ -54,7 +54,7 @@ BINARY_SUFFIXES = (
     *(".safetensors", ".onnx", ".data", ".onnx_data", ".onnx_data_1", ".model"),
     *(".png", ".jpg", ".jpeg", ".webp", ".tar"),
 )
-SEARCH_CHUNK_BYTES = 2**24  # line feeds are counted in chunks of this size, to limit memory use
+SEARCH_CHUNK_BYTES = 2**24  # lines are counted in chunks of this size, to limit memory use
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # limit of the safetensors library
 
 
@@ -297,8 +297,8 @@ def _read_safetensors_header(path: Path) -> str:
 DATASET_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 DATASET_SUFFIXES = DATASET_IMAGE_SUFFIXES | {".parquet", ".tar", ".arrow", ".json", ".jsonl", ".csv", ".tsv"}
 DATASET_FILE_NAMES = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md"}
-# JSON files up to this size are searched for absolute paths, because they describe a dataset. Larger JSON files are
-# not, because they hold the rows of the dataset, and texts in rows may look like paths.
+# JSON files up to this size are searched for absolute paths, because they describe a dataset. Larger JSON files hold
+# the rows of the dataset. They are not searched for paths, because texts in rows may look like paths.
 MAX_METADATA_JSON_BYTES = 2**21
 BATCH_ROWS = 256  # rows that are checked at a time; a few megabytes even if the rows contain images
 PARQUET_BUFFER_BYTES = 2**20  # bytes of a column that are read at a time
@@ -309,8 +309,9 @@ SECRET_MESSAGE = "contains what looks like an access token or key. Remove it, an
 def list_uploadable_dataset_or_space_files(folder: Path, is_space: bool = False) -> list[Path]:
     """List the files of a dataset or Space that may be uploaded.
 
-    For a dataset, these are rows, images, card and license. For a Space, these are all files except Python bytecode.
-    Hidden files and folders are skipped. For a dataset, names that begin with two underscores are also skipped.
+    For a dataset, these are the files with rows (such as Parquet files), images, card and license. For a Space, these
+    are all files except Python bytecode. Hidden files and folders are skipped. For a dataset, files and folders whose
+    names begin with two underscores are also skipped.
 
     Args:
         folder: Folder of the dataset or Space.
@@ -343,10 +344,13 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
         names: Files to check, relative to `folder`.
 
     Raises:
-        ValueError: If a text, also one in a nested column, contains a secret (access token or key), an image path leads
-            out of the folder, image bytes can't be read, or a file that describes the dataset (card, license or small
-            JSON file) contains an absolute path. For tables, the message names the file, column and row. The message
-            does not repeat the secret.
+        ValueError: If a file must not be published. The message names the file and, for tables, the column and row. It
+            does not repeat a secret. The possible reasons are:
+
+            - A text, also a text in a nested column, contains a secret (access token or key).
+            - An image path leads out of the folder.
+            - The bytes of an image can't be read.
+            - A file that describes the dataset (card, license or small JSON file) contains an absolute path.
     """
     for name in names:
         path = folder / name
@@ -370,7 +374,7 @@ def _check_table_contents(path: Path, name: Path) -> None:
         name: Name of the file in error messages.
 
     Raises:
-        ValueError: If the file can't be read, its schema or a row contains a secret (access token or key), or an image
+        ValueError: If the file can't be read, the schema or a row contains a secret (access token or key), or an image
             must not be published (see `_find_image_column_fault`). The message names the column and row.
     """
     import pyarrow
@@ -419,7 +423,7 @@ def _iter_record_batches(path: Path) -> Iterator[Any]:
 
 
 def _find_secret_or_image_fault_in_array(array: Any) -> str | None:
-    """Check the values of a pyarrow array, including nested arrays at any depth.
+    """Find a reason not to publish the values of a pyarrow array, including nested arrays at any depth.
 
     Texts and binary values are searched for secrets (access tokens and keys). Structs with the fields `bytes` and
     `path` are images, which are also checked by `_find_image_column_fault`.
@@ -454,7 +458,7 @@ def _find_secret_or_image_fault_in_array(array: Any) -> str | None:
 
 
 def _find_image_column_fault(contents: Any, paths: Any) -> str | None:
-    """Check the images of a `datasets.Image` column.
+    """Find a reason not to publish the images of a `datasets.Image` column.
 
     Args:
         contents: pyarrow array with the bytes of each image file, or null.

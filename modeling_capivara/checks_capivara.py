@@ -36,14 +36,14 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
 # Model types of text towers that number positions from `pad_token_id` + 1, so these towers need a padding token.
 PADDING_MODEL_TYPES = ("xlm-roberta", "xlm-roberta-xl", "roberta", "camembert", "altclip_text_model")
 NOT_FINITE_MESSAGE = (
-    "The embeddings are not finite: weights or settings of the model are damaged. Fetch or save it again."
+    "The embeddings are not finite: weights or settings of the model are damaged. Download or save the model again."
 )
 # Dictionaries of class names. Their keys may be any words, also names of settings, so their values are not checked.
 LABEL_KEYS = ("id2label", "label2id")
 
 
 def check_config_ranges(values: Mapping[str, Any], section: str = "") -> None:
-    """Check that the numbers of a configuration are within `SIZE_LIMITS` and that its padding token is valid.
+    """Check that the numbers in a configuration are within `SIZE_LIMITS`, and that its padding token is valid.
 
     Args:
         values: The configuration as a dictionary from setting names to values. Nested dictionaries are checked too.
@@ -51,7 +51,7 @@ def check_config_ranges(values: Mapping[str, Any], section: str = "") -> None:
 
     Raises:
         ValueError: If a value is outside its limits, the padding token is not in the vocabulary, or a required tower or
-            padding token is null. The message names the value with its section, such as "text_config.vocab_size".
+            padding token is null. The message names the setting with its section, such as "text_config.vocab_size".
     """
     pad, vocab_size = values.get("pad_token_id", 0), values.get("vocab_size")
     if pad is None and values.get("model_type") in PADDING_MODEL_TYPES:

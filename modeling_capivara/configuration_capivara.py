@@ -22,8 +22,9 @@ TEXT_DEFAULTS = {
     "layer_norm_eps": 1e-5,
 }
 
-# Keys of `trimmed_vocabulary` and the types of their values. `tokenizer` and `table` are digests of the original
-# vocabulary and of the original embedding table, and `of` is the number of rows of the original table.
+# Keys of `trimmed_vocabulary` and the types of their values. `languages` lists the languages whose tokens were kept.
+# `words` lists the number of most frequent words for each language. `tokenizer` and `table` are digests of the original
+# vocabulary and of the original embedding table. `of` is the number of rows of the original table.
 TRIM_RECORD_TYPES = {"languages": list, "words": list, "tokenizer": str, "table": str, "of": int}
 
 
@@ -50,14 +51,14 @@ class CapivaraConfig(PreTrainedConfig):
         matryoshka_dims: Numbers of leading dimensions for which the embeddings were trained to be useful on their own
             (Matryoshka representation learning, arXiv 2205.13147). Each must divide `projection_dim`; they are stored
             in descending order. Embeddings can be truncated to any width, but these widths lose less recall.
-        trimmed_vocabulary: Record that `modeling_capivara.trim_vocabulary` writes when it removes tokens. It is a
-            dictionary with the keys of `TRIM_RECORD_TYPES`: the languages whose tokens were kept, the number of most
-            frequent words for each language, and digests and size of the original vocabulary. None if the vocabulary
-            is complete.
+        trimmed_vocabulary: Record that `modeling_capivara.trim_vocabulary` writes when it removes tokens: a dictionary
+            with the keys "languages" (whose tokens were kept), "words" (number of most frequent words of each
+            language), "of" (number of original tokens), "tokenizer" and "table" (digests of the original vocabulary
+            and embedding table). None if no tokens were removed.
 
     Raises:
-        ValueError: If a size or the scale is outside the limits in `checks_capivara.py`, the model type of a tower is
-            unknown, the text tower is an encoder-decoder, a width in `matryoshka_dims` does not divide
+        ValueError: If a size or the scale is outside the limits in `checks_capivara.py`, or the model type of a tower
+            is unknown. Also if the text tower is an encoder-decoder, a width in `matryoshka_dims` does not divide
             `projection_dim`, or `trimmed_vocabulary` lacks a key.
 
     Example:
@@ -178,8 +179,8 @@ def collect_config_values_to_check(config: PreTrainedConfig) -> dict[str, Any]:
         config: Configuration of any transformers model.
 
     Returns:
-        Values by setting name (None if the configuration does not have the setting). A nested configuration, such as
-        `text_config`, is a nested dictionary.
+        A dictionary {setting name: value}. The value is None if the configuration does not have the setting. A nested
+        configuration, such as `text_config`, is a nested dictionary.
     """
     nested = {name: getattr(config, name, None) for name in config.sub_configs}
     sizes = {key: getattr(config, key, None) for key in (*SIZE_LIMITS, "model_args", "model_type")}

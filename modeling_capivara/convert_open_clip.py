@@ -113,17 +113,18 @@ def to_capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, T
     that `load_state_dict(strict=True)` refuses it.
 
     Args:
-        open_clip_state: Tensors by their name in open_clip.
+        open_clip_state: State dict of the open_clip model, {name in open_clip: tensor}.
 
     Returns:
-        Tensors by their name in `CapivaraModel`.
+        State dict of the `CapivaraModel`, {name in `CapivaraModel`: tensor}.
     """
     result = {}
     for open_clip_name, tensor in open_clip_state.items():
         name = _rename_parameter(open_clip_name, PARAMETER_NAMES)
         if name.startswith("vision_model.encoder.") and ".in_proj_" in name:
-            # A damaged tensor may have fewer than three chunks; loading then names the missing projection. The chunks
-            # are cloned because safetensors refuses tensors that share memory.
+            # A damaged tensor may have fewer than three chunks. In this case, the error that is raised when the model
+            # is loaded names the missing projection. The chunks are cloned, because safetensors refuses tensors that
+            # share memory.
             chunks = zip("qkv", tensor.chunk(3), strict=False)
             result |= {name.replace("in_proj_", f"{letter}_proj."): chunk.clone() for letter, chunk in chunks}
         elif open_clip_name == "visual.proj":
@@ -140,7 +141,7 @@ def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
         model: A `CapivaraModel`, or a `SiglipModel` of transformers.
 
     Returns:
-        Tensors by their name in open_clip.
+        State dict of the open_clip model, {name in open_clip: tensor}.
 
     Raises:
         ValueError: If open_clip has no image tower of this type.
@@ -177,8 +178,8 @@ def _rename_parameter(name: str, names: dict[str, str]) -> str:
 
     Args:
         name: Parameter name.
-        names: New names by old names, in the format of `PARAMETER_NAMES`: an old name that ends with "." or "_" also
-            matches as a prefix, and `{}` stands for the index of a transformer block.
+        names: Dictionary {old name: new name}, in the format of `PARAMETER_NAMES`. An old name that ends with "." or
+            "_" also matches as a prefix. `{}` stands for the index of a transformer block.
 
     Returns:
         The new name, or `name` itself if no entry matches.
@@ -571,7 +572,8 @@ def read_open_clip_tensors_and_notes(path: Path) -> tuple[dict[str, Tensor], lis
         path: Checkpoint file in the format of safetensors or of `torch.save`.
 
     Returns:
-        Tensors by name, in float32, and a list of sentences that tell the user which entries were ignored.
+        A dictionary {tensor name: tensor in float32}, and a list of sentences that tell the user which entries were
+        ignored.
 
     Raises:
         ValueError: If the file can't be read, contains objects other than tensors, or does not contain exactly one
@@ -651,7 +653,9 @@ def _load_and_check_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTo
     if len(tokenizer) > text_config.vocab_size or tokenizer.pad_token_id != text_config.pad_token_id:
         actual = f"has {len(tokenizer)} tokens and the padding token {tokenizer.pad_token_id}"
         expected = f"the text tower has {text_config.vocab_size} and {text_config.pad_token_id}"
-        raise ValueError(f"The tokenizer {name!r} {actual}, but {expected}. Give the model's own with --tokenizer.")
+        raise ValueError(
+            f"The tokenizer {name!r} {actual}, but {expected}. Give the model's own tokenizer with --tokenizer."
+        )
     return tokenizer
 
 
@@ -671,8 +675,8 @@ def _convert_write_and_verify_model(
         and which entries were ignored.
 
     Raises:
-        ValueError: If the configuration can't be converted (checked before the weights are read), the conversion
-            changed a tensor, or the embeddings of random inputs are not finite or are equal to each other.
+        ValueError: If the configuration can't be converted, which is checked before the weights are read. Also if the
+            conversion changed a tensor, or the embeddings of random inputs are not finite or are equal to each other.
     """
     config = (
         to_capivara_config(open_clip_source.model_cfg) if open_clip_source.model_cfg else config or CapivaraConfig()
@@ -709,7 +713,9 @@ def _convert_write_and_verify_model(
 
 
 def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
-    """Convert an open_clip model to a folder. `capivara_common.hub_cache` calls this to fill its cache.
+    """Convert an open_clip model to a folder that transformers can load, and return the digest of the weights.
+
+    `capivara_common.hub_cache` calls this function to fill its cache of converted models.
 
     Args:
         source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file.
@@ -717,7 +723,7 @@ def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
         revision: Branch, tag or commit on the Hub. None for the main branch.
 
     Returns:
-        Digest of the weights, 32 hexadecimal digits.
+        Digest of the weights (`weights_digest`) as 32 hexadecimal digits.
     """
     return weights_digest(
         _convert_write_and_verify_model(_find_or_download_open_clip_files(source, revision=revision), folder)[0]
@@ -749,7 +755,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: convert a model and print which files were used and where the result is.
 
     Args:
-        argv: Command-line arguments. Default: those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(ConvertArguments, __doc__, argv)
     print(*convert(**vars(args)), f"Written: {args.output}", sep="\n")

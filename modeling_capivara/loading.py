@@ -84,9 +84,9 @@ def load_model(source: str | Path) -> PreTrainedModel:
         The model, as transformers' `AutoModel` returns it.
 
     Raises:
-        ValueError: If there is no such model, a file is damaged, the model is not a supported two-tower model, or
-            weights are missing, unexpected or of the wrong shape. (transformers itself would only warn and initialize
-            missing weights randomly.)
+        ValueError: If there is no such model, a file is damaged, or the model is not a supported two-tower model. Also
+            if weights are missing, unexpected or of the wrong shape. (transformers itself would only warn and
+            initialize missing weights randomly.)
     """
     check_model_file_exists(source, "config.json", "is not a model folder")
     try:
@@ -129,7 +129,7 @@ def load_memory_mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
         files: Paths of the safetensors files, for example all shards of a model.
 
     Returns:
-        Tensors by name.
+        A dictionary {tensor name: tensor}.
 
     Raises:
         ValueError: If a file can't be read.
@@ -180,7 +180,7 @@ def build_save_only_model_from_tensors(
     weights, are not initialized.
 
     Args:
-        tensors: Weights by name.
+        tensors: Dictionary {weight name: tensor}.
         config: Configuration of the model.
         subject: Description of the weights, which becomes the subject of error messages, such as "The weights of
             FOLDER".
@@ -287,8 +287,8 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
         config: Configuration of the model.
 
     Raises:
-        ValueError: If the tokenizer has more tokens than the model, or no padding token, or the padding token is not in
-            the model's vocabulary, or its id is not the `pad_token_id` of a model that needs this id.
+        ValueError: If the tokenizer has more tokens than the model, or has no padding token. Also if the padding token
+            is not in the model's vocabulary, or its id is not the `pad_token_id` of a model that needs this id.
     """
     token, token_id, text_config = tokenizer.pad_token, tokenizer.pad_token_id, config.text_config
     if token_id is None:
@@ -327,8 +327,8 @@ def _check_and_adapt_processor(processor: ProcessorMixin, config: PreTrainedConf
         config: Configuration of the model.
 
     Raises:
-        ValueError: If the type, the tokenizer or the image size of the processor does not fit the model, or its
-            tokenizer returns no attention mask, but the model needs one.
+        ValueError: If the type, the tokenizer or the image size of the processor does not fit the model. Also if the
+            tokenizer returns no attention mask, but the model needs an attention mask.
     """
     tokenizer, kind = processor.tokenizer, KINDS[config.model_type]
     settings = processor.image_processor.to_dict()
@@ -358,7 +358,7 @@ def check_model_file_exists(source: str | Path, required_file: str, fault: str) 
     """Check that a model and one of its files exist before transformers loads them, to give clear errors.
 
     Args:
-        source: Folder or Hub id. A file of a Hub id must be in the cache, or the Hub must be reachable.
+        source: Folder or Hub id. For a Hub id, the file must be in the Hub's cache, or the Hub must be reachable.
         required_file: Name of the file.
         fault: Predicate of the error message if the folder does not contain the file, such as "is not a model folder".
 
@@ -427,7 +427,8 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
         card: Path of the card, a README.md.
 
     Returns:
-        Values by field name. Empty if there is no card, or if its metadata block is missing or can't be read.
+        A dictionary {field name: value}. It is empty if there is no card, or if the metadata block is missing or can't
+        be read.
     """
     try:
         # huggingface_hub's `metadata_load` would reject the whole card for a single byte that is not UTF-8.

@@ -56,7 +56,7 @@ class CapivaraOutput(ModelOutput):
     pooler_output: Tensor | None = None
 
     def to_tuple(self) -> tuple:
-        """Return the fields that are not None as a tuple, in their order. Outputs of the towers are nested tuples."""
+        """Return a tuple of the fields that are not None, in their order. Outputs of the towers are nested tuples."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
@@ -171,8 +171,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
             them.
 
     Raises:
-        ValueError: If a tower of `config` does not take `pixel_values` (image tower) or `input_ids` (text tower), or
-            the image tower has no `pooler_output`.
+        ValueError: If the image tower of `config` does not take `pixel_values` or has no `pooler_output`, or the text
+            tower does not take `input_ids`.
 
     Example:
         >>> import numpy as np
@@ -306,8 +306,9 @@ class CapivaraModel(CapivaraPreTrainedModel):
             normalized. The width is `truncate_dim` if given, otherwise `projection_dim`.
 
         Raises:
-            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, the attention mask of a text is
-                all 0 (checked on the CPU only), a shape is wrong, or `truncate_dim` is not from 1 to `projection_dim`.
+            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, a shape is wrong, or the attention
+                mask of a text is all 0 (checked on the CPU only). Also if `truncate_dim` is not from 1 to
+                `projection_dim`.
         """
         check_truncate_dim(truncate_dim, self.config.projection_dim)
         outputs = self._run_text_tower(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
@@ -337,8 +338,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
             that are not masked.
 
         Raises:
-            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, the attention mask of a text is
-                all 0 (checked on the CPU only), or a shape is wrong.
+            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, a shape is wrong, or the attention
+                mask of a text is all 0 (checked on the CPU only).
         """
         _check_text_inputs(input_ids, inputs_embeds)
         if inputs_embeds is not None:
@@ -392,9 +393,9 @@ class CapivaraModel(CapivaraPreTrainedModel):
             requested, and the outputs of the towers; see `CapivaraOutput`.
 
         Raises:
-            ValueError: If neither texts nor images are given, the loss is requested without both or with unequal
-                numbers of texts and images, a shape is wrong, or the attention mask of a text is all 0 (checked on the
-                CPU only).
+            ValueError: If neither texts nor images are given, a shape is wrong, or the attention mask of a text is all
+                0 (checked on the CPU only). If the loss is requested, also if texts or images are missing, or their
+                numbers differ.
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("Give `input_ids`, `pixel_values` or both; got neither.")
@@ -630,7 +631,7 @@ def clip_loss(
 
 
 def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
-    """Average the token states of each text, without those of padding.
+    """Average the token states of each text. The states of padding tokens are excluded.
 
     Args:
         last_hidden_state: Token states, (texts, tokens, width), output of the text tower.
@@ -726,7 +727,7 @@ def _fill_templates(
         templates: Texts in which `{}` is replaced.
 
     Returns:
-        Prompts by class name, in the order of `labels`.
+        A dictionary {class name: list of prompts}, in the order of `labels`.
 
     Raises:
         ValueError: If there are fewer than two labels, a label is blank or repeated, there is no template, or a

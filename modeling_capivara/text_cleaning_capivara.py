@@ -11,9 +11,9 @@ import ftfy
 from ftfy.fixes import unescape_html
 
 CONTEXT_LENGTH = 77  # tokens, including the begin and end tokens; open_clip's default, which CAPIVARA uses
-# Only this many characters and lines of a text are read, after long white space is shortened. 77 tokens need a quarter
-# of the characters even if every letter is written as an HTML entity. The limits are necessary because the time of ftfy
-# grows with the square of the number of characters, and with the number of lines.
+# Only this many characters and lines of a text are read, after long white space is shortened. A quarter of the
+# characters is enough for 77 tokens, even if every letter is written as an HTML entity. The limits are necessary,
+# because the time of ftfy grows with the square of the number of characters, and with the number of lines.
 MAX_CHARACTERS = 4096
 MAX_LINES = 512
 LONG_WHITESPACE_RE = re.compile(r"\s{6,}")
@@ -28,9 +28,9 @@ MAX_ENTITY_NESTING = 4
 def clean_text(text: str) -> str:
     """Clean a text: repair mojibake (wrongly decoded characters), resolve HTML entities and collapse white space.
 
-    Nested entities such as "&amp;amp;" are resolved too. The steps equal the `whitespace` cleaning of open_clip 3.3's
-    `HFTokenizer`. Only the first 4096 characters and 512 lines are read. A run of white space counts as at most five
-    of these characters.
+    Nested entities such as "&amp;amp;" are resolved too. The `HFTokenizer` of open_clip 3.3 applies the same steps with
+    its `whitespace` cleaning. Only the first 4096 characters and 512 lines are read. A run of white space counts as at
+    most five of these characters.
 
     Args:
         text: Text of any length.

@@ -14,11 +14,15 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
     """Fast tokenizer that returns the same token ids as open_clip's `HFTokenizer`.
 
     The tokenizer can be used alone or inside `CapivaraProcessor`. Every text is cleaned (`clean_text`) and truncated to
-    77 tokens, or to `model_max_length` if that is smaller. The arguments `max_length` and `truncation` of a call
-    override this limit, as in transformers. `pad_to_multiple_of` applies after truncation to the default limit: with 8,
-    texts of 77 tokens are padded to 80. A `max_length` that is passed to a call must be a multiple of it, as in
-    transformers. The attention mask is also 0 where a text itself contains the
-    padding token ("<pad>"), because open_clip computes its mask from the token ids.
+    77 tokens, or to `model_max_length` if that is smaller. As in transformers, the arguments `max_length` and
+    `truncation` of a call override this limit.
+
+    `pad_to_multiple_of` applies after truncation to the default limit: with `pad_to_multiple_of=8`, texts of 77 tokens
+    are padded to 80. If a call also passes `max_length`, it must be a multiple of `pad_to_multiple_of`, as in
+    transformers.
+
+    If a text itself contains the padding token ("<pad>"), the attention mask is 0 there too, because open_clip computes
+    its mask from the token ids.
 
     The tokenizers library stores the `max_length` and `padding` of the last call in `tokenizer.json`. This class
     neither saves nor loads these two values. If `max_length` or `padding` is passed to `from_pretrained`, it becomes a
@@ -52,7 +56,7 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
     def without_cleaning(self) -> PreTrainedTokenizerFast:
         """Return a `PreTrainedTokenizerFast` with the same vocabulary that does not clean texts.
 
-        It is meant for programs that clean texts themselves, such as open_clip.
+        The returned tokenizer is meant for programs that clean texts themselves, such as open_clip.
         """
         return PreTrainedTokenizerFast(**_get_tokenizer_copy_kwargs(self))
 
@@ -98,7 +102,8 @@ def _get_tokenizer_copy_kwargs(tokenizer: PreTrainedTokenizerBase) -> dict:
         tokenizer: Fast tokenizer to copy.
 
     Returns:
-        Keyword arguments of `PreTrainedTokenizerFast` by name. The vocabulary is shared with `tokenizer`, not copied.
+        A dictionary of keyword arguments for `PreTrainedTokenizerFast`. The vocabulary is shared with `tokenizer`, not
+        copied.
     """
     names = ("model_max_length", "model_input_names", "padding_side", "truncation_side", "extra_special_tokens")
     settings = {name: getattr(tokenizer, name) for name in names}
@@ -121,7 +126,7 @@ def _clean_tokenizer_input(text: str | Iterable) -> str | list | tuple:
 
 
 def _mask_padding(input_ids: list | np.ndarray | Tensor, mask: list | np.ndarray | Tensor, pad_token_id: int):
-    """Return the attention mask with 0 for every padding token, also for a padding token that is part of a text.
+    """Return an attention mask that is 0 for every padding token, also for a padding token that is part of a text.
 
     Args:
         input_ids: Token ids of one text, (tokens,), or of several texts, (texts, tokens).

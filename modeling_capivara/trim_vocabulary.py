@@ -68,7 +68,7 @@ class TrimArguments:
     model: Path = flag(..., "Folder of the model.", positional=True)
     output: Path = flag(..., "Folder to create. If it exists, it must be empty.", positional=True)
     languages: list[str] = flag(
-        ..., "Languages whose most frequent words keep their tokens, as codes of the package wordfreq: pt en."
+        ..., "Language codes of the package wordfreq, such as pt en. The tokens of their most frequent words are kept."
     )
     words: list[int] = flag(
         [*DEFAULT_WORD_COUNTS],
@@ -76,14 +76,14 @@ class TrimArguments:
         "further languages.",
     )
     overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
-    texts: list[Path] = flag([], "UTF-8 files with one text per line, whose tokens are kept as well.")
+    texts: list[Path] = flag([], "UTF-8 files with one text per line. All tokens of these texts are kept too.")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command: trim a model, and print its numbers of tokens and parameters before and after.
 
     Args:
-        argv: Command-line arguments. Default: those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     args = parse_arguments(TrimArguments, __doc__, argv)
     print(*trim(**vars(args)), f"Written: {args.output}", sep="\n")
@@ -109,12 +109,13 @@ def trim(
         overwrite_output_dir: Replace `output` if it exists.
 
     Returns:
-        Sentences for the user with the numbers of tokens and parameters and the sizes of the weights.
+        Sentences for the user, with the number of tokens, the number of parameters and the size of the weights, before
+        and after.
 
     Raises:
-        ValueError: If the model is already trimmed or damaged, its tokenizer is of an unsupported type, wordfreq has no
-            word list of a language, a file has no text, a number of words is below 1, or `output` has files and may not
-            be replaced.
+        ValueError: If the model is already trimmed or damaged, or its tokenizer is of an unsupported type. Also if
+            wordfreq has no word list of a language, a file has no text, a number of words is below 1, or `output` has
+            files and may not be replaced.
         ImportError: If wordfreq is not installed.
     """
     check_output_folder_and_clean_leftovers(output, overwrite_output_dir)
@@ -125,7 +126,7 @@ def trim(
     earlier_trim = getattr(config, "trimmed_vocabulary", None)
     if earlier_trim is not None:
         trimmed_languages = ", ".join(earlier_trim["languages"])
-        hint = "Trim the model that it was made from"
+        hint = "Trim the original model instead"
         raise ValueError(f"MODEL {model} is already trimmed, to {trimmed_languages}. {hint}.")
     kept_ids = select_token_ids_to_keep(
         processor, languages, words, [text for path in texts for text in _read_lines(path)]
@@ -187,7 +188,8 @@ def _write_and_verify_trimmed_model(
     model.text_model.set_input_embeddings(trimmed_embedding)
     config.text_config.vocab_size, config.trimmed_vocabulary = len(kept_ids), record
     model.save_pretrained(folder)
-    # transformers may save weights under other names than those of the model, so the file is compared as it is loaded.
+    # transformers may save weights under other names than the names in the model. So the written file is loaded again,
+    # and the weights of the two models are compared.
     written, expected = load_memory_mapped_model(folder, config).state_dict(), model.state_dict()
     changed = sorted(name for name, tensor in expected.items() if not torch.equal(written[name], tensor))
     if changed:
@@ -273,7 +275,7 @@ def _used_token_ids(processor: ProcessorMixin, texts: Iterable[str]) -> set[int]
         texts: Any number of texts.
 
     Returns:
-        Token ids, including those of the begin, end and padding tokens.
+        Token ids, including the ids of the begin, end and padding tokens.
     """
     ids = {processor.tokenizer.pad_token_id}
     for batch in _iter_batches(texts):
@@ -306,7 +308,10 @@ def check_trimmed_tokenizer_matches_original(
         original_rows, trimmed_rows = _tokenize(original, batch), _tokenize(trimmed, batch)
         for text, ids, trimmed_ids in zip(batch, original_rows, trimmed_rows, strict=True):
             if id_set.issuperset(ids) and ids != [kept_ids[trimmed_id] for trimmed_id in trimmed_ids]:
-                raise ValueError(f"The trimmed tokenizer splits {text[:200]!r} differently, so no model was written.")
+                raise ValueError(
+                    f"The trimmed tokenizer splits {text[:200]!r} differently from the original tokenizer, so no model "
+                    "was written."
+                )
 
 
 def _iter_batches(texts: Iterable[str]) -> Iterator[list[str]]:

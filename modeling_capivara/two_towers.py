@@ -208,10 +208,10 @@ class Embedder:
         Args:
             image_count: Number of images to embed in total. The function measures its speed only if there are many.
             batch_size: Number of images that are preprocessed at once.
-            record: Folder in which the choice is recorded, so that a resumed run uses the same.
+            record: Folder in which the choice is recorded, so that a resumed run makes the same choice.
 
         Returns:
-            Function that embeds a list of at least one image, as `embed_images` does.
+            Function that embeds a list of at least one image. It returns embeddings in the format of `embed_images`.
         """
         embed = partial(self.embed_images, batch_size=batch_size)
         if self.name.startswith("open_clip:"):  # `embed_images` has no parameter `chunk_images`
@@ -233,16 +233,17 @@ def load_embedder(
             open_clip model: "open_clip:NAME:PRETRAINED", "open_clip:hf-hub:OWNER/NAME" or "open_clip:local-dir:FOLDER".
         device: "cpu" or "cuda". Default: the GPU of this process if there is one, otherwise the CPU.
         baseline: Allow open_clip models, which can be evaluated as a baseline but not trained.
-        precision: "float32", "bf16" for autocast to bfloat16, or "auto" for bf16 where it is faster: on GPUs that
-            support it, and on CPUs that support it if a measurement confirms it. For an open_clip model "auto" is
-            float32.
-        record: Folder in which the choice for "auto" is recorded, so that a resumed run uses the same. None: no record.
+        precision: "float32", "bf16" for autocast to bfloat16, or "auto" to choose between the two. "auto" selects bf16
+            on a GPU that supports bf16, and on a CPU if a measurement shows that bf16 is faster there. For an open_clip
+            model, "auto" selects float32.
+        record: Folder in which the choice for "auto" is recorded, so that a resumed run makes the same choice. None:
+            the choice is not recorded.
 
     Returns:
         The model in evaluation mode, with functions to embed images and texts.
 
     Raises:
-        ValueError: If there is no such model, or it can't be loaded or is not a two-tower model.
+        ValueError: If there is no such model, the model can't be loaded, or it is not a two-tower model.
         ImportError: If an open_clip model is requested and open_clip is not installed.
 
     Example:
@@ -299,11 +300,13 @@ def choose_fastest_precision(model: PreTrainedModel, processor: ProcessorMixin, 
     Args:
         model: Two-tower model in evaluation mode, on its device.
         processor: The model's processor.
-        record: Folder in which the choice of an output is recorded, or None.
+        record: Folder in which the choice is recorded, so that a resumed run makes the same choice. None: the choice is
+            not recorded.
 
     Returns:
-        "bf16" or "float32". On a GPU, "bf16" if the GPU supports it. On a CPU that supports it, "bf16" only if it was
-        measured to be faster, and its embeddings are close to those in float32 (`MIN_COSINES`).
+        "bf16" or "float32". On a GPU that supports bf16, "bf16". On a CPU that supports bf16, "bf16" only if a
+        measurement shows that it is faster, and that the embeddings are close to the float32 embeddings (see
+        `MIN_COSINES` in `capivara_common.embedding_speed`).
     """
     supports_bf16 = resolve_mixed_precision("auto", model.device) == "bf16"
     if not supports_bf16 or model.device.type != "cpu":
@@ -346,7 +349,9 @@ def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin,
 
 
 def image_encoder_fingerprint(model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> str:
-    """Return a digest of everything besides the image that an image embedding depends on.
+    """Compute a digest of the weights, settings and precision that the image embeddings of a model depend on.
+
+    Two models with the same digest compute the same embedding for the same image.
 
     Args:
         model: Two-tower model of transformers.
@@ -367,8 +372,8 @@ def _find_open_clip_model(source: str) -> tuple[str, str | None, str]:
         source: "NAME:PRETRAINED", "hf-hub:OWNER/NAME" or "local-dir:FOLDER".
 
     Returns:
-        The arguments `model_name` and `pretrained` of open_clip's functions, and the Hub id of the weights ("" if they
-        are not on the Hub).
+        A tuple of the arguments `model_name` and `pretrained` of open_clip's functions, and the Hub id of the weights.
+        The Hub id is "" if the weights are not on the Hub.
 
     Raises:
         ValueError: If open_clip has no such weights, the folder has no model, or the Hub can't be reached.
@@ -385,7 +390,9 @@ def _find_open_clip_model(source: str) -> tuple[str, str | None, str]:
         settings = open_clip.get_pretrained_cfg(name, pretrained)
         if not settings and not Path(pretrained).is_file():  # open_clip would initialize the weights randomly
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-            raise ValueError(f"open_clip:{source} names no weights; say open_clip:{name}:TAG. Tags of {name}: {tags}.")
+            raise ValueError(
+                f"open_clip:{source} names no weights; write open_clip:{name}:TAG. Tags of {name}: {tags}."
+            )
         repository = settings.get("hf_hub", "").strip("/")
     elif not Path(source.removeprefix("local-dir:"), OPEN_CLIP_CONFIG).is_file():
         raise ValueError(f"open_clip:{source} is not the folder of an open_clip model ({OPEN_CLIP_CONFIG} is missing).")
@@ -417,8 +424,8 @@ def _load_open_clip_embedder(source: str, device: torch.device, precision: str) 
 
     digest = _digest_parts("open_clip", source, weights_digest(model), repr(preprocess), precision)
     images, texts = partial(_embed_in_batches, encode_images), partial(_embed_in_batches, encode_texts)
-    # It is not known which parameters the image embeddings depend on, so both fingerprints are the digest of the whole
-    # model.
+    # For a model of open_clip, it is not known which parameters the image embeddings depend on. So both fingerprints
+    # are the digest of the whole model.
     return Embedder(f"open_clip:{source}", device, precision, digest, digest, describe_model(model), images, texts)
 
 
@@ -563,7 +570,7 @@ def move_to_device_in_chunks(
 
 
 def random_images(seed: int = 0) -> list[Image.Image]:
-    """Return six images with random pixels, on which a converted model can be compared with the original one.
+    """Return six images with random pixels, to compare a converted model with the original model.
 
     The images have unusual sizes. Four are RGB, one is gray, and one is RGBA.
 
@@ -576,7 +583,7 @@ def random_images(seed: int = 0) -> list[Image.Image]:
 
 
 def random_texts(seed: int = 0) -> list[str]:
-    """Return six random texts, on which a converted model can be compared with the original one.
+    """Return six random texts, to compare a converted model with the original model.
 
     The texts consist of Portuguese syllables and have 1 to 120 words. The longest has more than 77 tokens, so the
     tokenizer truncates it.

@@ -62,19 +62,19 @@ class BatchArguments:
 
     _argument_group_name = "batch"
 
-    effective_batch_size: int = flag(2816, "Pairs in a contrastive batch; each is a negative for all others.")
+    effective_batch_size: int = flag(2816, "Pairs in the batch of a step; each pair is a negative for all others.")
     micro_batch_size: int = flag(
         128, "Captions that go through the text tower at once. Fewer need less memory, with the same result."
     )
     image_embedding_cache: str = flag(
         "auto",
-        "Folder for the embeddings of the frozen image tower, which are computed once. auto: a folder below "
+        "Folder for image embeddings. The image tower is frozen, so they are computed once. auto: a folder below "
         "$CAPIVARA_CACHE or ~/.cache/capivara. off: images are embedded again at every step.",
     )
     augmented_views: int = flag(
         1,
-        "Views of every image. 1: the image itself. V above 1: V precomputed augmented views, one of them drawn at "
-        "every step. 0: a fresh augmentation at every step, as in the paper; requires --image_embedding_cache off.",
+        "Views (versions) of each image. 1: the image itself. V above 1: V augmented views, computed once; each step "
+        "draws one of them. 0: a new augmentation at every step, as in the paper; needs --image_embedding_cache off.",
     )
     loading_workers: int | None = flag(None, "Processes that decode images. Default: up to 12 with a GPU, otherwise 0.")
     max_steps: int = flag(5863, "Optimizer steps.")
@@ -86,7 +86,9 @@ class OptimizationArguments:
 
     _argument_group_name = "optimization"
 
-    optimizer: Literal["adam", "adamw"] = flag("adam", "adam: coupled L2, as in the paper. adamw: decoupled decay.")
+    optimizer: Literal["adam", "adamw"] = flag(
+        "adam", "adam: coupled L2 penalty, as in the paper. adamw: decoupled weight decay."
+    )
     learning_rate: float = flag(5e-7, "Peak learning rate, reached after the warm-up.")
     min_learning_rate: float = flag(
         1e-7, "Learning rate at the start of the warm-up and at the end of the cosine decay."
@@ -98,16 +100,18 @@ class OptimizationArguments:
     num_threads: int | None = flag(None, "CPU threads. Default: all. Their number affects the last bits of the result.")
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = flag(
         "auto",
-        "Precision of autocast. auto: bf16 if the device supports it natively, otherwise no. fp16 needs a GPU. "
+        "Precision of autocast; no is float32. auto: bf16 if the device supports it natively, otherwise no. fp16 needs "
+        "a GPU. "
         "Pooling, loss, weights and the final evaluation are always in float32.",
     )
-    # Whether `mixed_precision` was "auto" before the command replaced it by the precision of the device.
+    # Whether the user chose "auto" for `mixed_precision`. `train_accelerate.py` sets this, and then replaces "auto" by
+    # the precision that suits the device.
     has_auto_precision: ClassVar[bool] = False
     frozen_parameters: list[str] = flag(
         [],
         "Regular expressions for names of parameters to freeze; a whole name must match, as in "
         r"'text_model\.embeddings\..*'. With a sigmoid loss, logit scale and bias are frozen, too, because they fit "
-        "the batch size of the base's training; include `none` to train them.",
+        "the batch size of the base model's training; include `none` to train them.",
     )
     lora_rank: int = flag(0, "Rank of LoRA adapters (peft); the text projection is trained, too. 0: full fine-tuning.")
     lora_alpha: float = flag(8, "LoRA's alpha; updates are scaled by alpha / rank.")
@@ -116,7 +120,7 @@ class OptimizationArguments:
         "Regular expression for names of linear layers that get an adapter; a whole name must match.",
     )
     interpolate: float = flag(
-        1.0, "Share of the trained weights in the saved model, 0 to 1; the rest is the base's (WiSE-FT)."
+        1.0, "Weight of the trained model, 0 to 1. The weighted mean with the base model is saved (WiSE-FT)."
     )
 
 
@@ -130,15 +134,15 @@ class OutputArguments:
     overwrite_output_dir: bool = flag(False, "Replace an existing `output_dir` when the run is complete.")
     eval_steps: int = flag(100, "Steps between evaluations on the validation split.")
     save_steps: int = flag(100, "Steps between checkpoints. A run of at most this many steps writes none.")
-    keep_last: int = flag(2, "Latest checkpoints to keep, in addition to the best by validation recall.")
+    keep_last: int = flag(2, "Latest checkpoints to keep, in addition to the one with the best validation recall.")
     resume: str | None = flag(
         None,
-        "auto: resume the unfinished run at `output_dir`, or start it if there is none; settings that affect the "
-        "weights must be the same. Otherwise the folder of a checkpoint. On a CPU, the result equals that of an "
-        "uninterrupted run to the bit.",
+        "auto: resume the unfinished run of `output_dir`, or start a run if there is none. Otherwise the folder of a "
+        "checkpoint. Settings that affect the weights must be the same. On a CPU, the result is bit-identical to that "
+        "of an uninterrupted run.",
     )
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = flag(
-        "none", "Experiment tracker that also gets the training curves (extra: trackers)."
+        "none", "Experiment tracker that also gets the training curves. tensorboard: install the extra `trackers`."
     )
     push_to_hub: bool = flag(
         False,
@@ -184,8 +188,8 @@ class RunArguments(
         self.check_choice()
         if self.image_embedding_cache != "off" and self.augmented_views == 0:
             raise ValueError(
-                "augmented_views 0 draws a fresh augmentation at every step, which can't be cached. Use "
-                "--image_embedding_cache off, or --augmented_views with a number of precomputed augmented views."
+                "augmented_views 0 draws a new augmentation at every step, whose embeddings can't be cached. Use "
+                "--image_embedding_cache off, or --augmented_views with the number of views to compute once."
             )
         if len(set(self.dataset)) < len(self.dataset):
             raise ValueError(f"dataset must not name the same dataset twice, got {self.dataset}.")
@@ -198,5 +202,5 @@ class RunArguments(
         self.eval_languages = list(dict.fromkeys([self.language, *self.eval_languages]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the arguments as a dict of JSON-compatible values: argument name -> value. Paths become strings."""
+        """Return the arguments as a dict `{argument name: JSON-compatible value}`. Paths become strings."""
         return json.loads(json.dumps(asdict(self), default=str))

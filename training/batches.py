@@ -23,14 +23,14 @@ from modeling_capivara.two_towers import pad_batch, tokenize
 class MicroBatch:
     """Texts that go through the text encoder together, with their images' pixels if the image encoder is trained."""
 
-    index: int  # position in the list of the step's micro-batches of all processes; part of the seed of dropout
+    index: int  # position in the step's list of micro-batches of all processes; the seed of dropout depends on it
     start: int  # position of the first text in the whole batch, whose texts are sorted by number of tokens
     input_ids: Tensor  # (texts, tokens)
     attention_mask: Tensor | None = None  # (texts, tokens); None if the model reads padding like any other token
     pixel_values: Tensor | None = None  # (texts, 3, height, width) if the image encoder is trained, otherwise None
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the tensors as keyword arguments of the model, moved to `device`, without those that are None."""
+        """Return all tensors that are not None as keyword arguments of the model, moved to `device`."""
         tensors = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "pixel_values")}
         return {name: values.to(device) for name, values in tensors.items() if values is not None}
 
@@ -74,8 +74,8 @@ def apportion_batch_to_datasets(batch_size: int, dataset_sizes: Sequence[int]) -
         Pairs that each dataset contributes to every batch; they sum to `batch_size`.
 
     Raises:
-        ValueError: If all datasets together have fewer than 2 pairs or fewer than `batch_size` pairs, or if a dataset
-            is too small to contribute a pair to every batch.
+        ValueError: If all datasets together have fewer than 2 pairs, or fewer than `batch_size` pairs. Also if a
+            dataset is too small to contribute a pair to every batch.
     """
     pairs = sum(dataset_sizes)
     if pairs < 2:
@@ -125,7 +125,7 @@ def batch_indices(step: int, batch_size: int, dataset_size: int, seed: int) -> n
 
 
 def _replacement_index(step: int, batch_size: int, dataset_size: int, seed: int, attempt: int) -> int:
-    """Return the row that replaces a row of a batch whose image can't be used.
+    """Return the number of the row that replaces a row of a batch if its image can't be used.
 
     Replacements are the rows that follow the batch in the shuffled order of its epoch. After the last row, they
     continue with the first. A replacement is therefore never in the batch already.
@@ -181,7 +181,7 @@ def sample_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, 
 
 
 def sample_view_numbers(views: int, number: int, step: int, seed: int) -> np.ndarray:
-    """Draw the number of the view to use for each image of a step.
+    """Draw for each image of a step which of its views is used. Views are augmented versions of an image.
 
     Args:
         views: Number of views of every image, which stay the same during the whole run; 0 means a new augmentation at
@@ -201,31 +201,31 @@ def sample_view_numbers(views: int, number: int, step: int, seed: int) -> np.nda
 
 @dataclass
 class StepPlan:
-    """Pairs, captions and views of one optimizer step, in the order of its micro-batches (sorted by caption length)."""
+    """Images and captions that one optimizer step uses, sorted by the number of tokens of the captions."""
 
     step: int  # counted from 0
     dataset_indices: np.ndarray  # (pairs,), position of each pair's dataset in the list of training datasets
     rows: np.ndarray  # (pairs,), row number of each pair in its dataset
-    views: np.ndarray  # (pairs,), number of each image's view, see `sample_view_numbers`
+    views: np.ndarray  # (pairs,), number of the augmented version of each image, see `sample_view_numbers`
     texts: list[str]  # caption of each pair
     batches: list[MicroBatch]  # the micro-batches of all processes
-    replacement_counts: Counter[int] = field(default_factory=Counter)  # dataset index -> replacements used so far
+    replacement_counts: Counter[int] = field(default_factory=Counter)  # {dataset index: replacements used so far}
 
     def items(self, places: Tensor) -> list[tuple[int, int, int]]:
-        """Return the images at some positions of the batch, in the form that `training.inputs.prefetch_pixels` takes.
+        """Return the images at some positions of the batch, as `training.inputs.prefetch_pixels` expects them.
 
         Args:
             places: Positions in the batch, (images,).
 
         Returns:
-            A tuple for each image: index of its dataset, row number in the dataset, and number of the view.
+            A tuple for each image: (index of its dataset, row number in the dataset, number of its augmented version).
         """
         return [(self.dataset_indices[place], self.rows[place], self.views[place]) for place in places.tolist()]
 
 
 @dataclass
 class BatchPlanner:
-    """Callable that plans the batches of a run. The plan of a step does not depend on the steps planned before it."""
+    """Callable that returns the plan of a step. The plan depends only on the step number, not on earlier calls."""
 
     captions: list[Sequence[list[str]]]  # for each dataset, the captions of each of its pairs
     pairs_per_dataset: list[int]  # pairs that each dataset contributes to a batch, see `apportion_batch_to_datasets`

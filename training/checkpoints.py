@@ -1,11 +1,12 @@
 """Save and load checkpoints of a training run.
 
-A checkpoint is a folder with the state that Accelerate saves. The folder gets its final name only when the checkpoint
-is complete. SHA-256 checksums of all files are stored in the folder, and compared before a file is loaded. A checkpoint
-holds weights, optimizer state, fp16 scaler and training curve. They are enough to resume with bit-identical results,
-because everything random depends only on the seed and the step number. Accelerate's own
-`ProjectConfiguration(automatic_checkpoint_naming=True)` is not used, because it does not keep the best checkpoint, and
-a killed process would leave an incomplete checkpoint.
+A checkpoint is a folder with weights, optimizer state, fp16 scaler and training curve. They are enough to resume with
+bit-identical results, because everything random depends only on the seed and the step number. The folder gets its final
+name only when the checkpoint is complete. It contains SHA-256 checksums of all files, which are compared before a file
+is loaded.
+
+Accelerate saves the files, but its option `ProjectConfiguration(automatic_checkpoint_naming=True)` is not used: it does
+not keep the best checkpoint, and a killed process would leave an incomplete checkpoint.
 """
 
 import hashlib
@@ -49,7 +50,7 @@ class TrainingState:
     step: int = 0  # optimizer steps completed
     curve: list[dict] = field(default_factory=list)  # one entry per step, see `eval.records.plots.plot_training_curves`
     config: dict[str, Any] = field(default_factory=dict)  # `RunArguments.to_dict()`
-    data: dict[str, str] = field(default_factory=dict)  # name of a dataset or model -> fingerprint of its content
+    data: dict[str, str] = field(default_factory=dict)  # {name of a dataset split or model: digest of its content}
     skipped: list[dict[str, Any]] = field(default_factory=list)  # rows whose image turned out to be bad during training
     best_step: int | None = None  # step of the highest validation recall so far; None before the first evaluation
     best_recall: float | None = None  # mean recall of both directions at `best_step`, from 0 to 1
@@ -135,7 +136,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def load(self, path: Path, current: TrainingState) -> TrainingState:
-        """Load weights and optimizer state into the objects that Accelerate has prepared.
+        """Load a checkpoint into the model and the optimizer that Accelerate has prepared.
 
         Args:
             path: Folder of the checkpoint.
@@ -210,13 +211,13 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
     Args:
         state: State of the checkpoint or the finished run.
         config: Settings of the current run, as `RunArguments.to_dict()` returns them.
-        data: Fingerprints of the current run: name of a dataset split or model -> fingerprint. Names that are missing
+        data: Digests of the current run's data, `{name of a dataset split or model: digest}`. Names that are missing
             here are not compared.
         path: Folder of the checkpoint or the finished run, for messages.
 
     Raises:
-        ValueError: If a fingerprint or a setting that affects the weights differs, or if the checkpoint or finished run
-            has settings that this version does not know. The message names all of them.
+        ValueError: If a digest differs, or a setting that affects the weights. Also if the checkpoint or finished run
+            has a setting that this version does not know. The message names all of them.
     """
     if unknown := sorted(state.config.keys() - SETTING_DEFAULTS.keys() - CHANGEABLE_SETTINGS):
         raise ValueError(
@@ -234,7 +235,7 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
     if differences:
         listed = "; ".join(f"{key}: {old!r} in that run, {new!r} now" for key, (old, new) in differences.items())
         raise ValueError(
-            f"{path} belongs to a run with other settings. {listed}. Use the same, or another --output_dir."
+            f"{path} belongs to a run with other settings. {listed}. Use the same settings, or another --output_dir."
         )
 
 

@@ -1,10 +1,14 @@
 """Load what a training run needs: datasets, model, and the embeddings or pixels of the images.
 
-`load_inputs_and_embed_images` does quick checks first, so that wrong arguments fail before long work starts. A view of
-an image is what the model sees of the image at a training step. The setting `augmented_views` selects the views: 1 is
-the image itself; V above 1 is V augmentations of the image that stay the same during the whole run; 0 is a new
-augmentation at every step, as in the paper (arXiv 2310.13683). If `augmented_views` is at least 1, the frozen image
-tower can embed every view once, and the embeddings are cached on disk.
+`load_inputs_and_embed_images` does quick checks first, so that wrong arguments fail before long work starts. A view is
+the version of an image that the model gets at a training step. The setting `augmented_views` selects the views:
+
+- 1: the image itself.
+- V above 1: V augmentations of the image, which stay the same during the whole run. Each step draws one of them.
+- 0: a new augmentation at every step, as in CAPIVARA's paper (arXiv 2310.13683).
+
+If `augmented_views` is at least 1, the frozen image tower can embed every view once, and the embeddings are cached on
+disk.
 """
 
 import copy
@@ -57,7 +61,8 @@ from training.arguments import RunArguments
 from training.batches import BatchPlanner, StepPlan, apportion_batch_to_datasets
 from training.trainable import freeze_parameters_and_add_adapters
 
-PIXELS_VERSION = 1  # part of the cache key; increase it when preprocessing or augmentation changes the pixels
+# Part of the key of the embedding cache. Increase it when preprocessing or augmentation changes the pixels.
+PIXELS_VERSION = 1
 SHARD_ROWS = 2048  # images per file of the cache; a process that is killed loses at most one unfinished file
 logger = logging.getLogger("capivara")
 DATA_FLAGS_HINT = (
@@ -65,7 +70,7 @@ DATA_FLAGS_HINT = (
     "the evaluation data; --image_column, --caption_column, --language and --eval_languages the columns. Without "
     "similarities, use --caption_strategy none --min_pair_similarity null."
 )
-Splits = dict[tuple[str, str], Split]  # (dataset, split name) -> opened split
+Splits = dict[tuple[str, str], Split]  # {(dataset, split name): opened split}
 
 
 @dataclass
@@ -87,7 +92,7 @@ class PairDataset:
         return len(self.table)
 
     def __getitem__(self, pair: int) -> PIL.Image.Image:
-        """Decode the image of a pair. Only for evaluation splits, because an unusable image is an error.
+        """Decode the image of a pair. Use this only for evaluation splits, in which every image must be usable.
 
         Raises:
             ValueError: If the image can't be used. The message names the row.
@@ -103,18 +108,18 @@ class PairDataset:
         return self.table["captions"][:]
 
     def load_pixels(self, pair: int, view: int) -> Tensor | BadImage:
-        """Load a view of an image, and preprocess it for the model.
+        """Load the image of a pair, augment it if the run uses augmentation, and preprocess it for the model.
 
-        The random augmentation depends on the digest of the image instead of the number of its pair, because this
-        number changes when other rows are skipped.
+        The random augmentation depends on the digest of the image, not on the number of its pair, because the number
+        changes when other rows are skipped.
 
         Args:
             pair: Number of the pair in this dataset.
-            view: Number of the view; ignored if `augmented_views` is 1.
+            view: Number of the augmented version of the image; ignored if `augmented_views` is 1.
 
         Returns:
-            Pixels, (3, height, width). A `BadImage` if the image can't be decoded, or the processor rejects it; it is
-            not raised, because exceptions lose their attributes on the way out of a worker process.
+            Pixels, (3, height, width). If the image can't be decoded or the processor rejects it, a `BadImage`. This
+            exception is returned, not raised, because it would lose its attributes on the way out of a worker process.
         """
         try:
             image = self.source.load_image(self.table[pair]["row"])
@@ -128,7 +133,7 @@ class PairDataset:
 
     @cached_property
     def vectors(self) -> Dataset | None:
-        """Cached image embeddings: column `vectors` of the table, in Arrow format. None without an embedding cache."""
+        """Dataset with only the column `vectors`, the image embeddings, in Arrow format. None without this column."""
         names = self.table.column_names
         return self.table.select_columns("vectors").with_format("arrow") if "vectors" in names else None
 
@@ -141,7 +146,7 @@ class TrainingInputs:
     training: list[PairDataset]  # usable pairs of each training dataset
     validation: PairDataset  # validation split, which is evaluated during training
     validation_embeds: Tensor  # image embeddings of the validation split, (images, width)
-    test: dict[str, PairDataset]  # language code -> test split with captions in this language, for the final evaluation
+    test: dict[str, PairDataset]  # {language code: test split with captions in this language}, for the final evaluation
     test_embeds: Tensor  # image embeddings of the test split, (images, width), float32
     skipped: list[SkippedRow]  # training rows that can't be used
     base_digest: str  # digest of the base model's weights
@@ -155,11 +160,11 @@ class TrainingInputs:
         return BatchPlanner(captions, counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
 
     def fingerprints(self, args: RunArguments) -> dict[str, str]:
-        """Return the fingerprints of base model and data, which are compared when a run is resumed.
+        """Return digests of base model and data, which are compared when a run is resumed.
 
         Returns:
-            Dict: name -> fingerprint. The names are "base model", "DATASET SPLIT" for the training and validation
-            splits, and "DATASET SPLIT LANGUAGE" for the test split.
+            A dict `{name: digest}`. The names are "base model", "DATASET SPLIT" for the training and validation splits,
+            and "DATASET SPLIT LANGUAGE" for the test split.
         """
         tables = {f"{pairs.source.name} {args.train_split}": pairs.table for pairs in self.training}
         tables[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.table
@@ -181,13 +186,14 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
         The usable training pairs, the validation and test pairs with image embeddings, and the skipped training rows.
 
     Raises:
-        ValueError: If data, columns or model are missing or invalid, the usable pairs do not fill a batch, or the
-            embeddings in a dataset were made by another image encoder.
+        ValueError: If data, columns or model are missing or invalid. Also if the usable pairs do not fill a batch, or
+            if the embeddings that a dataset has instead of images were made by another image encoder.
     """
     splits = _open_and_check_splits(args)  # before a model is loaded, because missing data is the most common error
     processor = load_processor(args.model)
     base = load_model(args.model)
-    # Checks the regular expressions of --frozen_parameters and --lora_targets before any long work.
+    # This call checks the regular expressions of --frozen_parameters and --lora_targets before any long work. It gets
+    # another model than `base`, because it changes the model.
     freeze_parameters_and_add_adapters(load_model(args.model), args)
     base.to(accelerator.device).eval()
     for split in splits.values():
@@ -196,7 +202,7 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
     validation = load_evaluation_pairs(args, splits, args.validation_split, [args.language], processor)[args.language]
     test = load_evaluation_pairs(args, splits, args.test_split, args.eval_languages, processor)
     training = load_training_pairs(args, splits, processor)
-    # Fails early if there are too many bad rows, before images are embedded.
+    # Raise an error before images are embedded if too many rows can't be used. The result is not needed yet.
     _split_usable_and_skipped_pairs(training, args)
 
     def with_vectors(pairs: PairDataset, uses_cache: bool = args.image_embedding_cache != "off") -> PairDataset:
@@ -257,7 +263,7 @@ def _open_and_check_splits(args: RunArguments) -> Splits:
         args: Arguments of the run.
 
     Returns:
-        (dataset, split name) -> opened split.
+        A dict `{(dataset, split name): opened split}`.
 
     Raises:
         ValueError: If a split or column is missing, or there are too few rows for a batch. The message about a missing
@@ -282,20 +288,22 @@ def _open_and_check_splits(args: RunArguments) -> Splits:
     training = [splits[name, args.train_split] for name in args.dataset]
     if args.image_embedding_cache == "off" and len({split.is_embedded for split in training}) > 1:
         raise ValueError(
-            "image_embedding_cache off can't mix datasets of images with datasets of embeddings. Use the cache."
+            "With image_embedding_cache off, datasets with images and datasets with embeddings can't be mixed. Use "
+            "--image_embedding_cache auto."
         )
     if sum(map(len, training)) < args.effective_batch_size:
-        # `_split_usable_and_skipped_pairs` raises an error here. Its message names the largest possible batch, for
-        # which all rows are read. This is quick, because there are fewer rows than one batch has pairs.
+        # This call raises an error whose message names the largest possible batch. It reads all rows to count the
+        # usable pairs, which is quick, because there are fewer rows than one batch has pairs.
         _split_usable_and_skipped_pairs(load_training_pairs(args, splits), args)
     apportion_batch_to_datasets(args.effective_batch_size, list(map(len, training)))
     return splits
 
 
 def _list_training_caption_columns(args: RunArguments) -> list[str]:
-    """Return the names of the columns from which the training captions are chosen.
+    """Return the names of the columns that are needed to choose the training captions.
 
-    They are the caption columns, and the column of similarities if the strategy or the pair filter reads it.
+    They are the caption columns, and the column with similarities between captions and image if `caption_strategy` or
+    `min_pair_similarity` needs it.
     """
     _, *others = args.strategy_columns(args.language)
     similarities = [] if args.min_pair_similarity is None else [f"similarities-{args.language}"]
@@ -339,13 +347,13 @@ def load_evaluation_pairs(
 
     Args:
         args: Arguments of the run.
-        splits: Opened splits, see `open_splits`.
+        splits: Opened splits, see `_open_and_check_splits`.
         name: Name of the validation or test split.
         languages: Codes of the caption languages.
         processor: Processor of the model.
 
     Returns:
-        Language code -> pairs with the captions of that language.
+        A dict `{language code: pairs with captions in this language}`.
 
     Raises:
         ValueError: If a row can't be used; the message names the row.
@@ -365,7 +373,7 @@ def _get_caption_column(args: RunArguments, language: str) -> str:
     """Return the name of the column that holds the captions of a language.
 
     Args:
-        args: Arguments of the run. In `args.caption_column`, {language} is replaced by the language code.
+        args: Arguments of the run. The text "{language}" in `args.caption_column` stands for the language code.
         language: Language code, such as "pt".
     """
     return args.caption_column.replace("{language}", language)
@@ -400,10 +408,10 @@ def _bad_row_error(split: Split, row: int, reason: str, detail: str) -> ValueErr
 
 
 def read_cached_step_image_embeds(training: list[PairDataset], plan: StepPlan) -> Tensor:
-    """Read the image embeddings of a step from the cache.
+    """Read the image embeddings of a step from the column `vectors` of the training datasets.
 
     Args:
-        training: Training datasets, with the column `vectors`.
+        training: Training datasets, whose tables have the column `vectors`.
         plan: Plan of the step.
 
     Returns:
@@ -421,9 +429,10 @@ def read_cached_step_image_embeds(training: list[PairDataset], plan: StepPlan) -
 
 @dataclass
 class _ViewDataset:
-    """Dataset for PyTorch's `DataLoader` that loads and preprocesses views of training images.
+    """Dataset for PyTorch's `DataLoader` that loads, augments and preprocesses training images.
 
-    An item is selected by (dataset index, pair, view). If an image can't be used, the item is a `BadImage`.
+    The index of an item is the tuple (dataset index, number of the pair, number of the image's augmented version). If
+    an image can't be used, the item is a `BadImage`.
     """
 
     training: list[PairDataset]  # training datasets
@@ -440,7 +449,8 @@ def prefetch_pixels(
 
     Args:
         training: Training datasets.
-        items: Batches of images. A batch is a list of tuples: dataset index, number of the pair, number of the view.
+        items: Batches of images. A batch is a list of tuples: (dataset index, number of the pair, number of the image's
+            augmented version).
         workers: Number of worker processes. With 0, this process loads each batch when it is needed.
 
     Returns:
@@ -448,7 +458,7 @@ def prefetch_pixels(
         `BadImage` if the image can't be used.
     """
     options = {}
-    if workers:  # spawn: a forked process would inherit the locks of torch's threads, and can hang
+    if workers:  # "spawn", because a forked process would inherit the locks of torch's threads and could hang
         options = {"multiprocessing_context": "spawn", "prefetch_factor": 4}
     dataset = _ViewDataset(training)
     return iter(DataLoader(dataset, batch_sampler=items, num_workers=workers, collate_fn=list, **options))
@@ -494,7 +504,7 @@ def embed_pixels(
 
 
 def _add_stored_embeddings_column(pairs: PairDataset) -> PairDataset:
-    """Add the column `vectors` with the embeddings that a dataset has instead of images. They stay on the disk.
+    """Add the column `vectors` for a dataset that has embeddings instead of images. The embeddings stay on disk.
 
     Args:
         pairs: Dataset with all rows, including unusable rows.
@@ -503,7 +513,7 @@ def _add_stored_embeddings_column(pairs: PairDataset) -> PairDataset:
         A copy of the dataset with the new column. Its `augmented_views` is the number of views in the dataset.
     """
     data = pairs.source.data.select_columns(EMBEDS_COLUMN)
-    if data._indices is not None:  # rows were selected; only then are the embeddings copied
+    if data._indices is not None:  # only some rows are selected, so their embeddings are copied
         data = data.flatten_indices()
     table = pairs.table.data.table.append_column("vectors", data.data.column(EMBEDS_COLUMN))
     fingerprint = json_digest([data._fingerprint, pairs.table._fingerprint])
@@ -513,16 +523,17 @@ def _add_stored_embeddings_column(pairs: PairDataset) -> PairDataset:
 def open_image_embedding_store(
     model: PreTrainedModel, pairs: PairDataset, args: RunArguments, precision: str
 ) -> EmbeddingStore:
-    """Open the store for the image embeddings of a dataset.
+    """Open the part of the embedding cache that holds the image embeddings of a dataset.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
-        pairs: Dataset whose views are embedded.
-        args: Arguments of the run. They select the folder of all stores.
-        precision: Mixed precision, as named by Accelerate: "no", "bf16" or "fp16".
+        pairs: Dataset whose images are embedded.
+        args: Arguments of the run. `image_embedding_cache` selects the folder of the cache.
+        precision: Mixed precision, as named by Accelerate ("no", "bf16" or "fp16"), or "auto" for the store in which
+            the choice of the precision is recorded.
 
     Returns:
-        The store. Its key covers everything besides the image files that affects the embeddings.
+        The store. Its key depends on everything that affects the embeddings, except the image files.
     """
     settings = {
         "pixels_version": PIXELS_VERSION,
@@ -543,21 +554,21 @@ def _choose_embedding_precision(
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
-        pairs: Dataset whose views are embedded.
+        pairs: Dataset whose images are embedded.
         args: Arguments of the run.
         accelerator: Device, precision and processes of the run.
 
     Returns:
-        Accelerate's name of the precision, normally that of the run. The exception is a run for which
-        `--mixed_precision auto` chose "bf16", with at least `LONG_PASS_IMAGES` images to embed: both precisions are
-        timed on this CPU, and the result is "no" (float32) if it was faster. The cache folder records the choice.
+        Accelerate's name of the precision, normally the precision of the run. If `--mixed_precision auto` chose "bf16"
+        and there are at least `LONG_PASS_IMAGES` images to embed, `choose_fastest_precision` decides between bf16 and
+        "no" (float32). Its choice is recorded in the cache folder.
     """
     precision = accelerator.mixed_precision
     is_short = len(pairs) * pairs.augmented_views < LONG_PASS_IMAGES
     if precision != "bf16" or not args.has_auto_precision or is_short:
         return precision
     record = open_image_embedding_store(model, pairs, args, "auto").record_folder(pairs.table["digest"])
-    with accelerator.main_process_first():  # the other processes read the record
+    with accelerator.main_process_first():  # the other processes read its recorded choice
         choice = choose_fastest_precision(model, pairs.processor, record)
     return "no" if choice == "float32" else precision
 
@@ -567,7 +578,7 @@ def embed_images_into_column(
 ) -> PairDataset:
     """Add the column `vectors` with image embeddings to a dataset, and mark rows with unreadable images as unusable.
 
-    The embeddings are read from the cache. If embeddings are missing, all processes compute a share of them.
+    The embeddings are read from the cache. If embeddings are missing there, each process computes a share of them.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
@@ -596,7 +607,7 @@ def embed_images_into_column(
     embed = with_tuned_chunk_size(embed, len(pairs) * views, accelerator.device, encoder, store.record_folder(digests))
     cached = store.load_or_embed(digests, load, embed, title, rows_per_shard=SHARD_ROWS, views=views)
     table = pairs.table.data.table
-    # A row has a reason in at most one of the two tables, so joining the texts keeps this reason.
+    # At most one of the two tables has a reason for a row and the other has an empty text, so joining keeps the reason.
     for name in ("reason", "detail"):
         joined = pc.binary_join_element_wise(table[name], cached[name], "")
         table = table.set_column(table.column_names.index(name), name, joined)

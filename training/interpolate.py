@@ -2,8 +2,9 @@
 
     python -m training.interpolate models/base runs/pt --share 0.7 --output models/between
 
-In languages that were not trained on, the new model keeps more of the base model's quality than the fine-tuned model
-does. `--share` is the weight of the fine-tuned model in the mean of both; docs/explanation/recipe.md recommends 0.7.
+The new model is the weighted mean of both. In languages that were not trained on, it keeps more of the base model's
+quality than the fine-tuned model does. `--share` is the weight of the fine-tuned model; docs/explanation/recipe.md
+recommends 0.7.
 Compare other values with `python -m eval.retrieval`. Processor and configuration are copied from the fine-tuned model.
 """
 
@@ -45,12 +46,13 @@ def main(argv: list[str] | None = None) -> None:
     check_output_folder_and_clean_leftovers(args.output)
     base_model, model = load_model(args.base), load_model(args.trained)
     rotation = load_rotation(args.trained)
-    if rotation is not None:  # `training.rotate` was applied after training, so the base must be rotated alike
+    if rotation is not None:  # `training.rotate` was applied after training, so the base needs the same rotation
         rotate_model_(base_model, rotation)
     base, trained = base_model.state_dict(), model.state_dict()
     if {key: tensor.shape for key, tensor in trained.items()} != {key: tensor.shape for key, tensor in base.items()}:
         raise ValueError(
-            f"{args.trained} was not trained from {args.base}: their tensors differ in name or shape. Give its base."
+            f"{args.trained} was not trained from {args.base}: their tensors differ in name or shape. Give the base "
+            "model that it was trained from."
         )
     images_differ = weights_digest(base_model, IMAGE_ENCODER_PREFIXES) != weights_digest(model, IMAGE_ENCODER_PREFIXES)
     if rotation is None and getattr(model.config, "matryoshka_dims", None) and images_differ:
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         load_processor(args.trained).save_pretrained(folder)
         if rotation is not None:
             save_rotation(rotation, folder)
-    print(f"Wrote the interpolated model, {args.share:g} of it trained weights, to {args.output}.")
+    print(f"Wrote the interpolated model to {args.output}. The weight of the trained model is {args.share:g}.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Run the training loop.
 
-Each optimizer step is planned, its images are loaded, the gradients are computed, and the weights are updated. At
-regular intervals, the model is evaluated on the validation split and a checkpoint is saved.
+For each optimizer step, the loop plans the batch, loads its images, computes the gradients and updates the weights. At
+regular intervals, it evaluates the model on the validation split and saves a checkpoint.
 """
 
 import logging
@@ -44,8 +44,8 @@ logger = logging.getLogger("capivara")
 # Number of consecutive steps whose gradients may overflow in fp16. The gradient scaler halves its scale at each of
 # these steps. If gradients still overflow after 20 steps, the loss itself has diverged.
 MAX_CONSECUTIVE_OVERFLOWS = 20
-# Number of step plans to keep in memory. Workers load the images of several future steps, and the loop needs the plans
-# of these steps again.
+# Number of step plans (`StepPlan`) to keep in memory. Worker processes load images several steps ahead, and the loop
+# needs the plans of these steps again later.
 CACHED_PLANS = 16
 
 
@@ -79,7 +79,8 @@ class TrainingLoop:
         """
         args, accelerator = self.args, self.checkpoints.accelerator
         self.accelerator = accelerator
-        # evaluation_mode=True: without the DDP wrapper, see `WholeBatch`.
+        # evaluation_mode=True keeps Accelerate from adding the DistributedDataParallel wrapper, which `WholeBatch` must
+        # not have.
         self.prepared_model = accelerator.prepare_model(self.wrapped_model, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped_model, args))
         if resume:
@@ -106,7 +107,7 @@ class TrainingLoop:
             while state.step < args.max_steps:
                 started = time.perf_counter()
                 plan = plans(state.step).result()
-                plans(min(state.step + 1, args.max_steps - 1))  # starts planning the next step in the other thread
+                plans(min(state.step + 1, args.max_steps - 1))  # plan the next step in the executor's thread
                 try:
                     point = self._run_step(plan, pixels, started)
                     bar.set_postfix(loss=f"{point['loss']:.3f}", lr=f"{point['learning_rate']:.1e}")
@@ -117,11 +118,13 @@ class TrainingLoop:
                     raise FloatingPointError(f"Step {plan.step + 1}: {error} {hint}") from error
                 if self.received_signals:
                     accelerator.set_trigger()
-                if accelerator.check_trigger():  # set by any process, so that all stop after the same step
+                # True in all processes if one process has set the trigger, so that all stop after the same step.
+                if accelerator.check_trigger():
                     self.checkpoints.save(state)
                     number = self.received_signals[0][0] if self.received_signals else signal.SIGTERM
                     raise KeyboardInterrupt(number, f"Stopped after step {state.step}, which is saved.")
-        # Remove Accelerate's autocast from `forward`, so that base and trained model are evaluated in one precision.
+        # Remove Accelerate's autocast from `forward`, so that base and trained model are evaluated in the same
+        # precision.
         accelerator.unwrap_model(self.prepared_model, keep_fp32_wrapper=False).eval()
         accelerator.free_memory()
         return state
@@ -162,8 +165,8 @@ class TrainingLoop:
         """
         plan, image_embeds = self._load_image_embeds(plan, pixels)
         waited = time.perf_counter() - started
-        # Only after the images are embedded, because the image tower may have batch norms and must run in evaluation
-        # mode.
+        # Switch to training mode only after the images are embedded: the image tower may have batch norms, so it must
+        # run in evaluation mode.
         self.wrapped_model.train()
         self.optimizer.zero_grad(set_to_none=False)
         learning_rate = learning_rate_at(plan.step, self.args)
@@ -209,16 +212,17 @@ class TrainingLoop:
         if self.overflows > MAX_CONSECUTIVE_OVERFLOWS:
             raise FloatingPointError(f"The gradient overflowed in fp16 for {self.overflows} steps in a row.")
         self.optimizer.step()  # with fp16, the scaler skips the step if a gradient is not finite
-        if self.model.logit_scale.requires_grad and not uses_sigmoid_loss(self.model):  # SigLIP's scale exceeds 100
+        # With a sigmoid loss (SigLIP), the scale is not clamped, because it can exceed CLIP's limit of 100.
+        if self.model.logit_scale.requires_grad and not uses_sigmoid_loss(self.model):
             clamp_logit_scale(self.model.logit_scale)
         return None if self.overflows else norm
 
     def _finish_step(self, point: dict) -> None:
-        """Update the state of the run after a step, with an evaluation and a checkpoint if they are due.
+        """Update the state of the run after a step, then evaluate and save a checkpoint if this is due.
 
-        An evaluation is due every `args.eval_steps` steps, a checkpoint every `args.save_steps` steps. Both are due
-        after the last step. A new best validation recall also saves a checkpoint. Runs of at most `args.save_steps`
-        steps write no checkpoints.
+        The model is evaluated every `args.eval_steps` steps, and a checkpoint is saved every `args.save_steps` steps.
+        Both are also done after the last step. A new best validation recall saves a checkpoint, too. Runs of at most
+        `args.save_steps` steps write no checkpoints.
 
         Args:
             point: Entry of the step for the training curve. The results of an evaluation are added as `validation`.
@@ -252,7 +256,8 @@ class TrainingLoop:
     def _load_image_embeds(self, plan: StepPlan, pixels: Iterator[list] | None) -> tuple[StepPlan, Tensor]:
         """Load the image embeddings of a step from the cache, or compute them with the frozen image tower.
 
-        If they are computed, pairs whose image can't be used are replaced until all images of the batch are usable.
+        If the embeddings are computed, pairs whose image can't be used are replaced until all images of the batch are
+        usable.
 
         Args:
             plan: Plan of the step.
@@ -293,7 +298,7 @@ class TrainingLoop:
 
         Args:
             plan: Plan of the step.
-            bad: Position in the batch -> reason why the image can't be used.
+            bad: A dict `{position in the batch: reason why the image can't be used}`.
 
         Raises:
             ValueError: If more than `max_bad_share` of the training rows are unusable. If a step is complete, a
@@ -309,8 +314,8 @@ class TrainingLoop:
                 inputs.skipped.append(skipped)
                 logger.warning("%s, row %d: %s. Other pairs replace it.", pairs.source.display_name, row, image)
         self._write_skipped()
-        # `inputs.training` still contains the rows that were found to be unreadable during training. `inputs.skipped`
-        # contains them as well, so `recorded` is subtracted to count each row once.
+        # Rows whose image turned out to be unusable during training are both in `inputs.training` and `inputs.skipped`.
+        # `recorded` lists these rows, so its length is subtracted to count each row once.
         rows = sum(map(len, inputs.training)) + len(inputs.skipped) - len(recorded)
         try:
             check_bad_share(inputs.skipped, rows, self.args.max_bad_share)
@@ -344,7 +349,7 @@ class TrainingLoop:
         return prefetch_pixels(self.inputs.training, items, resolve_loading_workers(self.args, self.accelerator))
 
     def _local_places(self, plan: StepPlan, among: Container[int] | None = None) -> Sequence[Tensor]:
-        """Return the positions in the whole batch whose images this process embeds.
+        """Return the positions of the images that this process embeds, in the batch of all processes.
 
         Args:
             plan: Plan of the step.
@@ -370,8 +375,8 @@ class TrainingLoop:
         """Evaluate the model on the validation split in the main process, and send the results to all processes.
 
         Returns:
-            A dict with `text_to_image`, `image_to_text` (mean recall of each direction, from 0 to 1), `mean_recall`
-            (the mean of both) and `loss` (in nats).
+            A dict with the keys "text_to_image" and "image_to_text" (mean recall of this direction, from 0 to 1),
+            "mean_recall" (the mean of both) and "loss" (in nats).
         """
         measures, inputs = [None], self.inputs
         if self.accelerator.is_main_process:

@@ -1,7 +1,7 @@
 """Measure and manage the memory of a training step.
 
-Functions measure the size of an autograd graph and the free memory of a device, and tell glibc's allocator when to keep
-and when to return freed memory.
+The functions measure the size of an autograd graph and the free memory of a device. They also tell the memory allocator
+of glibc, the C library of Linux, when to keep freed memory and when to return it to the operating system.
 """
 
 import ctypes
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 # Memory limit of a Linux container (cgroup v2) in bytes, or "max". Other kinds of limits are not detected.
 CONTAINER_MEMORY_FILE = Path("/sys/fs/cgroup/memory.max")
-# Options of glibc's function `mallopt`, see mallopt(3): name -> (number of the option, value in bytes). The first makes
-# glibc keep freed memory of the heap. The second makes it take blocks below 32 MiB, its upper limit, from the heap.
+# Options of glibc's function `mallopt`, see mallopt(3): {name: (number of the option, value in bytes)}. The first makes
+# glibc keep freed memory of the heap. The second makes glibc take blocks below 32 MiB, the largest allowed value, from
+# the heap.
 MALLOC_OPTIONS = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_MMAP_THRESHOLD": (-3, 2**25)}
 
 
@@ -46,7 +47,9 @@ def measure_graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
         # Both results stay alive until the end. Otherwise new storage could get the address of freed storage, and would
         # not be counted.
         results = [run()]
-        shared = sum(sizes)  # bytes saved by the first run only: autocast caches the weights that it casts
+        # The first run also saves the weights that autocast casts. Autocast caches them, so the second run adds only
+        # the tensors of its graph.
+        shared = sum(sizes)
         results.append(run())
     return sum(sizes) - shared
 

@@ -1,12 +1,13 @@
-"""Rotate the embedding space of a trained model so that truncated embeddings lose little (uncentered PCA).
+"""Rotate the embedding space of a trained model so that truncated embeddings work well (uncentered PCA).
 
     python -m training.rotate runs/pt --dataset DATA --dims 256 128 64 --output runs/pt-rotated
 
 The new axes of the embedding space are the principal axes of a dataset's image embeddings. The rotation is multiplied
-into the projections of both towers. Cosines of whole embeddings stay the same, and the first dimensions contribute
-most to them (docs/explanation/recipe.md). The rotation is saved next to the weights, as `rotation.safetensors`.
-Embeddings that were computed before the rotation must be rotated (`stored @ rotation.T`) or computed again, and
-indexes must be built again.
+into the projections of both towers. Cosines of whole embeddings stay the same. The first dimensions contribute most to
+the cosines, so embeddings lose little if only the first dimensions are kept (docs/explanation/recipe.md).
+
+The rotation is saved next to the weights, as `rotation.safetensors`. Embeddings that were computed before the rotation
+must be rotated (`stored @ rotation.T`) or computed again, and search indexes must be built again.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images
 
 ROTATION_FILE = "rotation.safetensors"  # name of the file in the folder of the rotated model
-# Largest number of images from which the axes are computed. It is enough for the second moments of 1000 dimensions.
+# Largest number of images from which the axes are computed. It suffices to estimate the second moments of 1000
+# dimensions.
 MAX_ROTATION_IMAGES = 2**14
 
 
@@ -101,7 +103,7 @@ def compute_principal_rotation(image_embeds: Tensor) -> Tensor:
     (Eckart-Young theorem).
 
     The mean is not subtracted, because cosines are measured from the origin. The sign of each axis is chosen so that
-    the coordinate with the largest absolute value is positive; the same images therefore always give the same matrix.
+    its coordinate with the largest absolute value is positive. The same images therefore always give the same matrix.
 
     Args:
         image_embeds: Unit-length embeddings, (images, width). There should be more images than dimensions.
@@ -135,7 +137,10 @@ def rotate_model_(model: PreTrainedModel, rotation: Tensor) -> None:
     """
     width = model.config.projection_dim
     if rotation.shape != (width, width):
-        raise ValueError(f"The rotation must have the model's {width} dimensions, got {len(rotation)}. Use its own.")
+        raise ValueError(
+            f"The rotation must have the model's {width} dimensions, got {len(rotation)}. Use the file "
+            "rotation.safetensors that was computed for this model."
+        )
     text = model.text_projection
     for layer in (model.visual_projection, text[-1] if isinstance(text, nn.Sequential) else text):
         layer.weight.copy_(rotation.to(layer.weight.device).double() @ layer.weight.double())

@@ -38,11 +38,11 @@ def check_matches_finished_run(folder: Path, config: dict[str, Any], data: dict[
     Args:
         folder: Folder of the finished run.
         config: Settings of the current run, as `RunArguments.to_dict()` returns them.
-        data: Fingerprints of the current run: name of a dataset split or model -> fingerprint. With an empty dict, only
+        data: Digests of the current run's data, `{name of a dataset split or model: digest}`. With an empty dict, only
             the settings are compared.
 
     Raises:
-        ValueError: If a fingerprint or a setting that affects the weights differs.
+        ValueError: If a digest differs, or a setting that affects the weights.
     """
     finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
     check_same_run(
@@ -56,14 +56,15 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
     Args:
         args: Arguments of the run. If `output_dir` is None, the next free folder such as `runs/NAME-001` is chosen. If
             there are unfinished runs and `resume` is "auto", the folder of the latest unfinished run is chosen instead.
-        state: Processes of the run.
+        state: Accelerate's state, which connects the processes of the run.
 
     Returns:
-        Folder that the finished run will have.
+        Folder in which the finished run will be.
 
     Raises:
-        ValueError: If the folder is not empty or holds finished runs of several seeds, if it would be overwritten but
-            contains files that the run reads, or if the new run would replace an unfinished run.
+        ValueError: If the folder is not empty, or if a run to resume is given by a folder that holds finished runs of
+            several seeds. Also if the folder would be overwritten although it contains files that the run reads, or if
+            the new run would replace an unfinished run.
     """
     if args.output_dir is None:
         name = f"{Path(args.dataset[0]).parent.name or 'capivara'}-{args.language}"
@@ -83,8 +84,8 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
         check_output_folder_and_clean_leftovers(args.output_dir, args.overwrite_output_dir)
     if args.overwrite_output_dir:
         needed = [args.model, args.evaluation_dataset, *args.dataset]
-        # Check the parent folders as well, because an input can be a pattern such as `shards/*.tar`, whose files lie in
-        # its parent folder.
+        # Check the parent folders as well, because an input can be a file pattern such as `shards/*.tar`. Its files are
+        # in the parent folder of the pattern.
         check_inputs_outside(args.output_dir, *needed, *(Path(name).parent for name in needed))
     partial = get_partial_folder_path(args.output_dir)
     if args.resume is None and not args.overwrite_output_dir and _can_resume(partial):
@@ -105,7 +106,7 @@ def find_free_numbered_folder(parent: Path, name: str) -> Path:
 
 
 def is_run_complete(args: RunArguments, output_dir: Path) -> bool:
-    """Return whether there is nothing to resume, because the run in `output_dir` is complete.
+    """Return whether a run to be resumed is already complete.
 
     Args:
         args: Arguments of the run. The result is False unless `args.resume` is "auto".
@@ -130,7 +131,7 @@ def _can_resume(folder: Path) -> bool:
 def handle_signals_temporarily(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
     """Handle signals with `handler` inside of the `with` block, then restore the previous handlers.
 
-    Does nothing in other threads than the main thread, because Python sets signal handlers only there.
+    Does nothing outside of the main thread, because Python can set signal handlers only there.
 
     Args:
         handler: Function that gets the number of the signal and the current stack frame.
@@ -179,7 +180,8 @@ def lock_run_folder_and_exit_on_interrupt(
         with handle_signals_temporarily(_raise_interrupt, signal.SIGTERM):
             yield folder
     except KeyboardInterrupt as stop:
-        # The training loop adds the signal and a message; Ctrl-C before or after training has neither.
+        # The training loop adds the number of the signal and a message to the exception. Before and after training, the
+        # exception of Ctrl-C has neither.
         number, message = stop.args or (signal.SIGINT, "Stopped.")
         hint = "Nothing has been trained yet; run the same command again."
         if _can_resume(folder):
@@ -204,7 +206,7 @@ def _create_and_lock_run_folder(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not (folder / RUN_MARKER).exists():
         raise ValueError(
-            f"{folder}, the working folder of the run, holds files that are not from a training run. Move them."
+            f"{folder}, the working folder of the run, holds files that are not from a training run. Move them away."
         )
     (folder / RUN_MARKER).touch()
     try:

@@ -1,7 +1,7 @@
 """Prepare the weights of a model for training, and update them.
 
-Functions select the trainable parameters, add and merge LoRA adapters, build the optimizer, compute the learning-rate
-schedule, and interpolate weights between base and trained model.
+The functions of this module select the trainable parameters, add and merge LoRA adapters, build the optimizer, compute
+the learning-rate schedule, and interpolate weights between base and trained model.
 """
 
 import math
@@ -54,7 +54,8 @@ def freeze_parameters_and_add_adapters(model: PreTrainedModel, args: RunArgument
                 f"frozen_parameters must match names of parameters, got {expression!r}. Examples: {examples}."
             )
     wrapped = _add_adapters(model, args) if args.lora_rank else model
-    for name, parameter in model.named_parameters():  # after adding adapters, because peft makes its modules trainable
+    # Freeze parameters only after adding adapters, because peft makes the fully trained modules trainable.
+    for name, parameter in model.named_parameters():
         if any(re.fullmatch(expression, _PEFT_INFIX_RE.sub("", name)) for expression in frozen):
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
@@ -69,8 +70,8 @@ def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
         model: The model that is trained.
 
     Returns:
-        A dict with the keys "adam_beta1", "adam_beta2" and "lora_modules_to_save" (names of the model's modules that
-        LoRA trains in full, as PEFT's setting `modules_to_save`).
+        A dict with the keys "adam_beta1", "adam_beta2" and "lora_modules_to_save". The last is PEFT's setting
+        `modules_to_save`: the names of the modules that are trained in full while other layers have LoRA adapters.
     """
     return {
         "adam_beta1": ADAM_BETAS[0],
@@ -126,7 +127,7 @@ def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
 
 
 def _find_fully_trained_modules(model: PreTrainedModel) -> list[str]:
-    """Return the names of those modules of the model that are trained in full, without LoRA adapters."""
+    """Return which of the modules in `FULLY_TRAINED_MODULES` the model has, as a list of names."""
     return [name for name, _ in model.named_modules() if name in FULLY_TRAINED_MODULES]
 
 

@@ -17,7 +17,7 @@ from training.batches import MicroBatch
 from training.inputs import embed_pixels
 from training.whole_batch import WholeBatch
 
-# Fields that every batch from the data collator must have, in the order of `MicroBatch`.
+# Keys that every batch from the data collator must have, in the order of the fields of `MicroBatch`.
 REQUIRED_INPUTS = ("input_ids", "attention_mask", "pixel_values")
 
 
@@ -54,7 +54,7 @@ class ExactBatchTrainer(Trainer):
         return self._step_batches, items
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
-        """Compute the gradients of the whole batch when `Trainer` passes its last micro-batch.
+        """Compute the gradients of the whole batch when `Trainer` passes the last micro-batch of the step.
 
         Args:
             model: The model.
@@ -79,10 +79,8 @@ class ExactBatchTrainer(Trainer):
         names = [name for name, p in self.accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
         if not any(name.startswith(IMAGE_ENCODER_PREFIXES) for name in names):
             image_embeds = torch.cat([embed_pixels(model, batch.pixel_values, self.accelerator) for batch in batches])
-            for batch in batches:
-                batch.pixel_values = (
-                    None  # makes `WholeBatch` use `image_embeds`; it would embed pixels again, with gradients
-                )
+            for batch in batches:  # without pixels, `WholeBatch` does not embed the images again, with gradients
+                batch.pixel_values = None
         report = self._whole_batch(self.state.global_step, batches, pairs, image_embeds)
         return torch.tensor(report.loss, device=self.args.device)
 
@@ -91,7 +89,7 @@ def _wrap_batches_as_micro_batches(samples: Sequence[dict]) -> list[MicroBatch]:
     """Convert the batches that a data collator returned to micro-batches.
 
     Args:
-        samples: Batches of the data collator: input name -> tensor.
+        samples: Batches of the data collator. Each is a dict `{name of the model input: tensor}`.
 
     Raises:
         ValueError: If a batch lacks one of `REQUIRED_INPUTS`.

@@ -1,13 +1,13 @@
 """Compute the exact gradients of a contrastive loss over a whole batch, in the memory of a few micro-batches.
 
     step = WholeBatch(model, accelerator, seed=0)
-    report = step(0, batches, pairs=2816, image_embeds=embeds)  # the gradients are in the parameters
+    report = step(0, batches, pairs=2816, image_embeds=embeds)  # adds the gradients to the parameters' `grad`
 
 The method is gradient caching (GradCache, arXiv 2101.06983): embed every micro-batch, compute the loss of all
 embeddings together, and run one backward pass per micro-batch, starting from the gradients of its embeddings. GradCache
 embeds each micro-batch twice. Here, a micro-batch is embedded a second time (by `torch.utils.checkpoint`) only if its
-autograd graph does not fit into memory. Both times it has the same random state, so the gradients are bit-identical
-whichever graphs were kept. With several processes, the loss covers the pairs of all processes.
+autograd graph does not fit into memory. Dropout is the same both times, so the gradients are bit-identical, whichever
+graphs were kept. With several processes, the loss covers the pairs of all processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,13 +32,14 @@ from modeling_capivara.two_towers import (
 from training.batches import MicroBatch
 from training.memory import available_memory, keep_freed_memory, measure_graph_bytes, return_freed_memory
 
-# Logits computed at once by a loss: 64 MiB in float32. Larger batches are processed in tiles of this size.
+# Largest number of logits that a loss computes at once: 64 MiB in float32. Larger batches are divided into tiles of
+# this size.
 MAX_TILE_LOGITS = 2**24
-# Share of the memory for micro-batches whose autograd graph is kept. It is a share of the memory that is free
-# after gradients and optimizer state are allocated. The rest is for the micro-batch that is being recomputed.
+# Share of the free memory that kept autograd graphs may take. Free memory is what is left when gradients and optimizer
+# state are allocated. The rest of it is for the micro-batch that is being recomputed.
 GRAPH_MEMORY_SHARE = 0.6
-# Function that returns the loss as a scalar. Arguments: text embeddings, image embeddings, logit scale, and the numbers
-# of the rows of this process.
+# Function that returns this process's share of the loss as a scalar. Arguments: text embeddings and image embeddings of
+# the whole batch, logit scale, and the numbers of the rows whose loss this process computes.
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -53,6 +54,9 @@ class StepReport:
 @dataclass
 class WholeBatch:
     """Callable that computes the gradients of one optimizer step for all trained parameters of a model.
+
+    The gradients are those of one contrastive loss over the batch of all processes, although only a micro-batch at a
+    time goes through the model (gradient caching, arXiv 2101.06983).
 
     Do not wrap the model in `DistributedDataParallel`. The wrapper would average gradients at every micro-batch, and
     wait forever if one process has fewer micro-batches than another. `WholeBatch` sums the gradients of all processes
@@ -118,12 +122,12 @@ class WholeBatch:
         word_rows = look_up_token_embeddings_once(
             self.model.text_model.get_input_embeddings(), [batch.input_ids.to(local_rows.device) for batch in batches]
         )
-        with word_rows, self.accelerator.autocast():  # one context, so that autocast casts each weight once a step
+        with word_rows, self.accelerator.autocast():  # one block, so that autocast casts a weight once per step
             parts, graphs_kept = self._embed_batches(step, batches)
             if graphs_kept == len(batches):
                 keep_freed_memory()
-            # The loss is computed from detached copies of the embeddings. Their gradients are then the start of the
-            # backward passes through the encoders.
+            # The loss is computed from detached copies of the embeddings. The gradients of these copies are then the
+            # start of the backward passes through the encoders.
             leaves = [[embeds.detach().requires_grad_(embeds.requires_grad) for embeds in part] for part in parts]
             texts = self._gather([leaf[0] for leaf in leaves], local_rows, pairs)
             if image_embeds is None:
@@ -142,7 +146,7 @@ class WholeBatch:
                     trained = [i for i, embeds in enumerate(leaf) if embeds.grad is not None]
                     torch.autograd.backward([part[i] for i in trained], [leaf[i].grad for i in trained])
         if graphs_kept < len(batches):
-            # Recomputed graphs leave gaps in the heap. Adam's moments, allocated between them, would fragment it.
+            # Recomputed graphs leave gaps in the heap. Allocating Adam's moments in these gaps would fragment the heap.
             return_freed_memory()
         if self.accelerator.num_processes > 1:
             self._sum_gradients()
@@ -214,7 +218,8 @@ class WholeBatch:
             return torch.cat(parts)
         model = self.accelerator.unwrap_model(self.model)
         options = {"device": local_rows.device, "dtype": torch.promote_types(model.dtype, torch.float32)}
-        # requires_grad=True: a process without micro-batches must take part in the collective backward pass, too.
+        # requires_grad=True, because the backward pass of `all_reduce` waits for all processes, also for a process
+        # without micro-batches.
         whole = torch.zeros(pairs, embedding_width(model.config), requires_grad=True, **options)
         if parts:
             whole = whole.index_copy(0, local_rows, torch.cat(parts).to(whole.dtype))
@@ -346,9 +351,9 @@ def _sum_loss_in_tiles(loss: Callable[..., Tensor], queries: Tensor, items: Tens
 def look_up_token_embeddings_once(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None]:
     """Look up the token embeddings of a step once, and use them for all lookups inside of the `with` block.
 
-    The embedding table then gets one sparse gradient per step. Without this, every micro-batch would compute a dense
-    gradient, which takes 768 MB for the 250,002 tokens of XLM-RoBERTa. Run the backward passes inside of the block,
-    too.
+    The embedding table then gets one sparse gradient per step. Without this function, every micro-batch would compute a
+    dense gradient, which takes 768 MB for the 250,002 tokens of XLM-RoBERTa. The backward passes must also run inside
+    of the block.
 
     Args:
         table: Token embeddings of the text encoder.
@@ -359,12 +364,13 @@ def look_up_token_embeddings_once(table: nn.Embedding, input_ids: Sequence[Tenso
     """
     ids = torch.cat([torch.empty(0, dtype=torch.long, device=table.weight.device), *map(torch.flatten, input_ids)])
     ids = ids.unique()
-    # A sparse gradient is added to the existing one; a dense gradient would be as large as the table.
+    # A sparse gradient has only the rows that were looked up; a dense gradient would be as large as the table.
     was_sparse, table.sparse = table.sparse, True
-    # The table's own `forward`: some tables scale their rows, and the row of padding gets no gradient.
+    # Call the table instead of indexing its weight: some tables scale their rows, and the row of the padding token must
+    # get no gradient.
     looked_up = table(ids)
     table.sparse = was_sparse
-    rows = looked_up.detach().requires_grad_(looked_up.requires_grad)  # a leaf, which sums several backward passes
+    rows = looked_up.detach().requires_grad_(looked_up.requires_grad)  # leaf that sums the gradients
     ended = False
 
     def check_context(gradient: Tensor) -> None:

@@ -32,12 +32,12 @@ MODEL_TEXT_CHARACTERS = 400  # about 77 tokens, the context length of the model;
 MAX_ANSWER_PICTURES = 240
 MAX_LABELS, MIN_LABELS = 50, 2
 MAX_FEEDBACK_PICTURES = 20  # limit for `Question.more` and for `Question.less`
-YEAR_LIMIT = 9999  # dates must be before this year, because Python has no date after its last day
+YEAR_LIMIT = 9999  # dates must be before this year, because Python has no date after the end of the year 9999
 
 
 @dataclass(frozen=True)
 class Question:
-    """The checked values of a request of the page. Every field is optional; a request uses only some of them.
+    """The checked values of a request that the search page sends. Each type of request uses only some of the fields.
 
     Attributes:
         text: Text of the query.
@@ -71,7 +71,7 @@ class Question:
         """Check the JSON value of a request and convert it to a `Question`.
 
         Args:
-            values: Parsed JSON. It must be a dictionary from field names of this class to values.
+            values: Parsed JSON. It must be a dictionary `{name of a field of this class: value}`.
 
         Returns:
             The checked values.
@@ -92,19 +92,19 @@ class Question:
         """Return the filters of the request as keyword arguments for the search methods of `PictureIndex`.
 
         Returns:
-            Dictionary with the keys "folder" (path, None for all folders), "since" and "until" (date, None for no
-            limit).
+            Dictionary `{"folder": path, or None for all folders, "since": first day, or None, "until": last day, or
+            None}`.
         """
         return {"folder": self.folder or None, "since": self.since, "until": self.until}
 
     def check_labels_and_template(self) -> tuple[list[str], str]:
-        """Check the labels and the sentence of a classification.
+        """Check the labels and the sentence template of a classification.
 
         Returns:
-            Tuple of the distinct labels and the sentence. An empty sentence is replaced by "{}".
+            Tuple of the distinct labels and the template. An empty template is replaced by "{}".
 
         Raises:
-            RequestRefusedError: If there are fewer than `MIN_LABELS` or more than `MAX_LABELS` labels, or the sentence
+            RequestRefusedError: If there are fewer than `MIN_LABELS` or more than `MAX_LABELS` labels, or the template
                 does not have exactly one {}.
         """
         names = [" ".join(label.split()) for label in self.labels]
@@ -177,8 +177,8 @@ class PageAnswers:
 
     def __init__(self, index: "PictureIndex"):
         self.index = index
-        # Cached pair: the version of the index for which videos were counted (-1 if they were not counted yet), and the
-        # number of video files in the indexed folders, which the index ignores.
+        # Cached result of `status`: the version of the index when videos were counted (-1: not counted yet), and the
+        # number of ignored video files in the indexed folders.
         self._video_count = (-1, 0)
 
     def search(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
@@ -189,9 +189,9 @@ class PageAnswers:
             image: Uploaded picture of the query, or None.
 
         Returns:
-            Dictionary with the keys "hits" (dictionaries of `_hit_to_dict`, best first), "version" (version of the
-            index), "count" (number of pictures in the index) and "cut" (whether the text is longer than the context
-            length of the model). The scores of hits are None if the query is empty or has only `less`.
+            Dictionary `{"hits": list of dictionaries of _hit_to_dict, best first, "version": version of the index,
+            "count": number of pictures in the index, "cut": whether the text is too long for the model}`. The end of a
+            text that is too long is ignored. The scores of hits are None if the query is empty or has only `less`.
 
         Raises:
             RequestRefusedError: If a picture of the query is not in the index or was not embedded by the model yet.
@@ -218,8 +218,8 @@ class PageAnswers:
             image: Not used.
 
         Returns:
-            Dictionary with the key "hits": at most `MAX_ANSWER_PICTURES` dictionaries of `_hit_to_dict`, without
-            scores.
+            Dictionary `{"hits": list of dictionaries of _hit_to_dict without scores}`. The list has at most
+            `MAX_ANSWER_PICTURES` entries.
 
         Raises:
             RequestRefusedError: If the picture is not in the index or was not embedded by the model yet.
@@ -236,8 +236,7 @@ class PageAnswers:
             image: Not used.
 
         Returns:
-            Dictionary with the key "folders". Its value maps the path of each folder to the number of pictures in the
-            folder and its subfolders.
+            Dictionary `{"folders": {path of a folder: number of pictures in the folder and its subfolders}}`.
         """
         return {"folders": self.index.all_folders()}
 
@@ -249,12 +248,12 @@ class PageAnswers:
             image: Uploaded picture.
 
         Returns:
-            Dictionary with the keys "label" (the best label, or None if a neutral sentence, which describes nothing in
-            particular, fits better than every label) and "shares" (list of pairs of a label and its probability, 0 to
-            1, the largest probability first).
+            Dictionary `{"label": best label or None, "shares": list of pairs [label, probability]}`. "label" is None if
+            a neutral sentence, which describes nothing in particular, fits the picture better than every label. The
+            probabilities are from 0 to 1, and the largest comes first.
 
         Raises:
-            RequestRefusedError: If the labels or the sentence are not allowed, or `image` is None.
+            RequestRefusedError: If the labels or the template are not allowed, or `image` is None.
         """
         labels, template = question.check_labels_and_template()
         if image is None:
@@ -274,9 +273,9 @@ class PageAnswers:
             question: `language` selects the language of the notice about the model.
 
         Returns:
-            Dictionary with the keys "version" (version of the index), "count" (number of pictures), "model" (name),
-            "note" (notice about the model, or None), "videos" (number of video files in the indexed folders, which
-            are ignored) and "progress" (result of `PictureIndex.progress`, None if no update of the index is running).
+            Dictionary `{"version": version of the index, "count": number of pictures, "model": name of the model,
+            "note": notice about the model or None, "videos": number of ignored video files in the indexed folders,
+            "progress": result of PictureIndex.progress}`.
         """
         state, model = self._index_state(), self.index.model
         if self._video_count[0] != state["version"]:
@@ -310,8 +309,8 @@ class PageAnswers:
         feedback = [(1.0, self._require_vectors([path])[0]) for path in question.more]
         feedback += [(-1.0, self._require_vectors([path])[0]) for path in question.less]
         if question.more and not vectors:
-            # The first picture of `more` becomes the query. The pictures of `less` then have half the weight of the
-            # query.
+            # The first picture of `more` becomes the query, so that a picture of `less` has only half its weight
+            # (`query.FEEDBACK_STRENGTH`). As feedback, both pictures would have the same weight.
             vectors = [feedback.pop(0)[1]]
         vector = np.mean(vectors, axis=0) if vectors else None
         return self.index.apply_feedback(vector, feedback) if feedback else vector
@@ -344,10 +343,9 @@ def _hit_to_dict(hit: Hit, with_score: bool) -> dict[str, Any]:
         with_score: Whether the score is returned. If False, the score is None.
 
     Returns:
-        Dictionary with the fields of `Hit`, in which times are texts in ISO 8601, and two more keys. "name" is the file
-        name without the extension. "v" is the modification time of the file in seconds since 1970, or 0 if it is not
-        known. The page adds "v" to the URL of the picture, so that browsers do not show an outdated picture from their
-        cache.
+        Dictionary with the fields of `Hit` and two more keys: "name" is the file name without the extension, and "v" is
+        the modification time of the file in seconds since 1970, or 0 if it is not known. The page adds "v" to the URL
+        of the picture, so that browsers do not show an outdated picture from their cache. Times are texts in ISO 8601.
     """
     values = dataclasses.asdict(hit) | {"name": Path(hit.path).stem}
     times = ("taken", "modified", "date")

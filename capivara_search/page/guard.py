@@ -37,7 +37,7 @@ except ImportError:  # Windows
 
 MAX_UPLOAD_BYTES = 20_000_000  # size of an uploaded picture; photos from phones have less than 15 MB
 MAX_QUESTION_BYTES = 200_000  # length of the line of JSON of a question; it usually has less than 10 kB
-MAX_LARGE_BODIES = 8  # bodies above MAX_QUESTION_BYTES that are in memory at a time; further requests wait
+MAX_LARGE_BODIES = 8  # maximum number of bodies above MAX_QUESTION_BYTES in memory; further requests wait
 BODY_SLOT_TIMEOUT_S = 30  # how long a request with a large body waits while `MAX_LARGE_BODIES` others are in memory
 BODY_TIMEOUT_S = 30  # time to receive a body; the page shrinks large pictures before it sends them
 HEADER_TIMEOUT_S = 10  # time to receive the headers of a request on a new connection, or after a response
@@ -45,10 +45,11 @@ READ_TIMEOUT_S = 60  # time for a client to read the buffer of a response: 64 to
 MAX_CONNECTIONS = 400
 RESERVED_DESCRIPTORS = 128  # file descriptors for the index, the model and connections that were just accepted
 BACKLOG = 64  # connections that may wait in the operating system until asyncio handles them
-QUESTION_TIMEOUT_S = 20  # time to answer a question (usually well under 1 s), after which the next one is answered
+QUESTION_TIMEOUT_S = 20  # time to answer a question; usually, well under 1 s suffices
 QUEUE_TIMEOUT_S = 30  # how long a question waits until the questions before it are answered
 MAX_QUEUED_QUESTIONS = 64  # including the question that is being answered; further questions are refused at once
-MAX_ABANDONED_THREADS = 3  # threads that still answer a question that took too long, as a thread can't be ended
+# Maximum number of threads that still run after the timeout of their question. At this limit, questions are refused.
+MAX_ABANDONED_THREADS = 3
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors "
@@ -56,7 +57,7 @@ CONTENT_SECURITY_POLICY = (
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    # Other websites can neither embed a picture of this page nor find out which paths exist.
+    # Without these two headers, other websites could embed pictures of this page and find out which paths exist.
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
@@ -270,7 +271,7 @@ class LimitedHttpProtocol(H11Protocol):
             longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the deadline of a closed connection, because the timer would keep this object in memory.
+        """Cancel the deadline of a closed connection, because its timer would keep this object in memory.
 
         Args:
             exc: Error that closed the connection; None if it was closed normally.
@@ -290,7 +291,7 @@ class LimitedHttpProtocol(H11Protocol):
         self._restart_deadline()
 
     def resume_writing(self) -> None:
-        """Restart the client's deadline for reading the response, because it has read most of the buffer."""
+        """Restart the client's deadline for reading the response, because the client has read most of the buffer."""
         super().resume_writing()
         self._restart_deadline()
 

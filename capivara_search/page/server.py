@@ -65,7 +65,7 @@ LANGUAGES = ("pt", "en")
 DEFAULT_PORT = 7860
 MODEL_LOAD_TIMEOUT_S = 600  # time to import torch and load the model; a slow machine needs minutes
 SHUTDOWN_TIMEOUT_S = 3  # how long open connections may finish their responses when the server ends
-DOWNLOAD_CHUNK_BYTES = 2**18
+DOWNLOAD_CHUNK_BYTES = 2**18  # bytes of an original file that are read and sent at a time
 VIEW_JPEG_QUALITY = 88  # JPEG quality of the large view of a picture
 BROWSER_CACHE_S = 3600  # how long a browser may cache a picture; its address changes when the file changes
 
@@ -202,7 +202,7 @@ class PageSite:
     """Routes (URL paths) of the search page, and the functions that answer the requests to each route.
 
     Args:
-        answers: Computes the responses to POST requests.
+        answers: Object that computes the responses to POST requests.
         is_local: Whether only this machine can reach the page.
         language: Default language of the page, "pt" or "en".
         credit: Source and license of the pictures, which are shown on the page; None to show no credit.
@@ -341,9 +341,9 @@ class PageSite:
     def _open_original(self, path: str) -> tuple[BinaryIO, PIL.Image.Image]:
         """Open and decode the file of a picture of the index.
 
-        The file must be in a folder that was passed to `PictureIndex.add` on this machine, because the paths of an
-        index from other people can lead to any file. The open file is returned, so that the server sends the checked
-        file even if another file has replaced it at this path in the meantime.
+        The file must be in a folder that was passed to `PictureIndex.add` on this machine, because an index that comes
+        from other people may contain the path of any file. The open file is returned, so that the server sends the
+        checked file even if another file has replaced it at this path in the meantime.
 
         Args:
             path: Absolute path of the picture.
@@ -388,7 +388,7 @@ class PageSite:
 
 
 def _split_question_and_upload(body: bytearray) -> tuple[Question, bytearray]:
-    """Split the body of a POST request into the values of the request (`Question`) and the uploaded picture.
+    """Split the body of a POST request into a checked `Question` and the content of the uploaded picture.
 
     Args:
         body: A line of JSON, followed by the content of a picture file or by nothing.
@@ -450,7 +450,7 @@ def load_page_messages(language: str, is_static: bool = False) -> dict[str, Any]
             in the section `static` of the JSON file replace texts with the same keys.
 
     Returns:
-        Dictionary from keys to texts. The value of the key "errors" is a dictionary from error codes to texts.
+        Dictionary `{key: text}`. Only the value of the key "errors" is a dictionary: `{error code: text}`.
     """
     messages = json.loads((PAGE_FOLDER / "words" / f"{language}.json").read_text(encoding="utf-8"))
     static_messages = messages.pop("static")

@@ -10,12 +10,14 @@ class Captioner(Protocol):
     """Interface of the backends of `captions.generate`. A backend is a subclass in a module of its own.
 
     The methods of the class are called in this order: `check_flags`, `check`, `load`, then `start_part` and
-    `caption_rows` for each part. Only `columns`, `load` and `caption_rows` have no default.
+    `caption_rows` for each part (parquet file) of the output. A subclass must implement `columns`, `load` and
+    `caption_rows`; all other methods have a default implementation.
 
     Attributes:
         flags: Dataclass with the flags of the backend, which become flags of `captions.generate`.
-        has_report: Whether `report` does anything.
-        settings: Everything that affects a caption, except the image, as a dict of JSON values for `stage.json`.
+        has_report: Whether the backend implements `report`, which summarizes the problems of its captions.
+        settings: Everything that affects a caption, except the image, as a dict of JSON values. The command records
+            this dict in the file `stage.json` of the output folder.
     """
 
     flags: ClassVar[type]
@@ -24,28 +26,35 @@ class Captioner(Protocol):
 
     @classmethod
     def check_flags(cls, args: Any) -> None:
-        """Check the flags, without a network and without loading anything. Raise ValueError or ImportError if wrong."""
+        """Check the flags of the backend, without network access and without loading a model.
+
+        Raises ValueError if a flag is invalid, and ImportError if a package is missing.
+        """
 
     @classmethod
     def check(cls, args: Any) -> None:
-        """Check, before any stage of a build runs, that the captioner can be used.
+        """Check that the captioner can be used, for example that its server can be reached.
 
-        Raises ValueError or OSError if the captioner cannot be used.
+        A build calls this method before its first stage runs, so that it does not fail hours later. Raises ValueError
+        or OSError if the captioner cannot be used.
         """
 
     @classmethod
     def describe_work(cls, args: Any, stage: RowStage) -> list[str]:
-        """Return lines for a dry run that say what will be requested from a server, such as requests and tokens.
+        """Estimate the requests and tokens that captioning will send to a server, as lines of text for `--dry_run`.
 
         Args:
             args: Flags of `captions.generate`.
-            stage: The task, with the rows that it processes.
+            stage: Access to the rows to caption.
+
+        Returns:
+            Lines to print. The list is empty if the backend uses no server.
         """
         return []
 
     @classmethod
     def columns(cls, args: Any) -> dict[str, Any]:
-        """Return the feature (column type of `datasets`) of each new column, by name."""
+        """Return the new columns as a dict `{"column name": feature}`; a feature is a column type of `datasets`."""
         ...
 
     @classmethod
@@ -54,7 +63,7 @@ class Captioner(Protocol):
 
         Args:
             args: Flags of `captions.generate` (`GenerateArguments`).
-            stage: The task, with the rows that it processes.
+            stage: Access to the rows to caption.
 
         Returns:
             The captioner, ready to caption rows.
@@ -66,13 +75,13 @@ class Captioner(Protocol):
 
     @classmethod
     def report(cls, args: Any) -> None:
-        """Write `quality.json` into the output folder, after all rows have been written."""
+        """Write `quality.json`, a summary of the problems of the captions, after all rows have been written."""
 
     def start_part(self, part: range) -> None:
-        """Prepare for the rows of the next part. All earlier parts have been written.
+        """Prepare for the rows of the next part (parquet file of the output). All earlier parts have been written.
 
         Args:
-            part: Row range of the part.
+            part: Range of the row numbers in the part.
         """
 
     def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
@@ -82,6 +91,7 @@ class Captioner(Protocol):
             rows: Rows with a decoded image under the key `captions.stages.DECODED_KEY`.
 
         Returns:
-            For each row, a dict with the new columns, or a BadRow if the row must be skipped.
+            For each row, a dict `{"column name": value}` with the new columns, or a `BadRow` with the reason why the
+            row must be skipped.
         """
         ...

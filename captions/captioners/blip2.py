@@ -90,7 +90,8 @@ class PrefixCaptioner:
         if config.pad_token_id is None:  # padding is needed because the texts of a batch end at different steps
             config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         parameters = inspect.signature(self.language_model.forward).parameters
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # name before transformers 5.24
+        # transformers 5.24 renamed the parameter `past_key_values` to `cache`.
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     def generate_captions(self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str]) -> list[list[str] | BadRow]:
         """Generate one caption per prefix for each image.
@@ -157,7 +158,7 @@ class PrefixCaptioner:
         Returns:
             A cache with the keys and values of the language model for the query tokens of all images.
         """
-        # Shape: (images, queries, width of the language model).
+        # Query tokens of the images: (images, queries, width of the language model).
         blocks = self.model.get_image_features(pixel_values=pixel_values).pooler_output
         cache = DynamicCache(config=self.language_model.config)
         self.language_model.base_model(inputs_embeds=blocks, use_cache=True, **{self._cache_name: cache})
@@ -215,7 +216,9 @@ class PrefixCaptioner:
             One caption per prefix, or a BadRow if any element of `tokens` is None.
         """
         if any(row is None for row in tokens):
-            return BadRow(NOT_FINITE_REASON, "the model's scores were NaN; bf16 and float32 overflow less than fp16")
+            return BadRow(
+                NOT_FINITE_REASON, "the scores of the model were NaN; --precision bf16 or float32 can avoid this"
+            )
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [f"{prefix} {text.strip()}".strip() for prefix, text in zip(prefixes, texts, strict=True)]
 
@@ -241,7 +244,7 @@ def load_captioner(args: Any) -> PrefixCaptioner:
     return PrefixCaptioner(model, processor, tokenizer, args.max_new_tokens, args.micro_batch_size)
 
 
-# Rows
+# Captions of dataset rows
 
 
 def read_caption_prefixes(path: Path) -> list[str]:
@@ -268,7 +271,7 @@ def caption_rows(
         rows: Rows with a decoded image under the key `DECODED_KEY`.
 
     Returns:
-        For each row, a dict with the new column, or a BadRow if no captions could be generated.
+        For each row, a dict `{"generated-captions-en": captions}`, or a BadRow if no captions could be generated.
 
     Raises:
         ValueError: If the memory of the GPU or CPU is insufficient.
@@ -287,7 +290,7 @@ def caption_rows(
 
 
 class Blip2Captioner(Captioner):
-    """The captioner of `captions.generate` that uses BLIP-2: it continues prefixes, such as "a photo of", to captions.
+    """Captioner that uses BLIP-2: it completes prefixes, such as "a photo of", to captions.
 
     Args:
         args: Flags of `captions.generate`.
@@ -319,7 +322,7 @@ class Blip2Captioner(Captioner):
 
     @classmethod
     def columns(cls, args: Any) -> dict[str, Any]:
-        """Return the feature of the new column, by name."""
+        """Return the new column as a dict `{"column name": feature}`; a feature is a column type of `datasets`."""
         return {OUTPUT_COLUMN: CAPTIONS_FEATURE}
 
     @classmethod
@@ -328,10 +331,10 @@ class Blip2Captioner(Captioner):
 
         Args:
             args: Flags of `captions.generate`.
-            stage: The task, with the rows that it processes; not used.
+            stage: Access to the rows to caption; not used.
         """
         return cls(args)
 
     def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
-        """Return, for each row, a dict with the new column, or a BadRow if no captions could be generated."""
+        """Return `{"generated-captions-en": captions}` for each row, or a BadRow if no captions could be generated."""
         return caption_rows(self._model, self._prefixes, rows)

@@ -1,9 +1,9 @@
 """Generate captions with a vision-language model on a server that speaks OpenAI's protocol (`--captioner chat`).
 
-Each request contains an image, scaled down to `--image_side` pixels, and a prompt. Captions are written in the language
-`--caption_language`. Answers are stored in a journal beside the unfinished part, so that a killed run loses only the
-requests in flight. Captions that cannot be used are not written, but listed in the column
-`generated-quality-<language>`.
+Each request contains a prompt and an image, which is scaled down to `--image_side` pixels. Captions are written in the
+language `--caption_language`. Until a parquet file of the output is complete, the answers for its rows are stored in a
+file next to it, the journal, so that a killed run loses only the requests in flight. Unusable captions are not written
+to the caption column, but listed in the column `generated-quality-<language>`.
 """
 
 import base64
@@ -46,13 +46,13 @@ from captions.quality import QUALITY_FILE, find_caption_quality_flags
 from captions.stages import DECODED_KEY, RowStage, read_stage_record
 
 JPEG_QUALITY = 90
-PROBE_SIDE = 32  # pixels; side of the gray image with which a server is tried
+PROBE_SIDE = 32  # side in pixels of the gray test image that is sent to a server before any work
 PIXELS_PER_TOKEN, TOKENS_PER_CAPTION, LETTERS_PER_TOKEN = 28 * 28, 40, 4  # rules of thumb for the estimate of a dry run
-MAX_LISTED_CHARACTERS = 200  # longer faulty answers are shortened in the list
+MAX_LISTED_CHARACTERS = 200  # longer answers are shortened in the list of unusable answers
 JOURNAL_SUFFIX = ".answers.jsonl"
 SCHEMA_KEY = "caption"  # key of the JSON object that `response_schema` requests
-# Type of the column `generated-quality-<language>`. `captions` is the number of answers. `flagged` lists the answers
-# that were not written: `position` is the index of the prompt.
+# Type of the column `generated-quality-<language>`. `captions` is the number of answers. `flagged` lists the unusable
+# answers, which are not in the caption column; `position` is the index of the prompt.
 _FLAGGED_FEATURES = {"position": Value("int32"), "flags": List(Value("string")), "answer": Value("string")}
 QUALITY_FEATURES = {"captions": Value("int32"), "flagged": List(_FLAGGED_FEATURES)}
 QUALITY_FEATURES |= {name: Value("int32") for name in USAGE_FIELDS}
@@ -69,12 +69,12 @@ class ChatCaptionerFlags(ChatFlags):
 
 
 class ChatCaptioner(Captioner):
-    """A vision-language model on a server.
+    """Captioner that asks a vision-language model on a server.
 
     Args:
         args: Flags of `captions.generate`.
-        stage: The task, with the rows that it processes. None if the server is only checked: then requests give up
-            early, and a model that the server does not list causes a warning.
+        stage: Access to the rows to caption. With None, the server is only checked: failed requests are repeated less
+            often, and a warning is logged if the server does not list the model.
 
     Raises:
         ValueError: If a flag or the file of prompts is invalid, or the server refuses requests with images.
@@ -90,14 +90,15 @@ class ChatCaptioner(Captioner):
         self._client = ChatClient(args, stage.rank if stage else 0)
         probe = convert_image_to_jpeg_data_url(PIL.Image.new("RGB", (PROBE_SIDE, PROBE_SIDE), "gray"), PROBE_SIDE)
         read = self._client.connect(self._prompts.messages(0, probe), is_check=stage is None)
-        # transformers serve drops the images of a request to a text model, without an error.
+        # With a model that reads only text, `transformers serve` drops the image without an error. The request then has
+        # the same number of tokens with and without the image.
         if read and read == self._client.connect(self._prompts.messages(0, None)):
             raise ValueError(
-                f"{args.base_url[-1]} reads {read} tokens with and without an image, so that {args.model} does not see "
-                "images. Serve a vision-language model."
+                f"{args.model} does not see images: with and without an image, the server {args.base_url[-1]} reads "
+                f"{read} tokens. Serve a vision-language model."
             )
         self._journal: Journal | None = None
-        self._stored: dict[str, list[Answer]] = {}  # answers in the journal, by request
+        self._stored: dict[str, list[Answer]] = {}  # key of a request -> its answers in the journal
         self.settings = {
             "captioner": "chat",
             "model": self._client.model,
@@ -110,7 +111,10 @@ class ChatCaptioner(Captioner):
 
     @classmethod
     def check_flags(cls, args: Any) -> None:
-        """Check the flags and the file of prompts. Raise ValueError or ImportError if they cannot be used."""
+        """Check the flags and the file of prompts, without network access.
+
+        Raises ValueError if a flag or the file is invalid, and ImportError if a package is missing.
+        """
         check_chat_flags(args, "--captioner chat")
         check_at_least(args, 1, "image_side", "n")
         if args.model == DEFAULT_MODEL:
@@ -121,19 +125,22 @@ class ChatCaptioner(Captioner):
 
     @classmethod
     def check(cls, args: Any) -> None:
-        """Ask the server for a single token about an image. Raise ValueError or OSError if it cannot be used."""
+        """Check that the server can be used, by requesting a single token about a test image.
+
+        Raises ValueError or OSError if the server cannot be used.
+        """
         if is_server_beside_tasks(args):
-            logger.info("%s is not asked now, because each node has its own server.", ", ".join(args.base_url))
+            logger.info("Not checked now: %s. Each cluster node has its own server.", ", ".join(args.base_url))
         else:
             cls(args, None)
 
     @classmethod
     def describe_work(cls, args: Any, stage: RowStage) -> list[str]:
-        """Return a line with the numbers of images, requests and estimated tokens for a dry run.
+        """Return a line of text for `--dry_run`, with the numbers of images, requests and estimated tokens.
 
         Args:
             args: Flags of `captions.generate`.
-            stage: The task, with the rows that it processes.
+            stage: Access to the rows to caption.
         """
         prompts = CaptionPrompts(args.prompts, args.caption_language)
         images = sum(len(part) for part in stage.parts if not stage.path(part).is_file())
@@ -145,7 +152,10 @@ class ChatCaptioner(Captioner):
 
     @classmethod
     def columns(cls, args: Any) -> dict[str, Any]:
-        """Return the features of the captions and of the list of faulty answers, by column."""
+        """Return the two new columns, captions and quality, as a dict `{"column name": feature}`.
+
+        A feature is a column type of `datasets`.
+        """
         language = args.caption_language
         return {f"generated-captions-{language}": CAPTIONS_FEATURE, f"generated-quality-{language}": QUALITY_FEATURES}
 
@@ -155,15 +165,15 @@ class ChatCaptioner(Captioner):
 
         Args:
             args: Flags of `captions.generate`.
-            stage: The task, with the rows that it processes.
+            stage: Access to the rows to caption.
         """
         return cls(args, stage)
 
     def start_part(self, part: range) -> None:
         """Load the answers that an interrupted run received for this part, so that they are not requested again.
 
-        The answers are in a file, the journal of the part. The journal of the previous part, which is complete, is
-        deleted.
+        A part is a parquet file of the output. Its answers are in a file next to it, the journal. The journal of the
+        previous part is deleted, because that part is complete.
         """
         if self._journal is not None:
             self._journal.remove()
@@ -180,7 +190,8 @@ class ChatCaptioner(Captioner):
             rows: Rows with a decoded image.
 
         Returns:
-            For each row, a dict with the new columns. A BadRow if no caption can be used and the row has no others.
+            For each row, a dict `{"column name": value}` with the new columns. A BadRow if all generated captions are
+            unusable and the row has no other captions.
         """
         urls = [convert_image_to_jpeg_data_url(row[DECODED_KEY], self._args.image_side) for row in rows]
         count = len(self._prompts.prompts)
@@ -189,10 +200,10 @@ class ChatCaptioner(Captioner):
         return [self._new_columns(row, answers[place * count : (place + 1) * count]) for place, row in enumerate(rows)]
 
     async def _request_captions(self, item: tuple[str, int]) -> list[Answer]:
-        """Request the captions of an image for one prompt, unless they are in the journal.
+        """Return the answers about an image for one prompt, from the journal if possible, otherwise from the server.
 
         Args:
-            item: The image as a data URL, and the index of the prompt.
+            item: A tuple (image as a data URL, index of the prompt).
         """
         url, number = item
         key = f"{hashlib.blake2b(url.encode(), digest_size=16).hexdigest()}-{number}"
@@ -204,7 +215,7 @@ class ChatCaptioner(Captioner):
         return self._stored[key]
 
     def _judge(self, choice: Choice) -> tuple[str, str | None]:
-        """Return the cleaned caption in an answer, and its first fault or None."""
+        """Return the tuple (cleaned caption, first fault) for an answer; the fault is None if none was found."""
         value = extract_value_from_json_answer(choice.text, SCHEMA_KEY) if self._args.response_schema else None
         text = clean_answer(value if isinstance(value, str) else choice.text)
         faults = [detect_refusal_or_truncation(text, choice.finish_reason, choice.refusal)]
@@ -212,7 +223,7 @@ class ChatCaptioner(Captioner):
         return text or choice.refusal or "", next(filter(None, faults), None)
 
     def _new_columns(self, row: dict[str, Any], answers: list[list[Answer]]) -> dict[str, Any] | BadRow:
-        """Return the values of the new columns of a row, or a BadRow if the row has no caption at all.
+        """Return the new columns of a row as `{"column name": value}`, or a BadRow if the row has no caption at all.
 
         Args:
             row: The row.
@@ -223,7 +234,9 @@ class ChatCaptioner(Captioner):
         faulty = [(position, answer) for position, answer in pairs if answer.fault is not None]
         others = (text for name, texts in row.items() if CAPTION_COLUMN_RE.fullmatch(name) for text in texts)
         if not captions and not any(map(str.strip, others)):
-            return BadRow(faulty[0][1].fault, f"all {len(faulty)} answers were bad; the first: {faulty[0][1].text}")
+            return BadRow(
+                faulty[0][1].fault, f"all {len(faulty)} answers were unusable; the first answer: {faulty[0][1].text}"
+            )
         flagged = [
             {"position": position, "flags": [answer.fault], "answer": answer.text[:MAX_LISTED_CHARACTERS]}
             for position, answer in faulty
@@ -234,9 +247,9 @@ class ChatCaptioner(Captioner):
 
     @classmethod
     def report(cls, args: Any) -> None:
-        """Write `quality.json`, with the numbers of faulty answers and of tokens, and delete journals that are left.
+        """Write `quality.json`, with the numbers of unusable answers and of tokens, and delete the remaining journals.
 
-        The answers of skipped rows are not counted: *.skipped.jsonl files list these rows.
+        Skipped rows are listed in *.skipped.jsonl files. Their answers are not counted.
         """
         (_, column), counts, usage = cls.columns(args), Counter(), Counter(dict.fromkeys(USAGE_FIELDS, 0))
         report = {"language": args.caption_language, "rows": 0, "captions": 0, "flagged": 0}

@@ -5,14 +5,14 @@ A model that is asked for a caption or a translation often adds more. `clean_ans
 1. reasoning: `<think>…</think>` and the like, also if the opening tag is missing; everything after an opening tag
    without an end; special tokens such as `<|im_end|>`;
 2. code fences: of an answer with a fence, only the text in the first fence is kept;
-3. introductions that end with a colon: "Sure! Here is the translation:", "Tradução:", "Legenda:", unless the source
-   sentence has one, too;
+3. introductions that end with a colon, such as "Sure! Here is the translation:", "Tradução:" or "Legenda:", unless the
+   sentence to translate has an introduction, too;
 4. notes after the answer: paragraphs that begin with "Note:", "(Note", "Nota:", "Explanation:" and the like;
-5. bold marks and quotes around the whole text, unless the source sentence has quotes around it, too;
+5. bold marks and quotes around the whole text; quotes are kept if the sentence to translate begins with a quote, too;
 6. line breaks, which become blanks.
 
-Then `detect_refusal_or_truncation` names an answer that is no caption at all. Other problems, such as a wrong script,
-are found by `captions.quality`, as for all translators.
+Then `detect_refusal_or_truncation` finds answers that are no caption or translation at all. `captions.quality` finds
+other problems, such as a wrong script.
 """
 
 import json
@@ -27,7 +27,7 @@ REASONING_END_RE = re.compile(rf"^.*(?:</(?:{REASONING})>|\[/THINK\])", re.IGNOR
 REASONING_START_RE = re.compile(rf"(?:<(?:{REASONING})>|\[THINK\]).*$", re.IGNORECASE | re.DOTALL)
 SPECIAL_TOKEN_RE = re.compile(r"<\|[\w ]+\|>|</?s>|<(?:start|end)_of_turn>|<(?:eos|pad|bos)>")
 FENCE_RE = re.compile(r"```[\w-]*[ \t]*\n?(.*?)(?:```|$)", re.DOTALL)
-# "Sure! Here is the translation in Portuguese:" and its like; the colon must come early and in the first line.
+# Introductions such as "Sure! Here is the translation in Portuguese:". The colon must come early, in the first line.
 _RESULT = r"(?:translation|translated (?:text|caption)|caption|tradução|legenda|traducción)s?"
 INTRODUCTION_RE = re.compile(
     r"^\W*(?:(?:sure|certainly|of course|okay|claro|com certeza|por supuesto)\b[^:\n]{0,80}"
@@ -39,7 +39,8 @@ NOTE_RE = re.compile(
     r"\n\s*[(\[*_]*(?:note|notes|nota|notas|observação|obs|explanation|explicação)\b\**:.*$", re.IGNORECASE | re.DOTALL
 )
 QUOTES = ('""', "“”", "„“", "«»", "‘’", "「」", "『』", "''", "``")  # pairs of a left and a right quote
-# Beginnings of refusals. English comes first, because models often refuse in English whatever they are asked in.
+# Beginnings of refusals in English, Portuguese and Spanish. Models often refuse in English, even if the request is in
+# another language.
 REFUSAL_RE = re.compile(
     r"^\W*(?:(?:i['’]?m|i am|we are) (?:really |very |so )?sorry\b|sorry, (?:but )?i\b|i apologi[sz]e\b"
     r"|(?:unfortunately,? )?i (?:can(?:['’]t|not| not)|won['’]t|am (?:unable|not able)|do not have the ability)\b"
@@ -52,19 +53,19 @@ REFUSAL_RE = re.compile(
 LINE_RE = re.compile(r"^\s*(\d+)\s*[.):\]-]\s*(.*\S)\s*$")
 
 
-USAGE_FIELDS = ("retried", "prompt_tokens", "completion_tokens")  # fields of `Answer` that reports add up
+USAGE_FIELDS = ("retried", "prompt_tokens", "completion_tokens")  # fields of `Answer` whose sums are in quality.json
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer of a model to the request for one text, as far as reports and cards need it.
+    """One caption or translation that a model has written, with its fault and its cost.
 
     Attributes:
-        text: The text; "" if the model did not give a usable answer.
-        fault: What is wrong with the answer ("refused" or "truncated"); None if nothing is known to be wrong.
+        text: The cleaned text. If `fault` is set, it may be empty or unusable.
+        fault: What is wrong with the answer, for example "refused" or "truncated"; None if no problem was found.
         prompt_tokens: Number of tokens that the model has read.
         completion_tokens: Number of tokens that the model has written.
-        retried: Whether the first answer was bad, so that the request was sent again.
+        retried: Whether the request was sent twice, because the first answer was unusable.
     """
 
     text: str
@@ -74,7 +75,10 @@ class Answer:
     retried: bool = False
 
     def with_cost_of(self, other: "Answer") -> "Answer":
-        """Return this answer with the tokens and the retry of another answer added."""
+        """Return a copy of this answer that includes the tokens and the retry of another answer.
+
+        For example, the cost of a first, unusable answer is added to the second answer that replaces it.
+        """
         return replace(
             self,
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
@@ -84,11 +88,11 @@ class Answer:
 
 
 def clean_answer(text: str, source: str = "") -> str:
-    """Return the caption or translation in an answer, without what models add around it.
+    """Return only the caption or translation in an answer, without reasoning, introductions, notes and quotes.
 
     Args:
         text: Content of the answer.
-        source: Sentence that was translated. If it has quotes or an introduction itself, its translation keeps them.
+        source: Sentence that was translated. If it begins with a quote or an introduction, the translation keeps it.
     """
     text = _remove_reasoning_and_special_tokens(text)
     if fence := FENCE_RE.search(text):
@@ -126,17 +130,18 @@ def _remove_surrounding_quotes(text: str) -> str:
 def detect_refusal_or_truncation(
     text: str, finish_reason: str | None, refusal: str | None, source: str = ""
 ) -> str | None:
-    """Return the fault of an answer that is no caption or translation; None if there is no such fault.
+    """Return "refused" or "truncated" if an answer is no caption or translation, otherwise None.
 
     Args:
         text: The cleaned answer.
         finish_reason: Why the model stopped, as the server states it.
         refusal: Explanation of a refusal, if the server states one.
-        source: Sentence that was translated. If it looks like a refusal, its translation may do so, too.
+        source: Sentence that was translated. If it looks like a refusal itself ("I can't …"), its translation may look
+            like a refusal, too.
 
     Returns:
-        "refused" if the model or a content filter refused the request, "truncated" if the answer ended at the limit of
-        tokens, otherwise None.
+        "refused" if the model or a content filter refused the request. "truncated" if the answer ended at the token
+        limit. Otherwise None.
     """
     if refusal or finish_reason == "content_filter":
         return REFUSED
@@ -146,14 +151,15 @@ def detect_refusal_or_truncation(
 
 
 def extract_numbered_lines(text: str, count: int) -> list[str] | None:
-    """Return the numbered lines of an answer, without the numbers.
+    """Return the texts of the numbered lines of an answer, without the numbers.
 
     Args:
         text: Content of the answer.
         count: Number of lines that were requested.
 
     Returns:
-        The lines in the order of their numbers; None unless each number from 1 to `count` occurs exactly once.
+        The texts in the order of their numbers. None if a number from 1 to `count` is missing or repeated, or if there
+        are other numbers.
     """
     matches = [
         match for line in _remove_reasoning_and_special_tokens(text).splitlines() if (match := LINE_RE.match(line))
@@ -171,7 +177,7 @@ def extract_value_from_json_answer(text: str, name: str) -> object:
         name: The key.
 
     Returns:
-        The value; None if the answer is not a JSON object with this key, because servers may ignore a JSON schema.
+        The value. None if the answer is not a JSON object with this key; servers may ignore the requested JSON schema.
     """
     text = _remove_reasoning_and_special_tokens(text).strip()
     fence = FENCE_RE.search(text)
@@ -183,7 +189,7 @@ def extract_value_from_json_answer(text: str, name: str) -> object:
 
 
 def build_response_format_for_json_answer(name: str, count: int | None = None) -> dict[str, object]:
-    """Return the parameter `response_format` that restricts an answer to a JSON object with a single key.
+    """Return a value for the request parameter `response_format` that allows only a JSON object with a single key.
 
     Args:
         name: The key.

@@ -1,9 +1,9 @@
 """Send requests to servers that speak OpenAI's protocol, many at the same time, and read the answers.
 
 The official client of OpenAI sends the requests. Its own retries are off, because `captions.http_service.Retries`
-decides about them, as for all services. The key comes from the environment variable OPENAI_API_KEY only. It is sent to
-the addresses of the flag `base_url` and to no other host: redirects are not followed, and unencrypted requests ignore
-the proxies of the environment.
+decides about retries for all services. The API key comes only from the environment variable OPENAI_API_KEY. It is sent
+only to the addresses of the flag `base_url`: redirects are not followed, and unencrypted requests ignore the proxies of
+the environment.
 """
 
 import asyncio
@@ -21,14 +21,15 @@ from captions.chat.prompts import Message
 from captions.http_service import RETRYABLE_STATUS_CODES, Failure, Retries, check_key, hide_key, parse_retry_after
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
-NO_KEY = "no-key"  # sent if the variable is not set: servers of one's own need no key, but the client requires one
+NO_KEY = "no-key"  # sent if OPENAI_API_KEY is not set: local servers need no key, but the client requires a text
 RETRY_TEMPERATURE = 0.7  # lowest sampling temperature of the second request after a bad answer
-PROBE_TRIES = 2  # attempts of the request that checks a server before any work
-# HTTP status codes of requests whose content a server refuses. A run goes on, unless many are refused in a row.
+PROBE_TRIES = 2  # largest number of attempts of the request that checks a server before any work
+# HTTP status codes with which a server refuses the content of a request. The run continues without this caption, unless
+# `MAX_REFUSED_IN_A_ROW` requests are refused in a row.
 ITEM_STATUS_CODES, MAX_REFUSED_IN_A_ROW = (400, 413, 422), 20
-MAX_TOKENS = 10**8  # A server that reports more tokens for one request is wrong, and the number is ignored.
+MAX_TOKENS = 10**8  # larger token counts of one request must be wrong, and are reduced to this number
 MAX_REASON_CHARACTERS = 300  # longer reasons of a server are shortened: some servers send a page of HTML
-# What to do about the HTTP status codes of requests that a server refuses. {url} stands for the address.
+# HTTP status code of a refused request -> what to do about it, for the error message.
 ADVICE = {
     401: f"Set the environment variable {API_KEY_VARIABLE} to a valid key.",
     403: f"Check the permissions of the key in {API_KEY_VARIABLE}.",
@@ -36,7 +37,7 @@ ADVICE = {
     413: "The request is too large: lower --image_side or --captions_per_request.",
 }
 BAD_REQUEST_ADVICE = "Check --model, --max_tokens and --extra_body; to caption images, the model must take images."
-REDIRECT_ADVICE = "The server redirects to another address, to which nothing was sent. Use its final address."
+REDIRECT_ADVICE = "The server redirects to another address, to which nothing was sent. Set --base_url to that address."
 logger = logging.getLogger("capivara")
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -91,7 +92,7 @@ class ChatClient:
     """
 
     def __init__(self, args: Any, rank: int = 0):
-        import openai  # extra `chat`
+        import openai  # only installed with the extra `chat`
 
         self._key = os.environ.get(API_KEY_VARIABLE, "").strip()
         check_key(self._key or NO_KEY, API_KEY_VARIABLE, "The chat backend needs a key without blanks")
@@ -110,9 +111,10 @@ class ChatClient:
             )
             for url in args.base_url
         ]
-        self._numbers = itertools.count(rank)  # the number of a request chooses its server
-        self._paused_until = 0.0  # all requests wait until this time if a server has asked for a pause
-        self._is_connected, self._refused = False, 0  # number of requests that were refused since the last answer
+        self._numbers = itertools.count(rank)  # the number of a request selects its server
+        self._paused_until = 0.0  # if a server has asked for a pause, no request is sent before this time
+        # `_refused` is the number of requests that were refused since the last answer.
+        self._is_connected, self._refused = False, 0
         self._start, self.prompt_tokens, self.completion_tokens = time.monotonic(), 0, 0
 
     def connect(self, messages: Sequence[Message], is_check: bool = False) -> int:
@@ -120,7 +122,8 @@ class ChatClient:
 
         Args:
             messages: Conversation of the request.
-            is_check: Give up early, and warn if a server does not list the model.
+            is_check: Only check the servers: give up after `PROBE_TRIES` attempts, and log a warning if a server does
+                not list the model.
 
         Returns:
             Number of tokens that the model of the last server has read; 0 if the server does not state it.
@@ -146,7 +149,7 @@ class ChatClient:
         """Log a warning if a server does not list the requested model. Servers without a list are accepted."""
         try:
             names = [model.id for model in (await client.models.list()).data]
-        except Exception:  # the request for a single token reports errors
+        except Exception:  # errors are not reported here, because the next request of `connect` raises them
             return
         if self._args.model not in names:
             listed = ", ".join(map(str, names[:10])) or "none"
@@ -168,7 +171,7 @@ class ChatClient:
         return self._runner.run(self._map(function, items))
 
     async def _map(self, function: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:
-        """Do the work of `map` in the event loop."""
+        """Call an asynchronous function with each item. This is the coroutine that `map` runs in an event loop."""
         results: list[Any] = [None] * len(items)
         remaining = iter(enumerate(items))
 
@@ -192,18 +195,20 @@ class ChatClient:
         n: int = 1,
         response_format: dict[str, object] | None = None,
     ) -> list[Answer]:
-        """Request answers, and request a bad answer once more with a higher temperature.
+        """Request answers, and replace each bad answer by a second one, which is sampled with a higher temperature.
 
-        Servers may ignore `n` and return a single choice, so that requests are repeated until there are enough choices.
+        Servers may ignore `n` and return a single choice. Requests are therefore sent until there are `n` choices.
 
         Args:
             messages: The conversation.
-            judge: Function that returns the cleaned text of a choice, and its fault or None.
+            judge: Function that checks a choice, and returns a tuple: the cleaned text, and the name of the fault (None
+                if the choice is good).
             n: Number of answers.
-            response_format: Schema of the answer, which is sent if the flag `response_schema` is set.
+            response_format: JSON schema of the answer. It is only sent if the flag `response_schema` is set.
 
         Returns:
-            `n` answers. The tokens of a request are counted in its first answer.
+            `n` answers. If the second answer is bad as well, the first one is returned with its fault. The tokens of a
+            request with several choices are counted in the answer of the first choice.
 
         Raises:
             ValueError: If the server refuses the request.
@@ -231,13 +236,16 @@ class ChatClient:
     async def _send(
         self, messages: Sequence[Message], number: int | None = None, max_tries: int | None = None, **options: Any
     ) -> Reply:
-        """Send a request until it succeeds.
+        """Send a request, repeat it after temporary failures, and return the reply.
 
         Args:
             messages: The conversation.
             number: Index of the server; None to take the servers in turn.
-            max_tries: Largest number of attempts. Default: that of `Retries`.
-            **options: Parameters of the request that replace those of the flags.
+            max_tries: Largest number of attempts. Default: `captions.http_service.MAX_TRIES`.
+            **options: Parameters of the request, which override the values of the flags.
+
+        Returns:
+            The reply. If the server refuses only the content of this request, it holds one choice with a refusal.
 
         Raises:
             ValueError: If the server refuses the request, or reports another model than before.
@@ -263,15 +271,16 @@ class ChatClient:
                 failure = self._describe_failure(error)
                 if self._is_refusal_of_item(error):
                     return Reply([Choice("", refusal=failure.reason)], self.model)
-            # This is outside of `except`, so that the original error, which may contain the key, is not chained.
+            # `seconds_before_next` raises outside of `except`, so that the original error, which may contain the API
+            # key, is not chained to its error.
             wait = retries.seconds_before_next(failure)
             if failure.retry_after_s is not None:  # the pause is for all requests
                 self._paused_until = max(self._paused_until, time.monotonic() + wait)
             await asyncio.sleep(wait)
         if self._is_connected and reply.model != self.model:
             raise ValueError(
-                f"{url} answers with the model {reply.model}, but {self.model} gave the answers before. One run needs "
-                "one model: restore it, or start anew with another output."
+                f"{url} answers with the model {reply.model}, but the earlier answers are from {self.model}. All "
+                "answers of a run must be from one model. Serve the earlier model again, or choose another --output."
             )
         self._refused = 0
         self.prompt_tokens += reply.prompt_tokens
@@ -279,10 +288,10 @@ class ChatClient:
         return reply
 
     def _is_refusal_of_item(self, error: Exception) -> bool:
-        """Return True if a server refuses a single request, so that only its caption is lost.
+        """Return True if a server refuses only the content of one request, so that the run can continue without it.
 
-        The reason can be a content filter, or a text that is too long. If many requests are refused in a row, the
-        reason must be another one, and the result is False.
+        The reason can be a content filter, or a text that is too long. Returns False if `MAX_REFUSED_IN_A_ROW` requests
+        were refused in a row, because the reason must then be a general one, such as a wrong flag.
         """
         if not self._is_connected or getattr(error, "status_code", None) not in ITEM_STATUS_CODES:
             return False
@@ -290,16 +299,16 @@ class ChatClient:
         return self._refused < MAX_REFUSED_IN_A_ROW
 
     def _describe_failure(self, error: Exception) -> Failure:
-        """Explain the exception that a request raised, in one line and without the key."""
+        """Convert the exception that a request raised to a `Failure`, with a one-line reason without the API key."""
         import openai
 
-        # The message of a connection error is in its cause.
+        # The client's own message of a connection error says nothing; the reason is in the chained exception.
         text = f"{error}" if getattr(error, "status_code", None) else f"{error.__cause__ or error}"
         reason = hide_key(" ".join(text.split()), self._key)[:MAX_REASON_CHARACTERS] or type(error).__name__
         if isinstance(error, openai.APIStatusError):
             status = error.status_code
             advice = ADVICE.get(status, REDIRECT_ADVICE if status < 400 else BAD_REQUEST_ADVICE)
-            # A used-up quota has status 429, too, but waiting does not help.
+            # If the quota is used up, the status is 429 as for too many requests, but waiting does not help.
             is_temporary = status in RETRYABLE_STATUS_CODES and error.code != "insufficient_quota"
             wait = parse_retry_after(error.response.headers.get("retry-after"))
             reason = f"HTTP status {status}: {reason}" + ("" if is_temporary else f" {advice}")
@@ -313,7 +322,7 @@ class ChatClient:
         return Failure(reason, is_temporary=True)
 
     def describe_usage(self) -> str:
-        """Return tokens per second and, with `price_per_million`, the cost since `connect`, for the progress bar."""
+        """Return a text for the progress bar: tokens per second and, with `price_per_million`, the cost so far."""
         tokens = self.prompt_tokens + self.completion_tokens
         text = f"{tokens / max(time.monotonic() - self._start, 1e-9):,.0f} tokens/s"
         if prices := self._args.price_per_million:
@@ -323,10 +332,10 @@ class ChatClient:
 
 
 def convert_completion_to_reply(completion: Any) -> Reply:
-    """Convert a response of the client to a `Reply`.
+    """Convert a response of the `openai` client to a `Reply`.
 
-    Raises TypeError or AttributeError if the response is not a chat completion with at least one choice. The client
-    does not check responses: it returns a text if a server sends HTML.
+    The client does not check responses; if a server sends HTML, for example, it returns a str. Raises TypeError or
+    AttributeError if the response is not a chat completion with at least one choice.
     """
     choices = [
         Choice(
@@ -346,5 +355,5 @@ def convert_completion_to_reply(completion: Any) -> Reply:
 
 
 def _storable_text(text: str) -> str:
-    """Return a text without zero bytes and half surrogate pairs, which parquet files and terminals cannot hold."""
+    """Remove zero bytes and replace lone surrogates, which parquet files and terminals cannot represent."""
     return text.replace("\0", "").encode("utf-8", "replace").decode()

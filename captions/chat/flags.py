@@ -13,7 +13,7 @@ from captions.http_service import check_service_url, is_loopback
 
 CHAT = "chat: a model on a server that speaks OpenAI's protocol"  # title of the group in `--help`
 RESERVED_KEYS = ("model", "messages", "n", "stream")  # keys of a request that `--extra_body` must not replace
-# JSON keys and values that look like those of a secret.
+# Matches JSON text that seems to contain a secret, for example the key `api_key` or a value that begins with `sk-`.
 SECRET_RE = re.compile(
     r'"(?:[\w-]*api[_-]?key|authorization|[\w-]*secret|password)"\s*:|"(?:Bearer |sk-)', re.IGNORECASE
 )
@@ -22,7 +22,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass(kw_only=True)
 class ChatFlags:
-    """Flags of the chat backends. Most names are those of the `openai` client."""
+    """Flags of the chat backends. Most flags are named like the parameters of the `openai` client that they set."""
 
     base_url: list[str] = flag(
         [],
@@ -31,7 +31,10 @@ class ChatFlags:
         group=CHAT,
     )
     concurrency: int = flag(
-        8, "Requests in flight at the same time, per task: tasks that share a server multiply this number.", group=CHAT
+        8,
+        "Largest number of simultaneous requests of one task. A server that several tasks share gets this number of "
+        "requests from each task.",
+        group=CHAT,
     )
     prompts: Path | None = flag(
         None, "YAML file of prompts. Default: a file in captions/chat/, which also explains the format.", group=CHAT
@@ -40,25 +43,28 @@ class ChatFlags:
     top_p: float | None = flag(None, "Nucleus sampling. Default: not sent.", group=CHAT)
     seed: int | None = flag(None, "Seed of the sampling. Default: not sent.", group=CHAT)
     max_tokens: int = flag(1024, "Largest number of tokens of an answer, including reasoning.", group=CHAT)
-    timeout: float = flag(120.0, "Seconds until a request without a complete answer is repeated.", group=CHAT)
+    timeout: float = flag(120.0, "Timeout of a request in seconds. The request is then repeated.", group=CHAT)
     response_schema: bool = flag(
         False, "Send a JSON schema of the answer, for servers that can restrict answers to a schema.", group=CHAT
     )
     extra_body: str | None = flag(
         None,
-        "JSON object with further keys of requests, for example "
-        '\'{"chat_template_kwargs": {"enable_thinking": false}}\' (vLLM). A key replaces that of a flag; '
-        "null omits it.",
+        "JSON object with more parameters for each request, for example "
+        '\'{"chat_template_kwargs": {"enable_thinking": false}}\' (vLLM). A parameter replaces the flag of the same '
+        "name; null unsets the flag.",
         group=CHAT,
     )
     price_per_million: list[float] = flag(
-        [], "Price of a million tokens, or two prices: read and written. Progress then shows the cost.", group=CHAT
+        [],
+        "Price of a million tokens: one price, or two prices for tokens read and tokens written. The progress bar then "
+        "shows the cost.",
+        group=CHAT,
     )
-    allow_http: bool = flag(False, "Allow servers on other machines without encryption (http).", group=CHAT)
+    allow_http: bool = flag(False, "Allow unencrypted connections (http) to servers on other machines.", group=CHAT)
 
 
 def check_chat_flags(args: Any, purpose: str) -> None:
-    """Check the flags of a chat backend, without a network.
+    """Check the flags of a chat backend, without network access.
 
     Args:
         args: Flags of the command: `ChatFlags`, `model` and `executor`.
@@ -83,13 +89,15 @@ def check_chat_flags(args: Any, purpose: str) -> None:
 
 
 def parse_extra_body(text: str | None) -> dict[str, Any]:
-    """Return the flag `extra_body` as a dict, which is empty if the flag is None.
+    """Parse the flag `extra_body`, and return it as a dict, which is empty if the flag is None.
 
-    Raises ValueError if the text is not a JSON object, contains one of `RESERVED_KEYS`, or seems to contain a key of a
-    provider, which would be stored with the settings.
+    Raises ValueError if the text is not a JSON object, or contains one of `RESERVED_KEYS`. A text that seems to contain
+    an API key is refused as well, because the flag is stored with the settings of the output.
     """
-    if SECRET_RE.search(text or ""):  # the text is not shown
-        raise ValueError("extra_body must not contain a key. It belongs in the environment variable OPENAI_API_KEY.")
+    if SECRET_RE.search(text or ""):  # the message does not show the text, because logs must not contain secrets
+        raise ValueError(
+            "extra_body must not contain an API key or password. Set the environment variable OPENAI_API_KEY instead."
+        )
     try:
         content = json.loads(text or "{}")
     except ValueError:
@@ -101,15 +109,18 @@ def parse_extra_body(text: str | None) -> dict[str, Any]:
 
 
 def is_server_beside_tasks(args: Any) -> bool:
-    """Return True if each node of a cluster has a server of its own, which cannot be asked from this machine."""
+    """Return True if each cluster node runs its own server, which this machine cannot reach.
+
+    This is so if the tasks run on a cluster and all addresses in `base_url` are loopback addresses such as localhost.
+    """
     return args.executor != "local" and all(map(is_loopback, args.base_url))
 
 
 def get_settings_that_change_answers(args: Any) -> dict[str, Any]:
-    """Return the flags that change the answers of a model.
+    """Return the flags that affect the answers of a model, as a dict `{"flag name": value}`.
 
-    They are part of the fingerprint that tells whether stored answers can be reused. `ChatClient` builds the requests
-    from the same flags.
+    The dict becomes part of the settings of the output, so that stored answers are only reused with equal flags.
+    `ChatClient` builds the requests from the same flags.
     """
     settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     return settings | {

@@ -1,6 +1,7 @@
-"""Read prompts: YAML files whose texts are Jinja templates. captions/chat/translate.yaml explains the format.
+"""Read the prompts for language models from YAML files whose texts are Jinja templates.
 
-All templates are rendered once before any work, so that a mistake in a file is reported at once.
+The file captions/chat/translate.yaml explains the format. All templates are rendered once before any work, so that a
+mistake in a file is reported at once.
 """
 
 from functools import lru_cache
@@ -15,8 +16,8 @@ from captions.languages import language_name
 
 FOLDER = Path(__file__).parent
 TRANSLATION_KEYS, CAPTION_KEYS = ("system", "user", "lines", "examples"), ("system", "prompts")
-PROBE = "a cat on a mat 4711"  # text with which templates are tried
-# Prompts can come from other people, so that templates run in a sandbox.
+PROBE = "a cat on a mat 4711"  # test caption; a rendered template must contain it
+# Templates run in a sandbox, because files of prompts can come from other people.
 _ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined)
 
 _compile_template = lru_cache(_ENVIRONMENT.from_string)  # compilation takes longer than a request
@@ -30,11 +31,11 @@ class Prompts:
     Args:
         path: YAML file of prompts.
         keys: Keys that the file may have.
-        languages: Language codes by variable, for example {"language": "pt"}. Templates can use the English name under
-            the name of the variable, and the code under this name followed by `_code`.
+        languages: Dict `{template variable: language code}`, for example `{"language": "pt"}`. In a template, the
+            variable `language` is then the English name ("Portuguese"), and `language_code` is the code ("pt").
 
     Attributes:
-        content: Content of the file, for fingerprints.
+        content: Content of the file, as a dict. It is recorded with the settings of the output.
 
     Raises:
         ValueError: If the file is not valid, or a language has no name.
@@ -56,9 +57,8 @@ class Prompts:
 
         Args:
             key: Key of the template in the file.
-            template: The text of the template. Required if the value of `key` is a list of templates, of which this is
-                one. Default: the value of `key`.
-            **variables: Values of variables of the template, in addition to those that are the same for all templates.
+            template: Text of the template. Default: the value of `key` in the file. Required if this value is a list.
+            **variables: Values of template variables other than the languages, for example `text`.
 
         Raises:
             ValueError: If the template is missing, has a mistake, uses an unknown variable, or gives a blank text.
@@ -79,10 +79,10 @@ class Prompts:
 
 
 class TranslationPrompts(Prompts):
-    """Prompts of a translation.
+    """The prompts that request translations.
 
     Args:
-        path: YAML file of prompts; None for the file of this package.
+        path: YAML file of prompts. None selects the file captions/chat/translate.yaml.
         language: Code of the target language.
         source_language: Code of the source language.
         needs_lines: Whether several captions are translated in one request.
@@ -111,13 +111,19 @@ class TranslationPrompts(Prompts):
         return self._conversation("user", text, [(example["text"], example["answer"]) for example in self.examples])
 
     def line_messages(self, texts: list[str]) -> list[Message]:
-        """Return the conversation that requests the translations of several captions, which become numbered lines."""
+        """Return the conversation that requests the translations of several captions as numbered lines."""
         texts_and_answers = [[example[key] for example in self.examples] for key in ("text", "answer")]
         examples = [tuple(map(number_lines, texts_and_answers))] if self.examples else []
         return self._conversation("lines", number_lines(texts), examples)
 
     def _conversation(self, key: str, text: str, examples: list[tuple[str, ...]]) -> list[Message]:
-        """Return the messages of a request: instructions, examples with their answers, and the text to translate."""
+        """Return the messages of a request: instructions, examples with their answers, and the text to translate.
+
+        Args:
+            key: Key of the template for the text and the examples: "user" or "lines".
+            text: Text to translate.
+            examples: Tuples (example text, answer).
+        """
         messages = list(self.system)
         for example, answer in examples:
             messages.append({"role": "user", "content": self.render(key, text=example)})
@@ -131,14 +137,15 @@ def number_lines(texts: list[str]) -> str:
 
 
 class CaptionPrompts(Prompts):
-    """Prompts of a captioner.
+    """The prompts that request captions of images.
 
     Args:
-        path: YAML file of prompts; None for the file of this package for the language, or the English file.
+        path: YAML file of prompts. None selects the file captions/chat/captions_<language>.yaml if it exists, otherwise
+            captions_en.yaml.
         language: Code of the language of the captions.
 
     Attributes:
-        prompts: The requests, one per caption of an image.
+        prompts: Texts of the prompts. Each image is sent once with each prompt.
 
     Raises:
         ValueError: If the file is not valid, or two prompts are equal.

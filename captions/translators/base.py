@@ -1,4 +1,4 @@
-"""Define what all translators have in common: their interface, and the translation of long sentences in pieces."""
+"""Define the interface of all translators, and functions that translate long sentences in pieces."""
 
 import itertools
 import re
@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Protocol, Self
 from captions.chat.answers import Answer
 from captions.stages import RowStage, iter_length_limited_batches
 
-# Regular expressions of positions at which to split a long text, in order of preference: between sentences (in Chinese
-# and Japanese, no blank follows a sentence), between clauses, between words.
+# Regular expressions for the positions at which a long text is split, in order of preference: between sentences (in
+# Chinese and Japanese, no blank follows a sentence), between clauses, between words.
 BOUNDARIES = (r"(?<=[.!?…।॥؟])\s+|(?<=[。！？])|\n+", r"(?<=[,;:،؛、])\s+|(?<=[，；：])", r"\s+")
 
 # Translations are saved after every `SENTENCES_PER_ROW * batch_rows` sentences.
@@ -21,19 +21,19 @@ class Translator(Protocol):
     """Interface of the backends of `captions.translate`. A backend is a subclass in a module of its own.
 
     The methods of the class are called in this order: `check_flags`, `check`, `load`, and `translate` any number of
-    times. Only `load` and `translate` have no default.
+    times. A subclass must implement `load` and `translate`; all other methods have a default implementation.
 
     Attributes:
         flags: Dataclass with the flags of the backend, which become flags of `captions.translate`.
         needs_table: Whether translations come from a table that people fill (`--import`). Otherwise, they are stored in
             the translation memory.
-        counts_tokens: Whether the backend counts tokens, so that `describe_work` estimates them.
-        name: Name for messages.
+        counts_tokens: Whether the backend counts the tokens of its requests. A dry run then estimates them.
+        name: Name of the translator for messages.
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
             Translators with equal fingerprints share their stored translations.
-        on_answer: Function of the caller with the parameters sentence and answer, or None. A backend that waits for
-            many separate answers should call it once for each sentence, so that a killed run loses only the requests in
-            flight, and that progress is shown in between.
+        on_answer: Function with the parameters sentence and answer that stores the answer and updates the progress bar,
+            or None. A backend whose answers arrive one by one should call it for each sentence, so that a killed run
+            loses only the requests in flight.
     """
 
     flags: ClassVar[type]
@@ -45,13 +45,17 @@ class Translator(Protocol):
 
     @classmethod
     def check_flags(cls, args: Any) -> None:
-        """Check the flags, without a network and without loading anything. Raise ValueError or ImportError if wrong."""
+        """Check the flags of the backend, without network access and without loading a model.
+
+        Raises ValueError if a flag is invalid, and ImportError if a package is missing.
+        """
 
     @classmethod
     def check(cls, args: Any) -> None:
-        """Check, before any stage of a build runs, that the translator can be used.
+        """Check that the translator can be used, for example that its server can be reached.
 
-        Raises ValueError or OSError if the translator cannot be used.
+        A build calls this method before its first stage runs, so that it does not fail hours later. Raises ValueError
+        or OSError if the translator cannot be used.
         """
 
     @classmethod
@@ -60,7 +64,7 @@ class Translator(Protocol):
 
         Args:
             args: Flags of `captions.translate` (`TranslateArguments`).
-            stage: The task, with the rows that it processes.
+            stage: Access to the rows whose captions are translated.
 
         Returns:
             The translator, ready to translate.
@@ -76,7 +80,7 @@ class Translator(Protocol):
 
     @classmethod
     def describe_work(cls, args: Any, sentences: list[str]) -> list[str]:
-        """Return lines for a dry run that say what will be requested from a server, such as requests and tokens.
+        """Estimate the requests and tokens that a translation will send to a server, as lines for `--dry_run`.
 
         Args:
             args: Flags of `captions.translate`.
@@ -89,7 +93,7 @@ class Translator(Protocol):
         return ""
 
     def batch_limits(self, args: Any) -> tuple[int, int]:
-        """Return the largest numbers of sentences and of characters to translate before the translations are saved."""
+        """Return the size of a batch, after which translations are saved: (most sentences, most characters)."""
         return SENTENCES_PER_ROW * args.batch_rows, sys.maxsize
 
 
@@ -101,7 +105,7 @@ def split_text(text: str, fits: Callable[[str], bool]) -> list[str]:
 
     Args:
         text: The text.
-        fits: Function that returns True if a text is short enough.
+        fits: Function that returns True if a text is short enough for the translator.
 
     Returns:
         The pieces in order. If the text is short enough, the list contains only the text.

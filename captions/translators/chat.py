@@ -1,8 +1,8 @@
 """Translate sentences with a language model on a server that speaks OpenAI's protocol (`--backend chat`).
 
-Each sentence is one request, or several sentences are the numbered lines of one request (`--captions_per_request`). A
-bad answer is requested once more; see `captions.chat.client`. If the number of lines differs, the sentences of the
-request are translated one by one.
+By default, each request contains one sentence. With `--captions_per_request`, a request contains several sentences as
+numbered lines; if the answer has another number of lines, these sentences are translated one by one. A bad answer is
+requested once more (`captions.chat.client`).
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ from captions.translators.base import Translator, split_text
 MAX_PIECE_CHARACTERS = 2_000  # longer sentences are split, so that their translation fits into `max_tokens`
 LETTERS_PER_TOKEN = 4  # rule of thumb for the estimate of a dry run
 SINGLE, LINES = "translation", "translations"  # keys of the JSON objects that `response_schema` requests
-UNUSABLE = (REFUSED, TRUNCATED)  # faults of answers that are no translation; other answers are kept and flagged
+UNUSABLE = (REFUSED, TRUNCATED)  # faults of answers that are dropped; answers with other faults are kept and flagged
 
 
 @dataclass(kw_only=True)
@@ -52,8 +52,9 @@ class ChatTranslator(Translator):
 
     Args:
         args: Flags of `captions.translate`.
-        rank: Number of the task.
-        is_check: Only check whether the server can be used: give up early, and warn about unlisted models.
+        rank: Number of the task. Tasks begin with different servers.
+        is_check: Only check the server: failed requests are repeated less often, and a warning is logged if the server
+            does not list the model.
 
     Raises:
         ValueError: If a flag or the file of prompts is invalid, or the server refuses requests.
@@ -79,7 +80,10 @@ class ChatTranslator(Translator):
 
     @classmethod
     def check_flags(cls, args: Any) -> None:
-        """Check the flags and the file of prompts. Raise ValueError or ImportError if they cannot be used."""
+        """Check the flags and the file of prompts, without network access.
+
+        Raises ValueError if a flag or the file is invalid, and ImportError if a package is missing.
+        """
         check_chat_flags(args, "--backend chat")
         check_at_least(args, 1, "captions_per_request")
         if args.model is None:
@@ -88,9 +92,12 @@ class ChatTranslator(Translator):
 
     @classmethod
     def check(cls, args: Any) -> None:
-        """Ask the server for a single token. Raise ValueError or OSError if it cannot be used."""
+        """Check that the server can be used, by requesting a single token.
+
+        Raises ValueError or OSError if the server cannot be used.
+        """
         if is_server_beside_tasks(args):
-            logger.info("%s is not asked now, because each node has its own server.", ", ".join(args.base_url))
+            logger.info("Not checked now: %s. Each cluster node has its own server.", ", ".join(args.base_url))
         else:
             cls(args, is_check=True)
 
@@ -100,13 +107,13 @@ class ChatTranslator(Translator):
 
         Args:
             args: Flags of `captions.translate`.
-            stage: The task, with the rows that it processes; the number of the task chooses the server to begin with.
+            stage: The task that translates. Its number (`rank`) selects the server of the first request.
         """
         return cls(args, stage.rank)
 
     @classmethod
     def describe_work(cls, args: Any, sentences: list[str]) -> list[str]:
-        """Return a line with the numbers of requests and of estimated tokens for a dry run.
+        """Return a line of text for `--dry_run`, with the estimated numbers of requests and tokens.
 
         Args:
             args: Flags of `captions.translate`.
@@ -119,21 +126,21 @@ class ChatTranslator(Translator):
         return [f"about {requests:,} requests, {read:,} tokens read and {written:,} written"]
 
     def describe_usage(self) -> str:
-        """Return tokens per second and cost, for the progress bar."""
+        """Return a text for the progress bar: tokens per second and, with `price_per_million`, the cost so far."""
         return self._client.describe_usage()
 
     def translate(self, sentences: list[str]) -> list[str]:
         """Translate sentences, and return one translation per sentence, in order.
 
-        If the model gave no usable answer for a sentence, its translation is "", and the callback `on_answer` gets an
-        answer that says what was wrong.
+        If the model gave no usable answer for a sentence, its translation is "". The callback `on_answer` then gets an
+        answer whose attribute `fault` says what was wrong.
         """
         size = self._args.captions_per_request
         groups = [sentences[start : start + size] for start in range(0, len(sentences), size)]
         return [answer.text for answers in self._client.map(self._translate_group, groups) for answer in answers]
 
     async def _translate_group(self, sentences: Sequence[str]) -> list[Answer]:
-        """Translate the sentences of one request, and pass their answers to `on_answer`."""
+        """Translate a group of sentences, in one request if possible, and pass each answer to `on_answer`."""
         answers, cost = None, Answer("")
         if len(sentences) > 1 and max(map(len, sentences)) <= MAX_PIECE_CHARACTERS:
             answers, cost = await self._translate_lines(sentences)
@@ -146,10 +153,11 @@ class ChatTranslator(Translator):
         return answers
 
     async def _translate_lines(self, sentences: Sequence[str]) -> tuple[list[Answer] | None, Answer]:
-        """Translate sentences as numbered lines of one request. A bad line is then translated by itself.
+        """Translate sentences as numbered lines of one request. If a line is bad, its sentence is translated again.
 
         Returns:
-            The answers, or None if the number of lines differs; and an answer with the tokens of the request.
+            A tuple (answers, cost). `answers` has one answer per sentence; it is None if the model wrote another number
+            of lines. `cost` is an answer without text that holds the tokens of the request.
         """
         lines: list[str] = []
 
@@ -173,7 +181,7 @@ class ChatTranslator(Translator):
         return answers, cost
 
     async def _translate_sentence(self, sentence: str) -> Answer:
-        """Translate one sentence. A sentence that is too long is translated in pieces."""
+        """Translate one sentence. A sentence longer than `MAX_PIECE_CHARACTERS` is translated in pieces."""
         answer = Answer("")
         for piece in split_text(sentence, lambda text: len(text) <= MAX_PIECE_CHARACTERS):
 
@@ -185,19 +193,19 @@ class ChatTranslator(Translator):
             (part,) = await self._client.ask(
                 messages, judge, response_format=build_response_format_for_json_answer(SINGLE)
             )
-            # Other faults are forgotten: `captions.translate` finds them again, as for all translators.
+            # Drop other faults, such as a wrong script: `captions.translate` finds them for all translators.
             fault = part.fault if part.fault in UNUSABLE else None
             text = f"{answer.text} {part.text}".strip()
             answer = replace(part.with_cost_of(answer), text=text, fault=answer.fault or fault)
         return answer if answer.fault is None else replace(answer, text="")
 
     def _judge_text(self, sentence: str, text: str, choice: Choice | None = None) -> tuple[str, str | None]:
-        """Return the cleaned translation in an answer, and its first fault or None.
+        """Return the tuple (cleaned translation, first fault) for an answer; the fault is None if none was found.
 
         Args:
             sentence: Sentence that was translated.
             text: Text of the answer.
-            choice: The whole answer; None for a line of an answer.
+            choice: The complete answer of the model; None if `text` is one line of an answer.
         """
         text = clean_answer(text, sentence)
         fault = detect_refusal_or_truncation(text, choice and choice.finish_reason, choice and choice.refusal, sentence)

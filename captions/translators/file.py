@@ -38,16 +38,20 @@ logger = logging.getLogger("capivara")
 
 @dataclass(kw_only=True)
 class FileFlags:
-    """Flags of `--backend file`, and the parts of `captions.translate` that concern the table.
+    """Flags of `--backend file`, and the methods of `captions.translate` that work with the translation table.
 
-    If another backend is used, `import_file` is None, and the methods do nothing.
+    A translation table is a TSV file of sentences in which people fill the column of translations. If another backend
+    is used, `import_file` is None, and the methods do nothing.
     """
 
     import_file: Path | None = flag(
-        None, "TSV table of sentences (file). If it does not exist, it is written, to be filled.", aliases=["--import"]
+        None,
+        "Translation table, a TSV file (file). If it does not exist, the command writes it with an empty column, for "
+        "people to fill.",
+        aliases=["--import"],
     )
     translated_by: Literal["human", "machine"] = flag(
-        "human", "Who fills the table (file); dataset card and model cards state it."
+        "human", "Who fills the translation table (file). Dataset card and model cards state this."
     )
 
     def known_settings(self) -> dict[str, Any]:
@@ -64,10 +68,10 @@ class FileFlags:
         return {"translator": {"backend": "file", "target": self.language, "sha256": digest}}
 
     def pending_manual_step(self) -> str:
-        """Describe which sentences of the translation table have no translation yet; "" if all have a translation.
+        """Return a message about the sentences of the translation table that have no translation yet.
 
-        Also returns "" if the stage uses no table. Raises ValueError if the languages in the table differ from the
-        flags.
+        Returns "" if all sentences have a translation, or if the stage uses no table. Raises ValueError if the
+        languages in the table differ from the flags.
         """
         if self.import_file is None:
             return ""
@@ -87,7 +91,7 @@ class FileFlags:
             ValueError: If the table states other languages, or does not state the language of the translations.
         """
         stated, _ = read_table_header_and_rows(self.import_file)
-        hint = "Use the path of a new table, which is then written, or correct the language."
+        hint = "Correct the language, or choose a path without a file, where a new table is then written."
         for column, language in (("source", self.source_language), ("translation", self.language)):
             if stated.get(column) and stated[column] != language:
                 raise ValueError(
@@ -135,7 +139,7 @@ class FileFlags:
         return list(iter_distinct_captions(self, stage.source, [range(len(stage.source))]))
 
     def check_source_rows(self, stage: RowStage) -> list[str]:
-        """Return the distinct captions of the dataset, after a check that the translation table has the same sentences.
+        """Check that the translation table has the sentences of the dataset, and return these sentences.
 
         Raises ValueError if the table has other sentences or another order, or states other languages.
         """
@@ -149,7 +153,7 @@ class FileFlags:
                 raise
             raise ValueError(
                 f"{error} The table was written for other data (digest {table_digest}; the data has {source_digest}). "
-                "Move it to another place; a new table is then written."
+                "Move it to another place, and run the command again to write a new table."
             ) from error
         return sentences
 
@@ -197,11 +201,11 @@ class FileFlags:
 
 
 class FileTranslator(Translator):
-    """Translations in a table.
+    """Translator that looks up the translations in a table that people have filled.
 
     Args:
-        translations: Dict from each sentence of the dataset to its translation.
-        fingerprint: Digest of the table, and its language.
+        translations: Dict `{sentence: translation}` with all sentences of the dataset.
+        fingerprint: Dict with the keys "backend", "target" (language code) and "sha256" (digest of the table).
     """
 
     flags = FileFlags
@@ -213,11 +217,11 @@ class FileTranslator(Translator):
 
     @classmethod
     def load(cls, args: Any, stage: RowStage) -> Self:
-        """Read the table.
+        """Read the translation table, and return the translator.
 
         Args:
             args: Flags of `captions.translate`.
-            stage: The task, with the rows that it processes.
+            stage: Access to the rows whose captions the table must contain.
 
         Raises:
             ValueError: If the table has other sentences than the rows, or a sentence has no translation.

@@ -66,7 +66,7 @@ class GoogleTranslator(Translator):
 
         Args:
             args: Flags of `captions.translate`.
-            stage: The task, with the rows that it processes; not used.
+            stage: Access to the rows whose captions are translated; not used.
         """
         return cls(args.language, args.source_language, args.google_endpoint)
 
@@ -91,7 +91,10 @@ class GoogleTranslator(Translator):
         return translate_in_pieces(sentences, fits, translate_batch, GOOGLE_MAX_SENTENCES, GOOGLE_MAX_CHARACTERS)
 
     def batch_limits(self, args: Any) -> tuple[int, int]:
-        """Return the limits of one request: each request is saved, so that no paid translation is lost."""
+        """Return the limits of one request, as (most sentences, most characters).
+
+        Translations are saved after each request, so that no paid translation is lost.
+        """
         return args.batch_size or GOOGLE_MAX_SENTENCES, GOOGLE_MAX_CHARACTERS
 
     def _request_translations(self, texts: list[str]) -> list[str]:
@@ -131,16 +134,17 @@ class GoogleTranslator(Translator):
             time.sleep(retries.seconds_before_next(failure))
 
     def _describe_failure(self, error: Exception) -> Failure:
-        """Explain the exception that a request raised. The explanation does not contain the API key."""
+        """Convert the exception that a request raised to a `Failure`, whose reason does not contain the API key."""
         from google.api_core.exceptions import GoogleAPICallError
 
         reason = hide_key(f"{error or type(error).__name__}", self._key)
         if isinstance(error, GoogleAPICallError):
-            # Google answers with status 403, which is not in the list, also if a rate limit is exceeded.
+            # Google also uses status 403 if a rate limit is exceeded. Other reasons for 403 are not temporary, so the
+            # message tells them apart.
             is_temporary = error.code in RETRYABLE_STATUS_CODES or "rate limit exceeded" in reason.lower()
             return Failure(reason, is_temporary)
-        # The client raises these types if a response is not valid JSON or incomplete. Their messages would not help,
-        # because they are about the code of the client.
+        # The client raises errors of these types if a response is incomplete or not valid JSON. Their messages are
+        # about the code of the client and would not help, so they are replaced.
         is_bad_response = isinstance(error, LookupError | AttributeError | TypeError | ValueError)
         if is_bad_response and not isinstance(error, OSError):
             reason = "the response contained no translation"

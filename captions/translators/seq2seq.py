@@ -2,12 +2,13 @@
 
     python -m captions.translate --dataset data/generated --output data/hi --language hi --model facebook/m2m100_418M
 
-A multilingual model needs a token for the target language. The position of this language token depends on the model:
+A multilingual model needs a special token that names the target language. Where this language token stands depends on
+the model:
 
 - Marian models read it before the source sentence, for example `>>por<<`.
-- NLLB, M2M100 and mBART write it at the start of the translation.
+- NLLB, M2M100 and mBART write it at the start of the translation, for example `por_Latn`.
 
-Decoding does not skip language tokens, so this module removes them from translations.
+The method `decode` of the tokenizers does not skip language tokens, so this module removes them from translations.
 """
 
 import hashlib
@@ -73,7 +74,7 @@ class Seq2SeqTranslator(Translator):
 
     Raises:
         ValueError: If the model is not a translation model or does not know a language (the message lists similar
-            codes). The method `translate` also raises ValueError, if the memory of the device is insufficient.
+            codes). The method `translate` also raises ValueError if the memory of the device is insufficient.
         ImportError: If the tokenizer needs a package that is not installed.
     """
 
@@ -81,7 +82,7 @@ class Seq2SeqTranslator(Translator):
 
     @classmethod
     def check_flags(cls, args: Any) -> None:
-        """Raise ValueError if no model is named, although the default model does not translate the languages."""
+        """Raise ValueError if `--model` is missing, unless the languages are those of the default model (en to pt)."""
         if args.model is None and (args.source_language, args.language) != ("en", "pt"):
             raise ValueError(
                 f"--model is required to translate {args.source_language} to {args.language}, for example "
@@ -90,7 +91,10 @@ class Seq2SeqTranslator(Translator):
 
     @classmethod
     def check(cls, args: Any) -> None:
-        """Raise ValueError if the model does not know a language. A model not on this machine yet is not checked."""
+        """Check that the model knows both languages. Raises ValueError if it does not.
+
+        The check needs the tokenizer. It is skipped if the tokenizer is not on this machine yet.
+        """
         _check_languages_if_tokenizer_is_cached(
             args.model or PAPER_MODEL, args.revision, args.language, args.source_language
         )
@@ -101,7 +105,7 @@ class Seq2SeqTranslator(Translator):
 
         Args:
             args: Flags of `captions.translate`.
-            stage: The task, with the rows that it processes; not used.
+            stage: Access to the rows whose captions are translated; not used.
         """
         return cls(
             args.model or PAPER_MODEL,
@@ -166,7 +170,7 @@ class Seq2SeqTranslator(Translator):
         return translate_in_pieces(sentences, self._fits, self._translate_batch, self._batch_size)
 
     def token_ids(self, text: str) -> list[int]:
-        """Return the token ids that the encoder reads for a text, with a language token in front if it needs one.
+        """Return the token ids that the encoder reads for a text, after a language token if the model needs one there.
 
         If the text itself contains a special token such as `</s>`, it is treated as plain text. A language token in the
         text is removed.
@@ -175,7 +179,7 @@ class Seq2SeqTranslator(Translator):
         return self._prefix_ids + [token for token in ids if token not in self._forbidden_ids]
 
     def _fits(self, text: str) -> bool:
-        """Return True if a text has few enough tokens to be translated at once."""
+        """Return True if a text is short enough for the model. Longer texts are translated in pieces."""
         return len(self.token_ids(text)) <= self._max_source_tokens
 
     def _translate_batch(self, texts: list[str]) -> list[str]:
@@ -211,15 +215,15 @@ def _check_languages_if_tokenizer_is_cached(
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError, AttributeError):
-        return  # `Seq2SeqTranslator` will download the model, or raise the error
+        return  # no check is possible yet: `Seq2SeqTranslator` will download the model, or raise the error
     _get_model_language_codes(tokenizer, language, source_language, model)
 
 
 def _find_language_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the language codes of a translation tokenizer with the ids of their language tokens.
+    """Return the ids of the language tokens of a translation tokenizer.
 
     Returns:
-        Two dicts from language code to token id, at least one of which is empty. The first dict has the tokens that go
+        Two dicts `{language code: token id}`, at least one of which is empty. The first dict has the tokens that go
         before the source sentence (Marian). The second dict has the tokens that begin the translation (NLLB, M2M100,
         mBART).
     """
@@ -242,8 +246,7 @@ def _get_model_language_codes(
         name: Name of the model, for errors.
 
     Returns:
-        The model's code for the target language, and for the source language. The latter is None if the model does not
-        need a source language.
+        The tuple (target code, source code). The source code is None if the model does not need a source language.
 
     Raises:
         ValueError: If the model does not know a language.

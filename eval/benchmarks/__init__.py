@@ -19,15 +19,18 @@ from capivara_common.files import read_json
 from eval.records.result_files import DIRECTIONS
 
 BENCHMARKS_FOLDER = Path(__file__).resolve().parent
-# Classes of models that CAPIVARA's published results apply to: this project's class, and open_clip's class for the same
-# two towers.
+# Names of the model classes that have CAPIVARA's architecture, to which its published results apply: the class of this
+# project, and the class that open_clip uses for the same text and image encoder.
 CAPIVARA_CLASSES = ("CapivaraModel", "CustomTextCLIP")
 SUITES = ("paper", "elevater", "beyond", "retrieval", "classification")  # "paper" includes all benchmarks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A dataset with its protocol and published results. With the task "average", a published mean over benchmarks."""
+    """A dataset, how to measure a model on it, and the results that were published for it.
+
+    If `task` is "average", there is no dataset: the benchmark is the published mean over several other benchmarks.
+    """
 
     key: str  # name of the JSON file, and of the folder in --data_dir
     title: str  # name that tables show
@@ -40,12 +43,12 @@ class Benchmark:
     # value is a dict with `mean` and, if it was published, `std` (standard deviation), both in percent. For retrieval,
     # the value is a dict that maps each direction ("text_to_image", "image_to_text") to such a dict.
     published: dict[str, dict[str, Any]]
-    # Published results of other base models. Key: repository name of the model (the last part of its Hub id) in
-    # lowercase. Value: a dict with the same structure as a value of `published`.
+    # Published results of other pretrained models, such as SigLIP 2. Key: repository name of the model (the last part
+    # of its Hub id) in lowercase. Value: a dict with the same structure as a value of `published`.
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
     bases_from: str = ""  # URL of the source of `bases`
     language: str = "pt"  # language code of the published results
-    # `hub_id` (None if unknown), `local_layout` (description of the local folder) and `url` (download page)
+    # Source of the data: {"hub_id": Hub id or None, "local_layout": description of the local folder, "url": web page}
     source: dict[str, str | None] = field(default_factory=dict)
     split: str = ""  # split to measure
     # Source of class names and prompts: "ours" (this project's files) or "babel" (Babel-ImageNet's names, with
@@ -54,11 +57,11 @@ class Benchmark:
     test_images: int | None = None  # size of the published split; None if unknown
     image_column: str | None = None  # None: the only column with images
     label_column: str | None = None  # None: the first column with a usual name
-    caption_column: str = ""  # retrieval: column name, a pattern with `{language}`
+    caption_column: str = ""  # retrieval: name of the caption column; `{language}` stands for the code
     caption_positions: str = "all"  # retrieval: value of --caption_positions of `eval.retrieval`
     prompts: str | None = None  # classification: name of the file in `eval/prompts/pt`
     other_languages: tuple[str, ...] = ()  # languages measured by default in addition to `language`
-    known_languages: tuple[str, ...] = ()  # languages that --languages accepts; empty: `languages`
+    known_languages: tuple[str, ...] = ()  # languages that --languages accepts; if empty, it accepts `languages`
     data_of: str | None = None  # key of another benchmark; its local folder is used if this benchmark has none
     like_for_like: bool = True  # whether the published results were measured on the same texts and images
     count: int = 0  # task "average": number of benchmarks that must be measured before the mean is shown
@@ -86,8 +89,8 @@ class Benchmark:
             direction: "text_to_image" or "image_to_text" for retrieval; ignored for classification.
 
         Returns:
-            A dict with `mean` and, if it was published, `std` (standard deviation), both in percent. None if no result
-            was published.
+            A dict `{"mean": mean, "std": standard deviation}`, both in percent. The key "std" is missing if it was not
+            published. None if no result was published.
         """
         figure = (self.published | self.bases).get(model)
         return figure.get(direction) if figure and self.task == "retrieval" else figure
@@ -97,11 +100,12 @@ class Benchmark:
 def load_benchmarks() -> dict[str, Benchmark]:
     """Read all benchmarks, in the order in which tables show them.
 
-    Benchmarks of the paper come first: retrieval, then ELEVATER, then ImageNet. Benchmarks that the paper does not have
-    follow.
+    The benchmarks of CAPIVARA's paper come first: retrieval, then the 20 classification datasets of ELEVATER, then
+    ImageNet. All other benchmarks follow.
 
     Returns:
-        Key -> benchmark. The mean over the ELEVATER benchmarks (`elevater.json`) is not included.
+        A dict `{key of the benchmark: benchmark}`. The published mean over the ELEVATER datasets (`elevater.json`) is
+        not included.
     """
 
     def table_order(benchmark: Benchmark) -> tuple:
@@ -117,7 +121,7 @@ def find_model_name_in_published_results(name: str, role: str, model_class: str,
 
     Args:
         name: Folder or Hub id of the model.
-        role: "baseline" or "capivara".
+        role: Role of the model in tables: "baseline", or "capivara" for a model that is compared with the baseline.
         model_class: Class of the model, for example "CapivaraModel".
         loss: "contrastive" or "sigmoid".
 
@@ -135,12 +139,12 @@ def get_published_baseline_result(pair: dict[str, Any]) -> tuple[float, str] | N
     """Return the result that was published for a baseline model, to show it next to the measured one.
 
     Args:
-        pair: A measured result of a baseline and of the model compared with it, from
+        pair: The measured results of a baseline and of the model that is compared with it: a dict from
             `eval.records.tables.pair_with_baselines`.
 
     Returns:
-        The published value, from 0 to 1, and the URL of its source. None if nothing was published for the baseline, or
-        if language, metric, number of images or embedding width of the published result differ from the measured one.
+        The published value, from 0 to 1, and the URL of its source. None if no result was published for the baseline,
+        or if it was published for another language, metric, number of images or embedding width.
     """
     value, benchmark = pair["baseline"], load_benchmarks().get(pair["dataset"])
     if not value or not benchmark or pair["dim"]:
@@ -178,8 +182,11 @@ def find_local_or_hub_data(benchmark: Benchmark, folder: Path | None) -> dict[st
         folder: Folder with one entry per benchmark key (--data_dir), or None.
 
     Returns:
-        A dict with three keys: `data`, the path or Hub id ("" if there is neither); `local`, whether `data` is a path;
-        and `reason`, why no data were found ("" if data were found).
+        A dict with three keys:
+
+        - "data": the path or Hub id; "" if there is neither.
+        - "local": whether "data" is a path.
+        - "reason": why no data were found; "" if data were found.
     """
     for key in filter(None, (benchmark.key, benchmark.data_of)):
         if folder and (folder / key).exists():

@@ -64,7 +64,8 @@ BINARY_INPUTS = (
     "predictions: scores (images,), higher for the positive class. references: 1 if positive, else 0 (images,)."
 )
 K_DESCRIPTION = " k: number of highest-scored items or classes that count, by default 1."
-# Name -> (function, feature of a row of predictions, feature of a row of references, description of both).
+# {name of the metric: (function, `datasets` type of one prediction, `datasets` type of one reference, description of
+# predictions and references)}
 METRIC_DEFINITIONS = {
     "recall_at_k": (_compute_recall_from_scores, SCORES_FEATURE, LABELS_FEATURE, RETRIEVAL_INPUTS + K_DESCRIPTION),
     "mean_recall": (
@@ -97,12 +98,12 @@ METRIC_DEFINITIONS = {
 
 
 class CapivaraMetrics(evaluate.Metric):
-    """Retrieval and classification metrics of CAPIVARA. Ties count against the query; in `roc_auc`, ties count half."""
+    """Retrieval and classification metrics of CAPIVARA. Ties count against the query; in `roc_auc`, they count half."""
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in METRIC_DEFINITIONS:
             names = ", ".join(METRIC_DEFINITIONS)
-            raise ValueError(f"The second argument of load must be one of {names}, got {self.config_name!r}.")
+            raise ValueError(f"The second argument of evaluate.load must be one of {names}, got {self.config_name!r}.")
         _, predictions, references, inputs = METRIC_DEFINITIONS[self.config_name]
         return evaluate.MetricInfo(
             description=CapivaraMetrics.__doc__,

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 RECALL_CUTOFFS = (1, 5, 10)  # values of k; CAPIVARA (arXiv 2310.13683) reports the mean of these three recall@k
-# Scores that `compute_ranks_from_embeddings` computes at a time: 16 MiB in float32, which the allocator reuses for the
-# next block.
+# Number of scores that `compute_ranks_from_embeddings` computes at a time. They take 16 MiB in float32, and the memory
+# allocator reuses this memory for the next scores.
 BLOCK_SCORES = 2**22
-# Largest score matrix that `cross_modal_ranks` stores: 512 MiB in float32. A larger one is computed once per direction.
+# Largest number of scores that `cross_modal_ranks` stores: 512 MiB in float32. A larger score matrix is computed in
+# blocks, once per direction.
 MAX_STORED_SCORES = 2**27
-COMPARISON_BLOCK_SCORES = 2**20  # stored scores compared at a time: 4 MiB in float32, which fits into the CPU's cache
+# Number of stored scores that are compared at a time: 4 MiB in float32, which fits into the cache of a CPU.
+COMPARISON_BLOCK_SCORES = 2**20
 # Smallest number of queries in a block. In smaller blocks, reading the item embeddings would take longer than computing
 # the scores.
 MIN_BLOCK_QUERIES = 32
@@ -121,9 +123,9 @@ def cross_modal_ranks(
             yield block, groups[:, None] == item_groups
 
     query_ranks = torch.cat([_compute_ranks_with_mask(block, relevant) for block, relevant in blocks()])
-    # The items' ranks need columns of the matrix. Reading columns is slow, so two passes over blocks of rows do what
-    # `_compute_ranks_with_mask` does: the first finds each item's best relevant score, the second counts what reaches
-    # it.
+    # The rank of an item depends on a column of the matrix, and reading columns is slow. Two passes over blocks of rows
+    # give the same ranks as `_compute_ranks_with_mask`: the first pass finds the best relevant score of each item, the
+    # second pass counts the wrong scores that are at least as high.
     best_of_blocks = [block.masked_fill(~relevant, -torch.inf).amax(dim=0) for block, relevant in blocks()]
     best = torch.stack(best_of_blocks).amax(dim=0)
     return query_ranks, sum(((block >= best) & ~relevant).sum(dim=0) for block, relevant in blocks())
@@ -134,7 +136,8 @@ def _check_finite_embeddings_and_relevant_items(
 ) -> None:
     """Raise ValueError if an embedding is NaN or infinite, or if the group of a query has no item."""
     for name, embeds in (("query", query_embeds), ("item", item_embeds)):
-        # aminmax propagates NaN and, unlike isfinite on all elements, allocates no mask.
+        # Checking the minimum and maximum is enough, because `aminmax` returns NaN if an element is NaN. Unlike
+        # `isfinite` on all elements, it allocates no mask.
         if embeds.numel() and not torch.stack(embeds.aminmax()).isfinite().all():
             raise ValueError(f"A {name} embedding is NaN or infinite. Check the model's weights and the precision.")
     if missing := (~torch.isin(query_groups, item_groups)).nonzero().flatten()[:10].tolist():
@@ -203,7 +206,9 @@ def _compute_hits_per_query(ranks: Tensor, k: int) -> Tensor:
 
 
 def mean_hits(ranks: Tensor) -> Tensor:
-    """Return what each query adds to the mean recall: the mean of `_compute_hits_per_query` for k = 1, 5 and 10.
+    """Return for each query the share of the values k = 1, 5 and 10 for which it is a hit.
+
+    A query is a hit if a relevant item is among its k highest-scored items. The mean over all queries is `mean_recall`.
 
     Args:
         ranks: Rank of each query's best relevant item (queries,), from 0.

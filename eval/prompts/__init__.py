@@ -4,7 +4,7 @@ A protocol is the name of a source:
 
 - `ours`: this project's Portuguese names and templates, in `pt/`.
 - `authors`: the names and templates of CAPIVARA's authors, read from their `portuguese_prompts.py`.
-- `babel`: the class names of Babel-ImageNet, from the package `clip-benchmark`, in any of its languages.
+- `babel`: the translated ImageNet class names of Babel-ImageNet, from the package `clip-benchmark`.
 - `own`: a user's JSON file, in any language.
 
 Results that were measured with different protocols are not comparable.
@@ -24,7 +24,8 @@ from capivara_common.environment import require_packages
 from capivara_common.files import read_json
 
 PROMPTS_FOLDER = Path(__file__).resolve().parent
-# (gender, number) -> indefinite and definite article. Gender is "m" or "f", number is "s" (singular) or "p" (plural).
+# {(gender, number): (indefinite article, definite article)}. Gender is "m" or "f", number is "s" (singular) or "p"
+# (plural).
 PORTUGUESE_ARTICLES = {
     ("m", "s"): ("um", "o"),
     ("f", "s"): ("uma", "a"),
@@ -80,8 +81,9 @@ def load_prompts(
         authors_file: Path of the authors' `portuguese_prompts.py`. The file is parsed, never executed.
 
     Raises:
-        ValueError: If a name is unknown (the message suggests similar names), or a file has the wrong form.
-        ImportError: If protocol "babel" is used without clip-benchmark.
+        ValueError: If the benchmark, protocol or language is unknown, or a file has an invalid format. For an unknown
+            benchmark, the message suggests similar names.
+        ImportError: If the protocol is "babel" and the package clip-benchmark is not installed.
     """
     if protocol not in ("ours", "authors", "babel"):
         raise ValueError(f"protocol must be ours, authors or babel, got {protocol!r}.")
@@ -114,8 +116,9 @@ def fill_template(template: str, class_entry: dict, language: str = "pt") -> str
 
     Args:
         template: The template.
-        class_entry: Dict with the name under the key `language`. For Portuguese also `gender` ("m" or "f"), `number`
-            ("s" for singular or "p" for plural), and `article` (False for a name that is used without an article).
+        class_entry: The name of a class, as a dict `{language code: name}`. A Portuguese entry can also have the keys
+            "gender" ("m" or "f"), "number" ("s" for singular or "p" for plural), and "article" (False for a name that
+            is used without an article).
         language: Language code of the template.
 
     Returns:
@@ -191,7 +194,7 @@ def _build_prompts(benchmark: str, protocol: str, data: dict[str, Any]) -> Promp
 
 
 def _describe_shared_names(names: list[str]) -> tuple[str, ...]:
-    """Return a note for the reader if several classes have the same name, because prompts can't tell them apart.
+    """Return a note for the results if several classes have the same name, because prompts can't tell them apart.
 
     Args:
         names: Names of all classes.
@@ -253,7 +256,7 @@ def parse_python_assignments(text: str) -> dict:
         text: Source code of the file.
 
     Returns:
-        Name of each variable -> value. A template becomes a text in which {} stands for the argument of the lambda.
+        A dict `{variable name: value}`. A template becomes a text in which {} stands for the argument of the lambda.
 
     Raises:
         ValueError: If an assigned value is anything else, such as a call, or if the text is not valid Python.
@@ -283,7 +286,7 @@ def parse_python_assignments(text: str) -> dict:
 
 
 def _load_babel_prompts(our_prompts: Prompts, language: str) -> Prompts:
-    """Load the class names of Babel-ImageNet, with the templates that clip-benchmark has for the language.
+    """Load Babel-ImageNet's class names in a language, with clip-benchmark's prompt templates.
 
     If there are no templates in the language, the English templates are used.
 

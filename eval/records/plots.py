@@ -33,15 +33,14 @@ DIRECTION_COLORS = {"text_to_image": "#1b7f5c", "image_to_text": "#d98324"}
 TEXT_COLOR = "#1f2933"
 FAINT_TEXT_COLOR = "#6b7280"
 BARS_WIDTH_INCHES = 5.2  # narrow, so that the letters stay readable on a phone
-PLOT_LABELS = read_json(
-    Path(__file__).with_name("words.json")
-)  # labels in English and Portuguese, for loss curves and for sheets of queries with images
-RELEVANT_COLOR = "#1b7f5c"
-OTHER_COLOR = "#d0d3d8"
-IMAGES_PER_QUERY = 5  # highest-scored images that a sheet shows for a query
+# Labels of training curves and of sheets with example queries, in English and Portuguese.
+PLOT_LABELS = read_json(Path(__file__).with_name("words.json"))
+RELEVANT_COLOR = "#1b7f5c"  # frame of the image that the query describes
+OTHER_COLOR = "#d0d3d8"  # frame of all other images
+IMAGES_PER_QUERY = 5  # number of highest-scored images that a sheet shows for a query
 QUERIES_PER_END = 4  # number of best queries, and also of worst queries, on the sheet of one model
-# For the sheet of two models: kind of change -> sign of the change in rank (model minus baseline), and number of such
-# queries to show.
+# Queries on a sheet that compares a model with a baseline: {kind of change: (sign of the model's rank minus the
+# baseline's rank, number of queries to show)}. The best rank is 0, so a gain has the sign -1.
 QUERY_CHANGES = {"gain": (-1, 3), "tie": (0, 1), "loss": (1, 1)}
 # Matplotlib's default font lacks most scripts. It takes missing letters from these fonts if they are installed.
 FALLBACK_FONTS = ("Noto Sans", "Noto Serif", "FreeSans", "Lohit", "Nirmala UI", "Mangal", "Arial Unicode", "WenQuanYi")
@@ -104,7 +103,8 @@ def plot_baseline_and_model_bars(pairs: list[dict[str, Any]], path: Path) -> Non
     """Plot the results of baseline and model as pairs of horizontal bars, with a mark at the chance level.
 
     Args:
-        pairs: Pairs of results from `pair_with_baselines`. The caller has added the key `short`, the label of the pair.
+        pairs: Pairs of results from `pair_with_baselines`. Each dict must also have the key "short" with the pair's
+            label.
         path: PNG file to write.
     """
     figure, axis = plt.subplots(figsize=(BARS_WIDTH_INCHES, 1.2 + 0.46 * len(pairs)), layout="constrained")
@@ -134,8 +134,8 @@ def plot_baseline_and_model_bars(pairs: list[dict[str, Any]], path: Path) -> Non
     save_png_and_close_figure(figure, path)
 
 
-# Images with the highest scores, best first. Each is a tuple of the image (its caption if the image can't be shown) and
-# whether it is the image that the query describes.
+# Images that a model ranks first for a query, best first. An entry is the tuple (image, whether the query describes the
+# image). If an image can't be shown, its caption takes its place.
 RankedImages = list[tuple[Image.Image | str, bool]]
 
 
@@ -147,8 +147,7 @@ def plot_ranked_image_grid(
     The image that the query describes has a thick green frame.
 
     Args:
-        rows: For each query, a list with one entry per model. An entry is a title, and the images with the highest
-            scores.
+        rows: For each query, a list with one tuple per model: (title, images that the model ranks first).
         path: PNG file to write.
         headings: Heading above the block of each model. Empty: no headings.
         note: Text below the grid.
@@ -201,7 +200,7 @@ def select_sheet_queries(before: "Tensor", after: "Tensor", seed: int) -> list[t
         seed: Seed of the random order.
 
     Returns:
-        Tuples of a query's index and the kind of its change: "gain", "tie" or "loss".
+        Tuples (index of the query, kind of change); the kind is "gain", "tie" or "loss".
     """
     order, change = _random_order(len(before), seed), (after - before).sign()
     return [
@@ -222,16 +221,16 @@ def plot_retrieval_sheet(
     """Draw example queries of text-to-image retrieval, each with the five images that a model ranks first.
 
     With two models, `select_sheet_queries` selects the queries. With one model, the sheet shows the four queries with
-    the best ranks and the four with the worst ranks; queries with equal ranks are in random order. The sheet of one
-    model also shows the right image of a query if it is not among the five.
+    the best ranks and the four with the worst ranks; queries with equal ranks are in random order. If the right image
+    of a query is not among the five, the sheet of one model shows it as well.
 
     Args:
         path: PNG file to write.
         open_image: Function that opens an image by its index. If it raises BadImage, the first caption of the image is
             drawn instead, and a note says why.
         queries: Texts of all queries.
-        embeddings: Role -> embeddings of the same split (`eval.retrieval.RetrievalEmbeddings`), for the role
-            "baseline", the role "capivara", or both.
+        embeddings: A dict `{role: embeddings of the split}` with `eval.retrieval.RetrievalEmbeddings` as values. The
+            role is "baseline" or "capivara"; with both roles, the sheet compares the two models.
         seed: Seed of the random order.
         language: Language of the labels, "pt" or "en"; any other is treated as "en".
     """
@@ -264,8 +263,8 @@ def plot_retrieval_sheet(
                 try:
                     images.append((_shrink_image(open_image(index)), index == relevant))
                 except BadImage:
-                    # The dataset has no images, or the file changed after it was embedded. This must not end a finished
-                    # measurement.
+                    # The dataset has no images, or the file changed after it was embedded. The measurement is already
+                    # complete, so a missing image must not end the command.
                     reason = labels["no_images"]
                     images.append((queries[(split.image_of_text == index).nonzero()[0, 0]], index == relevant))
             row.append((title, images))
@@ -285,7 +284,7 @@ def _shrink_image(image: Image.Image) -> Image.Image:
 
 
 def _random_order(query_count: int, seed: int) -> "Tensor":
-    """Return the numbers from 0 to `query_count` - 1 in a random order that depends only on `seed`, (queries,)."""
+    """Return the query numbers from 0 to `query_count` - 1 in a random order given by `seed`, (queries,)."""
     import torch
 
     return torch.randperm(query_count, generator=torch.Generator().manual_seed(seed))

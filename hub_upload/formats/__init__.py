@@ -25,8 +25,8 @@ from modeling_capivara.loading import format_weight_names_for_error
 from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 
 # Normalizer steps for programs that read tokenizer.json but don't run CAPIVARA's text cleaning code. The steps make
-# curly quotes straight and normalize accents (NFC), which typed text needs. They do this in the same way as ftfy, which
-# the cleaning code uses, so they don't change a text that is already cleaned. (Exception: ftfy leaves HTML entities
+# curly quotes straight and normalize accents (NFC), which typed text needs. The library ftfy, which the cleaning code
+# uses, does the same, so these steps don't change a text that is already cleaned. (Exception: ftfy leaves HTML entities
 # next to "<" alone, and these may stand for curly quotes.) The tokenizer's own normalizer does the rest of the
 # cleaning, except the repair of damaged text, which needs the code.
 PLAIN_QUOTE_STEPS = [
@@ -59,28 +59,27 @@ def resolve_compatible_base_folder(model: Path, base: str) -> Path:
         Local folder of the base model. If the base is on the Hub, the base is downloaded.
 
     Raises:
-        ValueError: If the image encoders are not bit-identical, so that the model's text embeddings can't be compared
-            with image embeddings of the base.
+        ValueError: If the image encoders are not bit-identical. In this case, text embeddings of the model can't be
+            compared with image embeddings of the base model.
     """
     folder = find_download_or_convert_model_folder(base, convert_to_folder)
     if image_encoder_digest(model) != image_encoder_digest(folder):
         raise ValueError(
-            f"The image encoder of {model} differs from that of {base}, so images embedded with this base must be "
-            "embedded again: export both towers. Otherwise, give the base from which the model was trained with a "
-            "frozen image tower."
+            f"The image encoder of {model} differs from the image encoder of {base}. Either export both towers and "
+            "embed the images again, or give the base model from which the model was trained with a frozen image tower."
         )
     return folder
 
 
 def write_tokenizer_json_with_normalizer(folder: Path, content: dict[str, Any], is_capivara: bool) -> None:
-    """Write tokenizer.json.
+    """Write tokenizer.json, with additional normalizer steps for a CAPIVARA model.
 
-    For CAPIVARA, add normalizer steps that straighten curly quotes and normalize accents (NFC).
+    The additional steps straighten curly quotes and normalize accents (NFC).
 
     Args:
         folder: Folder to write to.
-        content: Content of a tokenizer.json.
-        is_capivara: Whether to add `PLAIN_QUOTE_STEPS`. They are not added twice if `content` already has them.
+        content: Content of tokenizer.json, without or with the additional steps.
+        is_capivara: Whether to add the steps (`PLAIN_QUOTE_STEPS`) if `content` does not have them yet.
     """
     normalizer = content["normalizer"] or {}
     has_steps = normalizer.get("normalizers", [])[: len(PLAIN_QUOTE_STEPS)] == PLAIN_QUOTE_STEPS
@@ -113,7 +112,7 @@ def save_state_dict(state_dict: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors to a safetensors file. To save memory, only tensors that are not contiguous are copied.
 
     Args:
-        state_dict: Tensors by name.
+        state_dict: Dict {tensor name: tensor}.
         path: File to write.
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
@@ -124,10 +123,10 @@ def compute_tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
     """Compute digests of tensors, so that tensors can be compared later without keeping them in memory.
 
     Args:
-        tensors: Tensors by name.
+        tensors: Dict {tensor name: tensor}.
 
     Returns:
-        Name of each tensor -> tuple (dtype, shape, SHA-256 of the values).
+        A dict {tensor name: (dtype, shape, SHA-256 of the values)}.
     """
     raw = {name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
     return {name: (tensor.dtype, tensor.shape, hashlib.sha256(raw[name]).digest()) for name, tensor in tensors.items()}
@@ -138,7 +137,7 @@ def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
 
     Args:
         file: File that the tensors were read from, for the error message.
-        tensors: Tensors by name.
+        tensors: Dict {tensor name: tensor}.
         expected: Digests of the model's tensors, from `compute_tensor_digests`.
 
     Raises:
@@ -153,7 +152,7 @@ def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
 
 
 def check_embedding_difference(program: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Check that the embeddings of an export are the same as those of the model.
+    """Check that an export gives the same embeddings as the model.
 
     Args:
         program: Name of the library that computed embeddings with the export, for the error message.

@@ -7,7 +7,7 @@ text encoder replaces the text encoder of the base model. These files are writte
     modules.json, 1_Pooling/, 2_Dense/, ...    CAPIVARA only: the whole text encoder, for sentence-transformers
     open_clip_text.safetensors                 text encoder, `logit_scale` and `logit_bias`, under open_clip's names
     onnx/text_model.onnx                       input_ids, attention_mask (CAPIVARA only) -> text_embeds (texts, width)
-    drop_in.json                               names of model and base, and digest of their common image encoder
+    drop_in.json                               names of model and base model, and digest of their image encoder
     README.md                                  card with code examples
 
 Before anything is written, the image encoders of the model and the base model are compared. They must be bit-identical.
@@ -66,8 +66,9 @@ TEXT_ENCODER_PREFIXES = ("text_model.", "text_projection.")  # start of the tens
 # Python package that held the module classes of Sentence Transformers before its version 6. Version 6 still accepts
 # these old class names in modules.json, so they work in all versions (tested with 3.4, 4.1, 5.0, 5.2 and 6.2).
 SENTENCE_TRANSFORMERS_MODELS = "sentence_transformers.models"
-HIDDEN_ACTIVATION = "torch.nn.modules.activation.GELU"  # follows each hidden layer of the text projection
-OUTPUT_ACTIVATION = "torch.nn.modules.linear.Identity"  # follows the last layer of the text projection
+# Classes of the activation functions that follow the hidden layers and the last layer of the text projection.
+HIDDEN_ACTIVATION = "torch.nn.modules.activation.GELU"
+OUTPUT_ACTIVATION = "torch.nn.modules.linear.Identity"
 logger = logging.getLogger("capivara")
 
 
@@ -84,14 +85,17 @@ def write_drop_in_text_encoder(
         repo_id: Hub id under which the folder will be published, for the code examples in the card.
 
     Raises:
-        ValueError: If the image encoders of model and base differ, their text encoders are equal, or one of the two
-            models is damaged.
+        ValueError: If the image encoders of model and base model differ, their text encoders are equal, or one of the
+            two models is damaged.
     """
     base_folder = formats.resolve_compatible_base_folder(source, base)
     if compute_tensor_digests(_load_text_encoder_tensors(source)) == compute_tensor_digests(
         _load_text_encoder_tensors(base_folder)
     ):
-        raise ValueError(f"The text encoders of {source} and {base} are bit-identical, so there is nothing to replace.")
+        raise ValueError(
+            f"The text encoders of {source} and {base} are bit-identical, so there is nothing to replace. Give a model "
+            "whose text encoder was trained."
+        )
     model, processor = load_memory_mapped_model(source, config), load_processor(source)
     is_capivara, length = KINDS[config.model_type].is_native, max_text_tokens(processor)
     dense_folders = _write_text_encoder(model, folder)
@@ -126,7 +130,7 @@ def _load_text_encoder_tensors(folder: Path) -> dict[str, Tensor]:
         folder: Folder of the whole model.
 
     Returns:
-        Tensors by name.
+        A dict {tensor name: tensor}.
     """
     tensors = load_memory_mapped_tensors(find_weight_files(folder))
     return {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_PREFIXES)}
@@ -169,7 +173,7 @@ def _write_text_encoder(model: PreTrainedModel, folder: Path) -> list[str]:
 def _write_sentence_transformers_config(model: PreTrainedModel, folder: Path, dense_folders: list[str]) -> None:
     """Write the configuration files with which Sentence Transformers loads the text encoder of a CAPIVARA model.
 
-    There is no such function for SigLIP, because Sentence Transformers can't load SigLIP's text encoder alone.
+    SigLIP models get no such files, because Sentence Transformers can't load SigLIP's text encoder alone.
 
     Args:
         model: Whole model.
@@ -192,7 +196,7 @@ def _write_sentence_transformers_config(model: PreTrainedModel, folder: Path, de
 
 
 def _try_write_open_clip_weights(model: PreTrainedModel, source: Path, base: Path, folder: Path) -> bool:
-    """Write the text encoder under open_clip's tensor names, for loading into the base model in open_clip.
+    """Write the text encoder with open_clip's tensor names, so that the base model in open_clip can load it.
 
     The written tensors are compared with the model.
 
@@ -203,8 +207,8 @@ def _try_write_open_clip_weights(model: PreTrainedModel, source: Path, base: Pat
         folder: Folder to write to.
 
     Returns:
-        Whether the file was written. False, with a log message, if open_clip can't represent the model, or if the model
-        and the base have different tensor names or shapes.
+        Whether the file was written. If it was not, the reason is logged: open_clip can't represent the model, or model
+        and base model have different tensor names or shapes.
     """
     try:
         load_memory_mapped_model(base, model.config)  # raises ValueError if the base has other tensor names or shapes
@@ -252,7 +256,9 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: i
 
 
 def _render_card(source: Path, folder: Path, metadata: dict[str, Any], repo_id: str | None, **values: Any) -> str:
-    """Render README.md. It says which image embeddings the text encoder fits, and how each library loads it.
+    """Render the card (README.md) of an exported text encoder.
+
+    The card says with which image embeddings the text encoder is compatible, and how each library loads it.
 
     Args:
         source: Folder of the model. Its card states the license, and its run.json the language.

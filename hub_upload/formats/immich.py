@@ -37,9 +37,9 @@ from modeling_capivara.two_towers import (
     random_texts,
 )
 
-XLM_R_TOKENS, SIGLIP_2_TOKENS = 250_002, 256_000  # published vocabularies
-# (tokens of the published vocabulary, width of the image tower, patch size, image size) -> name of the model with this
-# architecture in Immich's list, immich_ml/models/constants.py.
+XLM_R_TOKENS, SIGLIP_2_TOKENS = 250_002, 256_000  # numbers of tokens in the published vocabularies
+# Maps an architecture to the name of the model in Immich's list, immich_ml/models/constants.py. The key is a tuple:
+# number of tokens in the published vocabulary, width of the image tower, patch size and image size in pixels.
 IMMICH_NAMES_BY_SIZE = {
     (XLM_R_TOKENS, 768, 32, 224): "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k",
     (XLM_R_TOKENS, 1280, 14, 224): "XLM-Roberta-Large-ViT-H-14__frozen_laion5b_s13b_b90k",
@@ -100,8 +100,9 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
         base: Folder or Hub id of the base model. If given, only the text encoder is written.
 
     Raises:
-        ValueError: If the model is damaged or can't be represented, a tower exceeds 2 GB (the limit of an ONNX file),
-            the outputs of a graph differ from the model's, or the image encoder differs from the base model's.
+        ValueError: If the model is damaged, Immich's layout can't represent it, or a tower exceeds 2 GB (the limit of
+            an ONNX file). Also if the outputs of an ONNX graph differ from the outputs of the model, or the model and
+            the base model have different image encoders.
     """
     if base is not None:
         resolve_compatible_base_folder(source, base)
@@ -159,7 +160,9 @@ def _write_and_check_tokenizer(processor: ProcessorMixin, textual: Path, is_capi
 
     tokenizer, length = processor.tokenizer, max_text_tokens(processor)
     if not tokenizer.is_fast:
-        raise ValueError(f"Immich needs a tokenizer.json, but a {type(tokenizer).__name__} has none.")
+        raise ValueError(
+            f"Immich needs a tokenizer.json, but a {type(tokenizer).__name__} has none. Use a fast tokenizer."
+        )
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     write_tokenizer_json_with_normalizer(textual, content | {"padding": None, "truncation": None}, is_capivara)
     write_json(textual / "tokenizer_config.json", {"pad_token": tokenizer.pad_token})
@@ -171,7 +174,8 @@ def _write_and_check_tokenizer(processor: ProcessorMixin, textual: Path, is_capi
     for text, immich_ids, model_ids in zip(texts, ids, expected, strict=True):
         if immich_ids[0].tolist() != model_ids:
             raise ValueError(
-                f"The export was removed, because Immich would tokenize {text[:80]!r} differently from the model."
+                f"The export was removed, because Immich would tokenize {text[:80]!r} differently from the model. "
+                "Leave immich out of --formats."
             )
     return ids
 

@@ -122,8 +122,8 @@ def write_onnx(
         ValueError: If a float32 graph differs from the model by more than `EMBEDDING_TOLERANCE` or `SCORE_TOLERANCE`.
     """
     model, processor, onnx = load_model(source or folder).eval(), load_processor(source or folder), folder / "onnx"
-    # The graphs are compared on batches of six and one, because they must also work for batch sizes other than those of
-    # the example inputs that the exporter sees (three images, two texts).
+    # The graphs are compared with the model on batches of six inputs and one input. The exporter sees example inputs of
+    # three images and two texts, but the graphs must also work for other batch sizes.
     pictures = [image.convert("RGB") for image in random_images()]  # some processors don't convert to RGB
     batches = [
         pad_batch(processor, tokenize(processor, random_texts()[:n]))
@@ -199,7 +199,7 @@ def export_graph(
 
     Args:
         module: Module to export.
-        inputs: Example inputs by name.
+        inputs: Dict {input name: example input}.
         outputs: Names of the outputs.
         path: File of the graph.
         shapes: `dynamic_shapes` of `torch.onnx.export`: for each input, the dimensions that may vary, by index. All
@@ -271,8 +271,8 @@ def _measure_size_and_accuracy(
 
     Args:
         path: File of the graph.
-        batches: Model inputs by name, one dict per batch.
-        expected: Model outputs by name, one dict per batch.
+        batches: Inputs of the model, one dict {input name: tensor} per batch.
+        expected: Outputs of the model, one dict {output name: tensor} per batch.
 
     Returns:
         A dict with "bytes" (size of graph and weights) and one or two differences between graph and model:
@@ -324,7 +324,7 @@ def check_difference(graph: Path, difference: float, tolerance: float = EMBEDDIN
 
 @contextmanager
 def _silence_logs_and_warnings() -> Iterator[None]:
-    """Hide log messages and warnings in a block, and restore the configuration of the root logger afterwards.
+    """Return a context manager that hides log messages and warnings, and then restores the root logger.
 
     The ONNX exporter and the quantizer log much, and one of them changes the configuration of the root logger.
     """

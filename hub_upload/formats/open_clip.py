@@ -1,8 +1,8 @@
 """Export a model for open_clip.
 
-For CAPIVARA models, this module builds the configuration; `hub_upload/export.py` writes the weights, together with
-those for transformers. SigLIP models are written by this module alone, and the embeddings that open_clip computes with
-them are compared with the model's.
+For a CAPIVARA model, this module builds the configuration, and `hub_upload/export.py` writes the weights together with
+the weights for transformers. A SigLIP model is written by this module alone, which also checks that open_clip computes
+the same embeddings with the written model as the original model.
 """
 
 import logging
@@ -56,8 +56,8 @@ def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | N
         The Hub id. None if no id is given and the text tower is not XLM-RoBERTa base.
 
     Raises:
-        ValueError: If `text_config` is not a Hub id with a configuration, or that configuration differs from the
-            model's text tower. In this case, the message names the fields that differ.
+        ValueError: If `text_config` is not a Hub id with a configuration, or this configuration differs from the
+            configuration of the model's text tower. The message names the fields that differ.
     """
     base = CapivaraConfig().text_config  # the default is XLM-RoBERTa base, so no network is needed
     if text_config is None:
@@ -112,7 +112,7 @@ def build_open_clip_config(
             with torch.device("meta"):
                 tensors = to_capivara_state_dict(new_open_clip_model(config).state_dict())
                 build_save_only_model_from_tensors(tensors, config, "Its tensors")
-        except (RuntimeError, ValueError) as error:  # for a few timm models, open_clip's head has another width
+        except (RuntimeError, ValueError) as error:  # a few timm models have another width in open_clip
             raise ValueError(f"open_clip can't build this model: {' '.join(str(error).split())}") from error
     # open_clip loads the tokenizer from this Hub id if the model is loaded with a `hf-hub:` name. If it is loaded with
     # a `local-dir:` name, open_clip loads the tokenizer from the local folder.
@@ -190,10 +190,10 @@ def write_open_clip_siglip(source: Path, folder: Path, tokenizer_repository: str
         tokenizer_repository: Hub id from which open_clip loads the tokenizer.
 
     Returns:
-        The model's tensors by open_clip's names.
+        A dict {tensor name in open_clip: tensor of the model}.
 
     Raises:
-        ValueError: If open_clip can't build the model, or its embeddings differ from the model's.
+        ValueError: If open_clip can't build the model, or open_clip's embeddings differ from the model's.
     """
     model, processor = load_model(source).eval(), load_processor(source)
     vision, text = model.config.vision_config, model.config.text_config

@@ -12,7 +12,8 @@ from hub_upload.formats import check_embedding_difference
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_texts, pads_to_max_length, random_texts
 
-# Python package of Sentence Transformers' module classes since its version 6, for the class names in modules.json.
+# Python package that holds the module classes of Sentence Transformers since its version 6. modules.json names the
+# classes with this package.
 SENTENCE_TRANSFORMERS_MODULES = "sentence_transformers.base.modules"
 SENTENCE_EMBEDDING_KEY = "sentence_embedding"  # key under which Sentence Transformers passes embeddings between modules
 logger = logging.getLogger("capivara")
@@ -51,7 +52,7 @@ def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) 
 
 
 def check_sentence_transformers_embeddings(source: Path, folder: Path) -> None:
-    """Compare the text embeddings of an export, computed by Sentence Transformers, with those of the original model.
+    """Check that an export gives the same text embeddings in Sentence Transformers as the original model.
 
     If Sentence Transformers is not installed, the comparison is skipped, and a message is logged.
 

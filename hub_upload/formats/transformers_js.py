@@ -62,13 +62,13 @@ def write_model_and_preprocessor_configs(folder: Path) -> None:
 
 
 def read_and_convert_tokenizer(folder: Path) -> dict[str, Any]:
-    """Convert a tokenizer.json, so that it has only normalizer steps that transformers.js supports.
+    """Read a tokenizer.json, and convert its content to normalizer steps that transformers.js supports.
 
     Args:
-        folder: Folder with the tokenizer.json to convert. The file is not changed.
+        folder: Folder with the tokenizer.json, which is not changed.
 
     Returns:
-        The converted content.
+        The converted content of tokenizer.json.
 
     Raises:
         ValueError: If a normalizer step can't be converted.
@@ -96,7 +96,7 @@ def convert_tokenizer_files_in_place(folder: Path) -> None:
 
 
 def _convert_normalizer(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Replace the normalizer steps of type `Nmt`, also inside of sequences, by steps that transformers.js supports.
+    """Replace normalizer steps of the type `Nmt` with steps that transformers.js supports, also inside sequences.
 
     Args:
         normalizer: Value of "normalizer" in tokenizer.json; None if the tokenizer has no normalizer.

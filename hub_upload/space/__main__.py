@@ -32,7 +32,7 @@ class SpaceArguments:
         "own device and search them in the browser. --pictures is not used.",
     )
     library: Path | None = flag(
-        None, f"Folder node_modules that `{NPM_COMMAND}` creates, version 4.3 or later (required for --static)."
+        None, f"Folder node_modules that `{NPM_COMMAND}` creates (required for --static). Version 4.3 or later."
     )
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class SpaceArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: write a folder for a Space: a search server (--space) or a static page (--static)."""
+    """Run the command line: write a folder with a search server (--space) or a static page (--static)."""
     args = parse_arguments(SpaceArguments, __doc__, argv)
     require_packages("A Space", "search", "lancedb", "starlette", "uvicorn")
     from hub_upload.space.docker_space import open_index_and_read_credit, write_space

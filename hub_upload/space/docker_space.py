@@ -52,7 +52,8 @@ def open_index_and_read_credit(pictures: str, model: str) -> tuple[PictureIndex,
         model: Folder or Hub id of the model.
 
     Returns:
-        The index, and name, license and attribution of its pictures (see `read_picture_credit_from_card`).
+        A tuple of the index and the credit: name, license and attribution of the pictures, from
+        `read_picture_credit_from_card`.
 
     Raises:
         ValueError: If the index or the model does not exist.
@@ -92,7 +93,7 @@ def copy_index_for_publication(index: PictureIndex, output: Path, model: str, ti
         index: Index to copy.
         output: Folder of the copy. It must not exist.
         model: Folder of the model relative to the Space, or its Hub id.
-        title: Name to show for the folder of pictures, if the index has only one.
+        title: Name to show for the folder of pictures, if the index has only one folder.
 
     Returns:
         Number of copied pictures. Only pictures that the model of the index has embedded are copied.
@@ -100,8 +101,8 @@ def copy_index_for_publication(index: PictureIndex, output: Path, model: str, ti
     Raises:
         ValueError: If the model of the index has not embedded any picture.
     """
-    # Indexed folder -> public name. Subfolders are before their parents, because `_anonymize_path` uses the first
-    # match.
+    # Maps each indexed folder to its public name. Subfolders come before their parent folders, because
+    # `_anonymize_path` uses the first folder that contains the picture.
     names: dict[str, str] = {}
     folders = sorted(index.folders(), key=len, reverse=True)
     for folder in folders:
@@ -121,7 +122,7 @@ def copy_index_for_publication(index: PictureIndex, output: Path, model: str, ti
         copied += len(rows)
     if not copied:
         raise ValueError(
-            f"The index {index.where} has no pictures embedded with {index.model.name}. Create it with this model."
+            f"The index {index.where} has no pictures embedded with {index.model.name}. Index them with this model."
         )
     model_metadata = {"source": model, "name": index.model.name, "width": width, "image_digest": digest}
     folder_keys = {FOLDER_KEY_PREFIX + name: "" for name in names.values()}
@@ -134,8 +135,8 @@ def _anonymize_path(path: str, new_names: dict[str, str]) -> str:
 
     Args:
         path: Absolute path of a picture.
-        new_names: Indexed folder -> public name. Subfolders must be before their parents, because the first folder that
-            contains the picture is used.
+        new_names: Dict {indexed folder: public name}. Subfolders must come before their parent folders, because the
+            first folder that contains the picture is used.
 
     Returns:
         The path with the public name. If no folder contains the picture, only the file name is kept.
@@ -237,7 +238,7 @@ def _get_required_package_versions(model: str) -> dict[str, str]:
         model: Folder or Hub id of the model. Only some models need timm.
 
     Returns:
-        Package name -> version, without local suffixes such as "+cu128".
+        A dict {package name: version}. The versions have no local suffix such as "+cu128".
     """
     requirements = [line for line in metadata.requires("modeling-capivara") if "extra ==" not in line]
     names = [*(re.match(r"[\w.-]+", line)[0] for line in requirements), *PAGE_PACKAGES]

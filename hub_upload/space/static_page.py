@@ -29,11 +29,11 @@ from hub_upload.space.docker_space import CODE_ROOT, copy_file, read_model_licen
 from hub_upload.upload_checks import check_file_for_secrets, check_model_files, check_paths
 
 SOURCE_SCRIPT = Path(__file__).parent / "static" / "source.js"
-# Language -> file of the page, its relative URL, and the URL of the page in the other language.
+# Maps a language to a tuple: file of the page, relative URL of the page, and URL of the page in the other language.
 PAGE_FILES = {"pt": ("index.html", "./", "en.html"), "en": ("en.html", "en.html", "./")}
 LIBRARY_PACKAGE = "@huggingface/transformers"  # npm package
-# File in `library/` -> file in node_modules. `.mjs` files are renamed to `.js`, because some file servers send `.mjs`
-# files with a media type that browsers don't run.
+# Maps a file in `library/` to its source in node_modules. `.mjs` files are renamed to `.js`, because some file servers
+# send `.mjs` files with a media type that browsers don't run.
 LIBRARY_FILES = {
     "transformers.js": "@huggingface/transformers/dist/transformers.min.js",
     "onnxruntime.js": "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
@@ -55,8 +55,8 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
     """Write the folder of the search page without a server.
 
     Args:
-        model: Folder or Hub id of a CAPIVARA model. If the folder is an export for transformers.js, its graphs are
-            copied. Otherwise they are exported, which takes minutes for a full-size model.
+        model: Folder or Hub id of a CAPIVARA model. If the folder is an export for transformers.js, its ONNX graphs are
+            copied. Otherwise, the graphs are exported from the model, which takes minutes for a full-size model.
         folder: Folder to write. It must not exist or must be empty.
         library: Folder node_modules in which npm has installed `LIBRARY_PACKAGE` (transformers.js).
 

@@ -16,8 +16,8 @@ export const formatScore = (value, digits) =>
   formatNumber(value, value > 1e-12 && value < 0.01 ? 1 - Math.floor(Math.log10(value)) : digits);
 
 /**
- * Returns the text with a key, in which each `{name}` is replaced by `values.name`. If `values` has `n`, the text is
- * `key_one` (singular) or `key_other` (plural).
+ * Returns a text in the language of the page, with each placeholder `{name}` replaced by `values.name`.
+ * @param key Key of the text. If `values` has a number `n`, the text is `key_one` (singular) or `key_other` (plural).
  */
 export function message(key, values = {}, messages = MESSAGES) {
   const pluralKey = "n" in values ? `${key}_${PLURAL.select(values.n) === "one" ? "one" : "other"}` : key;
@@ -48,7 +48,7 @@ export function element(name, attributes = {}, ...children) {
   return node;
 }
 
-/** Returns a white canvas with a resized image. Width and height are those of the image multiplied by `scale`. */
+/** Resizes an image by the factor `scale`, draws it on a white canvas and returns the canvas. */
 export function drawScaled(image, scale) {
   const sides = [image.width, image.height].map((side) => Math.max(1, Math.round(side * scale)));
   const canvas = new OffscreenCanvas(...sides);

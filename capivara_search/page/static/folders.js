@@ -1,4 +1,5 @@
-// The folder filter: a tree of all folders of the index with their numbers of pictures, loaded when the user opens it.
+// The folder filter: a tree of all folders of the index, with the number of pictures in each folder. The tree is loaded
+// when the user opens it.
 import { byId, element, formatNumber, message, showError } from "./common.js";
 import { ask } from "./source.js";
 

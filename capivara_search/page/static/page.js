@@ -53,7 +53,7 @@ function startSearch(changes, focused = byId("results")) {
   focused?.focus({ preventScroll: true });
 }
 
-/** Writes the query to the address of the page (`historyMode` as for `search`), and to the link to the other language. */
+/** Stores the query in the page address (`search` explains `historyMode`) and in the link to the other language. */
 function saveState(historyMode) {
   const url = new URL(location.href);
   for (const key of STATE_KEYS) {
@@ -165,7 +165,7 @@ function showStatus() {
   const videos = indexStatus.videos ? [message("videos", { n: indexStatus.videos })] : [];
   byId("facts").textContent = [message("of_n", { n: indexStatus.count }), ...videos, message("model", { name: indexStatus.model })].join(", ");
   byId("note").textContent = indexStatus.note ?? "";
-  // The progress is that of an update of the index, by any process on the server's machine, or of a download of the model.
+  // `progress` is about an update of the index (by any process on the server's machine) or a download of the model.
   byId("work").hidden = !indexStatus.progress;
   if (!indexStatus.progress) return;
   const { what = "indexing", done, total, left_s } = indexStatus.progress;

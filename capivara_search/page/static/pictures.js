@@ -3,7 +3,7 @@ import { LANGUAGE, byId, element, formatNumber, formatScore, message } from "./c
 import { fetchLargeView, imageUrl } from "./source.js";
 
 const viewer = byId("viewer");
-// Pictures that the dialog can show, index of the picture that it shows, and URL of the large view of this picture.
+// State of the dialog: pictures that it can show, index of the shown one, and URL of the large view of that picture.
 let [viewed, position, objectUrl] = [[], 0, ""];
 
 /**
