@@ -56,8 +56,8 @@ class SearchArguments:
         None, "JSON file for the results. Default: search.json or search_follow.json in benchmarks/results."
     )
     worker: Literal["fill", "index"] | None = flag(None, "Fill or measure one index in this process (internal).")
-    rows: int = flag(1000, "Number of pictures of the worker's index (internal).")
-    added: int = flag(1, "Largest number of pictures to add at once (internal).")
+    rows: int = flag(1000, "Number of pictures of the worker's index. Set by the benchmark itself.")
+    added: int = flag(1, "Number of pictures that one call adds to the index. Set by the benchmark itself.")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -160,8 +160,8 @@ class TrainStepArguments:
         pairs = self.program_pairs
         if not self.worker and "programs" in self.parts and (pairs % self.peer_micro or pairs <= self.peer_micro):
             raise ValueError(
-                f"pairs must be a multiple of peer_micro, the pairs of one forward pass of open_clip "
-                f"({self.peer_micro}), and at least twice that number, so that gradients accumulate; got {pairs}."
+                f"pairs must be a multiple of peer_micro ({self.peer_micro}) and at least {2 * self.peer_micro}; got "
+                f"{pairs}. peer_micro pairs are one forward pass of open_clip, and gradients accumulate over several."
             )
 
     @property

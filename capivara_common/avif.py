@@ -195,7 +195,8 @@ def _skip_timing_and_operating_points(read: Callable[[int], int]) -> None:
     delay_bits = 0
     if read(1):  # timing_info_present_flag: timing information follows
         read(64)
-        # With equal_picture_interval, a number in Exp-Golomb code follows: zeros, a one, and as many bits as zeros.
+        # The next bit is equal_picture_interval. If it is 1, a number in Exp-Golomb code follows: n zero bits, a one
+        # bit, and n more bits. The number is skipped.
         if read(1) and (zeros := next(number for number in count() if read(1))):
             read(zeros)
         if read(1):  # decoder_model_info_present_flag: information about a decoder model follows

@@ -160,11 +160,11 @@ class PictureIndex:
     stores its vector (embedding), a thumbnail and metadata.
 
     Attributes:
-        relevance_threshold: Whether a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
-            The threshold is the z-score that the best picture of the index reaches for a neutral sentence, which
-            describes no particular picture (`query.estimate_relevance_z_score_threshold`). None: mark hits only if
-            measurements show that the model separates relevant from irrelevant pictures well
-            (`query.is_relevance_auc_of_model_high_enough`).
+        relevance_threshold: True: a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
+            False: hits are not marked. None: hits are marked only if measurements show that the model separates
+            relevant from irrelevant pictures well (`query.is_relevance_auc_of_model_high_enough`). A hit is relevant if
+            its z-score is above the z-score that the best picture of the index reaches for a neutral sentence, which
+            describes no particular picture (`query.estimate_relevance_z_score_threshold`).
 
     Example:
         >>> from pathlib import Path

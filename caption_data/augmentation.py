@@ -27,9 +27,10 @@ def derive_seed(*numbers: int) -> int:
 
 
 def describe_augmentation(seed: int) -> dict[str, Any]:
-    """Return the settings that determine the augmented views of an image, as JSON values.
+    """Return the settings that determine the augmented views of an image.
 
-    Results and caches record them: `AUGMENTATION`, the version of torchvision, and the seed.
+    These are `AUGMENTATION`, the version of torchvision, and the seed. All values can be written as JSON. Result files
+    and caches store the settings, to show which augmentation was used.
     """
     return AUGMENTATION | {"torchvision": version("torchvision"), "seed": seed}
 

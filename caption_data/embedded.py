@@ -65,12 +65,15 @@ def check_embeds_columns_and_get_shape(features: Features, name: str) -> tuple[i
 
 
 def resolve_image_encoder_digest(model: str, fingerprint: str) -> str:
-    """Return the digest of a model's image encoder, to be compared with the column `image_encoder`.
+    """Return the digest that identifies the image encoder of a model.
+
+    In a dataset of embeddings, the column `image_encoder` has the digest of the image encoder that computed them. The
+    digest of an open_clip model is `fingerprint`. For other models, it is computed from the model's files.
 
     Args:
         model: Folder or Hub id of a model, or "open_clip:…".
-        fingerprint: Fingerprint of an open_clip model (`Embedder.fingerprint`). It is returned as the digest of an
-            open_clip model, and depends on the precision. Ignored for other models.
+        fingerprint: `Embedder.fingerprint` of an open_clip model, which differs between precisions. Ignored for other
+            models.
     """
     from modeling_capivara.convert_open_clip import convert_to_folder
 

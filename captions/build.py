@@ -400,7 +400,9 @@ def build_dataset(args: BuildArguments) -> Path | None:
     if not is_complete:
         logger.info("The jobs were submitted. To see their progress, run the same command with --dry_run.")
         return None
-    if waiting:  # write the tables of all splits now, so that they can be translated together
+    if waiting:
+        # A person must translate these tables. The tables of all splits are written now, so that the person can
+        # translate them together.
         requests = [step.request_manual_step() for step in waiting]
         raise ManualStepRequired(
             "\n".join([*requests, "Fill the last column of each table, then run the same command again."])

@@ -824,8 +824,8 @@ def _count_written_and_skipped_rows(output: Path, record: dict[str, Any], parts:
         reasons = Counter(reason for _, reason in read_skipped_row_numbers_and_reasons(path))
         if written + sum(reasons.values()) != len(part):
             raise ValueError(
-                f"{path} has {written} rows and lists {sum(reasons.values())} skipped rows; together there must be "
-                f"{len(part)}. Remove these two files, {retry}"
+                f"{path} has {written} rows, and its list of skipped rows has {sum(reasons.values())}; together they "
+                f"must have the {len(part)} rows of this part. Remove both files, {retry}"
             )
         rows, skipped = rows + written, skipped + reasons
     return StageReport(rows, dict(skipped.most_common()))

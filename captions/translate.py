@@ -76,7 +76,8 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         None, "Folder of finished translations; several builds can share it. Default: OUTPUT.memory."
     )
     drop_flagged: bool = flag(
-        False, "Drop translations that look wrong. The captions after them then move to lower positions."
+        False,
+        "Drop translations that look wrong. The n-th translation of an image may then not belong to its n-th caption.",
     )
     batch_size: int | None = flag(
         None, "Sentences to translate at the same time. Default: 32 (transformers), 128 (google)."

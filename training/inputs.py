@@ -82,7 +82,7 @@ class PairDataset:
     # list of texts. `reason` and `detail` say why the pair can't be used; they are empty for usable pairs. With an
     # embedding cache, the column `vectors` has the embeddings of all views, (views x width,), float16.
     table: Dataset
-    processor: ProcessorMixin | None  # processor of the model; None if pairs are only counted
+    processor: ProcessorMixin | None  # processor of the model; None if only the number of pairs is needed
     # Views of every image. 1: the image itself. V above 1: V augmentations that stay the same during the whole run. 0:
     # a new augmentation at every step.
     augmented_views: int = 1

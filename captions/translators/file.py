@@ -95,8 +95,8 @@ class FileFlags:
         for column, language in (("source", self.source_language), ("translation", self.language)):
             if stated.get(column) and stated[column] != language:
                 raise ValueError(
-                    f"{self.import_file} must have its {column} column in the language {language!r}, but its first "
-                    f"line states {stated[column]!r}. {hint}"
+                    f"The {column} column of {self.import_file} must be in the language {language!r}, but the first "
+                    f"line of the file says {stated[column]!r}. {hint}"
                 )
         records = (read_stage_record(path.parent)["settings"] for path in self.output.parent.glob(f"*/{STAGE_FILE}"))
         expected = {"backend": "file", "target": self.language}.items()

@@ -110,8 +110,9 @@ def find_conflicting_records(
 
     Args:
         frame: Result of `build_records_frame`.
-        group_column: Column that tells measurements apart, too. "folder" if the frame has several models, each in its
-            own folder. "precision" if it has the results of one run, whose values may depend on the precision.
+        group_column: One more column in which two records must agree to be the same measurement. Use "folder" if the
+            frame has several models, each in its own folder. Use "precision" if the frame has the results of one run:
+            values in different precisions may differ without being a conflict.
         tolerance: Values that differ by at most this number are no conflict. One number, or a number per row.
 
     Returns:

@@ -120,6 +120,6 @@ def _convert_normalizer(normalizer: dict[str, Any] | None) -> dict[str, Any] | N
     if normalizer["type"] not in NORMALIZER_TYPES:
         raise ValueError(
             f"transformers.js does not support the normalizer {normalizer['type']} in tokenizer.json, so the model "
-            "can't run in a browser. Leave out transformers_js in --formats, or --static."
+            "can't run in a browser. Remove transformers_js from --formats, or omit the flag --static."
         )
     return normalizer
