@@ -39,7 +39,7 @@ CLUSTER_COUNT = 2000
 NOISE_SPREAD = 1.0  # expected length of the noise that is added to a cluster center of length 1
 QUERY_COUNT, K = 200, 10
 WRITE_BATCH_ROWS = 100_000
-ADDED_COUNTS = (1, 1000)  # pictures added to an index; 1000 only to the largest one
+ADDED_COUNTS = (1, 1000)  # pictures that one call adds to an index; 1000 are added only to the largest index
 QUERY_TEXTS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniversário", "pôr do sol", "rua à noite")
 
 

@@ -53,12 +53,13 @@ def with_tuned_chunk_size(
         image_count: Number of images to embed in total, including images that an earlier run or another task embeds.
             If there are fewer than `LONG_PASS_IMAGES`, nothing is measured, and `embed` uses its default.
         device: Device of the model. On a GPU, nothing is measured, and `embed` uses its default.
-        encoder: Digest of the image encoder and the precision.
+        encoder: Digest of the image encoder and the precision. The choice is stored in the cache under this digest.
         record: Folder in which the choice is recorded, for example the output folder of the run. None: the choice is
             not recorded.
 
     Returns:
-        Function that embeds a list of at least one image. Its first call measures, unless the choice is known.
+        Function that embeds a list of at least one image. Its first call measures, unless the choice is
+        stored in `record` or in the cache.
     """
     if image_count < LONG_PASS_IMAGES or str(device).partition(":")[0] != "cpu":
         return embed

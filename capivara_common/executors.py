@@ -143,7 +143,8 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
     """
     previous = None
     for step in steps:
-        for folder in ("failures", "completions"):  # left by an earlier run, maybe with other ranks
+        # Files of an earlier run are removed, because it may have had another number of tasks.
+        for folder in ("failures", "completions"):
             shutil.rmtree(step.log_folder / folder, ignore_errors=True)
         step_args = step.args if isinstance(step.args, ExecutorArguments) else args
         if args.executor == "slurm":

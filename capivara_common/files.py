@@ -471,7 +471,7 @@ class AllowedFolders:
 
 
 def find_windows_path_fault(path: str | Path, folders: Sequence[str | Path] | None = None) -> str | None:
-    r"""Return the reason why Windows must not open or look up a path, or None if the path is safe.
+    r"""Return why a path must not be opened or looked up on Windows, or None if it is safe.
 
     Only the text of the path is checked, because looking up a network path is already dangerous: Windows sends the
     user's credentials to the server. Some names, such as NUL, are devices in every folder.
@@ -480,7 +480,7 @@ def find_windows_path_fault(path: str | Path, folders: Sequence[str | Path] | No
         path: Path of the file.
         folders: Folders that may be read. A network path (`\\server\share`) or a path of a device (`\\.\`) is accepted
             only if one of the folders is on the same share or device. The prefix `\\?\`, which lifts the length limit
-            of paths, is ignored. None: every drive is accepted.
+            of paths, is ignored. None: all drives, network shares and devices are accepted.
 
     Returns:
         The reason as the end of a sentence, such as "has the reserved name 'NUL'"; None if the path is safe.

@@ -278,7 +278,7 @@ class IndexWriter:
         If an exception is raised, for example by Ctrl-C, the rows of finished files are committed first.
 
         Returns:
-            The report of this update. Removed rows are added by `finish_indexing`.
+            The report of this update. It does not count the removed rows yet; `finish_indexing` fills in their number.
         """
         files, read = self.plan.files, _make_reader(self.model, self.plan.roots)
         self.progress(0, len(files))

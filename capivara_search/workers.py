@@ -36,7 +36,8 @@ from capivara_search.table import PictureTable
 class WorkerArguments(ExecutorArguments):
     """Command-line flags of `capivara_search.workers`.
 
-    All machines must have the same folders of pictures, with the same paths and the same real paths.
+    The workers may run on several machines. Every folder of pictures must have the same path on all of them, also after
+    links are resolved.
     """
 
     # {absolute path of a folder: its real path}. `add_folders_with_workers` sets this attribute before any task starts,

@@ -291,7 +291,8 @@ class Split:
             bad: The error.
         """
         path = image_display_path(self.data[row][self.image_column])
-        # Only the folder is replaced, because the file name may be escaped or shortened in the error.
+        # The folder is removed from the text of the error, in plain and in escaped form. The whole path can't be
+        # removed, because the file name may be escaped or shortened in the text.
         folder = path.removesuffix(Path(path).name)
         return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
 

@@ -41,19 +41,19 @@ ARCHIVE_FIELDS = {"archive": Value("string"), "offset": Value("int64"), "size": 
 
 
 def load_rows_and_list_damaged_files(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
-    """Build the table of rows of tars, or of image folders with a metadata file.
+    """Load the rows of tar files, or of image folders that have a metadata file, into one table.
 
     The table has the columns of the JSON or CSV files, and an image column with the path of each image or its position
     in a tar. Column types are inferred from the first `SCHEMA_SAMPLE_ROWS` rows. A value of another type is replaced by
     None.
 
     Args:
-        paths: Files of one form: plain tars, `metadata.jsonl` files or `metadata.csv` files.
+        paths: Files of a single kind: uncompressed tars, `metadata.jsonl` files or `metadata.csv` files.
         image_column: Name of the image column in the table.
 
     Returns:
-        The tuple (table, damages). `damages` has one tuple (number of rows of the table before the damage, description
-        of the damage) for each damaged file.
+        The tuple (table, damages). `damages` has a tuple (row, description of the damage) for each damaged file, where
+        `row` is the number of table rows that were read before the damage.
 
     Raises:
         ValueError: If a CSV file has an error. Also if a tar is compressed, because the members of a compressed tar

@@ -154,7 +154,8 @@ def read_build_plan(
         config: YAML file with the keys `CONFIG_KEYS` and one section per stage.
         executor_flags: Dict `{flag name: value}` with flags of `ExecutorArguments` for all stages. Values in the
             section of a stage take precedence.
-        without_images: Whether to add the stage `embed` if the config lacks it.
+        without_images: True if the built dataset shall have embeddings instead of images. The stage `embed`, which
+            computes them, is then added if the config lacks it.
         **overrides: Values that override the config's value of the same key. None keeps the value of the config.
 
     Returns:

@@ -94,15 +94,15 @@ class SelectArguments(CaptionChoice, StageArguments):
         return self.columns()[2:] if scored else self.columns()[:2]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """Return the arguments with which `RowStage.run` selects the captions of all rows.
+        """Return the first three arguments of `RowStage.run`, for the selection of captions.
 
         Args:
-            stage: Access to the rows; not used.
+            stage: Not used.
 
         Returns:
-            A tuple with the first three arguments of `RowStage.run`: `columns`, the dict `{new column: feature}`, where
-            a feature is a column type of `datasets`; `settings`, a dict with the settings of the selection for
-            `stage.json`; and `process`, the function that selects the captions of a list of rows.
+            A tuple (columns, settings, process). `columns` is a dict `{name of a new column: its type in datasets}`.
+            `settings` is a dict of the settings that are written to `stage.json`. `process` is a function that gets a
+            list of rows and selects their captions.
         """
         settings = {
             "language": self.language,

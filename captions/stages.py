@@ -90,7 +90,8 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
     uses_model = False  # True if the stage runs a model, so that its tasks get GPUs
     decodes_images = False  # True if the stage needs the decoded image of each row, under the key `DECODED_KEY`
-    # True if the stage can work on a dataset of embeddings. If it needs decoded images, it gets embeddings instead.
+    # True if the stage can also work on a dataset of embeddings. There, a stage with `decodes_images` gets the
+    # embedding of each row in place of the decoded image.
     accepts_embeds = True
     keeps_images = True  # False if the output has no images
     import_file = None  # path of a translation table; None here, because only `captions.translate` has this flag

@@ -290,13 +290,14 @@ def build_suite_rows_and_remarks(
     """Build the rows of a suite's table: measured and published results, in percent.
 
     Args:
-        pairs: Tuples (benchmark, language). Each gets a row, or for retrieval a row per direction.
-        values: Measured results as dicts. The keys are the fields of `Record`, and "benchmark" (key of the benchmark),
-            "role" ("baseline" or "capivara") and "run" (number of the model, counted from 0 for each role).
-        model_counts: A dict `{role: number of models}`.
+        pairs: Tuples (benchmark, language). Each gives one row of the table. A retrieval benchmark gives one row per
+            direction.
+        values: One dict per measured result: the fields of `Record`, "benchmark" (key of the benchmark), "role"
+            ("baseline" or "capivara") and "run" (0 for the first model of this role, 1 for the second, and so on).
+        model_counts: Number of models of each role, `{role: number}`.
         protocol: Source of class names and prompts, "ours" or "authors".
-        published: A dict `{role: name under which the model's results were published, or None}`; the name is an
-            argument of `Benchmark.get_published_figure`. By default, the name is the role.
+        published: For each role, the name of the model whose published results are shown
+            (`Benchmark.get_published_figure`), or None. By default, the name is the role.
 
     Returns:
         The rows (see `_build_suite_table_row`), and a remark for each average that is omitted because a dataset is

@@ -71,7 +71,7 @@ REPOSITORY_FOLDER = "repository"  # subfolder of the run that holds the export u
 # Formats that a training run publishes. ONNX is not one of them, because its export takes minutes and needs additional
 # packages.
 PUBLISHED_FORMATS = ("transformers", "open_clip", "sentence_transformers")
-format_bytes = partial(tqdm.format_sizeof, suffix="B")  # 1 kB is 1000 bytes, for example "1.46GB"
+format_bytes = partial(tqdm.format_sizeof, suffix="B")  # returns for example "1.46GB"; units are powers of 1000
 logger = logging.getLogger("capivara")
 
 

@@ -159,7 +159,8 @@ def _build_tower_config(name: str, config: dict | PreTrainedConfig | None, defau
         check_config_ranges(collect_config_values_to_check(config), f"{name}.")
         return config
     config = dict(config or {})
-    check_config_ranges(config, f"{name}.")  # before `from_dict`, which would allocate a name for each of `num_labels`
+    # This must run before `from_dict`, which creates `num_labels` names of labels: a huge number would fill the memory.
+    check_config_ranges(config, f"{name}.")
     model_type = config.setdefault("model_type", defaults["model_type"])
     if model_type not in CONFIG_MAPPING:
         problem = f"{name}.model_type {model_type!r} is not known to this version of transformers"

@@ -203,12 +203,14 @@ class Embedder:
     def tune_image_embedding(
         self, image_count: int, batch_size: int, record: Path
     ) -> Callable[[Sequence[Image.Image]], Tensor]:
-        """Return a function that embeds many images as fast as this CPU can (see `with_tuned_chunk_size`).
+        """Return a function that embeds images with the number of images per forward pass that is fastest on this CPU.
+
+        The first call of the function measures the speed, unless there are few images (see `with_tuned_chunk_size`).
 
         Args:
-            image_count: Number of images to embed in total. The function measures its speed only if there are many.
+            image_count: Number of images to embed in total.
             batch_size: Number of images that are preprocessed at once.
-            record: Folder in which the choice is recorded, so that a resumed run makes the same choice.
+            record: Folder in which the fastest number is recorded, so that a resumed run uses the same number.
 
         Returns:
             Function that embeds a list of at least one image. It returns embeddings in the format of `embed_images`.

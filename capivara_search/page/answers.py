@@ -185,13 +185,19 @@ class PageAnswers:
         """Find the pictures that are most similar to the query, or the newest pictures if the query is empty.
 
         Args:
-            question: The query: `text`, `like`, `more` and `less`, the filters `folder`, `since` and `until`, and `k`.
+            question: The query. `text` is a sentence, `like` a picture of the index to find similar pictures for, and
+                `more` and `less` are pictures of the index that the hits should or should not resemble. `folder`,
+                `since` and `until` are filters. `k` is the number of hits.
             image: Uploaded picture of the query, or None.
 
         Returns:
-            Dictionary `{"hits": list of dictionaries of _hit_to_dict, best first, "version": version of the index,
-            "count": number of pictures in the index, "cut": whether the text is too long for the model}`. The end of a
-            text that is too long is ignored. The scores of hits are None if the query is empty or has only `less`.
+            Dictionary with these keys:
+
+            - "hits": list of dictionaries of `_hit_to_dict`, best first. Their scores are None if the query is empty or
+              has only `less`.
+            - "version": version of the index.
+            - "count": number of pictures in the index.
+            - "cut": whether the text is too long for the model, so that its end is ignored.
 
         Raises:
             RequestRefusedError: If a picture of the query is not in the index or was not embedded by the model yet.
