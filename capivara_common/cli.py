@@ -11,7 +11,7 @@ Example:
     def main(argv: list[str] | None = None) -> None:
         args = parse_arguments(Arguments, "Train a model.", argv)
 
-    run_command(main)
+    run_main_and_report_user_errors(main)
 """
 
 import argparse

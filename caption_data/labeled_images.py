@@ -90,10 +90,8 @@ def load_images_with_prompt_class_labels(
     path = Path(source)
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
     if path.is_dir() and not any(file for pattern in tables for file in path.glob(pattern)):
-        column, access = (
-            image_column or "image",
-            ImageAccess(get_allowed_folders_of_dataset(source, image_roots), max_pixels),
-        )
+        column = image_column or "image"
+        access = ImageAccess(get_allowed_folders_of_dataset(source, image_roots), max_pixels)
         rows = load_listed_files("imagefolder", _check_links_and_find_split_image_files(path, split), source)
         opened = Split(source, split, column, disable_decoding(rows, column), access)
     else:

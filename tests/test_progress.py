@@ -17,7 +17,7 @@ PROGRAM = textwrap.dedent(
     """
     import importlib, sys, time
     from capivara_common import progress
-    from capivara_common.cli import run_command
+    from capivara_common.cli import run_main_and_report_user_errors
 
     progress.BAR_DELAY_S, progress.LOG_INTERVAL_S = 0.2, 0.4
 
@@ -29,7 +29,7 @@ PROGRAM = textwrap.dedent(
             for _ in bar(range(20), desc="long"):
                 time.sleep(0.05)
 
-    run_command(main)
+    run_main_and_report_user_errors(main)
     """
 )
 LIBRARIES = ("tqdm.auto", "datasets.utils", "huggingface_hub.utils", "transformers.utils.logging")

@@ -247,7 +247,7 @@ def test_invalid_arguments_are_refused_and_change_nothing(tmp_path):
         ("missing --output new", "missing .*folder"),
         ("out --output new", "out .*result file"),
         ("in --output out", "--overwrite_output_dir"),
-        ("in --output . --overwrite_output_dir", "replace"),
+        ("in --output . --overwrite_output_dir", "delete"),
     ):
         with contextlib.chdir(tmp_path), pytest.raises(ValueError, match=message):
             main(argument_text.split())

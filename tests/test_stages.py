@@ -319,7 +319,7 @@ def test_damaged_parts_are_named(numbered, undisturbed, tmp_path):
     path, listed = (tmp_path / "out" / f"train-000000000-000000007.{end}" for end in ("parquet", "skipped.jsonl"))
     whole = path.read_bytes()
     path.write_bytes((undisturbed / "train-000000007-000000014.parquet").read_bytes())
-    with pytest.raises(ValueError, match=r"\b7 rows.*\b1 .*\b7\..*python -m "):
+    with pytest.raises(ValueError, match=r"\b7 rows.*\b1;.*\b7 rows.*python -m "):
         check_stage_and_count_rows(tmp_path / "out")
     path.write_bytes(whole)
     listed.unlink()

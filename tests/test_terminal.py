@@ -149,7 +149,7 @@ def test_every_message_is_used_and_every_used_message_exists():
     composed = {key for key in keys if key.startswith(("column.", "status.", "reason.", "ignored.", "bad."))}
     assert not keys - RecordingMessages.used_keys - quoted_words - coded - composed
     assert set(re.findall(r"messages(?:\.format_count|\.raw)?\(\"([\w.]+)\"", code)) <= keys
-    for prefix, function in (("note", r"log_message\("), ("error", r"make_error_from_code\([^\n]+?, ")):
+    for prefix, function in (("note", r"log_message_from_code\("), ("error", r"make_error_from_code\([^\n]+?, ")):
         codes = re.findall(rf"\b{function}\"(\w+)\"", code)
         assert codes and {f"{prefix}.{code}" for code in codes} <= keys
 
