@@ -323,7 +323,7 @@ def test_damaged_parts_are_named(numbered, undisturbed, tmp_path):
         check_stage_and_count_rows(tmp_path / "out")
     path.write_bytes(whole)
     listed.unlink()
-    with pytest.raises(ValueError, match=r"\b6 rows.*\b0 .*\b7\."):
+    with pytest.raises(ValueError, match=r"\b6 rows.*\b0;.*\b7 rows"):
         check_stage_and_count_rows(tmp_path / "out")
 
 
