@@ -5,7 +5,7 @@ BIN := .venv/bin
 # uses one process more than there are cores: about a seventh of its time is waiting for Slurm, followed folders and pages.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check dist
+.PHONY: demo test check docs dist
 
 demo: .venv/demo  ## prepare, train and measure the demo
 	$(BIN)/python -m examples.openmoji.prepare
@@ -19,14 +19,17 @@ check: .venv/test  ## style and fast tests, required for every change
 	$(BIN)/ruff format --check .
 	$(PYTEST) -n auto -m "not slow and not gpu"
 
+docs: .venv/docs  ## the documentation site, in build/docs; warnings are errors, and every link and anchor is checked
+	$(BIN)/python -m sphinx -q -E -W --keep-going docs build/docs
+
 dist: .venv/test  ## wheel and source archive in dist/, checked; CONTRIBUTING.md says how to publish them
 	rm -rf build dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python tests/dist_contents.py dist
 
-# One stamp file per extra; it is remade when the dependencies change. The extra `test` includes `demo`.
-.venv/demo .venv/test: setup.cfg pyproject.toml
+# One stamp file per extra; it is remade when the dependencies change. The extra `test` includes `demo` and `docs`.
+.venv/demo .venv/test .venv/docs: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install -e ".[$(notdir $@)]"

@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None) -> Path:
     for name in ("accelerate", "httpx", "httpx2"):  # the Hub's HTTP client would log every request
         logging.getLogger(name).setLevel(logging.WARNING)
     output_dir = choose_output_dir(args, join_processes())
+    args.has_auto_precision = args.mixed_precision == "auto"
     args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
     if is_run_complete(args, output_dir):
         check_finished_run(output_dir, args.to_dict(), {})

@@ -16,7 +16,8 @@ Three kinds of pairs must not be recognized as duplicates:
   the same, such as "full moon" and "yellow circle", are not counted.
 
 The value of `capivara_search.results.DUPLICATE_MIN_SIMILARITY` and the constants of `capivara_search.duplicates` were
-chosen by the results of this benchmark, which benchmarks/results/duplicates.json contains and docs/benchmarks.md shows.
+chosen by the results of this benchmark, which benchmarks/results/duplicates.json contains and
+docs/reference/benchmarks.md shows.
 """
 
 import io

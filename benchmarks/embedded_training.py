@@ -44,9 +44,10 @@ from caption_data.embedded import (
     embeds_feature,
     image_encoder_of,
 )
+from modeling_capivara.loading import load_config
+from modeling_capivara.two_towers import embedding_width
 from training.loop import TrainingLoop
 
-WIDTH = 512  # of the embeddings of the published models
 CAPTIONS_PER_ROW = 10
 ROWS_PER_FILE = 50_000
 EVALUATION_ROWS = 64  # rows of the validation split and of the test split
@@ -72,12 +73,13 @@ class EmbeddedTrainingArguments:
         check_at_least(self, 1, "steps")
 
 
-def write_dataset(folder: Path, rows: int, encoder: str) -> None:
+def write_dataset(folder: Path, rows: int, width: int, encoder: str) -> None:
     """Write a dataset of random embeddings in the format of `captions.embed`, unless it exists.
 
     Args:
         folder: Folder of the dataset.
         rows: Rows of the split train.
+        width: Width of the embeddings.
         encoder: Value of the column `image_encoder`.
     """
     if folder.is_dir():
@@ -85,7 +87,7 @@ def write_dataset(folder: Path, rows: int, encoder: str) -> None:
     features = Features(
         {
             "captions-pt": List(Value("string")),
-            EMBEDS_COLUMN: embeds_feature(WIDTH),
+            EMBEDS_COLUMN: embeds_feature(width),
             DIGEST_COLUMN: Value("string"),
             ENCODER_COLUMN: Value("string"),
         }
@@ -96,13 +98,13 @@ def write_dataset(folder: Path, rows: int, encoder: str) -> None:
     temporary = folder.with_name(folder.name + ".new")
     (temporary / "data").mkdir(parents=True, exist_ok=True)
     for number, (split, size) in enumerate(tqdm(files, desc=f"Writing {rows:,} rows", unit="file")):
-        vectors = rng.standard_normal((size, WIDTH), dtype=np.float32)
+        vectors = rng.standard_normal((size, width), dtype=np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         first, second = (halves.take(rng.integers(HALF_CAPTIONS, size=size * CAPTIONS_PER_ROW)) for _ in range(2))
         ends = np.arange(size + 1, dtype=np.int32) * CAPTIONS_PER_ROW
         columns = [
             pa.ListArray.from_arrays(ends, pc.binary_join_element_wise(first, second, " ")),
-            pa.FixedSizeListArray.from_arrays(vectors.astype(np.float16).ravel(), WIDTH),
+            pa.FixedSizeListArray.from_arrays(vectors.astype(np.float16).ravel(), width),
             [f"{number:016x}{row:016x}" for row in range(size)],
             [encoder] * size,
         ]
@@ -189,10 +191,11 @@ def main(argv: list[str] | None = None) -> None:
     args.work = args.work.absolute()
     args.work.mkdir(parents=True, exist_ok=True)
     save_random_model(args.work / "model")
+    width = embedding_width(load_config(args.work / "model"))
     encoder, runs, disk = image_encoder_of(str(args.work / "model"), ""), {}, {}
     for name, rows in (("small", args.small_rows), ("large", args.rows)):
         dataset = args.work / f"dataset-{rows}"
-        write_dataset(dataset, rows, encoder)
+        write_dataset(dataset, rows, width, encoder)
         before = count_bytes(args.work / "cache")
         runs[name] = measure_run(args, dataset, name)
         disk[name] = {"dataset_bytes": count_bytes(dataset), "caches_bytes": count_bytes(args.work / "cache") - before}
@@ -201,7 +204,8 @@ def main(argv: list[str] | None = None) -> None:
     results = {
         "rows": args.rows,
         "small_rows": args.small_rows,
-        "width": WIDTH,
+        "steps": args.steps,
+        "width": width,
         "captions_per_row": CAPTIONS_PER_ROW,
         "flags": TRAINING_FLAGS,
         "runs": runs,

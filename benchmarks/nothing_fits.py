@@ -8,7 +8,8 @@ The last command measures another model on your own photographs. `mine.yaml` lis
 photograph under `there`, and others under `absent`, as benchmarks/nothing_fits.yaml does. The AUC of a statistic says
 how well it separates both kinds of sentences (0.5 is chance). If YOLO boxes lie next to the photographs, the effect of
 feedback is measured as well: how many of the first ten results show an object before and after less or more of it is
-requested. docs/benchmarks.md has the results of statistics and forms of feedback that were rejected, with their commit.
+requested. docs/reference/benchmarks.md has the results of statistics and forms of feedback that were rejected, with
+their commit.
 """
 
 from collections.abc import Iterator

@@ -26,7 +26,7 @@ from eval.records.tables import format_percent, format_points, render_retrieval_
 
 BLOCK_RE = re.compile(r"(<!-- (\w+): made by `python -m benchmarks.readme` -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
-PORTUGUESE_PAGES = ("LEIAME.md", "docs/seu_idioma.md")
+PORTUGUESE_PAGES = ("LEIAME.md", "docs/how-to/seu_idioma.md")
 
 
 @dataclass
@@ -43,10 +43,10 @@ def find_pages() -> list[str]:
     """Find the Markdown files that contain a generated block, which is text between two markers (see `BLOCK_RE`).
 
     Returns:
-        Sorted paths relative to the checkout, such as "docs/benchmarks.md". Only the checkout's top folder and its
-        folder `docs` are searched.
+        Sorted paths relative to the checkout, such as "docs/reference/benchmarks.md". Only the checkout's top
+        folder and its folder `docs` are searched.
     """
-    paths = (path.relative_to(CODE_ROOT) for path in (*CODE_ROOT.glob("*.md"), *CODE_ROOT.glob("docs/*.md")))
+    paths = (path.relative_to(CODE_ROOT) for path in (*CODE_ROOT.glob("*.md"), *CODE_ROOT.glob("docs/**/*.md")))
     return sorted(str(path) for path in paths if BLOCK_RE.search((CODE_ROOT / path).read_text(encoding="utf-8")))
 
 

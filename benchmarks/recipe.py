@@ -4,8 +4,8 @@
     python -m benchmarks.recipe --base data/openmoji/base-sigmoid --output benchmarks/results/recipe_sigmoid.json
 
 The loss is the base model's, as aligned by `examples.openmoji.prepare`. Requires the data of that command and of
-`examples.openmoji.proxies`. Finished runs stay in the work folder and are not trained again. docs/recipe.md shows the
-results. WiSE-FT: arXiv 2109.01903.
+`examples.openmoji.proxies`. Finished runs stay in the work folder and are not trained again. docs/explanation/recipe.md
+shows the results. WiSE-FT: arXiv 2109.01903.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@
 The indexes contain generated vectors of width 512, in clusters, and all columns except thumbnails. Each index is
 measured in a separate process, which has its own peak memory. The text encoder has the full published size and random
 weights. `benchmarks/search_follow.py` measures the part `follow`. Results are in benchmarks/results/search.json and
-search_follow.json; docs/benchmarks.md shows them.
+search_follow.json; docs/reference/benchmarks.md shows them.
 """
 
 import json

@@ -85,6 +85,14 @@ class EmbeddingStore:
         self.folder = root / json_digest(self.settings, sort_keys=True)
         self.batch_size, self.dtype = batch_size, dtype
 
+    def record_folder(self, items: Sequence[str]) -> Path:
+        """Return the folder for records about the embeddings of these items, such as how they were computed.
+
+        Args:
+            items: Items as `load_or_embed` takes them.
+        """
+        return self.folder / f"records-{json_digest(list(items))}"
+
     def load_or_embed(
         self,
         items: Sequence[str],

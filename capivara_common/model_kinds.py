@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 NATIVE_MODEL_TYPE = "capivara"  # the digest of an image encoder assumes it for a config without `model_type`
-ADDING_PAGE = "docs/architecture.md"  # page that says how to add a kind
+ADDING_PAGE = "docs/explanation/architecture.md"  # page that says how to add a kind
 # Default values of transformers. Published configs omit fields that have their default value, but configs that were
 # loaded and saved again contain them. Of an image tower, only fields that change the embedding of an image are listed.
 CLIP_VISION_DEFAULTS = {
@@ -187,7 +187,10 @@ KINDS = {
             open_clip_layout="timm_siglip", immich_name="ViT-B-16-SigLIP2__webli",
         ),
         ModelKind(model_type="clip", title="CLIP", class_name="CLIPModel"),
-        ModelKind(model_type="chinese_clip", title="Chinese-CLIP", class_name="ChineseCLIPModel"),
+        ModelKind(
+            model_type="chinese_clip", title="Chinese-CLIP", class_name="ChineseCLIPModel",
+            js_image_processor="ChineseCLIPFeatureExtractor",
+        ),
         ModelKind(model_type="altclip", title="AltCLIP", class_name="AltCLIPModel"),
         ModelKind(
             model_type="metaclip_2", title="MetaCLIP 2", class_name="MetaClip2Model",

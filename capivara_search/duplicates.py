@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 BLOCK_ROWS = 512  # number of vectors that are compared with each other in one step
 LATER_BLOCK_ROWS = 2048  # number of later vectors that a block is compared with in one step
 FLOAT16_TOLERANCE = 1e-3  # thresholds are lowered by this value, because vectors are rounded to float16 when stored
-SIGNATURE_SIDE = 6  # side of a color signature in pixels; chosen like `DUPLICATE_MIN_SIMILARITY` (docs/benchmarks.md)
+SIGNATURE_SIDE = (
+    6  # side of a color signature in pixels; chosen like `DUPLICATE_MIN_SIMILARITY` (docs/reference/benchmarks.md)
+)
 SIGNATURE_WEIGHT = 2 / 3  # weight of the color signatures in the similarity; the model's vectors have the weight 1/3
 MIN_SIGNATURE_STD = 2.0  # a color signature is ignored if the standard deviation of its colors (0 to 255) is lower
 SIGNATURE_BYTES = 3 * SIGNATURE_SIDE * SIGNATURE_SIDE  # size of a color signature without details

@@ -360,8 +360,9 @@ class IndexWriter:
             # Reporting the same number again tells the callback that the model was loaded, so that this time does not
             # count in the estimated rate.
             self.progress(self.reported, len(self.plan.files))
-        embed = partial(self.model.embed_images, batch_size=self.batch_size)
-        vectors |= dict(zip(new, embed_batch(list(new.values()), embed), strict=True))
+            self.embed = self.model.tune_image_embedding(len(self.plan.files), self.batch_size)
+        if new:
+            vectors |= dict(zip(new, embed_batch(list(new.values()), self.embed), strict=True))
         self.report.embedded += len(new)
         for file, picture in pictures.items():
             self._add_row(file, picture, vectors[picture.digest])

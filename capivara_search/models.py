@@ -7,15 +7,16 @@ model in open_clip format is converted when it is downloaded. If possible, texts
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from capivara_common.embedding_speed import tune_chunk_size
 from capivara_common.files import read_json
 from capivara_common.hub_cache import find_cached_model, is_reachable, resolve_model_folder
 from capivara_common.image_encoder_digest import image_encoder_digest, image_processor_settings
@@ -200,12 +201,13 @@ class SearchModel:
         with wrap_model_errors(self.name):
             return embed_texts(model, processor, texts).numpy()
 
-    def embed_images(self, images: Sequence["Image.Image"], batch_size: int = 32) -> np.ndarray:
+    def embed_images(self, images: Sequence["Image.Image"], batch_size: int = 32, **options: int) -> np.ndarray:
         """Embed images with the image encoder, in PyTorch.
 
         Args:
             images: PIL images.
-            batch_size: Number of images per forward pass.
+            batch_size: Number of images that are preprocessed at once.
+            **options: `chunk_images`, the number of images per forward pass on a CPU.
 
         Returns:
             Embeddings (images, width) in float32, of unit length.
@@ -219,7 +221,26 @@ class SearchModel:
         from modeling_capivara.two_towers import embed_images
 
         with wrap_model_errors(self.name):
-            return embed_images(model, processor, images, batch_size).numpy()
+            return embed_images(model, processor, images, batch_size, **options).numpy()
+
+    def tune_image_embedding(
+        self, image_count: int, batch_size: int
+    ) -> Callable[[Sequence["Image.Image"]], np.ndarray]:
+        """Return a function that embeds many images as fast as this CPU can (see `tune_chunk_size`).
+
+        Args:
+            image_count: Number of images to embed in total. The function measures its speed only if there are many.
+            batch_size: Number of images that are preprocessed at once.
+
+        Returns:
+            Function like `embed_images` that takes a list of at least one PIL image.
+
+        Raises:
+            ValueError: If the model can't be loaded, or the device does not exist.
+        """
+        model, _ = self._loaded
+        embed = partial(self.embed_images, batch_size=batch_size)
+        return tune_chunk_size(embed, image_count, model.device, self.image_digest)
 
     def prepare_images(self) -> None:
         """Import torch and load the model, so that the first call of `embed_images` is fast.

@@ -9,8 +9,8 @@ different sentences are not comparable, so they are first converted to z-scores:
 the mean of the sentence's cosines with a sample of the index. A picture is relevant to a sentence if its z-score
 reaches the z-score that the best picture of the index reaches for a neutral sentence (`background_z_score`).
 
-The constants were chosen by `python -m benchmarks.nothing_fits` (docs/search.md). An argument `sample` is always an
-array of picture vectors that were drawn from the index.
+The constants were chosen by `python -m benchmarks.nothing_fits` (docs/how-to/search.md). An argument `sample` is always
+an array of picture vectors that were drawn from the index.
 """
 
 from collections import Counter

@@ -11,7 +11,7 @@ from typing import Any
 # Default sentence around a label in zero-shot classification. The label replaces `{}`.
 DEFAULT_LABEL_TEMPLATE = "uma imagem de {}"
 # Pictures with at least this similarity (`duplicates.pairwise_similarity`, at most 1) are near-duplicates. Chosen by
-# `python -m benchmarks.duplicates`; docs/benchmarks.md has the table.
+# `python -m benchmarks.duplicates`; docs/reference/benchmarks.md has the table.
 DUPLICATE_MIN_SIMILARITY = 0.84
 
 

@@ -182,9 +182,12 @@ class Split:
             views: Views that are needed, see `check_views`.
 
         Raises:
-            ValueError: If the embeddings were made by another image encoder or by several, or lack the needed views.
-                The message names the digests of the encoders.
+            ValueError: If the embeddings were made by another image encoder or by several, have another width, or lack
+                the needed views. The message names the digests of the encoders.
         """
+        from modeling_capivara.loading import load_config  # imports torch, which the stages do without
+        from modeling_capivara.two_towers import embedding_width
+
         self.check_views(views)
         encoders, encoder = sorted(self.image_encoders), image_encoder_of(model, fingerprint)
         if encoders != [encoder]:
@@ -193,6 +196,15 @@ class Split:
                 f"encoder of {model} is {encoder}. Use the base model that the dataset card names, or embed the images "
                 f"again: python -m captions.embed --model {model} --dataset IMAGES --output FOLDER"
             )
+        _, width = embeds_shape(self.features, self.display_name)
+        # The settings of open_clip models do not state the width.
+        if not model.startswith("open_clip:"):
+            expected = embedding_width(load_config(model))
+            if width != expected:
+                raise ValueError(
+                    f"{self.display_name} has embeddings of width {width}, but those of {model} have width {expected}. "
+                    "The dataset was changed after captions.embed wrote it. Make it again."
+                )
 
     def check_views(self, views: int) -> None:
         """Check that a split without images has the needed views.

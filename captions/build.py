@@ -12,8 +12,8 @@ Each stage writes the folder OUTPUT/<number>-<stage>/<split>. The rows of the la
 as parquet files with a dataset card. --without_images adds the last stage, so that the dataset can be published without
 its images.
 
-To continue an interrupted build, run the same command again. docs/your_language.md describes the config, and
-docs/cluster.md describes the executors.
+To continue an interrupted build, run the same command again. docs/how-to/your_language.md describes the config, and
+docs/how-to/cluster.md describes the executors.
 """
 
 import itertools
@@ -79,7 +79,7 @@ STAGES = {
     "embed": EmbedArguments,
 }
 READ_STAGE = "read"  # name of the stage that copies the rows of a split that needs no other stage
-# Keys of a config besides the stages, and keys of its section `card`. docs/your_language.md describes them.
+# Keys of a config besides the stages, and keys of its section `card`. docs/how-to/your_language.md describes them.
 REQUIRED_KEYS = ("dataset", "output", "language")
 CONFIG_KEYS = (*REQUIRED_KEYS, "source_language", "split", "evaluation_splits", "image_column", "rename", "card")
 CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
@@ -275,7 +275,7 @@ def _translation_table_path(name: Path, output: Path, stage: Path) -> Path:
             return name
         logger.warning(
             "%s lies in the current folder. If it is the table of this build, move it to %s and state its languages in "
-            "its first line (docs/your_language.md).",
+            "its first line (docs/how-to/your_language.md).",
             name,
             path,
         )

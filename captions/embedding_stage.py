@@ -5,6 +5,7 @@ r"""Replace the images of one split by their embeddings. This is the stage that 
 The output is a folder of parts, as of every stage. `captions.embed` makes a dataset with a card from such folders.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -15,12 +16,13 @@ import PIL.Image
 from datasets import Value
 
 from capivara_common.cli import check_at_least, flag, run_command
+from capivara_common.embedding_speed import tune_chunk_size
 from capivara_common.embedding_store import embed_batch
 from capivara_common.image_files import BadImage, BadRow
 from caption_data.augmentation import augment_view, describe_augmentation
 from caption_data.embedded import DIGEST_COLUMN, EMBEDS_COLUMN, ENCODER_COLUMN, embeds_feature, image_encoder_of
 from captions.stages import DECODED_KEY, EncoderStageArguments, RowStage, run_stage_command
-from modeling_capivara.two_towers import Embedder, load_embedder
+from modeling_capivara.two_towers import load_embedder
 
 
 @dataclass
@@ -49,7 +51,7 @@ class EmbedArguments(EncoderStageArguments):
         """Load the model whose image encoder embeds the images.
 
         Args:
-            stage: The opened rows; not used.
+            stage: The opened rows.
 
         Returns:
             The positional arguments of `RowStage.run`: columns, settings, and the function that embeds rows.
@@ -57,28 +59,32 @@ class EmbedArguments(EncoderStageArguments):
         Raises:
             ValueError, OSError, ImportError: If the model cannot be loaded.
         """
-        embedder = load_embedder(self.model, self.device, True, self.precision)
+        embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
         width = embedder.embed_images([PIL.Image.new("RGB", (32, 32))], 1).shape[1]
         settings = {
             "model": self.model,
             "encoder": image_encoder_of(self.model, embedder.fingerprint),
             "width": width,
-            "precision": self.precision,
+            "precision": embedder.precision,
             "views": self.views,
             "augmentation": describe_augmentation(self.seed) if self.views > 1 else None,
         }
         columns = {EMBEDS_COLUMN: embeds_feature(width, self.views)}
         columns |= dict.fromkeys((DIGEST_COLUMN, ENCODER_COLUMN), Value("string"))
-        return columns, settings, lambda rows: embed_rows(embedder, self, settings["encoder"], rows)
+        embed = partial(embedder.embed_images, batch_size=self.embedding_batch_size)
+        if embedder.has_chunks:
+            row_count, encoder = len(stage.source), embedder.image_fingerprint
+            embed = tune_chunk_size(embed, row_count * self.views, embedder.device, encoder, self.output)
+        return columns, settings, lambda rows: embed_rows(embed, self, settings["encoder"], rows)
 
 
 def embed_rows(
-    embedder: Embedder, args: EmbedArguments, encoder: str, rows: list[dict[str, Any]]
+    embed: Callable[..., Any], args: EmbedArguments, encoder: str, rows: list[dict[str, Any]]
 ) -> list[dict[str, Any] | BadRow]:
     """Embed the images of rows.
 
     Args:
-        embedder: Model that embeds images.
+        embed: Function that embeds a list of images.
         args: Flags of the stage.
         encoder: Digest of the model's image encoder.
         rows: Rows with an image file, and its decoded image under the key `DECODED_KEY`.
@@ -88,7 +94,7 @@ def embed_rows(
     """
     digests = [blake2b(row[args.image_column]["bytes"], digest_size=16).hexdigest() for row in rows]
     images = [view for row, digest in zip(rows, digests, strict=True) for view in _make_views(row, digest, args)]
-    vectors = embed_batch(images, partial(embedder.embed_images, batch_size=args.embedding_batch_size), True)
+    vectors = embed_batch(images, embed, skip_refused=True)
     results: list[dict[str, Any] | BadRow] = []
     for digest, start in zip(digests, range(0, len(vectors), args.views), strict=True):
         views = vectors[start : start + args.views]

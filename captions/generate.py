@@ -7,7 +7,7 @@
 
 BLIP-2 (`--captioner blip2`) writes English captions to the column `generated-captions-en`, one per prefix. A model on a
 server (`--captioner chat`) writes captions directly in the language `--caption_language`, one per prompt, for example
-to the column `generated-captions-pt`; docs/own_server.md describes it.
+to the column `generated-captions-pt`; docs/how-to/captions_server.md describes it.
 
 Rows whose image cannot be used are skipped, and listed in *.skipped.jsonl files. To finish an interrupted run, run the
 same command again; finished captions do not change.

@@ -69,7 +69,7 @@ class ScoreArguments(EncoderStageArguments):
             ValueError, OSError, ImportError: If the model cannot be loaded, or the dataset has embeddings that another
                 image encoder made.
         """
-        embedder = load_embedder(self.model, self.device, True, self.precision)
+        embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
         if stage.source.is_embedded:
             stage.source.check_embeds(self.model, embedder.fingerprint)
             # The rows have embeddings where other datasets have images.

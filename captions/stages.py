@@ -274,8 +274,9 @@ class EncoderStageArguments(StageArguments):
     embedding_batch_size: int = flag(
         32, "Images to embed at the same time. Captions are embedded in batches of twice this size."
     )
-    precision: Literal["float32", "bf16"] = flag(
-        "float32", "Data type of weights and activations. bf16 is faster on most GPUs."
+    precision: Literal["float32", "bf16", "auto"] = flag(
+        "float32",
+        "Data type of activations. bf16 is faster on most GPUs; auto = bf16 where it is measured to be faster.",
     )
     device: str | None = flag(None, "cpu or cuda. Default: cuda if a GPU is available, otherwise cpu.")
 

@@ -48,7 +48,8 @@ class LabeledImageArguments(ModelArguments):
         "open_clip:local-dir:FOLDER.",
     )
     benchmark: str = flag(
-        ..., "A file in eval/prompts/pt, such as cifar-10, or a JSON file of your own classes (see docs/evaluation.md)."
+        ...,
+        "A file in eval/prompts/pt, such as cifar-10, or a JSON file of your own classes (docs/how-to/evaluation.md).",
     )
     images: str = flag(
         ...,

@@ -22,6 +22,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from capivara_common.cli import check_at_least, flag, parse_arguments
+from capivara_common.embedding_speed import tune_chunk_size
 from capivara_common.embedding_store import EmbeddingStore, Place, vectors_to_array
 from capivara_common.environment import cache_home, describe_device, process_state
 from capivara_common.files import read_json
@@ -41,7 +42,9 @@ class EmbeddingArguments(ImageFileArguments):
     """Command-line arguments for embedding images and texts: batch size, precision, cache, device and image files."""
 
     batch_size: int = flag(32, "Images in a batch. A batch of texts is twice as large.")
-    precision: Literal["float32", "bf16"] = flag("float32", "Precision. bf16 is faster; its results differ slightly.")
+    precision: Literal["float32", "bf16", "auto"] = flag(
+        "float32", "Precision. The results in bf16 differ slightly. auto = bf16 where it is measured to be faster."
+    )
     cache_dir: str = flag("auto", "Cache folder; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = no cache is kept.")
     device: str | None = flag(None, "Device: cpu, cuda, or one GPU such as cuda:1. Default: the GPU if there is one.")
     limit: int | None = flag(
@@ -110,16 +113,20 @@ class CachedEmbedder:
                     for row, image in loaded
                 ]
 
-        def embed(batch: list[PIL.Image.Image]) -> np.ndarray:
-            return self.embedder.embed_images(batch, self.batch_size).numpy()
+        def embed(batch: list[PIL.Image.Image], **options: int) -> np.ndarray:
+            return self.embedder.embed_images(batch, self.batch_size, **options).numpy()
 
         if images.is_embedded:
             images.check_embeds(self.embedder.name, self.embedder.fingerprint)
             self.result_metadata, skipped = images.describe_embeds(), images.invalid_embeds
             column = pa.chunked_array([part for chunk in images.iter_column(EMBEDS_COLUMN) for part in chunk.chunks])
         else:
-            store = self._store(self.embedder.image_fingerprint, self.batch_size)
-            table = store.load_or_embed(images.image_digests, load, embed, description, rows_per_shard=IMAGES_PER_SHARD)
+            encoder, digests = self.embedder.image_fingerprint, images.image_digests
+            store = self._store(encoder, self.batch_size)
+            if self.embedder.has_chunks:
+                record = store.record_folder(digests)
+                embed = tune_chunk_size(embed, len(digests), self.embedder.device, encoder, record)
+            table = store.load_or_embed(digests, load, embed, description, rows_per_shard=IMAGES_PER_SHARD)
             skipped = {row: detail for row, detail in enumerate(table["detail"].to_pylist()) if detail}
             column = table["vectors"]
         if len(skipped) == len(images):
@@ -184,7 +191,7 @@ def write_result(
             are optional. Any other keyword, such as `notes`, becomes a key of the result file.
     """
     seconds, device = time.perf_counter() - start_time, describe_device(store.embedder.device)
-    shared = {"model": args.model, "device": device, "precision": args.precision, "seconds": seconds}
+    shared = {"model": args.model, "device": device, "precision": store.embedder.precision, "seconds": seconds}
     write_records(args.output, records, **shared, **store.embedder.metadata, **store.result_metadata, **metadata)
 
 

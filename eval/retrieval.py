@@ -3,8 +3,8 @@ r"""Measure cross-modal retrieval: find the image of each caption, and a caption
     python -m eval.retrieval --model data/openmoji/base --dataset data/openmoji/dataset --split test --language pt \
         --output retrieval_pt.json
 
-Several processes can embed a large dataset together, on one machine or on a cluster (docs/cluster.md). The results
-are bit-identical to the results of a single process.
+Several processes can embed a large dataset together, on one machine or on a cluster (docs/how-to/cluster.md). The
+results are bit-identical to the results of a single process.
 
     accelerate launch --multi_gpu --num_processes 8 -m eval.retrieval …
 """

@@ -126,7 +126,9 @@ def load_models(args: SuiteArguments) -> list[dict[str, Any]]:
     for role, run, name in [("baseline", 0, args.baseline)] * bool(args.baseline) + runs:
         run_file, is_baseline = Path(name) / "run.json", role == "baseline"
         run_data = {} if is_baseline or not run_file.is_file() else read_json(run_file)
-        model = load_embedder(name, "cpu", is_baseline, args.precision)
+        # The fingerprint only tells models apart, so nothing is measured for "auto".
+        precision = "float32" if args.precision == "auto" else args.precision
+        model = load_embedder(name, "cpu", is_baseline, precision)
         entry = {"name": name, "role": role, "run": run, "seed": run_data.get("seed"), "fingerprint": model.fingerprint}
         base = str(run_data.get("config", {}).get("model", ""))
         entry |= {"published": find_published_name(name, role, **model.metadata)} | model.metadata

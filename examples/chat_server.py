@@ -40,12 +40,19 @@ class ChatServer:
             body: Content of the request.
         """
         time.sleep(self.delay_s if body.get("max_tokens") != 1 else 0)
-        handler.send_json(self.completion(self.answer(body["messages"])))
+        handler.send_json(self.completion(body, self.answer(body["messages"])))
 
-    def completion(self, text: str, finish_reason: str = "stop") -> dict[str, Any]:
-        """Return a chat completion with a single choice. A word counts as a token."""
+    def completion(self, body: dict[str, Any], text: str, finish_reason: str = "stop") -> dict[str, Any]:
+        """Return a chat completion with a single choice.
+
+        Args:
+            body: Content of the request, which counts as ten tokens, and ten more for an image.
+            text: The answer, of which each word counts as a token.
+            finish_reason: Why the model stopped.
+        """
+        has_image = not isinstance(content := body["messages"][-1]["content"], str) and len(content) > 1
         message = {"role": "assistant", "content": text}
-        usage = {"prompt_tokens": 10, "completion_tokens": len(text.split())}
+        usage = {"prompt_tokens": 20 if has_image else 10, "completion_tokens": len(text.split())}
         choice = {"index": 0, "message": message, "finish_reason": finish_reason}
         return {
             "id": "1",

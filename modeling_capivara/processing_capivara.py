@@ -18,7 +18,7 @@ class CapivaraProcessor(ProcessorMixin):
     `AutoTokenizer.from_pretrained(folder, max_length=32, padding="max_length")`.
 
     transformers' `pipeline(task, model=folder)` finds the processor in the folder. If the model is already loaded, pass
-    the tokenizer and the image processor by name, because pipelines ignore `processor=`:
+    the tokenizer and the image processor by name, because pipelines ignore `processor=`::
 
         pipeline("zero-shot-image-classification", model=model, tokenizer=processor.tokenizer,
                  image_processor=processor.image_processor)

@@ -45,7 +45,7 @@ from .loading import (
 
 # Number of most frequent words whose tokens are kept, for the first language and for each further language. With these
 # numbers, one in 400 long Portuguese sentences contains a removed token, and the model has less than 215 million
-# parameters. docs/benchmarks.md compares other numbers.
+# parameters. docs/reference/benchmarks.md compares other numbers.
 DEFAULT_WORD_COUNTS = (150_000, 50_000)
 MAX_CHECKED_WORDS = 10_000  # words per language on which the trimmed tokenizer is compared with the original one
 TOKENIZER_BATCH_SIZE = 10_000  # texts per call of a tokenizer

@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from capivara_common.environment import process_state, resolve_device
+from capivara_common.embedding_speed import BF16_MIN_COSINE, CHUNK_SIZES, SAMPLE_IMAGES, choose_fastest
+from capivara_common.environment import process_state, resolve_device, resolve_precision
 from capivara_common.files import read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_reachable
 from capivara_common.image_encoder_digest import IMAGE_ENCODER_PREFIXES
@@ -41,9 +42,6 @@ from .processing_capivara import CapivaraProcessor
 # How progress is reported: a string is the title of a progress bar, a function is called with the number of items in
 # each finished batch, and None reports nothing.
 ProgressOption = str | Callable[[int], object] | None
-# Images per forward pass on the CPU. With larger batches, every layer allocates new memory for its activations, which
-# doubles the time.
-CPU_CHUNK_IMAGES = 4
 
 
 def uses_sigmoid_loss(model: nn.Module) -> bool:
@@ -173,7 +171,8 @@ class Embedder:
             the same value. For open_clip models it equals `fingerprint`.
         metadata: Dictionary with `model_class` and `loss`, from `describe_model`.
         embed_images: Function that embeds images. Its arguments are an iterable of PIL images, `batch_size` (int) and
-            `progress` (see `ProgressOption`). It returns (images, width), unit length, float32, on the CPU.
+            `progress` (see `ProgressOption`). Functions of transformers models also take `chunk_images` (int), the
+            number of images per forward pass on a CPU. It returns (images, width), unit length, float32, on the CPU.
         embed_texts: Function that embeds texts. Its arguments are a sequence of texts, `batch_size` (int) and
             `progress` (see `ProgressOption`). It returns (texts, width), unit length, float32, on the CPU.
     """
@@ -187,13 +186,22 @@ class Embedder:
     embed_images: Callable[..., Tensor]
     embed_texts: Callable[..., Tensor]
 
+    @property
+    def has_chunks(self) -> bool:
+        """Whether `embed_images` has the parameter `chunk_images`: True for transformers, False for open_clip."""
+        return not self.name.startswith("open_clip:")
+
     def __post_init__(self) -> None:
         autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
         self.embed_images, self.embed_texts = autocast(self.embed_images), autocast(self.embed_texts)
 
 
 def load_embedder(
-    model: str, device: str | None = None, baseline: bool = False, precision: str = "float32"
+    model: str,
+    device: str | None = None,
+    baseline: bool = False,
+    precision: str = "float32",
+    record: Path | None = None,
 ) -> Embedder:
     """Load a two-tower model for embedding texts and images.
 
@@ -202,7 +210,10 @@ def load_embedder(
             open_clip model: "open_clip:NAME:PRETRAINED", "open_clip:hf-hub:OWNER/NAME" or "open_clip:local-dir:FOLDER".
         device: "cpu" or "cuda". Default: the GPU of this process if there is one, otherwise the CPU.
         baseline: Allow open_clip models, which can be evaluated as a baseline but not trained.
-        precision: "float32", or "bf16" for autocast to bfloat16.
+        precision: "float32", "bf16" for autocast to bfloat16, or "auto" for bf16 where it is faster: on GPUs that
+            support it, and on CPUs that support it if a measurement confirms it. For an open_clip model "auto" is
+            float32.
+        record: Folder in which the choice for "auto" is recorded, so that a resumed run uses the same. None: no record.
 
     Returns:
         The model in evaluation mode, with functions to embed images and texts.
@@ -224,12 +235,40 @@ def load_embedder(
     if library == "clip" and open_clip_name:
         raise ValueError(f"Models of transformers have no prefix: use {open_clip_name} instead of {model}.")
     if library != "open_clip" or not open_clip_name:
-        processor = load_processor(model)
-        return build_embedder(model, load_model(model).eval().to(torch_device), processor, precision)
+        processor, loaded = load_processor(model), load_model(model).eval().to(torch_device)
+        if precision == "auto":
+            precision = choose_precision(loaded, processor, record)
+        return build_embedder(model, loaded, processor, precision)
     if not baseline:
         hint = "Pass --role baseline, or --baseline of eval.suite"
         raise ValueError(f"{model} is a model of open_clip, which can only be used as a baseline. {hint}.")
-    return _load_open_clip_embedder(open_clip_name, torch_device, precision)
+    return _load_open_clip_embedder(open_clip_name, torch_device, "float32" if precision == "auto" else precision)
+
+
+def choose_precision(model: PreTrainedModel, processor: ProcessorMixin, record: Path | None = None) -> str:
+    """Choose the precision in which a model embeds images fastest.
+
+    Args:
+        model: Two-tower model in evaluation mode, on its device.
+        processor: The model's processor.
+        record: Folder in which the choice of an output is recorded, or None.
+
+    Returns:
+        "bf16" or "float32". On a GPU, "bf16" if the GPU supports it. On a CPU that supports it, "bf16" only if it was
+        measured to be faster, and its embeddings are close to those in float32 (`BF16_MIN_COSINE`).
+    """
+    supports_bf16 = resolve_precision("auto", model.device) == "bf16"
+    if not supports_bf16 or model.device.type != "cpu":
+        return "bf16" if supports_bf16 else "float32"
+    sample = list(islice(cycle(random_images()), SAMPLE_IMAGES))
+    candidates = {
+        name: torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16")(
+            partial(embed_images, model, processor, sample)
+        )
+        for name in ("float32", "bf16")
+    }
+    encoder = weights_digest(model, IMAGE_ENCODER_PREFIXES)
+    return choose_fastest("precision", candidates, BF16_MIN_COSINE, encoder, record)
 
 
 def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> Embedder:
@@ -352,6 +391,7 @@ def embed_images(
     images: Iterable[Image.Image],
     batch_size: int = 32,
     progress: ProgressOption = None,
+    chunk_images: int = CHUNK_SIZES[0],
 ) -> Tensor:
     """Embed images in batches.
 
@@ -361,6 +401,7 @@ def embed_images(
         images: At least one PIL image; an iterator is read batch by batch.
         batch_size: Number of images that are preprocessed at once.
         progress: Title of a progress bar, or a function that is called with the size of each finished batch.
+        chunk_images: Number of images per forward pass on a CPU. See `capivara_common.embedding_speed`.
 
     Returns:
         (images, width), unit length, float32, on the CPU, in the order of `images`.
@@ -371,7 +412,8 @@ def embed_images(
 
     def encode(batch: list[Image.Image]) -> Tensor:
         pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
-        return torch.cat([compute_image_embeds(model, part) for part in split_for_device(pixel_values, model.device)])
+        parts = split_for_device(pixel_values, model.device, chunk_images)
+        return torch.cat([compute_image_embeds(model, part) for part in parts])
 
     return _embed_in_batches(encode, images, batch_size, progress)
 
@@ -418,19 +460,23 @@ def check_finite(embeds: Tensor) -> Tensor:
     return embeds
 
 
-def split_for_device(pixel_values: Tensor, device: torch.device) -> Sequence[Tensor]:
+def split_for_device(
+    pixel_values: Tensor, device: torch.device, chunk_images: int = CHUNK_SIZES[0]
+) -> Sequence[Tensor]:
     """Move preprocessed images to a device, in the memory format and batch size that are fastest on this device.
 
     Args:
         pixel_values: (images, 3, height, width).
         device: Device of the model.
+        chunk_images: Number of images per chunk on a CPU. With large chunks, every layer allocates new memory for its
+            activations, which can double the time.
 
     Returns:
-        Chunks of `pixel_values` in channels-last memory format. On a CPU a chunk has at most `CPU_CHUNK_IMAGES` images.
-        On other devices there is a single chunk with all images.
+        Chunks of `pixel_values` in channels-last memory format. On a CPU a chunk has at most `chunk_images` images. On
+        other devices there is a single chunk with all images.
     """
     pixel_values = pixel_values.to(device, memory_format=torch.channels_last)
-    return pixel_values.split(CPU_CHUNK_IMAGES if device.type == "cpu" else max(len(pixel_values), 1))
+    return pixel_values.split(chunk_images if device.type == "cpu" else max(len(pixel_values), 1))
 
 
 def random_images(seed: int = 0) -> list[Image.Image]:

@@ -40,7 +40,8 @@ class FaultyServer(ChatServer):
         most: Largest number of requests at the same time.
         choices: Number of choices per answer; None for the requested number.
         model: Name of the model that answers report.
-        takes_images: Whether the model takes images.
+        takes_images: Whether the model sees images.
+        refuses_images: Whether requests with images are refused if the model sees none; otherwise images are dropped.
         names: Names of the model that requests may use. Only `MODEL` is listed.
     """
 
@@ -54,6 +55,7 @@ class FaultyServer(ChatServer):
     choices: int | None = None
     model: str = MODEL
     takes_images: bool = True
+    refuses_images: bool = True
     names: tuple[str, ...] = (MODEL,)
     _active: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -63,7 +65,9 @@ class FaultyServer(ChatServer):
         if body["model"] not in self.names:
             return handler.send_json({"error": {"message": f"no model {body['model']}", "code": 404}}, 404)
         if not self.takes_images and "image_url" in json.dumps(body["messages"]):
-            return handler.send_json({"error": {"message": f"{MODEL} is not a multimodal model"}}, 400)
+            if self.refuses_images:
+                return handler.send_json({"error": {"message": f"{MODEL} is not a multimodal model"}}, 400)
+            body["messages"][-1]["content"] = body["messages"][-1]["content"][-1]["text"]
         with self._lock:
             is_probe = body["max_tokens"] == 1
             if not is_probe:
@@ -96,7 +100,7 @@ class FaultyServer(ChatServer):
             text = "I'm sorry, but I can't help with that."
         elif fault == "lines":
             text = "\n".join(text.split("\n")[1:])
-        completion = self.completion(text, "length" if fault == "length" else "stop") | {"model": self.model}
+        completion = self.completion(body, text, "length" if fault == "length" else "stop") | {"model": self.model}
         completion["choices"] *= self.choices or body.get("n", 1)
         if fault == "empty":
             completion["choices"] = []

@@ -17,7 +17,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), str(H
 gc.disable()  # it would take a fifth of the import time, although imported objects stay in memory anyway
 
 
-LONGEST = ("test_executors.py", "test_static_page.py", "test_watch.py")  # each takes minutes, so they start first
+LONGEST = (
+    "test_executors.py",
+    "test_kinds.py",
+    "test_static_page.py",
+    "test_watch.py",
+)  # each takes minutes, so they start first
 
 
 def pytest_collection_modifyitems(items):

@@ -60,7 +60,7 @@ def make_releases(folder: Path) -> None:
 
 
 def make_readable(folder: Path) -> None:
-    """Convert the releases in `folder` with the code in docs/evaluation.md."""
+    """Convert the releases in `folder` with the code in docs/how-to/evaluation.md."""
     page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "captions.jsonl" in block)
     assert "data/benchmarks" in code

@@ -59,6 +59,26 @@ def test_encode_embeds_the_same_as_open_clip(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("auto", ["float32", "bf16"])
+def test_a_long_pass_embeds_the_same_as_open_clip(tmp_path, monkeypatch, auto):
+    from benchmarks import encode
+    from capivara_common import embedding_speed
+    from modeling_capivara import CapivaraConfig
+
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1}
+    monkeypatch.setattr(encode, "CapivaraConfig", lambda: CapivaraConfig(vision_config=tower, text_config=tower))
+    monkeypatch.setattr(encode, "choose_precision", lambda *_: auto)
+    monkeypatch.setattr(embedding_speed, "LONG_PASS_IMAGES", 40)
+    flags = ["--part", "pass", "--images", "40", "--runs", "1", "--output", str(tmp_path / "encode.json")]
+    encode.main(flags)
+    measured = json.loads((tmp_path / "encode.json").read_text())["measured"]
+    assert measured["auto"] == auto and set(measured) - {"auto", "choices", "ratio_of_auto"} == {"float32", auto}
+    assert measured["float32"]["smallest_cosine"] > 0.999999 and measured[auto]["smallest_cosine"] > 0.999
+    assert len(measured["choices"]) == len({"float32", auto})
+    assert measured["ratio_of_auto"] > 0 and measured["float32"]["ratio"] > 0
+
+
+@pytest.mark.slow
 def test_eval_retrieval_at_small_size(tmp_path):
     from benchmarks.eval_retrieval import main
 

@@ -219,6 +219,29 @@ def test_truncated_answers_are_no_translation(service, dataset, tmp_path):
     assert report["flags"]["truncated"]["captions"] == report["flagged"] == 20
 
 
+@pytest.mark.parametrize("tokens", [10**12, -5])
+def test_odd_answers_can_be_stored(service, dataset, tmp_path, monkeypatch, tokens):
+    completion, usage = type(service).completion, {"prompt_tokens": tokens, "completion_tokens": tokens}
+    monkeypatch.setattr(type(service), "completion", lambda *args: completion(*args) | {"usage": usage})
+    service.answer = lambda messages: "um \ud800 \0gato"  # half of a surrogate pair, and a zero byte
+    translate(translation_flags(service, dataset, tmp_path / "pt"))
+    assert written(tmp_path / "pt")[0]["captions-pt"] == ["um ? gato"]
+    assert 0 <= read_json(tmp_path / "pt" / "quality.json")["usage"]["prompt_tokens"] < 10**12
+
+
+def test_requests_are_not_logged(service, dataset, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    translate(translation_flags(service, dataset, tmp_path / "pt"))
+    assert "HTTP Request" not in caplog.text
+
+
+@pytest.mark.parametrize("body", [{"api_key": "secret"}, {"a": {"Authorization": "secret"}}, {"x": "sk-secret"}])
+def test_a_key_in_extra_body_is_refused(service, dataset, tmp_path, body):
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as caught:
+        translate(translation_flags(service, dataset, tmp_path / "pt", "--extra_body", json.dumps(body)))
+    assert "secret" not in str(caught.value) and not service.keys
+
+
 def test_many_refused_requests_in_a_row_end_the_run(service, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("captions.chat.client.MAX_REFUSED_IN_A_ROW", 4)
     service.faults[:] = [400] * 8
@@ -317,11 +340,11 @@ def test_captions_are_generated_in_the_language(service, dataset, tmp_path):
             "Escreva uma legenda"
         )
         quality = row["generated-quality-pt"]
-        assert (quality["captions"], quality["flagged"], quality["prompt_tokens"]) == (4, [], 40)
+        assert (quality["captions"], quality["flagged"], quality["prompt_tokens"]) == (4, [], 80)
     image = service.requests[0]["messages"][-1]["content"][0]["image_url"]["url"]
     assert image.startswith("data:image/jpeg;base64,") and image_size(image) == 5
     report = read_json(tmp_path / "out" / "quality.json")
-    assert report["usage"]["prompt_tokens"] == 40 * ROWS and report["flagged"] == 0
+    assert report["usage"]["prompt_tokens"] == 80 * ROWS and report["flagged"] == 0
     assert not list((tmp_path / "out").glob("*.answers.jsonl"))
     service.answer = reversed_text
     translate(translation_flags(service, str(tmp_path / "out"), tmp_path / "pt"))
@@ -369,6 +392,14 @@ def test_a_text_model_asked_to_caption_is_refused_before_any_work(service, datas
     service.takes_images = False
     with pytest.raises(ValueError, match=r"not a multimodal model.*images"):
         generate(caption_flags(service, dataset, tmp_path / "out"))
+    assert service.requests == [] and not (tmp_path / "out").exists()
+
+
+def test_a_text_model_whose_server_drops_images_is_refused_before_any_work(service, dataset, tmp_path):
+    service.takes_images = service.refuses_images = False
+    for more in ([], ["--dry_run"]):
+        with pytest.raises(ValueError, match="stand-in does not see images"):
+            generate(caption_flags(service, dataset, tmp_path / "out", *more))
     assert service.requests == [] and not (tmp_path / "out").exists()
 
 
@@ -421,6 +452,7 @@ def test_address_and_model_are_required(service, dataset, tmp_path, missing):
         ("system: a\n", "user"),
         ('user: "{{ text }}"\nusr: b\n', "usr"),
         ('user: "{{ text }}"\nexamples: [a]\n', "examples"),
+        ('user: "{{ text }}"\nexamples: [{text: a, answer: {b: c}}]\n', "examples"),
         ("user: \"{{ ''.__class__.__mro__ }}\"\n", "user"),
     ],
 )
@@ -462,7 +494,7 @@ def test_a_dry_run_counts_requests_and_asks_the_server(service, dataset, tmp_pat
     generate(caption_flags(service, dataset, tmp_path / "out", "--dry_run"))
     output = capsys.readouterr().out
     assert "8 distinct captions" in output and "8 requests" in output and f"{4 * ROWS} requests" in output
-    assert f"{ROWS} images" in output and service.requests == [] and len(service.keys) == 2
+    assert f"{ROWS} images" in output and service.requests == [] and len(service.keys) == 3
     assert [path.name for path in tmp_path.iterdir()] == []
     service.always = 401
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
@@ -554,7 +586,7 @@ def test_a_dry_run_of_a_build_estimates_all_stages(service, config, tmp_path, ca
         build_dataset(BuildArguments(config, dry_run=True))
     assert "1-generate, train: 12 images, 48 requests" in caplog.text
     assert "2-translate, train: 8 distinct captions" in caplog.text
-    assert len(service.keys) == 2 and not service.requests and not (tmp_path / "built" / "1-generate").exists()
+    assert len(service.keys) == 3 and not service.requests and not (tmp_path / "built" / "1-generate").exists()
     service.always = 401
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
         build_dataset(BuildArguments(config))

@@ -390,6 +390,26 @@ def test_embeddings_of_several_widths_are_refused(copy):
             open_split(str(copy), "train", "image")
 
 
+def test_embeddings_of_a_wrong_width_are_refused(copy, saved_tiny_folder, tmp_path):
+    """Their digest says that the encoder of the model made them, so that nothing else finds the fault."""
+    for path in copy.glob("data/*.parquet"):
+        rows = pq.read_table(path).drop_columns(EMBEDS_COLUMN).replace_schema_metadata()
+        vectors = np.eye(len(rows), 16, dtype=np.float16)
+        column = pa.FixedSizeListArray.from_arrays(vectors.ravel(), 16)
+        pq.write_table(rows.append_column(EMBEDS_COLUMN, column), path)
+    messages = [error_of(flags(saved_tiny_folder, copy, tmp_path / "run"))]
+    for call in (
+        lambda: retrieval.evaluate(
+            retrieval.RetrievalArguments(str(saved_tiny_folder), str(copy), tmp_path / "r.json")
+        ),
+        score.ScoreArguments(str(copy), tmp_path / "out", model=str(saved_tiny_folder), device="cpu").write_rows,
+    ):
+        with pytest.raises(ValueError) as error:
+            call()
+        messages.append(str(error.value))
+    assert all("16" in message and "24" in message and "\n" not in message for message in messages)
+
+
 def test_views_that_the_dataset_lacks_are_refused(embedded, saved_tiny_folder, tmp_path):
     split = open_split(str(embedded), "train", "image")
     split.check_views(1)

@@ -187,11 +187,13 @@ def test_a_server_beside_a_slurm_task_translates(config, slurm, tmp_path):
 
 
 def test_the_retrieval_job_of_the_cluster_page_runs(tiny_folder, tiny_dataset_folder, slurm, tmp_path):
-    """The job of docs/cluster.md, changed to two processes on one machine without GPUs."""
+    """The job of docs/how-to/cluster.md, changed to two processes on one machine without GPUs."""
     with socket.create_server(("127.0.0.1", 0)) as free_socket:
         port = free_socket.getsockname()[1]
     (job,) = re.findall(
-        r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs/cluster.md").read_text(encoding="utf-8"), re.DOTALL
+        r"```bash\n(#!/bin/bash\n#SBATCH.*?)```",
+        (ROOT / "docs/how-to/cluster.md").read_text(encoding="utf-8"),
+        re.DOTALL,
     )
     replacements = {
         "--nodes=4 --ntasks-per-node=1 --gpus-per-node=4 --time=01:00:00": "--ntasks=2 --time=00:05:00",

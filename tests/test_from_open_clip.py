@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from ast import literal_eval
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
+from PIL import Image
 from safetensors.torch import load_file
+from test_readme import code_with
 from tiny import randomize, tiny_config, tiny_tokenizer
 from towers import MAKERS, as_open_clip
 from transformers.initialization import no_init_weights
@@ -105,7 +108,6 @@ def cache(tmp_path, monkeypatch) -> Path:
 def open_clip_embeddings(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Return open_clip's embeddings of the same texts and image."""
     import open_clip
-    from PIL import Image
 
     name = f"local-dir:{folder}"
     with no_init_weights():
@@ -145,6 +147,19 @@ def test_fetched_converted_and_kept(tiny_published, cache, tmp_path):
         (tmp_path / "away").rename(tmp_path / "home")
         shutil.rmtree(cache)
         assert load()[0] == [folder, *ours]
+
+
+@pytest.mark.slow
+def test_the_published_model_example_of_the_readme_runs(tiny_published, cache, tmp_path):
+    Image.effect_mandelbrot((310, 227), (-2, -1.5, 1, 1.5), 100).convert("RGB").save(tmp_path / "foto.jpg")
+    with HubServer(tmp_path / "hub") as hub:
+        hub.store(NAME, tiny_published)
+        environment = {**os.environ, **hub.environment(tmp_path / "home", token=None)}
+        command = [sys.executable, "-c", code_with("README.md", "from_open_clip")]
+        output = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+    assert {answer["label"] for answer in literal_eval(output)} == {"gato", "moto"}
 
 
 @pytest.mark.slow

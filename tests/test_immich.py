@@ -37,7 +37,7 @@ def files(folder: Path) -> set[str]:
 
 
 def test_the_commands_in_the_docs_keep_the_original_if_they_are_repeated(tmp_path):
-    page = (Path(__file__).parents[1] / "docs/immich.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs/how-to/immich.md").read_text(encoding="utf-8")
     replace_model, replace_settings = re.findall(r"sh -c '(.+)'", page)
     (restore,) = re.findall(r"\*\*Para voltar atrás\*\*: `(.+?)`", page)
     (tmp_path / "textual").mkdir()
@@ -171,7 +171,7 @@ def test_texts_have_the_embeddings_of_the_model(kind, loaded, exported):
 
 @pytest.mark.slow
 def test_immich_reads_damaged_texts_without_repair(kind, loaded, exported):
-    """docs/immich.md states this limitation."""
+    """docs/how-to/immich.md states this limitation."""
     (_, processor), (_, reader, _) = loaded, exported
     for name, text in ODD_TEXTS.items():
         text = text if kind == "capivara" else " ".join(text.split())

@@ -33,6 +33,7 @@ ALLOWED = {
         *(COMMON, "capivara_search", "caption_data", "eval.records", "captions", "training", "eval"),
         *("modeling_capivara", "train_accelerate"),  # an example trains many languages
     },
+    "docs": {COMMON, "capivara_search", "modeling_capivara"},  # the site documents all commands, found by name
     "benchmarks": {
         *(COMMON, "caption_data", "eval.records", "captions", "training", "eval", "modeling_capivara", "examples"),
         *("hub_upload", "train_accelerate", "capivara_search"),

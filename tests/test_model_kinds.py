@@ -25,6 +25,7 @@ from capivara_common.model_kinds import ADDING_PAGE, KINDS, ModelKind, find_kind
 from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
 from hub_upload.export import export_model
+from hub_upload.formats import onnx
 from modeling_capivara.loading import load_processor
 from modeling_capivara.trim_vocabulary import trim
 from modeling_capivara.two_towers import load_embedder, random_images
@@ -60,7 +61,10 @@ def compute_embeddings(folder: Path) -> dict[str, Any]:
 
 
 def compute_exports(folder: Path, scratch: Path) -> dict[str, Any]:
-    """Return the files of all exports of a model, with a digest of the tensors in each weight file; null if refused."""
+    """Return the files of all exports of a model, with a digest of the tensors in each weight file; null if refused.
+
+    ONNX graphs have no digest, and writing them takes minutes, so only empty files with their names are written.
+    """
     other = other_texts(folder, scratch / "other")
     exports = {"repository": (folder, REPOSITORY_FORMATS, None), "immich": (folder, ["immich"], None)}
     exports["drop_in"] = other, ["drop_in"], str(folder)
@@ -73,6 +77,15 @@ def compute_exports(folder: Path, scratch: Path) -> dict[str, Any]:
             continue
         outputs[name] = {file: digest_tensors(scratch / name / file) for file, _ in files}
     return outputs
+
+
+def write_empty_graphs(folder, source=None, graphs=onnx.TOWER_GRAPHS, precisions=("float32", "int8")) -> None:
+    """Stand in for `onnx.write_onnx`."""
+    (folder / "onnx").mkdir()
+    for name in (f"{graph}{onnx.PRECISION_SUFFIXES[precision]}" for graph in graphs for precision in precisions):
+        for ending in ("onnx", "onnx_data"):
+            (folder / "onnx" / f"{name}.{ending}").touch()
+    (folder / "onnx" / "quantisation.json").write_text('{"graphs": {}}')
 
 
 def digest_tensors(path: Path) -> str | None:
@@ -98,7 +111,8 @@ def test_digest_and_embeddings_are_unchanged(kind, make_kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["capivara", "siglip2", *FROZEN])
-def test_exports_are_unchanged(kind, make_kind, tmp_path):
+def test_exports_are_unchanged(kind, make_kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx, "write_onnx", write_empty_graphs)
     assert compute_exports(make_kind(kind), tmp_path) == json.loads(GOLDEN.read_text())[kind]["exports"]
 
 
@@ -188,8 +202,7 @@ def test_any_two_towers_embed_as_transformers_does(vision, text, tmp_path):
 @pytest.mark.slow
 def test_a_dual_encoder_is_exported_and_its_export_searches_the_index_of_the_model(tmp_path):
     dual_encoder(tmp_path / "model", "dinov2", "xlm-roberta")
-    files = dict(export_model(tmp_path / "model", tmp_path / "exported", [*REPOSITORY_FORMATS, "onnx"]))
-    assert {"modules.json", "onnx/text_model.onnx", "onnx/vision_model.onnx"} <= files.keys()
+    export_model(tmp_path / "model", tmp_path / "exported", ["transformers", "sentence_transformers"])
     original, exported = (compute_embeddings(tmp_path / name) for name in ("model", "exported"))
     assert original == exported
     Image.new("RGB", (40, 40), "blue").save(tmp_path / "blue.png")
@@ -198,11 +211,9 @@ def test_a_dual_encoder_is_exported_and_its_export_searches_the_index_of_the_mod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["altclip", "metaclip_2", "dual_encoder"])
-def test_a_model_whose_files_have_other_names_than_its_weights_can_be_trimmed(kind, tmp_path):
-    """transformers renames weights of AltCLIP and ViT when it loads and saves them."""
-    options = {"text": "xlm-roberta"} if kind == "dual_encoder" else {}
-    MAKERS[kind](tmp_path / "model", **options)
+def test_a_model_whose_files_have_other_names_than_its_weights_can_be_trimmed(tmp_path):
+    """transformers renames weights of ViT when it loads and saves them."""
+    dual_encoder(tmp_path / "model", "vit", "xlm-roberta")
     trim(tmp_path / "model", tmp_path / "small", ["pt"], words=[50])
     processors = [load_processor(tmp_path / name) for name in ("model", "small")]
     assert len(processors[1].tokenizer) < len(processors[0].tokenizer)

@@ -16,7 +16,7 @@ pytest.importorskip("resvg_py")
 
 
 def test_pictures_with_a_common_name_in_any_language_share_a_split():
-    """A name is looked up with and without the variation selector; other languages get no English or Portuguese rule."""
+    """Names are looked up with and without the variation selector of an emoji."""
     splits = split_concepts(load_concepts([*languages.LANGUAGES]))
     for code in languages.LANGUAGES:
         names = {

@@ -1,111 +1,31 @@
-"""Training of transformers' two-tower models: exact loss and gradients, and results of the same class."""
-
-import json
+"""SigLIP: trimmed vocabularies of BPE tokenizers, models at full width, and its frozen scale and bias."""
 
 import pytest
 import torch
-from accelerate import Accelerator
-from sampling import one_in
-from test_train_accelerate import flags
-from tiny import TINY_TEXT, randomize, tiny_config
 from towers import MAKERS, gemma_like, siglip2
 from transformers import (
-    AutoProcessor,
-    CLIPModel,
-    MetaClip2Model,
     SiglipConfig,
     SiglipModel,
-    VisionTextDualEncoderModel,
 )
-from whole_batch_process import CAPTIONS, gradients_of
+from whole_batch_process import CAPTIONS
 
-import train_accelerate
 from hub_upload.export import export_model
 from hub_upload.formats.open_clip import TIMM_TOWERS, check_siglip_supported
-from modeling_capivara import CapivaraModel
 from modeling_capivara.convert_open_clip import to_open_clip_state_dict
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import frequent_words, trim, word_variants
 from modeling_capivara.two_towers import (
-    IMAGE_ENCODER_PREFIXES,
-    compute_image_embeds,
     embed_texts,
-    freeze_image_encoder,
     load_embedder,
     random_images,
     random_texts,
     tokenize,
 )
 from training.arguments import RunArguments
-from training.batches import make_micro_batches
 from training.trainable import prepare_trainable
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 TWELVE = [f"{caption} {ending}" for caption in CAPTIONS[:6] for ending in ("azul", "e uma casa verde")]
-CLASSES = {
-    **{"siglip": SiglipModel, "clip": CLIPModel, "metaclip_2": MetaClip2Model, "capivara": CapivaraModel},
-    "dual_encoder": VisionTextDualEncoderModel,
-}
-SIGMOID = ("siglip", "capivara")  # kinds that the tests train with the sigmoid loss
-
-
-@pytest.fixture(params=CLASSES)
-def kind(request, tmp_path, tiny_processor):
-    """Type of a saved base model. CAPIVARA has a bias (sigmoid loss)."""
-    if request.param != "capivara":
-        MAKERS[request.param](tmp_path / "base")
-    else:
-        text = TINY_TEXT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        randomize(CapivaraModel(tiny_config(text_config=text, logit_bias_init_value=-10.0))).save_pretrained(
-            tmp_path / "base"
-        )
-        tiny_processor.save_pretrained(tmp_path / "base")
-    return request.param
-
-
-@pytest.mark.parametrize("budget", [0.0, float("inf")])
-def test_a_step_equals_the_models_own_loss(kind, budget, tmp_path):
-    """Compare loss and gradients of 12 pairs in micro-batches of 5 with `return_loss=True` of all pairs at once."""
-    folder, pixels = tmp_path / "base", torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    model, processor = CLASSES[kind].from_pretrained(folder).train(), AutoProcessor.from_pretrained(folder)
-    freeze_image_encoder(model)
-    padding = {"padding": "max_length", "max_length": 64} if kind == "siglip" else {"padding": True}
-    texts = processor(text=TWELVE, return_tensors="pt", **padding)
-    loss = model(**texts, pixel_values=pixels, return_loss=True).loss
-    loss.backward()
-    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-    model = load_model(folder).train()
-    freeze_image_encoder(model)
-    batches, order = make_micro_batches(load_processor(folder), TWELVE, 5)
-    with torch.no_grad():
-        images = compute_image_embeds(model, pixels[order])
-    report, actual = gradients_of(model, Accelerator(cpu=True), batches, images, budget)
-    assert report.loss == pytest.approx(loss.item(), rel=1e-6)
-    assert actual.keys() == expected.keys() and "logit_scale" in actual
-    assert ("logit_bias" in actual) == (kind in SIGMOID)
-    for name, gradient in expected.items():
-        assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, name  # gradients of key biases are 0
-
-
-LORA = {"lora_rank": 2, "lora_targets": r"text_model\..*\.(q_proj|v_proj|query|value)"}
-
-
-@pytest.mark.parametrize("options", one_in(3, [{}, {"augmented_views": 2}, LORA]))
-def test_a_run_saves_a_model_of_the_bases_class(options, kind, tmp_path, tiny_dataset_folder):
-    """Weights that are not trained, such as the image encoder, do not change, and transformers loads the result."""
-    values = {"max_steps": 2, "warmup_steps": 1, "caption_strategy": "all", "mixed_precision": "no", "interpolate": 0.5}
-    train_accelerate.main(flags(tmp_path / "base", tiny_dataset_folder, tmp_path / "run", **values | options))
-    base, trained = (CLASSES[kind].from_pretrained(tmp_path / name) for name in ("base", "run"))
-    before, after = base.state_dict(), trained.state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and not any(name.startswith(IMAGE_ENCODER_PREFIXES) for name in changed)
-    assert ("logit_scale" in changed) == (kind not in SIGMOID and "lora_rank" not in options)
-    assert "logit_bias" not in changed
-    assert AutoProcessor.from_pretrained(tmp_path / "run")(text="um gato").input_ids
-    run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["model_class"] == CLASSES[kind].__name__
-    assert run["loss"] == ("sigmoid" if kind in SIGMOID else "contrastive")
 
 
 def load_trimmed(folder, output, **options):

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -22,8 +21,6 @@ from capivara_common.image_encoder_digest import image_encoder_digest
 from eval import report, retrieval, suite
 from hub_upload.card import find_card_faults, write_card
 from hub_upload.export import export_model, main
-from modeling_capivara.loading import load_processor
-from modeling_capivara.two_towers import load_embedder, random_images, random_texts, tokenize
 
 PUBLISHED_FORMATS = "transformers,open_clip,sentence_transformers"  # formats that a push after a run exports
 WORDS = ["um gato azul", "um céu verde", "uma foto vermelha", "um quadrado branco"]
@@ -50,10 +47,10 @@ def exported(run, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def graphs(run, tmp_path_factory) -> Path:
-    """An export of the run for transformers.js, with a card."""
+    """An export of the run with ONNX graphs and a card."""
     pytest.importorskip("onnxscript")
     folder = tmp_path_factory.mktemp("graphs") / "made"
-    export_model(run, folder, ["transformers", "transformers_js"])
+    export_model(run, folder, ["transformers", "onnx"])
     write_card(folder)
     return folder
 
@@ -198,50 +195,8 @@ def test_card_and_report_show_the_published_figure_of_the_base(run, kind, tmp_pa
     assert bool(baseline) == (kind == "siglip")
 
 
-def test_onnx_graphs_give_the_embeddings_of_the_model(run, graphs, kind, tmp_path):
-    """SigLIP takes 64 token ids without a mask."""
-    from hub_upload.formats.onnx import open_session
-
+def test_the_onnx_code_of_the_card_runs(graphs, tmp_path):
     folder = shutil.copytree(graphs, tmp_path / "made")
     assert find_card_faults(folder) == []
-    text, vision, both = (
-        open_session(folder / f"onnx/{name}.onnx") for name in ("text_model", "vision_model", "model")
-    )
-    inputs = {node.name: node.shape for node in text.get_inputs()}
-    assert ("attention_mask" in inputs) == (kind == "clip")
-    assert (inputs["input_ids"][1] == 64) == (kind == "siglip")
-    model, processor = load_embedder(str(run)), load_processor(run)
-    expected, images = model.embed_texts(random_texts()), [image.convert("RGB") for image in random_images()]
-    for row, expected_embeds in zip(tokenize(processor, random_texts()), expected, strict=True):
-        (embeds,) = text.run(None, {name: [values] for name, values in row.items()})
-        torch.testing.assert_close(torch.from_numpy(embeds[0]), expected_embeds, rtol=0, atol=1e-5)
-    pixels = processor(images=images, return_tensors="np")["pixel_values"]
-    (embeds,) = vision.run(None, {"pixel_values": pixels})
-    torch.testing.assert_close(torch.from_numpy(embeds), model.embed_images(images), rtol=0, atol=1e-5)
-    assert {node.name for node in both.get_inputs()} == {*inputs, "pixel_values"}
     example_inputs, *_, block = re.findall(r"```python\n(.*?)```", card_of(folder), re.DOTALL)
     assert "onnxruntime" in block and printed(example_inputs + block, folder).startswith("[[")
-
-
-def test_transformers_js_classifies_like_the_pipeline(run, graphs, tmp_path):
-    in_browser = pytest.importorskip("in_browser")
-    from skimage import data
-    from transformers import pipeline
-
-    try:
-        packages = in_browser.node_packages()
-    except RuntimeError as error:
-        end_test = pytest.fail if os.environ.get("CI_REQUIRES_NODE") == "1" else pytest.skip
-        end_test(f"transformers.js can't run: {error}")
-    (tmp_path / "photos").mkdir()
-    in_browser.Image.fromarray(data.astronaut()).resize((32, 32)).save(tmp_path / "photos" / "a.png")
-    options = {"labels": in_browser.LABELS, "template": in_browser.TEMPLATE, "texts": WORDS, "dtype": "fp32"}
-    with in_browser.served({in_browser.NAME: graphs}, packages, photos=tmp_path / "photos") as address:
-        request = in_browser.request(address, pictures=[f"{address}photos/a.png"], **options)
-        answer = in_browser.ask("node", request, packages)
-    classify = pipeline("zero-shot-image-classification", str(graphs))
-    picture = str(tmp_path / "photos" / "a.png")
-    ours = classify(picture, candidate_labels=in_browser.LABELS, hypothesis_template=in_browser.TEMPLATE)
-    expected = {entry["label"]: entry["score"] for entry in ours}
-    assert {entry["label"]: entry["score"] for entry in answer["classes"][0]} == pytest.approx(expected, abs=1e-4)
-    assert answer["ids"] == [load_processor(run).tokenizer(text)["input_ids"] for text in WORDS]

@@ -176,7 +176,7 @@ def test_paths_in_urls_links_and_lists_are_found():
 
 
 def test_the_documentation_of_this_project_has_no_false_alarms():
-    patterns = ("*.md", "docs/*.md", "configs/*.yaml", "hub_upload/**/*.j2", "modeling_capivara/*.py")
+    patterns = ("*.md", "docs/**/*.md", "configs/*.yaml", "hub_upload/**/*.j2", "modeling_capivara/*.py")
     files = [path for pattern in patterns for path in ROOT.glob(pattern)]
     paths = {file.name: find_machine_path(file.read_text(encoding="utf-8")) for file in files}
     expected = {"immich.md": "/cache", "cluster.md": "/bin/bash"}  # in Immich's container; the first line of a job

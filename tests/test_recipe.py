@@ -111,7 +111,7 @@ def test_configs_for_one_device_show_commands_without_a_launcher():
 
 
 def test_our_recipe_differs_from_the_paper_only_by_interpolation():
-    """At full size and in the demo. docs/recipe.md explains the choice."""
+    """At full size and in the demo. docs/explanation/recipe.md explains the choice."""
     for name in ("capivara", "openmoji"):
         paper, plus = (read_yaml_config(ROOT / "configs" / f"{name}{suffix}.yaml") for suffix in ("", "_plus"))
         assert plus == paper | {"interpolate": str(TRAINED_SHARES["interpolate-0.7"])}

@@ -51,7 +51,7 @@ def models(tmp_path_factory, tiny_processor) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Folder with data of some benchmarks, each under its key. Releases are converted as docs/evaluation.md says."""
+    """Folder with data of some benchmarks, each under its key. Releases are converted as the evaluation guide says."""
     folder = tmp_path_factory.mktemp("benchmarks")
     make_releases(folder)
     make_readable(folder)

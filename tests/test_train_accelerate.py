@@ -7,16 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_accelerate
 from capivara_common.files import RUN_MARKER, lock_folder
-from eval.retrieval import main as evaluate
 from hub_upload.card import find_card_faults
 from modeling_capivara.loading import load_model, load_processor
-from training.interpolate import main as interpolate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,23 +69,6 @@ def test_a_run_writes_all_its_files(finished, tiny_dataset_folder):
     assert "Baseline" in table and "CAPIVARA" in table and "| – | – |" in table and "95 % interval" not in table
     assert "R@5" in (card := (out / "README.md").read_text(encoding="utf-8")) and "R@10" not in card
     assert find_card_faults(out) == [] and '"repo_id": null' in card and not (out / RUN_MARKER).exists()
-
-
-@pytest.mark.slow
-def test_evaluating_the_saved_model_gives_the_results_of_the_run(
-    finished, saved_tiny_folder, tiny_dataset_folder, tmp_path
-):
-    before, after = load_model(saved_tiny_folder).state_dict(), load_model(finished).state_dict()
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved and not [name for name in moved if name.startswith(("vision_model", "visual_projection"))]
-    evaluated = tmp_path / "evaluated.json"
-    evaluate(["--model", str(finished), "--dataset", str(tiny_dataset_folder), "--output", str(evaluated)])
-    files, values = (evaluated, finished / "results/retrieval_squares_test_pt.json"), []
-    for records in (json.loads(path.read_text())["records"] for path in files):
-        names = ("recall@1", "recall@5", "median_rank")
-        of_model = [r for r in records if r["model"] != "baseline" and r["metric"] in names]
-        values.append({(r["direction"], r["metric"]): r["value"] for r in of_model})
-    assert values[0] == pytest.approx(values[1]) and len(values[0]) == 6
 
 
 def test_a_folder_that_the_run_reads_is_not_overwritten(tiny_folder, tiny_dataset_folder, tmp_path):
@@ -167,12 +147,3 @@ def test_a_folder_with_other_files_or_another_run_is_left_alone(model, tiny_data
     assert re.search(r"out\b.*--overwrite_output_dir", error_for("out"))
     assert "new.partial" in error_for("new") and "precious.txt" in error_for("out/precious.txt/out")
     assert len(list(tmp_path.glob("*/precious.txt"))) == 2 and (tmp_path / "busy.partial").is_dir()
-
-
-@pytest.mark.slow
-def test_a_finished_run_is_interpolated_with_its_base(finished, saved_tiny_folder, tmp_path):
-    interpolate([str(saved_tiny_folder), str(finished), "--share", "0.25", "--output", str(tmp_path / "quarter")])
-    folders = saved_tiny_folder, finished, tmp_path / "quarter"
-    base, trained, between = (load_model(folder).state_dict() for folder in folders)
-    for name in (name for name, weight in base.items() if weight.is_floating_point()):
-        torch.testing.assert_close(between[name], 0.75 * base[name] + 0.25 * trained[name], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""docs/architecture.md lists the files that a value passes through, as measured in runs with tiny models.
+"""docs/explanation/architecture.md lists the files that a value passes through, as measured in runs with tiny models.
 
 WRITE_WALKS=1 pytest tests/test_walks.py    # update the page with the measured files
 """
@@ -45,7 +45,7 @@ def empty_cache(monkeypatch, tmp_path):
 
 def check(walk: str, files: Iterable[str]) -> None:
     """Assert that the page lists exactly these files under the heading `walk`, and that they are not too many."""
-    page = ROOT / "docs/architecture.md"
+    page = ROOT / "docs/explanation/architecture.md"
     text, line = page.read_text(encoding="utf-8"), ", ".join(f"`{file}`" for file in sorted(files))
     line = textwrap.fill(f"Measured, {len(set(files))} files: {line}.", 120, break_on_hyphens=False)
     assert len(set(files)) <= MAX_FILES[walk], line

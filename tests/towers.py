@@ -45,6 +45,7 @@ from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = TOWER | {"image_size": 32, "patch_size": 16}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # of towers that are built like BERT
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SIDE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 
@@ -75,12 +76,12 @@ def chinese_clip(folder: Path) -> None:
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
     tokenizer = BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)})
     processor = ChineseCLIPProcessor(ChineseCLIPImageProcessor(**SIDE), tokenizer)
-    text = {"vocab_size": len(pieces), "pad_token_id": 0}
+    text = NO_DROPOUT | {"vocab_size": len(pieces), "pad_token_id": 0}
     save(folder, ChineseCLIPConfig, ChineseCLIPModel, text, processor, projection_dim=24)
 
 
 def altclip(folder: Path) -> None:
-    text = {"vocab_size": 300, "max_position_embeddings": 66, "pad_token_id": 1, "project_dim": 24}
+    text = NO_DROPOUT | {"vocab_size": 300, "max_position_embeddings": 66, "pad_token_id": 1, "project_dim": 24}
     processor = AltCLIPProcessor(CLIPImageProcessor(**SIDE), tiny_tokenizer())
     save(folder, AltCLIPConfig, AltCLIPModel, text, processor, projection_dim=24)
 
@@ -97,12 +98,8 @@ def dual_encoder(folder: Path, vision: str = "vit", text: str = "bert") -> None:
     if text == "bert":
         pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
         tokenizer, positions = BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}), 40
-    options = {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": positions,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    options |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    options = {"vocab_size": len(tokenizer), "max_position_embeddings": positions}
+    options |= NO_DROPOUT | {"pad_token_id": tokenizer.pad_token_id}
     text_config = AutoConfig.for_model(text, **TOWER, **options)
     vision_config = AutoConfig.for_model(vision, **VISION | {"hidden_size": 48, "num_attention_heads": 4})
     config = VisionTextDualEncoderConfig.from_vision_text_configs(vision_config, text_config, projection_dim=24)

@@ -6,7 +6,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from capivara_common.cli import check_at_least, check_between, flag
 from capivara_common.image_files import ImageFileArguments
@@ -99,6 +99,8 @@ class OptimizationArguments:
         "Precision of autocast. auto: bf16 if the device supports it natively, otherwise no. fp16 needs a GPU. "
         "Pooling, loss, weights and the final evaluation are always in float32.",
     )
+    # Whether `mixed_precision` was "auto" before the command replaced it by the precision of the device.
+    has_auto_precision: ClassVar[bool] = False
     frozen_parameters: list[str] = flag(
         [],
         "Regular expressions for names of parameters to freeze; a whole name must match, as in "

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +23,13 @@ import PIL.Image
 import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin
 
+from capivara_common.embedding_speed import CHUNK_SIZES, LONG_PASS_IMAGES, tune_chunk_size
 from capivara_common.embedding_store import EmbeddingStore, Place, vectors_to_array
 from capivara_common.environment import cache_home
 from capivara_common.files import json_digest
@@ -47,6 +50,7 @@ from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import (
     IMAGE_ENCODER_PREFIXES,
     check_finite,
+    choose_precision,
     compute_image_embeds,
     embed_images,
     embedding_width,
@@ -465,13 +469,21 @@ def resolve_loading_workers(args: RunArguments, accelerator: Accelerator) -> int
 
 
 @torch.no_grad()
-def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerator) -> Tensor:
-    """Embed images with the frozen image encoder, in the precision of the run.
+def embed_pixels(
+    model: PreTrainedModel,
+    pixels: Tensor,
+    accelerator: Accelerator,
+    chunk_images: int = CHUNK_SIZES[0],
+    use_autocast: bool = True,
+) -> Tensor:
+    """Embed images with the frozen image encoder, by default in the precision of the run.
 
     Args:
         model: The model.
         pixels: Preprocessed images, (images, 3, height, width).
         accelerator: Device and precision of the run.
+        chunk_images: Number of images per forward pass on a CPU.
+        use_autocast: Whether to use the precision of the run. If False, float32 is used.
 
     Returns:
         Embeddings of unit length, (images, width), float32, on the device of the run.
@@ -479,8 +491,8 @@ def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerato
     Raises:
         ValueError: If an embedding is not finite.
     """
-    with accelerator.autocast():
-        parts = split_for_device(pixels, accelerator.device)
+    with accelerator.autocast() if use_autocast else nullcontext():
+        parts = split_for_device(pixels, accelerator.device, chunk_images)
         return check_finite(torch.cat([compute_image_embeds(model, part) for part in parts]))
 
 
@@ -528,6 +540,31 @@ def open_image_store(model: PreTrainedModel, pairs: PairDataset, args: RunArgume
     return EmbeddingStore(root, settings, args.embedding_batch_size, np.float16)
 
 
+def choose_embedding_precision(
+    model: PreTrainedModel, pairs: PairDataset, args: RunArguments, accelerator: Accelerator
+) -> str:
+    """Choose the precision in which the images of a dataset are embedded. All processes get the same.
+
+    Args:
+        model: Model whose image tower is frozen and in evaluation mode.
+        pairs: Dataset whose views are embedded.
+        args: Arguments of the run.
+        accelerator: Device, precision and processes of the run.
+
+    Returns:
+        The precision of the run, as named by Accelerate. If `--mixed_precision auto` became "bf16" and there are many
+        images, "no" if float32 was measured to be faster on this CPU. The choice is recorded in the cache folder.
+    """
+    precision, choice = accelerator.mixed_precision, None
+    is_short = len(pairs) * pairs.augmented_views < LONG_PASS_IMAGES
+    if precision != "bf16" or not args.has_auto_precision or is_short:
+        return precision
+    if accelerator.is_main_process:
+        record = open_image_store(model, pairs, args, "auto").record_folder(pairs.table["digest"])
+        choice = choose_precision(model, pairs.processor, record)
+    return "no" if broadcast_object_list([choice])[0] == "float32" else precision
+
+
 def add_vectors(
     model: PreTrainedModel, pairs: PairDataset, args: RunArguments, accelerator: Accelerator
 ) -> PairDataset:
@@ -544,7 +581,8 @@ def add_vectors(
     Returns:
         A copy of the dataset with the new column. Rows with unusable images have a `reason` and a `detail`.
     """
-    store, views = open_image_store(model, pairs, args, accelerator.mixed_precision), pairs.augmented_views
+    precision = choose_embedding_precision(model, pairs, args, accelerator)
+    store, views = open_image_store(model, pairs, args, precision), pairs.augmented_views
     if accelerator.is_main_process:
         size = len(pairs) * views * embedding_width(model.config) * 2 / 1e6
         logger.info(f"Image-embedding cache: {len(pairs):,} images x {views} views, {size:,.1f} MB in {store.folder}.")
@@ -553,10 +591,12 @@ def add_vectors(
         items = ([(0, *place) for place in batch] for batch in batches)
         return prefetch_pixels([pairs], items, resolve_loading_workers(args, accelerator))
 
-    def embed(images: list[Tensor]) -> np.ndarray:
-        return embed_pixels(model, torch.stack(images), accelerator).cpu().numpy()
+    def embed(images: list[Tensor], chunk_images: int = CHUNK_SIZES[0]) -> np.ndarray:
+        return embed_pixels(model, torch.stack(images), accelerator, chunk_images, precision != "no").cpu().numpy()
 
     title, digests = f"Images, {pairs.source.display_name}", pairs.table["digest"]
+    encoder = json_digest([store.settings["tower_weights"], precision])
+    embed = tune_chunk_size(embed, len(pairs) * views, accelerator.device, encoder, store.record_folder(digests))
     cached = store.load_or_embed(digests, load, embed, title, rows_per_shard=SHARD_ROWS, views=views)
     table = pairs.table.data.table
     # A row has a reason in at most one of the two tables, so joining the texts keeps this reason.

@@ -3,8 +3,8 @@
     python -m training.interpolate models/base runs/pt --share 0.7 --output models/between
 
 In languages that were not trained on, the new model keeps more of the base model's quality than the fine-tuned model
-does. `--share` is the weight of the fine-tuned model in the mean of both; docs/recipe.md recommends 0.7. Compare other
-values with `python -m eval.retrieval`. Processor and configuration are copied from the fine-tuned model.
+does. `--share` is the weight of the fine-tuned model in the mean of both; docs/explanation/recipe.md recommends 0.7.
+Compare other values with `python -m eval.retrieval`. Processor and configuration are copied from the fine-tuned model.
 """
 
 from dataclasses import dataclass

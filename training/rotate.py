@@ -3,9 +3,10 @@
     python -m training.rotate runs/pt --dataset DATA --dims 256 128 64 --output runs/pt-rotated
 
 The new axes of the embedding space are the principal axes of a dataset's image embeddings. The rotation is multiplied
-into the projections of both towers. Cosines of whole embeddings stay the same, and the first dimensions contribute most
-to them (docs/recipe.md). The rotation is saved next to the weights, as `rotation.safetensors`. Embeddings that were
-computed before the rotation must be rotated (`stored @ rotation.T`) or computed again, and indexes must be built again.
+into the projections of both towers. Cosines of whole embeddings stay the same, and the first dimensions contribute
+most to them (docs/explanation/recipe.md). The rotation is saved next to the weights, as `rotation.safetensors`.
+Embeddings that were computed before the rotation must be rotated (`stored @ rotation.T`) or computed again, and
+indexes must be built again.
 """
 
 from dataclasses import dataclass

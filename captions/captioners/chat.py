@@ -74,7 +74,13 @@ class ChatCaptioner(Captioner):
         self._prompts = CaptionPrompts(args.prompts, args.caption_language)
         self._client = ChatClient(args, stage.rank if stage else 0)
         probe = to_data_url(PIL.Image.new("RGB", (PROBE_SIDE, PROBE_SIDE), "gray"), PROBE_SIDE)
-        self._client.connect(self._prompts.messages(0, probe), is_check=stage is None)
+        read = self._client.connect(self._prompts.messages(0, probe), is_check=stage is None)
+        # transformers serve drops the images of a request to a text model, without an error.
+        if read and read == self._client.connect(self._prompts.messages(0, None)):
+            raise ValueError(
+                f"{args.base_url[-1]} reads {read} tokens with and without an image, so that {args.model} does not see "
+                "images. Serve a vision-language model."
+            )
         self._journal: Journal | None = None
         self._stored: dict[str, list[Answer]] = {}  # answers in the journal, by request
         self.settings = {

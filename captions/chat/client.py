@@ -26,6 +26,7 @@ RETRY_TEMPERATURE = 0.7  # lowest sampling temperature of the second request aft
 PROBE_TRIES = 2  # attempts of the request that checks a server before any work
 # HTTP status codes of requests whose content a server refuses. A run goes on, unless many are refused in a row.
 ITEM_STATUS_CODES, MAX_REFUSED_IN_A_ROW = (400, 413, 422), 20
+MAX_TOKENS = 10**8  # largest number of tokens of a request that is believed; reports add up 32-bit numbers
 MAX_REASON_CHARACTERS = 300  # longer reasons of a server are shortened: some servers send a page of HTML
 # What to do about the HTTP status codes of requests that a server refuses. {url} stands for the address.
 ADVICE = {
@@ -94,6 +95,8 @@ class ChatClient:
 
         self._key = os.environ.get(API_KEY_VARIABLE, "").strip()
         check_key(self._key or NO_KEY, API_KEY_VARIABLE, "The chat backend needs a key without blanks")
+        for name in ("httpx", "httpx2"):  # the HTTP library logs a line for each request
+            logging.getLogger(name).setLevel(logging.WARNING)
         self._args, self.model, self._runner = args, args.model, asyncio.Runner()
         self._clients = [
             openai.AsyncOpenAI(
@@ -112,12 +115,15 @@ class ChatClient:
         self._is_connected, self._refused = False, 0  # number of requests that were refused since the last answer
         self._start, self.prompt_tokens, self.completion_tokens = time.monotonic(), 0, 0
 
-    def connect(self, messages: Sequence[Message], is_check: bool = False) -> None:
+    def connect(self, messages: Sequence[Message], is_check: bool = False) -> int:
         """Send a request for a single token to each server, which shows whether address, key and model are right.
 
         Args:
             messages: Conversation of the request.
             is_check: Give up early, and warn if a server does not list the model.
+
+        Returns:
+            Number of tokens that the model of the last server has read; 0 if the server does not state it.
 
         Raises:
             ValueError: If a server refuses the request, or the servers report different models.
@@ -134,6 +140,7 @@ class ChatClient:
             raise ValueError(f"All servers of base_url must serve the same model, got {', '.join(sorted(names))}.")
         (self.model,), self._is_connected = names, True
         self._start, self.prompt_tokens, self.completion_tokens = time.monotonic(), 0, 0
+        return reply.prompt_tokens
 
     async def _warn_if_unlisted(self, client: Any) -> None:
         """Log a warning if a server does not list the requested model. Servers without a list are accepted."""
@@ -326,11 +333,22 @@ def read_reply(completion: Any) -> Reply:
     does not check responses: it returns a text if a server sends HTML.
     """
     choices = [
-        Choice(choice.message.content or "", choice.finish_reason, getattr(choice.message, "refusal", None))
+        Choice(
+            _storable_text(choice.message.content or ""),
+            choice.finish_reason,
+            _storable_text(getattr(choice.message, "refusal", None) or "") or None,
+        )
         for choice in completion.choices
     ]
-    if not choices or not all(isinstance(choice.text, str) for choice in choices):
+    if not choices:
         raise TypeError("the response contained no choices")
     usage = completion.usage
-    tokens = [int(getattr(usage, name, None) or 0) for name in ("prompt_tokens", "completion_tokens")]
+    tokens = [
+        min(max(0, int(getattr(usage, name, None) or 0)), MAX_TOKENS) for name in ("prompt_tokens", "completion_tokens")
+    ]
     return Reply(choices, str(completion.model), *tokens)
+
+
+def _storable_text(text: str) -> str:
+    """Return a text without zero bytes and half surrogate pairs, which parquet files and terminals cannot hold."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from captions.http_service import check_address, is_loopback
 
 CHAT = "chat: a model on a server that speaks OpenAI's protocol"  # title of the group in `--help`
 RESERVED_KEYS = ("model", "messages", "n", "stream")  # keys of a request that `--extra_body` must not replace
+# JSON keys and values that look like those of a secret.
+SECRET_RE = re.compile(
+    r'"(?:[\w-]*api[_-]?key|authorization|[\w-]*secret|password)"\s*:|"(?:Bearer |sk-)', re.IGNORECASE
+)
 logger = logging.getLogger("capivara")
 
 
@@ -80,8 +85,11 @@ def check_chat_flags(args: Any, purpose: str) -> None:
 def parse_extra_body(text: str | None) -> dict[str, Any]:
     """Return the flag `extra_body` as a dict, which is empty if the flag is None.
 
-    Raises ValueError if the text is not a JSON object, or contains one of `RESERVED_KEYS`.
+    Raises ValueError if the text is not a JSON object, contains one of `RESERVED_KEYS`, or seems to contain a key of a
+    provider, which would be stored with the settings.
     """
+    if SECRET_RE.search(text or ""):  # the text is not shown
+        raise ValueError("extra_body must not contain a key. It belongs in the environment variable OPENAI_API_KEY.")
     try:
         content = json.loads(text or "{}")
     except ValueError:

@@ -95,8 +95,12 @@ class TranslationPrompts(Prompts):
         super().__init__(path or FOLDER / "translate.yaml", TRANSLATION_KEYS, languages)
         self.examples = self.content.get("examples") or []
         pairs = [example if isinstance(example, dict) else {} for example in self.examples]
-        if not isinstance(self.examples, list) or any(set(pair) != {"text", "answer"} for pair in pairs):
-            raise ValueError(f"{self.path}: `examples` must be a list of entries with the keys text and answer.")
+        if (
+            not isinstance(self.examples, list)
+            or any(set(pair) != {"text", "answer"} for pair in pairs)
+            or not (all(isinstance(text, str) for pair in pairs for text in pair.values()))
+        ):
+            raise ValueError(f"{self.path}: `examples` must be a list of entries with the texts `text` and `answer`.")
         for key in ("user", "lines") if needs_lines else ("user",):
             if PROBE not in self.render(key, text=PROBE):
                 raise ValueError(f"{self.path}: `{key}` must contain {{{{ text }}}}, where the caption is inserted.")
@@ -150,13 +154,13 @@ class CaptionPrompts(Prompts):
         if len(set(self.prompts)) < len(self.prompts):
             raise ValueError(f"{self.path}: `prompts` must not contain the same prompt twice.")
 
-    def messages(self, number: int, image_url: str) -> list[Message]:
+    def messages(self, number: int, image_url: str | None) -> list[Message]:
         """Return the conversation that requests a caption of an image.
 
         Args:
             number: Index of the prompt.
-            image_url: The image as a data URL.
+            image_url: The image as a data URL; None for the same conversation without an image.
         """
-        image = {"type": "image_url", "image_url": {"url": image_url}}
+        image = [{"type": "image_url", "image_url": {"url": image_url}}] if image_url is not None else []
         text = {"type": "text", "text": self.prompts[number]}
-        return [*self.system, {"role": "user", "content": [image, text]}]
+        return [*self.system, {"role": "user", "content": [*image, text]}]

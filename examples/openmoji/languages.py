@@ -8,7 +8,7 @@ share a name in any language are in the same split, so all languages are measure
 model is built as the demo's, on English names only, with the vocabulary of all languages. The images are embedded once
 by `captions.embed`; all trainings use the dataset of embeddings, without images. The results are written after each
 language. To finish an interrupted run, or to add languages, run the command again. A language takes about three minutes
-on two CPU threads. docs/languages.md shows the results.
+on two CPU threads. docs/reference/languages.md shows the results.
 """
 
 import logging
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     for code in tqdm(args.languages, desc="Languages", unit="language"):
         results[code] = train_language(code, args, base, embedded)
         write_json(args.output, conditions | {"languages": results})
-    print(f"Results: {args.output}. `python -m benchmarks.readme` updates the table in docs/languages.md.")
+    print(f"Results: {args.output}. `python -m benchmarks.readme` updates the table in docs/reference/languages.md.")
 
 
 if __name__ == "__main__":

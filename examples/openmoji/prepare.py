@@ -65,7 +65,7 @@ LOSS_CONFIGS = {"contrastive": {}, "sigmoid": {"logit_scale_init_value": math.lo
 VOCABULARY_LANGUAGES = ("pt", "en")
 VOCABULARY_WORD_COUNTS = (50_000, 50_000)
 FURTHER_WORD_COUNT = 20_000  # words of each further language that `examples.openmoji.languages` adds
-# Durations and sizes for messages to the user. They were measured on two CPU threads; see docs/benchmarks.md.
+# Durations and sizes for messages to the user. They were measured on two CPU threads; see docs/reference/benchmarks.md.
 DATASET_COST_NOTE = "1,656 pictures are drawn, in about half a minute"
 BASE_COST_NOTE = (
     "counting 100,000 words takes about a minute and is not repeated if you stop the command; features and alignment "

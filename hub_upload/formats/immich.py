@@ -10,7 +10,7 @@ Immich loads the folder as one of the OpenCLIP models in its list. These files a
 
 Copy the folder to clip/NAME in Immich's model cache, where NAME is the name of a model in Immich's list. If a base
 model is given, `visual/` is not written, and the other files replace the files of the base model in the cache. The
-outputs of all ONNX graphs are compared with the outputs of the model. docs/immich.md describes the steps.
+outputs of all ONNX graphs are compared with the outputs of the model. docs/how-to/immich.md describes the steps.
 """
 
 import json
