@@ -8,8 +8,8 @@ name in any language are in the same split, so all languages are measured on the
 built like that of `examples.openmoji.prepare`, on English names only, but its vocabulary covers all languages. The
 images are embedded once by `captions.embed`, and all trainings use these embeddings.
 
-The results are written after each language. To finish an interrupted run, or to add languages, run the command again. A
-language takes about three minutes on two CPU threads.
+The results are written after each language; docs/reference/languages.md shows them. To finish an interrupted run, or to
+add languages, run the command again. A language takes about three minutes on two CPU threads.
 """
 
 import logging
