@@ -133,7 +133,7 @@ class PairDataset:
 
     @cached_property
     def vectors(self) -> Dataset | None:
-        """Dataset with only the column `vectors`, the image embeddings, in Arrow format. None without this column."""
+        """The image embeddings: a dataset in Arrow format with only the column `vectors`. None if there are none."""
         names = self.table.column_names
         return self.table.select_columns("vectors").with_format("arrow") if "vectors" in names else None
 

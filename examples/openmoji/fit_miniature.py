@@ -78,13 +78,14 @@ def _synthesize_class_features_from_weights(features: Tensor, weights: Tensor, r
 
 
 class Candidate(NamedTuple):
-    """Projections that were fitted with one candidate of the reach, and their recall.
+    """Projections of both encoders that were fitted with one value of the reach, and the recall that they give.
+
+    The reach says how far a synthesized image feature lies from the mean feature (see the module docstring).
 
     Attributes:
         photo_recall: Mean recall on captioned photographs, from 0 to 1.
         validation_recall: Mean recall on OpenMoji's validation concepts, from 0 to 1.
-        reach: Distance of the synthesized class features from the mean feature (see
-            `_synthesize_class_features_from_weights`). None if no class features were used.
+        reach: The reach. None if no class features were synthesized.
         visual: Weights of the image projection, (text width, image width).
         text: Weights of the text projection, (text width, text width).
     """

@@ -75,7 +75,9 @@ logger = logging.getLogger("capivara")
 def write_drop_in_text_encoder(
     source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_id: str | None = None
 ) -> None:
-    """Write the text encoder of a CAPIVARA or SigLIP model, in all formats that the module docstring lists.
+    """Write the text encoder of a CAPIVARA or SigLIP model for transformers, open_clip, ONNX and others.
+
+    The module docstring lists all files.
 
     Args:
         source: Folder of the model.
