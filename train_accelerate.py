@@ -75,7 +75,7 @@ logger = logging.getLogger("capivara")
 
 
 def main(argv: list[str] | None = None) -> Path:
-    """Run the command: train, evaluate, save and, if requested, push.
+    """Run the command: train a model, evaluate and save it, and push it to the Hub if requested.
 
     Args:
         argv: Command-line arguments; `sys.argv[1:]` if None.
@@ -175,7 +175,7 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
 
     Args:
         args: Arguments of the run.
-        inputs: Data and image embeddings.
+        inputs: Data of the run, and the image embeddings that were computed before.
         checkpoints: Checkpoints of the run. They are stored inside the working folder of the run.
         resume: Folder of the checkpoint to resume from, or None to start at step 0.
 
@@ -209,15 +209,15 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
 def evaluate_base_and_trained_and_write_results(
     args: RunArguments, inputs: TrainingInputs, accelerator: Accelerator, folder: Path
 ) -> None:
-    """Evaluate the base model and the trained model on the test split of every language.
+    """Compare the base model and the trained model on the test split of every language, and write the results.
 
-    Writes three outputs into `folder`: result files in `results/`, a table of all results (`table.md`), and an image
-    that shows example queries with the images that each model ranks first (`retrieval.png`). The duration of the
+    Three outputs are written into `folder`: result files in `results/`, a table of all results (`table.md`), and an
+    image that shows example queries with the images that each model ranks first (`retrieval.png`). The duration of the
     evaluation is added to `run.json`.
 
     Args:
         args: Arguments of the run.
-        inputs: Data and image embeddings.
+        inputs: Data of the run, with the image embeddings of the test split.
         accelerator: Accelerator of the run; its device is used.
         folder: Working folder of the run, which has the trained model and `run.json`.
     """

@@ -1,21 +1,23 @@
-"""Measure generated captions per second, and the gain from encoding each image only once.
+"""Measure how fast images are captioned, and how much is gained by encoding each image only once.
 
     python -m benchmarks.captions --output benchmarks/results/captions.json
     python -m benchmarks.captions --parts chat --output benchmarks/results/captions_chat.json
 
-The model is BLIP-2 with random weights and the proportions of `Salesforce/blip2-opt-2.7b-coco`: widths, heads and
-vocabulary divided by 4, layers by 6. For each image, it continues ten prefixes, such as "a photo of", by 12 tokens each
-(captions/prefixes.json lists the prefixes). Two programs run alternately on the same images:
+The captioning model is BLIP-2 with random weights and the proportions of `Salesforce/blip2-opt-2.7b-coco`. Widths,
+heads and vocabulary are divided by 4, and the numbers of layers by 6. For each image, the model continues ten prefixes,
+such as "a photo of", by 12 tokens each (captions/prefixes.json lists the prefixes). Two programs run alternately on the
+same images:
 
-- `plain`: `Blip2ForConditionalGeneration.generate`, which encodes an image once per prefix;
-- `ours`: `captions.generate`, which encodes an image once. The language model processes the query tokens of the image
-  once, too, and all prefixes share the keys and values that it caches for these tokens.
+- `plain`: `Blip2ForConditionalGeneration.generate` of transformers, which encodes an image once per prefix.
+- `ours`: `captions.generate` of this project, which encodes an image once. The language model also processes the query
+  tokens of the image only once. All prefixes share the keys and values that it caches for these tokens.
 
 The gain is the median, over the runs, of the seconds of `plain` divided by the seconds of `ours`. Both programs pad the
 prefixes to the length of the longest prefix.
 
-`--parts chat` measures `captions.translate --backend chat` instead, with a stand-in server on loopback that answers
-each request after one second: the sentences per second with 1, 8 and 64 requests at the same time.
+`--parts chat` measures translation instead: `captions.translate --backend chat` with a simulated chat server on this
+machine, which answers each request after one second. The result is the number of sentences per second with 1, 8 and 64
+requests at the same time.
 """
 
 from collections.abc import Callable
@@ -52,7 +54,7 @@ ROUNDS = 8  # each measurement translates ROUNDS * concurrency sentences, one pe
 
 @dataclass
 class CaptionsArguments:
-    """Command-line arguments of `benchmarks.captions`."""
+    """Command-line arguments of `benchmarks.captions`, which measures the speed of captioning and of translation."""
 
     images: int = flag(16, "Number of images, all in one batch.")
     new_tokens: int = flag(12, "Number of tokens to generate per caption.")
@@ -66,7 +68,13 @@ class CaptionsArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure captioning or, with `--parts chat`, translation, and print the results as JSON."""
+    """Run the caption benchmark, and print the results as JSON.
+
+    `--parts generate` measures images captioned per second. `--parts chat` measures sentences translated per second.
+
+    Args:
+        argv: Command-line arguments. None uses those of the process.
+    """
     args = parse_arguments(CaptionsArguments, __doc__, argv)
     if args.parts == "chat":
         results = describe_measurement_conditions("openai") | {

@@ -1,12 +1,12 @@
-"""Write tables of the results in benchmarks/results into the documentation.
+"""Write the benchmark results of benchmarks/results as tables into the documentation, so that both always agree.
 
     python -m benchmarks.documentation_tables                               # write the tables
     python -m benchmarks.documentation_tables --demo runs/openmoji-pt-001   # first copy the results of a demo run
     python -m benchmarks.documentation_tables --check                       # only check that the tables are current
 
-Each table is in a block of a Markdown file: the text between a begin marker and an end marker (HTML comments, see
-`BLOCK_RE`). The begin marker contains the name of the block. The Jinja macro with the same name in `tables.md.j2`
-generates the text of the block.
+Each table is in a block of a Markdown file. A block is the text between a begin marker and an end marker, which are
+HTML comments (see `BLOCK_RE`). The begin marker contains the name of the block. The Jinja macro with the same name in
+`tables.md.j2` generates the text of the block.
 """
 
 import re
@@ -34,7 +34,7 @@ PORTUGUESE_PAGES = ("LEIAME.md", "docs/how-to/seu_idioma.md")
 
 @dataclass
 class DocumentationTablesArguments:
-    """Command-line arguments of `benchmarks.documentation_tables`."""
+    """Command-line arguments of `benchmarks.documentation_tables`, which writes result tables into Markdown files."""
 
     demo: list[Path] = flag(
         [], "Output folders of trainings with configs/openmoji.yaml, one per seed. Their results replace demo.json."
@@ -43,28 +43,34 @@ class DocumentationTablesArguments:
 
 
 def find_pages_with_generated_blocks() -> list[str]:
-    """Find the Markdown files that contain a generated block, which is text between two markers (see `BLOCK_RE`).
+    """Find the Markdown files of the documentation that contain tables generated from benchmark results.
+
+    Such a table is in a block, that is, between two marker comments (see `BLOCK_RE`). Only the top folder of the
+    checkout and its folder `docs` are searched.
 
     Returns:
-        Sorted paths relative to the checkout, such as "docs/reference/benchmarks.md". Only the checkout's top
-        folder and its folder `docs` are searched.
+        Sorted paths relative to the checkout, such as "docs/reference/benchmarks.md".
     """
     paths = (path.relative_to(CODE_ROOT) for path in (*CODE_ROOT.glob("*.md"), *CODE_ROOT.glob("docs/**/*.md")))
     return sorted(str(path) for path in paths if BLOCK_RE.search((CODE_ROOT / path).read_text(encoding="utf-8")))
 
 
 def replace_generated_blocks_in_text(page: str, text: str) -> str:
-    """Replace the text of all blocks between markers in a Markdown file. The file itself is not written.
+    """Regenerate all tables of benchmark results in the text of a Markdown file. No file is written.
+
+    The tables are in blocks, that is, between two marker comments (see `BLOCK_RE`). Text outside the blocks does not
+    change.
 
     Args:
-        page: Path of the file relative to the checkout. The blocks of `PORTUGUESE_PAGES` are written in Portuguese.
+        page: Path of the Markdown file relative to the checkout. It decides the language: the tables of
+            `PORTUGUESE_PAGES` are in Portuguese, all others in English.
         text: Current content of the file.
 
     Returns:
-        Content of the file with the new text in every block.
+        Content of the file with up-to-date tables.
 
     Raises:
-        ValueError: If `tables.md.j2` has no macro for a block.
+        ValueError: If `tables.md.j2` has no macro with the name of a block.
     """
     tables, portuguese = load_block_macros().module, page in PORTUGUESE_PAGES
 
@@ -78,10 +84,12 @@ def replace_generated_blocks_in_text(page: str, text: str) -> str:
 
 
 def load_block_macros() -> Template:
-    """Load the Jinja template `tables.md.j2`, and register the filters and functions that the template calls.
+    """Load the Jinja template `tables.md.j2`, whose macros generate the result tables of the documentation.
+
+    The filters and functions that the macros call are registered, too.
 
     Returns:
-        The template. It has one macro for each generated block of the documentation.
+        The template. It has one macro for each generated block, and both have the same name.
     """
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), extensions=["jinja2.ext.do"], **options)
@@ -120,10 +128,10 @@ def _percent(shares: float | list[float]) -> str:
 
 
 def load_results(name: str) -> dict[str, Any]:
-    """Read the results of a benchmark.
+    """Read the stored results of one benchmark from the folder benchmarks/results.
 
     Args:
-        name: Name of the file in benchmarks/results without `.json`, such as "search".
+        name: Name of the result file without `.json`, such as "search".
 
     Returns:
         The JSON object in the file.
@@ -132,7 +140,7 @@ def load_results(name: str) -> dict[str, Any]:
 
 
 def format_number(number: float, digits: int = 0) -> str:
-    """Format a number with thousands separators, for example 12345.67 as "12,346"."""
+    """Format a number with thousands separators and `digits` decimal places, for example 12345.67 as "12,346"."""
     return f"{number:,.{digits}f}"
 
 
@@ -142,14 +150,16 @@ def _format_milliseconds(percentiles: dict[str, float], digits: int = 0) -> list
 
 
 def format_recorded_training_step_peak_memory(name: str) -> str:
-    """Format the peak memory of a training step with 2816 image-text pairs, the batch size of the CAPIVARA paper.
+    """Format the measured peak memory of a training step with 2816 image-text pairs for a table.
+
+    2816 is the batch size of the CAPIVARA paper. Some models were measured only with a smaller batch.
 
     Args:
-        name: Name of a result file of `benchmarks.train_step` with the part `recipe`, without `.json`.
+        name: Name, without `.json`, of a result file that `benchmarks.train_step --parts recipe` wrote.
 
     Returns:
-        Memory in GiB, such as "51.3". If only a smaller batch was measured, a range: from the memory of the smaller
-        batch to the memory that was extrapolated for 2816 pairs. "–" if the file does not exist.
+        Memory in GiB, such as "51.3". If only a smaller batch was measured, a range such as "30.1–51.3": the memory of
+        the smaller batch, and the memory that was extrapolated for 2816 pairs. "–" if the file does not exist.
     """
     path = RESULTS_FOLDER / f"{name}.json"
     if not path.is_file():
@@ -228,7 +238,7 @@ def _copy_demo_results_and_charts(runs: list[Path]) -> None:
 
 
 def save_small_image(source: Path, target: Path) -> None:
-    """Save a copy of a chart with 256 colors, which looks the same and takes a third of the bytes.
+    """Save a copy of a chart with only 256 colors. It looks the same and takes a third of the bytes.
 
     Args:
         source: Image file of the chart.
@@ -239,9 +249,15 @@ def save_small_image(source: Path, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: write the tables of results into all Markdown files.
+    """Run the command: write the current benchmark results as tables into all Markdown files.
 
-    With `--check`, nothing is written, and the command fails if a table does not match the results.
+    With `--check`, no table is written. The command then fails if a table does not match the results.
+
+    Args:
+        argv: Command-line arguments. None uses those of the process.
+
+    Raises:
+        SystemExit: With `--check`, if a table does not match the results.
     """
     args = parse_arguments(DocumentationTablesArguments, __doc__, argv)
     if args.demo:

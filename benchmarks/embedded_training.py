@@ -1,13 +1,17 @@
-"""Measure the memory and the start time of training on a large dataset of embeddings, which has no images.
+"""Measure memory and start time of a training on a large dataset of image embeddings instead of images.
 
     python -m benchmarks.embedded_training
     python -m benchmarks.embedded_training --rows 100000 --work /tmp/embedded
 
-The benchmark writes a small and a large dataset of random image embeddings with ten captions per row, in the format of
-`captions.embed`. On each, it trains a model for a few steps in a separate process. The model has random weights and the
-size of the published CAPIVARA. Then it trains on the large dataset once more: the caches of this dataset exist now, so
-the first step must start sooner. The memory is the sum of `RssAnon` in /proc over all processes of a training, which
-excludes memory-mapped files. Requires Linux.
+The benchmark shows whether memory grows with the dataset. It writes a small and a large dataset of random image
+embeddings with ten captions per row, in the format of `captions.embed`. On each dataset, it trains a model for a few
+steps in a separate process. The model has random weights and the size of the published CAPIVARA.
+
+Then the benchmark trains on the large dataset once more. The caches of this dataset exist now, so the first step must
+start sooner.
+
+The memory is the sum of `RssAnon` in /proc over all processes of a training, which excludes memory-mapped files.
+Requires Linux.
 """
 
 import os
@@ -59,7 +63,7 @@ TRAINING_FLAGS = "--effective_batch_size 16 --micro_batch_size 8 --warmup_steps 
 
 @dataclass
 class EmbeddedTrainingArguments:
-    """Command-line arguments of `benchmarks.embedded_training`."""
+    """Command-line arguments of `benchmarks.embedded_training`, which measures training on image embeddings."""
 
     rows: int = flag(3_300_000, "Rows of the large dataset.")
     small_rows: int = flag(10_000, "Rows of the small dataset. Its peak memory is subtracted.")
@@ -184,7 +188,7 @@ def _count_bytes(folder: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: write the datasets, train on them, and write the results as JSON."""
+    """Run the benchmark: train on a small and on a large dataset of embeddings, and write memory and times as JSON."""
     args = parse_arguments(EmbeddedTrainingArguments, __doc__, argv)
     if args.worker:
         _train_and_write_step_times(args)

@@ -1,16 +1,16 @@
-"""Measure images and captions per second, compared with open_clip on the same weights.
+"""Measure how many images and captions per second this project embeds, compared with open_clip on the same weights.
 
     python -m benchmarks.encode --output benchmarks/results/encode.json
     python -m benchmarks.encode --part pass --images 2000 --output benchmarks/results/encode_pass.json
 
-The two programs are this project and open_clip. Both use the full published architecture with the same random weights,
-and get the same PIL images and the same texts of 20 tokens. Preprocessing and tokenization are included. The programs
-run alternately, and each rate is the median over the runs of a program.
+Both programs use the full published architecture with the same random weights. Both get the same PIL images and the
+same texts of 20 tokens. Preprocessing and tokenization are included. The programs run alternately, and each rate is the
+median over the runs of a program.
 
 By default, each run embeds one batch. With `--part pass`, each run embeds many images in batches, as the indexing of a
-folder does: in float32 and in the precision that `--precision auto` of other commands chooses, with the number of
-images per forward pass that `capivara_common.embedding_speed` finds to be the fastest on this CPU. The first run in
-each precision takes longer, because it also measures these numbers, so its time is reported separately.
+folder does. It is measured in float32 and in the precision that `--precision auto` of other commands chooses. The
+number of images per forward pass is the fastest on this CPU, as `capivara_common.embedding_speed` finds by measurement.
+The first run in each precision includes this measurement and takes longer, so its time is reported separately.
 """
 
 import os
@@ -52,7 +52,7 @@ CAPTION_TOKENS = 20  # tokens per caption, including begin and end
 
 @dataclass
 class EncodeArguments:
-    """Command-line arguments of `benchmarks.encode`."""
+    """Command-line arguments of `benchmarks.encode`, which measures how fast images and captions are embedded."""
 
     part: Literal["batches", "pass"] = flag("batches", "batches: embed one batch per run. pass: embed many batches.")
     images: int = flag(32, "Number of images per run.")
@@ -62,7 +62,7 @@ class EncodeArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: time the encoders of this project and of open_clip, and print the results as JSON."""
+    """Run the embedding benchmark: time this project and open_clip in turns, and print the results as JSON."""
     args = parse_arguments(EncodeArguments, __doc__, argv)
     if args.part == "pass":
         measured = _measure_embedding_many_images(args)
@@ -98,7 +98,7 @@ def _build_models_and_preprocessors() -> tuple[
 
 
 def make_images(count: int) -> list[Image.Image]:
-    """Generate `count` images of size `IMAGE_SIZE` with random pixels."""
+    """Generate `count` images of random pixels, all of size `IMAGE_SIZE`, as inputs of the benchmark."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, *IMAGE_SIZE[::-1], 3), dtype=np.uint8)
     return [Image.fromarray(array) for array in pixels]
 

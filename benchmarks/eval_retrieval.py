@@ -1,10 +1,11 @@
-"""Time the computation of recall at 1, 5 and 10 in both directions, compared with clip-benchmark's functions.
+"""Measure how fast this project computes retrieval recall, compared with clip-benchmark's functions.
 
     python -m benchmarks.eval_retrieval --output benchmarks/results/eval_retrieval.json
     python -m benchmarks.eval_retrieval --images 100000 --captions 10 --worker   # only ours; takes half an hour
 
-Both programs get the same embeddings: random unit vectors of width 512, with five captions per image. The time and peak
-memory of this project ("ours") are measured first. Then both programs run alternately.
+The recalls are recall@1, recall@5 and recall@10 of text-to-image and of image-to-text retrieval. Both programs get the
+same embeddings: random unit vectors of width 512, with five captions per image. The time and peak memory of this
+project ("ours") are measured first. Then both programs run alternately.
 """
 
 import statistics
@@ -26,7 +27,7 @@ Recalls = dict[str, float]  # direction and k, such as "text_to_image@5" -> reca
 
 @dataclass
 class EvalRetrievalArguments:
-    """Command-line arguments of `benchmarks.eval_retrieval`."""
+    """Command-line arguments of `benchmarks.eval_retrieval`, which times the computation of retrieval recall."""
 
     images: int = flag(5000, "Number of images.")
     captions: int = flag(5, "Number of captions per image.")
@@ -38,7 +39,7 @@ class EvalRetrievalArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: time the recalls of this project and of clip-benchmark, and print the results as JSON."""
+    """Run the benchmark: time the recall functions of this project and clip-benchmark, and print JSON results."""
     args = parse_arguments(EvalRetrievalArguments, __doc__, argv)
     embeddings = _make_random_embeddings(args.images, args.captions)
     _compute_our_recalls(*_make_random_embeddings(64, args.captions))  # untimed: loads libraries

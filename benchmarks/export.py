@@ -1,10 +1,10 @@
-"""Measure memory and time of an export of the full-size model.
+"""Measure how much memory and time the export of a full-size model to other libraries takes.
 
     python -m benchmarks.export --output benchmarks/results/export.json
 
-A model of the published size with random weights is exported for transformers, open_clip and sentence-transformers in a
-separate process. The peak memory of this process is read after the imports and at the end; the difference is the memory
-that the export needs.
+A model of the published size with random weights is exported for transformers, open_clip and sentence-transformers. The
+export runs in a separate process. The peak memory of this process is read after the imports and at the end. The
+difference is the memory that the export needs.
 """
 
 import tempfile
@@ -28,14 +28,14 @@ EXPORTED_FORMATS = ("transformers", "open_clip", "sentence_transformers")
 
 @dataclass
 class ExportBenchmarkArguments:
-    """Command-line arguments of `benchmarks.export`."""
+    """Command-line arguments of `benchmarks.export`, which measures memory and time of a model export."""
 
     output: Path | None = flag(None, "JSON file for the results.")
     worker: Path | None = flag(None, "Folder of a model to export in this process (internal).")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure memory and time of the export, and print the results as JSON."""
+    """Run the export benchmark: export a random full-size model, and print memory and time of the export as JSON."""
     args = parse_arguments(ExportBenchmarkArguments, __doc__, argv)
     if args.worker:
         before, target = peak_resident_bytes(), args.worker.with_name("repository")

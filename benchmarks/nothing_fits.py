@@ -1,17 +1,19 @@
-"""Measure on photographs whether the search can tell that no image matches a sentence, and the effect of feedback.
+"""Measure whether the search can tell that no photograph matches a sentence, and what feedback changes.
 
     git clone https://github.com/lightly-ai/coco128_yolo data/coco128
     python -m benchmarks.nothing_fits
     python -m benchmarks.nothing_fits --model MODEL --pictures ~/Fotos --sentences mine.yaml --output mine.json --keep
 
-The last command measures another model on your own photographs. `mine.yaml` lists sentences whose object is in a
-photograph under `there`, and sentences without a matching photograph under `absent`, as benchmarks/nothing_fits.yaml
-does. For each sentence, the z-score of its best photograph is computed: how many standard deviations the best cosine
-lies above the mean of the cosines with all photographs. The AUC of this statistic says how well it separates both kinds
-of sentences (0.5 is chance).
+The last command measures another model on your own photographs. The file `mine.yaml` has two lists, as
+benchmarks/nothing_fits.yaml does: under `there`, sentences whose object is in a photograph; under `absent`, sentences
+without a matching photograph.
+
+For each sentence, the z-score of its best photograph is computed. It tells how many standard deviations the best cosine
+lies above the mean of the cosines with all photographs. The AUC of the z-score says how well it separates both kinds of
+sentences (0.5 is chance).
 
 If YOLO labels lie next to the photographs, the effect of feedback is measured, too. A simulated user asks for more or
-less of an object, and the photographs with this object among the first ten results are counted before and afterwards.
+less of an object. The photographs with this object among the first ten results are counted before and afterwards.
 docs/reference/benchmarks.md shows the results.
 """
 
@@ -49,7 +51,7 @@ CHOSEN_STATISTIC = "best, in deviations"
 
 @dataclass
 class NothingFitsArguments:
-    """Command-line arguments of `benchmarks.nothing_fits`."""
+    """Command-line arguments of `benchmarks.nothing_fits`, which measures how well a missing match is detected."""
 
     model: str | None = flag(None, "Folder or Hub id of the model. Default: the model of a new index.")
     pictures: Path = flag(Path("data/coco128/images"), "Folder of photographs.")
@@ -63,14 +65,15 @@ class NothingFitsArguments:
 
 
 def auc(present: np.ndarray, absent: np.ndarray) -> float:
-    """Compute the area under the ROC curve (AUC) of a statistic.
+    """Compute how well a score separates sentences with and without a matching image, as the area under the ROC curve.
 
     Args:
-        present: Statistic of each sentence with a matching image, of shape (n,).
-        absent: Statistic of each sentence without a matching image, of shape (m,).
+        present: Scores of the sentences with a matching image, of shape (n,).
+        absent: Scores of the sentences without a matching image, of shape (m,).
 
     Returns:
-        Probability that a random value of `present` is larger than a random value of `absent`; a tie counts 0.5.
+        Probability, from 0 to 1, that a random value of `present` is larger than a random value of `absent`. A tie
+        counts as 0.5. Perfect separation gives 1, and chance gives 0.5.
     """
     return float(((present[:, None] > absent) + (present[:, None] == absent) / 2).mean())
 
@@ -163,10 +166,16 @@ def _measure_feedback_effect_on_results(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure two properties of a model, and print the results as JSON.
+    """Run the benchmark: measure two properties of a search model, and print the results as JSON.
 
     The first is how well sentences without a matching image are detected. The second is how much the feedback "more of
-    this" and "less of this" changes the images that a search finds; it is measured only if YOLO labels exist.
+    this" and "less of this" changes the images that a search finds. It is measured only if YOLO labels exist.
+
+    Args:
+        argv: Command-line arguments. None uses those of the process.
+
+    Raises:
+        ValueError: If the folder has no images, or the YAML file lacks sentences.
     """
     args = parse_arguments(NothingFitsArguments, __doc__, argv)
     sentences = yaml.safe_load(args.sentences.read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 @dataclass
 class ScreenshotArguments:
-    """Command-line flags of `python -m benchmarks.page_screenshot`."""
+    """Command-line arguments of `benchmarks.page_screenshot`, which makes a screenshot of the search page."""
 
     model: str = flag("miniature", "Folder or Hub id of the model, or miniature: a tiny model that needs no network.")
     sentence: str = flag("uma moto vermelha estacionada em uma garagem", "Sentence to search for.")
@@ -65,7 +65,7 @@ def _save_page_screenshot(url: str, args: ScreenshotArguments, output: Path) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: index the photographs, serve the page, and save the screenshot."""
+    """Run the command: index example photographs, open the search page in a browser, and save a screenshot."""
     args = parse_arguments(ScreenshotArguments, __doc__, argv)
     require_packages("A screenshot", "test", "playwright")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,17 @@
-"""Convert the published models, compare them with open_clip, and evaluate them on the datasets of the CAPIVARA paper.
+"""Convert the published models, check the conversion, and evaluate them on the datasets of the CAPIVARA paper.
 
     python -m benchmarks.published --output results/published
     python -m benchmarks.published --output results/quick --only flickr30k-pt mnist --limit 500
 
-Needs network access, and the extras `train` and `open-clip`. CAPIVARA and the base model that it was trained from are
-downloaded and converted, and their tokens, pixels and embeddings are compared with open_clip's. Then `eval.suite`
-evaluates both models on the retrieval and classification datasets of the paper (arXiv 2310.13683). Datasets that can't
-be downloaded are listed with the place to request them. Put their data into the folder --data_dir.
+Needs network access, and the extras `train` and `open-clip`. The command works in three steps:
+
+- It downloads and converts CAPIVARA and the base model that CAPIVARA was trained from.
+- It compares the tokens, pixels and embeddings of the converted models with those of open_clip.
+- It evaluates both models with `eval.suite` on the retrieval and classification datasets of the paper (arXiv
+  2310.13683).
+
+Some datasets can't be downloaded. They are listed with the place to request them. Put their data into the folder
+--data_dir.
 
 The output folder gets `published.json`, `report.md`, and the files of `eval.suite`. To continue an interrupted run,
 repeat the command: downloads, conversions and embeddings are kept in caches.
@@ -50,7 +55,9 @@ IMAGE_SIZES = ((310, 227), (224, 224), (97, 640), (1200, 800), (16, 16))  # widt
 
 @dataclass
 class PublishedArguments(SuiteArguments):
-    """Command-line arguments of `benchmarks.published`: those of `eval.suite`, with the published models as defaults.
+    """Command-line arguments of `benchmarks.published`, which evaluates the published models.
+
+    These are the arguments of `eval.suite`, but `model` and `baseline` name the published models by default.
 
     Raises:
         ValueError: If `runs` is given, or an argument is invalid for `eval.suite`.
@@ -70,15 +77,15 @@ class PublishedArguments(SuiteArguments):
 
 
 def fetch_download_sizes_from_hub(args: PublishedArguments, benchmarks: list[Benchmark]) -> dict[str, int | None]:
-    """Ask the Hub for the sizes of all models and datasets that must be downloaded.
+    """Ask the Hugging Face Hub how large the missing models and datasets are, before anything is downloaded.
 
     Args:
-        args: Arguments of the command.
+        args: Arguments of the command. They name the two models and the local data folder.
         benchmarks: Benchmarks whose datasets are needed.
 
     Returns:
         `{Hub id: size of the download in bytes}`. The size is None if the Hub does not report it. Models and datasets
-        that are on this machine are not included.
+        that are already on this machine are not included.
     """
     sizes, api = {}, HfApi()
     sources = [(name, api.model_info, OPEN_CLIP_WEIGHT_FILES) for name in (args.model, args.baseline)]
@@ -102,17 +109,22 @@ def fetch_download_sizes_from_hub(args: PublishedArguments, benchmarks: list[Ben
 def estimate_embedding_time(
     args: PublishedArguments, benchmarks: list[Benchmark], folders: dict[str, Path]
 ) -> dict[str, Any]:
-    """Estimate the time of all embeddings from the speed of the models on this machine.
+    """Estimate how long the evaluation will take to embed all images and texts on this machine.
+
+    Each model embeds a few images and texts, and the measured speed is multiplied by the number of items.
 
     Args:
-        args: Arguments of the command.
+        args: Arguments of the command. They contain the device, the precision and the limit of images per dataset.
         benchmarks: Benchmarks whose data can be read.
-        folders: Folder of each converted model by the model's role, such as "baseline".
+        folders: `{role of the model, such as "baseline": folder of the converted model}`.
 
     Returns:
-        `{"images": number of images to embed, "texts": number of texts to embed, "seconds": estimated time, "unknown":
-        keys of the benchmarks of unknown size, which are not counted}`. The numbers are totals of all models; if models
-        have the same image encoder, each image counts once.
+        A dict with these keys. The numbers are totals over all models.
+
+        - "images": number of images to embed. If models have the same image encoder, each image counts once.
+        - "texts": number of texts to embed.
+        - "seconds": estimated time.
+        - "unknown": keys of the benchmarks of unknown size, which are not counted.
     """
     images, texts, unknown = 0, 0, []
     for benchmark in benchmarks:
@@ -141,19 +153,21 @@ def estimate_embedding_time(
 
 @torch.no_grad()
 def compare_converted_model_with_open_clip(source: str, folder: Path) -> dict[str, Any]:
-    """Compare a converted model with open_clip on the CPU, for a few texts and images.
+    """Check a converted model: compare its inputs and embeddings with those of open_clip's original model.
+
+    A few fixed texts and images are used, on the CPU.
 
     Args:
-        source: Hub id or folder of the model in open_clip's format.
+        source: Hub id or folder of the original model in open_clip's format.
         folder: Folder of the converted model.
 
     Returns:
         A dict with these keys:
 
-        - "equal_tokens" and "equal_pixels": whether token ids and pixels equal those of open_clip.
-        - "text_embeds" and "image_embeds": largest absolute difference between corresponding elements of the
-          embeddings of both programs.
-        - "passed": whether tokens and pixels are equal and both differences at most `MAX_EMBEDDING_DIFFERENCE`.
+        - "equal_tokens" and "equal_pixels": whether token ids and preprocessed pixels equal those of open_clip.
+        - "text_embeds" and "image_embeds": largest absolute difference between corresponding elements of the embeddings
+          of both programs.
+        - "passed": whether tokens and pixels are equal and both differences are at most `MAX_EMBEDDING_DIFFERENCE`.
     """
     import open_clip
 
@@ -198,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: convert the models, compare them with open_clip, evaluate them, and write the report.
 
     Args:
-        argv: Command-line arguments; the arguments of the program if None.
+        argv: Command-line arguments. None uses those of the process.
 
     Raises:
         SystemExit: If a converted model gives other results than open_clip. The report is written nevertheless.

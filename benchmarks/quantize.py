@@ -1,12 +1,12 @@
-"""Measure what quantization does to embeddings and recall of a trained model.
+"""Measure how much quantization changes the embeddings and the retrieval recall of a trained model.
 
     pip install "torchao>=0.18"
     python -m benchmarks.quantize --output benchmarks/results/quantize.json
 
-Each kind of quantization is applied to a new copy of the model, which embeds the images and texts of a test split. Two
-things are measured: the cosines between these embeddings and the embeddings of the float32 model, and the mean recall
-of retrieval with the quantized model's embeddings. The model must be trained, because quantization errors depend on
-outliers, which random weights do not have.
+Each kind of quantization is applied to a new copy of the model. The quantized model embeds the images and texts of a
+test split. Two things are measured: the cosines between these embeddings and the embeddings of the float32 model, and
+the mean recall of retrieval with the quantized model's embeddings. The model must be trained, because quantization
+errors depend on outliers, which random weights do not have.
 
 The linear layers of the towers are quantized. The projections are quantized only by the kind "torchao int8, weights,
 with projections", because one outlier in a projection can spoil all embeddings.
@@ -35,7 +35,7 @@ GROUP_SIZE = 32  # number of weights that share one scale in 4-bit quantization,
 
 @dataclass
 class QuantizeArguments:
-    """Command-line arguments of `benchmarks.quantize`."""
+    """Command-line arguments of `benchmarks.quantize`, which measures the loss of quality by quantization."""
 
     model: str | None = flag(None, "Folder or Hub id of a trained model. Default: the miniature of `capivara`.")
     dataset: Path = flag(
@@ -84,11 +84,11 @@ def _apply_dynamic_quantization(model: nn.Module) -> nn.Module:
 
 
 def build_quantizers() -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """Build a function for each kind of quantization that the benchmark compares.
+    """Build one function for each kind of quantization that the benchmark compares, such as int8 or 4-bit weights.
 
     Returns:
-        `{name of the kind: function}`. Each function quantizes a model in place and returns the model. The kind
-        "float32" changes nothing and serves as the reference.
+        `{name of the kind: function}`. Each function gets a model, quantizes it in place and returns the quantized
+        model. The kind "float32" changes nothing and serves as the reference.
     """
     from torchao.quantization import (
         Int8DynamicActivationInt8WeightConfig,
@@ -113,21 +113,22 @@ def build_quantizers() -> dict[str, Callable[[nn.Module], nn.Module]]:
 
 
 def compute_mean_and_lowest_cosine(reference: Tensor, embeds: Tensor) -> dict[str, float]:
-    """Compare two lists of embeddings row by row.
+    """Measure how close a quantized model's embeddings are to those of the float32 model, by cosine similarity.
 
     Args:
         reference: Embeddings of the float32 model, (rows, width), unit length.
-        embeds: Embeddings of the same inputs by a quantized model, (rows, width), unit length.
+        embeds: Embeddings of the same inputs by the quantized model, (rows, width), unit length.
 
     Returns:
-        `{"mean_cosine": mean cosine of corresponding rows, "min_cosine": lowest cosine of corresponding rows}`.
+        `{"mean_cosine": mean cosine of corresponding rows, "min_cosine": lowest cosine of corresponding rows}`. 1 means
+        that nothing changed.
     """
     cosines = (reference * embeds).sum(dim=-1).tolist()
     return {"mean_cosine": statistics.mean(cosines), "min_cosine": min(cosines)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: quantize the model in several ways, evaluate each, and print the results as JSON."""
+    """Run the quantization benchmark: quantize the model in several ways, evaluate each, and print JSON results."""
     args = parse_arguments(QuantizeArguments, __doc__, argv)
     source = args.model or str(get_or_build_miniature_folder())
     split = load_dataset_and_refuse_image_paths(args.dataset)["test"]

@@ -1,11 +1,11 @@
-"""Train the base model of the OpenMoji demo by the CAPIVARA paper's recipe with several seeds, and measure recall.
+"""Measure the recall gain of the CAPIVARA paper's training recipe on the OpenMoji demo, with several seeds.
 
     python -m benchmarks.recipe
     python -m benchmarks.recipe --base data/openmoji/base-sigmoid --output benchmarks/results/recipe_sigmoid.json
 
-Each trained model is measured with its own weights, and with weighted means of its weights and the base model's weights
-(WiSE-FT weight interpolation, arXiv 2109.01903). The training uses the loss that the base model was built with:
-contrastive in the first command, sigmoid in the second.
+The base model of the demo is trained once per seed. Each trained model is measured with its own weights, and with
+weighted means of its weights and the base model's weights (WiSE-FT weight interpolation, arXiv 2109.01903). The
+training uses the loss that the base model was built with: contrastive in the first command, sigmoid in the second.
 
 Run `examples.openmoji.prepare` and `examples.openmoji.proxies` first, because this benchmark needs their output.
 Finished runs stay in the work folder and are not trained again. docs/explanation/recipe.md shows the results.
@@ -37,7 +37,7 @@ from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import build_embedder
 from training.trainable import interpolate_weights
 
-# Name of the row with the trained weights without interpolation. All other rows are compared with this row.
+# Name of the result row of the trained model without weight interpolation. All other rows are compared with this row.
 REFERENCE_ROW = "paper"
 # Name of a row -> α of WiSE-FT. The weights of the row's model are α * trained model + (1 - α) * base model.
 TRAINED_SHARES = {REFERENCE_ROW: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7": 0.7}
@@ -45,14 +45,18 @@ TRAINED_SHARES = {REFERENCE_ROW: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7":
 DRAWING_SETS = ("openmoji", "twemoji", "noto")
 EVALUATION_SPLITS = [*((name, split) for name in DRAWING_SETS for split in ("validation", "test")), ("photos", "test")]
 # Keys are conditions "DATASET/SPLIT/LANGUAGE/DIRECTION", such as "noto/test/pt/text_to_image". Values have the shape
-# (queries,). They are between 0 and 1: the mean over k = 1, 5 and 10 of whether the query finds its item among the
-# first k results.
+# (queries,). The value of a query is 0, 1/3, 2/3 or 1: the share of the cutoffs k = 1, 5 and 10 for which the item that
+# belongs to the query is among the first k results.
 HitsByCondition = dict[str, Tensor]
 
 
 @dataclass
 class RecipeArguments:
-    """Command-line arguments of `benchmarks.recipe`. Raises ValueError if seeds repeat or are missing."""
+    """Command-line arguments of `benchmarks.recipe`, which trains and evaluates the demo model with several seeds.
+
+    Raises:
+        ValueError: If no seed is given or a seed is given twice.
+    """
 
     config: Path = flag(CODE_ROOT / "configs" / "openmoji.yaml", "YAML file with the training flags.")
     seeds: list[int] = flag([0, 1, 2], "Seeds of the training runs, one run per seed.")
@@ -87,17 +91,18 @@ def _load_evaluation_data(args: RecipeArguments) -> dict[str, RetrievalData]:
 
 
 def find_or_train_run(seed: int, args: RecipeArguments, base_digest: str) -> Path:
-    """Return the folder of the training run with a seed, after training it if it does not exist.
+    """Return the folder of the training run with a given seed. The run is trained first if it does not exist.
 
     A finished run is reused if its config, base model and seed are the same.
 
     Args:
         seed: Seed of the training.
-        args: Command-line arguments.
+        args: Command-line arguments of the benchmark, which name the config, the base model, the dataset and the work
+            folder.
         base_digest: Digest of the base model's weights.
 
     Returns:
-        Output folder of the run, with the weights and run.json.
+        Output folder of the finished run, with the trained weights and run.json.
     """
     digest = json_digest([str([read_yaml_config(args.config), base_digest])])[:8]
     folder = args.work / digest / f"seed-{seed}"
@@ -145,11 +150,14 @@ def _build_row_of_recalls_and_gains(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: train every seed that has no finished run, evaluate all runs, and write the results as JSON.
+    """Run the benchmark: train every seed that has no finished run, evaluate all runs, and write the results as JSON.
 
-    Each run is evaluated several times: with its trained weights, and with weighted means of its trained weights and
-    the weights of the base model. `TRAINED_SHARES` holds the weights of the trained model in these means. The base
-    model is evaluated, too.
+    Each run is evaluated with its trained weights, and with weighted means of its trained weights and the weights of
+    the base model (WiSE-FT). `TRAINED_SHARES` lists the share of the trained weights in each mean. The base model is
+    evaluated, too.
+
+    Args:
+        argv: Command-line arguments. None uses those of the process.
     """
     args = parse_arguments(RecipeArguments, __doc__, argv)
     data, processor, base = _load_evaluation_data(args), load_processor(args.base), load_model(args.base)

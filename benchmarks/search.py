@@ -1,15 +1,17 @@
-"""Measure search in indexes of up to a million pictures, and how fast changes of a followed folder reach an index.
+"""Measure searches in indexes of up to a million pictures, and how fast folder changes reach an index.
 
     python -m benchmarks.search --parts index
     python -m benchmarks.search --parts index --sizes 1000 10000 --output /tmp/search.json
     python -m benchmarks.search --parts follow
 
-The part `index` measures time and memory of searches. The indexes contain random vectors of width 512, in clusters, and
-all columns except thumbnails. Each index is measured in a separate process, so that its peak memory is known. The text
-encoder has the full published size and random weights.
+`--parts index` measures time and memory of searches in indexes of several sizes. The indexes contain clusters of random
+vectors of width 512, and all columns except thumbnails. Each index is measured in a separate process, so that its peak
+memory is known. The text encoder has the full published size and random weights.
 
-The part `follow` (in `benchmarks/search_follow.py`) measures an index that `capivara app --watch` keeps up to date with
-a folder. Results are in benchmarks/results/search.json and search_follow.json; docs/reference/benchmarks.md shows them.
+`--parts follow` measures an index that `capivara app --watch` keeps up to date with a folder of photographs. Its code
+is in `benchmarks/search_follow.py`.
+
+The results are in benchmarks/results/search.json and search_follow.json. docs/reference/benchmarks.md shows them.
 """
 
 import json
@@ -45,7 +47,7 @@ QUERY_TEXTS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniver
 
 @dataclass
 class SearchArguments:
-    """Command-line arguments of `benchmarks.search`."""
+    """Command-line arguments of `benchmarks.search`, which measures searches and updates of a picture index."""
 
     parts: Literal["index", "follow"] = flag("index", "What to measure: search in indexes, or a followed folder.")
     sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Number of pictures of each index.")
@@ -61,9 +63,13 @@ class SearchArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure searching and updating, and print the results as JSON.
+    """Run the search benchmark, and print and write its results as JSON.
 
-    `--parts` chooses between indexes of several sizes, and `capivara app --watch` on a folder that changes.
+    `--parts index` measures searches in indexes of several sizes. `--parts follow` measures how fast `capivara app
+    --watch` brings changes of a folder into an index.
+
+    Args:
+        argv: Command-line arguments. None uses those of the process.
     """
     args = parse_arguments(SearchArguments, __doc__, argv)
     if args.worker:
@@ -132,15 +138,19 @@ def _time_search_commands(args: SearchArguments, rows: int) -> list[float]:
 
 
 def index_path(work: Path, rows: int) -> Path:
-    """Return the folder of the index that has `rows` rows, inside the work folder `work`."""
+    """Return the path of the generated index with `rows` pictures. The index is a folder inside the work folder."""
     return work / f"index-{rows}.lance"
 
 
 def write_random_vectors_and_queries(work: Path, rows: int) -> None:
-    """Generate the vectors of an index and queries, unless their files exist.
+    """Generate random image vectors and search queries with exact answers, unless their files exist.
 
-    The file `vectors-ROWS.npy` contains float16 vectors of shape (rows, width). The file `answers-ROWS.npz` contains
-    "queries" of shape (queries, width) and "nearest", the row numbers of the K most similar vectors of each query.
+    A benchmark puts the vectors into an index and compares the results of searches with the exact answers. Two files
+    are written:
+
+    - `vectors-ROWS.npy`: float16 vectors of shape (rows, width).
+    - `answers-ROWS.npz`: `{"queries": vectors of shape (queries, width), "nearest": row numbers of the K vectors most
+      similar to each query, of shape (queries, K)}`.
 
     Args:
         work: Folder for the files.
@@ -178,12 +188,12 @@ def _sample_near_centers(centers: np.ndarray, count: int, rng: np.random.Generat
 
 
 def l2_normalize(vectors: np.ndarray) -> np.ndarray:
-    """Scale vectors of shape (rows, width) to unit length."""
+    """Scale each vector to unit length (L2 norm). The shape stays (rows, width)."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def picture_path(row: int) -> str:
-    """Return the path that is stored in row number `row` of a generated index. No such file exists."""
+    """Return the made-up file path of picture number `row` in a generated index. No such file exists."""
     return f"/fotos/{row // 1000:04d}/IMG_{row:07d}.jpg"
 
 
@@ -217,15 +227,17 @@ def _measure_index_creation(args: SearchArguments) -> dict[str, Any]:
 
 
 def build_picture_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table:
-    """Build rows with the schema of the search index; columns without a value are null.
+    """Build rows for the table of a search index from random vectors, without any image files.
+
+    The path, size and date of each picture are made up. Columns without a value are null.
 
     Args:
-        vectors: Vectors of shape (rows, width).
-        start: Number of the first row.
+        vectors: Image vectors of shape (rows, width).
+        start: Number of the first row. It determines the made-up values.
         digest: Digest of the image encoder, for the column `model`.
 
     Returns:
-        Table with one row for each vector.
+        Arrow table with the schema of the search index and one row for each vector.
     """
     numbers, count = range(start, start + len(vectors)), len(vectors)
     columns = {

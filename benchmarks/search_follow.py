@@ -1,10 +1,14 @@
 """Measure a search index that follows a folder of photographs. Run by `benchmarks.search --parts follow`.
 
 To follow a folder means to watch it and to update the index after each change. The benchmark starts the command
-`capivara` in separate processes, as a user would. It measures how accurately an indexing run estimates its remaining
-time, how long an indexing run without new photographs takes, how soon a change of the folder is in the index, and how
-fast the search page answers meanwhile. The photographs of 640 x 480 pixels are random crops of real photographs, with
-added noise like that of a camera sensor.
+`capivara` in separate processes, as a user would. It measures:
+
+- how accurately an indexing run estimates its remaining time;
+- how long an indexing run without new photographs takes;
+- how soon a change of the folder is in the index;
+- how fast the search page answers meanwhile.
+
+The photographs of 640 x 480 pixels are random crops of real photographs, with added noise like that of a camera sensor.
 """
 
 import io
@@ -36,7 +40,7 @@ PHOTO_SIZE = (640, 480)  # width and height in pixels
 PIXEL_NOISE = 3.0  # standard deviation of the noise, in pixel values from 0 to 255
 # Name of an indexing run -> (start, end) of the photographs that the run adds, as fractions of all photographs
 INDEXING_SHARES = {"first": (0, 0.6), "second": (0.6, 0.8), "resumed": (0.8, 1)}
-INTERRUPTION_SHARE = 0.4  # fraction of the pictures of the run "resumed" after which it is interrupted
+INTERRUPTION_SHARE = 0.4  # the run "resumed" is interrupted after this fraction of its pictures
 ESTIMATE_START_S = 5  # estimates in the first seconds after the first picture are not counted
 POLL_INTERVAL_S = 0.25  # time between two readings of the progress
 QUESTION_COUNT = 100  # number of searches that are sent to the search page, to time them
@@ -46,23 +50,25 @@ WAIT_TIMEOUT_S = 120
 
 
 def measure_indexing_watching_and_searches(work: Path, number: int, runs: int) -> dict[str, Any]:
-    """Measure indexing runs, changes of the followed folder, and searches through the search page.
+    """Measure how a search index keeps up with a folder of photographs, and how fast the search page answers.
 
     Args:
-        work: Folder for photographs and index; it contains the folder `model`.
-        number: Number of photographs.
-        runs: How often the changes of the folder, and the indexing run that finds nothing new, are measured.
+        work: Folder for photographs and index. Its subfolder `model` must contain the search model.
+        number: Number of photographs in the followed folder.
+        runs: How often each change of the folder is measured, and each indexing run without new photographs.
 
     Returns:
         A dict with these keys, which is written to search_follow.json:
 
         - "pictures": number of photographs in the folder.
-        - "estimates": `{name in INDEXING_SHARES: result of _index_and_measure_remaining_time_error}`.
+        - "estimates": `{name of the indexing run: how wrong its estimates of the remaining time were}`.
+          `INDEXING_SHARES` lists the names. `_index_and_measure_remaining_time_error` computes the values.
         - "nothing_new_s": seconds of each indexing run that finds nothing new.
-        - "change_in_the_answers_s": `{kind of change: seconds of each run}`, see `_time_folder_changes_reaching_index`.
-        - "page_ms": results of `_time_page_searches`: under "following" while the folder does not change, and under
-          "while_a_burst_is_read" while many new photographs are indexed.
-        - "burst": number of these new photographs.
+        - "change_in_the_answers_s": `{kind of change, such as "moved": seconds until the index shows the change, one
+          value per run}`.
+        - "page_ms": `{"following": search times while the folder does not change, "while_a_burst_is_read": search times
+          while many new photographs are indexed}`, in milliseconds.
+        - "burst": number of the new photographs that are indexed meanwhile.
     """
     work = work.absolute()  # the index stores absolute paths
     folder, where = work / "followed", work / "followed.lance"
@@ -95,14 +101,14 @@ def measure_indexing_watching_and_searches(work: Path, number: int, runs: int) -
 
 
 def write_random_photos(folder: Path, count: int) -> list[Path]:
-    """Generate photographs as JPEG files. Existing files are kept.
+    """Generate photographs as JPEG files, unless they exist. They serve as pictures to index.
 
     Args:
         folder: Folder for the files.
         count: Number of photographs.
 
     Returns:
-        Paths of the photographs.
+        Paths of all `count` photographs.
     """
     paths = [folder / f"IMG_{number:05d}.jpg" for number in range(count)]
     for number, path in enumerate(tqdm(paths, desc="Photographs", unit="picture")):
@@ -207,14 +213,15 @@ def _index_and_measure_remaining_time_error(words: list[str], where: Path) -> di
 
 
 def wait_until(condition: Callable[[], object], seconds: float = WAIT_TIMEOUT_S) -> float:
-    """Wait until a condition is true.
+    """Wait until a condition is true, and return how long that took.
 
     Args:
-        condition: Function that is called every 0.02 seconds.
-        seconds: Longest time to wait.
+        condition: Function without arguments that is called every 0.02 seconds. Waiting ends when it returns a true
+            value.
+        seconds: Longest time to wait, in seconds.
 
     Returns:
-        Seconds until the condition was true.
+        Seconds from the call until the condition was true.
 
     Raises:
         RuntimeError: If the condition is still false after `seconds`.

@@ -1,4 +1,7 @@
-"""Shared tools of all benchmarks: time, memory, separate processes, generated inputs, and the format of results."""
+"""Functions that all benchmarks share: measure time and memory, run modules in processes, and write results as JSON.
+
+There are also functions that generate random captions and a model with random weights as inputs.
+"""
 
 import json
 import statistics
@@ -26,9 +29,13 @@ Result = TypeVar("R")
 
 
 def peak_resident_bytes() -> int:
-    """Return the peak resident memory of this process in bytes.
+    """Return the peak resident memory that this process has used so far, in bytes.
 
-    Reads VmHWM from /proc (Linux), because the value of `getrusage` starts at the peak of the parent process.
+    It is read from VmHWM in /proc/self/status (Linux). `getrusage` is not used, because its value starts at the peak of
+    the parent process.
+
+    Raises:
+        OSError: If /proc/self/status does not exist or has no VmHWM.
     """
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
@@ -37,32 +44,36 @@ def peak_resident_bytes() -> int:
 
 
 def reset_peak_memory() -> int:
-    """Reset the recorded peak memory of this process to the memory that it uses now.
+    """Reset the peak memory that Linux records for this process to the memory in use now.
+
+    A later call of `peak_resident_bytes` then measures only the peak since the reset.
 
     Returns:
-        The new value of `peak_resident_bytes`.
+        The peak right after the reset, that is, the resident memory in use now, in bytes.
     """
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5 resets the peak, see proc(5)
     return peak_resident_bytes()
 
 
 def time_call(call: Callable[[], Any]) -> float:
-    """Call a function once and return how many seconds the call took (wall-clock time)."""
+    """Call a function once, without arguments, and return the wall-clock time of the call in seconds."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
 def run_alternating(programs: dict[Any, Callable[[], Result]], runs: int, title: str) -> dict[Any, list[Result]]:
-    """Run programs in turns, so that a slow phase of the machine affects all of them equally.
+    """Run several programs in turns, so that a slow phase of the machine affects all of them equally.
+
+    With two programs a and b, the order is a, b, a, b, and so on.
 
     Args:
-        programs: Functions by name.
+        programs: `{name: function to call}`.
         runs: Number of calls of each function.
         title: Title of the progress bar.
 
     Returns:
-        Results of each function by name, in the order of the runs.
+        `{name: list of the function's return values, one per run}`.
     """
     results: dict[Any, list[Result]] = {name: [] for name in programs}
     for _ in tqdm(range(runs), desc=title, unit="run"):
@@ -72,33 +83,36 @@ def run_alternating(programs: dict[Any, Callable[[], Result]], runs: int, title:
 
 
 def time_alternating(steps: dict[str, Callable[[], Any]], runs: int, title: str) -> dict[str, list[float]]:
-    """Time functions in alternating runs.
+    """Time several functions in turns, so that a slow phase of the machine affects all of them equally.
 
     Args:
-        steps: Functions by name. Call each function once before, so that the first run is not slower.
-        runs: Number of calls of each function.
+        steps: `{name: function to time}`. Call each function once before, so that its first timed run is not slower.
+        runs: Number of timed calls of each function.
         title: Title of the progress bar.
 
     Returns:
-        Seconds of each run, by name of the function.
+        `{name: list of the seconds of each run}`.
     """
     return run_alternating({name: partial(time_call, step) for name, step in steps.items()}, runs, title)
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Return the median over all runs of the ratio of two programs' times or rates.
+    """Compare two programs by the median, over all runs, of the ratio of their times or rates.
 
     A slow phase of the machine slows down both programs in the same run, so its effect cancels out in the ratio.
 
     Args:
         numerators: Seconds or rate of the first program in each run.
-        denominators: Seconds or rate of the second program in each run.
+        denominators: Seconds or rate of the second program in each run, in the same order.
+
+    Returns:
+        Median of `numerators[i] / denominators[i]` over the runs i.
     """
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def summarize_rates(rates: Sequence[float]) -> dict[str, float]:
-    """Summarize the rates of several runs.
+    """Summarize the speed of several runs by the median, the slowest and the fastest rate.
 
     Args:
         rates: Rate of each run in items per second.
@@ -110,18 +124,21 @@ def summarize_rates(rates: Sequence[float]) -> dict[str, float]:
 
 
 def run_module_in_subprocess(module: str, root: Path = CODE_ROOT, **flags: Any) -> Any:
-    """Run a module of this project in a new process, which has its own peak memory.
+    """Run a benchmark module in a new process, and return the result that the module prints as JSON.
+
+    A new process is used because its peak memory then belongs to this measurement alone.
 
     Args:
         module: Name of the module, such as "benchmarks.export".
-        root: Checkout of this project in which the module runs. Another checkout than this one needs its own `.venv`.
-        **flags: Command-line flags of the module by name, without the leading hyphens.
+        root: Folder of the project's checkout to run. The default is this checkout. Another checkout needs its own
+            `.venv`.
+        **flags: Command-line flags of the module by name, without the leading hyphens. `runs=5` becomes `--runs=5`.
 
     Returns:
-        The value that the last line of the module's output contains as JSON.
+        The JSON value in the last line of the module's output.
 
     Raises:
-        RuntimeError: If the process fails; the message contains the end of its error output.
+        RuntimeError: If the process fails. The message contains the end of its error output.
     """
     python = sys.executable if root == CODE_ROOT else str(root.absolute() / ".venv" / "bin" / "python")
     words = [python, "-m", module, *(f"--{name}={value}" for name, value in flags.items())]
@@ -132,15 +149,15 @@ def run_module_in_subprocess(module: str, root: Path = CODE_ROOT, **flags: Any) 
 
 
 def make_captions(count: int, words: int = 18, deviation: float = 4.5) -> list[str]:
-    """Generate captions of random words; the same arguments give the same captions.
+    """Generate captions of random Portuguese words as test inputs. The same arguments give the same captions.
 
     Args:
         count: Number of captions.
-        words: Average number of words. Every caption has between 5 and 68 words.
+        words: Average number of words per caption. Every caption has between 5 and 68 words.
         deviation: Standard deviation of the number of words.
 
     Returns:
-        The captions: Portuguese words from `CAPTION_WORDS`, separated by spaces.
+        The captions: words from `CAPTION_WORDS`, separated by spaces.
     """
     rng = np.random.default_rng(0)
     lengths = rng.normal(words, deviation, count).round().clip(5, 68).astype(int)
@@ -148,10 +165,12 @@ def make_captions(count: int, words: int = 18, deviation: float = 4.5) -> list[s
 
 
 def save_random_model(folder: Path) -> int:
-    """Save a CAPIVARA model of the published size with random weights, unless the folder already contains a model.
+    """Save a CAPIVARA model with random weights in the published size, for measurements without a download.
+
+    If the folder already contains a model, nothing is written.
 
     Args:
-        folder: Folder to save the model and its processor in.
+        folder: Folder for the model and its processor.
 
     Returns:
         Size of the weight file in bytes.
@@ -170,14 +189,14 @@ def save_random_model(folder: Path) -> int:
 
 
 def describe_measurement_conditions(*packages: str) -> dict[str, Any]:
-    """Describe the conditions of a measurement, to be stored with its results.
+    """Describe where and with which code a benchmark ran, to be stored with its results.
 
     Args:
-        *packages: Names of further packages whose versions are recorded.
+        *packages: Names of packages whose versions are recorded, in addition to those that are always recorded.
 
     Returns:
-        `{"commit": short Git commit, with "+" appended if there are uncommitted changes, "date": YYYY-MM-DD, "device":
-        description of the CPU, "threads": number of torch's threads, "versions": {package: version}}`.
+        `{"commit": short Git commit, with "+" appended if there are uncommitted changes, "date": today as YYYY-MM-DD,
+        "device": description of the CPU, "threads": number of torch's threads, "versions": {package: version}}`.
     """
     import torch  # imported late: the memory of torch must not count in processes that do not use torch
 
@@ -190,7 +209,12 @@ def describe_measurement_conditions(*packages: str) -> dict[str, Any]:
 
 
 def output_results_as_json(results: Any, output: Path | None = None) -> None:
-    """Print the results as JSON in one line, and also write them to `output` if it is given."""
+    """Print the results of a benchmark as one line of JSON, and also write them to a file if requested.
+
+    Args:
+        results: Any value that JSON can represent.
+        output: JSON file to write. None only prints.
+    """
     if output:
         write_json(output, results)
     print(json.dumps(results))

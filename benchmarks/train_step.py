@@ -1,4 +1,4 @@
-"""Measure pairs per second and peak memory of a training step at full size, compared with open_clip's trainer.
+"""Measure the speed and peak memory of training steps at full model size, compared with open_clip's trainer.
 
     python -m benchmarks.train_step
     python -m benchmarks.train_step --model siglip2 --parts programs --runs 3
@@ -6,27 +6,33 @@
     python -m benchmarks.train_step --parts recipe --beside ../capivara-before
     python -m benchmarks.train_step --parts demo --output benchmarks/results/main_job.json
 
-A program is one way to train: open_clip's trainer, or ours with one of three settings. A part, chosen with `--parts`,
-is a group of measurements: `programs` (all programs), `recipe` (the published batch of 2816 pairs) or `demo`.
+Speed is measured in image-text pairs per second. `--parts` chooses what is measured:
 
-The models have random weights, dropout and a frozen image tower; captions have 20 tokens on average. Whole steps
-including the optimizer are timed, after an untimed step. Each measurement runs in a separate process, so that its peak
-memory is that of one program. The programs run alternately:
+- `programs`: a small batch with each program. A program is one way to train: open_clip's trainer, or this project's
+  trainer ("ours") with one of three settings.
+- `recipe`: the batch of 2816 pairs that the CAPIVARA paper uses, with our trainer.
+- `demo`: the commands of `make demo`, without the installation. They run twice per checkout.
 
-- `open_clip`: `open_clip_train` with `--lock-image --grad-checkpointing --accum-freq`; it pads texts to 77 tokens.
-- `no_cache`: our trainer; images pass through the frozen tower at every step, from pixels in memory as for open_clip.
+The models have random weights, dropout and a frozen image tower. Captions have 20 tokens on average. Whole steps
+including the optimizer are timed, after an untimed step. Each measurement runs in a separate process, because its peak
+memory must not include other programs. The programs run alternately:
+
+- `open_clip`: open_clip's trainer, `open_clip_train`, with `--lock-image --grad-checkpointing --accum-freq`. It pads
+  all texts to 77 tokens.
+- `no_cache`: our trainer without cached image embeddings. At every step, the images pass through the frozen image
+  tower. As for open_clip, their pixels are already in memory.
 - `cache`: our trainer on image embeddings that were computed before.
-- `cache_recomputed`: as `cache`, but the autograd graphs of all micro-batches are recomputed, as for a batch of 2816
-  pairs, whose graphs do not fit into memory.
+- `cache_recomputed`: the same as `cache`, but the autograd graphs of all micro-batches are recomputed in the backward
+  pass. This is necessary for a batch of 2816 pairs, because its graphs do not fit into memory.
 
-`--beside CHECKOUT` compares this checkout with another checkout, which needs its own .venv. Only `no_cache`, `cache`
-and the part `recipe` are measured. Each alternates with the same program of the other checkout. Ratios are the rate of
-this checkout divided by the rate of the other checkout. `--parts demo` times the commands of `make demo`, without the
-installation, twice per checkout.
+`--beside CHECKOUT` compares this checkout with another checkout of the project, which needs its own .venv. Only
+`no_cache`, `cache` and the part `recipe` are measured. Each runs alternately with the same program of the other
+checkout. Ratios are the rate of this checkout divided by the rate of the other checkout.
 
-`--model siglip2` measures SigLIP 2 B/16 with the sigmoid loss against open_clip's `--siglip` on its ViT-B-16-SigLIP2;
-`siglip2_large` and `siglip2_so400m` measure L/16 at 256 pixels and So400m/14 at 224 pixels. Texts have 64 random ids,
-because SigLIP always pads to 64, and neither program has dropout.
+`--model` chooses the architecture. The default is CAPIVARA. `siglip2` is SigLIP 2 B/16 with the sigmoid loss. It is
+compared with open_clip's ViT-B-16-SigLIP2, trained with `--siglip`. `siglip2_large` is SigLIP 2 L/16 at 256 pixels, and
+`siglip2_so400m` is So400m/14 at 224 pixels. SigLIP's texts have 64 random token ids, because SigLIP always pads to 64
+tokens. Neither program uses dropout for SigLIP.
 
 The part `recipe` uses the program `cache_recomputed`. What it measures depends on `--pairs`:
 
@@ -36,9 +42,10 @@ The part `recipe` uses the program `cache_recomputed`. What it measures depends 
 - `--pairs N`, with N below 2816: the second step of N pairs and the second step of N / 2 pairs. The memory of 2816
   pairs is extrapolated from these two measurements by `EXTRAPOLATION_RULE`.
 
-All programs get the same batch, in micro-batches of their own size (see the results). open_clip needs at least two
-micro-batches: with one, it does not accumulate gradients, and a batch of 2816 would be impossible. Apart from that,
-open_clip's cost per pair does not depend on the number of micro-batches.
+All programs get the same batch. Each program splits it into micro-batches of its own size, which the results contain.
+open_clip needs at least two micro-batches. With a single micro-batch, it would not accumulate gradients, and a batch of
+2816 pairs would be impossible. Apart from that, open_clip's cost per pair does not depend on the number of
+micro-batches.
 """
 
 import os
@@ -118,7 +125,12 @@ OPEN_CLIP_PRECISIONS = {"no": "fp32", "bf16": "amp_bfloat16"}
 
 @dataclass
 class TrainStepArguments:
-    """Command-line arguments of `benchmarks.train_step`."""
+    """Command-line arguments of `benchmarks.train_step`, which measures speed and memory of training steps.
+
+    Raises:
+        ValueError: If a number is too small or `parts` has an unknown value. Also if `pairs` can't be split evenly into
+            at least two micro-batches of open_clip, or is too small for the part `recipe`.
+    """
 
     model: Literal["capivara", "siglip2", "siglip2_large", "siglip2_so400m"] = flag(
         "capivara", "Architecture: CAPIVARA, or SigLIP 2 B/16, L/16 or So400m/14."
@@ -166,18 +178,23 @@ class TrainStepArguments:
 
     @property
     def program_pairs(self) -> int:
-        """Pairs per step in the part `programs`."""
+        """Number of image-text pairs per training step in the part `programs`. Default: 96."""
         return self.pairs or PROGRAM_PAIRS
 
     @property
     def recipe_pairs(self) -> list[int]:
-        """Pairs per step in the part `recipe`: [2816], or [pairs / 2, pairs] if `pairs` was given for this part."""
+        """Batch sizes, in image-text pairs per training step, that the part `recipe` measures.
+
+        [2816] measures only the batch size of the CAPIVARA paper. [pairs / 2, pairs] measures two smaller batches, from
+        which the memory of 2816 pairs is extrapolated. The smaller batches are measured only if `pairs` is given, is
+        not 2816, and the part `programs` is not requested, because `pairs` then belongs to that part.
+        """
         is_published = "programs" in self.parts or self.pairs in (None, RECIPE_PAIRS)
         return [RECIPE_PAIRS] if is_published else [self.pairs // 2, self.pairs]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure the requested parts, and print the results as JSON."""
+    """Run the training step benchmark: time steps of our trainer and of open_clip, and print the results as JSON."""
     args = parse_arguments(TrainStepArguments, __doc__, argv)
     if args.worker:
         tools.output_results_as_json(
@@ -188,18 +205,23 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_requested_benchmarks(args: TrainStepArguments) -> dict[str, Any]:
-    """Run the groups of measurements that `--parts` names; the programs to compare run in turns.
+    """Measure the training steps that `--parts` requests. The compared programs run in turns.
+
+    Running in turns lets a slow phase of the machine affect all programs equally.
 
     Args:
         args: Command-line arguments of the benchmark.
 
     Returns:
-        A dict that is written to the results file. It has the conditions and sizes of the benchmark and these keys:
+        A dict that is written to the results file. It contains the conditions and sizes of the benchmark and these
+        keys:
 
-        - "measured": `{precision: {program: result of _summarize_runs}}`.
-        - "recipe", if requested: result of `_add_seconds_and_extrapolated_memory_to_step`. With `--beside`,
-          "recipe_before" is the same for the other checkout.
-        - "demo", if requested: `{"new": result of _time_demo_commands for this checkout, "old": for the other}`.
+        - "measured": `{precision: {program: result of _summarize_runs}}`, the speed and peak memory of each program.
+        - "recipe", only if requested: speed and memory of the largest measured batch, from
+          `_add_seconds_and_extrapolated_memory_to_step`.
+        - "recipe_before", only with `--beside`: the same as "recipe", measured in the other checkout.
+        - "demo", only if requested: `{"new": seconds and results of the demo's commands in this checkout, "old": the
+          same for the other checkout}`. "old" exists only with `--beside`.
     """
     suffixes = ["", BEFORE_SUFFIX] if args.beside else [""]
     names = [name + suffix for name in ("no_cache", "cache") for suffix in suffixes] if args.beside else PROGRAMS
@@ -335,10 +357,13 @@ def _summarize_runs(runs: list[dict], peer: list[dict] | None, before: list[dict
 
 
 def build_published_config(model: str) -> PreTrainedConfig:
-    """Build the config of a model in the size in which it is published.
+    """Build the model config in the published size, for measurements at full size with random weights.
 
     Args:
-        model: "capivara", or a key of `SIGLIP_SIZES` for a SigLIP 2 model.
+        model: "capivara", or a key of `SIGLIP_SIZES` for a SigLIP 2 model, such as "siglip2_large".
+
+    Returns:
+        A `CapivaraConfig` or a `SiglipConfig`.
     """
     if model == "capivara":
         return CapivaraConfig()
@@ -348,15 +373,15 @@ def build_published_config(model: str) -> PreTrainedConfig:
 
 
 def make_random_token_ids(config: PreTrainedConfig, pairs: int) -> Tensor:
-    """Generate random token ids.
+    """Generate random token ids as a stand-in for tokenized captions. The same arguments give the same ids.
 
     Args:
-        config: Config of the model.
-        pairs: Number of texts.
+        config: Config of the model. It decides between CAPIVARA's and SigLIP's format.
+        pairs: Number of captions.
 
     Returns:
-        For CAPIVARA, ids of shape (pairs, 77): texts of 20 tokens on average, sorted by length and padded. For SigLIP,
-        ids of shape (pairs, 64) without padding.
+        Token ids. For CAPIVARA, they have the shape (pairs, 77): captions of 20 tokens on average, sorted by length and
+        padded. For SigLIP, they have the shape (pairs, 64), without padding.
     """
     generator, siglip = torch.Generator().manual_seed(0), isinstance(config, SiglipConfig)
     shape = pairs, SIGLIP_TOKENS if siglip else PEER_CONTEXT_LENGTH
@@ -387,16 +412,16 @@ def _make_random_pixels(config: PreTrainedConfig, pairs: int) -> Tensor:
 
 
 class TrainingEngine:
-    """Our trainer's computation of a step, on a model with random weights.
+    """Our trainer's computation of one training step, applied to a model with random weights.
 
-    A step computes what `training.loop.TrainingLoop` computes: forward and backward passes and the update of the
-    weights. Data loading, evaluation and checkpoints are left out.
+    Use it to time a step alone. A step computes what `training.loop.TrainingLoop` computes: forward and backward passes
+    and the update of the weights. Data loading, evaluation and checkpoints are left out.
 
     Args:
         config: Config of the model.
         args: Command-line arguments of the benchmark.
-        budget: Bytes of memory for micro-batches whose autograd graph is kept until the backward pass instead of being
-            recomputed; 0 recomputes all graphs. Default: what fits into memory.
+        budget: Bytes of memory for autograd graphs that are kept until the backward pass. The graphs of all further
+            micro-batches are recomputed. 0 recomputes all graphs. None uses as much memory as is free.
     """
 
     def __init__(self, config: PreTrainedConfig, args: TrainStepArguments, budget: float | None = None) -> None:
@@ -416,12 +441,12 @@ class TrainingEngine:
         self.step = WholeBatch(self.prepared_model, self.accelerator, self.args.seed, budget)
 
     def __call__(self, number: int, texts: list[MicroBatch], images: Tensor) -> StepReport:
-        """Compute one step.
+        """Compute one training step.
 
         Args:
-            number: Number of the step.
-            texts: Micro-batches of texts.
-            images: Pixel values (pairs, 3, side, side), or cached embeddings (pairs, width).
+            number: Number of the step, from 0.
+            texts: Micro-batches of token ids.
+            images: Pixel values (pairs, 3, side, side), or cached image embeddings (pairs, width).
 
         Returns:
             Report of the step, which includes the number of micro-batches whose autograd graph was kept.
@@ -444,16 +469,17 @@ class TrainingEngine:
 
 
 def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tuple[list[MicroBatch], Tensor]:
-    """Generate a batch of random texts and images.
+    """Generate a training batch of random texts and images.
 
     Args:
         config: Config of the model.
-        args: Command-line arguments of the benchmark. `worker` determines the kind of images.
+        args: Command-line arguments of the benchmark: the number of pairs, the size of a micro-batch, and the program
+            in `args.worker`. The program determines what represents an image.
 
     Returns:
-        The texts, split into micro-batches of `args.micro` texts; and the images. For the program "no_cache", the
-        images are pixel values of shape (pairs, 3, side, side). For all other programs, they are unit-length image
-        embeddings of shape (pairs, width).
+        Tuple (texts, images). The texts are token ids, split into micro-batches of `args.micro` texts. For the program
+        "no_cache", the images are pixel values of shape (pairs, 3, side, side). For all other programs, they are image
+        embeddings of shape (pairs, width) and unit length.
     """
     texts = []
     for number, ids in enumerate(make_random_token_ids(config, args.pairs).split(args.micro)):
@@ -468,15 +494,15 @@ def make_random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tup
 
 
 def measure_our_trainer(args: TrainStepArguments) -> dict[str, Any]:
-    """Measure our trainer once.
+    """Time training steps of this project's trainer in this process, and read the peak memory of the process.
 
     Args:
-        args: Command-line arguments of the benchmark.
+        args: Command-line arguments of the benchmark. `args.worker` is the program to measure, such as "cache".
 
     Returns:
         A dict with these keys:
 
-        - "pairs_per_second": number of pairs divided by the median seconds of the timed steps.
+        - "pairs_per_second": number of image-text pairs divided by the median seconds of the timed steps.
         - "step_s": seconds of each timed step.
         - "graphs_kept": for each timed step, the number of micro-batches whose autograd graph was kept until the
           backward pass instead of being recomputed.
@@ -500,11 +526,16 @@ def measure_our_trainer(args: TrainStepArguments) -> dict[str, Any]:
 
 
 class PeerBatches(list):
-    """A list of micro-batches with the attributes `num_batches` and `num_samples`, which `train_one_epoch` reads."""
+    """List of micro-batches with the two attributes that open_clip's function `train_one_epoch` reads.
+
+    The attributes, which the caller sets, are `num_batches` and `num_samples`. A plain list can't have attributes.
+    """
 
 
 def measure_open_clip_trainer(args: TrainStepArguments) -> dict[str, Any]:
-    """Measure open_clip's trainer once, on open_clip's model of the same architecture.
+    """Time training steps of open_clip's trainer in this process, and read the peak memory of the process.
+
+    The trained model is open_clip's model of the architecture that `args.model` names.
 
     Args:
         args: Command-line arguments of the benchmark.
@@ -512,7 +543,7 @@ def measure_open_clip_trainer(args: TrainStepArguments) -> dict[str, Any]:
     Returns:
         A dict with these keys:
 
-        - "pairs_per_second": number of pairs divided by the median seconds of the timed steps.
+        - "pairs_per_second": number of image-text pairs divided by the median seconds of the timed steps.
         - "step_s": seconds of each timed step.
         - "padded_tokens": number of tokens to which all texts are padded.
         - "peak_memory_bytes": peak resident memory of the process.
@@ -552,13 +583,14 @@ def measure_open_clip_trainer(args: TrainStepArguments) -> dict[str, Any]:
 
 
 def build_open_clip_arguments(args: TrainStepArguments) -> Any:
-    """Build the arguments of open_clip's trainer.
+    """Translate this benchmark's arguments to the arguments of open_clip's trainer.
 
     Args:
         args: Command-line arguments of this benchmark.
 
     Returns:
-        The namespace of open_clip's parser, with the fields that the `main` function of open_clip would add.
+        The namespace from open_clip's argument parser. It also has the fields that open_clip's own `main` function
+        would add.
     """
     from open_clip_train.distributed import init_distributed_device
     from open_clip_train.params import parse_args
@@ -572,16 +604,16 @@ def build_open_clip_arguments(args: TrainStepArguments) -> Any:
 
 
 def build_open_clip_optimizer(model: nn.Module, open_clip_args: Any) -> torch.optim.AdamW:
-    """Build the AdamW optimizer as open_clip 3.3 does.
+    """Build the same AdamW optimizer that open_clip 3.3 builds for its training.
 
     The code is copied from the middle of open_clip's `main` function, because open_clip has no function for it.
 
     Args:
-        model: Model of open_clip; only parameters with `requires_grad` are trained.
+        model: open_clip's model. Only parameters with `requires_grad` are trained.
         open_clip_args: Arguments from `build_open_clip_arguments`.
 
     Returns:
-        The optimizer, without weight decay for biases, gains of normalization layers, and the logit scale.
+        The optimizer. Biases, gains of normalization layers and the logit scale get no weight decay.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     gain_or_bias = {n for n, p in trained if p.ndim < 2 or any(w in n for w in ("bn", "ln", "bias", "logit_scale"))}

@@ -3,15 +3,17 @@
     python -m benchmarks.trim_vocabulary
     python -m benchmarks.trim_vocabulary --models metaclip2 --runs 3
 
-A base model ("base") is the model that a training starts from. Here, each base model has random weights and a text
-tower of the published size. Its image tower is tiny, because trimming does not change it; the parameters and the
-download size of the published image tower are added to the results. Each base model is built and measured in separate
-processes, one after another. The original and the trimmed model are measured alternately. The largest base model,
-MetaCLIP 2, needs 12 GB of memory and 7 GB of disk.
+A base model ("base") is the model that a training starts from. Trimming its vocabulary removes the token embeddings
+that the texts of the chosen languages do not need.
+
+Here, each base model has random weights and a text tower of the published size. Its image tower is tiny, because
+trimming does not change it. The parameters and the download size of the published image tower are added to the results.
+Each base model is built and measured in separate processes, one after another. The original and the trimmed model are
+measured alternately. The largest base model, MetaCLIP 2, needs 12 GB of memory and 7 GB of disk.
 
 The XLM-R vocabulary of CAPIVARA and XLM-R large is the real one. The vocabularies of SigLIP 2 (Gemma's) and MetaCLIP 2
-(XLM-V's) are not on PyPI, so vocabularies of the same kind and size are built from the most frequent words of all
-languages of wordfreq. For these two models, the number of tokens that remain for two languages is only an estimate.
+(XLM-V's) are not on PyPI. For these two models, vocabularies of the same kind and size are built from the most frequent
+words of all languages of wordfreq. The number of tokens that remain for two languages is therefore only an estimate.
 """
 
 import json
@@ -60,12 +62,16 @@ VIT_H |= {"patch_size": 14, "image_size": 224}
 TINY_TOWER = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 FLOAT_BYTES = 4  # bytes per parameter, because the weights are published in float32
 WORDS_PER_LANGUAGE = 100_000  # at most this many words; most of wordfreq's lists are shorter
-ADDED_TOKEN_SCORE = -11.0  # log-probability of an added word, higher than the sum for the tokens that it replaces
+ADDED_TOKEN_SCORE = -11.0  # log-probability of an added word, so high that the word is preferred to shorter tokens
 
 
 @dataclass
 class TrimBenchmarkArguments:
-    """Command-line arguments of `benchmarks.trim_vocabulary`."""
+    """Command-line arguments of `benchmarks.trim_vocabulary`, which measures what a smaller vocabulary saves.
+
+    Raises:
+        ValueError: If a base model is unknown, or `captions` or `runs` is below 1.
+    """
 
     models: list[str] = flag([*BASES], f"Base models to measure, among {', '.join(BASES)}. Other results are kept.")
     languages: list[str] = flag(["pt", "en"], "Languages to keep.")
@@ -83,7 +89,14 @@ class TrimBenchmarkArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: measure the requested base models, and print the results as JSON."""
+    """Run the vocabulary benchmark: measure each requested base model before and after trimming.
+
+    The results are printed as JSON and written to the file `--output` after each model. Results in this file for other
+    base models are kept.
+
+    Args:
+        argv: Command-line arguments. None uses those of the process.
+    """
     args = parse_arguments(TrimBenchmarkArguments, __doc__, argv)
     if args.worker:
         tools.output_results_as_json(build_or_measure_model(args))
@@ -95,13 +108,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def build_or_measure_model(args: TrimBenchmarkArguments) -> dict[str, Any]:
-    """Do the work of a worker process: build or measure one model.
+    """Build one model or measure one model, in a worker process that the benchmark starts.
 
     Args:
-        args: Command-line arguments of the benchmark. `worker` decides what is done.
+        args: Command-line arguments of the worker. If `worker` is "make", the model `models[0]` is built with random
+            weights and saved in `folder`. If it is "measure", the model in `folder` is measured.
 
     Returns:
-        Result of `_save_random_base_with_tiny_image_tower` or `_measure_memory_and_text_speed`.
+        For "make", `{"vocabulary": "real" or "synthesized", "left_out_parameters": parameters of the published image
+        tower minus those of the tiny image tower}`. For "measure", `{"memory_bytes": memory that the model needs,
+        "texts_per_second": speed of embedding captions}`.
     """
     if args.worker == "make":
         return _save_random_base_with_tiny_image_tower(args.models[0], args.folder)
@@ -184,7 +200,7 @@ def _measure_memory_and_text_speed(folder: Path, captions: int) -> dict[str, flo
     return {"memory_bytes": memory, "texts_per_second": captions / seconds}
 
 
-# ---- bases with random weights ----
+# ---- base models with random weights ----
 
 
 def _save_random_base_with_tiny_image_tower(name: str, folder: Path) -> dict[str, Any]:
@@ -212,7 +228,14 @@ def _save_random_base_with_tiny_image_tower(name: str, folder: Path) -> dict[str
 
 
 def get_base_class_and_config(name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """Return the model class and the published config of the base model `name`, one of `BASES`."""
+    """Return the model class and the config of a base model in its published size.
+
+    Args:
+        name: Name of the base model, one of `BASES`, such as "metaclip2".
+
+    Returns:
+        Tuple (model class, config), from which a model with random weights can be built.
+    """
     if name in SIGLIP_SIZES:
         return SiglipModel, build_published_config(name)
     if name == "metaclip2":
@@ -247,7 +270,11 @@ def _build_processor_and_vocabulary_kind(name: str, image_size: int) -> tuple[Pr
 
 
 def iter_words_of_all_languages() -> Iterator[str]:
-    """Yield the distinct words of all languages of wordfreq, the most frequent words of each language first."""
+    """Yield the frequent words of all languages of the package wordfreq, each word once.
+
+    The words come by their rank: first the most frequent word of every language, then the second of every language, and
+    so on.
+    """
     import wordfreq
 
     lists = [frequent_words(language, WORDS_PER_LANGUAGE) for language in sorted(wordfreq.available_languages())]
@@ -255,7 +282,9 @@ def iter_words_of_all_languages() -> Iterator[str]:
 
 
 def synthesize_bpe_tokenizer(size: int) -> Siglip2Tokenizer:
-    """Build a BPE tokenizer like that of SigLIP 2. Its tokens are all bytes and the beginnings of frequent words.
+    """Build a BPE tokenizer of a given size as a stand-in for SigLIP 2's tokenizer, which is not on PyPI.
+
+    Its tokens are special tokens, all bytes, and the beginnings of frequent words of all languages.
 
     Args:
         size: Number of tokens.
@@ -281,7 +310,9 @@ def synthesize_bpe_tokenizer(size: int) -> Siglip2Tokenizer:
 
 
 def synthesize_unigram_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """Build a unigram tokenizer like XLM-V's. Its tokens are the tokens of XLM-R and additional frequent words.
+    """Build a unigram tokenizer of a given size as a stand-in for XLM-V's tokenizer, which is not on PyPI.
+
+    Its tokens are the tokens of XLM-R and additional frequent words of all languages.
 
     Args:
         size: Number of tokens.

@@ -25,16 +25,16 @@ TRACK_PATH = (b"moov", b"trak", b"mdia", b"minf", b"stbl")  # boxes around the s
 
 
 def largest_frame_size(data: bytes) -> tuple[int, int]:
-    """Return the size of the largest frame that the AV1 streams of an AVIF file declare.
+    """Return the size of the largest frame in an AVIF file, without decoding it, so that huge frames can be refused.
 
-    The streams of all items of a still image are read (the image, its tiles and its transparency), and the first sample
-    of each track of an image sequence.
+    The size is read from the headers of the AV1 streams in the file. Of a still image, the streams of all items are
+    read: the image, its tiles and its transparency. Of an image sequence, the first sample of each track is read.
 
     Args:
         data: Content of the whole file.
 
     Returns:
-        (width, height) in pixels of the frame with the most pixels; (0, 0) if no stream has a readable sequence header.
+        (width, height) in pixels of the frame with the most pixels. (0, 0) if no stream has a readable header.
     """
     file, sizes = memoryview(data), [(0, 0)]
     for find_streams in (_item_streams, _track_streams):

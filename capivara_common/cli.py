@@ -1,7 +1,7 @@
-"""Parse the command line of a command into a dataclass, and report user errors in one line.
+"""Parse the flags of a command into a dataclass, and report user errors in one line instead of a traceback.
 
-The fields of the dataclass define the flags. A YAML config file may set the same names. transformers'
-`HfArgumentParser` turns the fields into flags, checks the types of the values and prints `--help`.
+Each field of the dataclass defines a flag. A YAML config file may set the same names. `HfArgumentParser` of
+transformers turns the fields into flags, checks the types of the values and prints `--help`.
 
 Example:
     @dataclass
@@ -32,22 +32,26 @@ T = TypeVar("T")
 
 
 class UsageError(ValueError):
-    """Error of a command line: an unknown flag, or a value of the wrong type or out of range. The exit code is 2."""
+    """Error for a wrong command line: an unknown flag, or a value of the wrong type or out of range.
+
+    `run_main_and_report_user_errors` ends the process with exit code 2 for this error, and with 1 for other errors.
+    """
 
 
 def make_coded_error(
     error_type: Callable[[str], Exception], code: str | None, template: str, /, **values: object
 ) -> Exception:
-    """Create an exception whose message `capivara_search` can show in the user's language.
+    """Create an exception whose message the picture search `capivara_search` can show in the user's language.
 
     Args:
-        error_type: Exception class.
-        code: Key of the message in the translations of `capivara_search`; None if the message is not translated.
-        template: English message. It contains `{name}` where the value `name` is inserted.
-        **values: Values to insert into the message, by name.
+        error_type: Exception class, such as ValueError.
+        code: Key of the message in the translations of `capivara_search`. None if the message is not translated.
+        template: English message with placeholders such as `{path}`.
+        **values: Value for each placeholder, such as `path="a.jpg"`.
 
     Returns:
-        The exception, with the attributes `code` and `values` for the translation.
+        The exception with the English message. It is not raised yet. With its attributes `code` and `values`,
+        `capivara_search` builds the translated message.
     """
     error = error_type(template.format(**values))
     error.code, error.values = code, values
@@ -62,8 +66,9 @@ def run_main_and_report_user_errors(main: Callable[[], object], resumable: bool 
     that `main` can clean up, and then ends the process with exit code 130.
 
     Args:
-        main: Function that does the work.
-        resumable: Whether the same command can continue after Ctrl-C. If True, the last line of output says so.
+        main: Function without arguments that does the work of the command.
+        resumable: Whether the same command continues the work if it is run again after Ctrl-C. If True, the last line
+            of output says so.
     """
     raise_on_interrupt()
     configure_console()
@@ -79,10 +84,11 @@ def run_main_and_report_user_errors(main: Callable[[], object], resumable: bool 
 
 
 def configure_console() -> None:
-    """Make all output of this process printable: escape characters that the terminal can't show, use UTF-8 on Windows.
+    r"""Set up stdout and stderr so that printing any text never fails.
 
-    Without this, a character that the terminal can't show would raise UnicodeEncodeError. For output to a file or to
-    another program, Windows would use a code page of 256 characters.
+    A character that the terminal can't show is printed as an escape such as `\u2026`. Without this setting, it would
+    raise UnicodeEncodeError. On Windows, the output is UTF-8. For output to a file or to another program, Windows would
+    otherwise use a code page of 256 characters.
     """
     options = {"encoding": "utf-8"} if sys.platform == "win32" else {}
     for stream in (sys.stdout, sys.stderr):
@@ -93,16 +99,16 @@ def configure_console() -> None:
 def parse_arguments(
     arguments_type: type[T], description: str | None, argv: list[str] | None = None, config: bool = False
 ) -> T:
-    """Parse a command line into a dataclass.
+    """Parse the command line of this process into a dataclass with one field per flag.
 
     Args:
         arguments_type: Dataclass whose fields are created by `flag`. If it inherits from several dataclasses, its class
             attribute `groups` may list these dataclasses. `--help` then shows the flags of each listed dataclass under
-            a title of their own. The title is the attribute `_argument_group_name` of the listed dataclass.
+            a separate title. The title is the attribute `_argument_group_name` of the listed dataclass.
         description: Text that `--help` shows above the flags.
-        argv: Words of the command line. Default: `sys.argv[1:]`.
-        config: Whether the command has the flag `--config FILE.yaml`, which reads values of flags from a file. Flags on
-            the command line override the file.
+        argv: Words of the command line, without the name of the program. Default: `sys.argv[1:]`.
+        config: Whether to add the flag `--config FILE.yaml`, which reads values of flags from a YAML file. Flags on the
+            command line override the file.
 
     Returns:
         An instance of `arguments_type`.
@@ -174,10 +180,10 @@ def _build_parser(arguments_type: Any, description: str | None) -> argparse.Argu
 
 
 class CommandHelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Formatter for `--help` that lists required flags first, shows default values, and keeps line breaks."""
+    """Formatter for the output of `--help`: lists required flags first, shows default values, and keeps line breaks."""
 
     def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
-        """Add the flags of a group to the help, required flags first."""
+        """Add the flags of a group to the help text, required flags first; argparse calls this method."""
         super().add_arguments(sorted(actions, key=lambda action: not action.required))
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -185,17 +191,20 @@ class CommandHelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawD
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
-    """Create a dataclass field that `parse_arguments` reads from the command line.
+    """Declare a command-line flag as a field of a dataclass.
+
+    For example, the field `steps: int = flag(100, "Number of steps.")` declares the flag `--steps`. `parse_arguments`
+    reads the value of the field from the command line.
 
     Args:
-        default: Default value; `...` makes the flag required.
+        default: Default value. The value `...` (Ellipsis) makes the flag required.
         help: Description of the flag for `--help`.
         **options: Keyword arguments of `argparse.ArgumentParser.add_argument`. Two more options are possible:
             `positional=True` makes a positional argument instead of a flag. `group="title"` lists the flag in `--help`
-            under that title, after the flags without a group.
+            under this title, after the flags without a group.
 
     Returns:
-        A dataclass field whose metadata are `help` and `options`.
+        A dataclass field. Its metadata contain `help` and `options`, from which the parser is built.
     """
     metadata = {"help": help, **options}
     if default is ...:
@@ -206,12 +215,12 @@ def flag(default: Any, help: str, **options: Any) -> Any:
 
 
 def check_at_least(arguments: Any, minimum: float, *names: str) -> None:
-    """Check that attributes of an object are at least `minimum`.
+    """Check that numeric attributes of an object, such as command-line flags, are not too small.
 
     Args:
         arguments: Object with the attributes, such as a dataclass of command-line arguments.
         minimum: Smallest allowed value.
-        *names: Names of the attributes to check. An attribute may be None.
+        *names: Names of the attributes to check. An attribute with the value None is accepted.
 
     Raises:
         ValueError: If an attribute is below `minimum` or NaN.
@@ -222,13 +231,13 @@ def check_at_least(arguments: Any, minimum: float, *names: str) -> None:
 
 
 def check_between(arguments: Any, low: float, high: float, *names: str) -> None:
-    """Check that attributes of an object are between `low` and `high`.
+    """Check that numeric attributes of an object, such as command-line flags, lie in an allowed range.
 
     Args:
         arguments: Object with the attributes, such as a dataclass of command-line arguments.
         low: Smallest allowed value.
         high: Largest allowed value.
-        *names: Names of the attributes to check. An attribute may be None.
+        *names: Names of the attributes to check. An attribute with the value None is accepted.
 
     Raises:
         ValueError: If an attribute is below `low`, above `high` or NaN.
@@ -239,10 +248,14 @@ def check_between(arguments: Any, low: float, high: float, *names: str) -> None:
 
 
 def read_yaml_config(path: Path) -> dict[str, Any]:
-    """Read a YAML config file.
+    """Read a YAML config file, and leave all numbers and booleans as text, to be converted like values of flags.
+
+    Args:
+        path: The YAML file. It must contain lines of the form `key: value`.
 
     Returns:
-        The keys and values of the file. Numbers, booleans and other scalars are returned as text, such as "1e-4".
+        `{key: value}`. A number, boolean or other scalar is returned as text, such as "1e-4". Empty if the file is
+        empty.
 
     Raises:
         OSError: If the file can't be read.
@@ -261,11 +274,11 @@ def read_yaml_config(path: Path) -> dict[str, Any]:
 
 
 def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str) -> list[str]:
-    """Convert the content of a config file to the words of a command line.
+    """Convert the content of a config file to command-line flags, so that one parser checks both.
 
     Args:
-        content: Keys and values of the file, from `read_yaml_config`.
-        arguments_type: Dataclass whose fields are the allowed keys.
+        content: Keys and values of the config file, from `read_yaml_config`.
+        arguments_type: Dataclass with the flags of the command. Its field names are the allowed keys.
         subject: Name of the file for error messages.
 
     Returns:
@@ -297,12 +310,12 @@ def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str)
 
 
 def unknown_name_message(name: str, kind: str, known: list[str], advice: str = "`--help` lists all flags.") -> str:
-    """Return the error message for an unknown name, such as "Unknown flag: `--step`. Did you mean `--steps`? …".
+    """Return the error message for a misspelled name, such as "Unknown flag: `--step`. Did you mean `--steps`? …".
 
     Args:
-        name: The unknown name.
+        name: The unknown name that the user wrote.
         kind: What the name stands for, for example "flag".
-        known: All known names. If a known name is similar, the message suggests the most similar name.
+        known: All valid names. If one or more are similar to `name`, the message suggests the most similar name.
         advice: Last sentence of the message.
     """
     known_by_bare_name = {key.lstrip("-"): key for key in known}

@@ -1,4 +1,4 @@
-"""Measure which number of images per forward pass, and which precision, embeds images fastest on this CPU.
+"""Measure which setting embeds images fastest on this CPU: number of images per forward pass, or precision.
 
     embed = with_tuned_chunk_size(embed, len(images), device, encoder_digest, output)
     vectors = embed(images[:32])  # the first call measures
@@ -45,7 +45,9 @@ logger = logging.getLogger("capivara")
 def with_tuned_chunk_size(
     embed: Callable[..., Any], image_count: int, device: "torch.device | str", encoder: str, record: Path | None = None
 ) -> Callable[[Sequence[Any]], Any]:
-    """Wrap a function that embeds images, so that it uses the fastest number of images per forward pass.
+    """Wrap a function that embeds images, so that it uses the number of images per forward pass that is fastest here.
+
+    The best number differs between CPUs, so it is measured.
 
     Args:
         embed: Function that embeds a list of images. It must have the keyword parameter `chunk_images`, the number of
@@ -53,13 +55,13 @@ def with_tuned_chunk_size(
         image_count: Number of images to embed in total, including images that an earlier run or another task embeds.
             If there are fewer than `LONG_PASS_IMAGES`, nothing is measured, and `embed` uses its default.
         device: Device of the model. On a GPU, nothing is measured, and `embed` uses its default.
-        encoder: Digest of the image encoder and the precision. The choice is stored in the cache under this digest.
-        record: Folder in which the choice is recorded, for example the output folder of the run. None: the choice is
-            not recorded.
+        encoder: Digest of the image encoder and the precision. It is part of the cache key of the chosen number.
+        record: Folder in which the chosen number is written, for example the output folder of the run. A resumed run
+            then uses the same number. None: the number is stored only in the cache of this machine.
 
     Returns:
-        Function that embeds a list of at least one image. Its first call measures, unless the choice is
-        stored in `record` or in the cache.
+        Function that embeds a list of at least one image. Its first call measures, unless the number is already stored
+        in `record` or in the cache. On a GPU or for few images, `embed` itself is returned.
     """
     if image_count < LONG_PASS_IMAGES or str(device).partition(":")[0] != "cpu":
         return embed
@@ -80,20 +82,21 @@ def load_or_measure_fastest_setting(
 ) -> Any:
     """Return the value of a setting with which images are embedded fastest on this CPU.
 
-    The value is read from the folder `record`, otherwise from the cache for this CPU, model and versions of torch and
-    transformers. If neither has a readable file, the candidates are measured. The default value stays unless another
-    value is faster by `MIN_SPEEDUP` and hardly changes the embeddings (`MIN_COSINES`).
+    The value is read from a file in the folder `record`. If there is none, it is read from the cache for this CPU,
+    model and versions of torch and transformers. If the cache has no value either, the speed of each candidate is
+    measured. The default value stays, unless another value is faster by the factor `MIN_SPEEDUP` and hardly changes the
+    embeddings (`MIN_COSINES`).
 
     Args:
         setting: Name of the setting, a key of `MIN_COSINES`.
         candidates: `{value: function}`. The function embeds a sample of images with this value of the setting, and
             returns vectors of unit length as an array (images, width). The first value is the default.
         encoder: Digest of the image encoder.
-        record: Folder in which the choice is recorded, for example the output folder of the run. None: the choice is
-            not recorded.
+        record: Folder in which the chosen value is written, for example the output folder of the run. A resumed run
+            then uses the same value. None: the value is stored only in the cache of this machine.
 
     Returns:
-        A key of `candidates`.
+        The chosen value, a key of `candidates`.
     """
     output_file = record and record / f"fastest-{setting}.json"
     if output_file and (content := _read_choice(output_file, candidates)):

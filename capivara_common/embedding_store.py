@@ -29,7 +29,7 @@ STORE_VERSION = 3
 # Glob patterns of files that earlier versions of this module wrote, relative to the parent folder of a store. The files
 # are no longer read; the user is told that they can be deleted.
 OLD_FILE_PATTERNS = ("*/*.npy", "*/shard-*.arrow")
-Place = tuple[int, int]  # number of a row, and number of a view (augmented variant) of the image in this row
+Place = tuple[int, int]  # number of a row, and number of a view (augmented copy) of the image in this row
 Embed = Callable[[list[Any]], Iterable[np.ndarray]]  # function from a list of loaded items to one vector per item
 logger = logging.getLogger("capivara")
 
@@ -37,19 +37,19 @@ logger = logging.getLogger("capivara")
 def embed_batch_except_bad_images(
     items: Sequence[Any], embed: Embed, skip_refused: bool = False
 ) -> list[np.ndarray | BadImage]:
-    """Embed the good images of a batch, and return an error in place of each image that can't be used.
+    """Embed a batch in which some images could not be loaded, so that a bad image does not stop the whole run.
 
     Args:
-        items: Loaded images. An image that could not be loaded is a `BadImage`.
+        items: One entry per image: the loaded image, or a `BadImage` error if the image could not be loaded.
         embed: Function that embeds a list of at least one loaded image. It raises ValueError if it refuses an image.
         skip_refused: What to do if `embed` raises ValueError. True: embed the images one by one, and return a
-            `BadImage` for each image that is refused. False: raise the error.
+            `BadImage` error for each image that is refused. False: raise the error.
 
     Returns:
-        One entry per item: the embedding, (width,), or a `BadImage` if the image can't be used.
+        One entry per item: the embedding of shape (width,), or a `BadImage` error if the image can't be used.
 
     Raises:
-        ValueError: If `embed` refuses an image and `skip_refused` is not set.
+        ValueError: If `embed` refuses an image and `skip_refused` is False.
     """
     good = [item for item in items if not isinstance(item, BadImage)]
     try:
@@ -65,21 +65,24 @@ def embed_batch_except_bad_images(
 
 
 class EmbeddingStore:
-    """Embeddings on disk, in shards of consecutive rows. All shards of a store were computed with the same settings.
+    """A cache of embeddings on disk, which computes each missing embedding once and then reads it from a file.
 
-    A shard is an Arrow file with the columns `vectors`, `reason` and `detail`. A bad row, for example one with an
-    unreadable image, has an empty list in `vectors`; its `reason` and `detail` say what is wrong. The file name is a
-    digest of the shard's items. If rows are appended to a dataset, the shards that were full before stay valid.
+    All embeddings of a store were computed with the same settings. They are stored in shards, that is, Arrow files with
+    the embeddings of consecutive rows. A shard has the columns `vectors`, `reason` and `detail`. A bad row, for example
+    a row with an unreadable image, has an empty list in `vectors`. Its `reason` and `detail` say what is wrong. The
+    file name contains a digest of the images or texts of the shard. If rows are appended to a dataset, the shards that
+    were full before stay valid.
 
     A shard is written atomically and ends with a digest, so that an incomplete or damaged file is detected. If an
     interrupted run is repeated, only missing and damaged shards are computed. The processes of a distributed launch
-    divide the shards among themselves. All items of a batch are in one shard, so a shard has the same bits whichever
-    process computes it.
+    divide the shards among themselves. A batch never crosses the border of a shard. A shard therefore has the same bits
+    whichever process computes it.
 
     Args:
         root: Folder of all stores. A store is a folder in it, named by a digest of the settings.
-        settings: Everything besides the items that changes an embedding, as JSON values: the encoder with its
-            preprocessing, the precision, and for augmented views the augmentation with its seed and library version.
+        settings: Everything besides the images or texts that changes an embedding, as JSON values: the encoder with
+            its preprocessing, and the precision. For augmented images also the augmentation, with its seed and library
+            version.
         batch_size: Number of items that are embedded together. It changes the last bits of embeddings, so a store with
             another batch size is another folder.
         dtype: NumPy type of the stored numbers.
@@ -91,10 +94,12 @@ class EmbeddingStore:
         self.batch_size, self.dtype = batch_size, dtype
 
     def record_folder(self, items: Sequence[str]) -> Path:
-        """Return the folder for records about the embeddings of these items, such as how they were computed.
+        """Return a folder in which callers can keep notes about these embeddings, such as how they were computed.
+
+        The path depends on the settings of the store and on the items. The folder need not exist.
 
         Args:
-            items: The same items that are passed to `load_or_embed`.
+            items: The same list of image digests or texts that is passed to `load_or_embed`.
         """
         return self.folder / f"records-{json_digest(list(items))}"
 
@@ -108,25 +113,29 @@ class EmbeddingStore:
         rows_per_shard: int = 256,
         views: int = 1,
     ) -> pa.Table:
-        """Load the embeddings of all rows, after computing the missing shards.
+        """Return the embeddings of all rows: read them from disk, after computing the embeddings that are missing.
+
+        Embeddings are computed and stored in shards, that is, files with the embeddings of consecutive rows.
 
         Args:
             items: Identifier of the content of each row: the digest of the image, or the text. A row with an empty
                 string is bad and is not embedded.
             load: Function that loads images or texts. It gets an iterator over the batches of this process. A batch is
-                a list of places; a place is a tuple (row number, view number). The function returns an iterable over
-                the loaded batches, in the same order. A loaded batch has for each place the loaded item, or a
-                `BadImage`. The function may load batches before they are needed.
-            embed: Function that embeds a list of loaded items; see `embed_batch_except_bad_images`.
+                a list of tuples (row number, view number). The function returns an iterable over the loaded batches, in
+                the same order. A loaded batch is a list with the loaded item for each tuple, or a `BadImage` error. The
+                function may load batches before they are needed.
+            embed: Function that gets a list of loaded items, and returns one vector of shape (width,) per item.
             title: Label of the progress bar.
             kind: Singular noun for a row, such as "image" or "text". It is the unit of the progress bar and part of the
                 file names.
             rows_per_shard: Number of rows per shard (file). An interruption loses at most one shard per process.
-            views: Number of views (augmented variants) per row.
+            views: Number of embeddings per row. More than 1 for several views, that is, augmented copies of an image.
 
         Returns:
-            A memory-mapped table with one row per item and the columns of a shard (see the class). For a good row,
-            `vectors` has views * width numbers.
+            A memory-mapped table with one row per item and these columns:
+                vectors: List of views * width numbers; empty for a bad row.
+                reason: Why the row is bad, such as "unreadable image"; "" for a good row.
+                detail: Description of the problem; "" for a good row.
 
         Raises:
             ValueError: If a shard has the wrong number of rows, or `embed` refuses an item.
@@ -216,10 +225,12 @@ def _load_shard(path: Path, row_count: int) -> pa.Table:
 
 
 def vectors_to_array(column: pa.ChunkedArray) -> np.ndarray:
-    """Return a column of vectors as an array, for example the column `vectors` of `EmbeddingStore.load_or_embed`.
+    """Convert an Arrow column of vectors to a NumPy array.
+
+    For example, convert the column `vectors` of a table from `EmbeddingStore.load_or_embed`, without the bad rows.
 
     Args:
-        column: Column of lists of numbers. All lists must have the same length; none may be empty or null. Lists of
+        column: Column of lists of numbers. All lists must have the same length. No list may be empty or null. Lists of
             lists are flattened.
 
     Returns:

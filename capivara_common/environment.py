@@ -1,4 +1,4 @@
-"""Information about the machine and the installation: cache folder, packages, versions, processes and devices."""
+"""Find out about this machine and this installation: cache folder, installed packages, processes, CPU and GPU."""
 
 import atexit
 import os
@@ -30,17 +30,17 @@ RECORDED_PACKAGES = (
 
 
 def cache_home() -> Path:
-    """Return the folder of all caches: `$CAPIVARA_CACHE`, or `~/.cache/capivara` by default."""
+    """Return the folder for all caches of this project: `$CAPIVARA_CACHE` if it is set, else `~/.cache/capivara`."""
     return Path(os.environ.get("CAPIVARA_CACHE") or Path.home() / ".cache" / "capivara")
 
 
 def require_packages(purpose: str, extra_name: str | None, *modules: str) -> None:
-    """Check that modules are installed.
+    """Check that the modules of an optional feature are installed, and tell the user how to install missing modules.
 
     Args:
         purpose: Name of the feature that needs the modules. The error message begins with this name.
-        extra_name: Extra of setup.cfg that installs the modules. If None, the error message tells the user to install
-            the modules by their own names.
+        extra_name: Name of the extra (group of optional packages in setup.cfg) that installs the modules. None: the
+            error message tells the user to install the modules by their own names.
         *modules: Import names of the modules.
 
     Raises:
@@ -54,17 +54,21 @@ def require_packages(purpose: str, extra_name: str | None, *modules: str) -> Non
 
 
 def missing_modules(*modules: str) -> list[str]:
-    """Return the import names in `modules` that are not installed, without importing any module."""
+    """Return those of the given modules that are not installed, without importing them.
+
+    Args:
+        *modules: Import names, such as "PIL".
+    """
     return [module for module in modules if not _is_installed(module)]
 
 
 def get_install_command_of_extra(extra_name: str) -> str:
-    """Return the `pip install` command for an extra, that is, a group of optional packages.
+    """Return the `pip install` command that installs an extra, that is, a group of optional packages.
 
-    The command names the checkout if this code runs in a checkout, otherwise the package on PyPI.
+    If this code runs in a Git checkout, the command installs from the checkout, otherwise from PyPI.
 
     Args:
-        extra_name: Name of the extra in setup.cfg.
+        extra_name: Name of the extra in setup.cfg, such as "heic".
     """
     in_checkout = (CODE_ROOT / "setup.cfg").is_file()
     return f'pip install -e ".[{extra_name}]"' if in_checkout else f'pip install "{DISTRIBUTION}[{extra_name}]"'
@@ -79,7 +83,14 @@ def _is_installed(module: str) -> bool:
 
 
 def package_versions(*extra_packages: str) -> dict[str, str]:
-    """Return the versions of Python and of the installed packages among `RECORDED_PACKAGES` and `extra_packages`."""
+    """Return the versions of Python and of the packages that affect results, so that results can record them.
+
+    Args:
+        *extra_packages: PyPI names of packages to list in addition to `RECORDED_PACKAGES`.
+
+    Returns:
+        `{"python": version, name of the package: version, …}`. Packages that are not installed are left out.
+    """
     versions = {"python": platform.python_version()}
     for package in (*RECORDED_PACKAGES, *extra_packages):
         with suppress(metadata.PackageNotFoundError):
@@ -88,14 +99,17 @@ def package_versions(*extra_packages: str) -> dict[str, str]:
 
 
 def get_or_init_distributed_state(timeout: timedelta | None = None) -> "PartialState":
-    """Return Accelerate's `PartialState`. The first call initializes it, which also starts torch.distributed if needed.
+    """Return the role of this process in a distributed launch: its rank, its device, and the number of processes.
+
+    The first call initializes Accelerate's `PartialState`. If a launcher has started several processes, it also
+    connects them through torch.distributed. Later calls return the same state.
 
     Args:
-        timeout: How long this process waits for other processes before it fails. Default: the timeout of
+        timeout: How long this process waits for the other processes before it fails. None: the default of
             torch.distributed, which is ten minutes on the CPU. Only the first call can set the timeout.
 
     Returns:
-        `PartialState` with the rank and the device of this process, and the number of processes.
+        Accelerate's `PartialState`. Without a distributed launch, it describes a single process.
     """
     import torch
     from accelerate import PartialState
@@ -111,14 +125,14 @@ def get_or_init_distributed_state(timeout: timedelta | None = None) -> "PartialS
 
 
 def resolve_device(name: str | None) -> "torch.device":
-    """Return a device of this machine by its name.
+    """Return the torch device to compute on, after checking that this machine has it.
 
     Args:
         name: Name that torch accepts, for example "cpu" or "cuda:1". None or "": the GPU if the machine has one,
             otherwise the CPU.
 
     Returns:
-        The device.
+        The device. Its index is set for a GPU, for example `cuda:0` for the name "cuda".
 
     Raises:
         ValueError: If this machine has no such device.
@@ -134,15 +148,15 @@ def resolve_device(name: str | None) -> "torch.device":
 
 
 def resolve_mixed_precision(requested: str, device: "torch.device") -> str:
-    """Resolve the precision "auto" for a device.
+    """Choose the mixed precision for a device, if the user requested the precision "auto".
 
     Args:
-        requested: Precision in Accelerate's terms ("no", "fp16", "bf16"), or "auto".
-        device: Device that computes.
+        requested: Precision that the user requested: "no" (float32), "fp16", "bf16" or "auto".
+        device: Device that runs the model.
 
     Returns:
-        For "auto": "bf16" if the device supports bfloat16 natively, which is faster, otherwise "no". Any other value is
-        returned as it is.
+        For "auto": "bf16" if the hardware computes in bfloat16, which is faster than float32; otherwise "no". Any other
+        value of `requested` is returned as it is.
     """
     import torch
 
@@ -155,7 +169,14 @@ def resolve_mixed_precision(requested: str, device: "torch.device") -> str:
 
 
 def describe_device(device: "torch.device | str" = "cpu") -> str:
-    """Return the name of a CPU or GPU for results, such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)"."""
+    """Return the hardware name of a device, so that results can record where they were computed.
+
+    Args:
+        device: CPU or GPU as torch names it, such as "cpu" or "cuda:0".
+
+    Returns:
+        Name such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)".
+    """
     import torch  # imported here so that commands can parse their flags before they load torch, which takes seconds
 
     device = torch.device(device)

@@ -52,14 +52,14 @@ START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_met
 
 
 class PhaseStep(PipelineStep):
-    """Step of a datatrove pipeline that runs one phase of a command.
+    """Adapter that lets datatrove run one phase of a command, that is, one step such as scoring rows.
 
-    Tasks on other machines import the function of the phase by the name of its module, so the function must not be
-    defined in `__main__`.
+    datatrove calls `run` once for each task of the phase. Tasks on other machines import the function of the phase by
+    the name of its module, so the function must not be defined in `__main__`.
 
     Args:
         phase: Phase to run.
-        args: Command-line arguments of the command; they are passed to the function of the phase.
+        args: Command-line arguments of the command. They are passed to the function of the phase.
         log_folder: Folder for the logs and failure reasons of all tasks.
         title: Name of the step for logs and error messages, such as "score: merge" (command and phase).
     """
@@ -74,7 +74,7 @@ class PhaseStep(PipelineStep):
 
     @classmethod
     def from_phases(cls, args: ExecutorArguments, phases: dict[str, Phase], title: str) -> "list[PhaseStep]":
-        """Create one step for each phase of a command.
+        """Create the list of steps that `run_phases` runs: one step for each phase of a command.
 
         Args:
             args: Command-line arguments of the command.
@@ -83,20 +83,20 @@ class PhaseStep(PipelineStep):
             title: Name of the command for logs and error messages.
 
         Returns:
-            The steps in the same order, for `run_phases`.
+            The steps, in the order of `phases`.
         """
         return [cls(phase, args, args.log_folder / name, f"{title}: {name}") for name, phase in phases.items()]
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        """Run one task of the phase.
+        """Run one task of the phase, and record on disk whether it has failed. datatrove calls this method.
 
         While the task runs, the file `failures/RANK.txt` in the log folder says that the task has not ended. If the
-        task raises an exception, the file contains the reason; otherwise the file is removed.
+        task raises an exception, the reason is written to this file. If the task succeeds, the file is removed.
 
         Args:
-            data: Not used; datatrove passes the output of the previous step of the pipeline.
-            rank: Number of the task, from 0.
-            world_size: Number of tasks.
+            data: Not used. datatrove passes the output of the previous step of the pipeline.
+            rank: Number of the task, counted from 0.
+            world_size: Total number of tasks.
         """
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         failure_file = self.log_folder / "failures" / f"{rank:05d}.txt"
@@ -113,25 +113,25 @@ class PhaseStep(PipelineStep):
 
 
 def read_task_failures(log_folder: Path) -> dict[int, str]:
-    """Return the reasons why tasks of a phase failed or did not end.
+    """Read from the log folder which tasks of a phase have failed or not ended, and why.
 
     Args:
-        log_folder: Log folder of a phase, which contains the folder `failures`.
+        log_folder: Log folder of a phase. Its subfolder `failures` has one text file for each such task.
 
     Returns:
-        `{rank of the task: reason on one line}` for each task that failed or did not end.
+        `{number of the task: reason on one line}`. Tasks that ended successfully are not included.
     """
     paths = sorted((log_folder / "failures").glob("*.txt"))
     return {int(path.stem): path.read_text(encoding="utf-8").split("\n\n")[0] for path in paths}
 
 
 def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
-    """Run the phases of a command one after another.
+    """Run the phases of a command one after another, each as several tasks on this machine or on a cluster.
 
     Args:
         steps: One step per phase, in order. A step starts only if the previous step is complete.
-        args: Command-line arguments with the executor flags. `args.executor` applies to all steps. If `step.args` has
-            executor flags, too, the other flags of the step (such as `workers`) are read from there.
+        args: Command-line arguments with the executor flags. `args.executor` says where all steps run. The other
+            executor flags, such as `workers`, are read from `step.args` if it has them, otherwise from `args`.
 
     Returns:
         True if all phases are complete. False if the phases were submitted to Slurm as jobs that run later.

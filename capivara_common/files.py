@@ -1,4 +1,9 @@
-"""Write files and folders atomically, clean up after killed processes, and confine links to allowed folders."""
+"""Write files and folders so that a crash never leaves half of the output, and keep links inside allowed folders.
+
+An atomic write first writes a temporary file or folder, and renames it when it is complete. If a process is killed in
+between, the next process that writes the same output removes what is left. `AllowedFolders` refuses paths and links
+that lead out of the folder of a dataset.
+"""
 
 import errno
 import hashlib
@@ -31,7 +36,10 @@ os.umask(UMASK)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text to a file as UTF-8, atomically (see `write_bytes`)."""
+    """Write text to a file as UTF-8, and replace the file if it exists.
+
+    The write is atomic: other processes see either the complete old content or the complete new content.
+    """
     write_bytes(path, text.encode("utf-8"))
 
 
@@ -50,20 +58,20 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path, **fields: type) -> Any:
-    """Return the content of a JSON file, after checking its fields.
+    """Parse a JSON file, and check that it has the required fields.
 
     Args:
-        path: The file.
-        **fields: Name and exact type of each field that the JSON object must have, such as `splits=list`. Without
-            fields, any JSON value is accepted.
+        path: The JSON file.
+        **fields: Name and exact type of each field that the JSON object must have. For example, `splits=list` requires
+            a field "splits" whose value is a list. Without fields, any JSON value is accepted.
 
     Returns:
         The parsed JSON value.
 
     Raises:
         OSError: If the file can't be read.
-        ValueError: If the file is not JSON. If fields are given: also if the value is not an object, or a field is
-            missing or of another type.
+        ValueError: If the file is not JSON. If `fields` are given, also if the JSON value is not an object, or a field
+            is missing or has another type.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -78,7 +86,7 @@ def read_json(path: Path, **fields: type) -> Any:
 
 
 def json_digest(value: Any, sort_keys: bool = False) -> str:
-    """Return the BLAKE2b-128 hex digest of the JSON text of a value.
+    """Return a hex digest (BLAKE2b-128) of a JSON value, for example to use settings as the key of a cache.
 
     Args:
         value: Any value that `json.dumps` accepts.
@@ -88,20 +96,26 @@ def json_digest(value: Any, sort_keys: bool = False) -> str:
 
 
 def append_digest(path: Path) -> None:
-    """Append to a file the SHA-256 digest of its content, so that `matches_appended_digest` can detect damage."""
+    """Append the SHA-256 digest of a file's content to the file, so that damage can be detected later.
+
+    `matches_appended_digest` compares the content with the digest.
+    """
     with path.open("r+b") as file:
         file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
 
 
 def matches_appended_digest(path: Path) -> bool:
-    """Return whether a file exists and is unchanged since `append_digest` was called. The whole file is read."""
+    """Return whether a file is undamaged, that is, its content matches the digest that `append_digest` appended.
+
+    False if the file is missing, can't be read or has no digest. The whole file is read.
+    """
     with suppress(OSError, ValueError), path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
         return data[-DIGEST_HEX_LENGTH:] == hashlib.sha256(memoryview(data)[:-DIGEST_HEX_LENGTH]).hexdigest().encode()
     return False
 
 
 def read_appended_digest(path: Path) -> str:
-    """Return the hex digest that `append_digest` wrote at the end of a file, without checking the file against it."""
+    """Return the hex digest that `append_digest` wrote at the end of a file, without checking the file for damage."""
     with path.open("rb") as file:
         file.seek(-DIGEST_HEX_LENGTH, os.SEEK_END)
         return file.read().decode("ascii")
@@ -109,15 +123,16 @@ def read_appended_digest(path: Path) -> str:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Write a file atomically through a temporary file next to `path`.
+    """Write a file atomically: the `with` block writes a temporary file, which is then renamed to `path`.
 
-    When the block ends, the temporary file is renamed to `path`. If the block fails, the temporary file is removed.
+    Other processes never see an incomplete file. If the `with` block raises an exception, the temporary file is
+    removed, and a file that exists at `path` stays unchanged.
 
     Args:
         path: Final path of the file. Missing parent folders are created.
 
     Yields:
-        Path of the temporary file, which the block must create.
+        Path of the temporary file, in the same folder. The `with` block must create this file.
 
     Raises:
         OSError: If writing fails. If the disk is full, the message says so.
@@ -131,17 +146,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `path` when the block ends, and removed if the block fails.
+    """Write a folder atomically: the `with` block fills a temporary folder, which is then renamed to `path`.
+
+    Other processes never see an incomplete folder. If the `with` block raises an exception, the temporary folder is
+    removed.
 
     Args:
         path: Final path of the folder.
-        overwrite: Whether a folder that exists at `path` may be replaced. It stays until the new folder is complete.
+        overwrite: Whether a folder that exists at `path` may be replaced. The old folder stays until the new folder is
+            complete.
 
     Yields:
-        The temporary folder, next to `path`.
+        Path of the temporary folder, next to `path`. It exists and is empty.
 
     Raises:
-        ValueError: If `path` is a file, or a folder that is not empty and `overwrite` is not set.
+        ValueError: If `path` is a file, a mount point, or can't be written to. Also if `path` is a folder that is not
+            empty, and `overwrite` is not set.
         OSError: If writing fails. If the disk is full, the message says so.
     """
     path = path.resolve()  # if `path` is a link, replace the folder that it points to
@@ -238,19 +258,25 @@ def _remove_leftover_folder(folder: Path) -> None:
 
 
 def get_partial_folder_path(path: Path) -> Path:
-    """Return the folder for the files of an unfinished run: the output folder `path` with the suffix ".partial"."""
+    """Return the path of the folder to which a run writes until it is finished: `path` with the suffix ".partial".
+
+    Args:
+        path: Output folder of the run. When the run is finished, `rename_partial_folder` moves the files there.
+    """
     path = path.resolve()
     return path.with_name(path.name + ".partial")
 
 
 def list_seed_run_folders(folder: Path) -> list[Path]:
-    """Return the folders of the runs `seed-0`, `seed-1`, … of a finished training with several seeds.
+    """List the folders of the single runs, if a training was run once for each of several random seeds.
+
+    Such a training writes each run to a subfolder: `seed-0`, `seed-1`, and so on.
 
     Args:
-        folder: Output folder of the training.
+        folder: Output folder of the finished training.
 
     Returns:
-        Folders of the runs, sorted by name; empty if the training had a single seed.
+        Folders of the runs, sorted by name. Empty if the training had a single seed.
 
     Raises:
         ValueError: If the training is unfinished.
@@ -261,14 +287,16 @@ def list_seed_run_folders(folder: Path) -> list[Path]:
 
 
 def rename_partial_folder(path: Path, overwrite: bool = False) -> None:
-    """Rename the folder of a finished run from `get_partial_folder_path(path)` to its final path `path`.
+    """Move the files of a finished run to the output folder, by renaming the folder in which the run wrote them.
+
+    Until it is finished, a run writes to a folder with the suffix ".partial" (`get_partial_folder_path`).
 
     Args:
-        path: Output folder of the run.
+        path: Output folder of the run, without the suffix.
         overwrite: Whether a folder that exists at `path` and is not empty may be replaced.
 
     Raises:
-        ValueError: If `path` can't be written (see `check_output_folder_and_clean_leftovers`).
+        ValueError: If `path` is a mount point or a file, can't be written to, or is a folder that may not be replaced.
     """
     path, partial = path.resolve(), get_partial_folder_path(path)
     check_output_folder_and_clean_leftovers(path, overwrite)
@@ -278,9 +306,10 @@ def rename_partial_folder(path: Path, overwrite: bool = False) -> None:
 
 
 def check_output_folder_and_clean_leftovers(path: Path, overwrite: bool | None = None) -> None:
-    """Check that an output folder can be written.
+    """Check that a command can write its output folder, so that it fails at its start instead of after hours of work.
 
-    Folders that killed processes left next to it are first cleaned up (see `remove_or_restore_leftovers`).
+    A process that was killed may have left temporary folders next to the output folder. They are removed first. If the
+    process was replacing an old output folder, the old folder is restored (see `remove_or_restore_leftovers`).
 
     Args:
         path: The output folder.
@@ -306,11 +335,11 @@ def check_output_folder_and_clean_leftovers(path: Path, overwrite: bool | None =
 
 
 def check_inputs_outside(output: Path, *inputs: str | Path | None) -> None:
-    """Check that replacing an output folder would not delete inputs.
+    """Check that no input of a command lies in its output folder, because replacing the folder would delete the input.
 
     Args:
-        output: Output folder of a command.
-        *inputs: Paths that the command reads. Hub ids and None are allowed.
+        output: Output folder of the command.
+        *inputs: Files and folders that the command reads. Hub ids and None are accepted and not checked.
 
     Raises:
         ValueError: If an input or the current folder lies in `output`.
@@ -323,10 +352,15 @@ def check_inputs_outside(output: Path, *inputs: str | Path | None) -> None:
 
 
 def remove_or_restore_leftovers(path: Path) -> None:
-    """Clean up the hidden folders that killed processes left next to the output folder `path`.
+    """Clean up the hidden folders that killed processes have left next to an output folder.
 
-    Unfinished new folders are removed. If a process was killed while it replaced `path`, the old folder is renamed
-    back. Folders that a running process uses are locked and stay. On a file system without locks, all folders stay.
+    To write an output folder, a process fills a hidden temporary folder, and then renames it. If the process is killed,
+    a hidden folder remains. An incomplete new folder is removed. An old output folder that was being replaced is
+    renamed back. Folders that a running process uses are locked and stay. On a file system without locks, all folders
+    stay.
+
+    Args:
+        path: The output folder. It need not exist.
     """
     path = path.resolve()
     name = re.compile(rf"\.{re.escape(path.name)}\.(old|tmp)-\w{{8}}")
@@ -343,7 +377,14 @@ def remove_or_restore_leftovers(path: Path) -> None:
 
 
 def check_output_file(path: Path) -> None:
-    """Raise ValueError if no file can be written at `path`. A file that exists may be replaced."""
+    """Check that a command can write its output file, so that it fails at its start instead of after the work.
+
+    Args:
+        path: The output file. It may exist; it is not changed by the check.
+
+    Raises:
+        ValueError: If `path` is a folder, or no file can be created there.
+    """
     path = path.absolute()
     if path.is_dir():
         text = "The output file {path} is a folder. Give a file name, such as {path}/result.json."
@@ -375,27 +416,31 @@ def _check_writable(path: Path, kind: str) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error means that the disk is full, by its errno or, for errors of safetensors, its message."""
+    """Return whether an exception was raised because the disk is full.
+
+    The exception is recognized by its error number. An exception of safetensors has no error number, so it is
+    recognized by its message.
+    """
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
 
 def acquire_folder_lock(folder: Path, wait: bool = False) -> int:
     """Lock a folder, so that only one process at a time works in it.
 
-    The folder itself is opened and locked, so no lock file is needed. Windows can't open folders. There, an empty file
-    in the system's folder for temporary files is locked instead. Its name is a hash of the folder's path. This lock
-    file is never removed: otherwise one process could lock the removed file while another process locks a new file of
-    the same name.
+    On Linux and macOS, the folder itself is opened and locked, so no lock file is needed. Windows can't open folders.
+    There, an empty lock file in the system's folder for temporary files is locked instead. Its name is a hash of the
+    folder's path. The lock file is never removed. Otherwise one process could lock the removed file while another
+    process locks a new file with the same name.
 
     Args:
-        folder: The folder.
-        wait: Whether to wait while another process holds the lock.
+        folder: The folder to lock. It must exist, except on Windows.
+        wait: What to do if another process holds the lock. True: wait until it is released. False: raise an error.
 
     Returns:
         The locked file descriptor. The lock is released when the descriptor is closed or the process ends.
 
     Raises:
-        BlockingIOError: If another process holds the lock, and `wait` is not set.
+        BlockingIOError: If another process holds the lock, and `wait` is False.
         OSError: If the folder can't be opened, or the file system does not support locks.
     """
     if CAN_OPEN_FOLDERS:
@@ -414,14 +459,16 @@ def acquire_folder_lock(folder: Path, wait: bool = False) -> int:
 
 @contextmanager
 def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Lock a folder for the `with` block. On a file system without locks, the block runs without a lock.
+    """Lock a folder during a `with` block, so that only one process at a time works in it.
+
+    If the folder can't be locked, for example because the file system has no locks, the block runs without a lock.
 
     Args:
-        folder: The folder.
-        wait: Whether to wait if another process holds the lock.
+        folder: The folder to lock.
+        wait: What to do if another process holds the lock. True: wait until it is released. False: raise an error.
 
     Raises:
-        BlockingIOError: If another process holds the lock, and `wait` is not set.
+        BlockingIOError: If another process holds the lock, and `wait` is False.
     """
     with ExitStack() as stack:
         try:
@@ -434,15 +481,15 @@ def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
 
 
 class AllowedFolders:
-    """Folders in which the files of a dataset may lie.
+    """Folders from which the files of a dataset may be read; paths that lead elsewhere are refused.
 
-    The rows and links of an untrusted dataset could otherwise lead to private files of the user. A path is accepted if
-    it lies in one of these folders after all links are resolved. A snapshot in the Hub's cache consists of links to the
-    `blobs` folder of its repository, so the `blobs` folder is allowed, too.
+    Without this check, a path or link in an untrusted dataset could lead to private files of the user. A path is
+    accepted if it lies in one of the folders after all links are resolved. In the Hub's cache, the files of a dataset
+    are links to the folder `blobs` of the same repository. For a dataset in this cache, that folder is allowed, too.
 
     Args:
         folder: Folder of the dataset. Its path may contain links.
-        extra_folders: Further folders in which files may lie.
+        extra_folders: Further folders from which files may be read.
     """
 
     def __init__(self, folder: Path, extra_folders: Sequence[Path] = ()):
@@ -453,7 +500,7 @@ class AllowedFolders:
                 self.folders.append(parent.parent / "blobs")
 
     def contains(self, path: Path) -> bool:
-        """Return whether a path lies in an allowed folder after all links are resolved."""
+        """Return whether a path lies in one of the allowed folders after all links in the path are resolved."""
         if IS_WINDOWS and find_windows_path_fault(path, self.folders):
             return False
         try:
@@ -463,7 +510,11 @@ class AllowedFolders:
         return any(real.is_relative_to(allowed) for allowed in self.folders)
 
     def check(self, paths: Sequence[Path]) -> None:
-        """Raise ValueError if a path leads out of the allowed folders."""
+        """Check that all paths lie in the allowed folders after all links are resolved.
+
+        Raises:
+            ValueError: If a path leads out of the allowed folders. The message lists up to three such paths.
+        """
         if outside := [os.path.relpath(path, self.folder) for path in paths if not self.contains(path)]:
             raise ValueError(
                 f"{self.folder} contains links to files outside of it: {outside[:3]}. Copy the files into the folder."
@@ -471,10 +522,11 @@ class AllowedFolders:
 
 
 def find_windows_path_fault(path: str | Path, folders: Sequence[str | Path] | None = None) -> str | None:
-    r"""Return why a path must not be opened or looked up on Windows, or None if it is safe.
+    r"""Check whether an untrusted path can be opened safely on Windows, and return the reason if it can't.
 
-    Only the text of the path is checked, because looking up a network path is already dangerous: Windows sends the
-    user's credentials to the server. Some names, such as NUL, are devices in every folder.
+    On Windows, a path can be dangerous even before the file is opened. Looking up a network path sends the user's
+    credentials to the server. Some names, such as NUL, are devices in every folder. Therefore, this function checks
+    only the text of the path.
 
     Args:
         path: Path of the file.
@@ -483,7 +535,7 @@ def find_windows_path_fault(path: str | Path, folders: Sequence[str | Path] | No
             of paths, is ignored. None: all drives, network shares and devices are accepted.
 
     Returns:
-        The reason as the end of a sentence, such as "has the reserved name 'NUL'"; None if the path is safe.
+        The reason as the end of a sentence, such as "has the reserved name 'NUL'". None if the path is safe.
     """
     drive, drives = _windows_drive(path), set(map(_windows_drive, folders or ()))
     if folders is not None and drive.startswith("\\") and drive not in drives:
@@ -505,9 +557,12 @@ def _windows_drive(path: str | Path) -> str:
 
 
 def check_folder_for_outside_links_and_pipes(folder: Path) -> None:
-    """Raise ValueError if a folder contains a link that leads out of it, or a pipe or device, at any depth.
+    """Check a folder and all its subfolders before a library that does not check files itself reads them.
 
-    Called before a library reads the whole folder, because opening a pipe would wait forever.
+    A link could lead to private files outside of the folder. Opening a pipe would wait forever.
+
+    Raises:
+        ValueError: If a link leads out of the folder, or the folder contains a pipe, a socket or a device.
     """
     links = []
     for path in (Path(root, name) for root, *both in os.walk(folder) for names in both for name in names):

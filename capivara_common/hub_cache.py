@@ -47,13 +47,16 @@ logger = logging.getLogger("capivara")
 
 
 def find_download_or_convert_model_folder(source: str, convert: Converter, revision: str | None = None) -> Path:
-    """Return a folder with a model in transformers' format; download or convert the model if necessary.
+    """Return a local folder with a model in transformers' format, whatever the source of the model is.
+
+    A Hub model is downloaded if it is not cached. An open_clip model is converted if no converted copy is cached.
 
     Args:
         source: Model folder, Hub id, or open_clip checkpoint file. A Hub id may have the prefix `hf-hub:`, a path the
             prefix `local-dir:`.
-        convert: Function that converts an open_clip model. It is called only for open_clip models, because it imports
-            torch.
+        convert: Function that converts an open_clip model to transformers' format. It is called only if a conversion is
+            necessary, because it imports torch. Its arguments are the source, the target folder, and the revision (None
+            for a local model). It returns the digest of the weights.
         revision: Branch, tag or commit of a Hub model. Default: the cached version if the model is cached, otherwise
             the main branch.
 
@@ -61,8 +64,8 @@ def find_download_or_convert_model_folder(source: str, convert: Converter, revis
         Path of the model folder.
 
     Raises:
-        ValueError: If the model does not exist or can't be downloaded, a file is missing, or the type of the model is
-            not supported (see `get_supported_model_kind`).
+        ValueError: If the model does not exist or can't be downloaded. Also if a file is missing, or the type of the
+            model is not supported (see `get_supported_model_kind`).
         OSError: If the disk is full.
     """
     name = source.removeprefix("local-dir:")
@@ -81,14 +84,15 @@ def find_download_or_convert_model_folder(source: str, convert: Converter, revis
 
 
 def find_cached_model(repo_id: str, revision: str | None = None) -> Path | None:
-    """Return the folder of a Hub model that is cached on this machine, without a request to the Hub.
+    """Find a Hub model in the cache of this machine, without a request to the Hub.
 
     Args:
         repo_id: Hub id, OWNER/NAME.
         revision: Branch, tag or commit. Default: the main branch.
 
     Returns:
-        Folder of the downloaded model or of its converted copy; None if the model is not cached completely.
+        Folder with the model in transformers' format: the downloaded files or, for an open_clip model, the converted
+        copy. None if the model is not completely cached.
     """
     snapshot = _find_cached_hub_snapshot(repo_id, "config.json", revision)
     if snapshot and is_complete_model(snapshot):
@@ -113,14 +117,14 @@ def is_model_reachable(repo_id: str) -> bool:
 
 
 def check_hub_model_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
-    """Check that a model exists, with a single short request to the Hub.
+    """Check that a model exists before it is loaded, with at most one short request to the Hub.
 
-    Loading functions of other libraries retry for minutes if the Hub can't be reached. This check fails early.
+    If the Hub can't be reached, the loading functions of other libraries retry for minutes. This check fails early.
 
     Args:
-        source: Folder or Hub id. Local files and folders are not checked.
-        *names: Names of files of the model. If one of these files is in the Hub's cache, no request is sent. Default:
-            config.json.
+        source: Folder or Hub id of the model. Local files and folders are not checked.
+        *names: Names of files of the model, such as "config.json". If one of these files is in the Hub's cache, the
+            check passes without a request. Otherwise the Hub is asked for the first file. Default: "config.json".
         revision: Branch, tag or commit. Default: the main branch.
 
     Raises:
@@ -322,12 +326,15 @@ def _find_cached_hub_snapshot(repo_id: str, name: str, revision: str | None = No
 
 
 def lock_model_cache_folder(folder: Path) -> AbstractContextManager:
-    """Return a context manager that locks a cache folder, so that two processes don't convert the same model.
+    """Lock the cache folder of a model for a `with` block, so that two processes don't convert it at the same time.
 
-    The context manager waits while another process holds the lock. The lock is a file next to the folder.
+    The lock is a file next to the folder.
 
     Args:
         folder: The cache folder. It need not exist.
+
+    Returns:
+        Context manager that holds the lock during the `with` block. It waits while another process holds the lock.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     return WeakFileLock(folder.parent / f".{folder.name}.lock")

@@ -1,9 +1,9 @@
-"""Compute a digest of a model's image encoder. Models with the same digest embed images in the same way.
+"""Compute a digest that identifies a model's image encoder. Models with the same digest embed images in the same way.
 
 The digest covers the weights of the image tower and of its projection, the settings of the image tower, and the image
-preprocessing. If two models have the same digest, for example because only the text tower was trained further, a search
-index that was built with one model is also valid for the other model. Digests of weights are cached; the key of the
-cache is the metadata of the weight files.
+preprocessing. Two models have the same digest, for example, if only the text tower was trained further. A search index
+that was built with one of them is then also valid for the other one. The digest of the weights is cached until the
+path, size or a time stamp of a weight file changes.
 """
 
 import hashlib
@@ -36,10 +36,15 @@ IMAGE_PROCESSOR_FIELDS = (
 
 
 def image_encoder_digest(folder: Path) -> str:
-    """Return the digest of the image encoder of a model (BLAKE2b-128, 32 hexadecimal characters).
+    """Return a digest that identifies a model's image encoder; models with equal digests embed images in the same way.
+
+    The digest covers the weights and settings of the image encoder, and the image preprocessing.
 
     Args:
         folder: Model folder in transformers' format.
+
+    Returns:
+        BLAKE2b-128 digest, 32 hexadecimal characters.
 
     Raises:
         ValueError: If files of the model are missing or damaged.
@@ -51,13 +56,14 @@ def image_encoder_digest(folder: Path) -> str:
 
 
 def image_processor_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of a model's image processor that change the embedding of an image.
+    """Return the settings with which a model preprocesses images, such as the image size and the mean color.
 
     Args:
         folder: Model folder in transformers' format.
 
     Returns:
-        `{name: value}` for each name in `IMAGE_PROCESSOR_FIELDS`.
+        `{name of the setting: value}` for all settings in `IMAGE_PROCESSOR_FIELDS`, which change the embedding of an
+        image. An example is `{"size": {"shortest_edge": 224}}`.
 
     Raises:
         ValueError: If files of the model are missing or damaged.

@@ -1,9 +1,11 @@
 """Open untrusted images safely: images in dataset rows, in indexed folders, and in uploads to the search page.
 
 A dataset may come from anybody, and its rows may contain paths of image files. A file is opened only if it lies in the
-folder of the dataset or in a folder that the user allows, after all links are resolved
-(`open_regular_file_safe_from_link_swaps`). URLs are never downloaded. `check_and_open_image_without_decoding` checks
-the format and size in the header of an image before `decode_upright` decodes its pixels.
+folder of the dataset or in a folder that the user allows, after all links are resolved. URLs are never downloaded. The
+format and size in the header of an image are checked before its pixels are decoded.
+
+The main functions are `decode_image` for one dataset row and `decode_row_images` for many rows. They combine
+`open_regular_file_safe_from_link_swaps`, `check_and_open_image_without_decoding` and `decode_upright`.
 """
 
 import errno
@@ -74,12 +76,12 @@ _AVAILABLE_FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.O
 
 
 class BadRow(ValueError):
-    """Error that is raised for a dataset row that can't be used.
+    """Error for a dataset row that can't be used. Commands catch it and skip the row.
 
     Args:
         reason: Short reason from a fixed list, such as "unreadable image". Commands that skip the row write the reason
-            to skipped.jsonl.
-        detail: Explanation; only the first `MAX_DETAIL_CHARACTERS` characters are kept.
+            to the file skipped.jsonl.
+        detail: Explanation for the user. Only the first `MAX_DETAIL_CHARACTERS` characters are kept.
     """
 
     def __init__(self, reason: str, detail: str):
@@ -92,22 +94,22 @@ class BadRow(ValueError):
 
 
 class BadImage(BadRow):
-    """Error that is raised for an image that can't be used: it is missing, damaged, too large or not allowed."""
+    """Error for an image that can't be used, because it is missing, damaged, too large or lies in a forbidden place."""
 
     @property
     def code(self) -> str:
-        """Key by which `capivara_search` finds the translated message; equal to `reason`."""
+        """Key of the message in the translations of `capivara_search`, the picture search; equal to `reason`."""
         return self.reason
 
 
 @dataclass(frozen=True)
 class ImageAccess:
-    """Rules for the image files that rows of a dataset may refer to. Other files are not opened.
+    """Rules that say which images of a dataset may be loaded: where their files may lie, and how large they may be.
 
     Attributes:
-        allowed_folders: Folders in which image files may lie. None: paths are refused, and rows must contain the bytes
-            of the image file.
-        max_pixels: Limit for width x height of an image.
+        allowed_folders: Folders in which image files may lie. None: no file is opened, so rows must contain the bytes
+            of their images.
+        max_pixels: Largest number of pixels (width x height) of an image.
     """
 
     allowed_folders: AllowedFolders | None = None
@@ -119,13 +121,13 @@ BYTES_ONLY = ImageAccess()  # rows must contain the bytes of their images; paths
 
 @dataclass(kw_only=True)
 class ImageFileArguments:
-    """Command-line flags of all commands that read the images of a dataset."""
+    """Command-line flags for reading the images of a dataset; shared by all commands that do so."""
 
     image_roots: list[Path] = flag([], "Folders outside the dataset that its image paths and links may lead to.")
     max_pixels: int = flag(MAX_IMAGE_PIXELS, "Skip images with more pixels (width x height).")
 
     def check_image_files(self) -> None:
-        """Validate the flags, and expand `~` in `image_roots`.
+        """Check the values of the flags, and replace `~` in `image_roots` by the home folder.
 
         Raises:
             ValueError: If an entry of `image_roots` is not an existing folder, or `max_pixels` is below 1.
@@ -137,29 +139,39 @@ class ImageFileArguments:
         check_at_least(self, 1, "max_pixels")
 
     def image_options(self) -> dict[str, Any]:
-        """Return the flags as keyword arguments of `caption_data.sources.open_split`."""
+        """Return the flags as keyword arguments of `open_split`, the function that opens a dataset.
+
+        Returns:
+            `{"image_roots": folders outside of the dataset in which images may lie, "max_pixels": largest number of
+            pixels}`.
+        """
         return {"image_roots": self.image_roots, "max_pixels": self.max_pixels}
 
     def image_settings(self) -> dict[str, Any]:
-        """Return the flags that differ from their defaults as `{name: value}`, to be stored with results.
+        """Return the flags that differ from their defaults, so that results can record them.
 
-        Of each folder in `image_roots`, only the last part of its path is returned, because a full path may reveal a
-        person's name.
+        Returns:
+            `{name of the flag: value}`. For each folder in `image_roots`, the value has only the name of the folder,
+            because a full path may reveal a person's name.
         """
         roots = {"image_roots": [root.name for root in self.image_roots]} if self.image_roots else {}
         return roots | ({"max_pixels": self.max_pixels} if self.max_pixels != MAX_IMAGE_PIXELS else {})
 
 
 def read_image_bytes(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> bytes:
-    """Return the content of the image file of a dataset row, after checking its header.
+    """Return the encoded image file of a dataset row as bytes, without decoding the pixels.
+
+    The header of the image is checked, so that only images of an allowed format and size are returned.
 
     Args:
-        row_image: Image entry of the row: a dict with the keys "bytes" and "path"; or, for a file inside an
-            uncompressed tar archive, a dict with the keys "path", "archive", "offset" and "size".
-        access: Rules for the files that may be opened.
+        row_image: Value of the image column in the row: `{"bytes": content of the file or None, "path": path of the
+            file or None}`. For an image in a tar: `{"path": name in the tar, "archive": path of the tar, "offset":
+            first byte, "size": number of bytes}`.
+        access: Folders in which image files may lie, and largest number of pixels. Default: no file is opened, so the
+            row must contain the bytes.
 
     Returns:
-        Content of the file. Its header describes an image within the limits, but its pixels may be damaged.
+        Content of the image file. The header is valid, but the pixels may be damaged.
 
     Raises:
         BadImage: If there is no image, it may not be opened or can't be read, it is not an image, or it is too large.
@@ -168,15 +180,18 @@ def read_image_bytes(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -
 
 
 def decode_image(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> PIL.Image.Image:
-    """Decode the image of a dataset row.
+    """Load and decode the image of a dataset row.
 
     Args:
-        row_image: Image entry of the row: a dict with the keys "bytes" and "path"; or, for a file inside an
-            uncompressed tar archive, a dict with the keys "path", "archive", "offset" and "size".
-        access: Rules for the files that may be opened.
+        row_image: Value of the image column in the row: `{"bytes": content of the file or None, "path": path of the
+            file or None}`. For an image in a tar: `{"path": name in the tar, "archive": path of the tar, "offset":
+            first byte, "size": number of bytes}`.
+        access: Folders in which image files may lie, and largest number of pixels. Default: no file is opened, so the
+            row must contain the bytes.
 
     Returns:
-        The upright image with 8 bits per channel, in the mode of the file (such as RGB or L).
+        The image, rotated upright by its EXIF data, with 8 bits per channel. It is not converted to RGB: it keeps the
+        PIL mode of the file, such as RGB or L.
 
     Raises:
         BadImage: If there is no image, it may not be opened or can't be read, it is not an image, it is too large, or
@@ -219,17 +234,19 @@ def decode_row_images(
     access: ImageAccess,
     describe_error: Callable[[int, BadImage], str] = lambda row, error: error.detail,
 ) -> Iterator[PIL.Image.Image | BadImage]:
-    """Decode the images of dataset rows with up to eight threads.
+    """Load and decode the images of several dataset rows with up to eight threads.
 
     Args:
-        rows: Row numbers.
-        row_image: Function that takes a row number and returns the image entry of the row, as for `decode_image`.
-        access: Rules for the files that may be opened.
-        describe_error: Function that takes a row number and its `BadImage` error, and returns the text that replaces
-            the `detail` of the error. Default: the detail stays.
+        rows: Numbers of the rows to decode.
+        row_image: Function that takes a row number and returns the value of the image column in this row: a dict, as
+            described at `decode_image`, or None.
+        access: Folders in which image files may lie, and largest number of pixels.
+        describe_error: Function that takes a row number and the `BadImage` error of this row. It returns the text that
+            replaces the `detail` of the error. Default: the detail stays as it is.
 
     Yields:
-        The decoded images, in the order of `rows`. If an image can't be used, its `BadImage` error takes its place.
+        The decoded images, in the order of `rows`. If an image can't be used, its `BadImage` error is yielded in its
+        place.
     """
 
     def read(row: int) -> PIL.Image.Image | BadImage:
@@ -248,16 +265,18 @@ def decode_row_images(
 def check_and_open_image_without_decoding(
     data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS, hint: str = " (--max_pixels raises it)"
 ) -> PIL.Image.Image:
-    """Open an image and check its format and size. Only the header is decoded.
+    """Open an image with PIL and check its format and size, before its pixels are decoded.
+
+    Only the header is read. A malicious image of huge size is therefore refused before it fills the memory.
 
     Args:
         data: Content of the image file.
         name: Name of the image for error messages.
-        max_pixels: Limit for width x height.
+        max_pixels: Largest number of pixels (width x height).
         hint: Advice for an image that has too many pixels; inserted into the error message after the limit.
 
     Returns:
-        The opened image. Pass it to `decode_upright` to decode its pixels.
+        The opened image, whose pixels are not decoded yet. Pass it to `decode_upright` to decode them.
 
     Raises:
         BadImage: If the data are not an image in a format of `IMAGE_FORMATS`, the header is damaged, or the image
@@ -285,17 +304,18 @@ def check_and_open_image_without_decoding(
 def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -> PIL.Image.Image:
     """Decode the pixels of an opened image, and rotate it upright by its EXIF data.
 
-    A process decodes only one image at a time if the image has more than `MAX_IMAGE_PIXELS` pixels or is in AVIF
-    format, to limit memory. Damaged EXIF data is ignored.
+    Damaged EXIF data is ignored. To limit memory, large images (more than `MAX_IMAGE_PIXELS` pixels) and AVIF images
+    are decoded one at a time, even if several threads call this function.
 
     Args:
-        image: The opened image.
+        image: Image from `check_and_open_image_without_decoding`, whose pixels are not decoded yet.
         name: Name of the image for error messages.
-        min_short_side: If positive, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its short side
-            keeps at least this many pixels.
+        min_short_side: To save time, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its short side
+            keeps at least this many pixels. 0: every image is decoded at full size.
 
     Returns:
-        The upright image with 8 bits per channel, in the mode of the file (such as RGB or L).
+        The upright image with 8 bits per channel. It is not converted to RGB: it keeps the PIL mode of the file, such
+        as RGB or L.
 
     Raises:
         BadImage: If the pixels can't be decoded.
@@ -319,10 +339,10 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
 
 
 def exif_orientation(image: PIL.Image.Image) -> int:
-    """Return the EXIF orientation of a loaded image: a number from 1 (upright) to 8.
+    """Return how a decoded image must be rotated or mirrored, as an EXIF orientation from 1 to 8. 1 means upright.
 
-    The result is 1 if the orientation is missing, damaged or out of range. For a TIFF image the result is always 1,
-    because PIL makes the image upright when it loads the pixels.
+    The result is 1 if the orientation is missing, damaged or out of range. For a TIFF image, the result is always 1,
+    because PIL rotates a TIFF image upright when it decodes the pixels.
     """
     try:
         orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation)
@@ -357,11 +377,14 @@ def to_8_bit(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def check_byte_count(data: bytes, name: str) -> bytes:
-    """Return `data` unchanged if it is neither empty nor too large.
+    """Check that an image file is neither empty nor too large, before it is opened.
 
     Args:
-        data: Content of an image file.
+        data: Content of the image file.
         name: Name of the image for error messages.
+
+    Returns:
+        `data`, unchanged.
 
     Raises:
         BadImage: If `data` is empty or has more than `MAX_IMAGE_BYTES` bytes.
@@ -414,21 +437,23 @@ def _read_file_bytes(
 def open_regular_file_safe_from_link_swaps(
     path: str | Path, name: str, folders: Sequence[str | Path] | None = None
 ) -> BinaryIO:
-    """Open a regular file for reading, safe against an attacker who replaces folders by links at the same time.
+    """Open a file for reading, but only if it lies in an allowed folder and is a regular file.
 
-    All links in the path are resolved once. Then the resulting path is opened folder by folder without following links,
-    so the opened file is the one that was checked (no time-of-check to time-of-use race). Windows can't open a file in
-    this way. There, the file is compared before and after it is opened (`_open_and_check_no_link_followed`), and paths
-    that lead to devices or to other network shares are refused (`find_windows_path_fault`).
+    An attacker could replace a folder of the path by a link between the check and the opening (a time-of-check to
+    time-of-use race). To prevent this, all links in the path are resolved once. Then the resulting path is opened
+    folder by folder without following links, so the opened file is the one that was checked.
+
+    Windows can't open a file in this way. There, the file is compared before and after it is opened. Paths that lead to
+    devices or to other network shares are refused (`find_windows_path_fault`).
 
     Args:
         path: The file.
         name: Name of the file for error messages.
-        folders: Paths of folders without links. The file must lie in one of these folders after all links in `path` are
-            resolved. None: the file may lie anywhere; for files that the user named explicitly.
+        folders: Allowed folders, whose paths must not contain links. The file must lie in one of these folders after
+            all links in `path` are resolved. None: the file may lie anywhere, because the user named it explicitly.
 
     Returns:
-        The file, opened in binary mode.
+        The file, opened for reading in binary mode.
 
     Raises:
         BadImage: If the path does not lead to a regular file (reason "no regular file"), or leads out of `folders`
@@ -552,13 +577,15 @@ def _check_dimensions(size: tuple[int, int], tile: tuple[int, int], name: str, m
 
 
 def image_display_path(row_image: dict | None) -> str:
-    """Return the path of a dataset row's image for messages.
+    """Return the path of the image of a dataset row, to show it in messages.
 
     Args:
-        row_image: Image entry of the row, as for `decode_image`.
+        row_image: Value of the image column in the row: a dict that may have the keys "path" and, for an image in a
+            tar, "archive" (path of the tar). None if the row has no image.
 
     Returns:
-        The path of the image file. For a file inside a tar archive, ARCHIVE/PATH. "" if the row contains only bytes.
+        The path of the image file. For an image in a tar: path of the tar, a slash, and the name in the tar. "" if the
+        row contains only bytes or no image.
     """
     image = row_image or {}
     return "/".join(filter(None, (image.get("archive"), image.get("path"))))

@@ -1,7 +1,8 @@
-"""Handle Ctrl-C while a command imports torch and other large libraries: print one line instead of a traceback.
+"""Handle Ctrl-C while a command still imports large libraries such as torch: print one line instead of a traceback.
 
-If a command was started by `python -m`, importing this module calls `exit_on_interrupt`. After the imports,
-`capivara_common.cli.run_main_and_report_user_errors` calls `raise_on_interrupt`.
+If a command was started by `python -m`, importing this module calls `exit_on_interrupt`. Ctrl-C then ends the process
+at once. After the imports, `capivara_common.cli.run_main_and_report_user_errors` calls `raise_on_interrupt`. Ctrl-C
+then raises KeyboardInterrupt as usual.
 """
 
 import atexit
@@ -26,28 +27,30 @@ def _print_message_and_exit_at_once(*_: object) -> None:
 
 
 def exit_on_interrupt() -> None:
-    """Let Ctrl-C end the process at once, until `raise_on_interrupt` is called.
+    """Let Ctrl-C print one line and end the process at once, until `raise_on_interrupt` is called.
 
-    Nothing changes if another handler for Ctrl-C is already installed, or if the shell ignores Ctrl-C for this process.
+    Commands use this while they import large libraries, when there is nothing to clean up. Nothing changes if another
+    handler for Ctrl-C is already installed, or if the shell ignores Ctrl-C for this process.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _print_message_and_exit_at_once)
 
 
 def raise_on_interrupt() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again, so that running work can clean up."""
+    """Let Ctrl-C raise KeyboardInterrupt again, so that running work can clean up; undoes `exit_on_interrupt`."""
     if signal.getsignal(signal.SIGINT) is _print_message_and_exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def exit_if_native_code_runs(code: int) -> None:
-    """End the process at once if a thread named `NATIVE_THREAD_NAME` still runs; otherwise do nothing.
+    """End the process without an error message if a thread still runs C++ code, for example to load a model.
 
-    At a normal exit, Python ends such a thread as soon as the thread returns from C++ code. The C++ runtime would then
-    abort the process with "terminate called without an active exception".
+    Such threads have the name `NATIVE_THREAD_NAME`. If there is none, nothing happens, and the process can exit
+    normally. At a normal exit, Python would end the thread as soon as it returns from C++ code. The C++ runtime would
+    then abort the process with the error "terminate called without an active exception".
 
     Args:
-        code: Exit code of the process.
+        code: Exit code of the process, if it is ended.
     """
     if any(thread.name == NATIVE_THREAD_NAME for thread in threading.enumerate()):
         atexit._run_exitfuncs()

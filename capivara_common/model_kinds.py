@@ -1,14 +1,15 @@
-"""List the supported kinds of two-tower models, and the settings in which they differ, in the table `KINDS`.
+"""List the supported kinds of image-text models, such as CLIP and SigLIP, and the settings in which they differ.
 
     kind = get_supported_model_kind(read_json(folder / "config.json"))
     kind.pads_to_max_length
 
-A kind corresponds to a `model_type` of transformers. An entry of `KINDS` states only the differences from transformers'
+A supported model has two towers, that is, one encoder for images and one for texts. The dict `KINDS` has one entry for
+each kind. A kind corresponds to a `model_type` of transformers. An entry states only the differences from transformers'
 CLIP, so a kind that is built like CLIP needs only its names:
 
     KINDS["my_clip"] = ModelKind(model_type="my_clip", title="My CLIP", class_name="MyCLIPModel")
 
-The table holds plain data, because `capivara_search` reads it without importing torch or transformers.
+`KINDS` holds plain data, because `capivara_search` reads it without importing torch or transformers.
 """
 
 from collections.abc import Callable, Mapping
@@ -59,14 +60,16 @@ def _read_siglip_widths(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelKind:
-    """A kind of two-tower models. The default values describe CLIP.
+    """What the project must know about one kind of image-text models, such as SigLIP. The default values describe CLIP.
+
+    A supported model has two towers: one encoder for images and one for texts.
 
     Attributes:
         model_type: Value of `model_type` in config.json.
         title: Name of the kind for messages.
         class_name: Name of the model class, as results and model cards record it.
-        is_native: Whether the model, processor and tokenizer use classes of this project. These classes clean and
-            truncate texts themselves, and their code is saved with the model.
+        is_native: Whether the classes of the model, processor and tokenizer belong to this project. These classes clean
+            and truncate texts themselves, and their code is saved with the model.
         processors: Names of the processor classes that fit the kind.
         pads_to_max_length: True: texts are padded to the maximum length, and the model sees the padding, because there
             is no attention mask. False: texts are padded to the longest text of the batch, and padding is masked.
@@ -109,10 +112,12 @@ class ModelKind:
     js_image_processor: str | None = None
 
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """Check that the towers of a model are supported and have embeddings of the same width.
+        """Check that a model of this kind is supported: the types of its towers, and the widths of their embeddings.
+
+        The image tower and the text tower must have embeddings of the same width.
 
         Args:
-            config: Content of config.json.
+            config: Content of the model's config.json.
 
         Raises:
             ValueError: If the type of a tower is not supported, or the widths differ.
@@ -129,14 +134,16 @@ class ModelKind:
             raise ValueError(f"the towers have embeddings of different widths: {settings}")
 
     def select_vision_settings(self, vision: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Select the settings of the image tower that change the embedding of an image.
+        """Return the settings of a model's image tower that change the embedding of an image, and only these.
+
+        The digest that identifies an image encoder covers these settings and the weights.
 
         Args:
-            vision: `vision_config` of a config.json.
+            vision: Section `vision_config` of the model's config.json.
 
         Returns:
-            `{name: value}`, with default values for settings that `vision` omits. None if the kind does not support the
-            type of image tower.
+            `{name of the setting: value}`. Settings that `vision` omits have their default values. None if this kind
+            does not support the type of the image tower.
         """
         tower, defaults = self.model_type, self.vision_defaults
         if self.vision_towers:
@@ -148,18 +155,18 @@ class ModelKind:
 
 
 def get_supported_model_kind(config: Mapping[str, Any]) -> ModelKind:
-    """Return the kind of a model, after checking that the model is supported.
+    """Find out of which kind a model is, for example CLIP or SigLIP, and check that the project supports the model.
 
     Args:
-        config: Content of config.json.
+        config: Content of the model's config.json.
 
     Returns:
-        The entry of `KINDS`.
+        The entry of `KINDS` for the `model_type` of the model.
 
     Raises:
-        ValueError: If the type of the model or of a tower is not supported, or the towers have embeddings of different
-            widths. The message starts in lowercase, such as "model_type is 'bert'; …", because callers append it to a
-            sentence.
+        ValueError: If the type of the model or of one of its two towers (image encoder and text encoder) is not
+            supported. Also if the towers have embeddings of different widths. The message starts in lowercase, such as
+            "model_type is 'bert'; …", because callers append it to a sentence.
     """
     model_type = config.get("model_type")
     if model_type not in KINDS:

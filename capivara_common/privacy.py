@@ -1,7 +1,7 @@
 """Find and hide text that must not be published or logged: access tokens, keys and absolute paths of this machine.
 
-The whole project uses the functions of this module: for error messages, for the records of runs, for model and dataset
-cards, and for the checks before an upload to the Hub.
+All parts of the project use these functions: error messages, files that record a run, model and dataset cards, and the
+checks before an upload to the Hub.
 """
 
 import mmap
@@ -121,15 +121,15 @@ UNSAFE_CHARACTER_RE = re.compile(
 
 
 def find_secret(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
-    """Find a secret, such as an access token or a private key, in a text or a file.
+    """Search a text or a file for a secret, such as an access token or a private key, before it is published.
 
     Args:
         content: Text, bytes or memory-mapped file to search.
 
     Returns:
-        The tuple (description, position). The description names the kind of secret for messages, without the secret
-        itself. The position is an offset in `content`, in characters for a text, otherwise in bytes. None if `content`
-        has no secret. If there are several secrets, any one of them is returned.
+        None if `content` contains no secret. Otherwise the tuple (description, position) of one secret; if there are
+        several, it is not necessarily the first. The description names the kind of secret, without the secret itself.
+        The position is an offset in `content`, in characters for a text, otherwise in bytes.
     """
     encode = str if isinstance(content, str) else str.encode
     for token in read_hub_tokens():
@@ -157,7 +157,7 @@ def _find_substring_positions(content: str | bytes | mmap.mmap, part: str | byte
 
 
 def redact_secrets(text: str) -> str:
-    """Replace the secrets in a text by `***`, and secrets that start with `hf_` by `hf_***`.
+    """Replace the secrets in a text by `***`, so that the text can be logged. Hub tokens (`hf_…`) become `hf_***`.
 
     Secrets are the Hub tokens of this machine, and any text that looks like a key, a token or a password in a URL.
     """
@@ -168,7 +168,10 @@ def redact_secrets(text: str) -> str:
 
 
 def escape_control_characters(text: str) -> str:
-    r"""Escape all characters that a terminal obeys or hides, including line breaks (ESC becomes `\x1b`)."""
+    r"""Escape all characters that could control the terminal or be invisible in it, including line breaks.
+
+    For example, the escape character, with which terminal commands begin, becomes the text `\x1b`.
+    """
     # Python represents a byte 0xXX of a file name that is not valid UTF-8 by the surrogate \udcXX. It is shown as \xXX.
     return UNSAFE_CHARACTER_RE.sub(
         lambda match: match[0].encode("unicode_escape").decode().replace("\\udc", "\\x"), text
@@ -176,7 +179,7 @@ def escape_control_characters(text: str) -> str:
 
 
 def make_printable(text: str) -> str:
-    """Make text from an untrusted source safe to print: redact secrets, and escape control characters.
+    """Make a text from an untrusted source safe to print: hide secrets, and escape control characters.
 
     Line breaks stay as they are.
     """
@@ -184,10 +187,10 @@ def make_printable(text: str) -> str:
 
 
 def read_hub_tokens() -> list[str]:
-    """Return the Hugging Face access tokens of this machine.
+    """Return the Hugging Face access tokens that this machine stores, so that they can be recognized in texts.
 
     Tokens are read from the environment variables HF_TOKEN and HUGGING_FACE_HUB_TOKEN, and from the token file of
-    huggingface_hub.
+    huggingface_hub. Texts of fewer than 8 characters are left out.
     """
     from huggingface_hub import constants  # imported here because `capivara --help` must not load huggingface_hub
 
@@ -198,16 +201,20 @@ def read_hub_tokens() -> list[str]:
 
 
 def find_machine_path(text: str) -> str | None:
-    """Return the first absolute path in a text; None if the text contains no absolute path.
+    """Find the first absolute path in a text, which could reveal private folder names if the text is published.
 
-    Only a path with at least two parts (`/folder/file`), or with one part in quotes (`"/folder"`), is recognized. URLs,
-    Hub ids, fractions and dates are not mistaken for paths.
+    A path must have at least two parts (`/folder/file`), or one part in quotes (`"/folder"`). The private folders of
+    this machine (`list_private_folders`) are recognized, too. URLs, Hub ids, fractions and dates are not mistaken for
+    paths.
+
+    Returns:
+        The path. None if the text contains no absolute path.
     """
     return next((match[0] for match in _compile_path_pattern().finditer(text) if match["path"]), None)
 
 
 def shorten_absolute_paths(value: Any) -> Any:
-    """Shorten the absolute paths in a text, or in all texts of a JSON value.
+    """Shorten all absolute paths in a text or JSON value, so that it can be published without private folder names.
 
     A path inside the current folder becomes relative to the current folder. Any other path is reduced to its last part
     (the name of the file or folder), because the folders above may be named after a person.
@@ -238,24 +245,27 @@ def shorten_absolute_paths(value: Any) -> Any:
 
 
 def get_publishable_model_or_dataset_name(name: str) -> str:
-    """Return the name of a model or dataset without private folders, so that records and cards can be published.
+    """Return the name of a model or dataset without private folders, so that it can appear in published files.
 
     Args:
-        name: Hub id or local path.
+        name: Hub id or local path of the model or dataset.
 
     Returns:
-        The unchanged Hub id, or the local path after `shorten_absolute_paths`, of which at most the last two parts are
-        kept.
+        A Hub id stays unchanged. A local path becomes relative to the current folder if it lies in this folder, and at
+        most its last two parts are kept. A path outside the current folder is reduced to its last part.
     """
     is_local = name.startswith(("/", "~", "\\\\")) or ".." in Path(name).parts or Path(name).exists()
     return "/".join(PurePosixPath(_shorten_absolute_path(name) if is_local else name).parts[-2:]) or "."
 
 
 def list_private_folders() -> list[str]:
-    """Return the folders of this machine that published files must not mention, longest path first.
+    """List the folders of this machine that published files must not mention.
 
-    These are the home folder, the current folder, the folder for temporary files, the Python environment, and the
-    checkout of this project.
+    These are the home folder, the current folder, the folder for temporary files, the folder of the Python environment,
+    and the folder that contains the code of this project.
+
+    Returns:
+        Absolute paths, the longest path first.
     """
     checkout = Path(__file__).resolve().parents[1]
     folders = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), Path(sys.prefix), checkout}

@@ -1,4 +1,4 @@
-"""Configure tqdm's progress bars.
+"""Set when and how often the progress bars of tqdm are drawn, in all libraries of this process.
 
 In a terminal, a bar appears after one second of work. If the output is a log file, a line is written every 30 seconds.
 """
@@ -17,10 +17,11 @@ _init, _set_postfix, _display = tqdm.__init__, tqdm.set_postfix, tqdm.display
 
 
 def set_progress_bar_timing() -> None:
-    """Apply `BAR_DELAY_S` (terminal) or `LOG_INTERVAL_S` (file, pipe) to all progress bars of this process.
+    """Set when the progress bars of this process are drawn, so that short work shows no bar and log files stay short.
 
-    The function changes the class `tqdm` itself, because datasets, transformers, huggingface_hub and accelerate also
-    create progress bars of this class.
+    In a terminal, a bar appears after `BAR_DELAY_S` seconds. In a file or pipe, a line is written every
+    `LOG_INTERVAL_S` seconds. The function changes the class `tqdm` itself, because datasets, transformers,
+    huggingface_hub and accelerate also create progress bars of this class.
     """
     log_options = dict.fromkeys(("mininterval", "maxinterval", "delay"), LOG_INTERVAL_S)
     tqdm.__init__ = partialmethod(_init, **{"delay": BAR_DELAY_S} if sys.stderr.isatty() else log_options)
@@ -46,5 +47,8 @@ def _display_after_delay(bar: tqdm, *args: Any, **options: Any) -> bool:
 
 
 def disable_progress_bars() -> None:
-    """Turn off progress bars in this process. Worker processes except the first call this function."""
+    """Turn off all progress bars of tqdm in this process.
+
+    If several worker processes run on a machine, all but the first call this function.
+    """
     tqdm.display = tqdm.close = lambda bar, *args, **options: None

@@ -1,6 +1,7 @@
-"""Define the command-line flags and the phases of commands whose work is split into tasks.
+"""Describe commands whose work is split into tasks, which run in parallel on this machine or on a cluster.
 
-This module imports no large library, so that `--help` answers at once.
+`ExecutorArguments` has the command-line flags of these commands. `Phase` is one step of such a command. The module
+`executors` runs the phases. This module imports no large library, so that `--help` answers at once.
 """
 
 import os
@@ -22,7 +23,10 @@ TASKS, CLUSTER = "tasks", "Slurm and Ray clusters"
 
 @dataclass(kw_only=True)
 class ExecutorArguments:
-    """Command-line flags that choose where and how tasks run. The names are those of datatrove's executors."""
+    """Command-line flags that choose where the tasks of a command run: on this machine, a Slurm or a Ray cluster.
+
+    A task does a share of the work of the command. The names of the flags are those of datatrove's executors.
+    """
 
     executor: Literal["local", "slurm", "ray"] = flag(
         "local", "Where tasks run: on this machine (local), a Slurm cluster or a Ray cluster.", group=TASKS
@@ -56,16 +60,16 @@ class ExecutorArguments:
 
     @property
     def log_folder(self) -> Path:
-        """Folder that holds the logs of all tasks."""
+        """Folder for the logs of all tasks: `logging_dir` or, by default, the output folder with the suffix ".logs"."""
         return self.logging_dir or self.output.with_name(self.output.name + ".logs")
 
     def check_executor(self) -> None:
-        """Validate the executor flags.
+        """Check the values of the flags.
 
         Raises:
-            ValueError: If a flag is out of range, a required flag is missing, or a value contains characters that are
-                unsafe in a Slurm job script. Also if the command was started by a distributed launcher (Accelerate,
-                torchrun), because every process would then do all the work.
+            ValueError: If a flag is out of range or a required flag is missing. Also if a value contains characters
+                that are unsafe in a Slurm job script. Also if a distributed launcher (Accelerate, torchrun) has started
+                the command, because every process would then do all the work.
         """
         check_at_least(self, 1, "tasks", "workers", "cpus_per_task", "mem_per_cpu_gb")
         check_at_least(self, 0, "gpus_per_task")
@@ -92,20 +96,26 @@ class ExecutorArguments:
             raise ValueError(f"This command must not be launched by Accelerate or torchrun: {TASK_SHARING_HINT}.")
 
     def executor_flags(self) -> dict[str, Any]:
-        """Return the flags of this class whose values differ from the defaults, as `{name: value}`."""
+        """Return the executor flags whose values differ from their defaults.
+
+        Returns:
+            `{name of the flag: value}`.
+        """
         defaults = vars(ExecutorArguments()).items()
         return {name: value for name, default in defaults if (value := getattr(self, name)) != default}
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One step of a command, such as scoring rows. A command runs its phases in order, each as one or more tasks.
+    """One step of a command, such as scoring rows. Its work is divided among tasks that can run in parallel.
+
+    A command runs its phases in order.
 
     Attributes:
-        run: Function that does the work of one task. It is called with the arguments of the command, the rank of the
-            task, and the number of tasks. It returns at once if the task has no work left.
-        is_parallel: Whether the phase is split over all tasks. If False, a single task runs it.
-        uses_model: Whether each task gets `gpus_per_task` GPUs.
+        run: Function that does the work of one task. Its arguments are the command-line arguments, the number of the
+            task (counted from 0), and the total number of tasks. It returns at once if the task has no work left.
+        is_parallel: Whether all tasks share the work of the phase. If False, a single task does all the work.
+        uses_model: Whether the tasks run a model. Only then, a task gets `gpus_per_task` GPUs on a cluster.
     """
 
     run: Callable[[Any, int, int], Any]
@@ -114,13 +124,14 @@ class Phase:
 
 
 def split_rows(row_count: int, rows_per_part: int) -> list[range]:
-    """Split the row numbers of a dataset into contiguous ranges of at most `rows_per_part` rows.
+    """Split the rows of a dataset into parts of consecutive rows, for example to write one output file per part.
 
     Args:
         row_count: Number of rows of the dataset.
-        rows_per_part: Number of rows in each range. The last range may be shorter.
+        rows_per_part: Number of rows in each part. The last part may have fewer rows.
 
     Returns:
-        The ranges of row numbers, in order.
+        One range of row numbers for each part, in order. For 5 rows and 2 rows per part: `range(0, 2)`, `range(2, 4)`
+        and `range(4, 5)`.
     """
     return [range(start, min(start + rows_per_part, row_count)) for start in range(0, row_count, rows_per_part)]

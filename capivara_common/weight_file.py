@@ -1,7 +1,7 @@
-"""Read tensors of safetensors files through a memory map, without torch and without loading whole files.
+"""Read single tensors of safetensors files as NumPy arrays, without torch and without loading whole files.
 
-Only the bytes that are used are read from the disk. For example, to embed a text, only the rows of the token embedding
-matrix for the tokens of this text are read.
+The files are memory-mapped, so only the bytes that are used are read from the disk. For example, to embed a text, only
+some rows of the token embedding matrix are read: the rows for the tokens of this text.
 """
 
 import json
@@ -18,13 +18,13 @@ from capivara_common.files import read_json
 
 
 class TensorInfo(NamedTuple):
-    """Type, shape and position of a tensor in a safetensors file.
+    """Type, shape and position of one tensor in a safetensors file.
 
     Attributes:
-        dtype: Name of the type in safetensors, such as "F32".
+        dtype: Name of the number type in safetensors, such as "F32".
         shape: Shape of the tensor.
-        start: Offset of the first byte of the tensor from the beginning of the file.
-        end: Offset of the byte after the last byte of the tensor from the beginning of the file.
+        start: Position of the first byte of the tensor, counted from the beginning of the file.
+        end: Position after the last byte of the tensor, counted from the beginning of the file.
     """
 
     dtype: str
@@ -34,11 +34,14 @@ class TensorInfo(NamedTuple):
 
 
 class WeightFile:
-    """A memory-mapped safetensors file.
+    """A safetensors file that is opened as a memory map, so that single tensors or rows can be read quickly.
+
+    Args:
+        path: Path of the file.
 
     Attributes:
         path: Path of the file.
-        tensors: `{name of the tensor: TensorInfo}`.
+        tensors: `{name of the tensor: TensorInfo}`, with the type, shape and position of each tensor.
 
     Raises:
         ValueError: If the file is missing, truncated or not a safetensors file.
@@ -65,12 +68,12 @@ class WeightFile:
         }
 
     def raw_bytes(self, name: str) -> memoryview:
-        """Return the bytes of the tensor `name` as a view of the memory map, without copying them."""
+        """Return the bytes of the tensor `name` as they are stored in the file, without copying them."""
         info = self.tensors[name]
         return memoryview(self._bytes)[info.start : info.end]
 
     def array(self, name: str) -> np.ndarray:
-        """Return a tensor as a float32 array.
+        """Return a whole tensor, converted to float32.
 
         Args:
             name: Name of the tensor.
@@ -86,7 +89,7 @@ class WeightFile:
         return _to_float32(self.raw_bytes(name), info.dtype, name).reshape(info.shape)
 
     def rows(self, name: str, indices: np.ndarray) -> np.ndarray:
-        """Return rows of a matrix as a float32 array. Other rows are not read from the disk.
+        """Return some rows of a matrix, converted to float32. The other rows are not read from the disk.
 
         Args:
             name: Name of the tensor, of shape (rows, width).
@@ -106,7 +109,7 @@ class WeightFile:
 
 
 def read_scalar(folder: Path, name: str) -> float | None:
-    """Return the value of a model's weight that is a single number, such as `logit_scale`.
+    """Read one weight of a model that is a single number, such as `logit_scale`, without loading the model.
 
     Args:
         folder: Model folder with safetensors files.
@@ -150,14 +153,18 @@ def _to_float32(raw: memoryview, dtype: str, name: str) -> np.ndarray:
 
 
 def find_weight_files(folder: Path) -> list[Path]:
-    """Find the safetensors files of a model folder.
+    """Find the safetensors files that hold the weights of a model.
+
+    Args:
+        folder: Model folder in transformers' format.
 
     Returns:
-        The path of model.safetensors or, if the weights are split, of the files that model.safetensors.index.json
-        lists.
+        Paths of the weight files. This is the single file model.safetensors if it exists. Otherwise the weights are
+        split into several files, which model.safetensors.index.json lists.
 
     Raises:
-        ValueError: If the folder has neither of the two files, the index is invalid, or a file of the index is missing.
+        ValueError: If the folder has neither model.safetensors nor model.safetensors.index.json. Also if the index is
+            invalid, or a file that it lists is missing.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():

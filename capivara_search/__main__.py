@@ -1,4 +1,7 @@
-"""Entry point of `python -m capivara_search` and of the console script `capivara`; both run the same command line."""
+"""Start the command line `capivara`, which searches the user's own pictures.
+
+Both `python -m capivara_search` and the console script `capivara` run this module.
+"""
 
 from capivara_common.interrupt import exit_on_interrupt
 

@@ -87,7 +87,13 @@ CSV_COLUMNS = (
 @click.version_option(package_name="modeling-capivara", message="capivara %(version)s")
 @click.pass_context
 def capivara(ctx: click.Context) -> None:
-    """Run a command of `capivara`. If no command is given, print the help."""
+    """Print the help if `capivara` is called without the name of a command.
+
+    If a command is named, click runs the function of the command afterwards.
+
+    Args:
+        ctx: click context of the call. It says whether a command is named.
+    """
     if not ctx.invoked_subcommand:
         click.echo(ctx.get_help())
 
@@ -142,7 +148,7 @@ def index(
     """Add the pictures of folders to the index, show a progress bar, and print a report at the end.
 
     Args:
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
         folders: Folders to add. If it is empty, all folders that were added on this machine are updated.
         exclude: Patterns of files and folders to ignore, in the syntax of a .gitignore file.
         include: Stored `exclude` patterns to remove, and paths removed by `capivara forget` to index again.
@@ -165,8 +171,8 @@ def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callab
     """Show a progress bar with the rate and the remaining time while the `with` block runs.
 
     Args:
-        messages: Texts of the user's language.
-        leave: Whether the last state of the bar stays on the screen.
+        messages: Texts to print, in the user's language.
+        leave: Whether the bar stays on the screen after the block has ended.
 
     Yields:
         A function `(done, total)` that can be passed to `PictureIndex.add` as `on_progress`. The arguments are the
@@ -203,7 +209,7 @@ def _format_report(report: IndexReport, picture_count: int, messages: Messages) 
     Args:
         report: Result of the update.
         picture_count: Number of pictures in the index.
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
 
     Yields:
         Lines of text. The first line has the numbers of new, changed, moved, re-embedded and removed pictures. The next
@@ -230,7 +236,7 @@ def _format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages
 
     Args:
         ignored_counts: Dictionary `{reason: number of ignored files and folders}`. The reasons are `IGNORE_REASONS`.
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
 
     Returns:
         Text with the number of ignored files for each reason, separated by commas; "" if nothing was ignored.
@@ -243,10 +249,10 @@ def _format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages
 @argument("folders", nargs=-1, type=cli.EXISTING_FOLDER)
 @add_boolean_flags("--poll")
 def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
-    """Watch folders for changes until Ctrl-C, update the index, and print a report of each update.
+    """Watch folders until Ctrl-C: update the index after each change, and print a report of each update.
 
     Args:
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
         folders: Folders to watch. If it is empty, all folders that were added on this machine are watched.
         poll: Whether all files are checked every two seconds. If False, only folders on a network drive are polled, and
             the operating system reports changes in all other folders.
@@ -286,21 +292,22 @@ def search(
     """Find pictures and print them as a table, as JSON or as CSV.
 
     Args:
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
         query: Words of the sentence to search for.
-        like: File of a picture. Pictures that are similar to it are found.
+        like: File of a picture to find similar pictures for. None: search only with words.
         k: Maximum number of pictures.
-        folder: Return only pictures in this folder and its subfolders.
-        since: Return only pictures from this day on.
-        until: Return only pictures up to and including this day.
+        folder: Return only pictures in this folder and its subfolders. None: all folders.
+        since: Return only pictures from this day on. None: no earliest day.
+        until: Return only pictures up to and including this day. None: no latest day.
         more: Texts that the query vector is moved towards, each with an optional weight, such as "0.5:praia".
         less: Texts that the query vector is moved away from, each with an optional weight.
-        relevance_threshold: Key of `RELEVANCE_THRESHOLD_VALUES`.
-        exact: Compare the query with all pictures, also in a large index, which is searched approximately by default.
+        relevance_threshold: Whether each hit is marked as relevant or not. "on" (or "sim"): yes. "off" (or "não"): no.
+            "auto": only if a measurement shows that the model separates relevant from irrelevant pictures well.
+        exact: Compare the query with every picture. By default, a large index is searched approximately.
         all: Show every picture instead of one for each group of near-duplicates.
         open: Also open the pictures that were found in the system's viewer.
-        json: Print JSON.
-        csv: Print CSV.
+        json: Print JSON instead of a table.
+        csv: Print CSV instead of a table.
 
     Returns:
         Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
@@ -338,18 +345,18 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
     """Print the label that describes a picture best, for one picture or for each picture of a folder.
 
     Args:
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
         path: Picture file, or folder of pictures.
         labels: Labels to choose from.
-        template: Sentence with one {}, which is replaced by each label.
-        json: Print JSON.
-        csv: Print CSV.
+        template: Sentence that is compared with the pictures. Each label in turn replaces its placeholder {}.
+        json: Print JSON instead of a table.
+        csv: Print CSV instead of a table.
 
     Returns:
-        Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if no picture could be classified.
 
     Raises:
-        ValueError: If there is a single label with a comma in it, probably several labels.
+        ValueError: If there is a single label, and it contains a comma. The user probably meant several labels.
     """
     from capivara_search.picture_reading import open_query_picture
     from capivara_search.query import clean_and_check_labels
@@ -394,13 +401,14 @@ def app(
     """Serve the search page for the browser until Ctrl-C.
 
     Args:
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
         port: Port that the page listens on.
         host: Address that the page listens on.
-        allow_host: Further host names that are accepted in requests.
-        relevance_threshold: Key of `RELEVANCE_THRESHOLD_VALUES`.
+        allow_host: Further host names that are accepted in the Host header of requests.
+        relevance_threshold: Whether each hit is marked as relevant or not. "on" (or "sim"): yes. "off" (or "não"): no.
+            "auto": only if a measurement shows that the model separates relevant from irrelevant pictures well.
         no_open: Do not open the browser.
-        watch: Also update the index when its folders change, in another process.
+        watch: Also update the index when its folders change. A separate process does this.
     """
     from capivara_search.page.guard import list_allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index
@@ -432,7 +440,7 @@ def status(messages: Messages, all: bool, json: bool) -> None:
     """Print a summary of the index: location, pictures, model, folders, skipped files, and ignored files.
 
     Args:
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
         all: Print long lists in full. If False, each list has at most `MAX_STATUS_LINES` lines.
         json: Print JSON.
     """
@@ -455,7 +463,7 @@ def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str
 
     Args:
         state: Status of the index.
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
 
     Returns:
         Dictionary `{name of a section: its lines of text}`, in the order of the output. The heading of the section NAME
@@ -493,10 +501,10 @@ def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str
 @_register_command("forget")
 @argument("path", type=cli.ANY_PATH)
 def forget(messages: Messages, path: Path) -> int:
-    """Remove a folder or a picture from the index and keep it out.
+    """Remove a folder or a picture from the index, and ignore it in later updates. No file is deleted.
 
     Args:
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
         path: Folder or picture file.
 
     Returns:
@@ -520,7 +528,7 @@ def move(messages: Messages, old: Path, new: Path) -> None:
     """Update the paths in the index after the pictures of a folder were moved to another folder.
 
     Args:
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
         old: Folder that the pictures were in before.
         new: Folder that the pictures are in now.
     """
@@ -531,10 +539,12 @@ def move(messages: Messages, old: Path, new: Path) -> None:
 @_register_command("export")
 @argument("file", metavar="file", type=cli.ANY_PATH)
 def export(messages: Messages, file: Path) -> None:
-    """Write the index to a CSV or Parquet file.
+    """Write the metadata of all pictures in the index to a CSV or Parquet file.
+
+    A Parquet file contains the vectors (embeddings) of the pictures, too.
 
     Args:
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
         file: File to write, with the extension .csv or .parquet.
 
     Raises:
@@ -551,16 +561,16 @@ def export(messages: Messages, file: Path) -> None:
 @option("--threshold", type=localize_click_type_errors(click.FloatRange(0.01, 1)), default=DUPLICATE_MIN_SIMILARITY)
 @add_boolean_flags("--json", "--csv")
 def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> int:
-    """Print groups of near-duplicate pictures.
+    """Print the groups of near-duplicates in the index: copies that were resized, re-encoded or slightly edited.
 
     Args:
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
         threshold: Minimum similarity of two near-duplicates, 0.01 to 1.
-        json: Print JSON.
-        csv: Print CSV.
+        json: Print JSON instead of a table.
+        csv: Print CSV instead of a table.
 
     Returns:
-        Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if no near-duplicates were found.
     """
     pictures = _open_filled_index()
     groups = pictures.duplicates(threshold)
@@ -581,10 +591,12 @@ def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> i
 @_register_command("completion")
 @argument("shell", type=localize_click_type_errors(click.Choice(("bash", "zsh", "fish"))))
 def completion(messages: Messages, shell: str) -> None:
-    """Print a script for a shell. After the shell has run it, the Tab key completes commands and flags of `capivara`.
+    """Print a shell script that makes the Tab key complete commands and flags of `capivara`.
+
+    The completion works in a shell that has run the script.
 
     Args:
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
         shell: "bash", "zsh" or "fish".
     """
     click.echo(get_completion_class(shell)(capivara, {"obj": messages}, "capivara", "_CAPIVARA_COMPLETE").source())
@@ -621,7 +633,7 @@ def _print_miniature_model_notice(pictures: "PictureIndex", messages: Messages, 
 
     Args:
         pictures: Index that has the model.
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
         with_name: Whether the name of the model is printed first. The notice does not depend on this argument.
     """
     if with_name:
@@ -658,14 +670,17 @@ def _write_json(value: Any) -> None:
 
 
 def detect_user_language(argv: Sequence[str]) -> str:
-    """Return the user's language.
+    """Find out in which language `capivara` prints its texts.
+
+    If the command line contains `--lang`, its value decides. Otherwise, the first of the environment variables LC_ALL,
+    LC_MESSAGES and LANG that is set decides. The language is Portuguese if the variable's value begins with "pt". In
+    all other cases, it is English.
 
     Args:
         argv: Command line without the name of the program.
 
     Returns:
-        "pt" or "en". If `--lang` is given, its value. Otherwise, the first of the environment variables LC_ALL,
-        LC_MESSAGES and LANG that is set decides: "pt" if its value begins with "pt", else "en".
+        "pt" or "en".
     """
     if match := re.search(r"^--lang[=\n](pt|en)$", "\n".join(argv), re.MULTILINE):
         return match[1]
@@ -717,15 +732,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def get_exit_code_and_message(error: Exception, messages: Messages) -> tuple[int, str]:
-    """Return the exit code and the message for an error that ended a command.
+    """Convert an error that ended a command to an exit code and a message for the user.
 
     Args:
         error: The error that ended the command.
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
 
     Returns:
-        Tuple of the exit code and one line of text. The text is in the user's language if `messages.yaml` has a text
-        for the error, otherwise in English.
+        Tuple (exit code, message). The message is one line of text. It is in the user's language if `messages.yaml` has
+        a text for the error, otherwise in English.
     """
     if isinstance(error, click.UsageError):
         return EXIT_USAGE_ERROR, describe_usage_error(error, messages)
@@ -755,7 +770,7 @@ def _print_log_messages_in_user_language(messages: Messages) -> Iterator[None]:
     """Print log messages of `log_message_from_code` to stderr in the user's language while the block runs.
 
     Args:
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
     """
     handler, logger = logging.Handler(), logging.getLogger("capivara")
 

@@ -33,12 +33,14 @@ CONTEXT_SETTINGS = {
 def localize_click_type_errors(param_type: click.ParamType) -> click.ParamType:
     """Make a click type report rejected values in the user's language.
 
+    click itself has only English error messages.
+
     Args:
-        param_type: Type to change in place. The error message is the text `bad.TYPE`, where TYPE is the name of the
-            type.
+        param_type: Type of a flag's value, such as `click.Choice(("a", "b"))`. It is changed in place. For a rejected
+            value, it reports the text `bad.TYPE` of `messages.yaml`, where TYPE is the name of the type.
 
     Returns:
-        The same type.
+        The same type object.
     """
     convert = param_type.convert
 
@@ -62,21 +64,21 @@ def localize_click_type_errors(param_type: click.ParamType) -> click.ParamType:
 
 
 class DateType(click.DateTime):
-    """Type of the flags `--since` and `--until`: a day, a month or a year.
+    """click type of the flags `--since` and `--until`, which take a day, a month or a year.
 
     A month or a year is converted to its first day for `--since`, and to its last day for `--until`.
     """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> date:
-        """Convert the text of a flag to a date.
+        """Convert the text of `--since` or `--until` to a day.
 
         Args:
             value: Text of the flag, such as "2024-06".
-            param: The flag.
-            ctx: Context of the command.
+            param: The flag, which decides whether a month or a year becomes its first or its last day.
+            ctx: click context of the command.
 
         Returns:
-            The day.
+            The day as a date.
 
         Raises:
             click.BadParameter: If the text is not a date.
@@ -98,7 +100,9 @@ DATE = localize_click_type_errors(DateType(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y
 
 
 def add_boolean_flags(*names: str) -> Callable[[Callable], Callable]:
-    """Return a decorator that adds flags without a value to a command.
+    """Return a decorator that adds flags without a value to a command, such as `--json`.
+
+    The command receives True for a flag that is given, and False otherwise.
 
     Args:
         *names: Flags, such as "--json", in the order of the help.
@@ -122,7 +126,7 @@ def _store_global_value(ctx: click.Context, param: click.Parameter, value: str |
     used.
 
     Args:
-        ctx: Context of the command.
+        ctx: click context of the command.
         param: The flag.
         value: Value of the flag; None if the flag was not given, which keeps a value that was stored before.
     """
@@ -131,13 +135,13 @@ def _store_global_value(ctx: click.Context, param: click.Parameter, value: str |
 
 
 def get_global_value(name: str) -> str | None:
-    """Return the value of a flag that all commands share.
+    """Return the value of `--index`, `--model` or `--device`, the flags that all commands share.
 
     Args:
-        name: "index", "model" or "device".
+        name: Name of the flag: "index", "model" or "device".
 
     Returns:
-        The value, or None if the flag was not given.
+        The value on the command line, or None if the flag was not given.
     """
     return click.get_current_context().meta.get(name)
 
@@ -172,7 +176,7 @@ class LocalizedCommand(click.Command):
         click takes one value per flag, so `--labels a b` is first changed to `--labels a --labels b`.
 
         Args:
-            ctx: Context of the command.
+            ctx: click context of the command.
             args: Words of the command line after the name of the command.
 
         Returns:
@@ -202,7 +206,7 @@ class LocalizedCommand(click.Command):
         The help of the group `capivara` also lists its commands and the exit codes.
 
         Args:
-            ctx: Context of the command.
+            ctx: click context of the command.
             formatter: click object that the text is written to.
         """
         messages, is_group = ctx.obj, isinstance(self, click.Group)
@@ -229,23 +233,23 @@ class LocalizedCommand(click.Command):
 
 
 class LocalizedGroup(LocalizedCommand, click.Group):
-    """The click group `capivara`, which has all commands as subcommands."""
+    """The click group `capivara`. Its subcommands are `index`, `search` and all other commands."""
 
     command_class = LocalizedCommand
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Find the command for the first word of a command line.
+        """Find the command that the first word of a command line names.
 
         Args:
             ctx: Context of the group.
             args: Words of the command line.
 
         Returns:
-            Tuple of the name, the command and the remaining words, as in `click.Group.resolve_command`.
+            Tuple (name of the command, the command, remaining words), as in `click.Group.resolve_command`.
 
         Raises:
-            click.UsageError: If no command has this name. The error suggests the most similar name. If the word is a
-                sentence, the error suggests `capivara search` with this sentence.
+            click.UsageError: If no command has this name. The error message suggests the most similar name. If the word
+                is a whole sentence, the message suggests `capivara search` with this sentence.
         """
         if not self.get_command(ctx, args[0]) and not ctx.resilient_parsing:
             error = click.NoSuchOption(args[0], possibilities=self.list_commands(ctx))
@@ -257,15 +261,15 @@ class LocalizedGroup(LocalizedCommand, click.Group):
 
 
 def get_localized_help_record(param: click.Parameter, ctx: click.Context) -> tuple[str, str]:
-    """Return the name and the description of a flag or an argument for the help.
+    """Return the two texts that the help shows for a flag or an argument: its name and its description.
 
     Args:
         param: Flag or argument.
         ctx: Context of the command that has the flag or argument.
 
     Returns:
-        Tuple of the name with a placeholder for the value, such as "--index FOLDER", and the description. The
-        description of an argument is "".
+        Tuple (name, description). The name includes a placeholder for the value, such as "--index FOLDER". The
+        description is in the user's language; it is "" for an argument.
     """
     messages, name = ctx.obj, param.opts[0].lstrip("-").replace("-", "_")
     placeholder = ""
@@ -281,11 +285,11 @@ def get_localized_help_record(param: click.Parameter, ctx: click.Context) -> tup
 
 
 def describe_usage_error(error: click.UsageError, messages: Messages) -> str:
-    """Return the message for a wrong command line in the user's language.
+    """Describe in the user's language what is wrong with a command line.
 
     Args:
-        error: Error that click or a command has raised.
-        messages: Texts of the user's language.
+        error: Error that click or a command has raised because of the command line.
+        messages: Texts to print, in the user's language.
 
     Returns:
         One line of text. It begins with the name of the flag if the value of a flag is wrong.

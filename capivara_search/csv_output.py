@@ -24,8 +24,8 @@ def escape_csv_cell(text: str) -> str:
         text: Content of the cell.
 
     Returns:
-        The text, in which control characters are escaped, so that a terminal does not execute them. If a spreadsheet
-        would compute the text as a formula, a single quote is added at the beginning.
+        The safe text. Control characters are escaped, so that a terminal does not act on them. If a spreadsheet would
+        compute the text as a formula, a single quote is added at the beginning.
     """
     return re.sub(FORMULA_PATTERN, r"'\1", escape_control_characters(text))
 
@@ -38,10 +38,10 @@ def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, 
     Args:
         file: Open text file.
         columns: Names of the columns, in order.
-        rows: Rows as dictionaries from column name to value. Keys that are not in `columns` are ignored.
+        rows: Each row is a dictionary `{name of a column: value}`. Keys that are not in `columns` are ignored.
 
     Returns:
-        Number of rows written.
+        Number of rows that were written, without the header.
     """
     writer, row_count = csv.writer(file, lineterminator="\n"), 0
     writer.writerow(map(escape_csv_cell, columns))

@@ -52,7 +52,11 @@ DETAIL_COLUMNS = slice(-DETAIL_BYTES, None)  # columns of the details in the res
 
 
 def compute_color_signature(image: PIL.Image.Image) -> bytes:
-    """Compute the color signature of a picture, which is compared to find near-duplicates.
+    """Compute the color signature of a picture: a small fingerprint of its colors for finding near-duplicates.
+
+    For a flat picture, the signature also contains details. Flat pictures are pictures such as icons and charts, in
+    which many pixels have exactly the same color. Two different flat pictures often have almost the same colors at low
+    resolution.
 
     Args:
         image: The picture, in any mode.
@@ -94,11 +98,13 @@ def _is_flat_picture(pixels: np.ndarray) -> bool:
 def combine_vectors_and_colors(vectors: np.ndarray, signatures: Sequence[bytes | None]) -> np.ndarray:
     """Combine the model's vectors and the color signatures of pictures into vectors for near-duplicate detection.
 
-    `compute_duplicate_similarity` compares the result. The dot product of two combined vectors (without details) is one
-    third of the cosine of the model's vectors plus two thirds of the cosine of the color signatures. To make the
-    signature depend less on the main color, half of the picture's mean color and half of its mean brightness are
-    subtracted from the signature first. Otherwise any two crops of a red picture would be similar. If a picture has no
-    signature, or a uniform color, its combined vector contains only the model's vector.
+    The model's vectors alone do not show reliably whether one picture is a copy of another.
+    `compute_duplicate_similarity` compares the combined vectors. For two pictures that are not flat, the dot product is
+    one third of the cosine of the model's vectors plus two thirds of the cosine of the color signatures.
+
+    Before signatures are combined, half of the picture's mean color and half of its mean brightness are subtracted from
+    its signature. Otherwise any two crops of a red picture would be similar. If a picture has no signature, or a
+    uniform color, its combined vector contains only the model's vector.
 
     Args:
         vectors: The model's vector of each picture: array (rows, width), of unit length.
@@ -145,20 +151,20 @@ def _extract_flat_picture_details(signatures: Sequence[bytes | None]) -> np.ndar
 
 
 def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the similarity of each picture in a first set to each picture in a second set.
+    """Compute how similar each picture of a first set is to each picture of a second set.
 
-    Two flat pictures, such as icons, are compared by their details (`compute_color_signature`). Their similarity is 1
-    minus the scaled mean squared difference of the details. The scale is chosen so that a root mean square difference
-    of `DUPLICATE_DETAIL_RMS` gives the similarity `DUPLICATE_MIN_SIMILARITY`. The similarity of all other pairs is the
-    dot product of their vectors without details.
+    Most pairs of pictures are compared by the dot product of their vectors. Only two flat pictures, such as icons, are
+    compared by their details, that is, their colors at a higher resolution (`compute_color_signature`). Their
+    similarity is 1 minus the scaled mean squared difference of the details. The scale is chosen so that a root mean
+    square difference of `DUPLICATE_DETAIL_RMS` gives the similarity `DUPLICATE_MIN_SIMILARITY`.
 
     Args:
         vectors: First set: array (rows, columns), a result of `combine_vectors_and_colors`.
         others: Second set: array (others, columns), a result of `combine_vectors_and_colors`.
 
     Returns:
-        Array (rows, others) of similarities, which are at most 1. Row i and column j compare `vectors[i]` and
-        `others[j]`.
+        Array (rows, others) of similarities, which are at most 1. The value in row i and column j compares `vectors[i]`
+        and `others[j]`.
     """
     vectors, others = np.asarray(vectors, np.float32), np.asarray(others, np.float32)
     details, other_details = vectors[:, DETAIL_COLUMNS], others[:, DETAIL_COLUMNS]
@@ -171,14 +177,17 @@ def compute_duplicate_similarity(vectors: np.ndarray, others: np.ndarray) -> np.
 
 
 def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
-    """Return the vectors of rows for near-duplicate detection, made of the model's vectors and color signatures.
+    """Compute vectors for near-duplicate detection from rows of an index.
+
+    Each vector combines the model's vector (embedding) of a picture with the picture's color signature.
 
     Args:
         model: Model in use.
-        rows: Rows with the columns that `table.comparison_columns` lists. The column of color signatures is optional.
+        rows: Rows of the table `pictures`, with the columns that `table.comparison_columns` lists. The column of color
+            signatures may be missing.
 
     Returns:
-        Array (rows, columns), the result of `combine_vectors_and_colors`.
+        Array (rows, columns), one vector per row: the result of `combine_vectors_and_colors`.
     """
     signatures = [None] * len(rows)
     if COLOR_SIGNATURE_COLUMN in rows.column_names:
@@ -187,12 +196,12 @@ def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
 
 
 def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY) -> np.ndarray:
-    """Compare each picture in a first set with each picture in a second set, and return which are near-duplicates.
+    """Find out which pictures of a first set are near-duplicates of which pictures of a second set.
 
     Args:
         vectors: First set: array (rows, columns), a result of `combine_vectors_and_colors`.
         others: Second set: array (others, columns), a result of `combine_vectors_and_colors`.
-        threshold: Minimum similarity of near-duplicates (`compute_duplicate_similarity`).
+        threshold: Minimum similarity of near-duplicates, at most 1 (`compute_duplicate_similarity`).
 
     Returns:
         Boolean array (rows, others): True where `vectors[i]` and `others[j]` are near-duplicates.
@@ -203,16 +212,16 @@ def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUP
 def assign_near_duplicate_leaders(
     vectors: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY, max_groups: int | None = None
 ) -> np.ndarray:
-    """Assign each row to the leader of its group of near-duplicates (sequential leader clustering).
+    """Group near-duplicates by assigning each picture to the leader of its group (sequential leader clustering).
 
-    Rows are processed in order. If a row is similar to an earlier leader, it joins the group of the first such leader.
-    Otherwise it becomes a leader itself.
+    Each row of the array is a picture. Rows are processed in order. If a row is similar to an earlier leader, it joins
+    the group of the first such leader. Otherwise it becomes the leader of a new group.
 
     Args:
         vectors: Array (rows, columns), a result of `combine_vectors_and_colors`.
         threshold: Minimum similarity of a row to its leader (`compute_duplicate_similarity`).
-        max_groups: Stop as soon as this number of leaders is known. A row that was not processed then possibly counts
-            as a leader, although it is a near-duplicate of an earlier row. None: process all rows.
+        max_groups: Stop as soon as this number of leaders is known. Rows that were not processed yet may then count as
+            leaders, although they are near-duplicates of earlier rows. None: process all rows.
 
     Returns:
         Array (rows,) with the row number of each row's leader. The entry of a leader is the leader's own row number.

@@ -12,7 +12,7 @@ FIRST_PHOTOGRAPH_YEAR = 1826  # dates before the oldest surviving photograph are
 
 
 def read_exif_date_and_location(image: PIL.Image.Image) -> tuple[datetime | None, float | None, float | None]:
-    """Return when and where a picture was taken.
+    """Read from the EXIF data of a picture when and where it was taken.
 
     Values that are missing or invalid become None. No error is raised, because many programs write invalid EXIF data.
 
@@ -20,8 +20,9 @@ def read_exif_date_and_location(image: PIL.Image.Image) -> tuple[datetime | None
         image: An image that was opened from a file.
 
     Returns:
-        Tuple of the date and time in the camera's local time, the latitude in degrees (south is negative), and the
-        longitude in degrees (west is negative). Each is None if it is not known.
+        Tuple (date and time, latitude, longitude). The date and time is in the camera's local time. The latitude is in
+        degrees; south is negative. The longitude is in degrees; west is negative. Each value is None if it is not
+        known.
     """
     taken, position, dates, exif = None, (None, None), [], PIL.Image.Exif()
     # Each value is read in a `suppress` block of its own, because PIL raises a dozen kinds of errors for invalid EXIF

@@ -33,7 +33,8 @@ RETRYABLE_REASONS = ("no permission", "read error", "gone", "needs rawpy")
 class FileState:
     """Path, size and modification time of a file at a certain moment.
 
-    A file is read again only if its size or modification time has changed since the index stored its state.
+    The index stores the state of each file that it has read. In the next update, a file is read again only if its size
+    or modification time has changed.
     """
 
     path: str  # absolute
@@ -42,11 +43,11 @@ class FileState:
 
     @classmethod
     def of(cls, path: str, state: os.stat_result | None = None) -> "FileState":
-        """Create the state of a file from its path.
+        """Determine the current size and modification time of a file.
 
         Args:
             path: Absolute path of the file.
-            state: Result of `os.stat` for the path. None: `os.stat` is called now.
+            state: Result of `os.stat` for the path, if the caller already has it. None: `os.stat` is called now.
 
         Returns:
             The current state of the file.
@@ -112,16 +113,15 @@ def find_pictures_and_unreadable_files(
         ignored_counts: Dictionary that this function fills in: `{folder: {reason: number of ignored entries}}`. The
             reasons "forgotten" and "excluded" count pictures, "hidden" and "system" count pictures and folders, "link"
             counts symbolic links and "video" counts video files. None: the numbers are not returned.
-        only_paths: Absolute paths of files and folders inside `folders`. Only these are scanned, and finding no picture
-            in them is not an error. None: everything in the folders is scanned.
+        only_paths: Absolute paths of files and folders inside `folders`. Only these files and folders are scanned, and
+            finding no picture in them is not an error. None: everything in the folders is scanned.
 
     Returns:
-        Tuple of two lists, each sorted by path: the states of the picture files, and the files and folders that could
-        not be read.
+        Tuple (states of the picture files, files and folders that could not be read). Both are lists sorted by path.
 
     Raises:
-        ValueError: If a folder does not exist or can't be opened, if the user has removed it from the index
-            (`IgnoreRules.forgotten`), or if its real path is not the expected one. Also if a folder contains no
+        ValueError: If a folder does not exist or can't be opened. If the user has removed a folder from the index
+            (`IgnoreRules.forgotten`). If the real path of a folder is not the expected one. If a folder contains no
             picture, unless something in the folder was ignored or could not be read.
     """
     roots = [str(to_absolute_path(folder)) for folder in folders]
@@ -296,12 +296,12 @@ def _count_pictures(folder: str) -> int:
 
 
 def is_picture_name(name: str) -> bool:
-    """Return whether a file name or path has the suffix of a picture (`PICTURE_SUFFIXES`); case does not matter."""
+    """Return whether a file name or path ends with the suffix of a picture format, such as ".jpg" or ".JPG"."""
     return name.lower().endswith(PICTURE_SUFFIXES)
 
 
 def convert_os_error_to_bad_image(error: OSError) -> BadImage:
-    """Convert an operating system error for a file to a BadImage, whose `reason` says why the file is skipped.
+    """Convert an error of the operating system to a BadImage error that says why a file is skipped.
 
     Args:
         error: Error raised when the file was opened or read.

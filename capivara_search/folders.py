@@ -33,10 +33,12 @@ from capivara_search.table import (
 
 
 def load_requested_folders(table: PictureTable) -> dict[str, str]:
-    """Return the folders that the user has added to an index on this machine.
+    """Load the list of folders that the user has added to an index on this machine.
+
+    The list is in a file outside the index. Folders that were added on another machine are not in the list.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
 
     Returns:
         Dictionary `{path of the folder: its real path when it was added}`. In a real path, symbolic links are resolved.
@@ -53,10 +55,13 @@ def record_requested_folders(
 ) -> None:
     """Record on this machine that the user has added folders to an index.
 
+    Pictures are read only in recorded folders, because the list of folders in an index from another machine can't be
+    trusted.
+
     If the record can't be written, a message is logged, and no error is raised.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
         folders: Dictionary `{path of the folder: its real path when the user named it}`.
         moved_from: Old path of a folder that was moved. This folder and the folders inside it are removed from the
             record. None: nothing is removed.
@@ -83,16 +88,19 @@ def _get_requested_folders_file_path(table: PictureTable) -> Path:
 
 
 def load_ignore_rules(table: PictureTable) -> IgnoreRules:
-    """Return the rules for ignoring files and folders that an index stores."""
+    """Load the rules for ignoring files and folders from an index, which stores them.
+
+    The rules contain patterns in the syntax of `.gitignore`, and paths that the user has removed from the index.
+    """
     stored = json.loads(table.read_metadata().get(RULES_KEY, "{}"))
     return IgnoreRules(tuple(stored.get("exclude", ())), frozenset(stored.get("forgotten", ())))
 
 
 def save_ignore_rules(table: PictureTable, rules: IgnoreRules) -> None:
-    """Replace the rules for ignoring files and folders that an index stores.
+    """Store the rules for ignoring files and folders in an index, in place of its earlier rules.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
         rules: The new rules. Nothing is written if they are equal to the stored rules.
     """
     if rules != load_ignore_rules(table):
@@ -106,10 +114,11 @@ def load_ignored_counts_by_reason(table: PictureTable) -> Counter[str]:
     The numbers come from the latest update of each whole folder. Updates of single files do not change them.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
 
     Returns:
-        Counter `{reason: number of ignored files and folders}`. `IndexReport.ignored_counts` explains the reasons.
+        Counter `{reason: number of ignored files and folders}`. The reasons are "forgotten" (removed by the user),
+        "excluded" (matched a pattern), "hidden", "system", "link" and "video".
     """
     counts = Counter[str]()
     for key, value in table.read_metadata().items():
@@ -126,20 +135,20 @@ def resolve_folders_to_scan(
     """Return the folders that an update of the index has to scan.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
         folders: The folders that the user names: `{absolute path: real path}`. Empty: all folders that were added on
             this machine and are available (`is_folder_available`). A warning in the log lists the other folders.
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
         include: What to stop ignoring: patterns that an earlier `exclude` stored in the index, and paths that were
-            forgotten (`IgnoreRules.forgotten`). A forgotten folder that is in none of the other folders is scanned,
-            too.
+            forgotten (`IgnoreRules.forgotten`). If a forgotten folder lies in none of the other folders, it is scanned
+            as well.
 
     Returns:
         Dictionary `{absolute path of a folder to scan: its real path}`. In a real path, symbolic links are resolved.
 
     Raises:
-        ValueError: If there is no folder to scan, a pattern is invalid, an entry of `include` is neither a stored
-            pattern nor a forgotten path, or `exclude` contains the path of a file instead of a pattern.
+        ValueError: If there is no folder to scan, or a pattern is invalid. If an entry of `include` is neither a stored
+            pattern nor a forgotten path. If `exclude` contains the path of a file instead of a pattern.
     """
     rules = load_ignore_rules(table)
     rules.updated(exclude, include)  # called only to raise the errors of invalid patterns now
@@ -184,7 +193,7 @@ def _is_pattern_probably_a_mistaken_path(pattern: str, folders: Iterable[Path]) 
 def is_folder_available(folder: str | Path, real_path: str, allow_empty: bool = False) -> bool:
     """Return whether a folder exists, can be read, and still has its recorded real path.
 
-    An empty folder counts as unavailable by default, because the mount point of a disk that is not mounted is empty.
+    An empty folder counts as unavailable by default. It may be the mount point of a disk that is not mounted.
 
     Args:
         folder: Path of the folder.
@@ -203,7 +212,7 @@ def remove_from_index_and_ignore_path(table: PictureTable, path: Path) -> int:
     """Remove a folder or file from an index, and add its path to the rules so that later updates ignore it.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
         path: Absolute path of the folder or file.
 
     Returns:
@@ -224,16 +233,16 @@ def remove_from_index_and_ignore_path(table: PictureTable, path: Path) -> int:
 def update_paths_after_move(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
     """Rewrite the paths in an index after the user has moved or renamed a folder of pictures.
 
-    If the call is interrupted, it can be repeated. The rows are changed first, in a single commit per table.
+    No picture is read or embedded again. If the call is interrupted, it can be repeated.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
         old: Absolute path of the folder before the move.
         new: Absolute path of the folder now.
 
     Returns:
-        Tuple of two numbers: how many pictures the index had in the old folder, and how many of these pictures exist as
-        files in the new folder.
+        Tuple (pictures in the index, pictures on disk). The first number counts the pictures that the index had in the
+        old folder. The second number says how many of them exist as files in the new folder.
 
     Raises:
         ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
@@ -290,7 +299,7 @@ def _update_rows_after_move(table: PictureTable, name: str, old: Path, new: Path
     If the table already has a row for a new path, this row is kept because it is newer, and the old row is deleted.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
         name: Name of the LanceDB table to change.
         old: Absolute path of the folder before the move.
         new: Absolute path of the folder now.

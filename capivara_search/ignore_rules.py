@@ -38,7 +38,7 @@ class IgnoreRules:
     forgotten: frozenset[str] = frozenset()
 
     def updated(self, exclude: Sequence[str] = (), include: Sequence[str | Path] = ()) -> "IgnoreRules":
-        """Return a copy of the rules with patterns added, and with patterns and forgotten paths removed.
+        """Return a copy of the rules with new patterns to ignore, and without the rules that the user no longer wants.
 
         Args:
             exclude: Patterns to add.
@@ -51,7 +51,7 @@ class IgnoreRules:
         Raises:
             ValueError: If `exclude` contains an invalid or negated pattern, or `include` contains an entry that is
                 neither a pattern nor a forgotten path of the rules. A path inside a forgotten folder is refused, too,
-                because the folder can only be included as a whole.
+                because a forgotten folder can only be included as a whole.
         """
         for pattern in exclude:
             if pattern.startswith("!") and pattern != "!":
@@ -74,7 +74,10 @@ class IgnoreRules:
         return IgnoreRules(tuple(pattern for pattern in patterns if pattern not in removed), forgotten)
 
     def find_forgotten_parent(self, path: str) -> str | None:
-        """Return the forgotten path that is equal to a given path or is one of its parent folders.
+        """Find the forgotten path that makes the index ignore a file or folder.
+
+        Forgotten paths are files and folders that the user has removed from the index. Everything inside a forgotten
+        folder is ignored, too.
 
         The path is compared both as it is given and with its symbolic links resolved.
 
@@ -82,8 +85,8 @@ class IgnoreRules:
             path: Absolute path of a file or folder.
 
         Returns:
-            The forgotten path that causes `path` to be ignored. If there are several, the outermost folder. None if
-            there is no such path.
+            The forgotten path that is equal to `path` or is one of its parent folders. If there are several such paths,
+            the outermost folder. None if there is no such path.
         """
         names = {str(parent) for name in (path, os.path.realpath(path)) for parent in (Path(name), *Path(name).parents)}
         matches = (forgotten for forgotten in self.forgotten if names & {forgotten, resolve_parent_links(forgotten)})
@@ -127,8 +130,8 @@ def _is_valid_pattern(pattern: str) -> bool:
 
 
 def resolve_parent_links(path: str) -> str:
-    """Return a path with the symbolic links in its parent folders resolved.
+    """Resolve the symbolic links in the parent folders of a path, but not in its last component.
 
-    If the last component of the path is itself a symbolic link, it is not resolved.
+    So the result for a symbolic link is the path of the link itself, not of its target.
     """
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))

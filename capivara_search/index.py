@@ -108,7 +108,7 @@ class CachedRows:
 
     Args:
         model: Model in use.
-        rows: All rows of an index, or the rows that match the filters of a search, with the columns that
+        rows: Either all rows of an index, or the rows that match the filters of a search. They have the columns that
             `table.comparison_columns` lists.
 
     Attributes:
@@ -122,11 +122,14 @@ class CachedRows:
 
     @cached_property
     def comparison_vectors(self) -> np.ndarray:
-        """Vectors (rows, columns) of the rows for near-duplicate detection, the result of `get_comparison_vectors`."""
+        """Vectors of the rows for near-duplicate detection: array (rows, columns).
+
+        Each vector combines the model's vector (embedding) and the color signature of a picture.
+        """
         return get_comparison_vectors(self._model, self.rows)
 
     def nearest(self, vector: np.ndarray, k: int) -> pa.Table:
-        """Return the rows whose vectors are nearest to a query vector. All vectors are compared.
+        """Return the rows whose vectors are nearest to a query vector, by exact search.
 
         Args:
             vector: Query vector (width,), of unit length.
@@ -142,7 +145,9 @@ class CachedRows:
         return self.rows.take(order).append_column("score", pa.array(scores[order], pa.float64()))
 
     def newest(self, k: int) -> pa.Table:
-        """Return the rows with the latest dates, latest first (`newest_first_order`).
+        """Return the rows of the newest pictures, latest date first.
+
+        The date is the EXIF date if there is one, otherwise the modification time of the file.
 
         Args:
             k: Maximum number of rows.
@@ -160,11 +165,11 @@ class PictureIndex:
     stores its vector (embedding), a thumbnail and metadata.
 
     Attributes:
-        relevance_threshold: True: a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
-            False: hits are not marked. None: hits are marked only if measurements show that the model separates
-            relevant from irrelevant pictures well (`query.is_relevance_auc_of_model_high_enough`). A hit is relevant if
-            its z-score is above the z-score that the best picture of the index reaches for a neutral sentence, which
-            describes no particular picture (`query.estimate_relevance_z_score_threshold`).
+        relevance_threshold: Whether a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
+            True: yes. False: no. None: only if a measurement shows that the model separates relevant from irrelevant
+            pictures well (`query.is_relevance_auc_of_model_high_enough`). The threshold is the z-score that the best
+            picture reaches for sentences such as "uma imagem", which describe no particular picture
+            (`query.estimate_relevance_z_score_threshold`).
 
     Example:
         >>> from pathlib import Path
@@ -198,10 +203,11 @@ class PictureIndex:
         A new index is created on disk by the first call of `add`.
 
         Args:
-            where: Folder of the index, or an address on object storage such as `s3://bucket/fotos`. "auto" is the
-                default location (`_default_index_path`).
+            where: Folder of the index, or an address on object storage such as `s3://bucket/fotos`. "auto": the value
+                of the environment variable `CAPIVARA_INDEX` if it is set, otherwise a folder in the user's data
+                directory.
             model: Folder or Hub id of a model, or a loaded `SearchModel`. None: the model that the index was built
-                with, or the default model (`models.resolve_search_model`) for a new index.
+                with. For a new index, None stands for the default model (`models.resolve_search_model`).
             device: Device of the model, for example "cuda:1". None: the GPU if there is one, otherwise the CPU.
 
         Returns:
@@ -219,7 +225,7 @@ class PictureIndex:
 
     @property
     def where(self) -> str:
-        """Folder or address of the index."""
+        """Folder of the index, or its address on object storage."""
         return self._table.where
 
     @cached_property
@@ -259,9 +265,9 @@ class PictureIndex:
             *folders: Folders of pictures. Their subfolders are included. If no folder is given, the folders that were
                 added on this machine before are updated.
             batch_size: Number of pictures per batch of the model, at least 1.
-            on_progress: Callback that takes the number of processed pictures and the total number. If two calls in a
-                row have the same numbers, the model was loaded between them. An estimate of the remaining time should
-                ignore this interval.
+            on_progress: Callback that takes the number of processed pictures and the total number. Two calls in a row
+                with the same numbers mean that the model was loaded between them. An estimate of the remaining time
+                should ignore this interval.
             exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`, relative to each folder.
                 The index stores them for later calls.
             include: Stored patterns to remove, and forgotten paths (see `forget`) to index again.
@@ -272,7 +278,7 @@ class PictureIndex:
                 was replaced, is refused. None: the real paths are resolved now.
 
         Returns:
-            Report with the numbers of embedded, new, changed, moved and removed pictures, and the skipped files.
+            Report of the update: numbers of embedded, new, changed, moved and removed pictures, and the skipped files.
 
         Raises:
             ValueError: If a folder does not exist, was forgotten or contains no picture; nothing is then removed from
@@ -307,7 +313,7 @@ class PictureIndex:
         include: Sequence[str | Path] = (),
         real_paths: Mapping[Path, str] | None = None,
     ) -> dict[Path, str]:
-        """Return the folders that `add` would scan if it were called with these arguments.
+        """Return the folders that `add` would scan for pictures if it were called with these arguments.
 
         The result contains all folders in `folders`. If `folders` is empty, the result contains all folders that were
         added on this machine before and whose real path is the same as at that time. A warning in the log lists the
@@ -372,8 +378,8 @@ class PictureIndex:
 
         Returns:
             Dictionary `{"done": number of processed pictures, "total": number of pictures to process, "left_s":
-            estimated seconds left}`. The value of "left_s" is None while there is no estimate. Instead of a dictionary,
-            None if no update is running.
+            estimated seconds left}`. The value of "left_s" is None while there is no estimate. If no update is running,
+            the method returns None instead of a dictionary.
         """
         return read_progress_of_running_update(self._table.where)
 
@@ -404,17 +410,17 @@ class PictureIndex:
         )
 
     def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
-        """Rewrite the stored paths of pictures after their folder was moved or renamed.
+        """Update the paths in the index after a folder of pictures was moved or renamed.
 
-        No picture is read again.
+        No picture is read or embedded again.
 
         Args:
             old: Path of the folder before the move.
             new: Path of the folder now.
 
         Returns:
-            Tuple of two numbers: how many pictures the index had in the old folder, and how many of these pictures
-            exist as files in the new folder.
+            Tuple (pictures in the index, pictures on disk). The first number counts the pictures that the index had in
+            the old folder. The second number says how many of them exist as files in the new folder.
 
         Raises:
             ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
@@ -446,14 +452,14 @@ class PictureIndex:
             like: Picture to search for, as an image or as the path of a file. If a sentence is given as well, the query
                 is the mean of both vectors.
             k: Maximum number of hits, at least 1.
-            folder: Only pictures in this folder and its subfolders.
-            since: Only pictures of this day or later (`Hit.date`).
-            until: Only pictures of this day or earlier.
+            folder: Return only pictures in this folder and its subfolders. None: all folders.
+            since: Return only pictures of this day or later (`Hit.date`). None: no earliest day.
+            until: Return only pictures of this day or earlier. None: no latest day.
             exact: Compare every vector, even in an index large enough for an approximate vector index.
-            more: Words to move the query towards (Rocchio relevance feedback), optionally preceded by a weight, as in
-                "0.5:praia". The default weight is 1.
-            less: Words to move the query away from, optionally with a weight. Pictures that show what the words say get
-                a lower rank; no picture is excluded.
+            more: One or more texts to move the query towards (Rocchio relevance feedback). A text may begin with a
+                weight, as in "0.5:praia". The default weight is 1.
+            less: One or more texts to move the query away from, each with an optional weight. Pictures that show what a
+                text says get a lower rank. No picture is excluded.
             group_duplicates: Return only the best hit of each group of near-duplicates (`DUPLICATE_MIN_SIMILARITY`).
                 `Hit.copies` is the number of near-duplicates of a hit.
 
@@ -461,8 +467,8 @@ class PictureIndex:
             Hits, best first.
 
         Raises:
-            ValueError: If `text`, `like`, `more` and `less` are all empty, `k` is below 1, `since` is after `until`, or
-                a weight is out of range. If there is no index, or all its pictures were embedded with another model.
+            ValueError: If `text`, `like`, `more` and `less` are all empty. If `k` is below 1, `since` is after `until`,
+                or a weight is out of range. If there is no index, or all its pictures were embedded with another model.
         """
         text = text.strip() if text else None
         signed_words = [
@@ -521,7 +527,10 @@ class PictureIndex:
         """
 
         def background() -> float:
-            """Return the z-score that the best picture of the index reaches for a neutral sentence."""
+            """Compute the z-score that the best picture of the index reaches by chance.
+
+            It is the best picture's z-score for neutral sentences, which describe no particular picture.
+            """
             neutral_vectors = self.model.embed_texts(query.NEUTRAL_SENTENCES)
             nearest = self._make_nearest(join_clauses(self._model_clauses()))
             best_cosines = [nearest(neutral, 1)["score"][0].as_py() for neutral in neutral_vectors]
@@ -544,11 +553,11 @@ class PictureIndex:
         """Return the pictures whose vectors are nearest to a query vector.
 
         Args:
-            vector: Query vector (width,), made with the model of the index. Its length does not matter.
+            vector: Query vector (width,), made with the model of the index. It need not have unit length.
             k: Maximum number of hits, at least 1.
-            folder: Only pictures in this folder and its subfolders.
-            since: Only pictures of this day or later (`Hit.date`).
-            until: Only pictures of this day or earlier.
+            folder: Return only pictures in this folder and its subfolders. None: all folders.
+            since: Return only pictures of this day or later (`Hit.date`). None: no earliest day.
+            until: Return only pictures of this day or earlier. None: no latest day.
             exact: Compare every vector, even in an index large enough for an approximate vector index.
             is_text_query: Whether the vector is the embedding of a sentence. If True, scores of SigLIP models are
                 converted to probabilities, and the relevance threshold is applied (`relevance_threshold`).
@@ -652,18 +661,18 @@ class PictureIndex:
     def copies(
         self, path: str, k: int = 240, folder: FolderFilter = None, since: DateFilter = None, until: DateFilter = None
     ) -> list[Hit]:
-        """Return the near-duplicates of a picture of the index, most similar first.
+        """Return the near-duplicates of a picture of the index: resized, re-encoded or slightly edited copies.
 
         Args:
             path: Path of the picture, as in `Hit.path`.
             k: Maximum number of hits.
-            folder: Only pictures in this folder and its subfolders.
-            since: Only pictures of this day or later (`Hit.date`).
-            until: Only pictures of this day or earlier.
+            folder: Return only pictures in this folder and its subfolders. None: all folders.
+            since: Return only pictures of this day or later (`Hit.date`). None: no earliest day.
+            until: Return only pictures of this day or earlier. None: no latest day.
 
         Returns:
-            Hits without the picture itself. Their scores are similarities (`duplicates.compute_duplicate_similarity`,
-            at most 1), not cosines.
+            Hits without the picture itself, most similar first. Their scores are not cosines, but similarities for
+            near-duplicate detection, which are at most 1 (`duplicates.compute_duplicate_similarity`).
 
         Raises:
             KeyError: If the picture is not indexed, or was embedded with another model.
@@ -688,13 +697,16 @@ class PictureIndex:
         until: DateFilter = None,
         group_duplicates: bool = False,
     ) -> list[Hit]:
-        """Return the newest pictures, latest first (`Hit.date`).
+        """Return the newest pictures of the index, latest first.
+
+        The date of a picture is its EXIF date if there is one, otherwise the modification time of its file
+        (`Hit.date`).
 
         Args:
             k: Maximum number of hits.
-            folder: Only pictures in this folder and its subfolders.
-            since: Only pictures of this day or later.
-            until: Only pictures of this day or earlier.
+            folder: Return only pictures in this folder and its subfolders. None: all folders.
+            since: Return only pictures of this day or later. None: no earliest day.
+            until: Return only pictures of this day or earlier. None: no latest day.
             group_duplicates: Return only the latest hit of each group of near-duplicates.
 
         Returns:
@@ -750,6 +762,8 @@ class PictureIndex:
 
     def duplicates(self, threshold: float = DUPLICATE_MIN_SIMILARITY) -> list[list[Hit]]:
         """Return all groups of near-duplicates in the index.
+
+        Near-duplicates are copies of a picture that were resized, re-encoded or slightly edited.
 
         Args:
             threshold: Minimum similarity of a picture to the first picture of its group, above 0 and at most 1
@@ -865,8 +879,8 @@ class PictureIndex:
     def requested_folders(self) -> dict[str, str]:
         """Return the folders of the index that the user has added on this machine.
 
-        Folders that were added on another machine are not returned, so the result is empty for an index that was copied
-        from another machine.
+        `add` updates these folders if it is called without folders. Folders that were added on another machine are not
+        returned. So the result is empty for an index that was copied from another machine.
 
         Returns:
             Dictionary `{path of the folder: its real path when it was added}`. In a real path, symbolic links are
@@ -876,7 +890,7 @@ class PictureIndex:
         return {folder: recorded[folder] for folder in self._table.folders() if folder in recorded}
 
     def status(self) -> IndexStatus:
-        """Return a summary of the index: numbers of pictures, folders, skipped files, model, size and rules."""
+        """Return a summary of the index: number of pictures, folders, skipped files, model, size and ignore rules."""
         taken = pc.min_max(self._table.rows(["taken"], "taken IS NOT NULL")["taken"]).as_py()
         skipped_rows = self._table.rows(["path", "reason"], table=SKIPPED_FILES_TABLE).to_pylist()
         model, rules = self._table.model() or {}, known_folders.load_ignore_rules(self._table)
@@ -911,16 +925,18 @@ class PictureIndex:
         but not added to it.
 
         Args:
-            source: Folder of pictures, path of a picture, or an image.
+            source: Folder of pictures, path of one picture, or an image in memory.
             labels: Words or phrases to choose from, in a language of the model.
-            template: Sentence around each label. It contains the placeholder `{}` once, which the label replaces.
+            template: Sentence that is compared with the pictures. It contains the placeholder `{}` once, which each
+                label replaces in turn.
 
         Returns:
-            One classification per readable picture, sorted by path.
+            One classification per readable picture, sorted by path. It has the best label and the probability of each
+            label.
 
         Raises:
-            ValueError: If there is no label, a label is empty or repeated, the template does not contain `{}` exactly
-                once, or the folder does not exist or contains no picture.
+            ValueError: If there is no label, or a label is empty or repeated. If the template does not contain `{}`
+                exactly once. If the folder does not exist or contains no picture.
         """
         labels = query.clean_and_check_labels(labels, template)
         if not isinstance(source, str | Path):

@@ -24,7 +24,7 @@ def export_all_rows(table: PictureTable, path: str | Path) -> int:
     An existing file is replaced only when the new file is complete.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
         path: Path of the file to write. The suffix selects the format: .parquet for Parquet with vectors, .csv for CSV
             without vectors.
 

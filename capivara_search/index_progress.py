@@ -24,7 +24,10 @@ ProgressCallback = Callable[[int, int], None]  # arguments: number of processed 
 
 
 class RateEstimator:
-    """Estimator of the current speed of an update, in pictures per second."""
+    """Estimator of the current speed of an index update, in pictures per second.
+
+    The remaining time of the update is computed from this speed.
+    """
 
     def __init__(self) -> None:
         self._measurements: list[tuple[float, int]] = []  # (time in seconds, pictures processed so far)
@@ -32,8 +35,8 @@ class RateEstimator:
     def update(self, done: int) -> None:
         """Record how many pictures have been processed up to now.
 
-        If the number is the same as in the previous call, earlier measurements are discarded, because the time since
-        then was spent on something else, such as loading the model.
+        If the number is the same as in the previous call, earlier measurements are discarded. The time since the
+        previous call was then spent on something else, such as loading the model.
 
         Args:
             done: Number of pictures that have been processed since the start of the update.
@@ -44,7 +47,10 @@ class RateEstimator:
 
     @property
     def rate(self) -> float | None:
-        """Processed pictures per second in the recent past (`RATE_WINDOW_S`); None before the second measurement."""
+        """Current speed of the update in pictures per second; None before the second call of `update`.
+
+        The speed is measured over the recent past only: at most over the last `RATE_WINDOW_S` seconds.
+        """
         if len(self._measurements) < 2:
             return None
         end, done = self._measurements[-1]
@@ -58,8 +64,9 @@ class RateEstimator:
 def mirror_progress_to_file(where: str, progress: ProgressCallback) -> Iterator[ProgressCallback]:
     """Extend a progress callback so that each call also updates the progress file of an index.
 
-    Other processes read the file with `read_progress_of_running_update`. The file is removed at the end of the `with`
-    block. Nothing is written for an index on object storage. The caller must hold the lock of the index.
+    With this file, other processes can show the progress (`read_progress_of_running_update`). The file is removed at
+    the end of the `with` block. Nothing is written for an index on object storage. The caller must hold the lock of the
+    index.
 
     Args:
         where: Folder or address of the index.
@@ -93,17 +100,17 @@ def mirror_progress_to_file(where: str, progress: ProgressCallback) -> Iterator[
 def read_progress_of_running_update(where: str) -> dict[str, int | None] | None:
     """Return the progress of an index update that is running in any process.
 
-    A progress file alone does not prove that an update is running, because a killed process leaves its file behind.
-    Therefore the lock of the index is checked, too: the operating system releases the lock of a killed process. A
-    progress file without a lock is removed.
+    The progress is read from a small file in the folder of the index. This file alone does not prove that an update is
+    running, because a killed process leaves its file behind. Therefore the lock of the index is checked, too. The
+    operating system releases the lock of a killed process. A progress file without a lock is removed.
 
     Args:
         where: Folder or address of the index.
 
     Returns:
         Dictionary `{"done": number of processed pictures, "total": number of pictures to process, "left_s": estimated
-        seconds left}`. The value of "left_s" is None while there is no estimate. Instead of a dictionary, None if no
-        update is running.
+        seconds left}`. The value of "left_s" is None while there is no estimate. If no update is running, the function
+        returns None instead of a dictionary.
     """
     with suppress(OSError, ValueError):
         file = Path(where, PROGRESS_FILE)

@@ -118,7 +118,11 @@ class StoredRows:
 
 @dataclass
 class IndexPlan:
-    """Plan of one index update: the files to read, the rows to remove, and the results of the folder scan."""
+    """Plan of one index update: the files to read, the rows to remove, and the results of the folder scan.
+
+    `plan_index_update` makes the plan by comparing the files on disk with the rows of the index. `IndexWriter` then
+    reads and embeds the files, and `finish_indexing` removes the rows.
+    """
 
     clause: str  # SQL condition for the rows that were compared with the files on disk
     covers_folders: bool  # True if whole folders were compared, False if only some paths in them
@@ -141,11 +145,11 @@ def plan_index_update(
 ) -> IndexPlan:
     """Plan an index update by comparing the files in folders with the rows of the table.
 
-    An unavailable folder, for example on a disk that is not mounted, does not stop an update of several folders that
-    are all in the index already: a warning is logged, and the plan covers the other folders.
+    If all folders are in the index already, and one of several folders is unavailable, a warning is logged, and the
+    plan covers the other folders. A folder is unavailable, for example, if its disk is not mounted.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
         image_digest: Digest of the model in use (`SearchModel.image_digest`).
         folders: Folders to compare: `{absolute path: expected real path}`. In a real path, symbolic links are resolved.
         rules: Rules for ignoring files. None: the rules that the index stores.
@@ -153,11 +157,11 @@ def plan_index_update(
             the folders is compared.
 
     Returns:
-        The plan.
+        The plan: the files to read and the rows to remove.
 
     Raises:
-        ValueError: If a folder does not exist, can't be opened, was forgotten (`IgnoreRules.forgotten`) or contains no
-            picture, or if its real path is not the expected one.
+        ValueError: If a folder does not exist, can't be opened or contains no picture. If the user has removed a folder
+            from the index (`IgnoreRules.forgotten`). If the real path of a folder is not the expected one.
     """
     clause, counts = folders_clause(*folders if only_paths is None else only_paths), dict[str, Counter[str]]()
     try:
@@ -214,7 +218,7 @@ def _would_remove_all_rows_of_folder(
     An example is a folder on a disk that was unmounted.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
         folder: Absolute path of the folder.
         removed: Paths of the rows that the plan removes.
         files: Files that the folder scan has found.
@@ -235,14 +239,14 @@ class IndexWriter:
     """Worker that reads the files of a plan, embeds them in batches, and commits their rows to the table.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
         model: Model that embeds the pictures.
         plan: Plan of the update, which lists the files to read.
         batch_size: Number of pictures per batch of the model.
         progress: Callback that takes the number of processed files and the total number.
 
     Attributes:
-        report: Report of the update up to now: numbers of embedded, new, changed and other pictures.
+        report: Report of the update up to now, for example the numbers of embedded, new and changed pictures.
         reported: Number of processed files in the last call of `progress`.
     """
 
@@ -273,7 +277,7 @@ class IndexWriter:
         self.commit_start = time.monotonic()
 
     def run(self) -> IndexReport:
-        """Read, embed and commit all files of the plan.
+        """Read and embed all files of the plan, and write their rows to the index.
 
         If an exception is raised, for example by Ctrl-C, the rows of finished files are committed first.
 
@@ -311,11 +315,11 @@ class IndexWriter:
             self.progress(reported, total)
 
     def commit(self) -> None:
-        """Write the collected rows and skipped files to the tables.
+        """Write the rows and the skipped files that were collected since the last commit to the tables of the index.
 
-        If a picture file was opened but could not be decoded, the picture's row is removed from the table `pictures`.
-        If a picture file could not be opened or read (`RETRYABLE_REASONS`), the picture's row stays in the table,
-        because the file may be intact.
+        A skipped file may have a row from an earlier update. If the file was opened but could not be decoded, this row
+        is removed from the table `pictures`. If the file could not be opened or read (`RETRYABLE_REASONS`), the row
+        stays, because the file may be intact.
         """
         start = time.monotonic()
         if self.rows:
@@ -425,19 +429,19 @@ def plan_update_and_prepare_index(
     """Plan an index update, create the tables if necessary, and store the folders, rules and model in the index.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
         model: Model that embeds the pictures.
         folders: Folders to update: `{absolute path: expected real path}`.
         exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`. The index stores them.
         include: Stored patterns to remove, and forgotten paths (`IgnoreRules.forgotten`) to index again.
         only_paths: Absolute paths of files and folders inside `folders`. Only these are updated. None: everything in
             the folders is updated.
-        progress: Callback that takes the number of processed files and the total number. If it is given, and the index
-            is new or was built with another model, the model is loaded now, so that errors of loading are raised before
-            the index is changed. None: the model is not loaded, because tasks on a cluster load it later.
+        progress: Callback that takes the number of processed files and the total number. If the callback is given, and
+            the index is new or was built with another model, the model is loaded now. Errors of loading are then raised
+            before the index is changed. None: the model is not loaded, because tasks on a cluster load it later.
 
     Returns:
-        The plan.
+        The plan: the files to read and the rows to remove.
 
     Raises:
         ValueError: If a folder does not exist, can't be opened, was forgotten or contains no picture, or if its real
@@ -471,7 +475,7 @@ def _record_current_model(table: PictureTable, model: "SearchModel", plan: Index
     the image encoder is different, or whether only the text encoder is different.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
         model: Model that the index uses from now on.
         plan: Plan of the update, to count the pictures that will be embedded again.
     """
@@ -488,10 +492,10 @@ def _record_current_model(table: PictureTable, model: "SearchModel", plan: Index
 
 
 def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, report: IndexReport) -> None:
-    """Finish an index update: remove rows, record ignored and skipped files, and optimize the table.
+    """Finish an index update: remove outdated rows, record ignored and skipped files, and optimize the table.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
         model: Model that embedded the pictures.
         plan: Plan of the update.
         report: Report of `IndexWriter.run`. Its fields `removed`, `ignored_counts` and `skipped_files` are updated in
@@ -522,7 +526,7 @@ def _update_and_list_skipped_files(
     not read are added.
 
     Args:
-        table: Table of the index.
+        table: Object that reads and writes the LanceDB tables of the index.
         plan: Plan of the update.
         new_paths: Paths of the files that `IndexWriter` could not read in this update and has written to the table.
 
@@ -548,7 +552,7 @@ def _update_and_list_skipped_files(
 def embed_files_without_indexing(
     model: "SearchModel", files: Sequence[FileState], folder: Path
 ) -> dict[str, np.ndarray]:
-    """Embed picture files without adding them to an index.
+    """Read and embed picture files without adding them to an index, for example to classify them.
 
     Args:
         model: Model that embeds the pictures.
@@ -587,8 +591,8 @@ def prefetch_pictures(
         batch_size: Maximum number of files per batch. The first batches are smaller (`FIRST_BATCH_SIZE`).
 
     Yields:
-        Batches in the order of the files. A batch is a list of pairs: a file, and either the result of `read` or the
-        exception that `read` raised.
+        Batches in the order of the files. A batch is a list of tuples (file, result). The result is the return value of
+        `read`, or the exception that `read` raised.
     """
     files, waiting = iter(files), deque[tuple[FileState, Future[Picture]]]()
     size = min(FIRST_BATCH_SIZE, batch_size)

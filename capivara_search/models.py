@@ -70,7 +70,7 @@ class SearchModel:
 
     @cached_property
     def image_digest(self) -> str:
-        """Hex digest of the image encoder and the image processor.
+        """Hexadecimal digest (hash) of the image encoder and the image processor.
 
         Models with equal digests compute equal image embeddings, so these models can use the same index.
         """
@@ -207,7 +207,7 @@ class SearchModel:
 
         Args:
             images: PIL images.
-            batch_size: Number of images that are preprocessed at once.
+            batch_size: Number of images that the image processor prepares at once.
             **options: `chunk_images`, the number of images per forward pass on a CPU.
 
         Returns:
@@ -227,17 +227,19 @@ class SearchModel:
     def tune_image_embedding(
         self, image_count: int, batch_size: int
     ) -> Callable[[Sequence["Image.Image"]], np.ndarray]:
-        """Return a function that embeds images with the number of images per forward pass that is fastest on this CPU.
+        """Return a function that embeds images with settings that are tuned for the speed of this machine.
 
-        The first call of the function measures the speed, unless the best number is already known
-        (`with_tuned_chunk_size`). On a GPU, or for few images, the default number is used.
+        On a CPU, the speed depends on the number of images per forward pass. The first call of the function measures
+        which number is fastest, unless the best number is already known (`with_tuned_chunk_size`). On a GPU, or for few
+        images, the default number is used.
 
         Args:
             image_count: Number of images to embed in total.
-            batch_size: Number of images that are preprocessed at once.
+            batch_size: Number of images that the image processor prepares at once.
 
         Returns:
-            Function like `embed_images` that takes a list of at least one PIL image.
+            Function that takes a list of at least one PIL image. It returns embeddings (images, width) in float32, of
+            unit length, like `embed_images`.
 
         Raises:
             ValueError: If the model can't be loaded, or the device does not exist.
@@ -289,14 +291,14 @@ def _wrap_model_errors(model: str) -> Iterator[None]:
 
 
 def resolve_search_model(model: str | None = None, device: str | None = None) -> SearchModel:
-    """Find a model for search. Download and convert the model if this has not been done before.
+    """Find the model that embeds texts and pictures for the search, and download or convert it if necessary.
 
     Args:
         model: Folder or Hub id of a model with an image encoder and a text encoder. Its type is one of
             `capivara_common.model_kinds.KINDS`, or it is an open_clip model with an XLM-RoBERTa text encoder.
-            "miniature" stands for the small model that is built from PyPI packages. None stands for the value of the
-            environment variable `CAPIVARA_MODEL`. If the variable is not set, None stands for `DEFAULT_MODEL` if this
-            model is in the cache or the Hub can be reached, otherwise for "miniature".
+            "miniature" stands for the small model that is built from PyPI packages. None: the value of the environment
+            variable `CAPIVARA_MODEL`. If the variable is not set, `DEFAULT_MODEL` is used. If this model is not in the
+            cache and the Hub can't be reached, "miniature" is used.
         device: Device that embeds pictures, such as "cuda"; None for the GPU if there is one, else the CPU.
 
     Returns:

@@ -54,7 +54,10 @@ THUMBNAIL_WEBP_METHOD = 2
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture file: resized image for the model, thumbnail and metadata."""
+    """A decoded picture file, as it is needed for an index: resized image for the model, thumbnail and metadata.
+
+    The metadata are the digest of the file, the size in pixels, and the EXIF date and location.
+    """
 
     digest: str  # BLAKE2b-128 digest of the file's content, in hexadecimal
     # Width and height in pixels after rotating the picture upright. For a RAW file, the size of the RAW picture, not of
@@ -74,7 +77,7 @@ def read_picture_for_indexing(
     resize_filter: int | None = None,
     folders: Sequence[str | Path] | None = None,
 ) -> Picture:
-    """Read a picture file: compute its digest, decode it, resize it for the model, and read its EXIF data.
+    """Read a picture file for an index: compute its digest, decode it, resize it for the model, and read its EXIF data.
 
     This function is thread-safe. A large JPEG is decoded at reduced size (`REDUCED_DECODE_FACTOR`).
 
@@ -87,7 +90,7 @@ def read_picture_for_indexing(
             these folders. None: the location of the file is not checked.
 
     Returns:
-        The decoded picture.
+        The decoded picture: resized image for the model, thumbnail and metadata.
 
     Raises:
         BadImage: If the file can't be read, is damaged, is too large or no longer exists.

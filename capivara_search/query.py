@@ -100,7 +100,7 @@ def apply_feedback(
 
 
 def z_score(score: float, scores: np.ndarray) -> float:
-    """Return the z-score of a score: how many standard deviations the score lies above the mean of a set of scores.
+    """Compute how many standard deviations a score lies above the mean of a set of scores (z-score).
 
     Args:
         score: The score to convert.
@@ -115,11 +115,12 @@ def z_score(score: float, scores: np.ndarray) -> float:
 def estimate_relevance_z_score_threshold(
     sample: np.ndarray, neutral_vectors: Sequence[np.ndarray], best_cosines: Sequence[float]
 ) -> float:
-    """Return the z-score that the best picture of an index reaches for a neutral sentence.
+    """Estimate the relevance threshold of an index: the z-score that its best picture reaches by chance.
 
-    A neutral sentence describes no particular picture (`NEUTRAL_SENTENCES`), so this z-score is what the best picture
-    reaches by chance. Searches use it as the relevance threshold. For each neutral sentence, the z-score of its best
-    picture is computed from the mean and the standard deviation of the sentence's cosines with a sample of the index.
+    The z-score of a picture says by how many standard deviations its cosine with a sentence lies above the mean of the
+    sentence's cosines with a sample of the index. Neutral sentences, such as "uma imagem", describe no particular
+    picture (`NEUTRAL_SENTENCES`). So the z-score of the best picture for a neutral sentence is what a picture reaches
+    by chance. A search that applies the threshold marks pictures with a lower z-score as irrelevant.
 
     Args:
         sample: Vectors (pictures, width) drawn from the index, of unit length.
@@ -127,7 +128,7 @@ def estimate_relevance_z_score_threshold(
         best_cosines: For each neutral sentence, its cosine with the picture of the whole index that is nearest to it.
 
     Returns:
-        The quantile `BACKGROUND_QUANTILE` over the z-scores of all neutral sentences.
+        The threshold: the quantile `BACKGROUND_QUANTILE` of the best pictures' z-scores over all neutral sentences.
     """
     z_scores = [z_score(best, sample @ vector) for vector, best in zip(neutral_vectors, best_cosines, strict=True)]
     return float(np.quantile(z_scores, BACKGROUND_QUANTILE))
@@ -151,7 +152,7 @@ def is_relevance_auc_of_model_high_enough(folder: Path) -> bool:
 
 
 def clean_and_check_labels(labels: Sequence[str], template: str) -> list[str]:
-    """Validate the labels and the sentence template of a zero-shot classification.
+    """Check the labels and the sentence template of a zero-shot classification, and normalize blanks in labels.
 
     Args:
         labels: Words or phrases to choose from, at least one.
@@ -161,8 +162,8 @@ def clean_and_check_labels(labels: Sequence[str], template: str) -> list[str]:
         The labels, without blanks at both ends and with single blanks between words.
 
     Raises:
-        ValueError: If `labels` is a string or an empty list, a label is empty or occurs twice (ignoring case), or the
-            template does not have exactly one {}.
+        ValueError: If `labels` is a string or an empty list. If a label is empty or occurs twice (ignoring case). If
+            the template does not have exactly one {}.
     """
     if isinstance(labels, str):
         raise ValueError(f"labels must be a list of words, got the text {labels[:80]!r}. Write [{labels[:80]!r}].")
@@ -180,7 +181,7 @@ def clean_and_check_labels(labels: Sequence[str], template: str) -> list[str]:
 def classify_vectors(
     model: "SearchModel", paths: Sequence[str], vectors: np.ndarray, labels: Sequence[str], template: str
 ) -> list[Classification]:
-    """Find the label that describes each picture best (zero-shot classification).
+    """Find the label that describes each picture best, by comparing vectors (zero-shot classification).
 
     Args:
         model: Model that embedded the pictures. It also embeds the labels.

@@ -17,7 +17,11 @@ DUPLICATE_MIN_SIMILARITY = 0.84
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture that a search found, with its score and metadata."""
+    """A picture that a search found, with its score and metadata.
+
+    The score is the cosine similarity to the query, or a probability for a sentence and a SigLIP model. The metadata
+    are the absolute path, the size of the picture and of its file, the date and the location.
+    """
 
     path: str  # absolute path of the file
     # Cosine similarity to the query, from -1 to 1. If the query is a sentence and the model is a SigLIP model, the
@@ -39,7 +43,10 @@ class Hit:
 
 @dataclass(frozen=True)
 class SkippedFile:
-    """A file that could not be indexed, with the reason."""
+    """A file or folder that could not be read for the index, with the reason.
+
+    For example, the file is damaged, or there is no permission to read it.
+    """
 
     path: str  # absolute path of the file, or of a folder that could not be read
     code: str  # the reason in a few words, such as "no permission"; messages.yaml translates it under `reason.CODE`
@@ -69,7 +76,11 @@ class SkippedFile:
 
 @dataclass
 class IndexReport:
-    """Result of an update of an index by `PictureIndex.add`. Each integer field is a number of pictures."""
+    """Result of an index update: what `PictureIndex.add` has done to the index.
+
+    Each integer field is a number of pictures, for example of new, changed, moved and removed pictures. Other fields
+    contain the skipped files, the numbers of ignored files, and the duration.
+    """
 
     embedded: int = 0  # pictures that the image encoder processed
     new: int = 0  # pictures that were added to the index, including copies of pictures that are already in it
@@ -88,7 +99,10 @@ class IndexReport:
 
 @dataclass(frozen=True)
 class Classification:
-    """Result of the zero-shot classification of one picture: the best label and the probability of each label."""
+    """Result of the zero-shot classification of one picture: the best label and the probability of each label.
+
+    The best label is None if a neutral sentence such as "uma imagem" fits the picture better than every label.
+    """
 
     path: str  # path of the picture; empty if the picture was given as an image
     label: str | None  # the best label; None if a neutral sentence such as "uma imagem" fits better than every label
@@ -99,7 +113,11 @@ class Classification:
 
 @dataclass(frozen=True)
 class IndexStatus:
-    """Summary of the contents of an index."""
+    """Summary of an index, as `capivara status` prints it.
+
+    It contains the location, the number of pictures, the folders, the model, the range of dates, the rules for ignoring
+    files, and the files that could not be read.
+    """
 
     where: str  # folder or address of the index
     pictures: int  # number of indexed pictures

@@ -67,8 +67,8 @@ def wrap_storage_errors(where: str, part: str = "") -> Iterator[None]:
         None.
 
     Raises:
-        OSError: If there is no disk space left, there is no permission, the object storage refuses access or does not
-            answer, or a write conflicts with writes of other processes.
+        OSError: If there is no disk space left, or no permission. If the object storage refuses access or does not
+            answer. If a write conflicts with writes of other processes.
         DamagedIndexError: If a file of the index is missing or damaged.
     """
     try:
@@ -88,8 +88,9 @@ def convert_lancedb_error(error: Exception, where: str, part: str = "") -> Excep
         part: Name of the table, for the message. Empty: the message says "tables".
 
     Returns:
-        The new error. An error that was converted before is returned unchanged. An error of an unknown kind is returned
-        unchanged, too, unless its text contains credentials; these are removed in a new OSError.
+        The new error, for the caller to raise. An error that was converted before is returned unchanged. An error of an
+        unknown kind is returned unchanged, too, unless its text contains credentials. In this case, the new error is an
+        OSError without the credentials.
     """
     if hasattr(error, "code"):
         return error
@@ -130,7 +131,7 @@ def convert_storage_refusal_to_os_error_or_none(error: Exception, where: str) ->
         where: Folder or address of the index.
 
     Returns:
-        An error with an error code and a one-line message. None if the error has another cause.
+        The OSError, with an error code and a one-line message. None if the error has another cause.
     """
     # The location of the index is removed from the text, because the name of a folder could match a pattern.
     text = redact_secrets(" ".join(RUST_LOCATION_RE.sub("", str(error).replace(where, "")).split()))

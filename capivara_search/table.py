@@ -91,7 +91,7 @@ T = TypeVar("T")
 
 
 def pictures_schema(width: int) -> pa.Schema:
-    """Return the schema (names and types of the columns) of the table `pictures` for a model.
+    """Return the schema (names and types of the columns) of the table `pictures`, which has one row per picture.
 
     Args:
         width: Width of the model's vectors, which determines the name and type of the vector column.
@@ -128,10 +128,10 @@ def vector_column(width: int) -> str:
 
 
 def comparison_columns(width: int) -> list[str]:
-    """Return the names of the columns that are needed to make hits and to compare pictures for near-duplicates.
+    """Return the names of the columns that hits and near-duplicate detection need.
 
     Args:
-        width: Width of the model's vectors.
+        width: Width of the model's vectors, which determines the name of the vector column.
     """
     return [*HIT_COLUMNS, vector_column(width), "model", COLOR_SIGNATURE_COLUMN]
 
@@ -158,7 +158,7 @@ class PictureTable:
             yet.
 
     Raises:
-        ValueError: If the address is invalid, or the path is a file, or a folder that contains something other than an
+        ValueError: If the address is invalid. If the path is a file, or a folder that contains something other than an
             index.
         OSError: If there is no permission to read the folder.
     """
@@ -217,7 +217,7 @@ class PictureTable:
             table_name: Name of the table, a key of `TABLE_KEY_COLUMNS`.
 
         Returns:
-            LanceDB's table, or None if the table does not exist.
+            The table as an object of LanceDB, or None if the table does not exist.
 
         Raises:
             ValueError: If the table is damaged (DamagedIndexError), was made by a newer version of this package, or was
@@ -265,7 +265,7 @@ class PictureTable:
 
     @property
     def pictures(self) -> Any:
-        """LanceDB's table `pictures`.
+        """The table `pictures`, which has one row per picture, as an object of LanceDB.
 
         Raises:
             ValueError: If the index does not exist.
@@ -280,7 +280,7 @@ class PictureTable:
         return self.open_table(PICTURES_TABLE) is not None
 
     def create(self, width: int) -> None:
-        """Create the tables and the vector column if they do not exist yet.
+        """Create the tables of the index, and the column for the model's vectors, if they do not exist yet.
 
         Args:
             width: Width of the model's vectors.
@@ -299,7 +299,11 @@ class PictureTable:
         return self.run_read(PICTURES_TABLE, lambda table: table.schema)
 
     def widths(self) -> list[int]:
-        """Return the width of each vector column of the table `pictures`."""
+        """Return the widths of the vectors that the table `pictures` can store.
+
+        Vectors of models with different widths are in different columns. So the result has one number per vector
+        column.
+        """
         return [column.type.list_size for column in self.columns() if pa.types.is_fixed_size_list(column.type)]
 
     def version(self) -> int:
@@ -308,7 +312,7 @@ class PictureTable:
             return sum(table.version for name in TABLE_KEY_COLUMNS if (table := self.open_table(name)) is not None)
 
     def cached(self, name: str, compute: Callable[[], T]) -> T:
-        """Return a value that is computed from the table `pictures`, and cache it until this table changes.
+        """Return a value that is computed from the table `pictures`, and keep it in memory until this table changes.
 
         Args:
             name: Key of the value in the cache.
@@ -340,7 +344,7 @@ class PictureTable:
 
         Args:
             table_name: Name of the table.
-            operation: Function that takes LanceDB's table and returns a result.
+            operation: Function that takes the table as an object of LanceDB, and returns a result.
 
         Returns:
             The result of the operation.
@@ -408,7 +412,7 @@ class PictureTable:
             )
 
     def sample(self, width: int, image_digest: str, max_rows: int) -> np.ndarray:
-        """Read the vectors of pictures that are spread evenly over the table.
+        """Read a sample of the vectors in the index, from rows that are spread evenly over the table `pictures`.
 
         Args:
             width: Width of the model's vectors.
@@ -440,7 +444,7 @@ class PictureTable:
         return 0 if self.open_table(table) is None else self.run_read(table, lambda opened: opened.count_rows(clause))
 
     def count_other_models(self, image_digest: str) -> int:
-        """Return the number of pictures whose vectors were not made with a given model.
+        """Return the number of pictures whose vectors were made with a model other than the given model.
 
         Args:
             image_digest: Digest of the given model (`SearchModel.image_digest`).
@@ -458,7 +462,7 @@ class PictureTable:
         return sorted(key.removeprefix(FOLDER_KEY_PREFIX) for key in keys)
 
     def model(self) -> dict[str, Any] | None:
-        """Return the model that the latest update of the index used.
+        """Return a description of the model that the latest update of the index used.
 
         Returns:
             Dictionary `{"source": folder or Hub id, "name": name for users, "width": width of the vectors,
@@ -513,14 +517,15 @@ class PictureTable:
 
         Args:
             table_name: Name of the table.
-            operation: Function that takes LanceDB's table, or None if the table does not exist.
+            operation: Function that takes the table as an object of LanceDB, and writes to it. If the table does not
+                exist, the function gets None.
 
         Returns:
             The result of the operation.
 
         Raises:
             ValueError: If a file of the index is damaged (DamagedIndexError).
-            OSError: If there is no disk space left, there is no permission, the object storage does not answer, or the
+            OSError: If there is no disk space left, or no permission. If the object storage does not answer. If the
                 last attempt conflicts, too.
         """
         with storage_errors.wrap_storage_errors(self.where, table_name):
@@ -539,7 +544,7 @@ class PictureTable:
 
         Args:
             rows: Rows to insert, with the columns of the table.
-            table: Name of the table. `TABLE_KEY_COLUMNS` says which column is its key.
+            table: Name of the table. Its key column is `path`, or `key` for the metadata table.
         """
 
         def merge(opened: Any) -> None:
@@ -554,7 +559,8 @@ class PictureTable:
         """Delete the rows with the given paths.
 
         Args:
-            paths: Paths of the rows to delete. The rows of the metadata table have no path, so their keys are given.
+            paths: Paths of the rows to delete. For the metadata table, whose rows have no path, keys of the rows to
+                delete.
             table: Name of the table.
         """
         for start in range(0, len(paths), MAX_PATHS_PER_CLAUSE):
@@ -630,10 +636,11 @@ class PictureTable:
     # --- Maintenance
 
     def optimize(self, width: int) -> None:
-        """Merge small data files, train or update the approximate vector index, and remove old versions of the table.
+        """Make searches fast: merge small data files, train or update the vector index, and remove old table versions.
 
-        Each step is done only if the table is large enough, or has changed enough, for the step to save time. The
-        constants of this module, such as `MAX_EXACT_ROWS` and `MAX_SMALL_FRAGMENTS`, are the limits.
+        The vector index makes searches of a large table fast, because they no longer compare every vector. Each step is
+        done only if the table is large enough, or has changed enough, for the step to save time. The constants of this
+        module, such as `MAX_EXACT_ROWS` and `MAX_SMALL_FRAGMENTS`, are the limits.
 
         Args:
             width: Width of the model's vectors.
@@ -811,14 +818,14 @@ def vector_column_to_array(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def extract_unit_vectors_of_model_or_zeros(model: "SearchModel", rows: pa.Table) -> np.ndarray:
-    """Return the vector of each row, or a vector of zeros for a row that was embedded with another model.
+    """Return the vector of each row as float32, or zeros for a row that was embedded with another model.
 
     Args:
         model: Model in use.
         rows: Rows of the table `pictures`, with the columns that `comparison_columns` lists.
 
     Returns:
-        Array (rows, width), float32. All vectors except zeros have unit length.
+        Array (rows, width), float32. All vectors have unit length, except for vectors of zeros.
     """
     vectors, name = np.zeros((len(rows), model.width), np.float32), vector_column(model.width)
     if name in rows.column_names:
@@ -828,7 +835,7 @@ def extract_unit_vectors_of_model_or_zeros(model: "SearchModel", rows: pa.Table)
 
 
 def convert_rows_to_hits(rows: pa.Table, scores: Sequence[float] | None = None) -> list[Hit]:
-    """Convert rows of the table `pictures` to hits.
+    """Convert rows of the table `pictures` to hits, the results of a search.
 
     Args:
         rows: Rows with the columns that `HIT_COLUMNS` lists.

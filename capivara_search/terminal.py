@@ -29,14 +29,14 @@ TILE_ROWS_PER_COLUMN = 0.375
 
 
 def shorten_and_escape_path(path: str) -> str:
-    """Return a short form of a path for display.
+    """Shorten a path for display in a terminal, and escape its control characters.
 
     Args:
         path: Absolute path.
 
     Returns:
-        A path inside the current folder is returned relative to the current folder. Otherwise, a path inside the home
-        folder begins with `~`, and any other path stays absolute. Control characters are escaped.
+        The text to display. A path inside the current folder becomes relative to the current folder. Otherwise, a path
+        inside the home folder begins with `~`, and any other path stays absolute.
     """
     for folder, prefix in ((os.getcwd(), ""), (os.path.expanduser("~"), f"~{os.sep}")):
         start = folder.rstrip(os.sep) + os.sep
@@ -204,7 +204,7 @@ def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], mes
         hits: Search hits, best first.
         thumbnail: Function that takes the path of a picture and returns the content of its thumbnail file, or None if
             the picture has no thumbnail.
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
     """
     if supports_pictures(sys.stdout):
         columns, lines = shutil.get_terminal_size()
@@ -237,7 +237,7 @@ def open_valid_pictures_in_viewer(paths: Sequence[str], messages: Messages) -> N
 
     Args:
         paths: Absolute paths of pictures.
-        messages: Texts of the user's language.
+        messages: Texts to print, in the user's language.
 
     Raises:
         RuntimeError: If the system has no viewer for pictures.

@@ -74,8 +74,9 @@ class TextTower:
             text_config: `text_config` of the model.
 
         Returns:
-            The same tokenizer. None if this class can't encode the model's texts: if transformers would not load a
-            `CapivaraTokenizer`, or if the padding token of the tokenizer is not the padding token of the model.
+            The same tokenizer object, or None if this class can't encode the model's texts. This is the case if
+            transformers would not load a `CapivaraTokenizer`, or if the tokenizer and the model have different padding
+            tokens.
         """
         is_capivara = settings.get("tokenizer_class") == "CapivaraTokenizer"
         pad = tokenizer.token_to_id(_token_text(settings["pad_token"]))  # None if the token is not in the vocabulary
@@ -218,8 +219,8 @@ class ClipTextTower(TextTower):
             text_config: `text_config` of the model.
 
         Returns:
-            The same tokenizer. None if the tokenizer is of another class, or if the tokenizer or the model has settings
-            that are not supported.
+            The same tokenizer object, or None if this class can't encode the model's texts. This is the case if the
+            tokenizer is of another class, or if the tokenizer or the model has settings that are not supported.
         """
         is_xlm_roberta = settings.get("tokenizer_class") in ("XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
         pads_right = settings.get("padding_side", "right") == "right"
@@ -296,7 +297,7 @@ class SiglipTextTower(ClipTextTower):
             text_config: `text_config` of the model.
 
         Returns:
-            The same tokenizer. None if transformers would load another class than `Siglip2Tokenizer` or
+            The same tokenizer object. None if transformers would load a class other than `Siglip2Tokenizer` or
             `GemmaTokenizer`.
         """
         if settings.get("tokenizer_class") not in ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast"):
@@ -327,10 +328,11 @@ TEXT_TOWERS = {tower.__name__: tower for tower in (TextTower, ClipTextTower, Sig
 
 
 def load_numpy_text_tower_or_none(folder: str | Path) -> TextTower | None:
-    """Load the text encoder of a model if this module implements its architecture.
+    """Load the text encoder of a model in NumPy, or return None if its architecture is not implemented in NumPy.
 
-    Adapters, other encoders, other tokenizers, quantized weights and weights in several files are not supported. A
-    folder with damaged JSON files counts as not supported, so that transformers loads the model and reports the error.
+    If the result is None, the caller loads the model with transformers, which takes longer. Adapters, other encoders,
+    other tokenizers, quantized weights and weights in several files are not supported. A folder with damaged JSON files
+    counts as not supported, so that transformers loads the model and reports the error.
 
     Args:
         folder: Folder of the model, with `config.json`, `model.safetensors` and the tokenizer files.
@@ -398,7 +400,7 @@ def _pad_ids(ids: list[list[int]], pad_id: int) -> np.ndarray:
 
 
 def gelu(values: np.ndarray) -> np.ndarray:
-    """Compute the exact GELU of each element: x * P(X <= x) for an element x and a standard normal variable X."""
+    """Compute the exact GELU activation of each element: x * P(X <= x), where X is a standard normal variable."""
     return values * np.float32(0.5) * (1 + _erf(values * np.float32(0.5**0.5)))
 
 
@@ -409,7 +411,7 @@ def _gelu_tanh(values: np.ndarray) -> np.ndarray:
 
 
 def quick_gelu(values: np.ndarray) -> np.ndarray:
-    """Compute x * sigmoid(1.702 x) of each element x, like `quick_gelu` of transformers."""
+    """Compute the activation x * sigmoid(1.702 x) of each element x, like `quick_gelu` of transformers."""
     return values / (1 + np.exp(np.float32(-1.702) * values))
 
 

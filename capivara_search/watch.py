@@ -48,13 +48,13 @@ def watch_folders_and_iter_index_updates(
     stop: threading.Event | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[IndexReport]:
-    """Update an index from folders, then watch the folders and index changes (see `PictureIndex.watch`).
+    """Update an index from folders, then watch the folders and index each change within seconds.
 
     Args:
         index: The PictureIndex to update.
         named_folders: Absolute paths of the folders to watch. Empty: the folders that were added on this machine.
-        poll: Whether to scan the folders every two seconds instead of waiting for events of the operating system.
-            None: scan only if a folder is on a network file system, which reports no events.
+        poll: Whether to scan the folders every two seconds instead of waiting for events of the operating system. None:
+            scan only if a folder is on a network file system, which reports no events.
         stop: Event that ends the iteration when it is set. None: only an interrupt such as Ctrl-C ends the iteration.
         on_progress: Callback that takes the number of processed pictures and the total number.
 
@@ -84,7 +84,7 @@ def watch_folders_and_iter_index_updates(
         return {folder: real for folder, real in named_paths.items() if not rules.find_forgotten_parent(str(folder))}
 
     def available_folders(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
-        """Return the available folders as a dictionary `{path: (device, inode)}`."""
+        """Return the folders that can be read now, as a dictionary `{path: (device number, inode number)}`."""
         return _find_available_folders_with_inodes(folders, allow_empty=bool(named_folders))
 
     def add(paths: Iterable[Path], only_paths: Collection[str] | None) -> IndexReport:
@@ -201,10 +201,10 @@ def _find_available_folders_with_inodes(folders: Mapping[Path, str], allow_empty
 
 
 def is_network_folder(folder: Path) -> bool:
-    """Return whether a folder is on a network file system whose changes are not reported.
+    """Return whether a folder is on a network file system, for which the operating system reports no changes.
 
-    On Linux, these are the types in `NETWORK_FILE_SYSTEMS`. On Windows, a path that begins with two backslashes (UNC)
-    leads to a network share. In all other cases, the answer is False, also for network drives of macOS.
+    On Linux, the answer is True for the file systems in `NETWORK_FILE_SYSTEMS`. On Windows, it is True for a path that
+    begins with two backslashes (UNC). In all other cases, it is False, also for network drives of macOS.
 
     Args:
         folder: Path of the folder.
@@ -225,10 +225,10 @@ def is_network_folder(folder: Path) -> bool:
 
 @contextmanager
 def keep_watch_subprocess_running(*flags: str) -> Iterator[None]:
-    """Run `capivara watch` in a separate process, the follower, during the `with` block.
+    """Update an index in the background: run `capivara watch` in a child process during the `with` block.
 
-    If the follower ends before the block does, for example because of an error, it is started again after
-    `RESTART_DELAY_S` seconds. If this process ends, the follower ends, too.
+    If the child process ends before the block does, for example because of an error, it is started again after
+    `RESTART_DELAY_S` seconds. If this process ends, the child process ends, too.
 
     Args:
         *flags: Command-line flags of `capivara watch`.
@@ -241,7 +241,7 @@ def keep_watch_subprocess_running(*flags: str) -> Iterator[None]:
     stopping, command = threading.Event(), [sys.executable, "-c", FOLLOWER_PROGRAM, "watch", *flags]
 
     def keep_running() -> None:
-        """Start the follower, and start it again whenever it ends, until `stopping` is set."""
+        """Start the child process `capivara watch`, and start it again whenever it ends, until `stopping` is set."""
         while not stopping.is_set():
             process = subprocess.Popen(command, stdin=subprocess.PIPE, **options)
             while not stopping.wait(0.2) and process.poll() is None:

@@ -34,7 +34,7 @@ from capivara_search.table import PictureTable
 
 @dataclass(kw_only=True)
 class WorkerArguments(ExecutorArguments):
-    """Command-line flags of `capivara_search.workers`.
+    """Command-line flags of `capivara_search.workers`, which builds one index with several tasks in parallel.
 
     The workers may run on several machines. Every folder of pictures must have the same path on all of them, also after
     links are resolved.
@@ -60,7 +60,7 @@ class WorkerArguments(ExecutorArguments):
 
     @property
     def log_folder(self) -> Path:
-        """Folder for the logs of all tasks: `logging_dir` if it is given, otherwise a folder in the cache."""
+        """Folder for the log files of all tasks: `logging_dir` if it is given, otherwise a folder in the cache."""
         name = blake2b(self.where.encode(), digest_size=8).hexdigest()
         return self.logging_dir or cache_home() / "index_logs" / name
 
@@ -74,7 +74,7 @@ def add_folders_with_workers(arguments: WorkerArguments, real_paths: Mapping[Pat
             `{absolute path: real path}`. None: the real paths are resolved now.
 
     Returns:
-        True if all tasks are done and the index is up to date. False if the tasks were submitted to Slurm as jobs and
+        True if all tasks have ended and the index is up to date. False if the tasks were submitted to Slurm as jobs and
         have not run yet.
 
     Raises:
@@ -156,10 +156,10 @@ PHASES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Update an index with several tasks, as the command-line flags say, and print the result.
+    """Update an index with several parallel tasks, and print the result.
 
     Args:
-        argv: Command-line arguments without the program name. None: the arguments of this process.
+        argv: Command-line flags (`WorkerArguments`), without the program name. None: the command line of this process.
     """
     args = parse_arguments(WorkerArguments, __doc__, argv)
     index = PictureIndex.open(args.where, args.model, args.device)

@@ -22,23 +22,30 @@ AUGMENTATION = {  # image and crop sizes in pixels, range of the crop's share of
 
 
 def derive_seed(*numbers: int) -> int:
-    """Hash non-negative integers to one 63-bit seed. The result is the same on every machine."""
+    """Combine several non-negative integers, such as a seed and a view number, to one 63-bit random seed.
+
+    The same integers give the same seed on every machine.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def describe_augmentation(seed: int) -> dict[str, Any]:
-    """Return the settings that determine the augmented views of an image.
+    """Return all settings that determine how an image is augmented, to store them in result files and caches.
 
-    These are `AUGMENTATION`, the version of torchvision, and the seed. All values can be written as JSON. Result files
-    and caches store the settings, to show which augmentation was used.
+    Args:
+        seed: Seed of the run or dataset.
+
+    Returns:
+        The image sizes and other constants in `AUGMENTATION`, and also `{"torchvision": version of torchvision, "seed":
+        seed}`. All values can be written as JSON.
     """
     return AUGMENTATION | {"torchvision": version("torchvision"), "seed": seed}
 
 
 def make_augmented_view(image: PIL.Image.Image, digest: str, view: int, seed: int) -> PIL.Image.Image:
-    """Return a randomly augmented copy (view) of an image. The same arguments give the same view.
+    """Return a randomly augmented copy of an image, called a view. The same arguments give the same view.
 
-    The random choices depend on the digest of the image instead of its row number, because row numbers change when
+    The random choices depend on the content of the image instead of its row number, because row numbers change when
     other rows are skipped.
 
     Args:
@@ -55,7 +62,7 @@ def make_augmented_view(image: PIL.Image.Image, digest: str, view: int, seed: in
 
 
 def augment_image(image: PIL.Image.Image, seed: int) -> PIL.Image.Image:
-    """Augment an image as in CAPIVARA (arXiv 2310.13683), section 4.
+    """Augment an image as in section 4 of the CAPIVARA paper (arXiv 2310.13683): random crop, then AugMix.
 
     The image is resized to 250 pixels on its shorter side. A random crop with 90 to 100 % of the area is then resized
     to 224 x 224 pixels, and AugMix with severity 2 is applied.

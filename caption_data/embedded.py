@@ -28,20 +28,32 @@ INVALID_EMBEDDING = "invalid embedding"  # `SkippedRow.reason` of a row whose em
 
 
 def embeds_feature(width: int, views: int = 1) -> List:
-    """Return the feature (column type of `datasets`) of the column `image_embeds`."""
+    """Return the type of the column `image_embeds`, which holds the embeddings of a dataset.
+
+    Args:
+        width: Width of an embedding.
+        views: Number of embeddings per row. More than 1 for several views, that is, augmented copies of the image.
+
+    Returns:
+        Feature (column type of `datasets`) for lists of shape (width,) or, for several views, (views, width).
+    """
     vector = List(Value(EMBEDS_DTYPE), length=width)
     return vector if views == 1 else List(vector, length=views)
 
 
 def check_embeds_columns_and_get_shape(features: Features, name: str) -> tuple[int, int]:
-    """Return the shape of a dataset's embeddings, after checking the three columns that this module describes.
+    """Check the columns of a dataset that has embeddings instead of images, and return the shape of the embeddings.
+
+    The three columns are `image_embeds`, `image_digest` (digest of the image file) and `image_encoder` (digest of the
+    image encoder that computed the embedding).
 
     Args:
         features: Types of the columns of the dataset.
         name: Name of the dataset for error messages.
 
     Returns:
-        The tuple (number of views per image, width of an embedding).
+        The tuple (views, width): number of embeddings per row, and width of an embedding. A row has several embeddings
+        if the dataset holds several views, that is, augmented copies of each image.
 
     Raises:
         ValueError: If a column is missing, or the embeddings do not have the type float16 and a fixed shape.
@@ -67,13 +79,14 @@ def check_embeds_columns_and_get_shape(features: Features, name: str) -> tuple[i
 def resolve_image_encoder_digest(model: str, fingerprint: str) -> str:
     """Return the digest that identifies the image encoder of a model.
 
-    In a dataset of embeddings, the column `image_encoder` has the digest of the image encoder that computed them. The
-    digest of an open_clip model is `fingerprint`. For other models, it is computed from the model's files.
+    In a dataset of embeddings, the column `image_encoder` has the digest of the image encoder that computed them.
+    Comparing the digests shows whether a model can use the embeddings. For most models, the digest is computed from the
+    model's files. For an open_clip model, it is `fingerprint`.
 
     Args:
-        model: Folder or Hub id of a model, or "open_clip:…".
-        fingerprint: `Embedder.fingerprint` of an open_clip model, which differs between precisions. Ignored for other
-            models.
+        model: Folder or Hub id of a model, or "open_clip:…" for a model of open_clip.
+        fingerprint: String that identifies an open_clip model and its precision (`Embedder.fingerprint`). Ignored for
+            other models.
     """
     from modeling_capivara.convert_open_clip import convert_to_folder
 
@@ -83,13 +96,14 @@ def resolve_image_encoder_digest(model: str, fingerprint: str) -> str:
 
 
 def has_unit_length(vectors: np.ndarray) -> np.ndarray:
-    """Return for each row whether all its embeddings have unit length. It is False if a number is NaN or infinite.
+    """Check for each row of a dataset whether its embeddings are valid, that is, have unit length.
 
     Args:
-        vectors: Embeddings of shape (rows, views, width).
+        vectors: Embeddings of shape (rows, views, width). A view is an augmented copy of an image.
 
     Returns:
-        Boolean array of shape (rows,).
+        Boolean array of shape (rows,). False if any embedding of the row does not have unit length (tolerance
+        `MAX_NORM_ERROR`), or contains NaN or infinity.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         norms = np.linalg.norm(vectors.astype(np.float32), axis=-1)
@@ -97,14 +111,14 @@ def has_unit_length(vectors: np.ndarray) -> np.ndarray:
 
 
 def find_invalid_embeds(chunks: Iterable[pa.ChunkedArray], width: int) -> dict[int, str]:
-    """Find the rows whose embedding is missing, not finite or not of unit length.
+    """Find the rows of a dataset whose embedding is missing, not finite or not of unit length.
 
     Args:
-        chunks: The column `image_embeds` in chunks of some thousand rows.
+        chunks: The column `image_embeds`, in chunks of consecutive rows.
         width: Width of the embeddings.
 
     Returns:
-        `{row number: description of the fault}` for each invalid row.
+        `{row number: description of the fault}` for each invalid row. Rows are counted from 0 over all chunks.
     """
     faults, start = {}, 0
     for chunk in chunks:
@@ -117,7 +131,14 @@ def find_invalid_embeds(chunks: Iterable[pa.ChunkedArray], width: int) -> dict[i
 
 
 def read_row_embedding(row: dict[str, Any]) -> np.ndarray:
-    """Return the embedding of a dataset row in float32, of shape (width,) or (views, width).
+    """Return the stored image embedding of a dataset row, after checking it.
+
+    Args:
+        row: Row with the columns `image_embeds` (the embedding) and `image_digest` (digest of the image file).
+
+    Returns:
+        float32 array of shape (width,). If the row has several views, that is, augmented copies of the image, the shape
+        is (views, width).
 
     Raises:
         BadRow: If the embedding is missing or not of unit length, or the digest of the image is missing.

@@ -36,7 +36,7 @@ class LabeledImages:
     """Images of a classification dataset with their class labels.
 
     Attributes:
-        images: Dataset split that contains only the images of the selected classes.
+        images: Dataset split with only the images of the selected classes.
         labels: One entry per image. An entry is a class index, or a list of class indices if the dataset allows several
             classes per image.
     """
@@ -45,7 +45,10 @@ class LabeledImages:
     labels: list[int] | list[list[int]]
 
     def fingerprint(self) -> str:
-        """Return a BLAKE2b-128 hex digest of all image files and labels. The first call reads all image files."""
+        """Return a hex digest (BLAKE2b-128) that identifies the images and labels, so that results can record them.
+
+        The first call reads all image files.
+        """
         images = blake2b(bytes.fromhex("".join(self.images.image_digests)), digest_size=16).hexdigest()
         return json_digest([images, self.labels])
 
@@ -61,11 +64,11 @@ def load_images_with_prompt_class_labels(
     max_pixels: int = MAX_IMAGE_PIXELS,
     limit: int | None = None,
 ) -> LabeledImages:
-    """Load labeled images and map their labels to the classes of a prompt file.
+    """Load the images of a classification dataset, with labels that number the classes as the benchmark does.
 
-    The prompt file of a benchmark lists class names and prompts for zero-shot classification. If the dataset has class
-    names, they are matched with `class_names` by name, because datasets order classes differently. If the dataset has
-    only label numbers, these numbers are used as indices into `class_names`.
+    A benchmark has a prompt file, which lists the class names and the prompts for zero-shot classification. The dataset
+    may order its classes differently. Therefore, its class names are matched with the class names of the prompt file.
+    If the dataset has only label numbers, these numbers are used as indices into `class_names`.
 
     Args:
         source: Folder, glob pattern or Hub id of the dataset.
@@ -73,15 +76,16 @@ def load_images_with_prompt_class_labels(
         class_names: English names of all classes of the dataset, in the order of the prompt file.
         image_column: Name of the image column. Default: the image column, if the dataset has exactly one.
         label_column: Name of the label column. Default: the first of `LABEL_COLUMNS` that exists.
-        class_indices: Indices into `class_names`: the classes to distinguish. Images of other classes are skipped. (For
-            example, Babel-ImageNet translates only some of ImageNet's classes.) Default: all classes.
+        class_indices: Classes to distinguish, as indices into `class_names`. Images of other classes are skipped. For
+            example, Babel-ImageNet translates only some of ImageNet's classes. Default: all classes.
         image_roots: Folders outside of the dataset in which images may lie. Image paths and links to all other folders
             are refused.
-        max_pixels: Largest number of pixels (width x height); larger images count as bad.
-        limit: Number of images to load, evenly spaced. None: all images.
+        max_pixels: Largest number of pixels (width x height). Larger images can't be loaded and count as bad.
+        limit: Number of rows to use, evenly spaced over the split. None: all rows.
 
     Returns:
-        The images with their labels. A label is the position of its class in `class_indices`.
+        The images with their labels. A label is the position of its class in `class_indices`. By default, it is the
+        position of the class in `class_names`.
 
     Raises:
         ValueError: If the split or a column is missing, a label is invalid, or no image is left. Also if the class

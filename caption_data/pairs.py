@@ -1,6 +1,7 @@
-"""Build pair tables: tables with the image digest and the chosen captions of each row of a dataset split.
+"""Build pair tables, which tell training and evaluation which captions of each image to use and which rows to skip.
 
-A pair is an image together with the captions that a training or evaluation run uses. The table is built in a single
+A pair is an image together with the captions that a run uses. A pair table has one row for each row of a dataset split:
+the digest of the image, the chosen captions, and the reason if the row can't be used. The table is built in a single
 pass over the split. It is stored as a memory-mapped Arrow file in the cache folder, so that a second run with the same
 data and settings starts immediately.
 """
@@ -56,20 +57,21 @@ ChooseCaptions = Callable[[dict[str, Any]], list[str]]  # function from a row to
 def load_or_build_pair_table(
     split: Split, caption_columns: Sequence[str], choose: ChooseCaptions, settings: dict[str, Any]
 ) -> Dataset:
-    """Build the table of images and chosen captions of a split (the pair table), or load it from the cache.
+    """Choose the captions of all rows of a split and check all images, or load the result from the cache.
 
-    The table is built again if the rows, the image files, the accepted images (`max_pixels` and the allowed folders),
-    `caption_columns` or `settings` change. On each machine, one process of a distributed launch builds the table while
-    the other processes wait.
+    The result is called the pair table. It is built again if the rows, the image files, `caption_columns` or `settings`
+    change. It is also built again if other images are accepted (`max_pixels` and the allowed folders of the split). On
+    each machine, one process of a distributed launch builds the table while the other processes wait.
 
     Args:
-        split: The rows.
+        split: Dataset split with images, or embeddings of images, and captions.
         caption_columns: Names of the columns that `choose` reads. Before `choose` is called, a single text in such a
-            column is converted to a list with one text. If a caption column is missing but the split has another one,
-            the missing column is replaced by empty lists.
-        choose: Function that returns the captions to use from a row without its image. It may raise ValueError.
-        settings: Everything besides the row that the result of `choose` depends on, as JSON values. If a setting
-            changes, the table is built again.
+            column is converted to a list with one text. If the split lacks a caption column but has another one of
+            them, the missing column is replaced by empty lists.
+        choose: Function that gets a row without its image, and returns the list of captions to use. It may raise
+            ValueError.
+        settings: Everything besides the row that the result of `choose` depends on, as JSON values. It is part of the
+            cache key, so that changed settings give a new table.
 
     Returns:
         A table with one row for each row of the split, and these columns:
@@ -130,14 +132,17 @@ def load_or_build_pair_table(
 
 
 def find_missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]:
-    """Return the names of the required columns that a dataset lacks.
+    """Find out which columns a dataset lacks for choosing captions.
 
-    One column of captions is enough: if any caption column in `columns` is present, the other caption columns are not
-    required. Columns of similarities are always required.
+    A dataset need not have all caption columns. If it has at least one of them, the others are not required. Columns of
+    similarities are always required.
 
     Args:
-        columns: Names of the columns that a caption strategy reads.
+        columns: Names of the columns that the caption strategy (rule that selects captions of a row) reads.
         present: Names of the columns that the dataset has.
+
+    Returns:
+        Names of the missing columns, in the order of `columns`. Empty if nothing is missing.
     """
     caption_columns = [name for name in columns if not SIMILARITY_COLUMN_RE.fullmatch(name)]
     optional = set() if set(caption_columns).isdisjoint(present) else set(caption_columns)
@@ -145,17 +150,20 @@ def find_missing_columns(columns: Sequence[str], present: Iterable[str]) -> list
 
 
 def filter_usable_rows(table: Dataset) -> Dataset:
-    """Return the rows of a pair table that can be used.
+    """Return only the usable rows of a pair table, that is, rows with a valid image and at least one chosen caption.
 
     Args:
-        table: Pair table from `load_or_build_pair_table`. A row can be used if its column `reason` is empty.
+        table: Pair table from `load_or_build_pair_table`. Its column `reason` says why a row can't be used, and is
+            empty for a usable row.
     """
     valid_rows = np.flatnonzero(pc.equal(table.data.column("reason"), ""))
     return table if len(valid_rows) == len(table) else table.select(valid_rows)
 
 
 def list_skipped_rows_and_damaged_archives(table: Dataset, split: Split) -> list[SkippedRow]:
-    """Return a record of each row of a pair table that cannot be used, followed by a record of each damaged archive.
+    """List all rows of a dataset split that can't be used, to report them to the user.
+
+    The list has one entry for each unusable row of the pair table, followed by one entry for each damaged archive.
 
     Args:
         table: Pair table from `load_or_build_pair_table`.
@@ -168,7 +176,7 @@ def list_skipped_rows_and_damaged_archives(table: Dataset, split: Split) -> list
 
 
 def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float) -> None:
-    """Check that only a small share of the rows of a split have a missing or invalid image or caption.
+    """Stop a run if too many rows of a dataset split are bad, that is, have a missing or invalid image or caption.
 
     Args:
         skipped: All skipped rows of the split. Rows with the reason "not chosen" do not count as bad, because their
@@ -194,13 +202,17 @@ def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float)
 
 
 def load_or_compute_pair_content_digest(pairs: Dataset) -> str:
-    """Return a hex digest of the image digests and captions of a pair table, in the order of its rows.
+    """Return a digest that identifies the images and captions of a run, for example to record the data of a result.
 
-    The digest does not depend on the paths of the image files. The digest of a large table is stored in the cache,
-    because computing it for millions of rows takes a minute or more.
+    The digest depends on the order of the rows, but not on the paths of the image files. The digest of a large table is
+    stored in the cache, because computing it for millions of rows takes a minute or more.
 
     Args:
-        pairs: Pair table from `load_or_build_pair_table`, or rows selected from it.
+        pairs: Pair table from `load_or_build_pair_table`, that is, a table with the image digest and the chosen
+            captions of each row; or rows selected from it.
+
+    Returns:
+        BLAKE2b-128 hex digest.
     """
     path = cache_home() / "pairs" / f"{pairs._fingerprint}.txt"
     is_large = len(pairs) >= CACHED_FINGERPRINT_ROWS

@@ -1,8 +1,8 @@
-"""Read dataset splits in parquet files without copying the files, and compute fingerprints of a split's files.
+"""Read the rows of parquet datasets directly from their files, and compute a digest that detects changed files.
 
-`open_split` copies parquet files to the cache of `datasets`, where random access is fast. The stages of the caption
-pipeline `captions` read each file only once and in order, so a copy would waste time and disk space. They use
-`open_in_place`, which reads the original files.
+`open_split` copies parquet files to the cache of the library `datasets`, where random access is fast. The commands of
+the caption pipeline `captions` read each file only once and in order, so a copy would waste time and disk space. They
+use `open_in_place`, which reads the original files.
 """
 
 import bisect
@@ -27,10 +27,10 @@ SAMPLE_COUNT, SAMPLE_BYTES = 64, 4096
 
 @dataclass(eq=False)
 class ParquetSplit(Split):
-    """A dataset split whose parquet files are read in place, without a copy, a few rows at a time.
+    """A dataset split that reads its parquet files directly, a few rows at a time, instead of copying them to a cache.
 
-    Reading rows in order is fast, but random access is slow. Opening the split reads only the metadata of the files, so
-    an error in damaged rows is raised when these rows are read.
+    Reading rows in order is fast, but random access is slow. Opening the split reads only the metadata of the files. An
+    error in damaged rows is therefore raised only when these rows are read. `open_in_place` creates such a split.
 
     Raises:
         ValueError: If a file is damaged, or the files have different columns or types.
@@ -52,22 +52,28 @@ class ParquetSplit(Split):
 
     @property
     def features(self) -> Features:
-        """Types of the columns, as a dict from column name to feature of `datasets`."""
+        """Types of the columns: `{column name: feature}`, where a feature is a column type of `datasets`."""
         return self._features
 
     def __len__(self) -> int:
         return self._row_group_starts[-1]
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return the row with number `index`, counted from 0, as a dict. The image is not decoded."""
+        """Return row number `index`, counted from 0, as `{column name: value}`. The image is not decoded.
+
+        This is slow for many rows; `rows` is fast.
+        """
         return next(self.rows(index))
 
     def rows(self, start: int = 0, column_names: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Iterate over the rows as dicts, with images not decoded.
+        """Iterate over the rows from row `start` to the end. The images are not decoded.
 
         Args:
             start: Number of the first row, counted from 0.
-            column_names: Columns to read. Default: all columns.
+            column_names: Columns to read. None: all columns.
+
+        Yields:
+            Each row as `{column name: value}`.
         """
         if start >= len(self):
             return
@@ -88,25 +94,36 @@ class ParquetSplit(Split):
                         yield row
 
     def iter_column(self, name: str) -> Iterator[pa.ChunkedArray]:
-        """Iterate over the values of the column `name` in chunks of some thousand rows."""
+        """Iterate over a column in chunks of at most `COLUMN_CHUNK_ROWS` rows, without reading other columns.
+
+        Args:
+            name: Name of the column.
+
+        Yields:
+            Arrow arrays with the values of consecutive rows.
+        """
         for path in self.paths:
             with open_parquet(path) as file:
                 for batch in file.iter_batches(COLUMN_CHUNK_ROWS, columns=[name]):
                     yield pa.chunked_array([batch.column(0)])
 
 
-# `open_split`, but parquet files are read in place, without a copy in the cache of `datasets`.
+# Like `open_split`, but reads parquet files directly instead of copying them to the cache of `datasets`.
 open_in_place = partial(open_split, parquet_type=ParquetSplit)
 
 
 def compute_split_content_digest(source: Split) -> str:
-    """Return a digest of the files of a split, so that changed data can be detected.
+    """Return a digest of the files of a dataset split, so that changed data can be detected.
 
-    The digest covers the name, size and content of each file, but not its folder. Of the content of a large data file,
-    only `SAMPLE_COUNT` samples of `SAMPLE_BYTES` bytes each are covered, to save time.
+    The digest covers the name, size and content of each file, but not its folder. To save time, only some samples of a
+    large data file are read: `SAMPLE_COUNT` samples of `SAMPLE_BYTES` bytes each.
+
+    Args:
+        source: The split.
 
     Returns:
-        A BLAKE2b-128 hex digest. For saved datasets and datasets of the Hub, the fingerprint that `datasets` computes.
+        A BLAKE2b-128 hex digest. For a saved dataset or a dataset of the Hub, the fingerprint that the library
+        `datasets` has computed.
     """
     if not source.paths:
         return str(source.data._fingerprint)

@@ -1,4 +1,4 @@
-"""Define the columns of caption rows, choose captions, and record rows that cannot be used.
+"""Define the columns of caption datasets, choose captions of an image, and record rows that can't be used.
 
 A row of a caption dataset is a dict with these keys:
 
@@ -8,8 +8,8 @@ A row of a caption dataset is a dict with these keys:
   computed with the base model (the model before fine-tuning). The original captions come first, then the generated
   captions.
 
-A caption strategy is a rule that selects captions of a row. The strategies and their constants come from CAPIVARA,
-arXiv 2310.13683.
+A caption strategy is a rule that selects some captions of a row, for example the captions most similar to the image.
+The strategies and their constants come from CAPIVARA, arXiv 2310.13683.
 """
 
 import json
@@ -47,12 +47,13 @@ TOKEN_PATTERN = r"[^\s!-/:-@\[-`{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u0964\u0965\u2
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """Record of a dataset row that was skipped, because it can't be used or was not chosen; a line of `skipped.jsonl`.
+    """A dataset row that a command skipped, with the reason. Commands write these rows to the file `skipped.jsonl`.
 
-    A record with the reason "damaged archive" stands for all rows of the archive after the damage.
+    A row is skipped if it can't be used, or if no caption of it was chosen. With the reason "damaged archive", one
+    object stands for all rows of a damaged tar or JSON Lines file after the damage.
 
     Attributes:
-        source: Path, pattern or Hub id of the dataset.
+        source: Path, glob pattern or Hub id of the dataset.
         split: Name of the split.
         row: Number of the row in the split, counted from 0.
         reason: "not chosen", "no image", "unreadable image", "absurd image size", "invalid embedding", "no caption" or
@@ -68,18 +69,18 @@ class SkippedRow:
 
 
 def convert_to_caption_list(value: Any, column: str) -> list[str]:
-    """Convert the value of a caption column to a list of texts.
+    """Convert the value of a caption column to a list of valid texts, whatever form the dataset uses.
 
     Each caption keeps its position in the list, because the list of similarities has the same order. Lone surrogates
-    (halves of a UTF-16 pair) are replaced by "?", because JSON can hold them, but no tokenizer or Arrow file accepts
-    them.
+    (halves of a UTF-16 pair) are replaced by "?". JSON can contain lone surrogates, but tokenizers and Arrow files do
+    not accept them.
 
     Args:
-        value: A text, a list whose entries are texts or None, or None.
+        value: Value of the column in one row: a text, a list whose entries are texts or None, or None.
         column: Name of the column, for the error message.
 
     Returns:
-        One text per caption. A caption that is None becomes "".
+        One text per caption. A caption that is None becomes "". The list is empty if `value` is None or "".
 
     Raises:
         BadRow: If the value has another type.
@@ -91,10 +92,13 @@ def convert_to_caption_list(value: Any, column: str) -> list[str]:
 
 
 def compute_image_caption_rows_digest(rows: Iterable[tuple[str, list[str]]]) -> str:
-    """Return a BLAKE2b-128 hex digest of the images and captions of rows, which depends on the order of the rows.
+    """Compute one digest of all images and captions of a dataset, so that changed data can be detected.
 
     Args:
-        rows: One tuple (hex digest of the image, list of captions) per row.
+        rows: One tuple (hex digest of the image, list of captions) per row of the dataset.
+
+    Returns:
+        BLAKE2b-128 hex digest. It changes if an image, a caption or the order of the rows changes.
     """
     digest = blake2b(digest_size=16)
     for row in rows:
@@ -103,12 +107,15 @@ def compute_image_caption_rows_digest(rows: Iterable[tuple[str, list[str]]]) -> 
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace lone surrogates in a text by "?", because JSON can hold them, but no Arrow file accepts them."""
+    """Replace lone surrogates (halves of a UTF-16 pair) in a text by "?".
+
+    JSON can contain lone surrogates, but Arrow files do not accept them.
+    """
     return text.encode("utf-8", "replace").decode()
 
 
 def write_skipped_rows(path: Path, skipped: list[SkippedRow]) -> None:
-    """Write skipped rows to a JSON Lines file. If the list is empty, no file is written."""
+    """Write one line for each skipped row to a JSON Lines file. If no row was skipped, no file is written."""
     # `json.dumps` escapes all non-ASCII characters, because names of archive members may contain invalid UTF-8.
     if skipped:
         write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in skipped))
@@ -118,11 +125,11 @@ def write_skipped_rows(path: Path, skipped: list[SkippedRow]) -> None:
 class CaptionChoice:
     """Command-line flags that choose which captions of an image are used; shared by all commands that select captions.
 
-    The strategy `diverse` avoids captions that say the same. It starts with the captions that the strategy `threshold`
-    would choose, and goes through them from the most to the least similar to the image. A caption is kept if it shares
-    few words with every caption that was kept before: the cosine of their TF-IDF vectors must be at most `max_overlap`.
-    If fewer than `min_kept` captions were kept, the dropped captions that are most similar to the image are added, up
-    to `min_kept` captions in total.
+    The flag `caption_strategy` names the rule. Its help text describes the rules. The rule `diverse` needs more words.
+    It avoids captions that say the same. It starts with the captions that the rule `threshold` would choose, and goes
+    through them from the most to the least similar to the image. A caption is kept if it shares few words with each
+    caption kept so far: the cosine of their TF-IDF vectors must be at most `max_overlap`. If fewer than `min_kept`
+    captions are kept, the most similar dropped captions are added, up to `min_kept` captions in total.
     """
 
     caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
@@ -142,16 +149,23 @@ class CaptionChoice:
     max_overlap, min_kept = 0.3, 3
 
     def check_choice(self) -> None:
-        """Raise ValueError if the strategy is unknown or a number is out of range."""
+        """Check the values of the flags.
+
+        Raises:
+            ValueError: If the caption strategy is unknown, or a number is out of range.
+        """
         if self.caption_strategy not in STRATEGIES:
             raise ValueError(f"caption_strategy must be one of {', '.join(STRATEGIES)}, got {self.caption_strategy!r}.")
         check_at_least(self, 1, "caption_count")
         check_between(self, -1, 1, "min_similarity", "min_pair_similarity")
 
     def strategy_columns(self, language: str) -> list[str]:
-        """Return the names of the columns that the strategy reads, for example `captions-pt` for the language "pt".
+        """Return the names of the dataset columns that the caption strategy reads.
 
-        The column of similarities that the pair filter (`min_pair_similarity`) reads is not included.
+        The pair filter (`min_pair_similarity`) may read one more column, which is not included here: the similarities.
+
+        Args:
+            language: Language code at the end of the column names, such as "pt" for the column `captions-pt`.
         """
         names = [f"captions-{language}"]
         if self.caption_strategy != "none":
@@ -161,10 +175,11 @@ class CaptionChoice:
         return names
 
     def choose_captions(self, row: dict, language: str) -> list[str]:
-        """Return the captions of a row that pass the pair filter and the strategy.
+        """Choose the captions of one dataset row that training or evaluation uses, by the rules that the flags set.
 
-        The pair filter rejects the image if the similarity of its first original caption is below
-        `min_pair_similarity`. A repeated caption is returned once. `caption_strategy` selects and orders the captions:
+        First, the pair filter rejects the whole row if the similarity of its first original caption is below
+        `min_pair_similarity`. Then `caption_strategy` selects and orders the captions. A repeated caption is returned
+        once. The strategies are:
 
         - `none` (only original captions), `first` (original captions and the first generated captions) and `all`
           (original and generated captions) keep the order of the row. Generated captions follow the original captions.

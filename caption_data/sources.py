@@ -1,6 +1,6 @@
-"""Open a caption dataset of any supported form as a `Split`: its rows, whose images are decoded only when needed.
+"""Open caption datasets of all supported file formats in the same way: as a `Split`, which gives access to the rows.
 
-A dataset has one of these forms:
+The main function is `open_split`. An image is decoded only when it is needed. A dataset has one of these forms:
 
 - a saved `DatasetDict`;
 - a folder of parquet files;
@@ -13,11 +13,11 @@ Parquet files and datasets of the Hub are copied to the cache of `datasets`, whi
 image folders are read in place: the cache holds only a table of their rows, which is built again if the size or the
 modification time of a file changes. For security, no archive is extracted and no pickle file is loaded.
 
-The split of a file follows from names. If a folder above the file has the name of a split, the file belongs to this
-split; the innermost such folder counts. Otherwise the start of the file name counts, for example `test-0001.parquet`.
-Names of splits are `SPLIT_NAMES` and the name of the requested split. If no folder and no file has the name of a split,
-all files belong to "train", as on the Hub. The dataset then has no "test" split, so that a model is never evaluated on
-its training data by mistake.
+The names of files and folders determine to which split a file belongs. If a folder above the file has the name of a
+split, the file belongs to this split. If several folders have such names, the innermost folder counts. Otherwise the
+start of the file name counts, for example `test-0001.parquet`. Names of splits are `SPLIT_NAMES` and the name of the
+requested split. If no folder and no file has the name of a split, all files belong to "train", as on the Hub. The
+dataset then has no "test" split, so that a model is never evaluated on its training data by mistake.
 """
 
 import glob
@@ -71,8 +71,8 @@ FILE_FORM_PATTERNS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^me
 # Names of splits that are recognized in the names of files and folders.
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
 STAGE_FILE = "stage.json"  # file in each folder that a stage of `captions` writes
-# A stage of the caption pipeline `captions` writes its output as several parquet files. The name of such a file ends
-# with the number of its first row and the number of its last row plus 1.
+# Each stage of the caption pipeline `captions` writes its output as several parquet files. The name of such a file ends
+# with two numbers: the number of its first row, and the number of its last row plus 1.
 PART_NAME_RE = re.compile(r"-(\d{9})-(\d{9})$")
 DATASET_INFO_TIMEOUT_S = 20  # seconds to wait for the Hub to answer whether a dataset exists
 PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time
@@ -91,10 +91,11 @@ class Split:
         name: Path, glob pattern or Hub id of the dataset.
         split: Name of the split.
         image_column: Name of the image column.
-        data: The rows. None in subclasses that read the rows without `datasets`.
+        data: The rows as a `datasets.Dataset`. None in subclasses that read the rows without the library `datasets`.
         image_access: Rules for the image files: folders in which they may lie, and largest number of pixels.
         paths: Files that hold the rows. Empty for saved datasets and datasets of the Hub.
-        damaged_archives: One record for each damaged tar or JSON Lines file. Its rows after the damage are missing.
+        damaged_archives: One entry for each damaged tar or JSON Lines file. The rows after the damage are missing from
+            the split.
     """
 
     name: str
@@ -107,17 +108,17 @@ class Split:
 
     @property
     def display_name(self) -> str:
-        """Name of the dataset and of the split, for messages."""
+        """Name of the dataset and of the split for messages, such as "flickr30k, split 'test'"."""
         return f"{self.name}, split {self.split!r}"
 
     @property
     def features(self) -> Features:
-        """Types of the columns, as a dict from column name to feature of `datasets`."""
+        """Types of the columns: `{column name: feature}`, where a feature is a column type of `datasets`."""
         return self.data.features
 
     @property
     def is_embedded(self) -> bool:
-        """True if the rows have embeddings instead of images (`caption_data.embedded`)."""
+        """True if the rows have precomputed image embeddings instead of images (see `caption_data.embedded`)."""
         return self.image_column == EMBEDS_COLUMN
 
     @property
@@ -126,13 +127,20 @@ class Split:
         return list(self.features)
 
     def limited(self, limit: int | None) -> "Split":
-        """Return the split reduced to `limit` evenly spaced rows; if `limit` is None, return the whole split."""
+        """Return a smaller split with `limit` evenly spaced rows of this split, for example for a quick trial run.
+
+        If `limit` is None or not smaller than the number of rows, this split itself is returned.
+        """
         if limit is None or limit >= len(self):
             return self
         return replace(self, data=self.data.select([row * len(self) // limit for row in range(limit)]))
 
     def check_columns(self, names: Iterable[str]) -> None:
-        """Raise ValueError if the split lacks a column in `names`. The message lists the columns of the split."""
+        """Check that the split has all columns in `names`.
+
+        Raises:
+            ValueError: If a column is missing. The message lists the columns that the split has.
+        """
         for name in names:
             if name not in self.columns:
                 raise ValueError(f"{self.display_name} has no column {name!r}; its columns are {self.columns}.")
@@ -141,53 +149,74 @@ class Split:
         return len(self.data)
 
     def rows(self, start: int = 0, column_names: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Iterate over the rows as dicts, with images not decoded.
+        """Iterate over the rows from row `start` to the end. The images are not decoded.
 
         Args:
             start: Number of the first row, counted from 0.
-            column_names: Columns to read. Default: all columns.
+            column_names: Columns to read. None: all columns.
+
+        Returns:
+            Iterator over the rows, each as `{column name: value}`.
         """
         data = self.data if column_names is None else self.data.select_columns(list(column_names))
         return iter(data.skip(start) if start < len(data) else ())
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return the row with number `index`, counted from 0, as a dict. The image is not decoded."""
+        """Return row number `index`, counted from 0, as `{column name: value}`. The image is not decoded."""
         return self.data[index]
 
     def iter_column(self, name: str) -> Iterator[pa.ChunkedArray]:
-        """Iterate over the values of the column `name` in chunks of some thousand rows."""
+        """Iterate over a column in chunks of at most `COLUMN_CHUNK_ROWS` rows, without reading other columns.
+
+        Args:
+            name: Name of the column.
+
+        Returns:
+            Iterator over Arrow arrays with the values of consecutive rows.
+        """
         return (table[name] for table in self.data.select_columns([name]).with_format("arrow").iter(COLUMN_CHUNK_ROWS))
 
     @cached_property
     def image_encoders(self) -> set[str]:
-        """Digests of the image encoders that computed the embeddings; only for a split with embeddings."""
+        """Digests of the image encoders that computed the embeddings of this split; normally a single digest.
+
+        Only for a split with embeddings instead of images. The first access reads the column `image_encoder`.
+        """
         return {str(encoder) for chunk in self.iter_column(ENCODER_COLUMN) for encoder in chunk.unique().to_pylist()}
 
     @cached_property
     def invalid_embeds(self) -> dict[int, str]:
-        """Invalid embeddings as `{row number: description of the fault}`; only for a split with embeddings."""
+        """Rows whose embedding is missing or not of unit length: `{row number: description of the fault}`.
+
+        Only for a split with embeddings instead of images. The first access reads all embeddings.
+        """
         _, width = check_embeds_columns_and_get_shape(self.features, self.display_name)
         return find_invalid_embeds(self.iter_column(EMBEDS_COLUMN), width)
 
     @property
     def stored_views(self) -> int:
-        """Number of embeddings per row; only for a split with embeddings.
+        """Number of embeddings that each row has; only for a split with embeddings instead of images.
 
-        1 means the embedding of the image itself. A larger number means embeddings of augmented views of the image.
+        1 means that a row has the embedding of the image itself. A larger number means that a row has the embeddings of
+        this many views. A view is an augmented copy of the image.
         """
         return check_embeds_columns_and_get_shape(self.features, self.display_name)[0]
 
     def check_embeds(self, model: str, fingerprint: str = "", views: int = 1) -> None:
-        """Check that a model can use the embeddings of this split, which has embeddings instead of images.
+        """Check that a model can use the stored embeddings of this split in place of its own image encoder.
+
+        The split must have embeddings instead of images. They fit only if the image encoder of the model computed them.
 
         Args:
-            model: Folder or Hub id of the model, or "open_clip:…".
-            fingerprint: Fingerprint of an open_clip model (`Embedder.fingerprint`).
-            views: Number of views that the caller needs; see `check_views`.
+            model: Folder or Hub id of the model, or "open_clip:…" for a model of open_clip.
+            fingerprint: String that identifies an open_clip model (`Embedder.fingerprint`). Ignored for other models.
+            views: Number of views, that is, augmented copies of each image, whose embeddings the caller needs. 1: no
+                views, but the embedding of the image itself.
 
         Raises:
-            ValueError: If the embeddings were computed by another image encoder or by several image encoders; the
-                message names their digests. Also if the embeddings have another width, or the needed views are missing.
+            ValueError: If another image encoder, or more than one image encoder, computed the embeddings. The message
+                names the digests of the image encoders. Also if the embeddings do not have the width of the model, or
+                the split lacks the needed views.
         """
         from modeling_capivara.loading import load_transformers_config  # imports torch, which the stages do without
         from modeling_capivara.two_towers import embedding_width
@@ -211,11 +240,13 @@ class Split:
                 )
 
     def check_views(self, views: int) -> None:
-        """Check that a split with embeddings has the views (augmented variants of each image) that the caller needs.
+        """Check that a split with embeddings has embeddings of the views that the caller needs.
+
+        A view is an augmented copy of an image. Views can't be made from embeddings, so they must be stored.
 
         Args:
-            views: 1: the embedding of the image itself. A larger number: embeddings of as many augmented views. 0: a
-                new augmented view in each training step, which stored embeddings cannot provide.
+            views: Number of views that the caller needs. 1: no views, but the embedding of the image itself. 0: a new
+                view in each training step. This always fails, because stored embeddings can't provide new views.
 
         Raises:
             ValueError: If the split does not have these views.
@@ -234,31 +265,35 @@ class Split:
             )
 
     def describe_embeds(self) -> dict[str, dict[str, str]]:
-        """Describe the embeddings of this split for a result file.
+        """Describe the embeddings of this split, so that a result file can record how they were computed.
 
         Returns:
-            `{"image_embeds": {"dtype": type of the numbers, "encoder": digests of the image encoders}}` if the split
-            has embeddings, `{}` if it has images.
+            `{"image_embeds": {"dtype": type of the numbers, "encoder": digests of the image encoders, separated by
+            blanks}}` if the split has embeddings. `{}` if it has images.
         """
         if not self.is_embedded:
             return {}
         return {"image_embeds": {"dtype": EMBEDS_DTYPE, "encoder": " ".join(sorted(self.image_encoders))}}
 
     def load_image(self, row: int) -> PIL.Image.Image:
-        """Decode the image of the row with number `row`. Raises BadImage if the image is missing or invalid."""
+        """Return the decoded image of row number `row`, counted from 0.
+
+        Raises:
+            BadImage: If the image is missing or invalid, or the split has embeddings instead of images.
+        """
         if self.is_embedded:
             raise BadImage("no image", "the dataset has embeddings instead of images")
         return decode_image(self.data[row][self.image_column], self.image_access)
 
     def decode_images(self, rows: Sequence[int]) -> Iterator[PIL.Image.Image | BadImage]:
-        """Decode the images of the given row numbers with several threads.
+        """Decode the images of several rows with a pool of threads.
 
         Args:
-            rows: Row numbers.
+            rows: Numbers of the rows, counted from 0.
 
         Returns:
-            Iterator over the images, in the order of `rows`. In place of a missing or invalid image, it yields a
-            `BadImage` whose detail is the message of `describe_image_error`.
+            Iterator over the images, in the order of `rows`. A missing or invalid image does not end the iteration: a
+            `BadImage` error takes its place. The text of this error does not show the folder of the image file.
         """
         return decode_row_images(
             rows, lambda row: self.data[row][self.image_column], self.image_access, self.describe_image_error
@@ -266,10 +301,11 @@ class Split:
 
     @cached_property
     def image_digests(self) -> list[str]:
-        """BLAKE2b-128 hex digest of each image file, one per row. The first access reads all image files.
+        """Hex digests (BLAKE2b-128) that identify the content of the image files, one digest per row.
 
-        For a missing or invalid image, the digest is computed from the error message. If the split has embeddings
-        instead of images, the digests are read from its column `image_digest`.
+        The first access reads all image files. For a missing or invalid image, the digest is computed from the error
+        message. If the split has embeddings instead of images, the digests are read from its column `image_digest`, and
+        a missing digest is "".
         """
         if self.is_embedded:
             return [digest or "" for chunk in self.iter_column(DIGEST_COLUMN) for digest in chunk.to_pylist()]
@@ -284,11 +320,11 @@ class Split:
         return digests
 
     def describe_image_error(self, row: int, bad: BadImage) -> str:
-        """Return the message of an image error without the folder of the image file, for use in published results.
+        """Return the message of an image error without the folder of the image file, so that it can be published.
 
         Args:
-            row: Number of the row with the image.
-            bad: The error.
+            row: Number of the row with the image, counted from 0.
+            bad: The error that was raised for the image.
         """
         path = image_display_path(self.data[row][self.image_column])
         # The folder is removed from the text of the error, in plain and in escaped form. The whole path can't be
@@ -305,11 +341,11 @@ def open_split(
     max_pixels: int = MAX_IMAGE_PIXELS,
     parquet_type: type[Split] | None = None,
 ) -> Split:
-    """Open one split of a dataset.
+    """Open one split of a dataset, in any of the supported file formats.
 
     The dataset can be a saved `DatasetDict`, a folder of parquet files, folders of images with a `metadata.jsonl` or
-    `metadata.csv`, WebDataset tars, or a Hub id. It can have embeddings instead of images (`caption_data.embedded`).
-    The split then uses the column `image_embeds` as its image column.
+    `metadata.csv`, WebDataset tars, or a Hub id. A dataset can have precomputed image embeddings instead of images (see
+    `caption_data.embedded`). The column `image_embeds` then takes the place of the image column.
 
     Args:
         dataset: Folder, file, glob pattern or Hub id.
@@ -318,9 +354,9 @@ def open_split(
             that the image column gets.
         image_roots: Folders outside of the dataset in which images may lie. Image paths and links to all other folders
             are refused.
-        max_pixels: Largest number of pixels (width x height); larger images count as bad.
-        parquet_type: Subclass of `Split` that reads parquet files in place (`ParquetSplit`). Default: `datasets` loads
-            parquet files and copies them to its cache.
+        max_pixels: Largest number of pixels (width x height). Larger images can't be loaded and count as bad.
+        parquet_type: Subclass of `Split` that reads parquet files in place, such as `ParquetSplit`. None: the library
+            `datasets` copies the parquet files to its cache and reads the copies.
 
     Returns:
         The split, with at least one row.
@@ -369,10 +405,10 @@ def open_split(
 
 
 def list_splits(dataset: str) -> list[str]:
-    """Return the names of all splits of a dataset.
+    """Return the names of all splits of a dataset, such as `["train", "test"]`.
 
     Args:
-        dataset: Folder, file, glob pattern or Hub id of a dataset in one of the forms that `open_split` opens.
+        dataset: Folder, file, glob pattern or Hub id. All dataset formats that `open_split` opens are supported.
 
     Raises:
         ValueError: If the dataset does not exist.
@@ -386,18 +422,21 @@ def list_splits(dataset: str) -> list[str]:
 
 
 def count_missing_stage_rows_and_get_command(folder: Path) -> tuple[int, str]:
-    """Count the rows that a stage of the caption pipeline has not written yet, and return the command that writes them.
+    """Count the rows that are missing from an output folder of the caption pipeline, and return the command for them.
 
-    The rows are counted by the row numbers in the names of the parquet files.
+    The caption pipeline `captions` consists of stages, for example translation. A stage is one command, which writes
+    its output as several parquet files. The name of each file states which rows it contains, so the written rows are
+    counted without opening the files.
 
     Args:
-        folder: Output folder of the stage, which contains the file `stage.json`.
+        folder: Output folder of a stage. It contains the file `stage.json`, which states the command and the number of
+            input rows.
 
     Returns:
-        The tuple (number of missing rows, shell command that writes them).
+        The tuple (number of missing rows, shell command that writes the missing rows).
 
     Raises:
-        ValueError: If the `stage.json` is damaged.
+        ValueError: If the file `stage.json` is damaged.
     """
     matches = map(PART_NAME_RE.search, (path.stem for path in folder.glob("*.parquet")))
     written = sum(int(match[2]) - int(match[1]) for match in matches if match)
@@ -410,9 +449,14 @@ def count_missing_stage_rows_and_get_command(folder: Path) -> tuple[int, str]:
 
 
 def check_stage_is_finished(folder: Path) -> None:
-    """Raise ValueError if a folder is the output of an unfinished stage of the caption pipeline `captions`.
+    """Check that a dataset folder is complete, if the caption pipeline `captions` has written it.
 
-    The message contains the command that finishes the stage. A folder without `stage.json` is accepted.
+    Each stage of the pipeline, that is, one command such as translation, writes a folder with a file `stage.json`. A
+    folder without this file is accepted.
+
+    Raises:
+        ValueError: If rows are missing from the folder. The message contains the command that writes them. Also if the
+            file `stage.json` is damaged.
     """
     missing, command = count_missing_stage_rows_and_get_command(folder) if (folder / STAGE_FILE).is_file() else (0, "")
     if missing > 0:
@@ -423,10 +467,18 @@ def check_stage_is_finished(folder: Path) -> None:
 
 
 def disable_decoding(data: Dataset, image_column: str) -> Dataset:
-    """Return the dataset in a form that does not decode images, audio and video, even if they are nested in columns.
+    """Turn off the automatic decoding of images, audio and video in all columns of a dataset.
 
-    This is a safety measure, because `datasets` opens any path in the data for decoding. If the image column holds
-    plain bytes or paths, it becomes a column of images that are not decoded.
+    This is a safety measure: to decode a value, the library `datasets` would open any path that the data contains.
+
+    Args:
+        data: The dataset.
+        image_column: Name of the image column. If it holds plain bytes or paths, it becomes a column of undecoded
+            images.
+
+    Returns:
+        The same rows. The value of an undecoded image is `{"bytes": content of the file or None, "path": path or
+        None}`.
     """
     plain = Features({name: _without_decoding(feature) for name, feature in data.features.items()})
     if isinstance(plain.get(image_column), Value):  # parquet files of other programs hold plain bytes or paths
@@ -480,13 +532,13 @@ def _find_split_files_and_allowed_folders(
 
 
 def load_listed_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
-    """Load data files with a loader of `datasets`.
+    """Load exactly the given data files with the library `datasets`, and no other files.
 
-    The files are passed to the loader one by one. If the loader were given the folder, it would follow the README of
-    the folder, which may name any other file or URL.
+    `datasets` gets a list of the files instead of their folder. From a folder, it would also read the README, which may
+    name any other file or URL.
 
     Args:
-        form: Name of the loader, for example "parquet" or "imagefolder".
+        form: Name of a loader of `datasets`, for example "parquet" or "imagefolder".
         paths: Files to load.
         dataset: Name of the dataset for error messages.
 
@@ -584,7 +636,7 @@ def _compute_decoded_array_size(array: pa.Array) -> int:
 
 
 def check_paths_and_load_saved_dataset(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
-    """Load a `DatasetDict` that was saved with `save_to_disk`.
+    """Load a `DatasetDict` that was saved with `save_to_disk`, after checking that all its files may be read.
 
     Args:
         folder: Folder of the dataset.
@@ -612,14 +664,14 @@ def check_paths_and_load_saved_dataset(folder: Path, image_roots: Sequence[Path]
 
 
 def get_allowed_folders_of_dataset(dataset: str, image_roots: Sequence[Path] = ()) -> AllowedFolders:
-    """Return the folders in which the files of a dataset may lie.
+    """Return the folders from which files of a dataset may be read; paths to all other folders are refused.
 
-    These are the folder of the dataset (for a Hub id, its folder in the Hub cache), the folders `image_roots`, and the
-    folder into which `datasets` unpacks archives.
+    These are the folder of the dataset, the folders `image_roots`, and the folder into which `datasets` unpacks
+    archives. For a Hub id, the folder of the dataset is its folder in the Hub's cache.
 
     Args:
-        dataset: Folder or Hub id.
-        image_roots: Additional folders.
+        dataset: Folder or Hub id of the dataset.
+        image_roots: Additional folders that the user allows.
     """
     cached = Path(HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}"
     folder = Path(dataset) if Path(dataset).exists() else cached
@@ -627,10 +679,10 @@ def get_allowed_folders_of_dataset(dataset: str, image_roots: Sequence[Path] = (
 
 
 def select_split(splits: dict[str, Any], dataset: str, split: str, hint: str = "") -> Any:
-    """Return `splits[split]`, or raise an error that lists the existing splits.
+    """Return the value of one split from a dict of splits, or raise an error that lists the existing splits.
 
     Args:
-        splits: `{split name: value}`, for example a `DatasetDict`.
+        splits: `{split name: value}`, for example a `DatasetDict`, whose values are datasets.
         dataset: Name of the dataset for the error message.
         split: Name of the requested split.
         hint: Advice at the end of the error message.
@@ -645,14 +697,18 @@ def select_split(splits: dict[str, Any], dataset: str, split: str, hint: str = "
 
 @contextmanager
 def open_parquet(path: str | Path, hint: str = "") -> Iterator[pq.ParquetFile]:
-    """Open a parquet file for reading, as a context manager.
+    """Open a parquet file for reading in a `with` block, and report a damaged file with a clear message.
 
     Args:
         path: Path of the file.
-        hint: Advice at the end of the error message.
+        hint: Advice to the user, added to the end of the error message.
+
+    Yields:
+        The opened file.
 
     Raises:
-        ValueError: If the file is missing or damaged. Damaged rows raise the error when the `with` block reads them.
+        ValueError: If the file is missing or damaged. If only some rows are damaged, the error is raised when the
+            `with` block reads these rows.
     """
     try:
         with pq.ParquetFile(path) as file:

@@ -1,8 +1,9 @@
-"""Build tables of the rows of WebDataset tars and of image folders with a metadata file.
+"""Read datasets that are WebDataset tars or image folders with a metadata file, without copying their images.
 
-`open_split` calls this module to build one table per split. The table holds the columns of the JSON or CSV files and,
-for each image, its path, or its offset and size in a tar. The image bytes stay in the original files and are read from
-there when needed. The table is stored in the cache of `datasets`. It is built again if one of the files changes.
+`open_split` calls this module to build one table of rows per split. The table holds the columns of the JSON or CSV
+files. For each image, it holds the path, or the offset and size in a tar. The image bytes stay in the original files
+and are read from there when needed. The table is stored in the cache of the library `datasets`. It is built again if
+one of the files changes.
 """
 
 import csv
@@ -41,7 +42,7 @@ ARCHIVE_FIELDS = {"archive": Value("string"), "offset": Value("int64"), "size": 
 
 
 def load_rows_and_list_damaged_files(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
-    """Load the rows of tar files, or of image folders that have a metadata file, into one table.
+    """Load the rows of tars or image folders into one table, and list the files that are damaged.
 
     The table has the columns of the JSON or CSV files, and an image column with the path of each image or its position
     in a tar. Column types are inferred from the first `SCHEMA_SAMPLE_ROWS` rows. A value of another type is replaced by
@@ -52,8 +53,9 @@ def load_rows_and_list_damaged_files(paths: list[Path], image_column: str) -> tu
         image_column: Name of the image column in the table.
 
     Returns:
-        The tuple (table, damages). `damages` has a tuple (row, description of the damage) for each damaged file, where
-        `row` is the number of table rows that were read before the damage.
+        The tuple (table, damages). The list `damages` has one tuple (row, description of the damage) for each damaged
+        file. `row` is the number of table rows that were read before the damage, from this file and all files before
+        it.
 
     Raises:
         ValueError: If a CSV file has an error. Also if a tar is compressed, because the members of a compressed tar

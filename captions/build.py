@@ -98,7 +98,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class BuildArguments(ExecutorArguments):
-    """Command-line flags of `captions.build`, the command that runs all stages of a caption dataset."""
+    """Command-line flags of `captions.build`, which builds a caption dataset from images and a config."""
 
     config: Path = flag(..., "YAML config of the build, for example configs/captions_pt.yaml.")
     dataset: str | None = flag(None, f"{DATASET_HELP} Default: the value in the config.")
@@ -117,7 +117,9 @@ class BuildArguments(ExecutorArguments):
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """Plan of a build: the stages to run for each split, and the values for the dataset card.
+    """Everything that a build will do: the stages to run for each split, and the values for the dataset card.
+
+    A stage is one step of the build, for example the translation of the captions.
 
     Attributes:
         steps: Dict `{split name: flags of its stages}`. The stages are in the order in which they run.
@@ -134,12 +136,15 @@ class BuildPlan:
     dataset: Path
 
     def all_steps(self) -> list[StageArguments]:
-        """Return the flags of all stages of all splits, in the order in which they run."""
+        """Return the flags of all stages of all splits, in the order in which the stages run."""
         return [step for steps in self.steps.values() for step in steps]
 
 
 class ManualStepRequired(Exception):
-    """Exception that stops a build until a person has filled translation tables. The message names the tables."""
+    """Exception that stops a build because people must first fill translation tables. The message names the tables.
+
+    Nothing is wrong: when the tables are filled, the same command continues the build.
+    """
 
 
 def read_build_plan(
@@ -148,18 +153,18 @@ def read_build_plan(
     without_images: bool = False,
     **overrides: str | Path | None,
 ) -> BuildPlan:
-    """Read the config file of a build, and return the plan of the build.
+    """Read the YAML config of a build, and determine which stages to run for each split.
 
     Args:
         config: YAML file with the keys `CONFIG_KEYS` and one section per stage.
-        executor_flags: Dict `{flag name: value}` with flags of `ExecutorArguments` for all stages. Values in the
-            section of a stage take precedence.
+        executor_flags: Dict `{flag name: value}` with flags of `ExecutorArguments`, which choose where the tasks of all
+            stages run. Values in the section of a stage take precedence.
         without_images: True if the built dataset shall have embeddings instead of images. The stage `embed`, which
             computes them, is then added if the config lacks it.
         **overrides: Values that override the config's value of the same key. None keeps the value of the config.
 
     Returns:
-        The plan.
+        The plan of the build.
 
     Raises:
         ValueError: If a key of the config is unknown or missing, or a value is invalid.
@@ -344,20 +349,20 @@ def _check_keys(content: dict[str, Any], known: Sequence[str], where: str) -> No
 
 
 def build_dataset(args: BuildArguments) -> Path | None:
-    """Run all stages of a build that are not complete, and write the dataset.
+    """Build a caption dataset: run all stages that are not complete, and write the dataset.
 
     Args:
         args: Flags of the command.
 
     Returns:
-        Folder of the dataset; None after a dry run, or if the jobs were submitted to Slurm.
+        Folder of the dataset. None after a dry run, or if the jobs were submitted to Slurm.
 
     Raises:
-        ManualStepRequired: If a person must fill a translation table.
+        ManualStepRequired: If people must first fill a translation table.
         ValueError: If the config is invalid, the output folder of a stage was made with other settings, or tasks
             failed.
         ImportError: If a stage needs a package that is not installed.
-        OSError: If the disk is full; the same command then continues.
+        OSError: If the disk is full. The same command can be run again to continue.
     """
     overrides = {name: getattr(args, name) for name in REQUIRED_KEYS}
     try:
@@ -557,9 +562,10 @@ def _get_stage_status(step: StageArguments) -> str:
 
 
 def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
-    """Write the folder of the dataset from the last stage of each split.
+    """Write the folder of the built dataset, which contains the rows of each split and the dataset card.
 
-    All stages must be complete. If the dataset exists already, it does not change.
+    The rows come from the last stage of each split. All stages must be complete. If the dataset exists already, it does
+    not change.
 
     Args:
         plan: Plan of the build.
@@ -567,8 +573,8 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
         world_size: Number of tasks; not used.
 
     Raises:
-        ValueError: If a stage is not complete, the existing dataset was made with other settings or data, a column has
-            different types in two splits, or no row is left.
+        ValueError: If a stage is not complete, or no row is left. Also if the existing dataset was made with other
+            settings or data, or if a column has different types in two splits.
     """
     output = plan.dataset
     last_stages = {split: steps[-1].output for split, steps in plan.steps.items()}
@@ -789,10 +795,10 @@ def _describe_settings(settings: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command `captions.build`.
+    """Run the command `captions.build`, which builds a caption dataset from a config.
 
-    If a person must fill translation tables, print which ones, and return without an error. If tasks failed, exit with
-    status 1.
+    If people must first fill translation tables, the command prints which ones, and returns without an error. If tasks
+    failed, it exits with status 1.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

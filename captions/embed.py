@@ -41,7 +41,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class EmbedCommandArguments(EmbedArguments):
-    """Command-line flags of `captions.embed`."""
+    """Command-line flags of `captions.embed`, which replaces the images of a dataset by their embeddings."""
 
     split: str = flag("train", "Split to embed; all: every split of the dataset.")
     license: str | None = flag(
@@ -119,7 +119,7 @@ def _plan_phases(args: EmbedCommandArguments, parts: Path) -> list[PhaseStep]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command `captions.embed`.
+    """Run the command `captions.embed`, which replaces the images of a dataset by their embeddings.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

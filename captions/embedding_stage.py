@@ -1,9 +1,9 @@
-r"""Replace the images of one split by their embeddings. This is the stage that `captions.embed` and builds run.
+r"""Replace the images of one dataset split by their embeddings, so that others can train without the images.
 
     python -m captions.embedding_stage --model data/openmoji/base --dataset data/openmoji/dataset --output embedded
 
-The output is a folder of parquet files, as for every stage of a build. `captions.embed` makes a dataset with a card
-from such folders.
+The output is a folder of parquet files, as for every stage of a build. The commands `captions.embed` and
+`captions.build` run this stage, and make a dataset with a card from such folders.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,10 @@ from modeling_capivara.two_towers import load_embedder
 
 @dataclass
 class EmbedArguments(EncoderStageArguments):
-    """Flags of the stage that replaces images by their embeddings."""
+    """Flags of the stage that replaces the images of a dataset by their embeddings.
+
+    The class also has the methods that run this stage.
+    """
 
     accepts_embeds = keeps_images = False
     stage_name = "embed"
@@ -54,7 +57,10 @@ class EmbedArguments(EncoderStageArguments):
         check_at_least(self, 0, "seed")
 
     def command(self) -> str:
-        """Return the shell command that writes missing rows."""
+        """Return the shell command that a user must run to write missing rows. Error messages show it.
+
+        If another command runs this stage, `rerun_command` is the command that is returned.
+        """
         return self.rerun_command or super().command()
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
@@ -64,9 +70,9 @@ class EmbedArguments(EncoderStageArguments):
             stage: Access to the rows to embed.
 
         Returns:
-            A tuple with the first three arguments of `RowStage.run`: `columns`, the dict `{new column: feature}`;
-            `settings`, a dict for the file `stage.json`; and `process`, the function that embeds the images of a list
-            of rows.
+            A tuple (columns, settings, process) for the method `RowStage.run`. `columns` is a dict `{new column:
+            feature}`, where a feature is a column type of `datasets`. `settings` is a dict that is recorded in the file
+            `stage.json`. `process` is a function that embeds the images of a list of rows.
 
         Raises:
             ValueError, OSError, ImportError: If the model cannot be loaded.
@@ -91,17 +97,19 @@ class EmbedArguments(EncoderStageArguments):
 def embed_images_of_rows(
     embed: Callable[..., Any], args: EmbedArguments, encoder: str, rows: list[dict[str, Any]]
 ) -> list[dict[str, Any] | BadRow]:
-    """Embed the images of rows.
+    """Embed the images of dataset rows, and return the columns that replace the images.
 
     Args:
         embed: Function that embeds a list of images.
-        args: Flags of the stage.
+        args: Flags of the stage. With `views` above 1, that many randomly augmented copies of each image are embedded
+            instead of the image itself.
         encoder: Digest of the model's image encoder.
         rows: Rows with an image file, and its decoded image under the key `DECODED_KEY`.
 
     Returns:
-        For each row, a dict `{"column name": value}` with the new columns, or a BadImage (a kind of BadRow) with the
-        reason why the image cannot be used.
+        One element per row: a dict `{"column name": value}` with the embedding, the digest of the image file, and the
+        digest of the image encoder. The element is instead a `BadImage`, which holds the reason, if the image cannot be
+        used.
     """
     digests = [blake2b(row[args.image_column]["bytes"], digest_size=16).hexdigest() for row in rows]
     images = [
@@ -138,7 +146,7 @@ def _get_image_or_augmented_views(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command `captions.embedding_stage`.
+    """Run the command `captions.embedding_stage`, which replaces the images of one split by their embeddings.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

@@ -28,7 +28,10 @@ from captions.stages import RowStage, StageArguments, run_stage_command
 
 @dataclass
 class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()), StageArguments):
-    """Command-line flags of `captions.generate`, the stage that generates captions of images."""
+    """Command-line flags of `captions.generate`, which generates captions of the images of a dataset.
+
+    The class also has the methods that run this stage.
+    """
 
     uses_model = decodes_images = True
     accepts_embeds = False
@@ -51,13 +54,14 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
         CAPTIONERS[self.captioner].check_flags(self)
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Return the names of the columns that the stage adds.
+        """Return the names of the columns that the stage adds to the dataset.
 
-        The stage needs no column except the image column, so no check can fail.
+        Other stages also check the columns of the dataset here. This stage needs only the image column, so no check can
+        fail.
 
         Args:
             columns: Names of the columns of the dataset.
-            where: Name of the dataset; not used.
+            where: Name of the dataset, for error messages; has no effect here.
         """
         return [*super().check_columns(columns, where), *CAPTIONERS[self.captioner].columns(self)]
 
@@ -70,23 +74,28 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
         CAPTIONERS[self.captioner].check(self)
 
     def describe_work(self, stage: RowStage) -> list[str]:
-        """Estimate the requests and tokens that captioning will send to a server, as lines of text for `--dry_run`.
-
-        Args:
-            stage: Access to the rows to caption.
-        """
-        return CAPTIONERS[self.captioner].describe_work(self, stage)
-
-    def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """Load the captioner.
+        """Estimate how many requests and tokens captioning will send to a server. A dry run prints this estimate.
 
         Args:
             stage: Access to the rows to caption.
 
         Returns:
-            A tuple with the arguments of `RowStage.run`: `columns`, the dict `{new column: feature}`; `settings`, a
-            dict for the file `stage.json`; `process`, the function that captions a list of rows; `prepare`, a function
-            that is called before each part (parquet file) of the output; and `prepared_rows`, which is 1.
+            Lines of text to print. The list is empty if the captions are generated on this machine.
+        """
+        return CAPTIONERS[self.captioner].describe_work(self, stage)
+
+    def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
+        """Load the captioner, that is, the model or the connection to a server that generates the captions.
+
+        Args:
+            stage: Access to the rows to caption.
+
+        Returns:
+            A tuple (columns, settings, process, prepare, prepared_rows) for the method `RowStage.run`. `columns` is a
+            dict `{new column: feature}`, where a feature is a column type of `datasets`. `settings` is a dict that is
+            recorded in the file `stage.json`. `process` is a function that captions a list of rows. `prepare` is a
+            function that is called before each parquet file of the output is written. `prepared_rows` is 1, so that
+            each file gets a call of its own.
 
         Raises:
             ValueError, OSError, ImportError: If the captioner cannot be used.
@@ -100,12 +109,16 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
 
     @property
     def phases(self) -> dict[str, Phase]:
-        """Phases of the stage, as a dict `{name: phase}`. "report" exists only if the captioner writes a report."""
+        """The steps in which the stage runs, as a dict `{name: phase}` in the order in which they run.
+
+        The phase "rows" generates the captions. The phase "report" summarizes their problems. It exists only if the
+        captioner writes a report.
+        """
         phases = super().phases
         return phases if CAPTIONERS[self.captioner].has_report else {"rows": phases["rows"]}
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
-        """Write `quality.json`, which counts the generated captions that look wrong.
+        """Write the file `quality.json`, which counts the generated captions that look wrong.
 
         Args:
             rank: Number of the task; not used, because a single task writes the file.
@@ -115,7 +128,7 @@ class GenerateArguments(*(captioner.flags for captioner in CAPTIONERS.values()),
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command `captions.generate`.
+    """Run the command `captions.generate`, which generates captions of the images of a dataset.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

@@ -30,7 +30,7 @@ LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")  # hosts that may be called w
 
 @dataclass(frozen=True)
 class Failure:
-    """Reason why a request failed, and whether it may be repeated.
+    """Why a request to an HTTP service failed, and whether the request may be repeated.
 
     Attributes:
         reason: Explanation that does not contain the API key.
@@ -44,11 +44,11 @@ class Failure:
 
 
 class Retries:
-    """Retry policy of one request: counts its failed attempts, and decides whether and when it is sent again.
+    """Retry policy of one request to an HTTP service: decides whether and when a failed request is sent again.
 
     Args:
         service: Name of the service, with which error messages begin.
-        advice: What to check if the service refuses the request; part of the error message.
+        advice: What the user should check if the service refuses the request; part of the error message.
         max_tries: Largest number of attempts. Default: `MAX_TRIES`.
     """
 
@@ -57,10 +57,13 @@ class Retries:
         self.max_tries = MAX_TRIES if max_tries is None else max_tries
 
     def seconds_before_next(self, failure: Failure) -> float:
-        """Count a failed attempt, and return the time to wait before the next attempt.
+        """Count a failed attempt, and return how many seconds to wait before the next attempt.
 
-        The time doubles with each attempt, from `FIRST_WAIT_S` to `MAX_WAIT_S`, times a random factor from 0.5 to 1. If
-        the service asks for a longer time, this time is returned, up to `MAX_RETRY_AFTER_S`.
+        The time doubles with each attempt, from `FIRST_WAIT_S` to `MAX_WAIT_S`, and is then multiplied by a random
+        factor from 0.5 to 1. If the service asks for a longer time, this time is returned, up to `MAX_RETRY_AFTER_S`.
+
+        Args:
+            failure: Why the attempt failed.
 
         Raises:
             ValueError: If the service refuses the request, so that another attempt would be useless.
@@ -81,9 +84,13 @@ class Retries:
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Parse the HTTP header Retry-After, which states seconds or a date, and return the time to wait in seconds.
+    """Parse the HTTP header Retry-After, with which a service says when to repeat a request.
 
-    Returns None if the header is missing or invalid.
+    Args:
+        value: Value of the header: a number of seconds, or a date. None if the header is missing.
+
+    Returns:
+        The time to wait in seconds. None if the header is missing or invalid.
     """
     try:
         return float(value or "")
@@ -96,19 +103,26 @@ def parse_retry_after(value: str | None) -> float | None:
 
 
 def hide_key(text: str, key: str) -> str:
-    """Replace an API key in a text by "<key>". Also finds the key if it is percent-encoded or escaped as in `repr`."""
+    """Replace an API key in a text by "<key>", so that messages do not reveal it.
+
+    The key is also found if it is percent-encoded or escaped as in `repr`.
+
+    Args:
+        text: The text.
+        key: The API key. If it is empty, the text does not change.
+    """
     for form in filter(None, (key, urllib.parse.quote(key, safe=""), repr(key)[1:-1])):
         text = text.replace(form, "<key>")
     return text
 
 
 def is_loopback(url: str) -> bool:
-    """Return True if the host of a URL is a name of this machine, such as localhost."""
+    """Return True if a URL leads to this machine, that is, if its host is localhost, 127.0.0.1 or ::1."""
     return urllib.parse.urlsplit(url).hostname in LOOPBACK_HOSTS
 
 
 def check_service_url(url: str, name: str, allow_http: bool = False) -> None:
-    """Check the address of a service.
+    """Check that the address of an HTTP service is valid, protects the data, and contains no secret.
 
     Args:
         url: The address.
@@ -131,7 +145,7 @@ def check_service_url(url: str, name: str, allow_http: bool = False) -> None:
 
 
 def check_key(key: str, variable: str, purpose: str) -> None:
-    """Check that an API key can be sent in an HTTP header.
+    """Check that an API key is set, and that it can be sent in an HTTP header.
 
     Args:
         key: The API key.

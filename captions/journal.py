@@ -1,4 +1,4 @@
-"""Append JSON records to a file (a journal), one per line, so that a killed process loses no appended record."""
+"""Append JSON records to a file, one per line, so that a killed process loses no record. The file is a journal."""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +7,9 @@ from typing import Any
 
 
 class Journal:
-    """A JSON Lines file that one process appends to. The file is created by the first record.
+    """A file to which one process appends JSON records, one per line. Killed processes lose no appended record.
+
+    The file does not exist before the first record is appended.
 
     Args:
         path: Path of the file.
@@ -17,9 +19,13 @@ class Journal:
         self.path, self._file = path, None
 
     def append(self, record: dict[str, Any]) -> None:
-        """Append a record. It survives if the process is killed; only a crash of the machine can lose it.
+        """Append a record to the file.
 
-        Raises OSError if the disk is full.
+        The record is written at once. It survives if the process is killed, and only a crash of the machine can lose
+        it. Raises OSError if the disk is full.
+
+        Args:
+            record: Dict of JSON values.
         """
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +34,7 @@ class Journal:
         self._file.write(b"\n" + json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
 
     def remove(self) -> None:
-        """Delete the file. Call this after the records have been stored elsewhere."""
+        """Delete the file. Call this method after the records have been stored elsewhere."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -36,7 +42,10 @@ class Journal:
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Iterate over the records of a journal. Incomplete lines, which killed processes leave, are skipped."""
+    """Iterate over the JSON records of a journal, a file that `Journal` has written.
+
+    Incomplete lines, which killed processes leave, are skipped. There are no records if the file does not exist.
+    """
     if not path.is_file():
         return
     with path.open("rb") as file:

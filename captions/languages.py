@@ -16,7 +16,7 @@ NAMELESS_CODES = ("mis", "mul", "und", "zxx")  # ISO 639 codes that name no sing
 
 
 def parse_language(code: str) -> Language | None:
-    """Parse a language code to its language, script and region.
+    """Split a language code into its language, script and region.
 
     Args:
         code: BCP 47 code such as "pt-BR", or the code of a translator such as "por_Latn".
@@ -31,7 +31,7 @@ def parse_language(code: str) -> Language | None:
 
 
 def find_translator_language_code(language: str, codes: Iterable[str], translator_name: str = "The translator") -> str:
-    """Find the code that a translator uses for a language.
+    """Find the code that a translator uses for a language, because translators spell language codes differently.
 
     Args:
         language: ISO 639 code, optionally with script or region, for example "pt", "por", "zh-Hant" or "pt-BR".
@@ -39,8 +39,8 @@ def find_translator_language_code(language: str, codes: Iterable[str], translato
         translator_name: Name of the translator, for the error message.
 
     Returns:
-        A code for the same language in the same script. If several codes match, a code that is spelled like `language`
-        is preferred, then a code with the same region as `language`, then a code without a region.
+        A code for the same language in the same script. Several codes may match. A code that is spelled like `language`
+        is then preferred, next a code with the same region, and next a code without a region.
 
     Raises:
         ValueError: If no code matches. The message lists the most similar codes.

@@ -48,7 +48,7 @@ MARKUP_RE = re.compile(
 
 
 def find_translation_quality_flags(source: str, translation: str, language: str) -> list[str]:
-    """Return the names of the problems that a translation seems to have.
+    """Find problems of a translation with simple rules, and return the names of the problems.
 
     Args:
         source: Sentence that was translated.
@@ -56,7 +56,7 @@ def find_translation_quality_flags(source: str, translation: str, language: str)
         language: Code of the language of the translation, for example "pt".
 
     Returns:
-        A list of quality flags, which is empty if the translation looks right or the source is blank:
+        A list of problem names. It is empty if the translation looks right or the source is blank. The names are:
             empty: The translation is blank, or has no letter or digit although the source has one.
             copy: The translation has the same words as the source, and has more than `MAX_NAME_WORDS` words.
             wrong script: Less than `MIN_SCRIPT_SHARE` of the letters are in the script of the language.
@@ -79,14 +79,14 @@ def find_translation_quality_flags(source: str, translation: str, language: str)
 
 
 def find_caption_quality_flags(caption: str, language: str) -> list[str]:
-    """Return the names of the problems that a generated caption seems to have.
+    """Find problems of a generated caption with simple rules, and return the names of the problems.
 
     Args:
         caption: The caption.
         language: Code of the language of the caption.
 
     Returns:
-        A list of quality flags, which is empty if the caption looks right:
+        A list of problem names. It is empty if the caption looks right. The names are:
             empty: The caption has no letter or digit.
             wrong script: Less than `MIN_SCRIPT_SHARE` of the letters are in the script of the language.
             length: The caption has more than `MAX_CAPTION_LETTERS` characters.
@@ -103,11 +103,14 @@ def find_caption_quality_flags(caption: str, language: str) -> list[str]:
 
 
 def summarize_quality_file(path: Path, noun: str) -> str:
-    """Return a summary of a file `quality.json`: the number of texts with each quality flag, and the tokens used.
+    """Summarize the file `quality.json` of a stage as text for the terminal.
+
+    The text says how many captions or translations look wrong, and how many have each problem. If a language model on a
+    server wrote them, the text also states the numbers of tokens.
 
     Args:
         path: The file.
-        noun: What the file counts, for example "translations".
+        noun: What the file counts: "captions" or "translations".
     """
     report = read_json(path, captions=int, flagged=int, flags=dict)
     lines = [f"{report['flagged']:,} of {report['captions']:,} {noun} look wrong, see {path}."]

@@ -30,26 +30,29 @@ from modeling_capivara.two_towers import Embedder, load_embedder
 
 @dataclass
 class ScoreArguments(EncoderStageArguments):
-    """Command-line flags of `captions.score`, the stage that computes similarities of captions to their images."""
+    """Command-line flags of `captions.score`, which computes how similar captions and their images are.
+
+    The class also has the methods that run this stage.
+    """
 
     language: str = flag("pt", "Language code at the end of the names of the caption columns.")
 
     def required_columns(self) -> list[str]:
-        """Return the names of the caption columns in the language `language`.
+        """Return the names of the columns with captions in the language of the flags, for example "captions-pt".
 
         The dataset must have at least one of these columns.
         """
         return [f"captions-{self.language}", f"generated-captions-{self.language}"]
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Check that the dataset has a caption column of the language.
+        """Check that the dataset has captions in the language of the flags, and return the new column.
 
         Args:
-            columns: Names of the columns of the dataset, after the flag `rename`.
+            columns: Names of the columns of the dataset, after the renaming with the flag `rename`.
             where: Name of the dataset, with which the error message begins.
 
         Returns:
-            The name of the column that the stage adds.
+            A list with the name of the column that the stage adds, for example ["similarities-pt"].
 
         Raises:
             ValueError: If the dataset has no caption column of the language.
@@ -57,19 +60,19 @@ class ScoreArguments(EncoderStageArguments):
         return [*super().check_columns(columns, where), f"similarities-{self.language}"]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """Load the model that scores captions.
+        """Load the model that computes the similarities of captions and images.
 
         Args:
             stage: Access to the rows to score.
 
         Returns:
-            A tuple with the first three arguments of `RowStage.run`: `columns`, the dict `{new column: feature}`;
-            `settings`, a dict for the file `stage.json`; and `process`, the function that scores the captions of a list
-            of rows.
+            A tuple (columns, settings, process) for the method `RowStage.run`. `columns` is a dict `{new column:
+            feature}`, where a feature is a column type of `datasets`. `settings` is a dict that is recorded in the file
+            `stage.json`. `process` is a function that scores the captions of a list of rows.
 
         Raises:
-            ValueError, OSError, ImportError: If the model cannot be loaded, or if the dataset has embeddings instead of
-                images and they were made with another image encoder.
+            ValueError, OSError, ImportError: If the model cannot be loaded. Also if the dataset has embeddings instead
+                of images, and they were made with another image encoder.
         """
         embedder = load_embedder(self.model, self.device, True, self.precision, record=self.output)
         if stage.source.is_embedded:
@@ -116,7 +119,7 @@ def _compute_caption_similarities(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command `captions.score`.
+    """Run the command `captions.score`, which computes how similar captions and their images are.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

@@ -62,7 +62,10 @@ EXAMPLE_IMAGE_SIDE = 240  # longest side of the example images, in pixels
 
 @dataclass
 class SelectArguments(CaptionChoice, StageArguments):
-    """Command-line flags of `captions.select`, the stage that selects captions and images."""
+    """Command-line flags of `captions.select`, which selects the captions and images of a dataset for training.
+
+    The class also has the methods that run this stage.
+    """
 
     language: str = flag("pt", "Language code at the end of the names of the caption columns.")
 
@@ -72,37 +75,42 @@ class SelectArguments(CaptionChoice, StageArguments):
 
     @property
     def strategy_cutoff(self) -> float | None:
-        """Lowest similarity of image and caption that the caption strategy accepts; None if it has no cutoff."""
+        """Lowest similarity to the image with which the caption strategy selects a caption. None: it has no limit.
+
+        A caption strategy is a rule that selects captions of an image. The strategies "threshold" and "diverse" have a
+        limit.
+        """
         return self.min_similarity if self.caption_strategy in ("threshold", "diverse") else None
 
     def columns(self) -> list[str]:
-        """Return the names of the three dataset columns for the language `language`.
+        """Return the names of the three dataset columns that the selection changes.
 
         Returns:
-            The column names of the captions, of the generated captions, and of the similarities of image and caption,
-            for example ["captions-pt", "generated-captions-pt", "similarities-pt"].
+            A list of three names: the columns of captions, of generated captions, and of similarities of image and
+            caption. For Portuguese, these are ["captions-pt", "generated-captions-pt", "similarities-pt"].
         """
         return [f"{name}-{self.language}" for name in ("captions", "generated-captions", "similarities")]
 
     def required_columns(self) -> list[str]:
-        """Return the names of required columns; the dataset must have at least one of them.
+        """Return the names of the columns that the selection can work on; the dataset must have at least one of them.
 
-        If the caption strategy or the pair filter reads similarities, the list contains only the similarity column.
-        Otherwise, it contains the columns of captions and of generated captions.
+        If the caption strategy or the pair filter reads similarities, the list contains only the column of
+        similarities. (The pair filter skips images whose first caption has a low similarity.) Otherwise, the list
+        contains the columns of captions and of generated captions.
         """
         scored = self.caption_strategy in SIMILARITY_STRATEGIES or self.min_pair_similarity is not None
         return self.columns()[2:] if scored else self.columns()[:2]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """Return the first three arguments of `RowStage.run`, for the selection of captions.
+        """Return what the method `RowStage.run` needs to select the captions of all rows.
 
         Args:
-            stage: Not used.
+            stage: Not used, because no model is loaded.
 
         Returns:
-            A tuple (columns, settings, process). `columns` is a dict `{name of a new column: its type in datasets}`.
-            `settings` is a dict of the settings that are written to `stage.json`. `process` is a function that gets a
-            list of rows and selects their captions.
+            A tuple (columns, settings, process). `columns` is a dict `{new column: feature}`, where a feature is a
+            column type of `datasets`. `settings` is a dict that is recorded in the file `stage.json`. `process` is a
+            function that selects the captions of a list of rows.
         """
         settings = {
             "language": self.language,
@@ -115,7 +123,9 @@ class SelectArguments(CaptionChoice, StageArguments):
         return columns, settings, lambda rows: [select_row_captions(self, row) for row in rows]
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
-        """Write the report about the selection into the folder `report` of the output, unless it exists already.
+        """Write a report about the selection, an HTML page with counts and a histogram.
+
+        The report is in the folder `report` of the output. If it exists already, it does not change.
 
         Args:
             rank: Number of the task; not used, because a single task writes the report.
@@ -156,15 +166,16 @@ def _get_similarities_and_chosen_captions(
 
 
 def select_row_captions(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | BadRow:
-    """Select the captions of a row.
+    """Select the captions of one image with the caption strategy and the pair filter of the flags.
 
     Args:
         args: Flags of the command.
-        row: A row of the dataset.
+        row: A row of the dataset, with the image's captions and their similarities.
 
     Returns:
-        A dict `{"column name": value}` with the new values of the three columns (captions, generated captions and
-        similarities), or a BadRow if no caption is selected.
+        A dict `{"column name": value}` with the new values of three columns: the selected captions, an empty list of
+        generated captions, and the similarities of the selected captions. If no caption is selected, a `BadRow`, so
+        that the image is skipped.
     """
     try:
         scored, chosen = _get_similarities_and_chosen_captions(args, row)
@@ -317,7 +328,9 @@ def _select_examples_and_write_images(
 def plot_kept_and_dropped_similarities(
     sides: dict[str, pd.Series], unit: str, cutoff: float | None, path: Path
 ) -> None:
-    """Draw a stacked histogram of the similarities of kept and dropped captions, with a line at the cutoff.
+    """Draw a histogram of the similarities of kept and dropped captions to their images, for the selection report.
+
+    A vertical line marks the cutoff.
 
     Args:
         sides: Dict `{"dropped": similarities, "kept": similarities}`.
@@ -344,7 +357,7 @@ def plot_kept_and_dropped_similarities(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command `captions.select`, and print the path of the report.
+    """Run the command `captions.select`, which selects captions and images, and print the path of the report.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

@@ -23,10 +23,10 @@ QUALITY_FEATURES = {"captions": Value("int32"), "flagged": List(_FLAGGED_FEATURE
 
 
 def map_caption_columns_to_translated_columns(present: Collection[str], where: str, args: Any) -> dict[str, str]:
-    """Return which caption columns to translate, and the names of the columns for their translations.
+    """Determine which caption columns to translate, and in which new columns to write the translations.
 
     Args:
-        present: Names of the columns of the dataset, after the flag `rename`.
+        present: Names of the columns of the dataset, after the renaming with the flag `rename`.
         where: Name of the dataset, with which the error message begins.
         args: Flags of `captions.translate`.
 
@@ -34,7 +34,7 @@ def map_caption_columns_to_translated_columns(present: Collection[str], where: s
         A dict `{caption column: new column}`, for example `{"captions-en": "captions-pt"}`.
 
     Raises:
-        ValueError: If the dataset already has a column of translations, or the column of similarities of the target
+        ValueError: If the dataset already has translations, or similarities of image and caption, in the target
             language.
     """
     columns = {f"{kind}-{args.source_language}": f"{kind}-{args.language}" for kind in CAPTION_KINDS}
@@ -49,15 +49,15 @@ def map_caption_columns_to_translated_columns(present: Collection[str], where: s
 
 
 def iter_distinct_captions(args: Any, source: Split, parts: Iterable[range]) -> Iterator[str]:
-    """Iterate over the distinct captions in some rows of a dataset, in the order of the rows.
+    """Iterate over the captions that must be translated. Each distinct caption occurs only once, in row order.
 
-    Blank captions are skipped. Only the caption columns are requested from the dataset, so that most dataset formats
+    Blank captions are omitted. Only the caption columns are requested from the dataset, so that most dataset formats
     need not read the images.
 
     Args:
         args: Flags of `captions.translate`.
         source: The dataset split.
-        parts: Ranges of row numbers.
+        parts: Ranges of the row numbers whose captions are read.
 
     Raises:
         ValueError: If the dataset already has a column of translations.
@@ -85,19 +85,20 @@ def build_translation_and_quality_columns(
     translations: dict[str, str],
     faults: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return the new columns of a row: its translated captions, and `quality-<language>`.
+    """Build the new columns of a row: its translated captions, and a list of those that look wrong.
 
     Args:
         args: Flags of `captions.translate`.
         row: A row with captions.
         columns: Dict `{caption column: column of its translations}`.
         translations: Dict `{sentence: translation}`.
-        faults: Dict `{sentence: fault}` for the sentences without a usable translation. A fault is a quality flag such
-            as "refused".
+        faults: Dict `{sentence: fault}` for the sentences without a usable translation. A fault is the name of a
+            problem, such as "refused". None if there are no such sentences.
 
     Returns:
-        A dict `{column name: value}`. The value of `quality-<language>` is a dict with the keys "captions" (number of
-        translated captions) and "flagged" (list of the translations that look wrong).
+        A dict `{column name: value}` with the columns of translations and the column `quality-<language>`. The value of
+        the latter is a dict with the keys "captions" (number of translated captions) and "flagged" (list of the
+        translations that look wrong).
     """
     new_columns, caption_count, flagged = {}, 0, []
     for column, target in columns.items():

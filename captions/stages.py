@@ -1,11 +1,13 @@
-"""Define the base class of all stages of a caption build. A stage reads dataset rows, and writes them with new columns.
+"""Define the base class of all stages, which are the steps of building a caption dataset.
+
+A stage reads dataset rows, and writes them with new columns, for example with translated captions.
 
 Example:
     StageArguments(dataset="images", output=Path("copy")).write_rows()  # copies the rows; subclasses add columns
 
 A stage writes its output in parts. A part is a parquet file of consecutive rows of the source. The file name contains
-the row numbers, and rows that cannot be used are listed in a JSON Lines file next to the part. The parts are divided
-among the tasks (processes) of the stage; task `rank` of `world_size` tasks writes its share.
+the row numbers. Rows that cannot be used are listed in a JSON Lines file next to the part. The parts are divided among
+the tasks (processes) of the stage. Task `rank` of `world_size` tasks writes its share.
 
 A part gets its final name only when it is complete, so the file names alone show which rows are done. A killed task can
 be run again, also with another number of tasks, and no row is lost or written twice. The output folder of a stage is
@@ -83,7 +85,9 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class StageArguments(ImageFileArguments, ExecutorArguments):
-    """Flags of a stage, with methods that run the stage. This base class copies rows; subclasses add columns.
+    """Flags of a stage, and the methods that run it. A stage reads dataset rows and writes them with new columns.
+
+    This base class copies the rows without new columns. Subclasses add columns, for example translated captions.
 
     Raises ValueError if the value of a flag is invalid.
     """
@@ -133,24 +137,24 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return names
 
     def required_columns(self) -> list[str]:
-        """Return the names of required columns; the dataset must have at least one of them.
+        """Return the names of the columns that the stage can work on; the dataset must have at least one of them.
 
-        The names are compared after the flag `rename` was applied. If the list is empty, the stage needs no column.
+        These are names after the renaming with the flag `rename`. If the list is empty, the stage needs no column.
         """
         return []
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Check that the dataset has a column that the stage can work on.
+        """Check that the dataset has a column that the stage can work on, and return the names of the new columns.
 
         Args:
-            columns: Names of the columns of the dataset, after the flag `rename`.
+            columns: Names of the columns of the dataset, after the renaming with the flag `rename`.
             where: Name of the dataset, with which the error message begins.
 
         Returns:
-            The names of the columns that the stage adds.
+            The names of the columns that the stage adds to the dataset.
 
         Raises:
-            ValueError: If the dataset has none of the columns `required_columns()`.
+            ValueError: If the stage needs a column and the dataset has none of the columns `required_columns()`.
         """
         needed = self.required_columns()
         if needed and set(columns).isdisjoint(needed):
@@ -161,46 +165,57 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return []
 
     def known_settings(self) -> dict[str, Any]:
-        """Return those settings for `stage.json` that are known before a model is loaded, as `{"name": value}`.
+        """Return the settings of the stage that are known without loading a model, as a dict `{"name": value}`.
 
-        `RowStage.is_done` compares them with the recorded settings. A command that is repeated after its stage is
-        complete therefore need not load the model.
+        The settings of a complete stage are recorded in the file `stage.json` of its output folder. `RowStage.is_done`
+        compares the returned settings with the recorded ones. A repeated command can therefore see that its work is
+        done before it loads the model.
         """
         return {}
 
     def source(self) -> Split:
-        """Open the dataset split that the stage reads. Raises ValueError if the split does not exist or is damaged."""
+        """Open the dataset split from which the stage reads its rows.
+
+        Raises ValueError if the split does not exist or is damaged.
+        """
         return open_in_place(self.dataset, self.split, self.image_column, **self.image_options())
 
     def check_backend(self) -> None:
         """Check that the model or service of the stage can be used, for example that its server can be reached.
 
-        A build calls this method before its first stage runs. Raises ValueError or OSError if the check fails.
+        A build calls this method before its first stage runs, so that it does not fail hours later. The base class
+        checks nothing. Subclasses raise ValueError or OSError if the check fails.
         """
 
     def describe_work(self, stage: "RowStage") -> list[str]:
-        """Estimate the requests and tokens that the stage will send to a server, as lines of text for `--dry_run`.
+        """Estimate how many requests and tokens the stage will send to a server. A dry run prints this estimate.
 
         Args:
-            stage: Access to the rows to process.
+            stage: Access to the rows that the stage will process.
 
         Returns:
-            Lines to print. The list is empty if the stage uses no server.
+            Lines of text to print. The list is empty if the stage uses no server.
         """
         return []
 
     def pending_manual_step(self) -> str:
-        """Return a description of what a person must do before the stage can run; "" if there is nothing to do."""
+        """Describe what a person must do before the stage can run, such as filling a translation table.
+
+        Returns "" if there is nothing to do.
+        """
         return ""
 
     def is_corrected(self) -> bool:
-        """Return True if the translation table was edited after the stage wrote output with its translations."""
+        """Return True if a person edited the translation table after the stage had written its output from the table.
+
+        The output then contains old translations. The base class uses no translation table and returns False.
+        """
         return False
 
     def corrections(self) -> "Corrections | None":
-        """Return which rows and parquet files of the output change because a translation table was corrected.
+        """Find the output rows and files that are outdated because a person corrected the translation table.
 
-        Returns None if no table was corrected.
+        Returns None if the table was not corrected. The base class uses no translation table and always returns None.
         """
         return None
 
@@ -208,17 +223,21 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         """Load everything that the stage needs to process rows, for example a model.
 
         Args:
-            stage: Access to the rows to process.
+            stage: Access to the rows that will be processed.
 
         Returns:
-            A tuple with the arguments of `RowStage.run`: `columns`, the dict `{new column: feature}`; `settings`, a
-            dict for the file `stage.json`; and `process`, a function that processes a batch of rows. Optionally also
-            `prepare`, a function that is called before rows are written, and the number `prepared_rows`.
+            The positional arguments of `RowStage.run`, as a tuple of three to five elements:
+            (columns, settings, process[, prepare[, prepared_rows]]). `columns` is a dict `{new column: feature}`, where
+            a feature is a column type of `datasets`. `settings` is a dict that is recorded in the file `stage.json`.
+            `process` is a function that returns the new columns of a batch of rows. `prepare` is a function that is
+            called before rows are written. `prepared_rows` is the largest number of rows for one call of `prepare`.
         """
         return {}, {}, lambda rows: [{} for _ in rows]
 
     def write_rows(self, rank: int = 0, world_size: int = 1) -> "StageReport":
-        """Write the output files of one task that do not exist yet.
+        """Write the output files of one task of the stage, except files that exist already.
+
+        The tasks of a stage are processes that share its rows. Task `rank` of `world_size` tasks writes its share.
 
         Args:
             rank: Number of the task, counted from 0.
@@ -228,17 +247,18 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
             The numbers of written and skipped rows of the task.
 
         Raises:
-            ValueError: If the dataset cannot be used, or the output folder belongs to another stage or was written with
-                other settings.
+            ValueError: If the dataset cannot be used. Also if the output folder belongs to another stage, or was
+                written with other settings.
         """
         # Open the data before the model is loaded, so that errors in the data appear at once.
         stage = RowStage(self, rank, world_size)
         return stage.report() if stage.is_done else stage.run(*self.prepare_processing(stage))
 
     def command(self) -> str:
-        """Return the shell command that runs the stage, without flags that have their default value.
+        """Return the shell command that runs the stage. Error messages show it, so that users can repeat it.
 
-        The flags that choose where tasks run (`ExecutorArguments`) are omitted as well.
+        The command omits flags that have their default value. It also omits the flags that choose where tasks run
+        (`ExecutorArguments`).
         """
         words, executor_flags = ["python", "-m", type(self).__module__], vars(ExecutorArguments())
         for argument in fields(self):
@@ -252,10 +272,10 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
     @property
     def phases(self) -> dict[str, Phase]:
-        """Phases of the stage, as a dict `{name: phase}` in the order in which they run.
+        """The steps in which the stage runs, as a dict `{name: phase}` in the order in which they run.
 
-        The phase "rows" is divided among all tasks. The phase "report", which a single task runs, exists only if the
-        class has a method `report`.
+        The phase "rows" writes the rows, and is divided among all tasks. The phase "report" summarizes the output, and
+        a single task runs it. It exists only if the class has a method `report`.
         """
         rows = Phase(StageArguments.write_rows, is_parallel=True, uses_model=self.uses_model)
         return {"rows": rows} | ({"report": Phase(type(self).report)} if hasattr(self, "report") else {})
@@ -273,7 +293,10 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
 @dataclass
 class EncoderStageArguments(StageArguments):
-    """Flags of a stage that embeds images with a two-tower model, such as CLIP."""
+    """Flags of a stage that embeds images with an image-text model that has two encoders, such as CLIP.
+
+    Raises ValueError if a flag is missing or invalid, and ImportError if an open_clip model needs a missing package.
+    """
 
     uses_model = decodes_images = True
     model: str | None = flag(
@@ -299,9 +322,10 @@ class EncoderStageArguments(StageArguments):
             require_packages(f"The stage {self.stage_name}", "open-clip", "open_clip")
 
     def check_model(self) -> None:
-        """Check that the model exists, without loading it. Raises ValueError if it does not.
+        """Check that the model exists, without loading it. Raises ValueError if it does not exist.
 
-        A build does not call this method, so that its data can be checked before the model has been converted.
+        Dry runs call this method. A build does not, because its data can be checked before the model has been
+        converted.
         """
         # This import loads torch, which is slow and which other stages do not need.
         from modeling_capivara.two_towers import check_model_exists
@@ -356,7 +380,7 @@ def _check_and_get_copied_column_types(source: Split, args: StageArguments) -> F
 
 @dataclass(frozen=True)
 class StageReport:
-    """Numbers of written and skipped rows of a stage, or of one task of a stage.
+    """How many rows a stage, or one task of a stage, has written and skipped.
 
     Attributes:
         rows: Number of written rows.
@@ -374,23 +398,23 @@ class StageReport:
 
 
 class RowStage:
-    """One task of a stage: it reads its share of the rows of a dataset, processes them, and writes them as parts.
+    """One task of a stage: a process that reads its share of the dataset rows, processes them, and writes them.
 
-    A part is a parquet file with consecutive rows.
+    The output is written in parts. A part is a parquet file with consecutive rows.
 
     Args:
         args: Flags of the stage.
         rank: Number of the task, counted from 0.
-        world_size: Number of tasks.
+        world_size: Number of tasks that share the rows.
 
     Attributes:
-        source: The dataset that the rows are read from.
+        source: The dataset split from which the rows are read.
         features: Dict `{column name: feature}` of the columns that are copied from the source to the output. A feature
             is a column type of `datasets`.
-        record: Dict with the values of `stage.json` that are known before a model is loaded.
+        record: Dict with those values of the file `stage.json` that are known before a model is loaded.
         parts: Ranges of row numbers, one for each part that this task writes.
-        path: Function that takes the range of a part and returns the path of its parquet file.
-        bar: Progress bar of `run`, which counts rows.
+        path: Function that takes the row range of a part, and returns the path of the parquet file.
+        bar: Progress bar that counts rows. It exists while the method `run` is running.
 
     Raises:
         ValueError: If the dataset does not exist, is the output of an unfinished stage, or lacks required columns.
@@ -423,10 +447,10 @@ class RowStage:
 
     @property
     def is_done(self) -> bool:
-        """True if all parts of the task are written with the current command, rows and settings.
+        """True if the task has nothing left to do: all its output files exist, with the current command and settings.
 
-        The parts are found by their file names and are not opened. If the folder was written with other settings, the
-        value is False, and `run` then raises an error that names the differences.
+        Only the names of the files are checked, not their content. The value is also False if the folder was written
+        with other settings. In this case, the method `run` raises an error that names the differences.
         """
         if not (self.args.output / STAGE_FILE).is_file():
             return False
@@ -448,22 +472,24 @@ class RowStage:
         prepare: Callable[[list[range]], None] = lambda parts: None,
         prepared_rows: int = MAX_PREPARED_ROWS,
     ) -> StageReport:
-        """Write the parts of the task that do not exist yet. A part is written completely or not at all.
+        """Process the rows of the task, and write the output files that do not exist yet.
+
+        A part, that is, one parquet file of the output, is written completely or not at all.
 
         Args:
             columns: Dict `{new column: feature}`, where a feature is a column type of `datasets`. A new column replaces
                 an existing column of the same name.
-            settings: All settings that affect the values of the new columns, as JSON values for `stage.json`. All
-                parts of a folder must have the same settings.
-            process: Function that takes a list of at most `args.batch_rows` rows. For each row, it returns a dict
-                `{new column: value}`, or a BadRow if the row must be skipped. Results must not depend on how rows are
+            settings: All settings that affect the values of the new columns, as JSON values for the file `stage.json`.
+                All parts of a folder must have the same settings.
+            process: Function that takes a list of at most `args.batch_rows` rows. For each row, it returns a dict `{new
+                column: value}`, or a BadRow if the row must be skipped. Results must not depend on how rows are
                 batched. In a row, the image is a dict with the keys "bytes" and "path", and captions are lists of
                 texts. If `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`. If the
                 dataset has embeddings instead of images, the embedding is under this key, as a float32 array.
             prepare: Function that is called before the next parts are written, with the list of their row ranges. It
                 can, for example, translate the captions of several parts at once.
-            prepared_rows: Largest number of rows for one call of `prepare`. A longer part gets a call of its own, so
-                with 1, `prepare` is called before each part.
+            prepared_rows: Largest number of rows for one call of `prepare`. A part with more rows gets a call of its
+                own. With the value 1, `prepare` is therefore called before each part.
 
         Returns:
             The numbers of written and skipped rows of the task.
@@ -495,9 +521,10 @@ class RowStage:
         return self.report()
 
     def report(self) -> StageReport:
-        """Count the written and skipped rows of the task, and delete temporary files of killed runs.
+        """Count the written and skipped rows of the task, and delete temporary files that killed runs have left.
 
-        A temporary file is deleted only if its part exists, because other temporary files may belong to running tasks.
+        A temporary file is deleted only if its finished parquet file exists. All other temporary files may belong to
+        running tasks.
         """
         for path in self.args.output.glob(".*.parquet.*.tmp"):  # name: "." + name of the part + random text + ".tmp"
             if path.with_name(re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
@@ -580,14 +607,17 @@ class RowStage:
 
 @contextmanager
 def atomic_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """Open a parquet writer as a context manager that writes the file completely or not at all.
+    """Open a parquet file for writing, as a context manager that writes the file completely or not at all.
 
-    The rows are written to a temporary file. It is renamed to `path` at the end of the `with` block, or deleted if the
-    block raises an error.
+    The rows are written to a temporary file. At the end of the `with` block, this file is renamed to `path`. If the
+    block raises an error, the temporary file is deleted.
 
     Args:
         path: Parquet file to write.
-        schema: Columns of the file.
+        schema: Names and types of the columns.
+
+    Yields:
+        The writer, to which the block passes the rows.
 
     Raises:
         OSError: If the disk is full.
@@ -601,7 +631,9 @@ def atomic_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 
 
 def iter_length_limited_batches(items: Iterable[S], max_length: int, max_items: int = sys.maxsize) -> Iterator[list[S]]:
-    """Group items in order into batches of limited length. An item longer than `max_length` becomes a batch by itself.
+    """Group items into batches whose total length and number of items are limited. The order does not change.
+
+    An item that is longer than `max_length` becomes a batch by itself.
 
     Args:
         items: Items with a length, for example texts or ranges.
@@ -646,7 +678,10 @@ def _skipped_path(path: Path) -> Path:
 
 
 def read_stage_record(output: Path | str) -> dict[str, Any]:
-    """Read the file `stage.json` in the output folder of a stage. Raises ValueError if it is missing or damaged."""
+    """Read the file `stage.json`, in which a stage records its source and settings in its output folder.
+
+    Raises ValueError if the file is missing or damaged.
+    """
     path = Path(output) / STAGE_FILE
     if not path.is_file():
         raise ValueError(f"{output} is not the output of a stage: it has no {STAGE_FILE}.")
@@ -662,15 +697,18 @@ def read_stage_record(output: Path | str) -> dict[str, Any]:
 
 
 def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
-    """Write `stage.json` into a new output folder, or check that an existing folder was made with the same settings.
+    """Make sure that all files of an output folder are written with the same settings.
+
+    A new folder gets the file `stage.json`, which records the settings. In an existing folder, the recorded settings
+    are compared with the current settings.
 
     Args:
         output: Output folder of the stage.
         record: Content of `stage.json` for the current run.
 
     Raises:
-        ValueError: If the folder was made with other settings (the message names the differences), or if it holds
-            parquet files that no stage wrote.
+        ValueError: If the folder was made with other settings; the message names the differences. Also if the folder
+            holds parquet files that no stage wrote.
     """
     path = output / STAGE_FILE
     if not path.is_file():
@@ -700,14 +738,16 @@ def write_or_check_stage_record(output: Path, record: dict[str, Any]) -> None:
 
 
 def describe_stage_record_differences(recorded: dict[str, Any], current: dict[str, Any]) -> str:
-    """Describe the differences between two stage records in the values that all parts of a folder must share.
+    """Describe how two versions of the file `stage.json` differ, for an error message.
+
+    Only values that must be equal for all files of an output folder are compared, for example the settings.
 
     Args:
-        recorded: Content of `stage.json` of the existing folder.
+        recorded: Content of `stage.json` in the existing folder.
         current: Content of `stage.json` for the current run.
 
     Returns:
-        The differing values, for example "settings.model: 'a' there, 'b' now"; "" if there are none.
+        The differing values, for example "settings.model: 'a' there, 'b' now". "" if there are none.
     """
     old = flatten_dict(_get_fixed_stage_record_values(recorded))
     new = flatten_dict(_get_fixed_stage_record_values(json.loads(json.dumps(current))))
@@ -717,7 +757,7 @@ def describe_stage_record_differences(recorded: dict[str, Any], current: dict[st
 
 @dataclass(frozen=True)
 class Corrections:
-    """Effect of a corrected translation table on the output of a translation stage.
+    """Rows and files of a translation stage that are outdated because a person corrected the translation table.
 
     Attributes:
         output: Output folder of the stage.
@@ -732,9 +772,10 @@ class Corrections:
     rows: list[int]
 
     def apply(self) -> None:
-        """Delete the parquet files with changed rows, so that the stage writes them again.
+        """Delete the parquet files with changed rows, and record the corrected table in `stage.json`.
 
-        Lists of skipped rows are not deleted, because corrections do not change which rows are skipped.
+        The next run of the stage then writes the deleted files again. The lists of skipped rows are not deleted,
+        because corrections do not change which rows are skipped.
         """
         for path in self.parts:
             path.unlink(missing_ok=True)
@@ -744,14 +785,14 @@ class Corrections:
 
 
 def delete_parts_of_changed_rows_and_fingerprint(output: Path, rows: Iterable[int]) -> None:
-    """Delete the parts (parquet files) of a stage that were made from changed rows, so that they are written again.
+    """Delete the output files that are outdated because rows of the source changed, so that they are written again.
 
-    The fingerprint of the source is set to None in `stage.json`, so that `write_or_check_stage_record` accepts the
-    changed source.
+    The fingerprint of the source in `stage.json` is set to None. `write_or_check_stage_record` then accepts the changed
+    source, although its fingerprint is different.
 
     Args:
         output: Output folder of the stage.
-        rows: Numbers of the changed rows in the source.
+        rows: Numbers of the changed rows in the source, counted from 0.
     """
     record = read_stage_record(output)
     write_json(output / STAGE_FILE, record | {"source": record["source"] | {"fingerprint": None}})
@@ -762,9 +803,10 @@ def delete_parts_of_changed_rows_and_fingerprint(output: Path, rows: Iterable[in
 
 
 def identity_digest(record: dict[str, Any]) -> str:
-    """Return a hex digest of the values in a stage record (content of `stage.json`) that determine the output.
+    """Compute a hex digest of everything that determines the output of a stage, to detect changed stages.
 
-    Values that do not affect the output, such as the path of the source, are not included.
+    The digest covers those values of `record`, the content of the file `stage.json`, that affect the output. Other
+    values, such as the path of the source, are not included.
     """
     return json_digest(_get_fixed_stage_record_values(record), sort_keys=True)
 
@@ -778,7 +820,7 @@ def _get_fixed_stage_record_values(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten_dict(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dicts to one dict, for example `{"a": {"b": 1}}` to `{"a.b": 1}`.
+    """Flatten nested dicts to one dict with dotted keys, for example `{"a": {"b": 1}}` to `{"a.b": 1}`.
 
     Args:
         data: The nested dict.
@@ -796,8 +838,8 @@ def flatten_dict(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_stage_and_count_rows(output: Path | str) -> StageReport:
     """Check that the output folder of a stage is complete, and count its written and skipped rows.
 
-    Raises ValueError if parts (parquet files) are missing or damaged. The message contains the command that writes the
-    missing rows.
+    Raises ValueError if parquet files are missing or damaged. The message contains the command that writes the missing
+    rows.
     """
     output, record = Path(output), read_stage_record(output)
     check_stage_is_finished(output)
@@ -833,10 +875,13 @@ def _count_written_and_skipped_rows(output: Path, record: dict[str, Any], parts:
 
 
 def read_skipped_row_numbers_and_reasons(part: Path) -> list[tuple[int, str]]:
-    """Return the tuple (row number, reason) for each skipped row of a part of a stage's output.
+    """Read which rows a stage has skipped for one parquet file of its output, and why.
 
     Args:
-        part: Parquet file of the part. The list of its skipped rows is in the JSON Lines file next to it.
+        part: The parquet file. The skipped rows are listed in a JSON Lines file next to it, if there are any.
+
+    Returns:
+        A list with a tuple (row number, reason) for each skipped row.
 
     Raises:
         ValueError: If the list of skipped rows is damaged.
@@ -857,7 +902,7 @@ def read_skipped_row_numbers_and_reasons(part: Path) -> list[tuple[int, str]]:
 def run_stage_command(
     arguments_type: type[StageArguments], description: str, argv: list[str] | None
 ) -> StageArguments | None:
-    """Run a stage as a command: parse its flags, run its phases, and print the numbers of written and skipped rows.
+    """Run a stage as a command: parse its flags, run it, and print the numbers of written and skipped rows.
 
     Args:
         arguments_type: Class of the stage's flags.
@@ -865,8 +910,8 @@ def run_stage_command(
         argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Returns:
-        The flags; None after a dry run, if a person must first fill a translation table, or if the jobs were submitted
-        to Slurm.
+        The parsed flags if the stage is complete. None after a dry run, if a person must first fill a translation
+        table, or if the jobs were submitted to Slurm.
     """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)

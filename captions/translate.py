@@ -53,7 +53,10 @@ MAX_EXAMPLE_CHARACTERS = 200  # longer examples are shortened, because a sentenc
 
 @dataclass(kw_only=True)
 class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values()), StageArguments):
-    """Command-line flags of `captions.translate`, the stage that translates captions into another language."""
+    """Command-line flags of `captions.translate`, which translates the captions of a dataset.
+
+    The class also has the methods that run this stage.
+    """
 
     uses_model = True
     language: str = flag(
@@ -108,9 +111,9 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         TRANSLATORS[self.backend].check_flags(self)
 
     def required_columns(self) -> list[str]:
-        """Return the names of the caption columns in the source language.
+        """Return the names of the columns with captions in the source language, for example "captions-en".
 
-        The dataset must have at least one of them.
+        The dataset must have at least one of these columns.
         """
         return [f"{kind}-{self.source_language}" for kind in CAPTION_KINDS]
 
@@ -118,14 +121,16 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         """Check that the dataset has captions to translate and no translations yet, and return the new columns.
 
         Args:
-            columns: Names of the columns of the dataset, after the flag `rename`.
+            columns: Names of the columns of the dataset, after the renaming with the flag `rename`.
             where: Name of the dataset, with which error messages begin.
 
         Returns:
-            The names of the columns that the stage adds: columns of translations, and `quality-<language>`.
+            The names of the columns that the stage adds: columns of translations, and `quality-<language>`, which lists
+            the translations that look wrong.
 
         Raises:
-            ValueError: If the dataset has no captions in the source language, or already has a column of translations.
+            ValueError: If the dataset has no captions in the source language, or already has translations or
+                similarities in the target language.
         """
         added = super().check_columns(columns, where)
         return [
@@ -135,7 +140,9 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         ]
 
     def settings(self, translator: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings of the stage for `stage.json`, as a dict `{"name": value}`.
+        """Return everything that determines the translations, as a dict `{"name": value}` for the file `stage.json`.
+
+        An existing output folder is continued only if its recorded settings are equal.
 
         Args:
             translator: Fingerprint of the translator: a dict with everything that affects a translation, except the
@@ -147,7 +154,10 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
 
     @property
     def translations(self) -> dict[str, str]:
-        """Who translates, for dataset and model cards, as a dict `{target language: "human" or "machine"}`."""
+        """Whether people or a machine translate, as a dict `{target language: "human" or "machine"}`.
+
+        Dataset cards and model cards state this.
+        """
         return {self.language: "machine" if self.import_file is None else self.translated_by}
 
     def check_backend(self) -> None:
@@ -159,10 +169,13 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         TRANSLATORS[self.backend].check(self)
 
     def describe_work(self, stage: RowStage) -> list[str]:
-        """Estimate the requests and tokens that the translation will send to a server, as lines for `--dry_run`.
+        """Estimate how many requests and tokens the translation will send to a server. A dry run prints this estimate.
 
         Args:
             stage: Access to the rows whose captions are translated.
+
+        Returns:
+            Lines of text to print. The list is empty if the backend does not count tokens.
         """
         translator = TRANSLATORS[self.backend]
         if not translator.counts_tokens:
@@ -171,16 +184,16 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         return [f"{len(sentences):,} distinct captions", *translator.describe_work(self, sorted(sentences))]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """Load the translator, or read the translation table.
+        """Load the translator, for example a model or a table of translations that people have filled.
 
         Args:
             stage: Access to the rows whose captions are translated.
 
         Returns:
-            A tuple with the arguments of `RowStage.run`: `columns`, the dict `{new column: feature}`; `settings`, a
-            dict for the file `stage.json`; `process`, the function that returns the new columns of a list of rows; and
-            `prepare`, the function that translates the captions of several parts (parquet files) before they are
-            written.
+            A tuple (columns, settings, process, prepare) for the method `RowStage.run`. `columns` is a dict `{new
+            column: feature}`, where a feature is a column type of `datasets`. `settings` is a dict that is recorded in
+            the file `stage.json`. `process` is a function that returns the new columns of a list of rows. `prepare` is
+            a function that translates the captions of several output files before they are written.
 
         Raises:
             ValueError, OSError, ImportError: If the translator cannot be loaded, or the table is incomplete.
@@ -202,7 +215,7 @@ class TranslateArguments(*(translator.flags for translator in TRANSLATORS.values
         return new_columns, self.settings(translator.fingerprint), process, prepare
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
-        """Write `quality.json`, with the number of translations that look wrong and a few examples of each problem.
+        """Write the file `quality.json`: how many translations look wrong, and a few examples of each problem.
 
         Args:
             rank: Number of the task; not used, because a single task writes the file.
@@ -287,7 +300,9 @@ def _translate_with_memory(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command `captions.translate`, and print how many translations have each quality flag.
+    """Run the command `captions.translate`, which translates the captions of a dataset.
+
+    After a complete run, it prints how many translations look wrong, for each kind of problem.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

@@ -1,4 +1,4 @@
-"""Store finished translations on disk, so that each distinct sentence is translated only once."""
+"""Store finished translations on disk, so that later runs reuse them instead of translating again."""
 
 import hashlib
 import uuid
@@ -24,20 +24,20 @@ MEMORY_BATCH_ROWS = 10_000  # sentences of a translation memory that are read at
 
 
 class TranslationMemory:
-    """Store of finished translations of one translator on disk, shared by all runs and tasks.
+    """Store of finished translations on disk. All runs and tasks share it, and reuse the stored translations.
 
-    Translations are stored in parquet files that never change. `add` stores a batch of translations as a new file.
-    Before a batch is complete, `append` stores single answers in a temporary file, the journal, so that a killed run
-    does not lose them. `add` then deletes the journal.
+    Each translator has its own store. Translations are stored in parquet files that never change: `add` stores a batch
+    of translations as a new file. Before a batch is complete, `append` stores single answers in a temporary file, the
+    journal, so that a killed run does not lose them. `add` then deletes the journal.
 
     Args:
-        folder: Folder with the translation memories of all translators. Each translator has a subfolder.
+        folder: Folder with the stores of all translators. Each translator has a subfolder.
         fingerprint: Everything that affects a translation (translator, languages, options), except the sentence itself,
             as a dict of JSON values. The digest of this dict is the name of the translator's subfolder.
 
     Attributes:
-        faults: Dict `{sentence: fault}` for the unusable answers (`Answer.fault`) that `find` has found or `append` has
-            stored.
+        faults: Dict `{sentence: fault}` for the unusable answers that `find` has found or `append` has stored. A fault
+            is the name of a problem, such as "refused".
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
@@ -47,9 +47,9 @@ class TranslationMemory:
         self._journal = Journal(self.folder / f"{uuid.uuid4().hex}.jsonl")
 
     def find(self, sentences: Iterable[str]) -> dict[str, str]:
-        """Return the stored translations of sentences, as a dict `{sentence: translation}`.
+        """Look up sentences, and return their stored translations as a dict `{sentence: translation}`.
 
-        Sentences without a stored translation are not in the dict. Each call reads all files of the memory, so a single
+        Sentences without a stored translation are not in the dict. Each call reads all files of the store, so a single
         call with many sentences is faster than many calls.
         """
         wanted, known = set(sentences), {}
@@ -61,9 +61,14 @@ class TranslationMemory:
         return known
 
     def append(self, sentence: str, answer: Answer) -> None:
-        """Store a single answer in the journal of this process, until `add` stores the batch that contains it.
+        """Store a single answer at once, so that it is not lost if the process is killed.
 
+        The answer is stored in the journal, a temporary file of this process, until `add` stores the whole batch.
         Raises OSError if the disk is full.
+
+        Args:
+            sentence: Sentence that was translated.
+            answer: The translation, with its problem and its number of tokens.
         """
         self._write_fingerprint()
         self._answers[sentence] = answer
@@ -97,12 +102,12 @@ class TranslationMemory:
         self._journal.remove()
 
     def count_usage(self) -> dict[str, int]:
-        """Sum up the cost of all translations in the memory, over all runs that used the memory.
+        """Sum up what all stored translations have cost, over all runs that used the store.
 
         Returns:
             A dict with the keys "answers" (number of stored answers), "retried" (number of answers that were requested
-            twice), "prompt_tokens" (tokens that the model has read) and "completion_tokens" (tokens that it has
-            written).
+            twice), "prompt_tokens" (number of tokens that the model has read) and "completion_tokens" (number of tokens
+            that it has written).
         """
         usage = Counter(answers=0, retried=0, prompt_tokens=0, completion_tokens=0)
         for record in self._records():

@@ -35,9 +35,10 @@ UNSAFE_CELL_RE = re.compile("^[=+@-]|[\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]"
 
 
 def escape_cell(text: str) -> str:
-    """Escape a text for a cell of a table, with the escapes of JSON strings. Quotes are not escaped.
+    """Escape a text so that it can be written to a cell of a translation table, which is a TSV file.
 
-    The result has no tab and no line break, and a spreadsheet does not read it as a formula.
+    The result has no tab and no line break, and a spreadsheet does not read it as a formula. The escapes are those of
+    JSON strings, but quotes are not escaped.
     """
     text = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"')
     # Four digits are enough, because the code point of each of these characters has at most four hex digits.
@@ -45,7 +46,7 @@ def escape_cell(text: str) -> str:
 
 
 def unescape_cell(text: str) -> str:
-    """Return the original text of a cell that `escape_cell` has escaped.
+    """Return the original text of a table cell that `escape_cell` has escaped.
 
     Raises ValueError if a backslash in the cell does not begin a JSON escape.
     """
@@ -73,8 +74,9 @@ def _sentence_id(number: int, sentence: str) -> str:
 def write_blank_translation_table(path: Path, sentences: list[str], header: Sequence[str] = TABLE_COLUMNS) -> None:
     """Write a table of sentences with an empty last column, in which people will write the translations.
 
-    The file is UTF-8, with one sentence per line and columns separated by tabs, without quoting. The first column has
-    an id with the digest of the sentence, so that a translation is never assigned to the wrong sentence.
+    The file is UTF-8 text. It has one sentence per line, and columns separated by tabs, without quoting. The first
+    column has an id with a part of the sentence's digest. With this id, `read_translation_table` detects if a
+    translation stands next to another sentence.
 
     Args:
         path: TSV file to write.
@@ -109,9 +111,14 @@ def read_translation_table(path: Path, sentences: list[str]) -> dict[str, str]:
 
 
 def check_rows_match_sentences(path: Path, sentences: list[str]) -> None:
-    """Check that the rows of a table belong to the given sentences, in the same order.
+    """Check that a translation table has exactly the given sentences, in the same order.
 
-    The ids are always compared. The sentences are compared only if the table has the column `source`.
+    The ids of the rows, which contain a digest of the sentence, are always compared. The sentences themselves are
+    compared only if the table has the column `source`.
+
+    Args:
+        path: TSV file of the table.
+        sentences: Sentences that the table must have.
 
     Raises:
         ValueError: If a row is missing, added or changed. The message names the first such line.
@@ -135,9 +142,12 @@ def _describe_cells(row: dict[str, str] | None) -> str:
 
 
 def describe_untranslated_rows(path: Path) -> str:
-    """Return a message with the number of rows without a translation, and with the first of these rows.
+    """Describe how many rows of a translation table have no translation yet, and name the first of these rows.
 
-    Returns "" if all rows of the table have a translation. Raises ValueError if the file is not a translation table.
+    Returns "" if all rows have a translation. Raises ValueError if the file is not a translation table.
+
+    Args:
+        path: TSV file of the table.
     """
     _, rows = read_table_header_and_rows(path)
     names = [
@@ -151,15 +161,15 @@ def describe_untranslated_rows(path: Path) -> str:
 
 
 def read_table_header_and_rows(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Read a translation table, and return its header and its rows.
+    """Read a translation table, a TSV file of sentences and their translations.
 
     Args:
         path: TSV file.
 
     Returns:
-        A tuple of two elements. The first is the header, a dict `{column name: value}`: the header "id",
-        "translation:pt", for example, becomes `{"id": "", "translation": "pt"}`. The second is the list of rows, each
-        as a dict `{column name: text}`.
+        A tuple (header, rows). `header` is a dict `{column name: value}` from the first line: the columns "id" and
+        "translation:pt", for example, become `{"id": "", "translation": "pt"}`. `rows` is a list with a dict `{column
+        name: text}` for each row.
 
     Raises:
         ValueError: If the file is not a translation table.

@@ -1,4 +1,4 @@
-"""Settings of the documentation site, built by `make docs`."""
+"""Sphinx configuration of the documentation site, which `make docs` builds."""
 
 import sys
 from pathlib import Path
@@ -34,5 +34,12 @@ def _replace_source(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Set up this project's extension of Sphinx: register the callback that replaces the text of each page."""
+    """Register this project's own step of the Sphinx build, which replaces the text of each page.
+
+    Sphinx calls this function when it loads the configuration. The new text has generated parts and links that work on
+    the site.
+
+    Args:
+        app: The Sphinx application.
+    """
     app.connect("source-read", _replace_source)

@@ -1,7 +1,8 @@
-"""Prepare the Markdown pages of the repository for the documentation site: generate parts of them, and rewrite links.
+"""Prepare the repository's Markdown pages for the documentation site: insert generated text, and rewrite links.
 
-A line `<!-- site: NAME -->` on a page is replaced by generated text, such as a list of all commands. The dict
-`GENERATED` contains the function that generates it. GitHub shows such a page without the generated text.
+A page may contain a line `<!-- site: NAME -->`. On the site, generated text replaces this line, such as a list of all
+commands. The dict `GENERATED` contains the function that generates the text for each NAME. GitHub shows the page
+without the generated text.
 """
 
 import argparse
@@ -45,9 +46,10 @@ IS_COMMAND_RE = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
 
 
 class Parsed(BaseException):
-    """Raised with the parser of a command when the command parses its flags, to stop it before it starts its work.
+    """Exception that stops a command when it parses its flags, and carries the argument parser of the command.
 
-    It is a BaseException, because the commands catch ordinary exceptions and report them as errors of the user.
+    The site's command reference is made from these parsers, without running the commands. The exception is a
+    BaseException, because the commands catch ordinary exceptions and report them as errors of the user.
     """
 
 
@@ -75,7 +77,7 @@ def _capture_command_parser(module: str) -> argparse.ArgumentParser:
 
 
 def escape(text: str) -> str:
-    """Replace `<` in text by its HTML entity, except in code between backticks."""
+    """Escape `<` for Markdown, so that it is not read as HTML. Code between backticks stays unchanged."""
     return re.sub(r"(`[^`]*`)|<", lambda match: match[1] or "&lt;", text)
 
 
@@ -89,7 +91,14 @@ def _convert_description_to_markdown(text: str) -> str:
 
 
 def find_command_modules(folder: str) -> list[str]:
-    """Return the names of the modules in a folder that are commands, in alphabetical order."""
+    """Find the modules of a folder that can be run as commands with `python -m`.
+
+    Args:
+        folder: Folder or Python file, relative to the checkout, such as "eval".
+
+    Returns:
+        Names of the modules, such as "eval.retrieval", in alphabetical order of their paths.
+    """
     paths = sorted((ROOT / folder).rglob("*.py")) if (ROOT / folder).is_dir() else [ROOT / folder]
     command_files = [path for path in paths if IS_COMMAND_RE.search(path.read_text(encoding="utf-8"))]
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in command_files]
@@ -121,7 +130,11 @@ def _build_command_argument_row(action: argparse.Action) -> tuple[str, str, str,
 
 
 def render_command_reference() -> str:
-    """Return the Markdown reference of all commands that run with `python`, made from their argument parsers."""
+    """Generate the Markdown reference of all commands that run with `python`, from their argument parsers.
+
+    Returns:
+        Markdown with one section per command: its description and a table of its flags.
+    """
     text = []
     for folder, title in COMMAND_FOLDERS.items():
         text.append(f"## {title}")
@@ -138,10 +151,13 @@ def render_command_reference() -> str:
 
 
 def render_search_command_reference(language: str = "en") -> str:
-    """Return the Markdown reference of the subcommands of `capivara`.
+    """Generate the Markdown reference of the subcommands of `capivara`, the command of the picture search.
 
     Args:
         language: Language of the descriptions, "en" or "pt".
+
+    Returns:
+        Markdown with one section per subcommand: its description and a table of its flags.
     """
     messages, text = Messages(language), []
     group = capivara.make_context("capivara", [], obj=messages, resilient_parsing=True)
@@ -158,7 +174,7 @@ def render_search_command_reference(language: str = "en") -> str:
 
 
 def render_config_files_as_code_blocks() -> str:
-    """Return Markdown with the YAML files of the folder `configs`, each in a code block with its comments."""
+    """Generate Markdown that shows all YAML files of the folder `configs`, each in a code block under its path."""
     paths = sorted((ROOT / "configs").rglob("*.yaml"))
     blocks = [f"## {path.relative_to(ROOT)}\n\n```yaml\n{path.read_text(encoding='utf-8')}```" for path in paths]
     return "\n\n".join(blocks)
@@ -172,15 +188,18 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 
 def insert_generated_parts_and_rewrite_links(page: str, text: str) -> str:
-    """Return the text of a page as the site shows it.
+    """Convert the text of a repository page to the text that the documentation site shows.
+
+    Lines `<!-- site: NAME -->` are replaced by generated text. Links to repository files that are pages of the site,
+    such as README.md, are changed so that they lead to these pages.
 
     Args:
         page: Name of the page below `docs`, without the suffix, such as "how-to/search".
-        text: Text of the page in the repository.
+        text: Text of the page in `docs`. It is ignored for the pages of `OUTSIDE_PAGES`, whose text is read from their
+            file outside `docs`.
 
     Returns:
-        The text with its generated parts. Links to files of the repository that are pages of the site, such as
-        README.md, are changed so that they lead to these pages.
+        The Markdown text for the site.
     """
     source = Path(OUTSIDE_PAGES.get(page, f"docs/{page}.md"))
     if page in OUTSIDE_PAGES:

@@ -70,7 +70,7 @@ class LabeledImageArguments(ModelArguments):
 
 @dataclass
 class ClassificationArguments(LabeledImageArguments):
-    """Command-line arguments of `eval.classification`."""
+    """Command-line arguments of `eval.classification`, which measures zero-shot image classification."""
 
     protocol: Literal["ours", "authors", "babel"] = flag(
         "ours",
@@ -84,10 +84,11 @@ class ClassificationArguments(LabeledImageArguments):
 def load_labeled_split(
     args: LabeledImageArguments, split: str, class_names: Sequence[str], class_indices: Sequence[int] | None = None
 ) -> LabeledImages:
-    """Load a split of the labeled images in `args.images`.
+    """Load one split of a dataset of labeled images, for classification.
 
     Args:
-        args: Command-line arguments. They name the dataset, its columns and the options for reading image files.
+        args: Command-line arguments. `args.images` is the dataset; other arguments give its columns and the options for
+            reading image files.
         split: Name of the split.
         class_names: English names of all classes, in the order of the labels.
         class_indices: Indices in `class_names` of the classes to keep, if there are prompts for only some of the
@@ -118,9 +119,9 @@ def _embed_classes(store: CachedEmbedder, prompts: Prompts) -> Tensor:
 
 
 def compute_classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[str, float]:
-    """Compute the metric that is usual for the dataset, and also top-1 and top-5 accuracy.
+    """Compute the usual metric of a classification dataset, and also top-1 and top-5 accuracy.
 
-    Accuracies are only computed if each image has one label, and top-5 accuracy only for more than five classes.
+    The two accuracies are only computed if each image has one label. Top-5 accuracy also needs more than five classes.
 
     Args:
         scores: Cosine similarities (images, classes).
@@ -132,8 +133,8 @@ def compute_classification_metrics(scores: Tensor, labels: list, metric: str) ->
         comes first.
 
     Raises:
-        ValueError: If labels are lists and the metric is not "11point_mAP", or if the metric is "11point_mAP" and
-            labels are not lists.
+        ValueError: If metric and labels do not match: "11point_mAP" needs lists of labels, and all other metrics need
+            one label per image.
     """
     is_multilabel = isinstance(labels[0], list)
     if is_multilabel != (metric == "11point_mAP"):
@@ -176,13 +177,15 @@ def compute_chance_level(metric: str, labels: list, class_count: int) -> float:
 
 
 def evaluate_zero_shot_and_write_result(args: ClassificationArguments) -> list[Record]:
-    """Measure zero-shot classification, and write the result file.
+    """Measure the zero-shot classification of a dataset, and write the result file.
+
+    Each image is assigned to the class whose prompts have the most similar text embedding.
 
     Args:
-        args: Command-line arguments.
+        args: Command-line arguments: model, benchmark, images, and the JSON file to write.
 
     Returns:
-        One record per metric.
+        The measured values, one record per metric.
 
     Raises:
         ValueError: If the data, the prompts, the model or an argument is invalid.

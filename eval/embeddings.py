@@ -95,7 +95,7 @@ class CachedEmbedder:
         """Embed the images of a dataset split, or load their embeddings from the cache or from the dataset itself.
 
         Args:
-            images: The split.
+            images: The dataset split.
             description: Label of the progress bar.
 
         Returns:
@@ -159,10 +159,10 @@ class CachedEmbedder:
 
 
 def load_embedder_with_cache(args: ModelArguments) -> CachedEmbedder:
-    """Load the model that the command-line arguments name, and open its embedding cache.
+    """Load the model that the command-line arguments name, and connect it to the embedding cache on disk.
 
     Raises:
-        ValueError, OSError, ImportError: If the model can't be loaded, see `load_embedder`.
+        ValueError, OSError, ImportError: If the model can't be loaded.
     """
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision)
     if args.cache_dir == "off":
@@ -173,11 +173,13 @@ def load_embedder_with_cache(args: ModelArguments) -> CachedEmbedder:
 def write_result_file_with_model_metadata(
     args: ModelArguments, records: list[Record], store: CachedEmbedder, start_time: float, **metadata: Any
 ) -> None:
-    """Write the result file of an evaluation command to `args.output`.
+    """Write the result file of an evaluation command to `args.output`, with a description of model and device.
+
+    The file also gets the precision and the duration of the measurement.
 
     Args:
         args: Command-line arguments.
-        records: The measured values.
+        records: The measured values, each with the conditions of its measurement.
         store: The model that was measured, with its cache.
         start_time: Value of `time.perf_counter()` before the first embedding.
         metadata: Further keyword arguments of `write_records_to_result_file`. `dataset` (folder, file pattern or Hub id
@@ -199,6 +201,8 @@ def run_evaluation_command(
     argv: list[str] | None = None,
 ) -> None:
     """Run an evaluation command: parse the arguments, measure, and print results and notes.
+
+    All evaluation commands share this function. They differ in their arguments and in the function that measures.
 
     Args:
         arguments_type: Dataclass of the command's arguments.

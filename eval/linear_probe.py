@@ -39,7 +39,7 @@ MAX_ITERATIONS = 1000  # largest number of iterations of scikit-learn's solver
 
 @dataclass
 class LinearProbeArguments(LabeledImageArguments):
-    """Command-line arguments of `eval.linear_probe`."""
+    """Command-line arguments of `eval.linear_probe`, which fits a linear classifier to frozen image embeddings."""
 
     shots: list[int] = flag([], "Training images per class; with several numbers, each is measured. Default: all.")
     draws: int = flag(3, "Random draws of training images to average over (with --shots).")
@@ -60,7 +60,9 @@ LabeledFeatures = tuple[np.ndarray, np.ndarray]
 
 
 def sample_few_shot(labels: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw `shots` random images of each class. A class with fewer images contributes all of them.
+    """Draw `shots` random training images of each class, for a few-shot classifier.
+
+    A class with fewer images contributes all of them.
 
     Args:
         labels: Class index of each image (images,).
@@ -77,7 +79,7 @@ def sample_few_shot(labels: np.ndarray, shots: int, rng: np.random.Generator) ->
 def draw_random_validation_fold(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw a random 20 % of the images of each class for validation, in the format of scikit-learn's `PredefinedSplit`.
 
-    A class with two to four images contributes one image; the only image of a class stays in training.
+    A class with two to four images contributes one image. If a class has only one image, it stays in training.
 
     Args:
         labels: Class index of each image (images,).
@@ -100,11 +102,11 @@ def tune_probe_and_score_images(
     class_count: int,
     rng: np.random.Generator,
 ) -> tuple[torch.Tensor, float]:
-    """Fit the logistic regression and score the test images.
+    """Select the regularization of a logistic regression, fit it to image embeddings, and score the test images.
 
-    The inverse L2 penalty C is the value in `INVERSE_PENALTIES` with the highest accuracy on the validation images. If
-    several values have the same accuracy, the smallest is selected. If there are too few training images to hold out
-    validation images, C is 1.
+    The regularization is C, scikit-learn's inverse of the L2 penalty. The value in `INVERSE_PENALTIES` with the highest
+    accuracy on the validation images is selected. If several values have the same accuracy, the smallest is taken. If
+    there are too few training images to hold out validation images, C is 1.
 
     Args:
         train: Embeddings and labels of the training images.
@@ -114,7 +116,7 @@ def tune_probe_and_score_images(
         rng: Random generator that draws the validation fold.
 
     Returns:
-        Scores of the test images (images, classes), and the selected C.
+        A tuple (scores, C): the scores of the test images (images, classes), and the selected C.
 
     Raises:
         ValueError: If the training images have fewer than two classes.
@@ -141,10 +143,13 @@ def tune_probe_and_score_images(
 
 
 def evaluate_linear_probe_and_write_result(args: LinearProbeArguments) -> list[Record]:
-    """Measure linear probes with all training images or with each number of `shots`, and write the result file.
+    """Measure linear probes on a dataset, and write the result file.
+
+    A linear probe is a linear classifier that is trained on frozen image embeddings. With `args.shots`, there is one
+    measurement for each number of training images per class. Otherwise, all training images are used.
 
     Args:
-        args: Command-line arguments.
+        args: Command-line arguments: model, benchmark, images, and the JSON file to write.
 
     Returns:
         One record per metric and number of training images on the main process; an empty list on other processes.

@@ -59,7 +59,7 @@ REPORT_TOLERANCE = 5e-4
 
 @dataclass
 class ReportArguments:
-    """Command-line arguments of `eval.report`."""
+    """Command-line arguments of `eval.report`, which writes an HTML report of results and training runs."""
 
     results: Path = flag(..., "Folder with result files, which is searched recursively.", positional=True)
     output: Path = flag(..., "Folder to write the report to: index.html and images. It must not exist, or be empty.")
@@ -68,7 +68,7 @@ class ReportArguments:
 
 @dataclass
 class ResultsFolder:
-    """Result files and training runs that a report shows, and the files in the folder that can't be shown.
+    """Content of a results folder for the report: result files, training runs, and files that can't be shown.
 
     The content of the files is not trusted.
     """
@@ -81,9 +81,10 @@ class ResultsFolder:
 
 
 def read_results_folder(folder: Path) -> ResultsFolder:
-    """Read all JSON files in a folder and its subfolders.
+    """Read all result files and training runs in a folder and its subfolders.
 
-    Skips hidden files and unfinished runs (`NAME.partial`). Files that can't be read are listed in `faults`.
+    Both are JSON files. Hidden files and unfinished runs (`NAME.partial`) are skipped. Files that can't be read are
+    listed in the field `faults`, with reasons.
 
     Returns:
         The result files, the training runs, and the files that can't be read.
@@ -118,19 +119,19 @@ def read_results_folder(folder: Path) -> ResultsFolder:
 
 
 def write_report(results: Path, output: Path, overwrite: bool = False) -> ResultsFolder:
-    """Write the report atomically.
+    """Write an HTML report of all result files and training runs in a folder. The write is atomic.
 
     Args:
-        results: Folder with result files.
-        output: Folder to write.
+        results: Folder with result files, which is searched with its subfolders.
+        output: Folder to write the report to: index.html and its images.
         overwrite: Whether to replace an output folder that is not empty.
 
     Returns:
         The result files and training runs that were read. `faults` lists all files that are not shown, with reasons.
 
     Raises:
-        ValueError: If there is no result file, if the output folder is not empty and `overwrite` is False, or if the
-            output folder contains the results.
+        ValueError: If there is no result file, or the output folder contains the results. Also if the output folder is
+            not empty and `overwrite` is False.
     """
     check_output_folder_and_clean_leftovers(output, overwrite)
     check_inputs_outside(output, results)
@@ -294,7 +295,9 @@ def _to_words(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: write the report, and print its path and why some files are not fully shown in it.
+    """Run the command: write the report, and print its path.
+
+    Files that the report does not fully show are printed, too, with the reasons.
 
     Args:
         argv: Command-line arguments; the arguments of the program if None.

@@ -49,7 +49,7 @@ CAPTION_POSITIONS = {"all": slice(None), "first": slice(1), "even": slice(0, Non
 
 @dataclass
 class RetrievalArguments(ModelArguments):
-    """Command-line arguments of `eval.retrieval`."""
+    """Command-line arguments of `eval.retrieval`, which measures how well captions and images find each other."""
 
     model: str = flag(
         ...,
@@ -75,7 +75,10 @@ class RetrievalArguments(ModelArguments):
 
 @dataclass(frozen=True)
 class RetrievalEmbeddings:
-    """Embeddings of the captions and images of a dataset split."""
+    """Embeddings of all captions and images of a dataset split, from which retrieval is measured.
+
+    All embeddings have unit length, so the dot product of a caption and an image is their cosine similarity.
+    """
 
     text_embeds: Tensor  # (texts, width), unit length
     image_embeds: Tensor  # (images, width), unit length
@@ -102,18 +105,21 @@ class RetrievalEmbeddings:
         return RetrievalEmbeddings(text_embeds, image_embeds, self.image_of_text, self.full_width or width)
 
     def query_groups(self, direction: str) -> Tensor:
-        """Return for each query the index of its image. An item with the same image index is relevant to the query.
+        """Return for each query the index of the image that it belongs to.
+
+        The index tells which search results are correct: a result is relevant if it belongs to the same image as the
+        query.
 
         Args:
             direction: "text_to_image" (captions are the queries) or "image_to_text" (images are the queries).
 
         Returns:
-            Image indices, (queries,).
+            Image indices, (queries,). The index of an image query is its own position.
         """
         return self.image_of_text if direction == "text_to_image" else torch.arange(len(self.image_embeds))
 
     def chance_recall(self, direction: str, k: int) -> float:
-        """Return the expected recall@k of random scores.
+        """Return the recall@k that a model with random scores is expected to reach on this split.
 
         Args:
             direction: "text_to_image" (captions are the queries) or "image_to_text" (images are the queries).
@@ -127,10 +133,11 @@ class RetrievalEmbeddings:
 
     @cached_property
     def ranks(self) -> dict[str, Tensor]:
-        """Rank of the best relevant item of each query, for both directions.
+        """For each query, the rank of its best correct result, in both search directions.
 
-        A dict with the keys "text_to_image" and "image_to_text". A value has the ranks of the queries of this
-        direction, (queries,), counted from 0.
+        A dict `{direction: ranks}`, from which recall and median rank are computed. In the direction "text_to_image",
+        captions are the queries; in "image_to_text", images are. The ranks are a tensor, (queries,). Rank 0 means that
+        a correct result has the highest score.
         """
         groups = (self.query_groups(direction) for direction in DIRECTIONS)
         ranks = metrics.cross_modal_ranks(self.text_embeds, self.image_embeds, *groups)
@@ -144,7 +151,8 @@ def check_and_flatten_captions(captions: list[list[str]]) -> tuple[list[str], Te
         captions: For each image, the list of its captions.
 
     Returns:
-        All captions, and for each caption the index of its image (texts,), int64.
+        A tuple (captions, image indices). The captions are one list, in the order of the images. The image indices say
+        for each caption which image it describes, (texts,), int64.
 
     Raises:
         ValueError: If an image has no caption, or an empty caption.
@@ -164,6 +172,9 @@ def embed_captions_for_retrieval(
 ) -> RetrievalEmbeddings:
     """Embed captions, and combine them with image embeddings that have already been computed.
 
+    Models that share a frozen image encoder can share the image embeddings, so that only the captions are embedded
+    again.
+
     Args:
         model: A model with `get_text_features`.
         processor: The processor of the model; its tokenizer is used.
@@ -171,7 +182,7 @@ def embed_captions_for_retrieval(
         image_embeds: Unit-length embeddings of the images (images, width), in the order of `captions`.
 
     Returns:
-        The embeddings of all captions and images.
+        The embeddings of all captions and images, ready for `compute_retrieval_records`.
 
     Raises:
         ValueError: If an image has no caption, or an empty caption.
@@ -183,11 +194,11 @@ def embed_captions_for_retrieval(
 def compute_retrieval_records(
     embeddings: RetrievalEmbeddings, protocol: str = RETRIEVAL_PROTOCOL, **record_fields: Any
 ) -> list[Record]:
-    """Compute the retrieval metrics in both directions, with their chance levels.
+    """Compute the retrieval metrics of a split, for text-to-image and for image-to-text search.
 
-    The metrics are recall@1, recall@5, recall@10, the mean of these three, and the median rank. If there are at most k
-    images, every query would be a hit, so recall@k is omitted. The mean is omitted if any of the three recalls is
-    omitted.
+    The metrics are recall@1, recall@5, recall@10, the mean of these three, and the median rank. Recalls come with their
+    chance level, the value for random scores. If there are at most k images, every query would be a hit, so recall@k is
+    omitted. The mean is omitted if any of the three recalls is omitted.
 
     Args:
         embeddings: The embedded split.
@@ -196,7 +207,7 @@ def compute_retrieval_records(
         record_fields: Other fields of `Record`: dataset, split, language, model, model_folder and seed.
 
     Returns:
-        One record per direction and metric.
+        One `Record` per direction and metric: the measured value with the conditions of its measurement.
     """
     records, cutoffs = [], [k for k in RECALL_CUTOFFS if k < len(embeddings.image_embeds)]
     record_fields |= _build_protocol_and_dim_fields(embeddings, protocol)
@@ -257,7 +268,9 @@ def compute_validation_metrics_and_loss(
 
 
 def compute_gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **record_fields) -> list[Record]:
-    """Compute the gain in mean recall from training, with a 95 % bootstrap interval, for both directions.
+    """Compute how much training has improved the mean recall, in both search directions.
+
+    Each gain has a 95 % confidence interval from a bootstrap over the images.
 
     Args:
         before: Embeddings of the baseline, the model before training.
@@ -281,7 +294,7 @@ def compute_gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings
 
 @dataclass
 class RetrievalData:
-    """A dataset split whose captions are in memory and whose images are decoded when they are needed."""
+    """A dataset split for retrieval: captions are in memory, and each image is decoded when it is needed."""
 
     images: Split
     captions: list[list[str]]  # captions of each row
@@ -290,11 +303,11 @@ class RetrievalData:
         """Embed all readable images and their captions.
 
         Args:
-            store: The model with its embedding cache.
+            store: The model that embeds, with its embedding cache on disk.
 
         Returns:
-            The embeddings of captions and images, and the result of `CachedEmbedder.embed_images`, whose field
-            `skipped` says which images could not be read. The captions of these images are not in the embeddings.
+            A tuple (embeddings, images). The embeddings cover all readable images and their captions. The images are
+            the result of `CachedEmbedder.embed_images`; its field `skipped` gives the reason for each unreadable image.
         """
         images = store.embed_images(self.images)
         texts, row_of_text = check_and_flatten_captions(self.captions)
@@ -305,15 +318,18 @@ class RetrievalData:
         return RetrievalEmbeddings(text_embeds, images.embeds, image_of_text), images
 
     def fingerprint(self) -> str:
-        """Return a digest of all images and captions. Training computes the same digest for the same data."""
+        """Return a digest of all images and captions, which identifies the measured data.
+
+        Training computes the same digest for the same data, so results on equal data can be recognized.
+        """
         return compute_image_caption_rows_digest(zip(self.images.image_digests, self.captions, strict=True))
 
 
 def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
-    """Open the dataset split `args.split`, and read its captions. No image is decoded yet.
+    """Open the dataset split that the arguments name, and read its captions. No image is decoded yet.
 
     Raises:
-        ValueError: If a column is missing, if a caption is missing, empty or not text, or if an archive is damaged.
+        ValueError: If a column is missing, or an archive is damaged. Also if a caption is missing, empty or not text.
     """
     source = open_split(args.dataset, args.split, args.image_column, **args.image_options()).limited(args.limit)
     column = args.caption_column.replace("{language}", args.language)
@@ -330,15 +346,15 @@ def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
 
 
 def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bool = True) -> list[Record]:
-    """Measure retrieval and write the result file.
+    """Measure how well captions and images of a dataset find each other, and write the result file.
 
     Args:
-        args: Command-line arguments.
+        args: Command-line arguments: model, dataset, and the JSON file to write.
         draw_sheet: Whether to draw OUTPUT.queries.png, an image that shows the best and worst queries, each with the
             images that the model ranks first.
 
     Returns:
-        The results as records.
+        The measured values, one record per direction and metric.
 
     Raises:
         ValueError: If the data, the model or an argument is invalid.
@@ -377,12 +393,14 @@ def evaluate_retrieval_and_write_result(args: RetrievalArguments, draw_sheet: bo
 
 
 def select_captions_by_position(value: Any, column: str, positions: str, row: int) -> list[str]:
-    """Return the captions of a row at the selected positions.
+    """Return those captions of a dataset row that stand at the selected positions.
+
+    In the data of CAPIVARA's paper, the position tells which program translated a caption.
 
     Args:
         value: Content of the caption column in this row: a text or a list of texts.
         column: Name of the caption column, for error messages.
-        positions: A key of `CAPTION_POSITIONS`: "all", "first", "even" or "odd".
+        positions: A key of `CAPTION_POSITIONS`: "all", "first", "even" or "odd", counted from 0.
         row: Number of the row, for error messages.
 
     Raises:

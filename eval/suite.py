@@ -53,7 +53,7 @@ TABLE_TEMPLATE = Path(__file__).parent / "suite.md.j2"
 
 @dataclass
 class SuiteArguments(EmbeddingArguments):
-    """Command-line arguments of `eval.suite`."""
+    """Command-line arguments of `eval.suite`, which compares measured and published benchmark results."""
 
     suite: str = flag("paper", f"Set of benchmarks to run: {', '.join(SUITES)}.", positional=True, nargs="?")
     model: str | None = flag(
@@ -74,9 +74,9 @@ class SuiteArguments(EmbeddingArguments):
 
 
 def check_arguments_and_select_benchmarks(args: SuiteArguments) -> list[Benchmark]:
-    """Check the arguments, and return the benchmarks to run.
+    """Check the command-line arguments, and return the benchmarks to run.
 
-    These are the benchmarks in --only if it is given, otherwise all benchmarks of the suite.
+    These are the benchmarks that --only names. Without --only, they are all benchmarks of the suite.
 
     Raises:
         UsageError: If a name is unknown (the message lists the known names), or if arguments contradict each other.
@@ -182,17 +182,18 @@ def _check_models_and_plan_measurements(args: SuiteArguments) -> tuple[list[dict
 def run_measurement(
     args: SuiteArguments, benchmark: Benchmark, model: dict[str, Any], measurement: dict[str, Any]
 ) -> list[Record]:
-    """Run one planned measurement, write its result file, and return its records.
+    """Measure one model on one benchmark in one language, and write the result file.
 
     Args:
-        args: Arguments of the suite.
-        benchmark: The benchmark.
-        model: Dict of the model from `_check_and_describe_models`, with its name, role and seed.
-        measurement: Dict of the measurement from `_check_models_and_plan_measurements`, with its data, language and
-            result file.
+        args: Arguments of the suite. They include the output folder, precision and batch size.
+        benchmark: The benchmark, which says how to measure.
+        model: The model, as a dict. The keys "name" (folder or Hub id), "role" ("baseline" or "capivara") and "seed"
+            (seed of its training run, or None) are used.
+        measurement: The plan of the measurement, as a dict. The keys "data" (path or Hub id), "language" (language
+            code) and "file" (name of the result file) are used.
 
     Returns:
-        One record per metric and, for retrieval, direction.
+        The measured values: one record per metric, and for retrieval one per metric and direction.
     """
     options = {field.name: getattr(args, field.name) for field in fields(EmbeddingArguments)}
     options |= {"model": model["name"], "output": args.output / measurement["file"], "split": benchmark.split}
@@ -209,7 +210,7 @@ def run_measurement(
 
 
 def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
-    """Run the suite and write suite.json and table.md.
+    """Run all measurements of the suite, and write their summary to suite.json and table.md.
 
     If the command was started by a distributed launcher, all processes work on each measurement together. If a
     measurement fails, the suite records the reason and continues.
@@ -287,11 +288,11 @@ def build_suite_rows_and_remarks(
     protocol: str = "ours",
     published: dict[str, str | None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Build the rows of a suite's table: measured and published results, in percent.
+    """Build the rows of a suite's table, which shows measured results next to published results, in percent.
 
     Args:
-        pairs: Tuples (benchmark, language). Each gives one row of the table. A retrieval benchmark gives one row per
-            direction.
+        pairs: Tuples (benchmark, language). Each tuple gives one row of the table, or two rows for retrieval: one per
+            search direction.
         values: One dict per measured result: the fields of `Record`, "benchmark" (key of the benchmark), "role"
             ("baseline" or "capivara") and "run" (0 for the first model of this role, 1 for the second, and so on).
         model_counts: Number of models of each role, `{role: number}`.
@@ -300,8 +301,9 @@ def build_suite_rows_and_remarks(
             (`Benchmark.get_published_figure`), or None. By default, the name is the role.
 
     Returns:
-        The rows (see `_build_suite_table_row`), and a remark for each average that is omitted because a dataset is
-        missing.
+        A tuple (rows, remarks). A row is a dict that describes the benchmark. Under the keys "baseline" and "capivara",
+        it has the measured result, the published result and their difference. A remark is a text about an average that
+        is omitted because a dataset is missing.
     """
     metrics = [(benchmark.key, language, benchmark.metric) for benchmark, language in pairs]
     metrics = pandas.DataFrame(metrics, columns=["benchmark", "language", "metric"])
@@ -388,14 +390,14 @@ def _build_suite_table_row(cells: pandas.DataFrame, protocol: str) -> dict[str, 
 
 
 def render_suite_table(summary: dict[str, Any]) -> str:
-    """Render the summary of a suite as Markdown.
+    """Render the results of a suite as Markdown tables, with remarks below them.
 
     There is a table for the benchmarks of the paper and a table for the other benchmarks. Remarks below the tables list
     three things: benchmarks that were not run, with the reasons; images that could not be read; and benchmarks whose
     data or protocol differ from those of the published results.
 
     Args:
-        summary: The content of suite.json, see `_build_suite_json_content`.
+        summary: The content of suite.json, as a dict. It has the models, the measurements, and the rows of the tables.
 
     Returns:
         The Markdown text.
@@ -423,7 +425,7 @@ def render_suite_table(summary: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: run the suite and print its table.
+    """Run the command: measure all benchmarks of the suite, and print the table of results.
 
     Args:
         argv: Command-line arguments; the arguments of the program if None.

@@ -10,13 +10,12 @@ from capivara_common.privacy import shorten_absolute_paths
 
 
 def collect_run_conditions(args: Any, device: Any = "cpu", *packages: str) -> dict[str, Any]:
-    """Describe how an example was run, for the example's results.json.
+    """Collect the arguments, device and package versions of an example's run, to be stored in its results.json.
 
     Args:
         args: Dataclass instance with the command's arguments.
         device: Device that the model ran on.
-        *packages: Names of packages whose versions are recorded, in addition to the packages that `package_versions`
-            always reports.
+        *packages: Names of packages whose versions are recorded, in addition to those that are always recorded.
 
     Returns:
         `{"config": {argument: value}, "device": description of the device, "versions": {package: version}}`. In

@@ -30,7 +30,7 @@ from modeling_capivara.two_towers import embed_images, embed_texts
 
 @dataclass
 class CaptionArguments:
-    """Command-line flags of `python -m examples.caption`."""
+    """Command-line flags of `python -m examples.caption`, which chooses captions for images from a collection."""
 
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
     pictures: Path | None = flag(None, "Folder of images to caption. Default: the images of the test split.")
@@ -64,14 +64,14 @@ def _iter_pictures(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
 
 
 def flatten_split_captions(rows: Dataset, language: str) -> tuple[list[str], list[int]]:
-    """List all captions of a dataset split in one language.
+    """List all captions of a dataset split in one language, and the image that each caption belongs to.
 
     Args:
-        rows: Dataset split with the column captions-LANGUAGE, whose cells are a caption or a list of captions.
+        rows: Dataset split with the column captions-LANGUAGE. A cell of this column is a caption or a list of captions.
         language: Code of the language, such as "pt".
 
     Returns:
-        The captions, and for each caption the number of the row (image) that it belongs to.
+        Tuple (captions, rows): all captions, and for each caption the number of the row, that is, of its image.
     """
     captions = [[cell] if isinstance(cell, str) else cell for cell in rows[f"captions-{language}"]]
     texts = [text for row_captions in captions for text in row_captions]
@@ -80,10 +80,10 @@ def flatten_split_captions(rows: Dataset, language: str) -> tuple[list[str], lis
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: print the most similar captions of each image as CSV.
+    """Run the command: for each image, print the most similar sentences of the caption bank as CSV.
 
     Args:
-        argv: Command-line arguments. Default: those of the process.
+        argv: Command-line arguments. None uses those of the process.
     """
     args = parse_arguments(CaptionArguments, __doc__, argv)
     data = None if args.pictures and args.bank else load_dataset_and_refuse_image_paths(args.dataset)

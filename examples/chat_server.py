@@ -1,10 +1,10 @@
-"""Simulated chat server with OpenAI's API, for examples, benchmarks and tests without a language model ("stand-in").
+"""Simulated chat server with OpenAI's API, so that examples, benchmarks and tests need no language model.
 
     with run_stand_in_chat_server(ChatServer(lambda messages: "um gato")) as server:
         print(server.url)  # for --base_url
 
-A function that you pass computes the answers. The server runs in threads of this process, on loopback, until the end of
-the `with` block.
+You pass a function that computes the answers. The server is also called "stand-in". It runs in threads of this process
+and can be reached only from this machine. It stops at the end of the `with` block.
 """
 
 import json
@@ -21,12 +21,14 @@ MODEL = "stand-in"  # name of the only model that the server offers
 
 @dataclass
 class ChatServer:
-    """Behavior and address of a simulated chat server. `run_stand_in_chat_server` starts the server.
+    """What a simulated chat server answers, how slowly it answers, and its address.
+
+    This object does not serve requests by itself. Pass it to `run_stand_in_chat_server`, which starts the server.
 
     Attributes:
         answer: Function that gets the messages of a request and returns the text of the answer.
         delay_s: Seconds until a request is answered.
-        url: Address for `--base_url`; "" before the server runs.
+        url: Address of the running server, for `--base_url`. "" before the server runs.
     """
 
     answer: Callable[[list[dict[str, Any]]], str]
@@ -34,24 +36,27 @@ class ChatServer:
     url: str = ""
 
     def handle(self, handler: "ChatHandler", body: dict[str, Any]) -> None:
-        """Answer a request for a chat completion after `delay_s` seconds.
+        """Answer one request for a chat completion, after a delay of `delay_s` seconds.
 
-        A request for a single token is answered without delay.
+        The delay simulates a language model that needs time. A request for a single token is answered without delay.
 
         Args:
             handler: The connection that the answer is sent to.
-            body: Content of the request.
+            body: JSON content of the request.
         """
         time.sleep(self.delay_s if body.get("max_tokens") != 1 else 0)
         handler.send_json(self.completion(body, self.answer(body["messages"])))
 
     def completion(self, body: dict[str, Any], text: str, finish_reason: str = "stop") -> dict[str, Any]:
-        """Return a chat completion with a single choice.
+        """Build the JSON response to a chat request in the format of OpenAI's API, with a single choice.
 
         Args:
-            body: Content of the request. It counts as 10 prompt tokens, or as 20 if it contains an image.
+            body: JSON content of the request. It counts as 10 prompt tokens, or as 20 if it contains an image.
             text: Text of the answer. Each word counts as one token.
             finish_reason: Why the simulated model stopped, as in OpenAI's API.
+
+        Returns:
+            The response as a dict, with the keys of OpenAI's chat completion such as "choices" and "usage".
         """
         has_image = not isinstance(content := body["messages"][-1]["content"], str) and len(content) > 1
         message = {"role": "assistant", "content": text}
@@ -68,17 +73,17 @@ class ChatServer:
 
 
 class ChatHandler(BaseHTTPRequestHandler):
-    """Handler of one connection to the simulated chat server."""
+    """HTTP handler of one connection to the simulated chat server. `chat_server` computes its answers."""
 
     protocol_version = "HTTP/1.1"
     chat_server: ChatServer
 
     def do_GET(self) -> None:
-        """Answer every GET request with the list of models, which has a single entry."""
+        """Answer any GET request with the list of available models, which has a single entry."""
         self.send_json({"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "me"}]})
 
     def do_POST(self) -> None:
-        """Answer a request for a chat completion."""
+        """Answer a POST request: a chat completion for `/v1/chat/completions`, and error 404 for any other path."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path != "/v1/chat/completions":
             self.send_json({"error": {"message": f"This server has no {self.path}."}}, 404)
@@ -86,12 +91,12 @@ class ChatHandler(BaseHTTPRequestHandler):
             self.chat_server.handle(self, body)
 
     def send_json(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """Send a JSON response.
+        """Send an HTTP response with JSON content to the client.
 
         Args:
             content: JSON value.
             status: HTTP status code.
-            headers: Additional headers.
+            headers: Additional HTTP headers, `{name: value}`. None adds no header.
         """
         data = json.dumps(content).encode()
         self.send_response(status)
@@ -102,7 +107,7 @@ class ChatHandler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *args: Any) -> None:
-        """Do nothing, so that requests are not logged to stderr."""
+        """Do nothing. This overrides the standard handler, which would print every request to stderr."""
 
 
 class _Server(ThreadingHTTPServer):
@@ -111,15 +116,15 @@ class _Server(ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, 1024
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore errors of a connection: clients close connections that they no longer need."""
+        """Ignore errors of a connection, because clients close connections that they no longer need."""
 
 
 @contextmanager
 def run_stand_in_chat_server(server: ChatServer) -> Iterator[ChatServer]:
-    """Run a simulated chat server during a `with` block.
+    """Run a simulated chat server on this machine during a `with` block.
 
     Args:
-        server: Behavior of the server. Its attribute `url` is set to the server's address.
+        server: Answers and delay of the server. Its attribute `url` is set to the address of the running server.
 
     Yields:
         The argument `server`.

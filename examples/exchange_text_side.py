@@ -4,12 +4,17 @@ r"""Improve Portuguese search in existing vector stores by replacing only the te
         --base data/openmoji/base
     python -m examples.exchange_text_side --text_side text_side
 
-The first command exports the text encoder of a fine-tuned model. The second command runs the example. It fills a Qdrant
-collection (local mode) and a LanceDB table with the embeddings of the test images, computed by the base model. It then
-searches both stores twice with the Portuguese captions: embedded by the text encoder of the base model, and embedded by
-the exported text encoder (loaded with sentence-transformers). It reports recall@k of each search. The stored vectors
-are compared before and after the searches, to show that no image was embedded again. The output folder gets the two
-stores and `results.json`.
+The first command exports the text encoder of a fine-tuned model. The second command runs the example in these steps:
+
+- It embeds the test images with the base model, and stores the embeddings in a Qdrant collection (local mode) and in a
+  LanceDB table.
+- It searches both stores with the Portuguese captions, embedded by the text encoder of the base model.
+- It searches both stores again with the same captions, now embedded by the exported text encoder (loaded with
+  sentence-transformers).
+- It reports recall@k of each search.
+
+The stored vectors are compared before and after the searches, to show that no image was embedded again. The output
+folder gets the two stores and `results.json`.
 """
 
 from contextlib import closing
@@ -45,7 +50,7 @@ VECTOR_TOLERANCE = 1e-6
 
 @dataclass
 class ExchangeArguments:
-    """Command-line flags of `python -m examples.exchange_text_side`."""
+    """Command-line flags of `python -m examples.exchange_text_side`, which replaces only the text encoder."""
 
     text_side: Path = flag(..., "Folder with a text encoder, written by `hub_upload.export --formats drop_in`.")
     base: str = flag("data/openmoji/base", "Folder of the model that embeds the images.")
@@ -57,11 +62,11 @@ class ExchangeArguments:
 
 
 class QdrantPictures:
-    """Vector store of image embeddings: a Qdrant collection in local mode, stored in a folder.
+    """Searchable store of image embeddings: a local Qdrant collection in a folder, without a server.
 
     Args:
         folder: Folder to create the collection in.
-        vectors: (images, width), image embeddings. The row number of an image becomes the id of its vector.
+        vectors: Image embeddings, (images, width). The row number of an image becomes the id of its vector.
     """
 
     def __init__(self, folder: Path, vectors: np.ndarray):
@@ -73,13 +78,20 @@ class QdrantPictures:
         self.close = self.client.close
 
     def nearest(self, query: np.ndarray) -> list[int]:
-        """Return the row numbers of the `SEARCH_DEPTH` images nearest to a query vector (width,), the nearest first."""
+        """Find the stored images that are most similar to a query, by cosine similarity.
+
+        Args:
+            query: Query embedding, (width,).
+
+        Returns:
+            Row numbers of the `SEARCH_DEPTH` most similar images, the most similar first.
+        """
         return [
             hit.id for hit in self.client.query_points(COLLECTION_NAME, query=query.tolist(), limit=SEARCH_DEPTH).points
         ]
 
     def vectors(self) -> np.ndarray:
-        """Return the stored vectors, (images, width), in the order of their row numbers."""
+        """Read all stored image embeddings, (images, width), in the order of their row numbers."""
         points, _ = self.client.scroll(
             COLLECTION_NAME, limit=self.client.count(COLLECTION_NAME).count, with_vectors=True
         )
@@ -87,11 +99,11 @@ class QdrantPictures:
 
 
 class LancePictures:
-    """Vector store of image embeddings: a LanceDB table in a folder, with the same methods as `QdrantPictures`.
+    """Searchable store of image embeddings: a LanceDB table in a folder. It has the same methods as `QdrantPictures`.
 
     Args:
         folder: Folder to create the table in.
-        vectors: (images, width), image embeddings. The row number of an image becomes the id of its vector.
+        vectors: Image embeddings, (images, width). The row number of an image becomes the id of its vector.
     """
 
     def __init__(self, folder: Path, vectors: np.ndarray):
@@ -99,30 +111,38 @@ class LancePictures:
         self.table = lancedb.connect(folder).create_table(COLLECTION_NAME, rows)
 
     def close(self) -> None:
-        """Do nothing. The method exists because a Qdrant store must be closed, and a LanceDB table needs no cleanup."""
+        """Do nothing. `QdrantPictures` has this method to close its store, but a LanceDB table needs no cleanup."""
 
     def nearest(self, query: np.ndarray) -> list[int]:
-        """Return the row numbers of the `SEARCH_DEPTH` images nearest to a query vector (width,), the nearest first."""
+        """Find the stored images that are most similar to a query, by cosine similarity.
+
+        Args:
+            query: Query embedding, (width,).
+
+        Returns:
+            Row numbers of the `SEARCH_DEPTH` most similar images, the most similar first.
+        """
         return self.table.search(query).distance_type("cosine").limit(SEARCH_DEPTH).to_arrow()["id"].to_pylist()
 
     def vectors(self) -> np.ndarray:
-        """Return the stored vectors, (images, width), in the order of their row numbers."""
+        """Read all stored image embeddings, (images, width), in the order of their row numbers."""
         return np.array(self.table.to_arrow().sort_by("id")["vector"].to_pylist(), dtype=np.float32)
 
 
 def search_vector_store_and_compute_recall(
     pictures: QdrantPictures | LancePictures, queries: np.ndarray, picture_of_query: list[int]
 ) -> dict[str, float]:
-    """Search a vector store with all queries and compute recall@k.
+    """Search a vector store with all text queries, and compute how often the right image is found (recall@k).
 
     Args:
         pictures: Vector store of image embeddings.
-        queries: (queries, width), text embeddings.
-        picture_of_query: For each query, the row number of the only image that is relevant.
+        queries: Text embeddings of the queries, (queries, width).
+        picture_of_query: For each query, the row number of the only relevant image.
 
     Returns:
-        `{"recall@1": …, "mean_recall": …}`: recall from 0 to 1 for each k in `RECALL_CUTOFFS`, and the mean of these
-        recalls.
+        `{"recall@1": …, "mean_recall": …}`, all from 0 to 1. There is one key "recall@k" for each k in
+        `RECALL_CUTOFFS`: the fraction of the queries whose image is among the first k results. "mean_recall" is the
+        mean of these recalls.
     """
     ranks = []
     for query, row in zip(tqdm(queries, desc="Queries", unit="query"), picture_of_query, strict=True):
@@ -133,10 +153,10 @@ def search_vector_store_and_compute_recall(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: index images in two vector stores, search each with two text encoders, and report recall.
+    """Run the command: store image embeddings in two vector stores, search with two text encoders, and report recall.
 
     Args:
-        argv: Command-line arguments. Default: those of the process.
+        argv: Command-line arguments. None uses those of the process.
     """
     args = parse_arguments(ExchangeArguments, __doc__, argv)
     check_inputs_outside(args.output, args.text_side, args.base, args.dataset)

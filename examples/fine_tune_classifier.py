@@ -1,4 +1,4 @@
-r"""Fine-tune an image classifier that starts as the zero-shot classifier of Portuguese class names.
+r"""Fine-tune an image classifier that starts from the embeddings of Portuguese class names (zero-shot classifier).
 
     python -m examples.fine_tune_classifier --image_size 96 --output_dir runs/classifier
     python -m examples.fine_tune_classifier --model MODEL --learning_rate 1e-5 --images DATA --benchmark cifar-10 \
@@ -53,7 +53,11 @@ that model and of those images.
 
 @dataclass
 class ClassifierArguments:
-    """Command-line flags of `python -m examples.fine_tune_classifier`."""
+    """Command-line flags of `python -m examples.fine_tune_classifier`, which trains an image classifier.
+
+    Raises:
+        ValueError: If `image_size` is below 1.
+    """
 
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
     benchmark: str = flag(DIGITS_BENCHMARK, "Name of a file in eval/prompts/pt with class names and templates.")
@@ -78,15 +82,15 @@ class ClassifierArguments:
 
 
 def make_digits_dataset(names: list[str], seed: int) -> DatasetDict:
-    """Build a dataset of scikit-learn's handwritten digits (8 x 8 pixels, 17 gray levels).
+    """Build a small image classification dataset of scikit-learn's handwritten digits (8 x 8 pixels, 17 gray levels).
 
     Args:
         names: Names of the ten classes, from digit 0 to digit 9.
-        seed: Seed of the random split, which is stratified by class.
+        seed: Seed of the random split into train and test, which is stratified by class.
 
     Returns:
-        Dataset with the splits train and test (`TEST_DIGITS` images). Both have the columns image and labels (class
-        index).
+        Dataset with the splits train and test. The split test has `TEST_DIGITS` images. Both have the columns image and
+        labels (class index).
     """
     from sklearn.datasets import load_digits
 
@@ -98,13 +102,13 @@ def make_digits_dataset(names: list[str], seed: int) -> DatasetDict:
 
 
 class LabeledRows:
-    """Dataset for transformers' `Trainer` that decodes each labeled image when it is accessed.
+    """Dataset of labeled images for transformers' `Trainer`. An image is decoded only when it is accessed.
 
-    An item is a dictionary with `image` (PIL image) and `labels` (class index). Images that can't be read are skipped.
+    An item is `{"image": PIL image, "labels": class index}`. Images that can't be read are left out.
 
     Args:
         labeled_images: Images with their labels, from `load_images_with_prompt_class_labels`. All images are decoded
-            once, to find those that can't be read.
+            once at the start, to find those that can't be read.
     """
 
     def __init__(self, labeled_images: LabeledImages):
@@ -153,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure accuracy, fine-tune, measure accuracy again, and save model, processor and results.
 
     Args:
-        argv: Command-line arguments. Default: those of the process.
+        argv: Command-line arguments. None uses those of the process.
     """
     args = parse_arguments(ClassifierArguments, __doc__, argv)
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:

@@ -35,7 +35,7 @@ from modeling_capivara.two_towers import embed_images, embed_texts
 STRIP_IMAGES = 8  # images in steps.png
 STRIP_SIDE = 128  # side of each image in steps.png, in pixels
 INITIAL_NOISE = 0.02  # standard deviation of the initial values, before the sigmoid
-# Largest random changes in a view, which is a randomly transformed copy of the image.
+# Largest random changes in a view, that is, in a randomly transformed copy of the image.
 MAX_ROTATION = 0.15  # radians
 MAX_ZOOM = 0.5  # fraction of the image's side that is cropped away
 MAX_SHIFT = 0.25  # shift of the crop, as a fraction of half the image's side
@@ -45,7 +45,7 @@ OTHER_SENTENCES = ["lua crescente", "coração azul", "coração vermelho", "gat
 
 @dataclass
 class GuideArguments:
-    """Command-line flags of `python -m examples.guide_generation`.
+    """Command-line flags of `python -m examples.guide_generation`, which optimizes an image to match a sentence.
 
     Raises:
         ValueError: If a value is out of range or the sentence is empty.
@@ -101,10 +101,10 @@ def _make_random_views(pixels: Tensor, count: int, generator: torch.Generator) -
 
 
 def preprocess_images_differentiably(pixels: Tensor, image_processor: CapivaraImageProcessor) -> Tensor:
-    """Preprocess square images like the model's image processor, but with differentiable operations.
+    """Preprocess square images like the model's image processor, but so that gradients flow back to the pixels.
 
-    PyTorch's antialiased bicubic resize replaces PIL's. Both give the same result, except that PyTorch does not round
-    values to 8 bits.
+    The image is optimized by these gradients. PyTorch's antialiased bicubic resize replaces PIL's resize. Both give the
+    same result, except that PyTorch does not round values to 8 bits.
 
     Args:
         pixels: Images, (images, 3, side, side), values from 0 to 1.
@@ -120,10 +120,10 @@ def preprocess_images_differentiably(pixels: Tensor, image_processor: CapivaraIm
 
 
 def convert_tensor_to_pil_image(pixels: Tensor) -> PIL.Image.Image:
-    """Convert a tensor to an 8-bit PIL image.
+    """Convert a tensor of pixel values to an 8-bit RGB image of PIL.
 
     Args:
-        pixels: (1, 3, height, width), values from 0 to 1.
+        pixels: One image, (1, 3, height, width), values from 0 to 1.
 
     Returns:
         The RGB image.
@@ -133,10 +133,10 @@ def convert_tensor_to_pil_image(pixels: Tensor) -> PIL.Image.Image:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: optimize the image, then save the image and its similarities to the sentences.
+    """Run the command: optimize an image for the sentence, and save the image and its similarities to sentences.
 
     Args:
-        argv: Command-line arguments. Default: those of the process.
+        argv: Command-line arguments. None uses those of the process.
     """
     args = parse_arguments(GuideArguments, __doc__, argv)
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:

@@ -43,7 +43,7 @@ DIGIT_SIDE_PIXELS = 96  # side to which scikit-learn's digits (8 x 8 pixels) are
 
 @dataclass
 class RealImagesArguments:
-    """Command-line flags of `python -m examples.real_images`."""
+    """Command-line flags of `python -m examples.real_images`, which evaluates models on images from packages."""
 
     model: str = flag(..., "Folder of the trained model, such as the output of configs/openmoji.yaml.")
     baseline: str = flag("data/openmoji/base", "Folder or Hub id of the base model to compare with.")
@@ -117,7 +117,7 @@ def _make_photo_dataset_and_classes() -> tuple[DatasetDict, dict]:
 
 
 def load_example_photo(name: str) -> PIL.Image.Image:
-    """Load a photograph that scikit-image, scikit-learn or matplotlib contains.
+    """Load one photograph that is installed with scikit-image, scikit-learn or matplotlib.
 
     Args:
         name: Name of the photograph, a key of `PHOTOGRAPHS`.
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: write the datasets, then evaluate the base model and the trained model.
 
     Args:
-        argv: Command-line arguments. Default: those of the process.
+        argv: Command-line arguments. None uses those of the process.
     """
     args = parse_arguments(RealImagesArguments, __doc__, argv)
     _write_missing_datasets(args.data, args.openmoji)

@@ -57,7 +57,7 @@ that model and of those data.
 
 @dataclass
 class SentenceTuningArguments:
-    """Command-line flags of `python -m examples.tune_sentence_transformers`."""
+    """Command-line flags of `python -m examples.tune_sentence_transformers`, which fine-tunes a CAPIVARA model."""
 
     model: Path = flag(..., "Folder of a model that was exported in the format sentence_transformers.")
     dataset: Path = flag(..., "Saved Hugging Face dataset with the columns image and captions-LANGUAGE.")
@@ -78,18 +78,18 @@ class SentenceTuningArguments:
 
 
 def load_images_with_one_random_caption(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
-    """Load the images of a dataset split, each with one randomly chosen caption.
+    """Load the training pairs of a dataset split: each image with one randomly chosen caption.
 
     Args:
         dataset: Folder of the saved dataset.
-        split: Split of the dataset.
+        split: Name of the split, such as "train".
         language: Code of the captions' language, such as "pt".
         seed: Seed of the random choice among the captions of an image.
 
     Returns:
-        Dataset with one row per image and the columns text and image, in the order that the loss requires. A text is
-        a dictionary `{"text": caption}`, because sentence-transformers would try to open a plain string that looks like
-        a URL or file name.
+        Dataset with one row per image and the columns text and image, in the order that the loss requires. A text is a
+        dict `{"text": caption}`, because sentence-transformers would try to open a plain string that looks like a URL
+        or file name.
 
     Raises:
         ValueError: If the dataset has no such split or column, or an image has no caption.
@@ -108,18 +108,19 @@ def load_images_with_one_random_caption(dataset: Path, split: str, language: str
 
 
 def build_clip_loss(encoder: SentenceTransformer, mini_batch_size: int) -> CachedMultipleNegativesRankingLoss:
-    """Build a loss of sentence-transformers that equals `modeling_capivara.clip_loss` of the whole batch.
+    """Build a sentence-transformers loss that equals CLIP's contrastive loss of the whole batch.
 
-    The loss is equal on a single device without gradient accumulation. With gradient accumulation, the gradient of the
-    learned scale would not be divided by the number of accumulation steps. Training on several devices, which would
-    need the option `gather_across_devices`, has not been tested.
+    The loss uses gradient caching (GradCache), so that large batches fit into memory. It equals
+    `modeling_capivara.clip_loss` on a single device without gradient accumulation. With gradient accumulation, the
+    gradient of the learned scale would not be divided by the number of accumulation steps. Training on several devices,
+    which would need the option `gather_across_devices`, has not been tested.
 
     Args:
         encoder: CAPIVARA model that sentence-transformers has loaded.
         mini_batch_size: Number of caption-image pairs that are encoded at the same time.
 
     Returns:
-        The loss, which uses gradient caching.
+        The loss for the trainer of sentence-transformers.
     """
     return CachedMultipleNegativesRankingLoss(
         encoder,
@@ -132,12 +133,15 @@ def build_clip_loss(encoder: SentenceTransformer, mini_batch_size: int) -> Cache
 
 
 def build_recall_evaluator(rows: Dataset) -> InformationRetrievalEvaluator:
-    """Build an evaluator of text-to-image retrieval, in which each caption must find its image.
+    """Build an evaluator that measures text-to-image retrieval: each caption must find its own image.
 
     The evaluator's accuracy@k equals the recall@k of `eval.retrieval`, unless two images have the same similarity.
 
     Args:
         rows: Dataset with the columns text and image, from `load_images_with_one_random_caption`.
+
+    Returns:
+        The evaluator of sentence-transformers. Call it with a model to get the recalls as a dict.
     """
     names = [f"{row:08}" for row in range(len(rows))]
     return InformationRetrievalEvaluator(
@@ -148,10 +152,13 @@ def build_recall_evaluator(rows: Dataset) -> InformationRetrievalEvaluator:
 
 
 class ClampLogitScaleCallback(TrainerCallback):
-    """Trainer callback that keeps the learned scale of the logits within CLIP's upper bound (100)."""
+    """Trainer callback that keeps the learned logit scale between 1 and 100 during training, as CLIP does.
+
+    The logit scale is the factor that multiplies cosine similarities. The model stores its natural logarithm.
+    """
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        """Clamp `logit_scale` of the model after each optimizer step. transformers' `Trainer` calls this method."""
+        """Clamp the model's `logit_scale` after an optimizer step. The `Trainer` of transformers calls this method."""
         clamp_logit_scale(model[0].auto_model.logit_scale)
 
 
@@ -159,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: measure recall, fine-tune, measure recall again, and save the model and the results.
 
     Args:
-        argv: Command-line arguments. Default: those of the process.
+        argv: Command-line arguments. None uses those of the process.
     """
     args = parse_arguments(SentenceTuningArguments, __doc__, argv)
     if not (args.model / "modules.json").is_file():

@@ -6,7 +6,7 @@
     python -m hub_upload.card --check runs/openmoji-pt-001
 
 All numbers in a card come from the files in the folder of the run or export. `--check` renders the card again from
-these files and prints each line that differs. You may add sentences without numbers to a card; they are lost when the
+these files and prints each line that differs. You may add sentences without numbers to a card. They are lost when the
 card is written again. Write the card after `hub_upload.export`, which rewrites the files, and before `hub_upload.push`.
 """
 
@@ -65,7 +65,7 @@ HUB_TASKS = {
 
 @dataclass
 class CardArguments:
-    """Command-line arguments of `python -m hub_upload.card`, which writes or checks a model card."""
+    """Command-line arguments of `hub_upload.card`, which writes the model card of a training run or checks it."""
 
     model: Path | None = flag(None, "Folder of a finished training run, or of its export. Its card is written.")
     repo_id: str | None = flag(
@@ -92,7 +92,7 @@ class CardArguments:
 def render_card(
     run_metadata: dict[str, Any], language: str = "en", repo_id: str | None = None, license: str | None = None
 ) -> ModelCard:
-    """Render the model card of a run or export from the values in its files.
+    """Render the model card (README.md) of a training run, from values that were read from the files of the run.
 
     Args:
         run_metadata: Values from `collect_run_metadata`.
@@ -152,10 +152,10 @@ def write_card(
     output: Path | None = None,
     license: str | None = None,
 ) -> Path:
-    """Write the model card of a run or export to a file.
+    """Write the model card (README.md) of a training run or of its export.
 
     Args:
-        folder: Folder of the run or export.
+        folder: Folder of the training run, or of its export by `hub_upload.export`.
         repo_id: Hub id of the model that the code examples in the card load. None: the examples load the current
             folder.
         language: Language of the card, "en" or "pt".
@@ -167,8 +167,8 @@ def write_card(
         Path of the card.
 
     Raises:
-        ValueError: If a file is missing or wrong (see `collect_run_metadata`), or the card can't be rendered (see
-            `render_card`).
+        ValueError: If a file of the run is missing or malformed, results contradict each other, or an argument is
+            wrong. Also if a file or the card would publish an access token or an absolute path.
     """
     path = output or folder / CARD_FILE
     write_text(path, str(render_card(collect_run_metadata(folder), language, repo_id, license)))
@@ -179,15 +179,17 @@ def write_card(
 
 
 def find_differences_between_card_and_files(folder: Path) -> list[str]:
-    """Compare the model card of a run or export with the files in its folder.
+    """Find outdated or changed lines in a model card, by comparing the card with the files in its folder.
 
     The last HTML comment in the card stores the options that the card was rendered with. A new card is rendered from
-    the files with these options, and the two cards are compared line by line. The card may contain additional lines if
-    these have no numbers and no markup that could hide or change other lines. If the card was rendered from another
-    template version, only its front matter, numbers and file digests are compared, and it must not contain HTML.
+    the files with these options, and the two cards are compared line by line. Users may add lines to the card. An added
+    line must have no numbers, and no markup that could hide or change other lines.
+
+    An older card may have been rendered from another version of the card template. In this case, only the front matter
+    (YAML header), the numbers and the file digests are compared, and the card must not contain HTML.
 
     Args:
-        folder: Folder of the run or export, with the card README.md.
+        folder: Folder of a training run or of its export, with the card README.md.
 
     Returns:
         One message for each difference. The list is empty if the card and the files agree.
@@ -219,14 +221,14 @@ def find_differences_between_card_and_files(folder: Path) -> list[str]:
 
 
 def find_differences_between_generated_card_and_files(folder: Path) -> list[str]:
-    """Compare the card in a model folder with the folder's files, but only if `hub_upload.card` wrote the card.
+    """Find outdated or changed lines in a model card, but only if `hub_upload.card` wrote the card.
 
     Args:
         folder: Folder of a model, with or without a card.
 
     Returns:
-        One message for each difference (see `find_differences_between_card_and_files`). The list is empty if card and
-        files agree, or if the folder has no card or a handwritten card.
+        One message for each difference between the card and the files of the folder. The list is empty if card and
+        files agree. It is also empty if the folder has no card or a handwritten card.
     """
     is_generated = (folder / CARD_FILE).is_file() and _read_render_options_from_card_comment(
         _read_text(folder / CARD_FILE)
@@ -389,7 +391,7 @@ def _convert_measurement_to_model_index_entry(run_metadata: dict[str, Any], meas
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: write a model card or, with --check, compare a card with the files in its folder."""
+    """Run the command line: write a model card or, with --check, compare a model card with the files in its folder."""
     args = parse_arguments(CardArguments, __doc__, argv)
     if args.check is None:
         path = write_card(args.model, args.repo_id, args.language, args.output, args.license)

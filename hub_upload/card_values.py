@@ -88,7 +88,7 @@ _SETTING_NAMES = (
 
 @contextmanager
 def wrap_format_errors(folder: Path) -> Iterator[None]:
-    """Return a context manager that converts errors of malformed values, such as KeyError, to ValueError.
+    """Return a context manager that turns errors caused by malformed files, such as KeyError, into ValueError.
 
     Args:
         folder: Folder of the files that are read, for the error message.
@@ -105,18 +105,27 @@ def wrap_format_errors(folder: Path) -> Iterator[None]:
 
 
 def collect_run_metadata(folder: Path) -> dict[str, Any]:
-    """Read and check all values that the model card of a training run may state.
+    """Read and check all values that the model card of a training run may state, from the files of the run.
 
     Args:
         folder: Folder of a run with one or several seeds, or an export of the run.
 
     Returns:
-        A dict {name: value}, for `render_card`. The comments at the end of
-        `_collect_run_metadata_without_error_wrapping` describe the values.
+        A dict {name: value} that `render_card` takes. Some of its keys are:
+
+        - "run": content of run.json.
+        - "config": settings of the run.
+        - "model": folder with the weights.
+        - "origins": metadata of the base model and the datasets.
+        - "license": Hub identifier of the license, or None.
+        - "values": evaluation results with full-width embeddings, averaged over seeds.
+        - "digests": SHA-256 of each file that was read.
+
+        The comments at the end of `_collect_run_metadata_without_error_wrapping` describe all keys.
 
     Raises:
-        ValueError: If a file is missing or malformed, two results for the same metric and data contradict each other,
-            or a file contains an access token.
+        ValueError: If a file is missing or malformed, or contains an access token. Also if two results for the same
+            metric and data contradict each other.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -306,18 +315,18 @@ def _check_and_average_results(results: list[ResultFile]) -> list[Any]:
 
 
 def find_eval_dataset_revision(run: dict[str, Any], measurement: Any) -> str | None:
-    """Find the Hub commit of the dataset that a model was evaluated on.
+    """Find the Hub commit of an evaluation dataset, so that the card names the exact version of the data.
 
-    If the training run itself evaluated the model, the commit is in `run.json`, and the result file has the dataset
-    fingerprint of `run.json`. Otherwise, the result file names the commit.
+    The result file names the commit, except if the training run itself evaluated the model. In this case, the commit is
+    in `run.json`. It is used only if the result file and `run.json` have the same dataset fingerprint.
 
     Args:
         run: Content of `run.json`.
-        measurement: Measurement of one seed: an element of the field `measured` of a named tuple that
-            `average_over_seeds` returns.
+        measurement: Evaluation result of one seed. It is an element of the list `measured` in a result of
+            `average_over_seeds`.
 
     Returns:
-        The commit hash, or None if the dataset is not from the Hub.
+        The commit hash, or None if the dataset is not from the Hub or its commit is unknown.
     """
     header, dataset = measurement.file.content, measurement.dataset
     commit, fingerprint = header.get("dataset_revision"), header.get("dataset_fingerprint")
@@ -405,7 +414,7 @@ def _compare_recall_by_embedding_width(group: list[Any]) -> list[dict[str, Any]]
 
 
 def to_publishable_line(value: Any) -> str:
-    """Convert a value from a file to one line of text that is safe to publish.
+    """Convert a value from a file to one line of text that is safe to publish in a model card.
 
     Invisible characters are removed. An absolute path is reduced to its file name. A line longer than
     `MAX_LINE_CHARACTERS` is truncated.
@@ -439,7 +448,7 @@ def escape_value_for_markdown(value: Any) -> str:
 
 
 def format_as_markdown_code_or_escaped_text(value: Any) -> str:
-    """Format a JSON value for Markdown.
+    """Format a value from a JSON file for Markdown: simple names and paths as code, other texts escaped.
 
     Args:
         value: Text, or another value that is written as JSON.
@@ -464,7 +473,7 @@ def _is_portuguese(language: str) -> bool:
 
 
 def select_code_example_inputs(language: str, fallback_texts: Sequence[str]) -> dict[str, str]:
-    """Choose the texts for the code examples of a card.
+    """Choose the texts that the code examples of a model card pass to the model.
 
     Args:
         language: Language code of the model.
@@ -486,7 +495,9 @@ def select_code_example_inputs(language: str, fallback_texts: Sequence[str]) -> 
 
 
 class CardWriter:
-    """Formatter of numbers, durations and names in the language of a card. Card templates call its methods by name.
+    """Formatter of numbers, durations and names in the language of a model card, for the card templates.
+
+    The templates call the methods of this class by name.
 
     Args:
         language: Language of the card, "en" or "pt".
@@ -498,7 +509,7 @@ class CardWriter:
         self.separators = str.maketrans(",.", ".," if language == "pt" else ",.")
 
     def number(self, value: Any, digits: int = 0, sign: bool = False, kind: str = "f") -> str:
-        """Format a number with the separators for thousands and decimals that the card's language uses.
+        """Format a number with the thousands and decimal separators of the card's language.
 
         Args:
             value: Number from a file.
@@ -539,7 +550,7 @@ class CardWriter:
         return f"{self.number(seconds / part, 1)} {unit}"
 
     def language(self, key: str) -> str:
-        """Return the name of a language in the card's language.
+        """Translate a language code to the name of the language, written in the card's language.
 
         Args:
             key: Code of the language to name, such as "pt". An unknown code is returned, escaped for Markdown.
@@ -547,7 +558,9 @@ class CardWriter:
         return self.words["languages"].get(key) or escape_value_for_markdown(key)
 
     def dataset(self, name: str) -> str:
-        """Return the title of a dataset for the card. If the title is unknown, the name is returned as Markdown code.
+        """Return the title of a dataset, escaped for Markdown.
+
+        If the title is unknown, the name of the dataset is returned as Markdown code.
 
         Args:
             name: Name of the dataset in the result files.
@@ -570,24 +583,27 @@ class CardWriter:
         return escape_value_for_markdown(text)
 
     def each(self, name: str, write: Callable[..., str], *more: Any) -> str:
-        """Format a value of `run.json` for all seeds of a run, separated by semicolons in the order of seeds.
+        """Format a value of `run.json` for each seed of a run, and join the results with semicolons.
 
         Args:
             name: Key in `run.json`. A dot separates nested keys, for example "seconds.training".
-            write: Function that formats a value.
+            write: Function that formats a single value, such as `duration`.
             more: Further arguments of `write`.
 
         Returns:
-            The formatted values. If the values of all seeds are equal, the value is written once.
+            The formatted values in the order of seeds. If the formatted values of all seeds are equal, the result has
+            only one.
         """
         texts = [write(reduce(getitem, name.split("."), run), *more) for run in self.run_metadata["runs"]]
         return texts[0] if len(set(texts)) == 1 else "; ".join(texts)
 
     def linked(self, origin: dict[str, Any], kind: str) -> str:
-        """Format the title of a base model or dataset as a link to the Hub, or in italics if it is not on the Hub.
+        """Format the title of a base model or dataset as a link to the Hub, or in italics without a link.
+
+        The title is in italics if the base model or dataset is not on the Hub.
 
         Args:
-            origin: Metadata from `hub_upload.origins.read_origin_card_metadata`.
+            origin: Metadata of the base model or dataset, from `hub_upload.origins.read_origin_card_metadata`.
             kind: Start of the path on the Hub: "datasets/" for a dataset, "" for a model.
         """
         hub_id, title = origin.get("hub_id"), escape_value_for_markdown(origin["title"])
@@ -598,7 +614,9 @@ class CardWriter:
 
 
 def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: str | None) -> dict[str, Any]:
-    """Build the variables of the card template, except `title`, `options` and `card_data`, which `render_card` adds.
+    """Build the variables of the template from which `render_card` renders a model card.
+
+    The variables `title`, `options` and `card_data` are not included, because `render_card` adds them.
 
     Args:
         run_metadata: Values from `collect_run_metadata`.

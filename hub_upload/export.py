@@ -58,7 +58,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class ExportArguments:
-    """Command-line arguments of `python -m hub_upload.export`, which exports a model for other libraries."""
+    """Command-line arguments of `hub_upload.export`, which writes a model in the formats of other libraries."""
 
     model: Path = flag(..., "Folder of a two-tower model, written by a training run or `save_pretrained`.")
     output: Path = flag(..., "Folder to write. It must not exist or must be empty.")
@@ -93,7 +93,7 @@ class ExportArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: export the model and print the size of each file."""
+    """Run the command line: export a model to a folder, and print the size of each written file."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(ExportArguments, __doc__, argv)
     files = export_model(
@@ -115,14 +115,19 @@ def export_model(
     repo_id: str | None = None,
     base: str | None = None,
 ) -> list[tuple[str, int]]:
-    """Export a model to a folder, in formats for several libraries. If the export fails, nothing is written.
+    """Export a model to a folder that can be published, in the formats of several libraries.
+
+    The written weights are compared with the model, and the files are searched for secrets. If the export fails,
+    nothing is written.
 
     Args:
         model: Folder of a two-tower model, written by a training run or `save_pretrained`.
-        output: Folder to write.
-        formats: Formats from `KNOWN_FORMATS`.
+        output: Folder to write. It must not exist or must be empty, unless `overwrite` is set.
+        formats: Names of formats: "transformers" (always written), "open_clip", "sentence_transformers", "onnx",
+            "transformers_js", "drop_in" (only the text encoder) and "immich" (for the photo server). The last two can't
+            be combined with other formats.
         text_config: Hub id from which open_clip loads the configuration of the text tower. None: open_clip uses
-            XLM-RoBERTa base; if the model has another text tower, the format open_clip is skipped.
+            XLM-RoBERTa base. If the model has another text tower, the format open_clip is then skipped.
         overwrite: Whether to replace `output` if it exists.
         repo_id: Hub id under which the folder will be published. open_clip's `hf-hub:` loads the tokenizer from there.
         base: Folder or Hub id of the base model that the images were embedded with, for "drop_in" and "immich". Its
@@ -132,8 +137,8 @@ def export_model(
         A tuple (relative path, size in bytes) for each file, sorted by path.
 
     Raises:
-        ValueError: If an argument is wrong, the model is damaged, a format can't represent the model, or a written file
-            contains an absolute path or an access token.
+        ValueError: If an argument is wrong, the model is damaged, or a format can't represent the model. Also if a
+            written file contains an absolute path or an access token.
         ImportError: If a package that a format needs is missing.
     """
     formats = _clean_and_check_formats(formats, text_config, base)

@@ -11,10 +11,11 @@ ATTRIBUTION_LICENSES = {"cc-by-2.0", "cc-by-3.0", "cc-by-4.0"}
 
 
 def infer_license(stated_licenses: list[list[str]]) -> str | None:
-    """Return the license of a model that is derived from several works.
+    """Infer the license of a model from the licenses of the works that it is derived from.
 
-    Any other license takes precedence over `PERMISSIVE_LICENSES`: "mit" and "cc-by-4.0" result in "cc-by-4.0". A
-    license that forbids commercial use also takes precedence over `ATTRIBUTION_LICENSES`.
+    The works are the base model and the training datasets. Permissive licenses (`PERMISSIVE_LICENSES`) give way to
+    every other license, so "mit" and "cc-by-4.0" result in "cc-by-4.0". Attribution licenses (`ATTRIBUTION_LICENSES`)
+    give way to a license that forbids commercial use.
 
     Args:
         stated_licenses: For each work, the Hub identifiers of the licenses that its card states.
@@ -42,12 +43,15 @@ def _is_non_commercial(license: str) -> bool:
 
 
 def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None) -> None:
-    """Check that a stated license does not permit commercial use that base model, training data or teacher forbid.
+    """Check that a model's stated license does not permit commercial use against the licenses of its sources.
+
+    The sources are the base model, the training datasets and, if there is one, the teacher model.
 
     Args:
-        origins: Metadata that `hub_upload.origins.read_origin_cards_and_infer_license` returns. It is the value of
-            "origins" in run.json. It may also have the key "teacher" with the metadata of a teacher model.
-        stated: Value of `license` in a card: a Hub identifier, a list of Hub identifiers, or None.
+        origins: Metadata of the sources, the value of "origins" in run.json: `{"model": base model, "datasets": list of
+            training datasets, "teacher": teacher model}`. Each source is a dict with the keys "title" and "licenses".
+            All keys are optional.
+        stated: License that the model's card states: a Hub identifier, a list of Hub identifiers, or None.
 
     Raises:
         ValueError: If the base model, a training dataset or the teacher is licensed for non-commercial use only, and
@@ -67,7 +71,9 @@ def check_stated_license(origins: dict[str, Any], stated: str | list[str] | None
 
 
 def as_texts(value: Any) -> list[str]:
-    """Convert a value from the front matter (YAML header) of a card, such as `license`, to a list of strings.
+    """Convert a value from a card's front matter (YAML header) to a list of strings.
+
+    Values such as `license` may be written as a single value or as a list.
 
     Args:
         value: A single value or a list of values. Empty values and None are skipped.

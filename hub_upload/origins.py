@@ -14,7 +14,9 @@ from modeling_capivara.loading import read_card_metadata
 
 
 def read_origin_cards_and_infer_license(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
-    """Read the cards (README.md) of a model's base model and datasets, and infer the license of the model from them.
+    """Read the cards (README.md) of a base model and its datasets, and infer the license of the trained model.
+
+    The result becomes "origins" in run.json, from which the card of the trained model is written.
 
     Args:
         model: Folder or Hub id of the base model.
@@ -53,7 +55,7 @@ def read_origin_card_metadata(name: str, repo_type: str) -> dict[str, Any]:
         A dict with these keys. Values that the card does not state are None or empty.
 
         - "name": the argument `name` without the folders of this machine.
-        - "title": title on the card; if the card has none, the Hub id or the last part of the path.
+        - "title": title on the card. If the card has no title, the Hub id or the last part of the path.
         - "hub_id" and "revision": Hub id and commit. None if the card does not come from the Hub.
         - "base_model": list of the Hub ids that the card names as base models.
         - "licenses": list of license identifiers.

@@ -9,9 +9,9 @@
 
 Without --push, nothing is changed on the Hub. The access token is the one that huggingface_hub uses: HF_TOKEN, or the
 token saved by `hf auth login`. Only files that belong to a model, dataset or Space are uploaded (see
-`hub_upload/upload_checks.py`). Files that are only on the Hub stay there, with one exception: if a Space is pushed
-again, files in the uploaded subfolders that the local folder no longer has are deleted. Use the `hf` command to create
-tags or delete files. If the connection breaks, run the same command again.
+`hub_upload/upload_checks.py`). Files that are only on the Hub stay there, except if a Space is pushed again. In this
+case, files in the uploaded subfolders are deleted if the local folder no longer has them. Use the `hf` command to
+create tags or delete files. If the connection breaks, run the same command again.
 """
 
 import inspect
@@ -76,7 +76,7 @@ logger = logging.getLogger("capivara")
 
 
 class PushError(OSError):
-    """Error of a failed push. The message is a single line with the reason and a hint, and never contains a token."""
+    """Error of a failed push. Its message is one line with the reason and a hint, and never shows an access token."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(make_printable(message).split()))
@@ -88,7 +88,7 @@ class HubUnreachableError(PushError):
 
 @dataclass
 class PushArguments:
-    """Command-line arguments of `python -m hub_upload.push`, which uploads a folder to the Hub."""
+    """Command-line arguments of `hub_upload.push`, which uploads a model, dataset or Space to the Hub."""
 
     model: Path = flag(..., "Folder to upload: a model or, with --repo_type, a dataset or Space.")
     repo_id: str = flag(..., "Repository on the Hub, owner/name. It is created if it does not exist.")
@@ -113,37 +113,57 @@ class PushArguments:
 
 @dataclass
 class RemoteRepository:
-    """State of a repository on the Hub.
+    """State of a repository on the Hub before a push.
 
     A private repository that can't be read with the access token is described as if it did not exist.
+
+    Attributes:
+        exists: Whether the repository exists.
+        is_private: Whether the repository is private.
+        branch_head: Last commit of the branch to push to. None if the branch does not exist.
+        base_commit: Parent of the new commit. It is `branch_head`, or the last commit of main if the branch is new.
+            None if the repository does not exist.
+        files: Dict {path: size and hashes of the file}, for the files at `base_commit`.
     """
 
     exists: bool = False
     is_private: bool = False
-    branch_head: str | None = None  # last commit of the branch; None if the branch does not exist
-    base_commit: str | None = None  # commit to build on: `branch_head`, or the head of main for a new branch
-    files: dict[str, RepoFile] = field(default_factory=dict)  # {path: size and hashes of the file at `base_commit`}
+    branch_head: str | None = None
+    base_commit: str | None = None
+    files: dict[str, RepoFile] = field(default_factory=dict)
 
 
 @dataclass
 class PushPlan:
-    """Comparison of a local folder with a repository on the Hub: the changes that a push would make on the Hub."""
+    """Changes that a push would make on the Hub, found by comparing a local folder with a repository.
+
+    Attributes:
+        args: Folder, repository and options of the push.
+        user: Name of the access token's owner. None if there is no token, or if the Hub did not tell the name.
+        remote: State of the repository on the Hub.
+        metadata: Front matter (YAML header) of the card README.md. None if there is no card.
+        added_files: Files that the commit adds or changes.
+        unchanged_paths: Files in the folder that the Hub already has with the same content.
+        deleted_paths: Files of an earlier version of a Space, which the commit deletes.
+        unreachable: Reason why the Hub could not be reached for a preview. Empty if it was reached.
+        creates_branch: Whether the push creates the branch. Computed from `remote`.
+    """
 
     args: PushArguments
-    user: str | None  # name of the token's owner; None without a token
+    user: str | None
     remote: RemoteRepository
-    metadata: dict[str, Any] | None  # front matter of the card (README.md); None if there is no card
-    added_files: list[CommitOperationAdd]  # files that the commit adds or changes
-    unchanged_paths: list[str]  # files in the folder that the Hub already has with the same content
-    deleted_paths: list[str]  # files of an earlier version of a Space, which the commit deletes
-    unreachable: str = ""  # reason why the Hub could not be reached for a preview; empty if it was reached
+    metadata: dict[str, Any] | None
+    added_files: list[CommitOperationAdd]
+    unchanged_paths: list[str]
+    deleted_paths: list[str]
+    unreachable: str = ""
 
     def __post_init__(self) -> None:
         self.creates_branch = self.remote.exists and self.remote.branch_head is None
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: print the changes that the push makes on the Hub and, with --push, upload them."""
+    """Run the command line: print the changes that a push would make on the Hub and, with --push, upload them."""
     args = parse_arguments(PushArguments, __doc__, argv)
     plan = plan_push(args)
     print(_describe_push(plan), flush=True)
@@ -165,7 +185,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def plan_push(args: PushArguments) -> PushPlan:
-    """Compare a folder with a repository on the Hub, and plan the push. Nothing is changed on the Hub.
+    """Find out which changes a push would make, by comparing a folder with a repository on the Hub.
+
+    Nothing is changed on the Hub.
 
     If `args.push` is not set, the plan is only a preview, and the Hub need not be reachable. If the Hub can't be
     reached, all files count as added, and the field `unreachable` of the plan states the reason.
@@ -178,8 +200,8 @@ def plan_push(args: PushArguments) -> PushPlan:
 
     Raises:
         ValueError: If the folder holds no file to send, or a file must not be published. Also if the card's front
-            matter is not valid YAML, or the card states a license that the base model or the training data does not
-            permit.
+            matter (YAML header) is not valid. Also if the card states a license that the base model or the training
+            data does not permit.
         PushError: If the Hub can't be reached and `args.push` is set, or if the Hub would refuse the push.
     """
     paths, origins = list_and_check_files_to_send(args.model, args.repo_type), {}
@@ -218,13 +240,16 @@ def plan_push(args: PushArguments) -> PushPlan:
 
 
 def warn_or_fail_if_card_is_outdated(args: PushArguments) -> None:
-    """Print a warning if the model card was written by `hub_upload.card` but no longer agrees with the model's files.
+    """Warn before a push if the model card no longer agrees with the files of the model.
+
+    Only a card that was written by `hub_upload.card` is checked. In a preview, a warning is printed. If `args.push` is
+    set, an error is raised, so that the outdated card is not uploaded.
 
     Args:
         args: Folder, repository type and options of the push. Datasets and Spaces are not checked.
 
     Raises:
-        ValueError: If card and files differ and `args.push` is set, so that the outdated card is not uploaded.
+        ValueError: If card and files differ and `args.push` is set.
     """
     faults = find_differences_between_generated_card_and_files(args.model) if args.repo_type == "model" else []
     if not faults:
@@ -329,7 +354,9 @@ def _check_visibility(repo_id: str, remote: RemoteRepository, private: bool) -> 
 
 
 def push_planned_changes(plan: PushPlan) -> str | None:
-    """Upload the planned changes in one commit. Creates the repository and the branch if they don't exist.
+    """Upload the planned changes to the Hub in one commit, or as a pull request.
+
+    The repository and the branch are created if they do not exist.
 
     Args:
         plan: Result of `plan_push`.
@@ -529,7 +556,9 @@ def _explain_hub_error(error: BaseException, repo_id: str, again: str) -> str:
 
 
 def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
-    """Check before a long training run that the model can be pushed. Creates the repository if it does not exist.
+    """Check before a long training run that its model can be pushed to the Hub afterwards.
+
+    The repository is created if it does not exist.
 
     Args:
         repo_id: Repository on the Hub, owner/name.
@@ -554,7 +583,7 @@ def ensure_writable_repository(repo_id: str, private: bool = False) -> None:
 
 
 def try_export_and_push_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> bool:
-    """Export a finished training run with its model card, and push it to the Hub.
+    """Export the model of a finished training run with a model card, and push the export to the Hub.
 
     If the push fails, no error is raised, because the run itself is complete. Instead, a warning with the reason and a
     hint is logged, and the exported folder is kept for a later push.

@@ -75,9 +75,9 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
-    """List and check the files of a folder that may be uploaded.
+    """List the files of a folder that may be uploaded to the Hub, and check that they contain no secrets.
 
-    `HfApi.upload_folder` is not used because a star in its patterns also matches slashes, and because it follows links
+    `HfApi.upload_folder` is not used for two reasons. A star in its patterns also matches slashes, and it follows links
     that lead out of the folder.
 
     Args:
@@ -112,7 +112,9 @@ def list_and_check_files_to_send(folder: Path, repo_type: str) -> list[Path]:
 
 
 def list_uploadable_model_files(folder: Path) -> list[Path]:
-    """List the files of a model folder that match a pattern of `ALLOWED_FILES`. Symbolic links are skipped.
+    """List the files of a model folder that may be uploaded, according to the allow-list `ALLOWED_FILES`.
+
+    All other files and symbolic links are skipped.
 
     Args:
         folder: Folder of the model.
@@ -134,7 +136,9 @@ def list_uploadable_model_files(folder: Path) -> list[Path]:
 
 
 def check_regular_file(path: Path) -> None:
-    """Check that a path is a regular file. A folder or a pipe is refused, because reading from a pipe would never end.
+    """Check that a path is a regular file before it is read.
+
+    Folders and pipes are refused. Reading from a pipe would never end.
 
     Args:
         path: Path to check.
@@ -147,9 +151,10 @@ def check_regular_file(path: Path) -> None:
 
 
 def check_model_files(folder: Path) -> None:
-    """Check the content of all files in a model folder that match `ALLOWED_FILES`.
+    """Check that the files of a model that may be uploaded contain no secrets and no absolute paths.
 
-    A secret is an access token or a key. What is searched depends on the type of the file:
+    These are the files that match the allow-list `ALLOWED_FILES`. A secret is an access token or a key. What is
+    searched depends on the type of the file:
 
     - Text files: secrets and absolute paths of any machine.
     - Safetensors files: secrets and absolute paths in the header. The weights are not searched.
@@ -181,7 +186,9 @@ UNSEARCHABLE_PREFIXES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", 
 
 
 def check_file_for_secrets(path: Path, name: Path | str) -> None:
-    """Search a file of any type and size for secrets (access tokens and keys), without loading it into memory.
+    """Check that a file of any type and size contains no secret (access token or key).
+
+    The file is memory-mapped, so it is not loaded into memory as a whole.
 
     ONNX graphs and binary vocabularies (`.model`) are also searched for folders of this machine, such as the home
     folder.
@@ -191,8 +198,9 @@ def check_file_for_secrets(path: Path, name: Path | str) -> None:
         name: Name of the file in error messages.
 
     Raises:
-        ValueError: If the file contains a secret or a folder of this machine, or if it can't be searched because it is
-            compressed or UTF-16. For a secret, the message names the line (text files) or byte (binary files).
+        ValueError: If the file contains a secret or a folder of this machine. Also if the file can't be searched,
+            because it is compressed or UTF-16. For a secret, the message names the line (text files) or byte (binary
+            files).
     """
     if not path.stat().st_size:
         return
@@ -217,7 +225,9 @@ def check_file_for_secrets(path: Path, name: Path | str) -> None:
 
 
 def check_paths(path: Path, name: Path | str) -> None:
-    """Check that a text file contains no absolute path. In JSON files, escapes are decoded before the search.
+    """Check that a text file contains no absolute path, which could reveal a user name, for example.
+
+    In JSON files, escape sequences are decoded before the search.
 
     Args:
         path: File to search.
@@ -233,11 +243,14 @@ def check_paths(path: Path, name: Path | str) -> None:
 
 
 def check_text_is_publishable(text: str, subject: str) -> None:
-    """Raise ValueError if a text contains a secret (access token or key) or an absolute path.
+    """Check that a text contains no secret (access token or key) and no absolute path.
 
     Args:
         text: Text to search.
         subject: Source of the text, such as "A file name". It is the grammatical subject of the error message.
+
+    Raises:
+        ValueError: If the text contains a secret or an absolute path.
     """
     if secret := find_secret(text):
         raise ValueError(f"{subject} contains {secret[0]}. Remove it, and revoke it if it is real.")
@@ -309,9 +322,11 @@ SECRET_MESSAGE = "contains what looks like an access token or key. Remove it, an
 def list_uploadable_dataset_or_space_files(folder: Path, is_space: bool = False) -> list[Path]:
     """List the files of a dataset or Space that may be uploaded.
 
-    For a dataset, these are the files with rows (such as Parquet files), images, card and license. For a Space, these
-    are all files except Python bytecode. Hidden files and folders are skipped. For a dataset, files and folders whose
-    names begin with two underscores are also skipped.
+    - Dataset: files with rows (such as Parquet files), images, card and license. Files and folders whose names begin
+      with two underscores are skipped.
+    - Space: all files except Python bytecode.
+
+    Hidden files and folders are skipped in both cases.
 
     Args:
         folder: Folder of the dataset or Space.
@@ -337,15 +352,15 @@ def list_uploadable_dataset_or_space_files(folder: Path, is_space: bool = False)
 
 
 def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
-    """Check the content of the files of a dataset.
+    """Check that the files of a dataset contain no secrets, no private paths and no damaged images.
 
     Args:
         folder: Folder of the dataset.
         names: Files to check, relative to `folder`.
 
     Raises:
-        ValueError: If a file must not be published. The message names the file and, for tables, the column and row. It
-            does not repeat a secret. The possible reasons are:
+        ValueError: If a file must not be published. The message names the file and, for Parquet and Arrow files, the
+            column and row. It does not repeat a secret. The possible reasons are:
 
             - A text, also a text in a nested column, contains a secret (access token or key).
             - An image path leads out of the folder.

@@ -1,4 +1,4 @@
-"""Validation of a model's configuration and tokenizer before they are used, because the files may be malicious.
+"""Checks of a model's configuration and tokenizer before they are used, because the files may be malicious.
 
 This module imports neither torch nor transformers, so that `capivara_search`, which works without these packages,
 applies the same checks as `CapivaraConfig`.
@@ -43,15 +43,19 @@ LABEL_KEYS = ("id2label", "label2id")
 
 
 def check_config_ranges(values: Mapping[str, Any], section: str = "") -> None:
-    """Check that the numbers in a configuration are within `SIZE_LIMITS`, and that its padding token is valid.
+    """Check that the sizes in a configuration are plausible, and that its padding token is valid.
+
+    A damaged or malicious configuration may state sizes that would take hours or all memory. `SIZE_LIMITS` lists the
+    smallest and largest accepted value of each setting.
 
     Args:
         values: The configuration as a dictionary from setting names to values. Nested dictionaries are checked too.
         section: Prefix of the setting names in error messages, such as "text_config.".
 
     Raises:
-        ValueError: If a value is outside its limits, the padding token is not in the vocabulary, or a required tower or
-            padding token is null. The message names the setting with its section, such as "text_config.vocab_size".
+        ValueError: If a value is outside its limits, or the padding token is not in the vocabulary. Also if a required
+            tower or padding token is null. The message names the setting with its section, such as
+            "text_config.vocab_size".
     """
     pad, vocab_size = values.get("pad_token_id", 0), values.get("vocab_size")
     if pad is None and values.get("model_type") in PADDING_MODEL_TYPES:
@@ -74,9 +78,10 @@ def check_config_ranges(values: Mapping[str, Any], section: str = "") -> None:
 
 @contextmanager
 def wrap_tokenizer_errors(name: str) -> Iterator[None]:
-    """Return a context manager that converts errors of the tokenizers library to a ValueError of one line.
+    """Return a context manager that turns errors of the tokenizers library into a ValueError with a clear message.
 
-    The tokenizers library raises plain `Exception`s and Rust panics. All other errors pass through unchanged.
+    A damaged tokenizer file makes the library raise plain `Exception`s and Rust panics. They become a ValueError whose
+    message is a single line. All other errors pass through unchanged.
 
     Args:
         name: Description of the tokenizer, which becomes the subject of the error message, such as "The tokenizer of

@@ -1,4 +1,4 @@
-"""Configuration class of CAPIVARA models: image tower, text tower, shared embedding space, and scale of the logits."""
+"""Configuration class of CAPIVARA models, with validation of its values."""
 
 import math
 from collections.abc import Sequence
@@ -46,15 +46,16 @@ class CapivaraConfig(PreTrainedConfig):
             GELU -> projection_dim. "linear" is a single matrix. Neither has a bias.
         logit_scale_init_value: Initial value of `logit_scale`, the natural logarithm of the factor that multiplies the
             cosine similarities. The default corresponds to a temperature of 0.07.
-        logit_bias_init_value: Initial value of the bias that SigLIP's sigmoid loss adds to the scaled cosines
-            (arXiv 2303.15343, section 3.1, starts at -10). None selects CLIP's loss, which has no bias.
+        logit_bias_init_value: Initial value of the bias that SigLIP's sigmoid loss adds to the scaled cosines. SigLIP
+            starts at -10 (arXiv 2303.15343, section 3.1). None selects CLIP's loss, which has no bias.
         matryoshka_dims: Numbers of leading dimensions for which the embeddings were trained to be useful on their own
-            (Matryoshka representation learning, arXiv 2205.13147). Each must divide `projection_dim`; they are stored
-            in descending order. Embeddings can be truncated to any width, but these widths lose less recall.
-        trimmed_vocabulary: Record that `modeling_capivara.trim_vocabulary` writes when it removes tokens: a dictionary
-            with the keys "languages" (whose tokens were kept), "words" (number of most frequent words of each
-            language), "of" (number of original tokens), "tokenizer" and "table" (digests of the original vocabulary
-            and embedding table). None if no tokens were removed.
+            (Matryoshka representation learning, arXiv 2205.13147). Each number must divide `projection_dim`. The
+            numbers are stored in descending order. Embeddings can be truncated to any width, but these widths lose less
+            recall.
+        trimmed_vocabulary: How `modeling_capivara.trim_vocabulary` removed unused tokens from the vocabulary. None if
+            no tokens were removed. Otherwise `{"languages": languages whose tokens were kept, "words": number of most
+            frequent words of each language, "of": number of original tokens, "tokenizer": digest of the original
+            vocabulary, "table": digest of the original embedding table}`.
 
     Raises:
         ValueError: If a size or the scale is outside the limits in `checks_capivara.py`, or the model type of a tower
@@ -112,8 +113,8 @@ class CapivaraConfig(PreTrainedConfig):
     def to_dict(self) -> dict:
         """Convert the configuration to a dictionary that can be saved as JSON.
 
-        `logit_bias_init_value` is omitted if it is None. Older configurations do not have this field, and digests that
-        were computed from them must stay valid.
+        The key `logit_bias_init_value` is omitted if its value is None. Older configurations do not have this key, and
+        digests of older configurations must stay valid.
         """
         omitted = {"logit_bias_init_value"} if self.logit_bias_init_value is None else set()
         return {key: value for key, value in super().to_dict().items() if key not in omitted}
@@ -121,6 +122,9 @@ class CapivaraConfig(PreTrainedConfig):
 
 def check_and_sort_matryoshka_dims(dims: Sequence[int], projection_dim: int) -> list[int]:
     """Validate Matryoshka widths, remove duplicates and sort them in descending order.
+
+    A Matryoshka width is a number of leading dimensions for which a truncated embedding is trained to be useful on its
+    own (arXiv 2205.13147).
 
     Args:
         dims: Numbers of leading dimensions of an embedding.
@@ -174,7 +178,10 @@ def _build_tower_config(name: str, config: dict | PreTrainedConfig | None, defau
 
 
 def collect_config_values_to_check(config: PreTrainedConfig) -> dict[str, Any]:
-    """Collect the values that `check_config_ranges` checks from a configuration object.
+    """Convert a configuration object to the dictionary of settings that `check_config_ranges` validates.
+
+    Only settings that may be out of range are collected, such as sizes and numbers of layers. A damaged or malicious
+    value would, for example, fill the memory.
 
     Args:
         config: Configuration of any transformers model.

@@ -6,8 +6,7 @@ The command writes a folder that transformers can load, and verifies the convert
 open_clip. It reads only tensors, so no code in a checkpoint file is executed. `CapivaraModel.from_open_clip` does the
 same conversion, but writes to a cache instead of a given folder.
 
-This module also has the functions for the opposite direction, from a `CapivaraModel` to open_clip's format, which
-`hub_upload.export` uses.
+This module also has functions that convert a `CapivaraModel` back to open_clip's format. `hub_upload.export` uses them.
 """
 
 import re
@@ -109,8 +108,8 @@ POSITION_IDS_NAME = "text.transformer.embeddings.position_ids"
 def to_capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert the state dict of an open_clip model to the state dict of a `CapivaraModel`.
 
-    Tensors are renamed, split or transposed, but their numbers and dtypes do not change. An unknown name is kept, so
-    that `load_state_dict(strict=True)` refuses it.
+    Tensors are renamed, split or transposed. Their numbers and dtypes do not change. A tensor with an unknown name
+    keeps this name, so that `load_state_dict(strict=True)` later refuses the tensor.
 
     Args:
         open_clip_state: State dict of the open_clip model, {name in open_clip: tensor}.
@@ -135,7 +134,9 @@ def to_capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, T
 
 
 def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Convert the state dict of a model to the state dict of the same model in open_clip.
+    """Convert the weights of a transformers model to the state dict of the same model in open_clip.
+
+    Tensors are renamed, joined, split or transposed, as open_clip stores them. Their numbers and dtypes do not change.
 
     Args:
         model: A `CapivaraModel`, or a `SiglipModel` of transformers.
@@ -192,9 +193,10 @@ def _rename_parameter(name: str, names: dict[str, str]) -> str:
 
 
 def new_open_clip_model(config: CapivaraConfig) -> nn.Module:
-    """Build the open_clip model that corresponds to a CAPIVARA configuration, with random weights.
+    """Build an open_clip model with the architecture of a CAPIVARA configuration and random weights.
 
-    Nothing is downloaded. The package open_clip must be installed.
+    Comparisons with open_clip use it, for example a check of tensor names and shapes. Nothing is downloaded. The
+    package open_clip must be installed.
 
     Args:
         config: Architecture of the model.
@@ -246,7 +248,8 @@ def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
     """Convert the `model_cfg` section of open_clip_config.json to a `CapivaraConfig`.
 
     Args:
-        model_cfg: Content of the section, with the keys `embed_dim`, `vision_cfg` and `text_cfg`.
+        model_cfg: Content of the section: `{"embed_dim": width of the embeddings, "vision_cfg": settings of the image
+            tower, "text_cfg": settings of the text tower}`. Further keys are optional.
 
     Returns:
         The configuration.
@@ -285,16 +288,17 @@ def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
 def to_open_clip_model_cfg(
     config: CapivaraConfig, text_model_name: str, image_size: int | None = None
 ) -> dict[str, Any]:
-    """Convert a `CapivaraConfig` to open_clip's `model_cfg`.
+    """Convert a `CapivaraConfig` to the `model_cfg` section of open_clip_config.json.
 
     Args:
         config: Architecture of the model.
-        text_model_name: Folder or Hub id that has the configuration of the text tower.
+        text_model_name: Folder or Hub id from which open_clip loads the configuration of the text tower.
         image_size: Side of the square input images in pixels. Default: the ViT's `image_size`, or 224 for a timm model,
             whose configuration does not state it.
 
     Returns:
-        The `model_cfg` section of open_clip_config.json.
+        Content of the section: `{"embed_dim": width of the embeddings, "vision_cfg": settings of the image tower,
+        "text_cfg": settings of the text tower}`, plus optional keys such as "init_logit_bias".
 
     Raises:
         ValueError: If open_clip can't represent the architecture.
@@ -404,11 +408,14 @@ def _to_image_processor(preprocess_cfg: dict, size: int) -> CapivaraImageProcess
 def to_preprocess_cfg(processor: BaseImageProcessor) -> dict[str, Any]:
     """Convert an image processor to the `preprocess_cfg` section of open_clip_config.json.
 
+    With this section, open_clip resizes and normalizes images as the model expects.
+
     Args:
         processor: Image processor of a CAPIVARA or SigLIP model.
 
     Returns:
-        Content of the section.
+        Content of the section: `{"mean": mean of each channel, "std": standard deviation of each channel,
+        "interpolation": "bicubic" or "bilinear", "resize_mode": "shortest" or "squash"}`.
 
     Raises:
         ValueError: If open_clip can't do the same preprocessing.
@@ -466,9 +473,10 @@ VOCABULARY_FILES = ("tokenizer.json", "sentencepiece.bpe.model", "spiece.model",
 
 @dataclass
 class OpenClipSource:
-    """Files and settings of an open_clip model whose weights have not been read yet.
+    """Files and settings of an open_clip model that is to be converted.
 
-    A bare checkpoint file is a file of weights that was given without a folder and without open_clip_config.json.
+    The weights have not been read yet. A bare checkpoint file is a file of weights that was given without a folder and
+    without open_clip_config.json.
 
     Attributes:
         model_cfg: Section `model_cfg` of open_clip_config.json. None for a bare checkpoint file.
@@ -563,7 +571,7 @@ def _download_model(repo_id: str, revision: str | None) -> Path:
 
 
 def read_open_clip_tensors_and_notes(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Read the tensors of an open_clip model from a checkpoint file.
+    """Read the tensors of an open_clip model from a checkpoint file, and collect notes for the user.
 
     The tensor names may have a common prefix, for example the attribute name of the model in a PyTorch Lightning
     module. The prefix is removed.
@@ -572,8 +580,8 @@ def read_open_clip_tensors_and_notes(path: Path) -> tuple[dict[str, Tensor], lis
         path: Checkpoint file in the format of safetensors or of `torch.save`.
 
     Returns:
-        A dictionary {tensor name: tensor in float32}, and a list of sentences that tell the user which entries were
-        ignored.
+        A tuple (tensors, notes). The tensors are a dictionary {tensor name: tensor in float32}. The notes are sentences
+        that tell the user which entries of the file were ignored.
 
     Raises:
         ValueError: If the file can't be read, contains objects other than tensors, or does not contain exactly one
@@ -713,9 +721,9 @@ def _convert_write_and_verify_model(
 
 
 def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
-    """Convert an open_clip model to a folder that transformers can load, and return the digest of the weights.
+    """Convert an open_clip model to a folder that transformers can load, and return a digest of its weights.
 
-    `capivara_common.hub_cache` calls this function to fill its cache of converted models.
+    The cache of converted models in `capivara_common.hub_cache` calls this function to convert a new model.
 
     Args:
         source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file.
@@ -735,7 +743,7 @@ def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
 
 @dataclass
 class ConvertArguments:
-    """Command-line flags of `python -m modeling_capivara.convert_open_clip`."""
+    """Command-line flags of `convert_open_clip`, which converts an open_clip model for transformers."""
 
     source: str = flag(
         ...,
@@ -752,7 +760,7 @@ class ConvertArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: convert a model and print which files were used and where the result is.
+    """Run the command: convert an open_clip model, and print which files were used and where the result is.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
@@ -768,7 +776,9 @@ def convert(
     overwrite_output_dir: bool = False,
     config: CapivaraConfig | None = None,
 ) -> list[str]:
-    """Convert an open_clip model to a new folder. If the conversion fails, the folder is not created.
+    """Convert an open_clip model to a new folder that transformers can load.
+
+    The converted model is verified. If the conversion fails, the folder is not created.
 
     Args:
         source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file.
@@ -780,7 +790,7 @@ def convert(
             CAPIVARA model.
 
     Returns:
-        Sentences that tell the user which files were used and which entries were ignored.
+        Sentences that tell the user which files were used and which entries of the checkpoint were ignored.
 
     Raises:
         ValueError: If there is no such model, it can't be converted, or `output` has files.

@@ -31,14 +31,20 @@ class CapivaraImageProcessorKwargs(ImagesKwargs, total=False):
 class CapivaraImageProcessor(CLIPImageProcessorPil):
     """CLIP's image processor with the exact steps of open_clip 3.3's evaluation transform.
 
-    The steps are: PIL's bicubic resize in the image's own color mode (gray, palette, …), center crop with the offset
-    `round(margin / 2)`, conversion to RGB, normalization. The margin is the number of pixels that the crop removes from
-    a side. transformers' CLIP image processors convert to RGB before the resize, and the position of their crop differs
-    by one pixel if the margin is 3 modulo 4.
+    The steps are:
 
-    An array or tensor gives the same result as a PIL image with the same pixels (see `_array_to_pil`). 16-bit images
-    are scaled to 8 bits, because PIL alone would clip them to white. Images from files keep their color mode and are
-    rotated according to their EXIF data. Images from URLs are converted to RGB when they are loaded.
+    - PIL's bicubic resize in the image's own color mode (gray, palette, …);
+    - center crop with the offset `round(margin / 2)`, where the margin is the number of pixels that the crop removes
+      along a dimension;
+    - conversion to RGB;
+    - normalization.
+
+    transformers' CLIP image processors differ in two ways. They convert to RGB before the resize, and the position of
+    their crop differs by one pixel if the margin is 3 modulo 4.
+
+    An array or tensor gives the same result as a PIL image with the same pixels. 16-bit images are scaled to 8 bits,
+    because PIL alone would clip them to white. Images from files keep their color mode and are rotated according to
+    their EXIF data. Images from URLs are converted to RGB when they are loaded.
     """
 
     valid_kwargs = CapivaraImageProcessorKwargs
@@ -47,8 +53,8 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
     def fetch_images(self, image_url_or_urls) -> Image.Image | np.ndarray | torch.Tensor | list:
         """Load images from paths and URLs. Images that are already loaded are returned unchanged.
 
-        In contrast to transformers, this method does not convert local files to RGB, because the resize must happen in
-        the image's own color mode.
+        transformers converts local files to RGB when it loads them. This method does not, because the resize must
+        happen in the image's own color mode.
 
         Args:
             image_url_or_urls: A path, URL, PIL image, array or tensor, or a list of them (also nested).
@@ -90,7 +96,7 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
     def process_image(
         self, image, input_data_format: str | ChannelDimension | None = None, **kwargs: Unpack[ImagesKwargs]
     ) -> Image.Image:
-        """Convert an image of any type to a PIL image with 8 bits per channel.
+        """Convert an image of any type to a PIL image with 8 bits per channel, ready for the resize.
 
         The color mode is kept (gray, palette, RGB, …), because the resize happens in this mode.
 
@@ -104,8 +110,8 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
             The PIL image.
 
         Raises:
-            ValueError: If an array or tensor does not have the shape of an image, or a value is out of range (see
-                `convert_pixels_to_uint8`).
+            ValueError: If an array or tensor does not have the shape of an image. Also if a pixel value is negative,
+                too large or not finite (see `convert_pixels_to_uint8`).
         """
         if not isinstance(image, Image.Image):
             return _array_to_pil(image, input_data_format)

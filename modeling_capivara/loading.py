@@ -1,7 +1,8 @@
 """Load two-tower models (CAPIVARA and CLIP-like models of transformers) and their processors from folders or the Hub.
 
-If a weight is missing, unexpected or has the wrong shape, transformers only warns; the functions of this module raise
-ValueError. They validate files before using them, and each error message is a single line that names the problem.
+The functions of this module are stricter than transformers. They validate files before using them. If a weight is
+missing, unexpected or has the wrong shape, they raise ValueError, where transformers only warns. Each error message is
+a single line that names the problem.
 """
 
 import hashlib
@@ -75,7 +76,7 @@ def load_transformers_config(source: str, **options: Any) -> PreTrainedConfig:
 
 
 def load_model(source: str | Path) -> PreTrainedModel:
-    """Load a two-tower model in float32.
+    """Load a two-tower model (text encoder and image encoder) in float32, and check that all weights fit.
 
     Args:
         source: Folder or Hub id.
@@ -85,8 +86,8 @@ def load_model(source: str | Path) -> PreTrainedModel:
 
     Raises:
         ValueError: If there is no such model, a file is damaged, or the model is not a supported two-tower model. Also
-            if weights are missing, unexpected or of the wrong shape. (transformers itself would only warn and
-            initialize missing weights randomly.)
+            if weights are missing, unexpected or of the wrong shape. In the last case, transformers itself would only
+            warn and initialize missing weights randomly.
     """
     check_model_file_exists(source, "config.json", "is not a model folder")
     try:
@@ -123,7 +124,7 @@ def _silence_load_report() -> Iterator[None]:
 
 
 def load_memory_mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """Load all tensors of safetensors files as memory-mapped views, so that a tensor is read only when it is used.
+    """Load all tensors of safetensors files, memory-mapped, so that data is read from disk only when it is used.
 
     Args:
         files: Paths of the safetensors files, for example all shards of a model.
@@ -144,11 +145,14 @@ def load_memory_mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
 
 
 def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """Load a model whose weights are memory-mapped views of its files.
+    """Load a model with memory-mapped weights, to save or convert it without copying the weights into memory.
 
-    For some model types, transformers renames weights while it loads them (for example AltCLIP's `layer.0` to
-    `layers.0`), so the names in the files do not fit the model. Such a model is not memory-mapped: `load_model` loads
-    it into memory, in float32. For CAPIVARA models, names that do not fit are an error.
+    A memory-mapped model can't be run. `load_model` loads a model that can.
+
+    There is one exception. For some model types, transformers renames weights while it loads them, for example
+    `layer.0` to `layers.0` in AltCLIP. The names in the files then do not fit the model. Such a model is not
+    memory-mapped, but loaded into memory in float32 by `load_model`. For CAPIVARA models, names that do not fit are an
+    error.
 
     Args:
         folder: Folder with the weights.
@@ -174,10 +178,9 @@ def load_memory_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrain
 def build_save_only_model_from_tensors(
     tensors: Mapping[str, Tensor], config: PreTrainedConfig, subject: str
 ) -> PreTrainedModel:
-    """Build a model that uses the given tensors as its weights, without copying them.
+    """Build a model that uses the given tensors as its weights, without copying them, in order to save it.
 
-    The model is meant to be saved. It can't be run, because its non-persistent buffers, which are not among the
-    weights, are not initialized.
+    The model can't be run. Its non-persistent buffers are not among the given tensors, so they are not initialized.
 
     Args:
         tensors: Dictionary {weight name: tensor}.
@@ -231,14 +234,14 @@ def _raise_on_weight_mismatch(
 
 
 def format_weight_names_for_error(keys: Iterable[str], max_keys: int = MAX_NAMED_KEYS) -> str:
-    """Format names of weights for an error message.
+    """Format names of weights for an error message, with a limited number of names.
 
     Args:
         keys: Names of weights.
         max_keys: Largest number of names in the result.
 
     Returns:
-        The first names in alphabetical order, separated by commas, and the number of further names: "a, b and 3 more".
+        The first names in alphabetical order and the number of further names, such as "a, b and 3 more".
     """
     keys = sorted(keys)
     more = f" and {len(keys) - max_keys} more" if len(keys) > max_keys else ""
@@ -246,14 +249,15 @@ def format_weight_names_for_error(keys: Iterable[str], max_keys: int = MAX_NAMED
 
 
 def load_processor(source: str | Path) -> ProcessorMixin:
-    """Load the processor that is saved with a two-tower model.
+    """Load the processor of a two-tower model, which prepares texts and images for the model.
 
     Args:
         source: Folder or Hub id.
 
     Returns:
-        A `CapivaraProcessor` for a CAPIVARA model, otherwise the processor of transformers for this model type. Its
-        tokenizer truncates texts to the number of tokens that the model accepts.
+        The processor, which fits the model. It is a `CapivaraProcessor` for a CAPIVARA model, otherwise the class that
+        transformers has for this model type. Its tokenizer truncates texts to the number of tokens that the model
+        accepts.
 
     Raises:
         ValueError: If there is no processor, a file is damaged, or the processor belongs to another model.
@@ -307,9 +311,9 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
 
 
 def pads_to_max_length(processor: ProcessorMixin) -> bool:
-    """Return whether a model requires texts that are padded to the maximum length, without an attention mask.
+    """Return whether a model requires every text to be padded to the maximum length, without an attention mask.
 
-    SigLIP models require such texts, because they were trained with them.
+    This is the case for SigLIP models, because they were trained with such texts.
 
     Args:
         processor: Processor of the model.
@@ -355,11 +359,11 @@ def _check_and_adapt_processor(processor: ProcessorMixin, config: PreTrainedConf
 
 
 def check_model_file_exists(source: str | Path, required_file: str, fault: str) -> None:
-    """Check that a model and one of its files exist before transformers loads them, to give clear errors.
+    """Check that a model and one of its files exist, to give a clear error before transformers loads the model.
 
     Args:
         source: Folder or Hub id. For a Hub id, the file must be in the Hub's cache, or the Hub must be reachable.
-        required_file: Name of the file.
+        required_file: Name of the file, such as "config.json".
         fault: Predicate of the error message if the folder does not contain the file, such as "is not a model folder".
 
     Raises:
@@ -379,7 +383,7 @@ def check_model_file_exists(source: str | Path, required_file: str, fault: str) 
 
 
 def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
-    """Load and validate the configuration of a two-tower model.
+    """Load and validate the configuration of a two-tower model (text encoder and image encoder).
 
     Args:
         source: Folder or Hub id.
@@ -403,11 +407,13 @@ def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
-    """Compute the BLAKE2b digest of a model's state dict (names, dtypes, shapes and values of its tensors).
+    """Compute a digest of a model's weights, so that two models can be compared by a short string.
+
+    The BLAKE2b digest covers the names, dtypes, shapes and values of the tensors in the state dict.
 
     Args:
         model: The model.
-        prefixes: Prefixes of tensor names. Only tensors whose names start with one of them are included. Default: all.
+        prefixes: Only tensors whose names start with one of these prefixes are included. Default: all tensors.
 
     Returns:
         The digest as 32 hexadecimal digits.
@@ -421,7 +427,7 @@ def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) ->
 
 
 def read_card_metadata(card: Path) -> dict[str, Any]:
-    """Read the YAML metadata block of a model card or dataset card.
+    """Read the metadata (YAML header) of a model card or dataset card, such as its license.
 
     Args:
         card: Path of the card, a README.md.
@@ -442,7 +448,8 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
 def write_origin_card(source: Path, folder: Path, description: str, repo_id: str | None = None) -> None:
     """Write the model card of a converted or trimmed model, with the license and attribution of the original model.
 
-    No card is written if `repo_id` is None and the card of the original model has none of the needed metadata.
+    The new card refers to the card of the original model for everything else. No card is written if `repo_id` is None
+    and the card of the original model has no license, language, attribution or base model.
 
     Args:
         source: Folder of the original model, whose README.md is read.

@@ -2,7 +2,7 @@
 
 `CapivaraModel` embeds texts and images into one space and computes the contrastive loss.
 `CapivaraForImageClassification` combines the image encoder of a `CapivaraModel` with a linear classification head. Its
-`from_zero_shot` initializes the head as the zero-shot classifier of given labels.
+method `from_zero_shot` initializes the head from text prompts, so that it starts as a zero-shot classifier.
 """
 
 import copy
@@ -32,7 +32,7 @@ class CapivaraOutput(ModelOutput):
     """Output of `CapivaraModel`. A field is None if it needs texts or images that were not given.
 
     Attributes:
-        loss: Contrastive loss in nats, a float32 scalar; only with `return_loss=True`.
+        loss: Contrastive loss in nats, a float32 scalar. None unless `return_loss=True` was passed.
         logits_per_image: (images, texts), float32. Cosine similarities times exp(`logit_scale`), plus `logit_bias` if
             the model has one.
         logits_per_text: (texts, images), the transpose of `logits_per_image`.
@@ -56,15 +56,18 @@ class CapivaraOutput(ModelOutput):
     pooler_output: Tensor | None = None
 
     def to_tuple(self) -> tuple:
-        """Return a tuple of the fields that are not None, in their order. Outputs of the towers are nested tuples."""
+        """Convert the output to a tuple of its fields that are not None, in the order of their declaration.
+
+        The outputs of the text tower and of the image tower become nested tuples.
+        """
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class CapivaraPreTrainedModel(PreTrainedModel):
     """Base class of the CAPIVARA models, with the code that all models with an image encoder share.
 
-    It initializes weights, computes image features and freezes the image encoder. Subclasses must define the attributes
-    `vision_model` (image tower), `visual_projection`, `logit_scale` and `image_encoder_frozen` (bool).
+    This class initializes weights, computes image embeddings and can freeze the image encoder. Subclasses must define
+    the attributes `vision_model` (image tower), `visual_projection`, `logit_scale` and `image_encoder_frozen` (bool).
     """
 
     config_class = CapivaraConfig
@@ -84,7 +87,7 @@ class CapivaraPreTrainedModel(PreTrainedModel):
                 init.constant_(self.logit_bias, self.config.logit_bias_init_value)
 
     def freeze_image_encoder(self) -> None:
-        """Freeze the image tower and its projection.
+        """Freeze the image tower and its projection, so that training does not change image embeddings.
 
         The parameters of both get no gradient, and the image tower stays in evaluation mode even after `train()`.
         Gradients still flow through both to `pixel_values`.
@@ -95,7 +98,7 @@ class CapivaraPreTrainedModel(PreTrainedModel):
         self.vision_model.eval()
 
     def train(self, mode: bool = True) -> "CapivaraPreTrainedModel":
-        """Set the model to training mode. An image tower that is frozen stays in evaluation mode.
+        """Set the model to training or evaluation mode. A frozen image tower always stays in evaluation mode.
 
         Args:
             mode: True for training mode, False for evaluation mode.
@@ -116,8 +119,8 @@ class CapivaraPreTrainedModel(PreTrainedModel):
 
         Args:
             pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` returns them.
-            truncate_dim: Keep only this many leading dimensions of each embedding; see `matryoshka_dims` of
-                `CapivaraConfig`. Default: all.
+            truncate_dim: Number of leading dimensions of each embedding to keep. Default: all. Models that were trained
+                with `CapivaraConfig.matryoshka_dims` lose less accuracy at the widths that are named there.
             **kwargs: Options of the image tower, such as `output_hidden_states` and `output_attentions`. With
                 `return_dict=False` a tuple is returned.
 
@@ -160,15 +163,15 @@ class CapivaraPreTrainedModel(PreTrainedModel):
 
 
 class CapivaraModel(CapivaraPreTrainedModel):
-    """CAPIVARA model (arXiv 2310.13683, section 3): an image tower and a text tower with projections to a shared space.
+    """CAPIVARA model (arXiv 2310.13683, section 3), which embeds images and texts in one shared space.
 
-    A text embedding is the projection of the mean of the text's token states; padding is excluded from the mean. An
-    image embedding is the projection of the image tower's pooled output. The outputs equal those of open_clip's
-    `CustomTextCLIP` with a mean pooler.
+    The model has an image tower and a text tower, each followed by a projection to the shared space. For a text, the
+    states of all tokens except padding are averaged and projected. For an image, the pooled output of the image tower
+    is projected. The outputs equal those of open_clip's `CustomTextCLIP` with a mean pooler.
 
     Args:
-        config: Architecture of the model. The weights are random; use `from_pretrained` or `from_open_clip` to load
-            them.
+        config: Architecture of the model. The weights are random. Use `from_pretrained` or `from_open_clip` to load
+            trained weights.
 
     Raises:
         ValueError: If the image tower of `config` does not take `pixel_values` or has no `pooler_output`, or the text
@@ -208,11 +211,11 @@ class CapivaraModel(CapivaraPreTrainedModel):
 
     @classmethod
     def from_open_clip(cls, source: str, revision: str | None = None, **kwargs) -> "CapivaraModel":
-        """Load a model that is stored in open_clip's format. The package open_clip is not needed.
+        """Load a model that is stored in open_clip's format, and convert it. The package open_clip is not needed.
 
         The first call downloads the model, converts it, verifies the conversion and stores the converted model in the
-        cache `$CAPIVARA_CACHE` (default: ~/.cache/capivara). Later calls read the converted model from the cache. They
-        need no network unless `revision` is a branch or tag. Load the matching processor with
+        cache `$CAPIVARA_CACHE` (default: ~/.cache/capivara). Later calls read the converted model from the cache. Later
+        calls need a network only if `revision` is a branch or tag. Load the matching processor with
         `AutoProcessor.from_pretrained(model.name_or_path)`.
 
         Args:
@@ -247,8 +250,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Save the model so that `AutoModel` and the Auto classes for image classification can load it.
 
-        `AutoModelForZeroShotImageClassification` and `AutoModelForImageClassification` are added to `auto_map` in
-        config.json.
+        The method adds `AutoModelForZeroShotImageClassification` and `AutoModelForImageClassification` to `auto_map` in
+        config.json. transformers reads there which class of the saved code an Auto class loads.
 
         Args:
             save_directory: Folder to write to; it is created if necessary.
@@ -296,8 +299,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
             position_ids: (texts, tokens), positions of the tokens. Default: the text tower counts them.
             token_type_ids: Ignored. Accepted because BERT's tokenizers return them; a single text has only one type.
             inputs_embeds: (texts, tokens, text width), token embeddings instead of `input_ids`.
-            truncate_dim: Keep only this many leading dimensions of each embedding; see `matryoshka_dims` of
-                `CapivaraConfig`. Default: all.
+            truncate_dim: Number of leading dimensions of each embedding to keep. Default: all. Models that were trained
+                with `CapivaraConfig.matryoshka_dims` lose less accuracy at the widths that are named there.
             **kwargs: Options of the text tower, such as `output_hidden_states` and `output_attentions`. With
                 `return_dict=False` a tuple is returned.
 
@@ -306,9 +309,9 @@ class CapivaraModel(CapivaraPreTrainedModel):
             normalized. The width is `truncate_dim` if given, otherwise `projection_dim`.
 
         Raises:
-            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, a shape is wrong, or the attention
-                mask of a text is all 0 (checked on the CPU only). Also if `truncate_dim` is not from 1 to
-                `projection_dim`.
+            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, or a shape is wrong. Also if the
+                attention mask of a text is all 0, which is checked on the CPU only. Also if `truncate_dim` is not from
+                1 to `projection_dim`.
         """
         check_truncate_dim(truncate_dim, self.config.projection_dim)
         outputs = self._run_text_tower(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
@@ -389,13 +392,15 @@ class CapivaraModel(CapivaraPreTrainedModel):
                 `return_dict=False` a tuple is returned.
 
         Returns:
-            The normalized embeddings of the given texts and images, the logits if both are given, the loss if
-            requested, and the outputs of the towers; see `CapivaraOutput`.
+            A `CapivaraOutput`. It has the embeddings of the given texts and images, scaled to unit length, and the
+            outputs of the towers. If both texts and images are given, it also has the logits, which are scaled and
+            optionally shifted cosine similarities. If `return_loss` is set, it has the loss. A field is None if its
+            inputs are not given.
 
         Raises:
-            ValueError: If neither texts nor images are given, a shape is wrong, or the attention mask of a text is all
-                0 (checked on the CPU only). If the loss is requested, also if texts or images are missing, or their
-                numbers differ.
+            ValueError: If neither texts nor images are given, or a shape is wrong. Also if the attention mask of a text
+                is all 0, which is checked on the CPU only. If the loss is requested, also if texts or images are
+                missing, or their numbers differ.
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("Give `input_ids`, `pixel_values` or both; got neither.")
@@ -429,9 +434,9 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
     """CAPIVARA's image encoder with a linear classification head, for fine-tuning on labeled images.
 
     The head is applied to unit-length image embeddings times exp(`logit_scale`). `from_zero_shot` initializes the rows
-    of the head's weight matrix with the text embeddings of the classes, so that the model starts as the zero-shot
-    classifier (CLIP, arXiv 2103.00020, section 3.1.2). The rows are not multiplied by the scale: they would be up to a
-    hundred times longer, and Adam's steps would hardly change their direction.
+    of the head's weight matrix with the text embeddings of the classes. The model then starts as a zero-shot classifier
+    (CLIP, arXiv 2103.00020, section 3.1.2). The scale is not multiplied into the rows. It would make them up to a
+    hundred times longer, and Adam's steps would then hardly change their direction.
 
     `from_pretrained` also accepts the folder of a `CapivaraModel`. It then ignores the text encoder and creates a head
     with random weights.
@@ -487,17 +492,17 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         labels: Sequence[str] | Mapping[str, str | Sequence[str]],
         templates: Sequence[str],
     ) -> "CapivaraForImageClassification":
-        """Build a classifier whose softmax equals the zero-shot probabilities of a `CapivaraModel`.
+        """Build a classifier that starts with the zero-shot probabilities of a `CapivaraModel`, ready for fine-tuning.
 
-        The prompts of a class are all templates, each filled with the class name. The embedding of a class is the
-        normalized mean of the normalized embeddings of its prompts (prompt ensembling; CLIP, arXiv 2103.00020, section
-        3.1.4).
+        The softmax of the classifier's logits equals the zero-shot probabilities. The prompts of a class are all
+        templates, each filled with the class name. The embedding of a class is the mean of the unit-length embeddings
+        of its prompts, again scaled to unit length. This is prompt ensembling (CLIP, arXiv 2103.00020, section 3.1.4).
 
         Args:
             model: A `CapivaraModel`. It is not changed, and the classifier shares no weights with it.
             processor: The model's `CapivaraProcessor`.
-            labels: Names of at least two classes, in the order of the logits. Or a dictionary from each class name to
-                the text or list of texts that are inserted into the templates instead of the name:
+            labels: Names of at least two classes, in the order of the logits. Or a dictionary {class name: text or list
+                of texts}. These texts are inserted into the templates instead of the name, for example
                 `{"0": ["o número 0", "o algarismo zero"], ...}`.
             templates: Texts in which `{}` is replaced by the class name, such as "uma foto de {}.". Use `["{}"]` if the
                 texts in `labels` are complete sentences.
@@ -524,9 +529,10 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         return cls.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).to(model.device)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save the classifier. The saved folder can't be loaded as a `CapivaraModel`, because it has no text encoder.
+        """Save the classifier, without a text encoder.
 
-        `auto_map` in config.json therefore does not name `CapivaraModel`.
+        The saved folder can't be loaded as a `CapivaraModel`, because it has no text encoder. So the class is removed
+        from `auto_map` in config.json, where transformers reads which class an Auto class loads.
 
         Args:
             save_directory: Folder to write to; it is created if necessary.
@@ -549,13 +555,14 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | ImageClassifierOutput:
-        """Classify images.
+        """Classify images and, if `labels` are given, compute the loss.
 
         Args:
             pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` returns them.
-            labels: (images,), integer class indices, for cross-entropy. Or (images, num_labels), floats 0.0 or 1.0, for
-                binary cross-entropy with several labels per image. `config.problem_type` selects the loss. If it is
-                None, the first call with `labels` sets it according to their dtype.
+            labels: Integer class indices, (images,), if each image has one label. The loss is then cross-entropy. Or
+                floats 0.0 or 1.0 for each class, (images, num_labels), if an image may have several labels. The loss is
+                then binary cross-entropy. `config.problem_type` selects the loss. If it is None, the first call with
+                `labels` sets it according to the dtype of `labels`.
             **kwargs: Options of the image tower, such as `output_hidden_states` and `output_attentions`. With
                 `return_dict=False` a tuple is returned.
 
@@ -581,7 +588,10 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
 def similarity_logits(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
 ) -> Tensor:
-    """Compute the logits of all pairs of a text and an image: scaled cosine similarities, in float32 even in autocast.
+    """Compute the similarity logits of every text with every image.
+
+    A logit is the cosine similarity times exp(`logit_scale`), plus `logit_bias` if given. The computation is in
+    float32, even inside autocast.
 
     Args:
         text_embeds: (texts, projection_dim), unit length.
@@ -600,11 +610,11 @@ def similarity_logits(
 def clip_loss(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
 ) -> Tensor:
-    """Compute the contrastive loss of a batch of text-image pairs.
+    """Compute the contrastive loss of a batch of matching texts and images.
 
-    Without `logit_bias` this is CLIP's loss (arXiv 2103.00020, section 2.3, figure 3): the mean of two cross-entropies,
-    one for choosing the right image for each text and one for choosing the right text for each image. With `logit_bias`
-    it is SigLIP's sigmoid loss (arXiv 2303.15343, algorithm 1).
+    Without `logit_bias`, this is CLIP's loss (arXiv 2103.00020, section 2.3, figure 3). It is the mean of two
+    cross-entropies. One is for choosing the right image for each text, the other for choosing the right text for each
+    image. With `logit_bias`, it is SigLIP's sigmoid loss (arXiv 2303.15343, algorithm 1).
 
     Args:
         text_embeds: (pairs, projection_dim), unit length.
@@ -631,7 +641,7 @@ def clip_loss(
 
 
 def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
-    """Average the token states of each text. The states of padding tokens are excluded.
+    """Average the token states of each text, without the states of padding tokens.
 
     Args:
         last_hidden_state: Token states, (texts, tokens, width), output of the text tower.
@@ -764,7 +774,7 @@ def l2_normalize(features: Tensor) -> Tensor:
 
 
 def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") -> None:
-    """Check that an embedding can be truncated to its first `dim` dimensions.
+    """Check that embeddings of a given width can be truncated to their first `dim` dimensions.
 
     Args:
         dim: Number of leading dimensions to keep. None keeps all dimensions and is always valid.

@@ -9,11 +9,11 @@ __all__ = ["CONTEXT_LENGTH", "CapivaraProcessor", "clean_text"]
 
 
 class CapivaraProcessor(ProcessorMixin):
-    """Processor of CAPIVARA models, which combines an image processor and a tokenizer.
+    """Processor of CAPIVARA models: a tokenizer for texts and an image processor for images in one object.
 
-    The token ids equal those of open_clip's `HFTokenizer`. Texts are cleaned, truncated to 77 tokens (or to the
-    tokenizer's `model_max_length`, if that is smaller) and padded to the longest text of the batch. Embeddings do not
-    depend on the padding. The arguments `max_length`, `padding` and `truncation` of a call override these defaults.
+    The token ids equal those of open_clip's `HFTokenizer`. Texts are cleaned, truncated to 77 tokens and padded to the
+    longest text of the batch. If the tokenizer's `model_max_length` is smaller than 77, it is the limit. Embeddings do
+    not depend on the padding. The arguments `max_length`, `padding` and `truncation` of a call override these defaults.
     Settings that were passed when the tokenizer was loaded override them too, for example
     `AutoTokenizer.from_pretrained(folder, max_length=32, padding="max_length")`.
 
@@ -27,8 +27,9 @@ class CapivaraProcessor(ProcessorMixin):
     Args:
         image_processor: A `CapivaraImageProcessor`.
         tokenizer: A fast tokenizer. It is converted to a `CapivaraTokenizer`, which also cleans texts when it is called
-            without the processor. The conversion keeps the vocabulary and the tokenization rules (such as the
-            normalizer), but not the `max_length` and `padding` that the tokenizers library stores from the last call.
+            without the processor. The conversion keeps the vocabulary and the tokenization rules, such as the
+            normalizer. It does not keep the `max_length` and `padding` that the tokenizers library stores from the last
+            call.
         **kwargs: Options of transformers' `ProcessorMixin`.
 
     Example:
@@ -59,8 +60,8 @@ class CapivaraProcessor(ProcessorMixin):
                 `return_tensors`.
 
         Returns:
-            A dictionary-like `BatchFeature`. If `text` is given, it has `input_ids` and `attention_mask`, each
-            (texts, tokens). If `images` are given, it has `pixel_values`, (images, 3, height, width).
+            A dictionary-like `BatchFeature`. If `text` is given, it has the keys "input_ids" and "attention_mask", each
+            (texts, tokens). If `images` are given, it has the key "pixel_values", (images, 3, height, width).
 
         Raises:
             ValueError: If a text is not a string, the list of texts is empty, neither images nor texts are given, or an

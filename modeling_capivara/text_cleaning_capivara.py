@@ -1,4 +1,4 @@
-"""Text cleaning and length limits that are applied before tokenization, as open_clip's tokenizer does.
+"""Text cleaning and length limits that are applied before tokenization, with the same result as in open_clip.
 
 This module imports neither torch nor transformers, so that `capivara_search` can use it without these packages.
 """
@@ -28,9 +28,9 @@ MAX_ENTITY_NESTING = 4
 def clean_text(text: str) -> str:
     """Clean a text: repair mojibake (wrongly decoded characters), resolve HTML entities and collapse white space.
 
-    Nested entities such as "&amp;amp;" are resolved too. The `HFTokenizer` of open_clip 3.3 applies the same steps with
-    its `whitespace` cleaning. Only the first 4096 characters and 512 lines are read. A run of white space counts as at
-    most five of these characters.
+    Nested entities such as "&amp;amp;" are resolved too. The `HFTokenizer` of open_clip 3.3 takes the same steps if its
+    option `clean` is "whitespace". Only the first 4096 characters and 512 lines are read. A run of white space counts
+    as at most five of these characters.
 
     Args:
         text: Text of any length.
@@ -120,13 +120,13 @@ def _unescape_all_levels(line: str) -> str:
 
 
 def check_and_collect_texts(text: str | Iterable[str]) -> str | list[str]:
-    """Check that `text` is a string or contains only strings.
+    """Check that the input of a tokenizer is one string or an iterable of strings, and collect the strings.
 
     Args:
         text: One text, or an iterable of texts.
 
     Returns:
-        A single text unchanged, or the texts of an iterable as a list.
+        The text itself if `text` is a single string, otherwise a list of the texts.
 
     Raises:
         ValueError: If a text is not a string, or there is no text.

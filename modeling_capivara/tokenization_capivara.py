@@ -17,11 +17,11 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
     77 tokens, or to `model_max_length` if that is smaller. As in transformers, the arguments `max_length` and
     `truncation` of a call override this limit.
 
-    `pad_to_multiple_of` applies after truncation to the default limit: with `pad_to_multiple_of=8`, texts of 77 tokens
-    are padded to 80. If a call also passes `max_length`, it must be a multiple of `pad_to_multiple_of`, as in
-    transformers.
+    `pad_to_multiple_of` applies after truncation to the default limit. With `pad_to_multiple_of=8`, for example, texts
+    of 77 tokens are padded to 80. If a call also passes `max_length`, it must be a multiple of `pad_to_multiple_of`, as
+    in transformers.
 
-    If a text itself contains the padding token ("<pad>"), the attention mask is 0 there too, because open_clip computes
+    A text itself may contain the padding token ("<pad>"). The attention mask is 0 there too, because open_clip computes
     its mask from the token ids.
 
     The tokenizers library stores the `max_length` and `padding` of the last call in `tokenizer.json`. This class
@@ -54,9 +54,10 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         return converted
 
     def without_cleaning(self) -> PreTrainedTokenizerFast:
-        """Return a `PreTrainedTokenizerFast` with the same vocabulary that does not clean texts.
+        """Return a copy of the tokenizer that does not clean texts, for programs that do this themselves.
 
-        The returned tokenizer is meant for programs that clean texts themselves, such as open_clip.
+        open_clip, for example, cleans texts itself. The copy has the same vocabulary and is a plain
+        `PreTrainedTokenizerFast`.
         """
         return PreTrainedTokenizerFast(**_get_tokenizer_copy_kwargs(self))
 

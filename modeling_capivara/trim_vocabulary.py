@@ -5,13 +5,12 @@
 
 Most parameters of a multilingual text tower are embeddings of tokens that a single language never uses. Trimming
 removes tokens from the tokenizer and their rows from the embedding table. Nothing else changes, so image indexes stay
-valid. A text has the same embedding as before if all its tokens are kept:
+valid. A text keeps its embedding if all its tokens are kept, for a reason that depends on the type of the tokenizer:
 
 - A Unigram tokenizer (XLM-R; XLM-V, which MetaCLIP 2 uses) splits a text into the tokens with the highest sum of
-  scores. Removing tokens that this split does not use can't make another split better. A letter without a token gets
-  the lowest score of the vocabulary minus 10. The token with the lowest score is kept too, so that this value does not
-  change.
-- A BPE tokenizer (SigLIP 2 uses the one of Gemma) applies a list of merges in order and falls back to bytes. For every
+  scores. Removing tokens that this split does not use can't make another split better. A letter without a token gets a
+  score that depends on the lowest score of the vocabulary. So the token with the lowest score is kept too.
+- A BPE tokenizer (SigLIP 2 uses Gemma's tokenizer) applies a list of merges in order and falls back to bytes. For every
   kept token, all merges that produce the token are kept, so they are applied in the same order as before.
 """
 
@@ -63,7 +62,7 @@ ORIGIN_SENTENCE = (
 
 @dataclass
 class TrimArguments:
-    """Command-line flags of `python -m modeling_capivara.trim_vocabulary`."""
+    """Command-line flags of `trim_vocabulary`, which removes unused tokens from a multilingual model."""
 
     model: Path = flag(..., "Folder of the model.", positional=True)
     output: Path = flag(..., "Folder to create. If it exists, it must be empty.", positional=True)
@@ -80,7 +79,7 @@ class TrimArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: trim a model, and print its numbers of tokens and parameters before and after.
+    """Run the command: trim a model's vocabulary, and print the model's size before and after.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.
@@ -97,13 +96,16 @@ def trim(
     texts: Sequence[Path] = (),
     overwrite_output_dir: bool = False,
 ) -> list[str]:
-    """Write a copy of a CAPIVARA, SigLIP or MetaCLIP 2 model that has only the tokens of the given languages.
+    """Write a smaller copy of a multilingual model, with only the tokens that the given languages use.
+
+    The model must be a CAPIVARA, SigLIP or MetaCLIP 2 model. The other tokens are removed from the tokenizer, and their
+    rows from the embedding table. All other weights are unchanged.
 
     Args:
         model: Folder of the model.
         output: Folder to create. If it exists, it must be empty, unless `overwrite_output_dir` is set.
         languages: Language codes of the package wordfreq, such as "pt".
-        words: Number of most frequent words of each language whose tokens are kept, in the order of `languages`. The
+        words: How many of the most frequent words of each language keep their tokens, in the order of `languages`. The
             last number is used for all further languages.
         texts: UTF-8 files with one text per line. All tokens of these texts are kept too.
         overwrite_output_dir: Replace `output` if it exists.
@@ -114,8 +116,8 @@ def trim(
 
     Raises:
         ValueError: If the model is already trimmed or damaged, or its tokenizer is of an unsupported type. Also if
-            wordfreq has no word list of a language, a file has no text, a number of words is below 1, or `output` has
-            files and may not be replaced.
+            wordfreq has no word list of a language, a file has no text, or a number of words is below 1. Also if
+            `output` has files and may not be replaced.
         ImportError: If wordfreq is not installed.
     """
     check_output_folder_and_clean_leftovers(output, overwrite_output_dir)
@@ -205,15 +207,18 @@ def select_token_ids_to_keep(
 ) -> list[int]:
     """Select the tokens to keep when a vocabulary is trimmed.
 
-    These are the tokens of the most frequent words of each language (in lower case, in upper case and with a capital
-    letter), the tokens of the given texts, and tokens that any text may need, such as digits and punctuation.
+    The selection has three kinds of tokens:
+
+    - tokens of the most frequent words of each language, in lower case, in upper case and with a capital letter;
+    - tokens of the given texts;
+    - tokens that any text may need, such as digits and punctuation.
 
     Args:
         processor: Processor with the original tokenizer.
         languages: Language codes of the package wordfreq, such as "pt".
         words: Number of most frequent words of each language, in the order of `languages`. The last number is used for
             all further languages.
-        texts: Further texts whose tokens are kept.
+        texts: Further texts. All of their tokens are kept.
 
     Returns:
         Token ids in ascending order.
@@ -256,9 +261,9 @@ def frequent_words(language: str, number: int) -> list[str]:
 
 
 def word_variants(word: str) -> str:
-    """Return a text that contains a word in several spellings, because each spelling may have other tokens.
+    """Return a text with a word in several spellings, because each spelling may consist of different tokens.
 
-    The word is given in lower case, with a capital letter and in upper case, each after a space and after a bracket:
+    The spellings are lower case, capital letter and upper case. Each spelling follows once a space and once a bracket:
     "gato (gato Gato (Gato GATO (GATO".
 
     Args:
@@ -298,7 +303,7 @@ def check_trimmed_tokenizer_matches_original(
         original: Processor with the original tokenizer.
         trimmed: Processor with the trimmed tokenizer.
         kept_ids: Original id of each token of the trimmed tokenizer, in the order of its new ids.
-        texts: Texts to tokenize with both.
+        texts: Texts to tokenize with both tokenizers.
 
     Raises:
         ValueError: If the two tokenizers split a text differently.
@@ -437,7 +442,7 @@ def _merges(state: dict) -> list[tuple[str, str]]:
 
 
 def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) -> PreTrainedTokenizerBase:
-    """Build a tokenizer whose vocabulary contains only the given tokens of another tokenizer.
+    """Build a copy of a tokenizer that has only the given tokens, with new consecutive ids.
 
     Args:
         tokenizer: The original tokenizer. It is not changed.

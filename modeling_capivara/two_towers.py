@@ -5,8 +5,9 @@
     load_embedder("open_clip:ViT-B-32:openai", baseline=True).embed_texts(["a photo of a cat"])
 
 Models of transformers are used without a wrapper. They must have the methods `get_text_features` and
-`get_image_features`, which return an output whose `pooler_output` is the embedding before normalization, and the
-parameter `logit_scale`. Models with SigLIP's loss (arXiv 2303.15343, section 3) also have the parameter `logit_bias`.
+`get_image_features`. Both methods return an output whose `pooler_output` is the embedding before normalization. The
+models also need the parameter `logit_scale`. Models with SigLIP's loss (arXiv 2303.15343, section 3) have the parameter
+`logit_bias` too.
 """
 
 import hashlib
@@ -64,20 +65,20 @@ def uses_sigmoid_loss(model: nn.Module) -> bool:
 
 
 def describe_model(model: nn.Module) -> dict[str, str]:
-    """Describe a model for result files and model cards.
+    """Describe the class and loss of a model, for result files and model cards.
 
     Args:
         model: A two-tower model.
 
     Returns:
-        Dictionary with `model_class` (name of the Python class) and `loss` ("sigmoid" for SigLIP's loss, "contrastive"
-        for CLIP's loss).
+        A dictionary `{"model_class": name of the Python class, "loss": name of the loss}`. The loss is "sigmoid" for
+        SigLIP's loss and "contrastive" for CLIP's loss.
     """
     return {"model_class": type(model).__name__, "loss": "sigmoid" if uses_sigmoid_loss(model) else "contrastive"}
 
 
 def embedding_width(config: PreTrainedConfig) -> int:
-    """Return the number of dimensions that the image and text embeddings of a two-tower model have.
+    """Return the number of dimensions of a two-tower model's embeddings, the same for images and texts.
 
     Args:
         config: Configuration of the model.
@@ -86,7 +87,7 @@ def embedding_width(config: PreTrainedConfig) -> int:
 
 
 def freeze_image_encoder(model: PreTrainedModel) -> None:
-    """Freeze the image tower and its projection, so that their parameters get no gradient.
+    """Freeze the image tower and its projection, so that training does not change their parameters.
 
     The frozen image tower of a CAPIVARA model also stays in evaluation mode after `train()`. The image tower of any
     other model switches to training mode.
@@ -102,7 +103,7 @@ def freeze_image_encoder(model: PreTrainedModel) -> None:
 
 
 def compute_text_embeds(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Compute the normalized embeddings of tokenized texts.
+    """Compute the embeddings of tokenized texts, scaled to unit length.
 
     Args:
         model: Two-tower model, or a wrapper with the same methods, such as a PEFT model.
@@ -117,7 +118,7 @@ def compute_text_embeds(model: nn.Module, input_ids: Tensor, attention_mask: Ten
 
 
 def compute_image_embeds(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Compute the normalized embeddings of preprocessed images.
+    """Compute the embeddings of preprocessed images, scaled to unit length.
 
     Args:
         model: Two-tower model, or a wrapper with the same methods, such as a PEFT model.
@@ -139,8 +140,9 @@ def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, 
         texts: At least one text.
 
     Returns:
-        For each text a dictionary with `input_ids` and `attention_mask`, lists with one entry per token. SigLIP models
-        require padding, so for them the dictionary has only `input_ids`, padded to the maximum length.
+        For each text a dictionary `{"input_ids": token ids, "attention_mask": a 1 for each token}`, with lists as
+        values. SigLIP models require padding. For them, the dictionary has only "input_ids", padded to the maximum
+        length.
     """
     options: dict[str, Any] = {"padding": False}  # a CapivaraProcessor truncates by default
     if not isinstance(processor, CapivaraProcessor):
@@ -160,8 +162,8 @@ def pad_batch(processor: ProcessorMixin, tokenized: Sequence[Mapping[str, list[i
         tokenized: Tokenized texts, as `tokenize` returns them.
 
     Returns:
-        Dictionary with `input_ids` and `attention_mask`, each (texts, tokens). For a SigLIP model it has only
-        `input_ids`.
+        A dictionary `{"input_ids": token ids, "attention_mask": 1 for a token and 0 for padding}`, with tensors (texts,
+        tokens) as values. For a SigLIP model it has only "input_ids".
     """
     if pads_to_max_length(processor):
         return {"input_ids": torch.tensor([row["input_ids"] for row in tokenized])}
@@ -179,7 +181,7 @@ class Embedder:
         fingerprint: Digest of everything that the embeddings depend on: weights, settings, tokenizer, precision.
         image_fingerprint: Digest of everything that image embeddings depend on. Models with the same image encoder have
             the same value. For open_clip models it equals `fingerprint`.
-        metadata: Dictionary with `model_class` and `loss`, from `describe_model`.
+        metadata: Dictionary `{"model_class": name of the Python class, "loss": "sigmoid" or "contrastive"}`.
         embed_images: Function that embeds images. Its arguments are an iterable of PIL images, `batch_size` (int) and
             `progress` (see `ProgressOption`). Functions of transformers models also take `chunk_images` (int), the
             number of images per forward pass on a CPU. It returns (images, width), unit length, float32, on the CPU.
@@ -203,17 +205,20 @@ class Embedder:
     def tune_image_embedding(
         self, image_count: int, batch_size: int, record: Path
     ) -> Callable[[Sequence[Image.Image]], Tensor]:
-        """Return a function that embeds images with the number of images per forward pass that is fastest on this CPU.
+        """Return a function that embeds images as fast as this CPU allows.
 
-        The first call of the function measures the speed, unless there are few images (see `with_tuned_chunk_size`).
+        The speed depends on the number of images per forward pass. The first call of the returned function measures
+        which number is fastest, unless an earlier run recorded it. All calls use this number. Nothing is measured on a
+        GPU, for an open_clip model, or if `image_count` is small. The function then uses the default number.
 
         Args:
-            image_count: Number of images to embed in total.
+            image_count: Number of images that will be embedded in total.
             batch_size: Number of images that are preprocessed at once.
             record: Folder in which the fastest number is recorded, so that a resumed run uses the same number.
 
         Returns:
-            Function that embeds a list of at least one image. It returns embeddings in the format of `embed_images`.
+            Function that embeds a list of at least one image. It returns (images, width), unit length, float32, on the
+            CPU.
         """
         embed = partial(self.embed_images, batch_size=batch_size)
         if self.name.startswith("open_clip:"):  # `embed_images` has no parameter `chunk_images`
@@ -228,7 +233,7 @@ def load_embedder(
     precision: str = "float32",
     record: Path | None = None,
 ) -> Embedder:
-    """Load a two-tower model for embedding texts and images.
+    """Load a two-tower model and its processor, to embed texts and images.
 
     Args:
         model: Folder or Hub id of a CAPIVARA model or of a CLIP-like model of transformers. With `baseline`, also an
@@ -242,7 +247,7 @@ def load_embedder(
             the choice is not recorded.
 
     Returns:
-        The model in evaluation mode, with functions to embed images and texts.
+        An `Embedder`: the model in evaluation mode, with the functions `embed_images` and `embed_texts`.
 
     Raises:
         ValueError: If there is no such model, the model can't be loaded, or it is not a two-tower model.
@@ -270,10 +275,10 @@ def load_embedder(
 
 
 def check_model_exists(model: str) -> None:
-    """Check that `load_embedder` can find a model. The model is not loaded.
+    """Check that a model exists, without loading it, so that a long program can fail early.
 
     Args:
-        model: Folder, Hub id or open_clip name, as for `load_embedder`.
+        model: Folder, Hub id or open_clip name, in the form that `load_embedder` accepts.
 
     Raises:
         ValueError: If there is no such model, or the Hub can't be reached.
@@ -306,9 +311,10 @@ def choose_fastest_precision(model: PreTrainedModel, processor: ProcessorMixin, 
             not recorded.
 
     Returns:
-        "bf16" or "float32". On a GPU that supports bf16, "bf16". On a CPU that supports bf16, "bf16" only if a
-        measurement shows that it is faster, and that the embeddings are close to the float32 embeddings (see
-        `MIN_COSINES` in `capivara_common.embedding_speed`).
+        "bf16" or "float32". A GPU that supports bf16 gets "bf16". A CPU that supports bf16 gets "bf16" only if a
+        measurement shows that bf16 is faster there, and that the embeddings are close to the float32 embeddings.
+        `MIN_COSINES` in `capivara_common.embedding_speed` defines how close. In all other cases the result is
+        "float32".
     """
     supports_bf16 = resolve_mixed_precision("auto", model.device) == "bf16"
     if not supports_bf16 or model.device.type != "cpu":
@@ -325,7 +331,7 @@ def choose_fastest_precision(model: PreTrainedModel, processor: ProcessorMixin, 
 
 
 def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> Embedder:
-    """Wrap a loaded transformers model as an `Embedder`.
+    """Wrap a loaded transformers model as an `Embedder`, which embeds images and texts.
 
     Args:
         name: Name of the model, as the user gave it.
@@ -351,9 +357,10 @@ def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin,
 
 
 def image_encoder_fingerprint(model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> str:
-    """Compute a digest of the weights, settings and precision that the image embeddings of a model depend on.
+    """Compute a digest of everything that image embeddings depend on: weights, settings and precision.
 
-    Two models with the same digest compute the same embedding for the same image.
+    Two models with the same digest compute the same embedding for the same image, so their image embeddings can be
+    shared.
 
     Args:
         model: Two-tower model of transformers.
@@ -450,7 +457,7 @@ def embed_texts(
     batch_size: int = 64,
     progress: ProgressOption = None,
 ) -> Tensor:
-    """Embed texts in batches of similar length, so that short texts need little padding.
+    """Embed texts with a two-tower model, in batches of similar length so that short texts need little padding.
 
     Args:
         model: Two-tower model in evaluation mode.
@@ -485,12 +492,12 @@ def embed_images(
     progress: ProgressOption = None,
     chunk_images: int = CHUNK_SIZES[0],
 ) -> Tensor:
-    """Embed images in batches.
+    """Embed images in batches, with a two-tower model and its processor.
 
     Args:
         model: Two-tower model in evaluation mode.
         processor: The model's processor, from `load_processor`.
-        images: At least one PIL image; an iterator is read batch by batch.
+        images: At least one PIL image. An iterator is read batch by batch, so not all images need to be in memory.
         batch_size: Number of images that are preprocessed at once.
         progress: Title of a progress bar, or a function that is called with the size of each finished batch.
         chunk_images: Number of images per forward pass on a CPU. See `capivara_common.embedding_speed`.
@@ -539,7 +546,7 @@ def _embed_in_batches(
 
 
 def check_finite(embeds: Tensor) -> Tensor:
-    """Check that all numbers of embeddings are finite, and return the embeddings unchanged.
+    """Check that embeddings contain no NaN or infinity, and return the embeddings unchanged.
 
     Args:
         embeds: Embeddings in any shape.
@@ -555,7 +562,7 @@ def check_finite(embeds: Tensor) -> Tensor:
 def move_to_device_in_chunks(
     pixel_values: Tensor, device: torch.device, chunk_images: int = CHUNK_SIZES[0]
 ) -> Sequence[Tensor]:
-    """Move preprocessed images to a device, in the memory format and batch size that are fastest on this device.
+    """Move preprocessed images to the model's device, split into chunks that are fast to embed there.
 
     Args:
         pixel_values: (images, 3, height, width).

@@ -202,5 +202,8 @@ class RunArguments(
         self.eval_languages = list(dict.fromkeys([self.language, *self.eval_languages]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the arguments as a dict `{argument name: JSON-compatible value}`. Paths become strings."""
+        """Return the arguments as a dict that can be stored in a JSON file, `{argument name: value}`.
+
+        Paths become strings.
+        """
         return json.loads(json.dumps(asdict(self), default=str))

@@ -21,7 +21,10 @@ from modeling_capivara.two_towers import pad_batch, tokenize
 
 @dataclass
 class MicroBatch:
-    """Texts that go through the text encoder together, with their images' pixels if the image encoder is trained."""
+    """Texts that go through the text encoder together: a part of the whole batch of an optimizer step.
+
+    If the image encoder is trained as well, the micro-batch also holds the pixels of the images of these texts.
+    """
 
     index: int  # position in the step's list of micro-batches of all processes; the seed of dropout depends on it
     start: int  # position of the first text in the whole batch, whose texts are sorted by number of tokens
@@ -30,13 +33,19 @@ class MicroBatch:
     pixel_values: Tensor | None = None  # (texts, 3, height, width) if the image encoder is trained, otherwise None
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Return all tensors that are not None as keyword arguments of the model, moved to `device`."""
+        """Return the tensors of this micro-batch as keyword arguments of the model, moved to `device`.
+
+        The keys are "input_ids", "attention_mask" and "pixel_values". Tensors that are None are left out.
+        """
         tensors = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "pixel_values")}
         return {name: values.to(device) for name, values in tensors.items() if values is not None}
 
     @property
     def positions(self) -> Tensor:
-        """Positions of this micro-batch's texts in the whole batch, (texts,), counted from 0."""
+        """Positions of this micro-batch's texts in the whole batch of the step, (texts,).
+
+        They are counted from 0, in the order of the whole batch, whose texts are sorted by number of tokens.
+        """
         return torch.arange(self.start, self.start + len(self.input_ids))
 
 
@@ -45,14 +54,16 @@ def tokenize_into_sorted_micro_batches(
 ) -> tuple[list[MicroBatch], list[int]]:
     """Tokenize captions, sort them by number of tokens, and divide them into micro-batches.
 
+    Captions of similar length are then together, so that little padding is needed.
+
     Args:
         processor: Processor of the model; its tokenizer is used.
         captions: One caption for each pair of the batch.
         size: Maximum number of captions in a micro-batch.
 
     Returns:
-        The micro-batches and the sort order. Each micro-batch is padded to the length of its longest caption. With the
-        sort order `order`, the caption at position i of the whole batch is `captions[order[i]]`.
+        A tuple (micro-batches, order). Each micro-batch is padded to the length of its longest caption. The order is a
+        list of indices: the caption at position i of the whole batch is `captions[order[i]]`.
     """
     tokens = tokenize(processor, captions)
     order = sorted(range(len(captions)), key=lambda i: len(tokens[i]["input_ids"]))
@@ -64,7 +75,9 @@ def tokenize_into_sorted_micro_batches(
 
 
 def apportion_batch_to_datasets(batch_size: int, dataset_sizes: Sequence[int]) -> list[int]:
-    """Split a batch over datasets in proportion to their sizes, by largest-remainder apportionment (Hamilton's method).
+    """Decide how many pairs of a batch come from each dataset, in proportion to the sizes of the datasets.
+
+    A pair is an image with its captions. The method is largest-remainder apportionment (Hamilton's method).
 
     Args:
         batch_size: Pairs in a batch.
@@ -104,7 +117,7 @@ def apportion_batch_to_datasets(batch_size: int, dataset_sizes: Sequence[int]) -
 
 
 def batch_indices(step: int, batch_size: int, dataset_size: int, seed: int) -> np.ndarray:
-    """Return the row numbers that a step uses from a dataset.
+    """Return the numbers of the dataset rows that a training step uses.
 
     The rows are shuffled again in each epoch and divided into batches. An incomplete batch at the end of an epoch is
     dropped. If it were filled up with rows of the next epoch, it could hold an image twice, and the image would be its
@@ -162,11 +175,11 @@ def _epoch_permutation(seed: int, epoch: int, dataset_size: int) -> np.ndarray:
 
 
 def sample_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, seed: int) -> list[str]:
-    """Draw one random caption for each row of a step (CAPIVARA, arXiv 2310.13683, section 3).
+    """Draw one random caption for each image of a training step (CAPIVARA, arXiv 2310.13683, section 3).
 
     Args:
         captions: The captions of every row of a dataset: a list, or a column of a `datasets.Dataset`.
-        rows: Row numbers, (rows,).
+        rows: Numbers of the rows that the step uses, (rows,).
         step: Optimizer step, counted from 0.
         seed: Seed of the draws.
 
@@ -181,18 +194,18 @@ def sample_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, 
 
 
 def sample_view_numbers(views: int, number: int, step: int, seed: int) -> np.ndarray:
-    """Draw for each image of a step which of its views is used. Views are augmented versions of an image.
+    """Draw for each image of a training step which of its views is used. A view is an augmented copy of an image.
 
     Args:
-        views: Number of views of every image, which stay the same during the whole run; 0 means a new augmentation at
-            every step.
+        views: Number of views of every image. The views stay the same during the whole run. 0 means that there are no
+            fixed views, but a new augmentation at every step.
         number: Number of images in the step.
         step: Optimizer step, counted from 0.
         seed: Seed of the draws.
 
     Returns:
-        View numbers below `views`, (number,). If `views` is 0, the step number for every image, so that the
-        augmentation is new at every step.
+        The number of the view for each image, from 0 to `views` - 1, (number,). If `views` is 0, every image gets the
+        step number, which makes its augmentation new at every step.
     """
     if views == 0:
         return np.full(number, step)
@@ -201,7 +214,10 @@ def sample_view_numbers(views: int, number: int, step: int, seed: int) -> np.nda
 
 @dataclass
 class StepPlan:
-    """Images and captions that one optimizer step uses, sorted by the number of tokens of the captions."""
+    """The images and captions that one optimizer step uses, as one batch of pairs.
+
+    A pair is an image with one of its captions. The pairs are sorted by the number of tokens of the caption.
+    """
 
     step: int  # counted from 0
     dataset_indices: np.ndarray  # (pairs,), position of each pair's dataset in the list of training datasets
@@ -212,20 +228,26 @@ class StepPlan:
     replacement_counts: Counter[int] = field(default_factory=Counter)  # {dataset index: replacements used so far}
 
     def items(self, places: Tensor) -> list[tuple[int, int, int]]:
-        """Return the images at some positions of the batch, as `training.inputs.prefetch_pixels` expects them.
+        """Say where to load the images at some positions of the batch from: dataset, row and view.
+
+        A view is the image itself or an augmented copy of it. `training.inputs.prefetch_pixels` loads the images.
 
         Args:
             places: Positions in the batch, (images,).
 
         Returns:
-            A tuple for each image: (index of its dataset, row number in the dataset, number of its augmented version).
+            One tuple per image: (index of its dataset, row number in the dataset, number of its view).
         """
         return [(self.dataset_indices[place], self.rows[place], self.views[place]) for place in places.tolist()]
 
 
 @dataclass
 class BatchPlanner:
-    """Callable that returns the plan of a step. The plan depends only on the step number, not on earlier calls."""
+    """Planner that decides which images and captions each optimizer step uses.
+
+    Call it with the number of a step to get the `StepPlan`. The plan depends only on this number and the seed, not on
+    earlier calls, so a resumed run continues with the same batches.
+    """
 
     captions: list[Sequence[list[str]]]  # for each dataset, the captions of each of its pairs
     pairs_per_dataset: list[int]  # pairs that each dataset contributes to a batch, see `apportion_batch_to_datasets`
@@ -256,7 +278,9 @@ class BatchPlanner:
         )
 
     def replace_pairs(self, plan: StepPlan, places: Sequence[int]) -> StepPlan:
-        """Replace pairs whose images can't be used, and tokenize the affected micro-batches again.
+        """Replace those pairs of a batch whose images can't be used, for example because a file is damaged.
+
+        The micro-batches with replaced captions are tokenized again.
 
         Args:
             plan: Plan of a step. It is not changed.
@@ -266,7 +290,7 @@ class BatchPlanner:
             A new plan. Each replacement comes from the same dataset as the pair that it replaces.
 
         Raises:
-            ValueError: If a dataset has no unused pair left, see `_replacement_index`.
+            ValueError: If a dataset has no pair left that is not yet in the batch or among the replacements.
         """
         rows, texts, counts = plan.rows.copy(), [*plan.texts], Counter(plan.replacement_counts)
         for place in places:

@@ -71,22 +71,22 @@ class Checkpoints:
     accelerator: Accelerator  # holds the model and the optimizer that are saved and loaded
 
     def steps(self) -> list[int]:
-        """Return the steps that have a checkpoint, in ascending order."""
+        """Return the numbers of the optimizer steps that have a checkpoint, in ascending order."""
         return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-" + "[0-9]" * 8))
 
     def path(self, step: int) -> Path:
-        """Return the folder for the checkpoint of a step."""
+        """Return the folder that holds the checkpoint of a step, such as `checkpoints/step-00000100` for step 100."""
         return self.folder / f"step-{step:08d}"
 
     def find_resume_checkpoint(self, args: RunArguments) -> Path | None:
-        """Return the folder of the checkpoint to resume from.
+        """Return the folder of the checkpoint that the run should resume from, or None for a new run.
 
         Args:
             args: Arguments of the run. `args.resume` is None for a new run, "auto" for the latest checkpoint, or the
                 folder of a checkpoint.
 
         Returns:
-            The folder. None for a new run, and for "auto" if there is no checkpoint.
+            The folder. None if the run is new, or if "auto" finds no checkpoint.
 
         Raises:
             ValueError: If the checkpoint is damaged, or was written with other settings.
@@ -99,7 +99,7 @@ class Checkpoints:
         return path
 
     def save(self, state: TrainingState) -> None:
-        """Write a checkpoint of the current step, then delete old checkpoints except the best one.
+        """Write a checkpoint of the current step, then delete old checkpoints, but not the best one.
 
         Does nothing if the step already has a checkpoint. All processes must call this method.
 
@@ -140,14 +140,14 @@ class Checkpoints:
 
         Args:
             path: Folder of the checkpoint.
-            current: State of the run that is starting; its settings and data must match the checkpoint's.
+            current: State of the run that is starting. Its settings and data must be the same as in the checkpoint.
 
         Returns:
-            The saved state of the run.
+            The state of the run as it was when the checkpoint was saved.
 
         Raises:
-            ValueError: If the checkpoint is damaged, holds pickled objects other than tensors, or belongs to a run with
-                other settings or data.
+            ValueError: If the checkpoint is damaged, or holds pickled objects other than tensors. Also if it belongs to
+                a run with other settings or data.
         """
         saved = verify_checkpoint_and_read_state(path)
         check_same_run(saved, current.config, current.data, path)
@@ -169,7 +169,9 @@ class Checkpoints:
 
 
 def verify_checkpoint_and_read_state(path: Path) -> TrainingState:
-    """Read the state of a run from a checkpoint, after comparing the checksums of all its files.
+    """Read the state of a run from the folder of a checkpoint, after checking that no file is damaged.
+
+    The check compares the files with the SHA-256 checksums that are stored in the checkpoint.
 
     Raises:
         ValueError: If `path` is not a checkpoint, or is damaged.
@@ -206,7 +208,9 @@ def _check_checkpoint_files(path: Path) -> None:
 
 
 def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str, str], path: Path) -> None:
-    """Check that a checkpoint or a finished run has the settings and data of the current run.
+    """Check that a checkpoint or a finished run was made with the same settings and data as the current run.
+
+    Settings that do not affect the weights may differ, for example the output folder.
 
     Args:
         state: State of the checkpoint or the finished run.
@@ -216,8 +220,8 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
         path: Folder of the checkpoint or the finished run, for messages.
 
     Raises:
-        ValueError: If a digest differs, or a setting that affects the weights. Also if the checkpoint or finished run
-            has a setting that this version does not know. The message names all of them.
+        ValueError: If a digest differs, or if a setting that affects the weights differs. Also if the checkpoint or
+            finished run has a setting that this version does not know. The message names all such settings and data.
     """
     if unknown := sorted(state.config.keys() - SETTING_DEFAULTS.keys() - CHANGEABLE_SETTINGS):
         raise ValueError(
@@ -240,8 +244,9 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
 
 
 def build_sha256sum_content(folder: Path) -> bytes:
-    """Return the checksums of all files of a checkpoint in the format of `sha256sum`: digest, two spaces, file name.
+    """Compute the SHA-256 checksums of all files of a checkpoint, to detect damaged files later.
 
+    The result has the format of the command `sha256sum`: one line per file, with digest, two spaces and file name.
     Hidden files are ignored, because file managers and network drives create them.
     """
     lines = []

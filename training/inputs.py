@@ -75,7 +75,10 @@ Splits = dict[tuple[str, str], Split]  # {(dataset, split name): opened split}
 
 @dataclass
 class PairDataset:
-    """Pairs of one dataset split, each an image with its captions. Indexing with a pair's number decodes its image."""
+    """Pairs of one dataset split. A pair is an image with its captions.
+
+    Indexing with the number of a pair decodes and returns the image of this pair.
+    """
 
     source: Split  # the opened split, which reads and decodes images
     # One row for each pair. `row` is its row number in the split, `digest` identifies the image, and `captions` is a
@@ -104,7 +107,7 @@ class PairDataset:
             raise _bad_row_error(self.source, row, bad.reason, bad.detail) from bad
 
     def captions(self) -> list[list[str]]:
-        """Return a list with the captions of each pair."""
+        """Return the captions of all pairs: for each pair, a list of texts."""
         return self.table["captions"][:]
 
     def load_pixels(self, pair: int, view: int) -> Tensor | BadImage:
@@ -118,8 +121,8 @@ class PairDataset:
             view: Number of the augmented version of the image; ignored if `augmented_views` is 1.
 
         Returns:
-            Pixels, (3, height, width). If the image can't be decoded or the processor rejects it, a `BadImage`. This
-            exception is returned, not raised, because it would lose its attributes on the way out of a worker process.
+            Pixels, (3, height, width), or a `BadImage` if the image can't be decoded or the processor rejects it. This
+            exception is returned, not raised, because raising it in a worker process would lose its attributes.
         """
         try:
             image = self.source.load_image(self.table[pair]["row"])
@@ -133,14 +136,21 @@ class PairDataset:
 
     @cached_property
     def vectors(self) -> Dataset | None:
-        """The image embeddings: a dataset in Arrow format with only the column `vectors`. None if there are none."""
+        """Embeddings of the images of all pairs; None if they have not been computed.
+
+        A Hugging Face dataset in Arrow format with a single column, `vectors`. A row has the embeddings of all views of
+        an image, (views x width,). A view is the image itself or an augmented copy of it.
+        """
         names = self.table.column_names
         return self.table.select_columns("vectors").with_format("arrow") if "vectors" in names else None
 
 
 @dataclass
 class TrainingInputs:
-    """Data and image embeddings that a training run needs."""
+    """Everything that a training run loads before its first step: processor, data and image embeddings.
+
+    Rows that can't be used are already separated from the training pairs, and listed with their reasons.
+    """
 
     processor: ProcessorMixin  # processor of the base model
     training: list[PairDataset]  # usable pairs of each training dataset
@@ -152,7 +162,10 @@ class TrainingInputs:
     base_digest: str  # digest of the base model's weights
 
     def make_planner(self, args: RunArguments) -> BatchPlanner:
-        """Return the planner that selects the pairs, captions and image views for every step of the run."""
+        """Return the planner that selects pairs, captions and image views for every training step.
+
+        A view is the version of an image that the model sees: the image itself or an augmented copy of it.
+        """
         captions = [pairs.table["captions"] for pairs in self.training]
         counts = apportion_batch_to_datasets(args.effective_batch_size, list(map(len, self.training)))
         # A copy, because the planner runs in a thread, and a tokenizer stores padding and length of its last call.
@@ -160,7 +173,9 @@ class TrainingInputs:
         return BatchPlanner(captions, counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
 
     def fingerprints(self, args: RunArguments) -> dict[str, str]:
-        """Return digests of base model and data, which are compared when a run is resumed.
+        """Return digests of the base model and the data, which identify what a run was trained on.
+
+        When a run is resumed, the digests must be the same as before.
 
         Returns:
             A dict `{name: digest}`. The names are "base model", "DATASET SPLIT" for the training and validation splits,
@@ -176,7 +191,9 @@ class TrainingInputs:
 
 
 def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
-    """Load the data and the image embeddings of a training run. Embeddings that are not cached are computed.
+    """Load the data of a training run, and compute the image embeddings that are not in the cache yet.
+
+    Arguments and data are checked before the long work starts.
 
     Args:
         args: Arguments of the run.
@@ -186,8 +203,8 @@ def load_inputs_and_embed_images(args: RunArguments, accelerator: Accelerator) -
         The usable training pairs, the validation and test pairs with image embeddings, and the skipped training rows.
 
     Raises:
-        ValueError: If data, columns or model are missing or invalid. Also if the usable pairs do not fill a batch, or
-            if the embeddings that a dataset has instead of images were made by another image encoder.
+        ValueError: If data, columns or model are missing or invalid. Also if the usable pairs do not fill a batch. A
+            dataset with embeddings instead of images is refused if another image encoder made them.
     """
     splits = _open_and_check_splits(args)  # before a model is loaded, because missing data is the most common error
     processor = load_processor(args.model)
@@ -317,12 +334,12 @@ def load_training_pairs(
 
     Args:
         args: Arguments of the run.
-        splits: Opened splits, see `_open_and_check_splits`.
+        splits: The opened dataset splits, as a dict `{(dataset, split name): split}`.
         processor: Processor of the model. If it is None, the pairs can be counted but not trained on.
 
     Returns:
-        The datasets in the order of `args.dataset`. They still contain unusable rows, see
-        `_split_usable_and_skipped_pairs`.
+        One dataset for each name in `args.dataset`. Rows that can't be used are still included; their column `reason`
+        says why.
     """
     columns = _list_training_caption_columns(args)
     caption_column, standard_column = _get_caption_column(args, args.language), f"captions-{args.language}"
@@ -343,11 +360,13 @@ def load_training_pairs(
 def load_evaluation_pairs(
     args: RunArguments, splits: Splits, name: str, languages: list[str], processor: ProcessorMixin
 ) -> dict[str, PairDataset]:
-    """Load the pairs of an evaluation split. Every row must be usable, because skipping rows would change the results.
+    """Load the images and captions of a validation or test split, in one or several languages.
+
+    Every row must be usable, because skipping rows would change the results.
 
     Args:
         args: Arguments of the run.
-        splits: Opened splits, see `_open_and_check_splits`.
+        splits: The opened dataset splits, as a dict `{(dataset, split name): split}`.
         name: Name of the validation or test split.
         languages: Codes of the caption languages.
         processor: Processor of the model.
@@ -408,11 +427,14 @@ def _bad_row_error(split: Split, row: int, reason: str, detail: str) -> ValueErr
 
 
 def read_cached_step_image_embeds(training: list[PairDataset], plan: StepPlan) -> Tensor:
-    """Read the image embeddings of a step from the column `vectors` of the training datasets.
+    """Read the image embeddings that one training step needs.
+
+    They were computed before training, because the image encoder is frozen.
 
     Args:
-        training: Training datasets, whose tables have the column `vectors`.
-        plan: Plan of the step.
+        training: Training datasets, whose tables have the embeddings in the column `vectors`.
+        plan: Plan of the step, which says for each pair its dataset, its row and the view (augmented copy) of its
+            image.
 
     Returns:
         Embeddings in the order of the plan, (pairs, width), float32.
@@ -465,7 +487,7 @@ def prefetch_pixels(
 
 
 def resolve_loading_workers(args: RunArguments, accelerator: Accelerator) -> int:
-    """Return the number of worker processes that decode images.
+    """Return how many worker processes should decode images.
 
     It is `args.loading_workers` if this is set. Otherwise, it is 12 on a GPU, but at most the number of CPU cores. On a
     CPU it is 0, which means no worker process, because the model itself needs all cores.
@@ -523,17 +545,19 @@ def _add_stored_embeddings_column(pairs: PairDataset) -> PairDataset:
 def open_image_embedding_store(
     model: PreTrainedModel, pairs: PairDataset, args: RunArguments, precision: str
 ) -> EmbeddingStore:
-    """Open the part of the embedding cache that holds the image embeddings of a dataset.
+    """Open the folder on disk that caches the image embeddings of a dataset.
+
+    Each model, precision and kind of augmentation has its own store, so that embeddings are never mixed up.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
         pairs: Dataset whose images are embedded.
         args: Arguments of the run. `image_embedding_cache` selects the folder of the cache.
-        precision: Mixed precision, as named by Accelerate ("no", "bf16" or "fp16"), or "auto" for the store in which
-            the choice of the precision is recorded.
+        precision: Mixed precision, as named by Accelerate ("no", "bf16" or "fp16"), or "auto". The store "auto" has no
+            embeddings; it records which precision was chosen.
 
     Returns:
-        The store. Its key depends on everything that affects the embeddings, except the image files.
+        The store. The key that identifies it depends on everything that affects the embeddings, except the image files.
     """
     settings = {
         "pixels_version": PIXELS_VERSION,
@@ -576,9 +600,10 @@ def _choose_embedding_precision(
 def embed_images_into_column(
     model: PreTrainedModel, pairs: PairDataset, args: RunArguments, accelerator: Accelerator
 ) -> PairDataset:
-    """Add the column `vectors` with image embeddings to a dataset, and mark rows with unreadable images as unusable.
+    """Add the image embeddings of a dataset to its table, as the column `vectors`.
 
-    The embeddings are read from the cache. If embeddings are missing there, each process computes a share of them.
+    The image encoder is frozen, so every image needs to be embedded only once. Embeddings are read from the cache. If
+    some are missing there, each process computes a share of them.
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
@@ -587,7 +612,8 @@ def embed_images_into_column(
         accelerator: Device, precision and processes of the run.
 
     Returns:
-        A copy of the dataset with the new column. Rows with unusable images have a `reason` and a `detail`.
+        A copy of the dataset with the new column. Rows whose image can't be used now have a `reason` and a `detail`,
+        which mark them as unusable.
     """
     precision = _choose_embedding_precision(model, pairs, args, accelerator)
     store, views = open_image_embedding_store(model, pairs, args, precision), pairs.augmented_views

@@ -21,7 +21,7 @@ from training.trainable import interpolate_weights
 
 @dataclass
 class InterpolateArguments:
-    """Command-line arguments of `training.interpolate`."""
+    """Command-line arguments of `training.interpolate`, which averages the weights of a base and a trained model."""
 
     base: str = flag(..., "Base model: folder or Hub id.", positional=True)
     trained: str = flag(..., "Model that was fine-tuned from the base: folder or Hub id.", positional=True)
@@ -33,14 +33,14 @@ class InterpolateArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: write the interpolated model to a new folder.
+    """Run the command: average the weights of a base and a trained model, and write the result to a new folder.
 
     Args:
         argv: Command-line arguments; the arguments of the program if None.
 
     Raises:
-        ValueError: If the models differ in the names or shapes of their tensors, or if `training.rotate` was applied to
-            the trained model and the file rotation.safetensors is missing from its folder.
+        ValueError: If the models differ in the names or shapes of their tensors. Also if `training.rotate` was applied
+            to the trained model, and the file rotation.safetensors is missing from its folder.
     """
     args = parse_arguments(InterpolateArguments, __doc__, argv)
     check_output_folder_and_clean_leftovers(args.output)

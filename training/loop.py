@@ -1,4 +1,4 @@
-"""Run the training loop.
+"""Run the training loop, from the first step or a checkpoint to the last step.
 
 For each optimizer step, the loop plans the batch, loads its images, computes the gradients and updates the weights. At
 regular intervals, it evaluates the model on the validation split and saves a checkpoint.
@@ -51,7 +51,7 @@ CACHED_PLANS = 16
 
 @dataclass
 class TrainingLoop:
-    """Loop that trains one model, from the first step or the step of a checkpoint to the last step."""
+    """Loop that trains one model, from step 0 or from the step of a checkpoint to the last step."""
 
     args: RunArguments  # arguments of the run
     inputs: TrainingInputs  # pairs with their images, and the validation split
@@ -62,7 +62,7 @@ class TrainingLoop:
     overflows: int = field(default=0, init=False)  # number of consecutive steps whose gradients have overflowed in fp16
 
     def train(self, resume: Path | None = None) -> TrainingState:
-        """Train until `args.max_steps` optimizer steps are complete.
+        """Train the model until `args.max_steps` optimizer steps are complete.
 
         Args:
             resume: Folder of the checkpoint to resume from. None: start at step 0 with the current weights.

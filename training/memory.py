@@ -23,7 +23,7 @@ MALLOC_OPTIONS = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_MMAP_THRESHOLD": (-3, 
 
 
 def measure_graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
-    """Measure how many bytes autograd saves for the backward pass of `run()`.
+    """Measure how many bytes autograd saves in a forward pass to compute the backward pass later.
 
     Args:
         run: Function that runs a forward pass. It is called twice. It must return tensors that keep the autograd graph

@@ -38,7 +38,7 @@ MAX_ROTATION_IMAGES = 2**14
 
 @dataclass
 class RotateArguments:
-    """Command-line arguments of `training.rotate`."""
+    """Command-line arguments of `training.rotate`, which prepares a model for truncated embeddings."""
 
     model: str = flag(..., "Trained model: folder or Hub id.", positional=True)
     dataset: str = flag(..., "Dataset whose images determine the axes, in any format that training accepts.")
@@ -49,10 +49,11 @@ class RotateArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: compute the rotation, and write the rotated model to a new folder.
+    """Run the command: rotate a model's embedding space, and write the rotated model to a new folder.
 
-    The rotation is computed from at most `MAX_ROTATION_IMAGES` evenly spaced images of the dataset. Images that can't
-    be read are skipped.
+    After the rotation, the first dimensions contribute most to the cosines, so truncated embeddings lose little. The
+    rotation is computed from at most `MAX_ROTATION_IMAGES` evenly spaced images of the dataset. Images that can't be
+    read are skipped.
 
     Args:
         argv: Command-line arguments; the arguments of the program if None.
@@ -96,11 +97,11 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def compute_principal_rotation(image_embeds: Tensor) -> Tensor:
-    """Compute the rotation to the principal axes of image embeddings by uncentered PCA.
+    """Compute the rotation that moves most of the length of image embeddings into their first dimensions.
 
-    The axes are the eigenvectors of the matrix of second moments, sorted by eigenvalue in descending order. For
-    any k, the first k axes keep at least as much of the squared length of the embeddings as any other k orthogonal axes
-    (Eckart-Young theorem).
+    The method is uncentered PCA. The new axes are the eigenvectors of the matrix of second moments, sorted by
+    eigenvalue in descending order. For any k, the first k axes keep at least as much of the squared length of the
+    embeddings as any other k orthogonal axes (Eckart-Young theorem).
 
     The mean is not subtracted, because cosines are measured from the origin. The sign of each axis is chosen so that
     its coordinate with the largest absolute value is positive. The same images therefore always give the same matrix.
@@ -126,7 +127,10 @@ def compute_principal_rotation(image_embeds: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rotate_model_(model: PreTrainedModel, rotation: Tensor) -> None:
-    """Rotate the embedding space of a model in place, by multiplying its text and visual projections by the rotation.
+    """Rotate the embedding space of a model in place, so that it returns rotated text and image embeddings.
+
+    The rotation is multiplied into the weights of the text and visual projections. Cosines between embeddings do not
+    change.
 
     Args:
         model: Model with a text and a visual projection, without LoRA adapters.
@@ -147,18 +151,21 @@ def rotate_model_(model: PreTrainedModel, rotation: Tensor) -> None:
 
 
 def save_rotation(rotation: Tensor, folder: Path) -> None:
-    """Write a rotation, (width, width), to the file `rotation.safetensors` in the folder of a model."""
+    """Save the rotation matrix of a model, (width, width), as `rotation.safetensors` in the folder of the model.
+
+    With this file, embeddings that were computed before the rotation can be rotated, too.
+    """
     write_bytes(folder / ROTATION_FILE, save({"rotation": rotation}))
 
 
 def load_rotation(model: str | Path) -> Tensor | None:
-    """Load the rotation that `training.rotate` applied to a model.
+    """Load the matrix by which `training.rotate` has rotated the embedding space of a model.
 
     Args:
         model: Folder or Hub id.
 
     Returns:
-        The rotation, (width, width), or None if the model has not been rotated.
+        The rotation, (width, width), or None if the model has no file `rotation.safetensors`.
 
     Raises:
         ValueError: If the file of the rotation is damaged.

@@ -33,7 +33,9 @@ from training.checkpoints import TrainingState, check_same_run
 
 
 def check_matches_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str]) -> None:
-    """Check that a finished run has the settings and data of the current run.
+    """Check that a finished run was made with the same settings and data as the current run.
+
+    Settings that do not affect the weights may differ.
 
     Args:
         folder: Folder of the finished run.
@@ -42,7 +44,7 @@ def check_matches_finished_run(folder: Path, config: dict[str, Any], data: dict[
             the settings are compared.
 
     Raises:
-        ValueError: If a digest differs, or a setting that affects the weights.
+        ValueError: If a digest differs, or if a setting that affects the weights differs.
     """
     finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
     check_same_run(
@@ -62,9 +64,9 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
         Folder in which the finished run will be.
 
     Raises:
-        ValueError: If the folder is not empty, or if a run to resume is given by a folder that holds finished runs of
-            several seeds. Also if the folder would be overwritten although it contains files that the run reads, or if
-            the new run would replace an unfinished run.
+        ValueError: If the folder is not empty. Also if it would be overwritten although it contains files that the run
+            reads, or if the new run would replace an unfinished run. To resume, the folder must belong to a single run:
+            a folder with finished runs of several seeds is refused.
     """
     if args.output_dir is None:
         name = f"{Path(args.dataset[0]).parent.name or 'capivara'}-{args.language}"
@@ -99,14 +101,14 @@ def choose_and_check_output_dir(args: RunArguments, state: PartialState) -> Path
 def find_free_numbered_folder(parent: Path, name: str) -> Path:
     """Return the first free folder of the sequence `parent/name-001`, `parent/name-002`, and so on.
 
-    A folder is free if it does not exist and there is no unfinished run for it (`parent/name-001.partial`).
+    A folder is free if it does not exist, and if no unfinished run works in the folder `parent/name-001.partial`.
     """
     folders = (parent / f"{name}-{number:03d}" for number in itertools.count(1))
     return next(folder for folder in folders if not folder.exists() and not get_partial_folder_path(folder).exists())
 
 
 def is_run_complete(args: RunArguments, output_dir: Path) -> bool:
-    """Return whether a run to be resumed is already complete.
+    """Return whether a run that should be resumed is already complete, so that there is nothing left to train.
 
     Args:
         args: Arguments of the run. The result is False unless `args.resume` is "auto".
@@ -129,7 +131,7 @@ def _can_resume(folder: Path) -> bool:
 
 @contextmanager
 def handle_signals_temporarily(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
-    """Handle signals with `handler` inside of the `with` block, then restore the previous handlers.
+    """Handle signals, such as SIGTERM, with `handler` inside of the `with` block, then restore the previous handlers.
 
     Does nothing outside of the main thread, because Python can set signal handlers only there.
 
@@ -152,9 +154,10 @@ def handle_signals_temporarily(handler: Callable[[int, Any], None], *numbers: in
 def lock_run_folder_and_exit_on_interrupt(
     output_dir: Path, args: RunArguments, accelerator: Accelerator
 ) -> Iterator[Path]:
-    """Create and lock the folder that a run works in.
+    """Create and lock the folder that a run works in, and end the program with a message if the run is interrupted.
 
-    At the end of the `with` block, the folder is unlocked. It is also deleted if it has nothing to resume from.
+    The lock keeps other processes from training in the same folder. At the end of the `with` block, the folder is
+    unlocked. It is also deleted if it has neither a checkpoint nor a trained model to resume from.
 
     Args:
         output_dir: Folder of the finished run. The run works in the folder `output_dir.partial`.

@@ -27,10 +27,11 @@ _PEFT_INFIX_RE = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.
 
 
 def freeze_parameters_and_add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
-    """Freeze the image encoder and `args.frozen_parameters`, and add LoRA adapters if `args.lora_rank` is above 0.
+    """Decide what is trained: freeze the image encoder and selected parameters, and add LoRA adapters if requested.
 
-    With a sigmoid loss (SigLIP), the logit scale and the logit bias are frozen, too, unless `args.frozen_parameters`
-    contains "none".
+    `args.frozen_parameters` has regular expressions for the names of parameters to freeze. Adapters are added if
+    `args.lora_rank` is above 0. With a sigmoid loss (SigLIP), the logit scale and the logit bias are frozen, too,
+    unless `args.frozen_parameters` contains "none".
 
     Args:
         model: Model with a text encoder and an image encoder. It is changed in place.
@@ -64,7 +65,9 @@ def freeze_parameters_and_add_adapters(model: PreTrainedModel, args: RunArgument
 
 
 def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the hyperparameters that the user cannot set. They are stored under the key `fixed` of run.json.
+    """Return the hyperparameters that the user cannot set, so that the description of a run is complete.
+
+    They are stored under the key `fixed` in the file run.json of the run.
 
     Args:
         model: The model that is trained.
@@ -149,7 +152,7 @@ def _match_names(expression: str, names: list[str], key: str) -> list[str]:
 
 
 def merge_and_optionally_save_adapters(wrapped: nn.Module, folder: Path | None = None) -> PreTrainedModel:
-    """Merge LoRA adapters into the weights of the model.
+    """Merge LoRA adapters into the weights of the model, so that the model can be used without peft.
 
     Args:
         wrapped: peft's wrapper around a model with adapters, or a model without adapters.
@@ -166,7 +169,7 @@ def merge_and_optionally_save_adapters(wrapped: nn.Module, folder: Path | None =
 
 
 def build_optimizer(model: nn.Module, args: RunArguments) -> torch.optim.Optimizer:
-    """Build the optimizer for all trainable parameters.
+    """Build the Adam or AdamW optimizer for all trainable parameters of a model.
 
     Args:
         model: Model whose parameters with `requires_grad` are trained.

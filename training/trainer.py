@@ -24,7 +24,10 @@ REQUIRED_INPUTS = ("input_ids", "attention_mask", "pixel_values")
 class ExactBatchTrainer(Trainer):
     """`transformers.Trainer` for `CapivaraModel` with one contrastive loss per optimizer step, on a single device.
 
-    It takes the same arguments as `Trainer`. A contrastive batch has `per_device_train_batch_size` times
+    `Trainer` computes a separate loss for every micro-batch, so a text is only compared with the few images of its
+    micro-batch. This class compares it with all images of the optimizer step.
+
+    It takes the same arguments as `Trainer`. The batch of a step has `per_device_train_batch_size` times
     `gradient_accumulation_steps` pairs. A micro-batch of `per_device_train_batch_size` pairs goes through the model
     together. The logged loss is the loss of the whole batch. The data collator must return what `CapivaraProcessor`
     returns for texts and images; each micro-batch may be padded to another length. If there is an evaluation, the
@@ -46,8 +49,10 @@ class ExactBatchTrainer(Trainer):
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:
         """Get the micro-batches of an optimizer step as `Trainer` does, and store them for `training_step`.
 
+        `training_step` needs all of them at once, because it computes one loss over the whole batch.
+
         Returns:
-            The result of `Trainer.get_batch_samples`: the micro-batches, and the number of items in them or None.
+            The result of `Trainer.get_batch_samples`, a tuple (micro-batches, number of items in them or None).
         """
         self._step_batches, items = super().get_batch_samples(*args, **kwargs)
         self._micro_step = 0
@@ -59,7 +64,7 @@ class ExactBatchTrainer(Trainer):
         Args:
             model: The model.
             inputs: A micro-batch. It is not used, because `get_batch_samples` has stored all micro-batches of the step.
-            num_items_in_batch: Not used.
+            num_items_in_batch: Not used; `Trainer` passes it.
 
         Returns:
             For the last micro-batch, the loss of the whole batch. For all other micro-batches zero, because `Trainer`

@@ -253,9 +253,9 @@ def select_loss(model: nn.Module) -> LossFunction:
 def compute_contrastive_loss_share(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, local_rows: Tensor
 ) -> Tensor:
-    """Compute this process's share of CLIP's contrastive loss.
+    """Compute the part of CLIP's contrastive loss that one process of a distributed run contributes.
 
-    The sum of the shares of all processes is the loss of the whole batch, as `modeling_capivara.clip_loss` computes it.
+    The sum of the parts of all processes is the loss of the whole batch, as `modeling_capivara.clip_loss` computes it.
     Source: CLIP (arXiv 2103.00020), section 2.3, figure 3.
 
     Args:
@@ -277,9 +277,9 @@ def compute_contrastive_loss_share(
 def compute_sigmoid_loss_share(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, local_rows: Tensor, logit_bias: Tensor
 ) -> Tensor:
-    """Compute this process's share of SigLIP's sigmoid loss.
+    """Compute the part of SigLIP's sigmoid loss that one process of a distributed run contributes.
 
-    The sum of the shares of all processes is the loss of the whole batch. It equals the loss that
+    The sum of the parts of all processes is the loss of the whole batch. It equals the loss that
     `transformers.SiglipModel` computes with `return_loss=True`.
     Source: SigLIP (arXiv 2303.15343), section 3.1, algorithm 1.
 
@@ -349,14 +349,14 @@ def _sum_loss_in_tiles(loss: Callable[..., Tensor], queries: Tensor, items: Tens
 
 @contextmanager
 def look_up_token_embeddings_once(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None]:
-    """Look up the token embeddings of a step once, and use them for all lookups inside of the `with` block.
+    """Look up the token embeddings of a training step only once, so that their gradient needs little memory.
 
-    The embedding table then gets one sparse gradient per step. Without this function, every micro-batch would compute a
-    dense gradient, which takes 768 MB for the 250,002 tokens of XLM-RoBERTa. The backward passes must also run inside
-    of the block.
+    All lookups inside of the `with` block use the result of this one lookup, so the embedding table gets one sparse
+    gradient per step. Without this function, every micro-batch would compute a dense gradient, which takes 768 MB for
+    the 250,002 tokens of XLM-RoBERTa. The backward passes must also run inside of the block.
 
     Args:
-        table: Token embeddings of the text encoder.
+        table: Embedding layer of the text encoder, with one row per token of the vocabulary.
         input_ids: Token ids of all micro-batches. Only these tokens can be looked up inside of the block.
 
     Raises:

@@ -37,7 +37,9 @@ YEAR_LIMIT = 9999  # dates must be before this year, because Python has no date 
 
 @dataclass(frozen=True)
 class Question:
-    """The checked values of a request that the search page sends. Each type of request uses only some of the fields.
+    """The checked values of a request that the search page sends to its server.
+
+    Each type of request uses only some of the fields.
 
     Attributes:
         text: Text of the query.
@@ -92,8 +94,8 @@ class Question:
         """Return the filters of the request as keyword arguments for the search methods of `PictureIndex`.
 
         Returns:
-            Dictionary `{"folder": path, or None for all folders, "since": first day, or None, "until": last day, or
-            None}`.
+            Dictionary `{"folder": only pictures in this folder, "since": only pictures from this day on, "until": only
+            pictures up to this day}`. The value None stands for no filter.
         """
         return {"folder": self.folder or None, "since": self.since, "until": self.until}
 
@@ -101,7 +103,8 @@ class Question:
         """Check the labels and the sentence template of a classification.
 
         Returns:
-            Tuple of the distinct labels and the template. An empty template is replaced by "{}".
+            Tuple (labels, template). The labels are distinct. The template is a sentence with the placeholder {} for
+            the label; an empty template is replaced by "{}".
 
         Raises:
             RequestRefusedError: If there are fewer than `MIN_LABELS` or more than `MAX_LABELS` labels, or the template
@@ -166,10 +169,10 @@ def _is_encodable(text: str) -> bool:
 
 
 class PageAnswers:
-    """Computes the responses to the requests of the page with an index.
+    """Computes the responses to the requests of the search page by searching an index.
 
-    Each public method answers one type of request. Call the methods from any thread, but never two at once:
-    `guard` answers one question at a time.
+    Each public method answers one type of request. Call the methods from any thread, but never two at once: `guard`
+    answers one question at a time.
 
     Args:
         index: Index that is searched.
@@ -185,17 +188,18 @@ class PageAnswers:
         """Find the pictures that are most similar to the query, or the newest pictures if the query is empty.
 
         Args:
-            question: The query. `text` is a sentence, `like` a picture of the index to find similar pictures for, and
-                `more` and `less` are pictures of the index that the hits should or should not resemble. `folder`,
-                `since` and `until` are filters. `k` is the number of hits.
+            question: The query. `text` is a sentence. `like` is a picture of the index to find similar pictures for.
+                The hits should resemble the pictures in `more`, and should not resemble the pictures in `less`.
+                `folder`, `since` and `until` are filters. `k` is the maximum number of hits.
             image: Uploaded picture of the query, or None.
 
         Returns:
             Dictionary with these keys:
 
-            - "hits": list of dictionaries of `_hit_to_dict`, best first. Their scores are None if the query is empty or
-              has only `less`.
-            - "version": version of the index.
+            - "hits": list of pictures, best first. Each picture is a dictionary with the fields of `Hit`, the file name
+              without extension ("name") and the modification time in seconds since 1970 ("v"). The scores are None if
+              the query is empty or has only `less`.
+            - "version": version of the index, a number that grows with each change.
             - "count": number of pictures in the index.
             - "cut": whether the text is too long for the model, so that its end is ignored.
 
@@ -217,15 +221,16 @@ class PageAnswers:
         return self._index_state() | answer | {"cut": len(question.text) > MODEL_TEXT_CHARACTERS}
 
     def copies(self, question: Question, image: object = None) -> dict[str, Any]:
-        """Find the near-duplicates of the picture `question.like`.
+        """Find the near-duplicates of a picture of the index: resized, re-encoded or slightly edited copies.
 
         Args:
-            question: The picture `like`, and the filters `folder`, `since` and `until`.
+            question: `like` is the path of the picture. `folder`, `since` and `until` are filters.
             image: Not used.
 
         Returns:
-            Dictionary `{"hits": list of dictionaries of _hit_to_dict without scores}`. The list has at most
-            `MAX_ANSWER_PICTURES` entries.
+            Dictionary `{"hits": list of near-duplicates}`. Each hit is a dictionary with the fields of `Hit`, the file
+            name without extension ("name") and the modification time in seconds since 1970 ("v"). The scores are None.
+            The list has at most `MAX_ANSWER_PICTURES` entries.
 
         Raises:
             RequestRefusedError: If the picture is not in the index or was not embedded by the model yet.
@@ -235,7 +240,7 @@ class PageAnswers:
         return {"hits": [_hit_to_dict(hit, with_score=False) for hit in hits]}
 
     def folders(self, question: Question, image: object = None) -> dict[str, Any]:
-        """Return all folders of the index with their numbers of pictures.
+        """Return all folders and subfolders of the index, each with its number of pictures.
 
         Args:
             question: Not used.
@@ -250,7 +255,8 @@ class PageAnswers:
         """Find the label that describes an uploaded picture best.
 
         Args:
-            question: `labels` and `template`.
+            question: `labels` are the labels to choose from. `template` is a sentence with the placeholder {} for the
+                label.
             image: Uploaded picture.
 
         Returns:

@@ -69,7 +69,7 @@ class DecoderProcess:
         return PIL.Image.frombytes("RGB", header["size"], pixels)
 
     def close(self) -> None:
-        """Kill the child process."""
+        """Kill the child process that decodes pictures."""
         self._process.kill()
         self._process.stdout.close()
         with suppress(OSError):  # closing writes what is left in the buffer, but nobody reads it any more
@@ -113,7 +113,7 @@ def _receive_message(file: BinaryIO) -> bytes:
 
 
 def main(seconds: float) -> None:
-    """Decode pictures until the parent process closes the pipe. The child process runs this function.
+    """Run the child process of `DecoderProcess`: decode pictures until the parent process closes the pipe.
 
     Args:
         seconds: Time limit for each picture, in seconds. The process ends if a picture takes longer.

@@ -82,7 +82,7 @@ class RequestRefusedError(ValueError):
 class RequestGuard:
     """ASGI middleware that validates the Host and Origin headers and adds security headers to every response.
 
-    A request with an unknown Host header is refused to prevent DNS rebinding: without this check, another website could
+    A request with an unknown Host header is refused to prevent DNS rebinding. Without this check, another website could
     let its own name resolve to this machine and then read the pictures. The header `X-Forwarded-Host` is trusted only
     if `behind_proxy` is True and the value of the header is in `hosts`.
 
@@ -90,8 +90,8 @@ class RequestGuard:
         app: ASGI application that answers the valid requests.
         hosts: Allowed host names and addresses. "*" allows all of them.
         behind_proxy: Whether a proxy possibly forwards the requests, as on a Hugging Face Space. The server sets it if
-            other machines can reach the page. If True, the host in `X-Forwarded-Host` is accepted as the origin of a
-            request if it is in `hosts`, and the website huggingface.co is allowed to show the page in a frame.
+            other machines can reach the page. If True, a host in `X-Forwarded-Host` that is in `hosts` is accepted as
+            the origin of a request. The website huggingface.co is then also allowed to show the page in a frame.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], behind_proxy: bool):
@@ -202,7 +202,7 @@ async def _acquire_slot(slots: asyncio.Semaphore, seconds: float) -> AsyncIterat
 
 @asynccontextmanager
 async def receive_request_body_within_limits(request: Request, slots: asyncio.Semaphore) -> AsyncIterator[bytearray]:
-    """Receive the body of a POST request, as an async context manager.
+    """Receive the body of a POST request within limits of size and time, as an async context manager.
 
     To limit the memory, a body above `MAX_QUESTION_BYTES` waits for a slot of `slots`, and occupies it until the `async
     with` block ends.
@@ -215,8 +215,8 @@ async def receive_request_body_within_limits(request: Request, slots: asyncio.Se
         The body.
 
     Raises:
-        RequestRefusedError: If the request does not state the length of the body, if the body is too large or is
-            received too slowly, or if no slot becomes free in time.
+        RequestRefusedError: If the request does not state the length of the body. If the body is too large or is
+            received too slowly. If no slot becomes free in time.
     """
     length = request.headers.get("content-length", "")  # bytes of the body; uvicorn never reads more
     if "transfer-encoding" in request.headers or not length.isdecimal():
@@ -392,10 +392,10 @@ class QuestionQueue:
             The return value of `question`.
 
         Raises:
-            RequestRefusedError: With the code "busy" if `MAX_QUEUED_QUESTIONS` questions are in the queue, if
-                `MAX_ABANDONED_THREADS` threads still work on earlier questions that exceeded their time limit, or if
-                the question waits longer than `QUEUE_TIMEOUT_S` seconds in the queue. With the code "too_slow" if the
-                answer takes longer than the time limit.
+            RequestRefusedError: With the code "too_slow" if the answer takes longer than the time limit. With the code
+                "busy" if `MAX_QUEUED_QUESTIONS` questions are in the queue, or if this question waits longer than
+                `QUEUE_TIMEOUT_S` seconds in the queue. Also with the code "busy" if `MAX_ABANDONED_THREADS` threads
+                still work on earlier questions that exceeded their time limit.
         """
         if self._abandoned_count >= MAX_ABANDONED_THREADS or self._queued_count >= MAX_QUEUED_QUESTIONS:
             raise RequestRefusedError("busy", 503)

@@ -166,7 +166,7 @@ def create_page_server(
         allow_hosts: Host names that are accepted in requests, in addition to the default names of `list_allowed_hosts`.
 
     Returns:
-        Tuple of the server, the listening socket that must be passed to `server.run`, and the URL of the page.
+        Tuple (server, socket, URL of the page). The socket is bound to the port and must be passed to `server.run`.
 
     Raises:
         OSError: If the port is taken or the host does not exist.
@@ -216,7 +216,9 @@ class PageSite:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Start to load the model when the server starts, and end the decoder process when the server ends.
+        """Load the model in the background when the server starts, and end the decoder process when the server ends.
+
+        The decoder process is a child process that decodes pictures.
 
         Args:
             app: The application. It is not used, but Starlette passes it.
@@ -238,7 +240,10 @@ class PageSite:
         self._decoder.close()
 
     def routes(self) -> list[Route]:
-        """Return all routes of the page. A request to any other path gets the status 404."""
+        """Return all routes of the page: URL paths, each with the function that answers its requests.
+
+        A request to any other path gets the status 404.
+        """
         questions = {name: getattr(self.answers, name) for name in ("search", "classify", "copies", "folders")}
         questions["status"] = lambda question, _: self.answers.status(question) | {"local": self.is_local}
         return [
@@ -302,7 +307,7 @@ class PageSite:
         return _cached_response(await run_in_threadpool(self._load_thumbnail, _path_parameter(request)), "image/webp")
 
     async def picture(self, request: Request) -> Response:
-        """Return a large view of the picture whose path is the URL parameter `path`.
+        """Return a large version of the picture whose path is the URL parameter `path`.
 
         If the original file is missing or can't be shown, the thumbnail is returned instead.
         """
@@ -442,7 +447,7 @@ def _render_page(language: str, is_local: bool, credit: Credit | None) -> str:
 
 
 def load_page_messages(language: str, is_static: bool = False) -> dict[str, Any]:
-    """Load the texts of the page in one language.
+    """Load the texts that the search page shows, in one language.
 
     Args:
         language: "pt" or "en".
@@ -460,14 +465,14 @@ def load_page_messages(language: str, is_static: bool = False) -> dict[str, Any]
 
 
 def render_page_template(messages: dict[str, Any], is_static: bool = False, **values: object) -> str:
-    """Render the HTML of the page.
+    """Render the HTML of the search page.
 
     Args:
         messages: Texts of the page (`load_page_messages`).
         is_static: Whether to render the page that works without a server.
-        **values: Further variables of the template `page.html`: `here` and `there` (URLs of the page in this language
-            and in the other language), `privacy` (sentence about privacy), `credit` (`Credit` or None), and `model`
-            (only for the page without a server).
+        **values: Further variables of the template `page.html`. `here` and `there` are the URLs of the page in this
+            language and in the other language. `privacy` is a sentence about privacy. `credit` is a `Credit` or None.
+            `model` is needed only for the page without a server.
 
     Returns:
         HTML of the whole page.

@@ -1,4 +1,4 @@
-"""The backends of `captions.generate`: each is a module with a class that implements `base.Captioner`."""
+"""Backends that generate captions of images. Each is a module with a class that implements `base.Captioner`."""
 
 from captions.captioners.base import Captioner
 from captions.captioners.blip2 import Blip2Captioner

@@ -1,4 +1,4 @@
-"""Define the interface of the backends that generate captions."""
+"""Define the interface of the backends that generate captions, such as BLIP-2 or a model on a server."""
 
 from typing import Any, ClassVar, Protocol, Self
 
@@ -7,11 +7,11 @@ from captions.stages import RowStage
 
 
 class Captioner(Protocol):
-    """Interface of the backends of `captions.generate`. A backend is a subclass in a module of its own.
+    """Interface of the backends of `captions.generate`, which generate captions of images.
 
-    The methods of the class are called in this order: `check_flags`, `check`, `load`, then `start_part` and
-    `caption_rows` for each part (parquet file) of the output. A subclass must implement `columns`, `load` and
-    `caption_rows`; all other methods have a default implementation.
+    A backend is a subclass in a module of its own. The methods are called in this order: `check_flags`, `check` and
+    `load`, then `start_part` and `caption_rows` for each part. A part is one parquet file of the output. A subclass
+    must implement `columns`, `load` and `caption_rows`. All other methods have a default implementation.
 
     Attributes:
         flags: Dataclass with the flags of the backend, which become flags of `captions.generate`.
@@ -41,25 +41,31 @@ class Captioner(Protocol):
 
     @classmethod
     def describe_work(cls, args: Any, stage: RowStage) -> list[str]:
-        """Estimate the requests and tokens that captioning will send to a server, as lines of text for `--dry_run`.
+        """Estimate how many requests and tokens captioning will send to a server. A dry run prints this estimate.
 
         Args:
             args: Flags of `captions.generate`.
             stage: Access to the rows to caption.
 
         Returns:
-            Lines to print. The list is empty if the backend uses no server.
+            Lines of text to print. The list is empty if the backend uses no server.
         """
         return []
 
     @classmethod
     def columns(cls, args: Any) -> dict[str, Any]:
-        """Return the new columns as a dict `{"column name": feature}`; a feature is a column type of `datasets`."""
+        """Return the columns that the backend adds to the dataset, as a dict `{"column name": feature}`.
+
+        A feature is a column type of `datasets`.
+
+        Args:
+            args: Flags of `captions.generate`.
+        """
         ...
 
     @classmethod
     def load(cls, args: Any, stage: RowStage) -> Self:
-        """Load the captioner.
+        """Load the captioner, for example its model, or connect to its server.
 
         Args:
             args: Flags of `captions.generate` (`GenerateArguments`).
@@ -75,23 +81,31 @@ class Captioner(Protocol):
 
     @classmethod
     def report(cls, args: Any) -> None:
-        """Write `quality.json`, a summary of the problems of the captions, after all rows have been written."""
+        """Write the file `quality.json`, a summary of the problems of the captions.
+
+        The method is called after all rows have been written, and only if `has_report` is True.
+
+        Args:
+            args: Flags of `captions.generate`.
+        """
 
     def start_part(self, part: range) -> None:
-        """Prepare for the rows of the next part (parquet file of the output). All earlier parts have been written.
+        """Prepare for the rows of the next part, that is, one parquet file of the output.
+
+        All earlier parts have been written when this method is called.
 
         Args:
             part: Range of the row numbers in the part.
         """
 
     def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
-        """Generate the captions of rows.
+        """Generate captions of the images in dataset rows.
 
         Args:
             rows: Rows with a decoded image under the key `captions.stages.DECODED_KEY`.
 
         Returns:
-            For each row, a dict `{"column name": value}` with the new columns, or a `BadRow` with the reason why the
-            row must be skipped.
+            One element per row: a dict `{"column name": value}` with the new columns, or a `BadRow` with the reason why
+            the row must be skipped.
         """
         ...

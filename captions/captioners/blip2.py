@@ -46,7 +46,7 @@ PREFIXES_FILE = Path(__file__).parent.parent / "prefixes.json"
 
 @dataclass(kw_only=True)
 class Blip2Flags:
-    """Flags of `--captioner blip2`."""
+    """Flags of the backend that generates captions with BLIP-2 on this machine (`--captioner blip2`)."""
 
     max_new_tokens: int = flag(50, "Largest number of new tokens per caption (blip2).")
     micro_batch_size: int = flag(
@@ -62,18 +62,18 @@ class Blip2Flags:
 
 @dataclass
 class PrefixCaptioner:
-    """A BLIP-2 model that encodes each image only once, although it generates one caption per prefix.
+    """A BLIP-2 model that completes several prefixes, such as "a photo of", to captions of the same image.
 
-    Vision encoder and Q-Former run once per image. The language model then reads the query tokens of the image, and the
-    keys and values of these tokens are cached. The language model is causal, so the keys and values do not depend on
-    the prefix that follows, and all prefixes share the cache. The generated tokens are the same as with a separate call
-    of `generate` for each prefix.
+    Each image is encoded only once, which saves time. The vision encoder and the Q-Former compute the query tokens of
+    the image. The language model reads these tokens, and their keys and values are cached. Because the language model
+    is causal, the keys and values do not depend on the prefix that follows. All prefixes can therefore share the cache.
+    The generated tokens are the same as with a separate call of `generate` for each prefix.
 
     Attributes:
         model: BLIP-2 with a decoder-only language model, in evaluation mode.
         image_processor: Image processor of the model.
         tokenizer: Tokenizer of the language model.
-        max_new_tokens: Largest number of tokens after a prefix.
+        max_new_tokens: Largest number of tokens that are generated after a prefix.
         micro_batch_size: Number of captions that are generated at the same time.
     """
 
@@ -94,14 +94,15 @@ class PrefixCaptioner:
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     def generate_captions(self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str]) -> list[list[str] | BadRow]:
-        """Generate one caption per prefix for each image.
+        """Generate captions of images: for each image, one caption per prefix.
 
         Args:
             images: RGB images.
             prefixes: Beginnings of the captions, for example "a photo of".
 
         Returns:
-            For each image, a list with one caption per prefix, or a BadRow if a score of the language model was NaN.
+            One element per image: a list with one caption per prefix. The element is instead a `BadRow`, which tells
+            why the image must be skipped, if a score of the language model was NaN.
         """
         return [
             self._decode_texts(tokens, prefixes)
@@ -119,15 +120,15 @@ class PrefixCaptioner:
 
     @torch.inference_mode()
     def generate_tokens(self, pixel_values: Tensor, prefixes: Sequence[str]) -> list[list[Tensor | None]]:
-        """Generate the continuation of each prefix for each image, by greedy decoding.
+        """Continue each prefix for each image, by greedy decoding.
 
         Args:
             pixel_values: Preprocessed images (images, 3, height, width).
             prefixes: Beginnings of the captions.
 
         Returns:
-            A list with one list per image, which holds one element per prefix: the token ids (steps,) of the
-            continuation, with end token and padding, or None if a score of the language model was NaN.
+            One list per image, with one element per prefix. An element holds the token ids (steps,) of the
+            continuation, with end token and padding. It is None if a score of the language model was NaN.
         """
         encoded, prompts = self.encode_images(pixel_values), self.tokenizer(list(prefixes))["input_ids"]
         continuations: list[Tensor | None] = []
@@ -150,13 +151,14 @@ class PrefixCaptioner:
         return [continuations[first : first + count] for first in range(0, len(continuations), count)]
 
     def encode_images(self, pixel_values: Tensor) -> DynamicCache:
-        """Encode images for the language model.
+        """Compute the keys and values with which the language model attends to the images.
 
         Args:
             pixel_values: Preprocessed images (images, 3, height, width).
 
         Returns:
-            A cache with the keys and values of the language model for the query tokens of all images.
+            A cache of the language model with the keys and values for the query tokens of all images. The query tokens
+            are the outputs of the Q-Former for an image.
         """
         # Query tokens of the images: (images, queries, width of the language model).
         blocks = self.model.get_image_features(pixel_values=pixel_values).pooler_output
@@ -167,16 +169,16 @@ class PrefixCaptioner:
     def continue_prompts(
         self, encoded: DynamicCache, images: Tensor, prompts: list[list[int]], **options: Any
     ) -> Tensor:
-        """Generate the continuation of each prompt.
+        """Generate the text that follows each prompt, given an image that has been encoded before.
 
         Args:
-            encoded: Cache with keys and values of all images, from `encode_images`.
+            encoded: Cache with the keys and values of all images, from `encode_images`.
             images: For each prompt, the index of its image in `encoded` (prompts,).
             prompts: Token ids of each prompt.
-            **options: Keyword arguments of `generate`.
+            **options: Keyword arguments of the method `generate` of transformers.
 
         Returns:
-            Token ids of the continuations (prompts, new tokens).
+            Token ids of the continuations (prompts, new tokens), without the prompts.
         """
         cache = copy.deepcopy(encoded)
         cache.batch_select_indices(images)
@@ -193,13 +195,14 @@ class PrefixCaptioner:
         )
 
     def pad_prompts(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Pad prompts on the left to the same length.
+        """Pad prompts on the left to the same length, so that they form a batch.
 
         Args:
             prompts: Token ids of each prompt.
 
         Returns:
-            Token ids and attention mask, both of shape (prompts, tokens).
+            A tuple (token ids, attention mask). Both tensors have the shape (prompts, tokens). The mask is 0 at
+            padding.
         """
         rows = [torch.tensor(prompt, device=self.device) for prompt in prompts]
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
@@ -224,10 +227,16 @@ class PrefixCaptioner:
 
 
 def load_captioner(args: Any) -> PrefixCaptioner:
-    """Load the BLIP-2 model that the flags of `captions.generate` name.
+    """Load the BLIP-2 model that generates captions.
 
-    Raises ValueError or OSError if the model does not exist, or is not a BLIP-2 model with a decoder-only language
-    model.
+    Args:
+        args: Flags of `captions.generate`. The flags `model` and `revision` choose the model.
+
+    Returns:
+        The model, ready to generate captions.
+
+    Raises:
+        ValueError, OSError: If the model does not exist, or is not a BLIP-2 model with a decoder-only language model.
     """
     check_hub_model_reachable(args.model, revision=args.revision)
     config = load_transformers_config(args.model, revision=args.revision)
@@ -248,9 +257,10 @@ def load_captioner(args: Any) -> PrefixCaptioner:
 
 
 def read_caption_prefixes(path: Path) -> list[str]:
-    """Read the beginnings of captions from a JSON file with the content `{"prefixes": [texts]}`.
+    """Read the beginnings of captions, such as "a photo of", from a JSON file.
 
-    Raises ValueError if the file has no prefixes, or a prefix is blank or repeated.
+    The content of the file must be `{"prefixes": [texts]}`. Raises ValueError if the file has no prefixes, or if a
+    prefix is blank or repeated.
     """
     values = read_json(path, prefixes=list)["prefixes"]
     prefixes = [prefix.strip() for prefix in values if isinstance(prefix, str)]
@@ -263,15 +273,16 @@ def read_caption_prefixes(path: Path) -> list[str]:
 def caption_rows(
     captioner: PrefixCaptioner, prefixes: list[str], rows: list[dict[str, Any]]
 ) -> list[dict[str, Any] | BadRow]:
-    """Generate the captions of the images of rows.
+    """Generate captions of the images in dataset rows.
 
     Args:
         captioner: The BLIP-2 model.
-        prefixes: Beginnings of the captions.
+        prefixes: Beginnings of the captions, for example "a photo of".
         rows: Rows with a decoded image under the key `DECODED_KEY`.
 
     Returns:
-        For each row, a dict `{"generated-captions-en": captions}`, or a BadRow if no captions could be generated.
+        One element per row: a dict `{"generated-captions-en": captions}`, or a `BadRow` if the scores of the model were
+        NaN, so that the row must be skipped.
 
     Raises:
         ValueError: If the memory of the GPU or CPU is insufficient.
@@ -290,7 +301,7 @@ def caption_rows(
 
 
 class Blip2Captioner(Captioner):
-    """Captioner that uses BLIP-2: it completes prefixes, such as "a photo of", to captions.
+    """Captioner that generates English captions with BLIP-2: the model completes prefixes, such as "a photo of".
 
     Args:
         args: Flags of `captions.generate`.
@@ -313,7 +324,10 @@ class Blip2Captioner(Captioner):
 
     @classmethod
     def check_flags(cls, args: Any) -> None:
-        """Raise ValueError if captions in another language than English are requested."""
+        """Check the flags: BLIP-2 writes only English captions.
+
+        Raises ValueError if captions in another language are requested.
+        """
         if args.caption_language != "en":
             raise ValueError(
                 f"caption_language must be en with --captioner blip2, got {args.caption_language!r}. Use --captioner "
@@ -322,19 +336,33 @@ class Blip2Captioner(Captioner):
 
     @classmethod
     def columns(cls, args: Any) -> dict[str, Any]:
-        """Return the new column as a dict `{"column name": feature}`; a feature is a column type of `datasets`."""
+        """Return the column that this backend adds to the dataset, as a dict `{"column name": feature}`.
+
+        A feature is a column type of `datasets`.
+        """
         return {OUTPUT_COLUMN: CAPTIONS_FEATURE}
 
     @classmethod
     def load(cls, args: Any, stage: RowStage) -> Self:
-        """Load the model.
+        """Load the BLIP-2 model.
 
         Args:
             args: Flags of `captions.generate`.
             stage: Access to the rows to caption; not used.
+
+        Returns:
+            The captioner, ready to caption rows.
         """
         return cls(args)
 
     def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
-        """Return `{"generated-captions-en": captions}` for each row, or a BadRow if no captions could be generated."""
+        """Generate captions of the images in dataset rows.
+
+        Args:
+            rows: Rows with a decoded image under the key `captions.stages.DECODED_KEY`.
+
+        Returns:
+            One element per row: a dict `{"generated-captions-en": captions}`, or a `BadRow` if the scores of the model
+            were NaN, so that the row must be skipped.
+        """
         return caption_rows(self._model, self._prefixes, rows)

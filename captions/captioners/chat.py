@@ -1,9 +1,11 @@
 """Generate captions with a vision-language model on a server that speaks OpenAI's protocol (`--captioner chat`).
 
 Each request contains a prompt and an image, which is scaled down to `--image_side` pixels. Captions are written in the
-language `--caption_language`. Until a parquet file of the output is complete, the answers for its rows are stored in a
-file next to it, the journal, so that a killed run loses only the requests in flight. Unusable captions are not written
-to the caption column, but listed in the column `generated-quality-<language>`.
+language `--caption_language`. Unusable captions are not written to the caption column, but listed in the column
+`generated-quality-<language>`.
+
+Each answer is stored at once in a journal, a temporary file next to the parquet file that will hold it. A killed run
+therefore loses only the requests that are not answered yet.
 """
 
 import base64
@@ -60,7 +62,7 @@ QUALITY_FEATURES |= {name: Value("int32") for name in USAGE_FIELDS}
 
 @dataclass(kw_only=True)
 class ChatCaptionerFlags(ChatFlags):
-    """Flags of `--captioner chat`."""
+    """Flags of the backend that generates captions with a model on a server (`--captioner chat`)."""
 
     image_side: int = flag(
         448, "Longest side of the images that are sent, in pixels. Smaller images are not enlarged.", group=CHAT
@@ -69,15 +71,16 @@ class ChatCaptionerFlags(ChatFlags):
 
 
 class ChatCaptioner(Captioner):
-    """Captioner that asks a vision-language model on a server.
+    """Captioner that sends images to a vision-language model on a server, and receives captions.
 
     Args:
         args: Flags of `captions.generate`.
-        stage: Access to the rows to caption. With None, the server is only checked: failed requests are repeated less
-            often, and a warning is logged if the server does not list the model.
+        stage: Access to the rows to caption. With None, the captioner only checks the server. Failed requests are then
+            repeated less often, and a warning is logged if the server does not list the model.
 
     Raises:
-        ValueError: If a flag or the file of prompts is invalid, or the server refuses requests with images.
+        ValueError: If a flag or the file of prompts is invalid, the server refuses the request, or the model does not
+            see images.
         ConnectionError: If the server cannot be reached.
     """
 
@@ -111,7 +114,7 @@ class ChatCaptioner(Captioner):
 
     @classmethod
     def check_flags(cls, args: Any) -> None:
-        """Check the flags and the file of prompts, without network access.
+        """Check the flags and the file of prompts for the model, without network access.
 
         Raises ValueError if a flag or the file is invalid, and ImportError if a package is missing.
         """
@@ -125,9 +128,10 @@ class ChatCaptioner(Captioner):
 
     @classmethod
     def check(cls, args: Any) -> None:
-        """Check that the server can be used, by requesting a single token about a test image.
+        """Check that the server can be used: send it a test image, and request an answer of a single token.
 
-        Raises ValueError or OSError if the server cannot be used.
+        The check is skipped if each cluster node has its own server, which this machine cannot reach. Raises ValueError
+        or OSError if the server cannot be used.
         """
         if is_server_beside_tasks(args):
             logger.info("Not checked now: %s. Each cluster node has its own server.", ", ".join(args.base_url))
@@ -136,11 +140,14 @@ class ChatCaptioner(Captioner):
 
     @classmethod
     def describe_work(cls, args: Any, stage: RowStage) -> list[str]:
-        """Return a line of text for `--dry_run`, with the numbers of images, requests and estimated tokens.
+        """Estimate the work that captioning will send to the server. A dry run prints this estimate.
 
         Args:
             args: Flags of `captions.generate`.
-            stage: Access to the rows to caption.
+            stage: Access to the rows to caption. Rows that are captioned already are not counted.
+
+        Returns:
+            A list with one line of text: the numbers of images and requests, and the estimated number of tokens.
         """
         prompts = CaptionPrompts(args.prompts, args.caption_language)
         images = sum(len(part) for part in stage.parts if not stage.path(part).is_file())
@@ -152,28 +159,34 @@ class ChatCaptioner(Captioner):
 
     @classmethod
     def columns(cls, args: Any) -> dict[str, Any]:
-        """Return the two new columns, captions and quality, as a dict `{"column name": feature}`.
+        """Return the two columns that this backend adds to the dataset, as a dict `{"column name": feature}`.
 
-        A feature is a column type of `datasets`.
+        The columns hold the captions and a list of unusable answers. A feature is a column type of `datasets`.
         """
         language = args.caption_language
         return {f"generated-captions-{language}": CAPTIONS_FEATURE, f"generated-quality-{language}": QUALITY_FEATURES}
 
     @classmethod
     def load(cls, args: Any, stage: RowStage) -> Self:
-        """Connect to the server.
+        """Connect to the server, and check that its model sees images.
 
         Args:
             args: Flags of `captions.generate`.
             stage: Access to the rows to caption.
+
+        Returns:
+            The captioner, ready to caption rows.
         """
         return cls(args, stage)
 
     def start_part(self, part: range) -> None:
-        """Load the answers that an interrupted run received for this part, so that they are not requested again.
+        """Prepare for the rows of the next output file, and load answers that an interrupted run has received for them.
 
-        A part is a parquet file of the output. Its answers are in a file next to it, the journal. The journal of the
-        previous part is deleted, because that part is complete.
+        These answers are in a file next to the output file, the journal. They are not requested again. The journal of
+        the previous output file is deleted, because that output file is complete.
+
+        Args:
+            part: Range of the row numbers in the output file.
         """
         if self._journal is not None:
             self._journal.remove()
@@ -184,14 +197,15 @@ class ChatCaptioner(Captioner):
         self._journal = Journal(path)
 
     def caption_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
-        """Generate the captions of rows.
+        """Request captions of the images in dataset rows from the server.
 
         Args:
-            rows: Rows with a decoded image.
+            rows: Rows with a decoded image under the key `captions.stages.DECODED_KEY`.
 
         Returns:
-            For each row, a dict `{"column name": value}` with the new columns. A BadRow if all generated captions are
-            unusable and the row has no other captions.
+            One element per row: a dict `{"column name": value}` with the new columns. The element is instead a
+            `BadRow`, so that the row is skipped, if all generated captions are unusable and the row has no other
+            captions.
         """
         urls = [convert_image_to_jpeg_data_url(row[DECODED_KEY], self._args.image_side) for row in rows]
         count = len(self._prompts.prompts)
@@ -249,7 +263,11 @@ class ChatCaptioner(Captioner):
     def report(cls, args: Any) -> None:
         """Write `quality.json`, with the numbers of unusable answers and of tokens, and delete the remaining journals.
 
-        Skipped rows are listed in *.skipped.jsonl files. Their answers are not counted.
+        A journal is a file with the answers for an unfinished output file. The answers for skipped rows are not counted
+        in `quality.json`; *.skipped.jsonl files list these rows.
+
+        Args:
+            args: Flags of `captions.generate`.
         """
         (_, column), counts, usage = cls.columns(args), Counter(), Counter(dict.fromkeys(USAGE_FIELDS, 0))
         report = {"language": args.caption_language, "rows": 0, "captions": 0, "flagged": 0}
@@ -268,11 +286,11 @@ class ChatCaptioner(Captioner):
 
 
 def convert_image_to_jpeg_data_url(image: PIL.Image.Image, side: int) -> str:
-    """Return an image as a JPEG data URL, on a white background.
+    """Convert an image to a JPEG data URL, the form in which a chat request contains an image.
 
     Args:
-        image: The image, in any mode.
-        side: Longest side in pixels. A smaller image keeps its size.
+        image: The image, in any mode. Transparent pixels become white.
+        side: Longest side of the JPEG in pixels. A smaller image keeps its size.
     """
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)

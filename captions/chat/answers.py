@@ -58,11 +58,11 @@ USAGE_FIELDS = ("retried", "prompt_tokens", "completion_tokens")  # fields of `A
 
 @dataclass(frozen=True)
 class Answer:
-    """One caption or translation that a model has written, with its fault and its cost.
+    """One caption or translation that a language model has written, with its problem and its cost.
 
     Attributes:
-        text: The cleaned text. If `fault` is set, it may be empty or unusable.
-        fault: What is wrong with the answer, for example "refused" or "truncated"; None if no problem was found.
+        text: The text after cleaning. If `fault` is set, the text may be empty or unusable.
+        fault: What is wrong with the answer, for example "refused" or "truncated". None if no problem was found.
         prompt_tokens: Number of tokens that the model has read.
         completion_tokens: Number of tokens that the model has written.
         retried: Whether the request was sent twice, because the first answer was unusable.
@@ -75,9 +75,13 @@ class Answer:
     retried: bool = False
 
     def with_cost_of(self, other: "Answer") -> "Answer":
-        """Return a copy of this answer that includes the tokens and the retry of another answer.
+        """Return a copy of this answer whose cost includes the tokens of another answer.
 
-        For example, the cost of a first, unusable answer is added to the second answer that replaces it.
+        If the first answer to a request is unusable, a second one is requested. Both have a cost, but only one is kept.
+        The flag `retried` of the other answer is taken over as well.
+
+        Args:
+            other: The answer that is not kept.
         """
         return replace(
             self,
@@ -88,7 +92,10 @@ class Answer:
 
 
 def clean_answer(text: str, source: str = "") -> str:
-    """Return only the caption or translation in an answer, without reasoning, introductions, notes and quotes.
+    """Return only the caption or translation from an answer of a language model.
+
+    Everything else is removed: reasoning, introductions such as "Here is the translation:", notes, and quotes around
+    the text.
 
     Args:
         text: Content of the answer.
@@ -130,11 +137,11 @@ def _remove_surrounding_quotes(text: str) -> str:
 def detect_refusal_or_truncation(
     text: str, finish_reason: str | None, refusal: str | None, source: str = ""
 ) -> str | None:
-    """Return "refused" or "truncated" if an answer is no caption or translation, otherwise None.
+    """Detect that an answer of a language model is no caption or translation, but a refusal or an unfinished text.
 
     Args:
-        text: The cleaned answer.
-        finish_reason: Why the model stopped, as the server states it.
+        text: The answer after cleaning.
+        finish_reason: Why the model stopped, as the server states it, for example "stop" or "length".
         refusal: Explanation of a refusal, if the server states one.
         source: Sentence that was translated. If it looks like a refusal itself ("I can't …"), its translation may look
             like a refusal, too.
@@ -151,15 +158,15 @@ def detect_refusal_or_truncation(
 
 
 def extract_numbered_lines(text: str, count: int) -> list[str] | None:
-    """Return the texts of the numbered lines of an answer, without the numbers.
+    """Read the texts from an answer that consists of numbered lines, such as "1. um gato".
 
     Args:
         text: Content of the answer.
         count: Number of lines that were requested.
 
     Returns:
-        The texts in the order of their numbers. None if a number from 1 to `count` is missing or repeated, or if there
-        are other numbers.
+        The texts without their numbers, in the order of the numbers. None if a number from 1 to `count` is missing or
+        repeated, or if there are other numbers.
     """
     matches = [
         match for line in _remove_reasoning_and_special_tokens(text).splitlines() if (match := LINE_RE.match(line))
@@ -170,14 +177,15 @@ def extract_numbered_lines(text: str, count: int) -> list[str] | None:
 
 
 def extract_value_from_json_answer(text: str, name: str) -> object:
-    """Return the value of a key in an answer that is a JSON object.
+    """Read one value from an answer of a language model that should be a JSON object.
 
     Args:
-        text: Content of the answer.
-        name: The key.
+        text: Content of the answer. Reasoning and code fences around the JSON object are ignored.
+        name: Key of the value.
 
     Returns:
-        The value. None if the answer is not a JSON object with this key; servers may ignore the requested JSON schema.
+        The value. None if the answer is not a JSON object with this key, because servers may ignore the requested JSON
+        schema.
     """
     text = _remove_reasoning_and_special_tokens(text).strip()
     fence = FENCE_RE.search(text)
@@ -189,11 +197,14 @@ def extract_value_from_json_answer(text: str, name: str) -> object:
 
 
 def build_response_format_for_json_answer(name: str, count: int | None = None) -> dict[str, object]:
-    """Return a value for the request parameter `response_format` that allows only a JSON object with a single key.
+    """Build the request parameter `response_format` that makes a server answer with a JSON object of a single key.
 
     Args:
         name: The key.
-        count: Number of texts, if the value is a list; None if the value is a single text.
+        count: Number of texts, if the value is a list. None if the value is a single text.
+
+    Returns:
+        The value of the parameter, a dict with a JSON schema.
     """
     value: dict[str, object] = {"type": "string"}
     if count is not None:

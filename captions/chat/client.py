@@ -45,7 +45,7 @@ T, R = TypeVar("T"), TypeVar("R")
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer of a model.
+    """One of the answers that a server returns for a request; OpenAI's protocol calls it a choice.
 
     Attributes:
         text: Content of the answer.
@@ -60,7 +60,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Reply:
-    """Reply of a server to one request.
+    """Everything that a server returns for one request: the answers of the model and the numbers of tokens.
 
     Attributes:
         choices: The answers, at least one. Servers may return fewer than requested.
@@ -76,19 +76,20 @@ class Reply:
 
 
 class ChatClient:
-    """Client of one or several servers that serve the same model.
+    """Client that sends chat requests to one or several servers with OpenAI's protocol.
 
-    Call `connect` before all other methods.
+    All servers must serve the same model. Call `connect` before all other methods.
 
     Args:
         args: Flags of the command: `ChatFlags` and `model`.
-        rank: Number of the task. Tasks begin with different servers.
+        rank: Number of the task, a process that works on a share of the rows. Different tasks send their first request
+            to different servers.
 
     Attributes:
-        model: Name of the model as the servers report it; the flag `model` before `connect`.
+        model: Name of the model as the servers report it. Before `connect` is called, it is the flag `model`.
 
     Raises:
-        ValueError: If the key contains characters that cannot be sent.
+        ValueError: If the API key contains characters that cannot be sent.
     """
 
     def __init__(self, args: Any, rank: int = 0):
@@ -118,12 +119,12 @@ class ChatClient:
         self._start, self.prompt_tokens, self.completion_tokens = time.monotonic(), 0, 0
 
     def connect(self, messages: Sequence[Message], is_check: bool = False) -> int:
-        """Send a request for a single token to each server, which shows whether address, key and model are right.
+        """Check that the address, the key and the model are right: request a single token from each server.
 
         Args:
             messages: Conversation of the request.
-            is_check: Only check the servers: give up after `PROBE_TRIES` attempts, and log a warning if a server does
-                not list the model.
+            is_check: Only check the servers, before the work begins. Failed requests are then repeated less often, up
+                to `PROBE_TRIES` attempts. A warning is logged if a server does not list the model.
 
         Returns:
             Number of tokens that the model of the last server has read; 0 if the server does not state it.
@@ -156,7 +157,9 @@ class ChatClient:
             logger.warning("WARNING: %s does not list the model %s, but: %s", client.base_url, self._args.model, listed)
 
     def map(self, function: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:
-        """Call an asynchronous function with each item, for at most `concurrency` items at the same time.
+        """Call an asynchronous function with each item, and return the results. Several calls run at the same time.
+
+        At most as many calls run at the same time as the flag `concurrency` allows.
 
         Args:
             function: Function that sends requests with this client.
@@ -195,20 +198,21 @@ class ChatClient:
         n: int = 1,
         response_format: dict[str, object] | None = None,
     ) -> list[Answer]:
-        """Request answers, and replace each bad answer by a second one, which is sampled with a higher temperature.
+        """Request `n` answers in a conversation, and request each bad answer a second time.
 
-        Servers may ignore `n` and return a single choice. Requests are therefore sent until there are `n` choices.
+        The second request uses a higher sampling temperature, so that the answer can differ. Some servers ignore `n`
+        and return a single answer. Requests are therefore sent until there are `n` answers.
 
         Args:
             messages: The conversation.
-            judge: Function that checks a choice, and returns a tuple: the cleaned text, and the name of the fault (None
-                if the choice is good).
+            judge: Function that checks an answer. It returns a tuple (cleaned text, fault), where the fault is the name
+                of the problem, or None if the answer is good.
             n: Number of answers.
             response_format: JSON schema of the answer. It is only sent if the flag `response_schema` is set.
 
         Returns:
             `n` answers. If the second answer is bad as well, the first one is returned with its fault. The tokens of a
-            request with several choices are counted in the answer of the first choice.
+            request with several answers are counted in its first answer.
 
         Raises:
             ValueError: If the server refuses the request.
@@ -322,7 +326,10 @@ class ChatClient:
         return Failure(reason, is_temporary=True)
 
     def describe_usage(self) -> str:
-        """Return a text for the progress bar: tokens per second and, with `price_per_million`, the cost so far."""
+        """Return a note for the progress bar: tokens per second, and the cost so far.
+
+        The cost is shown only if the flag `price_per_million` is set.
+        """
         tokens = self.prompt_tokens + self.completion_tokens
         text = f"{tokens / max(time.monotonic() - self._start, 1e-9):,.0f} tokens/s"
         if prices := self._args.price_per_million:
@@ -332,10 +339,13 @@ class ChatClient:
 
 
 def convert_completion_to_reply(completion: Any) -> Reply:
-    """Convert a response of the `openai` client to a `Reply`.
+    """Convert a response of the `openai` client to a `Reply`, and check that it is a chat completion.
 
-    The client does not check responses; if a server sends HTML, for example, it returns a str. Raises TypeError or
-    AttributeError if the response is not a chat completion with at least one choice.
+    The check is needed because the client does not check responses. If a server sends HTML, for example, the client
+    returns a str. Raises TypeError or AttributeError if the response is not a chat completion with at least one answer.
+
+    Args:
+        completion: Return value of the client's method `chat.completions.create`.
     """
     choices = [
         Choice(

@@ -1,4 +1,4 @@
-"""Flags that the chat backends of `captions.generate` and `captions.translate` share."""
+"""Flags for all backends that use a language model on a server, to generate or to translate captions."""
 
 import json
 import logging
@@ -22,7 +22,10 @@ logger = logging.getLogger("capivara")
 
 @dataclass(kw_only=True)
 class ChatFlags:
-    """Flags of the chat backends. Most flags are named like the parameters of the `openai` client that they set."""
+    """Flags for backends that use a language model on a server, to generate or to translate captions.
+
+    Most flags are named like the parameters of the `openai` client that they set.
+    """
 
     base_url: list[str] = flag(
         [],
@@ -64,15 +67,15 @@ class ChatFlags:
 
 
 def check_chat_flags(args: Any, purpose: str) -> None:
-    """Check the flags of a chat backend, without network access.
+    """Check the flags of a backend that uses a language model on a server. No request is sent.
 
     Args:
         args: Flags of the command: `ChatFlags`, `model` and `executor`.
-        purpose: The flag that selects the backend, for example "--backend chat".
+        purpose: The flag that selects the backend, for example "--backend chat". Error messages name it.
 
     Raises:
         ValueError: If a flag is missing or invalid.
-        ImportError: If the packages of the extra `chat` are not installed.
+        ImportError: If the packages of the optional dependency group `chat` are not installed.
     """
     require_packages(purpose, "chat", "openai", "language_data")
     if not args.base_url:
@@ -89,10 +92,17 @@ def check_chat_flags(args: Any, purpose: str) -> None:
 
 
 def parse_extra_body(text: str | None) -> dict[str, Any]:
-    """Parse the flag `extra_body`, and return it as a dict, which is empty if the flag is None.
+    """Parse the flag `extra_body`, a JSON object with additional parameters for each request to the server.
 
-    Raises ValueError if the text is not a JSON object, or contains one of `RESERVED_KEYS`. A text that seems to contain
-    an API key is refused as well, because the flag is stored with the settings of the output.
+    Args:
+        text: Value of the flag. None if the flag is not set.
+
+    Returns:
+        The parameters as a dict `{"parameter": value}`. The dict is empty if `text` is None.
+
+    Raises:
+        ValueError: If the text is not a JSON object, or contains one of `RESERVED_KEYS`. Also if it seems to contain an
+            API key, because the flag is stored with the settings of the output.
     """
     if SECRET_RE.search(text or ""):  # the message does not show the text, because logs must not contain secrets
         raise ValueError(
@@ -109,18 +119,25 @@ def parse_extra_body(text: str | None) -> dict[str, Any]:
 
 
 def is_server_beside_tasks(args: Any) -> bool:
-    """Return True if each cluster node runs its own server, which this machine cannot reach.
+    """Return True if each cluster node runs its own server of the language model.
 
-    This is so if the tasks run on a cluster and all addresses in `base_url` are loopback addresses such as localhost.
+    This machine cannot reach these servers, so they cannot be checked before the work begins. The result is True if the
+    tasks run on a cluster and all addresses in `base_url` are loopback addresses, such as localhost.
+
+    Args:
+        args: Flags of the command: `executor` and `base_url`.
     """
     return args.executor != "local" and all(map(is_loopback, args.base_url))
 
 
 def get_settings_that_change_answers(args: Any) -> dict[str, Any]:
-    """Return the flags that affect the answers of a model, as a dict `{"flag name": value}`.
+    """Return the flags that affect what the language model answers, as a dict `{"flag name": value}`.
 
-    The dict becomes part of the settings of the output, so that stored answers are only reused with equal flags.
-    `ChatClient` builds the requests from the same flags.
+    The dict is recorded with the output, so that stored answers are only reused if these flags are equal. `ChatClient`
+    builds the requests from the same flags.
+
+    Args:
+        args: Flags of the command, with `ChatFlags`.
     """
     settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     return settings | {

@@ -1,4 +1,4 @@
-"""Read the prompts for language models from YAML files whose texts are Jinja templates.
+"""Read prompts for language models from YAML files, in which each prompt is a Jinja template.
 
 The file captions/chat/translate.yaml explains the format. All templates are rendered once before any work, so that a
 mistake in a file is reported at once.
@@ -26,13 +26,14 @@ Message = dict[str, Any]  # a message of OpenAI's protocol, with the keys "role"
 
 
 class Prompts:
-    """The prompts of a file, with the names of the languages filled in.
+    """Prompts for a language model, read from a YAML file of Jinja templates.
 
     Args:
         path: YAML file of prompts.
         keys: Keys that the file may have.
-        languages: Dict `{template variable: language code}`, for example `{"language": "pt"}`. In a template, the
-            variable `language` is then the English name ("Portuguese"), and `language_code` is the code ("pt").
+        languages: Languages for the templates, as a dict `{template variable: language code}`. With `{"language":
+            "pt"}`, for example, the variable `language` is the English name ("Portuguese"), and `language_code` is the
+            code ("pt").
 
     Attributes:
         content: Content of the file, as a dict. It is recorded with the settings of the output.
@@ -53,12 +54,16 @@ class Prompts:
         self.system = [{"role": "system", "content": self.render("system")}] if self.content.get("system") else []
 
     def render(self, key: str, template: Any = None, **variables: str) -> str:
-        """Render a template.
+        """Render a template of the file: replace its variables by their values.
 
         Args:
             key: Key of the template in the file.
-            template: Text of the template. Default: the value of `key` in the file. Required if this value is a list.
-            **variables: Values of template variables other than the languages, for example `text`.
+            template: Text of the template. Default: the value of `key` in the file. The argument is required if this
+                value is a list of templates.
+            **variables: Values of template variables, for example `text`. The names of the languages are added to them.
+
+        Returns:
+            The text of the prompt.
 
         Raises:
             ValueError: If the template is missing, has a mistake, uses an unknown variable, or gives a blank text.
@@ -79,13 +84,14 @@ class Prompts:
 
 
 class TranslationPrompts(Prompts):
-    """The prompts that request translations.
+    """Prompts that ask a language model to translate captions.
 
     Args:
         path: YAML file of prompts. None selects the file captions/chat/translate.yaml.
         language: Code of the target language.
         source_language: Code of the source language.
-        needs_lines: Whether several captions are translated in one request.
+        needs_lines: Whether one request contains several captions, as numbered lines. The template `lines` is then
+            checked, too.
 
     Raises:
         ValueError: If the file is not valid; for example, if the template `user` does not contain `{{ text }}`.
@@ -107,11 +113,25 @@ class TranslationPrompts(Prompts):
                 raise ValueError(f"{self.path}: `{key}` must contain {{{{ text }}}}, where the caption is inserted.")
 
     def messages(self, text: str) -> list[Message]:
-        """Return the conversation that requests the translation of one caption."""
+        """Build the conversation that asks the model to translate one caption.
+
+        Args:
+            text: The caption.
+
+        Returns:
+            Messages of OpenAI's protocol, as dicts with the keys "role" and "content".
+        """
         return self._conversation("user", text, [(example["text"], example["answer"]) for example in self.examples])
 
     def line_messages(self, texts: list[str]) -> list[Message]:
-        """Return the conversation that requests the translations of several captions as numbered lines."""
+        """Build the conversation that asks the model to translate several captions, as numbered lines.
+
+        Args:
+            texts: The captions.
+
+        Returns:
+            Messages of OpenAI's protocol, as dicts with the keys "role" and "content".
+        """
         texts_and_answers = [[example[key] for example in self.examples] for key in ("text", "answer")]
         examples = [tuple(map(number_lines, texts_and_answers))] if self.examples else []
         return self._conversation("lines", number_lines(texts), examples)
@@ -132,12 +152,15 @@ class TranslationPrompts(Prompts):
 
 
 def number_lines(texts: list[str]) -> str:
-    """Return texts as numbered lines, such as "1. a cat". Line breaks within a text become blanks."""
+    """Join texts to numbered lines, such as "1. a cat", so that one request can contain all of them.
+
+    Line breaks within a text become blanks.
+    """
     return "\n".join(f"{number}. {' '.join(text.split())}" for number, text in enumerate(texts, 1))
 
 
 class CaptionPrompts(Prompts):
-    """The prompts that request captions of images.
+    """Prompts that ask a vision-language model for captions of an image.
 
     Args:
         path: YAML file of prompts. None selects the file captions/chat/captions_<language>.yaml if it exists, otherwise
@@ -163,11 +186,14 @@ class CaptionPrompts(Prompts):
             raise ValueError(f"{self.path}: `prompts` must not contain the same prompt twice.")
 
     def messages(self, number: int, image_url: str | None) -> list[Message]:
-        """Return the conversation that requests a caption of an image.
+        """Build the conversation that asks the model for a caption of an image.
 
         Args:
-            number: Index of the prompt.
-            image_url: The image as a data URL; None for the same conversation without an image.
+            number: Index of the prompt in `prompts`.
+            image_url: The image as a data URL. None for the same conversation without an image.
+
+        Returns:
+            Messages of OpenAI's protocol, as dicts with the keys "role" and "content".
         """
         image = [{"type": "image_url", "image_url": {"url": image_url}}] if image_url is not None else []
         text = {"type": "text", "text": self.prompts[number]}

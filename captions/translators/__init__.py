@@ -1,4 +1,4 @@
-"""The backends of `captions.translate`: each is a module with a class that implements `base.Translator`."""
+"""Backends that translate captions. Each is a module with a class that implements `base.Translator`."""
 
 from captions.translators.base import Translator
 from captions.translators.chat import ChatTranslator

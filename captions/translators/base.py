@@ -1,4 +1,4 @@
-"""Define the interface of all translators, and functions that translate long sentences in pieces."""
+"""Define the interface of the backends that translate captions, and functions that split long sentences."""
 
 import itertools
 import re
@@ -18,22 +18,23 @@ SENTENCES_PER_ROW = 8
 
 
 class Translator(Protocol):
-    """Interface of the backends of `captions.translate`. A backend is a subclass in a module of its own.
+    """Interface of the backends of `captions.translate`, which translate captions.
 
-    The methods of the class are called in this order: `check_flags`, `check`, `load`, and `translate` any number of
-    times. A subclass must implement `load` and `translate`; all other methods have a default implementation.
+    A backend is a subclass in a module of its own. The methods are called in this order: `check_flags`, `check`,
+    `load`, and then `translate` any number of times. A subclass must implement `load` and `translate`. All other
+    methods have a default implementation.
 
     Attributes:
         flags: Dataclass with the flags of the backend, which become flags of `captions.translate`.
         needs_table: Whether translations come from a table that people fill (`--import`). Otherwise, they are stored in
-            the translation memory.
+            the translation memory, a folder of finished translations.
         counts_tokens: Whether the backend counts the tokens of its requests. A dry run then estimates them.
         name: Name of the translator for messages.
         fingerprint: Everything that affects a translation, except the sentence itself, as a dict of JSON values.
             Translators with equal fingerprints share their stored translations.
-        on_answer: Function with the parameters sentence and answer that stores the answer and updates the progress bar,
-            or None. A backend whose answers arrive one by one should call it for each sentence, so that a killed run
-            loses only the requests in flight.
+        on_answer: None, or a function with the parameters (sentence, answer). It stores the answer and updates the
+            progress bar. A backend whose answers arrive one by one should call it for each sentence, so that a killed
+            run loses only the requests in flight.
     """
 
     flags: ClassVar[type]
@@ -60,7 +61,7 @@ class Translator(Protocol):
 
     @classmethod
     def load(cls, args: Any, stage: RowStage) -> Self:
-        """Load the translator.
+        """Load the translator, for example its model, or connect to its server.
 
         Args:
             args: Flags of `captions.translate` (`TranslateArguments`).
@@ -75,33 +76,50 @@ class Translator(Protocol):
         ...
 
     def translate(self, sentences: list[str]) -> list[str]:
-        """Translate sentences, and return one translation per sentence, in order. Sentences must not be blank."""
+        """Translate sentences, and return one translation per sentence, in order.
+
+        Args:
+            sentences: Sentences to translate. None of them may be blank.
+        """
         ...
 
     @classmethod
     def describe_work(cls, args: Any, sentences: list[str]) -> list[str]:
-        """Estimate the requests and tokens that a translation will send to a server, as lines for `--dry_run`.
+        """Estimate how many requests and tokens a translation will send to a server. A dry run prints this estimate.
 
         Args:
             args: Flags of `captions.translate`.
             sentences: Sentences to translate.
+
+        Returns:
+            Lines of text to print. The list is empty if the backend uses no server.
         """
         return []
 
     def describe_usage(self) -> str:
-        """Return a note for the progress bar, such as tokens per second and cost; "" if there is nothing to say."""
+        """Return a note for the progress bar, for example tokens per second and cost.
+
+        Returns "" if there is nothing to show.
+        """
         return ""
 
     def batch_limits(self, args: Any) -> tuple[int, int]:
-        """Return the size of a batch, after which translations are saved: (most sentences, most characters)."""
+        """Return how many sentences are translated at most before their translations are saved.
+
+        Args:
+            args: Flags of `captions.translate`.
+
+        Returns:
+            A tuple (largest number of sentences, largest number of characters) of a batch.
+        """
         return SENTENCES_PER_ROW * args.batch_rows, sys.maxsize
 
 
 def split_text(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """Split a text into pieces that are short enough for a translator, each as long as possible.
+    """Split a long text into pieces that are short enough for a translator. Each piece is as long as possible.
 
-    The text is split between sentences if possible, otherwise between clauses, then between words. A word that is too
-    long is split in the middle. A single character is never split, even if it is too long.
+    The text is split between sentences if possible, otherwise between clauses, otherwise between words. A word that is
+    too long is split in the middle. A single character is never split, even if it is too long.
 
     Args:
         text: The text.
@@ -135,9 +153,9 @@ def translate_in_pieces(
     max_texts: int,
     max_characters: int = sys.maxsize,
 ) -> list[str]:
-    """Translate sentences of any length in batches.
+    """Translate sentences in batches, and split sentences that are too long for the translator.
 
-    A sentence that is too long for the translator is split into pieces, which are translated separately.
+    The pieces of a long sentence are translated separately.
 
     Args:
         sentences: Sentences to translate.

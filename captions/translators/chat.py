@@ -1,8 +1,8 @@
 """Translate sentences with a language model on a server that speaks OpenAI's protocol (`--backend chat`).
 
 By default, each request contains one sentence. With `--captions_per_request`, a request contains several sentences as
-numbered lines; if the answer has another number of lines, these sentences are translated one by one. A bad answer is
-requested once more (`captions.chat.client`).
+numbered lines. If the answer then has another number of lines, these sentences are translated one by one. A bad answer
+is requested once more (`captions.chat.client`).
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ UNUSABLE = (REFUSED, TRUNCATED)  # faults of answers that are dropped; answers w
 
 @dataclass(kw_only=True)
 class ChatTranslatorFlags(ChatFlags):
-    """Flags of `--backend chat`."""
+    """Flags of the backend that translates with a language model on a server (`--backend chat`)."""
 
     captions_per_request: int = flag(
         1, "Number of captions to translate in one request, as numbered lines. Only for captions.translate.", group=CHAT
@@ -48,13 +48,14 @@ class ChatTranslatorFlags(ChatFlags):
 
 
 class ChatTranslator(Translator):
-    """A language model on a server that translates from one language into another.
+    """Translator that sends sentences to a language model on a server, and receives translations.
 
     Args:
         args: Flags of `captions.translate`.
-        rank: Number of the task. Tasks begin with different servers.
-        is_check: Only check the server: failed requests are repeated less often, and a warning is logged if the server
-            does not list the model.
+        rank: Number of the task, a process that translates a share of the rows. Different tasks send their first
+            request to different servers.
+        is_check: Only check the server. Failed requests are then repeated less often, and a warning is logged if the
+            server does not list the model.
 
     Raises:
         ValueError: If a flag or the file of prompts is invalid, or the server refuses requests.
@@ -80,7 +81,7 @@ class ChatTranslator(Translator):
 
     @classmethod
     def check_flags(cls, args: Any) -> None:
-        """Check the flags and the file of prompts, without network access.
+        """Check the flags and the file of prompts for the model, without network access.
 
         Raises ValueError if a flag or the file is invalid, and ImportError if a package is missing.
         """
@@ -92,9 +93,10 @@ class ChatTranslator(Translator):
 
     @classmethod
     def check(cls, args: Any) -> None:
-        """Check that the server can be used, by requesting a single token.
+        """Check that the server can be used, by requesting an answer of a single token.
 
-        Raises ValueError or OSError if the server cannot be used.
+        The check is skipped if each cluster node has its own server, which this machine cannot reach. Raises ValueError
+        or OSError if the server cannot be used.
         """
         if is_server_beside_tasks(args):
             logger.info("Not checked now: %s. Each cluster node has its own server.", ", ".join(args.base_url))
@@ -108,16 +110,22 @@ class ChatTranslator(Translator):
         Args:
             args: Flags of `captions.translate`.
             stage: The task that translates. Its number (`rank`) selects the server of the first request.
+
+        Returns:
+            The translator, ready to translate.
         """
         return cls(args, stage.rank)
 
     @classmethod
     def describe_work(cls, args: Any, sentences: list[str]) -> list[str]:
-        """Return a line of text for `--dry_run`, with the estimated numbers of requests and tokens.
+        """Estimate the work that the translation will send to the server. A dry run prints this estimate.
 
         Args:
             args: Flags of `captions.translate`.
             sentences: Sentences to translate.
+
+        Returns:
+            A list with one line of text: the estimated numbers of requests and tokens.
         """
         prompts, size = _read_translation_prompts(args), args.captions_per_request
         characters, requests = sum(map(len, sentences)), -(-len(sentences) // size)
@@ -126,14 +134,20 @@ class ChatTranslator(Translator):
         return [f"about {requests:,} requests, {read:,} tokens read and {written:,} written"]
 
     def describe_usage(self) -> str:
-        """Return a text for the progress bar: tokens per second and, with `price_per_million`, the cost so far."""
+        """Return a note for the progress bar: tokens per second, and the cost so far.
+
+        The cost is shown only if the flag `price_per_million` is set.
+        """
         return self._client.describe_usage()
 
     def translate(self, sentences: list[str]) -> list[str]:
-        """Translate sentences, and return one translation per sentence, in order.
+        """Translate sentences with the model on the server, and return one translation per sentence, in order.
 
         If the model gave no usable answer for a sentence, its translation is "". The callback `on_answer` then gets an
         answer whose attribute `fault` says what was wrong.
+
+        Args:
+            sentences: Sentences to translate.
         """
         size = self._args.captions_per_request
         groups = [sentences[start : start + size] for start in range(0, len(sentences), size)]

@@ -1,4 +1,7 @@
-"""Take translations from a table that people fill (`--backend file`)."""
+"""Take translations from a translation table, a TSV file that people fill (`--backend file`).
+
+The stage writes the table with the sentences to translate. People fill its last column, and the stage then reads it.
+"""
 
 import hashlib
 import logging
@@ -38,10 +41,10 @@ logger = logging.getLogger("capivara")
 
 @dataclass(kw_only=True)
 class FileFlags:
-    """Flags of `--backend file`, and the methods of `captions.translate` that work with the translation table.
+    """Flags of `captions.translate` for translations from a table that people fill (`--backend file`).
 
-    A translation table is a TSV file of sentences in which people fill the column of translations. If another backend
-    is used, `import_file` is None, and the methods do nothing.
+    A translation table is a TSV file of sentences in which people fill the column of translations. The methods of this
+    class write, check and read the table. If another backend is used, `import_file` is None, and there is no table.
     """
 
     import_file: Path | None = flag(
@@ -55,12 +58,12 @@ class FileFlags:
     )
 
     def known_settings(self) -> dict[str, Any]:
-        """Return the settings for `stage.json` that are known before a translator is loaded.
+        """Return the settings of the stage that are known without loading a translator: the identity of the table.
 
         Returns:
-            With a translation table, a dict with the single key "translator". Its value is a dict with the keys
-            "backend" ("file"), "target" (code of the target language) and "sha256" (SHA-256 hex digest of the table).
-            Without a translation table, an empty dict.
+            A dict `{"translator": identity}` if there is a translation table, otherwise an empty dict. The identity is
+            a dict with the keys "backend" ("file"), "target" (code of the target language) and "sha256" (SHA-256 hex
+            digest of the table).
         """
         if self.import_file is None:
             return {}
@@ -68,7 +71,7 @@ class FileFlags:
         return {"translator": {"backend": "file", "target": self.language, "sha256": digest}}
 
     def pending_manual_step(self) -> str:
-        """Return a message about the sentences of the translation table that have no translation yet.
+        """Describe what people must still do: create the translation table, or translate the remaining sentences.
 
         Returns "" if all sentences have a translation, or if the stage uses no table. Raises ValueError if the
         languages in the table differ from the flags.
@@ -81,11 +84,11 @@ class FileFlags:
         return describe_untranslated_rows(self.import_file)
 
     def check_table(self) -> None:
-        """Check that the first line of the translation table states the source and target languages of the flags.
+        """Check that the translation table is for the source and target languages of the flags.
 
-        Earlier versions of the program wrote tables without languages. Such a table is accepted if a stage in the same
-        folder as the output (for example the same stage of another split) was made from a table for the target
-        language.
+        The first line of the table states its languages. Earlier versions of the program wrote tables without
+        languages. Such a table is accepted if another stage next to the output folder was made from a table for the
+        target language. This can be, for example, the same stage of another split.
 
         Raises:
             ValueError: If the table states other languages, or does not state the language of the translations.
@@ -109,9 +112,9 @@ class FileFlags:
             )
 
     def request_manual_step(self) -> str:
-        """Write the translation table if it does not exist, and return a message that asks a person to fill it.
+        """Write the translation table if it does not exist, and return a message that asks people to fill it.
 
-        Raises ValueError if the table exists, but does not have the sentences of the dataset.
+        Raises ValueError if the table exists but does not have the sentences of the dataset.
         """
         stage = RowStage(self)
         if not self.import_file.is_file():
@@ -128,20 +131,31 @@ class FileFlags:
     def table_header(self, stage: RowStage) -> list[str]:
         """Return the column names for the first line of the translation table, for example "translation:pt".
 
-        The name `id` is followed by the fingerprint of the dataset. The names `source` and `translation` are followed
-        by the code of the source language and the code of the target language.
+        Each name is followed by a value, with which the table is checked later. After `id` comes the fingerprint of the
+        dataset, after `source` the source language, and after `translation` the target language.
+
+        Args:
+            stage: Access to the rows whose captions are translated.
         """
         stated = (stage.record["source"]["fingerprint"], self.source_language, self.language)
         return [f"{column}:{text}" for column, text in zip(TABLE_COLUMNS, stated, strict=True)]
 
     def sentences(self, stage: RowStage) -> list[str]:
-        """Return the distinct captions of all rows, in the order in which the translation table lists them."""
+        """Return the sentences of the translation table: the distinct captions of all rows, in order.
+
+        Args:
+            stage: Access to the rows whose captions are translated.
+        """
         return list(iter_distinct_captions(self, stage.source, [range(len(stage.source))]))
 
     def check_source_rows(self, stage: RowStage) -> list[str]:
-        """Check that the translation table has the sentences of the dataset, and return these sentences.
+        """Check that the translation table has the sentences of the dataset, and return these sentences in order.
 
-        Raises ValueError if the table has other sentences or another order, or states other languages.
+        Args:
+            stage: Access to the rows whose captions are translated.
+
+        Raises:
+            ValueError: If the table has other sentences or another order, or states other languages.
         """
         self.check_table()
         sentences, source_digest = self.sentences(stage), stage.record["source"]["fingerprint"]
@@ -158,17 +172,20 @@ class FileFlags:
         return sentences
 
     def is_corrected(self) -> bool:
-        """Return True if the translation table has changed after the output of the stage was written from it."""
+        """Return True if the translation table was changed after the stage had written its output from the table.
+
+        The output then contains old translations.
+        """
         if self.import_file is None or not (self.output / STAGE_FILE).is_file():
             return False
         return self.known_settings()["translator"] != read_stage_record(self.output)["settings"].get("translator")
 
     def corrections(self) -> Corrections | None:
-        """Find the written rows whose translations differ from the translation table.
+        """Find the output rows that are outdated because a person corrected the translation table.
 
         Returns:
-            The changed rows and the files that hold them. None if the table has not changed, or if other settings have
-            changed as well, so that the output folder is not valid for the current settings.
+            The changed rows and the files that hold them. None if the table has not changed. Also None if other
+            settings have changed as well, because the output folder is then not valid for the current settings.
 
         Raises:
             ValueError: If the table does not have the sentences of the dataset, or a sentence has no translation.
@@ -201,11 +218,11 @@ class FileFlags:
 
 
 class FileTranslator(Translator):
-    """Translator that looks up the translations in a table that people have filled.
+    """Translator that looks up each sentence in a translation table, a TSV file that people have filled.
 
     Args:
         translations: Dict `{sentence: translation}` with all sentences of the dataset.
-        fingerprint: Dict with the keys "backend", "target" (language code) and "sha256" (digest of the table).
+        fingerprint: Dict with the keys "backend" ("file"), "target" (language code) and "sha256" (digest of the table).
     """
 
     flags = FileFlags
@@ -217,11 +234,14 @@ class FileTranslator(Translator):
 
     @classmethod
     def load(cls, args: Any, stage: RowStage) -> Self:
-        """Read the translation table, and return the translator.
+        """Read the translation table.
 
         Args:
             args: Flags of `captions.translate`.
-            stage: Access to the rows whose captions the table must contain.
+            stage: Access to the rows. The table must contain their captions.
+
+        Returns:
+            The translator, ready to translate.
 
         Raises:
             ValueError: If the table has other sentences than the rows, or a sentence has no translation.
@@ -230,5 +250,5 @@ class FileTranslator(Translator):
         return cls(read_translation_table(args.import_file, args.check_source_rows(stage)), identity)
 
     def translate(self, sentences: list[str]) -> list[str]:
-        """Return the translations of sentences, in order."""
+        """Look up the translations of sentences, and return one translation per sentence, in order."""
         return [self.translations[sentence] for sentence in sentences]

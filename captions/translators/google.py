@@ -27,13 +27,13 @@ REQUEST_TIMEOUT_S = 60.0
 
 @dataclass(kw_only=True)
 class GoogleFlags:
-    """Flags of `--backend google`."""
+    """Flags of the backend that translates with Google Cloud Translation (`--backend google`)."""
 
     google_endpoint: str | None = flag(None, "Address of the service (google). Default: Google's address.")
 
 
 class GoogleTranslator(Translator):
-    """A client of Google Cloud Translation that translates from one language into another.
+    """Translator that uses Google Cloud Translation, a paid service.
 
     The API key is read from the environment variable GOOGLE_API_KEY.
 
@@ -57,16 +57,22 @@ class GoogleTranslator(Translator):
 
     @classmethod
     def check_flags(cls, args: Any) -> None:
-        """Raise ImportError if the packages of the extra `google` are not installed."""
+        """Check that the packages for Google's service are installed.
+
+        Raises ImportError if the packages of the optional dependency group `google` are missing.
+        """
         require_packages("--backend google", "google", *GOOGLE_MODULES)
 
     @classmethod
     def load(cls, args: Any, stage: RowStage) -> Self:
-        """Connect to Google's service.
+        """Connect to Google's service, and check that it knows both languages.
 
         Args:
             args: Flags of `captions.translate`.
             stage: Access to the rows whose captions are translated; not used.
+
+        Returns:
+            The translator, ready to translate.
         """
         return cls(args.language, args.source_language, args.google_endpoint)
 
@@ -80,7 +86,11 @@ class GoogleTranslator(Translator):
         self.fingerprint = {"backend": "google", "api": "v2", "source": self._source_code, "target": self.code}
 
     def translate(self, sentences: list[str]) -> list[str]:
-        """Translate sentences, and return one translation per sentence, in order. Sentences must not be blank."""
+        """Translate sentences with Google's service, and return one translation per sentence, in order.
+
+        Args:
+            sentences: Sentences to translate. None of them may be blank.
+        """
 
         def fits(text: str) -> bool:
             return len(text) <= GOOGLE_MAX_CHARACTERS
@@ -91,9 +101,15 @@ class GoogleTranslator(Translator):
         return translate_in_pieces(sentences, fits, translate_batch, GOOGLE_MAX_SENTENCES, GOOGLE_MAX_CHARACTERS)
 
     def batch_limits(self, args: Any) -> tuple[int, int]:
-        """Return the limits of one request, as (most sentences, most characters).
+        """Return how many sentences are translated at most before their translations are saved.
 
-        Translations are saved after each request, so that no paid translation is lost.
+        A batch is at most as large as one request to the service, so that no paid translation is lost.
+
+        Args:
+            args: Flags of `captions.translate`.
+
+        Returns:
+            A tuple (largest number of sentences, largest number of characters) of a batch.
         """
         return args.batch_size or GOOGLE_MAX_SENTENCES, GOOGLE_MAX_CHARACTERS
 

@@ -40,7 +40,7 @@ TARGET_TOKEN_RE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")  # language tokens of NL
 
 @dataclass(kw_only=True)
 class Seq2SeqFlags:
-    """Flags of `--backend transformers`."""
+    """Flags of the backend that translates with a model on this machine (`--backend transformers`)."""
 
     revision: str | None = flag(None, "Branch, tag or commit on the Hub (transformers). Default: the main branch.")
     max_new_tokens: int | None = flag(
@@ -53,7 +53,7 @@ class Seq2SeqFlags:
 
 
 class Seq2SeqTranslator(Translator):
-    """A sequence-to-sequence model that translates from one language into another.
+    """Translator that runs a sequence-to-sequence model of transformers on this machine.
 
     Args:
         name: Folder or Hub id of a Marian, NLLB, M2M100 or mBART-50 model.
@@ -73,8 +73,8 @@ class Seq2SeqTranslator(Translator):
             Translators with equal fingerprints can share their translations.
 
     Raises:
-        ValueError: If the model is not a translation model or does not know a language (the message lists similar
-            codes). The method `translate` also raises ValueError if the memory of the device is insufficient.
+        ValueError: If the model is not a translation model, or does not know a language. The message then lists similar
+            codes. The method `translate` raises ValueError if the memory of the device is insufficient.
         ImportError: If the tokenizer needs a package that is not installed.
     """
 
@@ -82,7 +82,11 @@ class Seq2SeqTranslator(Translator):
 
     @classmethod
     def check_flags(cls, args: Any) -> None:
-        """Raise ValueError if `--model` is missing, unless the languages are those of the default model (en to pt)."""
+        """Check that the flag `--model` is given if the default model cannot translate between the languages.
+
+        The default model translates only from English to Portuguese. Raises ValueError if `--model` is missing for
+        other languages.
+        """
         if args.model is None and (args.source_language, args.language) != ("en", "pt"):
             raise ValueError(
                 f"--model is required to translate {args.source_language} to {args.language}, for example "
@@ -91,9 +95,10 @@ class Seq2SeqTranslator(Translator):
 
     @classmethod
     def check(cls, args: Any) -> None:
-        """Check that the model knows both languages. Raises ValueError if it does not.
+        """Check that the model knows the source and the target language.
 
-        The check needs the tokenizer. It is skipped if the tokenizer is not on this machine yet.
+        The check reads the tokenizer of the model. It is skipped if the tokenizer has not been downloaded to this
+        machine yet. Raises ValueError if the model does not know a language.
         """
         _check_languages_if_tokenizer_is_cached(
             args.model or PAPER_MODEL, args.revision, args.language, args.source_language
@@ -101,11 +106,14 @@ class Seq2SeqTranslator(Translator):
 
     @classmethod
     def load(cls, args: Any, stage: RowStage) -> Self:
-        """Load the model.
+        """Load the translation model.
 
         Args:
             args: Flags of `captions.translate`.
             stage: Access to the rows whose captions are translated; not used.
+
+        Returns:
+            The translator, ready to translate.
         """
         return cls(
             args.model or PAPER_MODEL,
@@ -166,14 +174,21 @@ class Seq2SeqTranslator(Translator):
 
     @torch.inference_mode()
     def translate(self, sentences: list[str]) -> list[str]:
-        """Translate sentences, and return one translation per sentence, in order. Sentences must not be blank."""
+        """Translate sentences with the model, and return one translation per sentence, in order.
+
+        Args:
+            sentences: Sentences to translate. None of them may be blank.
+
+        Raises:
+            ValueError: If the memory of the device is insufficient.
+        """
         return translate_in_pieces(sentences, self._fits, self._translate_batch, self._batch_size)
 
     def token_ids(self, text: str) -> list[int]:
-        """Return the token ids that the encoder reads for a text, after a language token if the model needs one there.
+        """Tokenize a text for the encoder of the model.
 
-        If the text itself contains a special token such as `</s>`, it is treated as plain text. A language token in the
-        text is removed.
+        If the model reads the target language from a token before the text, this token comes first. A language token
+        inside the text is removed. Any other special token in the text, such as `</s>`, is treated as plain text.
         """
         ids = self.tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
         return self._prefix_ids + [token for token in ids if token not in self._forbidden_ids]

@@ -68,24 +68,28 @@ class Benchmark:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Codes of the languages in which the benchmark is measured by default."""
+        """Codes of the languages in which the benchmark is measured by default, beginning with `language`."""
         return (self.language, *self.other_languages)
 
     @property
     def available_languages(self) -> tuple[str, ...]:
-        """Language codes that --languages accepts."""
+        """Codes of all languages in which the benchmark can be measured; --languages of `eval.suite` accepts them."""
         return self.known_languages or self.languages
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """Values of `Record.direction` in the results: both directions for retrieval, only "" for other tasks."""
+        """Search directions for which the benchmark has results.
+
+        For retrieval, these are "text_to_image" and "image_to_text". Other tasks have no direction, so the tuple has
+        only the empty text "".
+        """
         return DIRECTIONS if self.task == "retrieval" else ("",)
 
     def get_published_figure(self, model: str, direction: str = "") -> dict[str, float] | None:
-        """Return the published result of a model for the benchmark's metric and language.
+        """Return the result that was published for a model on this benchmark, in the benchmark's metric and language.
 
         Args:
-            model: "baseline", "capivara", "capivara_opt", or a key of `bases`.
+            model: "baseline", "capivara", "capivara_opt", or a key of `bases` (the name of another pretrained model).
             direction: "text_to_image" or "image_to_text" for retrieval; ignored for classification.
 
         Returns:
@@ -98,7 +102,7 @@ class Benchmark:
 
 @cache
 def load_benchmarks() -> dict[str, Benchmark]:
-    """Read all benchmarks, in the order in which tables show them.
+    """Read the descriptions of all benchmarks, in the order in which tables show them.
 
     The benchmarks of CAPIVARA's paper come first: retrieval, then the 20 classification datasets of ELEVATER, then
     ImageNet. All other benchmarks follow.
@@ -117,7 +121,7 @@ def load_benchmarks() -> dict[str, Benchmark]:
 
 
 def find_model_name_in_published_results(name: str, role: str, model_class: str, loss: str) -> str | None:
-    """Return the name under which results of a model were published, as `get_published_figure` expects it.
+    """Find the name under which results of a model were published, to compare them with measured results.
 
     Args:
         name: Folder or Hub id of the model.
@@ -126,8 +130,9 @@ def find_model_name_in_published_results(name: str, role: str, model_class: str,
         loss: "contrastive" or "sigmoid".
 
     Returns:
-        The last part of the model's name in lowercase if a benchmark lists it in `bases`. Otherwise the role, if the
-        model has CAPIVARA's architecture and a contrastive loss. Otherwise None.
+        A name for `Benchmark.get_published_figure`, chosen by the first rule that applies. A model that a benchmark
+        lists in `bases` gets the last part of its own name, in lowercase. A model with CAPIVARA's architecture and a
+        contrastive loss gets its role as the name. For any other model, the result is None.
     """
     base = Path(name).name.casefold()
     if any(base in benchmark.bases for benchmark in load_benchmarks().values()):
@@ -143,8 +148,9 @@ def get_published_baseline_result(pair: dict[str, Any]) -> tuple[float, str] | N
             `eval.records.tables.pair_with_baselines`.
 
     Returns:
-        The published value, from 0 to 1, and the URL of its source. None if no result was published for the baseline,
-        or if it was published for another language, metric, number of images or embedding width.
+        A tuple (value, URL): the published value, from 0 to 1, and the URL of its source. None if no result was
+        published for the baseline, or if it was published for another language, metric, number of images or embedding
+        width.
     """
     value, benchmark = pair["baseline"], load_benchmarks().get(pair["dataset"])
     if not value or not benchmark or pair["dim"]:
@@ -158,7 +164,7 @@ def get_published_baseline_result(pair: dict[str, Any]) -> tuple[float, str] | N
 
 
 def read_benchmark(path: Path) -> Benchmark:
-    """Read one benchmark from a JSON file.
+    """Read the description of one benchmark from its JSON file.
 
     Args:
         path: JSON file in this folder, with the fields of `Benchmark`. Most files describe a dataset; `elevater.json`

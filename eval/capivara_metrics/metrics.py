@@ -57,9 +57,11 @@ def _compute_ranks_with_mask(scores: Tensor, is_relevant: Tensor) -> Tensor:
 def compute_ranks_from_embeddings(
     query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor
 ) -> Tensor:
-    """Return the rank of each query's best relevant item (see `_compute_ranks_with_mask`), computed from embeddings.
+    """Return the rank of each query's best relevant item, computed from the embeddings of queries and items.
 
-    Works in blocks of queries, so that the whole score matrix is never in memory.
+    The rank is the number of wrong items whose score is at least as high, so 0 is the best rank. A score is the dot
+    product of two embeddings. Scores are computed in blocks of queries, so that the whole score matrix is never in
+    memory.
 
     Args:
         query_embeds: Unit-length embeddings (queries, width).
@@ -88,9 +90,11 @@ def compute_ranks_from_embeddings(
 def cross_modal_ranks(
     query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the ranks of both directions: queries among items, and items among queries.
+    """Return the retrieval ranks in both directions: each query searches all items, and each item searches all queries.
 
-    Equals two calls of `compute_ranks_from_embeddings`, but computes the score matrix only once if it fits into memory.
+    A rank is the number of wrong results that score at least as high as the best relevant result, so 0 is the best
+    rank. The result equals two calls of `compute_ranks_from_embeddings`. The score matrix is computed only once if it
+    fits into memory.
 
     Args:
         query_embeds: Unit-length embeddings (queries, width), for example of texts.
@@ -99,8 +103,8 @@ def cross_modal_ranks(
         item_groups: Group of each item (items,). An item is relevant to the queries of its group.
 
     Returns:
-        Two tensors, int64, from 0. The first has for each query the rank of its best relevant item (queries,). The
-        second has for each item the rank of its best relevant query (items,).
+        A tuple (query ranks, item ranks), both int64, from 0. The query ranks have for each query the rank of its best
+        relevant item (queries,). The item ranks have for each item the rank of its best relevant query (items,).
 
     Raises:
         ValueError: If a query has no item of its group, an item has no query of its group, or an embedding is not
@@ -206,15 +210,16 @@ def _compute_hits_per_query(ranks: Tensor, k: int) -> Tensor:
 
 
 def mean_hits(ranks: Tensor) -> Tensor:
-    """Return for each query the share of the values k = 1, 5 and 10 for which it is a hit.
+    """Return each query's own mean recall: the mean of its hits at k = 1, 5 and 10.
 
-    A query is a hit if a relevant item is among its k highest-scored items. The mean over all queries is `mean_recall`.
+    A query is a hit at k (1, otherwise 0) if a relevant item is among its k highest-scored items. The mean over all
+    queries is `mean_recall`.
 
     Args:
         ranks: Rank of each query's best relevant item (queries,), from 0.
 
     Returns:
-        Values from 0 to 1, (queries,), float64.
+        Values from 0 to 1, (queries,), float64. A query with rank 3, for example, is a hit at 5 and 10 and gets 2/3.
     """
     return torch.stack([_compute_hits_per_query(ranks, k) for k in RECALL_CUTOFFS]).mean(dim=0)
 
@@ -222,8 +227,8 @@ def mean_hits(ranks: Tensor) -> Tensor:
 def chance_recall(query_groups: Tensor, item_groups: Tensor, k: int) -> float:
     """Return the recall@k that random scores are expected to reach.
 
-    For one query this is 1 - C(wrong, k) / C(items, k), the probability that k items drawn at random include a relevant
-    item.
+    For one query, it is the probability that k items drawn at random include a relevant item: 1 - C(wrong, k) /
+    C(items, k). C is the binomial coefficient, and `wrong` is the number of items that are not relevant.
 
     Args:
         query_groups: Group of each query (queries,).
@@ -242,7 +247,7 @@ def chance_recall(query_groups: Tensor, item_groups: Tensor, k: int) -> float:
 def paired_bootstrap(
     baseline: Tensor, model: Tensor, groups: Tensor, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Compute the mean gain of a model over a baseline on the same queries, with its 95 % confidence interval.
+    """Compute how much better a model is than a baseline on the same queries, with a 95 % confidence interval.
 
     The interval is a percentile bootstrap interval of the differences between model and baseline (Efron and Tibshirani,
     An Introduction to the Bootstrap, 1993, chapter 13). Whole groups are drawn with replacement, because the captions
@@ -256,8 +261,8 @@ def paired_bootstrap(
         seed: Seed of the random draws.
 
     Returns:
-        Three numbers: the mean of model minus baseline, then the low and the high end of its interval (2.5th and 97.5th
-        percentile).
+        A tuple (gain, low, high). The gain is the mean of model minus baseline. The other two are the ends of its
+        interval, the 2.5th and 97.5th percentile.
 
     Raises:
         ValueError: If the three tensors differ in length.
@@ -280,7 +285,9 @@ def paired_bootstrap(
 
 
 def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -> Tensor:
-    """Return the rank of each query's best relevant item (see `_compute_ranks_with_mask`), computed from scores.
+    """Return the rank of each query's best relevant item, computed from a matrix of scores.
+
+    The rank is the number of wrong items whose score is at least as high, so 0 is the best rank.
 
     Args:
         scores: Similarities (queries, items), finite.
@@ -290,8 +297,8 @@ def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -
         Ranks (queries,), int64, from 0.
 
     Raises:
-        ValueError: If a score is not finite, `scores` and `relevant_items` differ in length, a query has no relevant
-            item, or an index is out of range.
+        ValueError: If a score is not finite, or `scores` and `relevant_items` differ in length. Also if a query has no
+            relevant item, or an index is out of range.
     """
     _check_finite(scores)
     if len(scores) != len(relevant_items):
@@ -369,7 +376,7 @@ def per_class_accuracy(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
-    """Count how many images of each class are classified as each class.
+    """Count for each pair of classes how many images of the first class are classified as the second.
 
     A tie between the right class and a wrong class counts as the wrong class, so that the diagonal sums to the hits of
     `top_k_accuracy`.

@@ -70,7 +70,7 @@ def list_benchmarks() -> list[str]:
 def load_prompts(
     benchmark: str, protocol: str = "ours", language: str | None = None, authors_file: str | None = None
 ) -> Prompts:
-    """Load the class names and prompts of a benchmark.
+    """Load the class names and prompts that a zero-shot classifier needs for a benchmark.
 
     Args:
         benchmark: A key of `list_benchmarks()`, or the path of a JSON file with your own classes
@@ -107,7 +107,7 @@ def load_prompts(
 
 
 def fill_template(template: str, class_entry: dict, language: str = "pt") -> str:
-    """Fill the placeholders of a template with a class name.
+    """Turn a template and a class name into a prompt, such as "uma foto de um gato", by filling the placeholders.
 
     In all languages, the placeholder {} becomes the name. Portuguese templates have more placeholders: {nome} also
     becomes the name. {um} and {o} become the name with its indefinite or definite article, as in "um gato" or "o gato".
@@ -247,7 +247,7 @@ def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Pro
 
 
 def parse_python_assignments(text: str) -> dict:
-    """Parse the assignments of a Python file without executing it.
+    """Read the values that a Python file assigns to its variables, without executing the file.
 
     An assigned value may be a text, a number, a list, a tuple, a dict, the name of an earlier variable, or a template,
     which is a lambda that returns an f-string.

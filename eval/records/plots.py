@@ -61,7 +61,7 @@ def draw_grid_and_hide_frame(axis: plt.Axes, grid: str, *hidden_sides: str) -> N
 
     Args:
         axis: Axes of the plot.
-        grid: Axis whose ticks get grid lines: "x", "y" or "both".
+        grid: Axis whose ticks get grid lines, "x" or "y", or "both".
         hidden_sides: Sides of the plot that get no frame: "top", "right", "bottom" or "left".
     """
     axis.spines[list(hidden_sides)].set_visible(False)
@@ -70,11 +70,12 @@ def draw_grid_and_hide_frame(axis: plt.Axes, grid: str, *hidden_sides: str) -> N
 
 
 def plot_training_curves(curve: list[dict], language: str, path: Path, label_language: str = "en") -> None:
-    """Plot loss and learning rate per step on the left, and the recall on the validation split on the right.
+    """Plot the curves of a training run: loss and learning rate on the left, validation recall on the right.
 
     Args:
         curve: The list `curve` of a run.json file, with one dict per step. Training steps have the keys `step`, `loss`
-            and `learning_rate`; steps with an evaluation have `validation`, the mean recall per direction.
+            and `learning_rate`. Steps with an evaluation have `validation`, a dict with the mean recall in each search
+            direction, from 0 to 1.
         language: Language code of the validation captions.
         path: PNG file to write.
         label_language: Language of the labels, "pt" or "en"; any other is treated as "en".
@@ -100,11 +101,13 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, label_lan
 
 
 def plot_baseline_and_model_bars(pairs: list[dict[str, Any]], path: Path) -> None:
-    """Plot the results of baseline and model as pairs of horizontal bars, with a mark at the chance level.
+    """Plot the results of baseline and trained model as horizontal bars next to each other, in percent.
+
+    A mark shows the chance level, the result that random scores would reach.
 
     Args:
-        pairs: Pairs of results from `pair_with_baselines`. Each dict must also have the key "short" with the pair's
-            label.
+        pairs: One dict for each comparison of baseline and model, from `pair_with_baselines`. Each dict must also have
+            the key "short": the label of its two bars.
         path: PNG file to write.
     """
     figure, axis = plt.subplots(figsize=(BARS_WIDTH_INCHES, 1.2 + 0.46 * len(pairs)), layout="constrained")
@@ -142,14 +145,17 @@ RankedImages = list[tuple[Image.Image | str, bool]]
 def plot_ranked_image_grid(
     rows: list[list[tuple[str, RankedImages]]], path: Path, headings: Sequence[str] = (), note: str = ""
 ) -> None:
-    """Draw a grid of images with a row per query. Each row has a block of adjacent images per model.
+    """Draw the images that one or several models rank first for each query, as a grid with a row per query.
+
+    The images of each model are next to each other in the row.
 
     The image that the query describes has a thick green frame.
 
     Args:
-        rows: For each query, a list with one tuple per model: (title, images that the model ranks first).
+        rows: For each query, a list with one tuple per model: (title, images). The images are a list of tuples (image,
+            whether the query describes the image), best first. A text in place of an image is drawn as text.
         path: PNG file to write.
-        headings: Heading above the block of each model. Empty: no headings.
+        headings: Heading above the images of each model. Empty: no headings.
         note: Text below the grid.
     """
     columns, blocks = max(len(images) for row in rows for _, images in row), len(rows[0])
@@ -189,7 +195,7 @@ def plot_ranked_image_grid(
 
 
 def select_sheet_queries(before: "Tensor", after: "Tensor", seed: int) -> list[tuple[int, str]]:
-    """Select the queries that illustrate the change from baseline to trained model, without cherry-picking.
+    """Select example queries that show how a trained model differs from its baseline, without cherry-picking.
 
     The queries are put into random order. The function then takes the first three queries whose rank is better with the
     trained model, the first query with an equal rank, and the first query with a worse rank.
@@ -220,9 +226,9 @@ def plot_retrieval_sheet(
 ) -> None:
     """Draw example queries of text-to-image retrieval, each with the five images that a model ranks first.
 
-    With two models, `select_sheet_queries` selects the queries. With one model, the sheet shows the four queries with
-    the best ranks and the four with the worst ranks; queries with equal ranks are in random order. If the right image
-    of a query is not among the five, the sheet of one model shows it as well.
+    With two models, the sheet shows random queries that became better, equal or worse by training. With one model, it
+    shows the four queries with the best ranks and the four with the worst ranks; queries with equal ranks are in random
+    order. If the right image of a query is not among the five, the sheet of one model shows it as well.
 
     Args:
         path: PNG file to write.

@@ -108,7 +108,10 @@ class Record:
 
     @property
     def condition(self) -> Condition:
-        """Fields that must be equal in another record for the two values to be comparable."""
+        """The conditions of the measurement, as a named tuple of task, dataset, language, metric and so on.
+
+        Two records are comparable only if their conditions are equal.
+        """
         return Condition(*(getattr(self, name) for name in Condition._fields))
 
     @property
@@ -136,7 +139,7 @@ class Record:
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A valid result file, with its records and its whole content."""
+    """A result file that was read and found valid: its records (measured values) and its whole JSON content."""
 
     name: str  # path of the file relative to the folder that is read
     records: tuple[Record, ...]  # the measured values, at least one
@@ -147,7 +150,9 @@ def write_records_to_result_file(
     path: Path, records: list[Record], *, dataset: str, fingerprint: str | None, model: str, name: str | None = None,
     skipped: dict[Any, str] | None = None, **metadata: Any,
 ) -> None:  # fmt: skip
-    """Write a result file atomically.
+    """Write measured values to a result file, a JSON file that also says how they were measured.
+
+    The write is atomic. The command line, the package versions and the Hub revisions of model and dataset are added.
 
     Args:
         path: JSON file to write.
@@ -181,7 +186,7 @@ def write_records_to_result_file(
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read the records of a result file.
+    """Read the measured values of a result file, and check that they are valid.
 
     Raises:
         ValueError: If the content of the file is invalid. The message names the file, the JSON path of the wrong value,
@@ -198,7 +203,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def parse_result(content: dict[str, Any], name: str) -> ResultFile:
-    """Convert the JSON object of a result file to a `ResultFile`, and validate it.
+    """Validate the JSON object of a result file, and convert it to a `ResultFile`.
 
     Args:
         content: The JSON object.
@@ -230,7 +235,8 @@ def read_untrusted_json_object_and_bytes(path: Path) -> tuple[dict[str, Any], by
     """Read a JSON object from a file that is not trusted.
 
     Returns:
-        The object and the bytes of the file. Callers use the bytes to compute a digest or to search for a text.
+        A tuple (object, bytes): the JSON object as a dict, and the content of the file. Callers use the bytes to
+        compute a digest or to search for a text.
 
     Raises:
         ValueError: If the path is not a regular file, or the file is too large. Also if the content is not a JSON

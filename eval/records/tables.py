@@ -1,4 +1,6 @@
-"""Compute means over seeds and gains over a baseline from records, and show them as Markdown and HTML tables.
+"""Compute means over seeds and gains over a baseline, and show them as Markdown and HTML tables.
+
+The input are records: measured values with the conditions of their measurement.
 
 The functions are used in this order, where `files` are the result files that were read:
 
@@ -29,18 +31,20 @@ TABLE_METRICS = ("recall@1", "recall@5", "recall@10", "mean_recall")
 
 
 def build_records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
-    """Build a table with one row per record.
+    """Collect the records of several result files in one table, with a row per record.
+
+    A record is one measured value with the conditions of its measurement.
 
     Args:
-        files: Result files.
+        files: Result files that have been read.
 
     Returns:
         A table with these columns:
 
         - the fields of `Record`, with `dim` 0 instead of None;
-        - `folder` and `seed`, which identify the model, see `get_model_folder_and_seed`;
+        - `folder` and `seed`: the folder that identifies the model, and the seed of its training run or None;
         - `name`, `precision`, `fingerprint` and `skipped_rows` of the result file;
-        - `source`, the name of the file with a JSON pointer to the record;
+        - `source`, the place of the record, such as "results/pt.json#/records/3" (file name and JSON pointer);
         - `record` and `file`, the `Record` and `ResultFile` objects.
     """
     rows = []
@@ -62,10 +66,10 @@ def build_records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
 
 
 def build_mean_recall_record(recalls: Sequence[Record]) -> Record:
-    """Compute the record of the mean recall.
+    """Average recall@1, recall@5 and recall@10 to one record with the metric "mean_recall".
 
     Args:
-        recalls: Records of recall@1, recall@5 and recall@10 of one model and direction.
+        recalls: The records of these three metrics, for one model and one search direction.
 
     Returns:
         A copy of the first record with the metric "mean_recall". Its value and chance level are the means over
@@ -76,18 +80,19 @@ def build_mean_recall_record(recalls: Sequence[Record]) -> Record:
 
 
 def get_model_folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
-    """Return the folder that identifies the model of a record, and the seed of the model's training run.
+    """Find out which model a record belongs to: the folder that identifies the model, and the seed of its training run.
 
-    Runs with several seeds are in the subfolders `seed-0`, `seed-1` and so on of a common folder, which identifies the
-    model. In result files that a training run writes about itself, the folder of the model is "." or "seed-N". The
-    folder of the result file then identifies the model.
+    Runs with several seeds count as one model if they are in the subfolders `seed-0`, `seed-1` and so on of a common
+    folder. This folder then identifies the model. A training run that writes a result file about itself stores the
+    folder as "." or "seed-N". In this case, the folder of the result file identifies the model.
 
     Args:
         record: The record.
         file_name: Path of the record's result file, relative to the folder that is read.
 
     Returns:
-        The folder, and the seed or None. The folder is "this run" if neither the record nor `file_name` names one.
+        A tuple (folder, seed). The folder is "this run" if neither the record nor `file_name` names a folder. The seed
+        is None if it is unknown.
     """
     folder, seed = PurePosixPath(record.model_folder), record.seed
     number = folder.name.removeprefix("seed-")
@@ -103,13 +108,13 @@ def get_model_folder_and_seed(record: Record, file_name: str) -> tuple[str, int 
 def find_conflicting_records(
     frame: pandas.DataFrame, group_column: str, tolerance: float | pandas.Series = 0
 ) -> pandas.DataFrame:
-    """Find records that repeat an earlier measurement but have another value.
+    """Find records that contradict an earlier record: the same measurement, but another value.
 
     Two records are of the same measurement if they have the same `Condition` (task, dataset, metric and so on), role
     (baseline or trained model), seed and value in `group_column`.
 
     Args:
-        frame: Result of `build_records_frame`.
+        frame: Table with one row per record, from `build_records_frame`.
         group_column: One more column in which two records must agree to be the same measurement. Use "folder" if the
             frame has several models, each in its own folder. Use "precision" if the frame has the results of one run:
             values in different precisions may differ without being a conflict.
@@ -125,11 +130,13 @@ def find_conflicting_records(
 
 
 def compute_means_and_deviations(frame: pandas.DataFrame, group_columns: list[str]) -> pandas.DataFrame:
-    """Average the column `value` over all rows with equal values in `group_columns`.
+    """Compute the mean and the standard deviation of the column `value`, for each group of rows.
+
+    Rows with equal values in `group_columns` form a group, for example the results of one model with several seeds.
 
     Args:
-        frame: Table with the columns `value` and `n`.
-        group_columns: Names of the columns.
+        frame: Table with the columns `value` and `n` (number of queries or images of the measurement).
+        group_columns: Names of the columns that define the groups.
 
     Returns:
         A table indexed by the group columns. Its columns are `mean`, `deviation` (sample standard deviation; NaN for a
@@ -140,11 +147,12 @@ def compute_means_and_deviations(frame: pandas.DataFrame, group_columns: list[st
 
 
 def average_over_seeds(frame: pandas.DataFrame, group_column: str) -> list[Any]:
-    """Average the results of each model over its seeds.
+    """Average the results of each model over the seeds that it was trained with.
 
     Args:
-        frame: Result of `build_records_frame`.
-        group_column: Column that tells models apart: "folder". For the results of a single run, "precision".
+        frame: Table with one row per record, from `build_records_frame`.
+        group_column: Column that tells models apart, normally "folder". For the results of a single run, use
+            "precision".
 
     Returns:
         One named tuple per model and `Condition` (task, dataset, metric and so on), in the order of files and records.
@@ -178,20 +186,20 @@ def _sort_by_seed(rows: pandas.Series) -> tuple:
 
 
 def pair_with_baselines(values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Pair each model with each baseline of the same `Condition` (task, dataset, language, metric and so on).
+    """Pair each trained model with the baselines that it can be compared with, and compute its gain over each baseline.
 
-    If a model has several baselines, those measured on the same data are preferred. A baseline that no model is paired
-    with is returned as a pair whose `capivara` is None, and a model without a baseline as a pair whose `baseline` is
-    None.
+    A model and a baseline can be compared if they have the same `Condition` (task, dataset, language, metric and so
+    on). If a model has several baselines, the baselines that were measured on the same data are preferred. A baseline
+    or a model without a partner is returned, too; its partner is None.
 
     Args:
-        values: Result of `average_over_seeds`.
+        values: Mean results of models and baselines, from `average_over_seeds`.
 
     Returns:
         One dict per pair, with these keys:
 
         - the fields of `Condition`;
-        - `baseline` and `capivara`, the paired elements of `values`, or None;
+        - `baseline` and `capivara`, the elements of `values` for the baseline and the trained model, or None;
         - `gain`, the mean of the model minus the mean of the baseline: a difference of ranks for rank metrics,
           otherwise of values from 0 to 1; None if model or baseline is missing;
         - `chance`, the expected value for random scores, or None if it is unknown;
@@ -294,7 +302,9 @@ def format_signed_difference(difference: float | None, is_rank: bool = False) ->
 
 
 def make_short_plain_line(text: str, limit: int) -> str:
-    """Shorten untrusted text to one line. Removes control characters and marks that change the direction of text.
+    """Convert untrusted text to one short line that is safe to show.
+
+    Control characters and marks that change the direction of text are removed. Line breaks become spaces.
 
     Args:
         text: The text.
@@ -306,7 +316,7 @@ def make_short_plain_line(text: str, limit: int) -> str:
 
 
 def write_html_from_template(template: Path, file: Path, **values: object) -> None:
-    """Render an HTML page and write it atomically. All values are escaped.
+    """Render an HTML page from a Jinja template, and write it atomically. All values are escaped.
 
     Args:
         template: Path of a Jinja template that extends `page.html.j2` (in the folder of this module).
@@ -339,8 +349,8 @@ def render_retrieval_table(records: Sequence[Record]) -> str:
 
     The table has a row per language and model, and a row with the chance level. If there are several seeds, cells show
     mean ± sample standard deviation. Results of truncated embeddings have separate rows. Below the table is a list of
-    the gains, one for each language, direction and seed, with 95 % paired bootstrap intervals over the images of the
-    split.
+    the gains over the baseline, one for each language, direction and seed. A gain has a 95 % confidence interval from a
+    paired bootstrap over the images of the split.
 
     Args:
         records: Retrieval records of baseline and trained model. Records with the metric "mean_recall_gain" go into the

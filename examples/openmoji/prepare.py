@@ -93,7 +93,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class PrepareArguments:
-    """Command-line flags of `python -m examples.openmoji.prepare`."""
+    """Command-line flags of `python -m examples.openmoji.prepare`, which builds the demo's dataset and base model."""
 
     dataset: Path = flag(Path("data/openmoji/dataset"), "Folder of the dataset.")
     model: Path | None = flag(
@@ -109,15 +109,16 @@ class PrepareArguments:
 
 
 def build_missing_dataset_and_base_model(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
-    """Build the OpenMoji dataset and the demo's base model if they do not exist yet.
+    """Build the demo's OpenMoji dataset and its base model, each only if it does not exist yet.
 
-    If an error occurs, the folder that was being built is not created, so a folder is never incomplete.
+    The base model is the model that the demo's training starts from. If an error occurs, the folder that was being
+    built is not created, so a folder is never incomplete.
 
     Args:
         dataset_dir: Folder of the dataset.
         model_dir: Folder of the base model. None builds only the dataset.
-        loss: Training loss of the base model: "contrastive" (CLIP) or "sigmoid" (SigLIP). It has no effect if the model
-            exists.
+        loss: Training loss of the base model: "contrastive" (CLIP) or "sigmoid" (SigLIP). It has no effect if the base
+            model exists.
 
     Raises:
         ImportError: If a package of the `demo` extra is not installed.
@@ -138,16 +139,18 @@ def build_missing_dataset_and_base_model(dataset_dir: Path, model_dir: Path | No
 
 
 def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, languages: Sequence[str] = ()) -> None:
-    """Build and save the base model of the demo, from an image encoder and a text encoder that were trained separately.
+    """Train and save the demo's base model, which joins a pretrained image encoder and a pretrained text encoder.
 
-    The combined model is trained on English captions, so that an image and its caption get similar embeddings. The
-    model, its processor, the training curve (alignment.json) and a model card (README.md) are saved.
+    The two encoders were trained separately, so their embeddings do not match yet. The text encoder and both
+    projections are therefore trained on English captions, until an image and its caption get similar embeddings. The
+    image encoder is frozen. The model, its processor, the training curve (alignment.json) and a model card (README.md)
+    are saved.
 
     Args:
         dataset: OpenMoji dataset with the splits train and validation.
         folder: Folder to write to.
         loss: Training loss: "contrastive" (CLIP) or "sigmoid" (SigLIP).
-        languages: Codes of languages besides English and Portuguese whose words are kept in the vocabulary.
+        languages: Codes of languages, besides English and Portuguese, whose words are kept in the vocabulary.
     """
     torch.manual_seed(SEED)
     model, processor = _trim_vocabulary_to_frequent_words_and_captions(
@@ -166,15 +169,16 @@ def train_and_save_base_model(dataset: DatasetDict, folder: Path, loss: str, lan
 
 
 def load_and_join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
-    """Combine EfficientNet-Lite0 (images) and multilingual-e5-small (texts) in one model with random projections.
+    """Combine a pretrained image encoder and a pretrained text encoder in one model, with random projections.
 
-    The width of the model's embeddings is the width of the text encoder.
+    The encoders are EfficientNet-Lite0 (images) and multilingual-e5-small (texts). The width of the model's embeddings
+    is the width of the text encoder.
 
     Args:
         **config: Further arguments of `CapivaraConfig`, such as the values of `LOSS_CONFIGS`.
 
     Returns:
-        The model and the processor for it.
+        Tuple (model, processor).
     """
     image_encoder, (text_encoder, tokenizer) = load_efficientnet_backbone(), load_e5_and_tokenizer()
     processor = CapivaraProcessor(CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD), tokenizer)
@@ -211,15 +215,15 @@ def _trim_vocabulary_to_frequent_words_and_captions(
 def select_or_load_cached_vocabulary_ids(
     dataset: DatasetDict, processor: CapivaraProcessor, languages: Sequence[str] = ()
 ) -> list[int]:
-    """Return the ids of the tokens of frequent words and of a dataset's captions.
+    """Select the tokens that the demo's reduced vocabulary keeps: tokens of frequent words and of the captions.
 
-    Selecting takes about a minute, so the result is stored in a cache file. A later run with the same captions and
-    package versions reads this file.
+    Selecting takes about a minute, so the result is stored in a cache file. A later run with the same captions,
+    languages and package versions reads this file.
 
     Args:
         dataset: Dataset with caption columns, whose names start with "captions-".
         processor: Processor with the original tokenizer.
-        languages: Codes of languages besides English and Portuguese.
+        languages: Codes of languages, besides English and Portuguese, whose frequent words are kept.
 
     Returns:
         Ids of the tokens to keep, in ascending order.
@@ -246,6 +250,8 @@ def select_or_load_cached_vocabulary_ids(
 def compute_pooled_image_features(model: CapivaraModel, processor: CapivaraProcessor, split: Dataset) -> Tensor:
     """Compute the image features of a dataset split: the pooled outputs of the image tower, before the projection.
 
+    The image tower is frozen in the demo, so its features are computed once and used in every training step.
+
     Args:
         model: The model, which is set to evaluation mode.
         processor: Processor of the model.
@@ -266,10 +272,10 @@ def compute_pooled_image_features(model: CapivaraModel, processor: CapivaraProce
 def initialize_projections(
     model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]
 ) -> None:
-    """Initialize the image projection and the text projection by ridge regression, before training.
+    """Set the model's image and text projections to values from ridge regression, as a good start for the training.
 
     Args:
-        model: The model, whose projections are changed.
+        model: The model, whose two projections are changed.
         processor: Processor of the model.
         features: Pooled outputs of the image tower, (images, image width).
         captions: One caption for each image, in the same order.
@@ -281,18 +287,18 @@ def initialize_projections(
 
 
 def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit projections that map an image and its caption to similar embeddings, by ridge regression.
+    """Fit an image and a text projection by ridge regression, so that an image and its caption get similar embeddings.
 
-    The regression predicts the text embeddings from the image features. It would be usual to subtract the means first,
-    but the projections have no bias that could do this. Instead, the projections remove the direction of the mean.
+    The regression predicts the text embeddings from the image features. Usually, the means would be subtracted first,
+    but the projections have no bias for this. Instead, each projection removes the direction of the mean.
 
     Args:
         features: Pooled outputs of the image tower, (images, image width).
         texts: Text embeddings, (images, text width), unit length. Row i is a caption of image i.
 
     Returns:
-        Weights of the image projection, (text width, image width), and weights of the text projection, (text width,
-        text width).
+        Tuple of the weights of the image projection, (text width, image width), and the weights of the text projection,
+        (text width, text width).
     """
     scale = features.std(dim=0) + 1e-3
     without_text_mean = _build_direction_removal_matrix(texts.mean(dim=0))
@@ -309,18 +315,20 @@ def train_text_tower_until_recall_stops_rising(
 ) -> list[dict[str, float]]:
     """Train the text tower and both projections on English captions until the validation recall stops rising.
 
-    The image tower is not trained. At the end, the model gets the weights that had the highest validation recall.
+    The image tower is not trained, so its features are computed before. At the end, the model gets the weights that had
+    the highest validation recall.
 
     Args:
         model: The model, which is changed.
         processor: Processor of the model.
         dataset: OpenMoji dataset with the splits train and validation.
-        features: `{"train": features, "validation": features}`, the pooled outputs of the image tower for the images of
-            both splits, (images, image width).
+        features: `{"train": features, "validation": features}`: for each split, the pooled outputs of the image tower,
+            (images, image width).
 
     Returns:
-        The training curve: for each evaluation, a dict `{"step": number of steps so far, "loss": loss in nats,
-        "validation_mean_recall": mean of both retrieval directions, from 0 to 1}`. The first loss is None.
+        The training curve: one dict per evaluation, `{"step": number of steps so far, "loss": loss in nats,
+        "validation_mean_recall": mean of both retrieval directions, from 0 to 1}`. The loss of the first evaluation,
+        before any training, is None.
 
     Raises:
         RuntimeError: If the validation recall is still rising after `MAX_STEPS` steps.
@@ -354,14 +362,16 @@ def train_text_tower_until_recall_stops_rising(
 def build_alignment_optimizer_and_warmup(
     model: CapivaraModel,
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Build the optimizer and the learning rate scheduler for the alignment of the two encoders.
+    """Build the optimizer and the learning rate warmup for training the text tower and the projections.
+
+    This training aligns the two encoders: an image and its caption get similar embeddings.
 
     Args:
         model: The model. Its loss (contrastive or sigmoid) decides the learning rates.
 
     Returns:
-        AdamW with one learning rate for the text tower and another for the projections, and a scheduler that increases
-        both linearly during the first `WARMUP_STEPS` steps.
+        Tuple (optimizer, scheduler). The optimizer is AdamW with one learning rate for the text tower and another for
+        the projections. The scheduler increases both learning rates linearly during the first `WARMUP_STEPS` steps.
     """
     text = [*model.text_model.parameters(), model.logit_scale]
     projections = [*model.text_projection.parameters(), *model.visual_projection.parameters()]
@@ -376,14 +386,14 @@ def build_alignment_optimizer_and_warmup(
 def train_text_tower_one_step(
     model, processor, captions: list[list[str]], features: Tensor, noise: Tensor, optimizer, step: int
 ) -> float:
-    """Train the text tower and both projections on one batch of text-image pairs.
+    """Train the text tower and both projections for one optimizer step, on a random batch of image-text pairs.
 
     Args:
         model: The model, which is changed.
         processor: Processor of the model.
-        captions: English captions of each training image.
-        features: Pooled outputs of the image tower for the training images, (images, image width).
-        noise: Standard deviation of the noise that is added to each feature, (image width,).
+        captions: English captions of each training image. One of them is chosen at random.
+        features: Pooled outputs of the frozen image tower for the training images, (images, image width).
+        noise: Standard deviation of the random noise that is added to each feature, (image width,).
         optimizer: Optimizer of the model's parameters.
         step: Number of the step, from 0. It is the seed of the random choice of images, captions and noise.
 
@@ -415,7 +425,7 @@ def train_text_tower_one_step(
 
 @torch.inference_mode()
 def compute_validation_recall(model: CapivaraModel, processor: CapivaraProcessor, split, features: Tensor) -> float:
-    """Compute the recall of a dataset split with the first English caption of each image.
+    """Compute the retrieval recall of the model on a dataset split, with the first English caption of each image.
 
     Args:
         model: The model, which is set to evaluation mode.
@@ -424,22 +434,22 @@ def compute_validation_recall(model: CapivaraModel, processor: CapivaraProcessor
         features: Pooled outputs of the image tower for the images of the split, (images, image width).
 
     Returns:
-        Mean recall of text-to-image and image-to-text retrieval, from 0 to 1.
+        Mean of the recalls of text-to-image and image-to-text retrieval, from 0 to 1.
     """
     texts = embed_texts(model.eval(), processor, [texts[0] for texts in split["captions-en"]])
     return compute_mean_bidirectional_recall(F.normalize(model.visual_projection(features), dim=-1), texts)
 
 
 def compute_mean_bidirectional_recall(images: Tensor, texts: Tensor) -> float:
-    """Compute the mean recall of text-to-image and image-to-text retrieval.
+    """Compute retrieval recall as one number: the mean of text-to-image and image-to-text retrieval.
 
     Args:
         images: Image embeddings, (pairs, width), unit length.
         texts: Text embeddings, (pairs, width), unit length. Text i describes image i.
 
     Returns:
-        Mean of the recalls of both directions, from 0 to 1. The recall of a direction is the mean of recall@1, recall@5
-        and recall@10 (see `eval.capivara_metrics.metrics.mean_recall`).
+        Mean of the recalls of both directions, from 0 to 1. The recall of one direction is the mean of recall@1,
+        recall@5 and recall@10.
     """
     rows = torch.arange(len(texts))
     directions = ((texts, images), (images, texts))
@@ -464,7 +474,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command: build the dataset and the base model if they are missing, and print their folders.
 
     Args:
-        argv: Command-line arguments. Default: those of the process.
+        argv: Command-line arguments. None uses those of the process.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(PrepareArguments, __doc__, argv)

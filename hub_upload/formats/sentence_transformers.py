@@ -1,4 +1,4 @@
-"""Export a model for Sentence Transformers, and compare the text embeddings of the export with the model's."""
+"""Export a model for Sentence Transformers, and check that the exported model gives the same text embeddings."""
 
 import logging
 from importlib.util import find_spec
@@ -22,7 +22,8 @@ logger = logging.getLogger("capivara")
 def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) -> None:
     """Write the configuration files with which Sentence Transformers loads the exported model.
 
-    Sentence Transformers loads the whole model, with both towers, as a Transformer module. A Normalize module follows.
+    Sentence Transformers builds a pipeline of two modules from these files. The first module is the whole model with
+    both towers. The second module scales its embeddings to unit length.
 
     Args:
         folder: Folder of the export, which already has the files for transformers.
@@ -52,7 +53,7 @@ def write_sentence_transformers_config(folder: Path, processor: ProcessorMixin) 
 
 
 def check_sentence_transformers_embeddings(source: Path, folder: Path) -> None:
-    """Check that an export gives the same text embeddings in Sentence Transformers as the original model.
+    """Check that Sentence Transformers computes the same text embeddings with an export as the original model.
 
     If Sentence Transformers is not installed, the comparison is skipped, and a message is logged.
 
@@ -83,7 +84,8 @@ def write_sentence_transformers_pipeline_files(folder: Path, module_types: list[
 
     Args:
         folder: Folder to write to.
-        module_types: A tuple (subfolder, full class name) for each module, in the order of execution.
+        module_types: A tuple (subfolder, class name with package) for each module of the pipeline, in the order of
+            execution.
     """
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": class_name}

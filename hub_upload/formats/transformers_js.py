@@ -43,10 +43,12 @@ LANCZOS_RESAMPLE = 1
 
 
 def write_model_and_preprocessor_configs(folder: Path) -> None:
-    """Add the settings of transformers.js to config.json, and write preprocessor_config.json.
+    """Write the settings that transformers.js needs for the model (config.json) and for images.
 
-    The transformers library for Python ignores these settings: it reads only the other keys of config.json, and it
-    reads the settings of the image processor from processor_config.json.
+    The settings for images are in preprocessor_config.json.
+
+    The transformers library for Python ignores these settings. It reads only the other keys of config.json, and it
+    reads the settings for images from processor_config.json.
 
     Args:
         folder: Folder of the export, which already has the ONNX graphs and the files for transformers.
@@ -62,7 +64,9 @@ def write_model_and_preprocessor_configs(folder: Path) -> None:
 
 
 def read_and_convert_tokenizer(folder: Path) -> dict[str, Any]:
-    """Read a tokenizer.json, and convert its content to normalizer steps that transformers.js supports.
+    """Read a tokenizer.json, and replace normalizer steps that transformers.js does not support.
+
+    Normalizer steps change a text before it is split into tokens, for example to lower case.
 
     Args:
         folder: Folder with the tokenizer.json, which is not changed.
@@ -78,7 +82,7 @@ def read_and_convert_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def convert_tokenizer_files_in_place(folder: Path) -> None:
-    """Rewrite the tokenizer files of an export, so that transformers.js can read them and gives the same token ids.
+    """Rewrite the tokenizer files of an export, so that transformers.js splits texts into the same tokens.
 
     For a CAPIVARA model, the token ids are the same for texts that CAPIVARA's Python code has already cleaned.
 

@@ -21,7 +21,7 @@ NPM_COMMAND = "npm install --ignore-scripts @huggingface/transformers"
 
 @dataclass
 class SpaceArguments:
-    """Command-line arguments of `python -m hub_upload.space`, which writes the search page as a Space (web demo)."""
+    """Command-line arguments of `hub_upload.space`, which writes the picture search page as a web demo."""
 
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model.")
     pictures: str | None = flag(None, "Index of pictures, created by `capivara index` (required for --space).")
@@ -47,7 +47,7 @@ class SpaceArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: write a folder with a search server (--space) or a static page (--static)."""
+    """Run the command line: write the search page with a server (--space) or as static files (--static)."""
     args = parse_arguments(SpaceArguments, __doc__, argv)
     require_packages("A Space", "search", "lancedb", "starlette", "uvicorn")
     from hub_upload.space.docker_space import open_index_and_read_credit, write_space

@@ -45,7 +45,7 @@ SPACE_CARD_STYLE = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", 
 
 
 def open_index_and_read_credit(pictures: str, model: str) -> tuple[PictureIndex, Credit]:
-    """Open an index of pictures, and read who must be credited for the pictures.
+    """Open an index of pictures for publication, and read who must be credited for the pictures.
 
     Args:
         pictures: Path or URI of the index.
@@ -67,7 +67,9 @@ def open_index_and_read_credit(pictures: str, model: str) -> tuple[PictureIndex,
 
 
 def read_picture_credit_from_card(folder: Path) -> Credit:
-    """Read the credit for the pictures in a folder from the front matter of the folder's README.md.
+    """Read who must be credited for the pictures in a folder, from the folder's README.md.
+
+    The front matter (YAML header) of README.md states it.
 
     Args:
         folder: Folder with the pictures.
@@ -84,16 +86,18 @@ def read_picture_credit_from_card(folder: Path) -> Credit:
 
 
 def copy_index_for_publication(index: PictureIndex, output: Path, model: str, title: str = "") -> int:
-    """Copy an index of pictures for publication.
+    """Copy an index of pictures without private data, so that the copy can be published.
 
-    In the copy, the paths of this machine's folders are replaced by public names, and the GPS coordinates at which
-    pictures were taken are removed.
+    In the copy, the paths of this machine's folders are replaced by public names. The GPS coordinates at which pictures
+    were taken are removed.
 
     Args:
         index: Index to copy.
         output: Folder of the copy. It must not exist.
-        model: Folder of the model relative to the Space, or its Hub id.
-        title: Name to show for the folder of pictures, if the index has only one folder.
+        model: Folder of the model relative to the folder of the Space, or Hub id of the model. The copy stores where
+            the model is.
+        title: Public name of the folder of pictures. It is used only if the index has a single folder. "": the last
+            part of the folder's path is used.
 
     Returns:
         Number of copied pictures. Only pictures that the model of the index has embedded are copied.
@@ -151,10 +155,13 @@ def _anonymize_path(path: str, new_names: dict[str, str]) -> str:
 
 
 def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -> None:
-    """Write the folder of a Space that shows the search page: program, model, index, requirements and card.
+    """Write the folder of a Space (web demo on the Hub) that serves the picture search page.
+
+    The folder holds the program, a copy of the index, the Python requirements, a card and, if `model` is a folder, the
+    model.
 
     Args:
-        index: Index of pictures to copy.
+        index: Index of pictures. A copy without private data is written.
         credit: Name, license and attribution of the pictures.
         model: Folder or Hub id of the model. A folder is copied to the Space. With a Hub id, the Space downloads the
             model.
@@ -206,13 +213,13 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
 
 
 def write_space_card(folder: Path, template: str, card_data: dict[str, Any], **values: Any) -> None:
-    """Write README.md, the card of a Space.
+    """Write the card (README.md) of a Space, from which the Hub reads the settings of the Space.
 
     Args:
         folder: Folder of the Space.
         template: "space" for a Space with a server, "static" for a page without a server.
-        card_data: Front matter of the card, from which the Hub reads the settings of the Space.
-        values: Variables of the template.
+        card_data: Settings of the Space, which become the front matter (YAML header) of the card.
+        values: Variables of the card template, such as the name of the model.
     """
     path = TEMPLATE_FOLDER / f"{template}.md.jinja"
     card = SpaceCard.from_template(SpaceCardData(**card_data, **SPACE_CARD_STYLE), template_path=str(path), **values)
@@ -220,7 +227,7 @@ def write_space_card(folder: Path, template: str, card_data: dict[str, Any], **v
 
 
 def read_model_license(model: Path) -> str:
-    """Read the license that the card in a model folder states.
+    """Read the license of a model from the card (README.md) in its folder.
 
     Args:
         model: Folder of the model. A Hub id is accepted, but its card is not read.
@@ -248,7 +255,7 @@ def _get_required_package_versions(model: str) -> dict[str, str]:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file.
+    """Copy a file to a path whose folder need not exist yet.
 
     Args:
         source: File to copy.

@@ -9,8 +9,8 @@
     library/               transformers.js and onnxruntime, from npm
     model/<digest>/        both towers in int8, tokenizer and settings, as `hub_upload.export` writes them
 
-This package's source.js runs the model in the browser; capivara_search's source.js sends requests to a server. The
-page's Content-Security-Policy forbids requests to other hosts.
+This package's source.js runs the model in the browser. The source.js of capivara_search, which it replaces, sends
+requests to a server. The page's Content-Security-Policy forbids requests to other hosts.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ SPACE_CARD_DATA = {
 
 
 def write_static_page(model: str, folder: Path, library: Path) -> None:
-    """Write the folder of the search page without a server.
+    """Write the picture search page as static files, which run the model in the browser of the user.
 
     Args:
         model: Folder or Hub id of a CAPIVARA model. If the folder is an export for transformers.js, its ONNX graphs are
@@ -61,8 +61,8 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
         library: Folder node_modules in which npm has installed `LIBRARY_PACKAGE` (transformers.js).
 
     Raises:
-        ValueError: If transformers.js can't represent the model, `library` does not contain the package, or a file to
-            publish contains an absolute path or an access token.
+        ValueError: If transformers.js can't represent the model, or `library` does not contain the package. Also if a
+            file to publish contains an absolute path or an access token.
         ImportError: If a package that the ONNX export needs is missing.
     """
     require_packages("A page without a server", "onnx", *onnx.ONNX_PACKAGES)
@@ -108,12 +108,13 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
 
 
 def render_static_page(language: str, model: dict[str, str | int]) -> str:
-    """Render the HTML of the search page without a server.
+    """Render the HTML of the picture search page that runs in the browser, without a search server.
 
     Args:
         language: Language of the page, "pt" or "en".
-        model: Properties of the model that the scripts of the page need: "id" (name of the subfolder of `model/`),
-            "name", "megabytes" (size of the download) and "side" (height and width of the model's images in pixels).
+        model: Properties of the model for the scripts of the page: `{"id": name of the model's subfolder in model/,
+            "name": name of the model, "megabytes": size of the download, "side": height and width of the model's images
+            in pixels}`.
 
     Returns:
         HTML of the page.
